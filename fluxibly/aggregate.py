@@ -1,0 +1,123 @@
+"""Chunks joined into a response, and a response turned into a chunk."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import attrs
+
+from fluxibly.types import Chunk, Reasoning, Response, ToolCall, ToolCallDelta
+
+
+@attrs.define
+class _Call:
+    index: int | None
+    id: str
+    name: str
+    arguments: list[str]
+    signature: str | None
+
+
+class Aggregator:
+    """Joins the chunks of one answer: `add` each, then ask for the `response`, at any time."""
+
+    __slots__ = ("_calls", "_fields", "_others", "_reasoning", "_reasoning_parts", "_texts", "has_output")
+
+    def __init__(self) -> None:
+        self._texts: list[str] = []
+        self._reasoning: list[str] = []
+        self._reasoning_parts: list[Reasoning] = []
+        self._calls: list[_Call] = []
+        self._fields: dict[str, Any] = {}
+        self._others: dict[int, Aggregator] = {}
+        self.has_output = False
+
+    def add(self, chunk: Chunk) -> None:
+        """Take the next chunk in."""
+        if chunk.text:
+            self._texts.append(chunk.text)
+            self.has_output = True
+        if chunk.reasoning:
+            self._reasoning.append(chunk.reasoning)
+            self.has_output = True
+        if chunk.tool_calls:
+            self.has_output = True
+            for delta in chunk.tool_calls:
+                self._add_call(delta)
+        if chunk.finish_reason or chunk.usage or chunk.id or chunk.model or chunk.request_id or chunk.rate_limits:
+            self._add_fields(chunk)
+        if chunk.reasoning_parts:
+            self._reasoning_parts.extend(chunk.reasoning_parts)
+        if chunk.alternatives:
+            for index, other in chunk.alternatives:
+                self._others.setdefault(index, Aggregator()).add(other)
+
+    def _add_fields(self, chunk: Chunk) -> None:
+        for name in ("finish_reason", "raw_finish_reason", "usage", "id", "model", "request_id", "rate_limits"):
+            value = getattr(chunk, name)
+            if value:
+                self._fields[name] = value
+
+    def _add_call(self, delta: ToolCallDelta) -> None:
+        call = self._find(delta)
+        if call is None:
+            call = _Call(delta.index, delta.id or "", delta.name or "", [], delta.signature)
+            self._calls.append(call)
+        else:
+            call.id = call.id or delta.id or ""
+            call.name = call.name or delta.name or ""
+            call.signature = delta.signature or call.signature
+        if delta.arguments:
+            call.arguments.append(delta.arguments)
+
+    def _find(self, delta: ToolCallDelta) -> _Call | None:
+        """The call that a fragment goes on: the one with its index, else its id, else the last.
+
+        A fragment that brings both a name and an id of its own begins a call, whatever its index: there are services
+        that number every call 0.
+        """
+        begins = bool(delta.name and delta.id)
+        for call in reversed(self._calls):
+            if delta.index is not None:
+                if call.index == delta.index and not (begins and call.id and call.id != delta.id):
+                    return call
+            elif (delta.id and call.id == delta.id) or (not delta.id and not delta.name):
+                return call
+        return None
+
+    def response(self) -> Response:
+        """What the chunks so far come to."""
+        return Response(
+            "".join(self._texts),
+            tool_calls=[
+                ToolCall(call.id or f"call_{n}", call.name, raw_arguments="".join(call.arguments), signature=call.signature)
+                for n, call in enumerate(self._calls)
+            ],
+            reasoning="".join(self._reasoning),
+            reasoning_parts=self._reasoning_parts,
+            alternatives=[self._others[index].response() for index in sorted(self._others)],
+            **self._fields,
+        )
+
+
+def as_chunk(response: Response) -> Chunk:
+    """A whole response as one chunk, from which `Aggregator` makes that response again."""
+    return Chunk(
+        response.text,
+        reasoning=response.reasoning,
+        reasoning_parts=response.reasoning_parts,
+        tool_calls=tuple(
+            ToolCallDelta(
+                index=index, id=call.id, name=call.name, arguments=call.raw_arguments, signature=call.signature
+            )
+            for index, call in enumerate(response.tool_calls)
+        ),
+        finish_reason=response.finish_reason,
+        raw_finish_reason=response.raw_finish_reason,
+        usage=response.usage,
+        model=response.model,
+        id=response.id,
+        request_id=response.request_id,
+        rate_limits=response.rate_limits or None,
+        alternatives=tuple((index, as_chunk(other)) for index, other in enumerate(response.alternatives, 1)),
+    )

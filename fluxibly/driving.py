@@ -1,0 +1,149 @@
+"""What the four drivers share: how an error goes into a flow, and what to say of a middleware that breaks the rules."""
+
+from __future__ import annotations
+
+import dis
+import logging
+from collections.abc import Sequence
+from types import CodeType, GeneratorType
+from typing import Any, NoReturn
+
+from fluxibly.combinators import interrupted
+from fluxibly.effects import Effect, Flow, Middleware, shown
+from fluxibly.errors import StreamInterrupted
+from fluxibly.flow import layer_name
+from fluxibly.types import Request, Response
+
+logger = logging.getLogger("fluxibly")
+
+HOW_TO_RETURN = "end it with: return (yield from call_next(request))"
+
+
+def throw(flow: Flow[Response], error: BaseException) -> Effect:
+    """Raise `error` in the flow, and return the effect that it yields next.
+
+    Raises:
+        StopIteration: the flow handled the error and returned.
+        BaseException: what came out of the flow. If `error` is not an Exception then it is what comes out, whatever
+            the middleware did (law: KeyboardInterrupt, CancelledError and their kind pass).
+    """
+    if isinstance(error, Exception):
+        return flow.throw(error)
+    did = "yielded again"
+    try:
+        flow.throw(error)
+    except StopIteration:
+        did = "returned normally"
+    except BaseException as raised:
+        if raised is error:
+            raise
+        did = f"raised {type(raised).__name__}"
+    _tell(error, _catcher(error), did)
+    close(flow)
+    raise error
+
+
+def close(flow: Flow[Response]) -> None:
+    """Close a flow; a middleware that yields in its `finally` is logged and otherwise ignored."""
+    layers = live_layers(flow)
+    try:
+        flow.close()
+    except RuntimeError as error:
+        alive = [layer for layer in layers if layer.gi_frame is not None and layer.gi_suspended]
+        if "ignored GeneratorExit" not in str(error) or not alive:
+            raise
+        _tell(None, alive[-1].__qualname__, "yielded again")
+
+
+def _tell(error: BaseException | None, layer: str, did: str) -> None:
+    name = "GeneratorExit" if error is None else type(error).__name__
+    text = f"the middleware {layer} {did} after {name}; it must let it pass"
+    if error is not None:
+        error.add_note(f"fluxibly: {text}")
+    try:
+        logger.error("%s", text)
+    except Exception:  # a raising log handler must not take the place of the caller's exception
+        return
+
+
+def _catcher(error: BaseException) -> str:
+    """The outermost frame that a thrown error went through inside the flow: the one that caught it."""
+    trace = error.__traceback__
+    while trace is not None:
+        module = trace.tb_frame.f_globals.get("__name__", "")
+        if module not in _OURS:
+            return trace.tb_frame.f_code.co_qualname
+        trace = trace.tb_next
+    return "(unknown)"
+
+
+_OURS = ("fluxibly.driving", "fluxibly.pipeline", "fluxibly.stream", "fluxibly.combinators", "fluxibly.flow")
+
+
+def live_layers(flow: Flow[Any]) -> Sequence[GeneratorType[Any, Any, Any]]:
+    """The generators that a suspended flow waits in, outermost first."""
+    layers: list[GeneratorType[Any, Any, Any]] = []
+    inner: object = flow
+    while isinstance(inner, GeneratorType):
+        layers.append(inner)
+        within = inner.gi_yieldfrom
+        if within is None and inner.gi_frame is not None:
+            within = inner.gi_frame.f_locals.get("flow")  # a combinator steps its inner flow by hand
+        inner = within
+    return layers
+
+
+def unknown_effect(flow: Flow[Response], effect: object) -> TypeError:
+    """The error for a middleware that yields what is no effect."""
+    return TypeError(
+        f"the middleware {live_layers(flow)[-1].__qualname__} yielded {shown(effect)}; it may yield only from "
+        "call_next(request), sleep(...), perform(...) and the combinators"
+    )
+
+
+def raise_not_a_response(value: object, middleware: Sequence[Middleware]) -> NoReturn:
+    """Raise the error for a stack that returned something else than a `Response`."""
+    culprit = first_without_return(middleware) or (layer_name(middleware[0]) if middleware else "(none)")
+    raise TypeError(f"the middleware {culprit} returned {shown(value)} where a Response was due; {HOW_TO_RETURN}")
+
+
+def explain(error: Exception, middleware: Sequence[Middleware]) -> None:
+    """If an error came of a layer that never returns a response, say so on it."""
+    if isinstance(error, (AttributeError, TypeError)) and "NoneType" in str(error):
+        culprit = first_without_return(middleware)
+        if culprit is not None:
+            error.add_note(f"fluxibly: the middleware {culprit} returns None; {HOW_TO_RETURN}")
+
+
+def first_without_return(middleware: Sequence[Middleware]) -> str | None:
+    """The innermost middleware whose code has no `return` with a value."""
+    for layer in reversed(middleware):
+        function: Any = layer if hasattr(layer, "__code__") else type(layer).__call__
+        code = getattr(function, "__code__", None)
+        if isinstance(code, CodeType) and not _returns_value(code):
+            return layer_name(layer)
+    return None
+
+
+def _returns_value(code: CodeType) -> bool:
+    before = None
+    for step in dis.get_instructions(code):
+        if step.opname == "RETURN_CONST" and step.argval is not None:
+            return True
+        if step.opname == "RETURN_VALUE" and not (
+            before is not None and before.opname == "LOAD_CONST" and before.argval is None
+        ):
+            return True
+        before = step
+    return False
+
+
+def after_output(error: Exception, request: Request, delivered: Sequence[str]) -> Exception:
+    """What the consumer of a stream gets for an error, once chunks with these texts have gone out."""
+    if isinstance(error, StreamInterrupted):
+        return error
+    wrapped = interrupted(request, Response("".join(delivered)), error)
+    wrapped.__cause__ = error
+    return wrapped
+
+

@@ -1,0 +1,134 @@
+"""The heart of fluxibly: effects, the flow of a call through its middleware, and the combinators that wrap a stream.
+
+A middleware is one generator function, the same for sync and async, whole responses and streams::
+
+    def timing(request: Request, call_next: CallNext) -> Flow[Response]:
+        start = perf_counter()
+        try:
+            return (yield from call_next(request))
+        finally:
+            print(perf_counter() - start)
+
+It does no I/O of its own. What it wants done it yields as an **effect**, plain data, that travels outward through all
+the layers to a driver (`pipeline.py`), which does it and sends the outcome back. The verbs `sleep` and `perform` and
+the combinators `map_chunks` and `hold_back` yield effects for you; the effects themselves are internal.
+
+The invariant of a stream: the driver has read one chunk ahead and put it into the `Source`. The innermost flow yields
+it outward as an effect. When that is resumed, the driver has delivered the chunk and read the next one. So a layer
+that swallows a chunk yields `PULL` in its place, and one that adds a chunk yields it wrapped in `More`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Generator, Sequence
+from types import GeneratorType
+
+from fluxibly.aggregate import Aggregator
+from fluxibly.combinators import hold_back as hold_back, interrupted, map_chunks as map_chunks
+from fluxibly.effects import (
+    END,
+    AttemptEnd,
+    CallNext as CallNext,
+    Flow as Flow,
+    Middleware as Middleware,
+    Perform,
+    Send,
+    Sleep,
+    Source,
+    T,
+    shown,
+)
+from fluxibly.types import Chunk, Request, Response
+
+# Verbs
+
+
+def sleep(seconds: float) -> Flow[None]:
+    """Wait: `yield from sleep(0.5)`, in seconds. An async pipeline lets others run meanwhile."""
+    yield Sleep(seconds)
+
+
+def perform(call: Callable[[], T], acall: Callable[[], Awaitable[T]] | None = None) -> Flow[T]:
+    """Do I/O of your own: `value = yield from perform(read, aread)`.
+
+    A sync pipeline runs `call()`; an async one awaits `acall()`, or without one runs `call()` in a worker thread.
+    Errors are raised here.
+    """
+    result: T = yield Perform(call, acall)
+    return result
+
+
+# Composition
+
+
+def compose(middleware: Sequence[Middleware]) -> CallNext:
+    """The stack as one `CallNext`, the first middleware outermost, `send` innermost."""
+    call_next: CallNext = send
+    for layer in reversed(middleware):
+        call_next = _bind(layer, call_next)
+    return call_next
+
+
+def _bind(layer: Middleware, call_next: CallNext) -> CallNext:
+    def bound(request: Request) -> Flow[Response]:
+        flow = layer(request, call_next)
+        if type(flow) is not GeneratorType and not isinstance(flow, Generator):
+            raise TypeError(
+                f"the middleware {layer_name(layer)} returned {shown(flow)} where a generator was due; write it as "
+                "a generator function: def mw(request, call_next): return (yield from call_next(request))"
+            )
+        return flow
+
+    return bound
+
+
+def layer_name(layer: object) -> str:
+    """What to call a middleware in a message."""
+    name = getattr(layer, "__qualname__", None)
+    return name if isinstance(name, str) else type(layer).__qualname__
+
+
+def send(request: Request) -> Flow[Response]:
+    """The innermost flow: one attempt at the provider.
+
+    Once output has gone out, an error is raised as `StreamInterrupted` with the error as its cause.
+    """
+    call = request.call
+    call.attempts += 1
+    answer: Aggregator | None = None
+    try:
+        reply = yield Send(request)
+        if type(reply) is Source:
+            answer = Aggregator()
+            while (item := reply.chunk) is not END:
+                chunk = item if type(item) is Chunk else _to_chunk(item, call.provider.name)
+                answer.add(chunk)
+                yield chunk
+            response = answer.response()
+        else:
+            response = reply if type(reply) is Response else _to_response(reply, call.provider.name)
+    except Exception as error:
+        yield AttemptEnd(request, error=error)
+        if answer is None or not answer.has_output:
+            raise
+        raise interrupted(request, answer.response(), error) from error
+    call.model = response.model or request.model
+    call.usage = response.usage
+    yield AttemptEnd(request, response)
+    return response
+
+
+def _to_chunk(item: object, provider: str) -> Chunk:
+    if isinstance(item, str):
+        return Chunk(item)
+    if isinstance(item, Chunk):
+        return item
+    raise TypeError(f"the provider {provider} yielded {shown(item)}; its stream() yields Chunk or str")
+
+
+def _to_response(reply: object, provider: str) -> Response:
+    if isinstance(reply, str):
+        return Response(reply)
+    if isinstance(reply, Response):
+        return reply
+    raise TypeError(f"the provider {provider} returned {shown(reply)}; its complete() returns a Response or a str")

@@ -1,0 +1,230 @@
+"""What a prompt is made of: messages, their parts, and tools."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast, get_args
+
+import attrs
+
+if TYPE_CHECKING:
+    from fluxibly.types import Response
+
+Role: TypeAlias = Literal["system", "user", "assistant", "tool"]
+ROLES: tuple[str, ...] = get_args(Role)
+
+
+@attrs.frozen
+class Text:
+    """A piece of text in a message."""
+
+    text: str
+
+
+@attrs.frozen(kw_only=True)
+class Image:
+    """An image in a message: either a `url` (http, https or data) or the bytes `data` with their `media_type`.
+
+    `detail` is OpenAI's hint ("low", "high", "auto"); providers without such a hint ignore it.
+    """
+
+    url: str | None = None
+    data: bytes | None = attrs.field(default=None, repr=lambda data: "None" if data is None else f"<{len(data)} bytes>")
+    media_type: str | None = None
+    detail: str | None = None
+
+    def __attrs_post_init__(self) -> None:
+        if (self.url is None) == (self.data is None):
+            raise ValueError("an Image takes either url= or data=, and one of them")
+        if self.data is not None and self.media_type is None:
+            raise ValueError("an Image made of data= needs media_type=, e.g. 'image/png'")
+
+
+@attrs.frozen(kw_only=True)
+class Reasoning:
+    """A model's reasoning that has to go back to it unchanged in the next turn.
+
+    `text` is what can be read of it, `signature` proves it to the service, and `raw` is the block as the service sent
+    it (a redacted one has nothing else). Only the dialect that produced it reads `raw`.
+    """
+
+    text: str = ""
+    signature: str | None = None
+    raw: Mapping[str, Any] | None = None
+
+
+def parse_arguments(raw: str) -> tuple[dict[str, Any], str | None]:
+    """The arguments of a tool call as a dict, and what was wrong with the text (then the dict is empty)."""
+    if not raw.strip():
+        return {}, None
+    try:
+        value = json.loads(raw)
+    except ValueError as error:
+        return {}, f"the arguments are not JSON: {error}"
+    except RecursionError:
+        return {}, "the arguments are nested too deeply"
+    if not isinstance(value, dict):
+        return {}, f"the arguments are a JSON {type(value).__name__}, not an object"
+    return value, None
+
+
+@attrs.frozen
+class ToolCall:
+    """A call of a tool that the model asked for.
+
+    Give `arguments` or `raw_arguments`, and the other is derived. If the model's text is not a JSON object then
+    `arguments` is empty, `raw_arguments` has the text, and `error` says what is wrong with it.
+    """
+
+    id: str
+    name: str
+    arguments: Mapping[str, Any] = attrs.field(factory=dict[str, Any])
+    raw_arguments: str = ""
+    signature: str | None = attrs.field(default=None, kw_only=True)
+    """A proof that must go back with the call (Gemini's thought signature)."""
+    error: str | None = attrs.field(default=None, init=False, eq=False)
+
+    def __attrs_post_init__(self) -> None:
+        if self.raw_arguments and not self.arguments:
+            arguments, error = parse_arguments(self.raw_arguments)
+            object.__setattr__(self, "arguments", arguments)
+            object.__setattr__(self, "error", error)
+        elif not self.raw_arguments:
+            object.__setattr__(self, "raw_arguments", json.dumps(dict(self.arguments), ensure_ascii=False))
+
+
+Part: TypeAlias = Text | Image
+Content: TypeAlias = "str | Part | Sequence[str | Part]"
+
+
+def _parts(content: object) -> tuple[Part, ...]:
+    if isinstance(content, str):
+        return (Text(content),) if content else ()
+    if isinstance(content, (Text, Image)):
+        return (content,)
+    if not isinstance(content, Iterable):
+        raise TypeError(f"a message's content is a str, Text, Image or a sequence of these, not {_kind(content)}")
+    parts: list[Part] = []
+    for part in content:  # pyright: ignore[reportUnknownVariableType]
+        if isinstance(part, str):
+            parts.append(Text(part))
+        elif isinstance(part, (Text, Image)):
+            parts.append(part)
+        else:
+            raise TypeError(f"a part of a message is a str, Text or Image, not {_kind(part)}")  # pyright: ignore[reportUnknownArgumentType]
+    return tuple(parts)
+
+
+def _kind(value: object) -> str:
+    return "None" if value is None else f"a {type(value).__name__}"
+
+
+@attrs.frozen
+class Message:
+    """One turn of a conversation. `Message.user("Hi")` and its siblings are the usual way to make one."""
+
+    role: Role = attrs.field()
+    content: tuple[Part, ...] = attrs.field(default=(), converter=_parts)
+    tool_calls: tuple[ToolCall, ...] = attrs.field(default=(), converter=tuple, kw_only=True)
+    """What an assistant asked for."""
+    tool_call_id: str | None = attrs.field(default=None, kw_only=True)
+    """For the role "tool": the `ToolCall.id` that this message answers."""
+    name: str | None = attrs.field(default=None, kw_only=True)
+    """Who speaks; for the role "tool", the tool's name (Gemini needs it)."""
+    reasoning: tuple[Reasoning, ...] = attrs.field(default=(), converter=tuple, kw_only=True)
+
+    @role.validator
+    def _known(self, _: object, role: object) -> None:
+        if role not in ROLES:
+            raise ValueError(f"a message's role is one of {', '.join(ROLES)}, not {role!r}")
+
+    @property
+    def text(self) -> str:
+        """All the text of the message, joined."""
+        return "".join([part.text for part in self.content if isinstance(part, Text)])
+
+    @classmethod
+    def system(cls, text: str) -> Message:
+        """Instructions to the model."""
+        return cls("system", text)
+
+    @classmethod
+    def user(cls, content: Content) -> Message:
+        """What the user says: a string, or a sequence of strings, `Text` and `Image`."""
+        return cls("user", content)
+
+    @classmethod
+    def assistant(cls, content: Content | Response = "", *, tool_calls: Iterable[ToolCall] = ()) -> Message:
+        """What the model said. A `Response` gives its text, its tool calls and the reasoning that must go back."""
+        if hasattr(content, "reasoning_parts"):
+            response = cast("Response", content)
+            return cls("assistant", response.text, tool_calls=response.tool_calls, reasoning=response.reasoning_parts)
+        return cls("assistant", cast("tuple[Part, ...]", content), tool_calls=tool_calls)
+
+    @classmethod
+    def tool(cls, content: Content, tool_call: str | ToolCall, *, name: str | None = None) -> Message:
+        """The result of a tool. `tool_call` is the `ToolCall` that asked for it, or its id (then give `name` too)."""
+        if isinstance(tool_call, ToolCall):
+            return cls("tool", content, tool_call_id=tool_call.id, name=name or tool_call.name)
+        return cls("tool", content, tool_call_id=tool_call, name=name)
+
+
+@attrs.frozen
+class Tool:
+    """A function that the model may ask to call. `parameters` is a JSON Schema of its arguments."""
+
+    name: str
+    description: str = ""
+    parameters: Mapping[str, Any] = attrs.field(factory=lambda: {"type": "object", "properties": {}})
+    strict: bool | None = attrs.field(default=None, kw_only=True)
+
+
+def to_messages(prompt: object) -> tuple[Message, ...]:
+    """A prompt (a string, a `Message` or a sequence of them) as messages.
+
+    Raises:
+        TypeError: it is something else.
+        ValueError: there is nothing in it.
+    """
+    if isinstance(prompt, str):
+        if not prompt:
+            raise ValueError("the prompt is empty; give a non-empty string or a sequence of Message")
+        return (Message.user(prompt),)
+    if isinstance(prompt, Message):
+        return (prompt,)
+    if not isinstance(prompt, Iterable) or isinstance(prompt, (bytes, Mapping)):
+        raise TypeError(f"a prompt is a str or a sequence of Message, not {_kind(prompt)}")  # pyright: ignore[reportUnknownArgumentType]
+    messages: tuple[object, ...] = tuple(prompt)  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
+    for message in messages:
+        if not isinstance(message, Message):
+            hint = "; write Message.user(...)" if isinstance(message, str) else ""
+            raise TypeError(f"a prompt is a str or a sequence of Message, but has {_kind(message)} in it{hint}")
+    if not messages:
+        raise ValueError("the prompt has no messages; give a non-empty string or a sequence of Message")
+    return messages  # type: ignore[return-value]  # each was checked above
+
+
+def to_tools(tools: Iterable[Tool | Mapping[str, Any]] | None) -> tuple[Tool, ...]:
+    return tuple(tool if isinstance(tool, Tool) else _tool(tool) for tool in tools or ())
+
+
+def _tool(tool: object) -> Tool:
+    if not isinstance(tool, Mapping):
+        raise TypeError(f"a tool is a Tool or a mapping with name, description and parameters, not {_kind(tool)}")
+    given: Mapping[str, Any] = tool  # pyright: ignore[reportUnknownVariableType]
+    function = given.get("function", given)
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):  # pyright: ignore[reportUnknownMemberType]
+        raise ValueError("a tool given as a mapping needs a 'name' (a str)")
+    fields: Mapping[str, Any] = function  # pyright: ignore[reportUnknownVariableType]
+    parameters = fields.get("parameters", fields.get("input_schema"))
+    return Tool(
+        fields["name"],
+        fields.get("description") or "",
+        parameters if parameters is not None else {"type": "object", "properties": {}},
+        strict=fields.get("strict"),
+    )
+
+
+def to_stop(stop: str | Iterable[str] | None) -> tuple[str, ...]:
+    return () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)

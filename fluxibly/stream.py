@@ -1,0 +1,492 @@
+"""The two drivers of streams, behind what the consumer holds: `Stream` and `AsyncStream`.
+
+The flow and the provider of a stream are stepped in a context of their own, so that what they set in context
+variables (the current span, above all) never shows in the consumer's code between two chunks.
+
+The handle that the consumer holds is apart from the driver, which is kept alive in `_open` until it has ended. So the
+garbage collector only ever finds a handle, whose finalizer does no more than queue the driver: the `finally` blocks
+of middleware, which take locks (a telemetry SDK's, say), never run inside of the collector.
+"""
+
+from __future__ import annotations
+
+import atexit
+import gc
+import threading
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Generator, Iterator
+from contextvars import Context, copy_context
+from types import coroutine
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
+
+from fluxibly import driving
+from fluxibly.aggregate import as_chunk
+from fluxibly.combinators import resend_refused
+from fluxibly.effects import END, PULL, Effect, Flow, More, Send, Source
+from fluxibly.types import Chunk, Request, Response, Restart
+
+if TYPE_CHECKING:
+    from typing import Self
+
+    from fluxibly.pipeline import AsyncPipeline, Pipeline
+
+T = TypeVar("T")
+Event = TypeVar("Event", bound="Chunk | Restart", covariant=True)
+
+
+class _Driver:
+    """The state of a stream, and every decision about it that needs no I/O.
+
+    `pending` is the effect to carry out when the consumer asks for more. An event that was delivered is one that needs
+    nothing done, save that after a chunk of the provider's the next one has to be read: then it is PULL.
+    """
+
+    def __init__(self, pipeline: Pipeline | AsyncPipeline, request: Request, flow: Flow[Response]) -> None:
+        self.pipeline = pipeline
+        self.request = request
+        self.call = request.call
+        self.flow = flow
+        self.context: Context = copy_context()
+        self.iterator: Any = None
+        self.source = Source(END)
+        self.texts: list[str] = []
+        self.output = False
+        self.response: Response | None = None
+        self.closing = self.ended = False
+        self.failed_early: BaseException | None = None
+        self.pending: Effect = PULL
+        try:
+            # "started" is logged now, when the call is made; how it went is told at the first read.
+            self.pending = self.context.run(flow.send, None)
+        except BaseException as error:
+            if not isinstance(error, (Exception, StopIteration)):
+                raise
+            self.failed_early = error
+        _open.add(self)
+
+    def deliver(self, chunk: Chunk, pending: Effect) -> Chunk:
+        """Count a chunk that goes to the consumer, and note what to do when it asks for more."""
+        self.pending = pending
+        call = self.call
+        call.chunks += 1
+        if call.first_chunk_at is None:
+            call.first_chunk_at = call.clock()
+        text = chunk.text
+        if text:
+            call.characters += len(text)
+            self.texts.append(text)
+            self.output = True
+        elif not self.output:
+            self.output = chunk.has_output
+        return chunk
+
+    def admit(self, request: Request) -> None:
+        """Let the provider be asked, unless output has gone out."""
+        if self.output:
+            raise resend_refused(request, Response("".join(self.texts)))
+        call = self.call
+        call.asked_at = call.clock()
+        if call.sent_at is None:
+            call.sent_at = call.asked_at
+
+    def restart(self, event: Restart) -> bool:
+        """Take what was delivered for void, if the consumer knows of such things; then `event` is delivered."""
+        if not self.call.restarts:
+            return False
+        self.pending = event
+        self.call.chunks = self.call.characters = 0
+        self.texts.clear()
+        self.output = False
+        return True
+
+    def finish(self, value: object) -> Chunk | None:
+        """Take the flow's result; one that was not streamed is returned, as the chunk to deliver."""
+        self.response = self.pipeline.finish(value, self.call)
+        if self.call.chunks == 0 and (self.response.has_output or self.response.finish_reason):
+            return self.deliver(as_chunk(self.response), PULL)
+        return None
+
+    def failure(self, error: BaseException) -> BaseException:
+        """What the consumer gets for an error."""
+        if not isinstance(error, Exception):
+            return error
+        driving.explain(error, self.pipeline.middleware)
+        return driving.after_output(error, self.request, self.texts) if self.output else error
+
+    def end(self) -> None:
+        self.ended = True
+        _open.discard(self)
+
+    def abort(self) -> None:
+        """End a read that is under way elsewhere, as far as the provider's stream can: one with an `abort()`."""
+        abort = getattr(self.iterator, "abort", None)
+        if abort is not None:
+            abort()
+
+    def let_go(self) -> None:
+        """Give the stream up from ordinary code that cannot wait."""
+        raise NotImplementedError
+
+
+class _SyncDriver(_Driver):
+    pipeline: Pipeline
+
+    def advance(self) -> Chunk | Restart | None:
+        """Carry effects out up to the next event for the consumer; None at the end. Runs in the stream's context."""
+        flow, source = self.flow, self.source
+        effect = self.pending
+        try:
+            if self.failed_early is not None:
+                raise self.failed_early
+            while True:
+                error: BaseException | None = None
+                outcome: object = None
+                try:
+                    if effect is PULL:
+                        if self.call.timed:
+                            self.call.asked_at = self.call.clock()
+                        source.chunk = END if self.iterator is None else next(self.iterator, END)
+                    else:
+                        outcome = self.carry_out(effect)
+                except BaseException as raised:  # noqa: BLE001  # it goes into the flow
+                    error = raised
+                effect = flow.send(outcome) if error is None else driving.throw(flow, error)
+                if type(effect) is Chunk:
+                    return self.deliver(effect, PULL)
+                if type(effect) is More:
+                    return self.deliver(effect.chunk, effect)
+                if type(effect) is Restart and self.restart(effect):
+                    return effect
+        except StopIteration as stop:
+            self.close_all()
+            return self.finish(stop.value)
+        except BaseException as error:
+            self.close_all()
+            raised = self.failure(error)
+            if raised is error:
+                raise
+            raise raised from error
+
+    def carry_out(self, effect: Effect) -> object:
+        if isinstance(effect, Send):
+            self.admit(effect.request)
+            self.release()
+            self.iterator = iter(self.pipeline.open(effect.request))
+            if self.closing:
+                self.abort()
+            self.source.chunk = next(self.iterator, END)
+            return self.source
+        if isinstance(effect, (More, Restart)):
+            return self.call.restarts
+        return self.pipeline.carry_out(effect, self.flow)
+
+    def release(self) -> None:
+        """Close the provider's stream."""
+        iterator, self.iterator = self.iterator, None
+        close = getattr(iterator, "close", None)
+        if close is not None:
+            close()
+
+    def close_all(self) -> None:
+        self.end()
+        try:
+            driving.close(self.flow)
+        finally:
+            self.release()
+
+    def close(self) -> None:
+        if self.ended:
+            return
+        self.closing = True
+        try:
+            self.context.run(self.close_all)
+        except RuntimeError as error:
+            if not _is_entered(error):
+                raise
+            self.abort()  # a read is under way: the thread that is in it closes all when it is back
+
+    let_go = close
+
+
+def _is_entered(error: RuntimeError) -> bool:
+    return str(error).startswith("cannot enter context")
+
+
+class Stream(Generic[Event]):
+    """A streamed answer: iterate its `Chunk`s (and `Restart`s, if asked for), then read `response`.
+
+    Use it in a `with` block, so that leaving early releases the connection. One thread reads at a time; `close` may be
+    called from any.
+    """
+
+    __slots__ = ("__weakref__", "_driver")
+
+    def __init__(self, driver: _SyncDriver) -> None:
+        self._driver = driver
+
+    def __iter__(self) -> Iterator[Event]:
+        return self
+
+    def __next__(self) -> Event:
+        driver = self._driver
+        if driver.closing or driver.ended:
+            raise StopIteration
+        try:
+            event = driver.context.run(driver.advance)
+        except RuntimeError as error:
+            if _is_entered(error):
+                raise RuntimeError("another thread is reading this stream") from None
+            raise
+        finally:
+            if driver.closing:
+                driver.close()
+        if event is None or driver.closing:
+            raise StopIteration
+        return cast("Event", event)
+
+    @property
+    def response(self) -> Response:
+        """The whole response.
+
+        Raises:
+            RuntimeError: the stream has not been read to its end.
+        """
+        return _response(self._driver)
+
+    def close(self) -> None:
+        """Give the stream up, if it is not over: its middleware see it end as abandoned. Twice is fine.
+
+        A read under way in another thread ends too: at once where the provider can (the HTTP ones and `local`), else
+        when it returns.
+        """
+        self._driver.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        _let_go(self._driver)
+
+    def texts(self) -> Generator[str, None, None]:
+        """The non-empty texts of the chunks. The generator owns the stream: closing it closes the stream."""
+        texts = self._texts()
+        next(texts)  # so that closing it unread still ends the flow
+        return texts
+
+    def _texts(self) -> Generator[str, None, None]:
+        try:
+            yield ""
+            for event in self:
+                if event.text:  # type: ignore[attr-defined]
+                    yield event.text  # type: ignore[attr-defined]
+        finally:
+            _let_go(self._driver)
+
+
+def _response(driver: _Driver) -> Response:
+    if driver.response is None:
+        raise RuntimeError("the stream has no response yet: iterate it to its end first")
+    return driver.response
+
+
+class _AsyncDriver(_Driver):
+    pipeline: AsyncPipeline
+    reading = False
+
+    async def advance(self) -> Chunk | Restart | None:
+        """Carry effects out up to the next event for the consumer; None at the end. Runs in the stream's context."""
+        flow, source = self.flow, self.source
+        effect = self.pending
+        try:
+            if self.failed_early is not None:
+                raise self.failed_early
+            while True:
+                error: BaseException | None = None
+                outcome: object = None
+                try:
+                    if effect is PULL:
+                        if self.call.timed:
+                            self.call.asked_at = self.call.clock()
+                        source.chunk = END if self.iterator is None else await anext(self.iterator, END)
+                    else:
+                        outcome = await self.carry_out(effect)
+                except BaseException as raised:  # noqa: BLE001  # it goes into the flow
+                    error = raised
+                effect = flow.send(outcome) if error is None else driving.throw(flow, error)
+                if type(effect) is Chunk:
+                    return self.deliver(effect, PULL)
+                if type(effect) is More:
+                    return self.deliver(effect.chunk, effect)
+                if type(effect) is Restart and self.restart(effect):
+                    return effect
+        except StopIteration as stop:
+            await self.close_all()
+            return self.finish(stop.value)
+        except BaseException as error:
+            await self.close_all()
+            raised = self.failure(error)
+            if raised is error:
+                raise
+            raise raised from error
+
+    async def carry_out(self, effect: Effect) -> object:
+        if isinstance(effect, Send):
+            self.admit(effect.request)
+            await self.release()
+            self.iterator = aiter(self.pipeline.open(effect.request))
+            self.source.chunk = await anext(self.iterator, END)
+            return self.source
+        if isinstance(effect, (More, Restart)):
+            return self.call.restarts
+        return await self.pipeline.carry_out(effect, self.flow)
+
+    async def release(self) -> None:
+        """Close the provider's stream."""
+        iterator, self.iterator = self.iterator, None
+        aclose = getattr(iterator, "aclose", None)
+        if aclose is not None:
+            await aclose()
+
+    async def close_all(self) -> None:
+        self.end()
+        try:
+            driving.close(self.flow)
+        finally:
+            await self.release()
+
+    async def aclose(self) -> None:
+        if self.ended:
+            return
+        self.closing = True
+        if self.reading:
+            self.abort()  # the task that is in the read closes all when it is back
+        else:
+            await _in_context(self.context, self.close_all())
+
+    def let_go(self) -> None:
+        """Without an await: the flow ends now; dropping an async generator makes its event loop close it."""
+        if self.ended or self.reading:
+            return
+        self.closing = True
+        self.end()
+        try:
+            self.context.run(driving.close, self.flow)
+        finally:
+            self.abort()
+            self.iterator = None
+
+
+@coroutine
+def _in_context(context: Context, work: Coroutine[Any, Any, T]) -> Generator[Any, Any, T]:
+    """Await `work` with each of its steps run in `context`."""
+    run = context.run
+    try:
+        waits_for = run(work.send, None)
+        while True:
+            try:
+                value = yield waits_for
+            except BaseException as error:  # noqa: BLE001  # it goes into the work
+                waits_for = run(work.throw, error)
+            else:
+                waits_for = run(work.send, value)
+    except StopIteration as stop:
+        result: T = stop.value
+        return result
+
+
+class AsyncStream(Generic[Event]):
+    """A `Stream` for `async with` and `async for`. One task reads at a time; `aclose` may be called from any."""
+
+    __slots__ = ("__weakref__", "_driver")
+
+    def __init__(self, driver: _AsyncDriver) -> None:
+        self._driver = driver
+
+    def __aiter__(self) -> AsyncIterator[Event]:
+        return self
+
+    async def __anext__(self) -> Event:
+        driver = self._driver
+        if driver.reading:
+            raise RuntimeError("another task is reading this stream")
+        if driver.closing or driver.ended:
+            raise StopAsyncIteration
+        driver.reading = True
+        try:
+            event = await _in_context(driver.context, driver.advance())
+        finally:
+            driver.reading = False
+            if driver.closing and not driver.ended:
+                await driver.aclose()
+        if event is None or driver.closing:
+            raise StopAsyncIteration
+        return cast("Event", event)
+
+    @property
+    def response(self) -> Response:
+        """The whole response.
+
+        Raises:
+            RuntimeError: the stream has not been read to its end.
+        """
+        return _response(self._driver)
+
+    async def aclose(self) -> None:
+        """Give the stream up, if it is not over: its middleware see it end as abandoned. Twice is fine."""
+        await self._driver.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    def __del__(self) -> None:
+        _let_go(self._driver)
+
+    async def texts(self) -> AsyncGenerator[str, None]:
+        """The non-empty texts of the chunks. The generator owns the stream: closing it closes the stream."""
+        try:
+            async for event in self:
+                if event.text:  # type: ignore[attr-defined]
+                    yield event.text  # type: ignore[attr-defined]
+        finally:
+            await self.aclose()
+
+
+# Streams that nobody holds any more
+
+_open: set[_Driver] = set()
+_orphans: deque[_Driver] = deque()
+_collector: int | None = None
+
+
+def _note_collection(phase: str, _: object) -> None:
+    global _collector  # noqa: PLW0603  # the one garbage collector's state
+    _collector = threading.get_ident() if phase == "start" else None
+
+
+def _let_go(driver: _Driver) -> None:
+    """End a stream that was dropped: now, or from inside of the garbage collector at the next call."""
+    if driver.ended:
+        return
+    if _collector == threading.get_ident():
+        _orphans.append(driver)
+    else:
+        driver.let_go()
+
+
+def end_orphans() -> None:
+    """End the streams that the garbage collector found. Every call begins with this, and the process ends with it."""
+    while _orphans:
+        try:
+            _orphans.popleft().let_go()
+        except Exception:
+            driving.logger.exception("a middleware failed while a dropped stream was ended")
+
+
+gc.callbacks.append(_note_collection)
+atexit.register(end_orphans)
