@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Literal, Protocol, TypeAlias
 
 import attrs
 
@@ -47,13 +47,33 @@ class StreamDecoder(Protocol):
         ...
 
 
+@attrs.frozen(kw_only=True)
+class Service:
+    """Where a dialect is spoken: what the shells need to know of a service besides its codec."""
+
+    framework: str
+    telemetry_name: str
+    """`gen_ai.provider.name` of the OpenTelemetry semantic conventions."""
+    base_url: str | None
+    """None: the user has to give `api_base`."""
+    env_var: str | None = None
+    """The environment variable with the API key."""
+    key_required: bool = True
+    auth_header: str = "authorization"
+    auth_prefix: str = "Bearer "
+    headers: tuple[tuple[str, str], ...] = ()
+    """Sent with every request."""
+
+
 class Codec(Protocol):
-    """A dialect. Instances are immutable and shared by all calls."""
+    """A dialect. Instances are immutable and shared by all calls; `framing` is that of its streams."""
 
-    framing: Framing
-    auth: Any  # how the API key is sent: a header's name and a prefix
+    @property
+    def framing(self) -> Framing: ...
+    def encode(self, request: Request, /, *, stream: bool) -> Encoded:
+        """The request on the wire. Raises BadRequest (not retryable) for a parameter that the dialect cannot take."""
+        ...
 
-    def encode(self, request: Request, /, *, stream: bool) -> Encoded: ...
     def decode(self, body: bytes, /) -> Response:
         """The response of a whole body. Raises ProviderError for an error in a 200, StreamProtocolError for rubbish."""
         ...
