@@ -1,0 +1,83 @@
+"""Keeps API keys and the user's content out of messages that go on to logs and spans."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+
+from fluxibly.types import Request, Text
+
+MASK = "***"
+CUT = "[…]"
+RUN = 12
+"""Characters that a message may at most share with a request's texts, plus one."""
+LONGEST = 2_000
+"""Characters of a message that are looked at; the rest is cut off."""
+
+
+def mask_secrets(text: str, secrets: Iterable[str]) -> str:
+    """`text` with each secret in it replaced, also where it stands JSON-escaped."""
+    for secret in secrets:
+        if secret:
+            text = text.replace(secret, MASK).replace(json.dumps(secret)[1:-1], MASK)
+    return text
+
+
+def mask_request(text: str, request: Request) -> str:
+    """`text` with every run of 12 characters or more that it shares with the request's texts replaced.
+
+    A text of over 2,000 characters is cut there first.
+    """
+    if len(text) > LONGEST:
+        text = text[:LONGEST] + "…"
+    if len(text) < RUN:
+        return text
+    spans: list[tuple[int, int]] = []
+    for content in _contents(request):
+        spans += _shared(text, content)
+    return _without(text, spans)
+
+
+def _contents(request: Request) -> Iterable[str]:
+    """The texts that a server could echo, as they are and as JSON writes them."""
+    for message in request.messages:
+        texts = [part.text for part in message.content if isinstance(part, Text)]
+        texts += [call.raw_arguments for call in message.tool_calls]
+        for text in texts:
+            if len(text) < RUN:
+                continue
+            yield text
+            for escaped in (json.dumps(text)[1:-1], json.dumps(text, ensure_ascii=False)[1:-1], repr(text)[1:-1]):
+                if escaped != text:
+                    yield escaped
+
+
+def _shared(text: str, content: str) -> list[tuple[int, int]]:
+    """The runs of `text` that stand in `content`.
+
+    A run of 12 characters holds a whole block of 6 that begins at a multiple of 6. So it is enough to look for these
+    few blocks in `content`, which may be megabytes long, and to look closer only around the ones that are found.
+    """
+    half = RUN // 2
+    found: list[tuple[int, int]] = []
+    near: set[int] = set()
+    for block in range(0, len(text) - half + 1, half):
+        if text[block : block + half] in content:
+            near.update(range(max(0, block - half), block + 1))
+    for start in sorted(near):
+        if start + RUN <= len(text) and text[start : start + RUN] in content:
+            found.append((start, start + RUN))
+    return found
+
+
+def _without(text: str, spans: list[tuple[int, int]]) -> str:
+    pieces: list[str] = []
+    at = 0
+    for start, end in sorted(spans):
+        if start > at or (start == at == 0):
+            pieces += [text[at:start], CUT]
+        elif not pieces:
+            pieces.append(CUT)
+        at = max(at, end)
+    pieces.append(text[at:])
+    return "".join(pieces)
