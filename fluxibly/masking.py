@@ -11,6 +11,8 @@ MASK = "***"
 CUT = "[…]"
 RUN = 12
 """Characters that a message may at most share with a request's texts, plus one."""
+CLOSER_LOOK = 200_000_000
+"""Characters that may be searched for the sake of one message (some 0.1 s)."""
 LONGEST = 2_000
 """Characters of a message that are looked at; the rest is cut off."""
 
@@ -55,29 +57,26 @@ def _contents(request: Request) -> Iterable[str]:
 def _shared(text: str, content: str) -> list[tuple[int, int]]:
     """The runs of `text` that stand in `content`.
 
-    A run of 12 characters holds a whole block of 6 that begins at a multiple of 6. So it is enough to look for these
-    few blocks in `content`, which may be megabytes long, and to look closer only around the ones that are found.
+    A run of 12 characters holds a whole block of 6 that begins, in `content`, at a multiple of 6. So one pass over
+    these blocks finds the places in `text` that are worth a closer look. Where the closer looks would cost too much
+    (a prompt of megabytes) these places count as shared.
     """
     half = RUN // 2
-    found: list[tuple[int, int]] = []
-    near: set[int] = set()
-    for block in range(0, len(text) - half + 1, half):
-        if text[block : block + half] in content:
-            near.update(range(max(0, block - half), block + 1))
-    for start in sorted(near):
-        if start + RUN <= len(text) and text[start : start + RUN] in content:
-            found.append((start, start + RUN))
-    return found
+    places: dict[str, list[int]] = {}
+    for place in range(len(text) - half + 1):
+        places.setdefault(text[place : place + half], []).append(place)
+    hits = set(places).intersection(content[at : at + half] for at in range(0, len(content) - half + 1, half))
+    starts = {max(0, place - back) for block in hits for place in places[block] for back in range(half + 1)}
+    too_much = len(starts) * len(content) > CLOSER_LOOK
+    return [(start, start + RUN) for start in starts if too_much or (start + RUN <= len(text) and text[start : start + RUN] in content)]
 
 
 def _without(text: str, spans: list[tuple[int, int]]) -> str:
     pieces: list[str] = []
     at = 0
     for start, end in sorted(spans):
-        if start > at or (start == at == 0):
+        if start > at or not pieces:
             pieces += [text[at:start], CUT]
-        elif not pieces:
-            pieces.append(CUT)
         at = max(at, end)
     pieces.append(text[at:])
     return "".join(pieces)
