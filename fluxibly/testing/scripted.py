@@ -1,0 +1,178 @@
+"""Providers that answer from a script."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections import deque
+from collections.abc import AsyncGenerator, Generator, Iterator, Sequence
+from typing import TYPE_CHECKING, TypeAlias
+
+import attrs
+
+from fluxibly.aggregate import Aggregator, as_chunk
+from fluxibly.errors import StreamProtocolError
+from fluxibly.types import Chunk, ProviderInfo, Request, Response
+
+if TYPE_CHECKING:
+    from fluxibly.pipeline import Clock
+
+
+@attrs.frozen
+class Delay:
+    """In a script: time passes, on the provider's clock. Without a clock it is skipped."""
+
+    seconds: float
+
+
+@attrs.frozen
+class Cut:
+    """In a script: the connection ends before the answer does, which is a `StreamProtocolError`."""
+
+
+Step: TypeAlias = str | Chunk | BaseException | Delay | Cut
+Answer: TypeAlias = str | Response | BaseException | Sequence[Step]
+"""What a scripted provider gives: a text, a response, an error to raise, or a stream script, step by step."""
+
+INFO = ProviderInfo(name="ScriptedProvider", framework="scripted", telemetry_name="scripted", in_process=True)
+
+
+class _Scripted:
+    """The script, and what was asked.
+
+    Attributes:
+        requests: what the provider got, in order.
+        opened, closed: how many streams were begun and released; equal when none is held.
+        shut: whether the provider was closed.
+
+    """
+
+    info = INFO
+
+    def __init__(self, *answers: Answer, clock: Clock | None = None) -> None:
+        self.requests: list[Request] = []
+        self.opened = self.closed = 0
+        self.shut = False
+        self._answers = deque(answers)
+        self._clock = clock
+        self._lock = threading.Lock()
+
+    @property
+    def left(self) -> int:
+        """How many answers were not taken."""
+        return len(self._answers)
+
+    def _next_steps(self, request: Request) -> Iterator[Step]:
+        """The next answer as a stream script."""
+        with self._lock:
+            self.requests.append(request)
+            if not self._answers:
+                raise AssertionError(
+                    f"{type(self).__name__} was asked {len(self.requests)} times and has only "
+                    f"{len(self.requests) - 1} answers; give it one for each call, retries included"
+                )
+            answer = self._answers.popleft()
+        return iter(to_steps(answer))
+
+    def _take(self, step: Step) -> Chunk | str:
+        """A step's chunk; raises what a step raises."""
+        if isinstance(step, BaseException):
+            raise step
+        if isinstance(step, Cut):
+            raise StreamProtocolError("the scripted stream was cut off before its end", provider=self.info.name)
+        return step  # type: ignore[return-value]  # no Delay comes here; rubbish is passed on, to see what it does
+
+    def _count(self, *, opened: int = 0, closed: int = 0) -> None:
+        with self._lock:
+            self.opened += opened
+            self.closed += closed
+
+
+class ScriptedProvider(_Scripted):
+    """A `Provider` whose calls take the answers in turn, streamed or whole::
+
+        provider = ScriptedProvider(RateLimitError("slow down"), ["Hello, ", Delay(2), "world"])
+        pipeline = Pipeline(provider, [Retry(max_retries=1)], clock=VirtualClock())
+        assert pipeline.complete(request).text == "Hello, world"
+        assert len(provider.requests) == 2
+
+    An answer is a str (streamed word by word), a `Response`, an exception, or a list of steps: texts, chunks,
+    exceptions, `Delay(seconds)` and `Cut()`. A whole call gets what the same steps come to. Pass the pipeline's
+    `clock` for delays to count.
+    """
+
+    def complete(self, request: Request) -> Response:
+        """The next answer, whole."""
+        answer = Aggregator()
+        for item in self._items(self._next_steps(request)):
+            answer.add(Chunk(item) if isinstance(item, str) else item)
+        return answer.response()
+
+    def stream(self, request: Request) -> Generator[Chunk | str, None, None]:
+        """The next answer, step by step."""
+        self._count(opened=1)
+        try:
+            yield from self._items(self._next_steps(request))
+        finally:
+            self._count(closed=1)
+
+    def _items(self, steps: Iterator[Step]) -> Iterator[Chunk | str]:
+        for step in steps:
+            if not isinstance(step, Delay):
+                yield self._take(step)
+            elif self._clock is not None:
+                self._clock.sleep(step.seconds)
+
+    def close(self) -> None:
+        """Note that the provider was closed."""
+        self.shut = True
+
+
+class AsyncScriptedProvider(_Scripted):
+    """`ScriptedProvider` as an `AsyncProvider`."""
+
+    async def complete(self, request: Request) -> Response:
+        """The next answer, whole."""
+        answer = Aggregator()
+        for step in self._next_steps(request):
+            if isinstance(step, Delay):
+                await self._wait(step)
+            else:
+                item = self._take(step)
+                answer.add(Chunk(item) if isinstance(item, str) else item)
+        return answer.response()
+
+    async def stream(self, request: Request) -> AsyncGenerator[Chunk | str, None]:
+        """The next answer, step by step."""
+        self._count(opened=1)
+        try:
+            for step in self._next_steps(request):
+                if isinstance(step, Delay):
+                    await self._wait(step)
+                else:
+                    yield self._take(step)
+        finally:
+            self._count(closed=1)
+
+    async def _wait(self, delay: Delay) -> None:
+        if self._clock is not None:
+            await self._clock.asleep(delay.seconds)
+
+    async def aclose(self) -> None:
+        """Note that the provider was closed."""
+        self.shut = True
+
+
+def to_steps(answer: Answer) -> Sequence[Step]:
+    """An answer as a stream script."""
+    if isinstance(answer, str):
+        return [*_words(answer)]
+    if isinstance(answer, Response):
+        return [*_words(answer.text), attrs.evolve(as_chunk(answer), text="")]
+    if isinstance(answer, BaseException):
+        return [answer]
+    return answer
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\s*\S+|\s+", text)
