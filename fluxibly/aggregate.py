@@ -90,7 +90,9 @@ class Aggregator:
         return Response(
             "".join(self._texts),
             tool_calls=[
-                ToolCall(call.id or f"call_{n}", call.name, raw_arguments="".join(call.arguments), signature=call.signature)
+                ToolCall(
+                    call.id or f"call_{n}", call.name, raw_arguments="".join(call.arguments), signature=call.signature
+                )
                 for n, call in enumerate(self._calls)
             ],
             reasoning="".join(self._reasoning),

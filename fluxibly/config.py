@@ -85,7 +85,9 @@ class LLMConfig:
     top_p: float | None = None
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
-    api_key: Secret | None = attrs.field(default=None, converter=cast("Callable[[Secret | str | None], Secret | None]", _secret))
+    api_key: Secret | None = attrs.field(
+        default=None, converter=cast("Callable[[Secret | str | None], Secret | None]", _secret)
+    )
     api_base: str | None = None
     timeout: float | Timeouts = 60.0
     max_retries: int = 3

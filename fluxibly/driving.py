@@ -12,9 +12,8 @@ from fluxibly.combinators import interrupted
 from fluxibly.effects import Effect, Flow, Middleware, shown
 from fluxibly.errors import StreamInterrupted
 from fluxibly.flow import layer_name
+from fluxibly.logs import log
 from fluxibly.types import Request, Response
-
-logger = logging.getLogger("fluxibly")
 
 HOW_TO_RETURN = "end it with: return (yield from call_next(request))"
 
@@ -60,10 +59,7 @@ def _tell(error: BaseException | None, layer: str, did: str) -> None:
     text = f"the middleware {layer} {did} after {name}; it must let it pass"
     if error is not None:
         error.add_note(f"fluxibly: {text}")
-    try:
-        logger.error("%s", text)
-    except Exception:  # a raising log handler must not take the place of the caller's exception
-        return
+    log(logging.ERROR, "%s", problem=text)
 
 
 def _catcher(error: BaseException) -> str:
@@ -145,5 +141,3 @@ def after_output(error: Exception, request: Request, delivered: Sequence[str]) -
     wrapped = interrupted(request, Response("".join(delivered)), error)
     wrapped.__cause__ = error
     return wrapped
-
-

@@ -77,7 +77,8 @@ def _bind(layer: Middleware, call_next: CallNext) -> CallNext:
                 f"the middleware {layer_name(layer)} returned {shown(flow)} where a generator was due; write it as "
                 "a generator function: def mw(request, call_next): return (yield from call_next(request))"
             )
-        return flow
+        profile = request.call.profile
+        return flow if profile is None else profile.over(layer_name(layer), flow)
 
     return bound
 
@@ -96,6 +97,7 @@ def send(request: Request) -> Flow[Response]:
     call = request.call
     call.attempts += 1
     answer: Aggregator | None = None
+    start = 0.0 if call.attempt_times is None else call.clock()
     try:
         reply = yield Send(request)
         if type(reply) is Source:
@@ -112,6 +114,9 @@ def send(request: Request) -> Flow[Response]:
         if answer is None or not answer.has_output:
             raise
         raise interrupted(request, answer.response(), error) from error
+    finally:
+        if call.attempt_times is not None:
+            call.attempt_times.append(call.clock() - start)
     call.model = response.model or request.model
     call.usage = response.usage
     yield AttemptEnd(request, response)

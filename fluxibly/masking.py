@@ -68,7 +68,11 @@ def _shared(text: str, content: str) -> list[tuple[int, int]]:
     hits = set(places).intersection(content[at : at + half] for at in range(0, len(content) - half + 1, half))
     starts = {max(0, place - back) for block in hits for place in places[block] for back in range(half + 1)}
     too_much = len(starts) * len(content) > CLOSER_LOOK
-    return [(start, start + RUN) for start in starts if too_much or (start + RUN <= len(text) and text[start : start + RUN] in content)]
+    return [
+        (start, start + RUN)
+        for start in starts
+        if too_much or (start + RUN <= len(text) and text[start : start + RUN] in content)
+    ]
 
 
 def _without(text: str, spans: list[tuple[int, int]]) -> str:

@@ -68,5 +68,3 @@ def no_stream(provider: object) -> NotImplementedError:
         f"the provider {type(provider).__name__} has no stream(); use forward() or complete(), or give it a method "
         "stream(request) that yields Chunk or str"
     )
-
-

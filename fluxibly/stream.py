@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import logging
 import threading
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Generator, Iterator
@@ -23,6 +24,7 @@ from fluxibly import driving
 from fluxibly.aggregate import as_chunk
 from fluxibly.combinators import resend_refused
 from fluxibly.effects import END, PULL, Effect, Flow, More, Send, Source
+from fluxibly.logs import log
 from fluxibly.types import Chunk, Request, Response, Restart
 
 if TYPE_CHECKING:
@@ -484,8 +486,12 @@ def end_orphans() -> None:
     while _orphans:
         try:
             _orphans.popleft().let_go()
-        except Exception:
-            driving.logger.exception("a middleware failed while a dropped stream was ended")
+        except Exception as error:  # noqa: BLE001  # there is no caller to raise it to
+            log(
+                logging.ERROR,
+                "a middleware raised %s while a dropped stream was ended",
+                error_type=type(error).__name__,
+            )
 
 
 gc.callbacks.append(_note_collection)

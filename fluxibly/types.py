@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from typing import Self
 
     from attrs import frozen as chunk_class
+
+    from fluxibly.profile import Profile
 else:
     from attrs import define as chunk_class
 
@@ -89,6 +91,9 @@ class CallRecord:
     cache_hit: bool = False
     """Set by a middleware that answers from a cache."""
     outcome: Outcome | None = None
+    attempt_times: list[float] | None = None
+    """Seconds of each attempt, where `Timing` asked for them; `profile` those of each layer."""
+    profile: Profile | None = None
 
     @cached_property
     def timings(self) -> dict[str, float]:
@@ -143,9 +148,7 @@ class Request:
     @property
     def prompt_length(self) -> int:
         """The characters of all the texts in its messages."""
-        return sum(
-            [len(part.text) for message in self.messages for part in message.content if isinstance(part, Text)]
-        )
+        return sum([len(part.text) for message in self.messages for part in message.content if isinstance(part, Text)])
 
 
 _CONVERTERS: dict[str, Callable[[Any], Any]] = {

@@ -1,1 +1,9 @@
 """The built-in middleware, a file each."""
+
+from fluxibly.middleware.logging import Logging
+from fluxibly.middleware.retry import Retry
+from fluxibly.middleware.stream_meter import StreamMeter
+from fluxibly.middleware.timing import Timing
+from fluxibly.middleware.validation import Validation
+
+__all__ = ["Logging", "Retry", "StreamMeter", "Timing", "Validation"]

@@ -1,0 +1,129 @@
+"""Logs each call with the standard library's `logging`, under the logger `fluxibly`."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import attrs
+
+from fluxibly.effects import CallNext, Flow
+from fluxibly.errors import root_cause
+from fluxibly.logs import log, logger, one_line
+from fluxibly.masking import mask_request
+from fluxibly.outcome import error_type, outcome_of
+from fluxibly.types import Request, Response
+
+PREVIEW = 100
+"""Characters of a prompt or an answer that a DEBUG line shows."""
+
+
+@attrs.frozen(kw_only=True)
+class Logging:
+    """Logs the start and the end of each call at INFO, failures at ERROR, and previews of the texts at DEBUG.
+
+    Every value of a line is on the record too, under the same name, for structured handlers (a record's own `name`
+    stays the logger's: the provider's is `provider_name`). Prompts and answers appear at DEBUG only, and an error's
+    message has the request's own texts masked. Times are seconds, lengths are characters.
+    """
+
+    def __call__(self, request: Request, call_next: CallNext) -> Flow[Response]:
+        call = request.call
+        if not logger.isEnabledFor(logging.ERROR):
+            return (yield from call_next(request))
+        start = call.clock()
+        prompt_length = request.prompt_length
+        _started(request, prompt_length)
+        try:
+            response = yield from call_next(request)
+        except BaseException as error:
+            _ended(request, error, call.clock() - start)
+            raise
+        if logger.isEnabledFor(logging.INFO):
+            elapsed = call.clock() - start
+            if call.streaming:
+                _streamed(request, response, elapsed)
+            else:
+                _completed(request, response, elapsed, prompt_length)
+        return response
+
+
+def _started(request: Request, prompt_length: int) -> None:
+    provider = request.call.provider
+    what = "streaming request" if request.call.streaming else "request"
+    log(
+        logging.INFO,
+        f"LLM {what} started | name=%s, framework=%s, model=%s, prompt_length=%d",
+        provider_name=provider.name,
+        framework=provider.framework,
+        model=request.model,
+        prompt_length=prompt_length,
+    )
+
+
+def _completed(request: Request, response: Response, elapsed: float, prompt_length: int) -> None:
+    log(
+        logging.INFO,
+        "LLM request completed | elapsed_time=%.2fs, prompt_length=%d, response_length=%d",
+        elapsed_time=elapsed,
+        prompt_length=prompt_length,
+        response_length=len(response.text),
+    )
+    if logger.isEnabledFor(logging.DEBUG):
+        log(
+            logging.DEBUG,
+            'LLM request details | prompt_preview="%s", response_preview="%s", elapsed_time=%.3f',
+            prompt_preview=_preview("".join(message.text for message in request.messages)),
+            response_preview=_preview(response.text),
+            elapsed_time=elapsed,
+        )
+
+
+def _streamed(request: Request, response: Response, elapsed: float) -> None:
+    total_length = len(response.text)
+    # A response that was not streamed (a cache hit) reaches the consumer as one chunk after this.
+    total_chunks = request.call.chunks or int(response.has_output)
+    log(
+        logging.INFO,
+        "LLM streaming completed | elapsed_time=%.2fs, total_chunks=%d, total_length=%d",
+        elapsed_time=elapsed,
+        total_chunks=total_chunks,
+        total_length=total_length,
+    )
+    if logger.isEnabledFor(logging.DEBUG):
+        log(
+            logging.DEBUG,
+            "LLM streaming details | total_chunks=%d, total_length=%d, avg_chunk_size=%.1f",
+            total_chunks=total_chunks,
+            total_length=total_length,
+            avg_chunk_size=total_length / total_chunks if total_chunks else 0.0,
+        )
+
+
+def _ended(request: Request, error: BaseException, elapsed: float) -> None:
+    """The call raised: it failed, or its consumer gave it up, or it was cancelled."""
+    call = request.call
+    outcome = outcome_of(error)
+    what = "streaming" if call.streaming else "request"
+    if outcome in ("abandoned", "cancelled"):
+        template = f"LLM {what} {outcome} | elapsed_time=%.2fs"
+        values: dict[str, Any] = {"elapsed_time": elapsed}
+        if call.streaming:
+            template += ", total_chunks=%d, total_length=%d"
+            values |= {"total_chunks": call.chunks, "total_length": call.characters}
+        log(logging.INFO, template, **values, outcome=outcome)
+        return
+    template = f'LLM {what} failed | elapsed_time=%.2fs, error_type=%s, error_message="%s"'
+    values = {
+        "elapsed_time": elapsed,
+        "error_type": error_type(error),
+        "error_message": one_line(mask_request(str(root_cause(error)), request)),
+    }
+    if call.streaming:
+        template += ", chunks_received=%d"
+        values["chunks_received"] = call.chunks
+    log(logging.ERROR, template, **values, outcome=outcome)
+
+
+def _preview(text: str) -> str:
+    return one_line(text[:PREVIEW]) + ("..." if len(text) > PREVIEW else "")

@@ -1,0 +1,106 @@
+"""Tries again what failed for the moment."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Callable
+from typing import Literal
+
+import attrs
+
+from fluxibly.combinators import OutputWatch
+from fluxibly.effects import CallNext, Flow
+from fluxibly.errors import ProviderError, StreamInterrupted, root_cause
+from fluxibly.flow import sleep
+from fluxibly.logs import log, one_line
+from fluxibly.masking import mask_request
+from fluxibly.outcome import error_type
+from fluxibly.types import Request, Response, Restart
+
+
+def _not_negative(instance: object, attribute: attrs.Attribute[float], value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
+        raise ValueError(f"Retry({attribute.name}=…) is a number from 0 up, not {value!r}")
+
+
+def _whole(instance: object, attribute: attrs.Attribute[int], value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"Retry({attribute.name}=…) is a whole number from 0 up, not {value!r}")
+
+
+@attrs.frozen(kw_only=True)
+class Retry:
+    """Tries again after errors that are marked retryable (`ProviderError.retryable`), and only before output.
+
+    The wait before retry n (from 0) is random between 0 and min(`max_delay`, `base_delay` * 2**n) seconds: exponential
+    backoff with full jitter (the AWS Architecture Blog's "Exponential Backoff And Jitter"). Where the service said how
+    long to wait, that is the wait, if it is at most `max_retry_after`; if it is more, the error is raised at once.
+
+    Args:
+        max_retries: how often to try again after the first attempt; 0 never.
+        base_delay, max_delay: seconds, see above.
+        max_retry_after: the longest `Retry-After` that is waited for, in seconds.
+        total_time: seconds from the first attempt's start after which none is begun; None is no limit.
+        on_interrupt: what to do if a stream fails after output. "raise" raises `StreamInterrupted`; "restart" emits a
+            `Restart` and begins anew, if the consumer (`stream(…, restarts=True)`) or an outer hold-back takes that.
+        uniform: the source of jitter, for tests.
+    """
+
+    max_retries: int = attrs.field(default=3, validator=_whole)
+    base_delay: float = attrs.field(default=0.5, validator=_not_negative)
+    max_delay: float = attrs.field(default=8.0, validator=_not_negative)
+    max_retry_after: float = attrs.field(default=60.0, validator=_not_negative)
+    total_time: float | None = attrs.field(default=None, validator=attrs.validators.optional(_not_negative))
+    on_interrupt: Literal["raise", "restart"] = attrs.field(
+        default="raise", validator=attrs.validators.in_(("raise", "restart"))
+    )
+    uniform: Callable[[float, float], float] = attrs.field(default=random.uniform, repr=False)
+
+    def __call__(self, request: Request, call_next: CallNext) -> Flow[Response]:
+        start = request.call.clock()
+        attempt = 0
+        while True:
+            watch = OutputWatch()
+            try:
+                return (yield from watch.over(call_next(request)))
+            except Exception as raised:
+                error = raised
+                if watch.done and not isinstance(error, StreamInterrupted):
+                    raise  # not the provider's: a layer within failed after output had gone past here
+            wait = self.wait(attempt, error, request.call.clock() - start)
+            if wait is None:
+                raise error
+            if isinstance(error, StreamInterrupted) and not (yield Restart(error_type(error))):
+                raise error
+            _log_retry(request, error, attempt, wait)
+            del error  # its traceback refers to this frame
+            yield from sleep(wait)
+            attempt += 1
+
+    def wait(self, attempt: int, error: Exception, elapsed: float) -> float | None:
+        """Seconds to wait before trying again after attempt number `attempt` (from 0), or None to raise the error."""
+        cause = root_cause(error)
+        if attempt >= self.max_retries or not isinstance(cause, ProviderError) or not cause.retryable:
+            return None
+        if isinstance(error, StreamInterrupted) and self.on_interrupt != "restart":
+            return None
+        wait = self.uniform(0.0, min(self.max_delay, self.base_delay * 2.0 ** min(attempt, 60)))
+        if cause.retry_after is not None:
+            if cause.retry_after > self.max_retry_after:
+                return None
+            wait = max(cause.retry_after, 0.0)
+        if self.total_time is not None and elapsed + wait >= self.total_time:
+            return None
+        return wait
+
+
+def _log_retry(request: Request, error: Exception, attempt: int, wait: float) -> None:
+    log(
+        logging.WARNING,
+        'LLM attempt failed, will retry | attempt=%d, wait=%.2fs, error_type=%s, error_message="%s"',
+        attempt=attempt + 1,
+        wait=wait,
+        error_type=error_type(error),
+        error_message=one_line(mask_request(str(root_cause(error)), request)),
+    )

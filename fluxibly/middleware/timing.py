@@ -1,0 +1,54 @@
+"""Times each call, each of its attempts, and on request each layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import attrs
+
+from fluxibly.effects import CallNext, Flow
+from fluxibly.report import report_once
+from fluxibly.profile import Profile
+from fluxibly.types import CallRecord, Request, Response
+
+
+@attrs.frozen(kw_only=True)
+class Timing:
+    """Writes to `request.call.timings`, in seconds: "call" and, for the attempts, "attempt.0", "attempt.1", ….
+
+    Times are wall times from here inward: in a stream they include what the consumer took.
+
+    Args:
+        layers: also "layer.NAME", the time that each middleware within this one spent itself (not in the layers
+            below it, nor waiting). It makes every chunk dearer; for looking into a stack, not for production.
+        record: called with the timings when the call has ended, however it did. An exception in it is reported once
+            on standard error, and changes nothing.
+    """
+
+    layers: bool = False
+    record: Callable[[Mapping[str, float]], None] | None = None
+
+    def __call__(self, request: Request, call_next: CallNext) -> Flow[Response]:
+        call = request.call
+        call.attempt_times = []
+        if self.layers:
+            call.profile = Profile(call.clock)
+        start = call.clock()
+        try:
+            return (yield from call_next(request))
+        finally:
+            self._record(call, call.clock() - start)
+
+    def _record(self, call: CallRecord, elapsed: float) -> None:
+        timings = call.timings
+        timings["call"] = elapsed
+        for index, seconds in enumerate(call.attempt_times or ()):
+            timings[f"attempt.{index}"] = seconds
+        if call.profile is not None:
+            for name, seconds in call.profile.seconds.items():
+                timings[f"layer.{name}"] = seconds
+        if self.record is not None:
+            try:
+                self.record(timings)
+            except Exception as error:  # noqa: BLE001  # what is told about a call never changes it
+                report_once("timing", f"Timing(record=…) raised {type(error).__name__}: {error}")
