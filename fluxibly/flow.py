@@ -96,6 +96,7 @@ def send(request: Request) -> Flow[Response]:
     """
     call = request.call
     call.attempts += 1
+    call.asked_model = request.model
     answer: Aggregator | None = None
     start = 0.0 if call.attempt_times is None else call.clock()
     try:
@@ -109,11 +110,17 @@ def send(request: Request) -> Flow[Response]:
             response = answer.response()
         else:
             response = reply if type(reply) is Response else _to_response(reply, call.provider.name)
-    except Exception as error:
-        yield AttemptEnd(request, error=error)
-        if answer is None or not answer.has_output:
+    except BaseException as error:
+        partial = None
+        if answer is not None:
+            partial = answer.response()
+            call.model, call.usage = partial.model or request.model, partial.usage
+        if not isinstance(error, Exception):
             raise
-        raise interrupted(request, answer.response(), error) from error
+        yield AttemptEnd(request, error=error)
+        if partial is None or not partial.has_output:
+            raise
+        raise interrupted(request, partial, error) from error
     finally:
         if call.attempt_times is not None:
             call.attempt_times.append(call.clock() - start)

@@ -84,9 +84,12 @@ class CallRecord:
     chunks: int = 0
     """Chunks that the consumer got, since the last `Restart`; `characters` likewise."""
     characters: int = 0
+    asked_model: str | None = None
+    """The model that the last attempt asked for."""
     model: str | None = None
     """The model that answered, as the last attempt's response named it."""
     usage: Usage | None = None
+    """Of the last attempt; of one that was cut off or given up, as far as the service had told."""
     stats: StreamStats | None = None
     cache_hit: bool = False
     """Set by a middleware that answers from a cache."""
