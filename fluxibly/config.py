@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import attrs
 
 from fluxibly.errors import ConfigError
+from fluxibly.suggest import did_you_mean
 
 
 class Secret:
@@ -60,8 +60,14 @@ class Timeouts:
     idle: float | None = None
     total: float | None = None
 
+    def __attrs_post_init__(self) -> None:
+        for name in ("connect", "first_byte", "idle", "total"):
+            value = getattr(self, name)
+            if value is not None and not (_is_number(value) and value > 0):
+                raise ConfigError(f"timeout.{name}: {value!r} is not a number of seconds above 0")
 
-def _secret(value: object) -> object:
+
+def _secret(value: Secret | str | None) -> Secret | None:
     return Secret(value) if isinstance(value, str) else value
 
 
@@ -85,9 +91,7 @@ class LLMConfig:
     top_p: float | None = None
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
-    api_key: Secret | None = attrs.field(
-        default=None, converter=cast("Callable[[Secret | str | None], Secret | None]", _secret)
-    )
+    api_key: Secret | None = attrs.field(default=None, converter=_secret)
     api_base: str | None = None
     timeout: float | Timeouts = 60.0
     max_retries: int = 3
@@ -95,7 +99,9 @@ class LLMConfig:
     middleware: Sequence[Any] | None = None
 
     def __attrs_post_init__(self) -> None:
-        raise_problems(problems_of(self))
+        problems = list(_problems(self))
+        if problems:
+            raise ConfigError(_listed(problems), problems=tuple(problems))
 
     @property
     def timeouts(self) -> Timeouts:
@@ -103,3 +109,199 @@ class LLMConfig:
         if isinstance(self.timeout, Timeouts):
             return self.timeout
         return Timeouts(self.timeout, self.timeout, self.timeout, self.timeout)
+
+    @classmethod
+    def from_mapping(cls, settings: Mapping[str, Any], *, path: str = "") -> LLMConfig:
+        """A configuration out of plain data, as YAML and JSON have it. `path` goes before the names in messages.
+
+        Numbers may be given as strings (they are, where they come from environment variables).
+
+        Raises:
+            ConfigError: it lists all that is wrong.
+        """
+        names = [field.name for field in attrs.fields(cls)]
+        problems = [
+            f"{path}{name}: there is no such setting{did_you_mean(str(name), names)}"
+            for name in settings
+            if name not in names
+        ]
+        problems += [f"{path}{name}: is required" for name in ("framework", "model") if settings.get(name) is None]
+        known = {name: _read(name, value) for name, value in settings.items() if name in names and value is not None}
+        try:
+            config = cls(**{"framework": "-", "model": "-", **known})
+        except ConfigError as error:
+            problems += [f"{path}{problem}" for problem in error.problems]
+            raise ConfigError(_listed(problems), problems=tuple(problems)) from None
+        if problems:
+            raise ConfigError(_listed(problems), problems=tuple(problems))
+        return config
+
+    @classmethod
+    def from_yaml(cls, file: str | Path, *, section: str = "llm") -> LLMConfig:
+        """The configuration in a section of a YAML file.
+
+        `${VAR}` and `${VAR:-default}` in strings are replaced by environment variables, after parsing.
+
+        Raises:
+            ConfigError: the file cannot be read or parsed, lacks the section, or holds bad settings.
+        """
+        return cls.from_mapping(read_section(Path(file), section), path=f"{section}.")
+
+
+_RANGES: dict[str, tuple[float, float]] = {
+    "temperature": (0, 2),
+    "top_p": (0, 1),
+    "frequency_penalty": (-2, 2),
+    "presence_penalty": (-2, 2),
+}
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _problems(config: LLMConfig) -> list[str]:
+    """Everything that is wrong with a configuration."""
+    problems: list[str] = []
+    for name in ("framework", "model"):
+        value: object = getattr(config, name)
+        if not isinstance(value, str) or not value.strip():
+            problems.append(f"{name}: {value!r} is not a name (a non-empty str)")
+    problems += parameter_problems({name: getattr(config, name) for name in (*_RANGES, "max_tokens")})
+    if not isinstance(config.timeout, Timeouts) and not (_is_number(config.timeout) and config.timeout > 0):
+        problems.append(f"timeout: {config.timeout!r} is not a number of seconds above 0, nor Timeouts(...)")
+    if not _is_whole(config.max_retries) or config.max_retries < 0:
+        problems.append(f"max_retries: {config.max_retries!r} is not a whole number from 0 up")
+    if config.api_key is not None and not isinstance(config.api_key, Secret):  # pyright: ignore[reportUnnecessaryIsInstance]
+        problems.append(f"api_key: a str is due, not a {type(config.api_key).__name__}")
+    base: object = config.api_base
+    if base is not None and not (isinstance(base, str) and re.match(r"https?://[^/\s]+", base)):
+        problems.append(f"api_base: {base!r} is not an http:// or https:// URL")
+    if not isinstance(config.additional_params, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+        problems.append("additional_params: a table (a mapping) is due")
+    layers: object = config.middleware
+    if layers is not None and (isinstance(layers, (str, Mapping)) or not isinstance(layers, Sequence)):
+        problems.append("middleware: a list is due")
+    return problems
+
+
+def parameter_problems(parameters: Mapping[str, object]) -> list[str]:
+    """What is wrong with the sampling parameters of a configuration or a call; None is always right."""
+    problems: list[str] = []
+    for name, value in parameters.items():
+        if value is None:
+            continue
+        if name in _RANGES:
+            low, high = _RANGES[name]
+            if not _is_number(value) or not low <= cast("float", value) <= high:
+                problems.append(f"{name}: {value!r} is not a number from {low:g} to {high:g}")
+        elif name == "max_tokens" and (not _is_whole(value) or cast("int", value) < 1):
+            problems.append(f"max_tokens: {value!r} is not a whole number from 1 up")
+    return problems
+
+
+def _listed(problems: Sequence[str]) -> str:
+    return (
+        problems[0] if len(problems) == 1 else "several settings are wrong:\n" + "\n".join(f"- {p}" for p in problems)
+    )
+
+
+def _read(name: str, value: Any) -> Any:
+    """A setting as plain data gives it; what does not fit is left for validation to tell of."""
+    if name == "timeout" and isinstance(value, Mapping):
+        return _timeouts(cast("Mapping[str, Any]", value))
+    if isinstance(value, str) and name in (*_RANGES, "timeout", "max_tokens", "max_retries"):
+        try:
+            return int(value) if name in ("max_tokens", "max_retries") else float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _timeouts(table: Mapping[str, Any]) -> Timeouts:
+    import cattrs
+
+    converter = cattrs.Converter(forbid_extra_keys=True)
+    try:
+        return converter.structure(table, Timeouts)
+    except ConfigError:
+        raise
+    except Exception as error:
+        problems = tuple(cattrs.transform_error(error, path="timeout"))
+        raise ConfigError(_listed(problems), problems=problems) from None
+
+
+def read_section(file: Path, section: str) -> Mapping[str, Any]:
+    """A section of a YAML file, with environment variables expanded.
+
+    Raises:
+        ConfigError: see `LLMConfig.from_yaml`.
+    """
+    import yaml
+
+    try:
+        document: object = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {file}: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{file} is not UTF-8 text") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark is not None else ""
+        raise ConfigError(f"{file}{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+    except RecursionError:
+        raise ConfigError(f"{file}: nested too deeply") from None
+    if document is None:
+        raise ConfigError(f"{file} is empty; it needs a section `{section}:` with framework and model")
+    if not isinstance(document, Mapping):
+        raise ConfigError(
+            f"{file}: a table is due at the top, with a section `{section}:`, not a {_yaml_kind(document)}"
+        )
+    sections = cast("Mapping[Any, Any]", document)
+    if section not in sections:
+        raise ConfigError(f"{file} has no section `{section}:`{did_you_mean(section, map(str, sections))}")
+    table = sections[section]
+    if not isinstance(table, Mapping):
+        raise ConfigError(f"{file}: `{section}:` is a table with framework and model, not a {_yaml_kind(table)}")
+    problems: list[str] = []
+    expanded = _expand(table, section, problems)
+    if problems:
+        raise ConfigError(_listed(problems), problems=tuple(problems))
+    return cast("Mapping[str, Any]", expanded)
+
+
+def _yaml_kind(value: object) -> str:
+    return (
+        "list" if isinstance(value, list) else "nothing" if value is None else f"single value ({type(value).__name__})"
+    )
+
+
+_VARIABLE = re.compile(r"\$\{(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?::-(?P<default>[^}]*))?\}")
+
+
+def _expand(value: Any, path: str, problems: list[str]) -> Any:
+    """`value` with the environment variables in its strings replaced; unset ones are added to `problems`."""
+    if isinstance(value, str):
+
+        def replace(match: re.Match[str]) -> str:
+            found = os.environ.get(match["name"]) or match["default"]
+            if found is None:
+                problems.append(
+                    f"{path}: the environment variable {match['name']} is not set; "
+                    f"set it, or write ${{{match['name']}:-default}}"
+                )
+                return ""
+            return found
+
+        return _VARIABLE.sub(replace, value)
+    if isinstance(value, Mapping):
+        table = cast("Mapping[Any, Any]", value)
+        return {key: _expand(item, f"{path}.{key}", problems) for key, item in table.items()}
+    if isinstance(value, list):
+        items = cast("list[Any]", value)
+        return [_expand(item, f"{path}[{index}]", problems) for index, item in enumerate(items)]
+    return value

@@ -94,6 +94,14 @@ class ToolCall:
             object.__setattr__(self, "raw_arguments", json.dumps(dict(self.arguments), ensure_ascii=False))
 
 
+def to_tool_calls(calls: Iterable[ToolCall]) -> tuple[ToolCall, ...]:
+    return tuple(calls)
+
+
+def to_reasoning(parts: Iterable[Reasoning]) -> tuple[Reasoning, ...]:
+    return tuple(parts)
+
+
 Part: TypeAlias = Text | Image
 Content: TypeAlias = "str | Part | Sequence[str | Part]"
 
@@ -120,24 +128,24 @@ def _kind(value: object) -> str:
     return "None" if value is None else f"a {type(value).__name__}"
 
 
+def _known_role(instance: object, attribute: object, role: object) -> None:
+    if role not in ROLES:
+        raise ValueError(f"a message's role is one of {', '.join(ROLES)}, not {role!r}")
+
+
 @attrs.frozen
 class Message:
     """One turn of a conversation. `Message.user("Hi")` and its siblings are the usual way to make one."""
 
-    role: Role = attrs.field()
+    role: Role = attrs.field(validator=_known_role)
     content: tuple[Part, ...] = attrs.field(default=(), converter=_parts)
-    tool_calls: tuple[ToolCall, ...] = attrs.field(default=(), converter=tuple, kw_only=True)
+    tool_calls: tuple[ToolCall, ...] = attrs.field(default=(), converter=to_tool_calls, kw_only=True)
     """What an assistant asked for."""
     tool_call_id: str | None = attrs.field(default=None, kw_only=True)
     """For the role "tool": the `ToolCall.id` that this message answers."""
     name: str | None = attrs.field(default=None, kw_only=True)
     """Who speaks; for the role "tool", the tool's name (Gemini needs it)."""
-    reasoning: tuple[Reasoning, ...] = attrs.field(default=(), converter=tuple, kw_only=True)
-
-    @role.validator
-    def _known(self, _: object, role: object) -> None:
-        if role not in ROLES:
-            raise ValueError(f"a message's role is one of {', '.join(ROLES)}, not {role!r}")
+    reasoning: tuple[Reasoning, ...] = attrs.field(default=(), converter=to_reasoning, kw_only=True)
 
     @property
     def text(self) -> str:

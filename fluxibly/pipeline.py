@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterable, Iterable
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast, overload
 
 from fluxibly import driving, provider as providers
-from fluxibly.effects import AttemptEnd, Effect, Flow, Middleware, Perform, Send, Sleep
+from fluxibly.effects import AttemptEnd, Effect, Flow, Middleware, Perform, Send, Sleep, shown
 from fluxibly.flow import compose
-from fluxibly.stream import AsyncStream, Stream, _AsyncDriver, _orphans, _SyncDriver, end_orphans
+from fluxibly.stream import AsyncDriver, AsyncStream, Stream, SyncDriver, end_orphans, orphans
 from fluxibly.types import CallRecord, Chunk, ProviderInfo, Request, Response, Restart
 
 if TYPE_CHECKING:
-    from types import TracebackType
     from typing import Self
 
     from fluxibly.provider import AsyncProvider, Provider
@@ -76,8 +75,8 @@ class _Pipeline:
         if self.closed:
             raise RuntimeError(f"this {type(self).__name__} is closed; make a new one")
         if not isinstance(request, Request):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(f"a Request is due here, not {driving.shown(request)}; LLM takes prompts")
-        if _orphans:
+            raise TypeError(f"a Request is due here, not {shown(request)}; LLM takes prompts")
+        if orphans:
             end_orphans()
         call = CallRecord()
         call.provider = self.info
@@ -173,13 +172,13 @@ class Pipeline(_Pipeline):
         if not hasattr(self.provider, "stream"):
             raise providers.no_stream(self.provider)
         request = self.begin(request, streaming=True, restarts=restarts)
-        return Stream(_SyncDriver(self, request, self._run(request)))
+        return Stream(SyncDriver(self, request, self._run(request)))
 
     def open(self, request: Request) -> Iterable[Chunk | str]:
         """The provider's own stream."""
         stream = self.provider.stream(request)
         if not isinstance(stream, Iterable) or isinstance(stream, str):
-            raise TypeError(f"the stream() of {self.info.name} returned {driving.shown(stream)}; make it a generator")
+            raise TypeError(f"the stream() of {self.info.name} returned {shown(stream)}; make it a generator")
         return cast("Iterable[Chunk | str]", stream)
 
     def carry_out(self, effect: Effect, flow: Flow[Response]) -> object:
@@ -274,14 +273,14 @@ class AsyncPipeline(_Pipeline):
         if not hasattr(self.provider, "stream"):
             raise providers.no_stream(getattr(self.provider, "wrapped", self.provider))
         request = self.begin(request, streaming=True, restarts=restarts)
-        return AsyncStream(_AsyncDriver(self, request, self._run(request)))
+        return AsyncStream(AsyncDriver(self, request, self._run(request)))
 
     def open(self, request: Request) -> AsyncIterable[Chunk | str]:
         """The provider's own stream."""
         stream = self.provider.stream(request)
         if not isinstance(stream, AsyncIterable):
             raise TypeError(
-                f"the stream() of {self.info.name} returned {driving.shown(stream)}; make it an async generator"
+                f"the stream() of {self.info.name} returned {shown(stream)}; make it an async generator"
             )
         return cast("AsyncIterable[Chunk | str]", stream)
 

@@ -130,7 +130,7 @@ class _Driver:
         raise NotImplementedError
 
 
-class _SyncDriver(_Driver):
+class SyncDriver(_Driver):
     pipeline: Pipeline
 
     def advance(self) -> Chunk | Restart | None:
@@ -164,10 +164,10 @@ class _SyncDriver(_Driver):
             return self.finish(stop.value)
         except BaseException as error:
             self.close_all()
-            raised = self.failure(error)
-            if raised is error:
+            failure = self.failure(error)
+            if failure is error:
                 raise
-            raise raised from error
+            raise failure from error
 
     def carry_out(self, effect: Effect) -> object:
         if isinstance(effect, Send):
@@ -223,7 +223,7 @@ class Stream(Generic[Event]):
 
     __slots__ = ("__weakref__", "_driver")
 
-    def __init__(self, driver: _SyncDriver) -> None:
+    def __init__(self, driver: SyncDriver) -> None:
         self._driver = driver
 
     def __iter__(self) -> Iterator[Event]:
@@ -282,8 +282,8 @@ class Stream(Generic[Event]):
         try:
             yield ""
             for event in self:
-                if event.text:  # type: ignore[attr-defined]
-                    yield event.text  # type: ignore[attr-defined]
+                if isinstance(event, Chunk) and event.text:
+                    yield event.text
         finally:
             _let_go(self._driver)
 
@@ -294,7 +294,7 @@ def _response(driver: _Driver) -> Response:
     return driver.response
 
 
-class _AsyncDriver(_Driver):
+class AsyncDriver(_Driver):
     pipeline: AsyncPipeline
     reading = False
 
@@ -329,10 +329,10 @@ class _AsyncDriver(_Driver):
             return self.finish(stop.value)
         except BaseException as error:
             await self.close_all()
-            raised = self.failure(error)
-            if raised is error:
+            failure = self.failure(error)
+            if failure is error:
                 raise
-            raise raised from error
+            raise failure from error
 
     async def carry_out(self, effect: Effect) -> object:
         if isinstance(effect, Send):
@@ -404,7 +404,7 @@ class AsyncStream(Generic[Event]):
 
     __slots__ = ("__weakref__", "_driver")
 
-    def __init__(self, driver: _AsyncDriver) -> None:
+    def __init__(self, driver: AsyncDriver) -> None:
         self._driver = driver
 
     def __aiter__(self) -> AsyncIterator[Event]:
@@ -453,8 +453,8 @@ class AsyncStream(Generic[Event]):
         """The non-empty texts of the chunks. The generator owns the stream: closing it closes the stream."""
         try:
             async for event in self:
-                if event.text:  # type: ignore[attr-defined]
-                    yield event.text  # type: ignore[attr-defined]
+                if isinstance(event, Chunk) and event.text:
+                    yield event.text
         finally:
             await self.aclose()
 
@@ -462,7 +462,7 @@ class AsyncStream(Generic[Event]):
 # Streams that nobody holds any more
 
 _open: set[_Driver] = set()
-_orphans: deque[_Driver] = deque()
+orphans: deque[_Driver] = deque()
 _collector: int | None = None
 
 
@@ -476,16 +476,16 @@ def _let_go(driver: _Driver) -> None:
     if driver.ended:
         return
     if _collector == threading.get_ident():
-        _orphans.append(driver)
+        orphans.append(driver)
     else:
         driver.let_go()
 
 
 def end_orphans() -> None:
     """End the streams that the garbage collector found. Every call begins with this, and the process ends with it."""
-    while _orphans:
+    while orphans:
         try:
-            _orphans.popleft().let_go()
+            orphans.popleft().let_go()
         except Exception as error:  # noqa: BLE001  # there is no caller to raise it to
             log(
                 logging.ERROR,

@@ -7,7 +7,7 @@ once for every few characters of a stream, is only declared so to type checkers,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
@@ -27,7 +27,9 @@ from fluxibly.messages import (
     ToolCall as ToolCall,
     parse_arguments as parse_arguments,
     to_messages,
+    to_reasoning,
     to_stop,
+    to_tool_calls,
     to_tools,
 )
 
@@ -238,6 +240,10 @@ class StreamStats:
         return self.tokens / self.streaming_time
 
 
+def _to_responses(responses: Iterable[Response]) -> tuple[Response, ...]:
+    return tuple(responses)
+
+
 @attrs.frozen(slots=False)
 class Response:
     """A model's whole answer. `Response(text="hello")` is a complete one; `str(response)` is its text.
@@ -249,15 +255,15 @@ class Response:
     """
 
     text: str = ""
-    tool_calls: tuple[ToolCall, ...] = attrs.field(default=(), converter=tuple, kw_only=True)
+    tool_calls: tuple[ToolCall, ...] = attrs.field(default=(), converter=to_tool_calls, kw_only=True)
     reasoning: str = attrs.field(default="", kw_only=True)
-    reasoning_parts: tuple[Reasoning, ...] = attrs.field(default=(), converter=tuple, kw_only=True)
+    reasoning_parts: tuple[Reasoning, ...] = attrs.field(default=(), converter=to_reasoning, kw_only=True)
     finish_reason: str | None = attrs.field(default=None, kw_only=True)
     raw_finish_reason: str | None = attrs.field(default=None, kw_only=True)
     usage: Usage | None = attrs.field(default=None, kw_only=True)
     model: str | None = attrs.field(default=None, kw_only=True)
     id: str | None = attrs.field(default=None, kw_only=True)
-    alternatives: tuple[Response, ...] = attrs.field(default=(), converter=tuple, kw_only=True)
+    alternatives: tuple[Response, ...] = attrs.field(default=(), converter=_to_responses, kw_only=True)
     parsed: Any = attrs.field(default=None, kw_only=True)
     request_id: str | None = attrs.field(default=None, kw_only=True, eq=False)
     rate_limits: Mapping[str, str] = attrs.field(factory=dict[str, str], kw_only=True, eq=False)

@@ -130,8 +130,8 @@ def parse(text: str, schema: Mapping[str, Any] | type[Any]) -> Any:
         try:
             return cattrs.structure(value, schema)
         except Exception as error:
-            problems = "; ".join(cattrs.transform_error(error, path=schema.__name__))
-            raise ValueError(f"the answer does not fit {schema.__name__}: {problems}") from None
+            what = "; ".join(cattrs.transform_error(error, path=schema.__name__))
+            raise ValueError(f"the answer does not fit {schema.__name__}: {what}") from None
     problems = [
         f"{problem.json_path}: {problem.message}" for problem in _validator(json.dumps(schema)).iter_errors(value)
     ]
