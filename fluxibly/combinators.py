@@ -61,7 +61,7 @@ class Relay:
             except GeneratorExit:
                 flow.close()
                 raise
-            except BaseException as thrown:
+            except BaseException as thrown:  # noqa: BLE001  # it goes into the inner flow
                 error = thrown
             if type(effect) is Restart and outcome:
                 self.restarted()

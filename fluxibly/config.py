@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import attrs
 
 from fluxibly.errors import ConfigError
+from fluxibly.guards import is_list, is_mapping
 from fluxibly.suggest import did_you_mean
 
 
@@ -126,9 +127,15 @@ class LLMConfig:
             if name not in names
         ]
         problems += [f"{path}{name}: is required" for name in ("framework", "model") if settings.get(name) is None]
-        known = {name: _read(name, value) for name, value in settings.items() if name in names and value is not None}
+        known: dict[str, Any] = {}
+        for name, value in settings.items():
+            if name in names and value is not None:
+                try:
+                    known[name] = _read(name, value)
+                except ConfigError as error:
+                    problems += [f"{path}{problem}" for problem in error.problems]
         try:
-            config = cls(**{"framework": "-", "model": "-", **known})
+            config = cls(**cast("dict[str, Any]", {"framework": "-", "model": "-", **known}))
         except ConfigError as error:
             problems += [f"{path}{problem}" for problem in error.problems]
             raise ConfigError(_listed(problems), problems=tuple(problems)) from None
@@ -168,7 +175,7 @@ def _problems(config: LLMConfig) -> list[str]:
     """Everything that is wrong with a configuration."""
     problems: list[str] = []
     for name in ("framework", "model"):
-        value: object = getattr(config, name)
+        value: Any = getattr(config, name)
         if not isinstance(value, str) or not value.strip():
             problems.append(f"{name}: {value!r} is not a name (a non-empty str)")
     problems += parameter_problems({name: getattr(config, name) for name in (*_RANGES, "max_tokens")})
@@ -178,12 +185,12 @@ def _problems(config: LLMConfig) -> list[str]:
         problems.append(f"max_retries: {config.max_retries!r} is not a whole number from 0 up")
     if config.api_key is not None and not isinstance(config.api_key, Secret):  # pyright: ignore[reportUnnecessaryIsInstance]
         problems.append(f"api_key: a str is due, not a {type(config.api_key).__name__}")
-    base: object = config.api_base
+    base: Any = config.api_base
     if base is not None and not (isinstance(base, str) and re.match(r"https?://[^/\s]+", base)):
         problems.append(f"api_base: {base!r} is not an http:// or https:// URL")
     if not isinstance(config.additional_params, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
         problems.append("additional_params: a table (a mapping) is due")
-    layers: object = config.middleware
+    layers: Any = config.middleware
     if layers is not None and (isinstance(layers, (str, Mapping)) or not isinstance(layers, Sequence)):
         problems.append("middleware: a list is due")
     return problems
@@ -225,12 +232,15 @@ def _read(name: str, value: Any) -> Any:
 def _timeouts(table: Mapping[str, Any]) -> Timeouts:
     import cattrs
 
-    converter = cattrs.Converter(forbid_extra_keys=True)
+    names = [field.name for field in attrs.fields(Timeouts)]
+    for name in table:
+        if name not in names:
+            raise ConfigError(f"timeout.{name}: there is no such setting{did_you_mean(str(name), names)}")
     try:
-        return converter.structure(table, Timeouts)
+        return cattrs.structure(table, Timeouts)
     except ConfigError:
         raise
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  # cattrs raises groups of whatever the fields raise
         problems = tuple(cattrs.transform_error(error, path="timeout"))
         raise ConfigError(_listed(problems), problems=problems) from None
 
@@ -257,15 +267,14 @@ def read_section(file: Path, section: str) -> Mapping[str, Any]:
         raise ConfigError(f"{file}: nested too deeply") from None
     if document is None:
         raise ConfigError(f"{file} is empty; it needs a section `{section}:` with framework and model")
-    if not isinstance(document, Mapping):
+    if not is_mapping(document):
         raise ConfigError(
             f"{file}: a table is due at the top, with a section `{section}:`, not a {_yaml_kind(document)}"
         )
-    sections = cast("Mapping[Any, Any]", document)
-    if section not in sections:
-        raise ConfigError(f"{file} has no section `{section}:`{did_you_mean(section, map(str, sections))}")
-    table = sections[section]
-    if not isinstance(table, Mapping):
+    if section not in document:
+        raise ConfigError(f"{file} has no section `{section}:`{did_you_mean(section, map(str, document))}")
+    table: object = document[section]
+    if not is_mapping(table):
         raise ConfigError(f"{file}: `{section}:` is a table with framework and model, not a {_yaml_kind(table)}")
     problems: list[str] = []
     expanded = _expand(table, section, problems)
@@ -283,7 +292,7 @@ def _yaml_kind(value: object) -> str:
 _VARIABLE = re.compile(r"\$\{(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?::-(?P<default>[^}]*))?\}")
 
 
-def _expand(value: Any, path: str, problems: list[str]) -> Any:
+def _expand(value: object, path: str, problems: list[str]) -> Any:
     """`value` with the environment variables in its strings replaced; unset ones are added to `problems`."""
     if isinstance(value, str):
 
@@ -298,10 +307,8 @@ def _expand(value: Any, path: str, problems: list[str]) -> Any:
             return found
 
         return _VARIABLE.sub(replace, value)
-    if isinstance(value, Mapping):
-        table = cast("Mapping[Any, Any]", value)
-        return {key: _expand(item, f"{path}.{key}", problems) for key, item in table.items()}
-    if isinstance(value, list):
-        items = cast("list[Any]", value)
-        return [_expand(item, f"{path}[{index}]", problems) for index, item in enumerate(items)]
+    if is_mapping(value):
+        return {key: _expand(item, f"{path}.{key}", problems) for key, item in value.items()}
+    if is_list(value):
+        return [_expand(item, f"{path}[{index}]", problems) for index, item in enumerate(value)]
     return value

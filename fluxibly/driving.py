@@ -6,7 +6,7 @@ import dis
 import logging
 from collections.abc import Sequence
 from types import CodeType, GeneratorType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeGuard
 
 from fluxibly.combinators import interrupted
 from fluxibly.effects import Effect, Flow, Middleware, shown
@@ -76,11 +76,15 @@ def _catcher(error: BaseException) -> str:
 _OURS = ("fluxibly.driving", "fluxibly.pipeline", "fluxibly.stream", "fluxibly.combinators", "fluxibly.flow")
 
 
+def _is_generator(value: object) -> TypeGuard[GeneratorType[Any, Any, Any]]:
+    return isinstance(value, GeneratorType)
+
+
 def live_layers(flow: Flow[Any]) -> Sequence[GeneratorType[Any, Any, Any]]:
     """The generators that a suspended flow waits in, outermost first."""
     layers: list[GeneratorType[Any, Any, Any]] = []
-    inner: object = flow
-    while isinstance(inner, GeneratorType):
+    inner: Any = flow
+    while _is_generator(inner):
         layers.append(inner)
         within = inner.gi_yieldfrom
         if within is None and inner.gi_frame is not None:

@@ -22,21 +22,30 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Generator, Sequence
 from types import GeneratorType
+from typing import Any, TypeGuard
 
 from fluxibly.aggregate import Aggregator
-from fluxibly.combinators import hold_back as hold_back, interrupted, map_chunks as map_chunks
+from fluxibly.combinators import hold_back as hold_back
+from fluxibly.combinators import interrupted
+from fluxibly.combinators import map_chunks as map_chunks
 from fluxibly.effects import (
     END,
     AttemptEnd,
-    CallNext as CallNext,
-    Flow as Flow,
-    Middleware as Middleware,
     Perform,
     Send,
     Sleep,
     Source,
     T,
     shown,
+)
+from fluxibly.effects import (
+    CallNext as CallNext,
+)
+from fluxibly.effects import (
+    Flow as Flow,
+)
+from fluxibly.effects import (
+    Middleware as Middleware,
 )
 from fluxibly.types import Chunk, Request, Response
 
@@ -71,8 +80,8 @@ def compose(middleware: Sequence[Middleware]) -> CallNext:
 
 def _bind(layer: Middleware, call_next: CallNext) -> CallNext:
     def bound(request: Request) -> Flow[Response]:
-        flow = layer(request, call_next)
-        if type(flow) is not GeneratorType and not isinstance(flow, Generator):
+        flow: Any = layer(request, call_next)
+        if not _is_flow(flow):
             raise TypeError(
                 f"the middleware {layer_name(layer)} returned {shown(flow)} where a generator was due; write it as "
                 "a generator function: def mw(request, call_next): return (yield from call_next(request))"
@@ -81,6 +90,10 @@ def _bind(layer: Middleware, call_next: CallNext) -> CallNext:
         return flow if profile is None else profile.over(layer_name(layer), flow)
 
     return bound
+
+
+def _is_flow(value: object) -> TypeGuard[Flow[Response]]:
+    return type(value) is GeneratorType or isinstance(value, Generator)
 
 
 def layer_name(layer: object) -> str:

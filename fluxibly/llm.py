@@ -6,8 +6,6 @@ from collections.abc import AsyncGenerator, Generator, Iterable, Mapping, Sequen
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, overload
 
-import attrs
-
 from fluxibly.config import LLMConfig, parameter_problems
 from fluxibly.effects import Middleware
 from fluxibly.errors import ConfigError

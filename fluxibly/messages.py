@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast, get_args
 
 import attrs
 
+from fluxibly.guards import is_mapping
+
 if TYPE_CHECKING:
     from fluxibly.types import Response
 
@@ -59,14 +61,14 @@ def parse_arguments(raw: str) -> tuple[dict[str, Any], str | None]:
     if not raw.strip():
         return {}, None
     try:
-        value = json.loads(raw)
+        value: Any = json.loads(raw)
     except ValueError as error:
         return {}, f"the arguments are not JSON: {error}"
     except RecursionError:
         return {}, "the arguments are nested too deeply"
-    if not isinstance(value, dict):
+    if not is_mapping(value):
         return {}, f"the arguments are a JSON {type(value).__name__}, not an object"
-    return value, None
+    return dict(value), None
 
 
 @attrs.frozen
@@ -218,13 +220,11 @@ def to_tools(tools: Iterable[Tool | Mapping[str, Any]] | None) -> tuple[Tool, ..
 
 
 def _tool(tool: object) -> Tool:
-    if not isinstance(tool, Mapping):
+    if not is_mapping(tool):
         raise TypeError(f"a tool is a Tool or a mapping with name, description and parameters, not {_kind(tool)}")
-    given: Mapping[str, Any] = tool  # pyright: ignore[reportUnknownVariableType]
-    function = given.get("function", given)
-    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):  # pyright: ignore[reportUnknownMemberType]
+    fields: object = tool.get("function", tool)
+    if not is_mapping(fields) or not isinstance(fields.get("name"), str):
         raise ValueError("a tool given as a mapping needs a 'name' (a str)")
-    fields: Mapping[str, Any] = function  # pyright: ignore[reportUnknownVariableType]
     parameters = fields.get("parameters", fields.get("input_schema"))
     return Tool(
         fields["name"],

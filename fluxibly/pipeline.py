@@ -6,7 +6,8 @@ import time
 from collections.abc import AsyncIterable, Iterable
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast, overload
 
-from fluxibly import driving, provider as providers
+from fluxibly import driving
+from fluxibly import provider as providers
 from fluxibly.effects import AttemptEnd, Effect, Flow, Middleware, Perform, Send, Sleep, shown
 from fluxibly.flow import compose
 from fluxibly.stream import AsyncDriver, AsyncStream, Stream, SyncDriver, end_orphans, orphans
@@ -279,9 +280,7 @@ class AsyncPipeline(_Pipeline):
         """The provider's own stream."""
         stream = self.provider.stream(request)
         if not isinstance(stream, AsyncIterable):
-            raise TypeError(
-                f"the stream() of {self.info.name} returned {shown(stream)}; make it an async generator"
-            )
+            raise TypeError(f"the stream() of {self.info.name} returned {shown(stream)}; make it an async generator")
         return cast("AsyncIterable[Chunk | str]", stream)
 
     async def carry_out(self, effect: Effect, flow: Flow[Response]) -> object:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-
 from typing import Protocol, runtime_checkable
 
 from fluxibly.types import ProviderInfo, Request, Response

@@ -14,6 +14,7 @@ import attrs
 
 from fluxibly.effects import Middleware
 from fluxibly.errors import ConfigError, FrameworkNotRegistered
+from fluxibly.guards import is_mapping
 from fluxibly.suggest import did_you_mean
 
 ProviderFactory: TypeAlias = Callable[..., Any]
@@ -205,14 +206,15 @@ def make_middleware(items: Sequence[Any], *, path: str = "middleware") -> tuple[
 
 
 def _make(item: Any, path: str) -> Middleware:
+    settings: Any = {}
     if isinstance(item, str):
-        name, settings = item, {}
-    elif isinstance(item, Mapping):
-        if len(item) != 1:  # pyright: ignore[reportUnknownArgumentType]
+        name: Any = item
+    elif is_mapping(item):
+        if len(item) != 1:
             raise ConfigError(
                 f"{path}: a middleware with settings is a table of one name, e.g. - retry: {{max_retries: 5}}"
             )
-        ((name, settings),) = item.items()  # pyright: ignore[reportUnknownVariableType]
+        ((name, settings),) = item.items()
         settings = {} if settings is None else settings
         if not isinstance(settings, Mapping):
             raise ConfigError(f"{path}.{name}: a table of settings is due, e.g. - retry: {{max_retries: 5}}")

@@ -151,6 +151,9 @@ class SyncDriver(_Driver):
                     else:
                         outcome = self.carry_out(effect)
                 except BaseException as raised:  # noqa: BLE001  # it goes into the flow
+                    if self.closing and isinstance(raised, Exception):  # the read that close() aborted
+                        self.close_all()
+                        return None
                     error = raised
                 effect = flow.send(outcome) if error is None else driving.throw(flow, error)
                 if type(effect) is Chunk:
@@ -237,6 +240,8 @@ class Stream(Generic[Event]):
             event = driver.context.run(driver.advance)
         except RuntimeError as error:
             if _is_entered(error):
+                if driver.closing:
+                    raise StopIteration from None
                 raise RuntimeError("another thread is reading this stream") from None
             raise
         finally:
@@ -316,6 +321,9 @@ class AsyncDriver(_Driver):
                     else:
                         outcome = await self.carry_out(effect)
                 except BaseException as raised:  # noqa: BLE001  # it goes into the flow
+                    if self.closing and isinstance(raised, Exception):  # the read that close() aborted
+                        await self.close_all()
+                        return None
                     error = raised
                 effect = flow.send(outcome) if error is None else driving.throw(flow, error)
                 if type(effect) is Chunk:

@@ -16,16 +16,38 @@ import attrs
 
 from fluxibly.messages import (
     ROLES as ROLES,
+)
+from fluxibly.messages import (
     Content as Content,
+)
+from fluxibly.messages import (
     Image as Image,
+)
+from fluxibly.messages import (
     Message as Message,
+)
+from fluxibly.messages import (
     Part as Part,
+)
+from fluxibly.messages import (
     Reasoning as Reasoning,
+)
+from fluxibly.messages import (
     Role as Role,
+)
+from fluxibly.messages import (
     Text as Text,
+)
+from fluxibly.messages import (
     Tool as Tool,
+)
+from fluxibly.messages import (
     ToolCall as ToolCall,
+)
+from fluxibly.messages import (
     parse_arguments as parse_arguments,
+)
+from fluxibly.messages import (
     to_messages,
     to_reasoning,
     to_stop,

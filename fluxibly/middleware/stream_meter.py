@@ -59,7 +59,7 @@ class _Meter:
         """Count a chunk. The wait for it began when the consumer asked, or when the chunk before it came, if later."""
         now = self.clock()
         asked = self.call.asked_at
-        wait = now - (asked if asked > self.last else self.last)
+        wait = now - (max(self.last, asked))
         self.last = now
         self.chunks += 1
         self.characters += len(chunk.text)
@@ -67,8 +67,7 @@ class _Meter:
             self.first_wait = wait
             return chunk
         self.waited += wait
-        if wait > self.longest:
-            self.longest = wait
+        self.longest = max(self.longest, wait)
         place = int(math.log(wait * 1e6) * _PER_BIN) if wait > FIRST_BIN else 0
         self.bins[place] = self.bins.get(place, 0) + 1
         return chunk

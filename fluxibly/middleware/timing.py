@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 import attrs
 
 from fluxibly.effects import CallNext, Flow
-from fluxibly.report import report_once
 from fluxibly.profile import Profile
+from fluxibly.report import report_once
 from fluxibly.types import CallRecord, Request, Response
 
 

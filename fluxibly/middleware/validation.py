@@ -19,7 +19,7 @@ from fluxibly.types import Message, Request, Response
 EMPTY = "the answer is empty"
 
 
-def _checked_schema(instance: object, attribute: object, schema: object) -> None:
+def _checked_schema(instance: object, attribute: object, schema: Any) -> None:
     if schema is None or attrs.has(schema if isinstance(schema, type) else type(None)):
         return
     if not isinstance(schema, Mapping):
@@ -121,7 +121,7 @@ def parse(text: str, schema: Mapping[str, Any] | type[Any]) -> Any:
         ValueError: it is not JSON or does not match; the message tells the model what to mend.
     """
     try:
-        value = json.loads(_without_fence(text))
+        value: Any = json.loads(_without_fence(text))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"the answer is not valid JSON: {error}") from None
     if isinstance(schema, type):
@@ -129,7 +129,7 @@ def parse(text: str, schema: Mapping[str, Any] | type[Any]) -> Any:
 
         try:
             return cattrs.structure(value, schema)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  # cattrs raises groups of whatever the class raises
             what = "; ".join(cattrs.transform_error(error, path=schema.__name__))
             raise ValueError(f"the answer does not fit {schema.__name__}: {what}") from None
     problems = [
@@ -144,10 +144,11 @@ def parse(text: str, schema: Mapping[str, Any] | type[Any]) -> Any:
 def _validator(schema: str) -> Any:
     try:
         import jsonschema
+        from jsonschema.validators import validator_for
     except ImportError:
         raise ConfigError("Validation with a JSON Schema needs jsonschema: pip install 'fluxibly[schema]'") from None
     parsed = json.loads(schema)
-    kind = jsonschema.validators.validator_for(parsed, default=jsonschema.Draft202012Validator)
+    kind: Any = validator_for(parsed, default=jsonschema.Draft202012Validator)
     try:
         kind.check_schema(parsed)
     except jsonschema.SchemaError as error:
