@@ -1,0 +1,329 @@
+"""Hypothesis strategies: scripts for providers, requests, and stacks of middleware of a user's own."""
+
+from __future__ import annotations
+
+import contextvars
+from collections.abc import Callable
+from typing import Any
+
+import attrs
+from hypothesis import strategies as st
+
+from fluxibly.errors import (
+    AuthenticationError,
+    ConnectionFailed,
+    RateLimitError,
+    ServerError,
+    StreamInterrupted,
+    root_cause,
+)
+from fluxibly.flow import hold_back, map_chunks, perform, sleep
+from fluxibly.testing import Cut, Delay
+from fluxibly.types import Chunk, Request, Response, Restart, ToolCallDelta, Usage
+
+# Scripts: made anew for each run from what is drawn, because an exception that was raised remembers where.
+
+ERRORS = (ServerError, RateLimitError, ConnectionFailed, AuthenticationError, ValueError)
+texts = st.text(alphabet="ab c\n☃", min_size=1, max_size=6)
+errors = st.sampled_from(ERRORS).map(lambda kind: lambda: kind("scripted"))
+usages = st.builds(Usage, input_tokens=st.integers(0, 9), output_tokens=st.integers(0, 9))
+chunks = st.one_of(
+    texts,
+    texts,
+    st.builds(Chunk, texts, usage=usages),
+    st.builds(Chunk, st.just(""), reasoning=texts),
+    st.builds(
+        lambda index, arguments: Chunk(
+            tool_calls=(ToolCallDelta(index=index, id=f"id{index}", name="look", arguments=arguments),)
+        ),
+        st.integers(0, 1),
+        st.sampled_from(["", "{", "}"]),
+    ),
+    st.just(Chunk()),
+    st.builds(Chunk, finish_reason=st.sampled_from(["stop", "length"]), model=st.just("m-2")),
+)
+steps = st.one_of(chunks, st.builds(Delay, st.floats(0, 9)))
+good_scripts = st.lists(steps, max_size=6)
+
+
+@attrs.frozen
+class Script:
+    """An answer that can be made again."""
+
+    steps: tuple[Any, ...] = ()
+    fails: Callable[[], Exception] | None = None
+    cut: bool = False
+
+    def make(self) -> list[Any]:
+        ends = [self.fails()] if self.fails else [Cut()] if self.cut else []
+        return [*self.steps, *ends]
+
+    @property
+    def fails_after_output(self) -> bool:
+        put_out = any(isinstance(s, str) or (isinstance(s, Chunk) and s.has_output) for s in self.steps)
+        return put_out and (self.cut or self.fails is not None)
+
+
+early_failures = st.builds(Script, fails=errors)
+successes = st.builds(Script, good_scripts.map(tuple))
+late_failures = st.builds(Script, st.lists(steps, min_size=1, max_size=4).map(tuple), errors)
+cuts = st.builds(Script, st.lists(steps, min_size=1, max_size=4).map(tuple), cut=st.just(True))
+clean_answers = st.lists(early_failures, max_size=2).flatmap(
+    lambda failures: successes.map(lambda last: [*failures, *[last] * 12])
+)
+any_answers = st.lists(st.one_of(early_failures, late_failures, cuts, successes), min_size=1, max_size=4).map(
+    lambda answers: [*answers, *[Script(("last",))] * 12]
+)
+
+# Middleware of a user's own. Each kind is made by a function of (name, log), so that every run has its own.
+
+seen = contextvars.ContextVar("seen", default="nothing")
+Log = list[str]
+
+
+def observer(name: str, log: Log) -> Any:
+    def observe(request, call_next):
+        log.append(f"{name} start {request.model}")
+        try:
+            response = yield from call_next(request)
+            log.append(f"{name} done {response.text!r} {response.reasoning!r} {len(response.tool_calls)}")
+            return response
+        except Exception as error:
+            log.append(f"{name} failed {type(root_cause(error)).__name__}")
+            raise
+        finally:
+            log.append(f"{name} end")
+
+    return observe
+
+
+def shouting(name: str, log: Log) -> Any:
+    """Changes each character, wherever chunks are cut."""
+
+    def shout(request, call_next):
+        return (yield from map_chunks(call_next(request), lambda c: attrs.evolve(c, text=c.text.upper() + "")))
+
+    return shout
+
+
+def dropping(name: str, log: Log) -> Any:
+    """Leaves characters out, and chunks that then have nothing left."""
+
+    def fn(chunk):
+        text = chunk.text.replace("a", "")
+        if text == chunk.text:
+            return chunk
+        return attrs.evolve(chunk, text=text) if text else None
+
+    def drop(request, call_next):
+        return (yield from map_chunks(call_next(request), fn))
+
+    return drop
+
+
+def doubling(name: str, log: Log) -> Any:
+    """Makes two chunks of each."""
+
+    def double(request, call_next):
+        return (
+            yield from map_chunks(
+                call_next(request),
+                lambda c: [*(Chunk(letter * 2) for letter in c.text), attrs.evolve(c, text="")],
+            )
+        )
+
+    return double
+
+
+def buffering(name: str, log: Log) -> Any:
+    """Keeps the last character until more comes, and gives it at the end."""
+
+    def buffer(request, call_next):
+        kept = ""
+
+        def fn(chunk):
+            nonlocal kept
+            text = kept + chunk.text
+            kept = text[-1:]
+            return attrs.evolve(chunk, text=text[:-1])
+
+        def at_restart():
+            nonlocal kept
+            kept = ""
+
+        return (
+            yield from map_chunks(
+                call_next(request), fn, lambda: Chunk(kept) if kept else None, at_restart=at_restart
+            )
+        )
+
+    return buffer
+
+
+def holding(name: str, log: Log) -> Any:
+    def hold(request, call_next):
+        return (yield from hold_back(call_next(request)))
+
+    return hold
+
+
+def holding_until(name: str, log: Log) -> Any:
+    def hold(request, call_next):
+        return (yield from hold_back(call_next(request), lambda text: "b" in text))
+
+    return hold
+
+
+def checking(name: str, log: Log) -> Any:
+    def check(response):
+        log.append(f"{name} checks")
+        if "☃" in response.text:
+            raise ValueError("a snowman")
+
+    def checked(request, call_next):
+        return (yield from hold_back(call_next(request), check=check))
+
+    return checked
+
+
+def retrying(name: str, log: Log) -> Any:
+    def retry(request, call_next):
+        for n in range(2):
+            try:
+                return (yield from call_next(request))
+            except (ServerError, ConnectionFailed, RateLimitError) as error:
+                log.append(f"{name} retries after {type(error).__name__}")
+                yield from sleep(2**n)
+        return (yield from call_next(request))
+
+    return retry
+
+
+def falling_back(name: str, log: Log) -> Any:
+    def fall_back(request, call_next):
+        try:
+            return (yield from call_next(request))
+        except (ServerError, AuthenticationError):
+            log.append(f"{name} falls back")
+            return (yield from call_next(request.evolve(model="other")))
+
+    return fall_back
+
+
+def restarting(name: str, log: Log) -> Any:
+    def restart(request, call_next):
+        try:
+            return (yield from call_next(request))
+        except StreamInterrupted as error:
+            if not (yield Restart(type(error.__cause__).__name__)):
+                raise
+        return (yield from call_next(request))
+
+    return restart
+
+
+def short_circuit(name: str, log: Log) -> Any:
+    def short(request, call_next):
+        log.append(f"{name} answers")
+        yield from ()
+        return Response("cached ab", finish_reason="stop")
+
+    return short
+
+
+def raising_before(name: str, log: Log) -> Any:
+    def refuse(request, call_next):
+        if request:
+            raise PermissionError("refused")
+        return (yield from call_next(request))
+
+    return refuse
+
+
+def raising_after(name: str, log: Log) -> Any:
+    def reject(request, call_next):
+        response = yield from call_next(request)
+        if response:
+            raise ArithmeticError("rejected")
+        return response
+
+    return reject
+
+
+def sleeping(name: str, log: Log) -> Any:
+    def snooze(request, call_next):
+        yield from sleep(0.5)
+        try:
+            return (yield from call_next(request))
+        finally:
+            log.append(f"{name} woke")
+
+    return snooze
+
+
+def performing(name: str, log: Log) -> Any:
+    async def aread():
+        log.append(f"{name} reads")
+        return 1
+
+    def read():
+        log.append(f"{name} reads")
+        return 1
+
+    def work(request, call_next):
+        assert (yield from perform(read, aread)) == 1
+        response = yield from call_next(request)
+        assert (yield from perform(read)) == 1
+        return response
+
+    return work
+
+
+def setting_context(name: str, log: Log) -> Any:
+    def set_context(request, call_next):
+        before = seen.get()
+        token = seen.set(name)
+        try:
+            response = yield from call_next(request)
+        finally:
+            log.append(f"{name} in {seen.get() == name}")
+            seen.reset(token)
+            assert seen.get() == before
+        return response
+
+    return set_context
+
+
+def evolving(name: str, log: Log) -> Any:
+    def evolve(request, call_next):
+        return (yield from call_next(request.evolve(temperature=0.5)))
+
+    return evolve
+
+
+def annotating(name: str, log: Log) -> Any:
+    """Changes what is no output of the response."""
+
+    def annotate(request, call_next):
+        response = yield from call_next(request)
+        return response.evolve(id=f"{response.id}-{name}")
+
+    return annotate
+
+
+WATCHING = (observer, sleeping, performing, setting_context, evolving, annotating)
+WRAPPING = (shouting, dropping, doubling, buffering, holding, holding_until, checking)
+HANDLING = (retrying, falling_back, restarting)
+ENDING = (short_circuit, raising_before, raising_after)
+KINDS = (*WATCHING, *WATCHING, *WRAPPING, *HANDLING, *ENDING)
+
+stacks = st.lists(st.sampled_from(KINDS), max_size=6)
+
+
+def build(kinds: list[Any], log: Log) -> list[Any]:
+    """A stack of its own, with observers around and in the middle."""
+    layers = [observer, *kinds, observer]
+    return [kind(f"{n}:{kind.__name__}", log) for n, kind in enumerate(layers)]
+
+
+requests = st.builds(Request, model=st.just("m"), messages=texts, temperature=st.none() | st.floats(0, 2))
