@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Literal, Protocol, TypeAlias
 
 import attrs
+import msgspec
 
 from fluxibly.errors import ProviderError
 from fluxibly.types import Chunk, Request, Response
@@ -22,9 +23,11 @@ class Encoded:
     headers: tuple[tuple[str, str], ...] = ()
 
 
-@attrs.frozen
-class Event:
-    """One event of a framed stream: its data as bytes, and for SSE its `event:` name ("" if there was none)."""
+class Event(msgspec.Struct, frozen=True, gc=False):
+    """One event of a framed stream: its data as bytes, and for SSE its `event:` name ("" if there was none).
+
+    One is made for every few characters of a stream: a msgspec struct costs a seventh of a frozen attrs class.
+    """
 
     data: bytes
     name: str = ""

@@ -1,0 +1,57 @@
+"""JSON as services really send it: with a byte-order mark, padding, `NaN`, or half a surrogate pair."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, cast
+
+import msgspec
+
+from fluxibly.errors import StreamProtocolError
+
+_decode = msgspec.json.Decoder().decode
+
+
+def read_json(data: bytes) -> Any:
+    """The value of a JSON text.
+
+    What the specification forbids but Python and JavaScript servers send is read too: `NaN` and `Infinity`, and lone
+    surrogates, which become U+FFFD.
+
+    Raises:
+        StreamProtocolError: it is not JSON.
+    """
+    try:
+        return _decode(data)
+    except (ValueError, RecursionError):
+        return _read_leniently(data)
+
+
+def _read_leniently(data: bytes) -> Any:
+    try:
+        return _without_lone_surrogates(json.loads(data.decode("utf-8-sig", errors="replace")))
+    except (ValueError, RecursionError):
+        raise StreamProtocolError(f"the service sent {describe(data)} where JSON was due") from None
+
+
+def _without_lone_surrogates(value: object) -> object:
+    if isinstance(value, str):
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if isinstance(value, list):
+        return [_without_lone_surrogates(item) for item in cast("list[object]", value)]
+    if isinstance(value, dict):
+        return {
+            cast("str", _without_lone_surrogates(key)): _without_lone_surrogates(item)
+            for key, item in cast("dict[str, object]", value).items()
+        }
+    return value
+
+
+def describe(data: bytes) -> str:
+    """What a text that is not JSON seems to be, in words that quote nothing of it."""
+    start = data[:256].lstrip().lower()
+    if not start:
+        return "an empty body" if not data else "white space"
+    if start.startswith((b"<!doctype", b"<html", b"<head", b"<?xml", b"<")):
+        return "an HTML page"
+    return "text"

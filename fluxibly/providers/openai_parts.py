@@ -1,0 +1,184 @@
+"""The pieces of OpenAI-like answers in fluxibly's words: content, tool calls, reasoning, usage, finish reasons."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final, cast
+
+from fluxibly.providers.wire import to_json
+from fluxibly.types import Reasoning, ToolCallDelta, Usage
+
+_FINISH_REASONS: Final[Mapping[str, str]] = {
+    "stop": "stop",
+    "eos": "stop",
+    "end_turn": "stop",
+    "stop_sequence": "stop",
+    "length": "length",
+    "max_tokens": "length",
+    "model_length": "length",
+    "content_filter": "content_filter",
+    "refusal": "content_filter",
+    "safety": "content_filter",
+    "tool_calls": "tool_call",
+    "tool_call": "tool_call",
+    "tool_use": "tool_call",
+    "function_call": "tool_call",
+    "error": "error",
+    "insufficient_system_resource": "error",
+}
+
+
+def finish_reason_of(raw: str) -> str:
+    """A service's finish reason in `FINISH_REASONS`' words; one that fits none is passed on as it is."""
+    return _FINISH_REASONS.get(raw.lower(), raw)
+
+
+def content_of(content: object) -> tuple[str, str]:
+    """The text and the reasoning of a `content`, which is a string, null, or a list of parts."""
+    if content is None:
+        return "", ""
+    if isinstance(content, str):
+        return content, ""
+    if not isinstance(content, list):
+        content = [content]
+    texts: list[str] = []
+    thoughts: list[str] = []
+    for part in cast("list[object]", content):
+        if isinstance(part, str):
+            texts.append(part)
+        elif isinstance(part, dict):
+            fields = cast("dict[str, Any]", part)
+            thinking: object = fields.get("thinking")
+            if thinking is not None:
+                thoughts.append(content_of(thinking)[0])
+            else:
+                said: object = fields.get("text") or fields.get("refusal")
+                texts.append(said if isinstance(said, str) else "")
+    return "".join(texts), "".join(thoughts)
+
+
+def tool_call_deltas(calls: object) -> tuple[ToolCallDelta, ...]:
+    """The fragments of tool calls in a delta, or the calls of a message.
+
+    A negative `index` is none, an empty id or name is none, and arguments may be null, text or an object.
+    """
+    if not isinstance(calls, list):
+        calls = [calls]
+    deltas: list[ToolCallDelta] = []
+    for call in cast("list[object]", calls):
+        if not isinstance(call, dict):
+            continue
+        fields = cast("dict[str, Any]", call)
+        inner: object = fields.get("function")
+        function = cast("dict[str, Any]", inner) if isinstance(inner, dict) else fields
+        index: object = fields.get("index")
+        deltas.append(
+            ToolCallDelta(
+                index=index if type(index) is int and index >= 0 else None,
+                id=_text(fields.get("id")),
+                name=_text(function.get("name")),
+                arguments=_arguments(function.get("arguments")),
+            )
+        )
+    return tuple(deltas)
+
+
+def _text(value: object) -> str | None:
+    return str(value) if value is not None and value != "" else None
+
+
+def _arguments(value: object) -> str:
+    if isinstance(value, str):
+        return value
+    return "" if value is None else to_json(value)
+
+
+class Details:
+    """OpenRouter's `reasoning_details` of one choice: fragments joined into blocks that go back as they came.
+
+    A fragment goes on the block before it if it has its type and index; each block may have text, a summary or data,
+    and a signature, which comes last.
+    """
+
+    _JOINED: Final = ("text", "summary", "data")
+
+    def __init__(self) -> None:
+        self._blocks: list[dict[str, Any]] = []
+
+    def add(self, details: object) -> str:
+        """Take fragments in; what can be read of them."""
+        said: list[str] = []
+        for detail in cast("list[object]", details) if isinstance(details, list) else []:
+            if isinstance(detail, dict):
+                fields = cast("dict[str, Any]", detail)
+                said.extend(fields[key] for key in ("text", "summary") if isinstance(fields.get(key), str))
+                self._join(fields)
+        return "".join(said)
+
+    def _join(self, fields: dict[str, Any]) -> None:
+        last = self._blocks[-1] if self._blocks else None
+        if last is None or (last.get("type"), last.get("index")) != (fields.get("type"), fields.get("index")):
+            self._blocks.append(dict(fields))
+            return
+        for key, value in fields.items():
+            if key in self._JOINED and isinstance(last.get(key), str) and isinstance(value, str):
+                last[key] += value
+            elif value is not None:
+                last[key] = value
+
+    def parts(self) -> tuple[Reasoning, ...]:
+        """The blocks so far."""
+        return tuple(
+            Reasoning(
+                text=next((block[key] for key in ("text", "summary") if isinstance(block.get(key), str)), ""),
+                signature=_text(block.get("signature")),
+                raw=block,
+            )
+            for block in self._blocks
+        )
+
+
+def usage_of(usage: object) -> Usage | None:
+    """The tokens of an OpenAI-like `usage`, of chat completions or of Responses."""
+    if not isinstance(usage, dict):
+        return None
+    fields = cast("dict[str, Any]", usage)
+    taken = _details(fields, "prompt_tokens_details", "input_tokens_details")
+    made = _details(fields, "completion_tokens_details", "output_tokens_details")
+    given = count(fields, "prompt_tokens", "input_tokens")
+    output = count(fields, "completion_tokens", "output_tokens")
+    reasoning = count(made, "reasoning_tokens")
+    if reasoning and output is not None and count(fields, "total_tokens") == (given or 0) + output + reasoning:
+        output += reasoning  # xAI counts them apart
+    found = Usage(
+        input_tokens=given,
+        output_tokens=output,
+        cached_tokens=_first(count(taken, "cached_tokens"), count(fields, "prompt_cache_hit_tokens", "cached_tokens")),
+        cache_write_tokens=count(taken, "cache_write_tokens"),
+        reasoning_tokens=reasoning,
+    )
+    return None if found == _UNKNOWN else found
+
+
+_UNKNOWN: Final = Usage()
+
+
+def _details(fields: dict[str, Any], *names: str) -> dict[str, Any]:
+    for name in names:
+        found: object = fields.get(name)
+        if isinstance(found, dict):
+            return cast("dict[str, Any]", found)
+    return {}
+
+
+def count(fields: Mapping[str, Any], *names: str) -> int | None:
+    """The first of the named fields that is a number of tokens."""
+    for name in names:
+        value = fields.get(name)
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1e15:
+            return int(value)
+    return None
+
+
+def _first(*values: int | None) -> int | None:
+    return next((value for value in values if value is not None), None)
