@@ -21,7 +21,7 @@ that swallows a chunk yields `PULL` in its place, and one that adds a chunk yiel
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Generator, Sequence
-from types import GeneratorType
+from types import CoroutineType, GeneratorType
 from typing import Any, TypeGuard
 
 from fluxibly.aggregate import Aggregator
@@ -82,6 +82,8 @@ def _bind(layer: Middleware, call_next: CallNext) -> CallNext:
     def bound(request: Request) -> Flow[Response]:
         flow: Any = layer(request, call_next)
         if not _is_flow(flow):
+            if isinstance(flow, CoroutineType):
+                flow.close()  # else Python warns that nobody awaited it
             raise TypeError(
                 f"the middleware {layer_name(layer)} returned {shown(flow)} where a generator was due; write it as "
                 "a generator function: def mw(request, call_next): return (yield from call_next(request))"

@@ -1,0 +1,591 @@
+"""Pipelines: whole calls, what middleware and providers may do wrong, sync providers in async pipelines, threads."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import anyio
+import pytest
+
+from fluxibly.errors import ServerError, StreamInterrupted
+from fluxibly.flow import map_chunks, perform, sleep
+from fluxibly.pipeline import AsyncPipeline, Pipeline
+from fluxibly.provider import AsyncProvider, Provider
+from fluxibly.testing import AsyncScriptedProvider, ScriptedProvider, VirtualClock
+from fluxibly.testing.modes import BACKENDS, MODES, run, run_async
+from fluxibly.types import CallRecord, Chunk, ProviderInfo, Request, Response
+
+REQUEST = Request(model="m", messages="hi")
+
+
+@pytest.fixture(params=MODES, ids=str)
+def mode(request):
+    return request.param
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    return request.param
+
+
+def scripted(mode, *answers):
+    return (AsyncScriptedProvider if mode.backend else ScriptedProvider)(*answers)
+
+
+def raised(ran):
+    """The error of a call; for a stream after output, its cause."""
+    return ran.error.__cause__ if isinstance(ran.error, StreamInterrupted) else ran.error
+
+
+class TestCalls:
+    def test_the_first_middleware_is_outermost(self, mode):
+        """Layers are entered in the order given and left in the other."""
+        log = []
+
+        def layer(name):
+            def mw(request, call_next):
+                log.append(f"+{name}")
+                response = yield from call_next(request)
+                log.append(f"-{name}")
+                return response
+
+            return mw
+
+        assert run(mode, scripted(mode, "ok"), [layer("a"), layer("b")], REQUEST).response.text == "ok"
+        assert log == ["+a", "+b", "-b", "-a"]
+
+    def test_a_str_is_a_response(self):
+        """What a provider returns as a str is its response's text."""
+
+        class Parrot:
+            def complete(self, request):
+                return request.messages[-1].text
+
+        response = Pipeline(Parrot()).complete(REQUEST)
+        assert response.text == "hi"
+        assert response.elapsed is not None
+
+    def test_each_call_has_a_record_of_its_own(self, mode):
+        """One request can be used many times; the caller's own record stays as it was."""
+        records = []
+
+        def keep(request, call_next):
+            records.append(request.call)
+            return (yield from call_next(request.evolve(temperature=1.0)))
+
+        provider = scripted(mode, "a", "b")
+        for _ in range(2):
+            run(mode, provider, [keep], REQUEST)
+        assert records[0] is not records[1]
+        assert REQUEST.call not in records
+        assert REQUEST.call.attempts == 0
+        assert [record.attempts for record in records] == [1, 1]
+        assert all(sent.call is record for sent, record in zip(provider.requests, records, strict=True))
+        assert [sent.temperature for sent in provider.requests] == [1.0, 1.0]
+
+    def test_the_record_says_who_answers(self, mode):
+        """The provider, whether it streams, and the model that answered are on the record."""
+        records: list[CallRecord] = []
+
+        def keep(request, call_next):
+            records.append(request.call)
+            return (yield from call_next(request))
+
+        run(mode, scripted(mode, [Chunk("a", model="m-2024")]), [keep], REQUEST)
+        (record,) = records
+        assert record.provider.name == "ScriptedProvider"
+        assert record.streaming == mode.streaming
+        assert record.model == "m-2024"
+
+    def test_sleep_takes_the_pipelines_clock(self, mode):
+        """`sleep` waits on the clock that the pipeline was given."""
+
+        def snooze(request, call_next):
+            yield from sleep(7)
+            return (yield from call_next(request))
+
+        clock = VirtualClock()
+        ran = run(mode, scripted(mode, "ok"), [snooze], REQUEST, clock=clock)
+        assert clock.sleeps == [7]
+        assert ran.response.elapsed == 7
+
+    def test_perform_runs_the_half_of_its_mode(self, mode):
+        """A sync pipeline calls the function, an async one awaits the coroutine function; errors come back."""
+
+        async def aread():
+            raise LookupError("async")
+
+        def read():
+            raise LookupError("sync")
+
+        def cache(request, call_next):
+            try:
+                yield from perform(read, aread)
+            except LookupError as error:
+                return Response(str(error))
+            return (yield from call_next(request))
+
+        assert run(mode, scripted(mode), [cache], REQUEST).response.text == ("async" if mode.backend else "sync")
+
+    def test_perform_without_a_coroutine_function_runs_in_a_thread(self, backend):
+        """So that it cannot block the event loop."""
+        threads = []
+
+        def note(request, call_next):
+            yield from perform(lambda: threads.append(threading.get_ident()))
+            return (yield from call_next(request))
+
+        async def main():
+            await AsyncPipeline(AsyncScriptedProvider("ok"), [note]).complete(REQUEST)
+            return threading.get_ident()
+
+        assert anyio.run(main, backend=backend) not in threads
+
+    def test_a_whole_call_runs_in_the_callers_context(self):
+        """What a provider sets in a context variable is seen by the caller of a whole call."""
+        var = contextvars.ContextVar("var", default=0)
+
+        class Sets:
+            def complete(self, request):
+                var.set(1)
+                return "ok"
+
+        Pipeline(Sets()).complete(REQUEST)
+        assert var.get() == 1
+        var.set(0)
+
+    def test_an_error_of_a_provider_reaches_the_caller_as_it_is(self, mode):
+        """The same object, whatever its class."""
+        error = LookupError("mine")
+        assert run(mode, scripted(mode, error), [], REQUEST).error is error
+
+    def test_repr_shows_the_stack(self):
+        """The representation reads as its configuration."""
+        assert repr(Pipeline(ScriptedProvider())) == "Pipeline(ScriptedProvider, [])"
+
+
+class TestMistakes:
+    def test_a_middleware_that_is_no_generator_function(self, mode):
+        """It is named, and told what to write."""
+
+        def plain(request, call_next):
+            return Response("x")
+
+        ran = run(mode, scripted(mode, "ok"), [plain], REQUEST)
+        assert isinstance(ran.error, TypeError)
+        assert "plain returned a Response where a generator was due" in str(ran.error)
+        assert "return (yield from call_next(request))" in str(ran.error)
+
+    def test_an_async_middleware(self, mode):
+        """A coroutine function is refused likewise, without a warning about a coroutine never awaited."""
+
+        async def wrong(request, call_next):
+            return Response("x")
+
+        ran = run(mode, scripted(mode, "ok"), [wrong], REQUEST)
+        assert "wrong returned a coroutine where a generator was due" in str(ran.error)
+
+    def test_a_middleware_that_returns_none(self, mode):
+        """It is named, also when it is an inner one that an outer one stumbled over."""
+
+        def forgetful(request, call_next):
+            yield from call_next(request)
+
+        def reading(request, call_next):
+            response = yield from call_next(request)
+            return Response(response.text)
+
+        ran = run(mode, scripted(mode, "ok"), [forgetful], REQUEST)
+        assert "forgetful returned None where a Response was due" in str(raised(ran))
+        ran = run(mode, scripted(mode, "ok"), [reading, forgetful], REQUEST)
+        assert isinstance(raised(ran), AttributeError)
+        assert "forgetful returns None; end it with" in raised(ran).__notes__[0]
+
+    @pytest.mark.parametrize("rubbish", [None, 3, "text", object()], ids=str)
+    @pytest.mark.parametrize("when", ["before", "after"])
+    def test_a_middleware_that_yields_rubbish(self, mode, rubbish, when):
+        """It is named, and told what it may yield."""
+
+        def wild(request, call_next):
+            if when == "before":
+                yield rubbish
+            response = yield from call_next(request)
+            yield rubbish
+            return response
+
+        ran = run(mode, scripted(mode, "ok"), [wild], REQUEST)
+        assert isinstance(raised(ran), TypeError)
+        assert "wild yielded" in str(raised(ran))
+        assert "yield only from call_next(request)" in str(raised(ran))
+
+    def test_a_middleware_that_calls_without_yield_from(self, mode):
+        """`return call_next(request)` in a generator is told of."""
+
+        def lazy(request, call_next):
+            yield from ()
+            return call_next(request)
+
+        ran = run(mode, scripted(mode, "ok"), [lazy], REQUEST)
+        assert "lazy returned a generator where a Response was due" in str(raised(ran))
+
+    def test_things_that_are_no_middleware(self):
+        """They are refused when the pipeline is made."""
+        with pytest.raises(TypeError, match="a middleware is a generator function or an object with __call__, not 3"):
+            Pipeline(ScriptedProvider(), [3])
+
+        class Layer:
+            def __call__(self, request, call_next):
+                return (yield from call_next(request))
+
+        with pytest.raises(TypeError, match=r"Layer is a class: write Layer\(\)"):
+            Pipeline(ScriptedProvider(), [Layer])
+
+    def test_things_that_are_no_provider(self):
+        """They are refused when the pipeline is made."""
+        with pytest.raises(TypeError, match=r"a provider has a method complete\(request\), which object lacks"):
+            Pipeline(object())
+        with pytest.raises(TypeError, match=r"write ScriptedProvider\(\)"):
+            Pipeline(ScriptedProvider)
+        with pytest.raises(TypeError, match="is asynchronous; use AsyncPipeline"):
+            Pipeline(AsyncScriptedProvider())
+
+    def test_a_prompt_is_no_request(self):
+        """A Pipeline takes requests."""
+        with pytest.raises(TypeError, match="a Request is due here, not a str; LLM takes prompts"):
+            Pipeline(ScriptedProvider()).complete("hi")
+
+    def test_a_provider_that_returns_or_yields_rubbish(self, mode):
+        """It is named, and told what to give."""
+
+        class Wild:
+            def complete(self, request):
+                return 3
+
+            def stream(self, request):
+                yield 3
+
+        class AsyncWild:
+            async def complete(self, request):
+                return 3
+
+            async def stream(self, request):
+                yield 3
+
+        ran = run(mode, AsyncWild() if mode.backend else Wild(), [], REQUEST)
+        assert isinstance(ran.error, TypeError)
+        assert "Wild" in str(ran.error)
+        assert ("yielded an int" if mode.streaming else "returned an int") in str(ran.error).replace("a int", "an int")
+
+    def test_a_provider_without_stream(self, backend):
+        """Asking it for one is an error at once, which says what else to do."""
+
+        class Whole:
+            def complete(self, request):
+                return "x"
+
+        with pytest.raises(NotImplementedError, match=r"Whole has no stream\(\); use forward\(\) or complete\(\)"):
+            Pipeline(Whole()).stream(REQUEST)
+        with pytest.raises(NotImplementedError, match=r"Whole has no stream\(\)"):
+            AsyncPipeline(Whole()).stream(REQUEST)
+
+    def test_a_stream_method_that_returns_rubbish(self, mode):
+        """It is told to be a generator."""
+
+        class Odd:
+            def complete(self, request):
+                return "x"
+
+            def stream(self, request):
+                return "text" if mode.backend is None else ["text"]
+
+        class AsyncOdd(Odd):
+            async def complete(self, request):
+                return "x"
+
+        if mode.streaming:
+            ran = run(mode, AsyncOdd() if mode.backend else Odd(), [], REQUEST)
+            assert "make it a" in str(ran.error)
+            assert "generator" in str(ran.error)
+
+
+class TestBaseExceptions:
+    @pytest.mark.parametrize("kind", [KeyboardInterrupt, asyncio.CancelledError, SystemExit])
+    def test_they_pass(self, mode, kind):
+        """The caller gets the very exception, after each `finally`."""
+        ends = []
+
+        def watch(request, call_next):
+            try:
+                return (yield from call_next(request))
+            finally:
+                ends.append(True)
+
+        error = kind()
+        ran = run(mode, scripted(mode, ["a", error]), [watch, watch], REQUEST)
+        assert ran.error is error
+        assert ends == [True, True]
+        assert not hasattr(error, "__notes__")
+
+    def test_one_raised_by_a_middleware_passes(self, mode):
+        """Before and after the call."""
+        error = KeyboardInterrupt()
+
+        def interrupt(request, call_next):
+            yield from call_next(request)
+            raise error
+
+        assert run(mode, scripted(mode, "ok"), [interrupt], REQUEST).error is error
+
+    def test_one_raised_by_a_function_of_map_chunks_passes(self, mode):
+        """The combinator closes the inner flow, and lets it pass."""
+        error, ends = KeyboardInterrupt(), []
+
+        def inner(request, call_next):
+            try:
+                return (yield from call_next(request))
+            finally:
+                ends.append(True)
+
+        def fn(chunk):
+            raise error
+
+        def mapped(request, call_next):
+            return (yield from map_chunks(call_next(request), fn))
+
+        provider = scripted(mode, "ok")
+        assert run(mode, provider, [mapped, inner], REQUEST).error is error
+        assert ends == [True]
+        assert provider.opened == provider.closed
+
+    @pytest.mark.parametrize("did", ["returned normally", "yielded again", "raised ValueError"])
+    def test_who_swallows_one_is_named(self, mode, did, caplog):
+        """By a note on the exception, which still comes, and by a logged error."""
+
+        def greedy(request, call_next):
+            try:
+                return (yield from call_next(request))
+            except BaseException:
+                if did == "returned normally":
+                    return Response("never mind")
+                if did == "yielded again":
+                    return (yield from call_next(request))
+                raise ValueError("replaced") from None
+
+        def innocent(request, call_next):
+            return (yield from call_next(request))
+
+        error = KeyboardInterrupt()
+        ran = run(mode, scripted(mode, error, "again"), [innocent, greedy, innocent], REQUEST)
+        assert ran.error is error
+        assert f"greedy {did} after KeyboardInterrupt" in error.__notes__[0]
+        assert f"greedy {did} after KeyboardInterrupt" in caplog.text
+
+
+class TestClosing:
+    def test_closing_closes_the_provider_once(self):
+        """And a call after it is refused."""
+        provider = ScriptedProvider("a")
+        with Pipeline(provider) as pipeline:
+            pipeline.complete(REQUEST)
+        pipeline.close()
+        assert provider.shut
+        with pytest.raises(RuntimeError, match="this Pipeline is closed; make a new one"):
+            pipeline.complete(REQUEST)
+        with pytest.raises(RuntimeError, match="closed"):
+            pipeline.stream(REQUEST)
+
+    def test_closing_an_async_pipeline(self, backend):
+        """The same, awaited; a sync provider's `close` is called too."""
+
+        async def main():
+            for provider in AsyncScriptedProvider("a"), ScriptedProvider("a"):
+                async with AsyncPipeline(provider) as pipeline:
+                    await pipeline.complete(REQUEST)
+                await pipeline.aclose()
+                assert provider.shut
+                with pytest.raises(RuntimeError, match="this AsyncPipeline is closed"):
+                    await pipeline.complete(REQUEST)
+
+        anyio.run(main, backend=backend)
+
+
+class TestSyncProviderInAsyncPipeline:
+    def test_both_ways(self, backend):
+        """A sync provider answers async calls from worker threads, with a copy of the context."""
+        var = contextvars.ContextVar("var", default="unset")
+        threads, seen = set(), []
+
+        class Blocking(ScriptedProvider):
+            def complete(self, request):
+                threads.add(threading.get_ident())
+                seen.append(var.get())
+                var.set("provider's")
+                return super().complete(request)
+
+        async def main():
+            var.set("caller's")
+            provider = Blocking("a b", "c d", ["e", ServerError("x")])
+            pipeline = AsyncPipeline(provider)
+            assert (await pipeline.complete(REQUEST)).text == "a b"
+            async with pipeline.stream(REQUEST) as stream:
+                assert [chunk.text async for chunk in stream] == ["c", " d"]
+            with pytest.raises(StreamInterrupted):
+                async with pipeline.stream(REQUEST) as stream:
+                    [chunk async for chunk in stream]
+            assert provider.opened == provider.closed == 2
+            assert var.get() == "caller's"
+            return threading.get_ident()
+
+        assert anyio.run(main, backend=backend) not in threads
+        assert seen == ["caller's"]
+
+    def test_a_cancelled_call_lets_go(self, backend):
+        """The caller goes on at once; the thread ends when its call does."""
+        entered, release, left = threading.Event(), threading.Event(), threading.Event()
+
+        class Blocking:
+            def complete(self, request):
+                entered.set()
+                release.wait(10)
+                left.set()
+                return "late"
+
+        async def main():
+            with anyio.move_on_after(3600) as scope:
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(AsyncPipeline(Blocking()).complete, REQUEST)
+                    await anyio.to_thread.run_sync(entered.wait, 10)
+                    scope.cancel()
+            assert scope.cancelled_caught
+            assert not left.is_set()
+            release.set()
+
+        anyio.run(main, backend=backend)
+        assert left.wait(10)
+
+    def test_a_cancelled_read_is_closed_when_it_returns(self, backend):
+        """The provider's stream is released by the thread that was in it."""
+        entered, release, closed = threading.Event(), threading.Event(), threading.Event()
+
+        class Blocking(ScriptedProvider):
+            def stream(self, request):
+                try:
+                    yield "a"
+                    entered.set()
+                    release.wait(10)
+                    yield "b"
+                finally:
+                    closed.set()
+
+        async def main():
+            async def read():
+                async with AsyncPipeline(Blocking()).stream(REQUEST) as stream:
+                    [chunk async for chunk in stream]
+
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(read)
+                await anyio.to_thread.run_sync(entered.wait, 10)
+                tasks.cancel_scope.cancel()
+            assert not closed.is_set()
+            release.set()
+
+        anyio.run(main, backend=backend)
+        assert closed.wait(10)
+
+    def test_leaving_early_releases(self, backend):
+        """A `break` closes the provider's stream."""
+        provider = ScriptedProvider("a b c")
+
+        async def main():
+            async with AsyncPipeline(provider).stream(REQUEST) as stream:
+                async for _ in stream:
+                    break
+
+        anyio.run(main, backend=backend)
+        assert provider.opened == provider.closed == 1
+
+
+class TestSharing:
+    def test_threads_share_a_pipeline(self):
+        """Calls from many threads, whole and streamed, each get an answer of their own."""
+
+        class Echo:
+            def complete(self, request):
+                return request.messages[0].text
+
+            def stream(self, request):
+                yield from request.messages[0].text
+
+        def observe(request, call_next):
+            response = yield from map_chunks(call_next(request), lambda c: Chunk(c.text.upper()))
+            assert request.call.attempts == 1
+            return response
+
+        pipeline = Pipeline(Echo(), [observe])
+
+        def one(n):
+            request = Request(model="m", messages=f"call {n}")
+            with pipeline.stream(request) as stream:
+                streamed = "".join(chunk.text for chunk in stream)
+            return streamed, pipeline.complete(request).text
+
+        with ThreadPoolExecutor(8) as pool:
+            answers = list(pool.map(one, range(200)))
+        assert answers == [(f"CALL {n}",) * 2 for n in range(200)]
+
+    def test_tasks_share_a_pipeline(self, backend):
+        """The same with tasks."""
+
+        class Echo:
+            async def complete(self, request):
+                await anyio.lowlevel.checkpoint()
+                return request.messages[0].text
+
+        pipeline = AsyncPipeline(Echo())
+        answers = {}
+
+        async def one(n):
+            answers[n] = (await pipeline.complete(Request(model="m", messages=f"{n}"))).text
+
+        async def main():
+            async with anyio.create_task_group() as tasks:
+                for n in range(50):
+                    tasks.start_soon(one, n)
+
+        anyio.run(main, backend=backend)
+        assert answers == {n: str(n) for n in range(50)}
+
+
+class TestProviders:
+    def test_protocols(self):
+        """The scripted providers are what they stand for."""
+        assert isinstance(ScriptedProvider(), Provider)
+        assert isinstance(AsyncScriptedProvider(), AsyncProvider)
+
+    def test_info(self):
+        """A provider without `info` is named after its class, with the framework that was given."""
+
+        class Parrot:
+            def complete(self, request):
+                return "x"
+
+        assert Pipeline(Parrot()).info == ProviderInfo(name="Parrot", framework="custom", telemetry_name="Parrot")
+        assert Pipeline(Parrot(), framework="birds").info.framework == "birds"
+        assert Pipeline(ScriptedProvider()).info.framework == "scripted"
+
+    def test_real_time(self, backend):
+        """Without a clock of its own, a pipeline sleeps in real time."""
+
+        def snooze(request, call_next):
+            yield from sleep(0)
+            return (yield from call_next(request))
+
+        assert Pipeline(ScriptedProvider("ok"), [snooze]).complete(REQUEST).text == "ok"
+
+        async def main():
+            return await AsyncPipeline(AsyncScriptedProvider("ok"), [snooze]).complete(REQUEST)
+
+        assert run_async(main, backend).text == "ok"
