@@ -1,0 +1,164 @@
+"""Content encodings, with bounds: a few bytes can stand for gigabytes, so no step makes more than a piece at a time."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol
+
+from fluxibly.errors import StreamProtocolError
+
+PIECE = 64 * 1024
+"""The most that one step of decompression makes, in bytes."""
+MAX_BODY = 64 * 1024 * 1024
+"""The most that a whole answer may take up, decompressed, in bytes."""
+MAX_ERROR_BODY = 1024 * 1024
+"""How much of an error's body is read, in bytes."""
+MAX_LAYERS = 3
+
+
+class Decoder(Protocol):
+    """Undoes one content encoding. `end` raises StreamProtocolError if the data was cut short."""
+
+    def feed(self, data: bytes, /) -> Iterator[bytes]: ...
+    def end(self) -> None: ...
+
+
+def _broken(encoding: str, detail: object) -> StreamProtocolError:
+    return StreamProtocolError(f"the answer is not the {encoding} data that it says it is: {detail}")
+
+
+def _cut(encoding: str) -> StreamProtocolError:
+    return StreamProtocolError(f"the answer's {encoding} data was cut short, so it is not whole")
+
+
+class _Inflate:
+    """gzip (RFC 1952, of any number of members) and deflate (RFC 9110 §8.4.1.2, and the bare kind that some send)."""
+
+    def __init__(self, encoding: str) -> None:
+        self._encoding = encoding
+        self._inflater: Any = None
+        self._first = b""
+
+    def _begin(self, data: bytes) -> bytes:
+        """Make the inflater for what begins here; "" until there is enough to tell which."""
+        if self._encoding == "gzip":
+            self._inflater = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
+            return data
+        self._first += data
+        if len(self._first) < 2:
+            return b""
+        has_header = self._first[0] & 0x0F == 8 and int.from_bytes(self._first[:2], "big") % 31 == 0
+        self._inflater = zlib.decompressobj(wbits=zlib.MAX_WBITS if has_header else -zlib.MAX_WBITS)
+        return self._first
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        while data:
+            if self._inflater is None:
+                data = self._begin(data)
+                continue
+            inflater = self._inflater
+            if inflater.eof:
+                if self._encoding != "gzip" or not data.lstrip(b"\0"):
+                    return  # padding
+                self._inflater = None
+                continue
+            try:
+                piece = inflater.decompress(data, PIECE)
+            except zlib.error as error:
+                raise _broken(self._encoding, error) from None
+            data = inflater.unused_data if inflater.eof else inflater.unconsumed_tail
+            if piece:
+                yield piece
+        inflater = self._inflater
+        while inflater is not None and not inflater.eof:  # what the window holds beyond a full piece
+            piece = inflater.decompress(b"", PIECE)
+            if not piece:
+                return
+            yield piece
+
+    def end(self) -> None:
+        if self._first and self._inflater is None:
+            raise _cut(self._encoding)
+        if self._inflater is not None and not self._inflater.eof:
+            raise _cut(self._encoding)
+
+
+class _Brotli:
+    """br (RFC 7932)."""
+
+    def __init__(self) -> None:
+        import brotli  # type: ignore[import-untyped]  # it has no types
+
+        self._decompressor: Any = brotli.Decompressor()
+        self._error: type[Exception] = brotli.error
+        self._fed = False
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        decompressor = self._decompressor
+        if not data or decompressor.is_finished():
+            return
+        self._fed = True
+        try:
+            piece = decompressor.process(data, output_buffer_limit=PIECE)
+            while piece:
+                yield piece
+                if decompressor.is_finished():
+                    return
+                piece = decompressor.process(b"", output_buffer_limit=PIECE)
+        except self._error as error:
+            raise _broken("br", error) from None
+
+    def end(self) -> None:
+        if self._fed and not self._decompressor.is_finished():
+            raise _cut("br")
+
+
+def _has_brotli() -> bool:
+    """Whether there is a brotli whose output can be bounded (1.2 and later)."""
+    try:
+        import brotli
+    except ImportError:
+        return False
+    return hasattr(brotli.Decompressor, "can_accept_more_data")
+
+
+def accept_encoding() -> str:
+    """What is asked for: only what can be undone within bounds."""
+    return "gzip, deflate, br" if _has_brotli() else "gzip, deflate"
+
+
+def decoders_for(content_encoding: str) -> list[Decoder]:
+    """The decoders that undo a `content-encoding` header, in the order to apply them.
+
+    Raises:
+        StreamProtocolError: an encoding that was not asked for.
+    """
+    names = [name.strip().lower().removeprefix("x-") for name in content_encoding.split(",")]
+    names = [name for name in reversed(names) if name and name != "identity"]
+    if len(names) > MAX_LAYERS:
+        raise StreamProtocolError(f"the answer is compressed {len(names)} times over")
+    decoders: list[Decoder] = []
+    for name in names:
+        if name in ("gzip", "deflate"):
+            decoders.append(_Inflate(name))
+        elif name == "br" and _has_brotli():
+            decoders.append(_Brotli())
+        else:
+            raise StreamProtocolError(
+                f"the answer is {name!r}-encoded, though only {accept_encoding()} was asked for", retryable=False
+            )
+    return decoders
+
+
+def decoded(decoders: list[Decoder], data: bytes) -> Iterable[bytes]:
+    """What `data` stands for, in bounded pieces."""
+    pieces: Iterable[bytes] = (data,)
+    for decoder in decoders:
+        pieces = _through(decoder, pieces)
+    return pieces
+
+
+def _through(decoder: Decoder, pieces: Iterable[bytes]) -> Iterator[bytes]:
+    for piece in pieces:
+        yield from decoder.feed(piece)

@@ -1,0 +1,119 @@
+"""What went wrong on the network, in the words of users: which host, what happened, what to do."""
+
+from __future__ import annotations
+
+import errno
+import socket
+import ssl
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+import httpx
+
+from fluxibly.errors import ConnectionFailed, ProviderError, RequestTimeout, StreamProtocolError, StreamStalled
+from fluxibly.providers.limits import LimitPassed, Limits
+
+if TYPE_CHECKING:
+    from fluxibly.providers.http_common import Endpoint
+
+
+class ConnectionLost(Exception):
+    """The other side ended the connection; `silent` if it did so before the first byte of an answer."""
+
+    def __init__(self, *, silent: bool) -> None:
+        super().__init__("the connection ended")
+        self.silent = silent
+
+
+class NotHTTP(Exception):  # it says what came
+    """What came is not HTTP/1.1."""
+
+
+def translated(error: Exception, endpoint: Endpoint, limits: Limits, *, streaming: bool) -> ProviderError | None:
+    """The error that users catch for one of a socket's, of TLS's, of httpx's or our own; None for any other."""
+    if isinstance(error, ProviderError):
+        return error
+    where = f"{endpoint.host}:{endpoint.port}"
+    if isinstance(error, (LimitPassed, httpx.TimeoutException)):
+        return _late(error, where, limits, streaming=streaming)
+    if isinstance(error, ConnectionLost):
+        if error.silent:
+            return ConnectionFailed(f"{where} closed the connection without an answer")
+        return StreamProtocolError(f"{where} closed the connection in the middle of its answer")
+    if isinstance(error, NotHTTP):
+        return StreamProtocolError(f"{where} sent something that is not HTTP: {error}")
+    if isinstance(error, (httpx.TransportError, OSError)):
+        return _of_network(error, where, endpoint)
+    return None
+
+
+def _late(error: Exception, where: str, limits: Limits, *, streaming: bool) -> RequestTimeout:
+    if isinstance(error, (httpx.ConnectTimeout, httpx.PoolTimeout)):
+        limits.passed = "connect"
+    value = limits.value()
+    within = "" if value is None else f" within {value:g} s"
+    phase = limits.passed
+    message = {
+        "connect": f"no connection to {where}{within} (the limit timeout.connect)",
+        "first_byte": f"{where} did not begin to answer{within} (the limit timeout.first_byte)",
+        "idle": f"{where} sent nothing more{within} in the middle of its answer (the limit timeout.idle)",
+        "total": f"{where} did not finish its answer{within} (the limit timeout.total)",
+    }[phase]
+    timeout = StreamStalled(message) if phase == "idle" and streaming else RequestTimeout(message)
+    timeout.phase = phase
+    return timeout
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and its causes, the outermost first."""
+    for _ in range(8):
+        if error is None:
+            return
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _of_network(error: Exception, where: str, endpoint: Endpoint) -> ProviderError:
+    for cause in _chain(error):
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            return ConnectionFailed(
+                f"the certificate of {where} is not trusted: {cause.verify_message}; "
+                "for a private authority, set the environment variable SSL_CERT_FILE to its certificate",
+                retryable=False,
+            )
+        if isinstance(cause, ssl.SSLError):
+            return ConnectionFailed(f"no secure connection to {where}: {cause.reason or 'TLS failed'}")
+        if isinstance(cause, socket.gaierror):
+            return ConnectionFailed(f"the host {endpoint.host} was not found: {cause.strerror}")
+        if isinstance(cause, ConnectionRefusedError):
+            return ConnectionFailed(f"{where} refused the connection: is the server running, and api_base right?")
+        if isinstance(cause, (ConnectionResetError, BrokenPipeError, ConnectionAbortedError)):
+            return ConnectionFailed(f"{where} reset the connection")
+        if isinstance(cause, OSError) and cause.errno is not None:
+            return ConnectionFailed(f"the connection to {where} failed: {_plain(cause)}")
+    if isinstance(error, httpx.ProxyError):
+        return ConnectionFailed(f"the proxy in front of {where} refused the connection: {error}")
+    if isinstance(error, httpx.UnsupportedProtocol):
+        return ConnectionFailed(f"{where} cannot be reached: {error}", retryable=False)
+    if isinstance(error, httpx.RemoteProtocolError):
+        return StreamProtocolError(f"{where} cut its answer off, or sent something that is not HTTP: {error}")
+    if isinstance(error, httpx.ConnectError):
+        return ConnectionFailed(f"no connection to {where}: {str(error) or 'it failed'}")
+    return ConnectionFailed(f"the connection to {where} was lost: {str(error) or type(error).__name__}")
+
+
+def _plain(error: OSError) -> str:
+    if error.errno == errno.ETIMEDOUT:
+        return "the network gave up"
+    return error.strerror or type(error).__name__
+
+
+def redirected(status: int, headers: Mapping[str, str]) -> ProviderError:
+    """The error of a 3xx: it is not followed, because the API key would travel."""
+    target = headers.get("location", "").partition("?")[0]
+    to = f" to {target}" if target else ""
+    return ProviderError(
+        f"the server redirects{to} (status {status}), which is not followed, so that the API key goes nowhere else: "
+        "set api_base to where the service is",
+        status=status,
+    )

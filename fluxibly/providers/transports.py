@@ -1,0 +1,166 @@
+"""Any httpx transport as a line to a server: those that users give as `transport=`, and those for proxies."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import httpx
+
+from fluxibly.providers.limits import LimitPassed, Limits
+
+if TYPE_CHECKING:
+    from fluxibly.providers.http_common import Outgoing
+
+
+DRAIN = 0.02
+"""Seconds to wait for the end of a body whose stream is over, so that its connection can be used again."""
+
+
+def _as_request(outgoing: Outgoing, limits: Limits) -> httpx.Request:
+    limits.left()
+    return httpx.Request(
+        "POST",
+        outgoing.url.copy_with(raw_path=outgoing.target),
+        headers=[*outgoing.headers, (b"content-length", b"%d" % len(outgoing.body))],
+        content=outgoing.body,
+        extensions={"timeout": limits.for_httpx()},
+    )
+
+
+def _lower(headers: httpx.Headers) -> Mapping[str, str]:
+    return {name.lower(): value for name, value in headers.items()}
+
+
+def _shut_down(response: httpx.Response) -> None:
+    """End the connection under a read, whoever is in it."""
+    stream: Any = response.extensions.get("network_stream")
+    connection = None if stream is None else stream.get_extra_info("socket")
+    if connection is not None:
+        shut_down(connection)
+
+
+def shut_down(connection: Any) -> None:
+    """Shut a socket down, so that a read of it returns, in whatever thread."""
+    import socket
+
+    try:
+        if isinstance(connection, socket.socket):
+            socket.socket.shutdown(connection, socket.SHUT_RDWR)  # not SSLSocket's, which pulls TLS from under a read
+        else:
+            connection.shutdown(socket.SHUT_RDWR)
+    except OSError:
+        return  # it is down already
+
+
+class TransportExchange:
+    """One request and its answer over an `httpx.BaseTransport`.
+
+    Each read may take what the limits leave; the total is looked at between reads.
+    """
+
+    def __init__(self, transport: httpx.BaseTransport, outgoing: Outgoing, limits: Limits) -> None:
+        request = _as_request(outgoing, limits)
+        limits.handed_over()
+        self._limits = limits
+        self._response = transport.handle_request(request)
+        limits.answered()
+        self.status = self._response.status_code
+        self.headers = _lower(self._response.headers)
+        self._parts: Iterator[bytes] = iter(self._response.stream)  # type: ignore[arg-type]  # a sync transport's
+
+    def read(self) -> bytes:
+        """The next bytes of the body, at least one; b"" at its end."""
+        self._limits.left()
+        for part in self._parts:
+            if part:
+                return part
+            self._limits.left()
+        return b""
+
+    def release(self, *, ended: bool) -> None:  # what is unread is the transport's matter
+        """Give the connection back."""
+        self._response.stream.close()  # type: ignore[union-attr]  # a sync transport's
+
+    def abort(self) -> None:
+        """End a read in another thread."""
+        _shut_down(self._response)
+
+
+class TransportLine:
+    """Sends requests over an `httpx.BaseTransport`."""
+
+    def __init__(self, transport: httpx.BaseTransport) -> None:
+        self._transport = transport
+
+    def send(self, outgoing: Outgoing, limits: Limits) -> TransportExchange:
+        """Send a request and wait for the head of its answer."""
+        return TransportExchange(self._transport, outgoing, limits)
+
+    def close(self) -> None:
+        self._transport.close()
+
+
+class AsyncTransportExchange:
+    """A `TransportExchange` over an `httpx.AsyncBaseTransport`. Every wait is cut off when its limit passes."""
+
+    def __init__(self, response: httpx.Response, limits: Limits) -> None:
+        self._response = response
+        self._limits = limits
+        self.status = response.status_code
+        self.headers = _lower(response.headers)
+        self._parts: AsyncIterator[bytes] = aiter(response.stream)  # type: ignore[arg-type]  # an async transport's
+
+    async def read(self) -> bytes:
+        """The next bytes of the body, at least one; b"" at its end."""
+        import anyio
+
+        while True:
+            with anyio.move_on_after(self._limits.left()):
+                part = await anext(self._parts, None)
+                if part is None:
+                    return b""
+                if part:
+                    return part
+                continue
+            raise LimitPassed
+
+    async def release(self, *, ended: bool) -> None:
+        """Give the connection back."""
+        import anyio
+
+        if ended:
+            with anyio.move_on_after(DRAIN):
+                while await anext(self._parts, None) is not None:
+                    pass
+        with anyio.CancelScope(shield=True):
+            close = getattr(self._parts, "aclose", None)
+            if close is not None:
+                await close()
+            await self._response.stream.aclose()  # type: ignore[union-attr]  # an async transport's
+
+    def abort(self) -> None:
+        """End a read in another task or thread."""
+        _shut_down(self._response)
+
+
+class AsyncTransportLine:
+    """Sends requests over an `httpx.AsyncBaseTransport`."""
+
+    def __init__(self, transport: httpx.AsyncBaseTransport) -> None:
+        self._transport = transport
+
+    async def send(self, outgoing: Outgoing, limits: Limits) -> AsyncTransportExchange:
+        """Send a request and wait for the head of its answer."""
+        import anyio
+
+        request = _as_request(outgoing, limits)
+        limits.handed_over()
+        with anyio.move_on_after(limits.left()):
+            response = await self._transport.handle_async_request(request)
+            limits.answered()
+            return AsyncTransportExchange(response, limits)
+        raise LimitPassed
+
+    async def aclose(self) -> None:
+        await self._transport.aclose()
