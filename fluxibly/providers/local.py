@@ -1,0 +1,254 @@
+"""The framework `local`: a model that runs in this process, without a key or a network (llama.cpp, by xllamacpp).
+
+It speaks OpenAI's dialect, so the codec is OpenAI's. Every answer is generated as a stream, a whole response too: then
+Ctrl-C, a time limit or a cancellation ends it at the next token instead of at the last one.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import threading
+import time
+from collections import deque
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import msgspec
+
+from fluxibly.aggregate import Aggregator
+from fluxibly.errors import BadRequest, ConfigError, ProviderError, RequestTimeout, StreamStalled
+from fluxibly.providers.codec import Event
+from fluxibly.providers.local_engine import SETTINGS, Engine, Generation, Stopped, load, settings_of
+from fluxibly.providers.local_model import DEFAULT_MODEL, check_gguf, model_path, named_model
+from fluxibly.providers.openai_codec import ChatDecoder, OpenAICodec
+from fluxibly.providers.openai_request import Quirks
+from fluxibly.threaded import Threaded, in_thread
+from fluxibly.types import Chunk, ProviderInfo, Request, Response
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+    from typing import Self
+
+    from fluxibly.config import LLMConfig, Timeouts
+
+INFO = ProviderInfo(name="LocalProvider", framework="local", telemetry_name="local", in_process=True)
+DONE = Event(b"[DONE]")
+
+
+class LocalProvider:
+    """A model in this process.
+
+    The configuration's `model` is "smollm2" (fetched once, 93 MB) or the path of a GGUF file; `additional_params` may
+    have the keys of `Settings`. It is loaded at the first call and shared with all providers of the same model and
+    settings; `close` lets go of it. Safe for use from many threads: their calls wait for each other.
+
+    Raises:
+        ConfigError: xllamacpp is not installed, a setting is wrong, or there is no such model.
+
+    """
+
+    def __init__(self, config: LLMConfig) -> None:
+        if importlib.util.find_spec("xllamacpp") is None:
+            raise ConfigError("the framework 'local' needs xllamacpp, which is missing: pip install 'fluxibly[local]'")
+        self.info = INFO
+        self._model = config.model or DEFAULT_MODEL
+        known = named_model(self._model)
+        self._alias = known.name if known else check_gguf(Path(self._model).expanduser()).name
+        self._settings = settings_of(config.additional_params)
+        self._timeouts = config.timeouts
+        self._stream_total = None if isinstance(config.timeout, (int, float)) else config.timeouts.total
+        self._codec = OpenAICodec(quirks=Quirks(top_k=True), service=f"the local model {self._alias}")
+        self._engine: Engine | None = None
+        self._lock = threading.Lock()
+
+    def complete(self, request: Request) -> Response:
+        """The whole answer. `raw` has llama.cpp's own timings.
+
+        Raises:
+            BadRequest: the model cannot do what is asked.
+            ProviderError: the model could not be loaded or failed; RequestTimeout: a time limit passed.
+
+        """
+        return self.whole(request).joined()
+
+    def stream(self, request: Request) -> LocalStream:
+        """The answer as it is generated; errors as for `complete`, at the first read."""
+        return LocalStream(self, request, attrs.evolve(self._timeouts, total=self._stream_total))
+
+    def whole(self, request: Request) -> LocalStream:
+        """An answer that is not to be streamed, which has a time limit in all."""
+        return LocalStream(self, request, self._timeouts)
+
+    def generation(self, request: Request) -> Generation:
+        """Begin to generate the answer."""
+        generation = Generation(self._load(), self.body(request))
+        generation.start()
+        return generation
+
+    def body(self, request: Request) -> dict[str, Any]:
+        """What llama.cpp is asked."""
+        if request.tools and not self._settings.takes_tools:
+            raise BadRequest(
+                f"tools: the chat template {self._settings.chat_template!r} of the local model {self._alias} has no "
+                "place for them; for a model that knows tools set additional_params: {chat_template: model}",
+                provider="local",
+                model=self._alias,
+            )
+        extra = {name: value for name, value in request.extra.items() if name not in SETTINGS}
+        encoded = self._codec.encode(request.evolve(extra=extra), stream=True)
+        body: dict[str, Any] = msgspec.json.decode(encoded.body)
+        body["return_progress"] = True  # events while a long prompt is processed, so that it can be given up
+        return body
+
+    def failure(self, error: Mapping[str, Any]) -> ProviderError:
+        """llama.cpp's error as ours."""
+        status = error.get("code")
+        body = msgspec.json.encode({"error": error})
+        failure = self._codec.decode_error(status if isinstance(status, int) else 500, {}, body)
+        failure.provider, failure.model = "local", self._alias
+        return failure
+
+    def refusal(self, error: Exception) -> BadRequest:
+        """The library's exception for a request that it refuses, as ours."""
+        return BadRequest(
+            f"the local model {self._alias} refuses the request: {error}", provider="local", model=self._alias
+        )
+
+    def late(self, limit: float, phase: str) -> RequestTimeout:
+        """The error for a time limit that passed."""
+        what = {"idle": "nothing more came", "first_byte": "nothing came"}.get(phase, "the answer was not whole")
+        text = f"the local model {self._alias}: {what} within {limit:g} s; raise `timeout`, or ask for less"
+        error = (StreamStalled if phase == "idle" else RequestTimeout)(text, provider="local", model=self._alias)
+        error.phase = phase  # type: ignore[assignment]  # one of the phases
+        return error
+
+    def decoder(self) -> ChatDecoder:
+        """The state of decoding one answer."""
+        return self._codec.decoder()
+
+    def _load(self) -> Engine:
+        with self._lock:
+            engine = self._engine
+            if engine is None or engine.pid != os.getpid():
+                engine = self._engine = load(model_path(self._model), self._settings, self._alias)
+            return engine
+
+    def close(self) -> None:
+        """Let go of the model, whose memory is freed with its last user. A later call loads it again."""
+        with self._lock:
+            self._engine = None
+
+
+class LocalStream:
+    """An answer as an iterator of chunks. Generation begins at the first read.
+
+    `close`, from the reader, and `abort`, from anywhere, stop it.
+    """
+
+    def __init__(self, provider: LocalProvider, request: Request, timeouts: Timeouts) -> None:
+        self.timings: Mapping[str, Any] | None = None
+        """llama.cpp's own timings, once the answer is whole."""
+        self._provider = provider
+        self._request = request
+        self._timeouts = timeouts
+        self._decoder = provider.decoder()
+        self._generation: Generation | None = None
+        self._chunks: deque[Chunk] = deque()
+        self._deadline: float | None = None
+        self._limit, self._phase = timeouts.first_byte, "first_byte"
+        self._stopped = False
+        self._over = False
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Chunk:
+        while not self._chunks:
+            if self._over or self._stopped:
+                raise StopIteration
+            self._chunks.extend(self._read())
+        return self._chunks.popleft()
+
+    def joined(self) -> Response:
+        """Read all of it, as one response."""
+        try:
+            answer = Aggregator()
+            for chunk in self:
+                answer.add(chunk)
+            return answer.response().evolve(raw={"timings": self.timings})
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Give the answer up, if it is not whole."""
+        self._over = True
+        self.abort()
+
+    def abort(self) -> None:
+        """Stop the generation; a read under way elsewhere ends at once."""
+        self._stopped = True
+        if self._generation is not None:
+            self._generation.stop()
+
+    def _read(self) -> Iterable[Chunk]:
+        generation = self._generation
+        if generation is None:
+            generation = self._begin()
+        event = self._next_event(generation)
+        if event is None:
+            self._over = True
+            return (*self._decoder.decode_event(DONE), *self._decoder.end())
+        if "error" in event:
+            self._over = True
+            raise self._provider.failure(event["error"])
+        self.timings = event.get("timings", self.timings)
+        if "prompt_progress" in event:
+            return ()
+        return self._decoder.decode_event(Event(msgspec.json.encode(event)))
+
+    def _begin(self) -> Generation:
+        generation = self._generation = self._provider.generation(self._request)
+        if self._stopped:  # while the model was being loaded
+            generation.stop()
+        if self._timeouts.total is not None:
+            self._deadline = time.monotonic() + self._timeouts.total
+        return generation
+
+    def _next_event(self, generation: Generation) -> dict[str, Any] | None:
+        limit, phase = self._limit, self._phase
+        if self._deadline is not None:
+            left = max(0.0, self._deadline - time.monotonic())
+            if limit is None or left < limit:
+                limit, phase = left, "total"
+        try:
+            event = generation.next_event(limit)
+        except Stopped:
+            raise ProviderError("the stream was closed while it was being read", provider="local") from None
+        except RequestTimeout:
+            self.close()
+            stated = self._timeouts.total if phase == "total" else limit
+            raise self._provider.late(stated or 0.0, phase) from None
+        except (ValueError, RuntimeError) as error:
+            self._over = True
+            raise self._provider.refusal(error) from error
+        self._limit, self._phase = self._timeouts.idle, "idle"
+        return event
+
+
+class AsyncLocalProvider(Threaded):
+    """`LocalProvider` for async pipelines: it is waited for in worker threads, and a cancelled call stops generating."""
+
+    def __init__(self, config: LLMConfig) -> None:
+        self._local = LocalProvider(config)
+        super().__init__(self._local)
+        self.info = self._local.info
+
+    async def complete(self, request: Request) -> Response:
+        """See `LocalProvider.complete`."""
+        answer = self._local.whole(request)
+        try:
+            return await in_thread(answer.joined)
+        finally:
+            answer.abort()

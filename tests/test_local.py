@@ -1,0 +1,434 @@
+"""The local model in process. What a small model says is unreliable: these assert on protocol only."""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import os
+import threading
+import weakref
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+
+from fluxibly import LLM, AsyncLLM, LLMConfig, Message, Request, Response
+from fluxibly.config import Timeouts
+from fluxibly.errors import BadRequest, ConfigError, ContextLengthExceeded, ProviderError, RequestTimeout, StreamStalled
+from fluxibly.middleware import Logging
+from fluxibly.providers import local_engine
+from fluxibly.providers.local import LocalProvider, LocalStream
+from fluxibly.providers.local_engine import QUEUE_LIMIT, Generation, Settings, settings_of
+
+pytest.importorskip("xllamacpp")
+
+QUESTION = "What is the capital of France?"
+ENDLESS = "Count from one to one thousand. One, two, three,"
+
+
+def config_of(gguf: Path, *, timeout: float | Timeouts = 60.0, **params: Any) -> LLMConfig:
+    params = {"n_threads": 1, "n_ctx": 1024, **params}
+    return LLMConfig(framework="local", model=str(gguf), temperature=0, timeout=timeout, additional_params=params)
+
+
+@pytest.fixture(scope="module")
+def config(gguf: Path) -> LLMConfig:
+    """The small model, on one thread."""
+    return config_of(gguf)
+
+
+@pytest.fixture(scope="module")
+def llm(config: LLMConfig) -> LLM:
+    return LLM(config, middleware=[])
+
+
+def running() -> int:
+    return sum(thread.name == "fluxibly-local" for thread in threading.enumerate())
+
+
+def check_answer(response: Response) -> None:
+    assert response.text
+    assert response.finish_reason == "stop"
+    assert response.usage is not None
+    assert response.usage.input_tokens == 16
+    assert response.usage.output_tokens
+    assert response.model
+    assert response.id
+
+
+@pytest.mark.model
+def test_whole(llm: LLM) -> None:
+    """A whole response has text, usage, a finish reason, and llama.cpp's timings in `raw`."""
+    response = llm.complete(QUESTION)
+    check_answer(response)
+    assert response.raw["timings"]["predicted_n"] == response.usage.output_tokens  # type: ignore[union-attr]
+
+
+@pytest.mark.model
+def test_streamed(llm: LLM) -> None:
+    """A stream comes in many chunks, which join to the text that the whole response has."""
+    whole = llm.complete(QUESTION)
+    with llm.stream(QUESTION) as stream:
+        texts = [chunk.text for chunk in stream]
+    check_answer(stream.response)
+    assert "".join(texts) == stream.response.text == whole.text
+    assert sum(map(bool, texts)) > 2
+
+
+@pytest.mark.model
+def test_async(config: LLMConfig, anyio_backend: str, llm: LLM) -> None:
+    """Both async modes give what the sync ones do, on asyncio and trio."""
+
+    async def main() -> None:
+        async with AsyncLLM(config, middleware=[]) as allm:
+            whole = await allm.complete(QUESTION)
+            async with allm.stream(QUESTION) as stream:
+                texts = [chunk.text async for chunk in stream]
+        check_answer(whole)
+        check_answer(stream.response)
+        assert "".join(texts) == stream.response.text == whole.text == expected
+
+    expected = llm.forward(QUESTION)
+    anyio.run(main, backend=anyio_backend)
+
+
+@pytest.mark.model
+def test_async_cancelled(config: LLMConfig, anyio_backend: str) -> None:
+    """A cancelled call stops the generation, streamed or not."""
+
+    async def main() -> None:
+        async with AsyncLLM(config, middleware=[]) as allm:
+            with anyio.move_on_after(0.3) as scope:
+                await allm.complete(ENDLESS)
+            assert scope.cancelled_caught
+            async with anyio.create_task_group() as group:
+
+                async def read() -> None:
+                    async for _ in allm.forward_stream(ENDLESS):
+                        group.cancel_scope.cancel()
+
+                group.start_soon(read)
+        with anyio.fail_after(30):
+            while running():
+                await anyio.sleep(0.01)
+
+    anyio.run(main, backend=anyio_backend)
+
+
+def wait_for_end() -> None:
+    """Wait until nothing is being generated; the test's own time limit is what fails it."""
+    for thread in threading.enumerate():
+        if thread.name == "fluxibly-local":
+            thread.join()
+
+
+@pytest.mark.model
+def test_break_stops_it(llm: LLM) -> None:
+    """Leaving a stream early stops the generation."""
+    with llm.stream(ENDLESS) as stream:
+        next(stream)
+    wait_for_end()
+
+
+@pytest.mark.model
+def test_dropped_stops_it(llm: LLM) -> None:
+    """So does dropping its iterator."""
+    texts = llm.forward_stream(ENDLESS)
+    next(texts)
+    del texts
+    wait_for_end()
+
+
+@pytest.mark.model
+def test_close_from_another_thread(config: LLMConfig, caplog: pytest.LogCaptureFixture) -> None:
+    """Closing a stream from another thread ends the read that is under way, and the generation: it is abandoned."""
+    caplog.set_level(logging.INFO, "fluxibly")
+    stream = LLM(config, [Logging()]).stream(ENDLESS)
+    first = threading.Event()
+    got: list[str] = []
+
+    def read() -> None:
+        for chunk in stream:
+            got.append(chunk.text)
+            first.set()
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    first.wait()
+    stream.close()
+    reader.join()
+    wait_for_end()
+    assert caplog.messages[-1].startswith("LLM streaming abandoned | ")
+
+
+@pytest.mark.model
+def test_close_while_the_prompt_is_processed(gguf: Path) -> None:
+    """A long prompt is given up between two batches, before there is any output."""
+    provider = LocalProvider(config_of(gguf, n_ctx=2048, n_batch=16))
+    answer = provider.stream(Request(model="m", messages="word " * 1500))
+    begun = threading.Event()
+    begin = provider.generation
+
+    def generation(request: Request) -> Generation:
+        try:
+            return begin(request)
+        finally:
+            begun.set()
+
+    provider.generation = generation  # type: ignore[method-assign]
+    raised: list[BaseException] = []
+
+    def read() -> None:
+        try:
+            next(answer)
+        except ProviderError as error:
+            raised.append(error)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    begun.wait()
+    answer.abort()
+    reader.join()
+    wait_for_end()
+    assert [str(error) for error in raised] == ["the stream was closed while it was being read"]
+
+
+@pytest.mark.model
+def test_slow_consumer(llm: LLM) -> None:
+    """A consumer slower than the model gets everything; the queue between them stays bounded."""
+    with llm.stream("Count from one to one hundred: one, two, three,", max_tokens=QUEUE_LIMIT + 30) as stream:
+        next(stream)
+        generation: Generation = stream._driver.iterator._generation
+        with generation._ready:
+            assert generation._ready.wait_for(lambda: len(generation._events) >= QUEUE_LIMIT, 60)
+        assert len(generation._events) <= QUEUE_LIMIT
+        texts = [chunk.text for chunk in stream]
+    assert len(texts) > QUEUE_LIMIT
+    assert stream.response.finish_reason == "length"
+
+
+@pytest.mark.model
+def test_many_threads(llm: LLM) -> None:
+    """Calls from several threads at once each get their answer."""
+    expected = llm.forward(QUESTION)
+    answers: list[str] = []
+    threads = [threading.Thread(target=lambda: answers.append(llm.forward(QUESTION))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert answers == [expected] * 4
+
+
+@pytest.mark.model
+def test_parameters(llm: LLM) -> None:
+    """max_tokens, stop, seed, top_k and the penalties do what they say, and extra= reaches llama.cpp."""
+    short = llm.complete(QUESTION, max_tokens=2)
+    assert (short.finish_reason, short.usage.output_tokens) == ("length", 2)  # type: ignore[union-attr]
+    whole = llm.forward(QUESTION)
+    word = whole.split()[2]
+    assert word not in llm.forward(QUESTION, stop=[word])
+    hot: dict[str, Any] = {"temperature": 2.0, "max_tokens": 12}
+    assert llm.forward(ENDLESS, seed=1, **hot) == llm.forward(ENDLESS, seed=1, **hot)
+    assert llm.forward(ENDLESS, seed=1, **hot) != llm.forward(ENDLESS, seed=2, **hot)
+    assert llm.forward(QUESTION, top_k=1, temperature=2.0) == whole
+    assert llm.forward(QUESTION, extra={"top_k": 1}, temperature=2.0) == whole
+    assert llm.forward(QUESTION, frequency_penalty=0.5, presence_penalty=0.5, top_p=0.9)
+
+
+@pytest.mark.model
+def test_json(llm: LLM) -> None:
+    """A JSON schema is followed."""
+    schema = {"type": "object", "properties": {"city": {"type": "string", "maxLength": 12}}, "required": ["city"]}
+    answer = json.loads(llm.forward(QUESTION, response_format=schema))
+    assert isinstance(answer["city"], str)
+
+
+@pytest.mark.model
+def test_conversation(llm: LLM) -> None:
+    """System, user and assistant messages all go to the model."""
+    one = llm.complete(
+        [Message.system("Be brief."), Message.user("Hi"), Message.assistant("Hello"), Message.user("?")], max_tokens=3
+    )
+    two = llm.complete("?", max_tokens=3)
+    assert one.usage.input_tokens > two.usage.input_tokens  # type: ignore[union-attr, operator]
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("streaming", [False, True])
+def test_refusals(llm: LLM, streaming: bool) -> None:
+    """What llama.cpp refuses is a BadRequest, however the library says so; none can be retried."""
+
+    def ask(prompt: str | list[Message] = "Hi", **overrides: Any) -> ProviderError:
+        with pytest.raises(ProviderError) as caught:
+            if streaming:
+                list(llm.forward_stream(prompt, **overrides))
+            else:
+                llm.forward(prompt, **overrides)
+        assert not caught.value.retryable
+        return caught.value
+
+    error = ask("word " * 3000)
+    assert type(error) is ContextLengthExceeded
+    assert "1024" in str(error)
+    assert (error.provider, error.model) == ("local", "SmolLM2-135M-Instruct.Q4_1.gguf")
+    assert type(ask(n=2)) is BadRequest
+    error = ask(response_format={"type": "rubbish"})
+    assert type(error) is BadRequest
+    assert "rubbish" in str(error)
+    assert type(ask(extra={"temperature": "x"})) is BadRequest
+    error = ask(tools=[{"name": "f"}])
+    assert type(error) is BadRequest
+    assert "chat_template" in str(error)
+
+
+@pytest.mark.model
+def test_time_limits(gguf: Path) -> None:
+    """A whole answer's total, the first byte and the idle time are bounded, each by its own error."""
+    with pytest.raises(RequestTimeout, match="not whole within 0.2 s") as total:
+        LLM(config_of(gguf, timeout=Timeouts(total=0.2)), middleware=[]).forward(ENDLESS)
+    assert total.value.phase == "total"
+    with pytest.raises(RequestTimeout, match="nothing came within 1e-06 s") as first:
+        list(LLM(config_of(gguf, timeout=Timeouts(first_byte=1e-6)), middleware=[]).forward_stream(ENDLESS))
+    assert first.value.phase == "first_byte"
+    with pytest.raises(StreamStalled, match="nothing more came"):
+        list(LLM(config_of(gguf, timeout=Timeouts(idle=1e-6)), middleware=[]).forward_stream(ENDLESS))
+    wait_for_end()
+
+
+@pytest.mark.model
+def test_shared_and_freed(gguf: Path) -> None:
+    """Providers of one model and settings share it; the last to close frees it, and a later call loads it again."""
+    config = config_of(gguf, n_ctx=512)
+    one, two, other = LocalProvider(config), LocalProvider(config), LocalProvider(config_of(gguf, n_ctx=256))
+    request = Request(model="m", messages="Hi", max_tokens=1)
+    for provider in (one, two, other):
+        provider.complete(request)
+    wait_for_end()
+    assert one._engine is two._engine
+    assert one._engine is not other._engine
+    engine = weakref.ref(one._engine)  # type: ignore[arg-type]
+    one.close()
+    assert engine() is not None
+    two.close()
+    gc.collect()
+    assert engine() is None
+    assert one.complete(request).finish_reason == "length"
+
+
+@pytest.mark.model
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:This process.*is multi-threaded:DeprecationWarning")
+def test_forked(llm: LLM) -> None:
+    """A forked child loads the model anew instead of waiting for threads that it does not have."""
+    expected = llm.forward(QUESTION)
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.write(writing, llm.forward(QUESTION).encode())
+        finally:
+            os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as answer:
+        assert answer.read() == expected
+    os.waitpid(pid, 0)
+
+
+def test_file_that_llama_cannot_load(tmp_path: Path) -> None:
+    """A file with the right magic and rubbish after it is an error that names it."""
+    path = tmp_path / "broken.gguf"
+    path.write_bytes(b"GGUF" + b"\0" * 100)
+    with pytest.raises(ProviderError, match=r"could not load broken\.gguf"):
+        LLM(config_of(path), middleware=[]).forward("Hi")
+
+
+def test_no_such_model() -> None:
+    """A model that is neither known nor a file is told when the provider is made."""
+    with pytest.raises(ConfigError, match="give smollm2, or the path"):
+        LLM(config_of(Path("no/such.gguf")), middleware=[])
+
+
+@pytest.mark.parametrize(
+    ("params", "problem"),
+    [
+        ({"n_ctx": "many"}, "additional_params.n_ctx: 'many' is not a whole number of at least 64"),
+        ({"n_threads": 0}, "additional_params.n_threads: 0 is not a whole number of at least 1"),
+        ({"n_batch": True}, "additional_params.n_batch: True is not"),
+        ({"chat_template": ""}, "additional_params.chat_template: '' is not a template"),
+    ],
+)
+def test_bad_settings(params: dict[str, Any], problem: str) -> None:
+    """A setting that cannot be is told with its name and range."""
+    with pytest.raises(ConfigError) as caught:
+        settings_of(params)
+    assert problem in str(caught.value)
+
+
+def test_settings() -> None:
+    """The settings are taken out of additional_params; tools need a template that has a place for them."""
+    assert settings_of({"n_ctx": 512, "mirostat": 2}) == Settings(n_ctx=512)
+    assert not Settings().takes_tools
+    assert Settings(chat_template="model").takes_tools
+    assert Settings(chat_template="{% for t in tools %}{% endfor %}").takes_tools
+
+
+def test_without_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Without xllamacpp the error names what to install."""
+    import importlib.util
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "xllamacpp" else find(name, *a))
+    with pytest.raises(ConfigError, match=r"pip install 'fluxibly\[local\]'"):
+        LocalProvider(LLMConfig(framework="local", model="smollm2"))
+
+
+def test_unread_stream(tmp_path: Path) -> None:
+    """A stream that is never read loads nothing and closes quietly."""
+    path = tmp_path / "empty.gguf"
+    path.write_bytes(b"GGUF")
+    answer = LocalProvider(config_of(path)).stream(Request(model="m", messages="Hi"))
+    assert isinstance(answer, LocalStream)
+    answer.close()
+    assert list(answer) == []
+    assert answer._provider._engine is None
+
+
+class Pushes:
+    """A stand-in for xllamacpp's server, which pushes what it is told to."""
+
+    def __init__(self, *events: dict[str, Any], error: Exception | None = None) -> None:
+        self.events = events
+        self.error = error
+        self.server = self
+
+    def handle_chat_completions(self, body: dict[str, Any], callback: Any) -> None:
+        for event in self.events:
+            if callback(event):
+                return
+        if self.error is not None:
+            raise self.error
+
+
+def test_generation_carries_errors() -> None:
+    """What the library raises after some events is raised where they are read, after them."""
+    engine: Any = Pushes({"n": 1}, error=ValueError("bad"))
+    generation = Generation(engine, {})
+    generation.start()
+    assert generation.next_event(None) == {"n": 1}
+    with pytest.raises(ValueError, match="bad"):
+        generation.next_event(None)
+    generation.join()
+
+
+def test_generation_stopped_while_its_queue_is_full() -> None:
+    """Stopping wakes a callback that waits for a consumer which will not come."""
+    engine: Any = Pushes(*({"n": n} for n in range(QUEUE_LIMIT * 2)))
+    generation = Generation(engine, {})
+    generation.start()
+    generation.stop()
+    generation.join()
+    with pytest.raises(local_engine.Stopped):
+        generation.next_event(None)
