@@ -1,0 +1,50 @@
+"""Durations and tokens of calls, for any OpenTelemetry SDK."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import attrs
+
+from fluxibly.effects import CallNext, Flow
+from fluxibly.types import Request, Response
+
+if TYPE_CHECKING:
+    from opentelemetry.metrics import MeterProvider
+
+    from fluxibly.instruments import Instruments
+
+
+@attrs.frozen(kw_only=True)
+class Metrics:
+    """Records the histograms of the conventions for generative AI, once a call, however it ended.
+
+    `gen_ai.client.operation.duration` (seconds, with `fluxibly.outcome` and `error.type`), `gen_ai.client.token.usage`
+    (where the service counted; none for cache hits), and for streams `…time_to_first_chunk` and
+    `…time_per_output_chunk`. The last is recorded once a stream, as the mean of its waits after the first chunk: to
+    record each chunk costs more than to receive it. It leaves out what the consumer took, and needs `StreamMeter`
+    further in, as the default stack has it.
+
+    Args:
+        meter_provider: by default the global one, also if it is set later.
+    """
+
+    meter_provider: MeterProvider | None = None
+    _instruments: list[Instruments] = attrs.field(init=False, repr=False, eq=False, factory=list["Instruments"])
+    """One, once it was needed: OpenTelemetry is imported when the first call ends."""
+
+    def __call__(self, request: Request, call_next: CallNext) -> Flow[Response]:
+        try:
+            response = yield from call_next(request)
+        except BaseException as error:
+            self._record(request, error)
+            raise
+        self._record(request, None)
+        return response
+
+    def _record(self, request: Request, error: BaseException | None) -> None:
+        if not self._instruments:
+            from fluxibly.instruments import Instruments
+
+            self._instruments.append(Instruments(self.meter_provider))
+        self._instruments[0].record(request, error)

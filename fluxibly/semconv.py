@@ -1,0 +1,93 @@
+"""The one table of the names that traces and metrics use.
+
+They are those of OpenTelemetry's semantic conventions for generative AI as released with opentelemetry-util-genai
+1.3b0. The unreleased edition (open-telemetry/semantic-conventions-genai) renames the metrics only, to
+`gen_ai.client.inference.*` and token counters by kind; when it ships, this table is what changes. The `gen_ai.*`
+constants of opentelemetry-semantic-conventions are deprecated, hence names of our own.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+CHAT: Final = "chat"
+"""The operation of every call."""
+
+OPERATION: Final = "gen_ai.operation.name"
+PROVIDER: Final = "gen_ai.provider.name"
+SERVER_ADDRESS: Final = "server.address"
+SERVER_PORT: Final = "server.port"
+ERROR_TYPE: Final = "error.type"
+CONVERSATION_ID: Final = "gen_ai.conversation.id"
+OUTPUT_TYPE: Final = "gen_ai.output.type"
+
+REQUEST_MODEL: Final = "gen_ai.request.model"
+REQUEST_STREAM: Final = "gen_ai.request.stream"
+REQUEST_SEED: Final = "gen_ai.request.seed"
+REQUEST_TOP_K: Final = "gen_ai.request.top_k"
+REQUEST_TOP_P: Final = "gen_ai.request.top_p"
+REQUEST_TEMPERATURE: Final = "gen_ai.request.temperature"
+REQUEST_MAX_TOKENS: Final = "gen_ai.request.max_tokens"
+REQUEST_FREQUENCY_PENALTY: Final = "gen_ai.request.frequency_penalty"
+REQUEST_PRESENCE_PENALTY: Final = "gen_ai.request.presence_penalty"
+REQUEST_STOP_SEQUENCES: Final = "gen_ai.request.stop_sequences"
+REQUEST_REASONING_LEVEL: Final = "gen_ai.request.reasoning.level"
+REQUEST_CHOICE_COUNT: Final = "gen_ai.request.choice.count"
+
+RESPONSE_ID: Final = "gen_ai.response.id"
+RESPONSE_MODEL: Final = "gen_ai.response.model"
+RESPONSE_FINISH_REASONS: Final = "gen_ai.response.finish_reasons"
+RESPONSE_TIME_TO_FIRST_CHUNK: Final = "gen_ai.response.time_to_first_chunk"
+"""Seconds."""
+
+USAGE_INPUT: Final = "gen_ai.usage.input_tokens"
+"""Cached tokens included."""
+USAGE_OUTPUT: Final = "gen_ai.usage.output_tokens"
+"""Reasoning tokens included."""
+USAGE_CACHE_READ: Final = "gen_ai.usage.cache_read.input_tokens"
+USAGE_CACHE_WRITE: Final = "gen_ai.usage.cache_write.input_tokens"
+USAGE_REASONING: Final = "gen_ai.usage.reasoning.output_tokens"
+
+INPUT_MESSAGES: Final = "gen_ai.input.messages"
+OUTPUT_MESSAGES: Final = "gen_ai.output.messages"
+SYSTEM_INSTRUCTIONS: Final = "gen_ai.system_instructions"
+TOOL_DEFINITIONS: Final = "gen_ai.tool.definitions"
+DETAILS_EVENT: Final = "gen_ai.client.inference.operation.details"
+
+EXCEPTION_EVENT: Final = "exception"
+EXCEPTION_TYPE: Final = "exception.type"
+EXCEPTION_MESSAGE: Final = "exception.message"
+
+# Our own
+
+ATTEMPT_SPAN: Final = "fluxibly.attempt"
+ATTEMPT_INDEX: Final = "fluxibly.attempt.index"
+"""From 0."""
+ATTEMPTS: Final = "fluxibly.attempts"
+OUTCOME: Final = "fluxibly.outcome"
+REQUESTED_MODEL: Final = "fluxibly.requested_model"
+"""The model asked for, where another one answered."""
+CACHE_HIT: Final = "fluxibly.cache.hit"
+STREAM_CHUNKS: Final = "fluxibly.stream.chunks"
+STREAM_CHARACTERS: Final = "fluxibly.stream.characters"
+STREAM_GAP_P50: Final = "fluxibly.stream.gap_p50"
+STREAM_GAP_P95: Final = "fluxibly.stream.gap_p95"
+STREAM_GAP_MAX: Final = "fluxibly.stream.gap_max"
+STREAM_LONGEST_STALL: Final = "fluxibly.stream.longest_stall"
+STREAM_ARRIVALS: Final = "fluxibly.stream.arrivals"
+"""JSON: up to 200 chunks as [arrival, wait, characters]: microseconds since the call began, microseconds that the
+stream was waited for (what the consumer took left out), and the characters up to and with this chunk."""
+
+# Metrics
+
+METER: Final = "fluxibly"
+DURATION: Final = "gen_ai.client.operation.duration"
+TOKEN_USAGE: Final = "gen_ai.client.token.usage"  # noqa: S105  # not that kind of token
+TOKEN_TYPE: Final = "gen_ai.token.type"  # noqa: S105  # likewise
+TIME_TO_FIRST_CHUNK: Final = "gen_ai.client.operation.time_to_first_chunk"
+TIME_PER_OUTPUT_CHUNK: Final = "gen_ai.client.operation.time_per_output_chunk"
+
+DURATION_BOUNDARIES: Final = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92)
+"""Seconds."""
+TOKEN_BOUNDARIES: Final = tuple(float(4**n) for n in range(14))
+"""1 to 67,108,864 tokens."""

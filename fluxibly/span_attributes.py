@@ -1,0 +1,164 @@
+"""What spans and metrics say of a call, as attributes: read off its request, its response, its error and its record.
+
+Nothing here needs OpenTelemetry, and an attribute whose value is not known is absent.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+from fluxibly import semconv
+from fluxibly.errors import ProviderError, ResponseInvalid, StreamInterrupted, root_cause
+from fluxibly.masking import mask_request
+from fluxibly.messages import Message
+from fluxibly.outcome import error_type
+from fluxibly.types import Outcome, Request, Response, StreamStats, Usage
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from fluxibly.types import CallRecord, ProviderInfo
+
+_CODE = re.compile(r"[A-Za-z0-9][\w.\-]{0,63}")
+
+
+def provider_attributes(info: ProviderInfo) -> dict[str, Any]:
+    """Who is asked."""
+    attributes: dict[str, Any] = {semconv.PROVIDER: info.telemetry_name}
+    if info.server_address is not None:
+        attributes[semconv.SERVER_ADDRESS] = info.server_address
+        if info.server_port is not None:
+            attributes[semconv.SERVER_PORT] = info.server_port
+    return attributes
+
+
+_PLAIN = (
+    ("temperature", semconv.REQUEST_TEMPERATURE),
+    ("max_tokens", semconv.REQUEST_MAX_TOKENS),
+    ("top_p", semconv.REQUEST_TOP_P),
+    ("top_k", semconv.REQUEST_TOP_K),
+    ("frequency_penalty", semconv.REQUEST_FREQUENCY_PENALTY),
+    ("presence_penalty", semconv.REQUEST_PRESENCE_PENALTY),
+    ("seed", semconv.REQUEST_SEED),
+    ("reasoning_effort", semconv.REQUEST_REASONING_LEVEL),
+)
+
+
+def request_attributes(request: Request) -> dict[str, Any]:
+    """What is known when the call begins, for samplers to see.
+
+    The conversation's id is `request.metadata["conversation_id"]`, if there is one.
+    """
+    attributes = provider_attributes(request.call.provider)
+    attributes[semconv.OPERATION] = semconv.CHAT
+    attributes[semconv.REQUEST_MODEL] = request.model
+    if request.call.streaming:
+        attributes[semconv.REQUEST_STREAM] = True
+    given = request.__dict__
+    for name, key in _PLAIN:
+        value = given[name]
+        if value is not None:
+            attributes[key] = value
+    if request.stop:
+        attributes[semconv.REQUEST_STOP_SEQUENCES] = request.stop
+    if request.n is not None and request.n != 1:
+        attributes[semconv.REQUEST_CHOICE_COUNT] = request.n
+    if request.response_format is not None:
+        attributes[semconv.OUTPUT_TYPE] = "text" if request.response_format == "text" else "json"
+    if request.metadata and "conversation_id" in request.metadata:
+        attributes[semconv.CONVERSATION_ID] = str(request.metadata["conversation_id"])
+    return attributes
+
+
+def response_attributes(response: Response) -> dict[str, Any]:
+    """What the answer says of itself, its usage aside."""
+    attributes: dict[str, Any] = {}
+    if response.id:
+        attributes[semconv.RESPONSE_ID] = response.id
+    if response.model:
+        attributes[semconv.RESPONSE_MODEL] = response.model
+    if response.finish_reason:
+        reasons = [choice.finish_reason for choice in (response, *response.alternatives)]
+        attributes[semconv.RESPONSE_FINISH_REASONS] = [reason for reason in reasons if reason]
+    return attributes
+
+
+def usage_attributes(usage: Usage | None) -> dict[str, Any]:
+    """Tokens, where the service counted them."""
+    if usage is None:
+        return {}
+    counted = {
+        semconv.USAGE_INPUT: usage.input_tokens,
+        semconv.USAGE_OUTPUT: usage.output_tokens,
+        semconv.USAGE_CACHE_READ: usage.cached_tokens,
+        semconv.USAGE_CACHE_WRITE: usage.cache_write_tokens,
+        semconv.USAGE_REASONING: usage.reasoning_tokens,
+    }
+    return {key: tokens for key, tokens in counted.items() if tokens is not None}
+
+
+def record_attributes(call: CallRecord) -> dict[str, Any]:
+    """What the call's record says at its end: attempts, cache, usage, and the stream's statistics."""
+    attributes: dict[str, Any] = {semconv.ATTEMPTS: call.attempts}
+    if call.cache_hit:
+        attributes[semconv.CACHE_HIT] = True
+    else:
+        attributes |= usage_attributes(call.usage)
+    if call.streaming:
+        attributes[semconv.STREAM_CHUNKS] = call.chunks
+        attributes[semconv.STREAM_CHARACTERS] = call.characters
+        first = time_to_first_chunk(call)
+        if first is not None:
+            attributes[semconv.RESPONSE_TIME_TO_FIRST_CHUNK] = first
+        if call.stats is not None:
+            attributes |= _statistics(call.stats)
+    return attributes
+
+
+def _statistics(stats: StreamStats) -> dict[str, Any]:
+    measured = {
+        semconv.STREAM_GAP_P50: stats.gap_p50,
+        semconv.STREAM_GAP_P95: stats.gap_p95,
+        semconv.STREAM_GAP_MAX: stats.gap_max,
+        semconv.STREAM_LONGEST_STALL: stats.longest_stall,
+    }
+    return {key: seconds for key, seconds in measured.items() if seconds is not None}
+
+
+def time_to_first_chunk(call: CallRecord) -> float | None:
+    """Seconds from when the first attempt went out to when the first chunk was delivered."""
+    if call.first_chunk_at is None or call.sent_at is None:
+        return None
+    return call.first_chunk_at - call.sent_at
+
+
+def answered_model(request: Request, outcome: Outcome) -> str:
+    """The model that was asked last, if it answered (a fallback, perhaps); else the one that `request` names."""
+    call = request.call
+    answered = outcome == "completed" or call.chunks > 0
+    return (call.asked_model if answered else None) or request.model
+
+
+def error_name(error: BaseException) -> str:
+    """`error.type`: the service's own code if it looks like one, else the name of the error's class."""
+    cause = root_cause(error)
+    if isinstance(cause, ProviderError) and cause.code is not None and _CODE.fullmatch(cause.code):
+        return cause.code
+    return error_type(cause)
+
+
+def error_message(error: BaseException, requests: Iterable[Request]) -> str:
+    """What an error says, without what it quotes of these requests or of the answer."""
+    cause = root_cause(error)
+    try:
+        text = str(cause)
+    except Exception:  # noqa: BLE001  # an exception of the user's own may not know how
+        return ""
+    answers = [each.partial for each in (error, cause) if isinstance(each, StreamInterrupted)]
+    if isinstance(cause, ResponseInvalid):
+        answers.append(cause.response)
+    for request in requests:
+        quoted = [Message.assistant(answer) for answer in answers]
+        text = mask_request(text, request.evolve(messages=(*request.messages, *quoted)) if quoted else request)
+    return text
