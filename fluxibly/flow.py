@@ -82,10 +82,11 @@ def _bind(layer: Middleware, call_next: CallNext) -> CallNext:
     def bound(request: Request) -> Flow[Response]:
         flow: Any = layer(request, call_next)
         if not _is_flow(flow):
+            kind = shown(flow)
             if isinstance(flow, CoroutineType):
                 flow.close()  # else Python warns that nobody awaited it
             raise TypeError(
-                f"the middleware {layer_name(layer)} returned {shown(flow)} where a generator was due; write it as "
+                f"the middleware {layer_name(layer)} returned {kind} where a generator was due; write it as "
                 "a generator function: def mw(request, call_next): return (yield from call_next(request))"
             )
         profile = request.call.profile
