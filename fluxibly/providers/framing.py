@@ -7,6 +7,7 @@ end of the stream completes. What arrives before an error is returned first; the
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Final, Protocol
 
 from fluxibly.errors import StreamProtocolError
@@ -36,7 +37,7 @@ class StreamFraming(Protocol):
 
 def make_framing(framing: Framing, *, limit: int = DEFAULT_LIMIT) -> StreamFraming:
     """A framing for one stream. `limit` bounds a line and an event, in bytes."""
-    return {"sse": SSE, "ndjson": NDJSON, "json-array": JSONArray}[framing](limit)
+    return _FRAMINGS[framing](limit)
 
 
 def _too_large(limit: int) -> StreamProtocolError:
@@ -289,10 +290,7 @@ class JSONArray:
             data = data.removeprefix(_BOM)
         position = 0
         while position < len(data):
-            if self._depth:
-                position = self._inside(data, position, events)
-            else:
-                position = self._between(data, position)
+            position = self._inside(data, position, events) if self._depth else self._between(data, position)
 
     def _between(self, data: bytes, position: int) -> int:
         """Skip to the next element; the position of its first byte."""
@@ -340,3 +338,10 @@ class JSONArray:
             events.append(Event(b"".join(self._element)))
             self._element.clear()
         return position
+
+
+_FRAMINGS: Final[dict[Framing, Callable[[int], StreamFraming]]] = {
+    "sse": SSE,
+    "ndjson": NDJSON,
+    "json-array": JSONArray,
+}

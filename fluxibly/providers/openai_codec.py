@@ -22,7 +22,7 @@ from fluxibly.providers.openai_parts import (
     usage_of,
 )
 from fluxibly.providers.openai_request import Quirks, chat_body
-from fluxibly.providers.wire import write_json
+from fluxibly.providers.wire import cut_off, not_an_answer, write_json
 from fluxibly.types import Chunk, Reasoning, Request, Response
 
 
@@ -96,11 +96,11 @@ class OpenAICodec:
         """
         raw = read_json(body)
         found = _convert(raw, body, self.service)
-        if not found.choices:
-            raise self._not_an_answer(raw, body)
-        decoder = ChatDecoder(self.service)
+        if not found.error and not any(map(_says_something, found.choices or ())):
+            reported = error_reports.error_of_payload(raw, body=body, service=self.service)
+            raise reported or not_an_answer(body, self.service, "message in its choices")
         joined = Aggregator()
-        for chunk in (*decoder.take(found, body), *decoder.end(whole=True)):
+        for chunk in ChatDecoder(self.service).take_whole(found, body):
             joined.add(chunk)
         return joined.response().evolve(raw=raw)
 
@@ -112,12 +112,11 @@ class OpenAICodec:
         """The error of an answer that is not a 2xx."""
         return error_reports.error_of_response(status, headers, body, service=self.service)
 
-    def _not_an_answer(self, raw: object, body: bytes) -> ProviderError:
-        error = error_reports.error_of_payload(raw, body=body, service=self.service)
-        return error or StreamProtocolError(
-            f"{self.service} sent JSON without an answer in it; check that api_base is that of a chat completions API",
-            body=error_reports.excerpt(body),
-        )
+
+def _says_something(choice: Choice | None) -> bool:
+    return choice is not None and (
+        choice.message is not None or choice.delta is not None or choice.text is not None or bool(choice.error)
+    )
 
 
 def _convert(raw: object, data: bytes, service: str) -> Body:
@@ -133,12 +132,17 @@ def _convert(raw: object, data: bytes, service: str) -> Body:
 
 
 class ChatDecoder:
-    """The state of one stream of chat completion chunks."""
+    """The state of one stream of chat completion chunks.
+
+    What is no output (id, model, finish reason, usage) is held for the next chunk that has some, or for the last one:
+    a chunk is a piece of the answer, so that counts, gaps and the time to the first one mean what they say.
+    """
 
     def __init__(self, service: str) -> None:
         self._service = service
         self._choices: dict[int, _ChoiceState] = {}
         self._first = _ChoiceState()
+        self._held: dict[str, Any] = {}
         self._id: str | None = None
         self._model: str | None = None
         self.done = False
@@ -158,29 +162,38 @@ class ChatDecoder:
         except (ValueError, RecursionError):
             if data.strip() == b"[DONE]":
                 self.done = True
-                return _EMPTY
+                return self._last()
             body = _convert(read_json(data), data, self._service)
         return self.take(body, data)
 
-    def end(self, *, whole: bool = False) -> Iterable[Chunk]:
-        """The last chunks, when the stream's bytes are over. `whole` says that it was no stream, so not cut off.
+    def end(self) -> Iterable[Chunk]:
+        """The last chunks, when the stream's bytes are over.
 
         Raises:
             StreamProtocolError: the stream was cut off.
         """
-        choices = self._choices
-        if not whole and not (choices if self.done else choices and all(one.finished for one in choices.values())):
-            raise StreamProtocolError(
-                f"the stream of {self._service} ended without "
-                + ("an answer" if not choices else "a finish reason or [DONE]: the answer was cut off")
-            )
-        last = [(index, Chunk(reasoning_parts=parts)) for index, one in choices.items() if (parts := one.parts())]
-        if not last:
+        if self.done:
             return _EMPTY
-        others = tuple(pair for pair in last if pair[0])
-        chunk = last[0][1] if not last[0][0] else Chunk()
-        chunk.alternatives = others
-        return (chunk,)
+        if not self._choices or not all(choice.finished for choice in self._choices.values()):
+            raise cut_off(self._service, "a finish reason or [DONE]")
+        return self._last()
+
+    def _last(self) -> Iterable[Chunk]:
+        if not self._choices:
+            raise cut_off(self._service, "an answer in it")
+        fields, self._held = self._held, {}
+        parts = self._first.parts()
+        if parts:
+            fields["reasoning_parts"] = parts
+        others = [(index, one.parts()) for index, one in self._choices.items() if index]
+        alternatives = tuple((index, Chunk(reasoning_parts=parts)) for index, parts in others if parts)
+        if alternatives:
+            fields["alternatives"] = alternatives
+        return (Chunk(**fields),) if fields else _EMPTY
+
+    def take_whole(self, body: Body, data: bytes) -> Iterable[Chunk]:
+        """The chunks of an answer that is no stream."""
+        return (*self.take(body, data), *self._last())
 
     def take(self, body: Body, data: bytes) -> Iterable[Chunk]:
         """The chunks of a decoded event."""
@@ -193,12 +206,19 @@ class ChatDecoder:
         state = self._first
         if not state.begun:
             self._choices[0] = state
-        chunk = state.take(choice)
-        self._add_fields(body, choice, chunk)
-        return (chunk,)
+        fields = self._held
+        text = state.take(choice, fields)
+        self._note(body, choice, fields)
+        if not fields:
+            return (Chunk(text),) if text else _EMPTY
+        if text or "reasoning" in fields or "tool_calls" in fields:
+            self._held = {}
+            return (Chunk(text, **fields),)
+        return _EMPTY
 
     def _take_several(self, body: Body, choices: list[Choice | None], data: bytes) -> Iterable[Chunk]:
-        first: Chunk | None = None
+        fields, self._held = self._held, {}
+        text = ""
         others: list[tuple[int, Chunk]] = []
         failure: object = None
         for place, choice in enumerate(choices):
@@ -206,33 +226,36 @@ class ChatDecoder:
                 continue
             index = choice.index if type(choice.index) is int and choice.index >= 0 else place
             state = self._choices.setdefault(index, _ChoiceState() if index else self._first)
-            chunk = state.take(choice)
             failure = failure or choice.error
-            if index == 0 and first is None:
-                first = chunk
+            self._note(body, choice, fields)
+            if index == 0:
+                text += state.take(choice, fields)
             else:
-                others.append((index, chunk))
-        whole = first or Chunk()
-        whole.alternatives = tuple(others)
-        self._add_fields(body, choices[0] or Choice(), whole)
-        return self._fail_after(whole, {"error": failure}, data) if failure else (whole,)
+                own: dict[str, Any] = {}
+                others.append((index, Chunk(state.take(choice, own), **own)))
+        if others:
+            fields["alternatives"] = tuple(others)
+        chunk = Chunk(text, **fields)
+        return self._fail_after(chunk, {"error": failure}, data) if failure else (chunk,)
 
     def _take_other(self, body: Body, data: bytes) -> Iterable[Chunk]:
         """An event without choices, or with an error."""
-        if body.error:
-            if body.choices:
-                body.error, error = None, body.error
-                for choice in body.choices:
-                    if choice is not None:
-                        choice.error = choice.finish_reason = None
-                return self._fail_after(next(iter(self.take(body, data)), Chunk()), {"error": error}, data)
+        error = body.error
+        if error and body.choices:
+            body.error = None
+            for choice in body.choices:
+                if choice is not None:
+                    choice.error = choice.finish_reason = None
+            return self._fail_after(next(iter(self.take(body, data)), Chunk()), {"error": error}, data)
+        if error:
             self._raise(read_json(data), data)
-        chunk = Chunk()
-        self._add_fields(body, Choice(), chunk)
-        if chunk.usage is None and chunk.id is None and chunk.model is None:
-            self._raise_if_error(data)
-            return _EMPTY
-        return (chunk,)
+        before = len(self._held)
+        self._note(body, Choice(), self._held)
+        if len(self._held) == before and body.choices is None:
+            reported = error_reports.error_of_payload(read_json(data), body=data, service=self._service)
+            if reported is not None:
+                raise reported
+        return _EMPTY
 
     def _fail_after(self, chunk: Chunk, payload: object, data: bytes) -> Generator[Chunk]:
         """What came in the same event as an error, then the error."""
@@ -244,25 +267,19 @@ class ChatDecoder:
         error = error_reports.error_of_payload(payload, body=data, service=self._service)
         raise error or StreamProtocolError(f"{self._service} sent an error without a word on what it is")
 
-    def _raise_if_error(self, data: bytes) -> None:
-        """Raise the error of an event that has none of a completion's fields, if it is one ({"detail": …})."""
-        error = error_reports.error_of_payload(read_json(data), body=data, service=self._service)
-        if error is not None:
-            raise error
-
-    def _add_fields(self, body: Body, choice: Choice, chunk: Chunk) -> None:
-        """Usage, where it is new, and the id and the model, where they are."""
+    def _note(self, body: Body, choice: Choice, fields: dict[str, Any]) -> None:
+        """Note the usage, where there is one, and the id and the model, where they are new."""
         found = body.id
         if found != self._id and isinstance(found, str) and found:
-            chunk.id = self._id = found
+            fields["id"] = self._id = found
         found = body.model
         if found != self._model and isinstance(found, str) and found:
-            chunk.model = self._model = found
+            fields["model"] = self._model = found
         usage = body.usage or choice.usage
-        if usage is None and body.x_groq is not None and isinstance(body.x_groq, dict):
+        if usage is None and isinstance(body.x_groq, dict):
             usage = cast("dict[str, Any]", body.x_groq).get("usage")
-        if usage:
-            chunk.usage = usage_of(usage)
+        if usage and (counted := usage_of(usage)) is not None:
+            fields["usage"] = counted
 
 
 class _ChoiceState:
@@ -279,8 +296,8 @@ class _ChoiceState:
         self.thought: list[str] = []
         self.details: Details | None = None
 
-    def take(self, choice: Choice) -> Chunk:
-        """The chunk of an event's choice."""
+    def take(self, choice: Choice, fields: dict[str, Any]) -> str:
+        """The text of an event's choice; what else it has goes into `fields`, which become a chunk's."""
         self.begun = True
         delta = choice.delta
         if delta is None:
@@ -288,45 +305,43 @@ class _ChoiceState:
             delta = choice.message if choice.message is not None and not self.spoke else _NOTHING
         text, reasoning = delta.content, delta.reasoning or delta.reasoning_content
         if type(text) is not str:
-            text, thought = content_of(text if text is not None else choice.text)
+            text, thought = content_of(choice.text if text is None else text)
             reasoning = reasoning or thought
-        if reasoning is None and delta.reasoning_details is None and delta.tool_calls is None and not delta.refusal:
-            chunk = Chunk(text)
-        else:
-            chunk = self._with_more(delta, text, reasoning)
-        if chunk.text or chunk.tool_calls:
+        if reasoning or delta.reasoning_details or delta.tool_calls or delta.refusal:
+            text += self._take_more(delta, reasoning, fields)
+        if text:
             self.spoke = True
         if choice.finish_reason:
-            self._finish(choice.finish_reason, chunk)
-        return chunk
+            self._finish(str(choice.finish_reason), fields)
+        return text
 
-    def _with_more(self, delta: Delta, text: str, reasoning: object) -> Chunk:
-        chunk = Chunk(text)
-        if delta.refusal and isinstance(delta.refusal, str):
-            self.refused = True
-            chunk.text += delta.refusal
+    def _take_more(self, delta: Delta, reasoning: object, fields: dict[str, Any]) -> str:
+        """Take what a delta has beside its content; the text of a refusal, which is an answer as well."""
         if delta.tool_calls:
-            chunk.tool_calls = tool_call_deltas(delta.tool_calls)
-            self.tools = self.tools or bool(chunk.tool_calls)
+            calls = tool_call_deltas(delta.tool_calls)
+            if calls:
+                self.tools = self.spoke = True
+                fields["tool_calls"] = calls
         if delta.reasoning_details:
             if self.details is None:
                 self.details = Details()
             said = self.details.add(delta.reasoning_details)
             reasoning = reasoning or said
         if reasoning and isinstance(reasoning, str):
-            chunk.reasoning = reasoning
+            fields["reasoning"] = reasoning
             self.thought.append(reasoning)
-        return chunk
+        if delta.refusal and isinstance(delta.refusal, str):
+            self.refused = True
+            return delta.refusal
+        return ""
 
-    def _finish(self, reason: object, chunk: Chunk) -> None:
+    def _finish(self, reason: str, fields: dict[str, Any]) -> None:
         self.finished = True
-        chunk.raw_finish_reason = str(reason)
-        chunk.finish_reason = finish_reason_of(str(reason))
-        if chunk.finish_reason == "stop":
-            if self.refused:
-                chunk.finish_reason = "content_filter"
-            elif self.tools:
-                chunk.finish_reason = "tool_call"
+        finish = finish_reason_of(reason)
+        if finish == "stop" and (self.refused or self.tools):
+            finish = "content_filter" if self.refused else "tool_call"
+        fields["finish_reason"] = finish
+        fields["raw_finish_reason"] = reason
 
     def parts(self) -> tuple[Reasoning, ...]:
         """The reasoning that has to go back to the service."""
