@@ -1,0 +1,146 @@
+"""What dialects of their own share: JSON that may hold anything, requests as JSON, and saying what cannot be sent."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any, cast
+from urllib.parse import unquote_to_bytes
+
+import msgspec
+
+from fluxibly.errors import BadRequest, StreamProtocolError
+from fluxibly.providers.error_reports import excerpt
+from fluxibly.types import Image, Message, Request, Text, ToolCall
+
+
+def not_an_answer(body: bytes, service: str, lacks: str) -> StreamProtocolError:
+    """The error for JSON that is no answer of the dialect."""
+    return StreamProtocolError(
+        f"{service} sent JSON that is no answer of its dialect: it has no {lacks}", body=excerpt(body)
+    )
+
+
+def cut_off(service: str, lacks: str) -> StreamProtocolError:
+    """The error for a stream that ended too soon."""
+    return StreamProtocolError(f"{service}'s stream was cut off: it ended without {lacks}")
+
+
+def table(value: object) -> dict[str, Any]:
+    """`value` if it is a JSON object, else an empty one."""
+    return cast("dict[str, Any]", value) if isinstance(value, dict) else {}
+
+
+def array(value: object) -> list[Any]:
+    """`value` if it is a JSON array, else an empty one."""
+    return cast("list[object]", value) if isinstance(value, list) else []
+
+
+def string(value: object) -> str:
+    """`value` if it is a string, else an empty one."""
+    return value if isinstance(value, str) else ""
+
+
+def count(value: object) -> int | None:
+    """`value` if it is a number of things, else None."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
+
+
+def total(*counts: int | None) -> int | None:
+    """The sum of what is known; None if nothing is."""
+    known = [number for number in counts if number is not None]
+    return sum(known) if known else None
+
+
+def to_json(value: object) -> str:
+    """JSON text as a model would write it, for the arguments of a tool call that came as an object."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+def bad_request(request: Request, service: str, message: str) -> BadRequest:
+    """The error for a request that the dialect cannot express; nothing was sent."""
+    return BadRequest(f"{message} (model {request.model})", model=request.model)
+
+
+def refuse(request: Request, service: str, names: Iterable[str]) -> None:
+    """Raise BadRequest if a parameter that the dialect has no word for is set."""
+    for name in names:
+        value = getattr(request, name)
+        if value is not None and not (name == "n" and value == 1):
+            raise bad_request(
+                request, service, f"{service} takes no {name}; leave it out, or pass what your server takes in extra="
+            )
+
+
+def write_json(body: dict[str, Any], request: Request, service: str, *, containers: Iterable[str] = ()) -> bytes:
+    """The body of a request, with `request.extra` merged in.
+
+    What is in `extra` replaces what is there; only the objects named `containers`, which hold parameters, are merged.
+
+    Raises:
+        BadRequest: there is something in it that JSON cannot hold.
+
+    """
+    for name, value in request.extra.items():
+        if name in containers and isinstance(value, Mapping):
+            body[name] = {**body.get(name, {}), **value}
+        else:
+            body[name] = value
+    try:
+        return msgspec.json.encode(body, enc_hook=_plain)
+    except (TypeError, ValueError, RecursionError) as error:
+        # A UnicodeEncodeError would quote the whole prompt in its arguments, so it is not chained.
+        what = "a lone surrogate, half of a character," if isinstance(error, UnicodeError) else str(error)
+        raise bad_request(request, service, f"the request cannot be written as JSON: {what}") from None
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Mapping):
+        return dict(cast("Mapping[str, Any]", value))
+    raise TypeError(f"there is a {type(value).__name__} in it")
+
+
+def system_text(request: Request, service: str) -> str:
+    """The text of all system messages, for dialects that keep it apart from the conversation."""
+    systems = [message for message in request.messages if message.role == "system"]
+    for message in systems:
+        if any(not isinstance(part, Text) for part in message.content):
+            raise bad_request(
+                request, service, f"{service} takes text alone in a system message, and there is an image"
+            )
+    return "\n\n".join([message.text for message in systems if message.text])
+
+
+def image_data(image: Image) -> tuple[str, str] | None:
+    """An image's media type and its bytes as base64, if it comes as bytes or as a data URL."""
+    if image.data is not None:
+        return image.media_type or "image/png", base64.b64encode(image.data).decode("ascii")
+    url = image.url or ""
+    if not url.startswith("data:"):
+        return None
+    head, _, data = url[5:].partition(",")
+    media_type, *parameters = head.split(";")
+    if "base64" not in parameters:
+        data = base64.b64encode(unquote_to_bytes(data)).decode("ascii")
+    return image.media_type or media_type or "text/plain", data
+
+
+def sent_arguments(call: ToolCall) -> dict[str, Any]:
+    """A tool call's arguments, for dialects that take an object: also where the model's text was none."""
+    return {"INVALID_JSON": call.raw_arguments} if call.error else dict(call.arguments)
+
+
+def tool_name(message: Message, request: Request, service: str) -> str:
+    """The name of the tool that a tool message answers for: its own, or that of the call with its id."""
+    if message.name:
+        return message.name
+    for other in request.messages:
+        for call in other.tool_calls:
+            if call.id == message.tool_call_id:
+                return call.name
+    raise bad_request(
+        request,
+        service,
+        f"{service} needs the tool's name with its result: write Message.tool(content, tool_call), or give name=",
+    )
