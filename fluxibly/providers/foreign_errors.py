@@ -1,0 +1,184 @@
+"""The exceptions of other libraries (openai, anthropic, httpx, LangChain, LiteLLM) as ours.
+
+They are told by what they carry (a status, a response, a decoded body) and by the names of their classes, so that
+none of these libraries has to be imported. Ours are never chained to theirs, which may quote an API key.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Final, cast
+
+import attrs
+
+from fluxibly import errors
+from fluxibly.errors import FluxiblyError, ProviderError
+from fluxibly.masking import mask_secrets
+from fluxibly.providers.error_reports import Report, error_of, error_of_payload, error_of_response
+from fluxibly.providers.foreign import TimeIsUp
+from fluxibly.providers.limits import Phase
+
+_TIMEOUTS: Final = {"APITimeoutError", "TimeoutException", "ModelTimeoutError", "TimeoutError"}
+_CONNECTIONS: Final = {"APIConnectionError", "TransportError", "ModelConnectionError", "ConnectionError"}
+_UNREADABLE: Final = {
+    "APIResponseValidationError",
+    "AttributeError",
+    "DecodingError",
+    "JSONDecodeError",
+    "LookupError",
+    "UnicodeDecodeError",
+    "ValidationError",
+}
+_WORDS: Final = {
+    "ContentPolicyViolationError": "content_filter",
+    "ContextOverflowError": "context_length_exceeded",
+    "ContextWindowExceededError": "context_length_exceeded",
+}
+_NOTHING_CAME: Final = ("No generation", "Unexpected response type", "Response missing", "Received response with null")
+
+
+@attrs.frozen(kw_only=True)
+class Explainer:
+    """Makes our errors of a library's. `library` is its name, `framework` ours for it."""
+
+    library: str
+    framework: str
+    secrets: tuple[str, ...] = ()
+
+    def __call__(self, error: Exception, model: str, *, streamed: bool = False) -> Exception:
+        """What the caller gets for `error`. `streamed` says whether some of a stream had come.
+
+        An exception that is none of these libraries' (a user's own chat model may raise anything) is passed on as it is.
+        """
+        ours = _translated(error, self.library, streamed=streamed)
+        if ours is None:
+            return error if mask_secrets(repr(error), self.secrets) == repr(error) else self._masked(error)
+        if isinstance(ours, ProviderError):
+            ours.provider = ours.provider or self.framework
+            ours.model = ours.model or model
+            ours.args = tuple(self.mask(each) if isinstance(each, str) else each for each in ours.args)
+            ours.body = None if ours.body is None else self.mask(ours.body)
+        return ours
+
+    def mask(self, text: str) -> str:
+        return mask_secrets(text, self.secrets)
+
+    def _masked(self, error: Exception) -> Exception:
+        return ProviderError(self.mask(f"{self.library} failed with {type(error).__name__}: {error}"))
+
+
+def _translated(error: Exception, library: str, *, streamed: bool) -> Exception | None:
+    if isinstance(error, FluxiblyError):
+        return error
+    if isinstance(error, TimeIsUp):
+        return _late(error.phase, f"{error.seconds:g} s", library, streamed=streamed)
+    reasons = list(_reasons(error))
+    names = {kind.__name__ for reason in reasons for kind in type(reason).__mro__}
+    own_names = {kind.__name__ for kind in type(error).__mro__}
+    if own_names & _TIMEOUTS or (names & _TIMEOUTS and own_names & _CONNECTIONS):
+        phase: Phase = "connect" if "ConnectTimeout" in names else "idle" if streamed else "first_byte"
+        return _late(phase, "the configured time", library, streamed=streamed)
+    if "RemoteProtocolError" in names and (streamed or "incomplete" in _texts(reasons)):
+        return errors.StreamProtocolError(f"the answer to {library} was cut off: the connection ended before it did")
+    if own_names & _CONNECTIONS:
+        return errors.ConnectionFailed(
+            f"{library} could not reach the service, or lost it: {_innermost(reasons)}. Check the network and api_base."
+        )
+    for reason in reasons:
+        reported = _reported(reason, names, library)
+        if reported is not None:
+            return reported
+    return _misused(error, own_names, library)
+
+
+def _late(phase: Phase, limit: str, library: str, *, streamed: bool) -> ProviderError:
+    kind = errors.StreamStalled if phase == "idle" and streamed else errors.RequestTimeout
+    what = {
+        "connect": "connecting took longer",
+        "first_byte": "no answer came for longer",
+        "idle": "the stream sent nothing for longer",
+        "total": "the call took longer",
+    }[phase]
+    late = kind(
+        f"{what} than {limit} (the {phase} timeout, through {library}); try again, or raise the config's timeout"
+    )
+    late.phase = phase
+    return late
+
+
+def _reasons(error: BaseException) -> Iterator[BaseException]:
+    """An exception and what it came of, the outermost first."""
+    seen: set[int] = set()
+    reason: object = error
+    while isinstance(reason, BaseException) and id(reason) not in seen:
+        seen.add(id(reason))
+        yield reason
+        reason = getattr(reason, "original_exception", None) or reason.__cause__ or reason.__context__
+
+
+def _texts(reasons: Iterable[BaseException]) -> str:
+    return " ".join(str(reason) for reason in reasons)
+
+
+def _innermost(reasons: list[BaseException]) -> str:
+    last = next((reason for reason in reversed(reasons) if str(reason)), reasons[0])
+    return f"{type(last).__name__}: {last}"
+
+
+def _reported(error: BaseException, names: Iterable[str], library: str) -> ProviderError | None:
+    """The error of an exception that says what a service answered."""
+    status: object = getattr(error, "status_code", None)
+    body: object = getattr(error, "body", None)
+    word = next((_WORDS[name] for name in names if name in _WORDS), None)
+    if isinstance(status, int) and status >= 300:
+        response = getattr(error, "response", None)
+        headers = _headers(getattr(error, "litellm_response_headers", None) or getattr(response, "headers", None))
+        content = _content(response)
+        if content and word is None:
+            return error_of_response(status, headers, content, service=f"the service (through {library})")
+        words = [
+            str(each).lower() for each in (word, getattr(error, "code", None), getattr(error, "type", None)) if each
+        ]
+        report = Report(message=str(error), status=status, code=words[0] if words else None, words=tuple(words))
+        return error_of(report, status=status, headers=headers, service=f"the service (through {library})")
+    if body is None and isinstance(error, ValueError) and error.args and isinstance(error.args[0], dict):
+        body = error.args[0]  # langchain-openai, for an error in a 200
+    if body:
+        payload = cast("dict[str, Any]", body) if isinstance(body, dict) and "error" in body else {"error": body}
+        return error_of_payload(payload, body=_json(payload), service=f"the service (through {library})")
+    if any(kind.__name__ == "APIError" for kind in type(error).__mro__):
+        return errors.ServerError(f"the service (through {library}) answered with an error: {error}")
+    return None
+
+
+def _json(payload: object) -> bytes:
+    return json.dumps(payload, default=str).encode()
+
+
+def _headers(headers: object) -> dict[str, str]:
+    items = cast("Mapping[str, object]", headers).items() if isinstance(headers, Mapping) else ()
+    return {name.lower().removeprefix("llm_provider-"): str(value) for name, value in items}
+
+
+def _content(response: Any) -> bytes:
+    """The body of an httpx response, if it was read."""
+    try:
+        content: object = response.content
+    except Exception:  # noqa: BLE001  # httpx.ResponseNotRead, or no httpx response at all
+        return b""
+    return content if isinstance(content, bytes) else b""
+
+
+def _misused(error: Exception, names: set[str], library: str) -> Exception | None:
+    """What the library itself could not do: read an answer, or send a request."""
+    text = str(error)
+    if isinstance(error, TypeError) and "unexpected keyword argument" in text:
+        return errors.BadRequest(f"{library} cannot pass this on: {text}")
+    if names & _UNREADABLE or isinstance(error, TypeError) or text.startswith(_NOTHING_CAME):
+        return errors.StreamProtocolError(
+            f"{library} could not read the service's answer ({type(error).__name__}): {text[:500]}"
+        )
+    if isinstance(error, ValueError):
+        return errors.BadRequest(f"{library} refuses the request: {text}")
+    return None

@@ -1,0 +1,152 @@
+"""The parameters of a request as LangChain's chat models take them, so that each really reaches the service."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+from langchain_core.language_models import BaseChatModel
+from langchain_core.runnables import Runnable, RunnableBinding
+
+from fluxibly.errors import BadRequest
+from fluxibly.providers.langchain_messages import Dialect
+from fluxibly.providers.openai_request import named_schema
+from fluxibly.providers.wire import bad_request, refuse
+from fluxibly.types import Request, Tool
+
+_FAMILIES: tuple[Dialect, ...] = ("openai", "anthropic")
+_SIMPLE = (
+    "temperature",
+    "max_tokens",
+    "top_p",
+    "top_k",
+    "frequency_penalty",
+    "presence_penalty",
+    "seed",
+    "reasoning_effort",
+)
+
+
+def dialect_of(chat_model: BaseChatModel) -> Dialect:
+    """The family of a chat model: many integrations (DeepSeek, xAI, Azure) stand on langchain-openai's."""
+    packages = {kind.__module__.partition(".")[0] for kind in type(chat_model).__mro__}
+    for family in _FAMILIES:
+        if f"langchain_{family}" in packages:
+            return family
+    return "other"
+
+
+def prepare(chat_model: BaseChatModel, request: Request, dialect: Dialect) -> tuple[Runnable[Any, Any], dict[str, Any]]:
+    """What to invoke for a request, and with which keywords.
+
+    Raises:
+        BadRequest: a parameter that the chat model has no way to pass on.
+    """
+    service = f"LangChain's {type(chat_model).__name__}"
+    refuse(request, service, ["n"])  # LangChain hands on one choice
+    keywords: dict[str, Any] = {name: value for name in _SIMPLE if (value := getattr(request, name)) is not None}
+    if request.stop:
+        keywords["stop"] = list(request.stop)
+    runnable: Runnable[Any, Any] = chat_model
+    if dialect == "openai":
+        _for_openai(chat_model, request, keywords)
+    elif dialect == "anthropic":
+        _for_anthropic(request, keywords, service)
+    else:
+        chat_model = _with_fields(chat_model, keywords)
+        runnable = chat_model
+        if request.response_format not in (None, "text"):
+            keywords["response_format"] = _openai_format(request.response_format)
+        keywords.update(request.extra)
+    if request.tools:
+        return _bind_tools(chat_model, request, dialect, keywords)
+    if request.tool_choice is not None:
+        raise bad_request(request, service, f"tool_choice={request.tool_choice!r} needs tools to choose from")
+    return runnable, keywords
+
+
+def _for_openai(chat_model: BaseChatModel, request: Request, keywords: dict[str, Any]) -> None:
+    """What the openai SDK has no word for goes into `extra_body`, which it merges into the body, over all else.
+
+    The response format does too: as a keyword, langchain-openai would parse the answer itself, which demands strict
+    tools and fails where an answer is cut by `max_tokens`.
+    """
+    body: dict[str, Any] = {}
+    if "top_k" in keywords:
+        body["top_k"] = keywords.pop("top_k")
+    if request.response_format not in (None, "text"):
+        shape = _openai_format(request.response_format)
+        # The Responses API has another place for it, which langchain-openai knows.
+        (keywords if getattr(chat_model, "use_responses_api", None) else body)["response_format"] = shape
+    _add_extra(request, keywords, body)
+
+
+def _for_anthropic(request: Request, keywords: dict[str, Any], service: str) -> None:
+    refuse(request, service, ["frequency_penalty", "presence_penalty", "seed"])
+    if request.response_format == "json":
+        raise bad_request(request, service, "Anthropic gives JSON only by a schema: pass it as response_format")
+    if isinstance(request.response_format, Mapping):
+        keywords["output_config"] = {"format": {"type": "json_schema", "schema": dict(request.response_format)}}
+    _add_extra(request, keywords, {})
+
+
+def _add_extra(request: Request, keywords: dict[str, Any], body: dict[str, Any]) -> None:
+    body.update(request.extra)
+    if body:
+        keywords["extra_body"] = body
+    if request.headers:
+        keywords["extra_headers"] = dict(request.headers)
+
+
+def _openai_format(wanted: object) -> dict[str, Any]:
+    if isinstance(wanted, Mapping):
+        return {"type": "json_schema", "json_schema": named_schema(cast("Mapping[str, Any]", wanted))}
+    return {"type": "json_object"}
+
+
+def _with_fields(chat_model: BaseChatModel, keywords: dict[str, Any]) -> BaseChatModel:
+    """A copy with those of `keywords` that the model has a field for; these are taken out.
+
+    The other integrations read their fields at every call, but not all take the same names as keywords.
+    """
+    fields = type(chat_model).model_fields
+    names = {field.alias or name: name for name, field in fields.items()} | {name: name for name in fields}
+    changes = {names[name]: keywords.pop(name) for name in list(keywords) if name in names and name != "stop"}
+    return chat_model.model_copy(update=changes) if changes else chat_model
+
+
+def _bind_tools(
+    chat_model: BaseChatModel, request: Request, dialect: Dialect, keywords: dict[str, Any]
+) -> tuple[Runnable[Any, Any], dict[str, Any]]:
+    tools = [_anthropic_tool(tool) if dialect == "anthropic" else _openai_tool(tool) for tool in request.tools]
+    choice = _tool_choice(request, dialect)
+    try:
+        bound = chat_model.bind_tools(tools, **({} if choice is None else {"tool_choice": choice}))
+    except NotImplementedError:
+        raise BadRequest(f"LangChain's {type(chat_model).__name__} takes no tools", model=request.model) from None
+    if isinstance(bound, RunnableBinding):
+        return bound.bound, {**bound.kwargs, **keywords}
+    return bound, keywords
+
+
+def _tool_choice(request: Request, dialect: Dialect) -> Any:
+    choice = request.tool_choice
+    if dialect == "anthropic" and choice == "none":
+        return {"type": "none"}
+    return "any" if choice == "required" else choice
+
+
+def _openai_tool(tool: Tool) -> dict[str, Any]:
+    function: dict[str, Any] = {
+        "name": tool.name,
+        "description": tool.description,
+        "parameters": dict(tool.parameters),
+    }
+    if tool.strict is not None:
+        function["strict"] = tool.strict
+    return {"type": "function", "function": function}
+
+
+def _anthropic_tool(tool: Tool) -> dict[str, Any]:
+    strict = {} if tool.strict is None else {"strict": tool.strict}
+    return {"name": tool.name, "description": tool.description, "input_schema": dict(tool.parameters), **strict}

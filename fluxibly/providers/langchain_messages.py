@@ -1,0 +1,279 @@
+"""Between our messages, responses and chunks and LangChain's, for calls that LangChain makes for us."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, TypeAlias, cast
+
+from langchain_core.messages import (
+    AIMessage,
+    AIMessageChunk,
+    BaseMessage,
+    HumanMessage,
+    SystemMessage,
+    ToolMessage,
+)
+
+from fluxibly.providers.wire import sent_arguments, to_json
+from fluxibly.types import (
+    Chunk,
+    Image,
+    Message,
+    Part,
+    Reasoning,
+    Response,
+    Text,
+    ToolCall,
+    ToolCallDelta,
+    Usage,
+)
+
+Dialect: TypeAlias = Literal["openai", "anthropic", "other"]
+"""Which of LangChain's families a chat model is of: it decides how a call's parameters have to be put."""
+
+_FINISH: Mapping[str, str] = {
+    "completed": "stop",
+    "content_filter": "content_filter",
+    "end_turn": "stop",
+    "function_call": "tool_call",
+    "length": "length",
+    "max_output_tokens": "length",
+    "max_tokens": "length",
+    "model_length": "length",
+    "refusal": "content_filter",
+    "safety": "content_filter",
+    "stop": "stop",
+    "stop_sequence": "stop",
+    "tool_calls": "tool_call",
+    "tool_use": "tool_call",
+}
+
+
+# Ours to LangChain's
+
+
+def to_langchain(messages: tuple[Message, ...], dialect: Dialect) -> list[BaseMessage]:
+    """A prompt for a chat model."""
+    return [_to_langchain(message, dialect) for message in messages]
+
+
+def _to_langchain(message: Message, dialect: Dialect) -> BaseMessage:
+    content: Any = _content(message.content)
+    if message.role == "system":
+        return SystemMessage(content, name=message.name)
+    if message.role == "user":
+        return HumanMessage(content, name=message.name)
+    if message.role == "tool":
+        return ToolMessage(content, tool_call_id=message.tool_call_id or "", name=message.name)
+    blocks = [dict(part.raw) for part in message.reasoning if part.raw]
+    if blocks:
+        blocks += [{"type": "text", "text": message.text}] if message.text else []
+        blocks += [_tool_use(call) for call in message.tool_calls] if dialect == "anthropic" else []
+    broken = [call for call in message.tool_calls if call.error and dialect == "openai"]
+    return AIMessage(
+        cast("Any", blocks) or content,
+        name=message.name,
+        tool_calls=[
+            {"type": "tool_call", "id": call.id, "name": call.name, "args": sent_arguments(call)}
+            for call in message.tool_calls
+            if call not in broken
+        ],
+        invalid_tool_calls=[
+            {"type": "invalid_tool_call", "id": call.id, "name": call.name, "args": call.raw_arguments, "error": None}
+            for call in broken
+        ],
+    )
+
+
+def _tool_use(call: ToolCall) -> dict[str, Any]:
+    return {"type": "tool_use", "id": call.id, "name": call.name, "input": sent_arguments(call)}
+
+
+def _content(parts: tuple[Part, ...]) -> str | list[dict[str, Any]]:
+    if all(isinstance(part, Text) for part in parts):
+        return "".join(part.text for part in parts if isinstance(part, Text))
+    return [{"type": "text", "text": part.text} if isinstance(part, Text) else _image(part) for part in parts]
+
+
+def _image(image: Image) -> dict[str, Any]:
+    """An image as OpenAI writes it, which LangChain's other integrations read too."""
+    url = image.url
+    if image.data is not None:
+        url = f"data:{image.media_type};base64,{base64.b64encode(image.data).decode('ascii')}"
+    detail = {"detail": image.detail} if image.detail else {}
+    return {"type": "image_url", "image_url": {"url": url, **detail}}
+
+
+# LangChain's to ours
+
+
+def response_of(message: BaseMessage) -> Response:
+    """The response that a chat model's whole answer comes to."""
+    reader = MessageReader()
+    chunk = reader.read(message)
+    last = reader.last()
+    return Response(
+        chunk.text or _refusal(message),
+        tool_calls=_tool_calls(message),
+        reasoning=chunk.reasoning,
+        reasoning_parts=last.reasoning_parts,
+        finish_reason=chunk.finish_reason,
+        raw_finish_reason=chunk.raw_finish_reason,
+        usage=chunk.usage,
+        model=chunk.model,
+        id=chunk.id,
+        request_id=chunk.request_id,
+        rate_limits=chunk.rate_limits or {},
+        raw=message,
+    )
+
+
+def _tool_calls(message: BaseMessage) -> list[ToolCall]:
+    if not isinstance(message, AIMessage):
+        return []
+    calls = [
+        ToolCall(call.get("id") or f"call_{number}", call["name"], call["args"], to_json(call["args"]))
+        for number, call in enumerate(message.tool_calls)
+    ]
+    for number, broken in enumerate(message.invalid_tool_calls, len(calls)):
+        arguments = broken.get("args") or ""
+        calls.append(ToolCall(broken.get("id") or f"call_{number}", broken.get("name") or "", raw_arguments=arguments))
+    return calls
+
+
+def _refusal(message: BaseMessage) -> str:
+    refusal = message.additional_kwargs.get("refusal")
+    return refusal if isinstance(refusal, str) else ""
+
+
+class MessageReader:
+    """Reads the messages of one answer, a whole one or the chunks of a stream."""
+
+    def __init__(self) -> None:
+        self._blocks: dict[object, dict[str, Any]] = {}
+        self.finished = False
+        """Whether a finish reason came."""
+
+    def read(self, message: BaseMessage) -> Chunk:
+        """What a message says, save for the reasoning that has to go back (see `last`)."""
+        metadata = message.response_metadata
+        raw_finish = _raw_finish(metadata)
+        self.finished = self.finished or raw_finish is not None
+        headers = metadata.get("headers")
+        limits = _rate_limits(cast("dict[str, str]", headers)) if isinstance(headers, dict) else (None, None)
+        deltas = _deltas(message) if isinstance(message, AIMessageChunk) else ()
+        return Chunk(
+            str(message.text),
+            reasoning="".join(self._reasoning(message)),
+            tool_calls=deltas,
+            finish_reason=None if raw_finish is None else _finish(raw_finish, message),
+            raw_finish_reason=raw_finish,
+            usage=_usage(message),
+            model=metadata.get("model_name") or metadata.get("model"),
+            id=_id(message),
+            request_id=limits[0],
+            rate_limits=limits[1],
+        )
+
+    def last(self) -> Chunk:
+        """A chunk with the reasoning that has to go back to the service, now that it is whole."""
+        parts = [_reasoning_part(block) for block in self._blocks.values()]
+        return Chunk(reasoning_parts=tuple(parts))
+
+    def _reasoning(self, message: BaseMessage) -> Iterator[str]:
+        said = message.additional_kwargs.get("reasoning_content")
+        if isinstance(said, str):
+            yield said
+        if isinstance(message.content, str):
+            return
+        for number, block in enumerate(message.content):
+            if isinstance(block, dict) and block.get("type") in ("thinking", "redacted_thinking", "reasoning"):
+                self._keep(block, number)
+                yield _reasoning_text(block)
+
+    def _keep(self, block: Mapping[str, Any], number: int) -> None:
+        kept = self._blocks.setdefault(block.get("index", number), {})
+        for name, value in block.items():
+            if name == "index":
+                continue
+            if isinstance(value, str) and name in ("thinking", "reasoning", "signature"):
+                kept[name] = kept.get(name, "") + value
+            elif value is not None:
+                kept[name] = value
+
+
+def _reasoning_text(block: Mapping[str, Any]) -> str:
+    text = block.get("thinking") or block.get("reasoning")
+    if isinstance(text, str):
+        return text
+    summary = block.get("summary")
+    parts: list[Any] = summary if isinstance(summary, list) else []
+    return "".join(str(part.get("text") or "") for part in parts if isinstance(part, dict))
+
+
+def _reasoning_part(block: dict[str, Any]) -> Reasoning:
+    return Reasoning(text=_reasoning_text(block), signature=block.get("signature"), raw=block)
+
+
+def _deltas(message: AIMessageChunk) -> tuple[ToolCallDelta, ...]:
+    return tuple(
+        ToolCallDelta(
+            index=call["index"] if isinstance(call.get("index"), int) else None,
+            id=call.get("id"),
+            name=call.get("name"),
+            arguments=call.get("args") or "",
+        )
+        for call in message.tool_call_chunks
+    )
+
+
+def _raw_finish(metadata: Mapping[str, Any]) -> str | None:
+    """The word of the service: each of LangChain's integrations has its own place for it."""
+    details = metadata.get("incomplete_details")
+    if isinstance(details, dict) and cast("dict[str, Any]", details).get("reason"):
+        return str(cast("dict[str, Any]", details)["reason"])
+    for name in ("finish_reason", "stop_reason", "done_reason", "status"):
+        value = metadata.get(name)
+        if isinstance(value, str) and value:
+            return value
+    return None
+
+
+def _finish(raw: str, message: BaseMessage) -> str:
+    finish = _FINISH.get(raw.lower(), raw)
+    if raw == "completed" and isinstance(message, AIMessage) and message.tool_calls:
+        return "tool_call"
+    return finish
+
+
+def _usage(message: BaseMessage) -> Usage | None:
+    usage = message.usage_metadata if isinstance(message, AIMessage) else None
+    if not usage:
+        return None
+    read = cast("dict[str, int]", usage.get("input_token_details") or {})
+    written = cast("dict[str, int]", usage.get("output_token_details") or {})
+    to_cache = [read[name] for name in _CACHE_WRITES if read.get(name)]
+    return Usage(
+        input_tokens=usage["input_tokens"],
+        output_tokens=usage["output_tokens"],
+        cached_tokens=read.get("cache_read"),
+        cache_write_tokens=sum(to_cache) if to_cache else read.get("cache_creation"),
+        reasoning_tokens=written.get("reasoning"),
+    )
+
+
+_CACHE_WRITES = ("cache_creation", "ephemeral_5m_input_tokens", "ephemeral_1h_input_tokens")
+
+
+def _id(message: BaseMessage) -> str | None:
+    """The service's id of an answer; those that LangChain makes itself ("lc_run-…", "run-…") say nothing."""
+    given = message.response_metadata.get("id") or message.id
+    return given if isinstance(given, str) and not given.startswith(("lc_", "run-")) else None
+
+
+def _rate_limits(headers: dict[str, str]) -> tuple[str | None, dict[str, str] | None]:
+    """The request's id and the rate limits, of an answer's headers."""
+    named = {name.lower(): value for name, value in headers.items()}
+    limits = {name: value for name, value in named.items() if "ratelimit" in name}
+    return named.get("x-request-id") or named.get("request-id"), limits or None
