@@ -3,6 +3,7 @@
 Nothing here needs a test framework.
 """
 
+from fluxibly.testing.checks import check_middleware as check_middleware
 from fluxibly.testing.clock import VirtualClock as VirtualClock
 from fluxibly.testing.scripted import (
     Answer as Answer,
@@ -20,4 +21,4 @@ from fluxibly.testing.scripted import (
     ScriptedProvider as ScriptedProvider,
 )
 
-__all__ = ["Answer", "AsyncScriptedProvider", "Cut", "Delay", "ScriptedProvider", "VirtualClock"]
+__all__ = ["Answer", "AsyncScriptedProvider", "Cut", "Delay", "ScriptedProvider", "VirtualClock", "check_middleware"]

@@ -1,0 +1,251 @@
+"""`check_middleware`: a user's own middleware held to the laws, in all modes."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import dis
+from collections.abc import Iterator, Sequence
+from types import CodeType
+from typing import Any
+
+from fluxibly.effects import Middleware
+from fluxibly.errors import StreamInterrupted, root_cause
+from fluxibly.flow import layer_name
+from fluxibly.pipeline import Pipeline
+from fluxibly.stream import Stream
+from fluxibly.testing.clock import VirtualClock
+from fluxibly.testing.modes import MODES, Mode, run
+from fluxibly.testing.scenarios import PLENTY, SCENARIOS, Scenario
+from fluxibly.testing.scripted import Answer, AsyncScriptedProvider, ScriptedProvider
+from fluxibly.testing.trial import Probe, Records, Trial
+from fluxibly.types import Chunk, Request, Response
+
+PASSING = (KeyboardInterrupt, asyncio.CancelledError)
+
+
+def check_middleware(middleware: Middleware, *, request: Request | None = None) -> None:
+    """Hold a middleware to the laws: run it through scripted scenarios in all modes.
+
+    Args:
+        middleware: an instance as you would put it into a stack.
+        request: what to ask with, if the middleware needs something special in it. By default each run has a prompt
+            of its own, so that a cache does not answer from an earlier one.
+
+    Raises:
+        AssertionError: it breaks a law; the message says which, in what scenario and mode, and what to write instead.
+    """
+    _Checker(middleware, request).check()
+
+
+class _Checker:
+    def __init__(self, middleware: Middleware, request: Request | None) -> None:
+        self.middleware = middleware
+        self.name = layer_name(middleware)
+        self.request = request
+        self.asked = 0
+
+    def check(self) -> None:
+        Pipeline(ScriptedProvider(), [self.middleware])
+        self.keeps_nothing_on_itself()
+        self.holds_in(SCENARIOS[0])
+        for kind in PASSING:
+            for when, script in (("before output", []), ("after output", ["Hello"])):
+                for mode in MODES:
+                    self.lets_pass(kind(), f"a {kind.__name__} {when}", script, mode)
+        for scenario in SCENARIOS[1:]:
+            self.holds_in(scenario)
+        self.keeps_calls_apart()
+
+    def holds_in(self, scenario: Scenario) -> None:
+        trials = [self.run(scenario, mode) for mode in MODES if mode.streaming or scenario.stop_after is None]
+        self.compare(scenario, trials)
+
+    def fail(self, law: int, what: str, where: str, advice: str) -> AssertionError:
+        return AssertionError(f"the middleware {self.name} breaks law {law}: {what} (in {where}). {advice}")
+
+    def new_request(self) -> Request:
+        self.asked += 1
+        return self.request or Request(
+            model="m", messages=f"Say hello, please ({self.asked:04})", metadata={"of": ["mine"]}, extra={"user": "me"}
+        )
+
+    # One run
+
+    def run(self, scenario: Scenario, mode: Mode) -> Trial:
+        """A run, with what holds for each by itself."""
+        where = f"{scenario.name}, {mode}"
+        trial = self.try_out(scenario.answers(), mode, stop_after=scenario.stop_after, restarts=scenario.restarts)
+        self.is_well_formed(trial, where)
+        self.sends_nothing_twice(trial, where)
+        ran, provider = trial.ran, trial.provider
+        if provider.opened != provider.closed:
+            raise self.fail(2, "a stream of the provider's stays open", where, "Let errors and closing pass through")
+        if trial.records:
+            raise self.fail(
+                6, trial.records[0], where, "Do not yield in `finally`, nor in `except GeneratorExit` or a bare except"
+            )
+        if ran.leaks:
+            raise self.fail(
+                5,
+                f"it leaves the context variable {ran.leaks[0]!r} changed",
+                where,
+                "Reset it in a `finally`: token = var.set(…); try: …; finally: var.reset(token)",
+            )
+        if ran.response is not None and scenario.partial and len(provider.requests) == 1 and mode.streaming:
+            raise self.fail(
+                11,
+                f"a stream that failed after {scenario.partial!r} is passed as a whole answer",
+                where,
+                "Let the StreamInterrupted pass; whoever wants the half that there is finds it there, as `partial`",
+            )
+        if mode.streaming and ran.response is not None and ran.text != ran.response.text:
+            raise self.fail(
+                3,
+                f"its chunks say {ran.text!r} and its response says {ran.response.text!r}",
+                where,
+                "Change the text where it streams: response = yield from map_chunks(call_next(request), fn)",
+            )
+        return trial
+
+    def try_out(self, answers: Sequence[Answer], mode: Mode, **options: Any) -> Trial:
+        clock = VirtualClock()
+        provider = (AsyncScriptedProvider if mode.backend else ScriptedProvider)(*answers, clock=clock)
+        request = self.new_request()
+        before = copy.deepcopy((dict(request.metadata), dict(request.extra), dict(request.headers)))
+        probe = Probe()
+        with Records() as records:
+            ran = run(mode, provider, [probe, self.middleware], request, clock=clock, **options)
+        if before != (request.metadata, request.extra, request.headers):
+            raise self.fail(
+                7,
+                "it changes the request that it was given",
+                str(mode),
+                "Derive one of your own: call_next(request.evolve(metadata={**request.metadata, 'key': value}))",
+            )
+        return Trial(mode, ran, provider, probe, records.messages)
+
+    def is_well_formed(self, trial: Trial, where: str) -> None:
+        error = None if trial.ran.error is None else root_cause(trial.ran.error)
+        if isinstance(error, TypeError) and str(error).startswith(f"the middleware {self.name}"):
+            raise AssertionError(f"{error} (in {where})") from error
+        notes: list[str] = getattr(error, "__notes__", [])
+        if notes and self.name in notes[0] and "returns None" in notes[0]:
+            raise AssertionError(f"{notes[0]} (in {where})") from error
+
+    def sends_nothing_twice(self, trial: Trial, where: str) -> None:
+        if trial.probe.resent:
+            raise self.fail(
+                4,
+                "it asks the provider again after output has gone out",
+                where,
+                "Let StreamInterrupted pass: catch ProviderError, not Exception, around `yield from call_next(request)`",
+            )
+
+    # Several runs
+
+    def compare(self, scenario: Scenario, trials: Sequence[Trial]) -> None:
+        """Law 1. After output a stream may end in StreamInterrupted where a whole call was tried again."""
+        wholes = [trial for trial in trials if not trial.mode.streaming]
+        streams = [trial for trial in trials if trial.mode.streaming]
+        for group in (wholes, streams):
+            for trial in group[1:]:
+                self.agree(scenario, group[0], trial)
+        if wholes and not (scenario.partial and isinstance(streams[0].ran.error, StreamInterrupted)):
+            self.agree(scenario, wholes[0], streams[0])
+
+    def agree(self, scenario: Scenario, one: Trial, other: Trial) -> None:
+        if scenario.restarts and one.mode.streaming != other.mode.streaming:
+            return  # begun anew, the whole call and the stream may differ in what came before
+        if one.outcome != other.outcome:
+            advice = (
+                "A middleware does the same in all modes: it looks at chunks in map_chunks, and does I/O in perform"
+            )
+            if _only_text_differs(one.ran.response, other.ran.response):
+                advice = "What map_chunks is given has to come to the same text wherever the chunks are cut"
+            raise self.fail(
+                1,
+                f"{one.mode} gives {one.told} and {other.mode} gives {other.told}",
+                scenario.name,
+                advice,
+            )
+
+    def lets_pass(self, error: BaseException, what: str, script: Sequence[str], mode: Mode) -> None:
+        trial = self.try_out([[*script, error], *["Hello, world"] * PLENTY], mode)
+        where = f"{what}, {mode}"
+        self.sends_nothing_twice(trial, where)
+        notes: list[str] = getattr(error, "__notes__", [])
+        if notes:
+            raise self.fail(
+                6,
+                notes[0].removeprefix("fluxibly: "),
+                where,
+                "Catch Exception, not BaseException; in a bare except or `finally`, raise and do not return",
+            )
+        if trial.provider.requests and trial.ran.error is not error:
+            raise self.fail(6, f"the caller gets {trial.told}", where, "Let it pass")
+
+    def keeps_calls_apart(self) -> None:
+        """Law 8: two streams read in turns come to what each is alone."""
+        scripts = (["Hello", ", ", "world"], ["Good", "bye ", "moon", "!"])
+        alone = [[*self.reader(script)] for script in scripts]
+        streams = [self.reader(script) for script in scripts]
+        turns: list[list[object]] = [[], []]
+        open_streams = [0, 1]
+        while open_streams:
+            for n in tuple(open_streams):
+                try:
+                    turns[n].append(next(streams[n]))
+                except StopIteration:
+                    open_streams.remove(n)
+        if turns != alone:
+            raise self.fail(
+                8,
+                "two calls at once disturb each other",
+                "two streams read in turns",
+                "Keep what belongs to a call in local variables of __call__, or in request.call.notes",
+            )
+
+    def keeps_nothing_on_itself(self) -> None:
+        code = getattr(type(self.middleware).__call__, "__code__", None)
+        name = (
+            _stored_on_self(code) if isinstance(code, CodeType) and not hasattr(self.middleware, "__code__") else None
+        )
+        if name is not None:
+            raise self.fail(
+                8,
+                f"it keeps the state of a call on itself (self.{name} = …), where the next call overwrites it",
+                "its code",
+                "Use a local variable, or request.call.notes for what must survive a failure",
+            )
+
+    def reader(self, script: Sequence[str]) -> Iterator[object]:
+        provider = ScriptedProvider(*[script] * PLENTY)
+        return _read(Pipeline(provider, [self.middleware], clock=VirtualClock()).stream(self.new_request()))
+
+
+def _read(stream: Stream[Chunk]) -> Iterator[object]:
+    """A stream's events, and at the end its response or its error."""
+    try:
+        yield from stream
+    except Exception as error:  # noqa: BLE001  # compared by what it says
+        yield type(error), str(error)
+    else:
+        yield stream.response
+
+
+def _only_text_differs(one: Response | None, other: Response | None) -> bool:
+    return one is not None and other is not None and one.evolve(text=other.text) == other
+
+
+def _stored_on_self(code: CodeType) -> str | None:
+    """The first attribute that a method assigns to its first argument, other than by += and its kind."""
+    if not code.co_varnames:
+        return None
+    steps = [step for step in dis.get_instructions(code) if step.opname not in {"CACHE", "SWAP", "COPY"}]
+    for before, target, step in zip(steps, steps[1:], steps[2:], strict=False):
+        augmented = before.opname == "BINARY_OP" and before.argrepr.endswith("=")
+        on_self = target.opname.startswith("LOAD_FAST") and target.argval == code.co_varnames[0]
+        if step.opname == "STORE_ATTR" and on_self and not augmented:
+            return str(step.argval)
+    return None

@@ -1,0 +1,320 @@
+"""The tools for tests: scripts, the clock, flows by hand, and the checks, each of which has to find what it is for."""
+
+from __future__ import annotations
+
+import contextvars
+import subprocess
+import sys
+import threading
+
+import anyio
+import attrs
+import pytest
+
+from fluxibly.errors import RateLimitError, ServerError, StreamInterrupted, StreamProtocolError
+from fluxibly.flow import map_chunks, sleep
+from fluxibly.middleware.logging import Logging
+from fluxibly.middleware.retry import Retry
+from fluxibly.middleware.stream_meter import StreamMeter
+from fluxibly.middleware.timing import Timing
+from fluxibly.middleware.validation import Validation
+from fluxibly.pipeline import AsyncPipeline, Pipeline
+from fluxibly.testing import (
+    AsyncScriptedProvider,
+    Cut,
+    Delay,
+    ScriptedProvider,
+    VirtualClock,
+    check_middleware,
+)
+from fluxibly.testing.modes import MODES, run
+from fluxibly.types import Chunk, Request, Response, Restart, Usage
+
+REQUEST = Request(model="m", messages="hi")
+
+
+@pytest.fixture(params=MODES, ids=str)
+def mode(request):
+    return request.param
+
+
+def scripted(mode, *answers, **options):
+    return (AsyncScriptedProvider if mode.backend else ScriptedProvider)(*answers, **options)
+
+
+def test_needs_no_test_framework():
+    """Neither pytest, hypothesis nor trio is imported with it."""
+    code = "import sys, fluxibly.testing; print(*{'pytest', 'hypothesis', 'trio'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
+
+
+class TestScripts:
+    def test_answers_come_in_turn(self, mode):
+        """A text, a response, an error and a script, whole or streamed."""
+        whole = Response("x y", finish_reason="stop", usage=Usage(input_tokens=1))
+        provider = scripted(mode, "a b", whole, ServerError("down"), ["c", Chunk("d", model="m-1")])
+        assert run(mode, provider, [], REQUEST).response == Response("a b")
+        assert run(mode, provider, [], REQUEST).response == whole
+        assert str(run(mode, provider, [], REQUEST).error) == "down"
+        assert run(mode, provider, [], REQUEST).response == Response("cd", model="m-1")
+        assert provider.left == 0
+        assert len(provider.requests) == 4
+        assert provider.opened == provider.closed == (4 if mode.streaming else 0)
+
+    def test_running_out_is_told(self, mode):
+        """The message counts the calls and the answers."""
+        provider = scripted(mode, "only one")
+        run(mode, provider, [], REQUEST)
+        error = run(mode, provider, [], REQUEST).error
+        assert isinstance(error, AssertionError)
+        assert "was asked 2 times and has only 1 answers" in str(error)
+
+    def test_a_cut_is_an_error(self, mode):
+        """Half an answer is never a whole one."""
+        ran = run(mode, scripted(mode, ["half", Cut(), "never"]), [], REQUEST)
+        if mode.streaming:
+            assert isinstance(ran.error, StreamInterrupted)
+            assert ran.error.partial.text == "half"
+            assert isinstance(ran.error.__cause__, StreamProtocolError)
+        else:
+            assert isinstance(ran.error, StreamProtocolError)
+
+    def test_delays_take_the_clocks_time(self, mode):
+        """On the clock that the provider was given; without one they take none."""
+        clock = VirtualClock()
+        ran = run(mode, scripted(mode, ["a", Delay(2), "b", Delay(3)], clock=clock), [], REQUEST, clock=clock)
+        assert ran.response.elapsed == 5
+        assert clock.sleeps == [2, 3]
+        assert run(mode, scripted(mode, [Delay(2), "a"]), [], REQUEST).response.elapsed == 0
+
+    def test_streams_left_open_show(self):
+        """`opened` and `closed` differ while a stream is held."""
+        provider = ScriptedProvider("a b")
+        stream = Pipeline(provider).stream(REQUEST)
+        next(stream)
+        assert (provider.opened, provider.closed) == (1, 0)
+        stream.close()
+        assert (provider.opened, provider.closed) == (1, 1)
+
+    def test_the_example_of_the_docstring(self):
+        """What it says is so."""
+        provider = ScriptedProvider(RateLimitError("slow down"), ["Hello, ", Delay(2), "world"])
+        pipeline = Pipeline(provider, [Retry(max_retries=1)], clock=VirtualClock())
+        assert pipeline.complete(REQUEST).text == "Hello, world"
+        assert len(provider.requests) == 2
+
+
+class TestClock:
+    def test_it_moves_by_sleeps(self):
+        """And by `advance`, which is not noted."""
+        clock = VirtualClock()
+        clock.sleep(2)
+        clock.advance(3)
+        anyio.run(clock.asleep, 4)
+        assert clock.now() == 9
+        assert clock.sleeps == [2, 4]
+
+
+@pytest.mark.parametrize(
+    "middleware",
+    [
+        Logging(),
+        Timing(),
+        Timing(layers=True),
+        StreamMeter(),
+        Retry(max_retries=2),
+        Retry(on_interrupt="restart"),
+        Validation(),
+        Validation(empty="raise"),
+        Validation(empty="retry", hold=True),
+    ],
+    ids=repr,
+)
+def test_built_in_middleware_keep_the_laws(middleware):
+    """Each passes its own check."""
+    check_middleware(middleware)
+
+
+# Middleware that break a law, each with what the check has to say.
+
+var = contextvars.ContextVar("request_id", default="")
+
+
+def returns_response(request, call_next):
+    return Response("x")
+
+
+async def is_async(request, call_next):
+    return Response("x")
+
+
+def returns_none(request, call_next):
+    yield from call_next(request)
+
+
+def yields_rubbish(request, call_next):
+    yield "text"
+    return (yield from call_next(request))
+
+
+def shouts_too_late(request, call_next):
+    response = yield from call_next(request)
+    return response.evolve(text=response.text.upper())
+
+
+def shouts_only_in_streams(request, call_next):
+    if request.call.streaming:
+        return (yield from map_chunks(call_next(request), lambda c: attrs.evolve(c, text=c.text.upper())))
+    return (yield from call_next(request))
+
+
+def differs_by_chunk(request, call_next):
+    return (yield from map_chunks(call_next(request), lambda c: attrs.evolve(c, text=c.text.title() + ".")))
+
+
+def swallows_everything(request, call_next):
+    try:
+        return (yield from call_next(request))
+    except BaseException:
+        return Response("never mind")
+
+
+def swallows_in_finally(request, call_next):
+    try:
+        return (yield from call_next(request))
+    finally:
+        return Response("never mind")  # noqa: B012
+
+
+def replaces_interrupts(request, call_next):
+    try:
+        return (yield from call_next(request))
+    except KeyboardInterrupt:
+        raise RuntimeError("interrupted") from None
+
+
+def sleeps_in_finally(request, call_next):
+    try:
+        return (yield from call_next(request))
+    finally:
+        yield from sleep(1)
+
+
+def retries_whatever(request, call_next):
+    try:
+        return (yield from call_next(request))
+    except Exception:
+        return (yield from call_next(request))
+
+
+def salvages(request, call_next):
+    try:
+        return (yield from call_next(request))
+    except StreamInterrupted as error:
+        return error.partial
+
+
+def leaks_context(request, call_next):
+    var.set("mine")
+    return (yield from call_next(request))
+
+
+def changes_the_request(request, call_next):
+    request.metadata["seen"] = True
+    return (yield from call_next(request))
+
+
+class KeepsText:
+    """Says all that it has seen of the call, which it remembers on itself."""
+
+    def begin(self):
+        self.text = ""
+
+    def __call__(self, request, call_next):
+        self.begin()
+
+        def fn(chunk):
+            self.text += chunk.text
+            return chunk
+
+        response = yield from map_chunks(call_next(request), fn)
+        return response.evolve(id=self.text)
+
+
+class KeepsStart:
+    def __call__(self, request, call_next):
+        self.start = request.call.clock()
+        return (yield from call_next(request))
+
+
+class Counts:
+    """What is not of one call may be on the instance."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, request, call_next):
+        self.calls += 1
+        return (yield from call_next(request))
+
+
+def caching():
+    cache = {}
+
+    def cached(request, call_next):
+        key = request.messages
+        if key not in cache:
+            cache[key] = yield from call_next(request)
+        return cache[key]
+
+    return cached
+
+
+class TestCheckMiddleware:
+    @pytest.mark.parametrize(
+        ("middleware", "message"),
+        [
+            (returns_response, "returned a Response where a generator was due; write it as"),
+            (is_async, "returned a coroutine where a generator was due; write it as"),
+            (returns_none, "returned None where a Response was due; end it with"),
+            (yields_rubbish, "yielded a str; it may yield only from"),
+            (shouts_too_late, r"law 3: its chunks say 'Hello, world' and its response says 'HELLO, WORLD'.*map_chunks"),
+            (shouts_only_in_streams, "law 1: sync whole gives .* and sync stream gives"),
+            (differs_by_chunk, "law 1: .*wherever the chunks are cut"),
+            (swallows_everything, "law 6: .*Catch Exception, not BaseException"),
+            (swallows_in_finally, "law 3"),
+            (replaces_interrupts, "law 6: .*raised RuntimeError after KeyboardInterrupt.*Catch Exception"),
+            (sleeps_in_finally, "law 6: .*yielded again after GeneratorExit.*Do not yield in `finally`"),
+            (retries_whatever, "law 4: it asks the provider again after output.*Let StreamInterrupted pass"),
+            (salvages, "law 11: a stream that failed after 'Hello' is passed as a whole answer.*`partial`"),
+            (leaks_context, "law 5: it leaves the context variable 'request_id' changed.*var.reset"),
+            (changes_the_request, r"law 7: it changes the request.*request.evolve\(metadata="),
+            (KeepsText(), "law 8: two calls at once disturb each other.*request.call.notes"),
+            (KeepsStart(), r"law 8: it keeps the state of a call on itself \(self.start = …\)"),
+        ],
+        ids=lambda value: getattr(value, "__name__", type(value).__name__) if callable(value) else "",
+    )
+    def test_finds(self, middleware, message):
+        """The message names the middleware and the law, and says what to write."""
+        with pytest.raises(AssertionError, match=message) as caught:
+            check_middleware(middleware)
+        assert getattr(middleware, "__name__", type(middleware).__name__) in str(caught.value)
+
+    @pytest.mark.parametrize("middleware", [Counts(), caching()], ids=["counts", "caching"])
+    def test_accepts(self, middleware):
+        """What is not of one call may outlive it."""
+        check_middleware(middleware)
+
+    def test_refuses_what_is_no_middleware(self):
+        """As a pipeline does."""
+        with pytest.raises(TypeError, match="write Counts"):
+            check_middleware(Counts)
+
+    def test_works_inside_of_an_event_loop(self):
+        """A user's test may be a coroutine."""
+
+        async def main():
+            check_middleware(Counts())
+
+        anyio.run(main)
