@@ -284,7 +284,7 @@ class JSONArray:
             data = b"".join([*self._element, data])
             self._element.clear()
             if len(data) < len(_BOM) and _BOM.startswith(data):
-                self._element.append(data)
+                self._element = [data] if data else []
                 return
             self._at_start = False
             data = data.removeprefix(_BOM)

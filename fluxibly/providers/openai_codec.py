@@ -64,7 +64,7 @@ _EMPTY: Final[tuple[Chunk, ...]] = ()
 _NOTHING: Final = Delta()
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen
 class OpenAICodec:
     """The codec of one service's chat completions. `service` is its name for error messages."""
 

@@ -13,7 +13,7 @@ from fluxibly.providers.wire import refuse
 from fluxibly.types import Image, Message, Request, Tool
 
 _REASONING_MODEL: Final = re.compile(r"(?:.*/)?(?:o\d|gpt-5)")
-"""OpenAI's models that refuse `max_tokens`."""
+"""OpenAI's models that reason. They refuse `max_tokens`."""
 
 
 @attrs.frozen(kw_only=True)
@@ -68,9 +68,14 @@ def chat_body(request: Request, quirks: Quirks, *, stream: bool, service: str) -
     return body
 
 
+def is_reasoning_model(model: str) -> bool:
+    """Whether a model's name is that of an OpenAI model which reasons, and so takes other parameters."""
+    return _REASONING_MODEL.match(model) is not None
+
+
 def _max_tokens_name(model: str, quirks: Quirks) -> str:
     if quirks.max_tokens == "by model":
-        return "max_completion_tokens" if _REASONING_MODEL.match(model) else "max_tokens"
+        return "max_completion_tokens" if is_reasoning_model(model) else "max_tokens"
     return quirks.max_tokens
 
 

@@ -1,0 +1,338 @@
+"""OpenAI's Responses API as a pure codec. https://platform.openai.com/docs/api-reference/responses
+
+Nothing is stored at the service (`store: false`): each request carries the whole conversation, and the model's
+encrypted reasoning goes back with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Final
+
+import attrs
+
+from fluxibly.errors import ProviderError, StreamProtocolError
+from fluxibly.providers import error_reports
+from fluxibly.providers.codec import Encoded, Event, Framing
+from fluxibly.providers.json_reading import read_json
+from fluxibly.providers.openai_parts import finish_reason_of, usage_of
+from fluxibly.providers.openai_request import Quirks, function_of, image_url, is_reasoning_model, named_schema
+from fluxibly.providers.wire import array, cut_off, not_an_answer, refuse, string, table, write_json
+from fluxibly.types import Chunk, Image, Message, Reasoning, Request, Response, ToolCall, ToolCallDelta
+
+_NOT_TAKEN: Final = ("top_k", "frequency_penalty", "presence_penalty", "seed", "n")
+_ENCRYPTED: Final = "reasoning.encrypted_content"
+_FAILED: Final = frozenset({"failed", "cancelled"})
+
+
+@attrs.frozen
+class ResponsesCodec:
+    """The codec of the Responses API. `service` is the server's name for error messages."""
+
+    quirks: Quirks = attrs.field(factory=lambda: Quirks(path="/responses"))
+    service: str = "OpenAI"
+
+    @property
+    def framing(self) -> Framing:
+        return "sse"
+
+    def encode(self, request: Request, /, *, stream: bool) -> Encoded:
+        """The request on the wire.
+
+        Raises:
+            BadRequest: for a parameter that this API does not have, or that cannot be written as JSON.
+        """
+        body = _body(request, f"{self.service}'s Responses API")
+        if stream:
+            body["stream"] = True
+        return Encoded(self.quirks.path, write_json(body, request, self.service))
+
+    def decode(self, body: bytes, /) -> Response:
+        """The response of a whole body.
+
+        Raises:
+            ProviderError: for an error in a 200, or a response that failed.
+            StreamProtocolError: for what is no answer.
+        """
+        raw = read_json(body)
+        answer = table(raw)
+        _raise_failure(answer, raw, body, self.service)
+        if not isinstance(answer.get("output"), list):
+            raise not_an_answer(body, self.service, "output")
+        return _response(answer, raw)
+
+    def decoder(self) -> ResponsesDecoder:
+        """The state of a stream."""
+        return ResponsesDecoder(self.service)
+
+    def decode_error(self, status: int, headers: Mapping[str, str], body: bytes, /) -> ProviderError:
+        """The error of an answer that is not a 2xx."""
+        return error_reports.error_of_response(status, headers, body, service=self.service)
+
+
+# Requests
+
+
+def _body(request: Request, service: str) -> dict[str, Any]:
+    refuse(request, service, _NOT_TAKEN)
+    if request.stop:
+        refuse(request, service, ("stop",))
+    body: dict[str, Any] = {
+        "model": request.model,
+        "input": [item for message in request.messages for item in _items(message)],
+        "store": False,
+    }
+    if is_reasoning_model(request.model):
+        body["include"] = [_ENCRYPTED]  # the other models refuse it
+    for name, ours in (("temperature", "temperature"), ("top_p", "top_p"), ("max_output_tokens", "max_tokens")):
+        value = getattr(request, ours)
+        if value is not None:
+            body[name] = value
+    if request.reasoning_effort is not None:
+        body["reasoning"] = {"effort": request.reasoning_effort}
+    if request.tools:
+        body["tools"] = [{"type": "function", "strict": False, **function_of(tool)} for tool in request.tools]
+    choice = request.tool_choice
+    if choice is not None:
+        named = {"type": "function", "name": choice}
+        body["tool_choice"] = choice if choice in {"auto", "none", "required"} else named
+    if request.response_format is not None:
+        body["text"] = {"format": _text_format(request.response_format)}
+    return body
+
+
+def _text_format(wanted: str | Mapping[str, Any]) -> dict[str, Any]:
+    if isinstance(wanted, str):
+        return {"type": "json_object" if wanted == "json" else "text"}
+    return {"type": "json_schema", **named_schema(wanted)}
+
+
+def _items(message: Message) -> list[dict[str, Any]]:
+    """The items that a message is here: its reasoning, what it says, and its tool calls are one each."""
+    if message.role == "tool":
+        return [
+            {
+                "type": "function_call_output",
+                "call_id": message.tool_call_id or "",
+                "output": _contents(message) if _has_image(message) else message.text,
+            }
+        ]
+    items = [dict(part.raw) for part in message.reasoning if part.raw and _goes_back(part.raw)]
+    if message.content:
+        content = _contents(message) if _has_image(message) else message.text
+        items.append({"role": message.role, "content": content})
+    items.extend(
+        {"type": "function_call", "call_id": call.id, "name": call.name, "arguments": call.raw_arguments}
+        for call in message.tool_calls
+    )
+    return items
+
+
+def _goes_back(raw: Mapping[str, Any]) -> bool:
+    """Whether a block is reasoning of this dialect, and whole: an id alone means nothing where nothing is stored."""
+    return raw.get("type") == "reasoning" and bool(raw.get("encrypted_content") or raw.get("content"))
+
+
+def _has_image(message: Message) -> bool:
+    return any(isinstance(part, Image) for part in message.content)
+
+
+def _contents(message: Message) -> list[dict[str, Any]]:
+    return [
+        {"type": "input_image", "image_url": image_url(part), "detail": part.detail or "auto"}
+        if isinstance(part, Image)
+        else {"type": "input_text", "text": part.text}
+        for part in message.content
+    ]
+
+
+# Answers
+
+
+def _raise_failure(answer: dict[str, Any], raw: object, data: bytes, service: str) -> None:
+    """Raise the error that a response holds, if it failed."""
+    if answer.get("error") or answer.get("status") in _FAILED or "output" not in answer:
+        error = error_reports.error_of_payload(raw, body=data, service=service)
+        if error is not None:
+            raise error
+        if answer.get("status") in _FAILED:
+            raise error_reports.error_of(
+                error_reports.Report(message="the response failed, without a reason"),
+                payload=raw,
+                excerpt=error_reports.excerpt(data),
+                service=service,
+            )
+
+
+def _response(answer: dict[str, Any], raw: object) -> Response:
+    texts: list[str] = []
+    thoughts: list[str] = []
+    calls: list[ToolCall] = []
+    parts: list[Reasoning] = []
+    refused = False
+    for item in map(table, array(answer.get("output"))):
+        if item.get("type") == "message":
+            for part in map(table, array(item.get("content"))):
+                texts.append(string(part.get("text")) or string(part.get("refusal")))
+                refused = refused or bool(part.get("refusal"))
+        elif item.get("type") == "function_call":
+            calls.append(_call(item, len(calls)))
+        elif item.get("type") == "reasoning":
+            parts.append(_reasoning(item))
+            thoughts.append(parts[-1].text)
+    finish, raw_finish = _finish(answer, called=bool(calls), refused=refused)
+    return Response(
+        "".join(texts),
+        tool_calls=calls,
+        reasoning="".join(thoughts),
+        reasoning_parts=parts,
+        finish_reason=finish,
+        raw_finish_reason=raw_finish,
+        usage=usage_of(answer.get("usage")),
+        model=string(answer.get("model")) or None,
+        id=string(answer.get("id")) or None,
+        raw=raw,
+    )
+
+
+def _call(item: dict[str, Any], number: int) -> ToolCall:
+    call_id = string(item.get("call_id")) or string(item.get("id")) or f"call_{number}"
+    return ToolCall(call_id, string(item.get("name")), raw_arguments=string(item.get("arguments")))
+
+
+def _reasoning(item: dict[str, Any]) -> Reasoning:
+    """A reasoning item, which goes back as it is, save for its status, which is not taken back."""
+    said = [string(part.get("text")) for key in ("summary", "content") for part in map(table, array(item.get(key)))]
+    raw = {key: value for key, value in item.items() if key != "status" and value is not None}
+    return Reasoning(text="".join(said), signature=string(item.get("encrypted_content")) or None, raw=raw)
+
+
+def _finish(answer: dict[str, Any], *, called: bool, refused: bool) -> tuple[str | None, str | None]:
+    """The finish reason of a response, in our words and in its own."""
+    status = string(answer.get("status"))
+    if status == "incomplete":
+        reason = string(table(answer.get("incomplete_details")).get("reason")) or status
+        return ("length" if reason == "max_output_tokens" else finish_reason_of(reason)), reason
+    if status not in {"completed", ""}:
+        return status, status
+    return "content_filter" if refused else "tool_call" if called else "stop", status or None
+
+
+class ResponsesDecoder:
+    """The state of one stream of the Responses API, whose last event holds the whole response."""
+
+    def __init__(self, service: str) -> None:
+        self._service = service
+        self._calls: dict[int, list[str]] = {}
+        """The fragments of each tool call's arguments, by its place in the output."""
+        self._spoke = False
+        self._refused = False
+        self.done = False
+
+    def decode_event(self, event: Event, /) -> Iterable[Chunk]:
+        """The chunks of an event.
+
+        Raises:
+            ProviderError: for an error, or a response that failed.
+            StreamProtocolError: for what is not JSON.
+        """
+        data = event.data
+        if self.done or not data or data.strip() == b"[DONE]":
+            return ()
+        raw = read_json(data)
+        body = table(raw)
+        kind = string(body.get("type")) or event.name
+        if kind in {"response.output_text.delta", "response.refusal.delta"}:
+            return self._text(body, kind)
+        if kind in {"response.reasoning_summary_text.delta", "response.reasoning_text.delta"}:
+            said = string(body.get("delta"))
+            return (Chunk(reasoning=said),) if said else ()
+        if kind == "response.function_call_arguments.delta":
+            return self._arguments(body, string(body.get("delta")))
+        if kind == "response.output_item.added":
+            return self._begin(body)
+        if kind == "response.output_item.done":
+            return self._finish_item(body)
+        if kind in {"response.completed", "response.incomplete", "response.failed", "response.cancelled"}:
+            return self._end_response(table(body.get("response")), data)
+        if kind == "error" or not kind:
+            self._raise(raw, data)
+        return ()
+
+    def end(self) -> Iterable[Chunk]:
+        """Nothing more: the last event had it all.
+
+        Raises:
+            StreamProtocolError: the stream was cut off.
+        """
+        if not self.done:
+            raise cut_off(self._service, "the event that completes the response")
+        return ()
+
+    def _text(self, body: dict[str, Any], kind: str) -> Iterable[Chunk]:
+        said = string(body.get("delta"))
+        if not said:
+            return ()
+        self._spoke = True
+        self._refused = self._refused or kind == "response.refusal.delta"
+        return (Chunk(said),)
+
+    def _arguments(self, body: dict[str, Any], fragment: str) -> Iterable[Chunk]:
+        place = _place(body)
+        if not fragment:
+            return ()
+        self._calls.setdefault(place, []).append(fragment)
+        return (Chunk(tool_calls=(ToolCallDelta(index=place, arguments=fragment),)),)
+
+    def _begin(self, body: dict[str, Any]) -> Iterable[Chunk]:
+        """An item of the output begins; a tool call tells its name and id here."""
+        item = table(body.get("item"))
+        if item.get("type") != "function_call":
+            return ()
+        place = _place(body)
+        call = _call(item, place)
+        fragments = self._calls.setdefault(place, [])
+        given = string(item.get("arguments"))
+        if given:
+            fragments.append(given)
+        return (Chunk(tool_calls=(ToolCallDelta(index=place, id=call.id, name=call.name, arguments=given),)),)
+
+    def _finish_item(self, body: dict[str, Any]) -> Iterable[Chunk]:
+        """An item is whole: reasoning is kept to go back, and a call whose deltas did not come is told now."""
+        item = table(body.get("item"))
+        if item.get("type") == "reasoning":
+            return (Chunk(reasoning_parts=(_reasoning(item),)),)
+        if item.get("type") != "function_call":
+            return ()
+        place = _place(body)
+        if place not in self._calls:
+            return self._begin(body)
+        if not self._calls[place]:
+            return self._arguments(body, string(item.get("arguments")))
+        return ()
+
+    def _end_response(self, answer: dict[str, Any], data: bytes) -> Iterable[Chunk]:
+        _raise_failure(answer, answer, data, self._service)
+        self.done = True
+        finish, raw_finish = _finish(answer, called=bool(self._calls), refused=self._refused)
+        return (
+            Chunk(
+                "" if self._spoke else _response(answer, None).text,  # for servers that send no deltas of it
+                finish_reason=finish,
+                raw_finish_reason=raw_finish,
+                usage=usage_of(answer.get("usage")),
+                model=string(answer.get("model")) or None,
+                id=string(answer.get("id")) or None,
+            ),
+        )
+
+    def _raise(self, payload: object, data: bytes) -> None:
+        error = error_reports.error_of_payload(payload, body=data, service=self._service)
+        raise error or StreamProtocolError(
+            f"{self._service} sent an event without a type", body=error_reports.excerpt(data)
+        )
+
+
+def _place(body: dict[str, Any]) -> int:
+    place: object = body.get("output_index")
+    return place if type(place) is int else 0

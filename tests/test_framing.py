@@ -1,0 +1,204 @@
+"""The stream framings: server-sent events, NDJSON and JSON arrays, wherever the reads cut."""
+
+from __future__ import annotations
+
+import json
+import tracemalloc
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fluxibly.errors import StreamProtocolError
+from fluxibly.providers.codec import Event, Framing
+from fluxibly.providers.framing import make_framing
+
+
+def read(framing: Framing, *reads: bytes, limit: int = 1_000_000) -> list[Event]:
+    stream = make_framing(framing, limit=limit)
+    events = [event for data in reads for event in stream.feed(data)]
+    return events + stream.close()
+
+
+def recut(framing: Framing, body: bytes, limit: int = 1_000_000) -> list[Event]:
+    """The events of a body, after a check that every cut gives the same."""
+    expected = read(framing, body, limit=limit)
+    for place in range(len(body) + 1):
+        assert read(framing, body[:place], body[place:], limit=limit) == expected, place
+    assert read(framing, *[body[i : i + 1] for i in range(len(body))], limit=limit) == expected
+    return expected
+
+
+@pytest.mark.parametrize(
+    ("body", "events"),
+    [
+        (b"data: a\n\ndata: b\n\n", [Event(b"a"), Event(b"b")]),
+        (b"data:a\n\ndata:  b\n\n", [Event(b"a"), Event(b" b")]),
+        (b"data: a\r\n\r\ndata: b\r\n\r\n", [Event(b"a"), Event(b"b")]),
+        (b"data: a\r\rdata: b\r\r", [Event(b"a"), Event(b"b")]),
+        (b"data: a\r\n\ndata: b\n\r\n", [Event(b"a"), Event(b"b")]),
+        (b"data: a\ndata: b\ndata\n\n", [Event(b"a\nb\n")]),
+        (b"\xef\xbb\xbfdata: a\n\n", [Event(b"a")]),
+        (b"\xef\xbb\xbf\xef\xbb\xbfdata: a\n\n", []),
+        (b": hello\n\n:\n\ndata: a\n: in between\ndata: b\n\n", [Event(b"a\nb")]),
+        (b"event: error\ndata: a\n\ndata: b\n\n", [Event(b"a", "error"), Event(b"b")]),
+        (b"data: a\nevent: late\n\n", [Event(b"a", "late")]),
+        (b"event: alone\n\ndata: a\n\n", [Event(b"a")]),
+        (b"event:x\nid: 7\nretry: 10\ndata: a\nunknown: field\n\n", [Event(b"a", "x")]),
+        (b"event: one\nevent: two\ndata: a\n\n", [Event(b"a", "two")]),
+        (b"data\n\n", [Event(b"")]),
+        (b"data: a: b\n\n", [Event(b"a: b")]),
+        (b"\n\n\ndata: a\n\n\n\n", [Event(b"a")]),
+        (b"data: a\n\ndata: last", [Event(b"a"), Event(b"last")]),
+        (b"data: a\n\nevent: e\ndata: last\n", [Event(b"a"), Event(b"last", "e")]),
+        ("data: grüße €😀\n\n".encode(), [Event("grüße €😀".encode())]),
+        (b"", []),
+        (b"\xef\xbb", []),
+    ],
+)
+def test_sse_follows_the_specification(body: bytes, events: list[Event]) -> None:
+    """Each rule of the WHATWG's section on interpreting an event stream, at every cut."""
+    assert recut("sse", body) == events
+
+
+@pytest.mark.parametrize(
+    ("body", "events"),
+    [
+        (b'data: a\n\n{"error": 1}\n', [Event(b"a"), Event(b'{"error": 1}')]),
+        (b'{\n  "error": {\n    "code": 400\n  }\n}\n', [Event(b'{\n  "error": {\n    "code": 400\n  }\n}')]),
+        (b'[{"error": 1}]', [Event(b'[{"error": 1}]')]),
+        (b'data: a\n{"error": 1}\n\ndata: b\n\n', [Event(b"a"), Event(b'{"error": 1}'), Event(b"b")]),
+        (b'{"error": 1}\ndata: b\n\n', [Event(b'{"error": 1}'), Event(b"b")]),
+        (b'event: error\n  {"error": 1}\n\n', [Event(b'  {"error": 1}', "error")]),
+        (b'{"error":\n: ping\ndata: b\n\n', [Event(b'{"error":'), Event(b"b")]),
+    ],
+)
+def test_json_outside_of_any_field_is_an_event(body: bytes, events: list[Event]) -> None:
+    """Services send errors without `data:`, after events or instead of them; the codec gets to see them."""
+    assert recut("sse", body) == events
+
+
+LINES = st.sampled_from(
+    [b"data: a", b"data:b", b"data", b"event: e", b": c", b"", b"id: 1", b'{"x": 1}', b"junk", b" "]
+)
+
+
+@given(st.lists(st.tuples(LINES, st.sampled_from([b"\n", b"\r", b"\r\n"]))), st.lists(st.integers(0, 200)))
+def test_any_sse_is_the_same_however_cut(lines: list[tuple[bytes, bytes]], places: list[int]) -> None:
+    """Random lines with random ends, cut at random places."""
+    body = b"".join(line + end for line, end in lines)
+    edges = [0, *sorted(place for place in places if place < len(body)), len(body)]
+    reads = [body[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    assert read("sse", *reads) == read("sse", body) == read("sse", body.replace(b"\r\n", b"\n").replace(b"\r", b"\n"))
+
+
+@pytest.mark.parametrize(
+    ("body", "events"),
+    [
+        (b'{"a":1}\n{"b":2}\n', [Event(b'{"a":1}'), Event(b'{"b":2}')]),
+        (b'{"a":1}\r\n\r\n  \n{"b":2}', [Event(b'{"a":1}'), Event(b'{"b":2}')]),
+        (b'\xef\xbb\xbf{"a":1}\n', [Event(b'{"a":1}')]),
+        (b"", []),
+    ],
+)
+def test_ndjson_is_an_event_a_line(body: bytes, events: list[Event]) -> None:
+    """Blank lines are none, and the last line needs no end."""
+    assert recut("ndjson", body) == events
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        [],
+        [{"a": 1}],
+        [{"a": ']}[{,\\"\\\\'}, {"b": [{"c": [[]]}]}, ["d"]],
+        [{"text": "grüße €😀 \\u00fc"}, {"": {}}],
+    ],
+)
+@pytest.mark.parametrize("indent", [None, 2])
+def test_a_json_array_gives_its_elements(value: list[object], indent: int | None) -> None:
+    """Pretty-printed or not, with brackets and quotes in its strings."""
+    body = b" \n" + json.dumps(value, indent=indent, ensure_ascii=False).encode() + b"\n"
+    assert [json.loads(event.data) for event in recut("json-array", body)] == value
+
+
+def test_an_element_comes_when_it_is_whole() -> None:
+    """An element does not wait for what follows it."""
+    stream = make_framing("json-array")
+    assert stream.feed(b'[{"a": 1}') == [Event(b'{"a": 1}')]
+    assert stream.feed(b',\r\n{"b"') == []
+    assert stream.feed(b": 2}") == [Event(b'{"b": 2}')]
+
+
+def test_an_object_instead_of_an_array_is_one_event() -> None:
+    """So that an error which stands for the whole stream is seen."""
+    assert recut("json-array", b'{"error": {"code": 400}}\n') == [Event(b'{"error": {"code": 400}}')]
+
+
+@pytest.mark.parametrize("body", [b"<html>", b'["text"]', b"[1]", b"[{} nonsense]", b'[{"a": 1}, {"b', b"\xef\xbb"])
+def test_what_is_no_json_array_is_an_error(body: bytes) -> None:
+    """Rubbish, elements that are no objects, and an element that was cut off."""
+    with pytest.raises(StreamProtocolError):
+        read("json-array", body)
+
+
+@pytest.mark.parametrize(
+    ("framing", "first", "body"),
+    [
+        ("sse", b"data: a\n\n", b"data: " + b"x" * 200),
+        ("sse", b"data: a\n\n", b"data: " + b"x" * 200 + b"\n\n"),
+        ("sse", b"data: a\n\n", b"data: 0123456789\n" * 20 + b"\n"),
+        ("sse", b"data: a\n\n", b'{"error": 1\n' * 20),
+        ("ndjson", b"{}\n", b"x" * 200),
+        ("ndjson", b"{}\n", b"x" * 200 + b"\n"),
+        ("json-array", b"[{},", b'{"a": "' + b"x" * 200 + b'"}'),
+    ],
+)
+@pytest.mark.parametrize("step", [1, 7, 10_000])
+def test_a_line_or_event_over_the_limit_is_an_error(framing: Framing, first: bytes, body: bytes, step: int) -> None:
+    """What came before it is delivered, and the error is not worth a retry."""
+    stream = make_framing(framing, limit=100)
+    events: list[Event] = []
+    whole = first + body
+    with pytest.raises(StreamProtocolError, match="more than 100 bytes") as caught:
+        for i in range(0, len(whole), step):
+            events += stream.feed(whole[i : i + step])
+        events += stream.close()
+    assert not caught.value.retryable
+    assert len(events) == 1
+
+
+def test_events_up_to_the_limit_pass() -> None:
+    """The limit is for one line or event, not for the stream."""
+    body = (b"data: " + b"x" * 94 + b"\n\n") * 50
+    assert read("sse", body, limit=100) == [Event(b"x" * 94)] * 50
+
+
+def test_a_long_event_in_small_reads_costs_its_length() -> None:
+    """A megabyte in reads of ten bytes takes memory for itself, not for a copy a read."""
+    body = b"data: " + b"x" * 1_000_000 + b"\n\n"
+    stream = make_framing("sse")
+    tracemalloc.start()
+    events = [event for i in range(0, len(body), 1_000) for event in stream.feed(body[i : i + 1_000])]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert events == [Event(b"x" * 1_000_000)]
+    assert peak < 6_000_000
+
+
+@given(st.sampled_from(["sse", "ndjson", "json-array"]), st.lists(st.binary(max_size=40), max_size=10))
+def test_random_bytes_give_events_or_an_error(framing: Framing, reads: list[bytes]) -> None:
+    """No other exception than ours, and no difference between cuts."""
+
+    def outcome(*reads: bytes) -> object:
+        stream = make_framing(framing)
+        events: list[Event] = []
+        try:
+            for data in reads:
+                events += stream.feed(data)
+            events += stream.close()
+        except StreamProtocolError:
+            return events, "error"
+        return events, None
+
+    assert outcome(*reads) == outcome(b"".join(reads))
