@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 
 from opentelemetry.baggage import get_all
 from opentelemetry.propagate import get_global_textmap
-from opentelemetry.trace import get_current_span
 
 if TYPE_CHECKING:
     from opentelemetry.context import Context
     from opentelemetry.propagators.textmap import TextMapPropagator
+    from opentelemetry.trace import Span
 
     from fluxibly.types import Request
 
@@ -18,9 +18,9 @@ _W3C = {"traceparent", "tracestate", "baggage"}
 _usual: tuple[TextMapPropagator | None, bool] = (None, False)
 
 
-def with_trace_headers(request: Request, context: Context) -> Request:
-    """The request with the trace headers of `context` (`traceparent`, above all), each once."""
-    added = _trace_headers(context)
+def with_trace_headers(request: Request, span: Span, context: Context) -> Request:
+    """The request with the trace headers of `span`, the current one of `context`, each once."""
+    added = _trace_headers(span, context)
     if not added:
         return request
     if request.headers:
@@ -29,18 +29,18 @@ def with_trace_headers(request: Request, context: Context) -> Request:
     return request.evolve(headers=added)
 
 
-def _trace_headers(context: Context) -> dict[str, str]:
+def _trace_headers(span: Span, context: Context) -> dict[str, str]:
     headers: dict[str, str] = {}
     propagator = get_global_textmap()
     if not _is_usual(propagator) or get_all(context):
         propagator.inject(headers, context)  # pyright: ignore[reportArgumentType]  # its default setter takes a dict
         return headers
     # What the usual propagator does, at a seventh of its cost (W3C Trace Context, section 3.2).
-    span = get_current_span(context).get_span_context()
-    if span.is_valid:
-        headers["traceparent"] = f"00-{span.trace_id:032x}-{span.span_id:016x}-{span.trace_flags:02x}"
-        if span.trace_state:
-            headers["tracestate"] = span.trace_state.to_header()
+    ids = span.get_span_context()
+    if ids.is_valid:
+        headers["traceparent"] = f"00-{ids.trace_id:032x}-{ids.span_id:016x}-{ids.trace_flags:02x}"
+        if ids.trace_state:
+            headers["tracestate"] = ids.trace_state.to_header()
     return headers
 
 

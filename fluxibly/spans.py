@@ -7,7 +7,7 @@ standard error, and the call goes on as if it had not been traced.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from opentelemetry.context import Context, attach, get_current, set_value
@@ -126,7 +126,8 @@ class Passing(Relay):
     def see(self, effect: Effect) -> Effect:
         if type(effect) is Send:
             try:
-                effect.request = with_trace_headers(effect.request, get_current())
+                context = get_current()
+                effect.request = with_trace_headers(effect.request, get_current_span(context), context)
             except Exception as problem:  # noqa: BLE001  # telemetry never breaks a call
                 report(problem)
         return effect
@@ -152,38 +153,39 @@ class CallTrace(Relay):
         self.attempt_current: _Current | None = None
         self.index = 0
         self.arrivals = Arrivals(request.call)
+        self.until_noted, self.characters = 1, 0
         self.answer: Aggregator | None = None
-        self.note: Callable[[Chunk], None] = self.arrivals.add
         if request.call.streaming:
             request.call.timed = True
             if self.capturing.mode != "none":
                 self.answer = Aggregator()
-                self.note = self._note
         self.current = _Current(_claimed(set_span_in_context(span)))
 
     def see(self, effect: Effect) -> Effect:
         kind = type(effect)
-        if kind is Chunk:
-            self.note(effect)  # type: ignore[arg-type]  # it is a Chunk, as just seen
+        if kind is Chunk:  # the only step that is taken for each chunk
+            self.characters += len(effect.text)  # type: ignore[union-attr]  # a Chunk, as just seen
+            self.until_noted -= 1
+            if not self.until_noted:
+                self.until_noted = self.arrivals.add(self.characters)
+            if self.answer is not None:
+                self.answer.add(effect)  # type: ignore[arg-type]  # likewise
+            return effect
+        if kind is More:
+            self.see(effect.chunk)  # type: ignore[union-attr]  # likewise
             return effect
         try:
             if kind is Send:
                 self._begin_attempt(effect)  # type: ignore[arg-type]  # likewise
             elif kind is AttemptEnd:
                 self._end_attempt(effect.error, effect.response)  # type: ignore[union-attr]  # likewise
-            elif kind is More:
-                self.note(effect.chunk)  # type: ignore[union-attr]  # likewise
         except Exception as problem:  # noqa: BLE001  # telemetry never breaks a call
             report(problem)
         return effect
 
-    def _note(self, chunk: Chunk) -> None:
-        self.arrivals.add(chunk)
-        if self.answer is not None:
-            self.answer.add(chunk)
-
     def restarted(self) -> None:
         self.arrivals.begin()
+        self.until_noted, self.characters = 1, 0
         if self.answer is not None:
             self.answer = Aggregator()
 
@@ -199,7 +201,7 @@ class CallTrace(Relay):
         self.index += 1
         self.attempt = self.tracer.start_span(semconv.ATTEMPT_SPAN, attributes=attributes)
         self.attempt_current = _Current(set_span_in_context(self.attempt))
-        send.request = with_trace_headers(request, self.attempt_current.context)
+        send.request = with_trace_headers(request, self.attempt, self.attempt_current.context)
 
     def _end_attempt(self, error: BaseException | None, response: Response | None) -> None:
         span, self.attempt = self.attempt, None
@@ -209,9 +211,10 @@ class CallTrace(Relay):
         if span is None:
             return
         try:
+            attributes: dict[str, Any] = {}
             if response is not None and response.model:
-                span.set_attribute(semconv.RESPONSE_MODEL, response.model)
-            self._tell(span, error, outcome_of(error), (self.sent,))
+                attributes[semconv.RESPONSE_MODEL] = response.model
+            self._tell(span, attributes, error, outcome_of(error), (self.sent,))
         finally:
             span.end()
 
@@ -255,8 +258,7 @@ class CallTrace(Relay):
             attributes |= provider_attributes(call.provider)
             span.update_name(f"{semconv.CHAT} {model}")
         requests = (request,) if self.sent.messages is request.messages else (request, self.sent)
-        span.set_attributes(attributes)
-        self._tell(span, error, outcome, requests)
+        self._tell(span, attributes, error, outcome, requests)
         if self.capturing.mode != "none":
             self._capture(request_attributes(self.request) | attributes, partial, whole=error is None)
 
@@ -264,14 +266,22 @@ class CallTrace(Relay):
         captured = Captured(self.sent, answer, whole=whole)
         self.capturing.record(captured, self.span, self.current.context, attributes)
 
-    def _tell(self, span: Span, error: BaseException | None, outcome: Outcome, requests: tuple[Request, ...]) -> None:
-        """Set how it ended: the outcome, and for an error its type and its masked message, without a stack trace."""
-        span.set_attribute(semconv.OUTCOME, outcome)
+    def _tell(
+        self,
+        span: Span,
+        attributes: dict[str, Any],
+        error: BaseException | None,
+        outcome: Outcome,
+        requests: tuple[Request, ...],
+    ) -> None:
+        """Set `attributes` and how it ended: the outcome, and for an error its type and its masked message."""
+        attributes[semconv.OUTCOME] = outcome
         if error is None or outcome == "abandoned":
+            span.set_attributes(attributes)
             return
-        name = error_name(error)
+        attributes[semconv.ERROR_TYPE] = name = error_name(error)
+        span.set_attributes(attributes)
         message = self.capturing.redacted(error_message(error, requests))
-        span.set_attribute(semconv.ERROR_TYPE, name)
         span.set_status(Status(StatusCode.ERROR, message or name))
         span.add_event(
             semconv.EXCEPTION_EVENT,
