@@ -34,8 +34,9 @@ class Aggregator:
 
     def add(self, chunk: Chunk) -> None:
         """Take the next chunk in."""
-        if chunk.text:
-            self._texts.append(chunk.text)
+        text = chunk.text
+        if text:
+            self._texts.append(text)
             self.has_output = True
         if chunk.reasoning:
             self._reasoning.append(chunk.reasoning)

@@ -29,7 +29,7 @@ class Source:
     chunk: object
 
 
-@attrs.frozen
+@attrs.define
 class More:
     """Deliver this chunk, and read none from the provider."""
 
@@ -41,7 +41,7 @@ class Pull:
     """Read the next chunk from the provider, and deliver none."""
 
 
-@attrs.frozen
+@attrs.define
 class AttemptEnd:
     """An attempt is over: with its response or its error. (One that a BaseException ends has no such effect.)"""
 
@@ -50,14 +50,14 @@ class AttemptEnd:
     error: Exception | None = None
 
 
-@attrs.frozen
+@attrs.define
 class Sleep:
     """Wait."""
 
     seconds: float
 
 
-@attrs.frozen
+@attrs.define
 class Perform:
     """Do a middleware's own I/O. Outcome: what it returned."""
 

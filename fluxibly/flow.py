@@ -81,7 +81,7 @@ def compose(middleware: Sequence[Middleware]) -> CallNext:
 def _bind(layer: Middleware, call_next: CallNext) -> CallNext:
     def bound(request: Request) -> Flow[Response]:
         flow: Any = layer(request, call_next)
-        if not _is_flow(flow):
+        if flow.__class__ is not GeneratorType and not _is_flow(flow):
             kind = shown(flow)
             if isinstance(flow, CoroutineType):
                 flow.close()  # else Python warns that nobody awaited it
@@ -96,7 +96,7 @@ def _bind(layer: Middleware, call_next: CallNext) -> CallNext:
 
 
 def _is_flow(value: object) -> TypeGuard[Flow[Response]]:
-    return type(value) is GeneratorType or isinstance(value, Generator)
+    return isinstance(value, Generator)
 
 
 def layer_name(layer: object) -> str:

@@ -42,6 +42,10 @@ class SystemClock:
 
 SYSTEM_CLOCK = SystemClock()
 
+# How `begin` and `finish` copy a frozen object with one field changed: a fifth of what attrs.evolve costs.
+_new = object.__new__
+_set_state = object.__setattr__
+
 
 class _Pipeline:
     """What both pipelines share: the stack, and the beginning and the end of a call."""
@@ -86,22 +90,22 @@ class _Pipeline:
         if streaming:
             call.streaming = True
             call.restarts = restarts
-        copy = object.__new__(type(request))
-        state = copy.__dict__
-        state.update(request.__dict__)
+        state = request.__dict__.copy()
         state["call"] = call
+        copy = _new(request.__class__)
+        _set_state(copy, "__dict__", state)
         return copy
 
     def finish(self, value: object, call: CallRecord) -> Response:
         """The response of a call that succeeded."""
         if not isinstance(value, Response):
             driving.raise_not_a_response(value, self.middleware)
-        copy = object.__new__(Response)
-        state = copy.__dict__
-        state.update(value.__dict__)
+        state = value.__dict__.copy()
         state["elapsed"] = call.clock() - call.started_at
         if call.stats is not None:
             state["stats"] = call.stats
+        copy = _new(value.__class__)
+        _set_state(copy, "__dict__", state)
         return copy
 
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 from fluxibly import driving
 from fluxibly.aggregate import as_chunk
 from fluxibly.combinators import resend_refused
-from fluxibly.effects import END, PULL, Effect, Flow, More, Send, Source
+from fluxibly.effects import END, PULL, Effect, Flow, More, Send, Sleep, Source
 from fluxibly.logs import log
 from fluxibly.types import Chunk, Request, Response, Restart
 
@@ -39,8 +39,10 @@ Event = TypeVar("Event", bound="Chunk | Restart", covariant=True)
 class _Driver:
     """The state of a stream, and every decision about it that needs no I/O.
 
-    `pending` is the effect to carry out when the consumer asks for more. An event that was delivered is one that needs
-    nothing done, save that after a chunk of the provider's the next one has to be read: then it is PULL.
+    Both drivers do the same in a loop: carry out the effect at hand, send the outcome into the flow, and look at the
+    effect that comes back. An event for the consumer is delivered, and becomes the effect at hand when the consumer
+    asks for more: there is nothing to carry out for it then, save that after a chunk of the provider's the next one
+    has to be read (PULL).
     """
 
     def __init__(self, pipeline: Pipeline | AsyncPipeline, request: Request, flow: Flow[Response]) -> None:
@@ -50,54 +52,48 @@ class _Driver:
         self.flow = flow
         self.context: Context = copy_context()
         self.iterator: Any = None
+        """The provider's stream; there may be none yet."""
         self.source = Source(END)
-        self.texts: list[str] = []
+        self.delivered = self.call.delivered
         self.output = False
         self.response: Response | None = None
         self.closing = self.ended = False
+        self.over = False
+        """Whether it is one of these: nothing more is delivered."""
         self.failed_early: BaseException | None = None
-        self.pending: Effect = PULL
+        self.first: Effect = Sleep(0.0)
         try:
             # "started" is logged now, when the call is made; how it went is told at the first read.
-            self.pending = self.context.run(flow.send, None)
+            self.first = self.context.run(flow.send, None)
         except BaseException as error:
             if not isinstance(error, (Exception, StopIteration)):
                 raise
             self.failed_early = error
         _open.add(self)
 
-    def deliver(self, chunk: Chunk, pending: Effect) -> Chunk:
-        """Count a chunk that goes to the consumer, and note what to do when it asks for more."""
-        self.pending = pending
+    def count(self, chunk: Chunk) -> bool:
+        """Note a chunk that goes to the consumer; whether there has been output yet."""
         call = self.call
-        call.chunks += 1
+        self.delivered.append(chunk.text)
         if call.first_chunk_at is None:
             call.first_chunk_at = call.clock()
-        text = chunk.text
-        if text:
-            call.characters += len(text)
-            self.texts.append(text)
-            self.output = True
-        elif not self.output:
-            self.output = chunk.has_output
-        return chunk
+        self.output = self.output or chunk.has_output
+        return self.output
 
     def admit(self, request: Request) -> None:
         """Let the provider be asked, unless output has gone out."""
         if self.output:
-            raise resend_refused(request, Response("".join(self.texts)))
+            raise resend_refused(request, Response("".join(self.delivered)))
         call = self.call
         call.asked_at = call.clock()
         if call.sent_at is None:
             call.sent_at = call.asked_at
 
-    def restart(self, event: Restart) -> bool:
-        """Take what was delivered for void, if the consumer knows of such things; then `event` is delivered."""
+    def restart(self) -> bool:
+        """Take what was delivered for void, if the consumer knows of such things."""
         if not self.call.restarts:
             return False
-        self.pending = event
-        self.call.chunks = self.call.characters = 0
-        self.texts.clear()
+        self.delivered.clear()
         self.output = False
         return True
 
@@ -105,7 +101,9 @@ class _Driver:
         """Take the flow's result; one that was not streamed is returned, as the chunk to deliver."""
         self.response = self.pipeline.finish(value, self.call)
         if self.call.chunks == 0 and (self.response.has_output or self.response.finish_reason):
-            return self.deliver(as_chunk(self.response), PULL)
+            chunk = as_chunk(self.response)
+            self.count(chunk)
+            return chunk
         return None
 
     def failure(self, error: BaseException) -> BaseException:
@@ -113,10 +111,13 @@ class _Driver:
         if not isinstance(error, Exception):
             return error
         driving.explain(error, self.pipeline.middleware)
-        return driving.after_output(error, self.request, self.texts) if self.output else error
+        return driving.after_output(error, self.request, self.delivered) if self.output else error
+
+    def begin_close(self) -> None:
+        self.closing = self.over = True
 
     def end(self) -> None:
-        self.ended = True
+        self.ended = self.over = True
         _open.discard(self)
 
     def abort(self) -> None:
@@ -124,6 +125,10 @@ class _Driver:
         abort = getattr(self.iterator, "abort", None)
         if abort is not None:
             abort()
+
+    def aborted(self, error: BaseException) -> bool:
+        """Whether an error is that of a read that `close` ended: the stream is abandoned then, and has not failed."""
+        return self.closing and isinstance(error, Exception)
 
     def let_go(self) -> None:
         """Give the stream up from ordinary code that cannot wait."""
@@ -133,38 +138,55 @@ class _Driver:
 class SyncDriver(_Driver):
     pipeline: Pipeline
 
-    def advance(self) -> Chunk | Restart | None:
-        """Carry effects out up to the next event for the consumer; None at the end. Runs in the stream's context."""
-        flow, source = self.flow, self.source
-        effect = self.pending
+    def __init__(self, pipeline: Pipeline, request: Request, flow: Flow[Response]) -> None:
+        super().__init__(pipeline, request, flow)
+        self.events = self.drive()
+
+    def drive(self) -> Generator[Chunk | Restart, None, None]:
+        """Yield the events for the consumer. Runs in the stream's context."""
+        flow, source, call = self.flow, self.source, self.call
+        send, deliver = flow.send, self.delivered.append
+        effect = self.first
+        iterator: Any = iter(())
+        timed = output = False
         try:
-            if self.failed_early is not None:
-                raise self.failed_early
             while True:
                 error: BaseException | None = None
                 outcome: object = None
                 try:
                     if effect is PULL:
-                        if self.call.timed:
-                            self.call.asked_at = self.call.clock()
-                        source.chunk = END if self.iterator is None else next(self.iterator, END)
+                        if timed:
+                            call.asked_at = call.clock()
+                        source.chunk = next(iterator, END)
+                    elif self.failed_early is not None:
+                        error = self.failed_early
                     else:
                         outcome = self.carry_out(effect)
+                        iterator, timed = self.iterator, call.timed
                 except BaseException as raised:  # noqa: BLE001  # it goes into the flow
-                    if self.closing and isinstance(raised, Exception):  # the read that close() aborted
+                    if self.aborted(raised):
                         self.close_all()
-                        return None
+                        return
                     error = raised
-                effect = flow.send(outcome) if error is None else driving.throw(flow, error)
+                effect = send(outcome) if error is None else driving.throw(flow, error)
                 if type(effect) is Chunk:
-                    return self.deliver(effect, PULL)
-                if type(effect) is More:
-                    return self.deliver(effect.chunk, effect)
-                if type(effect) is Restart and self.restart(effect):
-                    return effect
+                    if output:
+                        deliver(effect.text)
+                    else:
+                        output = self.count(effect)
+                    yield effect
+                    effect = PULL
+                elif type(effect) is More:
+                    output = self.count(effect.chunk)
+                    yield effect.chunk
+                elif type(effect) is Restart and self.restart():
+                    output = False
+                    yield effect
         except StopIteration as stop:
             self.close_all()
-            return self.finish(stop.value)
+            chunk = self.finish(stop.value)
+            if chunk is not None:
+                yield chunk
         except BaseException as error:
             self.close_all()
             failure = self.failure(error)
@@ -202,13 +224,18 @@ class SyncDriver(_Driver):
     def close(self) -> None:
         if self.ended:
             return
-        self.closing = True
+        self.begin_close()
         try:
-            self.context.run(self.close_all)
+            self.context.run(self.shut)
         except RuntimeError as error:
             if not _is_entered(error):
                 raise
             self.abort()  # a read is under way: the thread that is in it closes all when it is back
+
+    def shut(self) -> None:
+        self.events.close()
+        if not self.ended:  # a generator that was never started runs nothing when it is closed
+            self.close_all()
 
     let_go = close
 
@@ -234,20 +261,18 @@ class Stream(Generic[Event]):
 
     def __next__(self) -> Event:
         driver = self._driver
-        if driver.closing or driver.ended:
+        if driver.over:
             raise StopIteration
         try:
-            event = driver.context.run(driver.advance)
+            event = driver.context.run(next, driver.events)
         except RuntimeError as error:
             if _is_entered(error):
-                if driver.closing:
-                    raise StopIteration from None
                 raise RuntimeError("another thread is reading this stream") from None
             raise
         finally:
             if driver.closing:
                 driver.close()
-        if event is None or driver.closing:
+        if driver.closing:
             raise StopIteration
         return cast("Event", event)
 
@@ -303,34 +328,46 @@ class AsyncDriver(_Driver):
     pipeline: AsyncPipeline
     reading = False
 
+    def __init__(self, pipeline: AsyncPipeline, request: Request, flow: Flow[Response]) -> None:
+        super().__init__(pipeline, request, flow)
+        self.pending = self.first
+
     async def advance(self) -> Chunk | Restart | None:
-        """Carry effects out up to the next event for the consumer; None at the end. Runs in the stream's context."""
-        flow, source = self.flow, self.source
+        """The next event for the consumer; None at the end. Runs in the stream's context."""
+        flow, source, call = self.flow, self.source, self.call
         effect = self.pending
         try:
-            if self.failed_early is not None:
-                raise self.failed_early
             while True:
                 error: BaseException | None = None
                 outcome: object = None
                 try:
                     if effect is PULL:
-                        if self.call.timed:
-                            self.call.asked_at = self.call.clock()
+                        if call.timed:
+                            call.asked_at = call.clock()
                         source.chunk = END if self.iterator is None else await anext(self.iterator, END)
+                    elif self.failed_early is not None:
+                        error = self.failed_early
                     else:
                         outcome = await self.carry_out(effect)
                 except BaseException as raised:  # noqa: BLE001  # it goes into the flow
-                    if self.closing and isinstance(raised, Exception):  # the read that close() aborted
+                    if self.aborted(raised):
                         await self.close_all()
                         return None
                     error = raised
                 effect = flow.send(outcome) if error is None else driving.throw(flow, error)
                 if type(effect) is Chunk:
-                    return self.deliver(effect, PULL)
+                    self.pending = PULL
+                    if self.output:
+                        self.delivered.append(effect.text)
+                    else:
+                        self.count(effect)
+                    return effect
                 if type(effect) is More:
-                    return self.deliver(effect.chunk, effect)
-                if type(effect) is Restart and self.restart(effect):
+                    self.pending = effect
+                    self.count(effect.chunk)
+                    return effect.chunk
+                if type(effect) is Restart and self.restart():
+                    self.pending = effect
                     return effect
         except StopIteration as stop:
             await self.close_all()
@@ -370,7 +407,7 @@ class AsyncDriver(_Driver):
     async def aclose(self) -> None:
         if self.ended:
             return
-        self.closing = True
+        self.begin_close()
         if self.reading:
             self.abort()  # the task that is in the read closes all when it is back
         else:
@@ -380,7 +417,7 @@ class AsyncDriver(_Driver):
         """Without an await: the flow ends now; dropping an async generator makes its event loop close it."""
         if self.ended or self.reading:
             return
-        self.closing = True
+        self.begin_close()
         self.end()
         try:
             self.context.run(driving.close, self.flow)
@@ -422,7 +459,7 @@ class AsyncStream(Generic[Event]):
         driver = self._driver
         if driver.reading:
             raise RuntimeError("another task is reading this stream")
-        if driver.closing or driver.ended:
+        if driver.over:
             raise StopAsyncIteration
         driver.reading = True
         try:

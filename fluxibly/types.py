@@ -105,9 +105,6 @@ class CallRecord:
     first_chunk_at: float | None = None
     """When the first chunk was delivered."""
     attempts: int = 0
-    chunks: int = 0
-    """Chunks that the consumer got, since the last `Restart`; `characters` likewise."""
-    characters: int = 0
     asked_model: str | None = None
     """The model that the last attempt asked for."""
     model: str | None = None
@@ -121,6 +118,21 @@ class CallRecord:
     attempt_times: list[float] | None = None
     """Seconds of each attempt, where `Timing` asked for them; `profile` those of each layer."""
     profile: Profile | None = None
+
+    @cached_property
+    def delivered(self) -> list[str]:
+        """The texts of the chunks that the consumer got, since the last `Restart`."""
+        return []
+
+    @property
+    def chunks(self) -> int:
+        """How many chunks the consumer got, since the last `Restart`."""
+        return len(self.delivered)
+
+    @property
+    def characters(self) -> int:
+        """How many characters of text the consumer got, since the last `Restart`."""
+        return sum(map(len, self.delivered))
 
     @cached_property
     def timings(self) -> dict[str, float]:
@@ -191,14 +203,14 @@ _T = TypeVar("_T")
 
 def _evolve(self: _T, changes: dict[str, Any]) -> _T:
     """`attrs.evolve` for classes with a `__dict__`, a third of its cost."""
-    copy = object.__new__(type(self))
-    state = copy.__dict__
-    state.update(self.__dict__)
+    state = self.__dict__.copy()
     for name, value in changes.items():
         if name not in state:
             raise TypeError(f"a {type(self).__name__} has no {name!r}; it has {', '.join(state)}")
         convert = _CONVERTERS.get(name)
         state[name] = value if convert is None else convert(value)
+    copy = object.__new__(type(self))
+    object.__setattr__(copy, "__dict__", state)
     return copy
 
 
