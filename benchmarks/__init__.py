@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m benchmarks` runs them all. Timings are for reading, never asserted."""

@@ -1,0 +1,52 @@
+"""Interleaved timing, and the table it is shown in."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from time import perf_counter
+
+ROUNDS = 15
+
+
+def interleaved(
+    contenders: Mapping[str, Callable[[], object]], *, per_run: int, rounds: int = ROUNDS
+) -> dict[str, float]:
+    """Median microseconds of one of the `per_run` units of work that each contender does when called.
+
+    Contenders take turns in every round, so that a noisy machine disturbs all of them alike.
+    """
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for run in contenders.values():
+        run()
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(rounds):
+            for name, run in contenders.items():
+                start = perf_counter()
+                run()
+                times[name].append((perf_counter() - start) / per_run * 1e6)
+    finally:
+        gc.enable()
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def table(
+    title: str, results: Mapping[str, float], *, unit: str = "µs", baseline: str | None = None, goal: str = ""
+) -> None:
+    """Print results with their difference from, and ratio to, the baseline (by default the first)."""
+    base_name = baseline or next(iter(results))
+    base = results[base_name]
+    print(f"\n{title}" + (f"   (goal: {goal})" if goal else ""))
+    width = max(len(name) for name in results)
+    print(f"  {'':{width}}  {unit:>10}  {'more':>10}  {'ratio':>7}")
+    for name, value in results.items():
+        print(f"  {name:{width}}  {value:10.3f}  {value - base:10.3f}  {value / base:7.2f}")
+
+
+def left_out(names: Sequence[str]) -> None:
+    """Say which peers were not measured."""
+    if names:
+        print(f"\nLeft out, because not installed: {', '.join(names)}")
