@@ -6,16 +6,17 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from fluxibly.errors import ProviderError, QuotaExceeded
 from fluxibly.providers.anthropic_request import NAME, encode_body
 from fluxibly.providers.codec import Encoded, Event, Framing
 from fluxibly.providers.error_reports import Report, error_of, error_of_response, excerpt, read_report
+from fluxibly.providers.held import Held
 from fluxibly.providers.json_reading import read_json
 from fluxibly.providers.wire import (
     array,
     count,
     cut_off,
     not_an_answer,
+    quota_exceeded,
     string,
     table,
     to_json,
@@ -26,6 +27,8 @@ from fluxibly.types import Chunk, Reasoning, Request, Response, ToolCall, ToolCa
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
+
+    from fluxibly.errors import ProviderError
 
 FINISH_REASONS = {
     "end_turn": "stop",
@@ -84,14 +87,7 @@ class AnthropicCodec:
     def decode_error(self, status: int, headers: Mapping[str, str], body: bytes, /) -> ProviderError:
         error = error_of_response(status, headers, body, service=NAME)
         if status == 400 and "credit balance" in str(error):
-            return QuotaExceeded(
-                *error.args,
-                status=status,
-                code=error.code,
-                retry_after=error.retry_after,
-                request_id=error.request_id,
-                body=error.body,
-            )
+            return quota_exceeded(error)
         return error
 
 
@@ -113,11 +109,12 @@ class _Block:
 class AnthropicDecoder:
     """The state of one stream: the blocks that have begun and not ended, and the usage so far."""
 
-    __slots__ = ("_blocks", "_calls", "_done", "_reason", "_usage")
+    __slots__ = ("_blocks", "_calls", "_done", "_held", "_reason", "_usage")
 
     def __init__(self) -> None:
         self._blocks: dict[int, _Block] = {}
         self._calls = 0
+        self._held = Held()
         self._usage: dict[str, Any] = {}
         self._reason: str | None = None
         self._done = False
@@ -129,7 +126,7 @@ class AnthropicDecoder:
     def decode_event(self, event: Event, /) -> Iterable[Chunk]:
         if event.data.strip() == b"[DONE]":  # not of this dialect, but servers of several dialects send it
             self._done = self._reason is not None
-            return ()
+            return self._held.rest() if self._done else ()
         data = table(read_json(event.data))
         match data.get("type"):
             case "content_block_delta":
@@ -140,21 +137,21 @@ class AnthropicDecoder:
                 return self._stop(data)
             case "message_start":
                 message = table(data.get("message"))
-                usage = self._count(message)
-                model, message_id = string(message.get("model")) or None, string(message.get("id")) or None
-                return (Chunk(model=model, id=message_id, usage=usage),)
+                self._count(message)
+                self._held.put(model=string(message.get("model")) or None, id=string(message.get("id")) or None)
             case "message_delta":
-                return self._message_delta(data)
+                self._message_delta(data)
             case "message_stop":
                 self._done = True
+                return self._held.rest()
             case _:
                 _raise_error(data, event.data)
         return ()
 
     def end(self) -> Iterable[Chunk]:
         if not self._done:
+            yield from self._held.rest()
             raise cut_off(NAME, "message_stop")
-        return ()
 
     def _start(self, data: dict[str, Any]) -> Iterable[Chunk]:
         fields = table(data.get("content_block"))
@@ -162,30 +159,30 @@ class AnthropicDecoder:
         if block.type == "tool_use":
             self._calls += 1
             name, call_id = string(fields.get("name")), string(fields.get("id")) or f"call_{block.call}"
-            return (Chunk(tool_calls=(ToolCallDelta(index=block.call, id=call_id, name=name),)),)
+            return self._held.chunk(tool_calls=(ToolCallDelta(index=block.call, id=call_id, name=name),))
         text, reasoning = _shown(fields)
-        return (Chunk(text, reasoning=reasoning),) if text or reasoning else ()
+        return self._held.chunk(text, reasoning=reasoning) if text or reasoning else ()
 
     def _delta(self, data: dict[str, Any]) -> Iterable[Chunk]:
         delta = table(data.get("delta"))
         kind = delta.get("type")
         if kind == "text_delta":
             text = string(delta.get("text"))
-            return (Chunk(text),) if text else ()
+            return self._held.chunk(text) if text else ()
         block = self._blocks.get(_index(data))
         if block is None:
             return ()
         if kind == "thinking_delta":
             text = string(delta.get("thinking"))
             block.texts.append(text)
-            return (Chunk(reasoning=text),) if text else ()
+            return self._held.chunk(reasoning=text) if text else ()
         if kind == "signature_delta":
             block.signature = (block.signature or "") + string(delta.get("signature"))
         elif kind == "input_json_delta" and block.type == "tool_use":
             text = string(delta.get("partial_json"))
             if text:
                 block.texts.append(text)
-                return (Chunk(tool_calls=(ToolCallDelta(index=block.call, arguments=text),)),)
+                return self._held.chunk(tool_calls=(ToolCallDelta(index=block.call, arguments=text),))
         return ()
 
     def _stop(self, data: dict[str, Any]) -> Iterable[Chunk]:
@@ -195,27 +192,28 @@ class AnthropicDecoder:
         if block.type == "tool_use" and not block.texts and table(block.fields.get("input")):
             # The whole input came with the start; beside deltas, it would say everything twice.
             arguments = to_json(block.fields["input"])
-            return (Chunk(tool_calls=(ToolCallDelta(index=block.call, arguments=arguments),)),)
+            return self._held.chunk(tool_calls=(ToolCallDelta(index=block.call, arguments=arguments),))
         if block.type in ("thinking", "redacted_thinking"):
             raw = dict(block.fields)
             if block.texts:
                 raw["thinking"] = string(raw.get("thinking")) + "".join(block.texts)
             if block.signature is not None:
                 raw["signature"] = string(raw.get("signature")) + block.signature
-            return (Chunk(reasoning_parts=(_reasoning(raw),)),)
+            self._held.put(reasoning_parts=(_reasoning(raw),))
         return ()
 
-    def _message_delta(self, data: dict[str, Any]) -> Iterable[Chunk]:
+    def _message_delta(self, data: dict[str, Any]) -> None:
         reason = string(table(data.get("delta")).get("stop_reason")) or None
         self._reason = reason or self._reason
-        finish = FINISH_REASONS.get(reason or "", reason)
-        return (Chunk(finish_reason=finish, raw_finish_reason=reason, usage=self._count(data)),)
+        self._held.put(finish_reason=FINISH_REASONS.get(reason or "", reason), raw_finish_reason=reason)
+        self._count(data)
 
-    def _count(self, holder: dict[str, Any]) -> Usage | None:
+    def _count(self, holder: dict[str, Any]) -> None:
         """Take in the usage of an event. It is cumulative, but later events may leave out what earlier ones said."""
         news = {name: value for name, value in table(holder.get("usage")).items() if value is not None}
-        self._usage.update(news)
-        return _usage(self._usage) if news else None
+        if news:
+            self._usage.update(news)
+            self._held.put(usage=_usage(self._usage))
 
 
 def _index(data: dict[str, Any]) -> int:

@@ -10,7 +10,7 @@ from urllib.parse import unquote_to_bytes
 
 import msgspec
 
-from fluxibly.errors import BadRequest, StreamProtocolError
+from fluxibly.errors import BadRequest, ProviderError, QuotaExceeded, StreamProtocolError
 from fluxibly.providers.error_reports import excerpt
 from fluxibly.types import Image, Message, Request, Text, ToolCall
 
@@ -25,6 +25,18 @@ def not_an_answer(body: bytes, service: str, lacks: str) -> StreamProtocolError:
 def cut_off(service: str, lacks: str) -> StreamProtocolError:
     """The error for a stream that ended too soon."""
     return StreamProtocolError(f"{service}'s stream was cut off: it ended without {lacks}")
+
+
+def quota_exceeded(error: ProviderError) -> QuotaExceeded:
+    """`error` as one that waiting does not help."""
+    return QuotaExceeded(
+        f"{error} Waiting does not help: check the account's plan, billing and limits.",
+        retry_after=error.retry_after,
+        status=error.status,
+        code=error.code,
+        request_id=error.request_id,
+        body=error.body,
+    )
 
 
 def table(value: object) -> dict[str, Any]:
