@@ -9,10 +9,11 @@ import threading
 
 import anyio
 import attrs
+import dialects
 import pytest
 
 from fluxibly.errors import RateLimitError, ServerError, StreamInterrupted, StreamProtocolError
-from fluxibly.flow import map_chunks, sleep
+from fluxibly.flow import map_chunks, perform, sleep
 from fluxibly.middleware.logging import Logging
 from fluxibly.middleware.retry import Retry
 from fluxibly.middleware.stream_meter import StreamMeter
@@ -21,11 +22,14 @@ from fluxibly.middleware.validation import Validation
 from fluxibly.pipeline import AsyncPipeline, Pipeline
 from fluxibly.testing import (
     AsyncScriptedProvider,
+    ByHand,
     Cut,
     Delay,
     ScriptedProvider,
     VirtualClock,
+    check_codec,
     check_middleware,
+    check_provider,
 )
 from fluxibly.testing.modes import MODES, run
 from fluxibly.types import Chunk, Request, Response, Restart, Usage
@@ -201,6 +205,14 @@ def sleeps_in_finally(request, call_next):
         yield from sleep(1)
 
 
+def yields_when_closed(request, call_next):
+    try:
+        return (yield from call_next(request))
+    except GeneratorExit:
+        yield from sleep(1)
+        raise
+
+
 def retries_whatever(request, call_next):
     try:
         return (yield from call_next(request))
@@ -285,7 +297,8 @@ class TestCheckMiddleware:
             (swallows_everything, "law 6: .*Catch Exception, not BaseException"),
             (swallows_in_finally, "law 3"),
             (replaces_interrupts, "law 6: .*raised RuntimeError after KeyboardInterrupt.*Catch Exception"),
-            (sleeps_in_finally, "law 6: .*yielded again after GeneratorExit.*Do not yield in `finally`"),
+            (sleeps_in_finally, "law 6: .*yielded again after KeyboardInterrupt.*neither return nor yield"),
+            (yields_when_closed, "law 6: .*yielded again after GeneratorExit.*Do not yield in `finally`"),
             (retries_whatever, "law 4: it asks the provider again after output.*Let StreamInterrupted pass"),
             (salvages, "law 11: a stream that failed after 'Hello' is passed as a whole answer.*`partial`"),
             (leaks_context, "law 5: it leaves the context variable 'request_id' changed.*var.reset"),
@@ -318,3 +331,281 @@ class TestCheckMiddleware:
             check_middleware(Counts())
 
         anyio.run(main)
+
+
+class TestByHand:
+    def test_a_retry(self):
+        """Each thing that the flow wants of the world is given by hand."""
+        call = ByHand(Retry(max_retries=1, base_delay=2, uniform=lambda low, high: high), REQUEST)
+        assert call.sent is REQUEST
+        call.fail(ServerError("down"))
+        assert call.sent is None
+        assert call.sleeps == 2
+        with pytest.raises(AssertionError, match=r"the call is not over: it waits for Sleep"):
+            call.response
+        call.go_on()
+        assert call.sleeps is None
+        call.answer("hello")
+        assert call.response == Response("hello")
+
+    def test_an_error_that_passes(self):
+        """It comes out of `fail`."""
+        call = ByHand([], REQUEST)
+        with pytest.raises(ServerError, match="down"):
+            call.fail(ServerError("down"))
+
+    def test_io_of_a_middleware(self):
+        """Its result is given to `go_on`; what it would call is there to be looked at."""
+
+        def cached(request, call_next):
+            hit = yield from perform(lambda: "read")
+            return Response(hit) if hit else (yield from call_next(request))
+
+        call = ByHand(cached, REQUEST)
+        assert call.performs.call() == "read"
+        with pytest.raises(AssertionError, match=r"answer\(\) is for a call that has sent a request"):
+            call.answer("x")
+        call.go_on("hit")
+        assert call.response.text == "hit"
+        miss = ByHand(cached, REQUEST)
+        miss.go_on(None)
+        miss.answer("asked")
+        assert miss.response.text == "asked"
+
+    def test_a_stream(self):
+        """Its chunks are there as they went out."""
+
+        def double(request, call_next):
+            return (yield from map_chunks(call_next(request), lambda c: [c, c] if c.text != "b" else None))
+
+        call = ByHand(double, REQUEST)
+        call.stream("a", "b", Chunk("c"))
+        assert [event.text for event in call.events] == ["a", "a", "c", "c"]
+        assert call.response.text == "aacc"
+
+    @pytest.mark.parametrize("restarts", [True, False])
+    def test_a_restart(self, restarts):
+        """As the consumer takes it, the flow goes on or fails."""
+        call = ByHand([Retry(on_interrupt="restart", base_delay=0)], REQUEST, restarts=restarts)
+        if not restarts:
+            with pytest.raises(StreamInterrupted):
+                call.stream("a", ServerError("down"))
+            return
+        call.stream("a", ServerError("down"))
+        call.go_on()
+        call.stream("b")
+        assert call.events == [Chunk("a"), Restart("ServerError"), Chunk("b")]
+        assert call.response.text == "b"
+
+    def test_closing(self):
+        """Runs each `finally`."""
+        ends = []
+
+        def watch(request, call_next):
+            try:
+                return (yield from call_next(request))
+            finally:
+                ends.append(True)
+
+        call = ByHand([watch], REQUEST)
+        call.close()
+        assert ends == [True]
+
+
+class Parrot:
+    """A provider as good as any."""
+
+    def complete(self, request):
+        return self.reply(request)
+
+    def stream(self, request):
+        yield from self.reply(request)
+
+    def reply(self, request):
+        text = request.messages[-1].text
+        if "fail" in text:
+            raise ServerError("told to")
+        return text
+
+
+class AsyncParrot:
+    async def complete(self, request):
+        await anyio.lowlevel.checkpoint()
+        return Parrot().reply(request)
+
+    async def stream(self, request):
+        for letter in Parrot().reply(request):
+            await anyio.lowlevel.checkpoint()
+            yield letter
+
+
+class Whole:
+    def complete(self, request):
+        return "the same"
+
+
+class Chance:
+    """Never answers alike."""
+
+    def __init__(self):
+        self.count = 0
+
+    def complete(self, request):
+        self.count += 1
+        return f"answer {self.count}"
+
+    def stream(self, request):
+        yield self.complete(request)
+
+
+class SaysMoreStreamed(Parrot):
+    def stream(self, request):
+        yield "More: "
+        yield from self.reply(request)
+
+
+class YieldsInFinally(Parrot):
+    def stream(self, request):
+        try:
+            yield from self.reply(request)
+        finally:
+            yield "bye"
+
+
+class AsyncForgetful(AsyncParrot):
+    """Keeps the prompt of a call on itself, across an await."""
+
+    async def complete(self, request):
+        self.texts = []
+        for letter in Parrot().reply(request):
+            await anyio.lowlevel.checkpoint()
+            self.texts.append(letter)
+        return "".join(self.texts)
+
+
+class Shared(Parrot):
+    """Its streams share one position."""
+
+    def stream(self, request):
+        self.at = 0
+        text = self.reply(request)
+        while self.at < len(text):
+            self.at += 1
+            yield text[self.at - 1]
+
+
+class Marks(Parrot):
+    def complete(self, request):
+        request.metadata["seen"] = True
+        return self.reply(request)
+
+
+class AnswersAnything(Parrot):
+    def reply(self, request):
+        return "fine"
+
+
+class FailsInItsOwnWay(Parrot):
+    def stream(self, request):
+        yield "a"
+        raise LookupError("another error")
+
+    def complete(self, request):
+        raise ServerError("told to")
+
+
+FAILING = Request(model="m", messages="fail, please")
+
+
+class TestCheckProvider:
+    @pytest.mark.parametrize("provider", [Parrot(), AsyncParrot()], ids=["sync", "async"])
+    def test_accepts_good_ones(self, provider):
+        """Also in how they fail."""
+        check_provider(provider, REQUEST, failing=[FAILING])
+
+    @pytest.mark.parametrize("provider", [Whole(), Chance()], ids=["without stream", "by chance"])
+    def test_accepts_others(self, provider):
+        """One need not stream, nor answer alike."""
+        check_provider(provider)
+
+    @pytest.mark.parametrize(
+        ("provider", "message"),
+        [
+            (SaysMoreStreamed(), "law 1: complete.. gives .* the chunks of stream.. come to .*More: "),
+            (YieldsInFinally(), "law (1|2): "),
+            (AsyncForgetful(), r"law 8: 4 calls at once do not get what one alone gets \(in tasks on asyncio\)"),
+            (Shared(), r"law 8: 4 calls at once do not get what one alone gets \(in threads\)"),
+            (Marks(), "law 7: it changes the request"),
+            (AnswersAnything(), "law 11: it answers .*fine.* where an error is due"),
+            (FailsInItsOwnWay(), "raised ServerError: told to"),
+        ],
+        ids=lambda value: type(value).__name__ if not isinstance(value, str) else "",
+    )
+    def test_finds(self, provider, message):
+        """The message names the provider, and says what to do."""
+        with pytest.raises(AssertionError, match=message) as caught:
+            check_provider(provider, failing=[FAILING])
+        assert type(provider).__name__ in str(caught.value)
+
+    def test_compares_errors(self):
+        """One request fails alike, whole and streamed."""
+
+        class Partly(Parrot):
+            def stream(self, request):
+                if "fail" in request.messages[0].text:
+                    raise LookupError("another error")
+                yield from self.reply(request)
+
+        with pytest.raises(AssertionError, match="law 1: it raises 'ServerError: told to' and 'LookupError"):
+            check_provider(Partly(), failing=[FAILING])
+
+
+class TestCheckCodec:
+    def test_accepts_a_good_one(self):
+        """OpenAI's, with a recorded stream."""
+        from fluxibly.providers.openai_codec import OpenAICodec
+
+        check_codec(OpenAICodec(), [dialects.recorded_body("02-d")])
+
+    def test_finds_cut_streams_that_pass(self):
+        """A decoder that takes any end for the end is found out."""
+
+        class Decoder:
+            done = False
+
+            def decode_event(self, event):
+                return [Chunk(event.data.decode())]
+
+            def end(self):
+                return []
+
+        class Trusting:
+            framing = "sse"
+
+            def decoder(self):
+                return Decoder()
+
+        with pytest.raises(AssertionError, match="stream 0 ended at byte 0 passes as a whole answer"):
+            check_codec(Trusting(), [b"data: a\n\ndata: b\n\n"])
+
+    def test_finds_a_dependence_on_reads(self):
+        """A decoder that looks at more than events is found out."""
+
+        class Decoder:
+            done = False
+            clock = iter(range(10**9))
+
+            def decode_event(self, event):
+                return [Chunk(f"{next(self.clock)}")]
+
+            def end(self):
+                return []
+
+        class Odd:
+            framing = "ndjson"
+
+            def decoder(self):
+                return Decoder()
+
+        with pytest.raises(AssertionError, match="read byte by byte, and to .* read at once"):
+            check_codec(Odd(), [b"1\n2\n"])

@@ -1,10 +1,14 @@
-"""For tests of middleware and providers: scripted providers, a virtual clock, and checks of the laws.
+"""For tests of middleware and providers: scripts, a virtual clock, flows by hand, and checks of the laws.
 
 Nothing here needs a test framework.
 """
 
+from typing import TYPE_CHECKING, Any
+
+from fluxibly.testing.by_hand import ByHand as ByHand
 from fluxibly.testing.checks import check_middleware as check_middleware
 from fluxibly.testing.clock import VirtualClock as VirtualClock
+from fluxibly.testing.provider_check import check_provider as check_provider
 from fluxibly.testing.scripted import (
     Answer as Answer,
 )
@@ -21,4 +25,26 @@ from fluxibly.testing.scripted import (
     ScriptedProvider as ScriptedProvider,
 )
 
-__all__ = ["Answer", "AsyncScriptedProvider", "Cut", "Delay", "ScriptedProvider", "VirtualClock", "check_middleware"]
+if TYPE_CHECKING:
+    from fluxibly.testing.codec_check import check_codec as check_codec
+
+__all__ = [
+    "Answer",
+    "AsyncScriptedProvider",
+    "ByHand",
+    "Cut",
+    "Delay",
+    "ScriptedProvider",
+    "VirtualClock",
+    "check_codec",
+    "check_middleware",
+    "check_provider",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "check_codec":  # late, because few need the machinery of codecs
+        from fluxibly.testing.codec_check import check_codec
+
+        return check_codec
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

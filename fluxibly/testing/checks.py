@@ -180,7 +180,7 @@ class _Checker:
                 6,
                 notes[0].removeprefix("fluxibly: "),
                 where,
-                "Catch Exception, not BaseException; in a bare except or `finally`, raise and do not return",
+                "Catch Exception, not BaseException; in a bare except or `finally`, neither return nor yield",
             )
         if trial.provider.requests and trial.ran.error is not error:
             raise self.fail(6, f"the caller gets {trial.told}", where, "Let it pass")

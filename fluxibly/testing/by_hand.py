@@ -1,0 +1,142 @@
+"""A flow stepped by hand: no provider, no I/O, no time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from fluxibly.effects import END, AttemptEnd, Effect, Middleware, More, Perform, Send, Sleep, Source
+from fluxibly.flow import compose
+from fluxibly.types import Chunk, Request, Response, Restart
+
+
+class ByHand:
+    """Runs one call of some middleware, and stops wherever it wants something of the world::
+
+        call = ByHand(Retry(max_retries=1, base_delay=2, uniform=max), request)
+        assert call.sent == request
+        call.fail(ServerError("down"))
+        assert call.sleeps == 2
+        call.go_on()
+        call.answer("hello")
+        assert call.response.text == "hello"
+
+    Args:
+        middleware: one, or several with the first outermost.
+        request: what it is called with.
+        restarts: whether the consumer takes `Restart` events.
+    """
+
+    def __init__(
+        self, middleware: Middleware | Iterable[Middleware], request: Request, *, restarts: bool = False
+    ) -> None:
+        layers = [*middleware] if isinstance(middleware, Iterable) else [middleware]
+        self.events: list[Chunk | Restart] = []
+        """What was emitted for the consumer of a stream."""
+        self._restarts = restarts
+        self._left: Iterator[object] = iter(())
+        self._source = Source(END)
+        self._wants: Effect | None = None
+        self._response: Response | None = None
+        self._flow = compose(layers)(request)
+        self._step(None)
+
+    @property
+    def sent(self) -> Request | None:
+        """The request that waits for an answer: give it to `answer`, `stream` or `fail`."""
+        return self._wants.request if isinstance(self._wants, Send) else None
+
+    @property
+    def sleeps(self) -> float | None:
+        """The seconds that the call sleeps: end it with `go_on`."""
+        return self._wants.seconds if isinstance(self._wants, Sleep) else None
+
+    @property
+    def performs(self) -> Perform | None:
+        """The I/O that a middleware asked for: give its result to `go_on`, or its error to `fail`."""
+        return self._wants if isinstance(self._wants, Perform) else None
+
+    @property
+    def response(self) -> Response:
+        """What the call came to.
+
+        Raises:
+            AssertionError: it is not over.
+        """
+        if self._response is None:
+            raise AssertionError(f"the call is not over: it waits for {self._wants!r}")
+        return self._response
+
+    def answer(self, response: Response | str) -> None:
+        """Answer the request that was sent, whole."""
+        self._expect_sent("answer")
+        self._step(response)
+
+    def stream(self, *items: Chunk | str | Exception) -> None:
+        """Answer the request that was sent with a stream; an exception in it ends it."""
+        self._expect_sent("stream")
+        self._left = iter(items)
+        if self._read():
+            self._step(self._source)
+
+    def fail(self, error: BaseException) -> None:
+        """Raise an error where the call waits.
+
+        Raises:
+            BaseException: what the middleware let through.
+        """
+        self._throw(error)
+
+    def go_on(self, result: object = None) -> None:
+        """End a sleep, or give I/O its result."""
+        self._step(result)
+
+    def close(self) -> None:
+        """Give the call up, as a consumer that leaves does."""
+        self._flow.close()
+
+    def _expect_sent(self, verb: str) -> None:
+        if self.sent is None:
+            raise AssertionError(f"{verb}() is for a call that has sent a request; this one waits for {self._wants!r}")
+
+    def _read(self) -> bool:
+        """Read the next item; False for an error, which then was raised in the flow."""
+        item = next(self._left, END)
+        if isinstance(item, Exception):
+            self._throw(item)
+            return False
+        self._source.chunk = item
+        return True
+
+    def _throw(self, error: BaseException) -> None:
+        try:
+            self._settle(self._flow.throw(error))
+        except StopIteration as stop:
+            self._end(stop)
+
+    def _step(self, outcome: object) -> None:
+        try:
+            self._settle(self._flow.send(outcome))
+        except StopIteration as stop:
+            self._end(stop)
+
+    def _settle(self, effect: Effect) -> None:
+        """Carry out what needs nobody's hand."""
+        while not isinstance(effect, (Send, Sleep, Perform)):
+            outcome: object = None
+            if isinstance(effect, More):
+                self.events.append(effect.chunk)
+            elif isinstance(effect, Restart):
+                outcome = self._restarts
+                if outcome:
+                    self.events.append(effect)
+            elif not isinstance(effect, AttemptEnd):
+                if isinstance(effect, Chunk):
+                    self.events.append(effect)
+                if not self._read():
+                    return
+            effect = self._flow.send(outcome)
+        self._wants = effect
+
+    def _end(self, stop: StopIteration) -> None:
+        self._wants = None
+        self._response = stop.value

@@ -1,0 +1,168 @@
+"""`check_provider`: a user's own provider held to the laws."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from fluxibly.pipeline import AsyncPipeline, Pipeline
+from fluxibly.provider import check, is_async
+from fluxibly.testing.modes import BACKENDS, Mode, Ran, run, run_async
+from fluxibly.types import Request, Response
+
+AT_ONCE = 4
+"""Calls that are made at the same time."""
+
+
+def check_provider(provider: Any, request: Request | None = None, *, failing: Sequence[Request] = ()) -> None:
+    """Hold a provider, sync or async, to the laws: it is asked a few times, whole and streamed, also at the same time.
+
+    What is compared between calls is compared only if the provider answers the same request alike twice in a row.
+
+    Args:
+        provider: an instance. It is not closed.
+        request: what to ask; by default a short greeting.
+        failing: requests that it has to answer with an error, the same one whole and streamed.
+
+    Raises:
+        AssertionError: it breaks a law; the message says which, in what mode, and what to write instead.
+    """
+    check(provider)
+    _Checker(provider, request or Request(model="m", messages="Say hello, please")).check(failing)
+
+
+class _Checker:
+    def __init__(self, provider: Any, request: Request) -> None:
+        self.provider = provider
+        self.name = type(provider).__name__
+        self.request = request
+        self.streams = hasattr(provider, "stream")
+        self.backends = BACKENDS if is_async(provider) else (None,)
+
+    def fail(self, law: int, what: str, where: object, advice: str) -> AssertionError:
+        return AssertionError(f"the provider {self.name} breaks law {law}: {what} (in {where}). {advice}")
+
+    def check(self, failing: Sequence[Request]) -> None:
+        whole = [self.run(Mode(streaming=False, backend=backend)) for backend in self.backends * 2]
+        alike = all(ran.response == whole[0].response for ran in whole)
+        if self.streams:
+            self.check_streams(whole[0].response if alike else None)
+        if alike:
+            self.keeps_calls_apart(whole[0].response)
+        for request in failing:
+            self.check_failure(request)
+
+    def run(self, mode: Mode, *, stop_after: int | None = None) -> Ran:
+        """A call that has to succeed."""
+        before = copy.deepcopy((self.request.metadata, self.request.extra, self.request.headers))
+        ran = run(mode, self.provider, [], self.request, stop_after=stop_after)
+        if ran.error is not None:
+            raise AssertionError(
+                f"the provider {self.name} raised {type(ran.error).__name__}: {ran.error} (in {mode}). "
+                "Give check_provider a request that it can answer"
+            ) from ran.error
+        if before != (self.request.metadata, self.request.extra, self.request.headers):
+            raise self.fail(7, "it changes the request that it was given", mode, "Copy what you need of it")
+        if ran.leaks and mode.streaming:
+            raise self.fail(5, f"it leaves the context variable {ran.leaks[0]!r} changed", mode, "Reset it")
+        return ran
+
+    def check_streams(self, whole: Response | None) -> None:
+        for backend in self.backends:
+            mode = Mode(streaming=True, backend=backend)
+            ran = self.run(mode)
+            if whole is not None and ran.response != whole:
+                raise self.fail(
+                    1,
+                    f"complete() gives {whole!r} and the chunks of stream() come to {ran.response!r}",
+                    mode,
+                    "Give the same both ways, finish reason and usage included",
+                )
+            for stop_after in (0, 1):
+                self.releases(mode, stop_after)
+
+    def releases(self, mode: Mode, stop_after: int) -> None:
+        """Law 2: closing its stream early works, and leaves it usable."""
+        try:
+            self.run(mode, stop_after=stop_after)
+        except AssertionError as error:
+            if not isinstance(error.__cause__, Exception):
+                raise
+            raise self.fail(
+                2,
+                f"closing its stream after {stop_after} chunks raises {error.__cause__!r}",
+                mode,
+                "Release in a `finally`, and do not yield there",
+            ) from error.__cause__
+
+    def keeps_calls_apart(self, response: Response | None) -> None:
+        """Law 8: several calls at once each get what one alone gets."""
+        for backend in self.backends:
+            answers = self.threads() if backend is None else run_async(self.tasks, backend)
+            if any(answer != response for answer in answers):
+                raise self.fail(
+                    8,
+                    f"{AT_ONCE} calls at once do not get what one alone gets",
+                    "threads" if backend is None else f"tasks on {backend}",
+                    "Keep nothing of a call on the provider itself",
+                )
+
+    def threads(self) -> list[Response]:
+        pipeline = Pipeline(self.provider)
+
+        def call(_: int) -> list[Response]:
+            if not self.streams:
+                return [pipeline.complete(self.request)]
+            one, two = pipeline.stream(self.request), pipeline.stream(self.request)
+            open_streams = [one, two]
+            while open_streams:
+                open_streams = [stream for stream in open_streams if next(stream, None) is not None]
+            return [one.response, two.response, pipeline.complete(self.request)]
+
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            return [answer for answers in pool.map(call, range(AT_ONCE)) for answer in answers]
+
+    async def tasks(self) -> list[Response]:
+        import anyio
+
+        pipeline = AsyncPipeline(self.provider)
+        answers: list[Response] = []
+
+        async def call() -> None:
+            answers.append(await pipeline.complete(self.request))
+            if self.streams:
+                async with pipeline.stream(self.request) as stream:
+                    async for _ in stream:
+                        pass
+                    answers.append(stream.response)
+
+        async with anyio.create_task_group() as tasks:
+            for _ in range(AT_ONCE):
+                tasks.start_soon(call)
+        return answers
+
+    def check_failure(self, request: Request) -> None:
+        """Law 11: an error is an error, whole and streamed."""
+        errors: list[str] = []
+        for backend in self.backends:
+            for streaming in (False, True) if self.streams else (False,):
+                mode = Mode(streaming=streaming, backend=backend)
+                ran = run(mode, self.provider, [], request)
+                if ran.error is None:
+                    raise self.fail(
+                        11,
+                        f"it answers {ran.response!r} where an error is due",
+                        mode,
+                        "Raise ProviderError or its kind",
+                    )
+                cause = ran.error.__cause__ if ran.events and ran.error.__cause__ is not None else ran.error
+                errors.append(f"{type(cause).__name__}: {cause}")
+                if errors[-1] != errors[0]:
+                    raise self.fail(
+                        1,
+                        f"it raises {errors[0]!r} and {errors[-1]!r} for one request",
+                        mode,
+                        "Raise the same both ways",
+                    )
