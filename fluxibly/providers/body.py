@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Iterator
+from importlib import import_module
 from typing import Any, Protocol
 
 from fluxibly.errors import StreamProtocolError
@@ -88,8 +89,7 @@ class _Brotli:
     """br (RFC 7932)."""
 
     def __init__(self) -> None:
-        import brotli  # type: ignore[import-untyped]  # it has no types
-
+        brotli = _bounded_brotli()
         self._decompressor: Any = brotli.Decompressor()
         self._error: type[Exception] = brotli.error
         self._fed = False
@@ -114,18 +114,18 @@ class _Brotli:
             raise _cut("br")
 
 
-def _has_brotli() -> bool:
-    """Whether there is a brotli whose output can be bounded (1.2 and later)."""
+def _bounded_brotli() -> Any:
+    """The module brotli, if there is one whose output can be bounded (1.2 and later); else None."""
     try:
-        import brotli
+        brotli: Any = import_module("brotli")
     except ImportError:
-        return False
-    return hasattr(brotli.Decompressor, "can_accept_more_data")
+        return None
+    return brotli if hasattr(brotli.Decompressor, "can_accept_more_data") else None
 
 
 def accept_encoding() -> str:
     """What is asked for: only what can be undone within bounds."""
-    return "gzip, deflate, br" if _has_brotli() else "gzip, deflate"
+    return "gzip, deflate, br" if _bounded_brotli() else "gzip, deflate"
 
 
 def decoders_for(content_encoding: str) -> list[Decoder]:
@@ -142,7 +142,7 @@ def decoders_for(content_encoding: str) -> list[Decoder]:
     for name in names:
         if name in ("gzip", "deflate"):
             decoders.append(_Inflate(name))
-        elif name == "br" and _has_brotli():
+        elif name == "br" and _bounded_brotli():
             decoders.append(_Brotli())
         else:
             raise StreamProtocolError(

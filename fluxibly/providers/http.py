@@ -6,17 +6,20 @@ from collections import deque
 from typing import TYPE_CHECKING, NoReturn, Protocol
 from weakref import WeakSet
 
+import httpx
+
 from fluxibly.errors import ConnectionFailed, ProviderError
+from fluxibly.providers.async_pool import AsyncPool
 from fluxibly.providers.body import MAX_ERROR_BODY
 from fluxibly.providers.http_common import Body, Endpoint, Intake, Outgoing
-from fluxibly.providers.limits import Limits
+from fluxibly.providers.limits import Aborted, Limits
+from fluxibly.providers.pool import KEEP_IDLE, MAX_CONNECTIONS, Pool
+from fluxibly.providers.route import proxy_for, route_to, tls_context
 from fluxibly.providers.transports import AsyncTransportLine, TransportLine
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Self
-
-    import httpx
 
     from fluxibly.config import LLMConfig
     from fluxibly.providers.codec import Codec, Service
@@ -26,9 +29,12 @@ if TYPE_CHECKING:
 class Exchange(Protocol):
     """A request that was sent, and its answer, whose head has come."""
 
-    status: int
-    headers: Mapping[str, str]
-    """By their lower-case names."""
+    @property
+    def status(self) -> int: ...
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """By their lower-case names."""
+        ...
 
     def read(self) -> bytes:
         """The next bytes of the body, at least one; b"" at its end."""
@@ -36,10 +42,6 @@ class Exchange(Protocol):
 
     def release(self, *, ended: bool) -> None:
         """Let the connection go. `ended`: what is unread is no more than the end of the body."""
-        ...
-
-    def abort(self) -> None:
-        """End a read that is under way in another thread."""
         ...
 
 
@@ -53,12 +55,15 @@ class Line(Protocol):
 class AsyncExchange(Protocol):
     """An `Exchange` whose I/O is awaited."""
 
-    status: int
-    headers: Mapping[str, str]
-
+    @property
+    def status(self) -> int: ...
+    @property
+    def headers(self) -> Mapping[str, str]: ...
     async def read(self) -> bytes: ...
     async def release(self, *, ended: bool) -> None: ...
-    def abort(self) -> None: ...
+    def drop(self) -> None:
+        """Close the connection, from code that cannot wait. Nobody is reading."""
+        ...
 
 
 class AsyncLine(Protocol):
@@ -122,7 +127,7 @@ class HTTPProvider(_Shell):
             finally:
                 exchange.release(ended=False)
             return endpoint.response(headers, body.whole())
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  # it is raised, translated
             fail(error, endpoint.failure(error, request, limits, headers))
 
     def stream(self, request: Request) -> HTTPStream:
@@ -194,14 +199,30 @@ class _StreamState:
         self._over = False
         self._aborted = False
 
-    def _failure(self, error: Exception, headers: Mapping[str, str] | None) -> Exception:
+        self._headers: Mapping[str, str] | None = None
+
+    def _begin(self) -> Limits:
+        limits = self._limits = self._endpoint.limits(stream=True)
+        self._check_wanted()
+        return limits
+
+    def _take(self, headers: Mapping[str, str]) -> None:
+        self._headers = headers
+        intake = self._intake = Intake(self._endpoint, headers)
+        self._chunks = intake.chunks
+        self._check_wanted()
+
+    def _check_wanted(self) -> None:
         if self._aborted:
-            return self._endpoint.adopted(
-                ConnectionFailed("the stream was closed while it was read", retryable=False), self._request
-            )
+            raise Aborted
+
+    def _failure(self, error: Exception) -> Exception:
+        if self._aborted:
+            error = ConnectionFailed("the stream was closed while it was read", retryable=False)
+            return self._endpoint.adopted(error, self._request)
         if self._limits is None:
             return error
-        return self._endpoint.failure(error, self._request, self._limits, headers)
+        return self._endpoint.failure(error, self._request, self._limits, self._headers)
 
 
 class HTTPStream(_StreamState):
@@ -225,57 +246,49 @@ class HTTPStream(_StreamState):
     def _advance(self) -> None:
         """Read once. Raises StopIteration at the end."""
         intake, exchange = self._intake, self._exchange
-        if self._over:
-            failure = None if intake is None else intake.failure
-            if failure is None:
+        if intake is not None and intake.ended:
+            self._finish()
+            if intake.failure is None:
                 raise StopIteration
-            self._intake = None
-            fail(failure, self._failure(failure, exchange.headers if exchange else None))
+            fail(intake.failure, self._failure(intake.failure))
+        if self._over:
+            raise StopIteration
         try:
             if intake is None or exchange is None:
                 self._start()
                 return
             data = exchange.read()
-            if self._aborted:
-                raise ConnectionFailed
+            self._check_wanted()
         except BaseException as error:
-            self._release(ended=False)
-            self._intake = None
+            self._finish()
             if not isinstance(error, Exception):
                 raise
-            fail(error, self._failure(error, exchange.headers if exchange else None))
+            fail(error, self._failure(error))
         intake.feed(data)
-        if intake.ended:
-            self._release(ended=intake.failure is None)
 
     def _start(self) -> None:
         outgoing = self._endpoint.outgoing(self._request, stream=True)
-        limits = self._limits = self._endpoint.limits(stream=True)
+        limits = self._begin()
         exchange = self._exchange = self._line.send(outgoing, limits)
         if not 200 <= exchange.status < 300:
             raise refusal(self._endpoint, exchange, self._request, limits)
-        self._intake = Intake(self._endpoint, exchange.headers)
-        self._chunks = self._intake.chunks
-        if self._aborted:
-            raise ConnectionFailed
+        self._take(exchange.headers)
 
-    def _release(self, *, ended: bool) -> None:
-        self._over = True
+    def _finish(self) -> None:
+        intake, self._intake, self._over = self._intake, None, True
         if self._exchange is not None:
-            self._exchange.release(ended=ended)
+            self._exchange.release(ended=intake is not None and intake.done)
 
     def close(self) -> None:
         """Give the stream up and release its connection. Twice is fine."""
-        if not self._over:
-            self._release(ended=False)
-        self._intake = None
+        self._finish()
         self._chunks.clear()
 
     def abort(self) -> None:
         """End a read that is under way in another thread, and all later ones."""
         self._aborted = True
-        if self._exchange is not None and not self._over:
-            self._exchange.abort()
+        if self._limits is not None:
+            self._limits.abort()
 
 
 class AsyncHTTPProvider(_Shell):
@@ -312,7 +325,7 @@ class AsyncHTTPProvider(_Shell):
             finally:
                 await exchange.release(ended=False)
             return endpoint.response(headers, body.whole())
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  # it is raised, translated
             fail(error, endpoint.failure(error, request, limits, headers))
 
     def stream(self, request: Request) -> AsyncHTTPStream:
@@ -344,6 +357,7 @@ class AsyncHTTPStream(_StreamState):
         super().__init__(endpoint, request)
         self._line = line
         self._exchange: AsyncExchange | None = None
+        self._reading = False
 
     def __aiter__(self) -> Self:
         return self
@@ -358,66 +372,71 @@ class AsyncHTTPStream(_StreamState):
     async def _advance(self) -> None:
         """Read once. Raises StopAsyncIteration at the end."""
         intake, exchange = self._intake, self._exchange
-        if self._over:
-            failure = None if intake is None else intake.failure
-            if failure is None:
+        if intake is not None and intake.ended:
+            await self._finish()
+            if intake.failure is None:
                 raise StopAsyncIteration
-            self._intake = None
-            fail(failure, self._failure(failure, exchange.headers if exchange else None))
+            fail(intake.failure, self._failure(intake.failure))
+        if self._over:
+            raise StopAsyncIteration
+        self._reading = True
         try:
             if intake is None or exchange is None:
                 await self._start()
                 return
             data = await exchange.read()
-            if self._aborted:
-                raise ConnectionFailed
+            self._check_wanted()
         except BaseException as error:
-            await self._release(ended=False)
-            self._intake = None
+            await self._finish()
             if not isinstance(error, Exception):
                 raise
-            fail(error, self._failure(error, exchange.headers if exchange else None))
+            fail(error, self._failure(error))
+        finally:
+            self._reading = False
         intake.feed(data)
-        if intake.ended:
-            await self._release(ended=intake.failure is None)
 
     async def _start(self) -> None:
         outgoing = self._endpoint.outgoing(self._request, stream=True)
-        limits = self._limits = self._endpoint.limits(stream=True)
+        limits = self._begin()
         exchange = self._exchange = await self._line.send(outgoing, limits)
         if not 200 <= exchange.status < 300:
             raise await async_refusal(self._endpoint, exchange, self._request, limits)
-        self._intake = Intake(self._endpoint, exchange.headers)
-        self._chunks = self._intake.chunks
-        if self._aborted:
-            raise ConnectionFailed
+        self._take(exchange.headers)
 
-    async def _release(self, *, ended: bool) -> None:
-        self._over = True
+    async def _finish(self) -> None:
+        intake, self._intake, self._over = self._intake, None, True
         if self._exchange is not None:
-            await self._exchange.release(ended=ended)
+            await self._exchange.release(ended=intake is not None and intake.done)
 
     async def aclose(self) -> None:
         """Give the stream up and release its connection. Twice is fine."""
-        if not self._over:
-            await self._release(ended=False)
-        self._intake = None
+        await self._finish()
         self._chunks.clear()
 
     def abort(self) -> None:
-        """End a read that is under way in another task or thread, and all later ones."""
+        """End a read that is under way in another task, and all later ones."""
         self._aborted = True
-        if self._exchange is not None and not self._over:
-            self._exchange.abort()
+        if self._limits is not None:
+            self._limits.abort()
+        if not self._reading and self._exchange is not None and not self._over:
+            self._over = True
+            self._exchange.drop()
 
 
 def _default_line(endpoint: Endpoint) -> Line:
-    import httpx
-
-    return TransportLine(httpx.HTTPTransport())
+    """The provider's own connections, through the proxy that the environment names."""
+    proxy = proxy_for(endpoint.url)
+    if proxy is None or proxy.scheme == "http":
+        return Pool(route_to(endpoint.url, proxy))
+    return TransportLine(httpx.HTTPTransport(proxy=httpx.Proxy(proxy), verify=tls_context(), limits=_LIMITS))
 
 
 def _default_async_line(endpoint: Endpoint) -> AsyncLine:
-    import httpx
+    """`_default_line` for event loops."""
+    proxy = proxy_for(endpoint.url)
+    if proxy is None or proxy.scheme == "http":
+        return AsyncPool(route_to(endpoint.url, proxy))
+    return AsyncTransportLine(httpx.AsyncHTTPTransport(proxy=httpx.Proxy(proxy), verify=tls_context(), limits=_LIMITS))
 
-    return AsyncTransportLine(httpx.AsyncHTTPTransport())
+
+_LIMITS = httpx.Limits(max_connections=MAX_CONNECTIONS, max_keepalive_connections=None, keepalive_expiry=KEEP_IDLE)

@@ -362,6 +362,11 @@ class Intake:
         self.ended = False
         self.failure: Exception | None = None
 
+    @property
+    def done(self) -> bool:
+        """Whether the stream is over and whole: what is unread is no more than the end of the HTTP body."""
+        return self.ended and self.failure is None
+
     def feed(self, data: bytes) -> None:
         """Take the next bytes in; b"" is their end."""
         try:

@@ -6,6 +6,7 @@ wait asks `left()` first, which knows what remains of the phase and of the total
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from time import monotonic
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
@@ -19,10 +20,14 @@ class LimitPassed(Exception):  # it is no failure until the shell says which lim
     """A time limit passed; `Limits.passed` says which."""
 
 
+class Aborted(Exception):  # it was asked for
+    """The attempt was given up from elsewhere."""
+
+
 class Limits:
     """What remains of an attempt's time. It begins when it is made, connecting."""
 
-    __slots__ = ("_end", "_phase", "_times", "_total", "_total_end", "passed")
+    __slots__ = ("_aborted", "_end", "_phase", "_times", "_total", "_total_end", "_wait", "passed")
 
     def __init__(self, times: Timeouts, *, total: float | None) -> None:
         now = monotonic()
@@ -33,6 +38,8 @@ class Limits:
         self._end = None if times.connect is None else now + times.connect
         self.passed: Phase = "connect"
         """The limit that the last wait ran under."""
+        self._wait: Callable[[], None] | None = None
+        self._aborted = False
 
     def connecting(self) -> None:
         """A connection begins to be made: its limit runs from now."""
@@ -68,9 +75,8 @@ class Limits:
         """
         phase = self._phase
         self.passed = phase
-        if phase == "idle":
-            left = self._times.idle
-        else:
+        left = self._times.idle
+        if phase != "idle":
             left = None if self._end is None else self._end - monotonic()
         if self._total_end is not None:
             of_total = self._total_end - monotonic()
@@ -86,6 +92,23 @@ class Limits:
         if self.passed == "total":
             return self._total if self._total is not None else self._times.idle
         return getattr(self._times, self.passed)  # type: ignore[no-any-return]  # a float or None, by its name
+
+    def waits(self, end_wait: Callable[[], None] | None) -> None:
+        """Say how the waits from now on are ended from elsewhere; None if they cannot be.
+
+        Raises:
+            Aborted: they are to end at once.
+        """
+        self._wait = end_wait
+        if self._aborted:
+            raise Aborted
+
+    def abort(self) -> None:
+        """End the wait that is under way in another thread or task, and all later ones."""
+        self._aborted = True
+        end_wait = self._wait
+        if end_wait is not None:
+            end_wait()
 
     def for_httpx(self) -> dict[str, float | None]:
         """The `timeout` extension of an httpx request."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
 from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import httpx
 
 from fluxibly.providers.limits import LimitPassed, Limits
+from fluxibly.providers.sockets import shut_down
 
 if TYPE_CHECKING:
     from fluxibly.providers.http_common import Outgoing
@@ -36,21 +39,11 @@ def _shut_down(response: httpx.Response) -> None:
     """End the connection under a read, whoever is in it."""
     stream: Any = response.extensions.get("network_stream")
     connection = None if stream is None else stream.get_extra_info("socket")
-    if connection is not None:
+    if isinstance(connection, socket.socket):
         shut_down(connection)
-
-
-def shut_down(connection: Any) -> None:
-    """Shut a socket down, so that a read of it returns, in whatever thread."""
-    import socket
-
-    try:
-        if isinstance(connection, socket.socket):
-            socket.socket.shutdown(connection, socket.SHUT_RDWR)  # not SSLSocket's, which pulls TLS from under a read
-        else:
-            connection.shutdown(socket.SHUT_RDWR)
-    except OSError:
-        return  # it is down already
+    elif connection is not None:
+        with contextlib.suppress(OSError):
+            connection.shutdown(socket.SHUT_RDWR)  # asyncio's and trio's wrappers have this too
 
 
 class TransportExchange:
@@ -64,6 +57,7 @@ class TransportExchange:
         limits.handed_over()
         self._limits = limits
         self._response = transport.handle_request(request)
+        limits.waits(self._cut)
         limits.answered()
         self.status = self._response.status_code
         self.headers = _lower(self._response.headers)
@@ -82,8 +76,7 @@ class TransportExchange:
         """Give the connection back."""
         self._response.stream.close()  # type: ignore[union-attr]  # a sync transport's
 
-    def abort(self) -> None:
-        """End a read in another thread."""
+    def _cut(self) -> None:
         _shut_down(self._response)
 
 
@@ -116,7 +109,8 @@ class AsyncTransportExchange:
         import anyio
 
         while True:
-            with anyio.move_on_after(self._limits.left()):
+            with anyio.move_on_after(self._limits.left()) as scope:
+                self._limits.waits(scope.cancel)
                 part = await anext(self._parts, None)
                 if part is None:
                     return b""
@@ -139,8 +133,8 @@ class AsyncTransportExchange:
                 await close()
             await self._response.stream.aclose()  # type: ignore[union-attr]  # an async transport's
 
-    def abort(self) -> None:
-        """End a read in another task or thread."""
+    def drop(self) -> None:
+        """Close the connection, from code that cannot wait."""
         _shut_down(self._response)
 
 
@@ -156,7 +150,8 @@ class AsyncTransportLine:
 
         request = _as_request(outgoing, limits)
         limits.handed_over()
-        with anyio.move_on_after(limits.left()):
+        with anyio.move_on_after(limits.left()) as scope:
+            limits.waits(scope.cancel)
             response = await self._transport.handle_async_request(request)
             limits.answered()
             return AsyncTransportExchange(response, limits)
