@@ -27,9 +27,7 @@ class EchoProvider:
     def complete(self, request: Request) -> Response:
         """The last user message's text; "" if there is none."""
         words, end = _answer(request)
-        return Response(
-            "".join(words), finish_reason=end.finish_reason, usage=end.usage, model=end.model
-        )
+        return Response("".join(words), finish_reason=end.finish_reason, usage=end.usage, model=end.model)
 
     def stream(self, request: Request) -> Generator[Chunk]:
         """The same in a chunk a word, and a last one with the finish reason and the usage."""

@@ -19,6 +19,7 @@ import anyio
 import attrs
 
 from fluxibly.config import LLMConfig, Timeouts
+from fluxibly.errors import AuthenticationError
 from fluxibly.providers.limits import Phase
 
 T = TypeVar("T")
@@ -66,6 +67,22 @@ def read_timeout(timeouts: Timeouts) -> float | None:
     if timeouts.first_byte is None or timeouts.idle is None:
         return None
     return max(timeouts.first_byte, timeouts.idle)
+
+
+def checked_key(config: LLMConfig) -> str | None:
+    """The configuration's API key, if there is one.
+
+    Raises:
+        AuthenticationError: it cannot be sent in a header. The message does not show it.
+    """
+    key = None if config.api_key is None else config.api_key.reveal()
+    if key is not None and (not key.isascii() or not key.isprintable() or key != key.strip()):
+        raise AuthenticationError(
+            "the API key in api_key has white space around it, control characters (a newline, perhaps) or characters "
+            "outside of ASCII",
+            provider=config.framework,
+        )
+    return key or None
 
 
 class _Worker:
@@ -143,7 +160,8 @@ class Steps(Generic[T]):
     Args:
         open_stream: returns the iterator.
         limits: how long to wait.
-        convert: makes of an item what is given on.
+        convert: makes of an item what is given on; None is not.
+        at_end: makes what comes after the last item.
         explain: makes ours of an exception; it is told whether an item had come.
     """
 
@@ -151,8 +169,8 @@ class Steps(Generic[T]):
         self,
         open_stream: Callable[[], Iterator[Any]],
         limits: Limits,
-        convert: Callable[[Any], T],
-        at_end: Callable[[], T],
+        convert: Callable[[Any], T | None],
+        at_end: Callable[[], T | None],
         explain: Callable[[Exception, bool], Exception],
     ) -> None:
         self._open = open_stream
@@ -170,8 +188,14 @@ class Steps(Generic[T]):
         return self
 
     def __next__(self) -> T:
-        if self._over:
-            raise StopIteration
+        while not self._over:
+            value = self._step()
+            if value is not None:
+                return value
+        self.close()
+        raise StopIteration
+
+    def _step(self) -> T | None:
         if self._worker is None:
             self._worker = _Worker()
             self._started = time.monotonic()
@@ -238,8 +262,8 @@ async def acall_within(call: Awaitable[T], seconds: float | None) -> T:
 async def asteps(
     open_stream: Callable[[], Awaitable[AsyncIterator[Any]]],
     limits: Limits,
-    convert: Callable[[Any], T],
-    at_end: Callable[[], T],
+    convert: Callable[[Any], T | None],
+    at_end: Callable[[], T | None],
     explain: Callable[[Exception, bool], Exception],
 ) -> AsyncGenerator[T]:
     """`Steps` for an async iterator. asyncio only."""
@@ -257,7 +281,8 @@ async def asteps(
                 failure = explain(error, not first)
                 break
             first = False
-            yield value
+            if value is not None:
+                yield value
             if over:
                 return
         raise failure

@@ -73,6 +73,8 @@ def _translated(error: Exception, library: str, *, streamed: bool) -> Exception 
         return error
     if isinstance(error, TimeIsUp):
         return _late(error.phase, f"{error.seconds:g} s", library, streamed=streamed)
+    while isinstance(inner := getattr(error, "original_exception", None), Exception):
+        error = inner  # LiteLLM's MidStreamFallbackError tells nothing of its own
     reasons = list(_reasons(error))
     names = {kind.__name__ for reason in reasons for kind in type(reason).__mro__}
     own_names = {kind.__name__ for kind in type(error).__mro__}
@@ -114,7 +116,7 @@ def _reasons(error: BaseException) -> Iterator[BaseException]:
     while isinstance(reason, BaseException) and id(reason) not in seen:
         seen.add(id(reason))
         yield reason
-        reason = getattr(reason, "original_exception", None) or reason.__cause__ or reason.__context__
+        reason = reason.__cause__ or reason.__context__
 
 
 def _texts(reasons: Iterable[BaseException]) -> str:

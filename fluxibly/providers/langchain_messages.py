@@ -15,6 +15,7 @@ from langchain_core.messages import (
     ToolMessage,
 )
 
+from fluxibly.providers.openai_parts import finish_reason_of
 from fluxibly.providers.wire import sent_arguments, to_json
 from fluxibly.types import (
     Chunk,
@@ -31,23 +32,6 @@ from fluxibly.types import (
 
 Dialect: TypeAlias = Literal["openai", "anthropic", "other"]
 """Which of LangChain's families a chat model is of: it decides how a call's parameters have to be put."""
-
-_FINISH: Mapping[str, str] = {
-    "completed": "stop",
-    "content_filter": "content_filter",
-    "end_turn": "stop",
-    "function_call": "tool_call",
-    "length": "length",
-    "max_output_tokens": "length",
-    "max_tokens": "length",
-    "model_length": "length",
-    "refusal": "content_filter",
-    "safety": "content_filter",
-    "stop": "stop",
-    "stop_sequence": "stop",
-    "tool_calls": "tool_call",
-    "tool_use": "tool_call",
-}
 
 
 # Ours to LangChain's
@@ -112,12 +96,11 @@ def response_of(message: BaseMessage) -> Response:
     """The response that a chat model's whole answer comes to."""
     reader = MessageReader()
     chunk = reader.read(message)
-    last = reader.last()
     return Response(
         chunk.text or _refusal(message),
         tool_calls=_tool_calls(message),
         reasoning=chunk.reasoning,
-        reasoning_parts=last.reasoning_parts,
+        reasoning_parts=reader.reasoning_parts(),
         finish_reason=chunk.finish_reason,
         raw_finish_reason=chunk.raw_finish_reason,
         usage=chunk.usage,
@@ -156,7 +139,7 @@ class MessageReader:
         """Whether a finish reason came."""
 
     def read(self, message: BaseMessage) -> Chunk:
-        """What a message says, save for the reasoning that has to go back (see `last`)."""
+        """What a message says, save for the reasoning that has to go back (see `reasoning_parts`)."""
         metadata = message.response_metadata
         raw_finish = _raw_finish(metadata)
         self.finished = self.finished or raw_finish is not None
@@ -176,10 +159,9 @@ class MessageReader:
             rate_limits=limits[1],
         )
 
-    def last(self) -> Chunk:
-        """A chunk with the reasoning that has to go back to the service, now that it is whole."""
-        parts = [_reasoning_part(block) for block in self._blocks.values()]
-        return Chunk(reasoning_parts=tuple(parts))
+    def reasoning_parts(self) -> tuple[Reasoning, ...]:
+        """The reasoning that has to go back to the service, once it is whole."""
+        return tuple(_reasoning_part(block) for block in self._blocks.values())
 
     def _reasoning(self, message: BaseMessage) -> Iterator[str]:
         said = message.additional_kwargs.get("reasoning_content")
@@ -241,10 +223,9 @@ def _raw_finish(metadata: Mapping[str, Any]) -> str | None:
 
 
 def _finish(raw: str, message: BaseMessage) -> str:
-    finish = _FINISH.get(raw.lower(), raw)
-    if raw == "completed" and isinstance(message, AIMessage) and message.tool_calls:
-        return "tool_call"
-    return finish
+    if raw == "completed":  # of OpenAI's Responses API, which says no more
+        return "tool_call" if isinstance(message, AIMessage) and message.tool_calls else "stop"
+    return "length" if raw == "max_output_tokens" else finish_reason_of(raw)
 
 
 def _usage(message: BaseMessage) -> Usage | None:

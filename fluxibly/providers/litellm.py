@@ -1,0 +1,241 @@
+"""The framework `litellm`: any model that LiteLLM knows, by LiteLLM's name for it.
+
+Requests are put as OpenAI's, which LiteLLM translates. None of LiteLLM's global settings is changed, its own retries
+are switched off for each call, and its exceptions become ours. (LiteLLM prints advice to stdout when a call fails, for
+which it has a global switch only: `litellm.suppress_debug_info = True` is the program's to set. Where a service does
+not count tokens, the usage is LiteLLM's estimate.) On trio its synchronous functions are run in threads.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+from urllib.parse import urlsplit
+
+import httpx
+
+from fluxibly.config import LLMConfig
+from fluxibly.errors import ConfigError
+from fluxibly.providers.foreign import (
+    Limits,
+    Steps,
+    acall_within,
+    asteps,
+    call_within,
+    checked_key,
+    on_asyncio,
+    read_timeout,
+)
+from fluxibly.providers.foreign_errors import Explainer
+from fluxibly.providers.litellm_answer import StreamReader, aclose_stream, body_of, close_stream, response_of
+from fluxibly.threaded import Threaded
+from fluxibly.types import Chunk, ProviderInfo, Request, Response
+
+_COST_MAP = "LITELLM_LOCAL_MODEL_COST_MAP"
+_TELEMETRY_NAMES = {
+    "azure": "azure.ai.openai",
+    "bedrock": "aws.bedrock",
+    "gemini": "gcp.gemini",
+    "mistral": "mistral_ai",
+    "vertex_ai": "gcp.vertex_ai",
+    "watsonx": "ibm.watsonx.ai",
+    "xai": "x_ai",
+}
+_KEY_VARIABLES = ("_API_KEY", "_ACCESS_KEY", "_TOKEN", "_SECRET")
+_importing = threading.Lock()
+
+
+@contextmanager
+def _local_cost_map() -> Generator[None]:
+    """Have LiteLLM use the price map that it ships; it fetches one from the network otherwise, and waits for it."""
+    with _importing:
+        if _COST_MAP in os.environ:
+            yield
+            return
+        os.environ[_COST_MAP] = "True"
+        try:
+            yield
+        finally:
+            os.environ.pop(_COST_MAP, None)
+
+
+def _load() -> Any:
+    try:
+        with _local_cost_map():
+            import litellm
+    except ImportError as missing:
+        raise ConfigError(
+            f"the framework 'litellm' needs an extra: pip install 'fluxibly[litellm]' ({missing})"
+        ) from missing
+    return litellm
+
+
+class LiteLLMProvider:
+    """A model by LiteLLM's name for it ("gpt-4o", "anthropic/claude-…", "bedrock/…", …).
+
+    Args:
+        config: `api_key`, `api_base` and `timeout` are passed on.
+
+    Raises:
+        ConfigError: LiteLLM cannot tell whose model it is.
+        AuthenticationError: the API key is malformed.
+    """
+
+    def __init__(self, config: LLMConfig) -> None:
+        self._litellm = _load()
+        self.info = _info(self._litellm, config)
+        self._limits = Limits.of(config)
+        times, read = config.timeouts, read_timeout(config.timeouts)
+        self._settings: dict[str, Any] = {
+            "timeout": httpx.Timeout(connect=times.connect, read=read, write=read, pool=times.connect),
+            "max_retries": 0,
+            "num_retries": 0,
+        }
+        key = checked_key(config)
+        if key is not None:
+            self._settings["api_key"] = key
+        if config.api_base is not None:
+            self._settings["api_base"] = config.api_base
+        self._key = key
+
+    def complete(self, request: Request) -> Response:
+        """The model's whole answer; `raw` is LiteLLM's, as plain data.
+
+        Raises:
+            ProviderError: the service or the connection failed, or the request cannot be put to this model.
+        """
+        keywords = self.keywords(request, stream=False)
+        try:
+            return response_of(call_within(lambda: self._litellm.completion(**keywords), self._limits.call))
+        except Exception as error:  # noqa: BLE001  # raised below, without LiteLLM's own as its context
+            failure = self.explain(error, request)
+        raise failure
+
+    def stream(self, request: Request) -> Steps[Chunk]:
+        """The model's answer as it comes. Raises what `complete` raises."""
+        keywords = self.keywords(request, stream=True)
+        reader = StreamReader()
+
+        def open_stream() -> Iterator[Any]:
+            return _Stream(reader.opened(self._litellm.completion(**keywords)))
+
+        return Steps(open_stream, self._limits, reader.read, reader.last, self.explaining(request))
+
+    def keywords(self, request: Request, *, stream: bool) -> dict[str, Any]:
+        """A call's keywords. What is in `extra` is passed as one, which LiteLLM puts into the body.
+
+        Raises:
+            BadRequest: LiteLLM has no such parameter.
+        """
+        keywords = {**self._settings, **body_of(request, stream=stream), **request.extra}
+        if request.headers:
+            keywords["extra_headers"] = dict(request.headers)
+        return keywords
+
+    def explain(self, error: Exception, request: Request, *, streamed: bool = False) -> Exception:
+        """Our error for one of LiteLLM's."""
+        held = [value for name, value in os.environ.items() if name.endswith(_KEY_VARIABLES) and len(value) > 8]
+        secrets = tuple(secret for secret in (self._key, *held) if secret)
+        explain = Explainer(library="LiteLLM", framework="litellm", secrets=secrets)
+        return explain(error, request.model, streamed=streamed)
+
+    def explaining(self, request: Request) -> Callable[[Exception, bool], Exception]:
+        """`explain` for the errors of one stream."""
+        return lambda error, streamed: self.explain(error, request, streamed=streamed)
+
+
+class AsyncLiteLLMProvider:
+    """`LiteLLMProvider` for async pipelines."""
+
+    def __init__(self, config: LLMConfig) -> None:
+        self._sync = LiteLLMProvider(config)
+        self._threaded = Threaded(self._sync)
+        self._litellm = _load()
+        self._limits = Limits.of(config)
+        self.info = self._sync.info
+
+    async def complete(self, request: Request) -> Response:
+        """The model's whole answer; see `LiteLLMProvider.complete`."""
+        if not on_asyncio():
+            return cast("Response", await self._threaded.complete(request))
+        keywords = self._sync.keywords(request, stream=False)
+        try:
+            return response_of(await acall_within(self._litellm.acompletion(**keywords), self._limits.call))
+        except Exception as error:  # noqa: BLE001  # raised below, without LiteLLM's own as its context
+            failure = self._sync.explain(error, request)
+        raise failure
+
+    async def stream(self, request: Request) -> AsyncGenerator[Chunk]:
+        """The model's answer as it comes; see `LiteLLMProvider.stream`."""
+        steps: AsyncGenerator[Any] = self._steps(request) if on_asyncio() else self._threaded.stream(request)
+        try:
+            async for chunk in steps:
+                yield chunk
+        finally:
+            await steps.aclose()
+
+    def _steps(self, request: Request) -> AsyncGenerator[Chunk]:
+        keywords = self._sync.keywords(request, stream=True)
+        reader = StreamReader()
+
+        async def open_stream() -> AsyncIterator[Any]:
+            return _AsyncStream(reader.opened(await self._litellm.acompletion(**keywords)))
+
+        return asteps(open_stream, self._limits, reader.read, reader.last, self._sync.explaining(request))
+
+
+class _Stream:
+    """LiteLLM's stream with a `close()`, which it lacks."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        return next(self._stream)
+
+    def close(self) -> None:
+        close_stream(self._stream)
+
+
+class _AsyncStream:
+    """Likewise, asynchronous."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __aiter__(self) -> AsyncIterator[Any]:
+        return self
+
+    async def __anext__(self) -> Any:
+        return await anext(self._stream)
+
+    async def aclose(self) -> None:
+        await aclose_stream(self._stream)
+
+
+def _info(litellm: Any, config: LLMConfig) -> ProviderInfo:
+    try:
+        provider = str(litellm.get_llm_provider(model=config.model, api_base=config.api_base)[1])
+    except Exception:  # noqa: BLE001  # one of LiteLLM's, of many lines
+        failed = True
+    else:
+        failed = False
+    if failed:
+        raise ConfigError(
+            f"LiteLLM cannot tell who serves the model {config.model!r}: write provider/model, as in "
+            "'openai/gpt-4o' or 'anthropic/claude-sonnet-4-5'"
+        )
+    address = urlsplit(config.api_base or "")
+    return ProviderInfo(
+        name="LiteLLMProvider",
+        framework="litellm",
+        telemetry_name=_TELEMETRY_NAMES.get(provider, provider),
+        server_address=address.hostname,
+        server_port=address.port or {"https": 443, "http": 80}.get(address.scheme),
+    )

@@ -1,0 +1,161 @@
+"""LiteLLM's requests and answers: OpenAI's chat completions, as Python objects."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import attrs
+import msgspec
+
+from fluxibly.errors import StreamProtocolError
+from fluxibly.providers.openai_codec import Body, ChatDecoder, OpenAICodec
+from fluxibly.providers.openai_request import Quirks, chat_body
+from fluxibly.types import Chunk, Reasoning, Request, Response
+
+_SERVICE = "the service (through LiteLLM)"
+_QUIRKS = Quirks(top_k=True)
+_CODEC = OpenAICodec(_QUIRKS, _SERVICE)
+_THOUGHTS = ("thinking", "redacted_thinking")
+
+
+def body_of(request: Request, *, stream: bool) -> dict[str, Any]:
+    """A request as OpenAI's, with the signed reasoning of earlier turns where LiteLLM looks for it."""
+    body = chat_body(request, _QUIRKS, stream=stream, service="LiteLLM")
+    for message, sent in zip(request.messages, body["messages"], strict=True):
+        thoughts = [dict(part.raw) for part in message.reasoning if part.raw and part.raw.get("type") in _THOUGHTS]
+        if thoughts:
+            sent["thinking_blocks"] = thoughts
+    return body
+
+
+def response_of(answer: Any) -> Response:
+    """The response of a whole answer.
+
+    Raises:
+        ProviderError: it is an error, or no answer.
+    """
+    plain = _plain(answer)
+    response = _CODEC.decode(msgspec.json.encode(plain))
+    thoughts = _Thoughts()
+    for choice in plain.get("choices") or ():
+        thoughts.add(choice.get("message"))
+    request_id, limits = _headers(answer)
+    return response.evolve(
+        reasoning_parts=(*response.reasoning_parts, *thoughts.parts()), request_id=request_id, rate_limits=limits
+    )
+
+
+def _plain(answer: Any) -> dict[str, Any]:
+    return cast("dict[str, Any]", answer.model_dump(mode="json"))
+
+
+class StreamReader:
+    """Reads one stream of LiteLLM's."""
+
+    def __init__(self) -> None:
+        self._decoder = ChatDecoder(_SERVICE)
+        self._thoughts = _Thoughts()
+        self._stream: Any = None
+        self._first: dict[str, Any] = {}
+
+    def opened(self, stream: Any) -> Any:
+        """Note the stream itself, and give it back."""
+        self._stream = stream
+        request_id, limits = _headers(stream)
+        self._first = {"request_id": request_id, "rate_limits": limits or None}
+        return stream
+
+    def read(self, item: Any) -> Chunk | None:
+        """The chunk of an item, if there is something in it.
+
+        Raises:
+            StreamProtocolError: LiteLLM makes up an end, for a stream that was cut off.
+        """
+        plain = _plain(item)
+        for choice in plain.get("choices") or ():
+            self._thoughts.add(choice.get("delta"))
+            if choice.get("finish_reason"):
+                self._check_end()
+        return self._joined(self._decoder.take(msgspec.convert(plain, Body), b""))
+
+    def last(self) -> Chunk | None:
+        """What is left to say when the stream is over.
+
+        Raises:
+            StreamProtocolError: it was cut off.
+        """
+        chunk = self._joined(self._decoder.end())
+        parts = self._thoughts.parts()
+        return attrs.evolve(chunk or Chunk(), reasoning_parts=parts) if parts else chunk
+
+    def _joined(self, chunks: Any) -> Chunk | None:
+        """The one chunk that an event of one choice comes to."""
+        for chunk in chunks:
+            first, self._first = self._first, {}
+            return attrs.evolve(chunk, **first) if first else cast("Chunk", chunk)
+        return None
+
+    def _check_end(self) -> None:
+        came = [
+            getattr(self._stream, name, "unknown") for name in ("received_finish_reason", "intermittent_finish_reason")
+        ]
+        if came == [None, None]:
+            raise StreamProtocolError(f"the stream of {_SERVICE} was cut off: it ended without a finish reason")
+
+
+class _Thoughts:
+    """Anthropic's blocks of reasoning, which LiteLLM gives apart; in a stream, in pieces that end with a signature."""
+
+    def __init__(self) -> None:
+        self._blocks: list[dict[str, Any]] = []
+
+    def add(self, message: Any) -> None:
+        """Take in what a message, or a delta, has of them."""
+        blocks = message.get("thinking_blocks") if isinstance(message, Mapping) else None
+        for block in blocks or ():
+            last = self._blocks[-1] if self._blocks else None
+            if last is None or last.get("signature") or block["type"] != "thinking" or last["type"] != "thinking":
+                self._blocks.append(dict(block))
+                continue
+            last["thinking"] = (last.get("thinking") or "") + (block.get("thinking") or "")
+            last["signature"] = block.get("signature")
+
+    def parts(self) -> tuple[Reasoning, ...]:
+        """The blocks, as they have to go back."""
+        return tuple(
+            Reasoning(text=block.get("thinking") or "", signature=block.get("signature"), raw=block)
+            for block in self._blocks
+        )
+
+
+def _headers(answer: Any) -> tuple[str | None, dict[str, str]]:
+    """The request's id and the rate limits, from where LiteLLM keeps the answer's headers."""
+    hidden: Any = getattr(answer, "_hidden_params", None) or {}
+    given: Any = hidden.get("additional_headers") or {}
+    headers = {str(name).lower().removeprefix("llm_provider-"): str(value) for name, value in given.items()}
+    limits = {name: value for name, value in headers.items() if "ratelimit" in name}
+    return headers.get("x-request-id") or headers.get("request-id"), limits
+
+
+def close_stream(stream: Any) -> None:
+    """Release what a stream of LiteLLM's reads from, wherever it keeps that."""
+    for source in _sources(stream):
+        close = getattr(source, "close", None)
+        if close is not None:
+            close()
+            return
+
+
+async def aclose_stream(stream: Any) -> None:
+    """`close_stream` for an asynchronous one."""
+    for source in _sources(stream):
+        close = getattr(source, "aclose", None) or getattr(source, "close", None)
+        if close is not None:
+            await close()
+            return
+
+
+def _sources(stream: Any) -> list[Any]:
+    inner = getattr(stream, "completion_stream", None)
+    return [inner, getattr(inner, "streaming_response", None), getattr(inner, "response_iterator", None)]

@@ -1,0 +1,230 @@
+"""A local HTTP server that speaks OpenAI chat and Anthropic messages: its answers are computed from what it is sent."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import attrs
+
+
+@attrs.define
+class Seen:
+    """A request that came in; header names are in lower case."""
+
+    path: str
+    headers: dict[str, str]
+    body: dict[str, Any]
+
+
+@attrs.define
+class Canned:
+    """The server's orders, and what it saw. `fail` is (status, body, headers); `cut` ends streams without their end;
+
+    `stall` holds the answer back, or with `stall_after` the stream after its first words, until the server is closed.
+    """
+
+    url: str = ""
+    seen: list[Seen] = attrs.Factory(list)
+    fail: tuple[int, str, dict[str, str]] | None = None
+    body: str | None = None
+    stream_error: dict[str, Any] | None = None
+    cut: bool = False
+    drop: bool = False
+    stall: bool = False
+    stall_after: bool = False
+    closing: threading.Event = attrs.Factory(threading.Event)
+    gone: threading.Event = attrs.Factory(threading.Event)
+
+    @property
+    def last(self) -> Seen:
+        return self.seen[-1]
+
+
+@contextmanager
+def canned_server() -> Iterator[Canned]:
+    """Serve on a free port of loopback."""
+    canned = Canned()
+
+    class Handler(_Handler):
+        orders = canned
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    canned.url = f"http://127.0.0.1:{server.server_address[1]}"
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    thread.start()
+    try:
+        yield canned
+    finally:
+        canned.closing.set()
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def _text(content: Any) -> str:
+    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    orders: Canned
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        orders = self.orders
+        orders.seen.append(Seen(self.path, headers, body))
+        if orders.stall:
+            orders.closing.wait()
+            self.close_connection = True
+        elif orders.fail:
+            status, text, extra = orders.fail
+            self._whole(status, text, extra)
+        elif orders.body is not None:
+            self._whole(200, orders.body, {})
+        elif self.path.endswith("/messages"):
+            self._answer(*_anthropic(body))
+        else:
+            self._answer(*_openai(body))
+
+    def _whole(self, status: int, text: str, headers: dict[str, str]) -> None:
+        data = text.encode()
+        self.send_response(status)
+        for name, value in {"content-type": "application/json", "x-request-id": "req-1", **headers}.items():
+            self.send_header(name, value)
+        self.send_header("content-length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def _answer(self, whole: dict[str, Any], events: list[tuple[str, Any]], streamed: bool) -> None:
+        if not streamed:
+            self._whole(200, json.dumps(whole), {"x-ratelimit-remaining-requests": "7"})
+            return
+        self.send_response(200)
+        self.send_header("content-type", "text/event-stream")
+        self.send_header("x-request-id", "req-1")
+        self.send_header("transfer-encoding", "chunked")
+        self.end_headers()
+        try:
+            self._events(events)
+        except OSError:
+            self.close_connection = True
+            self.orders.gone.set()
+
+    def _events(self, events: list[tuple[str, Any]]) -> None:
+        orders = self.orders
+        kept = events[:3] if orders.cut or orders.drop or orders.stream_error or orders.stall_after else events
+        for name, data in kept:
+            self._event(name, data)
+        if orders.stall_after:
+            while not orders.closing.wait(0.02):  # keep-alives, until the client hangs up
+                self._chunk(b": ping\n\n")
+            self.close_connection = True
+        if orders.stream_error:
+            self._event("error", orders.stream_error)
+        if orders.drop:
+            self.close_connection = True
+            return
+        self._chunk(b"")
+
+    def _event(self, name: str, data: Any) -> None:
+        text = data if isinstance(data, str) else json.dumps(data)
+        self._chunk((f"event: {name}\n" if name else "").encode() + f"data: {text}\n\n".encode())
+
+    def _chunk(self, data: bytes) -> None:
+        self.wfile.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")
+
+
+def _words(text: str) -> list[str]:
+    words = text.split(" ")
+    return [word if last else word + " " for word, last in zip(words, [False] * (len(words) - 1) + [True], strict=True)]
+
+
+def _openai(body: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[str, Any]], bool]:
+    said = "You said: " + _text(body["messages"][-1]["content"])
+    base = {"id": "chatcmpl-1", "object": "chat.completion", "created": 1, "model": body["model"] + "-0613"}
+    usage = {
+        "prompt_tokens": 11,
+        "completion_tokens": 5,
+        "total_tokens": 16,
+        "prompt_tokens_details": {"cached_tokens": 3},
+        "completion_tokens_details": {"reasoning_tokens": 2},
+    }
+    message: dict[str, Any] = {"role": "assistant", "content": said}
+    finish = "stop"
+    deltas: list[dict[str, Any]] = [{"content": word} for word in _words(said)]
+    if body.get("tools") and body.get("tool_choice") != "none":
+        finish = "tool_calls"
+        name = body["tools"][0]["function"]["name"]
+        message = {"role": "assistant", "content": None, "tool_calls": [_call("call_a", name, '{"city": "Oslo"}')]}
+        deltas = [
+            {"tool_calls": [{"index": 0, **_call("call_a", name, "")}]},
+            {"tool_calls": [{"index": 0, "function": {"arguments": '{"city": '}}]},
+            {"tool_calls": [{"index": 0, "function": {"arguments": '"Oslo"}'}}]},
+        ]
+    elif (limit := body.get("max_completion_tokens") or body.get("max_tokens")) and limit < len(deltas):
+        finish = "length"
+        deltas = deltas[:limit]
+        message["content"] = "".join(delta["content"] for delta in deltas)
+    whole = {**base, "choices": [{"index": 0, "message": message, "finish_reason": finish}], "usage": usage}
+    base["object"] = "chat.completion.chunk"
+    chunks = [{"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}]
+    chunks += [{"index": 0, "delta": delta, "finish_reason": None} for delta in deltas]
+    chunks += [{"index": 0, "delta": {}, "finish_reason": finish}]
+    events: list[tuple[str, Any]] = [("", {**base, "choices": [chunk]}) for chunk in chunks]
+    if (body.get("stream_options") or {}).get("include_usage"):
+        events.append(("", {**base, "choices": [], "usage": usage}))
+    return whole, [*events, ("", "[DONE]")], bool(body.get("stream"))
+
+
+def _call(id: str, name: str, arguments: str) -> dict[str, Any]:
+    return {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def _anthropic(body: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[str, Any]], bool]:
+    said = "You said: " + _text(body["messages"][-1]["content"])
+    usage = {"input_tokens": 8, "output_tokens": 5, "cache_read_input_tokens": 3, "cache_creation_input_tokens": 0}
+    blocks: list[dict[str, Any]] = []
+    stop = "end_turn"
+    if body.get("thinking"):
+        blocks.append({"type": "thinking", "thinking": "Let me see.", "signature": "c2ln"})
+    if body.get("tools") and (body.get("tool_choice") or {}).get("type") != "none":
+        stop = "tool_use"
+        blocks.append({"type": "tool_use", "id": "toolu_a", "name": body["tools"][0]["name"], "input": {"city": "Oslo"}})
+    else:
+        blocks.append({"type": "text", "text": said})
+    base = {"id": "msg_1", "type": "message", "role": "assistant", "model": body["model"] + "-0613"}
+    whole = {**base, "content": blocks, "stop_reason": stop, "stop_sequence": None, "usage": usage}
+    start = {**base, "content": [], "stop_reason": None, "stop_sequence": None, "usage": {**usage, "output_tokens": 1}}
+    events: list[tuple[str, Any]] = [("message_start", {"type": "message_start", "message": start})]
+    for index, block in enumerate(blocks):
+        events += [(event["type"], {"index": index, **event}) for event in _block_events(block)]
+    delta = {"type": "message_delta", "delta": {"stop_reason": stop, "stop_sequence": None}, "usage": usage}
+    events += [("message_delta", delta), ("message_stop", {"type": "message_stop"})]
+    return whole, events, bool(body.get("stream"))
+
+
+def _block_events(block: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    kind = block["type"]
+    if kind == "text":
+        yield {"type": "content_block_start", "content_block": {"type": "text", "text": ""}}
+        deltas = [{"type": "text_delta", "text": word} for word in _words(block["text"])]
+    elif kind == "thinking":
+        yield {"type": "content_block_start", "content_block": {**block, "thinking": "", "signature": ""}}
+        deltas = [{"type": "thinking_delta", "thinking": word} for word in _words(block["thinking"])]
+        deltas.append({"type": "signature_delta", "signature": block["signature"]})
+    else:
+        yield {"type": "content_block_start", "content_block": {**block, "input": {}}}
+        deltas = [{"type": "input_json_delta", "partial_json": part} for part in ('{"city": ', '"Oslo"}')]
+    for delta in deltas:
+        yield {"type": "content_block_delta", "delta": delta}
+    yield {"type": "content_block_stop"}
