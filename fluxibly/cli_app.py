@@ -1,0 +1,197 @@
+"""The commands of the console script, and what its exit status is."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as version_of
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import attrs
+import typer
+from rich.console import Console
+
+from fluxibly.cli_screen import Screen, ScreenHandler, one_line
+from fluxibly.config import LLMConfig
+from fluxibly.errors import AuthenticationError, ConfigError, FluxiblyError, FrameworkNotRegistered
+
+OK, FAILED, MISUSED, INTERRUPTED = 0, 1, 2, 130
+
+app = typer.Typer(
+    name="fluxibly",
+    help="Call language models through a chain of middleware.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="A YAML file with a section `llm:`.")]
+Framework = Annotated[str | None, typer.Option(help="Who runs the model; `fluxibly frameworks` lists them.")]
+Model = Annotated[str | None, typer.Option(help="The model's name, or for `local` the path of a GGUF file.")]
+LogLevel = Literal["debug", "info", "warning", "error", "critical"]
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the command line; the exit status. A mistake of the user's is one line on standard error."""
+    try:
+        result: Any = app(list(arguments) or ["--help"], prog_name="fluxibly", standalone_mode=False)
+        sys.stdout.flush()
+        return result if isinstance(result, int) else OK
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Nobody reads any more; what is left in the buffer must not be tried again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except (ConfigError, FrameworkNotRegistered, NotImplementedError) as error:
+        return _told(error, MISUSED)
+    except AuthenticationError as error:
+        return _told(error, MISUSED if error.status is None else FAILED)  # without a status it is a missing key
+    except FluxiblyError as error:
+        return _told(error, FAILED)
+    except Exception as error:  # noqa: BLE001  # a provider's or a middleware's own
+        message = getattr(error, "format_message", None)
+        if message is not None:  # the command line library's, for wrong arguments
+            sys.stderr.write(f"fluxibly: {' '.join(message().split())}\n")
+            return MISUSED
+        if logging.getLogger("fluxibly").isEnabledFor(logging.DEBUG):
+            traceback.print_exc()
+        return _told(error, FAILED, f"{type(error).__name__}: ")
+
+
+def _told(error: BaseException, status: int, prefix: str = "") -> int:
+    sys.stderr.write(f"fluxibly: {prefix}{one_line(error)}\n")
+    return status
+
+
+def _config(file: Path | None, framework: str | None, model: str | None) -> LLMConfig:
+    """The configuration that the options come to; by default the small local model."""
+    from fluxibly.providers.local_model import DEFAULT_MODEL
+
+    if file is not None:
+        config = LLMConfig.from_yaml(file)
+        if framework is not None and framework != config.framework:
+            if model is None:
+                raise ConfigError(f"--framework {framework}: give --model too; the file's is for {config.framework}")
+            # The file's key and address are another service's: they stay with it.
+            return attrs.evolve(config, framework=framework, model=model, api_key=None, api_base=None)
+        return config if model is None else attrs.evolve(config, model=model)
+    defaults = {"local": DEFAULT_MODEL, "echo": "echo"}
+    framework = framework or "local"
+    if model is None and framework not in defaults:
+        from fluxibly.registry import find_framework
+
+        find_framework(framework)  # a name that is wrong is the first thing to say
+        raise ConfigError(f"--framework {framework}: give --model too")
+    return LLMConfig(framework=framework, model=model or defaults[framework])
+
+
+def _log(screen: Screen, level: LogLevel | None) -> None:
+    """Logging goes to standard error: by default warnings, and for a person all of INFO."""
+    shown = logging.getLevelNamesMapping()[level.upper()] if level is not None else None
+    logger = logging.getLogger("fluxibly")
+    logger.setLevel(shown if shown is not None else logging.INFO if screen.live else logging.WARNING)
+    logger.addHandler(ScreenHandler(screen, failures=level is not None))
+    logger.propagate = False
+    # What goes wrong with spans is told in a line of our own.
+    logging.getLogger("opentelemetry").addHandler(logging.NullHandler())
+    logging.getLogger("opentelemetry").propagate = False
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        try:
+            version = version_of("fluxibly")
+        except PackageNotFoundError:
+            version = "(not installed: run from its source)"
+        sys.stdout.write(f"fluxibly {version}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_version, help="Say it, and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def chat(  # noqa: PLR0917  # the command line library reads its options off the parameters
+    prompt: Annotated[str | None, typer.Argument(help="The question; - reads it from standard input.")] = None,
+    config: ConfigFile = None,
+    framework: Framework = None,
+    model: Model = None,
+    system: Annotated[str | None, typer.Option(help="Instructions to the model.")] = None,
+    stream: Annotated[bool, typer.Option(" /--no-stream", help="Wait for the whole answer.")] = True,
+    log_level: Annotated[LogLevel | None, typer.Option(help="What to log on standard error.")] = None,
+    trace: Annotated[Path | None, typer.Option(help="A file to write the spans to, as OTLP JSON lines.")] = None,
+    otlp: Annotated[str | None, typer.Option(metavar="URL", help="A backend to send the spans to.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the response as JSON, for scripts.")] = False,
+) -> None:
+    """Ask a model; without a prompt, converse with it."""
+    from fluxibly.cli_chat import Chat
+    from fluxibly.cli_spans import recorder
+
+    screen = Screen()
+    settings = _config(config, framework, model)
+    _log(screen, log_level)
+    spans = recorder(trace, otlp)
+    try:
+        Chat(config=settings, screen=screen, recorder=spans, system=system, stream=stream, as_json=as_json).run(prompt)
+    finally:
+        screen.end_line()
+        problem = spans.close()
+        if problem is not None:
+            screen.aside(f"fluxibly: {problem}", "yellow")
+
+
+@app.command()
+def explain(config: ConfigFile = None, framework: Framework = None, model: Model = None) -> None:
+    """Print the stack that would run, outermost first, with each middleware's settings."""
+    from fluxibly.cli_inspect import stack_rows
+
+    Screen().rows(stack_rows(_config(config, framework, model)), ("", "middleware", "settings"))
+
+
+@app.command()
+def frameworks() -> None:
+    """List who can run models: what is registered, what is installed, and which extra or key is missing."""
+    from fluxibly.cli_inspect import framework_rows
+
+    Screen().rows(framework_rows(), ("framework", "status", "to do"))
+
+
+@app.command()
+def doctor(config: ConfigFile = None, framework: Framework = None, model: Model = None) -> int:
+    """Check versions, keys and endpoints, and say what to do."""
+    from fluxibly.cli_doctor import examine
+
+    return examine(Screen(), _config(config, framework, model) if config or framework or model else None)
+
+
+@app.command()
+def trace(
+    file: Annotated[Path, typer.Argument(help="Spans as OTLP JSON, as chat --trace writes them.")],
+    html: Annotated[Path | None, typer.Option(metavar="OUT", help="Write a page to this file instead.")] = None,
+) -> None:
+    """Draw the spans of a file as a waterfall."""
+    try:
+        if html is None:
+            from fluxibly import trace_view
+
+            Console(highlight=False).print(trace_view.render(file))
+        else:
+            from fluxibly import trace_html
+
+            html.write_text(trace_html.render(file), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{error.filename}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise ConfigError(str(error)) from error

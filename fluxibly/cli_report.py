@@ -1,0 +1,106 @@
+"""What the command line shows after an answer: its figures, its tree of spans, and the response as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import attrs
+from opentelemetry.trace import StatusCode
+from rich.table import Table
+from rich.text import Text
+from rich.tree import Tree
+
+from fluxibly import semconv
+from fluxibly.trace_view import duration
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import ReadableSpan
+
+    from fluxibly.types import Response
+
+
+UNKNOWN = "-"
+
+
+def _seconds(seconds: float | None) -> str:
+    return UNKNOWN if seconds is None else duration(seconds)
+
+
+def figures(response: Response) -> Table:
+    """The short table under an answer."""
+    stats, usage = response.stats, response.usage
+    tokens = usage.output_tokens if usage is not None else None
+    cells: list[tuple[str, str]] = []
+    if stats is not None:
+        cells += [("chunks", str(stats.chunks)), ("characters", str(stats.characters))]
+        cells += [("first chunk", _seconds(stats.time_to_first_chunk))]
+    else:
+        cells += [("characters", str(len(response.text)))]
+    cells += [("tokens", UNKNOWN if tokens is None else str(tokens))]
+    if stats is not None and stats.tokens_per_second is not None:
+        cells += [("rate", f"{stats.tokens_per_second:.1f} tokens/s")]
+    elif stats is not None and stats.characters_per_second is not None:
+        cells += [("rate", f"{stats.characters_per_second:.0f} characters/s")]
+    cells += [("total", _seconds(response.elapsed))]
+    if response.finish_reason not in (None, "stop"):
+        cells += [("ended by", str(response.finish_reason))]
+    table = Table(box=None, header_style="dim", pad_edge=False, padding=(0, 3, 0, 0))
+    for name, _ in cells:
+        table.add_column(name, justify="left", no_wrap=True)
+    table.add_row(*(value for _, value in cells))
+    return table
+
+
+def span_trees(spans: Sequence[ReadableSpan]) -> list[Tree]:
+    """The spans as trees, each with how long it took and how it ended."""
+    known = {span.context.span_id for span in spans if span.context is not None}
+    children: dict[int | None, list[ReadableSpan]] = {}
+    for span in sorted(spans, key=lambda span: span.start_time or 0):
+        parent = span.parent.span_id if span.parent is not None and span.parent.span_id in known else None
+        children.setdefault(parent, []).append(span)
+
+    def grow(span: ReadableSpan, above: Tree | None) -> Tree:
+        line = _line(span)
+        tree = Tree(line, guide_style="dim") if above is None else above.add(line)
+        for child in children.get(span.context.span_id if span.context is not None else 0, []):
+            grow(child, tree)
+        return tree
+
+    return [grow(span, None) for span in children.get(None, [])]
+
+
+def _line(span: ReadableSpan) -> Text:
+    attributes = span.attributes or {}
+    line = Text(_name(span.name, attributes))
+    if span.start_time is not None and span.end_time is not None:
+        line.append(f"  {duration((span.end_time - span.start_time) / 1e9)}", "cyan")
+    told = attributes.get(semconv.ERROR_TYPE) or attributes.get(semconv.OUTCOME)
+    if told is not None:
+        line.append(f"  {told}", "red" if span.status.status_code is StatusCode.ERROR else "dim")
+    return line
+
+
+def _name(name: str, attributes: Mapping[str, object]) -> str:
+    """What to call a span: an attempt by its number, as in `fluxibly trace`."""
+    index = attributes.get(semconv.ATTEMPT_INDEX)
+    return f"attempt {index + 1}" if isinstance(index, int) else name
+
+
+def as_json(response: Response) -> str:
+    """A response for scripts: one line of JSON. Its keys are always there; what is not known is null."""
+    fields: dict[str, Any] = {
+        "text": response.text,
+        "reasoning": response.reasoning,
+        "tool_calls": [
+            {"id": call.id, "name": call.name, "arguments": dict(call.arguments)} for call in response.tool_calls
+        ],
+        "finish_reason": response.finish_reason,
+        "model": response.model,
+        "id": response.id,
+        "usage": None if response.usage is None else attrs.asdict(response.usage),
+        "elapsed": response.elapsed,
+        "stats": None if response.stats is None else attrs.asdict(response.stats),
+    }
+    return json.dumps(fields, ensure_ascii=False)

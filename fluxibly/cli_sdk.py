@@ -1,0 +1,86 @@
+"""The recorder of spans with the OpenTelemetry SDK."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from opentelemetry import trace
+from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SimpleSpanProcessor, SpanExporter, SpanExportResult
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+from fluxibly.cli_spans import Recorder
+from fluxibly.errors import ConfigError
+from fluxibly.otlp_file import OTLPFileSpanExporter
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from opentelemetry.sdk.trace import ReadableSpan
+
+EXPORT_TIMEOUT = 5.0
+"""Seconds that a backend has to take the spans."""
+
+
+class SDKRecorder(Recorder):
+    """Keeps the spans of this process; see `recorder` for the arguments."""
+
+    def __init__(self, file: Path | None, otlp: str | None) -> None:
+        self._memory = InMemorySpanExporter()
+        self._provider = TracerProvider(resource=Resource.create({"service.name": "fluxibly"}))
+        self._provider.add_span_processor(SimpleSpanProcessor(self._memory))
+        if file is not None:
+            self._provider.add_span_processor(SimpleSpanProcessor(_to_file(file)))
+        self._otlp = _Watched(_endpoint(otlp)) if otlp is not None else None
+        if self._otlp is not None:
+            self._provider.add_span_processor(BatchSpanProcessor(self._otlp))
+        trace.set_tracer_provider(self._provider)
+
+    def take(self) -> Sequence[ReadableSpan]:
+        """The spans that ended since the last time."""
+        spans = self._memory.get_finished_spans()
+        self._memory.clear()
+        return spans
+
+    def close(self) -> str | None:
+        """Send what is left; what went wrong with it, if anything did."""
+        self._provider.shutdown()  # type: ignore[no-untyped-call]  # the SDK's
+        if self._otlp is not None and self._otlp.failed:
+            return f"the spans did not reach {self._otlp.endpoint}: does a backend take OTLP over HTTP there?"
+        return None
+
+
+class _Watched(SpanExporter):
+    """Sends spans to a backend, and remembers whether that failed."""
+
+    def __init__(self, endpoint: str) -> None:
+        self.endpoint = endpoint
+        self.failed = False
+        self._exporter = OTLPSpanExporter(endpoint=endpoint, timeout=EXPORT_TIMEOUT)
+
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        result = self._exporter.export(spans)
+        self.failed = self.failed or result is not SpanExportResult.SUCCESS
+        return result
+
+    def shutdown(self) -> None:
+        self._exporter.shutdown()
+
+
+def _endpoint(otlp: str) -> str:
+    """The address of a backend's traces; the path is OTLP's own, where none is given (OTLP specification, "OTLP/HTTP")."""
+    parts = urlsplit(otlp)
+    if parts.scheme not in ("http", "https") or not parts.netloc:
+        raise ConfigError(f"--otlp: {otlp!r} is not an http:// or https:// URL")
+    return otlp if parts.path not in ("", "/") else f"{otlp.rstrip('/')}/v1/traces"
+
+
+def _to_file(file: Path) -> SpanExporter:
+    try:
+        return OTLPFileSpanExporter(file)
+    except OSError as error:
+        raise ConfigError(f"--trace: cannot write {file}: {error.strerror or error}") from error
