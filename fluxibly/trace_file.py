@@ -1,0 +1,132 @@
+"""Reads a file of OTLP JSON (one ExportTraceServiceRequest a line) into trees of spans."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from fluxibly import semconv
+
+INTERNAL = 1
+ERROR = 2
+
+
+@attrs.define
+class TracedSpan:
+    """A span of the file, with its children in the order they began. Times are nanoseconds since 1970."""
+
+    name: str
+    trace_id: str
+    span_id: str
+    parent_id: str
+    start: int
+    end: int
+    attributes: dict[str, Any]
+    failed: bool
+    message: str
+    children: list[TracedSpan] = attrs.field(factory=list["TracedSpan"])
+
+    @property
+    def seconds(self) -> float:
+        return (self.end - self.start) / 1e9
+
+    @property
+    def outcome(self) -> str:
+        """`fluxibly.outcome`, or for spans of others what their status says."""
+        return str(self.attributes.get(semconv.OUTCOME) or ("failed" if self.failed else "completed"))
+
+    def walk(self, depth: int = 0) -> Iterator[tuple[int, TracedSpan]]:
+        """The span and all below it, each with its depth."""
+        yield depth, self
+        for child in self.children:
+            yield from child.walk(depth + 1)
+
+    def value(self, key: str) -> Any:
+        """An attribute that holds JSON, decoded; None if it is absent or not JSON."""
+        found = self.attributes.get(key)
+        if not isinstance(found, str):
+            return found
+        try:
+            return json.loads(found)
+        except ValueError:
+            return None
+
+    @property
+    def arrivals(self) -> list[tuple[float, float, int]]:
+        """`semconv.STREAM_ARRIVALS`: seconds since the call began, seconds waited, and characters."""
+        points: list[tuple[int, int, int]] = self.value(semconv.STREAM_ARRIVALS) or []
+        return [(at / 1e6, wait / 1e6, characters) for at, wait, characters in points]
+
+
+def read(path: str | Path) -> list[TracedSpan]:
+    """The spans without a parent in the file, in the order they began.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: a line is no OTLP JSON (the last may be cut short: it is left out), or there is no span in it.
+    """
+    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    spans: dict[tuple[str, str], TracedSpan] = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            for span in _spans(json.loads(line)):
+                spans[span.trace_id, span.span_id] = span
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            if number == len(lines) and spans and isinstance(error, json.JSONDecodeError):
+                break
+            raise ValueError(
+                f"{path}, line {number}: this is not OTLP JSON ({type(error).__name__}: {error})"
+            ) from error
+    if not spans:
+        raise ValueError(f"{path} has no spans in it; write one with `fluxibly chat --trace FILE`")
+    return _trees(spans)
+
+
+def _trees(spans: Mapping[tuple[str, str], TracedSpan]) -> list[TracedSpan]:
+    roots: list[TracedSpan] = []
+    for span in sorted(spans.values(), key=lambda span: span.start):
+        parent = spans.get((span.trace_id, span.parent_id))
+        (roots if parent is None or parent is span else parent.children).append(span)
+    return roots
+
+
+def _spans(request: Mapping[str, Any]) -> Iterator[TracedSpan]:
+    for resource in request["resourceSpans"]:
+        for scope in resource.get("scopeSpans", ()):
+            for span in scope.get("spans", ()):
+                status = span.get("status", {})
+                yield TracedSpan(
+                    name=span.get("name", ""),
+                    trace_id=span["traceId"],
+                    span_id=span["spanId"],
+                    parent_id=span.get("parentSpanId", ""),
+                    start=int(span["startTimeUnixNano"]),
+                    end=int(span["endTimeUnixNano"]),
+                    attributes=_attributes(span.get("attributes", ())),
+                    failed=status.get("code") in (ERROR, "STATUS_CODE_ERROR"),
+                    message=status.get("message", ""),
+                )
+
+
+def _attributes(pairs: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    return {pair["key"]: _value(pair.get("value", {})) for pair in pairs}
+
+
+def _value(value: Mapping[str, Any]) -> Any:
+    for kind, found in value.items():
+        if kind == "intValue":
+            return int(found)
+        if kind == "doubleValue":
+            return float(found)
+        if kind == "arrayValue":
+            return [_value(item) for item in found.get("values", ())]
+        if kind == "kvlistValue":
+            return _attributes(found.get("values", ()))
+        return found
+    return None
