@@ -90,8 +90,8 @@ def interrupted(request: Request, partial: Response, cause: BaseException) -> St
 def resend_refused(request: Request, partial: Response) -> StreamInterrupted:
     """The error for a middleware that sends again after its output has gone out."""
     return StreamInterrupted(
-        f"a middleware asked {request.call.provider.name} again after {len(partial.text)} characters of the first "
-        "answer had gone out; retry only before output, hold the stream back, or emit a Restart",
+        f"a middleware asked {request.call.provider.name} again after output of the first answer had gone out; retry "
+        "only before output, hold the stream back, or emit a Restart",
         partial=partial,
     )
 
@@ -147,6 +147,8 @@ class _Mapper(Relay):
 
     def begin(self) -> None:
         self.streamed = False
+        self.taken = False
+        """Whether output has come in; `output`, whether it has been let out."""
         self.output = False
         self.changed = False
         self.text = self.reasoning = 0
@@ -170,12 +172,13 @@ class _Mapper(Relay):
             self.streamed = True
             pieces = self.pass_on(effect.chunk)
             return effect if pieces is effect.chunk else list(map(More, pieces))  # type: ignore[arg-type]
-        if isinstance(effect, Send) and self.output:
+        if isinstance(effect, Send) and self.taken:
             return resend_refused(effect.request, self.answer.response())
         return effect
 
     def pass_on(self, chunk: Chunk) -> Chunk | Sequence[Chunk]:
         """The chunk itself, if `fn` leaves it as it is, or what `fn` makes of it."""
+        self.taken = self.taken or chunk.has_output
         pieces = self.fn(chunk)
         if pieces is not chunk:
             self.changed = True

@@ -141,6 +141,9 @@ def _returns_value(code: CodeType) -> bool:
 def after_output(error: Exception, request: Request, delivered: Sequence[str]) -> Exception:
     """What the consumer of a stream gets for an error, once chunks with these texts have gone out."""
     if isinstance(error, StreamInterrupted):
+        text = "".join(delivered)
+        if error.__cause__ is None and error.partial.text != text:
+            error.partial = Response(text)  # a combinator refused a resend: it does not keep what it let through
         return error
     wrapped = interrupted(request, Response("".join(delivered)), error)
     wrapped.__cause__ = error

@@ -152,9 +152,7 @@ def buffering(name: str, log: Log) -> Any:
             kept = ""
 
         return (
-            yield from map_chunks(
-                call_next(request), fn, lambda: Chunk(kept) if kept else None, at_restart=at_restart
-            )
+            yield from map_chunks(call_next(request), fn, lambda: Chunk(kept) if kept else None, at_restart=at_restart)
         )
 
     return buffer

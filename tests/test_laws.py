@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 import strategies as s
@@ -14,7 +13,7 @@ from fluxibly.types import Chunk, Request, Restart
 REQUEST = Request(model="m", messages="hi")
 WHOLE = [mode for mode in MODES if not mode.streaming]
 STREAMS = [mode for mode in MODES if mode.streaming]
-many = settings(max_examples=int(__import__("os").environ.get("LAW_EXAMPLES", "150")), deadline=None, suppress_health_check=[HealthCheck.too_slow])
+many = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 class Case:

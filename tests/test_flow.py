@@ -1,0 +1,139 @@
+"""Flows without a driver: what layers cost nothing to say, composition, and the innermost flow."""
+
+from __future__ import annotations
+
+import pytest
+
+from fluxibly.effects import END, AttemptEnd, Middleware, Perform, Send, Sleep, Source
+from fluxibly.errors import ServerError, StreamInterrupted
+from fluxibly.flow import compose, layer_name, perform, send, sleep
+from fluxibly.types import Chunk, Request, Response, Usage
+
+REQUEST = Request(model="m", messages="hi")
+
+
+def finish(flow, value=None):
+    """Send a value that ends the flow, and return its result."""
+    with pytest.raises(StopIteration) as stopped:
+        flow.send(value)
+    return stopped.value.value
+
+
+class TestVerbs:
+    def test_sleep(self):
+        """Yields the seconds, and returns nothing."""
+        flow = sleep(2.5)
+        assert next(flow) == Sleep(2.5)
+        assert finish(flow) is None
+
+    def test_perform(self):
+        """Yields both halves, and returns what the driver sends."""
+        call, acall = object(), object()
+        flow = perform(call, acall)
+        assert next(flow) == Perform(call, acall)
+        assert finish(flow, 5) == 5
+
+
+class TestCompose:
+    def test_nothing_is_send(self):
+        """Without middleware there is only the innermost flow."""
+        assert compose([]) is send
+
+    def test_order(self):
+        """The first is outermost."""
+        log = []
+
+        def layer(name):
+            def mw(request, call_next):
+                log.append(name)
+                return (yield from call_next(request))
+
+            return mw
+
+        effect = next(compose([layer("a"), layer("b")])(REQUEST))
+        assert log == ["a", "b"]
+        assert effect == Send(REQUEST)
+
+    def test_what_the_innermost_passes_is_sent(self):
+        """A middleware's derived request is the one of the effect."""
+
+        def warm(request, call_next):
+            return (yield from call_next(request.evolve(temperature=1.0)))
+
+        assert next(compose([warm])(REQUEST)).request.temperature == 1.0
+
+    def test_layer_name(self):
+        """Functions by their qualified name, objects by their class."""
+
+        class Layer:
+            def __call__(self, request, call_next):
+                return (yield from call_next(request))
+
+        assert layer_name(send) == "send"
+        assert layer_name(Layer()).endswith("Layer")
+        assert isinstance(Layer(), Middleware)
+
+
+class TestSend:
+    def test_a_whole_response(self):
+        """It is sent, its end told, and returned; the record knows the model and the usage."""
+        request = Request(model="m", messages="hi")
+        flow = send(request)
+        assert next(flow) == Send(request)
+        response = Response("ok", model="m-2", usage=Usage(input_tokens=1))
+        assert flow.send(response) == AttemptEnd(request, response)
+        assert finish(flow) is response
+        assert (request.call.attempts, request.call.model) == (1, "m-2")
+        assert request.call.usage == Usage(input_tokens=1)
+
+    def test_a_str(self):
+        """It becomes a response."""
+        flow = send(REQUEST)
+        next(flow)
+        assert flow.send("ok").response == Response("ok")
+
+    def test_a_stream(self):
+        """Each chunk goes out, the next being in the source when it is resumed."""
+        flow = send(REQUEST)
+        next(flow)
+        source = Source("a")
+        assert flow.send(source) == Chunk("a")
+        source.chunk = Chunk("b", finish_reason="stop")
+        assert flow.send(None).text == "b"
+        source.chunk = END
+        assert flow.send(None).response == Response("ab", finish_reason="stop")
+        assert finish(flow) == Response("ab", finish_reason="stop")
+
+    def test_an_error_before_output(self):
+        """Its end is told, and it is raised as it is."""
+        error = ServerError("down")
+        flow = send(REQUEST)
+        next(flow)
+        assert flow.throw(error) == AttemptEnd(REQUEST, error=error)
+        with pytest.raises(ServerError) as caught:
+            next(flow)
+        assert caught.value is error
+
+    @pytest.mark.parametrize(
+        ("chunk", "output"), [(Chunk("a"), True), (Chunk(reasoning="hm"), True), (Chunk(model="m-2"), False)]
+    )
+    def test_an_error_of_a_stream(self, chunk, output):
+        """After output it is an interruption with what there was."""
+        error = ServerError("down")
+        flow = send(REQUEST)
+        next(flow)
+        flow.send(Source(chunk))
+        end = flow.throw(error)
+        assert end.error is error
+        with pytest.raises(StreamInterrupted if output else ServerError) as caught:
+            next(flow)
+        if output:
+            assert caught.value.__cause__ is error
+            assert caught.value.partial.text == chunk.text
+
+    def test_an_interrupt_is_no_end(self):
+        """What is no Exception passes at once."""
+        flow = send(REQUEST)
+        next(flow)
+        with pytest.raises(KeyboardInterrupt):
+            flow.throw(KeyboardInterrupt())
