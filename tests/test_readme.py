@@ -1,0 +1,73 @@
+"""Every code block of the README runs."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from fluxibly import LLM
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+
+
+def blocks(language):
+    return [code for kind, code in BLOCKS if kind == language]
+
+
+def test_every_block_is_of_a_language_that_is_run():
+    """So that no block escapes."""
+    assert {kind for kind, _ in BLOCKS} <= {"python", "yaml", "sh"}
+
+
+def test_the_python_blocks_run_in_order(monkeypatch, capsys):
+    """As a reader would paste them into one session."""
+    monkeypatch.setattr("fluxibly.registry._frameworks", {})
+    namespace = {"__name__": "readme"}
+    for number, code in enumerate(blocks("python")):
+        exec(compile(code, f"README block {number}", "exec"), namespace)
+
+
+@pytest.mark.parametrize("code", blocks("yaml"))
+def test_the_yaml_blocks_configure_a_model(code, tmp_path, monkeypatch):
+    """Each is a whole configuration file."""
+    monkeypatch.setenv("OPENAI_API_KEY", "test-key")
+    file = tmp_path / "framework.yaml"
+    file.write_text(code, encoding="utf-8")
+    with LLM.from_yaml(file) as llm:
+        assert llm.config.framework == "openai"
+        assert len(llm.pipeline.middleware) == 5
+
+
+def commands():
+    return [line for code in blocks("sh") for line in code.splitlines() if line]
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("line", [line for line in commands() if "fluxibly " in line])
+def test_the_commands_run(line, gguf, tmp_path):
+    """Each `fluxibly` command exits with 0 and says something (its install step apart)."""
+    command = line.split("&&")[-1].strip()
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        ["sh", "-c", command], capture_output=True, text=True, timeout=110, cwd=tmp_path, env={**os.environ, "PATH": path}
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+def test_the_install_commands_name_extras_that_exist():
+    """In the README and in the code's own advice."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    texts = [README.read_text(encoding="utf-8")]
+    texts += [file.read_text(encoding="utf-8") for file in (ROOT / "fluxibly").rglob("*.py")]
+    named = {name for text in texts for name in re.findall(r"pip install (?:-e )?'(?:fluxibly|\.)\[([a-z,]+)\]'", text)}
+    assert {extra for group in named for extra in group.split(",")} <= set(extras)
+    assert "local" in named
