@@ -149,19 +149,17 @@ def _contents(message: Message) -> list[dict[str, Any]]:
 # Answers
 
 
-def _raise_failure(answer: dict[str, Any], raw: object, data: bytes, service: str) -> None:
+def _raise_failure(answer: dict[str, Any], raw: object, data: bytes, service: str, *, failed: bool = False) -> None:
     """Raise the error that a response holds, if it failed."""
-    if answer.get("error") or answer.get("status") in _FAILED or "output" not in answer:
-        error = error_reports.error_of_payload(raw, body=data, service=service)
-        if error is not None:
-            raise error
-        if answer.get("status") in _FAILED:
-            raise error_reports.error_of(
-                error_reports.Report(message="the response failed, without a reason"),
-                payload=raw,
-                excerpt=error_reports.excerpt(data),
-                service=service,
-            )
+    failed = failed or string(answer.get("status")) in _FAILED
+    if not (failed or answer.get("error") or "output" not in answer):
+        return
+    error = error_reports.error_of_payload(raw, body=data, service=service)
+    if error is None and failed:
+        report = error_reports.Report(message="the response failed, without a reason")
+        error = error_reports.error_of(report, payload=raw, excerpt=error_reports.excerpt(data), service=service)
+    if error is not None:
+        raise error
 
 
 def _response(answer: dict[str, Any], raw: object) -> Response:
@@ -254,7 +252,7 @@ class ResponsesDecoder:
         if kind == "response.output_item.done":
             return self._finish_item(body)
         if kind in {"response.completed", "response.incomplete", "response.failed", "response.cancelled"}:
-            return self._end_response(table(body.get("response")), data)
+            return self._end_response(table(body.get("response")), data, failed=kind[9:] in _FAILED)
         if kind == "error" or not kind:
             self._raise(raw, data)
         return ()
@@ -311,8 +309,8 @@ class ResponsesDecoder:
             return self._arguments(body, string(item.get("arguments")))
         return ()
 
-    def _end_response(self, answer: dict[str, Any], data: bytes) -> Iterable[Chunk]:
-        _raise_failure(answer, answer, data, self._service)
+    def _end_response(self, answer: dict[str, Any], data: bytes, *, failed: bool) -> Iterable[Chunk]:
+        _raise_failure(answer, answer, data, self._service, failed=failed)
         self.done = True
         finish, raw_finish = _finish(answer, called=bool(self._calls), refused=self._refused)
         return (
