@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from hypothesis import HealthCheck, given, settings, strategies as st
-
 import strategies as s
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
 from fluxibly.errors import StreamInterrupted, root_cause
 from fluxibly.testing import AsyncScriptedProvider, ScriptedProvider, VirtualClock
 from fluxibly.testing.modes import MODES, Mode, Ran, run
-from fluxibly.types import Chunk, Request, Restart
+from fluxibly.types import Request, Restart
 
 REQUEST = Request(model="m", messages="hi")
 WHOLE = [mode for mode in MODES if not mode.streaming]

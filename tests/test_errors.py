@@ -1,0 +1,94 @@
+"""Errors: what their classes say by default, and that they survive a process boundary."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+
+from fluxibly import errors
+from fluxibly.errors import (
+    ConfigError,
+    FluxiblyError,
+    FrameworkNotRegistered,
+    ProviderError,
+    RequestTimeout,
+    ResponseInvalid,
+    ServerError,
+    StreamInterrupted,
+    StreamStalled,
+    root_cause,
+)
+from fluxibly.types import Response
+
+PROVIDER_ERRORS = [e for e in vars(errors).values() if isinstance(e, type) and issubclass(e, ProviderError)]
+RETRYABLE = {
+    "RateLimitError",
+    "ServerError",
+    "Overloaded",
+    "ConnectionFailed",
+    "RequestTimeout",
+    "StreamStalled",
+    "StreamProtocolError",
+}
+
+
+def test_what_is_retryable():
+    """By class, unless the one who raises says otherwise."""
+    assert {kind.__name__ for kind in PROVIDER_ERRORS if kind("x").retryable} == RETRYABLE
+    assert ProviderError("x", retryable=True).retryable
+    assert not ServerError("x", retryable=False).retryable
+
+
+def test_roots():
+    """All are FluxiblyErrors, and some are the standard library's kind too."""
+    mine = [e for e in vars(errors).values() if isinstance(e, type) and issubclass(e, Exception)]
+    assert all(issubclass(kind, FluxiblyError) for kind in mine)
+    assert issubclass(ConfigError, ValueError)
+    assert issubclass(FrameworkNotRegistered, ValueError)
+    assert issubclass(RequestTimeout, TimeoutError)
+    assert issubclass(StreamStalled, RequestTimeout)
+
+
+@pytest.mark.parametrize("kind", PROVIDER_ERRORS)
+@pytest.mark.parametrize("through", [copy.copy, lambda error: pickle.loads(pickle.dumps(error))])
+def test_provider_errors_can_be_copied(kind, through):
+    """With all that they know."""
+    error = kind("down", retry_after=2.0, status=503, code="c", provider="p", model="m", request_id="r", body="b")
+    again = through(error)
+    assert type(again) is kind
+    assert str(again) == "down"
+    assert vars(again) == vars(error)
+
+
+def test_others_can_be_copied():
+    """Those with arguments of their own, too."""
+    interrupted = pickle.loads(pickle.dumps(StreamInterrupted("cut", partial=Response("half"))))
+    assert (str(interrupted), interrupted.partial.text) == ("cut", "half")
+    invalid = pickle.loads(pickle.dumps(ResponseInvalid("bad", response=Response("x"), problem="p")))
+    assert (str(invalid), invalid.response.text, invalid.problem) == ("bad", "x", "p")
+    config = pickle.loads(pickle.dumps(ConfigError("two", problems=("a", "b"))))
+    assert (str(config), config.problems) == ("two", ("a", "b"))
+
+
+def test_defaults_of_messages():
+    """A single problem is the message; an invalid answer's problem too."""
+    assert ConfigError("bad").problems == ("bad",)
+    assert ResponseInvalid("bad", response=Response()).problem == "bad"
+
+
+def test_root_cause():
+    """The error behind interruptions, however many; an interruption without one is itself."""
+    cause = ServerError("down")
+    inner = StreamInterrupted("x", partial=Response())
+    inner.__cause__ = cause
+    outer = StreamInterrupted("y", partial=Response())
+    outer.__cause__ = inner
+    assert root_cause(outer) is cause
+    assert root_cause(cause) is cause
+    alone = StreamInterrupted("z", partial=Response())
+    assert root_cause(alone) is alone
+    other = LookupError()
+    other.__cause__ = cause
+    assert root_cause(other) is other

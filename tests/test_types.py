@@ -1,0 +1,287 @@
+"""The data: what can be said in short, what is refused, and that chunks add up to responses."""
+
+from __future__ import annotations
+
+import attrs
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fluxibly.aggregate import Aggregator, as_chunk
+from fluxibly.types import (
+    CallRecord,
+    Chunk,
+    Image,
+    Message,
+    Reasoning,
+    Request,
+    Response,
+    StreamStats,
+    Text,
+    Tool,
+    ToolCall,
+    ToolCallDelta,
+    Usage,
+)
+
+
+def joined(*chunks):
+    answer = Aggregator()
+    for chunk in chunks:
+        answer.add(chunk)
+    return answer.response()
+
+
+class TestMessages:
+    def test_short_forms(self):
+        """A constructor a role."""
+        assert Message.system("be brief").role == "system"
+        assert Message.user("hi").content == (Text("hi"),)
+        assert Message.assistant("yes").role == "assistant"
+        assert Message.tool("42", "call-1", name="answer").tool_call_id == "call-1"
+        call = ToolCall("call-2", "look", {"at": 1})
+        assert attrs.asdict(Message.tool("42", call), recurse=False)["name"] == "look"
+
+    def test_parts(self):
+        """Text and images in order; `text` is the text of all."""
+        image = Image(data=b"png", media_type="image/png")
+        message = Message.user(["what is ", image, Text("this?")])
+        assert message.content == (Text("what is "), image, Text("this?"))
+        assert message.text == "what is this?"
+        assert "png'" not in repr(image).replace("image/png", "")
+
+    def test_an_answer_goes_back(self):
+        """A response as an assistant's message keeps its tool calls and the reasoning that must go back."""
+        response = Response("a", tool_calls=[ToolCall("1", "f")], reasoning_parts=[Reasoning(text="hm", signature="s")])
+        message = Message.assistant(response)
+        assert (message.text, message.tool_calls, message.reasoning) == (
+            "a",
+            response.tool_calls,
+            response.reasoning_parts,
+        )
+
+    @pytest.mark.parametrize(
+        ("make", "error", "message"),
+        [
+            (lambda: Message("robot", "hi"), ValueError, "role is one of system, user, assistant, tool, not 'robot'"),
+            (lambda: Message.user(3), TypeError, "content is a str, Text, Image or a sequence of these, not an? int"),
+            (lambda: Message.user(["a", 3]), TypeError, "a part of a message is a str, Text or Image, not an? int"),
+            (lambda: Image(), ValueError, "either url= or data="),
+            (lambda: Image(url="u", data=b"d"), ValueError, "either url= or data="),
+            (lambda: Image(data=b"d"), ValueError, "needs media_type="),
+            (lambda: Request(model="m", messages=""), ValueError, "the prompt is empty"),
+            (lambda: Request(model="m", messages=[]), ValueError, "the prompt has no messages"),
+            (lambda: Request(model="m", messages=3), TypeError, "a prompt is a str or a sequence of Message"),
+            (
+                lambda: Request(model="m", messages=None),
+                TypeError,
+                "a prompt is a str or a sequence of Message, not None",
+            ),
+            (lambda: Request(model="m", messages=["hi"]), TypeError, r"has an? str in it; write Message.user\(...\)"),
+            (lambda: Request(model="m", messages={"a": 1}), TypeError, "a prompt is a str or a sequence"),
+            (lambda: Request(model="m", messages="hi", tools=[3]), TypeError, "a tool is a Tool or a mapping"),
+            (lambda: Request(model="m", messages="hi", tools=[{}]), ValueError, "needs a 'name'"),
+            (
+                lambda: Request(model="m", messages="hi").evolve(temp=1),
+                TypeError,
+                "a Request has no 'temp'; it has model, ",
+            ),
+            (lambda: Response("x").evolve(txt="y"), TypeError, "a Response has no 'txt'"),
+        ],
+    )
+    def test_refusals(self, make, error, message):
+        """What is wrong is told when it is made."""
+        with pytest.raises(error, match=message):
+            make()
+
+
+class TestToolCalls:
+    def test_arguments_both_ways(self):
+        """Either form gives the other."""
+        assert ToolCall("1", "f", {"a": "ü"}).raw_arguments == '{"a": "ü"}'
+        assert ToolCall("1", "f", raw_arguments='{"a": 1}').arguments == {"a": 1}
+        assert ToolCall("1", "f", raw_arguments="  ").error is None
+
+    @pytest.mark.parametrize(
+        ("raw", "error"),
+        [("{", "not JSON"), ("[1]", "a JSON list, not an object"), ("[" * 100_000, "nested too deeply|not JSON")],
+        ids=["cut", "list", "deep"],
+    )
+    def test_what_is_no_object(self, raw, error):
+        """The text stays as it is, and `error` says what is wrong with it."""
+        call = ToolCall("1", "f", raw_arguments=raw)
+        assert call.arguments == {}
+        assert call.raw_arguments == raw
+        assert pytest.importorskip("re").search(error, call.error)
+
+    def test_tools_of_mappings(self):
+        """OpenAI's and Anthropic's forms are understood."""
+        schema = {"type": "object", "properties": {"a": {}}}
+        request = Request(
+            model="m",
+            messages="hi",
+            tools=[
+                {"type": "function", "function": {"name": "f", "parameters": schema, "strict": True}},
+                {"name": "g", "description": "d", "input_schema": schema},
+                Tool("h"),
+            ],
+        )
+        assert request.tools == (Tool("f", "", schema, strict=True), Tool("g", "d", schema), Tool("h"))
+
+
+class TestRequests:
+    def test_evolve_shares_the_record(self):
+        """And converts what it is given."""
+        request = Request(model="m", messages="hi", stop="end")
+        other = request.evolve(messages="ho", temperature=0.5, stop=["a", "b"])
+        assert other.call is request.call
+        assert other.messages == (Message.user("ho"),)
+        assert (other.stop, other.temperature, other.model) == (("a", "b"), 0.5, "m")
+        assert (request.temperature, request.stop) == (None, ("end",))
+
+    def test_requests_cannot_be_changed(self):
+        """Nor can responses and messages."""
+        for thing in Request(model="m", messages="hi"), Response("x"), Message.user("hi"):
+            with pytest.raises(attrs.exceptions.FrozenInstanceError):
+                thing.model = "other"
+
+    def test_prompt_length(self):
+        """Counts the characters of all texts."""
+        messages = [Message.system("abc"), Message.user(["de", Image(url="http://x"), "f"])]
+        assert Request(model="m", messages=messages).prompt_length == 6
+
+    def test_records_are_apart(self):
+        """What is written to one call's record is not in another's."""
+        one, two = CallRecord(), CallRecord()
+        one.notes["a"] = 1
+        one.timings["b"] = 2.0
+        assert two.notes == {}
+        assert two.timings == {}
+
+
+class TestNumbers:
+    def test_usage(self):
+        """The total is known if any part is."""
+        assert Usage().total_tokens is None
+        assert Usage(output_tokens=3).total_tokens == 3
+        assert Usage(input_tokens=2, output_tokens=3).total_tokens == 5
+
+    def test_stream_stats(self):
+        """Rates are None where no time passed or nothing was counted."""
+        stats = StreamStats(chunks=4, characters=20, streaming_time=2.0, tokens=6)
+        assert stats.average_chunk_size == 5.0
+        assert stats.characters_per_second == 10.0
+        assert stats.tokens_per_second == 3.0
+        empty = StreamStats()
+        assert (empty.average_chunk_size, empty.characters_per_second, empty.tokens_per_second) == (0.0, None, None)
+        assert StreamStats(streaming_time=1.0).tokens_per_second is None
+
+
+tool_calls = st.lists(
+    st.builds(
+        ToolCall,
+        st.uuids().map(str),
+        st.text(min_size=1),
+        st.dictionaries(st.text(), st.integers() | st.text(), min_size=1),
+        signature=st.none() | st.text(min_size=1),
+    ),
+    max_size=3,
+    unique_by=lambda call: call.id,
+)
+flat_responses = st.builds(
+    Response,
+    st.text(),
+    tool_calls=tool_calls,
+    reasoning=st.text(),
+    finish_reason=st.sampled_from([None, "stop", "tool_call"]),
+    usage=st.none() | st.builds(Usage, input_tokens=st.integers(0)),
+    model=st.none() | st.text(min_size=1),
+    id=st.none() | st.text(min_size=1),
+)
+responses = st.builds(
+    lambda one, others: one.evolve(alternatives=others), flat_responses, st.lists(flat_responses, max_size=2)
+)
+
+
+class TestAggregation:
+    @given(responses)
+    def test_a_response_as_one_chunk(self, response):
+        """A response made a chunk and joined again is that response."""
+        assert joined(as_chunk(response)) == response
+
+    @given(st.lists(st.text()), st.lists(st.text()))
+    def test_texts_add_up(self, texts, reasoning):
+        """Texts and reasoning are each joined in order, whatever lies between."""
+        response = joined(*map(Chunk, texts), Chunk(), *(Chunk(reasoning=r) for r in reasoning))
+        assert response.text == "".join(texts)
+        assert response.reasoning == "".join(reasoning)
+
+    @given(st.data())
+    def test_tool_calls_in_fragments(self, data):
+        """Calls cut anywhere and interleaved by index are whole again."""
+        calls = data.draw(st.lists(st.text(alphabet="{}a", max_size=5), min_size=1, max_size=3))
+        pieces = [
+            [ToolCallDelta(index=n, id=f"c{n}", name="f"), *(ToolCallDelta(index=n, arguments=x) for x in text)]
+            for n, text in enumerate(calls)
+        ]
+        chunks = []
+        while any(pieces):
+            chosen = data.draw(st.sampled_from([p for p in pieces if p]))
+            chunks.append(Chunk(tool_calls=(chosen.pop(0),)))
+        got = {call.id: call.raw_arguments for call in joined(*chunks).tool_calls}
+        assert got == {f"c{n}": text or "{}" for n, text in enumerate(calls)}
+
+    def test_fragments_without_an_index(self):
+        """They go on the call of their id, else the last."""
+        response = joined(
+            Chunk(tool_calls=(ToolCallDelta(id="a", name="f", arguments="{"), ToolCallDelta(id="b", name="g"))),
+            Chunk(tool_calls=(ToolCallDelta(id="a", arguments="}"), ToolCallDelta(arguments="{ }"))),
+        )
+        assert [(c.id, c.raw_arguments) for c in response.tool_calls] == [("a", "{}"), ("b", "{ }")]
+
+    def test_calls_that_are_all_numbered_0(self):
+        """A new id with a new name begins a new call."""
+        response = joined(
+            Chunk(tool_calls=(ToolCallDelta(index=0, id="a", name="f", arguments="{}"),)),
+            Chunk(tool_calls=(ToolCallDelta(index=0, id="b", name="g", arguments="{}"),)),
+        )
+        assert [c.name for c in response.tool_calls] == ["f", "g"]
+
+    def test_the_last_word_counts(self):
+        """Of finish reason, usage, model and id; what is empty later changes nothing."""
+        response = joined(
+            Chunk(finish_reason="length", model="a", usage=Usage(input_tokens=1)),
+            Chunk(finish_reason="stop", usage=Usage(input_tokens=2), raw_finish_reason="END", id="i"),
+            Chunk("x"),
+        )
+        assert response == Response(
+            "x", finish_reason="stop", raw_finish_reason="END", model="a", usage=Usage(input_tokens=2), id="i"
+        )
+
+    def test_choices(self):
+        """Pieces of other choices are put together apart."""
+        response = joined(
+            Chunk("a", alternatives=((1, Chunk("x")),)), Chunk("b", alternatives=((2, Chunk("z")), (1, Chunk("y"))))
+        )
+        assert response.text == "ab"
+        assert [other.text for other in response.alternatives] == ["xy", "z"]
+
+    @pytest.mark.parametrize(
+        ("chunk", "output"),
+        [
+            (Chunk("a"), True),
+            (Chunk(reasoning="a"), True),
+            (Chunk(tool_calls=(ToolCallDelta(index=0),)), True),
+            (Chunk(finish_reason="stop", usage=Usage(), model="m", id="i"), False),
+        ],
+    )
+    def test_what_output_is(self, chunk, output):
+        """Text, reasoning and parts of tool calls cannot be taken back."""
+        assert chunk.has_output == output
+        answer = Aggregator()
+        answer.add(chunk)
+        assert answer.has_output == output
+
+    def test_str(self):
+        """The text of a chunk or a response is its str."""
+        assert str(Chunk("a")) == str(Response("a")) == "a"
