@@ -413,9 +413,9 @@ class Intake:
 
     def _end(self) -> None:
         if self._whole is False:
+            self._body.end()
             for event in self._framing.close():
                 self._deliver(self._decoder.decode_event(event))
-            self._body.end()
             self._deliver(self._decoder.end())
         else:
             self._deliver([as_chunk(self._codec.decode(self._body.whole()))])
