@@ -1,0 +1,86 @@
+"""How long `import fluxibly` takes, and what an open stream holds. `python -m benchmarks.footprint`."""
+
+from __future__ import annotations
+
+import importlib.util
+import statistics
+import subprocess
+import sys
+import tracemalloc
+from collections.abc import Iterator
+from time import perf_counter
+
+from benchmarks.measure import left_out, table
+from fluxibly import Chunk, LLMConfig, Pipeline, Request, Response
+from fluxibly.llm import default_stack
+
+PEERS = ("httpx", "openai", "anthropic", "langchain_openai", "litellm")
+ROUNDS = 7
+STREAMS = 1_000
+READ = 20
+"""Chunks that are read of each stream before it is weighed."""
+
+
+def imports() -> None:
+    """Milliseconds that importing takes in a fresh interpreter, in turns."""
+    programs = {"bare Python": "pass", "fluxibly": "import fluxibly"}
+    missing = [name for name in PEERS if importlib.util.find_spec(name) is None]
+    programs |= {name: f"import {name}" for name in PEERS if name not in missing}
+    times: dict[str, list[float]] = {name: [] for name in programs}
+    for _ in range(ROUNDS):
+        for name, program in programs.items():
+            start = perf_counter()
+            subprocess.run([sys.executable, "-c", program], check=True, env={"LITELLM_LOCAL_MODEL_COST_MAP": "True"})
+            times[name].append((perf_counter() - start) * 1e3)
+    table("Import", {n: statistics.median(v) for n, v in times.items()}, unit="ms", goal="fluxibly <= 40 ms more")
+    left_out(missing)
+
+
+class Endless:
+    def complete(self, request: Request) -> Response:
+        return Response("x")
+
+    def stream(self, request: Request) -> Iterator[Chunk]:
+        while True:
+            yield Chunk("four")
+
+
+def memory() -> None:
+    """Bytes that an open stream through the default stack holds beyond the provider's own."""
+    request = Request(model="m", messages="hi")
+    provider = Endless()
+
+    def weigh(make: object) -> float:
+        tracemalloc.start()
+        before = tracemalloc.get_traced_memory()[0]
+        streams = [make() for _ in range(STREAMS)]  # type: ignore[operator]
+        for stream in streams:
+            for _ in range(READ):
+                next(stream)
+        held = (tracemalloc.get_traced_memory()[0] - before) / STREAMS
+        tracemalloc.stop()
+        for stream in streams:
+            stream.close()
+        return held
+
+    stack = default_stack(LLMConfig(framework="echo", model="m"))
+    bare = weigh(lambda: provider.stream(request))
+    results = {
+        "the provider alone": bare,
+        "pipeline, no layers": weigh(lambda: Pipeline(provider).stream(request)),
+        "pipeline, default stack": weigh(lambda: Pipeline(provider, stack).stream(request)),
+    }
+    table(f"An open stream, {READ} chunks read", results, unit="bytes", goal="<= 10,240 bytes more")
+
+
+def main() -> None:
+    """Import time and memory."""
+    import logging
+
+    logging.getLogger("fluxibly").setLevel(logging.CRITICAL + 1)
+    imports()
+    memory()
+
+
+if __name__ == "__main__":
+    main()
