@@ -250,8 +250,9 @@ async def acall_within(call: Awaitable[T], seconds: float | None) -> T:
     Raises:
         TimeIsUp: it took longer than `seconds`.
     """
+    limit = asyncio.timeout(seconds)
     try:
-        async with asyncio.timeout(seconds) as limit:
+        async with limit:
             return await call
     except TimeoutError:
         if limit.expired():
@@ -296,8 +297,9 @@ async def _astep(
     seconds: float | None,
     late: TimeIsUp,
 ) -> tuple[AsyncIterator[Any], object]:
+    limit = asyncio.timeout(seconds)
     try:
-        async with asyncio.timeout(seconds) as limit:
+        async with limit:
             if source is None:
                 source = await open_stream()
             return source, await anext(source, _END)

@@ -145,9 +145,10 @@ def _reported(error: BaseException, names: Iterable[str], library: str) -> Provi
         report = Report(message=str(error), status=status, code=words[0] if words else None, words=tuple(words))
         return error_of(report, status=status, headers=headers, service=f"the service (through {library})")
     if body is None and isinstance(error, ValueError) and error.args and isinstance(error.args[0], dict):
-        body = error.args[0]  # langchain-openai, for an error in a 200
+        body = cast("object", error.args[0])  # langchain-openai, for an error in a 200
     if body:
-        payload = cast("dict[str, Any]", body) if isinstance(body, dict) and "error" in body else {"error": body}
+        whole = cast("dict[str, Any]", body) if isinstance(body, dict) else {}
+        payload = whole if "error" in whole else {"error": body}
         return error_of_payload(payload, body=_json(payload), service=f"the service (through {library})")
     if any(kind.__name__ == "APIError" for kind in type(error).__mro__):
         return errors.ServerError(f"the service (through {library}) answered with an error: {error}")

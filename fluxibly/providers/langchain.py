@@ -90,8 +90,8 @@ class LangChainProvider:
         AuthenticationError: there is no API key.
     """
 
-    def __init__(self, config: LLMConfig) -> None:
-        self._source = Source(config)
+    def __init__(self, config: LLMConfig | Source) -> None:
+        self._source = config if isinstance(config, Source) else Source(config)
         self.info = self._source.info
 
     @classmethod
@@ -101,13 +101,7 @@ class LangChainProvider:
         Its own settings hold, timeouts and retries among them, and its model answers whatever `Request.model` says;
         the other parameters of a request take effect.
         """
-        provider = cls.__new__(cls)
-        provider._adopt(_wrapped(chat_model))
-        return provider
-
-    def _adopt(self, source: Source) -> None:
-        self._source = source
-        self.info = source.info
+        return cls(_wrapped(chat_model))
 
     def complete(self, request: Request) -> Response:
         """The model's whole answer; `raw` is LangChain's message.
@@ -144,22 +138,15 @@ class LangChainProvider:
 class AsyncLangChainProvider:
     """`LangChainProvider` for async pipelines."""
 
-    def __init__(self, config: LLMConfig) -> None:
-        self._adopt(Source(config))
+    def __init__(self, config: LLMConfig | Source) -> None:
+        self._source = config if isinstance(config, Source) else Source(config)
+        self.info = self._source.info
+        self._threaded = Threaded(LangChainProvider(self._source))
 
     @classmethod
     def wrap(cls, chat_model: BaseChatModel) -> Self:
         """See `LangChainProvider.wrap`."""
-        provider = cls.__new__(cls)
-        provider._adopt(_wrapped(chat_model))
-        return provider
-
-    def _adopt(self, source: Source) -> None:
-        self._source = source
-        self.info = source.info
-        sync = LangChainProvider.__new__(LangChainProvider)
-        sync._adopt(source)
-        self._threaded = Threaded(sync)
+        return cls(_wrapped(chat_model))
 
     async def complete(self, request: Request) -> Response:
         """The model's whole answer; see `LangChainProvider.complete`."""
@@ -175,7 +162,7 @@ class AsyncLangChainProvider:
 
     async def stream(self, request: Request) -> AsyncGenerator[Chunk]:
         """The model's answer as it comes; see `LangChainProvider.stream`."""
-        steps: AsyncGenerator[Any] = self._steps(request) if on_asyncio() else self._threaded._stream(request)
+        steps: AsyncGenerator[Any] = self._steps(request) if on_asyncio() else self._threaded.stream(request)
         try:
             async for chunk in steps:
                 yield chunk

@@ -16,7 +16,7 @@ from langchain_core.messages import (
 )
 
 from fluxibly.providers.openai_parts import finish_reason_of
-from fluxibly.providers.wire import sent_arguments, to_json
+from fluxibly.providers.wire import array, sent_arguments, string, table, to_json
 from fluxibly.types import (
     Chunk,
     Image,
@@ -190,8 +190,7 @@ def _reasoning_text(block: Mapping[str, Any]) -> str:
     if isinstance(text, str):
         return text
     summary = block.get("summary")
-    parts: list[Any] = summary if isinstance(summary, list) else []
-    return "".join(str(part.get("text") or "") for part in parts if isinstance(part, dict))
+    return "".join(string(table(part).get("text")) for part in array(summary))
 
 
 def _reasoning_part(block: dict[str, Any]) -> Reasoning:

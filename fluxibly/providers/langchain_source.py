@@ -116,7 +116,7 @@ class Source:
                 "include_response_headers": True,
             }
         try:
-            made: BaseChatModel = init_chat_model(model, model_provider=provider, **settings)
+            made = cast("BaseChatModel", init_chat_model(model, model_provider=provider, **settings))
         except ImportError as error:
             raise ConfigError(f"LangChain lacks the integration for the model {name!r}: {error}") from error
         except Exception as error:  # noqa: BLE001  # each integration raises what it likes

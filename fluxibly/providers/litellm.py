@@ -223,10 +223,8 @@ def _info(litellm: Any, config: LLMConfig) -> ProviderInfo:
     try:
         provider = str(litellm.get_llm_provider(model=config.model, api_base=config.api_base)[1])
     except Exception:  # noqa: BLE001  # one of LiteLLM's, of many lines
-        failed = True
-    else:
-        failed = False
-    if failed:
+        provider = ""
+    if not provider:
         raise ConfigError(
             f"LiteLLM cannot tell who serves the model {config.model!r}: write provider/model, as in "
             "'openai/gpt-4o' or 'anthropic/claude-sonnet-4-5'"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, cast
 
 import attrs
@@ -11,6 +10,7 @@ import msgspec
 from fluxibly.errors import StreamProtocolError
 from fluxibly.providers.openai_codec import Body, ChatDecoder, OpenAICodec
 from fluxibly.providers.openai_request import Quirks, chat_body
+from fluxibly.providers.wire import array, table
 from fluxibly.types import Chunk, Reasoning, Request, Response
 
 _SERVICE = "the service (through LiteLLM)"
@@ -112,8 +112,7 @@ class _Thoughts:
 
     def add(self, message: Any) -> None:
         """Take in what a message, or a delta, has of them."""
-        blocks = message.get("thinking_blocks") if isinstance(message, Mapping) else None
-        for block in blocks or ():
+        for block in array(table(message).get("thinking_blocks")):
             last = self._blocks[-1] if self._blocks else None
             if last is None or last.get("signature") or block["type"] != "thinking" or last["type"] != "thinking":
                 self._blocks.append(dict(block))

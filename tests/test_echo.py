@@ -1,0 +1,71 @@
+"""The framework `echo`."""
+
+from __future__ import annotations
+
+import anyio
+import pytest
+
+from fluxibly import LLM, AsyncLLM, AsyncPipeline, LLMConfig, Message, Pipeline, Request
+from fluxibly.providers.echo import AsyncEchoProvider, EchoProvider
+
+CONFIG = LLMConfig(framework="echo", model="parrot")
+
+
+def test_the_last_user_message_comes_back() -> None:
+    """Whatever else was said; words are counted as tokens."""
+    messages = [Message.user("one"), Message.assistant("two"), Message.user("three  four\n"), Message.system("five")]
+    response = Pipeline(EchoProvider(CONFIG)).complete(Request(model="parrot", messages=messages))
+    assert response.text == "three  four\n"
+    assert response.usage is not None
+    assert (response.usage.input_tokens, response.usage.output_tokens) == (5, 2)
+    assert (response.finish_reason, response.model) == ("stop", "parrot")
+
+
+@pytest.mark.parametrize("text", ["one two  three\n\nfour ", "  leading", "\n \n", "x"])
+def test_a_stream_comes_word_by_word_and_adds_up(text: str) -> None:
+    """White space is kept, wherever it is."""
+    with Pipeline(EchoProvider(CONFIG)).stream(Request(model="m", messages=text)) as stream:
+        chunks = [chunk.text for chunk in stream]
+    assert "".join(chunks) == text == stream.response.text
+    assert len([chunk for chunk in chunks if chunk]) == max(len(text.split()), 1)
+
+
+def test_max_tokens_cuts_after_so_many_words() -> None:
+    """And the finish reason says so."""
+    response = Pipeline(EchoProvider(CONFIG)).complete(Request(model="m", messages="a b c d", max_tokens=2))
+    assert response.text == "a b "
+    assert response.finish_reason == "length"
+
+
+def test_without_a_user_message_the_answer_is_empty() -> None:
+    """It is an answer all the same."""
+    response = Pipeline(EchoProvider(CONFIG)).complete(Request(model="m", messages=[Message.system("be brief")]))
+    assert (response.text, response.finish_reason) == ("", "stop")
+
+
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_the_async_provider_says_the_same(backend: str) -> None:
+    """Whole and streamed."""
+    request = Request(model="m", messages="hello there you", max_tokens=2)
+
+    async def run() -> None:
+        pipeline = AsyncPipeline(AsyncEchoProvider(CONFIG))
+        whole = await pipeline.complete(request)
+        async with pipeline.stream(request) as stream:
+            streamed = [chunk async for chunk in stream]
+        assert whole == stream.response == Pipeline(EchoProvider(CONFIG)).complete(request)
+        assert [chunk.text for chunk in streamed] == ["hello ", "there ", ""]
+        assert pipeline.info == EchoProvider.info
+
+    anyio.run(run, backend=backend)
+
+
+def test_it_is_found_by_its_name() -> None:
+    """With the default stack around it, sync and async."""
+    assert LLM(CONFIG).forward("hello") == "hello"
+
+    async def run() -> None:
+        async with AsyncLLM(CONFIG) as llm:
+            assert await llm.forward("hello") == "hello"
+
+    anyio.run(run)
