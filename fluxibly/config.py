@@ -6,14 +6,16 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import attrs
 
 from fluxibly.errors import ConfigError
 from fluxibly.guards import is_list, is_mapping
 from fluxibly.suggest import did_you_mean
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 class Secret:
@@ -152,7 +154,7 @@ class LLMConfig:
         Raises:
             ConfigError: the file cannot be read or parsed, lacks the section, or holds bad settings.
         """
-        return cls.from_mapping(read_section(Path(file), section), path=f"{section}.")
+        return cls.from_mapping(read_section(file, section), path=f"{section}.")
 
 
 _RANGES: dict[str, tuple[float, float]] = {
@@ -245,16 +247,18 @@ def _timeouts(table: Mapping[str, Any]) -> Timeouts:
         raise ConfigError(_listed(problems), problems=problems) from None
 
 
-def read_section(file: Path, section: str) -> Mapping[str, Any]:
+def read_section(file: str | Path, section: str) -> Mapping[str, Any]:
     """A section of a YAML file, with environment variables expanded.
 
     Raises:
         ConfigError: see `LLMConfig.from_yaml`.
     """
+    from pathlib import Path
+
     import yaml
 
     try:
-        document: object = yaml.safe_load(file.read_text(encoding="utf-8"))
+        document: object = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read {file}: {error.strerror or error}") from None
     except UnicodeDecodeError:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Generator, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, overload
 
 from fluxibly.config import LLMConfig, parameter_problems
@@ -17,6 +16,7 @@ from fluxibly.suggest import did_you_mean
 from fluxibly.types import Chunk, Request, Response, Restart
 
 if TYPE_CHECKING:
+    from pathlib import Path
     from typing import Self, Unpack
 
 __all__ = ["LLM", "AsyncLLM", "LLMConfig"]

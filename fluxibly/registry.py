@@ -7,8 +7,7 @@ import importlib.util
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from importlib.metadata import EntryPoint, entry_points
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import attrs
 
@@ -16,6 +15,9 @@ from fluxibly.effects import Middleware
 from fluxibly.errors import ConfigError, FrameworkNotRegistered
 from fluxibly.guards import is_mapping
 from fluxibly.suggest import did_you_mean
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 ProviderFactory: TypeAlias = Callable[..., Any]
 MiddlewareFactory: TypeAlias = Callable[..., Middleware]
@@ -185,6 +187,8 @@ def _same(old: object, new: object) -> bool:
 
 @cache
 def _entry_points(kind: str) -> Mapping[str, EntryPoint]:
+    from importlib.metadata import entry_points
+
     return {point.name: point for point in entry_points(group=f"fluxibly.{kind}")}
 
 
