@@ -9,15 +9,11 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from fluxibly import semconv
-from fluxibly.errors import ProviderError, ResponseInvalid, StreamInterrupted, root_cause
-from fluxibly.masking import mask_request
-from fluxibly.messages import Message
+from fluxibly.errors import ProviderError, root_cause
 from fluxibly.outcome import error_type
 from fluxibly.types import Outcome, Request, Response, StreamStats, Usage
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from fluxibly.types import CallRecord, ProviderInfo
 
 _CODE = re.compile(r"[A-Za-z0-9][\w.\-]{0,63}")
@@ -146,19 +142,3 @@ def error_name(error: BaseException) -> str:
     if isinstance(cause, ProviderError) and cause.code is not None and _CODE.fullmatch(cause.code):
         return cause.code
     return error_type(cause)
-
-
-def error_message(error: BaseException, requests: Iterable[Request]) -> str:
-    """What an error says, without what it quotes of these requests or of the answer."""
-    cause = root_cause(error)
-    try:
-        text = str(cause)
-    except Exception:  # noqa: BLE001  # an exception of the user's own may not know how
-        return ""
-    answers = [each.partial for each in (error, cause) if isinstance(each, StreamInterrupted)]
-    if isinstance(cause, ResponseInvalid):
-        answers.append(cause.response)
-    for request in requests:
-        quoted = [Message.assistant(answer) for answer in answers]
-        text = mask_request(text, request.evolve(messages=(*request.messages, *quoted)) if quoted else request)
-    return text

@@ -32,12 +32,12 @@ from fluxibly.capture import Captured, Capturing
 from fluxibly.combinators import Relay
 from fluxibly.effects import AttemptEnd, Effect, More, Send
 from fluxibly.errors import StreamInterrupted
+from fluxibly.masking import error_message
 from fluxibly.outcome import error_type, outcome_of
 from fluxibly.propagation import with_trace_headers
 from fluxibly.report import report_once
 from fluxibly.span_attributes import (
     answered_model,
-    error_message,
     error_name,
     provider_attributes,
     record_attributes,
