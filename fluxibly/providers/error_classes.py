@@ -58,7 +58,11 @@ _BY_STATUS: Final[Mapping[int, type[ProviderError]]] = {
     529: errors.Overloaded,  # Anthropic's
 }
 
-_DECISIVE: Final = (errors.ContextLengthExceeded, errors.ContentFiltered, errors.QuotaExceeded)
+_DECISIVE: Final[tuple[type[ProviderError], ...]] = (
+    errors.ContextLengthExceeded,
+    errors.ContentFiltered,
+    errors.QuotaExceeded,
+)
 """Classes that a service's own word chooses whatever the status."""
 
 ADVICE: Final[Mapping[type[ProviderError], str]] = {
@@ -86,7 +90,7 @@ def class_of(status: int | None, words: tuple[str, ...], message: str) -> type[P
         message: its message, which alone tells of a full context at some services.
     """
     by_word = min((_BY_WORD[word] for word in words if word in _BY_WORD), key=_RANK.__getitem__, default=None)
-    if by_word in _DECISIVE and by_word is not None:
+    if by_word is not None and by_word in _DECISIVE:
         return by_word
     if status in {None, 400, 413, 422, 500} and _CONTEXT_LENGTH.search(message):
         return errors.ContextLengthExceeded
@@ -96,7 +100,7 @@ def class_of(status: int | None, words: tuple[str, ...], message: str) -> type[P
         return _BY_STATUS[status]
     if status < 500:
         # Gemini says that an API key is wrong with a 400
-        return by_word if by_word in {errors.AuthenticationError, errors.NotFound} and by_word else errors.BadRequest
+        return by_word if by_word in {errors.AuthenticationError, errors.NotFound} else errors.BadRequest
     if status == 500 and _UNSUPPORTED.search(message):
         return errors.BadRequest
     return errors.Overloaded if by_word is errors.Overloaded else errors.ServerError

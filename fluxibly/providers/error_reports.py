@@ -122,9 +122,9 @@ def read_report(payload: object) -> Report | None:
         if inner and isinstance(inner, list) and key == "errors":
             inner = cast("list[object]", inner)[0]
         if inner:
-            return _report(inner, outer)
+            return _report(cast("object", inner), outer)
     if "choices" not in outer and isinstance(outer.get("message"), (str, dict)):
-        return _report(outer["message"], outer)
+        return _report(cast("object", outer["message"]), outer)
     return None
 
 
@@ -143,7 +143,7 @@ def _report(inner: object, outer: dict[str, Any]) -> Report:
         _status,
         (fields.get("status_code"), fields.get("code"), fields.get("status"), outer.get("code"), outer.get("status")),
     )
-    message = _words_of(inner)
+    message = _words_of(cast("object", inner))
     upstream: object = _table(fields.get("metadata")).get("raw")  # OpenRouter's quote of the service behind it
     if isinstance(upstream, str) and upstream not in message:
         message = f"{message}: {upstream}"

@@ -109,6 +109,7 @@ class _Lines:
         return events
 
     def _fail(self, error: StreamProtocolError, events: list[Event]) -> list[Event]:
+        """Raise an error, or put it by for the next call if there are events to be delivered first."""
         self._failure = error
         self._partial.clear()
         if not events:
@@ -152,6 +153,20 @@ class SSE(_Lines):
         self._name = ""
         self._bare = False
         """Whether `_data` are lines of JSON without `data:`."""
+        self._between = False
+        """Whether the last read ended with an event, so that nothing is under way."""
+
+    def feed(self, data: bytes, /) -> list[Event]:
+        if self._between and data[:6] == b"data: " and data[-2:] == b"\n\n" and len(data) <= self._limit:
+            found = data[6:-2].split(b"\n\ndata: ")
+            # each event ends in the two line ends that were counted here, so there is none inside of any
+            if data.count(b"\n") == 2 * len(found) and b"\r" not in data:
+                return [Event(each) for each in found]
+        events = super().feed(data)
+        self._between = not (
+            self._data or self._name or self._partial or self._after_cr or self._at_start or self._failure
+        )
+        return events
 
     def _take(self, whole: bytes, events: list[Event]) -> None:
         if self._data or self._name or len(whole) > self._limit:

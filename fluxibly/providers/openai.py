@@ -15,10 +15,17 @@ if TYPE_CHECKING:
     import httpx
 
     from fluxibly.config import LLMConfig
-    from fluxibly.providers.codec import Codec
+    from fluxibly.providers.codec import Codec, Service
 
 AZURE_API_VERSION: Final = "2024-10-21"
 """What Azure is asked for unless `api_base` (with `?api-version=…`) or OPENAI_API_VERSION names another version."""
+
+
+def service_of(preset: Preset, config: LLMConfig) -> Service:
+    """The service of a preset. A server of the user's own at `api_base` may want no key."""
+    if preset.service.framework.startswith("openai") and not _is_openai(config):
+        return attrs.evolve(preset.service, key_required=False)
+    return preset.service
 
 
 def codec_of(preset: Preset, config: LLMConfig) -> Codec:
@@ -67,7 +74,7 @@ class OpenAIProvider(HTTPProvider):
     preset: ClassVar[Preset] = PRESETS["openai"]
 
     def __init__(self, config: LLMConfig, *, transport: httpx.BaseTransport | None = None) -> None:
-        super().__init__(codec_of(self.preset, config), self.preset.service, config, transport=transport)
+        super().__init__(codec_of(self.preset, config), service_of(self.preset, config), config, transport=transport)
 
 
 class AsyncOpenAIProvider(AsyncHTTPProvider):
@@ -76,7 +83,7 @@ class AsyncOpenAIProvider(AsyncHTTPProvider):
     preset: ClassVar[Preset] = PRESETS["openai"]
 
     def __init__(self, config: LLMConfig, *, transport: httpx.AsyncBaseTransport | None = None) -> None:
-        super().__init__(codec_of(self.preset, config), self.preset.service, config, transport=transport)
+        super().__init__(codec_of(self.preset, config), service_of(self.preset, config), config, transport=transport)
 
 
 class OpenAIResponsesProvider(OpenAIProvider):

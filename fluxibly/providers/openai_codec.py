@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Mapping
-from typing import Any, Final, NoReturn, cast
+from typing import Any, Final, NoReturn
 from urllib.parse import quote
 
 import attrs
@@ -22,7 +22,7 @@ from fluxibly.providers.openai_parts import (
     usage_of,
 )
 from fluxibly.providers.openai_request import Quirks, chat_body
-from fluxibly.providers.wire import cut_off, not_an_answer, write_json
+from fluxibly.providers.wire import cut_off, not_an_answer, table, write_json
 from fluxibly.types import Chunk, Reasoning, Request, Response
 
 
@@ -276,8 +276,8 @@ class ChatDecoder:
         if found != self._model and isinstance(found, str) and found:
             fields["model"] = self._model = found
         usage = body.usage or choice.usage
-        if usage is None and isinstance(body.x_groq, dict):
-            usage = cast("dict[str, Any]", body.x_groq).get("usage")
+        if usage is None and body.x_groq is not None:
+            usage = table(body.x_groq).get("usage")
         if usage and (counted := usage_of(usage)) is not None:
             fields["usage"] = counted
 

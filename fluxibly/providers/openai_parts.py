@@ -139,46 +139,38 @@ class Details:
 
 
 def usage_of(usage: object) -> Usage | None:
-    """The tokens of an OpenAI-like `usage`, of chat completions or of Responses."""
+    """The tokens of an OpenAI-like `usage`, of chat completions or of Responses; None if it counts none."""
     if not isinstance(usage, dict):
         return None
     fields = cast("dict[str, Any]", usage)
-    taken = _details(fields, "prompt_tokens_details", "input_tokens_details")
-    made = _details(fields, "completion_tokens_details", "output_tokens_details")
-    given = count(fields, "prompt_tokens", "input_tokens")
-    output = count(fields, "completion_tokens", "output_tokens")
-    reasoning = count(made, "reasoning_tokens")
-    if reasoning and output is not None and count(fields, "total_tokens") == (given or 0) + output + reasoning:
-        output += reasoning  # xAI counts them apart
-    found = Usage(
+    get = fields.get
+    taken = get("prompt_tokens_details") or get("input_tokens_details")
+    made = get("completion_tokens_details") or get("output_tokens_details")
+    given = _count(get("prompt_tokens", get("input_tokens")))
+    output = _count(get("completion_tokens", get("output_tokens")))
+    cached = get("prompt_cache_hit_tokens", get("cached_tokens"))
+    written: object = None
+    reasoning: int | None = None
+    if isinstance(taken, dict):
+        details = cast("dict[str, Any]", taken)
+        cached, written = details.get("cached_tokens", cached), details.get("cache_write_tokens")
+    if isinstance(made, dict):
+        reasoning = _count(cast("dict[str, Any]", made).get("reasoning_tokens"))
+        if reasoning and output is not None and get("total_tokens") == (given or 0) + output + reasoning:
+            output += reasoning  # xAI counts them apart
+    if given is None and output is None:
+        return None
+    return Usage(
         input_tokens=given,
         output_tokens=output,
-        cached_tokens=_first(count(taken, "cached_tokens"), count(fields, "prompt_cache_hit_tokens", "cached_tokens")),
-        cache_write_tokens=count(taken, "cache_write_tokens"),
+        cached_tokens=_count(cached),
+        cache_write_tokens=_count(written),
         reasoning_tokens=reasoning,
     )
-    return None if found == _UNKNOWN else found
 
 
-_UNKNOWN: Final = Usage()
-
-
-def _details(fields: dict[str, Any], *names: str) -> dict[str, Any]:
-    for name in names:
-        found: object = fields.get(name)
-        if isinstance(found, dict):
-            return cast("dict[str, Any]", found)
-    return {}
-
-
-def count(fields: Mapping[str, Any], *names: str) -> int | None:
-    """The first of the named fields that is a number of tokens."""
-    for name in names:
-        value = fields.get(name)
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1e15:
-            return int(value)
-    return None
-
-
-def _first(*values: int | None) -> int | None:
-    return next((value for value in values if value is not None), None)
+def _count(value: object) -> int | None:
+    """`value` as a number of tokens, if it is one; there are services that send floats."""
+    if type(value) is int:
+        return value if value >= 0 else None
+    return int(value) if isinstance(value, float) and 0 <= value < 1e15 else None
