@@ -100,10 +100,15 @@ class _Pipeline:
         """The response of a call that succeeded."""
         if not isinstance(value, Response):
             driving.raise_not_a_response(value, self.middleware)
+        elapsed = call.clock() - call.started_at
+        if value.elapsed is None:  # fresh from the provider: nobody else has it yet
+            _set_state(value, "elapsed", elapsed)
+            if call.stats is not None:
+                _set_state(value, "stats", call.stats)
+            return value
         state = value.__dict__.copy()
-        state["elapsed"] = call.clock() - call.started_at
-        if call.stats is not None:
-            state["stats"] = call.stats
+        state["elapsed"] = elapsed
+        state["stats"] = call.stats
         copy = _new(value.__class__)
         _set_state(copy, "__dict__", state)
         return copy
