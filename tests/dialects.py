@@ -1,40 +1,20 @@
-"""What the tests of codecs share: recordings, and streams through a codec without HTTP."""
+"""What the tests of codecs share: streams through a codec without HTTP, damaged ones, and a server of fixed bytes."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
 import random
 import threading
 from collections.abc import Iterable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import Any
-
-import pytest
 
 from fluxibly.aggregate import Aggregator
 from fluxibly.errors import FluxiblyError
 from fluxibly.providers.codec import Codec, Event
 from fluxibly.providers.framing import make_framing
 from fluxibly.types import Chunk, Response
-
-RECORDED = Path(os.environ.get("FLUXIBLY_RECORDED") or Path(__file__).parents[2] / "shared" / "recorded")
-
-
-def recording(prefix: str) -> dict[str, Any]:
-    """The recorded exchange whose file name begins so; without the recordings, the test is skipped."""
-    found = sorted(RECORDED.glob(f"{prefix}-*.json"))
-    if not found:
-        pytest.skip(f"no recording {prefix}-*.json in {RECORDED}; set FLUXIBLY_RECORDED to the folder with them")
-    return json.loads(found[0].read_text(encoding="utf-8"))
-
-
-def recorded_body(prefix: str) -> bytes:
-    """A recorded response's body, decompressed."""
-    body: str = recording(prefix)["response_body"]
-    return body.encode()
 
 
 def chunks_of(codec: Codec, pieces: Iterable[bytes]) -> Iterator[Chunk]:
@@ -71,17 +51,6 @@ def interrupted(codec: Codec, *pieces: bytes) -> tuple[Response, FluxiblyError]:
     except FluxiblyError as error:
         return aggregator.response(), error
     raise AssertionError(f"the stream did not fail; it came to {aggregator.response()!r}")
-
-
-def recuts(body: bytes, random_cuts: int = 20) -> Iterator[list[bytes]]:
-    """The body cut in two at every byte, into single bytes, and into random pieces."""
-    for cut in range(len(body) + 1):
-        yield [body[:cut], body[cut:]]
-    yield [bytes([byte]) for byte in body]
-    chance = random.Random(7)
-    for _ in range(random_cuts):
-        cuts = sorted(chance.sample(range(len(body)), k=min(len(body), 25)))
-        yield [body[start:end] for start, end in zip([0, *cuts], [*cuts, len(body)], strict=True)]
 
 
 def mutated(body: bytes, chance: random.Random) -> bytes:

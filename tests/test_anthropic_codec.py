@@ -7,9 +7,10 @@ import random
 from typing import Any
 
 import pytest
-from dialects import answer_or_error, interrupted, mutated, recorded_body, recording, recuts, serving, sse, streamed
+from dialects import answer_or_error, interrupted, mutated, serving, sse, streamed
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from recordings import cuts, load
 
 from fluxibly.errors import (
     AuthenticationError,
@@ -25,6 +26,7 @@ from fluxibly.errors import (
     StreamProtocolError,
 )
 from fluxibly.providers.anthropic_codec import AnthropicCodec
+from fluxibly.testing import check_codec
 from fluxibly.types import Image, Message, Reasoning, Request, Response, Text, Tool, ToolCall, Usage
 
 CODEC = AnthropicCodec()
@@ -381,7 +383,7 @@ def test_error_in_a_200() -> None:
 
 def test_recorded_parallel_tool_calls() -> None:
     """Two tool calls in one stream, wherever the reads cut it."""
-    body = recorded_body("27")
+    body = load("27-").body
     response = streamed(CODEC, body)
     assert response.tool_calls == (
         ToolCall("toolu_01NW9V1YCeF2aaDjiUnTSUH1", "secret_retrieval_tool", raw_arguments='{"password": "mellon"}'),
@@ -390,13 +392,13 @@ def test_recorded_parallel_tool_calls() -> None:
     assert response.finish_reason == "tool_call"
     assert response.usage == Usage(input_tokens=601, output_tokens=98, cached_tokens=0, cache_write_tokens=0)
     assert (response.id, response.model) == ("msg_01Stq1fKtevWmBQZTnfyKzJo", "claude-haiku-4-5-20251001")
-    for pieces in recuts(body):
+    for pieces in cuts(body):
         assert streamed(CODEC, *pieces) == response
 
 
 def test_recorded_thinking() -> None:
     """Thinking with its signature, and UTF-8 in text, wherever the reads cut it."""
-    body = recorded_body("28")
+    body = load("28-").body
     response = streamed(CODEC, body)
     assert response.reasoning.startswith("The user wants two names")
     assert response.text.startswith("1. **Pouch**")
@@ -405,13 +407,13 @@ def test_recorded_thinking() -> None:
     assert part.signature is not None
     assert part.raw == {"type": "thinking", "thinking": part.text, "signature": part.signature}
     assert response.finish_reason == "stop"
-    for pieces in recuts(body):
+    for pieces in cuts(body):
         assert streamed(CODEC, *pieces) == response
 
 
 def test_recorded_requests_are_made_again() -> None:
     """What the recorded clients sent is what the codec makes of the same call."""
-    sent = json.loads(recording("28")["request_body"])
+    sent = load("28-").request
     assert sent == {
         **body_of(stream=True, model=sent["model"], messages="Two names for a pet pelican, be brief", temperature=1.0),
         "max_tokens": 8192,
@@ -555,6 +557,11 @@ def test_error_event(before: int) -> None:
     assert partial.text == ("one " if before == 3 else "")
 
 
+def test_the_law_of_whole_answers() -> None:
+    """Streams cut anywhere come to the same, and ended anywhere to an error."""
+    check_codec(CODEC, [load("27-").body, load("28-").body])
+
+
 # Errors
 
 
@@ -644,11 +651,11 @@ def test_events_of_any_shape(value: Any, kind: str) -> None:
 # The official client reads the same bytes
 
 
-@pytest.mark.parametrize("name", ["27", "28"])
+@pytest.mark.parametrize("name", ["27-", "28-"])
 def test_the_official_client_agrees(name: str) -> None:
     """Text, tool calls, reasoning and usage are what the `anthropic` package reads."""
     anthropic = pytest.importorskip("anthropic")
-    body = recorded_body(name)
+    body = load(name).body
     prompt = [{"role": "user", "content": "Hi"}]
     with (
         serving(body, "text/event-stream") as address,

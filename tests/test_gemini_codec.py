@@ -7,9 +7,10 @@ import random
 from typing import Any
 
 import pytest
-from dialects import answer_or_error, chunks_of, interrupted, mutated, recorded_body, recording, recuts, sse, streamed
+from dialects import answer_or_error, chunks_of, interrupted, mutated, sse, streamed
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from recordings import cuts, load
 
 from fluxibly.errors import (
     AuthenticationError,
@@ -26,6 +27,7 @@ from fluxibly.errors import (
     StreamProtocolError,
 )
 from fluxibly.providers.gemini_codec import GeminiCodec
+from fluxibly.testing import check_codec
 from fluxibly.types import Image, Message, Reasoning, Request, Response, Tool, ToolCall, Usage
 
 CODEC = GeminiCodec()
@@ -385,7 +387,7 @@ def test_not_an_answer(body: bytes) -> None:
 
 def test_recorded_parallel_tool_calls() -> None:
     """Two calls, one with a thought signature, wherever the reads cut the stream."""
-    body = recorded_body("32")
+    body = load("32-").body
     response = streamed(CODEC, body)
     assert [(call.id, call.name, call.arguments) for call in response.tool_calls] == [
         ("8hd01vsf", "add", {"a": 2, "b": 3}),
@@ -396,15 +398,15 @@ def test_recorded_parallel_tool_calls() -> None:
     assert response.usage == Usage(input_tokens=157, output_tokens=32 + 438, reasoning_tokens=438)
     assert (response.finish_reason, response.raw_finish_reason) == ("tool_call", "STOP")
     assert (response.model, response.id) == ("gemini-3.1-pro-preview", "UwCzaaGdI_aEz7IPqoinwQM")
-    for pieces in recuts(body):
+    for pieces in cuts(body):
         assert streamed(CODEC, *pieces) == response
 
 
 def test_recorded_calls_go_back() -> None:
     """The recorded calls, put back into the conversation, are the parts that came."""
-    events = [json.loads(line[6:]) for line in recorded_body("32").decode().splitlines() if line]
+    events = [json.loads(line[6:]) for line in load("32-").body.decode().splitlines() if line]
     came = [event["candidates"][0]["content"]["parts"][0] for event in events[:2]]
-    response = streamed(CODEC, recorded_body("32"))
+    response = streamed(CODEC, load("32-").body)
     messages = [Message.user("x"), Message.assistant(response), *(Message.tool("5", c) for c in response.tool_calls)]
     contents = body_of(model="gemini-3-pro-preview", messages=messages)["contents"]
     assert contents[1] == {"role": "model", "parts": came}
@@ -420,7 +422,7 @@ def test_json_array() -> None:
     ]
     response = streamed(CODEC, sse(*events))
     body = json.dumps(events, indent=2, ensure_ascii=False).encode()
-    for pieces in recuts(body):
+    for pieces in cuts(body):
         assert streamed(ARRAYS, *pieces) == response
     assert CODEC.decode(body) == response
 
@@ -479,20 +481,26 @@ def test_error_in_an_array() -> None:
         assert isinstance(raised, Overloaded)
 
 
+def test_the_law_of_whole_answers() -> None:
+    """Streams cut anywhere come to the same, and ended anywhere to an error."""
+    check_codec(CODEC, [load("32-").body])
+    check_codec(ARRAYS, [json.dumps([answer({"text": "Hé"}), answer(reason="STOP")], indent=1).encode()])
+
+
 # Errors
 
 
 def test_recorded_invalid_key() -> None:
     """A wrong key is a 400, as plain JSON though the content type is that of a stream."""
-    recorded = recording("36")
-    error = CODEC.decode_error(recorded["status"], recorded["response_headers"], recorded_body("36"))
+    recorded = load("36-")
+    error = CODEC.decode_error(recorded.status, recorded.headers, recorded.body)
     assert type(error) is AuthenticationError
     assert (error.status, error.retryable) == (400, False)
 
 
 def test_recorded_rate_limit() -> None:
     """A minute's quota comes back, when RetryInfo says."""
-    error = CODEC.decode_error(429, {}, recorded_body("37"))
+    error = CODEC.decode_error(429, {}, load("37-").body)
     assert type(error) is RateLimitError
     assert (error.retry_after, error.retryable, error.code) == (48.0, True, "RESOURCE_EXHAUSTED")
 

@@ -7,19 +7,10 @@ import random
 from typing import Any
 
 import pytest
-from dialects import (
-    answer_or_error,
-    chunks_of,
-    interrupted,
-    mutated,
-    recorded_body,
-    recording,
-    recuts,
-    serving,
-    streamed,
-)
+from dialects import answer_or_error, chunks_of, interrupted, mutated, serving, streamed
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from recordings import cuts, load
 
 from fluxibly.errors import (
     AuthenticationError,
@@ -32,6 +23,7 @@ from fluxibly.errors import (
     StreamProtocolError,
 )
 from fluxibly.providers.ollama_codec import OllamaCodec
+from fluxibly.testing import check_codec
 from fluxibly.types import Image, Message, Reasoning, Request, Tool, ToolCall, Usage
 
 CHAT = OllamaCodec()
@@ -295,7 +287,7 @@ def test_stream() -> None:
     assert (response.text, response.reasoning, response.finish_reason) == ("Héllo ", "Hm.", "tool_call")
     assert [(call.id, call.name) for call in response.tool_calls] == [("call_0", "weather"), ("call_x1", "now")]
     assert response.usage == Usage(input_tokens=26, output_tokens=7)
-    for pieces in recuts(body):
+    for pieces in cuts(body):
         assert streamed(CHAT, *pieces) == response
     assert streamed(CHAT, body.replace(b"\n", b"\r\n\r\n")[:-4]) == response
 
@@ -336,12 +328,17 @@ def test_error_line(before: list[dict[str, Any]]) -> None:
     assert partial.text == ("one" if before else "")
 
 
+def test_the_law_of_whole_answers() -> None:
+    """Streams cut anywhere come to the same, and ended anywhere to an error."""
+    check_codec(CHAT, [ndjson(line("Hé"), line("llo", thinking="Hm."), line("", tool_calls=CALLS), last())])
+
+
 # Errors
 
 
 def test_recorded_missing_model() -> None:
     """The error says how to get the model."""
-    error = CHAT.decode_error(recording("39")["status"], {}, recorded_body("39"))
+    error = CHAT.decode_error(load("39-").status, {}, load("39-").body)
     assert type(error) is NotFound
     assert "ollama pull nonexistent-model:latest" in str(error)
     assert (error.status, error.retryable) == (404, False)

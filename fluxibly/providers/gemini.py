@@ -1,0 +1,59 @@
+"""Google's Gemini models, through the Gemini API."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import TYPE_CHECKING
+
+import attrs
+
+from fluxibly.providers.codec import Service
+from fluxibly.providers.gemini_codec import GeminiCodec
+from fluxibly.providers.http import AsyncHTTPProvider, HTTPProvider
+
+if TYPE_CHECKING:
+    import httpx
+
+    from fluxibly.config import LLMConfig
+
+SERVICE = Service(
+    framework="gemini",
+    telemetry_name="gcp.gemini",
+    base_url="https://generativelanguage.googleapis.com/v1beta",
+    env_var="GEMINI_API_KEY",
+    auth_header="x-goog-api-key",  # a key in the URL would end up in logs
+    auth_prefix="",
+)
+OTHER_ENV_VAR = "GOOGLE_API_KEY"
+"""Where the key is looked for if GEMINI_API_KEY is unset, as Google's own clients do."""
+
+_VERSION = re.compile(r"/v\d+\w*/?$")
+
+
+def _service() -> Service:
+    if not os.environ.get(SERVICE.env_var or "") and os.environ.get(OTHER_ENV_VAR):
+        return attrs.evolve(SERVICE, env_var=OTHER_ENV_VAR)
+    return SERVICE
+
+
+def _with_version(config: LLMConfig) -> LLMConfig:
+    """`config` with `/v1beta` at the end of `api_base`, unless that names a version."""
+    base = config.api_base
+    if base is None or _VERSION.search(base):
+        return config
+    return attrs.evolve(config, api_base=f"{base.rstrip('/')}/v1beta")
+
+
+class GeminiProvider(HTTPProvider):
+    """The Gemini API. `api_base` is the address with or without the version (`/v1beta`)."""
+
+    def __init__(self, config: LLMConfig, *, transport: httpx.BaseTransport | None = None) -> None:
+        super().__init__(GeminiCodec(), _service(), _with_version(config), transport=transport)
+
+
+class AsyncGeminiProvider(AsyncHTTPProvider):
+    """`GeminiProvider`, asynchronous."""
+
+    def __init__(self, config: LLMConfig, *, transport: httpx.AsyncBaseTransport | None = None) -> None:
+        super().__init__(GeminiCodec(), _service(), _with_version(config), transport=transport)
