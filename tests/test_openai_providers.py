@@ -1,0 +1,176 @@
+"""The providers of OpenAI's dialects: where they send, with which key, under which name."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import anyio
+import httpx
+import pytest
+
+from fluxibly.config import LLMConfig
+from fluxibly.errors import AuthenticationError, ConfigError, NotFound
+from fluxibly.pipeline import AsyncPipeline, Pipeline
+from fluxibly.providers import openai
+from fluxibly.providers.openai_compatible import PRESETS
+from fluxibly.types import Request, Response
+
+CLASSES = {
+    name: provider
+    for name, provider in vars(openai).items()
+    if name.endswith("Provider") and hasattr(provider, "preset")
+}
+BASE = "https://example.test/base"
+
+
+@pytest.fixture(autouse=True)
+def _no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environment of whoever runs the tests has no say."""
+    for preset in PRESETS.values():
+        monkeypatch.delenv(str(preset.service.env_var), raising=False)
+    monkeypatch.delenv("OPENAI_API_VERSION", raising=False)
+
+
+class Server:
+    """Answers every request alike, and keeps them."""
+
+    def __init__(self) -> None:
+        self.requests: list[httpx.Request] = []
+
+    def __call__(self, request: httpx.Request) -> httpx.Response:
+        self.requests.append(request)
+        if request.url.path.endswith("/responses"):
+            return httpx.Response(200, json={"output": [{"type": "message", "content": [{"text": "Hi"}]}]})
+        return httpx.Response(200, json={"choices": [{"message": {"content": "Hi"}, "finish_reason": "stop"}]})
+
+
+def config(framework: str, **fields: Any) -> LLMConfig:
+    return LLMConfig(framework=framework, model="some/model", **fields)
+
+
+def ask(framework: str, *, max_tokens: int | None = None, model: str = "some/model", **fields: Any) -> httpx.Request:
+    """The request that a framework's provider sends."""
+    server = Server()
+    provider = next(c for n, c in CLASSES.items() if c.preset is PRESETS[framework] and not n.startswith("Async"))
+    with Pipeline(provider(config(framework, **fields), transport=httpx.MockTransport(server))) as pipeline:
+        assert pipeline.complete(Request(model=model, messages="Hello", max_tokens=max_tokens)).text == "Hi"
+    return server.requests[0]
+
+
+def test_each_preset_has_its_two_classes() -> None:
+    """A synchronous one and its asynchronous twin, which say the same of themselves."""
+    assert {provider.preset.service.framework for provider in CLASSES.values()} == set(PRESETS)
+    for name, provider in CLASSES.items():
+        twin = CLASSES[name if name.startswith("Async") else f"Async{name}"]
+        assert twin.preset is provider.preset
+        settings = config(provider.preset.service.framework, api_key="k", api_base=BASE)
+        info = provider(settings).info
+        assert info == twin(settings).info
+        assert info.name == name.removeprefix("Async")
+        assert (info.framework, info.server_address) == (provider.preset.service.framework, "example.test")
+
+
+@pytest.mark.parametrize("framework", sorted(set(PRESETS) - {"azure"}))
+def test_where_each_preset_sends(framework: str) -> None:
+    """To its service, below its base URL, with the key as a bearer token."""
+    preset = PRESETS[framework]
+    request = ask(framework, api_key="k-1")
+    assert str(request.url) == f"{preset.service.base_url}{preset.quirks.path}"
+    assert request.headers["authorization"] == "Bearer k-1"
+    assert json.loads(request.content)["model"] == "some/model"
+
+
+@pytest.mark.parametrize(
+    ("api_base", "url"),
+    [
+        ("https://me.openai.azure.com", "/openai/deployments/some%2Fmodel/chat/completions?api-version=2024-10-21"),
+        (
+            "https://me.openai.azure.com/openai/",
+            "/openai/deployments/some%2Fmodel/chat/completions?api-version=2024-10-21",
+        ),
+        ("https://me.openai.azure.com/openai/v1", "/openai/v1/chat/completions"),
+        (
+            "https://me.openai.azure.com/openai/deployments/mine",
+            "/openai/deployments/mine/chat/completions?api-version=2024-10-21",
+        ),
+        (
+            "https://me.openai.azure.com?api-version=2030-01-01",
+            "/openai/deployments/some%2Fmodel/chat/completions?api-version=2030-01-01",
+        ),
+    ],
+)
+def test_azure(api_base: str, url: str) -> None:
+    """The deployment is in the path, the version in the query, the key in a header of its own."""
+    request = ask("azure", api_base=api_base, api_key="k-1")
+    assert str(request.url) == f"https://me.openai.azure.com{url}"
+    assert request.headers["api-key"] == "k-1"
+    assert "authorization" not in request.headers
+
+
+def test_azure_takes_the_version_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As OpenAI's own client does; and it has no address of its own."""
+    monkeypatch.setenv("OPENAI_API_VERSION", "2031-01-01")
+    assert ask("azure", api_base="https://me.openai.azure.com", api_key="k").url.params["api-version"] == "2031-01-01"
+    with pytest.raises(ConfigError, match="api_base"):
+        openai.AzureProvider(config("azure", api_key="k"))
+
+
+def test_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the environment; missing where a service needs one; not needed on this machine or at a server of one's own."""
+    with pytest.raises(AuthenticationError, match="GROQ_API_KEY"):
+        openai.GroqProvider(config("groq"))
+    with pytest.raises(AuthenticationError, match="OPENAI_API_KEY"):
+        openai.OpenAIProvider(config("openai"))
+    for framework, base in (("vllm", None), ("lmstudio", None), ("llamacpp", None), ("openai", BASE)):
+        assert "authorization" not in ask(framework, api_base=base).headers
+    monkeypatch.setenv("GROQ_API_KEY", "k-2")
+    assert ask("groq").headers["authorization"] == "Bearer k-2"
+
+
+@pytest.mark.parametrize(
+    ("api_base", "model", "name"),
+    [
+        (None, "gpt-4o", "max_completion_tokens"),
+        ("https://api.openai.com/v1", "gpt-3.5-turbo", "max_completion_tokens"),
+        (BASE, "llama", "max_tokens"),
+        (BASE, "gpt-5", "max_completion_tokens"),
+    ],
+)
+def test_max_tokens_at_openai_and_elsewhere(api_base: str | None, model: str, name: str) -> None:
+    """OpenAI has renamed it; compatible servers have not."""
+    body = json.loads(ask("openai", api_base=api_base, api_key="k", model=model, max_tokens=5).content)
+    assert body[name] == 5
+
+
+def test_the_asynchronous_twin_asks_alike() -> None:
+    """It sends the same request and gives the same response."""
+    server = Server()
+
+    async def main() -> Response:
+        provider = openai.AsyncOpenRouterProvider(
+            config("openrouter", api_key="k"), transport=httpx.MockTransport(server)
+        )
+        async with AsyncPipeline(provider) as pipeline:
+            return await pipeline.complete(Request(model="some/model", messages="Hello"))
+
+    assert anyio.run(main).text == "Hi"
+    expected = ask("openrouter", api_key="k")
+    assert (str(server.requests[0].url), server.requests[0].content) == (str(expected.url), expected.content)
+
+
+def test_an_error_says_who_and_what() -> None:
+    """The class, the service, the model, the request's id and what to do."""
+
+    def refuse(request: httpx.Request) -> httpx.Response:
+        error = {"error": {"message": "The model `x` does not exist", "code": "model_not_found"}}
+        return httpx.Response(404, headers={"x-request-id": "req_1"}, json=error)
+
+    provider = openai.TogetherProvider(config("together", api_key="k"), transport=httpx.MockTransport(refuse))
+    with (
+        pytest.raises(NotFound, match="Together answered 404 model_not_found") as caught,
+        Pipeline(provider) as pipeline,
+    ):
+        pipeline.complete(Request(model="some/model", messages="Hello"))
+    error = caught.value
+    assert (error.provider, error.model, error.request_id) == ("together", "some/model", "req_1")
