@@ -30,7 +30,7 @@ class StreamMeter:
         meter = _Meter(call)
         try:
             response = yield from meter.over(call_next(request))
-            if not meter.chunks:
+            if not meter.chunks and (response.has_output or response.finish_reason):
                 meter.count(as_chunk(response))  # not streamed: it reaches the consumer as one chunk
             call.stats = meter.stats(response.usage)
             return response
@@ -77,7 +77,7 @@ class _Meter(Relay):
             self.first_at, self.first_wait = now, wait
             return
         self.waited += wait
-        if wait > self.longest:
+        if wait > self.longest:  # noqa: PLR1730  # as above
             self.longest = wait
         place = int(math.log(wait * 1e6) * _PER_BIN) if wait > FIRST_BIN else 0
         self.bins[place] = self.bins.get(place, 0) + 1
@@ -93,7 +93,7 @@ class _Meter(Relay):
             gap_p50=self.percentile(0.50),
             gap_p95=self.percentile(0.95),
             gap_p99=self.percentile(0.99),
-            gap_max=self.longest if gaps else None,
+            gap_max=self.longest if gaps > 0 else None,
             longest_stall=max(self.longest, self.first_wait),
             streaming_time=self.waited,
             tokens=None if usage is None else usage.output_tokens,
