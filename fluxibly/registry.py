@@ -101,6 +101,7 @@ _BUILT_IN: dict[str, Framework] = {
         _built_in("anthropic", "anthropic", "Anthropic", env_var="ANTHROPIC_API_KEY"),
         _built_in("gemini", "gemini", "Gemini", env_var="GEMINI_API_KEY"),
         _built_in("ollama", "ollama", "Ollama"),
+        _built_in("ollama-generate", "ollama", "OllamaGenerate"),
         _built_in("langchain", "langchain", "LangChain", extra="langchain", needs="langchain"),
         _built_in("litellm", "litellm", "LiteLLM", extra="litellm", needs="litellm"),
     )
