@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 import re
+import reprlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
@@ -24,6 +24,8 @@ class Secret:
     __slots__ = ("_value",)
 
     def __init__(self, value: str) -> None:
+        if not isinstance(value, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"a Secret holds a str, not a {type(value).__name__}")
         self._value = value
 
     def reveal(self) -> str:
@@ -64,14 +66,28 @@ class Timeouts:
     total: float | None = None
 
     def __attrs_post_init__(self) -> None:
-        for name in ("connect", "first_byte", "idle", "total"):
-            value = getattr(self, name)
-            if value is not None and not (_is_number(value) and value > 0):
-                raise ConfigError(f"timeout.{name}: {value!r} is not a number of seconds above 0")
+        values = {name: getattr(self, name) for name in ("connect", "first_byte", "idle", "total")}
+        problems = [
+            f"timeout.{name}: {_shown(value)} is not a number of seconds above 0"
+            for name, value in values.items()
+            if value is not None and not (_is_number(value) and value > 0)
+        ]
+        if problems:
+            raise ConfigError(listed(problems), problems=tuple(problems))
 
 
 def _secret(value: Secret | str | None) -> Secret | None:
     return Secret(value) if isinstance(value, str) else value
+
+
+def _copied(value: Any) -> Any:
+    """A copy of a table or a list, so that a change to the caller's own is none of the configuration."""
+    return dict(value) if is_mapping(value) else list(value) if is_list(value) else value
+
+
+def _without_login(url: object) -> str:
+    """An address for `repr`, without a password that it may hold."""
+    return re.sub("//[^/@]*@", "//***@", repr(url))
 
 
 @attrs.frozen(kw_only=True)
@@ -95,16 +111,16 @@ class LLMConfig:
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
     api_key: Secret | None = attrs.field(default=None, converter=_secret)
-    api_base: str | None = None
+    api_base: str | None = attrs.field(default=None, repr=_without_login)
     timeout: float | Timeouts = 60.0
     max_retries: int = 3
-    additional_params: Mapping[str, Any] = attrs.field(factory=dict[str, Any])
-    middleware: Sequence[Any] | None = None
+    additional_params: Mapping[str, Any] = attrs.field(factory=dict[str, Any], converter=_copied)
+    middleware: Sequence[Any] | None = attrs.field(default=None, converter=_copied)
 
     def __attrs_post_init__(self) -> None:
         problems = list(_problems(self))
         if problems:
-            raise ConfigError(_listed(problems), problems=tuple(problems))
+            raise ConfigError(listed(problems), problems=tuple(problems))
 
     @property
     def timeouts(self) -> Timeouts:
@@ -122,28 +138,29 @@ class LLMConfig:
         Raises:
             ConfigError: it lists all that is wrong.
         """
+        if not is_mapping(settings):
+            raise ConfigError(f"{path.rstrip('.') or 'the configuration'}: a table is due, not {_shown(settings)}")
+        # An empty string is an optional variable that is not set: `${VAR:-}`.
+        given = {name: value for name, value in settings.items() if value is not None and value != ""}
         names = [field.name for field in attrs.fields(cls)]
-        problems = [
-            f"{path}{name}: there is no such setting{did_you_mean(str(name), names)}"
-            for name in settings
-            if name not in names
-        ]
-        problems += [f"{path}{name}: is required" for name in ("framework", "model") if settings.get(name) is None]
-        known: dict[str, Any] = {}
-        for name, value in settings.items():
-            if name in names and value is not None:
+        problems = _unknown(settings, names)
+        problems += [f"{name}: is required" for name in ("framework", "model") if name not in given]
+        known: dict[str, Any] = {"framework": "-", "model": "-"}
+        for name in names:
+            if name in given:
                 try:
-                    known[name] = _read(name, value)
+                    known[name] = _read(name, given[name])
                 except ConfigError as error:
-                    problems += [f"{path}{problem}" for problem in error.problems]
+                    problems += error.problems
         try:
-            config = cls(**cast("dict[str, Any]", {"framework": "-", "model": "-", **known}))
+            config = cls(**known)
         except ConfigError as error:
-            problems += [f"{path}{problem}" for problem in error.problems]
-            raise ConfigError(_listed(problems), problems=tuple(problems)) from None
-        if problems:
-            raise ConfigError(_listed(problems), problems=tuple(problems))
-        return config
+            problems += error.problems
+        else:
+            if not problems:
+                return config
+        problems = [path + problem for problem in problems]
+        raise ConfigError(listed(problems), problems=tuple(problems))
 
     @classmethod
     def from_yaml(cls, file: str | Path, *, section: str = "llm") -> LLMConfig:
@@ -154,7 +171,9 @@ class LLMConfig:
         Raises:
             ConfigError: the file cannot be read or parsed, lacks the section, or holds bad settings.
         """
-        return cls.from_mapping(read_section(file, section), path=f"{section}.")
+        from fluxibly.yaml_file import read_section
+
+        return cls.from_mapping(read_section(Path(file), section), path=f"{section}.")
 
 
 _RANGES: dict[str, tuple[float, float]] = {
@@ -173,25 +192,40 @@ def _is_whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _shown(value: object) -> str:
+    """A value for an error message, short whatever it is."""
+    return reprlib.repr(value)
+
+
+def _unknown(settings: Mapping[Any, Any], names: Sequence[str], path: str = "") -> list[str]:
+    return [
+        f"{path}{name}: there is no such setting{did_you_mean(str(name), names)}"
+        for name in settings
+        if name not in names
+    ]
+
+
 def _problems(config: LLMConfig) -> list[str]:
     """Everything that is wrong with a configuration."""
     problems: list[str] = []
     for name in ("framework", "model"):
         value: Any = getattr(config, name)
         if not isinstance(value, str) or not value.strip():
-            problems.append(f"{name}: {value!r} is not a name (a non-empty str)")
+            problems.append(f"{name}: {_shown(value)} is not a name (a non-empty str)")
     problems += parameter_problems({name: getattr(config, name) for name in (*_RANGES, "max_tokens")})
     if not isinstance(config.timeout, Timeouts) and not (_is_number(config.timeout) and config.timeout > 0):
-        problems.append(f"timeout: {config.timeout!r} is not a number of seconds above 0, nor Timeouts(...)")
+        problems.append(f"timeout: {_shown(config.timeout)} is not a number of seconds above 0, nor Timeouts(...)")
     if not _is_whole(config.max_retries) or config.max_retries < 0:
-        problems.append(f"max_retries: {config.max_retries!r} is not a whole number from 0 up")
+        problems.append(f"max_retries: {_shown(config.max_retries)} is not a whole number from 0 up")
     if config.api_key is not None and not isinstance(config.api_key, Secret):  # pyright: ignore[reportUnnecessaryIsInstance]
         problems.append(f"api_key: a str is due, not a {type(config.api_key).__name__}")
     base: Any = config.api_base
-    if base is not None and not (isinstance(base, str) and re.match(r"https?://[^/\s]+", base)):
-        problems.append(f"api_base: {base!r} is not an http:// or https:// URL")
+    if base is not None and not (isinstance(base, str) and re.match(r"https?://[^/\s]+", base, re.IGNORECASE)):
+        problems.append(f"api_base: {_without_login(base)[:200]} is not an http:// or https:// URL")
     if not isinstance(config.additional_params, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
         problems.append("additional_params: a table (a mapping) is due")
+    elif any(not isinstance(name, str) for name in config.additional_params):  # pyright: ignore[reportUnnecessaryIsInstance]
+        problems.append("additional_params: the names in it are strings")
     layers: Any = config.middleware
     if layers is not None and (isinstance(layers, (str, Mapping)) or not isinstance(layers, Sequence)):
         problems.append("middleware: a list is due")
@@ -207,112 +241,44 @@ def parameter_problems(parameters: Mapping[str, object]) -> list[str]:
         if name in _RANGES:
             low, high = _RANGES[name]
             if not _is_number(value) or not low <= cast("float", value) <= high:
-                problems.append(f"{name}: {value!r} is not a number from {low:g} to {high:g}")
+                problems.append(f"{name}: {_shown(value)} is not a number from {low:g} to {high:g}")
         elif name == "max_tokens" and (not _is_whole(value) or cast("int", value) < 1):
-            problems.append(f"max_tokens: {value!r} is not a whole number from 1 up")
+            problems.append(f"max_tokens: {_shown(value)} is not a whole number from 1 up")
     return problems
 
 
-def _listed(problems: Sequence[str]) -> str:
-    return (
-        problems[0] if len(problems) == 1 else "several settings are wrong:\n" + "\n".join(f"- {p}" for p in problems)
-    )
+def listed(problems: Sequence[str]) -> str:
+    """All that is wrong, as one message."""
+    if len(problems) == 1:
+        return problems[0]
+    return "several settings are wrong:\n" + "\n".join(f"- {problem}" for problem in problems)
 
 
 def _read(name: str, value: Any) -> Any:
     """A setting as plain data gives it; what does not fit is left for validation to tell of."""
     if name == "timeout" and isinstance(value, Mapping):
         return _timeouts(cast("Mapping[str, Any]", value))
-    if isinstance(value, str) and name in (*_RANGES, "timeout", "max_tokens", "max_retries"):
-        try:
-            return int(value) if name in ("max_tokens", "max_retries") else float(value)
-        except ValueError:
-            return value
-    return value
+    return _number(name, value) if name in (*_RANGES, "timeout", "max_tokens", "max_retries") else value
+
+
+def _number(name: str, value: Any) -> Any:
+    """A number that may be written as a string; what is none is left as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return int(value) if name in ("max_tokens", "max_retries") else float(value)
+    except ValueError:
+        return value
 
 
 def _timeouts(table: Mapping[str, Any]) -> Timeouts:
-    import cattrs
-
     names = [field.name for field in attrs.fields(Timeouts)]
-    for name in table:
-        if name not in names:
-            raise ConfigError(f"timeout.{name}: there is no such setting{did_you_mean(str(name), names)}")
+    problems = _unknown(table, names, "timeout.")
     try:
-        return cattrs.structure(table, Timeouts)
-    except ConfigError:
-        raise
-    except Exception as error:  # noqa: BLE001  # cattrs raises groups of whatever the fields raise
-        problems = tuple(cattrs.transform_error(error, path="timeout"))
-        raise ConfigError(_listed(problems), problems=problems) from None
-
-
-def read_section(file: str | Path, section: str) -> Mapping[str, Any]:
-    """A section of a YAML file, with environment variables expanded.
-
-    Raises:
-        ConfigError: see `LLMConfig.from_yaml`.
-    """
-    from pathlib import Path
-
-    import yaml
-
-    try:
-        document: object = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read {file}: {error.strerror or error}") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{file} is not UTF-8 text") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark is not None else ""
-        raise ConfigError(f"{file}{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
-    except RecursionError:
-        raise ConfigError(f"{file}: nested too deeply") from None
-    if document is None:
-        raise ConfigError(f"{file} is empty; it needs a section `{section}:` with framework and model")
-    if not is_mapping(document):
-        raise ConfigError(
-            f"{file}: a table is due at the top, with a section `{section}:`, not a {_yaml_kind(document)}"
-        )
-    if section not in document:
-        raise ConfigError(f"{file} has no section `{section}:`{did_you_mean(section, map(str, document))}")
-    table: object = document[section]
-    if not is_mapping(table):
-        raise ConfigError(f"{file}: `{section}:` is a table with framework and model, not a {_yaml_kind(table)}")
-    problems: list[str] = []
-    expanded = _expand(table, section, problems)
-    if problems:
-        raise ConfigError(_listed(problems), problems=tuple(problems))
-    return cast("Mapping[str, Any]", expanded)
-
-
-def _yaml_kind(value: object) -> str:
-    return (
-        "list" if isinstance(value, list) else "nothing" if value is None else f"single value ({type(value).__name__})"
-    )
-
-
-_VARIABLE = re.compile(r"\$\{(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?::-(?P<default>[^}]*))?\}")
-
-
-def _expand(value: object, path: str, problems: list[str]) -> Any:
-    """`value` with the environment variables in its strings replaced; unset ones are added to `problems`."""
-    if isinstance(value, str):
-
-        def replace(match: re.Match[str]) -> str:
-            found = os.environ.get(match["name"]) or match["default"]
-            if found is None:
-                problems.append(
-                    f"{path}: the environment variable {match['name']} is not set; "
-                    f"set it, or write ${{{match['name']}:-default}}"
-                )
-                return ""
-            return found
-
-        return _VARIABLE.sub(replace, value)
-    if is_mapping(value):
-        return {key: _expand(item, f"{path}.{key}", problems) for key, item in value.items()}
-    if is_list(value):
-        return [_expand(item, f"{path}[{index}]", problems) for index, item in enumerate(value)]
-    return value
+        timeouts = Timeouts(**{name: _number(name, table[name]) for name in names if table.get(name) not in (None, "")})
+    except ConfigError as error:
+        problems += error.problems
+    else:
+        if not problems:
+            return timeouts
+    raise ConfigError(listed(problems), problems=tuple(problems))

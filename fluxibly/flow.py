@@ -113,6 +113,7 @@ def send(request: Request) -> Flow[Response]:
     call = request.call
     call.attempts += 1
     call.asked_model = request.model
+    call.asked_messages = request.messages
     answer: Aggregator | None = None
     start = 0.0 if call.attempt_times is None else call.clock()
     try:

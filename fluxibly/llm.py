@@ -110,13 +110,27 @@ class _LLM:
                     f"a call takes no {name!r}{did_you_mean(name, _OVERRIDES)}; provider parameters go in extra="
                 )
         if changes:
-            problems = parameter_problems(changes)
+            problems = [*parameter_problems(changes), *_call_problems(changes)]
             if problems:
                 raise ConfigError("; ".join(problems), problems=tuple(problems))
             if "extra" in changes:
-                changes["extra"] = {**self.config.additional_params, **(changes["extra"] or {})}
+                changes["extra"] = {**self.config.additional_params, **changes["extra"]}
         changes["messages"] = to_messages(prompt)
         return self._template.evolve(**changes)
+
+
+def _call_problems(changes: Mapping[str, object]) -> list[str]:
+    """What is wrong with a call's own settings, other than the parameters that a configuration has too."""
+    problems: list[str] = []
+    model = changes.get("model", "-")
+    if not isinstance(model, str) or not model.strip():
+        problems.append(f"model: {model!r} is not a name (a non-empty str)")
+    problems += [
+        f"{name}: a table (a mapping) is due, not a {type(changes[name]).__name__}"
+        for name in ("extra", "headers", "metadata")
+        if not isinstance(changes.get(name, {}), Mapping)
+    ]
+    return problems
 
 
 class LLM(_LLM):

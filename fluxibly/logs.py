@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import logging
+import re
 from typing import Any
 
+from fluxibly.masking import error_message
+from fluxibly.outcome import error_type
 from fluxibly.report import report_once
+from fluxibly.types import Request
 
 logger = logging.getLogger("fluxibly")
 
@@ -20,6 +24,22 @@ def log(level: int, template: str, **values: Any) -> None:
         report_once("logging", f"a log handler raised {type(error).__name__}; the call went on without its log line")
 
 
+def log_retry(request: Request, error: Exception, attempt: int, wait: float) -> None:
+    """Log that attempt number `attempt` (from 0) failed, and that another follows after `wait` seconds."""
+    if logger.isEnabledFor(logging.WARNING):
+        log(
+            logging.WARNING,
+            'LLM attempt failed, will retry | attempt=%d, wait=%.2fs, error_type=%s, error_message="%s"',
+            attempt=attempt + 1,
+            wait=wait,
+            error_type=error_type(error),
+            error_message=one_line(error_message(error, (request,))),
+        )
+
+
+_CONTROLS = re.compile("[\\x00-\\x08\\x0a-\\x1f\\x7f-\\x9f\\u2028\\u2029]")
+
+
 def one_line(text: str) -> str:
-    """Line ends escaped, so that no text can forge a log line."""
-    return text.replace("\r", "\\r").replace("\n", "\\n")
+    """Line ends and terminal controls escaped, so that no text can forge a log line."""
+    return _CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 
-from fluxibly.types import Request, Text
+from fluxibly.errors import ResponseInvalid, StreamInterrupted, root_cause
+from fluxibly.types import Message, Request, Text
 
 MASK = "***"
 CUT = "[…]"
@@ -18,33 +19,69 @@ LONGEST = 2_000
 
 
 def mask_secrets(text: str, secrets: Iterable[str]) -> str:
-    """`text` with each secret in it replaced, also where it stands JSON-escaped."""
-    for secret in secrets:
-        if secret:
-            text = text.replace(secret, MASK).replace(json.dumps(secret)[1:-1], MASK)
+    """`text` with each secret in it replaced, also where it stands escaped: as JSON, Python or a URL write it."""
+    forms = {form for secret in secrets if secret.strip() for form in _written(secret)}
+    for form in sorted(forms, key=len, reverse=True):  # one may hold another
+        text = text.replace(form, MASK)
     return text
 
 
-def mask_request(text: str, request: Request) -> str:
+def _written(secret: str) -> Iterable[str]:
+    from urllib.parse import quote
+
+    for form in (secret, secret.strip()):
+        yield form
+        yield json.dumps(form)[1:-1]
+        yield repr(form)[1:-1]
+        raw = form.encode(errors="surrogatepass")
+        yield repr(raw)[2:-1]
+        yield quote(raw, safe="")
+
+
+def error_message(error: BaseException, requests: Iterable[Request]) -> str:
+    """What an error says, without what it quotes of these requests or of the answer."""
+    cause = root_cause(error)
+    text = as_text(cause)
+    answers = [each.partial for each in (error, cause) if isinstance(each, StreamInterrupted)]
+    if isinstance(cause, ResponseInvalid):
+        answers.append(cause.response)
+    quoted = [Message.assistant(answer) for answer in answers]
+    for request in requests:
+        text = mask_request(text, request, quoted)
+    return text
+
+
+def as_text(error: BaseException) -> str:
+    """`str(error)`, or nothing for an exception of a user's own that does not know how."""
+    try:
+        return str(error)
+    except Exception:  # noqa: BLE001  # it may raise anything
+        return ""
+
+
+def mask_request(text: str, request: Request, quoted: Iterable[Message] = ()) -> str:
     """`text` with every run of 12 characters or more that it shares with the request's texts replaced.
 
-    A text of over 2,000 characters is cut there first.
+    These are the texts of its messages, of those that the last attempt sent (middleware may have added some) and of
+    the `quoted` ones. A text of over 2,000 characters is cut there first.
     """
     if len(text) > LONGEST:
         text = text[:LONGEST] + "…"
     if len(text) < RUN:
         return text
     spans: list[tuple[int, int]] = []
-    for content in _contents(request):
+    messages = {id(message): message for message in (*request.messages, *request.call.asked_messages, *quoted)}
+    for content in _contents(messages.values()):
         spans += _shared(text, content)
     return _without(text, spans)
 
 
-def _contents(request: Request) -> Iterable[str]:
-    """The texts that a server could echo, as they are and as JSON writes them."""
-    for message in request.messages:
+def _contents(messages: Iterable[Message]) -> Iterable[str]:
+    """The texts that a server could echo, as they are and as JSON and Python write them."""
+    for message in messages:
         texts = [part.text for part in message.content if isinstance(part, Text)]
         texts += [call.raw_arguments for call in message.tool_calls]
+        texts += [part.text for part in message.reasoning]
         for text in texts:
             if len(text) < RUN:
                 continue

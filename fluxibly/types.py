@@ -107,6 +107,8 @@ class CallRecord:
     attempts: int = 0
     asked_model: str | None = None
     """The model that the last attempt asked for."""
+    asked_messages: tuple[Message, ...] = ()
+    """What the last attempt sent: middleware may have added to it. Error messages are masked with it."""
     model: str | None = None
     """The model that answered, as the last attempt's response named it."""
     usage: Usage | None = None

@@ -8,9 +8,8 @@ from typing import Any
 import attrs
 
 from fluxibly.effects import CallNext, Flow
-from fluxibly.errors import root_cause
 from fluxibly.logs import log, logger, one_line
-from fluxibly.masking import mask_request
+from fluxibly.masking import error_message
 from fluxibly.outcome import error_type, outcome_of
 from fluxibly.types import Request, Response
 
@@ -56,7 +55,7 @@ def _started(request: Request, prompt_length: int) -> None:
         f"LLM {what} started | name=%s, framework=%s, model=%s, prompt_length=%d",
         provider_name=provider.name,
         framework=provider.framework,
-        model=request.model,
+        model=one_line(request.model),
         prompt_length=prompt_length,
     )
 
@@ -82,7 +81,7 @@ def _completed(request: Request, response: Response, elapsed: float, prompt_leng
 def _streamed(request: Request, response: Response, elapsed: float) -> None:
     total_length = len(response.text)
     # A response that was not streamed (a cache hit) reaches the consumer as one chunk after this.
-    total_chunks = request.call.chunks or int(response.has_output)
+    total_chunks = request.call.chunks or int(bool(response.has_output or response.finish_reason))
     log(
         logging.INFO,
         "LLM streaming completed | elapsed_time=%.2fs, total_chunks=%d, total_length=%d",
@@ -117,7 +116,7 @@ def _ended(request: Request, error: BaseException, elapsed: float) -> None:
     values = {
         "elapsed_time": elapsed,
         "error_type": error_type(error),
-        "error_message": one_line(mask_request(str(root_cause(error)), request)),
+        "error_message": one_line(error_message(error, (request,))),
     }
     if call.streaming:
         template += ", chunks_received=%d"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import random
 from collections.abc import Callable
 from typing import Literal
@@ -13,8 +12,7 @@ from fluxibly.combinators import OutputWatch
 from fluxibly.effects import CallNext, Flow
 from fluxibly.errors import ProviderError, StreamInterrupted, root_cause
 from fluxibly.flow import sleep
-from fluxibly.logs import log, one_line
-from fluxibly.masking import mask_request
+from fluxibly.logs import log_retry
 from fluxibly.outcome import error_type
 from fluxibly.types import Request, Response, Restart
 
@@ -64,17 +62,15 @@ class Retry:
             watch = OutputWatch()
             try:
                 return (yield from watch.over(call_next(request)))
-            except Exception as raised:
-                error = raised
+            except Exception as error:
                 if watch.done and not isinstance(error, StreamInterrupted):
                     raise  # not the provider's: a layer within failed after output had gone past here
-            wait = self.wait(attempt, error, request.call.clock() - start)
-            if wait is None:
-                raise error
-            if isinstance(error, StreamInterrupted) and not (yield Restart(error_type(error))):
-                raise error
-            _log_retry(request, error, attempt, wait)
-            del error  # its traceback refers to this frame
+                wait = self.wait(attempt, error, request.call.clock() - start)
+                if wait is None:
+                    raise
+                if isinstance(error, StreamInterrupted) and not (yield Restart(error_type(error))):
+                    raise
+                log_retry(request, error, attempt, wait)
             yield from sleep(wait)
             attempt += 1
 
@@ -87,20 +83,9 @@ class Retry:
             return None
         wait = self.uniform(0.0, min(self.max_delay, self.base_delay * 2.0 ** min(attempt, 60)))
         if cause.retry_after is not None:
-            if cause.retry_after > self.max_retry_after:
+            if not cause.retry_after <= self.max_retry_after:  # NaN is no time to wait for either
                 return None
             wait = max(cause.retry_after, 0.0)
         if self.total_time is not None and elapsed + wait >= self.total_time:
             return None
         return wait
-
-
-def _log_retry(request: Request, error: Exception, attempt: int, wait: float) -> None:
-    log(
-        logging.WARNING,
-        'LLM attempt failed, will retry | attempt=%d, wait=%.2fs, error_type=%s, error_message="%s"',
-        attempt=attempt + 1,
-        wait=wait,
-        error_type=error_type(error),
-        error_message=one_line(mask_request(str(root_cause(error)), request)),
-    )

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 import attrs
 
 from fluxibly.effects import CallNext, Flow
+from fluxibly.masking import as_text
 from fluxibly.profile import Profile
 from fluxibly.report import report_once
 from fluxibly.types import CallRecord, Request, Response
@@ -20,7 +21,7 @@ class Timing:
 
     Args:
         layers: also "layer.NAME", the time that each middleware within this one spent itself (not in the layers
-            below it, nor waiting). It makes every chunk dearer; for looking into a stack, not for production.
+            below it, nor waiting; those of the same name together). It makes every chunk dearer; for looking into a stack, not for production.
         record: called with the timings when the call has ended, however it did. An exception in it is reported once
             on standard error, and changes nothing.
     """
@@ -51,4 +52,4 @@ class Timing:
             try:
                 self.record(timings)
             except Exception as error:  # noqa: BLE001  # what is told about a call never changes it
-                report_once("timing", f"Timing(record=…) raised {type(error).__name__}: {error}")
+                report_once("timing", f"Timing(record=…) raised {type(error).__name__}: {as_text(error)}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Mapping
-from functools import lru_cache
+from functools import cache, lru_cache, partial
 from typing import Any, Literal
 
 import attrs
@@ -13,18 +13,23 @@ import attrs
 from fluxibly.combinators import OutputWatch, hold_back
 from fluxibly.effects import CallNext, Flow
 from fluxibly.errors import ConfigError, ResponseInvalid
-from fluxibly.logs import log
+from fluxibly.guards import is_mapping
+from fluxibly.logs import log, log_retry
 from fluxibly.types import Message, Request, Response
 
 EMPTY = "the answer is empty"
 
 
 def _checked_schema(instance: object, attribute: object, schema: Any) -> None:
-    if schema is None or attrs.has(schema if isinstance(schema, type) else type(None)):
+    if schema is None or (isinstance(schema, type) and attrs.has(schema)):
         return
-    if not isinstance(schema, Mapping):
+    if not is_mapping(schema):
         raise ConfigError(f"Validation(schema=…) is a JSON Schema (a mapping) or an attrs class, not {schema!r}")
-    _validator(json.dumps(schema))
+    try:
+        text = json.dumps(dict(schema))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"Validation(schema=…) is not a JSON Schema: {error}") from None
+    _validator(text)
 
 
 @attrs.frozen(kw_only=True)
@@ -40,7 +45,7 @@ class Validation:
         check: gets the response, and returns None if it is good, else a correction to send to the model. What it
             raises reaches the caller.
         schema: a JSON Schema (needs `pip install 'fluxibly[schema]'`) that the text, as JSON, has to match; or an attrs
-            class that cattrs has to make of it. A Markdown code fence around the JSON is passed over.
+            class that cattrs has to make of it, numbers, strings and booleans each of their own type. A Markdown code fence around the JSON is passed over.
         max_retries: how often to ask again, over all these reasons; then `ResponseInvalid` is raised.
         hold: in a stream, hold everything back until the answer has passed. Without it a stream is checked at its
             end; it cannot be asked for again then, so a problem is raised at once (as the cause of
@@ -50,14 +55,16 @@ class Validation:
     empty: Literal["warn", "raise", "retry"] = attrs.field(
         default="warn", validator=attrs.validators.in_(("warn", "raise", "retry"))
     )
-    check: Callable[[Response], str | None] | None = None
+    check: Callable[[Response], str | None] | None = attrs.field(
+        default=None, validator=attrs.validators.optional(attrs.validators.is_callable())
+    )
     schema: Mapping[str, Any] | type[Any] | None = attrs.field(default=None, validator=_checked_schema)
     max_retries: int = attrs.field(default=2, validator=[attrs.validators.instance_of(int), attrs.validators.ge(0)])
     hold: bool = False
 
     def __call__(self, request: Request, call_next: CallNext) -> Flow[Response]:
         asked = request
-        for left in range(self.max_retries, -1, -1):
+        for attempt in range(self.max_retries + 1):
             watch = OutputWatch()
             verdict = _Verdict()
             try:
@@ -67,8 +74,10 @@ class Validation:
                     response = yield from watch.over(call_next(asked))
                     self.judge(response, verdict)
             except ResponseInvalid as invalid:
-                if invalid is not verdict.error or not verdict.retry or not left or watch.done:
+                last = attempt == self.max_retries
+                if invalid is not verdict.error or not verdict.retry or last or watch.done:
                     raise
+                log_retry(request, invalid, attempt, 0.0)
                 asked = _corrected(request, invalid)
             else:
                 return response if verdict.parsed is None else response.evolve(parsed=verdict.parsed)
@@ -80,13 +89,20 @@ class Validation:
             if self.empty != "warn":
                 raise verdict.reject(response, EMPTY, retry=self.empty == "retry")
             log(logging.WARNING, "LLM response is empty")
-        elif self.schema is not None and not response.tool_calls:
+        if self.schema is not None and not response.tool_calls:
             try:
                 verdict.parsed = parse(response.text, self.schema)
+            except ConfigError:
+                raise
             except ValueError as error:
                 raise verdict.reject(response, str(error)) from None
         if self.check is not None:
             correction = self.check(response)
+            if correction is not None and not isinstance(correction, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+                raise TypeError(
+                    f"Validation(check=…) returned a {type(correction).__name__}; it returns None for a good answer, else a correction "
+                    "(a str) to send to the model"
+                )
             if correction is not None:
                 raise verdict.reject(response, correction)
 
@@ -107,11 +123,16 @@ class _Verdict:
 
 
 def _corrected(request: Request, invalid: ResponseInvalid) -> Request:
-    """The request with the rejected answer and its correction added; an empty answer is just asked for again."""
-    if not invalid.response.has_output:
+    """The request with the rejected answer and its correction added; an empty answer is just asked for again.
+
+    Services want a result for each tool call, before anything else is said.
+    """
+    answer = invalid.response
+    if not answer.text.strip() and not answer.tool_calls:
         return request
+    results = [Message.tool("not called: the answer was rejected", call) for call in answer.tool_calls]
     correction = Message.user(f"{invalid.problem}\nPlease answer again, corrected.")
-    return request.evolve(messages=(*request.messages, Message.assistant(invalid.response), correction))
+    return request.evolve(messages=(*request.messages, Message.assistant(answer), *results, correction))
 
 
 def parse(text: str, schema: Mapping[str, Any] | type[Any]) -> Any:
@@ -119,24 +140,66 @@ def parse(text: str, schema: Mapping[str, Any] | type[Any]) -> Any:
 
     Raises:
         ValueError: it is not JSON or does not match; the message tells the model what to mend.
+        ConfigError: the schema refers to what is not in it.
     """
     try:
-        value: Any = json.loads(_without_fence(text))
+        value: Any = json.loads(_without_fence(text), parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"the answer is not valid JSON: {error}") from None
     if isinstance(schema, type):
-        import cattrs
-
-        try:
-            return cattrs.structure(value, schema)
-        except Exception as error:  # noqa: BLE001  # cattrs raises groups of whatever the class raises
-            what = "; ".join(cattrs.transform_error(error, path=schema.__name__))
-            raise ValueError(f"the answer does not fit {schema.__name__}: {what}") from None
-    problems = [
-        f"{problem.json_path}: {problem.message}" for problem in _validator(json.dumps(schema)).iter_errors(value)
-    ]
+        return _structured(value, schema)
+    problems = _mismatches(value, _validator(json.dumps(dict(schema))))
     if problems:
         raise ValueError(f"the answer does not match the JSON Schema: {'; '.join(problems)}")
+    return value
+
+
+def _mismatches(value: object, validator: Any) -> list[str]:
+    from referencing.exceptions import Unresolvable
+
+    try:
+        return [f"{problem.json_path}: {problem.message}" for problem in validator.iter_errors(value)]
+    except Unresolvable as error:
+        raise ConfigError(f"Validation(schema=…) refers to {error.ref!r}, which is not in it") from None
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON value")
+
+
+def _structured(value: object, schema: type[Any]) -> Any:
+    """The attrs class `schema` made of plain data."""
+    import cattrs
+
+    try:
+        return _converter().structure(value, schema)
+    except Exception as error:  # noqa: BLE001  # cattrs raises groups of whatever the class raises
+        problems = cattrs.transform_error(error, path=schema.__name__, format_exception=_problem)
+        raise ValueError(f"the answer does not fit {schema.__name__}: {'; '.join(problems)}") from None
+
+
+def _problem(error: BaseException, kind: type | None) -> str:
+    from cattrs.v import format_exception
+
+    told = format_exception(error, kind)
+    # Of a class's own validators cattrs tells only that they failed.
+    return f"{told}: {error}" if kind is None and isinstance(error, ValueError) else told
+
+
+@cache
+def _converter() -> Any:
+    """The converter of cattrs for JSON, without its leniency: bool("no") is True, and int(2.7) is 2."""
+    from cattrs.preconf.json import make_converter
+
+    converter = make_converter()
+    for kind, accepted in ((bool, bool), (int, int), (float, (int, float)), (str, str)):
+        converter.register_structure_hook(kind, partial(_strictly, kind, accepted))
+    return converter
+
+
+def _strictly(kind: type, accepted: type | tuple[type, ...], value: object, _: object) -> object:
+    if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
+        raise TypeError(f"{kind.__name__} is due")
     return value
 
 
@@ -145,6 +208,7 @@ def _validator(schema: str) -> Any:
     try:
         import jsonschema
         from jsonschema.validators import validator_for
+        from referencing.jsonschema import EMPTY_REGISTRY
     except ImportError:
         raise ConfigError("Validation with a JSON Schema needs jsonschema: pip install 'fluxibly[schema]'") from None
     parsed = json.loads(schema)
@@ -153,7 +217,7 @@ def _validator(schema: str) -> Any:
         kind.check_schema(parsed)
     except jsonschema.SchemaError as error:
         raise ConfigError(f"Validation(schema=…) is not a JSON Schema: {error.message}") from None
-    return kind(parsed)
+    return kind(parsed, registry=EMPTY_REGISTRY)  # so that no $ref is ever fetched from the network
 
 
 def _without_fence(text: str) -> str:
