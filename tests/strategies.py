@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextvars
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +19,7 @@ from fluxibly.errors import (
     root_cause,
 )
 from fluxibly.flow import hold_back, map_chunks, perform, sleep
+from fluxibly.middleware import Logging, Metrics, Retry, StreamMeter, Timing, Tracing, Validation
 from fluxibly.testing import Cut, Delay
 from fluxibly.types import Chunk, Request, Response, Restart, ToolCallDelta, Usage
 
@@ -51,7 +53,7 @@ class Script:
     """An answer that can be made again."""
 
     steps: tuple[Any, ...] = ()
-    fails: Callable[[], Exception] | None = None
+    fails: Callable[[], BaseException] | None = None
     cut: bool = False
 
     def make(self) -> list[Any]:
@@ -73,6 +75,13 @@ clean_answers = st.lists(early_failures, max_size=2).flatmap(
 )
 any_answers = st.lists(st.one_of(early_failures, late_failures, cuts, successes), min_size=1, max_size=4).map(
     lambda answers: [*answers, *[Script(("last",))] * 12]
+)
+
+interrupts = st.builds(
+    Script, st.lists(steps, max_size=4).map(tuple), st.sampled_from([KeyboardInterrupt, asyncio.CancelledError])
+)
+interrupted_answers = st.tuples(st.lists(early_failures, max_size=1), interrupts).map(
+    lambda parts: [*parts[0], *[parts[1]] * 12]
 )
 
 # Middleware of a user's own. Each kind is made by a function of (name, log), so that every run has its own.
@@ -309,11 +318,37 @@ def annotating(name: str, log: Log) -> Any:
     return annotate
 
 
+def _built_in(make: Callable[[], Any], name: str) -> Any:
+    def kind(_: str, log: Log) -> Any:
+        return make()
+
+    kind.__name__ = name
+    return kind
+
+
+BUILT_IN = tuple(
+    _built_in(make, name)
+    for name, make in {
+        "logging": Logging,
+        "tracing": Tracing,
+        "metrics": Metrics,
+        "timing": Timing,
+        "layers": lambda: Timing(layers=True),
+        "meter": StreamMeter,
+        "validation": Validation,
+        "not_empty": lambda: Validation(empty="raise"),
+        "checked": lambda: Validation(empty="retry", hold=True, check=lambda r: "no b" if "b" not in r.text else None),
+    }.items()
+)
+RETRIES = (
+    _built_in(lambda: Retry(max_retries=2, uniform=max), "retry"),
+    _built_in(lambda: Retry(max_retries=2, uniform=max, on_interrupt="restart"), "retry_restart"),
+)
 WATCHING = (observer, sleeping, performing, setting_context, evolving, annotating)
 WRAPPING = (shouting, dropping, doubling, buffering, holding, holding_until, checking)
-HANDLING = (retrying, falling_back, restarting)
+HANDLING = (retrying, falling_back, restarting, *RETRIES)
 ENDING = (short_circuit, raising_before, raising_after)
-KINDS = (*WATCHING, *WATCHING, *WRAPPING, *HANDLING, *ENDING)
+KINDS = (*WATCHING, *WATCHING, *BUILT_IN, *WRAPPING, *HANDLING, *HANDLING, *ENDING)
 
 stacks = st.lists(st.sampled_from(KINDS), max_size=6)
 

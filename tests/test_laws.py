@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+from contextlib import aclosing
+from contextvars import copy_context
+
+import anyio
 import strategies as s
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fluxibly.errors import StreamInterrupted, root_cause
+from fluxibly.logs import logger
+from fluxibly.pipeline import AsyncPipeline, Pipeline
 from fluxibly.testing import AsyncScriptedProvider, ScriptedProvider, VirtualClock
 from fluxibly.testing.modes import MODES, Mode, Ran, run
 from fluxibly.types import Request, Restart
@@ -17,17 +24,69 @@ STREAMS = [mode for mode in MODES if mode.streaming]
 many = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
-class Case:
-    """One run: its outcome, what the middleware did, and what the provider saw."""
+class Lines(logging.Handler):
+    """The log lines of fluxibly, while entered."""
 
-    def __init__(self, mode: Mode, kinds, answers, **options) -> None:
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record) -> None:
+        self.lines.append(record.getMessage())
+
+    def __enter__(self):
+        logger.addHandler(self)
+        logger.setLevel(logging.DEBUG)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        logger.removeHandler(self)
+        logger.setLevel(logging.NOTSET)
+
+
+class Sends:
+    """Notes each request that the provider gets, among what the consumer gets."""
+
+    def _next_steps(self, request):
+        self.order.append("send")
+        return super()._next_steps(request)
+
+    def _take(self, step):
+        if isinstance(step, BaseException):
+            self.raised.append(step)
+        return super()._take(step)
+
+
+class Sync(Sends, ScriptedProvider):
+    pass
+
+
+class Async(Sends, AsyncScriptedProvider):
+    pass
+
+
+class Case:
+    """One run: its outcome, what the middleware did and logged, and what the provider saw."""
+
+    def __init__(self, mode: Mode, kinds, answers, *, threaded: bool = False, **options) -> None:
         self.mode = mode
         self.log: list[str] = []
         self.clock = VirtualClock()
-        kind = AsyncScriptedProvider if mode.backend else ScriptedProvider
+        kind = Async if mode.backend and not threaded else Sync
         self.provider = kind(*(answer.make() for answer in answers), clock=self.clock)
+        self.provider.order, self.provider.raised = [], []
         self.stack = s.build(kinds, self.log)
-        self.ran: Ran = run(mode, self.provider, self.stack, REQUEST, clock=self.clock, **options)
+        with Lines() as lines:
+            self.ran: Ran = run(
+                mode,
+                self.provider,
+                self.stack,
+                REQUEST,
+                clock=self.clock,
+                watch=lambda event: self.provider.order.append(event),
+                **options,
+            )
+        self.lines = lines.lines
 
     def outcome(self, *, unwrap: bool = True):
         """The response, or the error as type and text."""
@@ -70,6 +129,7 @@ def test_modes_agree_about_failures(kinds, answers, restarts):
             assert case.log == cases[0].log, case.mode
             assert case.clock.sleeps == cases[0].clock.sleeps
             assert case.ran.events == cases[0].ran.events
+            assert case.lines == cases[0].lines
         for case in cases:
             case.check_ends()
             check_stream(case)
@@ -93,8 +153,11 @@ def check_stream(case: Case) -> None:
     if ran.response is not None:
         assert ran.text == ran.response.text
     output = False
-    for event in ran.events:
-        output = False if isinstance(event, Restart) else output or event.has_output
+    for event in case.provider.order:
+        if event == "send":
+            assert not output, case.provider.order
+        else:
+            output = False if isinstance(event, Restart) else output or event.has_output
     if ran.error is not None:
         assert isinstance(ran.error, StreamInterrupted) == output, ran.error
     if isinstance(ran.error, StreamInterrupted):
@@ -108,3 +171,134 @@ def test_early_stops(kinds, answers, stop_after, mode):
     """Law 2: a consumer that leaves at any point ends every flow, and frees the provider."""
     case = Case(mode, kinds, answers, stop_after=stop_after)
     case.check_ends()
+
+
+@many
+@given(s.stacks, s.any_answers, st.booleans(), st.sampled_from([m for m in MODES if m.backend]))
+def test_sync_providers_in_async_pipelines(kinds, answers, restarts, mode):
+    """Law 1: a sync provider in worker threads comes to the same as in a sync pipeline."""
+    case = Case(mode, kinds, answers, restarts=restarts, threaded=True)
+    plain = Case(Mode(mode.streaming), kinds, answers, restarts=restarts)
+    assert case.outcome(unwrap=False) == plain.outcome(unwrap=False)
+    assert case.log == plain.log
+    assert case.ran.events == plain.ran.events
+    case.check_ends()
+
+
+@many
+@given(s.stacks, s.interrupted_answers, st.sampled_from(MODES))
+def test_interrupts_pass(kinds, answers, mode):
+    """Law 6: what is no Exception reaches the caller as it is, from wherever it comes, and everything ends."""
+    case = Case(mode, kinds, answers)
+    case.check_ends()
+    raised = [step for step in case.provider.raised if not isinstance(step, Exception)]
+    assert len(raised) <= 1
+    if raised:
+        assert case.ran.error is raised[0]
+        assert not hasattr(raised[0], "__notes__")
+
+
+@many
+@given(s.stacks, s.any_answers, st.integers(0, 5), st.sampled_from([m for m in MODES if m.backend]))
+def test_cancellations_pass(kinds, answers, after, mode):
+    """Laws 2 and 6: a cancellation at any await of the provider ends every flow, and the scope gets its own."""
+    log: list[str] = []
+
+    class Cancels(AsyncScriptedProvider):
+        steps = 0
+
+        async def stream(self, request):
+            async with aclosing(super().stream(request)) as stream:
+                async for item in stream:
+                    await self.count()
+                    yield item
+
+        async def complete(self, request):
+            await self.count()
+            return await super().complete(request)
+
+        async def count(self):
+            self.steps += 1
+            if self.steps > after:
+                scopes[0].cancel()
+            await anyio.lowlevel.checkpoint()
+
+    provider = Cancels(*(answer.make() for answer in answers))
+    scopes, notes = [], []
+
+    async def main():
+        with anyio.CancelScope() as scope:
+            scopes.append(scope)
+            pipeline = AsyncPipeline(provider, s.build(kinds, log), clock=VirtualClock())
+            try:
+                if mode.streaming:
+                    async with pipeline.stream(REQUEST) as stream:
+                        async for _ in stream:
+                            pass
+                else:
+                    await pipeline.complete(REQUEST)
+            except Exception as error:
+                return error
+            except BaseException as error:
+                notes.extend(getattr(error, "__notes__", []))
+                raise
+            assert provider.steps <= after
+        assert scope.cancelled_caught == scope.cancel_called
+        return None
+
+    anyio.run(main, backend=mode.backend)
+    assert notes == []
+    assert provider.opened == provider.closed
+    starts = sorted(line.split()[0] for line in log if " start" in line)
+    assert starts == sorted(line.split()[0] for line in log if line.endswith(" end"))
+
+
+@many
+@given(s.stacks, s.clean_answers, s.clean_answers, st.data())
+def test_calls_keep_apart(kinds, one, two, data):
+    """Laws 5 and 8: streams of one stack, read in any turns, each come to what they are alone."""
+    alone = [Case(Mode(streaming=True), kinds, answers) for answers in (one, two)]
+    log: list[str] = []
+    stack = s.build(kinds, log)
+    before = dict(copy_context())
+    streams = [
+        Pipeline(ScriptedProvider(*(a.make() for a in answers)), stack, clock=VirtualClock()).stream(REQUEST)
+        for answers in (one, two)
+    ]
+    got = [Ran(), Ran()]
+    left = [0, 1]
+    while left:
+        n = data.draw(st.sampled_from(left))
+        try:
+            got[n].events.append(next(streams[n]))
+        except StopIteration:
+            got[n].response = streams[n].response
+            left.remove(n)
+        except Exception as error:
+            got[n].error = error
+            left.remove(n)
+        assert dict(copy_context()) == before
+    for n in (0, 1):
+        assert got[n].events == alone[n].ran.events
+        assert got[n].response == alone[n].ran.response
+        assert type(root_cause(got[n].error or LookupError())) is type(root_cause(alone[n].ran.error or LookupError()))
+
+
+@many
+@given(s.stacks, s.any_answers, st.sampled_from(MODES))
+def test_a_raising_log_handler_changes_nothing(kinds, answers, mode):
+    """Law 10: with a handler that raises, the outcome is the same."""
+
+    class Raises(logging.Handler):
+        def emit(self, record):
+            raise OSError("disk full")
+
+    plain = Case(mode, kinds, answers)
+    handler = Raises()
+    logger.addHandler(handler)
+    try:
+        case = Case(mode, kinds, answers)
+    finally:
+        logger.removeHandler(handler)
+    assert case.outcome(unwrap=False) == plain.outcome(unwrap=False)
+    assert case.log == plain.log

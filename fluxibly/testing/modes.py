@@ -71,12 +71,14 @@ def run(
     clock: VirtualClock | None = None,
     stop_after: int | None = None,
     restarts: bool = False,
+    watch: Callable[[Chunk | Restart], object] | None = None,
 ) -> Ran:
     """Make a call and tell what came of it, also if that is a BaseException. `provider` must suit the mode.
 
     Args:
         stop_after: close a stream after as many events.
         restarts: take `Restart` events.
+        watch: gets each event as it comes.
     """
     clock = clock or VirtualClock()
     ran = Ran()
@@ -90,6 +92,8 @@ def run(
 
     def take(event: Chunk | Restart) -> bool:
         ran.events.append(event)
+        if watch is not None:
+            watch(event)
         look()
         return len(ran.events) == stop_after
 
