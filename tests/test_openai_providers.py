@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from fluxibly.config import LLMConfig
-from fluxibly.errors import AuthenticationError, ConfigError, NotFound
+from fluxibly.errors import AuthenticationError, ConfigError, NotFound, ServerError
 from fluxibly.pipeline import AsyncPipeline, Pipeline
 from fluxibly.providers import openai
 from fluxibly.providers.openai_compatible import PRESETS
@@ -174,3 +174,11 @@ def test_an_error_says_who_and_what() -> None:
         pipeline.complete(Request(model="some/model", messages="Hello"))
     error = caught.value
     assert (error.provider, error.model, error.request_id) == ("together", "some/model", "req_1")
+
+
+def test_an_error_of_a_server_of_ones_own_does_not_blame_openai() -> None:
+    """It names the host that was asked."""
+    transport = httpx.MockTransport(lambda _: httpx.Response(500))
+    provider = openai.OpenAIProvider(config("openai", api_base=BASE), transport=transport)
+    with pytest.raises(ServerError, match="example.test answered 500: an empty body"), Pipeline(provider) as pipeline:
+        pipeline.complete(Request(model="some/model", messages="Hello"))

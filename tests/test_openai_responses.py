@@ -88,7 +88,7 @@ def test_a_request_with_everything() -> None:
                     {"type": "input_image", "image_url": "data:image/png;base64,iVBORw==", "detail": "auto"},
                 ],
             },
-            {"role": "assistant", "content": "Calling."},
+            {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "Calling."}]},
             {"type": "function_call", "call_id": "call_1", "name": "add", "arguments": '{"a": 1}'},
             {"type": "function_call_output", "call_id": "call_1", "output": "3"},
         ],
@@ -158,7 +158,7 @@ def test_a_whole_response() -> None:
     )
     items = sent(Request(model="gpt-5", messages=[Message.assistant(response)]))["input"]
     assert items[0] == {key: value for key, value in REASONING.items() if key != "status"}
-    assert [item.get("type", item.get("role")) for item in items] == ["reasoning", "assistant", "function_call"]
+    assert [item["type"] for item in items] == ["reasoning", "message", "function_call"]
 
 
 def test_reasoning_that_is_not_encrypted_does_not_go_back() -> None:
@@ -167,7 +167,7 @@ def test_reasoning_that_is_not_encrypted_does_not_go_back() -> None:
     response = CODEC.decode(json.dumps(answer(bare, MESSAGE)).encode())
     assert response.reasoning == "I think."
     assert sent(Request(model="gpt-5", messages=[Message.assistant(response)]))["input"] == [
-        {"role": "assistant", "content": "Hello"}
+        {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "Hello"}]}
     ]
 
 

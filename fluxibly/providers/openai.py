@@ -30,12 +30,15 @@ def service_of(preset: Preset, config: LLMConfig) -> Service:
 
 def codec_of(preset: Preset, config: LLMConfig) -> Codec:
     """The codec of a preset's service, as one configuration reaches it."""
-    quirks = preset.quirks
+    quirks, title = preset.quirks, preset.title
     if preset.service.framework == "azure":
         quirks = attrs.evolve(quirks, path=azure_path(config.api_base or ""))
-    elif preset.service.framework.startswith("openai") and _is_openai(config):
-        quirks = attrs.evolve(quirks, max_tokens="max_completion_tokens")
-    return preset.codec(quirks, preset.title)
+    elif preset.service.framework.startswith("openai"):
+        if _is_openai(config):
+            quirks = attrs.evolve(quirks, max_tokens="max_completion_tokens")
+        else:
+            title = urlsplit(config.api_base or "").hostname or title
+    return preset.codec(quirks, title)
 
 
 def _is_openai(config: LLMConfig) -> bool:

@@ -119,13 +119,18 @@ def _items(message: Message) -> list[dict[str, Any]]:
         ]
     items = [dict(part.raw) for part in message.reasoning if part.raw and _goes_back(part.raw)]
     if message.content:
-        content = _contents(message) if _has_image(message) else message.text
-        items.append({"role": message.role, "content": content})
+        items.append(_said(message))
     items.extend(
         {"type": "function_call", "call_id": call.id, "name": call.name, "arguments": call.raw_arguments}
         for call in message.tool_calls
     )
     return items
+
+
+def _said(message: Message) -> dict[str, Any]:
+    if message.role == "assistant":  # llama.cpp takes it in no shorter form
+        return {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": message.text}]}
+    return {"role": message.role, "content": _contents(message) if _has_image(message) else message.text}
 
 
 def _goes_back(raw: Mapping[str, Any]) -> bool:
