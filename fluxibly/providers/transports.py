@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 from collections.abc import AsyncIterator, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import httpx
 
@@ -16,23 +16,45 @@ if TYPE_CHECKING:
     from fluxibly.providers.http_common import Outgoing
 
 
+K = TypeVar("K")
+V = TypeVar("V")
+KEPT = 32
 DRAIN = 0.02
 """Seconds to wait for the end of a body whose stream is over, so that its connection can be used again."""
 
 
-def _as_request(outgoing: Outgoing, limits: Limits) -> httpx.Request:
-    limits.left()
-    return httpx.Request(
-        "POST",
-        outgoing.url.copy_with(raw_path=outgoing.target),
-        headers=[*outgoing.headers, (b"content-length", b"%d" % len(outgoing.body))],
-        content=outgoing.body,
-        extensions={"timeout": limits.for_httpx()},
-    )
+class _Requests:
+    """Makes httpx requests, and keeps of them what is the same for each call: parsing it anew costs a call's worth."""
+
+    def __init__(self) -> None:
+        self._urls: dict[bytes, httpx.URL] = {}
+        self._headers: dict[tuple[tuple[bytes, bytes], ...], httpx.Headers] = {}
+
+    def make(self, outgoing: Outgoing, limits: Limits) -> httpx.Request:
+        limits.left()
+        url = self._urls.get(outgoing.target)
+        if url is None:
+            url = outgoing.url.copy_with(raw_path=outgoing.target)
+            _keep(self._urls, outgoing.target, url)
+        headers = self._headers.get(outgoing.headers)
+        if headers is None:
+            headers = httpx.Headers(outgoing.headers)
+            _keep(self._headers, outgoing.headers, headers)
+        extensions = {"timeout": limits.for_httpx()}
+        return httpx.Request("POST", url, headers=headers, content=outgoing.body, extensions=extensions)
+
+
+def _keep(kept: dict[K, V], key: K, value: V) -> None:
+    if len(kept) < KEPT:
+        kept[key] = value
 
 
 def _lower(headers: httpx.Headers) -> Mapping[str, str]:
-    return {name.lower(): value for name, value in headers.items()}
+    lower: dict[str, str] = {}
+    for raw_name, raw_value in headers.raw:
+        name, value = raw_name.decode("latin-1").lower(), raw_value.decode("latin-1")
+        lower[name] = f"{lower[name]}, {value}" if name in lower else value
+    return lower
 
 
 def _shut_down(response: httpx.Response) -> None:
@@ -52,16 +74,12 @@ class TransportExchange:
     Each read may take what the limits leave; the total is looked at between reads.
     """
 
-    def __init__(self, transport: httpx.BaseTransport, outgoing: Outgoing, limits: Limits) -> None:
-        request = _as_request(outgoing, limits)
-        limits.handed_over()
+    def __init__(self, response: httpx.Response, limits: Limits) -> None:
         self._limits = limits
-        self._response = transport.handle_request(request)
-        limits.waits(self._cut)
-        limits.answered()
-        self.status = self._response.status_code
-        self.headers = _lower(self._response.headers)
-        self._parts: Iterator[bytes] = iter(self._response.stream)  # type: ignore[arg-type]  # a sync transport's
+        self._response = response
+        self.status = response.status_code
+        self.headers = _lower(response.headers)
+        self._parts: Iterator[bytes] = iter(response.stream)  # type: ignore[arg-type]  # a sync transport's
 
     def read(self) -> bytes:
         """The next bytes of the body, at least one; b"" at its end."""
@@ -76,7 +94,8 @@ class TransportExchange:
         """Give the connection back."""
         self._response.stream.close()  # type: ignore[union-attr]  # a sync transport's
 
-    def _cut(self) -> None:
+    def cut(self) -> None:
+        """End a read in another thread."""
         _shut_down(self._response)
 
 
@@ -85,10 +104,16 @@ class TransportLine:
 
     def __init__(self, transport: httpx.BaseTransport) -> None:
         self._transport = transport
+        self._requests = _Requests()
 
     def send(self, outgoing: Outgoing, limits: Limits) -> TransportExchange:
         """Send a request and wait for the head of its answer."""
-        return TransportExchange(self._transport, outgoing, limits)
+        request = self._requests.make(outgoing, limits)
+        limits.handed_over()
+        exchange = TransportExchange(self._transport.handle_request(request), limits)
+        limits.waits(exchange.cut)
+        limits.answered()
+        return exchange
 
     def close(self) -> None:
         self._transport.close()
@@ -143,12 +168,13 @@ class AsyncTransportLine:
 
     def __init__(self, transport: httpx.AsyncBaseTransport) -> None:
         self._transport = transport
+        self._requests = _Requests()
 
     async def send(self, outgoing: Outgoing, limits: Limits) -> AsyncTransportExchange:
         """Send a request and wait for the head of its answer."""
         import anyio
 
-        request = _as_request(outgoing, limits)
+        request = self._requests.make(outgoing, limits)
         limits.handed_over()
         with anyio.move_on_after(limits.left()) as scope:
             limits.waits(scope.cancel)
