@@ -10,11 +10,45 @@ from collections.abc import Iterable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import anyio
+from hypothesis import HealthCheck, settings
+
+from fluxibly import LLM, AsyncLLM, LLMConfig
 from fluxibly.aggregate import Aggregator
 from fluxibly.errors import FluxiblyError
 from fluxibly.providers.codec import Codec, Event
 from fluxibly.providers.framing import make_framing
+from fluxibly.testing.modes import Mode
 from fluxibly.types import Chunk, Response
+
+fuzz = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+def ask(config: LLMConfig, mode: Mode, prompt: Any, **overrides: Any) -> Response:
+    """The response to a call in a mode, without middleware; a stream's texts have to add up to it."""
+
+    async def ask_async() -> Response:
+        async with AsyncLLM(config, middleware=[]) as llm:
+            if not mode.streaming:
+                return await llm.complete(prompt, **overrides)
+            async with llm.stream(prompt, **overrides) as stream:
+                texts = [chunk.text async for chunk in stream]
+            return _checked(stream.response, texts)
+
+    if mode.backend is not None:
+        return anyio.run(ask_async, backend=mode.backend)
+    with LLM(config, middleware=[]) as llm:
+        if not mode.streaming:
+            return llm.complete(prompt, **overrides)
+        with llm.stream(prompt, **overrides) as stream:
+            texts = [chunk.text for chunk in stream]
+        return _checked(stream.response, texts)
+
+
+def _checked(response: Response | None, texts: list[str]) -> Response:
+    assert response is not None
+    assert "".join(texts) == response.text
+    return response
 
 
 def chunks_of(codec: Codec, pieces: Iterable[bytes]) -> Iterator[Chunk]:

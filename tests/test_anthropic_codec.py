@@ -7,7 +7,7 @@ import random
 from typing import Any
 
 import pytest
-from dialects import answer_or_error, interrupted, mutated, serving, sse, streamed
+from dialects import answer_or_error, fuzz, interrupted, mutated, serving, sse, streamed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from recordings import cuts, load
@@ -606,6 +606,7 @@ def test_errors_in_no_known_shape(body: bytes) -> None:
 # Anything at all
 
 
+@settings(fuzz)
 @given(st.binary(max_size=400))
 def test_random_bytes(body: bytes) -> None:
     """Random bytes are an answer or one of our errors."""
@@ -613,7 +614,7 @@ def test_random_bytes(body: bytes) -> None:
     answer_or_error(CODEC, b"data: " + body + b"\n\n")
 
 
-@settings(max_examples=300)
+@settings(fuzz, max_examples=200)
 @given(st.integers())
 def test_mutated_streams(seed: int) -> None:
     """A damaged stream or body is an answer or one of our errors."""
@@ -623,7 +624,7 @@ def test_mutated_streams(seed: int) -> None:
     answer_or_error(CODEC, mutated(json.dumps(WHOLE).encode(), chance))
 
 
-@settings(max_examples=200)
+@settings(fuzz, max_examples=100)
 @given(
     st.recursive(
         st.none() | st.booleans() | st.integers() | st.text(max_size=5),

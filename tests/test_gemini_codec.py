@@ -7,7 +7,7 @@ import random
 from typing import Any
 
 import pytest
-from dialects import answer_or_error, chunks_of, interrupted, mutated, sse, streamed
+from dialects import answer_or_error, chunks_of, fuzz, interrupted, mutated, sse, streamed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from recordings import cuts, load
@@ -550,6 +550,7 @@ def test_errors(code: int, status: str, message: str, kind: type[ProviderError])
 # Anything at all
 
 
+@settings(fuzz)
 @given(st.binary(max_size=400))
 def test_random_bytes(body: bytes) -> None:
     """Random bytes are an answer or one of our errors."""
@@ -558,7 +559,7 @@ def test_random_bytes(body: bytes) -> None:
     answer_or_error(CODEC, b"data: " + body + b"\n\n")
 
 
-@settings(max_examples=300)
+@settings(fuzz, max_examples=200)
 @given(st.integers())
 def test_mutated_streams(seed: int) -> None:
     """A damaged stream or body is an answer or one of our errors."""
@@ -585,7 +586,7 @@ ANY_JSON = st.recursive(
 )
 
 
-@settings(max_examples=200)
+@settings(fuzz, max_examples=100)
 @given(ANY_JSON)
 def test_events_of_any_shape(value: Any) -> None:
     """Fields of unexpected types break nothing."""

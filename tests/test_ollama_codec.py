@@ -7,7 +7,7 @@ import random
 from typing import Any
 
 import pytest
-from dialects import answer_or_error, chunks_of, interrupted, mutated, serving, streamed
+from dialects import answer_or_error, chunks_of, fuzz, interrupted, mutated, serving, streamed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from recordings import cuts, load
@@ -372,13 +372,14 @@ def test_errors_in_no_known_shape(body: bytes) -> None:
 # Anything at all
 
 
+@settings(fuzz)
 @given(st.binary(max_size=400))
 def test_random_bytes(body: bytes) -> None:
     """Random bytes are an answer or one of our errors."""
     answer_or_error(CHAT, body)
 
 
-@settings(max_examples=300)
+@settings(fuzz, max_examples=200)
 @given(st.integers())
 def test_mutated_streams(seed: int) -> None:
     """A damaged stream or body is an answer or one of our errors."""
@@ -396,7 +397,7 @@ ANY_JSON = st.recursive(
 )
 
 
-@settings(max_examples=200)
+@settings(fuzz, max_examples=100)
 @given(ANY_JSON)
 def test_lines_of_any_shape(value: Any) -> None:
     """Fields of unexpected types break nothing."""
