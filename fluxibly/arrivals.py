@@ -35,8 +35,9 @@ class Arrivals:
         self.points.append((now, now - since, characters))
         self.last = now
         if len(self.points) == LIMIT:
-            del self.points[1::2]
+            del self.points[1::2]  # with it goes the one just added: the next is as far from it as it was from its last
             self.stride *= 2
+            return self.stride // 2
         return self.stride
 
     def encoded(self) -> str:
