@@ -118,7 +118,7 @@ class Slots(Generic[S]):
             return
         idle = self.idle
         idle.append(connection)
-        while now - idle[0].idle_since >= KEEP_IDLE:
+        while idle and now - idle[0].idle_since >= KEEP_IDLE:
             self.forget(idle.popleft())
             self.count -= 1
 

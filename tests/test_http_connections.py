@@ -1,0 +1,566 @@
+"""Connections of the HTTP shells: threads, tasks, loops, forks, closing, proxies and TLS, on real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import ssl
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import anyio
+import httpx
+import pytest
+from misbehaving import Peer, Received, Server, serve
+from tiny import DONE, KEY, SERVICE, Caller, TinyCodec, ask, config, event
+
+from fluxibly.config import Timeouts
+from fluxibly.errors import AuthenticationError, ConfigError, ConnectionFailed, RequestTimeout
+from fluxibly.providers import pool as pools
+from fluxibly.providers.http import AsyncHTTPProvider, HTTPProvider
+
+CERTIFICATE = Path(__file__).with_name("localhost.pem")
+BACKENDS = ["asyncio", "trio"]
+
+
+@pytest.fixture(params=["sync", *BACKENDS])
+def caller(request: pytest.FixtureRequest) -> Caller:
+    return Caller(request.param)
+
+
+@pytest.fixture(autouse=True)
+def no_proxies(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.lower().endswith("_proxy"):
+            monkeypatch.delenv(name)
+
+
+def whole(peer: Peer, request: Received) -> None:
+    peer.answer({"text": request.json["prompt"]})
+
+
+def endless(peer: Peer, request: Received) -> None:
+    """One event, and then nothing."""
+    peer.begin_stream()
+    peer.chunk(event("one"))
+    peer.wait_for_end()
+
+
+def provider(server: Server, **settings: Any) -> HTTPProvider:
+    return HTTPProvider(TinyCodec(), SERVICE, config(server.url, **settings))
+
+
+def async_provider(server: Server, **settings: Any) -> AsyncHTTPProvider:
+    return AsyncHTTPProvider(TinyCodec(), SERVICE, config(server.url, **settings))
+
+
+class TestSettings:
+    def make(self, url: str | None = "http://localhost/v1", **settings: Any) -> HTTPProvider:
+        return HTTPProvider(TinyCodec(), SERVICE, config(url, **settings))
+
+    def test_info_names_the_server(self) -> None:
+        """The async twin gives the same name, so that logs agree."""
+        with self.make("https://api.example.com/v1") as made:
+            assert made.info.name == "HTTPProvider"
+            assert (made.info.framework, made.info.telemetry_name) == ("tiny", "tiny")
+            assert (made.info.server_address, made.info.server_port) == ("api.example.com", 443)
+        twin = AsyncHTTPProvider(TinyCodec(), SERVICE, config("https://api.example.com/v1"))
+        assert twin.info == made.info
+
+    def test_the_repr_shows_no_key(self) -> None:
+        """Nor does anything that it holds."""
+        assert KEY not in repr(self.make())
+
+    @pytest.mark.parametrize("url", [None, "api.example.com", "ftp://example.com", "http://", "http://u:p@example.com"])
+    def test_the_address_has_to_be_one(self, url: str | None) -> None:
+        """The error names the setting."""
+        with pytest.raises(ConfigError, match="api_base"):
+            self.make(url)
+
+    def test_a_missing_key(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The error names the environment variable, which is read otherwise."""
+        monkeypatch.delenv("TINY_API_KEY", raising=False)
+        with pytest.raises(AuthenticationError, match="TINY_API_KEY"):
+            self.make(key=None)
+        monkeypatch.setenv("TINY_API_KEY", "from-the-environment")
+        with serve(whole) as server:
+            with provider(server, key=None) as made:
+                made.complete(ask())
+            assert server.requests[0].headers["authorization"] == "Bearer from-the-environment"
+
+    @pytest.mark.parametrize("key", ["sk-secret\n", " sk-secret", "sk-\nsecret", "sk-sécret", "sk-secret\x00x"])
+    def test_a_malformed_key(self, key: str) -> None:
+        """It is refused before any request, and not shown."""
+        with pytest.raises(AuthenticationError) as caught:
+            self.make(key=key)
+        assert "secret" not in str(caught.value)
+
+    def test_paths_and_queries_are_joined(self, caller: Caller) -> None:
+        """The query of api_base goes along."""
+        with serve(whole) as server:
+            caller.complete(server.url + "/?api-version=1")
+            assert server.requests[0].target == "/v1/chat?api-version=1"
+
+
+class TestReleasing:
+    def test_threads_share_a_pool(self) -> None:
+        """Each call has a connection of its own, and they are used again."""
+        barrier = threading.Barrier(8)
+        texts: list[str] = []
+
+        def work(name: str) -> None:
+            barrier.wait(5)
+            for n in range(20):
+                texts.append(shared.complete(ask(f"{name}-{n}")).text)
+
+        with serve(whole) as server, provider(server) as shared:
+            threads = [threading.Thread(target=work, args=(str(n),)) for n in range(8)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join(10)
+            assert server.connections <= 8
+        assert sorted(texts) == sorted(f"{n}-{m}" for n in range(8) for m in range(20))
+
+    @pytest.mark.parametrize("backend", BACKENDS)
+    def test_tasks_share_a_pool(self, backend: str) -> None:
+        """Two hundred at once, and the answers are not mixed up."""
+
+        async def main(server: Server) -> None:
+            texts: list[str] = []
+
+            async def work(name: str) -> None:
+                texts.append((await shared.complete(ask(name))).text)
+
+            async with async_provider(server) as shared:
+                for _ in range(2):
+                    async with anyio.create_task_group() as tasks:
+                        for n in range(200):
+                            tasks.start_soon(work, str(n))
+            assert sorted(texts) == sorted([str(n) for n in range(200)] * 2)
+            assert server.connections <= 200
+
+        with serve(whole) as server:
+            anyio.run(main, server, backend=backend)
+
+    def test_a_limited_pool_makes_threads_wait(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """In turn, on the one connection."""
+        monkeypatch.setattr(pools, "MAX_CONNECTIONS", 1)
+        with serve(whole) as server, provider(server) as shared:
+            threads = [threading.Thread(target=shared.complete, args=(ask(str(n)),)) for n in range(8)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join(10)
+            assert (server.connections, len(server.requests)) == (1, 8)
+
+    @pytest.mark.parametrize("backend", BACKENDS)
+    def test_a_limited_pool_makes_tasks_wait(self, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Those that are cancelled while they wait are passed over."""
+        monkeypatch.setattr(pools, "MAX_CONNECTIONS", 1)
+
+        async def main(server: Server) -> None:
+            async with async_provider(server) as shared:
+                held = shared.stream(ask("held"))
+                await anext(held)
+                async with anyio.create_task_group() as tasks:
+                    for n in range(5):
+                        tasks.start_soon(shared.complete, ask(str(n)))
+                    await anyio.wait_all_tasks_blocked()
+                    tasks.cancel_scope.cancel()
+                async with anyio.create_task_group() as tasks:
+                    for n in range(5):
+                        tasks.start_soon(shared.complete, ask(str(n)))
+                    await anyio.wait_all_tasks_blocked()
+                    await held.aclose()
+            assert len(server.requests) == 6
+
+        def script(peer: Peer, request: Received) -> None:
+            (endless if request.json["stream"] else whole)(peer, request)
+
+        with serve(script) as server:
+            anyio.run(main, server, backend=backend)
+
+    def test_the_wait_for_a_connection_is_limited(self, caller: Caller, monkeypatch: pytest.MonkeyPatch) -> None:
+        """By the limit on connecting."""
+        monkeypatch.setattr(pools, "MAX_CONNECTIONS", 0)
+        with pytest.raises(RequestTimeout) as caught:
+            caller.complete("http://127.0.0.1:1", timeout=Timeouts(connect=0.1))
+        assert caught.value.phase == "connect"
+
+    def test_an_idle_connection_expires(self, caller: Caller, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It is replaced after a while."""
+        monkeypatch.setattr(pools, "KEEP_IDLE", 0.0)
+        with serve(whole) as server:
+            caller.complete(server.url, times=3)
+            assert server.connections == 3
+
+    def test_a_stream_that_is_closed_early(self) -> None:
+        """Its connection is closed, and the pool goes on."""
+        with serve(endless) as server, provider(server) as made:
+            for _ in range(3):
+                stream = made.stream(ask())
+                assert next(stream).text == "one"
+                stream.close()
+                stream.close()
+                assert server.closed.acquire(timeout=5)
+                assert list(stream) == []
+
+    @pytest.mark.parametrize("backend", BACKENDS)
+    def test_an_async_stream_that_is_closed_early(self, backend: str) -> None:
+        """The same on an event loop."""
+
+        async def main(server: Server) -> None:
+            async with async_provider(server) as made:
+                for _ in range(3):
+                    stream = made.stream(ask())
+                    assert (await anext(stream)).text == "one"
+                    await stream.aclose()
+                    await stream.aclose()
+                    assert server.closed.acquire(timeout=5)
+                    assert [chunk async for chunk in stream] == []
+
+        with serve(endless) as server:
+            anyio.run(main, server, backend=backend)
+
+    def test_a_stream_that_is_dropped(self) -> None:
+        """Its connection is closed with the next call."""
+
+        def script(peer: Peer, request: Received) -> None:
+            (endless if request.json["stream"] else whole)(peer, request)
+
+        with serve(script) as server, provider(server) as made:
+            assert next(made.stream(ask())).text == "one"
+            made.complete(ask())
+            assert server.closed.acquire(timeout=5)
+
+    @pytest.mark.parametrize("backend", BACKENDS)
+    @pytest.mark.parametrize("method", ["complete", "stream"])
+    def test_cancellation(self, backend: str, method: str) -> None:
+        """Within a read: the connection is closed, and the next call has another."""
+
+        def script(peer: Peer, request: Received) -> None:
+            if len(server.requests) > 1:
+                whole(peer, request)
+                return
+            peer.begin_stream()
+            peer.chunk(event("one"))
+            began.set()
+            peer.wait_for_end()
+
+        async def main() -> None:
+            async def work() -> None:
+                if method == "complete":
+                    await made.complete(ask())
+                else:
+                    async for _ in made.stream(ask()):
+                        pass
+
+            async with async_provider(server) as made:
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(work)
+                    await anyio.to_thread.run_sync(began.wait, 5)
+                    await anyio.wait_all_tasks_blocked()
+                    tasks.cancel_scope.cancel()
+                assert server.closed.acquire(timeout=5)
+                assert (await made.complete(ask("after"))).text == "after"
+
+        began = threading.Event()
+        with serve(script) as server:
+            anyio.run(main, backend=backend)
+
+
+def silent(peer: Peer, request: Received) -> None:
+    peer.wait_for_end()
+
+
+class TestEnding:
+    @pytest.mark.parametrize("script", [endless, silent])
+    def test_abort_ends_a_read_in_another_thread(self, script: Callable[[Peer, Received], None]) -> None:
+        """Whether the answer has begun or not."""
+        came = threading.Event()
+        ended: list[Exception] = []
+
+        def read(stream: Iterator[Any]) -> None:
+            try:
+                for _ in stream:
+                    came.set()
+            except ConnectionFailed as error:
+                ended.append(error)
+
+        with serve(script) as server, provider(server, timeout=30) as made:
+            stream = made.stream(ask())
+            thread = threading.Thread(target=read, args=(stream,))
+            thread.start()
+            if script is endless:
+                assert came.wait(5)
+            else:
+                while not server.requests:
+                    came.wait(0.01)
+            stream.abort()
+            thread.join(5)
+            assert not thread.is_alive()
+        assert "was closed while it was read" in str(ended[0])
+
+    @pytest.mark.parametrize("backend", BACKENDS)
+    @pytest.mark.parametrize("script", [endless, silent])
+    def test_abort_ends_a_read_in_another_task(self, backend: str, script: Callable[[Peer, Received], None]) -> None:
+        """The same on an event loop."""
+
+        async def main(server: Server) -> None:
+            ended: list[Exception] = []
+
+            async def read() -> None:
+                try:
+                    async for _ in stream:
+                        pass
+                except ConnectionFailed as error:
+                    ended.append(error)
+
+            async with async_provider(server, timeout=30) as made:
+                stream = made.stream(ask())
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(read)
+                    while not server.requests:
+                        await anyio.sleep(0.01)
+                    await anyio.wait_all_tasks_blocked()
+                    stream.abort()
+            assert len(ended) == 1
+
+        with serve(script) as server:
+            anyio.run(main, server, backend=backend)
+
+    def test_close_ends_open_streams(self) -> None:
+        """Those idle, too; twice is fine, and a call after it is an error."""
+        with serve(endless) as server:
+            made = provider(server)
+            stream = made.stream(ask())
+            next(stream)
+            made.close()
+            made.close()
+            with pytest.raises(ConnectionFailed):
+                next(stream)
+            assert server.closed.acquire(timeout=5)
+            with pytest.raises(RuntimeError, match="closed"):
+                made.complete(ask())
+            with pytest.raises(RuntimeError, match="closed"):
+                made.stream(ask())
+
+    @pytest.mark.parametrize("backend", BACKENDS)
+    def test_aclose_ends_open_streams(self, backend: str) -> None:
+        """The same on an event loop."""
+
+        async def main(server: Server) -> None:
+            made = async_provider(server)
+            stream = made.stream(ask())
+            await anext(stream)
+            await made.aclose()
+            await made.aclose()
+            with contextlib.suppress(StopAsyncIteration):
+                await anext(stream)
+            with pytest.raises(RuntimeError, match="closed"):
+                await made.complete(ask())
+
+        with serve(endless) as server:
+            anyio.run(main, server, backend=backend)
+            assert server.closed.acquire(timeout=5)
+
+    def test_one_provider_on_several_event_loops(self) -> None:
+        """In turn, and on asyncio as on trio."""
+        with serve(whole) as server:
+            made = async_provider(server)
+            for backend in BACKENDS * 2:
+                assert anyio.run(made.complete, ask(backend), backend=backend).text == backend
+            anyio.run(made.aclose)
+
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+    @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+    def test_a_fork_shares_no_connection(self) -> None:
+        """The child makes its own, and the parent's stream goes on as if nothing was."""
+        go_on = threading.Event()
+
+        def script(peer: Peer, request: Received) -> None:
+            if not request.json["stream"]:
+                whole(peer, request)
+                return
+            peer.begin_stream()
+            peer.chunk(event("one "))
+            go_on.wait(5)
+            peer.chunk(event("two") + DONE)
+            peer.chunk("")
+
+        with serve(script) as server, provider(server) as made:
+            made.complete(ask("before"))
+            stream = made.stream(ask())
+            next(stream)
+            made.complete(ask("idle"))
+            before = server.connections
+            child = os.fork()
+            if child == 0:
+                status = 1
+                with contextlib.suppress(BaseException):
+                    status = 0 if made.complete(ask("child")).text == "child" else 2
+                    with contextlib.suppress(ConnectionFailed):
+                        next(stream)
+                        status = 3
+                os._exit(status)
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+            assert server.connections == before + 1
+            go_on.set()
+            assert [chunk.text for chunk in stream] == ["two"]
+            assert made.complete(ask("after")).text == "after"
+            assert server.connections == before + 1
+
+
+class TestOnTheWay:
+    @pytest.fixture
+    def context(self) -> ssl.SSLContext:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(CERTIFICATE)
+        return context
+
+    def test_tls_with_a_certificate_of_ones_own(
+        self, caller: Caller, context: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """SSL_CERT_FILE names who is trusted; whole and streamed, and connections are used again."""
+        monkeypatch.setenv("SSL_CERT_FILE", str(CERTIFICATE))
+
+        def script(peer: Peer, request: Received) -> None:
+            peer.begin_stream()
+            peer.chunk(event("x" * 100_000) + DONE if request.json["stream"] else '{"text": "hello"}')
+            peer.chunk("")
+
+        with serve(script, context) as server:
+            assert caller.complete(server.url, times=3).text == "hello"
+            assert server.connections == 1
+            assert caller.stream(server.url, times=3) == "x" * 100_000
+            assert server.connections == 2
+
+    def test_a_certificate_that_nobody_vouches_for(self, caller: Caller, context: ssl.SSLContext) -> None:
+        """TLS is verified; the error says what to do, and is not worth a retry."""
+        with serve(whole, context) as server:
+            with pytest.raises(ConnectionFailed, match="not trusted.*SSL_CERT_FILE") as caught:
+                caller.complete(server.url)
+            assert not caught.value.retryable
+            assert server.requests == []
+
+    def test_a_proxy_forwards_plain_http(self, caller: Caller, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It gets the whole URL, and its own password."""
+        with serve(whole) as proxy:
+            monkeypatch.setenv("http_proxy", f"http://user:p%40ss@127.0.0.1:{proxy.port}")
+            assert caller.complete("http://models.example/v1").text == "hi"
+            request = proxy.requests[0]
+        assert request.target == "http://models.example/v1/chat"
+        assert request.headers["host"] == "models.example"
+        assert request.headers["proxy-authorization"] == "Basic dXNlcjpwQHNz"
+
+    def test_no_proxy(self, caller: Caller, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The hosts that it names are reached straight."""
+        monkeypatch.setenv("all_proxy", "http://127.0.0.1:1")
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        with serve(whole) as server:
+            assert caller.complete(server.url).text == "hi"
+
+    def test_a_proxy_tunnels_tls(
+        self, caller: Caller, context: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The proxy sees a CONNECT without the API key; what follows is between us and the server."""
+        monkeypatch.setenv("SSL_CERT_FILE", str(CERTIFICATE))
+
+        def tunnel(peer: Peer, request: Received) -> None:
+            peer.send(b"HTTP/1.1 200 Connection established\r\n\r\n")
+            peer.sock = context.wrap_socket(peer.sock, server_side=True)
+            inner = Peer(peer.server, peer.sock)
+            while (received := inner.receive()) is not None:
+                whole(inner, received)
+            inner.close()
+
+        with serve(tunnel) as proxy:
+            monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{proxy.port}")
+            assert caller.complete("https://localhost:4430/v1", times=2).text == "hi"
+            connect, *requests = proxy.requests
+        assert (connect.method, connect.target) == ("CONNECT", "localhost:4430")
+        assert "authorization" not in connect.headers
+        assert [request.target for request in requests] == ["/v1/chat"] * 2
+
+    def test_a_proxy_that_refuses(self, caller: Caller, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The error says that it was the proxy."""
+        with serve(lambda peer, request: peer.answer("no", "407 Proxy Authentication Required")) as proxy:
+            monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{proxy.port}")
+            with pytest.raises(ConnectionFailed, match="the proxy refused.*407"):
+                caller.complete("https://localhost/v1")
+
+
+class TestTransports:
+    def test_a_mock(self) -> None:
+        """`transport=` takes any httpx transport."""
+
+        def answer(request: httpx.Request) -> httpx.Response:
+            assert request.headers["authorization"] == f"Bearer {KEY}"
+            return httpx.Response(200, json={"text": str(request.url)}, headers={"X-Request-Id": "r"})
+
+        url = "http://models.example/v1"
+        with HTTPProvider(TinyCodec(), SERVICE, config(url), transport=httpx.MockTransport(answer)) as made:
+            response = made.complete(ask())
+        assert (response.text, response.request_id) == ("http://models.example/v1/chat", "r")
+
+    @pytest.mark.parametrize("backend", BACKENDS)
+    def test_an_async_mock(self, backend: str) -> None:
+        """Also on an event loop, and for streams."""
+
+        async def main() -> str:
+            def answer(request: httpx.Request) -> httpx.Response:
+                return httpx.Response(200, text=event("hello") + DONE)
+
+            transport = httpx.MockTransport(answer)
+            settings = config("http://models.example/v1")
+            async with AsyncHTTPProvider(TinyCodec(), SERVICE, settings, transport=transport) as made:
+                return "".join([chunk.text async for chunk in made.stream(ask())])
+
+        assert anyio.run(main, backend=backend) == "hello"
+
+    @pytest.mark.parametrize("name", ["httpx", "aiohttp"])
+    def test_real_ones(self, name: str) -> None:
+        """httpx's own and aiohttp's: whole and streamed, with limits and errors as ever."""
+        if name == "aiohttp":
+            from fluxibly.providers.aiohttp_transport import AiohttpTransport as Transport
+        else:
+            from httpx import AsyncHTTPTransport as Transport
+
+        def script(peer: Peer, request: Received) -> None:
+            prompt = request.json["prompt"]
+            if prompt == "idle":
+                endless(peer, request)
+            elif prompt == "cut":
+                peer.begin_stream()
+                peer.chunk(event("one"))
+                peer.close()
+            elif prompt == "silent":
+                silent(peer, request)
+            elif request.json["stream"]:
+                peer.begin_stream()
+                peer.chunk(event("one ") + event("two") + DONE)
+                peer.chunk("")
+            else:
+                whole(peer, request)
+
+        async def main(server: Server) -> None:
+            settings = config(server.url, timeout=Timeouts(connect=0.1, first_byte=0.2, idle=0.2))
+            async with AsyncHTTPProvider(TinyCodec(), SERVICE, settings, transport=Transport()) as made:
+                for _ in range(3):
+                    assert (await made.complete(ask("hello"))).text == "hello"
+                    assert "".join([chunk.text async for chunk in made.stream(ask())]) == "one two"
+                assert server.connections == 1
+                for prompt, error in FAILURES.items():
+                    with pytest.raises(error):
+                        async for _ in made.stream(ask(prompt)):
+                            pass
+
+        with serve(script) as server:
+            asyncio.run(main(server))
+
+
+FAILURES = {"idle": RequestTimeout, "silent": RequestTimeout, "cut": Exception}
