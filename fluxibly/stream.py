@@ -81,7 +81,9 @@ class _Driver:
         return self.output
 
     def admit(self, request: Request) -> None:
-        """Let the provider be asked, unless output has gone out."""
+        """Let the provider be asked, unless output has gone out or the stream was closed meanwhile (see `aborted`)."""
+        if self.closing:
+            raise ConnectionAbortedError("the stream was closed")
         if self.output:
             raise resend_refused(request, Response("".join(self.delivered)))
         call = self.call
@@ -267,6 +269,8 @@ class Stream(Generic[Event]):
             event = driver.context.run(next, driver.events)
         except RuntimeError as error:
             if _is_entered(error):
+                if driver.closing:
+                    raise StopIteration from None
                 raise RuntimeError("another thread is reading this stream") from None
             raise
         finally:

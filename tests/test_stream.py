@@ -14,8 +14,9 @@ import pytest
 from fluxibly import stream as stream_module
 from fluxibly.errors import ServerError, StreamInterrupted
 from fluxibly.flow import map_chunks
+from fluxibly.middleware import Retry
 from fluxibly.pipeline import AsyncPipeline, Pipeline
-from fluxibly.testing import AsyncScriptedProvider, ScriptedProvider
+from fluxibly.testing import AsyncScriptedProvider, ScriptedProvider, VirtualClock
 from fluxibly.types import Chunk, Request, Response, Restart
 
 REQUEST = Request(model="m", messages="hi")
@@ -346,6 +347,100 @@ class TestClosing:
         assert got == ["a"]
         assert iterators[0].closed
         assert watch.ends == ["GeneratorExit"]
+
+    def test_closing_during_a_wait_sends_nothing_more(self):
+        """A retry's wait in another thread ends in the stream's end, not in another attempt."""
+        waiting, go_on = threading.Event(), threading.Event()
+
+        class Clock(VirtualClock):
+            def sleep(self, seconds, /):
+                waiting.set()
+                assert go_on.wait(10)
+
+        provider, watch = ScriptedProvider(ServerError("down"), "a"), Watch()
+        stream = Pipeline(provider, [watch, Retry()], clock=Clock()).stream(REQUEST)
+        got = []
+        thread = threading.Thread(target=lambda: got.append(texts(stream)))
+        thread.start()
+        assert waiting.wait(10)
+        stream.close()
+        go_on.set()
+        thread.join(10)
+        assert got == [[]]
+        assert len(provider.requests) == 1
+        assert watch.ends == ["GeneratorExit"]
+
+    def test_an_async_close_during_a_wait_sends_nothing_more(self, backend):
+        """The same, in another task."""
+
+        class Clock(VirtualClock):
+            async def asleep(self, seconds, /):
+                events[0].set()
+                await events[1].wait()
+
+        events = []
+        provider, watch = AsyncScriptedProvider(ServerError("down"), "a"), Watch()
+
+        async def main():
+            events.extend([anyio.Event(), anyio.Event()])
+            stream = AsyncPipeline(provider, [watch, Retry()], clock=Clock()).stream(REQUEST)
+
+            async def read():
+                assert [chunk async for chunk in stream] == []
+
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(read)
+                await events[0].wait()
+                await stream.aclose()
+                events[1].set()
+
+        anyio.run(main, backend=backend)
+        assert len(provider.requests) == 1
+        assert watch.ends == ["GeneratorExit"]
+
+    def test_reading_while_another_thread_closes(self):
+        """Is the end of the stream, even while the provider takes its time to close."""
+        closing, go_on = threading.Event(), threading.Event()
+
+        class Slow(ScriptedProvider):
+            def stream(self, request):
+                try:
+                    yield "a"
+                    yield "b"
+                finally:
+                    closing.set()
+                    assert go_on.wait(10)
+
+        stream = Pipeline(Slow()).stream(REQUEST)
+        next(stream)
+        thread = threading.Thread(target=stream.close)
+        thread.start()
+        assert closing.wait(10)
+        assert texts(stream) == []
+        stream.close()
+        go_on.set()
+        thread.join(10)
+
+    def test_a_second_reader_is_refused(self):
+        """Two threads cannot read one stream at once."""
+        reading, go_on = threading.Event(), threading.Event()
+
+        class Slow(ScriptedProvider):
+            def stream(self, request):
+                reading.set()
+                assert go_on.wait(10)
+                yield "a"
+
+        stream = Pipeline(Slow()).stream(REQUEST)
+        got = []
+        thread = threading.Thread(target=lambda: got.extend(texts(stream)))
+        thread.start()
+        assert reading.wait(10)
+        with pytest.raises(RuntimeError, match="another thread is reading this stream"):
+            next(stream)
+        go_on.set()
+        thread.join(10)
+        assert got == ["a"]
 
     def test_a_failure_to_release_is_heard_of(self):
         """An error of the provider's own clean-up reaches the one who closes, after the flow has ended."""
