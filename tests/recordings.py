@@ -22,7 +22,7 @@ from fluxibly.providers.framing import make_framing
 from fluxibly.types import Response
 
 FOLDER = Path(os.environ.get("FLUXIBLY_RECORDED") or Path(__file__).parent.parent.parent / "shared" / "recorded")
-EVERY_BYTE = 5_000
+EVERY_BYTE = 3_000
 """Streams up to this many bytes are cut at every byte; longer ones at random places."""
 
 
@@ -89,7 +89,7 @@ def decode_stream(codec: Codec, reads: Iterable[bytes]) -> Outcome:
 def cuts(body: bytes, *, seed: int = 0) -> Iterator[Sequence[bytes]]:
     """The same bytes in other reads: in two at every byte, one byte a read, and at random places."""
     every = range(1, len(body))
-    for place in every if len(body) <= EVERY_BYTE else random.Random(seed).sample(every, 200):
+    for place in every if len(body) <= EVERY_BYTE else random.Random(seed).sample(every, 100):
         yield body[:place], body[place:]
     yield [body[i : i + 1] for i in range(len(body))]
     for shuffle in range(10):

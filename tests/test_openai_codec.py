@@ -674,6 +674,15 @@ def test_any_json_is_an_answer_or_our_error(value: object) -> None:
     _whole_or_error(json.dumps({"choices": [{"delta": value, "message": value}]}).encode())
 
 
+@pytest.mark.parametrize("depth", [50, 400, 900, 990, 2_000, 100_000])
+@pytest.mark.parametrize("around", ['{{"choices": [{{"message": {{"tool_calls": [{{"function": {{"arguments": {}}}}}]}}}}]}}',
+                                    '{{"choices": [{{"message": {{"content": {}}}}}]}}', '{{"error": {}}}', "{}"])  # fmt: skip
+def test_what_is_nested_deeply_is_an_answer_or_our_error(depth: int, around: str) -> None:
+    """Lists in lists, and objects in objects, to where the interpreter gives up and past it."""
+    _whole_or_error(around.format("[" * depth + "]" * depth).encode())
+    _whole_or_error(around.format('{"thinking":' * depth + "1" + "}" * depth).encode())
+
+
 @given(st.binary(max_size=100))
 def test_any_bytes_are_an_answer_or_our_error(data: bytes) -> None:
     """Rubbish too."""

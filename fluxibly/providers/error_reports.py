@@ -112,24 +112,21 @@ _REQUEST_ID_HEADERS: Final = (
 def read_report(payload: object) -> Report | None:
     """The error in a decoded body or event, in any of the shapes that services use; None if there is none."""
     if isinstance(payload, list):
-        items = cast("list[object]", payload)
-        return read_report(items[0]) if items else None
+        payload = next(iter(cast("list[object]", payload)), None)
     if not isinstance(payload, dict):
         return None
     outer = cast("dict[str, Any]", payload)
     for key in ("error", "errors", "detail"):
-        inner: object = outer.get(key)
-        if inner and isinstance(inner, list) and key == "errors":
-            inner = cast("list[object]", inner)[0]
-        if inner:
-            return _report(cast("object", inner), outer)
+        if outer.get(key):
+            inner: Any = outer[key]
+            return _report(inner[0] if key == "errors" and isinstance(inner, list) else inner, outer)
     if "choices" not in outer and isinstance(outer.get("message"), (str, dict)):
-        return _report(cast("object", outer["message"]), outer)
+        return _report(outer["message"], outer)
     return None
 
 
-def _report(inner: object, outer: dict[str, Any]) -> Report:
-    fields = cast("dict[str, Any]", inner) if isinstance(inner, dict) else {}
+def _report(inner: Any, outer: dict[str, Any]) -> Report:
+    fields = _table(inner)
     given = [
         *(fields.get(key) for key in ("code", "type", "status", "reason")),
         *(detail.get("reason") for detail in _dicts(fields.get("details"))),
@@ -143,7 +140,7 @@ def _report(inner: object, outer: dict[str, Any]) -> Report:
         _status,
         (fields.get("status_code"), fields.get("code"), fields.get("status"), outer.get("code"), outer.get("status")),
     )
-    message = _words_of(cast("object", inner))
+    message = _words_of(inner)
     upstream: object = _table(fields.get("metadata")).get("raw")  # OpenRouter's quote of the service behind it
     if isinstance(upstream, str) and upstream not in message:
         message = f"{message}: {upstream}"

@@ -2,66 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping
-from typing import Any, Final, NoReturn
+from collections.abc import Mapping
 from urllib.parse import quote
 
 import attrs
-import msgspec
 
 from fluxibly.aggregate import Aggregator
-from fluxibly.errors import ProviderError, StreamProtocolError
+from fluxibly.errors import ProviderError
 from fluxibly.providers import error_reports
-from fluxibly.providers.codec import Encoded, Event, Framing
+from fluxibly.providers.codec import Encoded, Framing
 from fluxibly.providers.json_reading import read_json
-from fluxibly.providers.openai_parts import (
-    Details,
-    content_of,
-    finish_reason_of,
-    tool_call_deltas,
-    usage_of,
-)
 from fluxibly.providers.openai_request import Quirks, chat_body
-from fluxibly.providers.wire import cut_off, not_an_answer, table, write_json
-from fluxibly.types import Chunk, Reasoning, Request, Response
-
-
-class Delta(msgspec.Struct):
-    """What a choice says. `Any` stands where services send more than one type; other fields are not even read."""
-
-    content: Any = None
-    reasoning: Any = None
-    reasoning_content: Any = None
-    reasoning_details: Any = None
-    refusal: Any = None
-    tool_calls: Any = None
-
-
-class Choice(msgspec.Struct):
-    delta: Delta | None = None
-    message: Delta | None = None
-    text: Any = None
-    """Where a server answers as the older completions API does."""
-    index: Any = None
-    finish_reason: Any = None
-    usage: Any = None
-    error: Any = None
-
-
-class Body(msgspec.Struct):
-    """A whole answer or one event of a stream."""
-
-    choices: list[Choice | None] | None = None
-    id: Any = None
-    model: Any = None
-    usage: Any = None
-    error: Any = None
-    x_groq: Any = None
-
-
-_read_body: Final = msgspec.json.Decoder(Body).decode
-_EMPTY: Final[tuple[Chunk, ...]] = ()
-_NOTHING: Final = Delta()
+from fluxibly.providers.openai_stream import Body as Body
+from fluxibly.providers.openai_stream import ChatDecoder as ChatDecoder
+from fluxibly.providers.openai_stream import Choice, to_body
+from fluxibly.providers.wire import not_an_answer, write_json
+from fluxibly.types import Request, Response
 
 
 @attrs.frozen
@@ -95,7 +51,7 @@ class OpenAICodec:
             StreamProtocolError: for what is no answer.
         """
         raw = read_json(body)
-        found = _convert(raw, body, self.service)
+        found = to_body(raw, body, self.service)
         if not found.error and not any(map(_says_something, found.choices or ())):
             reported = error_reports.error_of_payload(raw, body=body, service=self.service)
             raise reported or not_an_answer(body, self.service, "message in its choices")
@@ -117,237 +73,3 @@ def _says_something(choice: Choice | None) -> bool:
     return choice is not None and (
         choice.message is not None or choice.delta is not None or choice.text is not None or bool(choice.error)
     )
-
-
-def _convert(raw: object, data: bytes, service: str) -> Body:
-    try:
-        return msgspec.convert(raw, Body)
-    except msgspec.ValidationError as error:
-        reported = error_reports.error_of_payload(raw, body=data, service=service)
-        if reported is not None:
-            raise reported from None
-        raise StreamProtocolError(
-            f"{service} sent JSON that is no chat completion: {error}", body=error_reports.excerpt(data)
-        ) from None
-
-
-class ChatDecoder:
-    """The state of one stream of chat completion chunks.
-
-    What is no output (id, model, finish reason, usage) is held for the next chunk that has some, or for the last one:
-    a chunk is a piece of the answer, so that counts, gaps and the time to the first one mean what they say.
-    """
-
-    def __init__(self, service: str) -> None:
-        self._service = service
-        self._choices: dict[int, _ChoiceState] = {}
-        self._first = _ChoiceState()
-        self._held: dict[str, Any] = {}
-        self._id: str | None = None
-        self._model: str | None = None
-        self.done = False
-
-    def decode_event(self, event: Event, /) -> Iterable[Chunk]:
-        """The chunks of an event.
-
-        Raises:
-            ProviderError: for an event that is an error.
-            StreamProtocolError: for one that is not JSON.
-        """
-        data = event.data
-        if self.done or not data:
-            return _EMPTY
-        try:
-            body = _read_body(data)
-        except (ValueError, RecursionError):
-            if data.strip() == b"[DONE]":
-                self.done = True
-                return self._last()
-            body = _convert(read_json(data), data, self._service)
-        return self.take(body, data)
-
-    def end(self) -> Iterable[Chunk]:
-        """The last chunks, when the stream's bytes are over.
-
-        Raises:
-            StreamProtocolError: the stream was cut off.
-        """
-        if self.done:
-            return _EMPTY
-        if not self._choices or not all(choice.finished for choice in self._choices.values()):
-            raise cut_off(self._service, "a finish reason or [DONE]")
-        return self._last()
-
-    def _last(self) -> Iterable[Chunk]:
-        if not self._choices:
-            raise cut_off(self._service, "an answer in it")
-        fields, self._held = self._held, {}
-        parts = self._first.parts()
-        if parts:
-            fields["reasoning_parts"] = parts
-        others = [(index, one.parts()) for index, one in self._choices.items() if index]
-        alternatives = tuple((index, Chunk(reasoning_parts=parts)) for index, parts in others if parts)
-        if alternatives:
-            fields["alternatives"] = alternatives
-        return (Chunk(**fields),) if fields else _EMPTY
-
-    def take_whole(self, body: Body, data: bytes) -> Iterable[Chunk]:
-        """The chunks of an answer that is no stream."""
-        return (*self.take(body, data), *self._last())
-
-    def take(self, body: Body, data: bytes) -> Iterable[Chunk]:
-        """The chunks of a decoded event."""
-        choices = body.choices
-        if body.error or not choices:
-            return self._take_other(body, data)
-        choice = choices[0]
-        if len(choices) > 1 or choice is None or choice.index or choice.error:
-            return self._take_several(body, choices, data)
-        state = self._first
-        if not state.begun:
-            self._choices[0] = state
-        fields = self._held
-        text = state.take(choice, fields)
-        self._note(body, choice, fields)
-        if not fields:
-            return (Chunk(text),) if text else _EMPTY
-        if text or "reasoning" in fields or "tool_calls" in fields:
-            self._held = {}
-            return (Chunk(text, **fields),)
-        return _EMPTY
-
-    def _take_several(self, body: Body, choices: list[Choice | None], data: bytes) -> Iterable[Chunk]:
-        fields, self._held = self._held, {}
-        text = ""
-        others: list[tuple[int, Chunk]] = []
-        failure: object = None
-        for place, choice in enumerate(choices):
-            if choice is None:
-                continue
-            index = choice.index if type(choice.index) is int and choice.index >= 0 else place
-            state = self._choices.setdefault(index, _ChoiceState() if index else self._first)
-            failure = failure or choice.error
-            self._note(body, choice, fields)
-            if index == 0:
-                text += state.take(choice, fields)
-            else:
-                own: dict[str, Any] = {}
-                others.append((index, Chunk(state.take(choice, own), **own)))
-        if others:
-            fields["alternatives"] = tuple(others)
-        chunk = Chunk(text, **fields)
-        return self._fail_after(chunk, {"error": failure}, data) if failure else (chunk,)
-
-    def _take_other(self, body: Body, data: bytes) -> Iterable[Chunk]:
-        """An event without choices, or with an error."""
-        error = body.error
-        if error and body.choices:
-            body.error = None
-            for choice in body.choices:
-                if choice is not None:
-                    choice.error = choice.finish_reason = None
-            return self._fail_after(next(iter(self.take(body, data)), Chunk()), {"error": error}, data)
-        if error:
-            self._raise(read_json(data), data)
-        before = len(self._held)
-        self._note(body, Choice(), self._held)
-        if len(self._held) == before and body.choices is None:
-            reported = error_reports.error_of_payload(read_json(data), body=data, service=self._service)
-            if reported is not None:
-                raise reported
-        return _EMPTY
-
-    def _fail_after(self, chunk: Chunk, payload: object, data: bytes) -> Generator[Chunk]:
-        """What came in the same event as an error, then the error."""
-        if chunk.has_output or chunk.alternatives:
-            yield chunk
-        self._raise(payload, data)
-
-    def _raise(self, payload: object, data: bytes) -> NoReturn:
-        error = error_reports.error_of_payload(payload, body=data, service=self._service)
-        raise error or StreamProtocolError(f"{self._service} sent an error without a word on what it is")
-
-    def _note(self, body: Body, choice: Choice, fields: dict[str, Any]) -> None:
-        """Note the usage, where there is one, and the id and the model, where they are new."""
-        found = body.id
-        if found != self._id and isinstance(found, str) and found:
-            fields["id"] = self._id = found
-        found = body.model
-        if found != self._model and isinstance(found, str) and found:
-            fields["model"] = self._model = found
-        usage = body.usage or choice.usage
-        if usage is None and body.x_groq is not None:
-            usage = table(body.x_groq).get("usage")
-        if usage and (counted := usage_of(usage)) is not None:
-            fields["usage"] = counted
-
-
-class _ChoiceState:
-    """What is remembered of one choice of a stream."""
-
-    __slots__ = ("begun", "details", "finished", "refused", "spoke", "thought", "tools")
-
-    def __init__(self) -> None:
-        self.begun = False
-        self.spoke = False
-        self.tools = False
-        self.refused = False
-        self.finished = False
-        self.thought: list[str] = []
-        self.details: Details | None = None
-
-    def take(self, choice: Choice, fields: dict[str, Any]) -> str:
-        """The text of an event's choice; what else it has goes into `fields`, which become a chunk's."""
-        self.begun = True
-        delta = choice.delta
-        if delta is None:
-            # Perplexity repeats the whole message beside each delta; it counts only where nothing else was said
-            delta = choice.message if choice.message is not None and not self.spoke else _NOTHING
-        text, reasoning = delta.content, delta.reasoning or delta.reasoning_content
-        if type(text) is not str:
-            text, thought = content_of(choice.text if text is None else text)
-            reasoning = reasoning or thought
-        if reasoning or delta.reasoning_details or delta.tool_calls or delta.refusal:
-            text += self._take_more(delta, reasoning, fields)
-        if text:
-            self.spoke = True
-        if choice.finish_reason:
-            self._finish(str(choice.finish_reason), fields)
-        return text
-
-    def _take_more(self, delta: Delta, reasoning: object, fields: dict[str, Any]) -> str:
-        """Take what a delta has beside its content; the text of a refusal, which is an answer as well."""
-        if delta.tool_calls:
-            calls = tool_call_deltas(delta.tool_calls)
-            if calls:
-                self.tools = self.spoke = True
-                fields["tool_calls"] = calls
-        if delta.reasoning_details:
-            if self.details is None:
-                self.details = Details()
-            said = self.details.add(delta.reasoning_details)
-            reasoning = reasoning or said
-        if reasoning and isinstance(reasoning, str):
-            fields["reasoning"] = reasoning
-            self.thought.append(reasoning)
-        if delta.refusal and isinstance(delta.refusal, str):
-            self.refused = True
-            return delta.refusal
-        return ""
-
-    def _finish(self, reason: str, fields: dict[str, Any]) -> None:
-        self.finished = True
-        finish = finish_reason_of(reason)
-        if finish == "stop" and (self.refused or self.tools):
-            finish = "content_filter" if self.refused else "tool_call"
-        fields["finish_reason"] = finish
-        fields["raw_finish_reason"] = reason
-
-    def parts(self) -> tuple[Reasoning, ...]:
-        """The reasoning that has to go back to the service."""
-        if self.details is not None:
-            return self.details.parts()
-        if self.thought and self.tools:
-            text = "".join(self.thought)
-            return (Reasoning(text=text, raw={"reasoning_content": text}),)
-        return ()

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final, cast
 
-from fluxibly.providers.wire import to_json
+from fluxibly.errors import StreamProtocolError
+from fluxibly.providers.wire import string, table, to_json
 from fluxibly.types import Reasoning, ToolCallDelta, Usage
 
 _FINISH_REASONS: Final[Mapping[str, str]] = {
@@ -35,26 +36,28 @@ def finish_reason_of(raw: str) -> str:
 
 def content_of(content: object) -> tuple[str, str]:
     """The text and the reasoning of a `content`, which is a string, null, or a list of parts."""
-    if content is None:
-        return "", ""
     if isinstance(content, str):
         return content, ""
-    if not isinstance(content, list):
-        content = [content]
     texts: list[str] = []
     thoughts: list[str] = []
-    for part in cast("list[object]", content):
+    for part in _parts(content):
         if isinstance(part, str):
             texts.append(part)
-        elif isinstance(part, dict):
-            fields = cast("dict[str, Any]", part)
-            thinking: object = fields.get("thinking")
-            if thinking is not None:
-                thoughts.append(content_of(thinking)[0])
-            else:
-                said: object = fields.get("text") or fields.get("refusal")
-                texts.append(said if isinstance(said, str) else "")
+        else:
+            fields = table(part)
+            thoughts += [
+                thought if isinstance(thought, str) else string(table(thought).get("text"))
+                for thought in _parts(fields.get("thinking"))
+            ]
+            texts.append(string(fields.get("text")) or string(fields.get("refusal")))
     return "".join(texts), "".join(thoughts)
+
+
+def _parts(value: object) -> list[object]:
+    """The parts of what may be one, several or none."""
+    if value is None:
+        return []
+    return cast("list[object]", value) if isinstance(value, list) else [value]
 
 
 def tool_call_deltas(calls: object) -> tuple[ToolCallDelta, ...]:
@@ -62,15 +65,12 @@ def tool_call_deltas(calls: object) -> tuple[ToolCallDelta, ...]:
 
     A negative `index` is none, an empty id or name is none, and arguments may be null, text or an object.
     """
-    if not isinstance(calls, list):
-        calls = [calls]
     deltas: list[ToolCallDelta] = []
-    for call in cast("list[object]", calls):
-        if not isinstance(call, dict):
+    for call in _parts(calls):
+        fields = table(call)
+        if not fields:
             continue
-        fields = cast("dict[str, Any]", call)
-        inner: object = fields.get("function")
-        function = cast("dict[str, Any]", inner) if isinstance(inner, dict) else fields
+        function = table(fields.get("function")) or fields
         index: object = fields.get("index")
         deltas.append(
             ToolCallDelta(
@@ -90,7 +90,10 @@ def _text(value: object) -> str | None:
 def _arguments(value: object) -> str:
     if isinstance(value, str):
         return value
-    return "" if value is None else to_json(value)
+    try:
+        return "" if value is None else to_json(value)
+    except RecursionError:
+        raise StreamProtocolError("the arguments of a tool call are nested too deeply") from None
 
 
 class Details:
