@@ -19,8 +19,10 @@ from tiny import DONE, KEY, SERVICE, Caller, TinyCodec, ask, config, event
 
 from fluxibly.config import Timeouts
 from fluxibly.errors import AuthenticationError, ConfigError, ConnectionFailed, RequestTimeout
+from fluxibly.pipeline import AsyncPipeline, Pipeline
 from fluxibly.providers import pool as pools
 from fluxibly.providers.http import AsyncHTTPProvider, HTTPProvider
+from fluxibly.stream import end_orphans
 
 CERTIFICATE = Path(__file__).with_name("localhost.pem")
 BACKENDS = ["asyncio", "trio"]
@@ -413,6 +415,44 @@ class TestEnding:
             assert [chunk.text for chunk in stream] == ["two"]
             assert made.complete(ask("after")).text == "after"
             assert server.connections == before + 1
+
+
+class TestBehindAPipeline:
+    def test_a_stream_closed_in_another_thread(self) -> None:
+        """The thread that reads sees the end of it, at once and without an error."""
+        came = threading.Event()
+        texts: list[str] = []
+
+        def read() -> None:
+            for chunk in stream:
+                texts.append(chunk.text)
+                came.set()
+            texts.append("the end")
+
+        with serve(endless) as server, provider(server, timeout=30) as made:
+            stream = Pipeline(made).stream(ask())
+            thread = threading.Thread(target=read)
+            thread.start()
+            assert came.wait(5)
+            stream.close()
+            thread.join(5)
+            assert texts == ["one", "the end"]
+            assert server.closed.acquire(timeout=5)
+
+    @pytest.mark.parametrize("backend", BACKENDS)
+    def test_an_async_stream_that_is_dropped(self, backend: str) -> None:
+        """Its connection is closed though nobody awaited anything."""
+
+        async def main(server: Server) -> None:
+            async with async_provider(server, timeout=30) as made:
+                stream = AsyncPipeline(made).stream(ask())
+                await anext(stream)
+                del stream
+                end_orphans()
+                assert server.closed.acquire(timeout=5)
+
+        with serve(endless) as server:
+            anyio.run(main, server, backend=backend)
 
 
 class TestOnTheWay:

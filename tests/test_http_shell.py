@@ -105,7 +105,7 @@ class TestAnswers:
         assert server.requests[0].headers["traceparent"] == "00-1-2-01"
         assert server.requests[0].headers["user-agent"] == "mine"
 
-    @pytest.mark.parametrize("name, value", [("x-a", "1\r\nx-b: 2"), ("x a", "1"), ("x-a", "\0")])
+    @pytest.mark.parametrize(("name", "value"), [("x-a", "1\r\nx-b: 2"), ("x a", "1"), ("x-a", "\0")])
     def test_a_header_cannot_begin_another(self, caller: Caller, name: str, value: str) -> None:
         """It is refused before anything is sent."""
         with serve(whole) as server:
@@ -142,9 +142,8 @@ class TestAnswers:
             peer.begin_stream()
             peer.chunk(event("one ") + event("two") + 'data: {"error": "overloaded"}\n\n' + event("never"))
 
-        with serve(script) as server:
-            with pytest.raises(ServerError, match="overloaded") as caught:
-                caller.stream(server.url)
+        with serve(script) as server, pytest.raises(ServerError, match="overloaded") as caught:
+            caller.stream(server.url)
         assert caller.text == "one two"
         assert (caught.value.provider, caught.value.model) == ("tiny", "tiny-1")
 
@@ -180,9 +179,8 @@ class TestLimits:
             peer.chunk(event("one"))
             peer.wait_for_end()
 
-        with serve(script) as server:
-            with pytest.raises(StreamStalled) as caught:
-                caller.stream(server.url, timeout=Timeouts(idle=SHORT))
+        with serve(script) as server, pytest.raises(StreamStalled) as caught:
+            caller.stream(server.url, timeout=Timeouts(idle=SHORT))
         self.check(caught, "idle")
         assert caller.text == "one"
 
@@ -193,9 +191,8 @@ class TestLimits:
             peer.send(HEAD + b"content-length: 100\r\n\r\n{")
             peer.wait_for_end()
 
-        with serve(script) as server:
-            with pytest.raises(RequestTimeout) as caught:
-                caller.complete(server.url, timeout=Timeouts(idle=SHORT))
+        with serve(script) as server, pytest.raises(RequestTimeout) as caught:
+            caller.complete(server.url, timeout=Timeouts(idle=SHORT))
         self.check(caught, "idle")
         assert type(caught.value) is RequestTimeout
 
@@ -208,9 +205,8 @@ class TestLimits:
             while True:
                 peer.trickle(b"1\r\n \r\n")
 
-        with serve(script) as server:
-            with pytest.raises(RequestTimeout) as caught:
-                getattr(caller, method)(server.url, timeout=Timeouts(total=SHORT, idle=5))
+        with serve(script) as server, pytest.raises(RequestTimeout) as caught:
+            getattr(caller, method)(server.url, timeout=Timeouts(total=SHORT, idle=5))
         self.check(caught, "total")
 
     def test_a_number_bounds_a_whole_answer_but_no_stream(self, caller: Caller) -> None:
@@ -236,9 +232,8 @@ class TestLimits:
             peer.send(b"HTTP/1.1 503 No\r\ncontent-length: 1000\r\n\r\nnot now")
             peer.trickle(b"." * 900, 0.01)
 
-        with serve(script) as server:
-            with pytest.raises(ServerError, match="status 503: not now"):
-                caller.stream(server.url, timeout=Timeouts(idle=SHORT))
+        with serve(script) as server, pytest.raises(ServerError, match="status 503: not now"):
+            caller.stream(server.url, timeout=Timeouts(idle=SHORT))
 
     def test_a_slow_handshake(self, caller: Caller) -> None:
         """TLS counts as connecting."""
@@ -258,9 +253,8 @@ class TestCutOff:
             peer.send(HEAD + b'content-length: 1000\r\n\r\n{"text": "hello"}')
             peer.close()
 
-        with serve(script) as server:
-            with pytest.raises(StreamProtocolError, match="in the middle of its answer"):
-                getattr(caller, method)(server.url)
+        with serve(script) as server, pytest.raises(StreamProtocolError, match="in the middle of its answer"):
+            getattr(caller, method)(server.url)
 
     @pytest.mark.parametrize("method", ["complete", "stream"])
     def test_chunks_without_an_end(self, caller: Caller, method: str) -> None:
@@ -271,9 +265,8 @@ class TestCutOff:
             peer.chunk(event("hello") if request.json["stream"] else '{"text": "hello"}')
             peer.close()
 
-        with serve(script) as server:
-            with pytest.raises(StreamProtocolError, match="in the middle of its answer"):
-                getattr(caller, method)(server.url)
+        with serve(script) as server, pytest.raises(StreamProtocolError, match="in the middle of its answer"):
+            getattr(caller, method)(server.url)
 
     def test_a_reset_within_a_chunk(self, caller: Caller) -> None:
         """It is a failed connection; what came before is delivered."""
@@ -453,9 +446,8 @@ class TestBounds:
             for _ in range(1000):
                 peer.send(b"x" * 1_000_000)
 
-        with serve(script) as server:
-            with pytest.raises(StreamProtocolError, match="larger than"):
-                caller.complete(server.url)
+        with serve(script) as server, pytest.raises(StreamProtocolError, match="larger than"):
+            caller.complete(server.url)
 
     def test_a_head_without_end(self, caller: Caller) -> None:
         """And for the headers."""
@@ -465,9 +457,8 @@ class TestBounds:
             while True:
                 peer.send(b"x-a: b\r\n" * 1000)
 
-        with serve(script) as server:
-            with pytest.raises(StreamProtocolError, match="head is larger"):
-                caller.complete(server.url)
+        with serve(script) as server, pytest.raises(StreamProtocolError, match="head is larger"):
+            caller.complete(server.url)
 
     def test_an_error_without_end(self, caller: Caller) -> None:
         """Of an error's body a megabyte is enough."""
@@ -477,9 +468,8 @@ class TestBounds:
             while True:
                 peer.send(b"x" * 100_000)
 
-        with serve(script) as server:
-            with pytest.raises(ServerError) as caught:
-                caller.complete(server.url)
+        with serve(script) as server, pytest.raises(ServerError) as caught:
+            caller.complete(server.url)
         assert caught.value.body is not None
         assert len(caught.value.body) <= 1024 * 1024
 
@@ -519,8 +509,9 @@ class TestErrors:
             else:
                 whole(peer, request)
 
-        from fluxibly.providers.http import HTTPProvider
         from tiny import SERVICE, config
+
+        from fluxibly.providers.http import HTTPProvider
 
         with serve(script) as server, HTTPProvider(TinyCodec(), SERVICE, config(server.url)) as provider:
             with pytest.raises(RateLimitError):

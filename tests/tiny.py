@@ -98,7 +98,6 @@ class Caller:
 
     def _call(self, url: str, method: str, times: int, request: Request, settings: dict[str, Any]) -> Any:
         codec = settings.pop("codec", TinyCodec())
-        request.call.streaming = method == "stream"
         if self.mode == "sync":
             with HTTPProvider(codec, SERVICE, config(url, **settings)) as provider:
                 for _ in range(times):

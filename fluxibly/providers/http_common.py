@@ -91,7 +91,7 @@ class Endpoint:
         self._prepared: dict[tuple[tuple[str, str], ...], _Headers] = {}
 
     def limits(self, *, stream: bool) -> Limits:
-        return Limits(self.times, total=self.stream_total if stream else self.times.total)
+        return Limits(self.times, total=self.stream_total if stream else self.times.total, streaming=stream)
 
     # Requests
 
@@ -186,7 +186,7 @@ class Endpoint:
         self, error: Exception, request: Request, limits: Limits, headers: Mapping[str, str] | None
     ) -> Exception:
         """What the caller gets for an exception of ours, of a socket's or of httpx's; others are passed on as they are."""
-        translated = http_errors.translated(error, self, limits, streaming=request.call.streaming)
+        translated = http_errors.translated(error, self, limits)
         if translated is None:
             return error
         return self.adopted(translated, request, headers)

@@ -29,13 +29,13 @@ class NotHTTP(Exception):  # it says what came
     """What came is not HTTP/1.1."""
 
 
-def translated(error: Exception, endpoint: Endpoint, limits: Limits, *, streaming: bool) -> ProviderError | None:
+def translated(error: Exception, endpoint: Endpoint, limits: Limits) -> ProviderError | None:
     """The error that users catch for one of a socket's, of TLS's, of httpx's or our own; None for any other."""
     if isinstance(error, ProviderError):
         return error
     where = f"{endpoint.host}:{endpoint.port}"
     if isinstance(error, (LimitPassed, httpx.TimeoutException)):
-        return _late(error, where, limits, streaming=streaming)
+        return _late(error, where, limits)
     if isinstance(error, ConnectionLost):
         if error.silent:
             return ConnectionFailed(f"{where} closed the connection without an answer")
@@ -47,7 +47,7 @@ def translated(error: Exception, endpoint: Endpoint, limits: Limits, *, streamin
     return None
 
 
-def _late(error: Exception, where: str, limits: Limits, *, streaming: bool) -> RequestTimeout:
+def _late(error: Exception, where: str, limits: Limits) -> RequestTimeout:
     if isinstance(error, (httpx.ConnectTimeout, httpx.PoolTimeout)):
         limits.passed = "connect"
     value = limits.value()
@@ -59,7 +59,7 @@ def _late(error: Exception, where: str, limits: Limits, *, streaming: bool) -> R
         "idle": f"{where} sent nothing more{within} in the middle of its answer (the limit timeout.idle)",
         "total": f"{where} did not finish its answer{within} (the limit timeout.total)",
     }[phase]
-    timeout = StreamStalled(message) if phase == "idle" and streaming else RequestTimeout(message)
+    timeout = StreamStalled(message) if phase == "idle" and limits.streaming else RequestTimeout(message)
     timeout.phase = phase
     return timeout
 

@@ -27,11 +27,12 @@ class Aborted(Exception):  # it was asked for
 class Limits:
     """What remains of an attempt's time. It begins when it is made, connecting."""
 
-    __slots__ = ("_aborted", "_end", "_phase", "_times", "_total", "_total_end", "_wait", "passed")
+    __slots__ = ("_aborted", "_end", "_phase", "_times", "_total", "_total_end", "_wait", "passed", "streaming")
 
-    def __init__(self, times: Timeouts, *, total: float | None) -> None:
+    def __init__(self, times: Timeouts, *, total: float | None, streaming: bool = False) -> None:
         now = monotonic()
         self._times = times
+        self.streaming = streaming
         self._total = total
         self._total_end = None if total is None else now + total
         self._phase: Phase = "connect"

@@ -227,6 +227,7 @@ class PooledExchange:
     def __del__(self) -> None:
         # Dropped without a release: no lock may be taken here, inside of the garbage collector.
         if self._connection is not None:
+            self._connection.cut()
             self._pool.dropped.append(self._connection)
 
 

@@ -1,0 +1,163 @@
+"""The parser of HTTP/1.1 answers: h11 is the reference, and where reads cut makes no difference."""
+
+from __future__ import annotations
+
+import h11
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fluxibly.providers.http1 import MAX_HEAD, Answer
+from fluxibly.providers.http_errors import ConnectionLost, NotHTTP
+
+OK = b"HTTP/1.1 200 OK\r\n"
+
+
+def parse(pieces: list[bytes]) -> tuple[int, dict[str, str], bytes, bool]:
+    """Status, headers, body and whether the connection can be used again; raises as `Answer` does."""
+    answer = Answer()
+    rest = iter(pieces)
+    while not answer.head(piece := next(rest, b"")):
+        if not piece:
+            answer.eof()
+    body = [answer.body(b"")]
+    for piece in rest:
+        body.append(answer.body(piece))
+    if not answer.ended:
+        answer.eof()
+    return answer.status, answer.headers, b"".join(body), answer.reusable
+
+
+def reference(data: bytes) -> tuple[int, bytes]:
+    """What h11 reads."""
+    connection = h11.Connection(h11.CLIENT)
+    connection.send(h11.Request(method="POST", target="/", headers=[("host", "x"), ("content-length", "0")]))
+    connection.send(h11.EndOfMessage())
+    connection.receive_data(data)
+    status, body = 0, b""
+    closed = False
+    while True:
+        event = connection.next_event()
+        if isinstance(event, h11.Response):
+            status = event.status_code
+        elif isinstance(event, h11.Data):
+            body += bytes(event.data)
+        elif isinstance(event, h11.EndOfMessage):
+            return status, body
+        elif event is h11.NEED_DATA:
+            if closed:
+                raise h11.RemoteProtocolError("cut off")
+            closed = True
+            connection.receive_data(b"")
+        elif isinstance(event, h11.ConnectionClosed) or event is h11.PAUSED:
+            raise h11.RemoteProtocolError("cut off")
+
+
+bodies = st.lists(st.binary(min_size=1, max_size=30), max_size=5)
+
+
+@st.composite
+def answers(draw: st.DrawFn) -> bytes:
+    """Right answers of every kind."""
+    parts = draw(bodies)
+    head = draw(st.sampled_from([b"", b"HTTP/1.1 100 Continue\r\n\r\n"])) + draw(
+        st.sampled_from([OK, b"HTTP/1.1 404 \r\n", b"HTTP/1.0 200 OK\r\n", b"HTTP/1.1 204 No Content\r\n"])
+    )
+    head += b"".join(draw(st.lists(st.sampled_from([b"X-A: b\r\n", b"Connection: close\r\n", b"Server:\r\n"]))))
+    if b" 204 " in head:
+        return head + b"\r\n"
+    how = draw(st.sampled_from(["length", "chunked", "close"]))
+    if how == "length":
+        return head + b"Content-Length: %d\r\n\r\n" % len(b"".join(parts)) + b"".join(parts)
+    if how == "close" or b"HTTP/1.0" in head:
+        return head + b"\r\n" + b"".join(parts)
+    extension = draw(st.sampled_from([b"", b";a=b", b';a="b"']))
+    trailer = draw(st.sampled_from([b"", b"Sum: 1\r\n"]))
+    chunks = b"".join([b"%X%b\r\n%b\r\n" % (len(part), extension, part) for part in parts])
+    return head + b"Transfer-Encoding: chunked\r\n\r\n" + chunks + b"0\r\n" + trailer + b"\r\n"
+
+
+class TestAnswer:
+    @given(answers())
+    def test_it_reads_what_h11_reads(self, data: bytes) -> None:
+        """The same status and body."""
+        status, _, body, _ = parse([data])
+        assert (status, body) == reference(data)
+
+    @given(answers())
+    def test_where_reads_cut_makes_no_difference(self, data: bytes) -> None:
+        """Byte by byte, or at any one place."""
+        whole = parse([data])
+        assert parse([bytes([byte]) for byte in data]) == whole
+        for at in range(1, len(data)):
+            assert parse([data[:at], data[at:]]) == whole
+
+    @settings(max_examples=300)
+    @given(answers(), st.data())
+    def test_mutations(self, data: bytes, draw: st.DataObject) -> None:
+        """A changed byte, or the loss of some, gives an answer or one of two errors."""
+        at = draw.draw(st.integers(0, len(data) - 1))
+        mutated = data[:at] + draw.draw(st.binary(max_size=3)) + data[at + draw.draw(st.integers(0, 9)) :]
+        try:
+            status, _, body, _ = parse([mutated])
+        except (NotHTTP, ConnectionLost):
+            return
+        assert 200 <= status <= 999
+        assert len(body) <= len(mutated)
+
+    @given(st.binary(max_size=200))
+    def test_random_bytes(self, data: bytes) -> None:
+        """They are no answer."""
+        with pytest.raises((NotHTTP, ConnectionLost)):
+            parse([data])
+
+    @pytest.mark.parametrize(
+        "data",
+        [
+            b"HTTP/2 200 OK\r\n\r\n",
+            b"HTTP/1.1 20 OK\r\n\r\n",
+            b"HTTP/1.1 101 Switching\r\n\r\n",
+            b"HTTP/1.1 100 Continue\r\n\r\n" * 20,
+            OK + b"no colon\r\n\r\n",
+            OK + b"sp ace: 1\r\n\r\n",
+            OK + b"a: \0\r\n\r\n",
+            OK + b"content-length: -1\r\n\r\n",
+            OK + b"content-length: 1, 2\r\n\r\n",
+            OK + b"content-length: 1\r\ncontent-length: 2\r\n\r\n",
+            OK + b"transfer-encoding: gzip, chunked\r\n\r\n",
+            OK + b"transfer-encoding: chunked\r\n\r\nxyz\r\n",
+            OK + b"transfer-encoding: chunked\r\n\r\n-1\r\n",
+            OK + b"transfer-encoding: chunked\r\n\r\n0x1\r\na\r\n",
+            OK + b"transfer-encoding: chunked\r\n\r\n1\r\nab\r\n",
+            OK + b"transfer-encoding: chunked\r\n\r\n" + b"1" * 20_000,
+            OK + b"transfer-encoding: chunked\r\n\r\n0\r\n" + b"a: b\r\n" * 40_000,
+            OK + b"a: " + b"b" * MAX_HEAD,
+        ],
+    )
+    def test_what_is_not_plainly_right_is_refused(self, data: bytes) -> None:
+        """Rather than guessed at."""
+        with pytest.raises(NotHTTP):
+            parse([data])
+
+    @pytest.mark.parametrize(
+        ("head", "body", "reusable"),
+        [
+            (b"content-length: 2\r\n", b"ab", True),
+            (b"content-length: 2\r\n", b"abc", False),
+            (b"content-length: 2\r\nConnection: Close\r\n", b"ab", False),
+            (b"content-length: 0\r\n", b"", True),
+            (b"content-length: 2, 2\r\n", b"ab", True),
+            (b"", b"ab", False),
+            (b"transfer-encoding: chunked\r\n", b"2\r\nab\r\n0\r\n\r\n", True),
+            (b"transfer-encoding: chunked\r\n", b"2\r\nab\r\n0\r\n\r\nHTTP/1.1", False),
+            (b"transfer-encoding: chunked\r\ncontent-length: 2\r\n", b"2\r\nab\r\n0\r\n\r\n", False),
+        ],
+    )
+    def test_when_a_connection_is_used_again(self, head: bytes, body: bytes, reusable: bool) -> None:
+        """Only after an answer whose end is beyond doubt."""
+        assert parse([OK + head + b"\r\n" + body])[2:] == (b"ab" if b"ab" in body else b"", reusable)
+
+    def test_repeated_and_folded_headers(self) -> None:
+        """Repeated ones are joined; a folded one is one line."""
+        _, headers, _, _ = parse([OK + b"A: 1\r\nB: x\r\n\t y \r\na: 2\r\n\r\n"])
+        assert headers == {"a": "1, 2", "b": "x y"}
