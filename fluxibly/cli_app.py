@@ -48,8 +48,10 @@ def run(arguments: Sequence[str]) -> int:
         # Nobody reads any more; what is left in the buffer must not be tried again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
-    except (ConfigError, FrameworkNotRegistered, NotImplementedError) as error:
+    except (ConfigError, FrameworkNotRegistered) as error:
         return _told(error, MISUSED)
+    except NotImplementedError as error:  # a provider without stream()
+        return _told(error, MISUSED, "try --no-stream: ")
     except AuthenticationError as error:
         return _told(error, MISUSED if error.status is None else FAILED)  # without a status it is a missing key
     except FluxiblyError as error:
@@ -129,7 +131,7 @@ def chat(  # noqa: PLR0917  # the command line library reads its options off the
     framework: Framework = None,
     model: Model = None,
     system: Annotated[str | None, typer.Option(help="Instructions to the model.")] = None,
-    stream: Annotated[bool, typer.Option(" /--no-stream", help="Wait for the whole answer.")] = True,
+    no_stream: Annotated[bool, typer.Option("--no-stream", help="Wait for the whole answer.")] = False,
     log_level: Annotated[LogLevel | None, typer.Option(help="What to log on standard error.")] = None,
     trace: Annotated[Path | None, typer.Option(help="A file to write the spans to, as OTLP JSON lines.")] = None,
     otlp: Annotated[str | None, typer.Option(metavar="URL", help="A backend to send the spans to.")] = None,
@@ -142,9 +144,11 @@ def chat(  # noqa: PLR0917  # the command line library reads its options off the
     screen = Screen()
     settings = _config(config, framework, model)
     _log(screen, log_level)
-    spans = recorder(trace, otlp)
+    spans = recorder(trace, otlp, keep=screen.live)
     try:
-        Chat(config=settings, screen=screen, recorder=spans, system=system, stream=stream, as_json=as_json).run(prompt)
+        Chat(config=settings, screen=screen, recorder=spans, system=system, stream=not no_stream, as_json=as_json).run(
+            prompt
+        )
     finally:
         screen.end_line()
         problem = spans.close()

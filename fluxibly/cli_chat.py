@@ -14,6 +14,7 @@ from fluxibly.cli_screen import one_line
 from fluxibly.errors import ConfigError, ContextLengthExceeded, FluxiblyError
 from fluxibly.llm import LLM
 from fluxibly.messages import Message
+from fluxibly.providers.local_model import model_path
 from fluxibly.types import Response
 
 if TYPE_CHECKING:
@@ -51,6 +52,8 @@ class Chat:
         if prompt is not None and not prompt.strip():
             raise ConfigError('the prompt is empty: fluxibly chat "…"')
         with LLM(self.config) as llm:
+            if self.config.framework == "local":
+                model_path(self.config.model)  # the time that a download takes is not the call's
             if prompt is None:
                 self.converse(llm)
             else:

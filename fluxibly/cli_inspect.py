@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import attrs
 
@@ -31,9 +31,9 @@ def stack_rows(config: LLMConfig) -> Iterator[tuple[str, str, str]]:
     yield str(len(stack) + 1), "(provider)", f"framework={config.framework}, model={config.model}"
 
 
-def _settings(layer: Any) -> str:
+def _settings(layer: object) -> str:
     """A middleware's settings as its repr has them."""
-    kind: Any = type(layer)
+    kind = type(layer)
     if not attrs.has(kind):
         return ""
     shown: list[str] = []

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from opentelemetry import trace
-from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SimpleSpanProcessor, SpanExporter, SpanExportResult
@@ -14,7 +13,6 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 from fluxibly.cli_spans import Recorder
 from fluxibly.errors import ConfigError
-from fluxibly.otlp_file import OTLPFileSpanExporter
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -48,7 +46,7 @@ class SDKRecorder(Recorder):
 
     def close(self) -> str | None:
         """Send what is left; what went wrong with it, if anything did."""
-        self._provider.shutdown()  # type: ignore[no-untyped-call]  # the SDK's
+        self._provider.shutdown()
         if self._otlp is not None and self._otlp.failed:
             return f"the spans did not reach {self._otlp.endpoint}: does a backend take OTLP over HTTP there?"
         return None
@@ -58,6 +56,8 @@ class _Watched(SpanExporter):
     """Sends spans to a backend, and remembers whether that failed."""
 
     def __init__(self, endpoint: str) -> None:
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+
         self.endpoint = endpoint
         self.failed = False
         self._exporter = OTLPSpanExporter(endpoint=endpoint, timeout=EXPORT_TIMEOUT)
@@ -68,7 +68,7 @@ class _Watched(SpanExporter):
         return result
 
     def shutdown(self) -> None:
-        self._exporter.shutdown()
+        self._exporter.shutdown()  # type: ignore[no-untyped-call]  # the exporter's own
 
 
 def _endpoint(otlp: str) -> str:
@@ -80,6 +80,8 @@ def _endpoint(otlp: str) -> str:
 
 
 def _to_file(file: Path) -> SpanExporter:
+    from fluxibly.otlp_file import OTLPFileSpanExporter
+
     try:
         return OTLPFileSpanExporter(file)
     except OSError as error:

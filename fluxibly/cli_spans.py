@@ -26,16 +26,19 @@ class Recorder:
         return None
 
 
-def recorder(file: Path | None = None, otlp: str | None = None) -> Recorder:
+def recorder(file: Path | None = None, otlp: str | None = None, *, keep: bool = True) -> Recorder:
     """A recorder of the spans of this process, where the OpenTelemetry SDK is installed.
 
     Args:
+        keep: whether anyone will `take` them.
         file: where to write them too, as OTLP JSON lines.
         otlp: the address of a backend, to which they are sent as OTLP over HTTP.
 
     Raises:
         ConfigError: the extra for it is missing, the file cannot be written, or the address is none.
     """
+    if not keep and file is None and otlp is None:
+        return Recorder()
     if all(map(_installed, ("opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.http"))):
         from fluxibly.cli_sdk import SDKRecorder
 
