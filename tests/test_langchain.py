@@ -110,7 +110,10 @@ def test_whole_answers_have_ids_headers_and_langchains_message(server: Canned) -
 def test_chunks_come_as_the_words_do(server: Canned, model: str) -> None:
     """One for each piece of text, and a last one with what is no text."""
     settings = config(server, model)
-    with Pipeline(LangChainProvider(settings)).stream(Request(model=model, messages="a b c")) as stream:
+    with (
+        Pipeline(LangChainProvider(settings)) as pipeline,
+        pipeline.stream(Request(model=model, messages="a b c")) as stream,
+    ):
         chunks = list(stream)
     assert [chunk.text for chunk in chunks] == ["You ", "said: ", "a ", "b ", "c", ""]
     assert chunks[-1].usage is not None
@@ -251,8 +254,8 @@ def test_a_fallback_to_another_service_does_not_get_the_key(
     """`Request.model` may name any model; the key and the address are for the configured service."""
     monkeypatch.setenv("ANTHROPIC_API_KEY", "sk-ant-other")
     monkeypatch.setenv("ANTHROPIC_BASE_URL", server.url)
-    provider = LangChainProvider(config(server, "openai:gpt-4o"))
-    Pipeline(provider).complete(Request(model="anthropic:claude-test", messages="hi"))
+    with Pipeline(LangChainProvider(config(server, "openai:gpt-4o"))) as pipeline:
+        pipeline.complete(Request(model="anthropic:claude-test", messages="hi"))
     assert server.last.path == "/v1/messages"
     assert sent_key(server) == "sk-ant-other"
 
@@ -401,9 +404,10 @@ def test_keep_alives_do_not_outlast_the_limits(
 def test_a_stream_given_up_lets_go_of_its_connection(server: Canned, model: str) -> None:
     """Synchronously, from the consumer's own thread."""
     server.stall_after = True
-    with Pipeline(LangChainProvider(config(server, model))).stream(Request(model=model, messages="a b")) as stream:
-        assert next(iter(stream)).text == "You "
-    assert server.gone.wait(10)
+    with Pipeline(LangChainProvider(config(server, model))) as pipeline:
+        with pipeline.stream(Request(model=model, messages="a b")) as stream:
+            assert next(iter(stream)).text == "You "
+        assert server.gone.wait(10)
 
 
 def test_an_async_stream_given_up_lets_go_of_its_connection(server: Canned, model: str) -> None:
@@ -442,6 +446,8 @@ def test_closing_from_another_thread_ends_a_read(server: Canned) -> None:
     stream.close()
     thread.join(10)
     assert not thread.is_alive()
+    assert server.gone.wait(10)
+    pipeline.close()
 
 
 def test_one_async_provider_serves_several_event_loops(server: Canned, model: str) -> None:
@@ -458,7 +464,8 @@ def test_one_async_provider_serves_several_event_loops(server: Canned, model: st
     anyio.run(run, True)
     with warnings.catch_warnings():  # the first loop's connection, which nobody closed before that loop ended
         warnings.simplefilter("ignore", ResourceWarning)
-        gc.collect()
+        for _ in range(3):  # the loop, then what hung on it
+            gc.collect()
 
 
 # Chat models that exist already
