@@ -26,7 +26,7 @@ from fluxibly.types import Chunk, Request, Response, Restart, ToolCallDelta, Usa
 # Scripts: made anew for each run from what is drawn, because an exception that was raised remembers where.
 
 ERRORS = (ServerError, RateLimitError, ConnectionFailed, AuthenticationError, ValueError)
-texts = st.text(alphabet="ab c\n☃", min_size=1, max_size=6)
+texts = st.text(alphabet="aab\n☃", min_size=1, max_size=4)
 errors = st.sampled_from(ERRORS).map(lambda kind: lambda: kind("scripted"))
 usages = st.builds(Usage, input_tokens=st.integers(0, 9), output_tokens=st.integers(0, 9))
 chunks = st.one_of(
@@ -73,9 +73,9 @@ cuts = st.builds(Script, st.lists(steps, min_size=1, max_size=4).map(tuple), cut
 clean_answers = st.lists(early_failures, max_size=2).flatmap(
     lambda failures: successes.map(lambda last: [*failures, *[last] * 12])
 )
-any_answers = st.lists(st.one_of(early_failures, late_failures, cuts, successes), min_size=1, max_size=4).map(
-    lambda answers: [*answers, *[Script(("last",))] * 12]
-)
+any_answers = st.lists(
+    st.one_of(early_failures, late_failures, late_failures, cuts, successes), min_size=1, max_size=4
+).map(lambda answers: [*answers, *[Script(("last",))] * 12])
 
 interrupts = st.builds(
     Script, st.lists(steps, max_size=4).map(tuple), st.sampled_from([KeyboardInterrupt, asyncio.CancelledError])
@@ -165,6 +165,21 @@ def buffering(name: str, log: Log) -> Any:
         )
 
     return buffer
+
+
+def gathering(name: str, log: Log) -> Any:
+    """Keeps all the text for the end."""
+
+    def gather(request, call_next):
+        texts: list[str] = []
+
+        def fn(chunk):
+            texts.append(chunk.text)
+            return attrs.evolve(chunk, text="")
+
+        return (yield from map_chunks(call_next(request), fn, lambda: Chunk("".join(texts)), at_restart=texts.clear))
+
+    return gather
 
 
 def holding(name: str, log: Log) -> Any:
@@ -345,12 +360,16 @@ RETRIES = (
     _built_in(lambda: Retry(max_retries=2, uniform=max, on_interrupt="restart"), "retry_restart"),
 )
 WATCHING = (observer, sleeping, performing, setting_context, evolving, annotating)
-WRAPPING = (shouting, dropping, doubling, buffering, holding, holding_until, checking)
+WRAPPING = (shouting, dropping, doubling, buffering, gathering, holding, holding_until, checking)
 HANDLING = (retrying, falling_back, restarting, *RETRIES)
 ENDING = (short_circuit, raising_before, raising_after)
-KINDS = (*WATCHING, *WATCHING, *BUILT_IN, *WRAPPING, *HANDLING, *HANDLING, *ENDING)
+KINDS = (*WATCHING, *WATCHING, *BUILT_IN, *WRAPPING, *WRAPPING, *HANDLING, *HANDLING, *ENDING)
 
-stacks = st.lists(st.sampled_from(KINDS), max_size=6)
+some_wrapping = st.lists(st.sampled_from(WRAPPING), max_size=2)
+recovering = st.builds(
+    lambda outer, handling, inner: [*outer, handling, *inner], some_wrapping, st.sampled_from(HANDLING), some_wrapping
+)
+stacks = st.one_of(st.lists(st.sampled_from(KINDS), max_size=6), recovering)
 
 
 def build(kinds: list[Any], log: Log) -> list[Any]:
