@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import attrs
 
 from fluxibly.effects import CallNext, Flow
+from fluxibly.sdk import may_have_sdk
 from fluxibly.types import Request, Response
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ class Metrics:
 
     meter_provider: MeterProvider | None = None
     _instruments: list[Instruments] = attrs.field(init=False, repr=False, eq=False, factory=list["Instruments"])
-    """One, once it was needed: OpenTelemetry is imported when the first call ends."""
+    """One, from the end of the first call on for which there may be an SDK."""
 
     def __call__(self, request: Request, call_next: CallNext) -> Flow[Response]:
         try:
@@ -44,6 +45,8 @@ class Metrics:
 
     def _record(self, request: Request, error: BaseException | None) -> None:
         if not self._instruments:
+            if self.meter_provider is None and not may_have_sdk("metrics", "OTEL_PYTHON_METER_PROVIDER"):
+                return
             from fluxibly.instruments import Instruments
 
             self._instruments.append(Instruments(self.meter_provider))

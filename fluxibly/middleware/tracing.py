@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import attrs
 
 from fluxibly.effects import CallNext, Flow
+from fluxibly.sdk import may_have_sdk
 from fluxibly.types import Request, Response
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class Tracing:
     logger_provider: LoggerProvider | None = None
     _mode: Capture = attrs.field(init=False, repr=False, eq=False)
     _tracers: list[Tracers] = attrs.field(init=False, repr=False, eq=False, factory=list["Tracers"])
-    """One, once it was needed: OpenTelemetry is imported at the first call."""
+    """One, from the first call on for which there may be an SDK."""
 
     def __attrs_post_init__(self) -> None:
         from fluxibly.capture import capture_mode
@@ -54,7 +55,7 @@ class Tracing:
 
     def __call__(self, request: Request, call_next: CallNext) -> Flow[Response]:
         tracers = self._tracers[0] if self._tracers else self._first()
-        trace = tracers.begin(request)
+        trace = None if tracers is None else tracers.begin(request)
         if trace is None:
             return (yield from call_next(request))
         try:
@@ -65,7 +66,9 @@ class Tracing:
         trace.completed(response)
         return response
 
-    def _first(self) -> Tracers:
+    def _first(self) -> Tracers | None:
+        if self.tracer_provider is None and not may_have_sdk("trace", "OTEL_PYTHON_TRACER_PROVIDER"):
+            return None
         from fluxibly.capture import Capturing
         from fluxibly.spans import Tracers
 

@@ -1,0 +1,14 @@
+"""Whether an OpenTelemetry SDK can have been set up, told without importing OpenTelemetry."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+
+def may_have_sdk(api: str, variable: str) -> bool:
+    """Whether someone has imported this part of OpenTelemetry's API, as an SDK does, or `variable` names an SDK.
+
+    To import it takes a tenth of a second, which a program without telemetry is spared.
+    """
+    return f"opentelemetry.{api}" in sys.modules or variable in os.environ
