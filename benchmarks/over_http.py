@@ -1,0 +1,240 @@
+"""Calls over HTTP to a local server, against the peers that are installed. `python -m benchmarks.over_http`.
+
+fluxibly runs with its full default stack, logging to a file, and spans going to the SDK's batch processor. Times are
+the client's CPU time; contenders take turns. The first line of each table is bare httpx, which is 1.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import json
+import logging
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from time import perf_counter, process_time
+from typing import Any
+
+import httpx
+
+from benchmarks.measure import left_out, table
+from benchmarks.server import CHUNKS
+from fluxibly import LLM, AsyncLLM, LLMConfig
+
+os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
+PROMPT = "What is the capital of France?"
+FIRST = "one-word"  # asks the server for a stream of one word
+MESSAGES = [{"role": "user", "content": PROMPT}]
+ROUNDS = 9
+CALLS = 60
+AT_ONCE = 200
+PEERS = ("openai", "langchain_openai", "litellm", "pydantic_ai", "any_llm")
+
+Call = Callable[[], object]
+
+
+@contextmanager
+def server() -> Iterator[str]:
+    """The base URL of a server in a process of its own."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.server"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    try:
+        yield f"http://127.0.0.1:{process.stdout.readline().strip()}/v1"
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def set_up_telemetry() -> None:
+    """Logs to a file, spans to the SDK's batch processor: what a service in production pays."""
+    from opentelemetry import trace
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
+
+    class Nowhere(SpanExporter):
+        def export(self, spans: object) -> SpanExportResult:
+            return SpanExportResult.SUCCESS
+
+    provider = TracerProvider()
+    provider.add_span_processor(BatchSpanProcessor(Nowhere()))
+    trace.set_tracer_provider(provider)
+    handler = logging.FileHandler(tempfile.mkstemp(suffix=".log")[1])
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger = logging.getLogger("fluxibly")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+
+
+def timed(contenders: dict[str, Call], per_run: int, repeat: int) -> dict[str, float]:
+    """Median microseconds of CPU time of a unit of work, the contenders in turns."""
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for call in contenders.values():
+        for _ in range(3):
+            call()
+    for _ in range(ROUNDS):
+        for name, call in contenders.items():
+            start = process_time()
+            for _ in range(repeat):
+                call()
+            times[name].append((process_time() - start) / repeat / per_run * 1e6)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def raw_socket(url: str) -> Callable[[bool, str], None]:
+    """A keep-alive connection with no client at all: what the server allows."""
+    host, port = url.removeprefix("http://").removesuffix("/v1").split(":")
+    sock = socket.create_connection((host, int(port)))
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def call(stream: bool, prompt: str) -> None:
+        body = json.dumps({"model": "m", "messages": [{"role": "user", "content": prompt}], "stream": stream}).encode()
+        sock.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
+        seen = b""
+        while not (seen.endswith(b"0\r\n\r\n") if stream else seen.endswith(b"}}")):
+            seen = seen[-8:] + sock.recv(65536)
+
+    return call
+
+
+def sync_contenders(url: str, prompt: str = PROMPT) -> dict[str, tuple[Call, Callable[[], Iterator[object]]]]:
+    """By name: a whole call, and a stream of its pieces."""
+    messages = [{"role": "user", "content": prompt}]
+    client = httpx.Client()
+    body = {"model": "m", "messages": messages}
+
+    def httpx_stream() -> Iterator[object]:
+        with client.stream("POST", f"{url}/chat/completions", json={**body, "stream": True}) as response:
+            for line in response.iter_lines():
+                if line.startswith("data: {"):
+                    yield json.loads(line[6:])
+
+    llm = LLM(LLMConfig(framework="openai", model="m", api_base=url, api_key="k"))
+    found: dict[str, tuple[Call, Callable[[], Iterator[object]]]] = {
+        "bare httpx": (lambda: client.post(f"{url}/chat/completions", json=body).json(), httpx_stream),
+        "fluxibly": (lambda: llm.forward(prompt), lambda: llm.forward_stream(prompt)),
+    }
+    if importlib.util.find_spec("openai"):
+        import openai
+
+        sdk = openai.OpenAI(base_url=url, api_key="k", max_retries=0)
+        create: Any = sdk.chat.completions.create
+        found["openai"] = (
+            lambda: create(model="m", messages=messages),
+            lambda: iter(create(model="m", messages=messages, stream=True)),
+        )
+    if importlib.util.find_spec("langchain_openai"):
+        from langchain_openai import ChatOpenAI
+
+        chat: Any = ChatOpenAI(model="m", base_url=url, api_key="k", max_retries=0)  # type: ignore[arg-type]
+        found["langchain-openai"] = (lambda: chat.invoke(prompt), lambda: chat.stream(prompt))
+    if importlib.util.find_spec("litellm"):
+        import litellm
+
+        complete: Any = litellm.completion
+        options = {"model": "openai/m", "messages": messages, "api_base": url, "api_key": "k"}
+        found["litellm"] = (lambda: complete(**options), lambda: iter(complete(**options, stream=True)))
+    return found
+
+
+def whole_calls(url: str) -> None:
+    raw = raw_socket(url)
+    contenders: dict[str, Call] = {name: pair[0] for name, pair in sync_contenders(url).items()}
+    contenders["raw socket (the ceiling)"] = lambda: raw(False, PROMPT)
+    table("A whole call, CPU time", timed(contenders, 1, CALLS), goal="fluxibly <= 0.85")
+
+
+def streamed_chunks(url: str) -> None:
+    def drain(stream: Callable[[], Iterator[object]]) -> Call:
+        def run() -> None:
+            for _ in stream():
+                pass
+
+        return run
+
+    raw = raw_socket(url)
+    contenders = {name: drain(pair[1]) for name, pair in sync_contenders(url).items()}
+    contenders["raw socket (the ceiling)"] = lambda: raw(True, PROMPT)
+    table(f"A streamed chunk ({CHUNKS} a stream), CPU time", timed(contenders, CHUNKS, 3), goal="fluxibly <= 0.65")
+
+
+def first_chunks(url: str) -> None:
+    """From the call to the first piece; the rest of the short stream is read off the clock."""
+    contenders = {name: pair[1] for name, pair in sync_contenders(url, FIRST).items()}
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(ROUNDS * 20):
+        for name, stream in contenders.items():
+            start = process_time()
+            pieces = stream()
+            next(iter(pieces))
+            times[name].append((process_time() - start) * 1e6)
+            for _ in pieces:
+                pass
+    table("To the first chunk, CPU time", {n: statistics.median(v) for n, v in times.items()}, goal="fluxibly <= 0.85")
+
+
+def at_once(url: str) -> None:
+    """Calls a second with 200 at once on one event loop."""
+    rates: dict[str, list[float]] = {}
+
+    async def rate(name: str, call: Callable[[], Any]) -> None:
+        await asyncio.gather(*(call() for _ in range(AT_ONCE)))
+        start = perf_counter()
+        for _ in range(3):
+            await asyncio.gather(*(call() for _ in range(AT_ONCE)))
+        rates.setdefault(name, []).append(3 * AT_ONCE / (perf_counter() - start))
+
+    async def one_round() -> None:
+        body = {"model": "m", "messages": MESSAGES}
+        config = LLMConfig(framework="openai", model="m", api_base=url, api_key="k")
+        async with httpx.AsyncClient(limits=httpx.Limits(max_connections=AT_ONCE), timeout=60) as client:
+            await rate("httpx.AsyncClient", lambda: client.post(f"{url}/chat/completions", json=body))
+        async with AsyncLLM(config) as llm:
+            await rate("fluxibly", lambda: llm.forward(PROMPT))
+        if importlib.util.find_spec("aiohttp"):
+            from fluxibly.pipeline import AsyncPipeline
+            from fluxibly.providers.aiohttp_transport import AiohttpTransport
+            from fluxibly.providers.openai import AsyncOpenAIProvider
+
+            provider = AsyncOpenAIProvider(config, transport=AiohttpTransport())
+            async with AsyncPipeline(provider, llm.pipeline.middleware, framework="openai") as pipeline:
+                request = llm.request(PROMPT, {})
+                await rate("fluxibly, aiohttp", lambda: pipeline.complete(request))
+        if importlib.util.find_spec("openai"):
+            import openai
+
+            async with openai.AsyncOpenAI(base_url=url, api_key="k", max_retries=0) as sdk:
+                create: Any = sdk.chat.completions.create
+                await rate("openai", lambda: create(model="m", messages=MESSAGES))
+
+    for _ in range(3):
+        asyncio.run(one_round())
+    table(
+        f"{AT_ONCE} calls at once on one event loop",
+        {name: statistics.median(values) for name, values in rates.items()},
+        unit="calls/s",
+        goal="fluxibly >= 3, with aiohttp >= 8",
+    )
+
+
+def main() -> None:
+    """Everything over HTTP."""
+    set_up_telemetry()
+    with server() as url:
+        whole_calls(url)
+        streamed_chunks(url)
+        first_chunks(url)
+        at_once(url)
+    left_out([name for name in PEERS if importlib.util.find_spec(name) is None])
+
+
+if __name__ == "__main__":
+    main()
