@@ -22,6 +22,7 @@ class Profile:
         """Run a layer's flow, and charge its steps to it less what the layers within it took."""
         outcome: Any = None
         error: BaseException | None = None
+        self.seconds.setdefault(name, 0.0)  # outermost first
         while True:
             above, self.below = self.below, 0.0
             start = self.clock()
@@ -32,7 +33,7 @@ class Profile:
                 return response
             finally:
                 spent = self.clock() - start
-                self.seconds[name] = self.seconds.get(name, 0.0) + spent - self.below
+                self.seconds[name] += spent - self.below
                 self.below = above + spent
             outcome = error = None
             try:
