@@ -232,6 +232,17 @@ def falling_back(name: str, log: Log) -> Any:
     return fall_back
 
 
+def asking_again(name: str, log: Log) -> Any:
+    """Throws its first answer away, which it may not once that is out."""
+
+    def again(request, call_next):
+        yield from call_next(request)
+        log.append(f"{name} asks again")
+        return (yield from call_next(request))
+
+    return again
+
+
 def restarting(name: str, log: Log) -> Any:
     def restart(request, call_next):
         try:
@@ -366,10 +377,18 @@ ENDING = (short_circuit, raising_before, raising_after)
 KINDS = (*WATCHING, *WATCHING, *BUILT_IN, *WRAPPING, *WRAPPING, *HANDLING, *HANDLING, *ENDING)
 
 some_wrapping = st.lists(st.sampled_from(WRAPPING), max_size=2)
-recovering = st.builds(
-    lambda outer, handling, inner: [*outer, handling, *inner], some_wrapping, st.sampled_from(HANDLING), some_wrapping
-)
-stacks = st.one_of(st.lists(st.sampled_from(KINDS), max_size=6), recovering)
+
+
+def around(handling: tuple[Any, ...]) -> st.SearchStrategy[list[Any]]:
+    """One of these, with wrappers around it and within."""
+    return st.builds(
+        lambda outer, one, inner: [*outer, one, *inner], some_wrapping, st.sampled_from(handling), some_wrapping
+    )
+
+
+stacks = st.one_of(st.lists(st.sampled_from(KINDS), max_size=6), around(HANDLING))
+any_stacks = st.one_of(stacks, around((*HANDLING, asking_again)))
+"""With some in which a stream is refused what a whole call may do."""
 
 
 def build(kinds: list[Any], log: Log) -> list[Any]:
