@@ -6,10 +6,12 @@ import json
 
 import httpx
 import pytest
-from test_gemini_codec import WHOLE
+from dialects import sse
+from recordings import load
+from test_gemini_codec import WHOLE, answer
 
 from fluxibly import LLMConfig, Pipeline, Request
-from fluxibly.errors import AuthenticationError
+from fluxibly.errors import AuthenticationError, Overloaded, StreamInterrupted
 from fluxibly.providers.gemini import GeminiProvider
 
 KEY = "AIza-test-0123456789"
@@ -26,6 +28,38 @@ def request_of(config: LLMConfig) -> httpx.Request:
     pipeline = Pipeline(GeminiProvider(config, transport=httpx.MockTransport(answer)), [])
     assert pipeline.complete(Request(model=config.model, messages="Hi")).text == "Let me look."
     return seen[0]
+
+
+def streaming(status: int, content_type: str, body: bytes) -> str:
+    """The text of a stream that is answered so."""
+    transport = httpx.MockTransport(
+        lambda _: httpx.Response(status, content=body, headers={"content-type": content_type})
+    )
+    provider = GeminiProvider(LLMConfig(framework="gemini", model="gemini-2.5-flash", api_key=KEY), transport=transport)
+    with Pipeline(provider, []).stream(Request(model="gemini-2.5-flash", messages="Hi")) as stream:
+        return "".join(chunk.text for chunk in stream)
+
+
+def test_error_under_the_content_type_of_a_stream() -> None:
+    """The recorded 400: plain JSON that says it is a stream of events."""
+    recorded = load("36-")
+    with pytest.raises(AuthenticationError, match="API key not valid"):
+        streaming(recorded.status, recorded.headers["content-type"], recorded.body)
+
+
+def test_stream_that_comes_as_an_array() -> None:
+    """A server that knows no `alt=sse` answers with one JSON array."""
+    body = json.dumps([answer({"text": "Hel"}), answer({"text": "lo"}, reason="STOP")], indent=2).encode()
+    assert streaming(200, "application/json; charset=UTF-8", body) == "Hello"
+
+
+def test_stream_with_an_error_at_its_end() -> None:
+    """A bare JSON error after the events, under status 200; what came before it is kept."""
+    error = {"error": {"code": 503, "message": "overloaded", "status": "UNAVAILABLE"}}
+    with pytest.raises(StreamInterrupted) as caught:
+        streaming(200, "text/event-stream", sse(answer({"text": "Hel"})) + json.dumps(error, indent=1).encode())
+    assert caught.value.partial.text == "Hel"
+    assert isinstance(caught.value.__cause__, Overloaded)
 
 
 @pytest.mark.parametrize(

@@ -241,6 +241,15 @@ def test_tool_conversation() -> None:
     ]
 
 
+def test_the_names_of_results() -> None:
+    """A result that has an id alone belongs to the last call of that id: services without ids number them anew."""
+    turns = [Message.user("x")]
+    for name in ("first", "second"):
+        turns += [Message.assistant("", tool_calls=[ToolCall("call_0", name)]), Message.tool("1", "call_0")]
+    contents = body_of(messages=turns)["contents"]
+    assert [contents[n]["parts"][0]["functionResponse"]["name"] for n in (2, 4)] == ["first", "second"]
+
+
 def test_calls_of_other_models() -> None:
     """Gemini 3 refuses a turn whose first call has no signature, so it gets Google's stand-in for one."""
     messages = [
@@ -472,6 +481,12 @@ def test_error_in_a_stream(error: bytes, before: bytes) -> None:
     assert isinstance(raised, Overloaded)
     assert raised.retryable
     assert partial.text == ("one" if before else "")
+
+
+def test_error_beside_candidates() -> None:
+    """It is still an error."""
+    _, raised = interrupted(CODEC, sse({**answer({"text": "one"}), **ERROR}))
+    assert isinstance(raised, Overloaded)
 
 
 def test_error_in_an_array() -> None:

@@ -114,7 +114,7 @@ def server(gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str
     """The address of a real Ollama server with the model `smollm2`."""
     if not RUN.exists():
         pytest.skip(f"no script that runs Ollama: {RUN} does not exist; FLUXIBLY_OLLAMA_RUN names another")
-    folder = Path(os.environ.get("FLUXIBLY_OLLAMA_FOLDER") or tmp_path_factory.mktemp("ollama"))
+    folder = tmp_path_factory.mktemp("ollama")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

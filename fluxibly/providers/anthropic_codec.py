@@ -12,6 +12,7 @@ from fluxibly.providers.error_reports import Report, error_of, error_of_response
 from fluxibly.providers.held import Held
 from fluxibly.providers.json_reading import read_json
 from fluxibly.providers.wire import (
+    arguments_text,
     array,
     count,
     cut_off,
@@ -19,7 +20,6 @@ from fluxibly.providers.wire import (
     quota_exceeded,
     string,
     table,
-    to_json,
     total,
     write_json,
 )
@@ -67,7 +67,7 @@ class AnthropicCodec:
                 ToolCall(
                     string(block.get("id")) or f"call_{index}",
                     string(block.get("name")),
-                    raw_arguments=to_json(table(block.get("input"))),
+                    raw_arguments=arguments_text(block.get("input")),
                 )
                 for index, block in enumerate([block for block in blocks if block.get("type") == "tool_use"])
             ],
@@ -124,7 +124,9 @@ class AnthropicDecoder:
         return self._done
 
     def decode_event(self, event: Event, /) -> Iterable[Chunk]:
-        if event.data.strip() == b"[DONE]":  # not of this dialect, but servers of several dialects send it
+        if (
+            event.data[:1] == b"[" and event.data.strip() == b"[DONE]"
+        ):  # not of this dialect, but servers of several dialects send it
             self._done = self._reason is not None
             return self._held.rest() if self._done else ()
         data = table(read_json(event.data))
@@ -189,9 +191,9 @@ class AnthropicDecoder:
         block = self._blocks.pop(_index(data), None)
         if block is None:
             return ()
-        if block.type == "tool_use" and not block.texts and table(block.fields.get("input")):
+        if block.type == "tool_use" and not block.texts and block.fields.get("input"):
             # The whole input came with the start; beside deltas, it would say everything twice.
-            arguments = to_json(block.fields["input"])
+            arguments = arguments_text(block.fields["input"])
             return self._held.chunk(tool_calls=(ToolCallDelta(index=block.call, arguments=arguments),))
         if block.type in ("thinking", "redacted_thinking"):
             raw = dict(block.fields)

@@ -15,6 +15,7 @@ from fluxibly.providers.gemini_request import NAME, encode_body
 from fluxibly.providers.held import Held
 from fluxibly.providers.json_reading import read_json
 from fluxibly.providers.wire import (
+    arguments_text,
     array,
     count,
     cut_off,
@@ -22,7 +23,6 @@ from fluxibly.providers.wire import (
     quota_exceeded,
     string,
     table,
-    to_json,
     total,
     write_json,
 )
@@ -139,34 +139,42 @@ class GeminiDecoder:
 
     def take(self, payload: object, body: bytes) -> Iterable[Chunk]:
         """The chunks of an answer, or of a JSON array of them."""
-        for item in array(payload) or [payload]:
-            yield from self._take(table(item), body)
+        if isinstance(payload, list):
+            return (chunk for item in array(payload) for chunk in self._take(table(item), body))
+        return self._take(table(payload), body)
 
-    def _take(self, answer: dict[str, Any], body: bytes) -> Iterable[Chunk]:
+    def _take(self, answer: dict[str, Any], body: bytes) -> tuple[Chunk, ...]:
+        candidates = array(answer.get("candidates"))
+        if not candidates or answer.get("error"):
+            self._raise_error(answer, body)
+        self._note(answer)
+        text = ""
+        output: dict[str, Any] = {}
+        others: list[tuple[int, Chunk]] = []
+        for place, item in enumerate(candidates):
+            candidate = table(item)
+            index = count(candidate.get("index"))
+            index = place if index is None else index
+            state = self._candidates.get(index) or self._candidates.setdefault(index, _Candidate())
+            if index == 0:
+                text, output = self._candidate(candidate, state, self._held)
+                continue
+            held = Held()
+            words, rest = self._candidate(candidate, state, held)
+            others += [(index, chunk) for chunk in (held.chunk(words, **rest) if words or rest else held.rest())]
+        if others:
+            output["alternatives"] = tuple(others)
+        return self._held.chunk(text, **output) if text or output else ()
+
+    def _raise_error(self, answer: dict[str, Any], body: bytes) -> None:
+        """Raise what an answer says went wrong, if it says so."""
         if answer.get("error"):
             error = error_of_payload(answer, body=body, service=NAME)
             if error is not None:
                 raise error
-        self._note(answer)
-        first: tuple[str, dict[str, Any]] = ("", {})
-        others: list[tuple[int, Chunk]] = []
-        for place, item in enumerate(array(answer.get("candidates"))):
-            candidate = table(item)
-            index = count(candidate.get("index"))
-            index = place if index is None else index
-            held = Held() if index else self._held
-            text, output = self._candidate(candidate, self._candidates.setdefault(index, _Candidate()), held)
-            if index:
-                others += [(index, chunk) for chunk in (held.chunk(text, **output) if text or output else held.rest())]
-            else:
-                first = (text, output)
-        if others:
-            first[1]["alternatives"] = tuple(others)
-        if first[0] or first[1]:
-            yield from self._held.chunk(first[0], **first[1])
-        blocked = string(table(answer.get("promptFeedback")).get("blockReason"))
-        if blocked and not answer.get("candidates"):
-            raise _blocked(blocked, table(answer["promptFeedback"]), body)
+        feedback = table(answer.get("promptFeedback"))
+        if string(feedback.get("blockReason")):
+            raise _blocked(feedback, body)
 
     def _note(self, answer: dict[str, Any]) -> None:
         """Note the id and the model once, and the usage: each event repeats it, some with more counts than others."""
@@ -217,12 +225,13 @@ def _call(call: dict[str, Any], index: int, signature: str | None) -> ToolCallDe
         index=index,
         id=string(call.get("id")) or f"call_{index}",
         name=string(call.get("name")),
-        arguments=to_json(table(call.get("args"))),
+        arguments=arguments_text(call.get("args")),
         signature=signature,
     )
 
 
-def _blocked(reason: str, feedback: dict[str, Any], body: bytes) -> ContentFiltered:
+def _blocked(feedback: dict[str, Any], body: bytes) -> ContentFiltered:
+    reason = string(feedback["blockReason"])
     said = string(feedback.get("blockReasonMessage"))
     return ContentFiltered(
         f"{NAME} refused the prompt ({reason}){': ' if said else ''}{said}. "

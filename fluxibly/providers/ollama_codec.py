@@ -15,13 +15,13 @@ from fluxibly.providers.held import Held
 from fluxibly.providers.json_reading import read_json
 from fluxibly.providers.ollama_request import NAME, encode_body
 from fluxibly.providers.wire import (
+    arguments_text,
     array,
     count,
     cut_off,
     not_an_answer,
     string,
     table,
-    to_json,
     write_json,
 )
 from fluxibly.types import Chunk, Reasoning, Request, Response, ToolCallDelta, Usage
@@ -135,12 +135,11 @@ class OllamaDecoder:
 def _call(call: dict[str, Any], index: int) -> ToolCallDelta:
     """A tool call, which comes whole, its arguments as an object; only newer versions give it an id."""
     function = table(call.get("function"))
-    arguments = function.get("arguments")
     return ToolCallDelta(
         index=index,
         id=string(call.get("id")) or f"call_{index}",
         name=string(function.get("name")),
-        arguments=arguments if isinstance(arguments, str) else to_json(table(arguments)),
+        arguments=arguments_text(function.get("arguments")),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Iterable, Mapping
+from itertools import takewhile
 from typing import Any, cast
 from urllib.parse import unquote_to_bytes
 
@@ -39,14 +40,14 @@ def quota_exceeded(error: ProviderError) -> QuotaExceeded:
     )
 
 
-def table(value: object) -> dict[str, Any]:
+def table(value: Any) -> dict[str, Any]:
     """`value` if it is a JSON object, else an empty one."""
-    return cast("dict[str, Any]", value) if isinstance(value, dict) else {}
+    return value if type(value) is dict else {}  # pyright: ignore[reportUnknownVariableType]  # JSON's keys are str
 
 
-def array(value: object) -> list[Any]:
+def array(value: Any) -> list[Any]:
     """`value` if it is a JSON array, else an empty one."""
-    return cast("list[object]", value) if isinstance(value, list) else []
+    return value if type(value) is list else []  # pyright: ignore[reportUnknownVariableType]  # of anything
 
 
 def string(value: object) -> str:
@@ -68,6 +69,11 @@ def total(*counts: int | None) -> int | None:
 def to_json(value: object) -> str:
     """JSON text as a model would write it, for the arguments of a tool call that came as an object."""
     return json.dumps(value, ensure_ascii=False)
+
+
+def arguments_text(value: Any) -> str:
+    """The arguments of a tool call as JSON text. They come as an object, or as such text."""
+    return value if isinstance(value, str) else to_json(table(value))
 
 
 def bad_request(request: Request, service: str, message: str) -> BadRequest:
@@ -144,10 +150,11 @@ def sent_arguments(call: ToolCall) -> dict[str, Any]:
 
 
 def tool_name(message: Message, request: Request, service: str) -> str:
-    """The name of the tool that a tool message answers for: its own, or that of the call with its id."""
+    """The name of the tool that a tool message answers for: its own, or that of the last call with its id."""
     if message.name:
         return message.name
-    for other in request.messages:
+    earlier = list(takewhile(lambda other: other is not message, request.messages))
+    for other in reversed(earlier):  # made-up ids may repeat from turn to turn
         for call in other.tool_calls:
             if call.id == message.tool_call_id:
                 return call.name
