@@ -624,6 +624,23 @@ def test_errors_in_a_stream(events: list[object], kind: str, text: str) -> None:
     assert outcome.response.text == text
 
 
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ("upstream failed", "OpenAI answered with an error: upstream failed."),
+        ('{"msg": "what"}', 'OpenAI answered with an error: {"msg": "what"}.'),
+        ('{"error": {"message": "what"}}', "OpenAI answered with an error: what."),
+    ],
+)
+def test_an_event_named_error(data: str, message: str) -> None:
+    """It is one, whatever stands in it."""
+    outcome = check_recuts(
+        CODEC, sse(chunk(choice(content="a")), done=False) + f"event: error\ndata: {data}\n\n".encode()
+    )
+    assert outcome.response.text == "a"
+    assert str(outcome.error).startswith(f"ServerError: {message}")
+
+
 def test_bare_json_in_a_stream() -> None:
     """An error without `data:`, after events or instead of them."""
     error = b'{\n  "error": {"code": 429, "status": "RESOURCE_EXHAUSTED", "message": "slow down"}\n}\n'

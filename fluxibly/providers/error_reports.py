@@ -51,6 +51,16 @@ def error_of_payload(payload: object, *, body: bytes = b"", service: str = "") -
     return error_of(report, status=report.status, payload=payload, excerpt=excerpt(body), service=service)
 
 
+def error_of_event(data: bytes, *, service: str = "") -> ProviderError:
+    """The error of a stream's event that is named one, whatever stands in it."""
+    try:
+        reported = error_of_payload(read_json(data), body=data, service=service)
+    except StreamProtocolError:
+        reported = None
+    report = Report(message=data[: 4 * QUOTE_LENGTH].decode(errors="replace"))
+    return reported or error_of(report, excerpt=excerpt(data), service=service)
+
+
 def error_of(
     report: Report,
     *,

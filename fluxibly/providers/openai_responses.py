@@ -153,6 +153,8 @@ class ResponsesDecoder:
         data = event.data
         if self.done or not data or data.strip() == b"[DONE]":
             return ()
+        if event.name == "error":
+            raise error_reports.error_of_event(data, service=self._service)
         raw = read_json(data)
         body = table(raw)
         kind = string(body.get("type")) or event.name
@@ -170,7 +172,10 @@ class ResponsesDecoder:
         if kind in {"response.completed", "response.incomplete", "response.failed", "response.cancelled"}:
             return self._end_response(table(body.get("response")), data, failed=kind[9:] in _FAILED)
         if kind == "error" or not kind:
-            self._raise(raw, data)
+            reported = error_reports.error_of_payload(raw, body=data, service=self._service)
+            raise reported or StreamProtocolError(
+                f"{self._service} sent an event that does not say what it is", body=error_reports.excerpt(data)
+            )
         return ()
 
     def end(self) -> Iterable[Chunk]:
@@ -238,12 +243,6 @@ class ResponsesDecoder:
                 model=string(answer.get("model")) or None,
                 id=string(answer.get("id")) or None,
             ),
-        )
-
-    def _raise(self, payload: object, data: bytes) -> None:
-        error = error_reports.error_of_payload(payload, body=data, service=self._service)
-        raise error or StreamProtocolError(
-            f"{self._service} sent an event without a type", body=error_reports.excerpt(data)
         )
 
 

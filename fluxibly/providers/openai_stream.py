@@ -97,6 +97,8 @@ class ChatDecoder:
         data = event.data
         if self.done or not data:
             return _EMPTY
+        if event.name == "error":
+            raise error_reports.error_of_event(data, service=self._service)
         try:
             body = _read_body(data)
         except (ValueError, RecursionError):
