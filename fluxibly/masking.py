@@ -32,6 +32,7 @@ def _written(secret: str) -> Iterable[str]:
     for form in (secret, secret.strip()):
         yield form
         yield json.dumps(form)[1:-1]
+        yield json.dumps(form, ensure_ascii=False)[1:-1]
         yield repr(form)[1:-1]
         raw = form.encode(errors="surrogatepass")
         yield repr(raw)[2:-1]

@@ -1,0 +1,375 @@
+"""LLMConfig: ranges and types, all problems at once; YAML files and variables in them; keys that stay secret."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import traceback
+
+import attrs
+import pytest
+
+from fluxibly import LLM, LLMConfig
+from fluxibly.config import Secret, Timeouts
+from fluxibly.errors import ConfigError
+
+KEY = "sk-very-secret-0123456789"
+
+
+def config(**settings):
+    return LLMConfig(**{"framework": "echo", "model": "m", **settings})
+
+
+@pytest.fixture
+def file(tmp_path):
+    """A YAML file of the given text: `file(text)`."""
+
+    def write(text, **options):
+        path = tmp_path / "framework.yaml"
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return path
+
+    return write
+
+
+class TestValues:
+    def test_defaults(self):
+        """What is not given is not sent; the rest is as documented."""
+        assert attrs.asdict(config()) == {
+            "framework": "echo",
+            "model": "m",
+            "temperature": None,
+            "max_tokens": None,
+            "top_p": None,
+            "frequency_penalty": None,
+            "presence_penalty": None,
+            "api_key": None,
+            "api_base": None,
+            "timeout": 60.0,
+            "max_retries": 3,
+            "additional_params": {},
+            "middleware": None,
+        }
+
+    @pytest.mark.parametrize(
+        ("name", "good", "bad", "range_"),
+        [
+            ("temperature", [0, 2, 0.7], [-0.1, 2.1, 3, "hot", True, float("nan")], "a number from 0 to 2"),
+            ("top_p", [0, 1], [-0.1, 1.5, "x"], "a number from 0 to 1"),
+            ("frequency_penalty", [-2, 2], [-2.5, 3, []], "a number from -2 to 2"),
+            ("presence_penalty", [-2, 2], [-2.5, 3], "a number from -2 to 2"),
+            ("max_tokens", [1, 10**6], [0, -1, 1.5, "many", True], "a whole number from 1 up"),
+            ("max_retries", [0, 9], [-1, 1.5, "x", None], "a whole number from 0 up"),
+            ("timeout", [0.1, 60, Timeouts()], [0, -1, "soon", None, float("inf")], "a number of seconds above 0"),
+            ("framework", ["echo"], ["", " ", 5, None], "a name (a non-empty str)"),
+            ("model", ["m"], ["", 5, None], "a name (a non-empty str)"),
+            (
+                "api_base",
+                ["http://x", "HTTPS://x/v1"],
+                ["x.com", "ftp://x", "http://", 5],
+                "an http:// or https:// URL",
+            ),
+            ("additional_params", [{}, {"a": [1]}], [None, [], "x", {1: 2}], ""),
+            ("middleware", [[], ["logging"], ()], ["logging", {"retry": 1}, 5], "a list is due"),
+            ("api_key", ["k", Secret("k"), None], [5, b"k"], "a str is due"),
+        ],
+        ids=lambda value: value if isinstance(value, str) else "",
+    )
+    def test_ranges(self, name, good, bad, range_):
+        """What is out of range is told with its name and the range."""
+        for value in good:
+            config(**{name: value})
+        for value in bad:
+            with pytest.raises(ConfigError) as caught:
+                config(**{name: value})
+            assert str(caught.value).startswith(f"{name}: ")
+            assert range_ in str(caught.value)
+
+    def test_all_problems_at_once(self):
+        """One error lists them, in its text and as `problems`."""
+        with pytest.raises(ConfigError) as caught:
+            config(temperature=3, max_tokens="many", top_p=2, timeout=-1)
+        assert caught.value.problems == (
+            "temperature: 3 is not a number from 0 to 2",
+            "top_p: 2 is not a number from 0 to 1",
+            "max_tokens: 'many' is not a whole number from 1 up",
+            "timeout: -1 is not a number of seconds above 0, nor Timeouts(...)",
+        )
+        assert str(caught.value) == "several settings are wrong:\n" + "\n".join(f"- {p}" for p in caught.value.problems)
+        assert isinstance(caught.value, ValueError)
+
+    def test_a_huge_value_makes_no_huge_message(self):
+        """It is shortened."""
+        with pytest.raises(ConfigError) as caught:
+            config(temperature="x" * 10_000_000, api_base="y" * 10_000_000)
+        assert len(str(caught.value)) < 1000
+
+    def test_a_missing_model(self):
+        """Python's own error names it."""
+        with pytest.raises(TypeError, match="'model'"):
+            LLMConfig(framework="echo")
+
+    def test_timeouts(self):
+        """A number stands for each limit; `Timeouts` sets each on its own."""
+        assert config(timeout=5).timeouts == Timeouts(5, 5, 5, 5)
+        assert config(timeout=Timeouts(connect=1)).timeouts == Timeouts(1, None, None, None)
+        with pytest.raises(ConfigError) as caught:
+            Timeouts(connect=0, idle="x", total=True)
+        assert [problem.split(":")[0] for problem in caught.value.problems] == [
+            "timeout.connect",
+            "timeout.idle",
+            "timeout.total",
+        ]
+
+    def test_it_is_immutable(self):
+        """Neither its fields nor what it was made of can change it."""
+        params, layers = {"a": 1}, ["logging"]
+        made = config(additional_params=params, middleware=layers)
+        with pytest.raises(attrs.exceptions.FrozenInstanceError):
+            made.model = "other"
+        params["b"] = 2
+        layers.append("retry")
+        assert made.additional_params == {"a": 1}
+        assert made.middleware == ["logging"]
+
+    def test_it_can_be_pickled_and_copied(self):
+        """For worker processes; the key goes with it."""
+        made = config(api_key=KEY, timeout=Timeouts(idle=3), additional_params={"a": 1})
+        for again in (pickle.loads(pickle.dumps(made)), copy.deepcopy(made), attrs.evolve(made)):
+            assert again == made
+            assert again.api_key.reveal() == KEY
+
+
+class TestSecret:
+    def test_it_shows_itself_only_when_asked(self):
+        """In no repr, str or format."""
+        made = config(api_key=KEY)
+        for text in (repr(made), str(made), f"{made}", f"{made.api_key}", f"{made.api_key!r}", f"{made.api_key}"):
+            assert KEY not in text
+        assert repr(made.api_key) == "Secret('***')"
+        assert made.api_key.reveal() == KEY
+        with pytest.raises(TypeError) as caught:
+            format(made.api_key, "40")
+        assert KEY not in str(caught.value)
+
+    def test_it_is_in_no_error(self, file):
+        """Also if everything else is wrong."""
+        with pytest.raises(ConfigError) as caught:
+            config(api_key=KEY, temperature=5, api_base="nowhere")
+        assert KEY not in "".join(traceback.format_exception(caught.value))
+        with pytest.raises(ConfigError) as caught:
+            LLMConfig.from_yaml(file(f"llm:\n  api_key: {KEY}\n  modle: m"))
+        assert KEY not in "".join(traceback.format_exception(caught.value))
+
+    def test_equality(self):
+        """It equals the str it holds, and a Secret of it."""
+        assert Secret(KEY) == KEY
+        assert Secret(KEY) == Secret(KEY)
+        assert Secret(KEY) != "other"
+        assert Secret(KEY) != 5
+        assert hash(Secret(KEY)) == hash(KEY)
+        assert not Secret("")
+        with pytest.raises(TypeError, match="a Secret holds a str, not a int"):
+            Secret(5)
+
+    def test_a_password_in_an_address_is_not_shown(self):
+        """`repr` leaves it out."""
+        assert "hunter2" not in repr(config(api_base="http://me:hunter2@host/v1"))
+        assert "//***@host/v1" in repr(config(api_base="http://me:hunter2@host/v1"))
+
+
+class TestYaml:
+    def test_a_file(self, file):
+        """The section `llm:`, nested tables and lists included."""
+        made = LLMConfig.from_yaml(
+            file("""
+llm:
+  framework: echo
+  model: m
+  temperature: 0.2
+  timeout: {connect: 5, idle: 30}
+  additional_params: {top_k: 4, stop: [a, b], nested: {deep: [1, {x: y}]}}
+  middleware: [logging, retry: {max_retries: 5}]
+other: {ignored: true}
+""")
+        )
+        assert made == LLMConfig(
+            framework="echo",
+            model="m",
+            temperature=0.2,
+            timeout=Timeouts(connect=5, idle=30),
+            additional_params={"top_k": 4, "stop": ["a", "b"], "nested": {"deep": [1, {"x": "y"}]}},
+            middleware=["logging", {"retry": {"max_retries": 5}}],
+        )
+
+    def test_another_section(self, file):
+        """By name."""
+        assert LLMConfig.from_yaml(file("small: {framework: echo, model: s}"), section="small").model == "s"
+
+    def test_a_path_may_be_a_string(self, file):
+        """As `LLM.from_yaml("config/framework.yaml")` has it."""
+        assert LLM.from_yaml(str(file("llm: {framework: echo, model: m}"))).forward("Hello") == "Hello"
+
+    def test_nothing_is_the_default(self, file):
+        """`temperature:` without a value."""
+        assert LLMConfig.from_yaml(file("llm: {framework: echo, model: m, timeout: , top_p: null}")) == config()
+
+    def test_all_problems_with_their_paths(self, file):
+        """Unknown names with the nearest, missing ones, wrong values, in one error."""
+        with pytest.raises(ConfigError) as caught:
+            LLMConfig.from_yaml(
+                file("llm: {framework: echo, temprature: 1, top_p: 3, timeout: {conect: 1, idle: -1, total: x}, 5: x}")
+            )
+        assert caught.value.problems == (
+            "llm.temprature: there is no such setting; did you mean 'temperature'?",
+            "llm.5: there is no such setting",
+            "llm.model: is required",
+            "llm.timeout.conect: there is no such setting; did you mean 'connect'?",
+            "llm.timeout.idle: -1 is not a number of seconds above 0",
+            "llm.timeout.total: 'x' is not a number of seconds above 0",
+            "llm.top_p: 3 is not a number from 0 to 1",
+        )
+
+    @pytest.mark.parametrize(
+        ("text", "problem"),
+        [
+            ("", "is empty; it needs a section `llm:` with framework and model"),
+            ("# nothing\n", "is empty; it needs a section"),
+            ("- llm", "a table is due at the top, with a section `llm:`, not a list"),
+            ("llm", "a table is due at the top, with a section `llm:`, not a single value (str)"),
+            ("lm: {}", "has no section `llm:`; did you mean 'lm'?"),
+            ("llm: [a, b]", "`llm:` is a table with framework and model, not a list"),
+            ("llm:", "`llm:` is a table with framework and model, not nothing"),
+            ("llm: {a: [}", "line 1: not valid YAML: "),
+            ("llm:\n\tmodel: m", "line 2: not valid YAML: found character '\\t'"),
+            ("llm: {model: m, model: n}", "line 1: not valid YAML: the key 'model' is given twice"),
+            ("llm: !!python/object/apply:os.system [true]", "not valid YAML: could not determine a constructor"),
+            ("llm: {model: 2024-13-45}", "put it in quotes"),
+            ("llm: {model: !!bool perhaps}", "put it in quotes"),
+            ("llm: \0", "not valid YAML: "),
+            ("a: " + "[" * 10_000, "nested too deeply"),
+            (b"llm: {model: caf\xe9}", "is not UTF-8 text"),
+        ],
+        ids=lambda value: repr(value)[:40],
+    )
+    def test_bad_files(self, file, text, problem):
+        """One line that names the file and what is wrong with it."""
+        path = file(text)
+        with pytest.raises(ConfigError) as caught:
+            LLMConfig.from_yaml(path)
+        assert str(path) in str(caught.value)
+        assert problem in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+    def test_files_that_cannot_be_read(self, tmp_path):
+        """Missing, or a folder."""
+        with pytest.raises(ConfigError, match="cannot read .*nowhere.yaml: No such file or directory"):
+            LLMConfig.from_yaml(tmp_path / "nowhere.yaml")
+        with pytest.raises(ConfigError, match="cannot read .*: Is a directory"):
+            LLMConfig.from_yaml(tmp_path)
+
+    def test_a_byte_order_mark(self, file):
+        """Windows editors write one."""
+        assert LLMConfig.from_yaml(file(b"\xef\xbb\xbfllm: {framework: echo, model: m}")) == config()
+
+    def test_aliases_that_multiply(self, file):
+        """A small file whose aliases make billions of values is read at once."""
+        lines = ["a0: &a0 [x, x]", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 30))]
+        made = LLMConfig.from_yaml(
+            file("\n".join([*lines, "llm: {framework: echo, model: m, additional_params: {b: *a29}}"]))
+        )
+        assert len(made.additional_params["b"]) == 10
+
+    def test_a_mapping_is_due(self):
+        """Also from code."""
+        with pytest.raises(ConfigError, match="the configuration: a table is due"):
+            LLMConfig.from_mapping(["a"])
+
+
+class TestVariables:
+    @pytest.fixture(autouse=True)
+    def _environment(self, monkeypatch):
+        monkeypatch.setenv("SET", "value")
+        monkeypatch.setenv("EMPTY", "")
+        monkeypatch.setenv("NUMBER", "7")
+        monkeypatch.setenv("NESTED", "${SET}")
+        monkeypatch.delenv("UNSET", raising=False)
+
+    @pytest.mark.parametrize(
+        ("text", "value"),
+        [
+            ("${SET}", "value"),
+            ("a-${SET}-${SET}-b", "a-value-value-b"),
+            ("${SET:-other}", "value"),
+            ("${UNSET:-other}", "other"),
+            ("${EMPTY:-other}", "other"),
+            ("x${EMPTY}", "x"),
+            ("${UNSET:-}x", "x"),
+            ("${UNSET:-http://a:1/b?c=d}", "http://a:1/b?c=d"),
+            ("${NESTED}", "${SET}"),
+            ("$SET {SET} $", "$SET {SET} $"),
+        ],
+    )
+    def test_forms(self, file, text, value):
+        """What is set, what has a default, and what only looks like a variable; values are not expanded again."""
+        made = LLMConfig.from_yaml(file(f"llm: {{framework: echo, model: '{text}'}}"))
+        assert made.model == value
+
+    def test_in_lists_and_tables(self, file):
+        """At any depth, but not in names."""
+        made = LLMConfig.from_yaml(
+            file("llm: {framework: echo, model: m, additional_params: {a: [x, {b: '${SET}'}], '${SET}': 1}}")
+        )
+        assert made.additional_params == {"a": ["x", {"b": "value"}], "${SET}": 1}
+
+    def test_numbers(self, file):
+        """Variables are strings; where a number is due they are read as one."""
+        made = LLMConfig.from_yaml(
+            file(
+                "llm: {framework: echo, model: m, temperature: '${UNSET:-0.5}', max_tokens: '${NUMBER}', "
+                "max_retries: '${NUMBER}', timeout: {idle: '${NUMBER}'}}"
+            )
+        )
+        assert (made.temperature, made.max_tokens, made.max_retries, made.timeout.idle) == (0.5, 7, 7, 7.0)
+        with pytest.raises(ConfigError) as caught:
+            LLMConfig.from_yaml(file("llm: {framework: echo, model: m, max_tokens: '${SET}', timeout: 'nan'}"))
+        assert caught.value.problems == (
+            "llm.max_tokens: 'value' is not a whole number from 1 up",
+            "llm.timeout: nan is not a number of seconds above 0, nor Timeouts(...)",
+        )
+
+    def test_an_empty_one_is_not_given(self, file):
+        """An optional setting keeps its default."""
+        made = LLMConfig.from_yaml(
+            file(
+                "llm: {framework: echo, model: m, api_base: '${UNSET:-}', temperature: '${EMPTY}', api_key: '${EMPTY}'}"
+            )
+        )
+        assert made == config()
+
+    def test_unset_ones(self, file):
+        """An error that lists them all, each with its path."""
+        with pytest.raises(ConfigError) as caught:
+            LLMConfig.from_yaml(
+                file("llm: {framework: '${UNSET}', middleware: [{retry: {max_retries: '${NOT_SET}'}}]}")
+            )
+        assert caught.value.problems == (
+            "llm.framework: the environment variable UNSET is not set; set it, or write ${UNSET:-default}",
+            (
+                "llm.middleware[0].retry.max_retries: the environment variable NOT_SET is not set; "
+                "set it, or write ${NOT_SET:-default}"
+            ),
+        )
+
+    @pytest.mark.parametrize("text", ["${}", "${SET", "${1X}", "${SET:?no}", "${UNSET:-${SET}}", "${A B}"])
+    def test_other_forms_are_refused(self, file, text):
+        """Rather than sent to a service as they stand."""
+        with pytest.raises(ConfigError, match=r"is not understood; write \$\{VAR\} or \$\{VAR:-default\}"):
+            LLMConfig.from_yaml(file(f"llm: {{framework: echo, model: '{text}'}}"))
+
+    def test_the_key_from_the_environment(self, file, monkeypatch):
+        """As the usual file has it."""
+        monkeypatch.setenv("MY_KEY", KEY)
+        made = LLMConfig.from_yaml(file("llm: {framework: echo, model: m, api_key: '${MY_KEY}'}"))
+        assert made.api_key == KEY
+        assert KEY not in repr(made)
