@@ -142,9 +142,12 @@ def _after_fork() -> None:
     _inherited.extend(_engines.values())
     _engines.clear()
     _running.clear()
+    _threads.clear()
 
 
 _running: WeakSet[Generation] = WeakSet()
+_threads: set[threading.Thread] = set()
+"""Those of generations, and so of engines that are being freed: the last to hold one may be its thread."""
 
 
 class Stopped(Exception):  # not a failure
@@ -166,8 +169,11 @@ class Generation:
 
     def start(self) -> None:
         """Begin, in a thread of its own."""
-        self._thread.start()
-        _running.add(self)
+        with _loading:
+            _threads.difference_update([thread for thread in _threads if not thread.is_alive()])
+            self._thread.start()
+            _threads.add(self._thread)
+            _running.add(self)
 
     def next_event(self, timeout: float | None) -> dict[str, Any] | None:
         """The next event, None after the last.
@@ -223,11 +229,10 @@ class Generation:
 
 
 def _stop_all() -> None:
-    running = list(_running)
-    for generation in running:
+    for generation in list(_running):
         generation.stop()
-    for generation in running:
-        generation.join()
+    for thread in list(_threads):
+        thread.join()
 
 
 atexit.register(_stop_all)
