@@ -1,0 +1,376 @@
+"""LLM and AsyncLLM: the public surface, as the README writes it."""
+
+from __future__ import annotations
+
+import gc
+import logging
+
+import anyio
+import attrs
+import pytest
+
+import fluxibly
+import fluxibly.llm
+from fluxibly import (
+    LLM,
+    AsyncLLM,
+    Chunk,
+    LLMConfig,
+    Message,
+    Pipeline,
+    ProviderError,
+    Request,
+    Response,
+    Restart,
+    StreamInterrupted,
+    Usage,
+    register_llm_framework,
+    register_middleware,
+)
+from fluxibly.errors import ConfigError, ServerError
+from fluxibly.middleware import Logging, Metrics, Retry, StreamMeter, Timing, Tracing, Validation
+from fluxibly.testing import AsyncScriptedProvider, ScriptedProvider
+from fluxibly.testing.modes import BACKENDS
+
+ECHO = LLMConfig(framework="echo", model="m")
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _registries(monkeypatch):
+    monkeypatch.setattr("fluxibly.registry._frameworks", {})
+    monkeypatch.setattr("fluxibly.registry._middleware", {})
+
+
+def scripted(*answers, **settings):
+    """A configuration whose provider follows a script; and the providers that were made of it."""
+    made = []
+
+    def provider(config):
+        made.append(ScriptedProvider(*answers))
+        return made[-1]
+
+    def async_provider(config):
+        made.append(AsyncScriptedProvider(*answers))
+        return made[-1]
+
+    register_llm_framework("scripted", provider, async_provider=async_provider, replace=True)
+    return LLMConfig(**{"framework": "scripted", "model": "m", **settings}), made
+
+
+class TestCalls:
+    def test_sync(self):
+        """A string, an iterator of strings, a Response, a Stream."""
+        llm = LLM(config=ECHO)
+        assert llm.forward("Hello there", temperature=0.2) == "Hello there"
+        assert list(llm.forward_stream("Count to three")) == ["Count ", "to ", "three"]
+        response = llm.complete("Hello there")
+        assert (str(response), response.finish_reason, response.model) == ("Hello there", "stop", "m")
+        assert response.usage == Usage(input_tokens=2, output_tokens=2)
+        assert response.elapsed >= 0
+        with llm.stream([Message.user("Hi you")]) as stream:
+            assert [chunk.text for chunk in stream if chunk.text] == ["Hi ", "you"]
+        assert stream.response.text == "Hi you"
+        assert stream.response.stats.chunks == 3
+
+    def test_async(self, backend):
+        """The same, awaited."""
+
+        async def main():
+            async with AsyncLLM(ECHO) as llm:
+                assert await llm.forward("Hello there", temperature=0.2) == "Hello there"
+                assert [text async for text in llm.forward_stream("Count on")] == ["Count ", "on"]
+                assert (await llm.complete("Hello")).finish_reason == "stop"
+                async with llm.stream([Message.user("Hi you")]) as stream:
+                    assert [chunk.text async for chunk in stream if chunk.text] == ["Hi ", "you"]
+                assert stream.response.stats.chunks == 3
+            with pytest.raises(RuntimeError, match="closed"):
+                await llm.forward("x")
+
+        anyio.run(main, backend=backend)
+
+    def test_the_same_objects_everywhere(self):
+        """`fluxibly.llm` promises LLM and LLMConfig too."""
+        assert fluxibly.llm.LLM is fluxibly.LLM
+        assert fluxibly.llm.LLMConfig is fluxibly.LLMConfig
+
+    @pytest.mark.parametrize(
+        "prompt", ["hi", Message.user("hi"), [Message.user("hi")], (Message.user("hi"),)], ids=repr
+    )
+    def test_prompts(self, prompt):
+        """A string, a message, a sequence of them."""
+        config, made = scripted("ok")
+        assert LLM(config).forward(prompt) == "ok"
+        assert made[0].requests[0].messages == (Message.user("hi"),)
+
+    def test_a_provider_of_ten_lines(self, backend):
+        """Returning and yielding plain strings, it gets the whole default stack; also under AsyncLLM."""
+
+        class Parrot:
+            def __init__(self, config):
+                self.name = config.model
+
+            def complete(self, request):
+                return f"{self.name}: {request.messages[-1].text}"
+
+            def stream(self, request):
+                yield from self.complete(request).split(" ")
+
+        register_llm_framework("parrot", Parrot)
+        config = LLMConfig(framework="parrot", model="Polly")
+        assert LLM(config).forward("Hello") == "Polly: Hello"
+        assert list(LLM(config).forward_stream("Hello")) == ["Polly:", "Hello"]
+
+        async def main():
+            llm = AsyncLLM(config)
+            assert await llm.forward("Hello") == "Polly: Hello"
+            assert [text async for text in llm.forward_stream("Hello")] == ["Polly:", "Hello"]
+
+        anyio.run(main, backend=backend)
+
+    def test_retries_of_the_configuration(self, monkeypatch):
+        """`max_retries` reaches the default stack's Retry."""
+        monkeypatch.setattr("fluxibly.pipeline.SystemClock.sleep", staticmethod(lambda seconds: None))
+        config, made = scripted(ServerError("a"), ServerError("b"), "ok", max_retries=1)
+        with pytest.raises(ServerError, match="b"):
+            LLM(config).forward("hi")
+        assert made[0].left == 1
+
+
+class TestSettings:
+    def test_of_the_configuration(self):
+        """They are in the request; what is None is not."""
+        config, made = scripted("ok", temperature=0.1, top_p=0.5, additional_params={"top_k": 4})
+        LLM(config).forward("hi")
+        (request,) = made[0].requests
+        assert (request.model, request.temperature, request.top_p, request.max_tokens) == ("m", 0.1, 0.5, None)
+        assert request.extra == {"top_k": 4}
+
+    def test_of_a_call_win(self):
+        """Also None, which then is not sent; for this call only."""
+        config, made = scripted("ok", "ok", temperature=0.1, max_tokens=5)
+        llm = LLM(config)
+        llm.forward("hi", temperature=None, max_tokens=9, model="other", stop="x", seed=1)
+        llm.forward("hi")
+        first, second = made[0].requests
+        assert (first.temperature, first.max_tokens, first.model, first.stop, first.seed) == (
+            None,
+            9,
+            "other",
+            ("x",),
+            1,
+        )
+        assert (second.temperature, second.max_tokens, second.model, second.stop) == (0.1, 5, "m", ())
+
+    def test_extra_is_merged_over_additional_params(self):
+        """The call wins, and the configuration is not changed."""
+        config, made = scripted("ok", "ok", additional_params={"a": 1, "b": 1})
+        llm = LLM(config)
+        llm.forward("hi", extra={"b": 2, "c": 3})
+        llm.forward("hi")
+        assert made[0].requests[0].extra == {"a": 1, "b": 2, "c": 3}
+        assert made[0].requests[1].extra == config.additional_params == {"a": 1, "b": 1}
+
+    def test_an_unknown_one_is_a_type_error_with_the_nearest(self, backend):
+        """Raised at the call, in every way to make one."""
+        llm = LLM(ECHO)
+        for call in (llm.forward, llm.complete, llm.stream, llm.forward_stream, AsyncLLM(ECHO).forward_stream):
+            with pytest.raises(TypeError, match="takes no 'temprature'; did you mean 'temperature'"):
+                call("hi", temprature=1)
+        with pytest.raises(TypeError, match="provider parameters go in extra="):
+            llm.forward("hi", presence=1)
+
+        async def main():
+            with pytest.raises(TypeError, match="temprature"):
+                await AsyncLLM(ECHO).forward("hi", temprature=1)
+
+        anyio.run(main, backend=backend)
+
+    def test_out_of_range(self):
+        """All that is wrong in one error, at the call."""
+        with pytest.raises(ConfigError) as caught:
+            LLM(ECHO).forward_stream("hi", temperature=3, max_tokens=0, model="", extra="x")
+        assert caught.value.problems == (
+            "temperature: 3 is not a number from 0 to 2",
+            "max_tokens: 0 is not a whole number from 1 up",
+            "model: '' is not a name (a non-empty str)",
+            "extra: a table (a mapping) is due, not a str",
+        )
+
+
+class TestStacks:
+    def test_the_default(self):
+        """Outermost first."""
+        kinds = [type(layer) for layer in LLM(ECHO).pipeline.middleware]
+        assert kinds == [Logging, Tracing, Metrics, Timing, StreamMeter, Validation, Retry]
+        assert LLM(attrs.evolve(ECHO, max_retries=7)).pipeline.middleware[-1] == Retry(max_retries=7)
+
+    def test_of_ones_own(self):
+        """The first is outermost."""
+        log = []
+
+        def layer(name):
+            def mw(request, call_next):
+                log.append(name)
+                return (yield from call_next(request))
+
+            return mw
+
+        LLM(ECHO, middleware=[Logging(), layer("a"), Retry(max_retries=5), layer("b")]).forward("hi")
+        assert log == ["a", "b"]
+
+    def test_none_at_all(self):
+        """An empty list is no default stack."""
+        assert LLM(ECHO, middleware=[]).pipeline.middleware == ()
+
+    def test_of_the_configuration(self):
+        """Names, with settings or without; those of the call to `LLM` win."""
+        register_middleware("quiet", lambda **settings: Validation(**settings))
+        config = LLMConfig(
+            framework="echo",
+            model="m",
+            middleware=["logging", {"retry": {"max_retries": 9}}, {"quiet": {"hold": True}}],
+        )
+        assert LLM(config).pipeline.middleware == (Logging(), Retry(max_retries=9), Validation(hold=True))
+        assert LLM(config, [Timing()]).pipeline.middleware == (Timing(),)
+
+    def test_from_yaml(self, tmp_path):
+        """The section `llm:`, its stack included."""
+        file = tmp_path / "framework.yaml"
+        file.write_text("llm: {framework: echo, model: m, middleware: [logging, retry: {max_retries: 1}]}")
+        assert LLM.from_yaml(file).pipeline.middleware == (Logging(), Retry(max_retries=1))
+        assert AsyncLLM.from_yaml(str(file), middleware=[]).pipeline.middleware == ()
+
+    def test_the_repr_is_the_configuration_without_the_key(self):
+        """It reads as what would run."""
+        config = attrs.evolve(ECHO, api_key="sk-secret-0123456789")
+        llm = LLM(config, [Logging(), StreamMeter()])
+        assert repr(llm) == "LLM('echo', 'm', middleware=[Logging(), StreamMeter()])"
+        assert "sk-secret" not in repr(vars(llm))
+
+    def test_without_any_configuration(self):
+        """A Pipeline takes a provider and a stack."""
+        request = Request(model="m", messages=[Message.user("hi")])
+        assert Pipeline(ScriptedProvider("hello"), [Logging()]).complete(request) == Response("hello")
+
+
+class TestStreams:
+    def test_without_stream_the_error_says_so_at_the_call(self):
+        """NotImplementedError, for the sync and the async LLM."""
+
+        class Whole:
+            def __init__(self, config):
+                pass
+
+            def complete(self, request):
+                return "ok"
+
+        register_llm_framework("whole", Whole)
+        config = LLMConfig(framework="whole", model="m")
+        for llm in (LLM(config), AsyncLLM(config)):
+            for call in (llm.stream, llm.forward_stream):
+                with pytest.raises(NotImplementedError, match=r"Whole has no stream\(\); use forward\(\)"):
+                    call("hi")
+        assert LLM(config).forward("hi") == "ok"
+
+    def test_forward_stream_starts_at_the_call(self, caplog):
+        """ "started" is logged then, and nothing is sent; closed unread it ends as abandoned."""
+        caplog.set_level(logging.INFO, logger="fluxibly")
+        config, made = scripted("a b")
+        texts = LLM(config).forward_stream("hi")
+        assert [record.getMessage().split(" |")[0] for record in caplog.records] == ["LLM streaming request started"]
+        assert made[0].requests == []
+        texts.close()
+        assert caplog.messages[-1] == "LLM streaming abandoned | elapsed_time=0.00s, total_chunks=0, total_length=0"
+        assert list(texts) == []
+
+    @pytest.mark.parametrize("how", ["close", "drop", "throw"])
+    def test_leaving_early(self, caplog, how):
+        """However the consumer leaves, the stream is closed and logged as abandoned."""
+        caplog.set_level(logging.INFO, logger="fluxibly")
+        config, made = scripted("a b c")
+        texts = LLM(config).forward_stream("hi")
+        assert next(texts) == "a"
+        if how == "close":
+            texts.close()
+        elif how == "throw":
+            with pytest.raises(LookupError):
+                texts.throw(LookupError())
+        del texts
+        gc.collect()
+        assert caplog.messages[-1].startswith("LLM streaming abandoned | ")
+        assert (made[0].opened, made[0].closed) == (1, 1)
+
+    def test_leaving_early_in_async(self, backend, caplog):
+        """Closed unread, or after a text."""
+        caplog.set_level(logging.INFO, logger="fluxibly")
+        config, made = scripted("a b c")
+
+        async def main():
+            unread = AsyncLLM(config).forward_stream("hi")
+            await unread.aclose()
+            del unread
+            texts = AsyncLLM(config).forward_stream("hi")
+            assert await anext(texts) == "a"
+            await texts.aclose()
+
+        anyio.run(main, backend=backend)
+        gc.collect()
+        assert [line.split(" |")[0] for line in caplog.messages].count("LLM streaming abandoned") == 2
+        assert (made[1].opened, made[1].closed) == (1, 1)
+
+    def test_texts_that_are_empty_are_left_out(self):
+        """A chunk of reasoning or usage has none."""
+        config, _ = scripted([Chunk(reasoning="hm"), "a", Chunk(finish_reason="stop")])
+        assert list(LLM(config).forward_stream("hi")) == ["a"]
+
+    def test_errors_come_at_the_first_iteration(self):
+        """Those of the provider, as they are before output, and after it as StreamInterrupted."""
+        config, _ = scripted(ProviderError("no"), ["a", LookupError("odd")])
+        llm = LLM(config, [])
+        texts = llm.forward_stream("hi")
+        with pytest.raises(ProviderError, match="no"):
+            next(texts)
+        texts = llm.forward_stream("hi")
+        assert next(texts) == "a"
+        with pytest.raises(StreamInterrupted) as caught:
+            next(texts)
+        assert isinstance(caught.value.__cause__, LookupError)
+        assert caught.value.partial.text == "a"
+
+    def test_restarts(self):
+        """For a consumer that asks for them."""
+        config, _ = scripted(["a", ServerError("down")], ["b"])
+        llm = LLM(config, [Retry(on_interrupt="restart", base_delay=0)])
+        with llm.stream("hi", restarts=True) as stream:
+            assert list(stream) == [Chunk("a"), Restart("ServerError"), Chunk("b")]
+        assert stream.response.text == "b"
+
+
+class TestClosing:
+    def test_close(self):
+        """It closes the provider; twice is fine; a call after it is an error."""
+        config, made = scripted("ok")
+        with LLM(config) as llm:
+            pass
+        llm.close()
+        assert made[0].shut
+        for call in (llm.forward, llm.forward_stream):
+            with pytest.raises(RuntimeError, match="this Pipeline is closed; make a new one"):
+                call("hi")
+
+    def test_aclose(self, backend):
+        """Likewise."""
+        config, made = scripted("ok")
+
+        async def main():
+            llm = AsyncLLM(config)
+            await llm.aclose()
+            await llm.aclose()
+
+        anyio.run(main, backend=backend)
+        assert made[0].shut

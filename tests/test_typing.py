@@ -1,0 +1,35 @@
+"""A user's file is understood by mypy and pyright, both strict, and runs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+FILE = Path(__file__).with_name("typing_examples.py")
+
+
+def run(*command: str) -> None:
+    done = subprocess.run(
+        [sys.executable, *command, str(FILE)], capture_output=True, text=True, check=False, cwd=FILE.parent.parent
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_mypy_strict():
+    """Nothing in it is Any or untyped."""
+    run("-m", "mypy", "--strict")
+
+
+@pytest.mark.skipif(find_spec("pyright") is None, reason="pyright is not installed")
+def test_pyright_strict():
+    """By the project's own settings, which are strict."""
+    run("-m", "pyright", "--pythonpath", sys.executable)
+
+
+def test_it_runs():
+    """With warnings as errors."""
+    run("-W", "error")

@@ -1,0 +1,241 @@
+"""What a user writes, for mypy and pyright to check strictly: everything under "Public surface", in one file.
+
+`test_typing.py` has both checkers read it, and runs it too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from time import perf_counter
+from typing import assert_type
+
+import attrs
+
+from fluxibly import (
+    LLM,
+    AsyncLLM,
+    AsyncPipeline,
+    AsyncProvider,
+    CallNext,
+    Chunk,
+    Flow,
+    FluxiblyError,
+    LLMConfig,
+    Message,
+    Middleware,
+    Pipeline,
+    Provider,
+    ProviderError,
+    Request,
+    Response,
+    Restart,
+    StreamInterrupted,
+    StreamStats,
+    ToolCall,
+    Usage,
+    map_chunks,
+    perform,
+    register_llm_framework,
+    register_middleware,
+    sleep,
+)
+from fluxibly.config import Timeouts
+from fluxibly.flow import hold_back
+from fluxibly.llm import LLM as SameLLM
+from fluxibly.middleware import Logging, Metrics, Retry, StreamMeter, Timing, Tracing, Validation
+from fluxibly.testing import AsyncScriptedProvider, ScriptedProvider, VirtualClock
+
+# Middleware of one's own
+
+
+def timing(request: Request, call_next: CallNext) -> Flow[Response]:
+    start = perf_counter()
+    try:
+        return (yield from call_next(request))
+    finally:
+        request.call.notes["seconds"] = perf_counter() - start
+
+
+def shout(request: Request, call_next: CallNext) -> Flow[Response]:
+    def louder(chunk: Chunk) -> Chunk:
+        return attrs.evolve(chunk, text=chunk.text.upper())
+
+    return (yield from map_chunks(call_next(request), louder))
+
+
+def complete_only(request: Request, call_next: CallNext) -> Flow[Response]:
+    return (yield from hold_back(call_next(request)))
+
+
+@attrs.frozen(kw_only=True)
+class Fallback:
+    model: str
+
+    def __call__(self, request: Request, call_next: CallNext) -> Flow[Response]:
+        try:
+            return (yield from call_next(request))
+        except ProviderError:
+            yield from sleep(0)
+            return (yield from call_next(request.evolve(model=self.model)))
+
+
+class Cache:
+    def __init__(self) -> None:
+        self.answers: dict[str, Response] = {}
+
+    def __call__(self, request: Request, call_next: CallNext) -> Flow[Response]:
+        key = request.messages[-1].text
+
+        def read() -> Response | None:
+            return self.answers.get(key)
+
+        async def aread() -> Response | None:
+            return self.answers.get(key)
+
+        found = yield from perform(read, aread)
+        assert_type(found, Response | None)
+        if found is not None:
+            request.call.cache_hit = True
+            return found
+        response = yield from call_next(request)
+        self.answers[key] = response
+        return response
+
+
+own: list[Middleware] = [timing, shout, complete_only, Fallback(model="small"), Cache()]
+
+# Providers of one's own
+
+
+class Parrot:
+    def __init__(self, config: LLMConfig | None = None) -> None:
+        self.config = config
+
+    def complete(self, request: Request) -> str:
+        return request.messages[-1].text
+
+    def stream(self, request: Request) -> Iterator[str]:
+        for word in request.messages[-1].text.split():
+            yield word + " "
+
+
+class Busy:
+    def complete(self, request: Request) -> Response:
+        raise ProviderError("try again", retryable=True)
+
+
+class AsyncParrot:
+    def __init__(self, config: LLMConfig) -> None:
+        self.config = config
+
+    async def complete(self, request: Request) -> Response:
+        return Response(request.messages[-1].text, usage=Usage(input_tokens=1, output_tokens=1))
+
+    async def stream(self, request: Request) -> AsyncIterator[Chunk]:
+        for word in request.messages[-1].text.split():
+            yield Chunk(text=word + " ")
+
+
+provider: Provider = Parrot()
+async_provider: AsyncProvider = AsyncParrot(LLMConfig(framework="parrot", model="m"))
+
+register_llm_framework("parrot", Parrot, async_provider=AsyncParrot)
+register_middleware("fallback", Fallback)
+register_middleware("shout", lambda: shout)
+
+
+def sync_calls(config: LLMConfig) -> None:
+    llm = LLM(config=config)
+    assert_type(llm.forward("Hello", temperature=0.2), str)
+    for text in llm.forward_stream("Count to three", max_tokens=20):
+        assert_type(text, str)
+    llm.forward_stream("Count").close()
+    response = llm.complete([Message.system("Be brief."), Message.user("Hello")], extra={"top_k": 4}, stop=["\n"])
+    assert_type(response.text, str)
+    assert_type(response.tool_calls, tuple[ToolCall, ...])
+    assert_type(response.usage, Usage | None)
+    assert_type(response.finish_reason, str | None)
+    assert_type(response.stats, StreamStats | None)
+    with llm.stream([Message.user("Hi there")]) as stream:
+        for chunk in stream:
+            assert_type(chunk, Chunk)
+    assert_type(stream.response, Response)
+    if stream.response.stats is not None:
+        assert_type(stream.response.stats.chunks, int)
+    with llm.stream("Hi", restarts=True) as events:
+        for event in events:
+            assert_type(event, Chunk | Restart)
+            if isinstance(event, Restart):
+                print("from the beginning:", event.reason)
+    llm.close()
+
+
+async def async_calls(config: LLMConfig) -> None:
+    async with AsyncLLM(config) as llm:
+        assert_type(await llm.forward("Hello", model="other"), str)
+        async for text in llm.forward_stream("Count"):
+            assert_type(text, str)
+        assert_type(await llm.complete("Hello"), Response)
+        async with llm.stream("Hi there") as stream:
+            async for chunk in stream:
+                assert_type(chunk, Chunk)
+        assert_type(stream.response, Response)
+
+
+def stacks(config: LLMConfig, file: Path) -> None:
+    stack: list[Middleware] = [
+        Logging(),
+        Tracing(capture="none"),
+        Metrics(),
+        Timing(layers=True, record=lambda timings: print(*timings)),
+        StreamMeter(),
+        timing,
+        Validation(empty="retry", check=lambda response: None if response.text else "Say something."),
+        Retry(max_retries=5, on_interrupt="restart"),
+    ]
+    print(LLM(config, stack))
+    LLM(config, middleware=[Logging(), Tracing(), timing, Retry(max_retries=5), StreamMeter()]).close()
+    SameLLM.from_yaml(file).close()
+    assert_type(AsyncLLM.from_yaml(str(file)), AsyncLLM)
+
+
+def pipelines() -> None:
+    request = Request(model="m", messages=[Message.user("hi")])
+    assert_type(Pipeline(Parrot(), [timing]).complete(request), Response)
+    Pipeline(ScriptedProvider("hello"), own, clock=VirtualClock()).complete(request)
+    AsyncPipeline(AsyncScriptedProvider("hello"), own)
+    AsyncPipeline(Parrot(), own)
+    try:
+        Pipeline(Busy()).complete(request)
+    except StreamInterrupted as error:
+        assert_type(error.partial, Response)
+    except ProviderError as error:
+        assert_type(error.retryable, bool)
+        assert_type(error.retry_after, float | None)
+    except FluxiblyError:
+        raise
+
+
+def main(file: Path) -> None:
+    config = LLMConfig(
+        framework="parrot",
+        model="m",
+        temperature=0.2,
+        timeout=Timeouts(connect=5, idle=30),
+        additional_params={"top_k": 4},
+        middleware=None,
+    )
+    file.write_text("llm: {framework: parrot, model: m, middleware: [logging, fallback: {model: small}, shout]}")
+    sync_calls(config)
+    asyncio.run(async_calls(config))
+    stacks(config, file)
+    pipelines()
+
+
+if __name__ == "__main__":
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        main(Path(folder) / "framework.yaml")
