@@ -168,6 +168,18 @@ def test_a_line_or_event_over_the_limit_is_an_error(framing: Framing, first: byt
     assert len(events) == 1
 
 
+@pytest.mark.parametrize(("framing", "first"), [("sse", b"data: a\n\n"), ("ndjson", b"{}\n"), ("json-array", b"[{},")])
+def test_an_error_stays(framing: Framing, first: bytes) -> None:
+    """What comes after it is not read: every later call raises it again."""
+    stream = make_framing(framing, limit=20)
+    assert len(stream.feed(first + b'{"a": "' + b"x" * 20 + b'"}\n')) == 1
+    for _ in range(2):
+        with pytest.raises(StreamProtocolError):
+            stream.feed(first)
+        with pytest.raises(StreamProtocolError):
+            stream.close()
+
+
 def test_events_up_to_the_limit_pass() -> None:
     """The limit is for one line or event, not for the stream."""
     body = (b"data: " + b"x" * 94 + b"\n\n") * 50

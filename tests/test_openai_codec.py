@@ -136,6 +136,14 @@ def test_messages_of_every_kind() -> None:
     ]
 
 
+def test_names_and_plain_text() -> None:
+    """Who speaks is said of all but tools; "text" is a response format too."""
+    messages = [Message("user", "Hi", name="ann"), Message.tool("3", "call_1", name="add")]
+    body = sent(Request(model="m", messages=messages, response_format="text"))
+    assert [message.get("name") for message in body["messages"]] == ["ann", None]
+    assert body["response_format"] == {"type": "text"}
+
+
 def test_a_tool_is_chosen_by_name() -> None:
     """A word that is not one of the dialect's is the name of a tool."""
     request = Request(model="m", messages="Hi", tool_choice="add")
@@ -598,6 +606,23 @@ def test_choices_interleave() -> None:
     ).response
     assert (response.text, response.finish_reason) == ("Aa!", "stop")
     assert [(other.text, other.finish_reason) for other in response.alternatives] == [("Bb?", "length"), ("C", "stop")]
+
+
+def test_each_choice_has_its_own_reasoning() -> None:
+    """The blocks of one do not mix with those of another."""
+    events = [
+        chunk(choice(n, reasoning_details=[{"type": "reasoning.text", "text": text}])) for n, text in enumerate("ab")
+    ]
+    response = streamed(*events, chunk(choice(0, "stop"), choice(1, "stop"))).response
+    assert [part.text for part in response.reasoning_parts] == ["a"]
+    assert [part.text for part in response.alternatives[0].reasoning_parts] == ["b"]
+
+
+def test_the_older_completions_dialect_is_read() -> None:
+    """A choice whose text is in `text`, which some servers send."""
+    assert (
+        streamed(chunk({"index": 0, "text": "a"}), chunk({"text": "b", "finish_reason": "stop"})).response.text == "ab"
+    )
 
 
 def test_choices_without_anything() -> None:

@@ -265,6 +265,18 @@ def test_errors_in_a_stream(event: dict[str, Any], kind: str) -> None:
     assert outcome.response.text == "Hel"
 
 
+def test_an_event_named_error() -> None:
+    """It is one, whatever stands in it; and so is an event that does not say what it is."""
+    outcome = check_recuts(CODEC, events(*FULL[:7]) + b"event: error\ndata: broken\n\n")
+    assert str(outcome.error).startswith("ServerError: OpenAI answered with an error: broken.")
+    assert str(check_recuts(CODEC, b'data: {"a": 1}\n\n').error).startswith("StreamProtocolError")
+
+
+def test_an_answer_that_is_no_200() -> None:
+    """Read as everywhere."""
+    assert type(CODEC.decode_error(401, {}, b'{"error": {"message": "no"}}')) is errors.AuthenticationError
+
+
 def test_bare_json_is_an_error() -> None:
     """Instead of a stream."""
     outcome = check_recuts(CODEC, b'{"error": {"message": "no", "type": "invalid_request_error"}}')

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Final
 
 from fluxibly.errors import StreamProtocolError
@@ -19,7 +20,7 @@ def too_large(limit: int) -> StreamProtocolError:
     )
 
 
-class Lines:
+class Lines(ABC):
     """Splits a stream into lines, each ended by CR, LF or CRLF; the last may be unterminated."""
 
     def __init__(self, limit: int) -> None:
@@ -60,18 +61,16 @@ class Lines:
         last = b"".join(self._partial)
         self._partial.clear()
         events: list[Event] = []
-        try:
-            self._take_last(last, events)
-        except StreamProtocolError as error:
-            return self._fail(error, events)
+        self._take_last(last, events)
         return events
 
+    @abstractmethod
     def _take(self, whole: bytes, events: list[Event]) -> None:
         """Take whole lines, each ended by LF."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _take_last(self, last: bytes, events: list[Event]) -> None:
-        raise NotImplementedError
+        """Take the last line, which has no end, or is empty."""
 
     def _hold(self, data: bytes, events: list[Event]) -> list[Event]:
         """Keep the beginning of a line."""

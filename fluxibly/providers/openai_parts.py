@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final, cast
 
-from fluxibly.errors import StreamProtocolError
 from fluxibly.providers.wire import string, table, to_json
 from fluxibly.types import Reasoning, ToolCallDelta, Usage
 
@@ -90,10 +89,7 @@ def _text(value: object) -> str | None:
 def _arguments(value: object) -> str:
     if isinstance(value, str):
         return value
-    try:
-        return "" if value is None else to_json(value)
-    except RecursionError:
-        raise StreamProtocolError("the arguments of a tool call are nested too deeply") from None
+    return "" if value is None else to_json(value)
 
 
 class Details:
