@@ -13,6 +13,7 @@ from __future__ import annotations
 import atexit
 import gc
 import logging
+import sys
 import threading
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Generator, Iterator
@@ -331,6 +332,12 @@ def _response(driver: _Driver) -> Response:
 class AsyncDriver(_Driver):
     pipeline: AsyncPipeline
     reading = False
+    waits_for: Any = None
+    """What the read under way waits for: on asyncio, a future."""
+    scope: Any = None
+    """On trio: the cancel scope of the read under way, which is entered and left within it."""
+    cut = False
+    """Whether `abort` cancelled the read."""
 
     def __init__(self, pipeline: AsyncPipeline, request: Request, flow: Flow[Response]) -> None:
         super().__init__(pipeline, request, flow)
@@ -408,6 +415,27 @@ class AsyncDriver(_Driver):
         finally:
             await self.release()
 
+    async def read_on_trio(self) -> Chunk | Restart | None:
+        """`advance`, in a scope that `abort` can cancel."""
+        import trio
+
+        with trio.CancelScope() as self.scope:
+            return await _in_context(self.context, self.advance(), self)
+        return None  # it was cancelled while it released the provider's stream
+
+    def abort(self) -> None:
+        """End the read under way: by the provider's own `abort`, or else by a cancellation that goes no further."""
+        if hasattr(self.iterator, "abort"):
+            super().abort()
+        elif self.reading:
+            cancel = getattr(self.scope or self.waits_for, "cancel", None)
+            if cancel is not None:
+                self.cut = True
+                cancel()
+
+    def aborted(self, error: BaseException) -> bool:
+        return super().aborted(error) or (self.cut and not _is_cancelled_by_others())
+
     async def aclose(self) -> None:
         if self.ended:
             return
@@ -415,7 +443,7 @@ class AsyncDriver(_Driver):
         if self.reading:
             self.abort()  # the task that is in the read closes all when it is back
         else:
-            await _in_context(self.context, self.close_all())
+            await _in_context(self.context, self.close_all(), self)
 
     def let_go(self) -> None:
         """Without an await: the flow ends now; dropping an async generator makes its event loop close it."""
@@ -430,13 +458,29 @@ class AsyncDriver(_Driver):
             self.iterator = None
 
 
+def _on_trio() -> bool:
+    trio = sys.modules.get("trio")
+    return trio is not None and bool(trio.lowlevel.in_trio_run())
+
+
+def _is_cancelled_by_others() -> bool:
+    """Whether the task is to end. On trio the next await tells."""
+    if _on_trio():
+        return False
+    import asyncio
+
+    task = asyncio.current_task()
+    return task is not None and bool(task.cancelling())
+
+
 @coroutine
-def _in_context(context: Context, work: Coroutine[Any, Any, T]) -> Generator[Any, Any, T]:
+def _in_context(context: Context, work: Coroutine[Any, Any, T], driver: AsyncDriver) -> Generator[Any, Any, T]:
     """Await `work` with each of its steps run in `context`."""
     run = context.run
     try:
         waits_for = run(work.send, None)
         while True:
+            driver.waits_for = waits_for
             try:
                 value = yield waits_for
             except BaseException as error:  # noqa: BLE001  # it goes into the work
@@ -467,7 +511,10 @@ class AsyncStream(Generic[Event]):
             raise StopAsyncIteration
         driver.reading = True
         try:
-            event = await _in_context(driver.context, driver.advance())
+            if _on_trio():
+                event = await driver.read_on_trio()
+            else:
+                event = await _in_context(driver.context, driver.advance(), driver)
         finally:
             driver.reading = False
             if driver.closing and not driver.ended:
@@ -486,7 +533,10 @@ class AsyncStream(Generic[Event]):
         return _response(self._driver)
 
     async def aclose(self) -> None:
-        """Give the stream up, if it is not over: its middleware see it end as abandoned. Twice is fine."""
+        """Give the stream up, if it is not over: its middleware see it end as abandoned. Twice is fine.
+
+        A read under way in another task ends too.
+        """
         await self._driver.aclose()
 
     async def __aenter__(self) -> Self:

@@ -141,6 +141,19 @@ class TestReading:
         assert watch.ends == ["GeneratorExit"]
         assert (provider.opened, provider.closed) == (1, 1)
 
+    def test_asking_again_after_output_is_refused(self):
+        """Nothing is sent twice; what went out is `partial`."""
+
+        def again(request, call_next):
+            yield from call_next(request)
+            return (yield from call_next(request))
+
+        provider = ScriptedProvider("a b", "c")
+        with pytest.raises(StreamInterrupted, match="asked ScriptedProvider again after output") as caught:
+            texts(Pipeline(provider, [again]).stream(REQUEST))
+        assert caught.value.partial.text == "a b"
+        assert len(provider.requests) == 1
+
     def test_restarts_are_only_for_those_who_ask(self):
         """A Restart comes out as an event if it was asked for, and is refused otherwise."""
 
@@ -348,6 +361,73 @@ class TestClosing:
         assert iterators[0].closed
         assert watch.ends == ["GeneratorExit"]
 
+    def test_closing_ends_a_read_of_an_async_generator(self, backend):
+        """One that only waits is cancelled; the reader's task goes on after its loop."""
+        watch, ends = Watch(), []
+
+        class Waiting(AsyncScriptedProvider):
+            async def stream(self, request):
+                try:
+                    yield "a"
+                    reading[0].set()
+                    await anyio.sleep_forever()
+                finally:
+                    ends.append("released")
+
+        async def main():
+            reading.append(anyio.Event())
+            stream = AsyncPipeline(Waiting(), [watch]).stream(REQUEST)
+
+            async def read():
+                assert [chunk.text async for chunk in stream] == ["a"]
+                await anyio.lowlevel.checkpoint()
+                ends.append("reader went on")
+
+            with anyio.fail_after(10):
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(read)
+                    await reading[0].wait()
+                    await stream.aclose()
+
+        reading = []
+        anyio.run(main, backend=backend)
+        assert ends == ["released", "reader went on"]
+        assert watch.ends == ["GeneratorExit"]
+
+    def test_a_cancellation_meanwhile_is_not_lost(self, backend):
+        """A reader that is cancelled and closed at once is cancelled."""
+        ends = []
+
+        class Waiting(AsyncScriptedProvider):
+            async def stream(self, request):
+                reading[0].set()
+                await anyio.sleep_forever()
+                yield "a"
+
+        async def main():
+            reading.append(anyio.Event())
+            stream = AsyncPipeline(Waiting()).stream(REQUEST)
+
+            async def read():
+                with anyio.CancelScope() as scope:
+                    scopes.append(scope)
+                    async for _ in stream:
+                        pass
+                    await anyio.lowlevel.checkpoint()
+                    ends.append("not cancelled")
+                ends.append(scope.cancelled_caught)
+
+            with anyio.fail_after(10):
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(read)
+                    await reading[0].wait()
+                    scopes[0].cancel()
+                    await stream.aclose()
+
+        reading, scopes = [], []
+        anyio.run(main, backend=backend)
+        assert ends == [True]
+
     def test_closing_during_a_wait_sends_nothing_more(self):
         """A retry's wait in another thread ends in the stream's end, not in another attempt."""
         waiting, go_on = threading.Event(), threading.Event()
@@ -526,6 +606,25 @@ class TestDropping:
         pipeline.complete(REQUEST)
         assert ends == [True, True]
         assert provider.opened == provider.closed == 1
+
+    def test_a_failure_of_what_was_queued_is_logged(self, caplog):
+        """It must not hit the call that happens to come next."""
+
+        def failing(request, call_next):
+            try:
+                return (yield from call_next(request))
+            except GeneratorExit:
+                raise LookupError("too late") from None
+
+        pipeline = Pipeline(ScriptedProvider("a b", "c"), [failing])
+        stream = pipeline.stream(REQUEST)
+        next(stream)
+        cycle = [stream]
+        cycle.append(cycle)
+        del stream, cycle
+        gc.collect()
+        assert pipeline.complete(REQUEST).text == "c"
+        assert "a middleware raised LookupError while a dropped stream was ended" in caplog.text
 
     @pytest.mark.filterwarnings("ignore:Async generator:ResourceWarning")  # trio tells of what was dropped
     def test_an_async_stream_in_a_cycle_is_queued(self, backend):
