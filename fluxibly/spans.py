@@ -195,8 +195,8 @@ class CallTrace(Relay):
         request = self.sent = send.request
         attributes: dict[str, Any] = {
             semconv.ATTEMPT_INDEX: self.index,
-            semconv.PROVIDER: request.call.provider.telemetry_name,
-            semconv.REQUEST_MODEL: request.model,
+            semconv.ATTEMPT_PROVIDER: request.call.provider.telemetry_name,
+            semconv.ATTEMPT_MODEL: request.model,
         }
         self.index += 1
         self.attempt = self.tracer.start_span(semconv.ATTEMPT_SPAN, attributes=attributes)
@@ -213,7 +213,7 @@ class CallTrace(Relay):
         try:
             attributes: dict[str, Any] = {}
             if response is not None and response.model:
-                attributes[semconv.RESPONSE_MODEL] = response.model
+                attributes[semconv.ATTEMPT_RESPONSE_MODEL] = response.model
             self._tell(span, attributes, error, outcome_of(error), (self.sent,))
         finally:
             span.end()

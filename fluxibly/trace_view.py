@@ -66,7 +66,7 @@ def label(span: TracedSpan) -> str:
     index = span.attributes.get(semconv.ATTEMPT_INDEX)
     if index is None:
         return span.name
-    return f"attempt {int(index) + 1} {span.attributes.get(semconv.REQUEST_MODEL, '')}".rstrip()
+    return f"attempt {int(index) + 1} {span.attributes.get(semconv.ATTEMPT_MODEL, '')}".rstrip()
 
 
 def duration(seconds: float) -> str:
