@@ -519,14 +519,31 @@ def test_failure_in_a_conversation(terminal: Callable[..., Terminal]) -> None:
     assert chat.end() == 0
 
 
-@pytest.mark.model
-def test_interrupted_answer(terminal: Callable[..., Terminal], gguf: Path) -> None:
-    """Ctrl-C stops the answer and not the program; at the prompt it only takes a new line."""
-    chat = terminal("chat", "--model", str(gguf))
-    chat.wait_for("> ")
-    chat.type("Count from one to one thousand\n")
+LONG = "Count from one to one thousand. One, two, three,"
+"""With temperature 0 the answer to this does not end by itself."""
+
+
+@pytest.fixture
+def local(yaml: Path, gguf: Path) -> Path:
+    """A configuration of the local model."""
+    yaml.write_text(f"llm: {{framework: local, model: {gguf}, temperature: 0, additional_params: {{n_threads: 1}}}}")
+    return yaml
+
+
+def wait_for_text(chat: Terminal) -> None:
+    """Wait until the answer has begun."""
     chat.wait_for("started")
+    chat.wait_for("\n")
     chat.wait_for(" ")
+
+
+@pytest.mark.model
+def test_interrupted_answer(terminal: Callable[..., Terminal], local: Path) -> None:
+    """Ctrl-C stops the answer and not the program; at the prompt it only takes a new line."""
+    chat = terminal("chat", "--config", str(local))
+    chat.wait_for("> ")
+    chat.type(LONG + "\n")
+    wait_for_text(chat)
     chat.type("\x03")
     chat.wait_for("(stopped)")
     chat.wait_for("> ")
@@ -537,10 +554,10 @@ def test_interrupted_answer(terminal: Callable[..., Terminal], gguf: Path) -> No
 
 
 @pytest.mark.model
-def test_interrupted_question(terminal: Callable[..., Terminal], gguf: Path) -> None:
+def test_interrupted_question(terminal: Callable[..., Terminal], local: Path) -> None:
     """Ctrl-C during the only answer ends the program, as shells expect, without a traceback."""
-    chat = terminal("chat", "--model", str(gguf), "Count from one to one thousand")
-    chat.wait_for("started")
+    chat = terminal("chat", "--config", str(local), LONG)
+    wait_for_text(chat)
     chat.type("\x03")
     assert chat.end() == 130
     assert "Traceback" not in chat.shown

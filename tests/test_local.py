@@ -19,8 +19,9 @@ from fluxibly.config import Timeouts
 from fluxibly.errors import BadRequest, ConfigError, ContextLengthExceeded, ProviderError, RequestTimeout, StreamStalled
 from fluxibly.middleware import Logging
 from fluxibly.providers import local_engine
-from fluxibly.providers.local import LocalProvider, LocalStream
+from fluxibly.providers.local import AsyncLocalProvider, LocalProvider, LocalStream
 from fluxibly.providers.local_engine import QUEUE_LIMIT, Generation, Settings, settings_of
+from fluxibly.testing import check_provider
 
 pytest.importorskip("xllamacpp")
 
@@ -220,6 +221,15 @@ def test_many_threads(llm: LLM) -> None:
     for thread in threads:
         thread.join()
     assert answers == [expected] * 4
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("kind", [LocalProvider, AsyncLocalProvider])
+def test_laws(kind: type[Any], config: LLMConfig) -> None:
+    """Both providers keep the laws, with answers and with failures."""
+    long = Request(model="m", messages="word " * 3000)
+    request = Request(model="m", messages=QUESTION, temperature=0, max_tokens=6)
+    check_provider(kind(config), request, failing=[long, request.evolve(n=2)])
 
 
 @pytest.mark.model

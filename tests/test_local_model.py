@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import multiprocessing
 import os
 import signal
@@ -82,6 +83,21 @@ def test_progress(index: Path) -> None:
     model_path("smollm2", lambda done, total: seen.append((done, total)))
     assert seen[-1] == (len(CONTENT), len(CONTENT))
     assert seen == sorted(seen)
+
+
+def test_progress_bar(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a terminal there is a bar."""
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    pytest.importorskip("rich")
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setenv("TERM", "xterm")
+    model_path()
+    assert "Fetching the model smollm2, once" in sys.stderr.getvalue()  # type: ignore[attr-defined]
+    assert "━" in sys.stderr.getvalue()  # type: ignore[attr-defined]
 
 
 def test_wrong_digest(index: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
