@@ -86,10 +86,8 @@ def _contents(messages: Iterable[Message]) -> Iterable[str]:
         for text in texts:
             if len(text) < RUN:
                 continue
-            yield text
-            for escaped in (json.dumps(text)[1:-1], json.dumps(text, ensure_ascii=False)[1:-1], repr(text)[1:-1]):
-                if escaped != text:
-                    yield escaped
+            escaped = (json.dumps(text), json.dumps(text, ensure_ascii=False), repr(text))
+            yield from {text, *(form[1:-1] for form in escaped)}
 
 
 def _shared(text: str, content: str) -> list[tuple[int, int]]:

@@ -116,7 +116,6 @@ class CallRecord:
     stats: StreamStats | None = None
     cache_hit: bool = False
     """Set by a middleware that answers from a cache."""
-    outcome: Outcome | None = None
     attempt_times: list[float] | None = None
     """Seconds of each attempt, where `Timing` asked for them; `profile` those of each layer."""
     profile: Profile | None = None

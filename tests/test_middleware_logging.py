@@ -185,6 +185,27 @@ class TestLines:
         anyio.run(main, backend=backend)
         assert lines()[1:] == [("INFO", "LLM request cancelled | elapsed_time=0.00s")]
 
+    @pytest.mark.parametrize("backend", BACKENDS)
+    def test_a_cancelled_read(self, backend, lines):
+        """A task cancelled while it waits for a chunk, likewise."""
+
+        class Slow:
+            async def complete(self, request):
+                raise AssertionError
+
+            async def stream(self, request):
+                yield "one"
+                await anyio.sleep_forever()
+
+        async def main():
+            with anyio.move_on_after(0.01):
+                async with AsyncPipeline(Slow(), [Logging()], clock=VirtualClock()).stream(REQUEST) as stream:
+                    async for _ in stream:
+                        pass
+
+        anyio.run(main, backend=backend)
+        assert lines()[1:] == [("INFO", "LLM streaming cancelled | elapsed_time=0.00s, total_chunks=1, total_length=3")]
+
     def test_started_is_logged_when_the_stream_is_made(self, lines):
         """Not at its first chunk."""
         stream = Pipeline(ScriptedProvider("a"), [Logging()]).stream(REQUEST)
@@ -208,6 +229,7 @@ class TestRecords:
         assert (started.provider_name, started.framework, started.model) == ("ScriptedProvider", "scripted", "m-1")
         assert started.prompt_length == 30
         assert completed.elapsed_time == 2
+        assert completed.outcome == "completed"
         if mode.streaming:
             assert (completed.total_chunks, completed.total_length) == (2, 5)
             assert (details.total_chunks, details.total_length, details.avg_chunk_size) == (2, 5, 2.5)

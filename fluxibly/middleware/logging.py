@@ -22,7 +22,8 @@ class Logging:
     """Logs the start and the end of each call at INFO, failures at ERROR, and previews of the texts at DEBUG.
 
     Every value of a line is on the record too, under the same name, for structured handlers (a record's own `name`
-    stays the logger's: the provider's is `provider_name`). Prompts and answers appear at DEBUG only, and an error's
+    stays the logger's: the provider's is `provider_name`); the last line of a call also has its `outcome` ("completed",
+    "failed", "abandoned", "cancelled", "stalled"). Prompts and answers appear at DEBUG only, and an error's
     message has the request's own texts masked. Times are seconds, lengths are characters.
     """
 
@@ -67,6 +68,7 @@ def _completed(request: Request, response: Response, elapsed: float, prompt_leng
         elapsed_time=elapsed,
         prompt_length=prompt_length,
         response_length=len(response.text),
+        outcome="completed",
     )
     if logger.isEnabledFor(logging.DEBUG):
         log(
@@ -88,6 +90,7 @@ def _streamed(request: Request, response: Response, elapsed: float) -> None:
         elapsed_time=elapsed,
         total_chunks=total_chunks,
         total_length=total_length,
+        outcome="completed",
     )
     if logger.isEnabledFor(logging.DEBUG):
         log(
