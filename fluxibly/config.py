@@ -12,7 +12,7 @@ import attrs
 
 from fluxibly.errors import ConfigError
 from fluxibly.guards import is_list, is_mapping
-from fluxibly.suggest import did_you_mean
+from fluxibly.suggest import did_you_mean, naming_the_nearest
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -49,6 +49,7 @@ class Secret:
         return bool(self._value)
 
 
+@naming_the_nearest
 @attrs.frozen
 class Timeouts:
     """Time limits in seconds, each on its own; None is no limit.
@@ -90,6 +91,7 @@ def _without_login(url: object) -> str:
     return re.sub("//[^/@]*@", "//***@", repr(url))
 
 
+@naming_the_nearest
 @attrs.frozen(kw_only=True)
 class LLMConfig:
     """Which model to call, and how.
@@ -101,6 +103,7 @@ class LLMConfig:
 
     Raises:
         ConfigError: it lists all that is wrong, each with its path and range.
+        TypeError: there is no such setting; the nearest is named.
     """
 
     framework: str

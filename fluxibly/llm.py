@@ -72,6 +72,8 @@ class _LLM:
         if not isinstance(config, LLMConfig):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"{type(self).__name__} takes an LLMConfig, not a {type(config).__name__}")
         self.config = config
+        if isinstance(middleware, str) or not isinstance(middleware, Iterable | None):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"middleware is a list, like [Logging(), Retry()], not a {type(middleware).__name__}")
         if middleware is not None:
             self._stack = make_middleware(list(middleware))
         elif config.middleware is not None:

@@ -247,7 +247,7 @@ def _make(item: Any, path: str) -> Middleware:
             )
         ((name, settings),) = item.items()
         settings = {} if settings is None else settings
-        if not isinstance(settings, Mapping):
+        if not is_mapping(settings):
             raise ConfigError(f"{path}.{name}: a table of settings is due, e.g. - retry: {{max_retries: 5}}")
     elif callable(item):
         return item  # type: ignore[no-any-return]  # a middleware object; the pipeline checks it
@@ -261,7 +261,21 @@ def _make(item: Any, path: str) -> Middleware:
     try:
         return factory(**settings)
     except (TypeError, ValueError) as error:
+        unknown = _unknown_setting(factory, settings)
+        if unknown is not None:
+            raise ConfigError(f"{path}.{name}.{unknown}") from error
         raise ConfigError(f"{path}.{name}: {error}") from error
+
+
+def _unknown_setting(factory: MiddlewareFactory, settings: Mapping[str, Any]) -> str | None:
+    """What to say of the first setting that a middleware does not take."""
+    import inspect
+
+    parameters = inspect.signature(factory).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return None
+    unknown = [str(name) for name in settings if name not in parameters]
+    return f"{unknown[0]}: there is no such setting{did_you_mean(unknown[0], parameters)}" if unknown else None
 
 
 def _is_middleware_function(factory: object) -> bool:

@@ -46,6 +46,8 @@ def _document(file: Path) -> object:
         raise ConfigError(f"cannot read {file}: {error.strerror or error}") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{file} is not UTF-8 text") from None
+    except ValueError as error:  # a path with a NUL in it
+        raise ConfigError(f"cannot read {str(file)!r}: {error}") from None
     try:
         document: object = yaml.load(text, _Loader)  # noqa: S506  # it is a SafeLoader
     except yaml.YAMLError as error:

@@ -63,7 +63,7 @@ class TestConfiguration:
             ),
             (
                 "llm: {framework: echo, model: m, middleware: [retry: {max_retry: 1}]}",
-                "middleware[0].retry: ",
+                "middleware[0].retry.max_retry: there is no such setting; did you mean 'max_retries'?",
             ),
             (
                 "llm: {framework: echo, model: m, middleware: [retry: {max_retries: x}]}",
@@ -86,6 +86,17 @@ class TestConfiguration:
         for wrong in ({"framework": "echo"}, "gpt-4o", None):
             with pytest.raises(TypeError, match="LLM takes an LLMConfig, not a"):
                 LLM(wrong)
+
+    def test_an_unknown_keyword(self):
+        """The nearest that there is, also on Python before 3.13."""
+        with pytest.raises(TypeError, match="LLMConfig has no 'temprature'; did you mean 'temperature'"):
+            LLMConfig(framework="echo", model="m", temprature=1)
+
+    @pytest.mark.parametrize("wrong", ["logging", Logging(), 5])
+    def test_a_stack_that_is_no_list(self, wrong):
+        """One middleware is not a stack, and a name is not a list of letters."""
+        with pytest.raises(TypeError, match=r"middleware is a list, like \[Logging\(\), Retry\(\)\], not a"):
+            LLM(ECHO, middleware=wrong)
 
     def test_an_extra_that_is_not_installed(self, monkeypatch):
         """The error names the command that installs it."""

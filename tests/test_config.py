@@ -267,6 +267,8 @@ other: {ignored: true}
             LLMConfig.from_yaml(tmp_path / "nowhere.yaml")
         with pytest.raises(ConfigError, match="cannot read .*: Is a directory"):
             LLMConfig.from_yaml(tmp_path)
+        with pytest.raises(ConfigError, match="cannot read .*: embedded null byte"):
+            LLMConfig.from_yaml("a\0b")
 
     def test_a_byte_order_mark(self, file):
         """Windows editors write one."""
