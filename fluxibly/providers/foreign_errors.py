@@ -85,7 +85,7 @@ def _translated(error: Exception, library: str, *, streamed: bool) -> Exception 
         return errors.StreamProtocolError(f"the answer to {library} was cut off: the connection ended before it did")
     if own_names & _CONNECTIONS:
         return errors.ConnectionFailed(
-            f"{library} could not reach the service, or lost it: {_innermost(reasons)}. Check the network and api_base."
+            f"{library} could not reach the service, or lost it: {_innermost(error)}. Check the network and api_base."
         )
     for reason in reasons:
         reported = _reported(reason, names, library)
@@ -123,9 +123,11 @@ def _texts(reasons: Iterable[BaseException]) -> str:
     return " ".join(str(reason) for reason in reasons)
 
 
-def _innermost(reasons: list[BaseException]) -> str:
-    last = next((reason for reason in reversed(reasons) if str(reason)), reasons[0])
-    return f"{type(last).__name__}: {last}"
+def _innermost(error: BaseException) -> str:
+    """What an exception says it was raised from, or itself."""
+    while error.__cause__ is not None and str(error.__cause__):
+        error = error.__cause__
+    return f"{type(error).__name__}: {error}"
 
 
 def _reported(error: BaseException, names: Iterable[str], library: str) -> ProviderError | None:
