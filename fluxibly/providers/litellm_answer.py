@@ -42,7 +42,7 @@ def response_of(answer: Any) -> Response:
         thoughts.add(choice.get("message"))
     request_id, limits = _headers(answer)
     return response.evolve(
-        reasoning_parts=(*response.reasoning_parts, *thoughts.parts()), request_id=request_id, rate_limits=limits
+        reasoning_parts=thoughts.parts() or response.reasoning_parts, request_id=request_id, rate_limits=limits
     )
 
 
