@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import logging
@@ -10,8 +11,10 @@ import re
 import select
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import attrs
@@ -218,6 +221,34 @@ def test_trace(tmp_path: Path) -> None:
     result = fluxibly("trace", str(file), "--html", str(page))
     assert (result.returncode, result.stdout) == (0, "")
     assert "chat echo" in page.read_text()
+
+
+@pytest.mark.parametrize("path", ["", "/", "/mine/v1/traces"])
+def test_collector(path: str) -> None:
+    """--otlp sends the spans to a backend, at OTLP's own path unless there is another."""
+    got: list[tuple[str, bytes]] = []
+
+    class Collector(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["content-length"]))
+            got.append((self.path, gzip.decompress(body) if self.headers["content-encoding"] == "gzip" else body))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Collector) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        result = fluxibly(
+            "chat", "--framework", "echo", "--otlp", f"http://127.0.0.1:{server.server_port}{path}", "one"
+        )
+        server.shutdown()
+        thread.join()
+    assert (result.returncode, result.stdout, result.stderr) == (0, "one\n", "")
+    assert [where for where, _ in got] == [path if len(path) > 1 else "/v1/traces"]
+    assert b"chat echo" in got[0][1]
 
 
 def test_dead_collector() -> None:
