@@ -123,6 +123,25 @@ class TestReading:
         generator.close()
         assert watch.ends == ["GeneratorExit"]
 
+    def test_async_texts(self, backend):
+        """The same for `async for`; closing the generator, read or unread, ends the flow."""
+
+        async def main():
+            watch = Watch()
+            provider = AsyncScriptedProvider(["a", Chunk(), "b"], "a b", "c")
+            pipeline = AsyncPipeline(provider, [watch])
+            assert [text async for text in pipeline.stream(REQUEST).texts()] == ["a", "b"]
+            begun = pipeline.stream(REQUEST).texts()
+            assert await anext(begun) == "a"
+            await begun.aclose()
+            unread = pipeline.stream(REQUEST).texts()
+            await unread.aclose()
+            del unread
+            assert watch.ends == ["returned", "GeneratorExit", "GeneratorExit"]
+            assert provider.opened == provider.closed == 2
+
+        anyio.run(main, backend=backend)
+
     def test_a_failing_provider_is_told_after_output(self):
         """After output the error is a StreamInterrupted with what there was, and the cause."""
         cause = ServerError("down")
@@ -667,12 +686,12 @@ class TestDropping:
     def test_nothing_is_left_behind(self):
         """Streams that have ended, in whatever way, are forgotten."""
         before = len(stream_module._open)
-        pipeline = Pipeline(ScriptedProvider("a b", "a b", ServerError("x"), "a b"))
-        list(pipeline.stream(REQUEST))
+        pipeline = Pipeline(ScriptedProvider("a b", ServerError("x"), "a b"))
+        texts(pipeline.stream(REQUEST))
         pipeline.stream(REQUEST).close()
         with pytest.raises(ServerError):
-            list(pipeline.stream(REQUEST).texts()) and list(pipeline.stream(REQUEST))
-            list(pipeline.stream(REQUEST))
+            texts(pipeline.stream(REQUEST))
+        next(pipeline.stream(REQUEST))
         pipeline.stream(REQUEST)
         assert len(stream_module._open) == before
 
