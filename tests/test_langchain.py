@@ -446,8 +446,8 @@ def test_closing_from_another_thread_ends_a_read(server: Canned) -> None:
     stream.close()
     thread.join(10)
     assert not thread.is_alive()
-    assert server.gone.wait(10)
     pipeline.close()
+    assert server.gone.wait(10)
 
 
 def test_one_async_provider_serves_several_event_loops(server: Canned, model: str) -> None:
