@@ -67,8 +67,15 @@ def total(*counts: int | None) -> int | None:
 
 
 def to_json(value: object) -> str:
-    """JSON text as a model would write it, for the arguments of a tool call that came as an object."""
-    return json.dumps(value, ensure_ascii=False)
+    """JSON text as a model would write it, for the arguments of a tool call that came as an object.
+
+    Raises:
+        StreamProtocolError: it is nested too deeply, though not by so much that it could not be read.
+    """
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except RecursionError:
+        raise StreamProtocolError("the arguments of a tool call are nested too deeply") from None
 
 
 def arguments_text(value: Any) -> str:

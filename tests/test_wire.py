@@ -1,0 +1,90 @@
+"""What the dialects share: JSON of any shape, and what cannot be sent."""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+
+import pytest
+from dialects import answer_or_error
+
+from fluxibly.errors import BadRequest, StreamProtocolError
+from fluxibly.providers import wire
+from fluxibly.providers.anthropic_codec import AnthropicCodec
+from fluxibly.providers.codec import Codec
+from fluxibly.providers.gemini_codec import GeminiCodec
+from fluxibly.providers.ollama_codec import OllamaCodec
+from fluxibly.types import Image, Request, ToolCall
+
+ANSWERS: list[tuple[Codec, str]] = [
+    (AnthropicCodec(), '{"content":[{"type":"tool_use","id":"a","name":"f","input":%s}],"stop_reason":"tool_use"}'),
+    (
+        GeminiCodec(),
+        '{"candidates":[{"content":{"parts":[{"functionCall":{"name":"f","args":%s}}]},"finishReason":"STOP"}]}',
+    ),
+    (OllamaCodec(), '{"message":{"tool_calls":[{"function":{"name":"f","arguments":%s}}]},"done":true}'),
+]
+
+
+@pytest.mark.parametrize(("codec", "answer"), ANSWERS, ids=lambda value: type(value).__name__)
+def test_nesting_at_the_edge(codec: Codec, answer: str) -> None:
+    """Arguments that can just be read, but not written again, are an error of ours."""
+    for depth in range(880, 1010, 2):
+        answer_or_error(codec, (answer % ('{"a":' * depth + "1" + "}" * depth)).encode())
+
+
+def test_arguments_nested_too_deeply() -> None:
+    """The error says so."""
+    value: dict[str, object] = {}
+    for _ in range(5_000):
+        value = {"a": value}
+    with pytest.raises(StreamProtocolError, match="nested too deeply"):
+        wire.to_json(value)
+
+
+@pytest.mark.parametrize(("codec", "answer"), ANSWERS, ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize("sent", ['{"a": 1}', '"{\\"a\\": 1}"'])
+def test_arguments_as_an_object_or_as_text(codec: Codec, answer: str, sent: str) -> None:
+    """Servers that nearly speak a dialect send either."""
+    (call,) = codec.decode((answer % sent).encode()).tool_calls
+    assert (call.arguments, call.error) == ({"a": 1}, None)
+
+
+def test_mappings_of_any_kind_are_json() -> None:
+    """A schema may be no dict."""
+    request = Request(model="m", messages="Hi")
+    assert wire.write_json({"schema": MappingProxyType({"a": 1})}, request, "X") == b'{"schema":{"a":1}}'
+
+
+def test_the_request_stays_as_it_was() -> None:
+    """Merging `extra` changes no object of the caller's."""
+    options = {"b": 2}
+    request = Request(model="m", messages="Hi", extra={"options": options})
+    assert wire.write_json({"options": {"a": 1}}, request, "X", containers=("options",)) == b'{"options":{"a":1,"b":2}}'
+    assert options == {"b": 2}
+
+
+def test_refusals_name_the_parameter_and_the_way_out() -> None:
+    """One choice is what every service gives."""
+    wire.refuse(Request(model="m", messages="Hi", n=1), "X", ("n", "seed"))
+    with pytest.raises(BadRequest, match=r"X takes no seed; .* extra="):
+        wire.refuse(Request(model="m", messages="Hi", seed=0), "X", ("n", "seed"))
+
+
+@pytest.mark.parametrize(
+    "url", ["data:image/png;base64,QQ==", "data:image/png;charset=x;base64,QQ==", "data:image/png,A"]
+)
+def test_data_urls(url: str) -> None:
+    """In base64 or percent-encoded."""
+    assert wire.image_data(Image(url=url)) == ("image/png", "QQ==")
+
+
+def test_sums_of_what_is_known() -> None:
+    """Nothing known is not nought."""
+    assert (wire.total(None, None), wire.total(0, None), wire.total(1, 2)) == (None, 0, 3)
+    assert [wire.count(value) for value in (3, -1, True, 2.5, "3", None)] == [3, None, None, None, None, None]
+
+
+def test_arguments_that_are_sent_back() -> None:
+    """A text that is no object goes in one."""
+    assert wire.sent_arguments(ToolCall("a", "f", raw_arguments="[1]")) == {"INVALID_JSON": "[1]"}
+    assert wire.sent_arguments(ToolCall("a", "f", {"x": 1})) == {"x": 1}
