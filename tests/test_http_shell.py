@@ -159,16 +159,20 @@ class TestLimits:
     @pytest.mark.parametrize("method", ["complete", "stream"])
     def test_no_head(self, caller: Caller, method: str) -> None:
         """A server that says nothing hits the limit on the first byte."""
-        with serve(lambda peer, request: peer.wait_for_end()) as server:
-            with pytest.raises(RequestTimeout) as caught:
-                getattr(caller, method)(server.url, timeout=Timeouts(first_byte=SHORT))
+        with (
+            serve(lambda peer, request: peer.wait_for_end()) as server,
+            pytest.raises(RequestTimeout) as caught,
+        ):
+            getattr(caller, method)(server.url, timeout=Timeouts(first_byte=SHORT))
         self.check(caught, "first_byte")
 
     def test_a_head_that_trickles(self, caller: Caller) -> None:
         """The limit holds however many reads the head takes."""
-        with serve(lambda peer, request: peer.trickle(HEAD + b"x-a: b\r\n" * 100)) as server:
-            with pytest.raises(RequestTimeout) as caught:
-                caller.complete(server.url, timeout=Timeouts(first_byte=SHORT))
+        with (
+            serve(lambda peer, request: peer.trickle(HEAD + b"x-a: b\r\n" * 100)) as server,
+            pytest.raises(RequestTimeout) as caught,
+        ):
+            caller.complete(server.url, timeout=Timeouts(first_byte=SHORT))
         self.check(caught, "first_byte")
 
     def test_an_idle_stream(self, caller: Caller) -> None:
@@ -394,25 +398,31 @@ class TestEncodings:
         """A length that is right does not make up for missing data."""
         text = event("hello " * 9) if method == "stream" else '{"text": "hello"}'
         packed = COMPRESS[encoding](text.encode())[:-3]
-        with serve(lambda peer, request: peer.answer(packed, content_encoding=encoding)) as server:
-            with pytest.raises(StreamProtocolError, match="cut short"):
-                getattr(caller, method)(server.url)
+        with (
+            serve(lambda peer, request: peer.answer(packed, content_encoding=encoding)) as server,
+            pytest.raises(StreamProtocolError, match="cut short"),
+        ):
+            getattr(caller, method)(server.url)
 
     @pytest.mark.parametrize("encoding", COMPRESS)
     @pytest.mark.parametrize("method", ["complete", "stream"])
     def test_a_bomb(self, caller: Caller, method: str, encoding: str) -> None:
         """A little that stands for a lot hits the bound."""
         packed = BOMBS[encoding]
-        with serve(lambda peer, request: peer.answer(packed, content_encoding=encoding)) as server:
-            with pytest.raises(StreamProtocolError, match="bytes"):
-                getattr(caller, method)(server.url)
+        with (
+            serve(lambda peer, request: peer.answer(packed, content_encoding=encoding)) as server,
+            pytest.raises(StreamProtocolError, match="bytes"),
+        ):
+            getattr(caller, method)(server.url)
 
     @pytest.mark.parametrize("encoding", ["zstd", "gzip, gzip, gzip, gzip", "gzip"])
     def test_what_cannot_be_undone(self, caller: Caller, encoding: str) -> None:
         """An encoding that was not asked for, too many, or data that is not what it says."""
-        with serve(lambda peer, request: peer.answer("garbage", content_encoding=encoding)) as server:
-            with pytest.raises(StreamProtocolError):
-                caller.complete(server.url)
+        with (
+            serve(lambda peer, request: peer.answer("garbage", content_encoding=encoding)) as server,
+            pytest.raises(StreamProtocolError),
+        ):
+            caller.complete(server.url)
 
 
 BOMBS = {
@@ -535,15 +545,19 @@ class TestErrors:
     @pytest.mark.parametrize("method", ["complete", "stream"])
     def test_a_web_page(self, caller: Caller, method: str) -> None:
         """200 with HTML is no answer."""
-        with serve(lambda peer, request: peer.answer("<html>", content_type="text/html; charset=utf-8")) as server:
-            with pytest.raises(StreamProtocolError, match="web page"):
-                getattr(caller, method)(server.url)
+        with (
+            serve(lambda peer, request: peer.answer("<html>", content_type="text/html; charset=utf-8")) as server,
+            pytest.raises(StreamProtocolError, match="web page"),
+        ):
+            getattr(caller, method)(server.url)
 
     def test_something_else_than_http(self, caller: Caller) -> None:
         """The first bytes tell."""
-        with serve(lambda peer, request: peer.send(b"SSH-2.0-OpenSSH_9.6\r\n")) as server:
-            with pytest.raises(StreamProtocolError, match="not HTTP"):
-                caller.complete(server.url)
+        with (
+            serve(lambda peer, request: peer.send(b"SSH-2.0-OpenSSH_9.6\r\n")) as server,
+            pytest.raises(StreamProtocolError, match="not HTTP"),
+        ):
+            caller.complete(server.url)
 
     def test_nobody_listens(self, caller: Caller) -> None:
         """The message names the address and the setting."""

@@ -6,14 +6,25 @@ once; the provider's own connections need nothing installed, and run on trio too
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import contextlib
+import functools
+from collections.abc import AsyncIterator, Iterable
+from typing import TYPE_CHECKING
 
 import aiohttp
 import httpx
+from multidict import CIMultiDict
 from yarl import URL
 
-from fluxibly.providers.pool import KEEP_IDLE, MAX_CONNECTIONS
+from fluxibly.providers.limits import LimitPassed, Limits
+from fluxibly.providers.pool import DRAIN_TIME, KEEP_IDLE, MAX_CONNECTIONS
 from fluxibly.providers.route import proxy_for, tls_context
+from fluxibly.providers.transports import joined, keep
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from fluxibly.providers.http_common import Outgoing
 
 _ERRORS: tuple[tuple[type[Exception], type[httpx.TransportError]], ...] = (
     (aiohttp.ServerTimeoutError, httpx.ReadTimeout),
@@ -39,6 +50,10 @@ def _translated(error: Exception) -> Exception:
     return error
 
 
+def _as_headers(headers: Iterable[tuple[bytes, bytes]]) -> CIMultiDict[str]:
+    return CIMultiDict([(name.decode("latin-1"), value.decode("latin-1")) for name, value in headers])
+
+
 class _Body(httpx.AsyncByteStream):
     """The undecoded body of an answer, as it comes: several HTTP chunks that came together are one piece."""
 
@@ -50,7 +65,7 @@ class _Body(httpx.AsyncByteStream):
         try:
             while data := await content.readany():
                 yield data
-        except Exception as error:
+        except (aiohttp.ClientError, TimeoutError) as error:
             raise _translated(error) from error
 
     async def aclose(self) -> None:
@@ -59,6 +74,108 @@ class _Body(httpx.AsyncByteStream):
             self._answer.release()
         else:
             self._answer.close()
+
+
+class _Exchange:
+    """A request that aiohttp sent, and its answer, with the shell's own limits on each wait."""
+
+    def __init__(self, answer: aiohttp.ClientResponse, limits: Limits) -> None:
+        self._answer = answer
+        self._limits = limits
+        self.status = answer.status
+        self.headers = joined(answer.raw_headers)
+
+    async def read(self) -> bytes:
+        """The next bytes of the body, at least one; b"" at its end."""
+        content = self._answer.content
+        try:
+            data = content.read_nowait()
+            while not data and not content.at_eof():
+                async with _Limited(self._limits):
+                    data = await content.readany()
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise _translated(error) from error
+        return data
+
+    async def release(self, *, ended: bool) -> None:
+        """Give the connection back, for another call if it can carry one. Twice is fine."""
+        content = self._answer.content
+        if ended and not content.at_eof():
+            with contextlib.suppress(aiohttp.ClientError, TimeoutError):
+                async with asyncio.timeout(DRAIN_TIME):
+                    while await content.readany():
+                        pass
+        self.drop()
+
+    def drop(self) -> None:
+        """Let the connection go, without waiting."""
+        if self._answer.content.at_eof():
+            self._answer.release()
+        else:
+            self._answer.close()
+
+
+class _Limited:
+    """Cuts a wait off when its limit passes, or when the stream is closed meanwhile."""
+
+    __slots__ = ("_limits", "_timeout")
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._timeout = asyncio.timeout(limits.left())
+
+    async def __aenter__(self) -> None:
+        self._limits.waits(None)
+        await self._timeout.__aenter__()
+        self._limits.waits(functools.partial(self._timeout.reschedule, 0))
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._limits.waited()
+        try:
+            await self._timeout.__aexit__(kind, error, trace)
+        except TimeoutError:
+            raise LimitPassed from None
+
+
+class _Line:
+    """Sends a provider's requests with aiohttp, without httpx's objects in between."""
+
+    def __init__(self, transport: AiohttpTransport) -> None:
+        self._transport = transport
+        self._urls: dict[bytes, URL] = {}
+        self._headers: dict[tuple[tuple[bytes, bytes], ...], CIMultiDict[str]] = {}
+        self._timeout: aiohttp.ClientTimeout | None = None
+
+    def _connect_limit(self, limits: Limits) -> aiohttp.ClientTimeout:
+        if self._timeout is None:  # it is the same for all calls of a provider
+            self._timeout = aiohttp.ClientTimeout(total=None, connect=limits.for_httpx()["connect"])
+        return self._timeout
+
+    async def send(self, outgoing: Outgoing, limits: Limits) -> _Exchange:
+        """Send a request, and wait for the head of its answer."""
+        url = self._urls.get(outgoing.target)
+        if url is None:
+            url = URL(str(outgoing.url.copy_with(raw_path=outgoing.target)), encoded=True)
+            keep(self._urls, outgoing.target, url)
+        headers = self._headers.get(outgoing.headers)
+        if headers is None:
+            headers = _as_headers(outgoing.headers)
+            keep(self._headers, outgoing.headers, headers)
+        limits.handed_over()
+        try:
+            async with _Limited(limits):
+                answer = await self._transport.request(
+                    url, outgoing.url, headers=headers, body=outgoing.body, times=self._connect_limit(limits)
+                )
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise _translated(error) from error
+        limits.answered()
+        return _Exchange(answer, limits)
+
+    async def aclose(self) -> None:
+        await self._transport.aclose()
 
 
 class AiohttpTransport(httpx.AsyncBaseTransport):
@@ -93,23 +210,40 @@ class AiohttpTransport(httpx.AsyncBaseTransport):
             self._proxies[key] = None if proxy is None else str(proxy)
         return self._proxies[key]
 
+    async def request(
+        self,
+        url: URL,
+        origin: httpx.URL,
+        *,
+        headers: CIMultiDict[str],
+        body: bytes,
+        times: aiohttp.ClientTimeout,
+        method: str = "POST",
+    ) -> aiohttp.ClientResponse:
+        """Send a request with aiohttp, and wait for the head of its answer."""
+        session = self._session(secure=origin.scheme == "https")
+        return await session.request(
+            method, url, headers=headers, data=body, allow_redirects=False, proxy=self._proxy(origin), timeout=times
+        )
+
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         """Send a request, and wait for the head of its answer."""
-        times = request.extensions.get("timeout", {})
-        session = self._session(secure=request.url.scheme == "https")
+        limits = request.extensions.get("timeout", {})
+        url = URL(str(request.url), encoded=True)
+        body = await request.aread()
+        times = aiohttp.ClientTimeout(total=None, connect=limits.get("connect"), sock_read=limits.get("read"))
+        headers = _as_headers(request.headers.raw)
         try:
-            answer = await session.request(
-                request.method,
-                URL(str(request.url), encoded=True),
-                headers=[(name.decode("latin-1"), value.decode("latin-1")) for name, value in request.headers.raw],
-                data=await request.aread(),
-                allow_redirects=False,
-                proxy=self._proxy(request.url),
-                timeout=aiohttp.ClientTimeout(total=None, connect=times.get("connect"), sock_read=times.get("read")),
+            answer = await self.request(
+                url, request.url, headers=headers, body=body, times=times, method=request.method
             )
-        except Exception as error:
+        except (aiohttp.ClientError, TimeoutError) as error:
             raise _translated(error) from error
         return httpx.Response(answer.status, headers=answer.raw_headers, stream=_Body(answer), request=request)
+
+    def as_line(self) -> _Line:
+        """What an `AsyncHTTPProvider` sends through."""
+        return _Line(self)
 
     async def aclose(self) -> None:
         """Close all connections."""

@@ -18,7 +18,7 @@ from fluxibly.providers.route import proxy_for, route_to, tls_context
 from fluxibly.providers.transports import AsyncTransportLine, TransportLine
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from typing import Self
 
     from fluxibly.config import LLMConfig
@@ -276,6 +276,8 @@ class HTTPStream(_StreamState):
 
     def _finish(self) -> None:
         intake, self._intake, self._over = self._intake, None, True
+        if self._limits is not None:
+            self._limits.waited()
         if self._exchange is not None:
             self._exchange.release(ended=intake is not None and intake.done)
 
@@ -287,7 +289,7 @@ class HTTPStream(_StreamState):
     def abort(self) -> None:
         """End a read that is under way in another thread, and all later ones."""
         self._aborted = True
-        if self._limits is not None:
+        if self._limits is not None and not self._over:
             self._limits.abort()
 
 
@@ -302,7 +304,7 @@ class AsyncHTTPProvider(_Shell):
     ) -> None:
         super().__init__(codec, service, config)
         self._line: AsyncLine = (
-            _default_async_line(self._endpoint) if transport is None else AsyncTransportLine(transport)
+            _default_async_line(self._endpoint) if transport is None else _async_line_over(transport)
         )
         self._streams: WeakSet[AsyncHTTPStream] = WeakSet()
 
@@ -405,6 +407,8 @@ class AsyncHTTPStream(_StreamState):
 
     async def _finish(self) -> None:
         intake, self._intake, self._over = self._intake, None, True
+        if self._limits is not None:
+            self._limits.waited()
         if self._exchange is not None:
             await self._exchange.release(ended=intake is not None and intake.done)
 
@@ -416,9 +420,11 @@ class AsyncHTTPStream(_StreamState):
     def abort(self) -> None:
         """End a read that is under way in another task, and all later ones."""
         self._aborted = True
+        if self._over:
+            return
         if self._limits is not None:
             self._limits.abort()
-        if not self._reading and self._exchange is not None and not self._over:
+        if not self._reading and self._exchange is not None:
             self._over = True
             self._exchange.drop()
 
@@ -437,6 +443,12 @@ def _default_async_line(endpoint: Endpoint) -> AsyncLine:
     if proxy is None or proxy.scheme == "http":
         return AsyncPool(route_to(endpoint.url, proxy))
     return AsyncTransportLine(httpx.AsyncHTTPTransport(proxy=httpx.Proxy(proxy), verify=tls_context(), limits=_LIMITS))
+
+
+def _async_line_over(transport: httpx.AsyncBaseTransport) -> AsyncLine:
+    """A transport as a line: it may know a shorter way than through httpx's requests and responses (`as_line`)."""
+    as_line: Callable[[], AsyncLine] | None = getattr(transport, "as_line", None)
+    return AsyncTransportLine(transport) if as_line is None else as_line()
 
 
 _LIMITS = httpx.Limits(max_connections=MAX_CONNECTIONS, max_keepalive_connections=None, keepalive_expiry=KEEP_IDLE)

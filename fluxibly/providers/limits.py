@@ -104,6 +104,10 @@ class Limits:
         if self._aborted:
             raise Aborted
 
+    def waited(self) -> None:
+        """There is nothing to end from elsewhere any more: the connection may be another call's from now on."""
+        self._wait = None
+
     def abort(self) -> None:
         """End the wait that is under way in another thread or task, and all later ones."""
         self._aborted = True

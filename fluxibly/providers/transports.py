@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import httpx
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 K = TypeVar("K")
 V = TypeVar("V")
 KEPT = 32
+"""How many different paths and sets of headers are kept parsed."""
 DRAIN = 0.02
 """Seconds to wait for the end of a body whose stream is over, so that its connection can be used again."""
 
@@ -35,23 +36,25 @@ class _Requests:
         url = self._urls.get(outgoing.target)
         if url is None:
             url = outgoing.url.copy_with(raw_path=outgoing.target)
-            _keep(self._urls, outgoing.target, url)
+            keep(self._urls, outgoing.target, url)
         headers = self._headers.get(outgoing.headers)
         if headers is None:
             headers = httpx.Headers(outgoing.headers)
-            _keep(self._headers, outgoing.headers, headers)
+            keep(self._headers, outgoing.headers, headers)
         extensions = {"timeout": limits.for_httpx()}
         return httpx.Request("POST", url, headers=headers, content=outgoing.body, extensions=extensions)
 
 
-def _keep(kept: dict[K, V], key: K, value: V) -> None:
+def keep(kept: dict[K, V], key: K, value: V) -> None:
+    """Put a value by, unless there are many: paths and headers are few, but some may change with each call."""
     if len(kept) < KEPT:
         kept[key] = value
 
 
-def _lower(headers: httpx.Headers) -> Mapping[str, str]:
+def joined(headers: Iterable[tuple[bytes, bytes]]) -> Mapping[str, str]:
+    """Headers by their lower-case names; repeated ones joined by ", "."""
     lower: dict[str, str] = {}
-    for raw_name, raw_value in headers.raw:
+    for raw_name, raw_value in headers:
         name, value = raw_name.decode("latin-1").lower(), raw_value.decode("latin-1")
         lower[name] = f"{lower[name]}, {value}" if name in lower else value
     return lower
@@ -78,7 +81,7 @@ class TransportExchange:
         self._limits = limits
         self._response = response
         self.status = response.status_code
-        self.headers = _lower(response.headers)
+        self.headers = joined(response.headers.raw)
         self._parts: Iterator[bytes] = iter(response.stream)  # type: ignore[arg-type]  # a sync transport's
 
     def read(self) -> bytes:
@@ -126,7 +129,7 @@ class AsyncTransportExchange:
         self._response = response
         self._limits = limits
         self.status = response.status_code
-        self.headers = _lower(response.headers)
+        self.headers = joined(response.headers.raw)
         self._parts: AsyncIterator[bytes] = aiter(response.stream)  # type: ignore[arg-type]  # an async transport's
 
     async def read(self) -> bytes:
