@@ -199,7 +199,9 @@ def _anthropic(body: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[str, An
         blocks.append({"type": "thinking", "thinking": "Let me see.", "signature": "c2ln"})
     if body.get("tools") and (body.get("tool_choice") or {}).get("type") != "none":
         stop = "tool_use"
-        blocks.append({"type": "tool_use", "id": "toolu_a", "name": body["tools"][0]["name"], "input": {"city": "Oslo"}})
+        blocks.append(
+            {"type": "tool_use", "id": "toolu_a", "name": body["tools"][0]["name"], "input": {"city": "Oslo"}}
+        )
     else:
         blocks.append({"type": "text", "text": said})
     base = {"id": "msg_1", "type": "message", "role": "assistant", "model": body["model"] + "-0613"}

@@ -64,6 +64,13 @@ telemetry.shutdown()
 """
 
 
+@pytest.fixture(autouse=True, scope="module")
+def asked_for(request: pytest.FixtureRequest) -> None:
+    """They are too large to run unasked."""
+    if "backends" not in request.config.option.markexpr:
+        pytest.skip("run with -m backends")
+
+
 def environment(package: str) -> Path:
     """The folder of the package's own environment; it is made, or found in the user's cache."""
     home = Path.home() / ".cache" / "fluxibly-backends" / package
@@ -134,7 +141,12 @@ def test_phoenix_shows_the_conversation_the_tree_and_the_tokens_once(phoenix):
         time.sleep(0.5)
     calls = sorted((s for s in spans if s["name"].startswith("chat ")), key=lambda s: s["start_time"])
     attempts = [span for span in spans if span["name"] == "fluxibly.attempt"]
-    assert [call["name"] for call in calls] == ["chat gpt-4o-mini", "chat gpt-4o-mini", "chat gpt-4o", "chat gpt-4o-mini"]
+    assert [call["name"] for call in calls] == [
+        "chat gpt-4o-mini",
+        "chat gpt-4o-mini",
+        "chat gpt-4o",
+        "chat gpt-4o-mini",
+    ]
     assert {call["span_kind"] for call in calls} == {"LLM"}
     assert "LLM" not in {attempt["span_kind"] for attempt in attempts}
     parents = [call["context"]["span_id"] for call in calls]

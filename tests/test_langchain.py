@@ -19,13 +19,12 @@ pytest.importorskip("langchain")
 pytest.importorskip("langchain_openai")
 pytest.importorskip("langchain_anthropic")
 
+from canned_server import MODES, Canned, ask, canned_server
 from langchain_core.language_models import BaseChatModel, FakeListChatModel
 from langchain_core.messages import AIMessage
 from langchain_core.outputs import ChatGeneration, ChatResult
 
-from canned_server import MODES, Canned, ask, canned_server
-from fluxibly import AsyncPipeline, LLMConfig, Message, Pipeline, ProviderError, Request, StreamInterrupted
-from fluxibly import errors
+from fluxibly import AsyncPipeline, LLMConfig, Message, Pipeline, ProviderError, Request, StreamInterrupted, errors
 from fluxibly.config import Timeouts
 from fluxibly.messages import Image, Tool
 from fluxibly.providers.langchain import AsyncLangChainProvider, LangChainProvider
@@ -248,9 +247,7 @@ def test_images_reach_the_service(server: Canned, model: str) -> None:
         ]
 
 
-def test_a_fallback_to_another_service_does_not_get_the_key(
-    server: Canned, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_fallback_to_another_service_does_not_get_the_key(server: Canned, monkeypatch: pytest.MonkeyPatch) -> None:
     """`Request.model` may name any model; the key and the address are for the configured service."""
     monkeypatch.setenv("ANTHROPIC_API_KEY", "sk-ant-other")
     monkeypatch.setenv("ANTHROPIC_BASE_URL", server.url)
@@ -491,9 +488,7 @@ class Plain(BaseChatModel):
 
 def wrapped(mode: str, chat_model: BaseChatModel, **request: Any) -> Any:
     asked = Request(**{"model": "any", "messages": "hi", **request})
-    return ask(
-        mode, lambda: LangChainProvider.wrap(chat_model), lambda: AsyncLangChainProvider.wrap(chat_model), asked
-    )
+    return ask(mode, lambda: LangChainProvider.wrap(chat_model), lambda: AsyncLangChainProvider.wrap(chat_model), asked)
 
 
 def test_an_existing_chat_model_can_be_wrapped(mode: str) -> None:

@@ -16,8 +16,8 @@ import pytest
 pytest.importorskip("litellm")
 
 from canned_server import MODES, Canned, ask, canned_server
-from fluxibly import AsyncPipeline, LLMConfig, Message, Pipeline, ProviderError, Request, StreamInterrupted
-from fluxibly import errors
+
+from fluxibly import AsyncPipeline, LLMConfig, Message, Pipeline, ProviderError, Request, StreamInterrupted, errors
 from fluxibly.config import Timeouts
 from fluxibly.messages import Tool
 from fluxibly.providers.litellm import AsyncLiteLLMProvider, LiteLLMProvider

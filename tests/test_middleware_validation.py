@@ -187,7 +187,10 @@ class TestSchemas:
             ("[1]", "the answer does not fit Person: "),
             ("null", "the answer does not fit Person: "),
             ('{"name": "Ann"}', "required field missing @ Person.age"),
-            ('{"name": 5, "age": "x"}', "expected str @ Person.name; invalid value for type, expected int @ Person.age"),
+            (
+                '{"name": 5, "age": "x"}',
+                "expected str @ Person.name; invalid value for type, expected int @ Person.age",
+            ),
             ('{"name": "Ann", "age": 2.7}', "expected int @ Person.age"),
             ('{"name": "Ann", "age": true}', "expected int @ Person.age"),
             ('{"name": "Ann", "age": 3, "active": "no"}', "expected bool @ Person.active"),

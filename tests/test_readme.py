@@ -57,7 +57,12 @@ def test_the_commands_run(line, gguf, tmp_path):
     command = line.split("&&")[-1].strip()
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
-        ["sh", "-c", command], capture_output=True, text=True, timeout=110, cwd=tmp_path, env={**os.environ, "PATH": path}
+        ["sh", "-c", command],
+        capture_output=True,
+        text=True,
+        timeout=110,
+        cwd=tmp_path,
+        env={**os.environ, "PATH": path},
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()

@@ -413,20 +413,15 @@ def test_a_cancelled_call_is_an_error_named_alike_everywhere(backend, streaming,
 def test_a_coroutine_that_nobody_finished_confuses_no_context(recorder):
     """Closed in another context than it ran in, it still ends its spans, and logs nothing."""
 
-    class Slow(AsyncRemote):
-        async def complete(self, request):
-            await anyio.sleep_forever()
-
-    call = AsyncPipeline(Slow(), [recorder.tracing()]).complete(REQUEST)
-
     class Waiting:
         def __await__(self):
             yield
 
-    async def forever():
-        await Waiting()
+    class Slow(AsyncRemote):
+        async def complete(self, request):
+            await Waiting()
 
-    Slow.complete = lambda self, request: forever()
+    call = AsyncPipeline(Slow(), [recorder.tracing()]).complete(REQUEST)
     copy_context().run(call.send, None)
     call.close()
     assert len(recorder.counting.started) == len(recorder.counting.ended) == 2
@@ -573,6 +568,94 @@ def test_another_propagator_is_respected(recorder):
     finally:
         propagate.set_global_textmap(before)
     assert provider.requests[0].headers == {"x-trace": f"{recorder.attempts[0].context.span_id:X}"}
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "stream"])
+def test_over_http_there_is_one_traceparent_with_and_without_httpx_instrumentation(streaming):
+    """The instrumentation's span is below the attempt's, and its header takes the place of ours."""
+    pytest.importorskip("opentelemetry.instrumentation.httpx")
+    ran = subprocess.run(
+        [sys.executable, "-c", OVER_HTTP, "stream" if streaming else ""],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert (ran.returncode, ran.stderr) == (0, "")
+    without, instrumented = json.loads(ran.stdout)
+    (attempt,) = [s for s in without["spans"] if s["name"] == "fluxibly.attempt"]
+    (sent,) = without["sent"]
+    assert len(sent) == 1
+    assert sent[0].split("-")[1:3] == [attempt["trace"], attempt["id"]]
+    (attempt,) = [s for s in instrumented["spans"] if s["name"] == "fluxibly.attempt"]
+    (post,) = [s for s in instrumented["spans"] if s["name"] == "POST"]
+    (sent,) = instrumented["sent"]
+    assert post["parent"] == attempt["id"]
+    assert len(sent) == 1
+    assert sent[0].split("-")[1:3] == [attempt["trace"], post["id"]]
+
+
+OVER_HTTP = """
+import http.server, json, sys, threading
+from opentelemetry import trace
+from opentelemetry.instrumentation.httpx import HTTPXClientInstrumentor
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from fluxibly.config import LLMConfig
+from fluxibly.middleware import Tracing
+from fluxibly.pipeline import Pipeline
+from fluxibly.providers.openai import OpenAIProvider
+from fluxibly.types import Request
+
+exporter = InMemorySpanExporter()
+provider = TracerProvider()
+provider.add_span_processor(SimpleSpanProcessor(exporter))
+trace.set_tracer_provider(provider)
+sent = []
+streaming = bool(sys.argv[1])
+WHOLE = '{"choices": [{"index": 0, "message": {"role": "assistant", "content": "hi"}, "finish_reason": "stop"}]}'
+STREAM = 'data: {"choices": [{"index": 0, "delta": {"content": "hi"}, "finish_reason": "stop"}]}\\n\\ndata: [DONE]\\n\\n'
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_POST(self):
+        sent.append(self.headers.get_all("traceparent"))
+        self.rfile.read(int(self.headers["content-length"]))
+        body = (STREAM if streaming else WHOLE).encode()
+        self.send_response(200)
+        self.send_header("content-type", "text/event-stream" if streaming else "application/json")
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+threading.Thread(target=server.serve_forever, daemon=True).start()
+base = f"http://127.0.0.1:{server.server_port}/v1"
+told = []
+for instrument in (False, True):
+    if instrument:
+        HTTPXClientInstrumentor().instrument()
+    openai = OpenAIProvider(LLMConfig(framework="openai", model="m", api_key="sk-1234567890", api_base=base))
+    with Pipeline(openai, [Tracing()]) as pipeline:
+        request = Request(model="m", messages="Hi")
+        list(pipeline.stream(request)) if streaming else pipeline.complete(request)
+    spans = [
+        {
+            "name": span.name,
+            "trace": f"{span.context.trace_id:032x}",
+            "id": f"{span.context.span_id:016x}",
+            "parent": span.parent and f"{span.parent.span_id:016x}",
+        }
+        for span in exporter.get_finished_spans()
+    ]
+    told.append({"sent": [*sent], "spans": spans})
+    exporter.clear()
+    sent.clear()
+print(json.dumps(told))
+"""
 
 
 @modes

@@ -6,6 +6,7 @@ import asyncio
 import copy
 import dis
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from types import CodeType
 from typing import Any
 
@@ -234,13 +235,10 @@ def _only_text_differs(one: Response | None, other: Response | None) -> bool:
 
 
 def _stored_on_self(code: CodeType) -> str | None:
-    """The first attribute that a method assigns to its first argument, other than by += and its kind."""
-    if not code.co_varnames:
-        return None
-    steps = [step for step in dis.get_instructions(code) if step.opname not in {"CACHE", "SWAP", "COPY"}]
-    for before, target, step in zip(steps, steps[1:], steps[2:], strict=False):
-        augmented = before.opname == "BINARY_OP" and before.argrepr.endswith("=")
-        on_self = target.opname.startswith("LOAD_FAST") and target.argval == code.co_varnames[0]
-        if step.opname == "STORE_ATTR" and on_self and not augmented:
-            return str(step.argval)
+    """The first attribute that a method assigns to its first argument; `self.count += 1` is not meant."""
+    for target, step in pairwise(dis.get_instructions(code)):
+        if step.opname == "STORE_ATTR" and target.opname.startswith("LOAD_FAST"):
+            # From Python 3.13 on, one instruction may load two variables; the latter is the target.
+            if target.argrepr.split(", ")[-1] == code.co_varnames[0]:
+                return str(step.argval)
     return None
