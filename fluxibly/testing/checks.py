@@ -237,8 +237,8 @@ def _only_text_differs(one: Response | None, other: Response | None) -> bool:
 def _stored_on_self(code: CodeType) -> str | None:
     """The first attribute that a method assigns to its first argument; `self.count += 1` is not meant."""
     for target, step in pairwise(dis.get_instructions(code)):
-        if step.opname == "STORE_ATTR" and target.opname.startswith("LOAD_FAST"):
-            # From Python 3.13 on, one instruction may load two variables; the latter is the target.
-            if target.argrepr.split(", ")[-1] == code.co_varnames[0]:
-                return str(step.argval)
+        # From Python 3.13 on one instruction may load two variables; the latter is the target.
+        name = target.argrepr.split(", ")[-1] if target.opname.startswith("LOAD_FAST") else None
+        if step.opname == "STORE_ATTR" and name == code.co_varnames[0]:
+            return str(step.argval)
     return None
