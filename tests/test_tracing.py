@@ -597,6 +597,7 @@ def test_over_http_there_is_one_traceparent_with_and_without_httpx_instrumentati
 
 OVER_HTTP = """
 import http.server, json, sys, threading
+import httpx
 from opentelemetry import trace
 from opentelemetry.instrumentation.httpx import HTTPXClientInstrumentor
 from opentelemetry.sdk.trace import TracerProvider
@@ -638,7 +639,10 @@ told = []
 for instrument in (False, True):
     if instrument:
         HTTPXClientInstrumentor().instrument()
-    openai = OpenAIProvider(LLMConfig(framework="openai", model="m", api_key="sk-1234567890", api_base=base))
+    # The provider's own connections are none of httpx's; a transport of httpx's is instrumented.
+    transport = httpx.HTTPTransport() if instrument else None
+    config = LLMConfig(framework="openai", model="m", api_key="sk-1234567890", api_base=base)
+    openai = OpenAIProvider(config, transport=transport)
     with Pipeline(openai, [Tracing()]) as pipeline:
         request = Request(model="m", messages="Hi")
         list(pipeline.stream(request)) if streaming else pipeline.complete(request)
