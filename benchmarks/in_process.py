@@ -11,7 +11,6 @@ from fluxibly import AsyncPipeline, CallNext, Chunk, Flow, LLMConfig, Pipeline, 
 from fluxibly.llm import default_stack
 
 REQUEST = Request(model="m", messages="What is the capital of France?")
-RESPONSE = Response("Paris.")
 CHUNK = Chunk("tok ")
 CALLS = 2_000
 CHUNKS = 5_000
@@ -21,7 +20,7 @@ class Fixed:
     """A provider that does nothing, so that what is left is the library's."""
 
     def complete(self, request: Request) -> Response:
-        return RESPONSE
+        return Response("Paris.")
 
     def stream(self, request: Request) -> Iterator[Chunk]:
         for _ in range(CHUNKS):
@@ -30,7 +29,7 @@ class Fixed:
 
 class AsyncFixed:
     async def complete(self, request: Request) -> Response:
-        return RESPONSE
+        return Response("Paris.")
 
     async def stream(self, request: Request) -> AsyncIterator[Chunk]:
         for _ in range(CHUNKS):

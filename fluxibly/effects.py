@@ -43,7 +43,10 @@ class Pull:
 
 @attrs.define
 class AttemptEnd:
-    """An attempt is over: with its response or its error. (One that a BaseException ends has no such effect.)"""
+    """An attempt is over: with its response or its error. Only for calls that are `watched`.
+
+    An attempt that a BaseException ends has no such effect.
+    """
 
     request: Request
     response: Response | None = None

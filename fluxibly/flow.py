@@ -134,7 +134,8 @@ def send(request: Request) -> Flow[Response]:
             call.model, call.usage = partial.model or request.model, partial.usage
         if not isinstance(error, Exception):
             raise
-        yield AttemptEnd(request, error=error)
+        if call.watched:
+            yield AttemptEnd(request, error=error)
         if partial is None or not partial.has_output:
             raise
         raise interrupted(request, partial, error) from error
@@ -143,7 +144,8 @@ def send(request: Request) -> Flow[Response]:
             call.attempt_times.append(call.clock() - start)
     call.model = response.model or request.model
     call.usage = response.usage
-    yield AttemptEnd(request, response)
+    if call.watched:
+        yield AttemptEnd(request, response)
     return response
 
 

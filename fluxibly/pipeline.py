@@ -63,6 +63,7 @@ class _Pipeline:
         self.middleware: tuple[Middleware, ...] = tuple(middleware)
         self.info: ProviderInfo = providers.info_of(provider, framework)
         self.clock = clock
+        self._now = clock.now
         self.closed = False
         for layer in self.middleware:
             if not callable(layer):
@@ -85,8 +86,8 @@ class _Pipeline:
             end_orphans()
         call = CallRecord()
         call.provider = self.info
-        clock = call.clock = self.clock.now
-        call.started_at = clock()
+        call.clock = self._now
+        call.started_at = self._now()
         if streaming:
             call.streaming = True
             call.restarts = restarts
@@ -151,11 +152,8 @@ class Pipeline(_Pipeline):
                 outcome: object = None
                 try:
                     if type(effect) is Send:
-                        call = request.call
-                        if call.sent_at is None:
-                            call.sent_at = call.clock()
                         outcome = self.provider.complete(effect.request)
-                    elif type(effect) is not AttemptEnd:
+                    else:
                         outcome = self.carry_out(effect, flow)
                 except BaseException as raised:  # noqa: BLE001  # it goes into the flow
                     error = raised
@@ -252,11 +250,8 @@ class AsyncPipeline(_Pipeline):
                 outcome: object = None
                 try:
                     if type(effect) is Send:
-                        call = request.call
-                        if call.sent_at is None:
-                            call.sent_at = call.clock()
                         outcome = await self.provider.complete(effect.request)
-                    elif type(effect) is not AttemptEnd:
+                    else:
                         outcome = await self.carry_out(effect, flow)
                 except BaseException as raised:  # noqa: BLE001  # it goes into the flow
                     error = raised

@@ -149,6 +149,7 @@ class CallTrace(Relay):
         self.tracer = tracer
         self.span = span
         self.request = self.sent = request
+        request.call.watched = True
         self.attempt: Span | None = None
         self.attempt_current: _Current | None = None
         self.index = 0

@@ -98,13 +98,15 @@ class CallRecord:
     started_at: float = 0.0
     """When the call began."""
     sent_at: float | None = None
-    """When the first attempt went out."""
+    """When the first attempt went out, of a stream."""
     asked_at: float = 0.0
     """When the consumer asked for the chunk that is on its way; kept while `timed`."""
     timed: bool = False
     first_chunk_at: float | None = None
     """When the first chunk was delivered."""
     attempts: int = 0
+    watched: bool = False
+    """Whether a layer wants the effect that ends each attempt; it costs a trip through all the layers."""
     asked_model: str | None = None
     """The model that the last attempt asked for."""
     asked_messages: tuple[Message, ...] = ()

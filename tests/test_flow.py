@@ -10,6 +10,7 @@ from fluxibly.flow import compose, layer_name, perform, send, sleep
 from fluxibly.types import Chunk, Request, Response, Usage
 
 REQUEST = Request(model="m", messages="hi")
+REQUEST.call.watched = True
 
 
 def finish(flow, value=None):
@@ -78,6 +79,7 @@ class TestSend:
     def test_a_whole_response(self):
         """It is sent, its end told, and returned; the record knows the model and the usage."""
         request = Request(model="m", messages="hi")
+        request.call.watched = True
         flow = send(request)
         assert next(flow) == Send(request)
         response = Response("ok", model="m-2", usage=Usage(input_tokens=1))

@@ -430,19 +430,29 @@ class AsyncHTTPStream(_StreamState):
 
 
 def _default_line(endpoint: Endpoint) -> Line:
-    """The provider's own connections, through the proxy that the environment names."""
+    """The provider's own connections, through the proxy that the environment names.
+
+    Through httpx's, if somebody has wrapped them: opentelemetry-instrumentation-httpx, say, wants to see each request.
+    """
     proxy = proxy_for(endpoint.url)
-    if proxy is None or proxy.scheme == "http":
+    if not wrapped(httpx.HTTPTransport.handle_request) and (proxy is None or proxy.scheme == "http"):
         return Pool(route_to(endpoint.url, proxy))
-    return TransportLine(httpx.HTTPTransport(proxy=httpx.Proxy(proxy), verify=tls_context(), limits=_LIMITS))
+    via = None if proxy is None else httpx.Proxy(proxy)
+    return TransportLine(httpx.HTTPTransport(proxy=via, verify=tls_context(), limits=_LIMITS))
 
 
 def _default_async_line(endpoint: Endpoint) -> AsyncLine:
     """`_default_line` for event loops."""
     proxy = proxy_for(endpoint.url)
-    if proxy is None or proxy.scheme == "http":
+    if not wrapped(httpx.AsyncHTTPTransport.handle_async_request) and (proxy is None or proxy.scheme == "http"):
         return AsyncPool(route_to(endpoint.url, proxy))
-    return AsyncTransportLine(httpx.AsyncHTTPTransport(proxy=httpx.Proxy(proxy), verify=tls_context(), limits=_LIMITS))
+    via = None if proxy is None else httpx.Proxy(proxy)
+    return AsyncTransportLine(httpx.AsyncHTTPTransport(proxy=via, verify=tls_context(), limits=_LIMITS))
+
+
+def wrapped(method: object) -> bool:
+    """Whether a method is another than the class was written with (what wraps one leaves `__wrapped__` on it)."""
+    return hasattr(method, "__wrapped__")
 
 
 def _async_line_over(transport: httpx.AsyncBaseTransport) -> AsyncLine:
