@@ -73,7 +73,7 @@ def _catcher(error: BaseException) -> str:
     return "(unknown)"
 
 
-_OURS = ("fluxibly.driving", "fluxibly.pipeline", "fluxibly.stream", "fluxibly.combinators", "fluxibly.flow")
+_OURS = ("fluxibly.driving", "fluxibly.pipeline", "fluxibly.drivers", "fluxibly.combinators", "fluxibly.flow")
 
 
 def _is_generator(value: object) -> TypeGuard[GeneratorType[Any, Any, Any]]:

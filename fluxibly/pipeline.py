@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, cast, overload
 
 from fluxibly import driving
 from fluxibly import provider as providers
+from fluxibly.drivers import AsyncDriver, SyncDriver
+from fluxibly.dropped import end_orphans, orphans
 from fluxibly.effects import AttemptEnd, Effect, Flow, Middleware, Perform, Send, Sleep, shown
 from fluxibly.flow import compose
-from fluxibly.stream import AsyncDriver, AsyncStream, Stream, SyncDriver, end_orphans, orphans
+from fluxibly.stream import AsyncStream, Stream
 from fluxibly.types import CallRecord, Chunk, ProviderInfo, Request, Response, Restart
 
 if TYPE_CHECKING:

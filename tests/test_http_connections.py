@@ -22,7 +22,7 @@ from fluxibly.errors import AuthenticationError, ConfigError, ConnectionFailed, 
 from fluxibly.pipeline import AsyncPipeline, Pipeline
 from fluxibly.providers import pool as pools
 from fluxibly.providers.http import AsyncHTTPProvider, HTTPProvider
-from fluxibly.stream import end_orphans
+from fluxibly.dropped import end_orphans
 
 CERTIFICATE = Path(__file__).with_name("localhost.pem")
 BACKENDS = ["asyncio", "trio"]

@@ -11,7 +11,7 @@ import tracemalloc
 import anyio
 import pytest
 
-from fluxibly import stream as stream_module
+from fluxibly import dropped
 from fluxibly.errors import ServerError, StreamInterrupted
 from fluxibly.flow import map_chunks
 from fluxibly.middleware import Retry
@@ -685,7 +685,7 @@ class TestDropping:
 
     def test_nothing_is_left_behind(self):
         """Streams that have ended, in whatever way, are forgotten."""
-        before = len(stream_module._open)
+        before = len(dropped._open)
         pipeline = Pipeline(ScriptedProvider("a b", ServerError("x"), "a b"))
         texts(pipeline.stream(REQUEST))
         pipeline.stream(REQUEST).close()
@@ -693,7 +693,7 @@ class TestDropping:
             texts(pipeline.stream(REQUEST))
         next(pipeline.stream(REQUEST))
         pipeline.stream(REQUEST)
-        assert len(stream_module._open) == before
+        assert len(dropped._open) == before
 
     def test_an_open_stream_is_small(self):
         """Each takes at most 10 KB beside what the provider's own iterator takes."""
