@@ -23,16 +23,21 @@ def blocks(language):
 
 
 def test_every_block_is_of_a_language_that_is_run():
-    """So that no block escapes."""
-    assert {kind for kind, _ in BLOCKS} <= {"python", "yaml", "sh"}
+    """Or is one that needs a backend of some 850 MB, which a marked test of its own runs."""
+    others = [code for kind, code in BLOCKS if kind not in {"python", "yaml", "sh"}]
+    assert all("phoenix" in code or "mlflow" in code for code in others)
 
 
-def test_the_python_blocks_run_in_order(monkeypatch, capsys):
-    """As a reader would paste them into one session."""
-    monkeypatch.setattr("fluxibly.registry._frameworks", {})
-    namespace = {"__name__": "readme"}
-    for number, code in enumerate(blocks("python")):
-        exec(compile(code, f"README block {number}", "exec"), namespace)
+def test_the_python_blocks_run_in_order(tmp_path):
+    """As a reader would paste them into one session; in a process of its own, since they set up telemetry."""
+    script = tmp_path / "readme.py"
+    script.write_text("\n".join(blocks("python")), encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-W", "error", script.name], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert "answered" in done.stdout
+    assert (tmp_path / "trace.jsonl").read_text(encoding="utf-8").startswith('{"resourceSpans"')
 
 
 @pytest.mark.parametrize("code", blocks("yaml"))
@@ -54,7 +59,7 @@ def commands():
 @pytest.mark.parametrize("line", [line for line in commands() if "fluxibly " in line])
 def test_the_commands_run(line, gguf, tmp_path):
     """Each `fluxibly` command exits with 0 and says something (its install step apart)."""
-    command = line.split("&&")[-1].strip()
+    command = line.removeprefix("pip install '.[local]' && ")
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
         ["sh", "-c", command],
