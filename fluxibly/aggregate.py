@@ -21,7 +21,7 @@ class _Call:
 class Aggregator:
     """Joins the chunks of one answer: `add` each, then ask for the `response`, at any time."""
 
-    __slots__ = ("_calls", "_fields", "_others", "_reasoning", "_reasoning_parts", "_texts", "has_output")
+    __slots__ = ("_calls", "_fields", "_others", "_reasoning", "_reasoning_parts", "_texts")
 
     def __init__(self) -> None:
         self._texts: list[str] = []
@@ -30,28 +30,40 @@ class Aggregator:
         self._calls: list[_Call] = []
         self._fields: dict[str, Any] = {}
         self._others: dict[int, Aggregator] = {}
-        self.has_output = False
+
+    @property
+    def has_output(self) -> bool:
+        """Whether there was text, reasoning or a part of a tool call."""
+        return bool(self._texts or self._reasoning or self._calls)
 
     def add(self, chunk: Chunk) -> None:
         """Take the next chunk in."""
         text = chunk.text
         if text:
             self._texts.append(text)
-            self.has_output = True
+        if (
+            chunk.reasoning
+            or chunk.tool_calls
+            or chunk.finish_reason
+            or chunk.usage
+            or chunk.id
+            or chunk.model
+            or chunk.reasoning_parts
+            or chunk.alternatives
+            or chunk.request_id
+            or chunk.rate_limits
+        ):
+            self._add_rest(chunk)
+
+    def _add_rest(self, chunk: Chunk) -> None:
         if chunk.reasoning:
             self._reasoning.append(chunk.reasoning)
-            self.has_output = True
-        if chunk.tool_calls:
-            self.has_output = True
-            for delta in chunk.tool_calls:
-                self._add_call(delta)
-        if chunk.finish_reason or chunk.usage or chunk.id or chunk.model or chunk.request_id or chunk.rate_limits:
-            self._add_fields(chunk)
-        if chunk.reasoning_parts:
-            self._reasoning_parts.extend(chunk.reasoning_parts)
-        if chunk.alternatives:
-            for index, other in chunk.alternatives:
-                self._others.setdefault(index, Aggregator()).add(other)
+        for delta in chunk.tool_calls:
+            self._add_call(delta)
+        self._add_fields(chunk)
+        self._reasoning_parts.extend(chunk.reasoning_parts)
+        for index, other in chunk.alternatives:
+            self._others.setdefault(index, Aggregator()).add(other)
 
     def _add_fields(self, chunk: Chunk) -> None:
         for name in ("finish_reason", "raw_finish_reason", "usage", "id", "model", "request_id", "rate_limits"):

@@ -28,26 +28,29 @@ class Stream(Generic[Event]):
         self._driver = driver
 
     def __iter__(self) -> Iterator[Event]:
-        return self
+        """The events that are left. (A generator, because resuming one is cheaper than calling `__next__`.)"""
+        driver = self._driver
+        run, events = driver.context.run, driver.events
+        while not driver.over:
+            try:
+                event = run(next, events, None)
+            except RuntimeError as error:
+                if is_entered(error):
+                    if driver.closing:
+                        return
+                    raise RuntimeError("another thread is reading this stream") from None
+                raise
+            finally:
+                if driver.closing:
+                    driver.close()
+            if event is None or driver.closing:
+                return
+            yield cast("Event", event)
 
     def __next__(self) -> Event:
-        driver = self._driver
-        if driver.over:
-            raise StopIteration
-        try:
-            event = driver.context.run(next, driver.events)
-        except RuntimeError as error:
-            if is_entered(error):
-                if driver.closing:
-                    raise StopIteration from None
-                raise RuntimeError("another thread is reading this stream") from None
-            raise
-        finally:
-            if driver.closing:
-                driver.close()
-        if driver.closing:
-            raise StopIteration
-        return cast("Event", event)
+        for event in self:
+            return event
+        raise StopIteration
 
     @property
     def response(self) -> Response:

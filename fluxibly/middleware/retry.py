@@ -61,7 +61,8 @@ class Retry:
         while True:
             watch = OutputWatch()
             try:
-                return (yield from watch.over(call_next(request)))
+                flow = call_next(request)
+                return (yield from watch.over(flow) if request.call.streaming else flow)
             except Exception as error:
                 if watch.done and not isinstance(error, StreamInterrupted):
                     raise  # not the provider's: a layer within failed after output had gone past here

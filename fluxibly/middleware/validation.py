@@ -71,7 +71,8 @@ class Validation:
                 if self.hold and request.call.streaming:
                     response = yield from hold_back(call_next(asked), check=lambda r, v=verdict: self.judge(r, v))  # type: ignore[misc]
                 else:
-                    response = yield from watch.over(call_next(asked))
+                    flow = call_next(asked)
+                    response = yield from watch.over(flow) if request.call.streaming else flow
                     self.judge(response, verdict)
             except ResponseInvalid as invalid:
                 last = attempt == self.max_retries
