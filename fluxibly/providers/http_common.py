@@ -1,34 +1,29 @@
 """What the two HTTP shells share: all that needs no I/O.
 
 An `Endpoint` is one service as one configuration reaches it. It makes the bytes of a request, turns the bytes of an
-answer into a response (`Body`) or chunks (`Intake`), and every error into one that users catch.
+answer into a response, and every error into one that users catch. Bodies and streams: `intake.py`.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections import deque
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
-import attrs
 import httpx
 
-from fluxibly.aggregate import as_chunk
 from fluxibly.config import LLMConfig, Timeouts
 from fluxibly.errors import AuthenticationError, BadRequest, ConfigError, ProviderError, StreamProtocolError
 from fluxibly.masking import mask_secrets
 from fluxibly.providers import http_errors
-from fluxibly.providers.body import MAX_BODY, accept_encoding, decoded, decoders_for
+from fluxibly.providers.body import accept_encoding
 from fluxibly.providers.codec import Codec, Encoded, Service
-from fluxibly.providers.framing import make_framing
+from fluxibly.providers.error_reports import request_id_of
+from fluxibly.providers.intake import noted
 from fluxibly.providers.limits import Limits
-from fluxibly.types import Chunk, ProviderInfo, Request, Response
+from fluxibly.types import ProviderInfo, Request, Response
 
-T = TypeVar("T", Response, Chunk)
-REQUEST_IDS = ("x-request-id", "request-id", "apim-request-id")
-_RATE_LIMIT = re.compile(r"(x-|anthropic-)?ratelimit-|retry-after")
 _TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 _KEPT_HEADERS = 32
 
@@ -166,7 +161,7 @@ class Endpoint:
     def response(self, headers: Mapping[str, str], body: bytes) -> Response:
         """The response of a whole 2xx answer."""
         self.check_page(headers)
-        return _noted(self.codec.decode(body), headers)
+        return noted(self.codec.decode(body), headers)
 
     def adopted(
         self, error: ProviderError, request: Request, headers: Mapping[str, str] | None = None
@@ -175,7 +170,7 @@ class Endpoint:
         error.provider = error.provider or self.service.framework
         error.model = error.model or request.model
         if headers is not None and error.request_id is None:
-            error.request_id = _request_id(headers)
+            error.request_id = request_id_of(headers)
         if self.secrets:
             error.args = tuple(mask_secrets(a, self.secrets) if isinstance(a, str) else a for a in error.args)
             if error.body:
@@ -241,182 +236,3 @@ def _api_key(service: Service, config: LLMConfig) -> str | None:
     else:
         return key
     raise AuthenticationError(f"the API key in {source} {problem}", provider=service.framework)
-
-
-# Answers
-
-
-def _request_id(headers: Mapping[str, str]) -> str | None:
-    for name in REQUEST_IDS:
-        if name in headers:
-            return headers[name]
-    return None
-
-
-def _noted(item: T, headers: Mapping[str, str]) -> T:
-    """A response, or a stream's first chunk, with what the headers say."""
-    request_id = _request_id(headers)
-    limits = {name: value for name, value in headers.items() if _RATE_LIMIT.match(name)}
-    if isinstance(item, Response):
-        if request_id or limits:
-            return item.evolve(request_id=item.request_id or request_id, rate_limits={**limits, **item.rate_limits})
-        return item
-    if request_id or limits:
-        return attrs.evolve(
-            item, request_id=item.request_id or request_id, rate_limits=item.rate_limits or limits or None
-        )
-    return item
-
-
-class Body:
-    """The bytes of an answer: checked against its length, decompressed, bounded."""
-
-    __slots__ = ("_decoders", "_due", "_got", "_size", "limit", "pieces")
-
-    def __init__(self, headers: Mapping[str, str], *, limit: int = MAX_BODY) -> None:
-        encoding = headers.get("content-encoding")
-        self._decoders = decoders_for(encoding) if encoding else []
-        length = headers.get("content-length", "")
-        self._due = int(length) if length.isascii() and length.isdigit() else None
-        if "transfer-encoding" in headers:
-            self._due = None
-        self._got = self._size = 0
-        self.limit = limit
-        self.pieces: list[bytes] = []
-
-    def decode(self, data: bytes) -> Iterable[bytes]:
-        """What the next bytes stand for, in pieces that are bounded."""
-        self._got += len(data)
-        return decoded(self._decoders, data) if self._decoders else (data,)
-
-    def end(self) -> None:
-        """The bytes are over.
-
-        Raises:
-            StreamProtocolError: some are missing.
-        """
-        if self._due is not None and self._got < self._due:
-            raise StreamProtocolError(f"the answer was cut off: {self._got} of {self._due} bytes came")
-        if self._got:
-            for decoder in self._decoders:
-                decoder.end()
-
-    def add(self, data: bytes) -> None:
-        """Keep the next bytes, for `whole`."""
-        for piece in self.decode(data):
-            self.keep(piece)
-
-    def keep(self, piece: bytes) -> None:
-        """Keep a decoded piece.
-
-        Raises:
-            StreamProtocolError: they are too many.
-        """
-        self._size += len(piece)
-        if self._size > self.limit:
-            raise StreamProtocolError(f"the answer is larger than {self.limit:,} bytes", retryable=False)
-        self.pieces.append(piece)
-
-    def whole(self) -> bytes:
-        """All of it.
-
-        Raises:
-            StreamProtocolError: it was cut off.
-        """
-        self.end()
-        return b"".join(self.pieces)
-
-
-class Intake:
-    """A stream's bytes into chunks. What came before an error is delivered before it.
-
-    `chunks` are those ready for the consumer. `ended` says that nothing more is to be read; then `failure`, if there
-    is one, is due after them.
-    """
-
-    __slots__ = (
-        "_body",
-        "_codec",
-        "_decoder",
-        "_framing",
-        "_headers",
-        "_noted",
-        "_whole",
-        "chunks",
-        "ended",
-        "failure",
-    )
-
-    def __init__(self, endpoint: Endpoint, headers: Mapping[str, str]) -> None:
-        endpoint.check_page(headers)
-        codec = self._codec = endpoint.codec
-        self._headers = headers
-        self._body = Body(headers)
-        self._framing = make_framing(codec.framing)
-        self._decoder = codec.decoder()
-        media_type = headers.get("content-type", "").lower().partition(";")[0].strip()
-        # None: it says that it is JSON where events are due; its first character tells.
-        self._whole = None if media_type == "application/json" and codec.framing == "sse" else False
-        self._noted = False
-        self.chunks: deque[Chunk] = deque()
-        self.ended = False
-        self.failure: Exception | None = None
-
-    @property
-    def done(self) -> bool:
-        """Whether the stream is over and whole: what is unread is no more than the end of the HTTP body."""
-        return self.ended and self.failure is None
-
-    def feed(self, data: bytes) -> None:
-        """Take the next bytes in; b"" is their end."""
-        try:
-            if not data:
-                self._end()
-                return
-            for piece in self._body.decode(data):
-                if self._whole is False:
-                    self._take(piece)
-                else:
-                    self._put_by(piece)
-                if self.ended:
-                    return
-        except Exception as error:  # noqa: BLE001  # it is raised when the chunks before it are delivered
-            self.failure = error
-            self.ended = True
-
-    def _take(self, piece: bytes) -> None:
-        decoder = self._decoder
-        for event in self._framing.feed(piece):
-            self._deliver(decoder.decode_event(event))
-            if decoder.done:
-                self.ended = True
-                return
-
-    def _deliver(self, chunks: Iterable[Chunk]) -> None:
-        for chunk in chunks:
-            if not self._noted:
-                self._noted = True
-                self.chunks.append(_noted(chunk, self._headers))
-            else:
-                self.chunks.append(chunk)
-
-    def _put_by(self, piece: bytes) -> None:
-        """Keep a piece of what may be one JSON body, until that is known."""
-        body = self._body
-        body.keep(piece)
-        if self._whole is None and (start := piece.lstrip()):
-            self._whole = start[0] in b"{["
-            if not self._whole:
-                piece = b"".join(body.pieces)
-                body.pieces.clear()
-                self._take(piece)
-
-    def _end(self) -> None:
-        if self._whole is False:
-            self._body.end()
-            for event in self._framing.close():
-                self._deliver(self._decoder.decode_event(event))
-            self._deliver(self._decoder.end())
-        else:
-            self._deliver([as_chunk(self._codec.decode(self._body.whole()))])
-        self.ended = True

@@ -1,0 +1,193 @@
+"""The bytes of an answer: a body, checked and bounded, and a stream's chunks."""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from typing import TYPE_CHECKING, TypeVar
+
+import attrs
+
+from fluxibly.aggregate import as_chunk
+from fluxibly.errors import StreamProtocolError
+from fluxibly.providers.body import MAX_BODY, decoded, decoders_for
+from fluxibly.providers.error_reports import request_id_of
+from fluxibly.providers.framing import make_framing
+from fluxibly.types import Chunk, Response
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from fluxibly.providers.http_common import Endpoint
+
+T = TypeVar("T", Response, Chunk)
+_RATE_LIMIT = re.compile(r"(x-|anthropic-)?ratelimit-|retry-after")
+
+
+def noted(item: T, headers: Mapping[str, str]) -> T:
+    """A response, or a stream's first chunk, with what the headers say."""
+    request_id = request_id_of(headers)
+    limits = {name: value for name, value in headers.items() if _RATE_LIMIT.match(name)}
+    if isinstance(item, Response):
+        if request_id or limits:
+            return item.evolve(request_id=item.request_id or request_id, rate_limits={**limits, **item.rate_limits})
+        return item
+    if request_id or limits:
+        return attrs.evolve(
+            item, request_id=item.request_id or request_id, rate_limits=item.rate_limits or limits or None
+        )
+    return item
+
+
+class Body:
+    """The bytes of an answer: checked against its length, decompressed, bounded."""
+
+    __slots__ = ("_decoders", "_due", "_got", "_size", "limit", "pieces")
+
+    def __init__(self, headers: Mapping[str, str], *, limit: int = MAX_BODY) -> None:
+        encoding = headers.get("content-encoding")
+        self._decoders = decoders_for(encoding) if encoding else []
+        length = headers.get("content-length", "")
+        self._due = int(length) if length.isascii() and length.isdigit() else None
+        if "transfer-encoding" in headers:
+            self._due = None
+        self._got = self._size = 0
+        self.limit = limit
+        self.pieces: list[bytes] = []
+
+    def decode(self, data: bytes) -> Iterable[bytes]:
+        """What the next bytes stand for, in pieces that are bounded."""
+        self._got += len(data)
+        return decoded(self._decoders, data) if self._decoders else (data,)
+
+    def end(self) -> None:
+        """The bytes are over.
+
+        Raises:
+            StreamProtocolError: some are missing.
+        """
+        if self._due is not None and self._got < self._due:
+            raise StreamProtocolError(f"the answer was cut off: {self._got} of {self._due} bytes came")
+        if self._got:
+            for decoder in self._decoders:
+                decoder.end()
+
+    def add(self, data: bytes) -> None:
+        """Keep the next bytes, for `whole`."""
+        for piece in self.decode(data):
+            self.keep(piece)
+
+    def keep(self, piece: bytes) -> None:
+        """Keep a decoded piece.
+
+        Raises:
+            StreamProtocolError: they are too many.
+        """
+        self._size += len(piece)
+        if self._size > self.limit:
+            raise StreamProtocolError(f"the answer is larger than {self.limit:,} bytes", retryable=False)
+        self.pieces.append(piece)
+
+    def whole(self) -> bytes:
+        """All of it.
+
+        Raises:
+            StreamProtocolError: it was cut off.
+        """
+        self.end()
+        return b"".join(self.pieces)
+
+
+class Intake:
+    """A stream's bytes into chunks. What came before an error is delivered before it.
+
+    `chunks` are those ready for the consumer. `ended` says that nothing more is to be read; then `failure`, if there
+    is one, is due after them.
+    """
+
+    __slots__ = (
+        "_body",
+        "_codec",
+        "_decoder",
+        "_framing",
+        "_headers",
+        "_noted",
+        "_whole",
+        "chunks",
+        "ended",
+        "failure",
+    )
+
+    def __init__(self, endpoint: Endpoint, headers: Mapping[str, str]) -> None:
+        endpoint.check_page(headers)
+        codec = self._codec = endpoint.codec
+        self._headers = headers
+        self._body = Body(headers)
+        self._framing = make_framing(codec.framing)
+        self._decoder = codec.decoder()
+        media_type = headers.get("content-type", "").lower().partition(";")[0].strip()
+        # None: it says that it is JSON where events are due; its first character tells.
+        self._whole = None if media_type == "application/json" and codec.framing == "sse" else False
+        self._noted = False
+        self.chunks: deque[Chunk] = deque()
+        self.ended = False
+        self.failure: Exception | None = None
+
+    @property
+    def done(self) -> bool:
+        """Whether the stream is over and whole: what is unread is no more than the end of the HTTP body."""
+        return self.ended and self.failure is None
+
+    def feed(self, data: bytes) -> None:
+        """Take the next bytes in; b"" is their end."""
+        try:
+            if not data:
+                self._end()
+                return
+            for piece in self._body.decode(data):
+                if self._whole is False:
+                    self._take(piece)
+                else:
+                    self._put_by(piece)
+                if self.ended:
+                    return
+        except Exception as error:  # noqa: BLE001  # it is raised when the chunks before it are delivered
+            self.failure = error
+            self.ended = True
+
+    def _take(self, piece: bytes) -> None:
+        decoder = self._decoder
+        for event in self._framing.feed(piece):
+            self._deliver(decoder.decode_event(event))
+            if decoder.done:
+                self.ended = True
+                return
+
+    def _deliver(self, chunks: Iterable[Chunk]) -> None:
+        for chunk in chunks:
+            if not self._noted:
+                self._noted = True
+                self.chunks.append(noted(chunk, self._headers))
+            else:
+                self.chunks.append(chunk)
+
+    def _put_by(self, piece: bytes) -> None:
+        """Keep a piece of what may be one JSON body, until that is known."""
+        body = self._body
+        body.keep(piece)
+        if self._whole is None and (start := piece.lstrip()):
+            self._whole = start[0] in b"{["
+            if not self._whole:
+                piece = b"".join(body.pieces)
+                body.pieces.clear()
+                self._take(piece)
+
+    def _end(self) -> None:
+        if self._whole is False:
+            self._body.end()
+            for event in self._framing.close():
+                self._deliver(self._decoder.decode_event(event))
+            self._deliver(self._decoder.end())
+        else:
+            self._deliver([as_chunk(self._codec.decode(self._body.whole()))])
+        self.ended = True

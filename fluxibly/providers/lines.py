@@ -1,0 +1,99 @@
+"""The ways to a server: what the shells ask of one, and which one a provider takes by default."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+import httpx
+
+from fluxibly.providers.async_pool import AsyncPool
+from fluxibly.providers.pool import KEEP_IDLE, MAX_CONNECTIONS, Pool
+from fluxibly.providers.route import proxy_for, route_to, tls_context
+from fluxibly.providers.transports import AsyncTransportLine, TransportLine
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from fluxibly.providers.http_common import Endpoint, Outgoing
+    from fluxibly.providers.limits import Limits
+
+_LIMITS = httpx.Limits(max_connections=MAX_CONNECTIONS, max_keepalive_connections=None, keepalive_expiry=KEEP_IDLE)
+
+
+class Exchange(Protocol):
+    """A request that was sent, and its answer, whose head has come."""
+
+    @property
+    def status(self) -> int: ...
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """By their lower-case names."""
+        ...
+
+    def read(self) -> bytes:
+        """The next bytes of the body, at least one; b"" at its end."""
+        ...
+
+    def release(self, *, ended: bool) -> None:
+        """Let the connection go. `ended`: what is unread is no more than the end of the body."""
+        ...
+
+
+class Line(Protocol):
+    """The way to a server."""
+
+    def send(self, outgoing: Outgoing, limits: Limits, /) -> Exchange: ...
+    def close(self) -> None: ...
+
+
+class AsyncExchange(Protocol):
+    """An `Exchange` whose I/O is awaited."""
+
+    @property
+    def status(self) -> int: ...
+    @property
+    def headers(self) -> Mapping[str, str]: ...
+    async def read(self) -> bytes: ...
+    async def release(self, *, ended: bool) -> None: ...
+    def drop(self) -> None:
+        """Close the connection, from code that cannot wait. Nobody is reading."""
+        ...
+
+
+class AsyncLine(Protocol):
+    """A `Line` whose I/O is awaited."""
+
+    async def send(self, outgoing: Outgoing, limits: Limits, /) -> AsyncExchange: ...
+    async def aclose(self) -> None: ...
+
+
+def default_line(endpoint: Endpoint) -> Line:
+    """The provider's own connections, through the proxy that the environment names.
+
+    Through httpx's, if somebody has wrapped them: opentelemetry-instrumentation-httpx, say, wants to see each request.
+    """
+    proxy = proxy_for(endpoint.url)
+    if not wrapped(httpx.HTTPTransport.handle_request) and (proxy is None or proxy.scheme == "http"):
+        return Pool(route_to(endpoint.url, proxy))
+    via = None if proxy is None else httpx.Proxy(proxy)
+    return TransportLine(httpx.HTTPTransport(proxy=via, verify=tls_context(), limits=_LIMITS))
+
+
+def default_async_line(endpoint: Endpoint) -> AsyncLine:
+    """`default_line` for event loops."""
+    proxy = proxy_for(endpoint.url)
+    if not wrapped(httpx.AsyncHTTPTransport.handle_async_request) and (proxy is None or proxy.scheme == "http"):
+        return AsyncPool(route_to(endpoint.url, proxy))
+    via = None if proxy is None else httpx.Proxy(proxy)
+    return AsyncTransportLine(httpx.AsyncHTTPTransport(proxy=via, verify=tls_context(), limits=_LIMITS))
+
+
+def wrapped(method: object) -> bool:
+    """Whether a method is another than the class was written with (what wraps one leaves `__wrapped__` on it)."""
+    return hasattr(method, "__wrapped__")
+
+
+def async_line_over(transport: httpx.AsyncBaseTransport) -> AsyncLine:
+    """A transport as a line: it may know a shorter way than through httpx's requests and responses (`as_line`)."""
+    as_line: Callable[[], AsyncLine] | None = getattr(transport, "as_line", None)
+    return AsyncTransportLine(transport) if as_line is None else as_line()
