@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import httpx
@@ -18,10 +19,11 @@ from fluxibly.errors import AuthenticationError, BadRequest, ConfigError, Provid
 from fluxibly.masking import mask_secrets
 from fluxibly.providers import http_errors
 from fluxibly.providers.body import accept_encoding
-from fluxibly.providers.codec import Codec, Encoded, Service
+from fluxibly.providers.codec import Codec, Encoded, Event, Service
 from fluxibly.providers.error_reports import request_id_of
 from fluxibly.providers.intake import noted
 from fluxibly.providers.limits import Limits
+from fluxibly.providers.retry_hints import retry_after_of
 from fluxibly.types import ProviderInfo, Request, Response
 
 _TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
@@ -145,7 +147,7 @@ class Endpoint:
         """The error of an answer that is none of 2xx."""
         if status < 400:
             return self.adopted(http_errors.redirected(status, headers), request, headers)
-        error = self.codec.decode_error(status, headers, body)
+        error = self.codec.decode_error(status, headers, self.masked(body))
         if error.status is None:
             error.status = status
         return self.adopted(error, request, headers)
@@ -161,21 +163,66 @@ class Endpoint:
     def response(self, headers: Mapping[str, str], body: bytes) -> Response:
         """The response of a whole 2xx answer."""
         self.check_page(headers)
-        return noted(self.codec.decode(body), headers)
+        return noted(self.decoded(body), headers)
+
+    def masked(self, data: bytes) -> bytes:
+        """`data` without the API key: an excerpt could cut the key in two, and half of one is not found again."""
+        return mask_secrets(data.decode("latin-1"), self.secrets).encode("latin-1") if self.secrets else data
+
+    def decoded(self, body: bytes) -> Response:
+        """What the codec makes of a whole body. Its errors quote the body without the API key; answers stay as sent."""
+        try:
+            return self.codec.decode(body)
+        except ProviderError as error:
+            masked = self.masked(body)
+            if masked == body:
+                raise
+            failure = error
+        raise self._error_in(lambda: self.codec.decode(masked)) or failure
+
+    def event_error(self, event: Event, error: ProviderError) -> ProviderError:
+        """The error that an event of a stream led to, quoting the event without the API key."""
+        masked = self.masked(event.data)
+        if masked == event.data:
+            return error
+        decoder = self.codec.decoder()
+        return self._error_in(lambda: list(decoder.decode_event(Event(masked, event.name)))) or error
+
+    def _error_in(self, decode: Callable[[], object]) -> ProviderError | None:
+        try:
+            decode()
+        except ProviderError as error:
+            return error
+        return None
 
     def adopted(
         self, error: ProviderError, request: Request, headers: Mapping[str, str] | None = None
     ) -> ProviderError:
-        """`error` with who was asked for what filled in, and the API key masked."""
+        """`error` with who was asked for what and the headers' hints filled in, and the API key masked."""
         error.provider = error.provider or self.service.framework
-        error.model = error.model or request.model
-        if headers is not None and error.request_id is None:
-            error.request_id = request_id_of(headers)
+        if error.model is None:
+            error.model = request.model
+            self._name_model(error, request.model)
+        if headers is not None:
+            if error.request_id is None:
+                error.request_id = request_id_of(headers)
+            if error.retry_after is None:
+                error.retry_after = retry_after_of(headers, None, "", now=time.time())
         if self.secrets:
             error.args = tuple(mask_secrets(a, self.secrets) if isinstance(a, str) else a for a in error.args)
             if error.body:
                 error.body = mask_secrets(error.body, self.secrets)
+            if error.code:
+                error.code = mask_secrets(error.code, self.secrets)
         return error
+
+    def _name_model(self, error: ProviderError, model: str) -> None:
+        """Begin the message with the service and the model, as far as it does not name them."""
+        message = str(error)
+        if model and model not in message:
+            names_service = self.service.framework.lower() in message.lower()
+            who = model if names_service else f"{self.service.framework} ({model})"
+            error.args = (f"{who}: {message}" if message else who,)
 
     def failure(
         self, error: Exception, request: Request, limits: Limits, headers: Mapping[str, str] | None

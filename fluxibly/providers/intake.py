@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 import attrs
 
 from fluxibly.aggregate import as_chunk
-from fluxibly.errors import StreamProtocolError
+from fluxibly.errors import ProviderError, StreamProtocolError
 from fluxibly.providers.body import MAX_BODY, decoded, decoders_for
 from fluxibly.providers.error_reports import request_id_of
 from fluxibly.providers.framing import make_framing
@@ -18,6 +18,7 @@ from fluxibly.types import Chunk, Response
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
+    from fluxibly.providers.codec import Event
     from fluxibly.providers.http_common import Endpoint
 
 T = TypeVar("T", Response, Chunk)
@@ -107,8 +108,8 @@ class Intake:
 
     __slots__ = (
         "_body",
-        "_codec",
         "_decoder",
+        "_endpoint",
         "_framing",
         "_headers",
         "_noted",
@@ -120,7 +121,8 @@ class Intake:
 
     def __init__(self, endpoint: Endpoint, headers: Mapping[str, str]) -> None:
         endpoint.check_page(headers)
-        codec = self._codec = endpoint.codec
+        self._endpoint = endpoint
+        codec = endpoint.codec
         self._headers = headers
         self._body = Body(headers)
         self._framing = make_framing(codec.framing)
@@ -158,10 +160,18 @@ class Intake:
     def _take(self, piece: bytes) -> None:
         decoder = self._decoder
         for event in self._framing.feed(piece):
-            self._deliver(decoder.decode_event(event))
+            self._decode(event)
             if decoder.done:
                 self.ended = True
                 return
+
+    def _decode(self, event: Event) -> None:
+        try:
+            self._deliver(self._decoder.decode_event(event))
+            return
+        except ProviderError as error:
+            failure = error
+        raise self._endpoint.event_error(event, failure)
 
     def _deliver(self, chunks: Iterable[Chunk]) -> None:
         for chunk in chunks:
@@ -186,8 +196,8 @@ class Intake:
         if self._whole is False:
             self._body.end()
             for event in self._framing.close():
-                self._deliver(self._decoder.decode_event(event))
+                self._decode(event)
             self._deliver(self._decoder.end())
         else:
-            self._deliver([as_chunk(self._codec.decode(self._body.whole()))])
+            self._deliver([as_chunk(self._endpoint.decoded(self._body.whole()))])
         self.ended = True
