@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dis
-import logging
 from collections.abc import Sequence
 from types import CodeType, GeneratorType
 from typing import Any, NoReturn, TypeGuard
@@ -12,7 +11,6 @@ from fluxibly.combinators import interrupted
 from fluxibly.effects import Effect, Flow, Middleware, shown
 from fluxibly.errors import StreamInterrupted
 from fluxibly.flow import layer_name
-from fluxibly.logs import log
 from fluxibly.types import Request, Response
 
 HOW_TO_RETURN = "end it with: return (yield from call_next(request))"
@@ -59,7 +57,9 @@ def _tell(error: BaseException | None, layer: str, did: str) -> None:
     text = f"the middleware {layer} {did} after {name}; it must let it pass"
     if error is not None:
         error.add_note(f"fluxibly: {text}")
-    log(logging.ERROR, "%s", problem=text)
+    from fluxibly.logs import ERROR, log  # logging takes longer to import than all of this package's own code
+
+    log(ERROR, "%s", problem=text)
 
 
 def _catcher(error: BaseException) -> str:

@@ -9,12 +9,9 @@ from __future__ import annotations
 
 import atexit
 import gc
-import logging
 import threading
 from collections import deque
 from typing import Protocol
-
-from fluxibly.logs import log
 
 
 class Droppable(Protocol):
@@ -55,8 +52,10 @@ def end_orphans() -> None:
         try:
             orphans.popleft().let_go()
         except Exception as error:  # noqa: BLE001  # there is no caller to raise it to
+            from fluxibly.logs import ERROR, log
+
             log(
-                logging.ERROR,
+                ERROR,
                 "a middleware raised %s while a dropped stream was ended",
                 error_type=type(error).__name__,
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from logging import ERROR as ERROR
 from typing import Any
 
 from fluxibly.masking import error_message
