@@ -508,7 +508,7 @@ class TestErrors:
 
         with serve(script) as server, pytest.raises(ServerError) as caught:
             caller.stream(server.url)
-        assert str(caught.value) == "bad key ***"
+        assert str(caught.value) == "tiny (tiny-1): bad key ***"
 
     def test_a_rate_limit(self, caller: Caller) -> None:
         """The connection is used again after an error."""
