@@ -18,11 +18,11 @@ from misbehaving import Peer, Received, Server, serve
 from tiny import DONE, KEY, SERVICE, Caller, TinyCodec, ask, config, event
 
 from fluxibly.config import Timeouts
+from fluxibly.dropped import end_orphans
 from fluxibly.errors import AuthenticationError, ConfigError, ConnectionFailed, RequestTimeout
 from fluxibly.pipeline import AsyncPipeline, Pipeline
 from fluxibly.providers import pool as pools
 from fluxibly.providers.http import AsyncHTTPProvider, HTTPProvider
-from fluxibly.dropped import end_orphans
 
 CERTIFICATE = Path(__file__).with_name("localhost.pem")
 BACKENDS = ["asyncio", "trio"]

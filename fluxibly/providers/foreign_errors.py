@@ -150,7 +150,7 @@ def _reported(error: BaseException, names: Iterable[str], library: str) -> Provi
         body = cast("object", error.args[0])  # langchain-openai, for an error in a 200
     if body:
         whole = cast("dict[str, Any]", body) if isinstance(body, dict) else {}
-        payload = whole if "error" in whole else {"error": body}
+        payload: dict[str, Any] = whole if "error" in whole else {"error": body}
         return error_of_payload(payload, body=_json(payload), service=f"the service (through {library})")
     if any(kind.__name__ == "APIError" for kind in type(error).__mro__):
         return errors.ServerError(f"the service (through {library}) answered with an error: {error}")
