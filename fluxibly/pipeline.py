@@ -105,9 +105,10 @@ class _Pipeline:
             driving.raise_not_a_response(value, self.middleware)
         elapsed = call.clock() - call.started_at
         if value.elapsed is None:  # fresh from the provider: nobody else has it yet
-            _set_state(value, "elapsed", elapsed)
+            state = value.__dict__
+            state["elapsed"] = elapsed
             if call.stats is not None:
-                _set_state(value, "stats", call.stats)
+                state["stats"] = call.stats
             return value
         state = value.__dict__.copy()
         state["elapsed"] = elapsed
