@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, cast, get_args
 
 import attrs
 
@@ -13,6 +13,7 @@ from fluxibly.guards import is_mapping
 if TYPE_CHECKING:
     from fluxibly.types import Response
 
+_T = TypeVar("_T")
 Role: TypeAlias = Literal["system", "user", "assistant", "tool"]
 ROLES: tuple[str, ...] = get_args(Role)
 
@@ -39,7 +40,13 @@ class Image:
     def __attrs_post_init__(self) -> None:
         if (self.url is None) == (self.data is None):
             raise ValueError("an Image takes either url= or data=, and one of them")
-        if self.data is not None and self.media_type is None:
+        if self.url is not None and not isinstance(self.url, str):  # pyright: ignore[reportUnnecessaryIsInstance]  # callers may be untyped
+            raise TypeError(f"an Image's url= is a str, not {_kind(self.url)}")
+        if self.data is None:
+            return
+        if not isinstance(self.data, (bytes, bytearray, memoryview)):  # pyright: ignore[reportUnnecessaryIsInstance]  # callers may be untyped
+            raise TypeError(f"an Image's data= is bytes, not {_kind(self.data)}; decode base64 first")
+        if self.media_type is None:
             raise ValueError("an Image made of data= needs media_type=, e.g. 'image/png'")
 
 
@@ -88,6 +95,12 @@ class ToolCall:
     error: str | None = attrs.field(default=None, init=False, eq=False)
 
     def __attrs_post_init__(self) -> None:
+        if not is_mapping(self.arguments):
+            raise TypeError(
+                f"a ToolCall's arguments are a mapping, not {_kind(self.arguments)}; text is raw_arguments="
+            )
+        if not isinstance(self.raw_arguments, str):  # pyright: ignore[reportUnnecessaryIsInstance]  # callers may be untyped
+            raise TypeError(f"a ToolCall's raw_arguments are a str, not {_kind(self.raw_arguments)}; use arguments=")
         if self.raw_arguments and not self.arguments:
             arguments, error = parse_arguments(self.raw_arguments)
             object.__setattr__(self, "arguments", arguments)
@@ -113,8 +126,8 @@ def _parts(content: object) -> tuple[Part, ...]:
         return (Text(content),) if content else ()
     if isinstance(content, (Text, Image)):
         return (content,)
-    if not isinstance(content, Iterable):
-        raise TypeError(f"a message's content is a str, Text, Image or a sequence of these, not {_kind(content)}")
+    if not isinstance(content, Iterable) or isinstance(content, (bytes, Mapping)):
+        raise TypeError(f"a message's content is a str, Text, Image or a sequence of these, not {_kind(content)}")  # pyright: ignore[reportUnknownArgumentType]
     parts: list[Part] = []
     for part in content:  # pyright: ignore[reportUnknownVariableType]
         if isinstance(part, str):
@@ -130,6 +143,27 @@ def _kind(value: object) -> str:
     return "None" if value is None else f"a {type(value).__name__}"
 
 
+def _calls(calls: object) -> tuple[ToolCall, ...]:
+    return _all_of(ToolCall, calls, "a message's tool_calls are a sequence of ToolCall")
+
+
+def _thoughts(parts: object) -> tuple[Reasoning, ...]:
+    return _all_of(Reasoning, parts, "a message's reasoning is a sequence of Reasoning")
+
+
+def _all_of(kind: type[_T], values: object, due: str) -> tuple[_T, ...]:
+    """`values` as a tuple, if they are what is due."""
+    if values == ():  # nearly always
+        return ()
+    if not isinstance(values, Iterable):
+        raise TypeError(f"{due}, not {_kind(values)}")
+    found: tuple[object, ...] = tuple(values)  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
+    for value in found:
+        if not isinstance(value, kind):
+            raise TypeError(f"{due}, but there is {_kind(value)} in it")
+    return found  # type: ignore[return-value]  # each was checked above
+
+
 def _known_role(instance: object, attribute: object, role: object) -> None:
     if role not in ROLES:
         raise ValueError(f"a message's role is one of {', '.join(ROLES)}, not {role!r}")
@@ -141,13 +175,13 @@ class Message:
 
     role: Role = attrs.field(validator=_known_role)
     content: tuple[Part, ...] = attrs.field(default=(), converter=_parts)
-    tool_calls: tuple[ToolCall, ...] = attrs.field(default=(), converter=to_tool_calls, kw_only=True)
+    tool_calls: tuple[ToolCall, ...] = attrs.field(default=(), converter=_calls, kw_only=True)
     """What an assistant asked for."""
     tool_call_id: str | None = attrs.field(default=None, kw_only=True)
     """For the role "tool": the `ToolCall.id` that this message answers."""
     name: str | None = attrs.field(default=None, kw_only=True)
     """Who speaks; for the role "tool", the tool's name (Gemini needs it)."""
-    reasoning: tuple[Reasoning, ...] = attrs.field(default=(), converter=to_reasoning, kw_only=True)
+    reasoning: tuple[Reasoning, ...] = attrs.field(default=(), converter=_thoughts, kw_only=True)
 
     @property
     def text(self) -> str:
@@ -177,6 +211,8 @@ class Message:
         """The result of a tool. `tool_call` is the `ToolCall` that asked for it, or its id (then give `name` too)."""
         if isinstance(tool_call, ToolCall):
             return cls("tool", content, tool_call_id=tool_call.id, name=name or tool_call.name)
+        if not isinstance(tool_call, str):  # pyright: ignore[reportUnnecessaryIsInstance]  # callers may be untyped
+            raise TypeError(f"a tool's result needs the ToolCall that it answers, or its id, not {_kind(tool_call)}")
         return cls("tool", content, tool_call_id=tool_call, name=name)
 
 
@@ -199,24 +235,48 @@ def to_messages(prompt: object) -> tuple[Message, ...]:
     """
     if isinstance(prompt, str):
         if not prompt:
-            raise ValueError("the prompt is empty; give a non-empty string or a sequence of Message")
+            raise ValueError(_EMPTY_PROMPT)
         return (Message.user(prompt),)
     if isinstance(prompt, Message):
-        return (prompt,)
+        return to_messages((prompt,))
     if not isinstance(prompt, Iterable) or isinstance(prompt, (bytes, Mapping)):
         raise TypeError(f"a prompt is a str or a sequence of Message, not {_kind(prompt)}")  # pyright: ignore[reportUnknownArgumentType]
-    messages: tuple[object, ...] = tuple(prompt)  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
-    for message in messages:
+    given: tuple[object, ...] = tuple(prompt)  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
+    for message in given:
         if not isinstance(message, Message):
             hint = "; write Message.user(...)" if isinstance(message, str) else ""
             raise TypeError(f"a prompt is a str or a sequence of Message, but has {_kind(message)} in it{hint}")
-    if not messages:
+    if not given:
         raise ValueError("the prompt has no messages; give a non-empty string or a sequence of Message")
-    return messages  # type: ignore[return-value]  # each was checked above
+    messages = cast("tuple[Message, ...]", given)
+    if not any(map(_says_something, messages[-1:] if messages[-1].role == "user" else messages)):
+        raise ValueError(_EMPTY_PROMPT)
+    return messages
+
+
+_EMPTY_PROMPT = "the prompt is empty; give a non-empty string or a sequence of Message"
+
+
+def _says_something(message: Message) -> bool:
+    """Whether there is anything in a message. A tool may have nothing to report, and an assistant only call tools."""
+    if message.tool_calls or message.reasoning or message.role == "tool":
+        return True
+    return any(isinstance(part, Image) or part.text for part in message.content)
 
 
 def to_tools(tools: Iterable[Tool | Mapping[str, Any]] | None) -> tuple[Tool, ...]:
-    return tuple(tool if isinstance(tool, Tool) else _tool(tool) for tool in tools or ())
+    """The tools of a request.
+
+    Raises:
+        TypeError: it is no sequence of tools.
+        ValueError: a mapping among them has no name.
+    """
+    if tools is None:
+        return ()
+    if not isinstance(tools, Iterable) or isinstance(tools, (str, Mapping)):  # pyright: ignore[reportUnnecessaryIsInstance]  # callers may be untyped
+        found = _kind(cast("object", tools))
+        raise TypeError(f"tools is a sequence of Tool or of mappings, like [Tool('look')], not {found}")
+    return tuple(tool if isinstance(tool, Tool) else _tool(tool) for tool in tools)
 
 
 def _tool(tool: object) -> Tool:
@@ -235,4 +295,11 @@ def _tool(tool: object) -> Tool:
 
 
 def to_stop(stop: str | Iterable[str] | None) -> tuple[str, ...]:
-    return () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
+    """The stop sequences of a request.
+
+    Raises:
+        TypeError: it is neither a string nor a sequence of strings.
+    """
+    if stop is None:
+        return ()
+    return (stop,) if isinstance(stop, str) else _all_of(str, stop, "stop is a str or a sequence of str")

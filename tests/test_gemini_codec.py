@@ -191,7 +191,7 @@ def test_messages_that_cannot_be_sent() -> None:
     with pytest.raises(BadRequest, match="system message"):
         body_of(messages=[Message("system", PNG), Message.user("Hi")])
     with pytest.raises(BadRequest, match="besides the system"):
-        body_of(messages=[Message.system("alone"), Message.user("")])
+        body_of(messages=[Message.system("alone")])
     with pytest.raises(BadRequest, match="name="):
         body_of(messages=[Message.user("Hi"), Message.tool("sunny", "call_9")])
 

@@ -26,6 +26,9 @@ from fluxibly.types import (
     Usage,
 )
 
+REQUEST = Request(model="m", messages="hi")
+CALL = ToolCall("call-1", "look")
+
 
 def joined(*chunks):
     answer = Aggregator()
@@ -71,7 +74,34 @@ class TestMessages:
             (lambda: Image(), ValueError, "either url= or data="),
             (lambda: Image(url="u", data=b"d"), ValueError, "either url= or data="),
             (lambda: Image(data=b"d"), ValueError, "needs media_type="),
+            (lambda: Image(url=3), TypeError, "an Image's url= is a str, not an? int"),
+            (lambda: Image(data="cG5n", media_type="image/png"), TypeError, "is bytes, not a str; decode base64 first"),
+            (lambda: Message.user({"type": "text"}), TypeError, "content is a str, .* not a dict"),
+            (lambda: Message.tool({"degrees": 20}, "call-1"), TypeError, "content is a str, .* not a dict"),
+            (lambda: Message.user(b"hi"), TypeError, "content is a str, .* not a bytes"),
+            (lambda: Message.tool("20", 1), TypeError, "needs the ToolCall that it answers, or its id, not an? int"),
+            (lambda: Message.assistant("", tool_calls=3), TypeError, "a sequence of ToolCall, not an? int"),
+            (
+                lambda: Message.assistant("", tool_calls=[{"id": "1"}]),
+                TypeError,
+                "tool_calls are a sequence of ToolCall, but there is a dict in it",
+            ),
+            (lambda: Message("assistant", reasoning=["hm"]), TypeError, "a sequence of Reasoning, but there is a str"),
             (lambda: Request(model="m", messages=""), ValueError, "the prompt is empty"),
+            (
+                lambda: Request(model="m", messages="hi", stop=5),
+                TypeError,
+                "stop is a str or a sequence .* not an? int",
+            ),
+            (lambda: Request(model="m", messages="hi", stop=["a", 5]), TypeError, "stop .* there is an? int in it"),
+            (lambda: Request(model="m", messages="hi").evolve(stop=0), TypeError, "stop is a str or a sequence"),
+            (
+                lambda: Request(model="m", messages="hi", tools=3),
+                TypeError,
+                "tools is a sequence of Tool .* not an? int",
+            ),
+            (lambda: Request(model="m", messages="hi", tools=Tool("a")), TypeError, "tools is a .* not a Tool"),
+            (lambda: Request(model="m", messages="hi", tools={"name": "a"}), TypeError, "tools is a .* not a dict"),
             (lambda: Request(model="m", messages=[]), ValueError, "the prompt has no messages"),
             (lambda: Request(model="m", messages=3), TypeError, "a prompt is a str or a sequence of Message"),
             (
@@ -96,6 +126,42 @@ class TestMessages:
         with pytest.raises(error, match=message):
             make()
 
+    @pytest.mark.parametrize(
+        "messages",
+        [
+            Message.user(""),
+            [Message.user([])],
+            [Message.user(["", Text("")])],
+            [Message.system("be brief"), Message.user("")],
+            [Message.user("hi"), Message.assistant("hello"), Message.user("")],
+            [Message.system("")],
+            [Message.assistant("")],
+        ],
+        ids=str,
+    )
+    def test_an_empty_prompt(self, messages):
+        """A user who asks nothing now, or nothing said at all, is refused as an empty string is."""
+        for make in (lambda: Request(model="m", messages=messages), lambda: REQUEST.evolve(messages=messages)):
+            with pytest.raises(ValueError) as caught:
+                make()
+            assert str(caught.value) == "the prompt is empty; give a non-empty string or a sequence of Message"
+
+    @pytest.mark.parametrize(
+        "messages",
+        [
+            [Message.user(Image(url="https://x.org/a.png"))],
+            [Message.user(""), Message.assistant("How can I help?"), Message.user("hi")],
+            [Message.user("hi"), Message.assistant("", tool_calls=[CALL])],
+            [Message.user("hi"), Message.assistant("", tool_calls=[CALL]), Message.tool("", CALL)],
+            [Message("assistant", reasoning=[Reasoning(signature="s")])],
+            [Message.system("say hi")],
+        ],
+        ids=str,
+    )
+    def test_a_prompt_without_much_text(self, messages):
+        """An image, calls of tools, their empty results and signed reasoning are something."""
+        assert Request(model="m", messages=messages).messages == tuple(messages)
+
 
 class TestToolCalls:
     def test_arguments_both_ways(self):
@@ -115,6 +181,18 @@ class TestToolCalls:
         assert call.arguments == {}
         assert call.raw_arguments == raw
         assert re.search(error, call.error)
+
+    @pytest.mark.parametrize(
+        ("make", "message"),
+        [
+            (lambda: ToolCall("1", "f", '{"a": 1}'), "arguments are a mapping, not a str; text is raw_arguments="),
+            (lambda: ToolCall("1", "f", raw_arguments={"a": 1}), "raw_arguments are a str, not a dict; use arguments="),
+        ],
+    )
+    def test_arguments_in_the_wrong_place(self, make, message):
+        """Text and mapping have a name each."""
+        with pytest.raises(TypeError, match=message):
+            make()
 
     def test_tools_of_mappings(self):
         """OpenAI's and Anthropic's forms are understood."""
