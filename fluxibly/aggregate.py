@@ -21,10 +21,11 @@ class _Call:
 class Aggregator:
     """Joins the chunks of one answer: `add` each, then ask for the `response`, at any time."""
 
-    __slots__ = ("_calls", "_fields", "_others", "_reasoning", "_reasoning_parts", "_texts")
+    __slots__ = ("_calls", "_fields", "_others", "_reasoning", "_reasoning_parts", "texts")
 
     def __init__(self) -> None:
-        self._texts: list[str] = []
+        self.texts: list[str] = []
+        """The chunks' texts; all there is to add of a chunk that is `text_only`."""
         self._reasoning: list[str] = []
         self._reasoning_parts: list[Reasoning] = []
         self._calls: list[_Call] = []
@@ -34,25 +35,12 @@ class Aggregator:
     @property
     def has_output(self) -> bool:
         """Whether there was text, reasoning or a part of a tool call."""
-        return bool(self._texts or self._reasoning or self._calls)
+        return bool(self._reasoning or self._calls or any(self.texts))
 
     def add(self, chunk: Chunk) -> None:
         """Take the next chunk in."""
-        text = chunk.text
-        if text:
-            self._texts.append(text)
-        if (
-            chunk.reasoning
-            or chunk.tool_calls
-            or chunk.finish_reason
-            or chunk.usage
-            or chunk.id
-            or chunk.model
-            or chunk.reasoning_parts
-            or chunk.alternatives
-            or chunk.request_id
-            or chunk.rate_limits
-        ):
+        self.texts.append(chunk.text)
+        if not chunk.text_only:
             self._add_rest(chunk)
 
     def _add_rest(self, chunk: Chunk) -> None:
@@ -101,7 +89,7 @@ class Aggregator:
     def response(self) -> Response:
         """What the chunks so far come to."""
         return Response(
-            "".join(self._texts),
+            "".join(self.texts),
             tool_calls=[
                 ToolCall(
                     call.id or f"call_{n}", call.name, raw_arguments="".join(call.arguments), signature=call.signature

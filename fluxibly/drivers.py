@@ -7,7 +7,7 @@ variables (the current span, above all) never shows in the consumer's code betwe
 from __future__ import annotations
 
 import sys
-from collections.abc import Coroutine, Generator
+from collections.abc import Callable, Coroutine, Generator
 from contextvars import Context, copy_context
 from types import coroutine
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -138,27 +138,12 @@ class SyncDriver(Driver):
         send, deliver = flow.send, self.delivered.append
         effect = self.first
         iterator: Any = iter(())
-        timed = output = False
+        clock: Callable[[], float] | None = None
+        output = False
         try:
+            if self.failed_early is not None:
+                raise self.failed_early
             while True:
-                error: BaseException | None = None
-                outcome: object = None
-                try:
-                    if effect is PULL:
-                        if timed:
-                            call.asked_at = call.clock()
-                        source.chunk = next(iterator, END)
-                    elif self.failed_early is not None:
-                        error = self.failed_early
-                    else:
-                        outcome = self.carry_out(effect)
-                        iterator, timed = self.iterator, call.timed
-                except BaseException as raised:  # noqa: BLE001  # it goes into the flow
-                    if self.aborted(raised):
-                        self.close_all()
-                        return
-                    error = raised
-                effect = send(outcome) if error is None else driving.throw(flow, error)
                 if type(effect) is Chunk:
                     if output:
                         deliver(effect.text)
@@ -172,6 +157,25 @@ class SyncDriver(Driver):
                 elif type(effect) is Restart and self.restart():
                     output = False
                     yield effect
+                try:
+                    if effect is PULL:
+                        if clock is not None:
+                            call.asked_at = clock()
+                        source.chunk = next(iterator, END)
+                        outcome = None
+                    else:
+                        outcome = self.carry_out(effect)
+                        iterator, clock = self.iterator, call.clock if call.timed else None
+                except BaseException as raised:  # noqa: BLE001  # it goes into the flow
+                    if self.aborted(raised):
+                        self.close_all()
+                        return
+                    error: BaseException = raised
+                else:
+                    effect = send(outcome)
+                    continue
+                effect = driving.throw(flow, error)
+                del error  # it refers to this frame
         except StopIteration as stop:
             self.close_all()
             chunk = self.finish(stop.value)
@@ -253,6 +257,8 @@ class AsyncDriver(Driver):
         flow, source, call = self.flow, self.source, self.call
         effect = self.pending
         try:
+            if self.failed_early is not None:
+                raise self.failed_early
             while True:
                 error: BaseException | None = None
                 outcome: object = None
@@ -261,8 +267,6 @@ class AsyncDriver(Driver):
                         if call.timed:
                             call.asked_at = call.clock()
                         source.chunk = END if self.iterator is None else await anext(self.iterator, END)
-                    elif self.failed_early is not None:
-                        error = self.failed_early
                     else:
                         outcome = await self.carry_out(effect)
                 except BaseException as raised:  # noqa: BLE001  # it goes into the flow

@@ -10,7 +10,7 @@ from typing import Any, NoReturn, TypeGuard
 from fluxibly.combinators import interrupted
 from fluxibly.effects import Effect, Flow, Middleware, shown
 from fluxibly.errors import StreamInterrupted
-from fluxibly.flow import layer_name
+from fluxibly.flow import code_of, layer_name
 from fluxibly.types import Request, Response
 
 HOW_TO_RETURN = "end it with: return (yield from call_next(request))"
@@ -24,6 +24,10 @@ def throw(flow: Flow[Response], error: BaseException) -> Effect:
         BaseException: what came out of the flow. If `error` is not an Exception then it is what comes out, whatever
             the middleware did (law: KeyboardInterrupt, CancelledError and their kind pass).
     """
+    if isinstance(error, StopIteration):
+        raised_by = RuntimeError("a provider, or what a middleware performs, raised StopIteration")
+        raised_by.__cause__ = error  # thrown as it is, it would end each generator on its way (PEP 479)
+        error = raised_by
     if isinstance(error, Exception):
         return flow.throw(error)
     did = "yielded again"
@@ -118,9 +122,8 @@ def explain(error: Exception, middleware: Sequence[Middleware]) -> None:
 def first_without_return(middleware: Sequence[Middleware]) -> str | None:
     """The innermost middleware whose code has no `return` with a value."""
     for layer in reversed(middleware):
-        function: Any = layer if hasattr(layer, "__code__") else type(layer).__call__
-        code = getattr(function, "__code__", None)
-        if isinstance(code, CodeType) and not _returns_value(code):
+        code = code_of(layer)
+        if code is not None and not _returns_value(code):
             return layer_name(layer)
     return None
 

@@ -21,7 +21,8 @@ that swallows a chunk yields `PULL` in its place, and one that adds a chunk yiel
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Generator, Sequence
-from types import CoroutineType, GeneratorType
+from inspect import CO_GENERATOR
+from types import CodeType, CoroutineType, FunctionType
 from typing import Any, TypeGuard
 
 from fluxibly.aggregate import Aggregator
@@ -74,25 +75,50 @@ def compose(middleware: Sequence[Middleware]) -> CallNext:
     """The stack as one `CallNext`, the first middleware outermost, `send` innermost."""
     call_next: CallNext = send
     for layer in reversed(middleware):
-        call_next = _bind(layer, call_next)
+        call_next = bind(layer, call_next)
     return call_next
 
 
-def _bind(layer: Middleware, call_next: CallNext) -> CallNext:
-    def bound(request: Request) -> Flow[Response]:
-        flow: Any = layer(request, call_next)
-        if flow.__class__ is not GeneratorType and not _is_flow(flow):
-            kind = shown(flow)
-            if isinstance(flow, CoroutineType):
-                flow.close()  # else Python warns that nobody awaited it
-            raise TypeError(
-                f"the middleware {layer_name(layer)} returned {kind} where a generator was due; write it as "
-                "a generator function: def mw(request, call_next): return (yield from call_next(request))"
-            )
-        profile = request.call.profile
-        return flow if profile is None else profile.over(layer_name(layer), flow)
+def bind(layer: Middleware, call_next: CallNext) -> CallNext:
+    """The `CallNext` that is `layer` around `call_next`; its `parts` are these two."""
+    call = layer if isinstance(layer, FunctionType) else layer.__call__  # saves a lookup in each call
+    if is_generator_function(layer):
 
+        def bound(request: Request) -> Flow[Response]:
+            return call(request, call_next)
+
+    else:
+
+        def bound(request: Request) -> Flow[Response]:
+            return _checked(call(request, call_next), layer)
+
+    with_parts: Any = bound
+    with_parts.parts = (layer, call_next)
     return bound
+
+
+def is_generator_function(layer: object) -> bool:
+    """Whether calling `layer` cannot but give a generator."""
+    code = code_of(layer)
+    return code is not None and bool(code.co_flags & CO_GENERATOR)
+
+
+def code_of(layer: object) -> CodeType | None:
+    """The code that runs when a middleware is called, if it is plain Python."""
+    code = getattr(layer if isinstance(layer, FunctionType) else type(layer).__call__, "__code__", None)
+    return code if isinstance(code, CodeType) else None
+
+
+def _checked(flow: Any, layer: Middleware) -> Flow[Response]:
+    if _is_flow(flow):
+        return flow
+    kind = shown(flow)
+    if isinstance(flow, CoroutineType):
+        flow.close()  # else Python warns that nobody awaited it
+    raise TypeError(
+        f"the middleware {layer_name(layer)} returned {kind} where a generator was due; write it as "
+        "a generator function: def mw(request, call_next): return (yield from call_next(request))"
+    )
 
 
 def _is_flow(value: object) -> TypeGuard[Flow[Response]]:
@@ -120,9 +146,13 @@ def send(request: Request) -> Flow[Response]:
         reply = yield Send(request)
         if type(reply) is Source:
             answer = Aggregator()
+            keep = answer.texts.append
             while (item := reply.chunk) is not END:
                 chunk = item if type(item) is Chunk else _to_chunk(item, call.provider.name)
-                answer.add(chunk)
+                if chunk.text_only:
+                    keep(chunk.text)
+                else:
+                    answer.add(chunk)
                 yield chunk
             response = answer.response()
         else:

@@ -105,10 +105,9 @@ class _Pipeline:
             driving.raise_not_a_response(value, self.middleware)
         elapsed = call.clock() - call.started_at
         if value.elapsed is None:  # fresh from the provider: nobody else has it yet
-            state = value.__dict__
-            state["elapsed"] = elapsed
+            _set_state(value, "elapsed", elapsed)
             if call.stats is not None:
-                state["stats"] = call.stats
+                _set_state(value, "stats", call.stats)
             return value
         state = value.__dict__.copy()
         state["elapsed"] = elapsed

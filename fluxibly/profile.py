@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from fluxibly.effects import Flow
-from fluxibly.types import Response
+from fluxibly.effects import CallNext, Flow, Middleware
+from fluxibly.flow import bind, layer_name
+from fluxibly.types import Request, Response
 
 
 class Profile:
@@ -17,6 +18,19 @@ class Profile:
         self.seconds: dict[str, float] = {}
         self.below = 0.0
         """What the layers within the one that is running have taken since it was resumed."""
+
+    def within(self, call_next: CallNext) -> CallNext:
+        """The layers of `call_next`, each timed."""
+        parts: tuple[Middleware, CallNext] | None = getattr(call_next, "parts", None)
+        if parts is None:
+            return call_next
+        layer, inner = parts
+        run, name = bind(layer, self.within(inner)), layer_name(layer)
+
+        def timed(request: Request) -> Flow[Response]:
+            return self.over(name, run(request))
+
+        return timed
 
     def over(self, name: str, flow: Flow[Response]) -> Flow[Response]:
         """Run a layer's flow, and charge its steps to it less what the layers within it took."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator
-from typing import TYPE_CHECKING, Generic, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from fluxibly import dropped
 from fluxibly.drivers import AsyncDriver, Driver, SyncDriver, in_context, is_entered, on_trio
@@ -31,9 +31,9 @@ class Stream(Generic[Event]):
         """The events that are left. (A generator, because resuming one is cheaper than calling `__next__`.)"""
         driver = self._driver
         run, events = driver.context.run, driver.events
-        while not driver.over:
+        while True:
             try:
-                event = run(next, events, None)
+                event: Any = run(next, events, None)
             except RuntimeError as error:
                 if is_entered(error):
                     if driver.closing:
@@ -45,7 +45,7 @@ class Stream(Generic[Event]):
                     driver.close()
             if event is None or driver.closing:
                 return
-            yield cast("Event", event)
+            yield event
 
     def __next__(self) -> Event:
         for event in self:

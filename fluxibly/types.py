@@ -60,7 +60,6 @@ if TYPE_CHECKING:
 
     from attrs import frozen as chunk_class
 
-    from fluxibly.profile import Profile
 else:
     from attrs import define as chunk_class
 
@@ -119,8 +118,7 @@ class CallRecord:
     cache_hit: bool = False
     """Set by a middleware that answers from a cache."""
     attempt_times: list[float] | None = None
-    """Seconds of each attempt, where `Timing` asked for them; `profile` those of each layer."""
-    profile: Profile | None = None
+    """Seconds of each attempt, where `Timing` asked for them."""
 
     @cached_property
     def delivered(self) -> list[str]:
@@ -338,6 +336,21 @@ class ToolCallDelta:
     signature: str | None = None
 
 
+def _is_text_only(chunk: Chunk) -> bool:
+    return not (
+        chunk.reasoning
+        or chunk.tool_calls
+        or chunk.finish_reason
+        or chunk.usage
+        or chunk.id
+        or chunk.model
+        or chunk.reasoning_parts
+        or chunk.alternatives
+        or chunk.request_id
+        or chunk.rate_limits
+    )
+
+
 @chunk_class
 class Chunk:
     """A piece of a streamed answer. `Chunk(text="tok ")` is a complete one. Treat it as immutable.
@@ -358,6 +371,10 @@ class Chunk:
     alternatives: tuple[tuple[int, Chunk], ...] = attrs.field(default=(), kw_only=True)
     request_id: str | None = attrs.field(default=None, kw_only=True, eq=False)
     rate_limits: Mapping[str, str] | None = attrs.field(default=None, kw_only=True, eq=False)
+    text_only: bool = attrs.field(
+        init=False, eq=False, repr=False, default=attrs.Factory(_is_text_only, takes_self=True)
+    )
+    """Whether there is nothing in it besides text, as in most: worked out once, for all who read it."""
 
     def __str__(self) -> str:
         return self.text

@@ -56,17 +56,18 @@ class Retry:
     uniform: Callable[[float, float], float] = attrs.field(default=random.uniform, repr=False)
 
     def __call__(self, request: Request, call_next: CallNext) -> Flow[Response]:
-        start = request.call.clock()
+        call = request.call
+        start = call.clock()
         attempt = 0
         while True:
-            watch = OutputWatch()
+            watch = OutputWatch() if call.streaming else None
             try:
                 flow = call_next(request)
-                return (yield from watch.over(flow) if request.call.streaming else flow)
+                return (yield from flow if watch is None else watch.over(flow))
             except Exception as error:
-                if watch.done and not isinstance(error, StreamInterrupted):
+                if watch is not None and watch.done and not isinstance(error, StreamInterrupted):
                     raise  # not the provider's: a layer within failed after output had gone past here
-                wait = self.wait(attempt, error, request.call.clock() - start)
+                wait = self.wait(attempt, error, call.clock() - start)
                 if wait is None:
                     raise
                 if isinstance(error, StreamInterrupted) and not (yield Restart(error_type(error))):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import attrs
 
@@ -55,6 +55,8 @@ class _Meter:
         self.bins: dict[int, int] = {}
         self.waits: list[float] = []
         """The waits that are not in their bins yet, the first chunk's included."""
+        self.room = 1
+        """How many of them there may be; the first is noted at once."""
         self.sorted = self.characters = 0
         self.first_wait = self.longest = self.waited = 0.0
         self.first_at: float | None = None
@@ -74,26 +76,29 @@ class _Meter:
             try:
                 effect = send(outcome) if error is None else flow.throw(error)
             except StopIteration as stop:
-                response: Response = stop.value
-                return response
-            outcome = error = None
-            if type(effect) is Chunk:
-                # The wait for it began when the consumer asked, or when the chunk before it came, if that was later.
-                now = clock()
-                asked, last = call.asked_at, self.last
-                self.waits.append(now - (asked if asked > last else last))  # noqa: FURB136  # max() costs a call
-                self.last = now
-                self.characters += len(effect.text)
-                if self.first_at is None or len(self.waits) == BUFFERED:
-                    self.sort_in(now)
-            elif type(effect) is More:
-                self.count(effect.chunk)
+                return cast("Response", stop.value)
+            error = None
             try:
+                while type(effect) is Chunk:
+                    # The wait for it began when the consumer asked, or when the chunk before it came, if that was later.
+                    now = clock()
+                    asked, last = call.asked_at, self.last
+                    self.waits.append(now - (asked if asked > last else last))  # noqa: FURB136  # max() costs a call
+                    self.last = now
+                    self.characters += len(effect.text)
+                    if len(self.waits) == self.room:
+                        self.sort_in(now)
+                    yield effect
+                    effect = send(None)
+                if type(effect) is More:
+                    self.count(effect.chunk)
                 outcome = yield effect
+            except StopIteration as stop:
+                return cast("Response", stop.value)
             except GeneratorExit:
                 flow.close()
                 raise
-            except BaseException as thrown:  # noqa: BLE001  # it goes into the flow
+            except BaseException as thrown:  # noqa: BLE001  # it goes into the flow, which raises it anew if it is its own
                 error = thrown
             if type(effect) is Restart and outcome:
                 self.restarted()
@@ -112,6 +117,7 @@ class _Meter:
         self.sorted += len(waits)
         if waits and self.first_at is None:
             self.first_at, self.first_wait = now, waits.pop(0)
+            self.room = BUFFERED
         for wait in waits:
             place = int(log(wait * 1e6) * _PER_BIN) if wait > FIRST_BIN else 0
             bins[place] = bins.get(place, 0) + 1

@@ -32,21 +32,22 @@ class Timing:
     def __call__(self, request: Request, call_next: CallNext) -> Flow[Response]:
         call = request.call
         call.attempt_times = []
-        if self.layers:
-            call.profile = Profile(call.clock)
+        profile = Profile(call.clock) if self.layers else None
+        if profile is not None:
+            call_next = profile.within(call_next)
         start = call.clock()
         try:
             return (yield from call_next(request))
         finally:
-            self._record(call, call.clock() - start)
+            self._record(call, call.clock() - start, profile)
 
-    def _record(self, call: CallRecord, elapsed: float) -> None:
+    def _record(self, call: CallRecord, elapsed: float, profile: Profile | None) -> None:
         timings = call.timings
         timings["call"] = elapsed
         for index, seconds in enumerate(call.attempt_times or ()):
             timings[f"attempt.{index}"] = seconds
-        if call.profile is not None:
-            for name, seconds in call.profile.seconds.items():
+        if profile is not None:
+            for name, seconds in profile.seconds.items():
                 timings[f"layer.{name}"] = seconds
         if self.record is not None:
             try:

@@ -63,20 +63,25 @@ class Validation:
     hold: bool = False
 
     def __call__(self, request: Request, call_next: CallNext) -> Flow[Response]:
+        if self.empty == "warn" and self.check is None and self.schema is None and not self.hold:
+            response = yield from call_next(request)
+            self.judge(response, _Verdict())
+            return response
         asked = request
         for attempt in range(self.max_retries + 1):
-            watch = OutputWatch()
+            watch = OutputWatch() if request.call.streaming else None
             verdict = _Verdict()
             try:
                 if self.hold and request.call.streaming:
                     response = yield from hold_back(call_next(asked), check=lambda r, v=verdict: self.judge(r, v))  # type: ignore[misc]
                 else:
                     flow = call_next(asked)
-                    response = yield from watch.over(flow) if request.call.streaming else flow
+                    response = yield from flow if watch is None else watch.over(flow)
                     self.judge(response, verdict)
             except ResponseInvalid as invalid:
                 last = attempt == self.max_retries
-                if invalid is not verdict.error or not verdict.retry or last or watch.done:
+                gone_out = watch is not None and watch.done
+                if invalid is not verdict.error or not verdict.retry or last or gone_out:
                     raise
                 log_retry(request, invalid, attempt, 0.0)
                 asked = _corrected(request, invalid)
