@@ -203,6 +203,28 @@ def test_top_k_where_there_is_none() -> None:
     assert sent(Request(model="m", messages="Hi", extra={"top_k": 3}))["top_k"] == 3
 
 
+@pytest.mark.parametrize(
+    ("preset", "parameter", "says"),
+    [
+        ("groq", {"n": 2}, "Groq takes no n;"),
+        ("deepseek", {"n": 2}, "DeepSeek takes no n;"),
+        ("deepseek", {"seed": 1}, "DeepSeek takes no seed;"),
+        ("deepseek", {"response_format": {"type": "object"}}, "response_format 'text' or 'json', not a JSON Schema"),
+        ("perplexity", {"response_format": "json"}, "response_format 'text' or a JSON Schema, not 'json'"),
+        ("perplexity", {"seed": 1}, "Perplexity takes no seed;"),
+    ],
+)
+def test_what_a_service_does_not_take(preset: str, parameter: dict[str, Any], says: str) -> None:
+    """It is refused with what is due, and not sent to be passed over in silence; what it does take is sent."""
+    codec = OpenAICodec(PRESETS[preset].quirks, PRESETS[preset].title)
+    with pytest.raises(errors.BadRequest, match=says) as caught:
+        codec.encode(Request(model="m", messages="Hi", **parameter), stream=False)
+    assert not caught.value.retryable
+    assert sent(Request(model="m", messages="Hi", n=1, response_format="text", extra=parameter), codec)
+    other = OpenAICodec(PRESETS["together"].quirks)
+    assert next(iter(parameter)) in sent(Request(model="m", messages="Hi", **parameter), other)
+
+
 def test_what_json_cannot_hold_is_a_bad_request() -> None:
     """An object in `extra`, or half a surrogate pair in a message; the message quotes neither."""
     for request in (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import MappingProxyType
+from typing import Any
 
 import pytest
 from dialects import answer_or_error
@@ -13,6 +14,8 @@ from fluxibly.providers.anthropic_codec import AnthropicCodec
 from fluxibly.providers.codec import Codec
 from fluxibly.providers.gemini_codec import GeminiCodec
 from fluxibly.providers.ollama_codec import OllamaCodec
+from fluxibly.providers.openai_codec import OpenAICodec
+from fluxibly.providers.openai_responses import ResponsesCodec
 from fluxibly.types import Image, Request, ToolCall
 
 ANSWERS: list[tuple[Codec, str]] = [
@@ -68,6 +71,29 @@ def test_refusals_name_the_parameter_and_the_way_out() -> None:
     wire.refuse(Request(model="m", messages="Hi", n=1), "X", ("n", "seed"))
     with pytest.raises(BadRequest, match=r"X takes no seed; .* extra="):
         wire.refuse(Request(model="m", messages="Hi", seed=0), "X", ("n", "seed"))
+
+
+@pytest.mark.parametrize(
+    "codec",
+    [OpenAICodec(), ResponsesCodec(), AnthropicCodec(), GeminiCodec(), OllamaCodec()],
+    ids=lambda codec: type(codec).__name__,
+)
+@pytest.mark.parametrize(
+    ("fields", "due"),
+    [
+        (
+            {"tool_choice": {"type": "function"}},
+            "tool_choice is 'auto', 'none', 'required' or a tool's name, not a dict",
+        ),
+        ({"response_format": "xml"}, "response_format is 'text', 'json' or a JSON Schema (a mapping), not 'xml'"),
+        ({"response_format": 5}, "response_format is 'text', 'json' or a JSON Schema (a mapping), not 5"),
+    ],
+)
+def test_values_that_no_dialect_takes(codec: Codec, fields: dict[str, Any], due: str) -> None:
+    """They are told with what is due."""
+    with pytest.raises(BadRequest) as caught:
+        codec.encode(Request(model="m", messages="Hi", **fields), stream=False)
+    assert due in str(caught.value)
 
 
 @pytest.mark.parametrize(

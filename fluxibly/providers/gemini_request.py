@@ -10,6 +10,7 @@ from typing import Any
 from fluxibly.providers.wire import (
     bad_request,
     image_data,
+    refuse,
     sent_arguments,
     string,
     system_text,
@@ -45,6 +46,7 @@ def encode_body(request: Request) -> dict[str, Any]:
     Raises:
         BadRequest: a parameter is one that the dialect cannot take.
     """
+    refuse(request, NAME, ())
     body: dict[str, Any] = {"contents": _contents(request)}
     system = system_text(request, NAME)
     if system:

@@ -79,7 +79,7 @@ PRESETS: Final[Mapping[str, Preset]] = {
             auth_prefix="",
         ),
         _preset("openrouter", "OpenRouter", "https://openrouter.ai/api/v1", "OPENROUTER_API_KEY", _TOP_K),
-        _preset("groq", "Groq", "https://api.groq.com/openai/v1", "GROQ_API_KEY"),
+        _preset("groq", "Groq", "https://api.groq.com/openai/v1", "GROQ_API_KEY", Quirks(lacks=("n",))),
         _preset(
             "mistral",
             "Mistral",
@@ -93,7 +93,7 @@ PRESETS: Final[Mapping[str, Preset]] = {
             "DeepSeek",
             "https://api.deepseek.com",
             "DEEPSEEK_API_KEY",
-            Quirks(returns_reasoning=True),
+            Quirks(lacks=("n", "seed"), formats=("text", "json"), returns_reasoning=True),
         ),
         _preset(
             "moonshot",
@@ -111,7 +111,7 @@ PRESETS: Final[Mapping[str, Preset]] = {
             "Perplexity",
             "https://api.perplexity.ai",
             "PERPLEXITY_API_KEY",
-            Quirks(top_k=True, stream_usage=False),
+            Quirks(top_k=True, lacks=("seed",), formats=("text", "schema"), stream_usage=False),
         ),
         _preset("cerebras", "Cerebras", "https://api.cerebras.ai/v1", "CEREBRAS_API_KEY"),
         _preset("huggingface", "Hugging Face", "https://router.huggingface.co/v1", "HF_TOKEN"),

@@ -9,7 +9,7 @@ from typing import Any, Final, Literal, cast
 
 import attrs
 
-from fluxibly.providers.wire import refuse
+from fluxibly.providers.wire import bad_request, refuse
 from fluxibly.types import Image, Message, Request, Tool
 
 _REASONING_MODEL: Final = re.compile(r"(?:.*/)?(?:o\d|gpt-5)")
@@ -30,6 +30,10 @@ class Quirks:
     """Whether it takes `stream_options.include_usage`."""
     top_k: bool = False
     """Whether it takes `top_k`."""
+    lacks: tuple[str, ...] = ()
+    """Other parameters that it does not have: those that it would pass over in silence, or refuse."""
+    formats: tuple[str, ...] = ("text", "json", "schema")
+    """What it takes as `response_format`."""
     returns_reasoning: bool = False
     """Whether the `reasoning_content` of a turn with tool calls has to go back with it."""
 
@@ -38,10 +42,9 @@ def chat_body(request: Request, quirks: Quirks, *, stream: bool, service: str) -
     """The body of a chat completions request, without its `extra`.
 
     Raises:
-        BadRequest: the service has no such parameter.
+        BadRequest: the service has no such parameter, or does not take its value.
     """
-    if not quirks.top_k:
-        refuse(request, service, ("top_k",))
+    refuse(request, service, quirks.lacks if quirks.top_k else ("top_k", *quirks.lacks))
     body: dict[str, Any] = {"model": request.model, "messages": [message_of(m, quirks) for m in request.messages]}
     for name in ("temperature", "top_p", "frequency_penalty", "presence_penalty", "n", "reasoning_effort"):
         value = getattr(request, name)
@@ -60,7 +63,7 @@ def chat_body(request: Request, quirks: Quirks, *, stream: bool, service: str) -
     if request.tool_choice is not None:
         body["tool_choice"] = _tool_choice(request.tool_choice)
     if request.response_format is not None:
-        body["response_format"] = _response_format(request.response_format)
+        body["response_format"] = _response_format(request, quirks, service)
     if stream:
         body["stream"] = True
         if quirks.stream_usage:
@@ -150,12 +153,17 @@ def _tool_choice(choice: str) -> object:
     return {"type": "function", "function": {"name": choice}}
 
 
-def _response_format(wanted: str | Mapping[str, Any]) -> Mapping[str, Any]:
+def _response_format(request: Request, quirks: Quirks, service: str) -> Mapping[str, Any]:
+    wanted = request.response_format
+    if wanted not in quirks.formats and not (isinstance(wanted, Mapping) and "schema" in quirks.formats):
+        known = " or ".join("a JSON Schema" if each == "schema" else repr(each) for each in quirks.formats)
+        found = "a JSON Schema" if isinstance(wanted, Mapping) else repr(wanted)
+        raise bad_request(request, service, f"{service} takes as response_format {known}, not {found}")
     if wanted == "text":
         return {"type": "text"}
     if wanted == "json":
         return {"type": "json_object"}
-    return {"type": "json_schema", "json_schema": named_schema(cast("Mapping[str, Any]", wanted))}
+    return {"type": "json_schema", "json_schema": named_schema(wanted)}
 
 
 def named_schema(schema: Mapping[str, Any]) -> dict[str, Any]:

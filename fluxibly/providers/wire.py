@@ -89,7 +89,14 @@ def bad_request(request: Request, service: str, message: str) -> BadRequest:
 
 
 def refuse(request: Request, service: str, names: Iterable[str]) -> None:
-    """Raise BadRequest if a parameter that the dialect has no word for is set."""
+    """Raise BadRequest if a parameter that the dialect has no word for is set, or one has a value that none takes."""
+    choice, wanted = request.tool_choice, request.response_format
+    if choice is not None and not isinstance(choice, str):  # pyright: ignore[reportUnnecessaryIsInstance]  # callers may be untyped
+        due = "'auto', 'none', 'required' or a tool's name"
+        raise bad_request(request, service, f"tool_choice is {due}, not a {type(choice).__name__}")
+    if not (wanted is None or wanted in ("text", "json") or isinstance(wanted, Mapping)):  # pyright: ignore[reportUnnecessaryIsInstance]
+        due = "'text', 'json' or a JSON Schema (a mapping)"
+        raise bad_request(request, service, f"response_format is {due}, not {wanted!r}")
     for name in names:
         value = getattr(request, name)
         if value is not None and not (name == "n" and value == 1):
