@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, overload
 from fluxibly.config import LLMConfig, parameter_problems
 from fluxibly.effects import Middleware
 from fluxibly.errors import ConfigError
-from fluxibly.messages import Message, Tool, to_messages
+from fluxibly.messages import Message, Tool
 from fluxibly.pipeline import AsyncPipeline, Pipeline
 from fluxibly.registry import make_middleware, make_provider
 from fluxibly.stream import AsyncStream, Stream
@@ -105,20 +105,20 @@ class _LLM:
             TypeError: an override that there is not (the nearest one is named), or a prompt of the wrong type.
             ValueError: an empty prompt, or a value out of its range.
         """
+        if not overrides:
+            return self._template.evolve(messages=prompt)
         changes = dict(overrides)
         for name in changes:
             if name not in _OVERRIDES:
                 raise TypeError(
                     f"a call takes no {name!r}{did_you_mean(name, _OVERRIDES)}; provider parameters go in extra="
                 )
-        if changes:
-            problems = [*parameter_problems(changes), *_call_problems(changes)]
-            if problems:
-                raise ConfigError("; ".join(problems), problems=tuple(problems))
-            if "extra" in changes:
-                changes["extra"] = {**self.config.additional_params, **changes["extra"]}
-        changes["messages"] = to_messages(prompt)
-        return self._template.evolve(**changes)
+        problems = [*parameter_problems(changes), *_call_problems(changes)]
+        if problems:
+            raise ConfigError("; ".join(problems), problems=tuple(problems))
+        if "extra" in changes:
+            changes["extra"] = {**self.config.additional_params, **changes["extra"]}
+        return self._template.evolve(messages=prompt, **changes)
 
 
 def _call_problems(changes: Mapping[str, object]) -> list[str]:

@@ -8,9 +8,8 @@ once for every few characters of a stream, is only declared so to type checkers,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from functools import cached_property
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeAlias, TypeVar
 
 import attrs
 
@@ -63,6 +62,8 @@ if TYPE_CHECKING:
 else:
     from attrs import define as chunk_class
 
+_T = TypeVar("_T")
+
 Outcome: TypeAlias = Literal["completed", "failed", "abandoned", "cancelled", "stalled"]
 """How a call ended; named alike in logs, metrics and spans."""
 
@@ -81,6 +82,21 @@ class ProviderInfo:
     server_address: str | None = None
     server_port: int | None = None
     in_process: bool = False
+
+
+class _Made(Generic[_T]):
+    """An attribute that is made when it is first asked for. (`functools.cached_property` takes a lock for that.)"""
+
+    def __init__(self, make: Callable[[], _T]) -> None:
+        self.make = make
+
+    def __set_name__(self, _: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, record: object, _: type | None = None) -> _T:
+        value = self.make()
+        setattr(record, self.name, value)
+        return value
 
 
 class CallRecord:
@@ -120,10 +136,12 @@ class CallRecord:
     attempt_times: list[float] | None = None
     """Seconds of each attempt, where `Timing` asked for them."""
 
-    @cached_property
-    def delivered(self) -> list[str]:
-        """The texts of the chunks that the consumer got, since the last `Restart`."""
-        return []
+    delivered = _Made(list[str])
+    """The texts of the chunks that the consumer got, since the last `Restart`."""
+    timings = _Made(dict[str, float])
+    """Seconds, by what was timed (see `Timing`)."""
+    notes = _Made(dict[str, Any])
+    """What middleware keep for themselves, each under a key of its own."""
 
     @property
     def chunks(self) -> int:
@@ -134,16 +152,6 @@ class CallRecord:
     def characters(self) -> int:
         """How many characters of text the consumer got, since the last `Restart`."""
         return sum(map(len, self.delivered))
-
-    @cached_property
-    def timings(self) -> dict[str, float]:
-        """Seconds, by what was timed (see `Timing`)."""
-        return {}
-
-    @cached_property
-    def notes(self) -> dict[str, Any]:
-        """What middleware keep for themselves, each under a key of its own."""
-        return {}
 
 
 @attrs.frozen(kw_only=True, slots=False, eq=False)
@@ -199,7 +207,6 @@ _CONVERTERS: dict[str, Callable[[Any], Any]] = {
     "reasoning_parts": tuple,
     "alternatives": tuple,
 }
-_T = TypeVar("_T")
 
 
 def _evolve(self: _T, changes: dict[str, Any]) -> _T:

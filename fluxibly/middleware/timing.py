@@ -44,8 +44,11 @@ class Timing:
     def _record(self, call: CallRecord, elapsed: float, profile: Profile | None) -> None:
         timings = call.timings
         timings["call"] = elapsed
-        for index, seconds in enumerate(call.attempt_times or ()):
-            timings[f"attempt.{index}"] = seconds
+        attempts = call.attempt_times or ()
+        if len(attempts) == 1:  # nearly always
+            timings["attempt.0"] = attempts[0]
+        else:
+            timings.update((f"attempt.{index}", seconds) for index, seconds in enumerate(attempts))
         if profile is not None:
             for name, seconds in profile.seconds.items():
                 timings[f"layer.{name}"] = seconds
