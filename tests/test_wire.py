@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import re
 from types import MappingProxyType
 from typing import Any
 
 import pytest
-from dialects import answer_or_error
+from dialects import answer_or_error, interrupted
 
-from fluxibly.errors import BadRequest, StreamProtocolError
+from fluxibly.errors import (
+    AuthenticationError,
+    BadRequest,
+    Overloaded,
+    ProviderError,
+    QuotaExceeded,
+    RateLimitError,
+    ServerError,
+    StreamProtocolError,
+)
 from fluxibly.providers import wire
 from fluxibly.providers.anthropic_codec import AnthropicCodec
 from fluxibly.providers.codec import Codec
@@ -18,6 +29,7 @@ from fluxibly.providers.openai_codec import OpenAICodec
 from fluxibly.providers.openai_responses import ResponsesCodec
 from fluxibly.types import Image, Request, ToolCall
 
+CODECS: list[Codec] = [OpenAICodec(), ResponsesCodec(), AnthropicCodec(), GeminiCodec(), OllamaCodec()]
 ANSWERS: list[tuple[Codec, str]] = [
     (AnthropicCodec(), '{"content":[{"type":"tool_use","id":"a","name":"f","input":%s}],"stop_reason":"tool_use"}'),
     (
@@ -28,7 +40,12 @@ ANSWERS: list[tuple[Codec, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("codec", "answer"), ANSWERS, ids=lambda value: type(value).__name__)
+def name_of(codec: object) -> str:
+    """For the ids of tests."""
+    return type(codec).__name__
+
+
+@pytest.mark.parametrize(("codec", "answer"), ANSWERS, ids=name_of)
 def test_nesting_at_the_edge(codec: Codec, answer: str) -> None:
     """Arguments that can just be read, but not written again, are an error of ours."""
     for depth in range(880, 1010, 2):
@@ -44,7 +61,7 @@ def test_arguments_nested_too_deeply() -> None:
         wire.to_json(value)
 
 
-@pytest.mark.parametrize(("codec", "answer"), ANSWERS, ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize(("codec", "answer"), ANSWERS, ids=name_of)
 @pytest.mark.parametrize("sent", ['{"a": 1}', '"{\\"a\\": 1}"'])
 def test_arguments_as_an_object_or_as_text(codec: Codec, answer: str, sent: str) -> None:
     """Servers that nearly speak a dialect send either."""
@@ -73,11 +90,7 @@ def test_refusals_name_the_parameter_and_the_way_out() -> None:
         wire.refuse(Request(model="m", messages="Hi", seed=0), "X", ("n", "seed"))
 
 
-@pytest.mark.parametrize(
-    "codec",
-    [OpenAICodec(), ResponsesCodec(), AnthropicCodec(), GeminiCodec(), OllamaCodec()],
-    ids=lambda codec: type(codec).__name__,
-)
+@pytest.mark.parametrize("codec", CODECS, ids=name_of)
 @pytest.mark.parametrize(
     ("fields", "due"),
     [
@@ -102,6 +115,44 @@ def test_values_that_no_dialect_takes(codec: Codec, fields: dict[str, Any], due:
 def test_data_urls(url: str) -> None:
     """In base64 or percent-encoded."""
     assert wire.image_data(Image(url=url)) == ("image/png", "QQ==")
+
+
+@pytest.mark.parametrize("codec", CODECS, ids=name_of)
+@pytest.mark.parametrize(
+    ("answer", "kind", "said"),
+    [
+        ({"error": {"message": "busy", "type": "overloaded_error"}, "request_id": "req_1"}, Overloaded, "busy"),
+        ({"error": "busy"}, ServerError, "busy"),
+        ({"error": {"code": 429, "message": "slow down"}}, RateLimitError, "slow down"),
+        ({"code": "insufficient_quota", "error": "no money"}, QuotaExceeded, "no money"),
+        ({"detail": "busy"}, ServerError, "busy"),
+        ({"detail": [{"loc": ["body"], "msg": "field required"}]}, ServerError, "field required"),
+        ({"message": "Unauthorized", "code": "401"}, AuthenticationError, "Unauthorized"),
+        ({"errors": [{"message": "busy", "code": 7}]}, ServerError, "busy"),
+        ([{"error": {"code": 503, "message": "busy", "status": "UNAVAILABLE"}}], Overloaded, "busy"),
+    ],
+    ids=str,
+)
+def test_an_error_in_a_200(codec: Codec, answer: object, kind: type[ProviderError], said: str) -> None:
+    """Of any shape, in any dialect, as a whole body, as an event, and as bare JSON in a stream."""
+    body = json.dumps(answer).encode()
+    event = body if codec.framing == "ndjson" else b"data: " + body + b"\n\n"
+    found = [interrupted(codec, event)[1], interrupted(codec, body)[1]]
+    with pytest.raises(ProviderError) as caught:
+        codec.decode(body)
+    for error in (*found, caught.value):
+        assert isinstance(error, kind)
+        assert said in str(error)
+        assert error.request_id == ("req_1" if "request_id" in str(answer) else None)
+
+
+@pytest.mark.parametrize("codec", [OpenAICodec(), ResponsesCodec(), AnthropicCodec()], ids=name_of)
+@pytest.mark.parametrize("data", ['{"message": "busy"}', "busy", '{"type": "error"}', '{"type": "busy"}'])
+def test_an_event_named_error(codec: Codec, data: str) -> None:
+    """It is one, whatever stands in it."""
+    _, error = interrupted(codec, f"event: error\ndata: {data}\n\n".encode())
+    assert type(error) is ServerError
+    assert re.search("busy|error", str(error))
 
 
 def test_sums_of_what_is_known() -> None:

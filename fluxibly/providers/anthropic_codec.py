@@ -8,7 +8,7 @@ import attrs
 
 from fluxibly.providers.anthropic_request import NAME, encode_body
 from fluxibly.providers.codec import Encoded, Event, Framing
-from fluxibly.providers.error_reports import Report, error_of, error_of_response, excerpt, read_report
+from fluxibly.providers.error_reports import error_of_event, error_of_payload, error_of_response
 from fluxibly.providers.held import Held
 from fluxibly.providers.json_reading import read_json
 from fluxibly.providers.wire import (
@@ -54,10 +54,12 @@ class AnthropicCodec:
         return Encoded("/messages", write_json(body, request, NAME, containers=("output_config",)))
 
     def decode(self, body: bytes, /) -> Response:
-        message = table(read_json(body))
-        _raise_error(message, body)
-        if not isinstance(message.get("content"), list):
-            raise not_an_answer(body, NAME, "content")
+        raw = read_json(body)
+        message = table(raw)
+        if message.get("type") == "error":
+            raise error_of_event(body, service=NAME)
+        if message.get("error") or not isinstance(message.get("content"), list):
+            raise not_an_answer(raw, body, NAME, "content")
         blocks = [table(block) for block in array(message["content"])]
         reasoning = [_reasoning(block) for block in blocks if block.get("type") in ("thinking", "redacted_thinking")]
         reason = string(message.get("stop_reason")) or None
@@ -129,7 +131,10 @@ class AnthropicDecoder:
         ):  # not of this dialect, but servers of several dialects send it
             self._done = self._reason is not None
             return self._held.rest() if self._done else ()
-        data = table(read_json(event.data))
+        if event.name == "error":
+            raise error_of_event(event.data, service=NAME)
+        raw = read_json(event.data)
+        data = table(raw)
         match data.get("type"):
             case "content_block_delta":
                 return self._delta(data)
@@ -146,8 +151,13 @@ class AnthropicDecoder:
             case "message_stop":
                 self._done = True
                 return self._held.rest()
-            case _:
-                _raise_error(data, event.data)
+            case "error":
+                raise error_of_event(event.data, service=NAME)
+            case kind:
+                # one of no known type is passed over, unless it is an error as proxies send it
+                reported = error_of_payload(raw, body=event.data, service=NAME)
+                if reported is not None and (kind is None or data.get("error")):
+                    raise reported
         return ()
 
     def end(self) -> Iterable[Chunk]:
@@ -247,12 +257,3 @@ def _usage(counts: dict[str, Any]) -> Usage | None:
         cache_write_tokens=written,
         reasoning_tokens=count(table(counts.get("output_tokens_details")).get("thinking_tokens")),
     )
-
-
-def _raise_error(data: dict[str, Any], body: bytes) -> None:
-    """Raise the error that an event, or a body that came with status 200, is; if it is one."""
-    if data.get("type") == "error" or data.get("error"):
-        report = read_report(data) or Report()
-        error = error_of(report, status=report.status, payload=data, excerpt=excerpt(body), service=NAME)
-        error.request_id = string(data.get("request_id")) or None
-        raise error

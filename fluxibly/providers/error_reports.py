@@ -91,7 +91,7 @@ def error_of(
         retry_after=retry_after_of(headers, payload, report.message, now=time.time()),
         status=status,
         code=report.code,
-        request_id=request_id_of(headers),
+        request_id=request_id_of(headers) or _id_in(payload),
         body=excerpt,
     )
 
@@ -104,6 +104,12 @@ def excerpt(body: bytes) -> str | None:
 def request_id_of(headers: Mapping[str, str]) -> str | None:
     """The service's id of a request, which its support asks for."""
     return next((headers[name] for name in _REQUEST_ID_HEADERS if headers.get(name)), None)
+
+
+def _id_in(payload: object) -> str | None:
+    """A request's id where it stands beside the error in a body, as Anthropic sends it."""
+    found: object = _table(payload).get("request_id")
+    return found if isinstance(found, str) and found else None
 
 
 _REQUEST_ID_HEADERS: Final = (

@@ -85,7 +85,7 @@ class GeminiCodec:
         for chunk in (*decoder.take(raw, body), *decoder.rest()):
             joined.add(chunk)
         if not decoder.answered:
-            raise not_an_answer(body, NAME, "candidates")
+            raise not_an_answer(raw, body, NAME, "candidates")
         return joined.response().evolve(raw=raw)
 
     def decoder(self) -> GeminiDecoder:
@@ -168,10 +168,9 @@ class GeminiDecoder:
 
     def _raise_error(self, answer: dict[str, Any], body: bytes) -> None:
         """Raise what an answer says went wrong, if it says so."""
-        if answer.get("error"):
-            error = error_of_payload(answer, body=body, service=NAME)
-            if error is not None:
-                raise error
+        error = error_of_payload(answer, body=body, service=NAME)
+        if error is not None:
+            raise error
         feedback = table(answer.get("promptFeedback"))
         if string(feedback.get("blockReason")):
             raise _blocked(feedback, body)

@@ -52,14 +52,15 @@ class OllamaCodec:
         return Encoded(f"/api/{self.endpoint}", write_json(body, request, NAME, containers=("options",)))
 
     def decode(self, body: bytes, /) -> Response:
-        raw = table(read_json(body))
+        raw = read_json(body)
         joined = Aggregator()
         decoder = OllamaDecoder()
         for chunk in decoder.take(raw, body):
             joined.add(chunk)
-        if not isinstance(raw.get("message"), dict) and not isinstance(raw.get("response"), str):
-            raise not_an_answer(body, NAME, "message or response")
-        if raw.get("done") is False:
+        answer = table(raw)
+        if not isinstance(answer.get("message"), dict) and not isinstance(answer.get("response"), str):
+            raise not_an_answer(raw, body, NAME, "message or response")
+        if answer.get("done") is False:
             raise cut_off(NAME, "done")
         return joined.response().evolve(raw=raw)
 
@@ -88,18 +89,20 @@ class OllamaDecoder:
         self.done = False
 
     def decode_event(self, event: Event, /) -> Iterable[Chunk]:
-        return self.take(table(read_json(event.data)), event.data)
+        return self.take(read_json(event.data), event.data)
 
     def end(self) -> Iterable[Chunk]:
         if not self.done:
             yield from self._held.rest()
             raise cut_off(NAME, "done")
 
-    def take(self, answer: dict[str, Any], body: bytes) -> Iterable[Chunk]:
+    def take(self, payload: object, body: bytes) -> Iterable[Chunk]:
         """The chunks of one line, or of a whole answer."""
-        if answer.get("error"):
-            report = read_report(answer) or Report()
-            raise _error(report, answer, body, report.status, {})
+        answer = table(payload)
+        if answer.get("error") or not (isinstance(answer.get("message"), dict) or "response" in answer):
+            report = read_report(payload)
+            if report is not None:
+                raise _error(report, payload, body, report.status, {})
         if not self._named:
             self._named = True
             self._held.put(model=string(answer.get("model")) or None)

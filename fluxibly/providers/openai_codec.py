@@ -53,8 +53,7 @@ class OpenAICodec:
         raw = read_json(body)
         found = to_body(raw, body, self.service)
         if not found.error and not any(map(_says_something, found.choices or ())):
-            reported = error_reports.error_of_payload(raw, body=body, service=self.service)
-            raise reported or not_an_answer(body, self.service, "message in its choices")
+            raise not_an_answer(raw, body, self.service, "message in its choices")
         joined = Aggregator()
         for chunk in ChatDecoder(self.service).take_whole(found, body):
             joined.add(chunk)

@@ -53,7 +53,7 @@ class ResponsesCodec:
         answer = table(raw)
         _raise_failure(answer, raw, body, self.service)
         if not isinstance(answer.get("output"), list):
-            raise not_an_answer(body, self.service, "output")
+            raise not_an_answer(raw, body, self.service, "output")
         return _response(answer, raw)
 
     def decoder(self) -> ResponsesDecoder:

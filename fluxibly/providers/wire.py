@@ -12,13 +12,13 @@ from urllib.parse import unquote_to_bytes
 import msgspec
 
 from fluxibly.errors import BadRequest, ProviderError, QuotaExceeded, StreamProtocolError
-from fluxibly.providers.error_reports import excerpt
+from fluxibly.providers.error_reports import error_of_payload, excerpt
 from fluxibly.types import Image, Message, Request, Text, ToolCall
 
 
-def not_an_answer(body: bytes, service: str, lacks: str) -> StreamProtocolError:
-    """The error for JSON that is no answer of the dialect."""
-    return StreamProtocolError(
+def not_an_answer(payload: object, body: bytes, service: str, lacks: str) -> ProviderError:
+    """The error for JSON that is no answer of the dialect: the one that it reports, if it reports one."""
+    return error_of_payload(payload, body=body, service=service) or StreamProtocolError(
         f"{service} sent JSON that is no answer of its dialect: it has no {lacks}", body=excerpt(body)
     )
 
