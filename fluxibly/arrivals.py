@@ -9,42 +9,34 @@ LIMIT = 200
 
 
 class Arrivals:
-    """The times at which chunks came, evenly thinned."""
+    """The times at which chunks came, evenly thinned. `Watch` adds the points: the time, `asked_at`, the characters."""
 
-    __slots__ = ("call", "clock", "last", "points", "stride")
+    __slots__ = ("points", "started_at", "stride")
 
     def __init__(self, call: CallRecord) -> None:
-        self.call = call
-        self.clock = call.clock
-        self.begin()
-
-    def begin(self) -> None:
-        """Forget what came: the stream begins, or begins anew."""
+        self.started_at = call.started_at
         self.points: list[tuple[float, float, int]] = []
         self.stride = 1
-        self.last = 0.0
 
-    def add(self, characters: int) -> int:
-        """Note that a chunk has just come, with which there are so many characters.
+    def begin(self) -> None:
+        """Forget what came: the stream begins anew."""
+        self.points.clear()
+        self.stride = 1
 
-        Returns how many chunks further on the next one to note is.
-        """
-        now = self.clock()
-        asked, last = self.call.asked_at, self.last
-        since = asked if asked > last else last  # noqa: FURB136  # max() costs three times as much
-        self.points.append((now, now - since, characters))
-        self.last = now
-        if len(self.points) == LIMIT:
-            del self.points[1::2]  # with it goes the one just added: the next is as far from it as it was from its last
-            self.stride *= 2
-            return self.stride // 2
-        return self.stride
+    def thin(self) -> int:
+        """Make room among `LIMIT` points. Returns how many chunks further on the next one to note is."""
+        del self.points[1::2]  # with it goes the one just added: the next is as far from it as it was from its last
+        self.stride *= 2
+        return self.stride // 2
 
     def encoded(self) -> str:
         """The value of `semconv.STREAM_ARRIVALS`."""
         import msgspec
 
-        start = self.call.started_at
-        return msgspec.json.encode(
-            [(int((at - start) * 1e6), int(wait * 1e6), characters) for at, wait, characters in self.points]
-        ).decode()
+        start = last = self.started_at
+        values: list[tuple[int, int, int]] = []
+        for at, asked, characters in self.points:
+            # The wait began when the consumer asked, or when the chunk before it came, if that was later.
+            values.append((int((at - start) * 1e6), int((at - max(asked, last)) * 1e6), characters))
+            last = at
+        return msgspec.json.encode(values).decode()

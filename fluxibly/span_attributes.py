@@ -6,6 +6,7 @@ Nothing here needs OpenTelemetry, and an attribute whose value is not known is a
 from __future__ import annotations
 
 import re
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 from fluxibly import semconv
@@ -29,16 +30,17 @@ def provider_attributes(info: ProviderInfo) -> dict[str, Any]:
     return attributes
 
 
-_PLAIN = (
-    ("temperature", semconv.REQUEST_TEMPERATURE),
-    ("max_tokens", semconv.REQUEST_MAX_TOKENS),
-    ("top_p", semconv.REQUEST_TOP_P),
-    ("top_k", semconv.REQUEST_TOP_K),
-    ("frequency_penalty", semconv.REQUEST_FREQUENCY_PENALTY),
-    ("presence_penalty", semconv.REQUEST_PRESENCE_PENALTY),
-    ("seed", semconv.REQUEST_SEED),
-    ("reasoning_effort", semconv.REQUEST_REASONING_LEVEL),
-)
+_PLAIN = {
+    "temperature": semconv.REQUEST_TEMPERATURE,
+    "max_tokens": semconv.REQUEST_MAX_TOKENS,
+    "top_p": semconv.REQUEST_TOP_P,
+    "top_k": semconv.REQUEST_TOP_K,
+    "frequency_penalty": semconv.REQUEST_FREQUENCY_PENALTY,
+    "presence_penalty": semconv.REQUEST_PRESENCE_PENALTY,
+    "seed": semconv.REQUEST_SEED,
+    "reasoning_effort": semconv.REQUEST_REASONING_LEVEL,
+}
+_plain_values = itemgetter(*_PLAIN)
 
 
 def request_attributes(request: Request) -> dict[str, Any]:
@@ -51,11 +53,11 @@ def request_attributes(request: Request) -> dict[str, Any]:
     attributes[semconv.REQUEST_MODEL] = request.model
     if request.call.streaming:
         attributes[semconv.REQUEST_STREAM] = True
-    given = request.__dict__
-    for name, key in _PLAIN:
-        value = given[name]
-        if value is not None:
-            attributes[key] = value
+    values = _plain_values(request.__dict__)
+    if values.count(None) < len(values):
+        for key, value in zip(_PLAIN.values(), values, strict=True):
+            if value is not None:
+                attributes[key] = value
     if request.stop:
         attributes[semconv.REQUEST_STOP_SEQUENCES] = request.stop
     if request.n is not None and request.n != 1:
@@ -75,23 +77,23 @@ def response_attributes(response: Response) -> dict[str, Any]:
     if response.model:
         attributes[semconv.RESPONSE_MODEL] = response.model
     if response.finish_reason:
-        reasons = [choice.finish_reason for choice in (response, *response.alternatives)]
-        attributes[semconv.RESPONSE_FINISH_REASONS] = [reason for reason in reasons if reason]
+        others = [other.finish_reason for other in response.alternatives if other.finish_reason]
+        attributes[semconv.RESPONSE_FINISH_REASONS] = [response.finish_reason, *others]
     return attributes
 
 
-def usage_attributes(usage: Usage | None) -> dict[str, Any]:
+def _add_usage(attributes: dict[str, Any], usage: Usage) -> None:
     """Tokens, where the service counted them."""
-    if usage is None:
-        return {}
-    counted = {
-        semconv.USAGE_INPUT: usage.input_tokens,
-        semconv.USAGE_OUTPUT: usage.output_tokens,
-        semconv.USAGE_CACHE_READ: usage.cached_tokens,
-        semconv.USAGE_CACHE_WRITE: usage.cache_write_tokens,
-        semconv.USAGE_REASONING: usage.reasoning_tokens,
-    }
-    return {key: tokens for key, tokens in counted.items() if tokens is not None}
+    if usage.input_tokens is not None:
+        attributes[semconv.USAGE_INPUT] = usage.input_tokens
+    if usage.output_tokens is not None:
+        attributes[semconv.USAGE_OUTPUT] = usage.output_tokens
+    if usage.cached_tokens is not None:
+        attributes[semconv.USAGE_CACHE_READ] = usage.cached_tokens
+    if usage.cache_write_tokens is not None:
+        attributes[semconv.USAGE_CACHE_WRITE] = usage.cache_write_tokens
+    if usage.reasoning_tokens is not None:
+        attributes[semconv.USAGE_REASONING] = usage.reasoning_tokens
 
 
 def record_attributes(call: CallRecord) -> dict[str, Any]:
@@ -99,8 +101,8 @@ def record_attributes(call: CallRecord) -> dict[str, Any]:
     attributes: dict[str, Any] = {semconv.ATTEMPTS: call.attempts}
     if call.cache_hit:
         attributes[semconv.CACHE_HIT] = True
-    else:
-        attributes |= usage_attributes(call.usage)
+    elif call.usage is not None:
+        _add_usage(attributes, call.usage)
     if call.streaming:
         attributes[semconv.STREAM_CHUNKS] = call.chunks
         attributes[semconv.STREAM_CHARACTERS] = call.characters

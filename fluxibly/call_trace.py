@@ -1,0 +1,191 @@
+"""The spans of one call that is recorded: its own, and one for each of its attempts.
+
+Every step that touches OpenTelemetry or a function of the user's is guarded: what raises there is reported once on
+standard error, and the call goes on as if it had not been traced.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+from opentelemetry.context import Context, get_current, set_value
+from opentelemetry.trace import Span, Status, StatusCode, Tracer, set_span_in_context
+
+from fluxibly import semconv
+from fluxibly.aggregate import Aggregator
+from fluxibly.arrivals import Arrivals
+from fluxibly.capture import Captured, Capturing
+from fluxibly.effects import AttemptEnd, Effect, Send
+from fluxibly.errors import StreamInterrupted
+from fluxibly.masking import error_message
+from fluxibly.outcome import error_type, outcome_of
+from fluxibly.propagation import Current, with_trace_headers
+from fluxibly.report import report_once
+from fluxibly.span_attributes import (
+    answered_model,
+    error_name,
+    provider_attributes,
+    record_attributes,
+    request_attributes,
+    response_attributes,
+)
+from fluxibly.watch import Watch
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from fluxibly.types import Outcome, Request, Response
+
+_UTIL_GENAI = "opentelemetry.util.genai.invocation"
+
+
+def report(problem: Exception) -> None:
+    """Tell the operator that tracing is broken, without what the exception may quote of a call."""
+    report_once("tracing", f"tracing failed with {type(problem).__name__}; calls go on without their spans")
+
+
+class CallTrace(Watch):
+    """The spans of one call that is recorded: its own, and one at a time that of an attempt."""
+
+    def __init__(self, capturing: Capturing, tracer: Tracer, span: Span, request: Request, context: Context) -> None:
+        call = request.call
+        super().__init__(call)
+        self.capturing = capturing
+        self.tracer = tracer
+        self.span = span
+        self.request = self.sent = request
+        self.attempt: Span | None = None
+        self.attempt_current: Current | None = None
+        self.index = 0
+        call.watched = True
+        if call.streaming:
+            call.timed = True
+            self.arrivals = Arrivals(call)
+            if capturing.mode != "none":
+                self.answer = Aggregator()
+        self.current = Current(_claimed(set_span_in_context(span, context)), context)
+
+    def see(self, effect: Effect) -> None:
+        try:
+            if type(effect) is Send:
+                self._begin_attempt(effect)
+            elif type(effect) is AttemptEnd:
+                self._end_attempt(effect.error, effect.response)
+        except Exception as problem:  # noqa: BLE001  # telemetry never breaks a call
+            report(problem)
+
+    def _begin_attempt(self, send: Send) -> None:
+        if self.attempt is not None:
+            self._end_attempt(None, None)  # a BaseException ended it, which a layer within survived
+        request = self.sent = send.request
+        attributes: dict[str, Any] = {
+            semconv.ATTEMPT_INDEX: self.index,
+            semconv.ATTEMPT_PROVIDER: request.call.provider.telemetry_name,
+            semconv.ATTEMPT_MODEL: request.model,
+        }
+        self.index += 1
+        self.attempt = self.tracer.start_span(semconv.ATTEMPT_SPAN, attributes=attributes)
+        context = get_current()
+        self.attempt_current = Current(set_span_in_context(self.attempt, context), context)
+        send.request = with_trace_headers(request, self.attempt, self.attempt_current.context)
+
+    def _end_attempt(self, error: BaseException | None, response: Response | None) -> None:
+        span, self.attempt = self.attempt, None
+        current, self.attempt_current = self.attempt_current, None
+        if current is not None:
+            current.leave()
+        if span is None:
+            return
+        try:
+            attributes: dict[str, Any] = {}
+            if response is not None and response.model:
+                attributes[semconv.ATTEMPT_RESPONSE_MODEL] = response.model
+            self._tell(span, attributes, error, outcome_of(error), (self.sent,))
+        finally:
+            span.end()
+
+    def completed(self, response: Response) -> None:
+        """End the call's span: it succeeded."""
+        self._end(None, response)
+
+    def failed(self, error: BaseException) -> None:
+        """End the call's span: it failed, was cancelled or given up."""
+        self._end(error, None)
+
+    def _end(self, error: BaseException | None, response: Response | None) -> None:
+        try:
+            self._end_attempt(error, None)
+        except Exception as problem:  # noqa: BLE001  # telemetry never breaks a call
+            report(problem)
+        self.current.leave()
+        try:
+            try:
+                self._describe(error, response)
+            finally:
+                self.span.end()
+        except Exception as problem:  # noqa: BLE001  # as above
+            report(problem)
+
+    def _describe(self, error: BaseException | None, response: Response | None) -> None:
+        span, request = self.span, self.request
+        call = request.call
+        outcome = outcome_of(error)
+        partial = response or _partial(error) or (self.answer.response() if self.answer is not None else None)
+        attributes = record_attributes(call)
+        if self.arrivals is not None and self.arrivals.points:
+            attributes[semconv.STREAM_ARRIVALS] = self.arrivals.encoded()
+        if partial is not None:
+            attributes |= response_attributes(partial)
+        if call.model is not None:
+            attributes.setdefault(semconv.RESPONSE_MODEL, call.model)
+        model = answered_model(request, outcome)
+        if model != request.model:
+            attributes |= {semconv.REQUEST_MODEL: model, semconv.REQUESTED_MODEL: request.model}
+            attributes |= provider_attributes(call.provider)
+            span.update_name(f"{semconv.CHAT} {model}")
+        requests = (request,) if self.sent.messages is request.messages else (request, self.sent)
+        self._tell(span, attributes, error, outcome, requests)
+        if self.capturing.mode != "none":
+            self._capture(request_attributes(self.request) | attributes, partial, whole=error is None)
+
+    def _capture(self, attributes: Mapping[str, Any], answer: Response | None, *, whole: bool) -> None:
+        captured = Captured(self.sent, answer, whole=whole)
+        self.capturing.record(captured, self.span, self.current.context, attributes)
+
+    def _tell(
+        self,
+        span: Span,
+        attributes: dict[str, Any],
+        error: BaseException | None,
+        outcome: Outcome,
+        requests: tuple[Request, ...],
+    ) -> None:
+        """Set `attributes` and how it ended: the outcome, and for an error its type and its masked message."""
+        attributes[semconv.OUTCOME] = outcome
+        if error is None or outcome == "abandoned":
+            span.set_attributes(attributes)
+            return
+        attributes[semconv.ERROR_TYPE] = name = error_name(error)
+        span.set_attributes(attributes)
+        message = self.capturing.redacted(error_message(error, requests))
+        span.set_status(Status(StatusCode.ERROR, message or name))
+        span.add_event(
+            semconv.EXCEPTION_EVENT,
+            {semconv.EXCEPTION_TYPE: error_type(error), semconv.EXCEPTION_MESSAGE: message},
+        )
+
+
+def _partial(error: BaseException | None) -> Response | None:
+    return error.partial if isinstance(error, StreamInterrupted) else None
+
+
+def _claimed(context: Context) -> Context:
+    """Tell instrumentations built on opentelemetry-util-genai, if one is loaded, that this call has its span.
+
+    They look for their own `InferenceData` under this key, and then make no second span and no second metrics.
+    """
+    util = sys.modules.get(_UTIL_GENAI)
+    data = getattr(util, "InferenceData", None)
+    key = getattr(util, "CLIENT_INFERENCE_CONTEXT_KEY", None)
+    return context if data is None or key is None else set_value(key, data(), context)
