@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from typing import Any
 
 import pytest
@@ -258,6 +259,20 @@ def test_tool_conversation() -> None:
             ],
         },
     ]
+
+
+def test_calls_of_other_services() -> None:
+    """Ids that services without any of their own repeat from turn to turn are sent once each; results find theirs."""
+    turns = [Message.user("Hi")]
+    for call_id in ("call_0", "call_0", "call_0_1", "a.b", "a_b", ""):
+        call = ToolCall(call_id, "now")
+        turns += [Message.assistant(tool_calls=[call]), Message.tool("noon", call)]
+    blocks = [turn["content"][0] for turn in body_of(messages=turns)["messages"][1:]]
+    ids = [block["id"] for block in blocks[::2]]
+    assert ids[0] == "call_0"
+    assert len(set(ids)) == 6
+    assert all(re.fullmatch("[a-zA-Z0-9_-]+", each) for each in ids)
+    assert [block["tool_use_id"] for block in blocks[1::2]] == ids
 
 
 def test_reasoning_of_other_dialects_stays_behind() -> None:

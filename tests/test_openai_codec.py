@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from contextlib import suppress
 from typing import Any
 
@@ -201,6 +202,20 @@ def test_top_k_where_there_is_none() -> None:
         CODEC.encode(Request(model="m", messages="Hi", top_k=3), stream=False)
     assert not caught.value.retryable
     assert sent(Request(model="m", messages="Hi", extra={"top_k": 3}))["top_k"] == 3
+
+
+def test_calls_of_other_services() -> None:
+    """Mistral takes ids of nine letters and digits alone: its own go back as they are, others get one that it takes."""
+    mistral = OpenAICodec(PRESETS["mistral"].quirks)
+    calls = [ToolCall("D681PevKs", "add"), ToolCall("call_1", "add"), ToolCall("call_2", "add")]
+    results = [Message.tool("3", call) for call in calls]
+    turns = [Message.user("Hi"), Message.assistant(tool_calls=calls), *results]
+    _, answer, *answers = sent(Request(model="m", messages=turns), mistral)["messages"]
+    ids = [call["id"] for call in answer["tool_calls"]]
+    assert ids[0] == "D681PevKs"
+    assert all(re.fullmatch("[a-zA-Z0-9]{9}", each) for each in ids)
+    assert len(set(ids)) == 3
+    assert [each["tool_call_id"] for each in answers] == ids
 
 
 @pytest.mark.parametrize(

@@ -55,11 +55,12 @@ def encode_body(request: Request, *, stream: bool) -> dict[str, Any]:
 def _turns(request: Request) -> list[dict[str, Any]]:
     """The conversation. Neighbours of one role become one turn: the results of several tools have to."""
     turns: list[dict[str, Any]] = []
+    ids = _CallIds()
     for message in request.messages:
         if message.role == "system":
             continue
         role = "assistant" if message.role == "assistant" else "user"
-        blocks = _blocks(message)
+        blocks = _blocks(message, ids)
         if turns and turns[-1]["role"] == role:
             turns[-1]["content"] += blocks
         elif blocks:  # an answer without content is no turn: the service refuses it
@@ -69,21 +70,46 @@ def _turns(request: Request) -> list[dict[str, Any]]:
     return turns
 
 
-def _blocks(message: Message) -> list[dict[str, Any]]:
+def _blocks(message: Message, ids: _CallIds) -> list[dict[str, Any]]:
     content = [_part(part) for part in message.content if not isinstance(part, Text) or part.text]
     if message.role == "tool":
-        return [{"type": "tool_result", "tool_use_id": _id(message.tool_call_id), "content": content}]
+        return [{"type": "tool_result", "tool_use_id": ids.of(message.tool_call_id or ""), "content": content}]
     thinking = [block for block in map(_thinking_block, message.reasoning) if block]
     calls = [
-        {"type": "tool_use", "id": _id(call.id), "name": call.name, "input": sent_arguments(call)}
+        {"type": "tool_use", "id": ids.new(call.id), "name": call.name, "input": sent_arguments(call)}
         for call in message.tool_calls
     ]
     return [*thinking, *content, *calls]
 
 
-def _id(call_id: str | None) -> str:
-    """A tool call's id in the characters that the service takes: one of another service may have more."""
-    return re.sub(r"[^a-zA-Z0-9_-]", "_", call_id or "") or "call"
+class _CallIds:
+    """The ids of a conversation's tool calls, as the service takes them.
+
+    One of another service may have more characters, or stand for a call in each turn, where this one takes it once.
+    """
+
+    def __init__(self) -> None:
+        self._sent: dict[str, str] = {}
+        """What the last call of each id is sent as."""
+        self._used: set[str] = set()
+
+    def new(self, call_id: str) -> str:
+        """The id of a call."""
+        plain = sent = self._plain(call_id)
+        number = len(self._used)
+        while sent in self._used:
+            number += 1
+            sent = f"{plain}_{number}"
+        self._used.add(sent)
+        self._sent[call_id] = sent
+        return sent
+
+    def of(self, call_id: str) -> str:
+        """The id of the call that a result is for: the last one."""
+        return self._sent.get(call_id) or self._plain(call_id)
+
+    def _plain(self, call_id: str) -> str:
+        return re.sub(r"[^a-zA-Z0-9_-]", "_", call_id) or "call"
 
 
 def _thinking_block(reasoning: Reasoning) -> dict[str, Any] | None:

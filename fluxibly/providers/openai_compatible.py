@@ -85,7 +85,7 @@ PRESETS: Final[Mapping[str, Preset]] = {
             "Mistral",
             "https://api.mistral.ai/v1",
             "MISTRAL_API_KEY",
-            Quirks(seed="random_seed", stream_usage=False),
+            Quirks(seed="random_seed", stream_usage=False, short_call_ids=True),
             telemetry_name="mistral_ai",
         ),
         _preset(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from base64 import b64encode
 from collections.abc import Mapping
+from hashlib import sha256
 from typing import Any, Final, Literal, cast
 
 import attrs
@@ -14,6 +15,8 @@ from fluxibly.types import Image, Message, Request, Tool
 
 _REASONING_MODEL: Final = re.compile(r"(?:.*/)?(?:o\d|gpt-5)")
 """OpenAI's models that reason. They refuse `max_tokens`."""
+
+_SHORT_CALL_ID: Final = re.compile(r"[a-zA-Z0-9]{9}")
 
 
 @attrs.frozen(kw_only=True)
@@ -34,6 +37,8 @@ class Quirks:
     """Other parameters that it does not have: those that it would pass over in silence, or refuse."""
     formats: tuple[str, ...] = ("text", "json", "schema")
     """What it takes as `response_format`."""
+    short_call_ids: bool = False
+    """Whether the id of a tool call has to be nine letters and digits, as its own are."""
     returns_reasoning: bool = False
     """Whether the `reasoning_content` of a turn with tool calls has to go back with it."""
 
@@ -100,16 +105,27 @@ def message_of(message: Message, quirks: Quirks) -> dict[str, Any]:
     if message.name is not None and message.role != "tool":
         body["name"] = message.name
     if message.role == "tool":
-        body["tool_call_id"] = message.tool_call_id or ""
+        body["tool_call_id"] = _call_id(message.tool_call_id or "", quirks)
     if message.tool_calls:
         body["content"] = body["content"] or None
         body["tool_calls"] = [
-            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.raw_arguments}}
+            {
+                "id": _call_id(call.id, quirks),
+                "type": "function",
+                "function": {"name": call.name, "arguments": call.raw_arguments},
+            }
             for call in message.tool_calls
         ]
     if message.reasoning:
         _add_reasoning(message, body, quirks)
     return body
+
+
+def _call_id(call_id: str, quirks: Quirks) -> str:
+    """A tool call's id as the service takes it; one of another service is replaced by nine digits of its hash."""
+    if not quirks.short_call_ids or _SHORT_CALL_ID.fullmatch(call_id):
+        return call_id
+    return sha256(call_id.encode(errors="replace")).hexdigest()[:9]
 
 
 def _add_reasoning(message: Message, body: dict[str, Any], quirks: Quirks) -> None:
