@@ -64,11 +64,11 @@ def memory() -> None:
         return held
 
     stack = default_stack(LLMConfig(framework="echo", model="m"))
-    bare = weigh(lambda: provider.stream(request))
+    empty, full = Pipeline(provider), Pipeline(provider, stack)
     results = {
-        "the provider alone": bare,
-        "pipeline, no layers": weigh(lambda: Pipeline(provider).stream(request)),
-        "pipeline, default stack": weigh(lambda: Pipeline(provider, stack).stream(request)),
+        "the provider alone": weigh(lambda: provider.stream(request)),
+        "pipeline, no layers": weigh(lambda: empty.stream(request)),
+        "pipeline, default stack": weigh(lambda: full.stream(request)),
     }
     table(f"An open stream, {READ} chunks read", results, unit="bytes", goal="<= 10,240 bytes more")
 
