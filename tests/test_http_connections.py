@@ -21,7 +21,7 @@ from fluxibly.config import Timeouts
 from fluxibly.dropped import end_orphans
 from fluxibly.errors import AuthenticationError, ConfigError, ConnectionFailed, RequestTimeout
 from fluxibly.pipeline import AsyncPipeline, Pipeline
-from fluxibly.providers import pool as pools
+from fluxibly.providers import slots as pools
 from fluxibly.providers.http import AsyncHTTPProvider, HTTPProvider
 
 CERTIFICATE = Path(__file__).with_name("localhost.pem")
@@ -361,7 +361,7 @@ class TestEnding:
             await anext(stream)
             await made.aclose()
             await made.aclose()
-            with contextlib.suppress(StopAsyncIteration):
+            with pytest.raises(ConnectionFailed):
                 await anext(stream)
             with pytest.raises(RuntimeError, match="closed"):
                 await made.complete(ask())

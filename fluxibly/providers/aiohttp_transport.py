@@ -16,10 +16,12 @@ import httpx
 from multidict import CIMultiDict
 from yarl import URL
 
+from fluxibly.providers.event_loops import from_anywhere
 from fluxibly.providers.limits import LimitPassed, Limits
-from fluxibly.providers.pool import DRAIN_TIME, KEEP_IDLE, MAX_CONNECTIONS
+from fluxibly.providers.pool import DRAIN_TIME
 from fluxibly.providers.route import proxy_for, tls_context
-from fluxibly.providers.transports import joined, keep
+from fluxibly.providers.slots import KEEP_IDLE, MAX_CONNECTIONS
+from fluxibly.providers.transports import begun, joined, keep
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -84,6 +86,8 @@ class _Exchange:
         self._limits = limits
         self.status = answer.status
         self.headers = joined(answer.raw_headers)
+        self.cut = from_anywhere(answer.close)
+        """Closes the connection, between reads."""
 
     async def read(self) -> bytes:
         """The next bytes of the body, at least one; b"" at its end."""
@@ -95,6 +99,7 @@ class _Exchange:
                     data = await content.readany()
         except (aiohttp.ClientError, TimeoutError) as error:
             raise _translated(error) from error
+        self._limits.waits(self.cut)
         return data
 
     async def release(self, *, ended: bool) -> None:
@@ -105,11 +110,7 @@ class _Exchange:
                 async with asyncio.timeout(DRAIN_TIME):
                     while await content.readany():
                         pass
-        self.drop()
-
-    def drop(self) -> None:
-        """Let the connection go, without waiting."""
-        if self._answer.content.at_eof():
+        if content.at_eof():
             self._answer.release()
         else:
             self._answer.close()
@@ -127,7 +128,7 @@ class _Limited:
     async def __aenter__(self) -> None:
         self._limits.waits(None)
         await self._timeout.__aenter__()
-        self._limits.waits(functools.partial(self._timeout.reschedule, 0))
+        self._limits.waits(from_anywhere(functools.partial(self._timeout.reschedule, 0)))
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -172,9 +173,9 @@ class _Line:
         except (aiohttp.ClientError, TimeoutError) as error:
             raise _translated(error) from error
         limits.answered()
-        return _Exchange(answer, limits)
+        return await begun(_Exchange(answer, limits), limits)
 
-    async def aclose(self) -> None:
+    async def close(self) -> None:
         await self._transport.aclose()
 
 

@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING, Protocol
 
 import httpx
 
-from fluxibly.providers.async_pool import AsyncPool
-from fluxibly.providers.pool import KEEP_IDLE, MAX_CONNECTIONS, Pool
+from fluxibly.providers.blocking import Threads
+from fluxibly.providers.event_loops import Loops
+from fluxibly.providers.pool import Pool
 from fluxibly.providers.route import proxy_for, route_to, tls_context
+from fluxibly.providers.slots import KEEP_IDLE, MAX_CONNECTIONS
 from fluxibly.providers.transports import AsyncTransportLine, TransportLine
 
 if TYPE_CHECKING:
@@ -30,41 +32,20 @@ class Exchange(Protocol):
         """By their lower-case names."""
         ...
 
-    def read(self) -> bytes:
+    async def read(self) -> bytes:
         """The next bytes of the body, at least one; b"" at its end."""
         ...
 
-    def release(self, *, ended: bool) -> None:
+    async def release(self, *, ended: bool) -> None:
         """Let the connection go. `ended`: what is unread is no more than the end of the body."""
         ...
 
 
 class Line(Protocol):
-    """The way to a server."""
+    """The way to a server: on an event loop, or one whose coroutines never suspend, for threads."""
 
-    def send(self, outgoing: Outgoing, limits: Limits, /) -> Exchange: ...
-    def close(self) -> None: ...
-
-
-class AsyncExchange(Protocol):
-    """An `Exchange` whose I/O is awaited."""
-
-    @property
-    def status(self) -> int: ...
-    @property
-    def headers(self) -> Mapping[str, str]: ...
-    async def read(self) -> bytes: ...
-    async def release(self, *, ended: bool) -> None: ...
-    def drop(self) -> None:
-        """Close the connection, from code that cannot wait. Nobody is reading."""
-        ...
-
-
-class AsyncLine(Protocol):
-    """A `Line` whose I/O is awaited."""
-
-    async def send(self, outgoing: Outgoing, limits: Limits, /) -> AsyncExchange: ...
-    async def aclose(self) -> None: ...
+    async def send(self, outgoing: Outgoing, limits: Limits, /) -> Exchange: ...
+    async def close(self) -> None: ...
 
 
 def default_line(endpoint: Endpoint) -> Line:
@@ -73,19 +54,24 @@ def default_line(endpoint: Endpoint) -> Line:
     Through httpx's, if somebody has wrapped them: opentelemetry-instrumentation-httpx, say, wants to see each request.
     """
     proxy = proxy_for(endpoint.url)
-    if not wrapped(httpx.HTTPTransport.handle_request) and (proxy is None or proxy.scheme == "http"):
-        return Pool(route_to(endpoint.url, proxy))
+    if is_plain(proxy) and not wrapped(httpx.HTTPTransport.handle_request):
+        return Pool(route_to(endpoint.url, proxy), Threads())
     via = None if proxy is None else httpx.Proxy(proxy)
     return TransportLine(httpx.HTTPTransport(proxy=via, verify=tls_context(), limits=_LIMITS))
 
 
-def default_async_line(endpoint: Endpoint) -> AsyncLine:
+def default_async_line(endpoint: Endpoint) -> Line:
     """`default_line` for event loops."""
     proxy = proxy_for(endpoint.url)
-    if not wrapped(httpx.AsyncHTTPTransport.handle_async_request) and (proxy is None or proxy.scheme == "http"):
-        return AsyncPool(route_to(endpoint.url, proxy))
+    if is_plain(proxy) and not wrapped(httpx.AsyncHTTPTransport.handle_async_request):
+        return Pool(route_to(endpoint.url, proxy), Loops())
     via = None if proxy is None else httpx.Proxy(proxy)
     return AsyncTransportLine(httpx.AsyncHTTPTransport(proxy=via, verify=tls_context(), limits=_LIMITS))
+
+
+def is_plain(proxy: httpx.URL | None) -> bool:
+    """Whether our own connections know the way: there is no proxy, or one that is spoken to in plain HTTP."""
+    return proxy is None or proxy.scheme == "http"
 
 
 def wrapped(method: object) -> bool:
@@ -93,7 +79,7 @@ def wrapped(method: object) -> bool:
     return hasattr(method, "__wrapped__")
 
 
-def async_line_over(transport: httpx.AsyncBaseTransport) -> AsyncLine:
+def async_line_over(transport: httpx.AsyncBaseTransport) -> Line:
     """A transport as a line: it may know a shorter way than through httpx's requests and responses (`as_line`)."""
-    as_line: Callable[[], AsyncLine] | None = getattr(transport, "as_line", None)
+    as_line: Callable[[], Line] | None = getattr(transport, "as_line", None)
     return AsyncTransportLine(transport) if as_line is None else as_line()

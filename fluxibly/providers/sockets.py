@@ -1,36 +1,75 @@
-"""Sockets with a time limit on each wait: blocking ones, and those of asyncio and trio.
+"""What the sockets of threads and of event loops have in common: how they are called, name look-up, and TLS.
 
-Each has `receive(seconds)` and `send(data, seconds)`, which raise `LimitPassed`, and `close()`, which never waits. The
-async ones are raw sockets, not transports: closing one needs no event loop, so that a provider that outlived a loop
-can still let its connections go.
+All of it is written as coroutines. On an event loop they are awaited; in threads they block and never suspend
+(`blocking.py`), so that what is written on top of them (pools, transports, shells) is written once.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import functools
 import select
 import socket
 import ssl
-import sys
+import threading
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fluxibly.providers.limits import LimitPassed
 
 if TYPE_CHECKING:
+    from collections.abc import Hashable
+
     from fluxibly.providers.limits import Limits
 
 READ_SIZE = 64 * 1024
-HEAD_START = 0.25
-"""Seconds that an address has before the next one is tried as well (RFC 8305)."""
-READY_READS = 32
-"""Reads that need no wait before other tasks get their turn."""
+
+
+class Socket(Protocol):
+    """A socket with a time limit on each wait. Closing it never waits, and needs no event loop."""
+
+    raw: socket.socket
+
+    async def receive(self, seconds: float | None, /) -> bytes:
+        """The next bytes; b"" at the end. Raises LimitPassed."""
+        ...
+
+    async def send(self, data: bytes, seconds: float | None, /) -> None:
+        """Send all of `data`. Raises LimitPassed."""
+        ...
+
+    def quiet(self) -> bool:
+        """Whether nothing waits to be read: an idle connection that is not quiet was closed, or says too much."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Event(Protocol):
+    """Something to wait for. Any thread may set it."""
+
+    def set(self) -> None: ...
+    async def wait(self, seconds: float | None, /) -> None:
+        """Wait until it is set, or the time is over."""
+        ...
+
+
+class Network(Protocol):
+    """Sockets of threads, or of event loops."""
+
+    def place(self) -> Hashable:
+        """Where the sockets that are made now can be used: on the loop that runs, or in all threads."""
+        ...
+
+    def over(self, place: Any, /) -> bool:
+        """Whether a place is gone, with its loop."""
+        ...
+
+    def event(self) -> Event: ...
+    async def connect(self, host: str, port: int, limits: Limits, /) -> Socket: ...
 
 
 def readable(sock: socket.socket) -> bool:
-    """Whether a read would return now: for an idle connection, that the other side has closed it."""
+    """Whether a read would return now."""
     if hasattr(select, "poll"):
         poll = select.poll()
         poll.register(sock.fileno(), select.POLLIN)
@@ -39,255 +78,45 @@ def readable(sock: socket.socket) -> bool:
 
 
 def shut_down(sock: socket.socket) -> None:
-    """End both directions, so that a read in another thread returns."""
+    """End both directions, so that a read in another thread or task returns."""
     with contextlib.suppress(OSError):
-        # Not SSLSocket's own method, which pulls TLS from under a read.
-        socket.socket.shutdown(sock, socket.SHUT_RDWR)
+        socket.socket.shutdown(sock, socket.SHUT_RDWR)  # not SSLSocket's own, which pulls TLS from under a read
 
 
-# Blocking
-
-
-class BlockingSocket:
-    """A socket for threads."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        self.raw = sock
-        self._timeout: float | None = -1.0
-
-    def _limit(self, seconds: float | None) -> None:
-        if seconds != self._timeout:
-            self.raw.settimeout(seconds)
-            self._timeout = seconds
-
-    def receive(self, seconds: float | None) -> bytes:
-        """The next bytes; b"" at the end."""
-        self._limit(seconds)
-        try:
-            return self.raw.recv(READ_SIZE)
-        except TimeoutError as error:
-            raise _late(error) from None
-
-    def send(self, data: bytes, seconds: float | None) -> None:
-        """Send all of `data`."""
-        self._limit(seconds)
-        try:
-            self.raw.sendall(data)
-        except TimeoutError as error:
-            raise _late(error) from None
-
-    def start_tls(self, context: ssl.SSLContext, server_name: str, limits: Limits) -> None:
-        """Speak TLS from here on, with a server that proves its name."""
-        secure = context.wrap_socket(self.raw, server_hostname=server_name, do_handshake_on_connect=False)
-        self.raw = secure
-        limits.waits(functools.partial(shut_down, secure))
-        self._limit(limits.left())
-        try:
-            secure.do_handshake()
-        except TimeoutError as error:
-            raise _late(error) from None
-
-    def close(self) -> None:
-        self.raw.close()
-
-
-def _late(error: TimeoutError) -> Exception:
+def late(error: TimeoutError) -> Exception:
     """A time limit of ours; the network's own has a number."""
     return error if error.errno is not None else LimitPassed()
 
 
-def connect(host: str, port: int, limits: Limits) -> BlockingSocket:
-    """Connect to the first of the host's addresses that answers; each has its share of the time that is left."""
-    infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    failure: Exception | None = None
-    for tried, (family, kind, protocol, _, address) in enumerate(infos):
-        left = limits.left()
-        sock = socket.socket(family, kind, protocol)
+async def resolve(host: str, port: int, limits: Limits, over: Event) -> list[Any]:
+    """The addresses of a host. A look-up cannot be ended, so one that takes too long is left to its thread."""
+    with contextlib.suppress(socket.gaierror):
+        return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
+    found: list[Any] = []
+    failures: list[Exception] = []
+
+    def look_up() -> None:
         try:
-            limits.waits(functools.partial(shut_down, sock))
-            sock.settimeout(None if left is None else left / (len(infos) - tried))
-            sock.connect(address)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            return BlockingSocket(sock)
-        except OSError as error:
-            failure = _late(error) if isinstance(error, TimeoutError) else error
-            sock.close()
-        except BaseException:
-            sock.close()
-            raise
-    raise failure or OSError(f"{host} has no address")
-
-
-# On an event loop
-
-
-class AsyncSocket(Protocol):
-    """A socket of an event loop."""
-
-    raw: socket.socket
-
-    async def receive(self, seconds: float | None, /) -> bytes: ...
-    async def send(self, data: bytes, seconds: float | None, /) -> None: ...
-    def close(self) -> None: ...
-
-
-class AsyncioSocket:
-    """A socket of asyncio."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        self.raw = sock
-        self._loop = asyncio.get_running_loop()
-        self._ready = 0
-
-    async def receive(self, seconds: float | None) -> bytes:
-        """The next bytes; b"" at the end."""
-        try:
-            data = self.raw.recv(READ_SIZE)
-        except (BlockingIOError, InterruptedError):
-            self._ready = 0
-        else:
-            self._ready += 1
-            if self._ready >= READY_READS:
-                self._ready = 0
-                await asyncio.sleep(0)
-            return data
-        try:
-            async with asyncio.timeout(seconds):
-                return await self._loop.sock_recv(self.raw, READ_SIZE)
-        except TimeoutError as error:
-            raise _late(error) from None
-
-    async def send(self, data: bytes, seconds: float | None) -> None:
-        """Send all of `data`."""
-        try:
-            sent = self.raw.send(data)
-        except (BlockingIOError, InterruptedError):
-            sent = 0
-        if sent == len(data):
-            return
-        try:
-            async with asyncio.timeout(seconds):
-                await self._loop.sock_sendall(self.raw, data[sent:])
-        except TimeoutError as error:
-            raise _late(error) from None
-
-    def close(self) -> None:
-        self.raw.close()
-
-    @staticmethod
-    async def resolve(host: str, port: int) -> list[Any]:
-        return await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
-
-    @staticmethod
-    async def connect(sock: socket.socket, address: Any) -> AsyncioSocket:
-        """Connect a new socket."""
-        await asyncio.get_running_loop().sock_connect(sock, address)
-        return AsyncioSocket(sock)
-
-
-class TrioSocket:
-    """A socket of trio."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        import trio
-
-        self.raw = sock
-        self._sock = trio.socket.from_stdlib_socket(sock)
-
-    async def receive(self, seconds: float | None) -> bytes:
-        """The next bytes; b"" at the end."""
-        import trio
-
-        with trio.move_on_after(float("inf") if seconds is None else seconds):
-            return await self._sock.recv(READ_SIZE)
-        raise LimitPassed
-
-    async def send(self, data: bytes, seconds: float | None) -> None:
-        """Send all of `data`."""
-        import trio
-
-        rest = memoryview(data)
-        with trio.move_on_after(float("inf") if seconds is None else seconds):
-            while rest:
-                rest = rest[await self._sock.send(rest) :]
-            return
-        raise LimitPassed
-
-    def close(self) -> None:
-        self.raw.close()
-
-    @staticmethod
-    async def resolve(host: str, port: int) -> list[Any]:
-        import trio
-
-        return await trio.socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-
-    @staticmethod
-    async def connect(sock: socket.socket, address: Any) -> TrioSocket:
-        """Connect a new socket."""
-        connected = TrioSocket(sock)
-        await connected._sock.connect(address)  # its own class
-        return connected
-
-
-def on_trio() -> bool:
-    """Whether the code that runs is a task of trio's; of asyncio's if not."""
-    trio = sys.modules.get("trio")
-    return trio is not None and trio.lowlevel.in_trio_task()
-
-
-async def async_connect(host: str, port: int, limits: Limits) -> AsyncSocket:
-    """Connect to the first of the host's addresses that answers, trying them with a head start each."""
-    import anyio
-
-    kind: type[AsyncioSocket | TrioSocket] = TrioSocket if on_trio() else AsyncioSocket
-    connected: list[AsyncSocket] = []
-    failures: list[OSError] = []
-
-    async def attempt(info: Any, over: anyio.Event) -> None:
-        sock = socket.socket(info[0], info[1], info[2])
-        sock.setblocking(False)  # the standard library's own signature
-        try:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            won = await kind.connect(sock, info[4])
-        except OSError as error:
+            found.extend(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+        except Exception as error:  # noqa: BLE001  # it is raised where the answer is waited for
             failures.append(error)
-            sock.close()
-        except BaseException:
-            sock.close()
-            raise
-        else:
-            connected.append(won)
-            tasks.cancel_scope.cancel()
         over.set()
 
-    try:
-        with anyio.fail_after(limits.left()):
-            infos = await kind.resolve(host, port)
-            async with anyio.create_task_group() as tasks:
-                for info in infos:
-                    over = anyio.Event()
-                    tasks.start_soon(attempt, info, over)
-                    with anyio.move_on_after(HEAD_START):
-                        await over.wait()
-    except TimeoutError as error:
-        if not connected:
-            raise _late(error) from None
-    except BaseException:
-        for late in connected:
-            late.close()
-        raise
-    for loser in connected[1:]:
-        loser.close()
-    if connected:
-        return connected[0]
-    raise failures[0] if failures else OSError(f"{host} has no address")
+    limits.waits(over.set)
+    threading.Thread(target=look_up, name="fluxibly getaddrinfo", daemon=True).start()
+    await over.wait(limits.left())
+    limits.waits(None)
+    if failures:
+        raise failures[0]
+    if not found:
+        raise LimitPassed
+    return found
 
 
 class TLSSocket:
-    """TLS on top of a socket of an event loop."""
+    """TLS on top of a socket."""
 
-    def __init__(self, inner: AsyncSocket, context: ssl.SSLContext, server_name: str) -> None:
+    def __init__(self, inner: Socket, context: ssl.SSLContext, server_name: str) -> None:
         self.raw = inner.raw
         self._inner = inner
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
@@ -310,7 +139,11 @@ class TLSSocket:
                 return
 
     async def receive(self, seconds: float | None) -> bytes:
-        """The next bytes; b"" at the end."""
+        """The next bytes; b"" at the end.
+
+        Raises:
+            ConnectionResetError: the connection ended without TLS's own end, so what came may be cut short.
+        """
         end = None if seconds is None else monotonic() + seconds
         while True:
             try:
@@ -319,13 +152,27 @@ class TLSSocket:
                 left = None if end is None else max(0.0, end - monotonic())
                 await self._flush(left)
                 await self._fill(left)
-            except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
+            except ssl.SSLZeroReturnError:
                 return b""
+            except ssl.SSLEOFError:
+                raise ConnectionResetError("the connection ended without TLS's own end") from None
 
     async def send(self, data: bytes, seconds: float | None) -> None:
         """Send all of `data`."""
         self._tls.write(data)
         await self._flush(seconds)
+
+    def quiet(self) -> bool:
+        """Whether nothing waits to be read, here or in the socket."""
+        if readable(self.raw):
+            return False
+        try:
+            self._tls.read(1)
+        except ssl.SSLWantReadError:
+            return True
+        except ssl.SSLError:
+            pass
+        return False
 
     async def _flush(self, seconds: float | None) -> None:
         if self._outgoing.pending:

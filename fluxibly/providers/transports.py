@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import socket
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import httpx
 
+from fluxibly.providers.event_loops import from_anywhere
 from fluxibly.providers.limits import LimitPassed, Limits
 from fluxibly.providers.sockets import shut_down
 
@@ -16,6 +17,12 @@ if TYPE_CHECKING:
     from fluxibly.providers.http_common import Outgoing
 
 
+class _Exchange(Protocol):
+    async def release(self, *, ended: bool) -> None: ...
+    def cut(self) -> None: ...
+
+
+E = TypeVar("E", bound=_Exchange)
 K = TypeVar("K")
 V = TypeVar("V")
 KEPT = 32
@@ -72,7 +79,7 @@ def _shut_down(response: httpx.Response) -> None:
 
 
 class TransportExchange:
-    """One request and its answer over an `httpx.BaseTransport`.
+    """One request and its answer over an `httpx.BaseTransport`, which blocks.
 
     Each read may take what the limits leave; the total is looked at between reads.
     """
@@ -84,7 +91,7 @@ class TransportExchange:
         self.headers = joined(response.headers.raw)
         self._parts: Iterator[bytes] = iter(response.stream)  # type: ignore[arg-type]  # a sync transport's
 
-    def read(self) -> bytes:
+    async def read(self) -> bytes:
         """The next bytes of the body, at least one; b"" at its end."""
         self._limits.left()
         for part in self._parts:
@@ -93,7 +100,7 @@ class TransportExchange:
             self._limits.left()
         return b""
 
-    def release(self, *, ended: bool) -> None:  # what is unread is the transport's matter
+    async def release(self, *, ended: bool) -> None:  # what is unread is the transport's matter
         """Give the connection back."""
         self._response.stream.close()  # type: ignore[union-attr]  # a sync transport's
 
@@ -109,16 +116,15 @@ class TransportLine:
         self._transport = transport
         self._requests = _Requests()
 
-    def send(self, outgoing: Outgoing, limits: Limits) -> TransportExchange:
-        """Send a request and wait for the head of its answer."""
+    async def send(self, outgoing: Outgoing, limits: Limits) -> TransportExchange:
+        """Send a request and wait for the head of its answer, which nothing but the transport's limits ends."""
         request = self._requests.make(outgoing, limits)
         limits.handed_over()
         exchange = TransportExchange(self._transport.handle_request(request), limits)
-        limits.waits(exchange.cut)
         limits.answered()
-        return exchange
+        return await begun(exchange, limits)
 
-    def close(self) -> None:
+    async def close(self) -> None:
         self._transport.close()
 
 
@@ -136,10 +142,12 @@ class AsyncTransportExchange:
         """The next bytes of the body, at least one; b"" at its end."""
         import anyio
 
+        limits = self._limits
         while True:
-            with anyio.move_on_after(self._limits.left()) as scope:
-                self._limits.waits(scope.cancel)
+            with anyio.move_on_after(limits.left()) as scope:
+                limits.waits(from_anywhere(scope.cancel))
                 part = await anext(self._parts, None)
+                limits.waits(self.cut)
                 if part is None:
                     return b""
                 if part:
@@ -161,8 +169,8 @@ class AsyncTransportExchange:
                 await close()
             await self._response.stream.aclose()  # type: ignore[union-attr]  # an async transport's
 
-    def drop(self) -> None:
-        """Close the connection, from code that cannot wait."""
+    def cut(self) -> None:
+        """Close the connection, between reads."""
         _shut_down(self._response)
 
 
@@ -180,11 +188,21 @@ class AsyncTransportLine:
         request = self._requests.make(outgoing, limits)
         limits.handed_over()
         with anyio.move_on_after(limits.left()) as scope:
-            limits.waits(scope.cancel)
-            response = await self._transport.handle_async_request(request)
+            limits.waits(from_anywhere(scope.cancel))
+            exchange = AsyncTransportExchange(await self._transport.handle_async_request(request), limits)
             limits.answered()
-            return AsyncTransportExchange(response, limits)
+            return await begun(exchange, limits)
         raise LimitPassed
 
-    async def aclose(self) -> None:
+    async def close(self) -> None:
         await self._transport.aclose()
+
+
+async def begun(exchange: E, limits: Limits) -> E:
+    """An exchange whose head has come, unless the call was given up meanwhile."""
+    try:
+        limits.waits(exchange.cut)
+    except BaseException:
+        await exchange.release(ended=False)
+        raise
+    return exchange

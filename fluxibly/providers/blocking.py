@@ -1,0 +1,106 @@
+"""Sockets for threads: every wait blocks, so a coroutine made of them never suspends, and `finished` runs it."""
+
+from __future__ import annotations
+
+import functools
+import socket
+import threading
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from fluxibly.providers.sockets import READ_SIZE, late, readable, resolve, shut_down
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine
+
+    from fluxibly.providers.limits import Limits
+
+T = TypeVar("T")
+
+
+def finished(coroutine: Coroutine[Any, Any, T]) -> T:
+    """The result of a coroutine that never suspends."""
+    try:
+        coroutine.send(None)
+    except StopIteration as end:
+        return end.value  # type: ignore[no-any-return]  # the coroutine's own type
+    coroutine.close()
+    raise RuntimeError("code that runs in a thread awaited an event loop")
+
+
+class BlockingEvent:
+    """An event that a thread waits for."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+        self.set = self._event.set
+
+    async def wait(self, seconds: float | None) -> None:
+        self._event.wait(seconds)
+
+
+class BlockingSocket:
+    """A socket for threads."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.raw = sock
+        self._timeout: float | None = -1.0
+
+    def _limit(self, seconds: float | None) -> None:
+        if seconds != self._timeout:
+            self.raw.settimeout(seconds)
+            self._timeout = seconds
+
+    async def receive(self, seconds: float | None) -> bytes:
+        self._limit(seconds)
+        try:
+            return self.raw.recv(READ_SIZE)
+        except TimeoutError as error:
+            raise late(error) from None
+
+    async def send(self, data: bytes, seconds: float | None) -> None:
+        self._limit(seconds)
+        try:
+            self.raw.sendall(data)
+        except TimeoutError as error:
+            raise late(error) from None
+
+    def quiet(self) -> bool:
+        return not readable(self.raw)
+
+    def close(self) -> None:
+        self.raw.close()
+
+
+class Threads:
+    """The network for threads, which share all of it."""
+
+    def place(self) -> None:
+        return
+
+    def over(self, _place: Any) -> bool:
+        return False
+
+    def event(self) -> BlockingEvent:
+        return BlockingEvent()
+
+    async def connect(self, host: str, port: int, limits: Limits) -> BlockingSocket:
+        """Connect to the first of the host's addresses that answers; each has its share of the time that is left."""
+        infos = await resolve(host, port, limits, BlockingEvent())
+        failure: Exception | None = None
+        for tried, (family, kind, protocol, _, address) in enumerate(infos):
+            left = limits.left()
+            sock = socket.socket(family, kind, protocol)
+            try:
+                limits.waits(functools.partial(shut_down, sock))
+                sock.settimeout(None if left is None else left / (len(infos) - tried))
+                sock.connect(address)
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                return BlockingSocket(sock)
+            except OSError as error:
+                failure = late(error) if isinstance(error, TimeoutError) else error
+                sock.close()
+            except BaseException:
+                sock.close()
+                raise
+        limits.waits(None)
+        raise failure or OSError(f"{host} has no address")

@@ -1,0 +1,242 @@
+"""Sockets of asyncio and trio. They are raw sockets, not transports: closing one needs no event loop, so that a
+provider that outlived a loop can still let its connections go.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import sys
+from typing import TYPE_CHECKING, Any
+
+from fluxibly.providers.limits import LimitPassed
+from fluxibly.providers.sockets import READ_SIZE, late, readable, resolve
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import anyio
+
+    from fluxibly.providers.limits import Limits
+
+HEAD_START = 0.25
+"""Seconds that an address has before the next one is tried as well (RFC 8305)."""
+READY_READS = 32
+"""Reads that need no wait before other tasks get their turn."""
+
+
+def on_trio() -> bool:
+    """Whether the code that runs is a task of trio's; of asyncio's if not."""
+    trio = sys.modules.get("trio")
+    return trio is not None and trio.lowlevel.in_trio_task()
+
+
+def from_anywhere(callback: Callable[[], object]) -> Callable[[], None]:
+    """What any thread may call, to have the loop that runs now call `callback`, if it still runs then."""
+    soon: Callable[[Callable[[], object]], object]
+    if on_trio():
+        import trio
+
+        soon = trio.lowlevel.current_trio_token().run_sync_soon
+    else:
+        soon = asyncio.get_running_loop().call_soon_threadsafe
+
+    def call() -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            soon(callback)
+
+    return call
+
+
+class LoopEvent:
+    """An event that a task waits for."""
+
+    def __init__(self) -> None:
+        import anyio
+
+        self._event = anyio.Event()
+        self.set = from_anywhere(self._event.set)
+
+    async def wait(self, seconds: float | None) -> None:
+        import anyio
+
+        with anyio.move_on_after(seconds):
+            await self._event.wait()
+
+
+class AsyncioSocket:
+    """A socket of asyncio."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.raw = sock
+        self._loop = asyncio.get_running_loop()
+        self._ready = 0
+
+    async def receive(self, seconds: float | None) -> bytes:
+        try:
+            data = self.raw.recv(READ_SIZE)
+        except (BlockingIOError, InterruptedError):
+            self._ready = 0
+        else:
+            self._ready += 1
+            if self._ready >= READY_READS:
+                self._ready = 0
+                await asyncio.sleep(0)
+            return data
+        try:
+            async with asyncio.timeout(seconds):
+                return await self._loop.sock_recv(self.raw, READ_SIZE)
+        except TimeoutError as error:
+            raise late(error) from None
+
+    async def send(self, data: bytes, seconds: float | None) -> None:
+        try:
+            sent = self.raw.send(data)
+        except (BlockingIOError, InterruptedError):
+            sent = 0
+        if sent == len(data):
+            return
+        try:
+            async with asyncio.timeout(seconds):
+                await self._loop.sock_sendall(self.raw, data[sent:])
+        except TimeoutError as error:
+            raise late(error) from None
+
+    def quiet(self) -> bool:
+        return not readable(self.raw)
+
+    def close(self) -> None:
+        self.raw.close()
+
+    @staticmethod
+    async def connect(sock: socket.socket, address: Any) -> AsyncioSocket:
+        """Connect a new socket."""
+        await asyncio.get_running_loop().sock_connect(sock, address)
+        return AsyncioSocket(sock)
+
+
+class TrioSocket:
+    """A socket of trio."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        import trio
+
+        self.raw = sock
+        self._sock = trio.socket.from_stdlib_socket(sock)
+
+    async def receive(self, seconds: float | None) -> bytes:
+        import trio
+
+        with trio.move_on_after(float("inf") if seconds is None else seconds):
+            return await self._sock.recv(READ_SIZE)
+        raise LimitPassed
+
+    async def send(self, data: bytes, seconds: float | None) -> None:
+        import trio
+
+        rest = memoryview(data)
+        with trio.move_on_after(float("inf") if seconds is None else seconds):
+            while rest:
+                rest = rest[await self._sock.send(rest) :]
+            return
+        raise LimitPassed
+
+    def quiet(self) -> bool:
+        return not readable(self.raw)
+
+    def close(self) -> None:
+        self.raw.close()
+
+    @staticmethod
+    async def connect(sock: socket.socket, address: Any) -> TrioSocket:
+        """Connect a new socket."""
+        connected = TrioSocket(sock)
+        await connected._sock.connect(address)  # its own class
+        return connected
+
+
+class Loops:
+    """The network for event loops, each of which has sockets of its own."""
+
+    def place(self) -> Any:
+        if on_trio():
+            import trio
+
+            return trio.lowlevel.current_trio_token()
+        return asyncio.get_running_loop()
+
+    def over(self, place: Any) -> bool:
+        if isinstance(place, asyncio.AbstractEventLoop):
+            return place.is_closed()
+        try:
+            place.run_sync_soon(_nothing)
+        except RuntimeError:  # trio's own kind of it
+            return True
+        return False
+
+    def event(self) -> LoopEvent:
+        return LoopEvent()
+
+    async def connect(self, host: str, port: int, limits: Limits) -> AsyncioSocket | TrioSocket:
+        """Connect to the first of the host's addresses that answers, trying them with a head start each."""
+        import anyio
+
+        infos = await resolve(host, port, limits, LoopEvent())
+        race = _Race()
+        try:
+            with anyio.move_on_after(limits.left()) as scope:
+                limits.waits(from_anywhere(scope.cancel))
+                await race.run(infos)
+            limits.waits(None)
+        except BaseException:
+            for sock in race.connected:
+                sock.close()
+            raise
+        for loser in race.connected[1:]:
+            loser.close()
+        if race.connected:
+            return race.connected[0]
+        if scope.cancelled_caught:
+            raise LimitPassed
+        raise race.failures[0] if race.failures else OSError(f"{host} has no address")
+
+
+class _Race:
+    """Attempts to connect, which begin one after the other."""
+
+    def __init__(self) -> None:
+        self.connected: list[AsyncioSocket | TrioSocket] = []
+        self.failures: list[Exception] = []
+
+    async def run(self, infos: list[Any]) -> None:
+        """Try each address, until one answers."""
+        import anyio
+
+        async with anyio.create_task_group() as tasks:
+            for info in infos:
+                over = anyio.Event()
+                tasks.start_soon(self._attempt, info, tasks.cancel_scope, over)
+                with anyio.move_on_after(HEAD_START):
+                    await over.wait()
+
+    async def _attempt(self, info: Any, race: anyio.CancelScope, over: anyio.Event) -> None:
+        sock = socket.socket(info[0], info[1], info[2])
+        sock.setblocking(False)  # the standard library's own signature
+        try:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            kind: type[AsyncioSocket | TrioSocket] = TrioSocket if on_trio() else AsyncioSocket
+            self.connected.append(await kind.connect(sock, info[4]))
+        except OSError as error:
+            self.failures.append(late(error) if isinstance(error, TimeoutError) else error)
+            sock.close()
+        except BaseException:
+            sock.close()
+            raise
+        else:
+            race.cancel()
+        over.set()
+
+
+def _nothing() -> None:
+    return
