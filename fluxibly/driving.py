@@ -77,7 +77,10 @@ def _catcher(error: BaseException) -> str:
     return "(unknown)"
 
 
-_OURS = ("fluxibly.driving", "fluxibly.pipeline", "fluxibly.drivers", "fluxibly.combinators", "fluxibly.flow")
+_OURS = tuple(
+    f"fluxibly.{module}"
+    for module in ("driving", "pipeline", "drivers", "sync_driver", "async_driver", "combinators", "flow")
+)
 
 
 def _is_generator(value: object) -> TypeGuard[GeneratorType[Any, Any, Any]]:

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, cast, overload
 
 from fluxibly import driving
 from fluxibly import provider as providers
-from fluxibly.drivers import AsyncDriver, SyncDriver
+from fluxibly.async_driver import AsyncDriver
 from fluxibly.dropped import end_orphans, orphans
 from fluxibly.effects import AttemptEnd, Effect, Flow, Middleware, Perform, Send, Sleep, shown
 from fluxibly.flow import compose
 from fluxibly.stream import AsyncStream, Stream
+from fluxibly.sync_driver import SyncDriver
 from fluxibly.types import CallRecord, Chunk, ProviderInfo, Request, Response, Restart
 
 if TYPE_CHECKING:

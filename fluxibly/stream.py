@@ -1,4 +1,4 @@
-"""What the consumer of a stream holds: `Stream` and `AsyncStream`, thin handles of the drivers in `drivers.py`."""
+"""What the consumer of a stream holds: `Stream` and `AsyncStream`, thin handles of the drivers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from fluxibly import dropped
-from fluxibly.drivers import AsyncDriver, Driver, SyncDriver, in_context, is_entered, on_trio
+from fluxibly.async_driver import AsyncDriver, in_context, on_trio
+from fluxibly.drivers import Driver
+from fluxibly.sync_driver import SyncDriver, is_entered
 from fluxibly.types import Chunk, Response, Restart
 
 if TYPE_CHECKING:
