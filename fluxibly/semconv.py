@@ -90,6 +90,8 @@ TOKEN_USAGE: Final = "gen_ai.client.token.usage"  # noqa: S105  # not that kind 
 TOKEN_TYPE: Final = "gen_ai.token.type"  # noqa: S105  # likewise
 TIME_TO_FIRST_CHUNK: Final = "gen_ai.client.operation.time_to_first_chunk"
 TIME_PER_OUTPUT_CHUNK: Final = "gen_ai.client.operation.time_per_output_chunk"
+WAITING: Final = "fluxibly.waiting"
+"""Never exported: it has no values (see `instruments.py`)."""
 
 DURATION_BOUNDARIES: Final = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92)
 """Seconds."""

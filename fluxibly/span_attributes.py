@@ -6,7 +6,6 @@ Nothing here needs OpenTelemetry, and an attribute whose value is not known is a
 from __future__ import annotations
 
 import re
-from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 from fluxibly import semconv
@@ -30,19 +29,6 @@ def provider_attributes(info: ProviderInfo) -> dict[str, Any]:
     return attributes
 
 
-_PLAIN = {
-    "temperature": semconv.REQUEST_TEMPERATURE,
-    "max_tokens": semconv.REQUEST_MAX_TOKENS,
-    "top_p": semconv.REQUEST_TOP_P,
-    "top_k": semconv.REQUEST_TOP_K,
-    "frequency_penalty": semconv.REQUEST_FREQUENCY_PENALTY,
-    "presence_penalty": semconv.REQUEST_PRESENCE_PENALTY,
-    "seed": semconv.REQUEST_SEED,
-    "reasoning_effort": semconv.REQUEST_REASONING_LEVEL,
-}
-_plain_values = itemgetter(*_PLAIN)
-
-
 def request_attributes(request: Request) -> dict[str, Any]:
     """What is known when the call begins, for samplers to see.
 
@@ -53,11 +39,23 @@ def request_attributes(request: Request) -> dict[str, Any]:
     attributes[semconv.REQUEST_MODEL] = request.model
     if request.call.streaming:
         attributes[semconv.REQUEST_STREAM] = True
-    values = _plain_values(request.__dict__)
-    if values.count(None) < len(values):
-        for key, value in zip(_PLAIN.values(), values, strict=True):
-            if value is not None:
-                attributes[key] = value
+    # One by one: a loop over a table of names takes three times as long.
+    if request.temperature is not None:
+        attributes[semconv.REQUEST_TEMPERATURE] = request.temperature
+    if request.max_tokens is not None:
+        attributes[semconv.REQUEST_MAX_TOKENS] = request.max_tokens
+    if request.top_p is not None:
+        attributes[semconv.REQUEST_TOP_P] = request.top_p
+    if request.top_k is not None:
+        attributes[semconv.REQUEST_TOP_K] = request.top_k
+    if request.frequency_penalty is not None:
+        attributes[semconv.REQUEST_FREQUENCY_PENALTY] = request.frequency_penalty
+    if request.presence_penalty is not None:
+        attributes[semconv.REQUEST_PRESENCE_PENALTY] = request.presence_penalty
+    if request.seed is not None:
+        attributes[semconv.REQUEST_SEED] = request.seed
+    if request.reasoning_effort is not None:
+        attributes[semconv.REQUEST_REASONING_LEVEL] = request.reasoning_effort
     if request.stop:
         attributes[semconv.REQUEST_STOP_SEQUENCES] = request.stop
     if request.n is not None and request.n != 1:
