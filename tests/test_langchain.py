@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import subprocess
 import sys
 import threading
 import traceback
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -33,16 +31,6 @@ from fluxibly.providers.langchain_source import split_model
 KEY = "sk-secret-0123456789abcdef"
 WEATHER = Tool("weather", "The weather of a city.", {"type": "object", "properties": {"city": {"type": "string"}}})
 SERVICES = ("openai:gpt-4o", "anthropic:claude-test")
-
-
-@pytest.fixture(autouse=True)
-def collected() -> Iterator[None]:
-    """LangChain cannot close the async clients of a loop that has ended: collect them here, not in another's test."""
-    yield
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "unclosed (<socket|transport)", ResourceWarning)
-        for _ in range(3):  # the loop, then what hung on it
-            gc.collect()
 
 
 @pytest.fixture

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import importlib
 import re
 from typing import Any, cast
 from urllib.parse import urlsplit
-from weakref import WeakKeyDictionary
 
 import attrs
 from langchain_core.language_models import BaseChatModel
@@ -16,8 +14,9 @@ from pydantic import SecretStr
 from fluxibly.config import LLMConfig
 from fluxibly.errors import AuthenticationError, ConfigError
 from fluxibly.masking import mask_secrets
-from fluxibly.providers.foreign import Limits, checked_key, read_timeout
+from fluxibly.providers.foreign import Limits, checked_key, on_asyncio, read_timeout
 from fluxibly.providers.foreign_errors import Explainer
+from fluxibly.providers.foreign_loops import PerLoop
 from fluxibly.providers.langchain_call import dialect_of
 from fluxibly.types import ProviderInfo
 
@@ -68,7 +67,7 @@ class Source:
         self.limits = Limits() if config is None else Limits.of(config)
         self._made: dict[str, _Made] = {}
         # A pool of connections belongs to the event loop that it was first used in.
-        self._made_by_loop: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, _Made]] = WeakKeyDictionary()
+        self._made_by_loop: PerLoop[dict[str, _Made]] = PerLoop(dict, _aclose_clients)
         first = given or self.model(cast("LLMConfig", config).model)
         self.explain = Explainer(library="LangChain", framework="langchain", secrets=_secrets(first, config))
         self.info = _info(first, config)
@@ -85,7 +84,7 @@ class Source:
         """The chat model for asynchronous calls in this event loop."""
         if self._given is not None:
             return self._given
-        made = self._made_by_loop.setdefault(asyncio.get_running_loop(), {})
+        made = self._made_by_loop.get()
         if name not in made:
             made[name] = self._make(name, asynchronous=True)
         return made[name].model
@@ -132,15 +131,16 @@ class Source:
         self._made.clear()
 
     async def aclose(self) -> None:
-        """Close the connections of this event loop; those of others have ended with it."""
+        """Close the connections of this event loop; those of others close with it."""
         self.close()
-        try:
-            made_here = self._made_by_loop.pop(asyncio.get_running_loop(), {})
-        except RuntimeError:  # on trio, which the synchronous models serve
-            return
-        for made in made_here.values():
-            if made.client is not None:
-                await made.client.aclose()
+        if on_asyncio():  # on trio the synchronous models serve
+            await self._made_by_loop.aclose()
+
+
+async def _aclose_clients(models: dict[str, _Made]) -> None:
+    for made in models.values():
+        if made.client is not None:
+            await made.client.aclose()
 
 
 def _client(provider: str, config: LLMConfig, *, asynchronous: bool) -> Any:

@@ -30,7 +30,9 @@ from fluxibly.providers.foreign import (
     read_timeout,
 )
 from fluxibly.providers.foreign_errors import Explainer
+from fluxibly.providers.foreign_loops import PerLoop
 from fluxibly.providers.litellm_answer import StreamReader, aclose_stream, body_of, close_stream, response_of
+from fluxibly.providers.litellm_clients import aclose_all, aclose_idle, close_idle
 from fluxibly.threaded import Threaded
 from fluxibly.types import Chunk, ProviderInfo, Request, Response
 
@@ -71,6 +73,10 @@ def _load() -> Any:
             f"the framework 'litellm' needs an extra: pip install 'fluxibly[litellm]' ({missing})"
         ) from missing
     return litellm
+
+
+_per_loop: PerLoop[Any] = PerLoop(_load, aclose_all)
+"""LiteLLM, of whose clients none outlives the event loop that it was used in."""
 
 
 class LiteLLMProvider:
@@ -124,6 +130,10 @@ class LiteLLMProvider:
 
         return Steps(open_stream, self._limits, reader.read, reader.last, self.explaining(request))
 
+    def close(self) -> None:
+        """Close the idle connections of LiteLLM's clients, which all of the process shares."""
+        close_idle(self._litellm)
+
     def keywords(self, request: Request, *, stream: bool) -> dict[str, Any]:
         """A call's keywords. What is in `extra` is passed as one, which LiteLLM puts into the body.
 
@@ -153,7 +163,6 @@ class AsyncLiteLLMProvider:
     def __init__(self, config: LLMConfig) -> None:
         self._sync = LiteLLMProvider(config)
         self._threaded = Threaded(self._sync)
-        self._litellm = _load()
         self._limits = Limits.of(config)
         self.info = self._sync.info
 
@@ -163,7 +172,7 @@ class AsyncLiteLLMProvider:
             return cast("Response", await self._threaded.complete(request))
         keywords = self._sync.keywords(request, stream=False)
         try:
-            return response_of(await acall_within(self._litellm.acompletion(**keywords), self._limits.call))
+            return response_of(await acall_within(_per_loop.get().acompletion(**keywords), self._limits.call))
         except Exception as error:  # noqa: BLE001  # raised below, without LiteLLM's own as its context
             failure = self._sync.explain(error, request)
         raise failure
@@ -182,9 +191,15 @@ class AsyncLiteLLMProvider:
         reader = StreamReader()
 
         async def open_stream() -> AsyncIterator[Any]:
-            return _AsyncStream(reader.opened(await self._litellm.acompletion(**keywords)))
+            return _AsyncStream(reader.opened(await _per_loop.get().acompletion(**keywords)))
 
         return asteps(open_stream, self._limits, reader.read, reader.last, self._sync.explaining(request))
+
+    async def aclose(self) -> None:
+        """Close the idle connections of LiteLLM's clients in this event loop; with the loop, all of them close."""
+        self._sync.close()
+        if on_asyncio():
+            await aclose_idle(_per_loop.get())
 
 
 class _Stream:

@@ -1,0 +1,63 @@
+"""The HTTP clients that LiteLLM keeps for the whole process: in a cache, and one of each kind that lasts.
+
+A client may be in use by others, so none is closed as such: it loses the connections that it holds, and opens new ones
+when it is used again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from typing import Any
+
+
+def close_idle(litellm: Any) -> None:
+    """Close the connections of the synchronous clients that have no request under way."""
+    for _, transport in _transports(litellm):
+        if hasattr(transport, "handle_request") and not _busy(transport):
+            transport.close()
+
+
+async def aclose_idle(litellm: Any) -> None:
+    """Close the connections of this event loop's clients that have no request under way."""
+    for transport in _of_this_loop(litellm):
+        if not _busy(transport):
+            await transport.aclose()
+
+
+async def aclose_all(litellm: Any) -> None:
+    """Close the connections of this event loop's clients, for when it ends."""
+    for transport in _of_this_loop(litellm):
+        await transport.aclose()
+
+
+def _of_this_loop(litellm: Any) -> list[Any]:
+    loop = asyncio.get_running_loop()
+    suffix = f"-{id(loop)}"  # of the keys in the cache, where LiteLLM puts it
+    return [
+        transport
+        for key, transport in _transports(litellm)
+        if hasattr(transport, "handle_async_request") and (key.endswith(suffix) or _loop_of(transport) is loop)
+    ]
+
+
+def _transports(litellm: Any) -> Iterator[tuple[str, Any]]:
+    """What LiteLLM's clients send with, those for proxies too, each with its client's key in the cache."""
+    cache: dict[Any, Any] = getattr(getattr(litellm, "in_memory_llm_clients_cache", None), "cache_dict", {})
+    lasting = [("", vars(litellm).get(name)) for name in ("module_level_client", "module_level_aclient")]
+    for key, held in [*cache.items(), *lasting]:
+        client = getattr(held, "_client", None) or getattr(held, "client", None) or held  # an SDK's, or a handler's
+        for transport in (getattr(client, "_transport", None), *getattr(client, "_mounts", {}).values()):
+            yield str(key), transport
+
+
+def _loop_of(transport: Any) -> object:
+    """The event loop of a transport that stands on aiohttp, as LiteLLM's do unless that is switched off."""
+    return getattr(getattr(transport, "client", None), "_loop", None)
+
+
+def _busy(transport: Any) -> bool:
+    """Whether a request is under way, in httpcore's pool or in aiohttp's session."""
+    connections = getattr(getattr(transport, "_pool", None), "connections", ())
+    connector = getattr(getattr(transport, "client", None), "connector", None)
+    return any(not connection.is_idle() for connection in connections) or bool(getattr(connector, "_acquired", None))
