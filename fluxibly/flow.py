@@ -26,27 +26,19 @@ from types import CodeType, CoroutineType, FunctionType
 from typing import Any, TypeGuard
 
 from fluxibly.aggregate import Aggregator
-from fluxibly.combinators import hold_back as hold_back
-from fluxibly.combinators import interrupted
-from fluxibly.combinators import map_chunks as map_chunks
+from fluxibly.combinators import hold_back as hold_back, interrupted, map_chunks as map_chunks
 from fluxibly.effects import (
     END,
     AttemptEnd,
+    CallNext as CallNext,
+    Flow as Flow,
+    Middleware as Middleware,
     Perform,
     Send,
     Sleep,
     Source,
     T,
     shown,
-)
-from fluxibly.effects import (
-    CallNext as CallNext,
-)
-from fluxibly.effects import (
-    Flow as Flow,
-)
-from fluxibly.effects import (
-    Middleware as Middleware,
 )
 from fluxibly.types import Chunk, Request, Response
 

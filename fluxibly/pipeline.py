@@ -6,8 +6,7 @@ import time
 from collections.abc import AsyncIterable, Iterable
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast, overload
 
-from fluxibly import driving
-from fluxibly import provider as providers
+from fluxibly import driving, provider as providers
 from fluxibly.async_driver import AsyncDriver
 from fluxibly.dropped import end_orphans, orphans
 from fluxibly.effects import AttemptEnd, Effect, Flow, Middleware, Perform, Send, Sleep, shown

@@ -19,7 +19,7 @@ MODULES = {
     ".".join(("fluxibly", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__"): path
     for path in ROOT.rglob("*.py")
 }
-DATA = {"types", "errors", "messages", "guards"}
+DATA = {"types", "errors", "messages", "call_record", "guards"}
 OUTSIDE = {"cli", "llm", "registry", "testing", "middleware", "providers"}
 DRIVERS = {"pipeline", "stream", "driving", "provider", "threaded"}
 

@@ -8,8 +8,7 @@ from contextvars import copy_context
 
 import anyio
 import strategies as s
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 from fluxibly.errors import StreamInterrupted, root_cause
 from fluxibly.logs import logger

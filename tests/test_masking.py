@@ -6,8 +6,7 @@ import json
 from urllib.parse import quote
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from fluxibly.errors import ResponseInvalid, ServerError, StreamInterrupted
 from fluxibly.masking import RUN, error_message, mask_request, mask_secrets

@@ -8,8 +8,7 @@ import math
 import anyio
 import pytest
 from calling import REQUEST, call
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from fluxibly.combinators import hold_back
 from fluxibly.errors import (

@@ -7,8 +7,7 @@ import tracemalloc
 
 import pytest
 from calling import REQUEST, call
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from fluxibly.combinators import hold_back
 from fluxibly.errors import ServerError

@@ -6,8 +6,7 @@ import gc
 
 import pytest
 import strategies as s
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 from opentelemetry import trace
 from tracing_tools import Recorder, failed
 

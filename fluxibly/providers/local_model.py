@@ -234,8 +234,7 @@ def _shown(model: PackagedModel, progress: Progress | None) -> Generator[Progres
         yield progress
     elif sys.stderr.isatty() and importlib.util.find_spec("rich") is not None:
         from rich.console import Console
-        from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
-        from rich.progress import Progress as Bar
+        from rich.progress import BarColumn, DownloadColumn, Progress as Bar, TextColumn, TimeRemainingColumn
 
         columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
         with Bar(*columns, console=Console(stderr=True), transient=True) as bar:

@@ -13,9 +13,7 @@ from fluxibly.providers import error_reports
 from fluxibly.providers.codec import Encoded, Framing
 from fluxibly.providers.json_reading import read_json
 from fluxibly.providers.openai_request import Quirks, chat_body
-from fluxibly.providers.openai_stream import Body as Body
-from fluxibly.providers.openai_stream import ChatDecoder as ChatDecoder
-from fluxibly.providers.openai_stream import Choice, to_body
+from fluxibly.providers.openai_stream import Body as Body, ChatDecoder as ChatDecoder, Choice, to_body
 from fluxibly.providers.wire import not_an_answer, write_json
 from fluxibly.types import Request, Response
 

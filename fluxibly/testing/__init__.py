@@ -11,17 +11,9 @@ from fluxibly.testing.clock import VirtualClock as VirtualClock
 from fluxibly.testing.provider_check import check_provider as check_provider
 from fluxibly.testing.scripted import (
     Answer as Answer,
-)
-from fluxibly.testing.scripted import (
     AsyncScriptedProvider as AsyncScriptedProvider,
-)
-from fluxibly.testing.scripted import (
     Cut as Cut,
-)
-from fluxibly.testing.scripted import (
     Delay as Delay,
-)
-from fluxibly.testing.scripted import (
     ScriptedProvider as ScriptedProvider,
 )
 
