@@ -21,7 +21,7 @@ MODULES = {
 }
 DATA = {"types", "errors", "messages", "call_record", "guards"}
 OUTSIDE = {"cli", "llm", "registry", "testing", "middleware", "providers"}
-DRIVERS = {"pipeline", "stream", "driving", "provider", "threaded"}
+DRIVERS = {"pipeline", "stream", "drivers", "sync_driver", "async_driver", "driving", "provider", "threaded"}
 
 
 def imports(path: Path, *, late: bool = True) -> Iterator[str]:
