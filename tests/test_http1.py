@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import h11
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
-from fluxibly.providers.http1 import MAX_HEAD, Answer
+from fluxibly.providers.http1 import MAX_FIELDS, MAX_HEAD, Answer
 from fluxibly.providers.http_errors import ConnectionLost, NotHTTP
 
 OK = b"HTTP/1.1 200 OK\r\n"
+CHUNKED = OK + b"transfer-encoding: chunked\r\n\r\n"
 
 
 def parse(pieces: list[bytes]) -> tuple[int, dict[str, str], bytes, bool]:
@@ -114,24 +114,73 @@ class TestAnswer:
     @pytest.mark.parametrize(
         "data",
         [
+            # the status line
             b"HTTP/2 200 OK\r\n\r\n",
+            b"HTTP/1.2 200 OK\r\n\r\n",
+            b"http/1.1 200 OK\r\n\r\n",
+            b"HTTP/1.1  200 OK\r\n\r\n",
             b"HTTP/1.1 20 OK\r\n\r\n",
+            b"HTTP/1.1 2000 OK\r\n\r\n",
+            b"HTTP/1.1 +20 OK\r\n\r\n",
+            b"HTTP/1.1 099 OK\r\n\r\n",
+            b"HTTP/1.1 200\tOK\r\n\r\n",
+            b"HTTP/1.1 200 O\rK\r\n\r\n",
+            b"\r\nHTTP/1.1 200 OK\r\n\r\n",
+            b"<html>HTTP/1.1 200 OK\r\n\r\n",
+            # interim answers
             b"HTTP/1.1 101 Switching\r\n\r\n",
             b"HTTP/1.1 100 Continue\r\n\r\n" * 20,
+            b"HTTP/1.1 103 Early Hints\r\nno colon\r\n\r\n" + OK + b"\r\n",
+            b"HTTP/1.1 100 Continue\r\n\r\nbody" + OK + b"\r\n",
+            # headers
             OK + b"no colon\r\n\r\n",
+            OK + b": no name\r\n\r\n",
             OK + b"sp ace: 1\r\n\r\n",
+            OK + b"space : 1\r\n\r\n",
+            OK + b" folded: into the status line\r\n\r\n",
             OK + b"a: \0\r\n\r\n",
+            OK + b"a: b\rc: d\r\n\r\n",
+            OK + b"a: b\r\r\n\r\n",
+            OK + b"\xe4: b\r\n\r\n",
+            OK + b"a: " + b"b" * MAX_HEAD,
+            OK + b"a:\r\n" * (MAX_FIELDS + 1) + b"\r\n",
+            # the length of the body
             OK + b"content-length: -1\r\n\r\n",
+            OK + b"content-length: +5\r\n\r\n12345",
+            OK + b"content-length: 0x5\r\n\r\n12345",
+            OK + b"content-length: 5.0\r\n\r\n12345",
+            OK + b"content-length: 1_0\r\n\r\n1234567890",
+            OK + b"content-length: \xb2\r\n\r\n12",
+            OK + b"content-length:\r\n\r\n",
+            OK + b"content-length: 5,\r\n\r\n12345",
             OK + b"content-length: 1, 2\r\n\r\n",
             OK + b"content-length: 1\r\ncontent-length: 2\r\n\r\n",
+            OK + b"content-length: 9999999999999999\r\n\r\n",
             OK + b"transfer-encoding: gzip, chunked\r\n\r\n",
-            OK + b"transfer-encoding: chunked\r\n\r\nxyz\r\n",
-            OK + b"transfer-encoding: chunked\r\n\r\n-1\r\n",
-            OK + b"transfer-encoding: chunked\r\n\r\n0x1\r\na\r\n",
-            OK + b"transfer-encoding: chunked\r\n\r\n1\r\nab\r\n",
-            OK + b"transfer-encoding: chunked\r\n\r\n" + b"1" * 20_000,
-            OK + b"transfer-encoding: chunked\r\n\r\n0\r\n" + b"a: b\r\n" * 40_000,
-            OK + b"a: " + b"b" * MAX_HEAD,
+            OK + b"transfer-encoding: chunked, chunked\r\n\r\n",
+            OK + b"transfer-encoding: chunked\r\ntransfer-encoding: identity\r\n\r\n",
+            OK + b"transfer-encoding: xchunked\r\ncontent-length: 2\r\n\r\nab",
+            OK + b"transfer-encoding:\r\ncontent-length: 2\r\n\r\nab",
+            # chunks
+            CHUNKED + b"xyz\r\n",
+            CHUNKED + b"-1\r\n",
+            CHUNKED + b"+1\r\na\r\n",
+            CHUNKED + b"0x1\r\na\r\n",
+            CHUNKED + b"1_0\r\n",
+            CHUNKED + b" 1\r\na\r\n",
+            CHUNKED + b"1 1\r\na\r\n",
+            CHUNKED + b"\r\n",
+            CHUNKED + b"1\na\r\n0\r\n\r\n",
+            CHUNKED + b"1;a\nb\r\na\r\n",
+            CHUNKED + b"1\r\nab\r\n",
+            CHUNKED + b"1\r\na\n\n",
+            CHUNKED + b"f" * 16 + b"\r\n",
+            CHUNKED + b"1" * 20_000,
+            CHUNKED + b"1;" + b"a" * 20_000 + b"\r\na\r\n",
+            # trailers
+            CHUNKED + b"0\r\n" + b"a: b\r\n" * 40_000,
+            CHUNKED + b"0\r\na: " + b"b" * MAX_HEAD,
+            CHUNKED + b"0\r\n" + OK + b"\r\n",
         ],
     )
     def test_what_is_not_plainly_right_is_refused(self, data: bytes) -> None:
@@ -147,6 +196,11 @@ class TestAnswer:
             (b"content-length: 2\r\nConnection: Close\r\n", b"ab", False),
             (b"content-length: 0\r\n", b"", True),
             (b"content-length: 2, 2\r\n", b"ab", True),
+            (b"content-length: 2\r\ncontent-length: 2\r\n", b"ab", True),
+            (b"content-length: 2\r\nconnection: x, close\r\n", b"ab", False),
+            (b"content-length: 2\r\nconnection: x\r\nconnection: close\r\n", b"ab", False),
+            (b"content-length: 2\r\n", b"ab" + OK + b"content-length: 2\r\n\r\nxy", False),
+            (b"transfer-encoding: Chunked\r\n", b"2;x=y\r\nab\r\n00\r\na: b\r\n\r\n", True),
             (b"", b"ab", False),
             (b"transfer-encoding: chunked\r\n", b"2\r\nab\r\n0\r\n\r\n", True),
             (b"transfer-encoding: chunked\r\n", b"2\r\nab\r\n0\r\n\r\nHTTP/1.1", False),
@@ -161,3 +215,39 @@ class TestAnswer:
         """Repeated ones are joined; a folded one is one line."""
         _, headers, _, _ = parse([OK + b"A: 1\r\nB: x\r\n\t y \r\na: 2\r\n\r\n"])
         assert headers == {"a": "1, 2", "b": "x y"}
+
+    @pytest.mark.parametrize(
+        ("data", "reusable"),
+        [
+            (b"HTTP/1.0 200 OK\r\ncontent-length: 2\r\n\r\nab", False),
+            (b"HTTP/1.0 200 OK\r\nconnection: keep-alive\r\ncontent-length: 2\r\n\r\nab", True),
+            (b"HTTP/1.0 200 OK\r\nconnection: keep-alive\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n", False),
+            (b"HTTP/1.1 204 No Content\r\n\r\n", True),
+            (b"HTTP/1.1 204 No Content\r\ncontent-length: 2\r\n\r\n", False),
+            (b"HTTP/1.1 204 No Content\r\ntransfer-encoding: chunked\r\n\r\n", False),
+            (b"HTTP/1.1 304 Not Modified\r\n\r\nab", False),
+            (
+                b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nlink: x\r\n\r\n" + CHUNKED + b"0\r\n\r\n",
+                True,
+            ),
+        ],
+    )
+    def test_old_servers_and_answers_without_a_body(self, data: bytes, reusable: bool) -> None:
+        """HTTP/1.0 has to ask for it; a body where none may be makes the connection unfit."""
+        assert parse([data])[3] is reusable
+
+    def test_a_huge_chunk_takes_no_memory(self) -> None:
+        """It is handed on as it comes."""
+        answer = Answer()
+        assert answer.head(CHUNKED)
+        assert answer.body(b"fffffffffffffff\r\nabc") == b"abc"
+        assert answer.body(b"def") == b"def"
+        with pytest.raises(ConnectionLost):
+            answer.eof()
+
+    def test_a_cut_body_is_an_error(self) -> None:
+        """Measured, chunked, or within the head."""
+        for data in (OK + b"content-length: 3\r\n\r\nab", CHUNKED + b"2\r\nab\r\n0\r\n", OK[:-4]):
+            with pytest.raises(ConnectionLost) as caught:
+                parse([data])
+            assert not caught.value.silent

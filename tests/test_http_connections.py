@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import socket
 import ssl
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,7 +23,7 @@ from fluxibly.config import Timeouts
 from fluxibly.dropped import end_orphans
 from fluxibly.errors import AuthenticationError, ConfigError, ConnectionFailed, RequestTimeout
 from fluxibly.pipeline import AsyncPipeline, Pipeline
-from fluxibly.providers import slots as pools
+from fluxibly.providers import blocking, slots as pools
 from fluxibly.providers.http import AsyncHTTPProvider, HTTPProvider
 
 CERTIFICATE = Path(__file__).with_name("localhost.pem")
@@ -186,13 +188,6 @@ class TestReleasing:
         with serve(script) as server:
             anyio.run(main, server, backend=backend)
 
-    def test_the_wait_for_a_connection_is_limited(self, caller: Caller, monkeypatch: pytest.MonkeyPatch) -> None:
-        """By the limit on connecting."""
-        monkeypatch.setattr(pools, "MAX_CONNECTIONS", 0)
-        with pytest.raises(RequestTimeout) as caught:
-            caller.complete("http://127.0.0.1:1", timeout=Timeouts(connect=0.1))
-        assert caught.value.phase == "connect"
-
     def test_an_idle_connection_expires(self, caller: Caller, monkeypatch: pytest.MonkeyPatch) -> None:
         """It is replaced after a while."""
         monkeypatch.setattr(pools, "KEEP_IDLE", 0.0)
@@ -273,6 +268,36 @@ class TestReleasing:
         began = threading.Event()
         with serve(script) as server:
             anyio.run(main, backend=backend)
+
+
+@contextlib.contextmanager
+def stuck(where: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The URL of a server that cannot be reached, and does not say so: its name is not found out, say."""
+    if where == "connect" and sys.platform != "linux":
+        pytest.skip("a full queue of connections is silent on Linux only")
+    over = threading.Event()
+    look_up = socket.getaddrinfo
+
+    def endless_look_up(*args: Any, **options: Any) -> Any:
+        if not options.get("flags", 0) & socket.AI_NUMERICHOST:
+            over.wait(30)
+        return look_up(*args, **options)
+
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as full, contextlib.ExitStack() as queue:
+        address = full.getsockname()
+        host = "127.0.0.1"
+        if where == "turn":
+            monkeypatch.setattr(pools, "MAX_CONNECTIONS", 0)
+        elif where == "look-up":
+            monkeypatch.setattr(socket, "getaddrinfo", endless_look_up)
+            host = "models.invalid"
+        else:
+            for _ in range(4):
+                sock = queue.enter_context(socket.socket())
+                sock.setblocking(False)
+                sock.connect_ex(address)
+        yield f"http://{host}:{address[1]}/v1"
+        over.set()
 
 
 def silent(peer: Peer, request: Received) -> None:
@@ -369,6 +394,93 @@ class TestEnding:
         with serve(endless) as server:
             anyio.run(main, server, backend=backend)
             assert server.closed.acquire(timeout=5)
+
+    @pytest.mark.parametrize("where", ["look-up", "connect", "turn"])
+    def test_abort_ends_what_comes_before_the_connection(self, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The look-up of a name, connecting, and waiting for a turn, in another thread."""
+        waiting = threading.Event()
+        ended: list[Exception] = []
+
+        def noting(function: Callable[..., Any]) -> Callable[..., Any]:
+            def noted(*args: Any, **options: Any) -> Any:
+                waiting.set()
+                return function(*args, **options)
+
+            return noted
+
+        def read() -> None:
+            try:
+                next(stream)
+            except ConnectionFailed as error:
+                ended.append(error)
+
+        monkeypatch.setattr(blocking, "ready", noting(blocking.ready))
+        monkeypatch.setattr(blocking.BlockingEvent, "wait", noting(blocking.BlockingEvent.wait))
+        with stuck(where, monkeypatch) as url, HTTPProvider(TinyCodec(), SERVICE, config(url, timeout=60)) as made:
+            stream = made.stream(ask())
+            thread = threading.Thread(target=read)
+            thread.start()
+            assert waiting.wait(5)
+            stream.abort()
+            thread.join(10)
+            assert not thread.is_alive()
+        assert "was closed" in str(ended[0])
+
+    @pytest.mark.parametrize("backend", BACKENDS)
+    @pytest.mark.parametrize("where", ["look-up", "connect", "turn"])
+    def test_abort_ends_what_comes_before_it_on_a_loop(
+        self, where: str, backend: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The same in another task."""
+
+        async def main(url: str) -> None:
+            ended: list[Exception] = []
+
+            async def read() -> None:
+                try:
+                    await anext(stream)
+                except ConnectionFailed as error:
+                    ended.append(error)
+
+            async with AsyncHTTPProvider(TinyCodec(), SERVICE, config(url, timeout=60)) as made:
+                stream = made.stream(ask())
+                with anyio.fail_after(10):
+                    async with anyio.create_task_group() as tasks:
+                        tasks.start_soon(read)
+                        await anyio.wait_all_tasks_blocked()
+                        stream.abort()
+            assert "was closed" in str(ended[0])
+
+        with stuck(where, monkeypatch) as url:
+            anyio.run(main, url, backend=backend)
+
+    @pytest.mark.parametrize("where", ["look-up", "connect", "turn"])
+    def test_what_comes_before_the_connection_is_limited(
+        self, caller: Caller, where: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """By the limit on connecting."""
+        with stuck(where, monkeypatch) as url, pytest.raises(RequestTimeout) as caught:
+            caller.complete(url, timeout=Timeouts(connect=0.1))
+        assert caught.value.phase == "connect"
+
+    def test_closing_ends_a_call_that_waits_for_its_turn(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It gets an error instead of a connection."""
+
+        async def main() -> None:
+            made = AsyncHTTPProvider(TinyCodec(), SERVICE, config("http://127.0.0.1:1", timeout=60))
+
+            async def call() -> None:
+                with pytest.raises(ConnectionFailed, match="closed"):
+                    await made.complete(ask())
+
+            with anyio.fail_after(10):
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(call)
+                    await anyio.wait_all_tasks_blocked()
+                    await made.aclose()
+
+        monkeypatch.setattr(pools, "MAX_CONNECTIONS", 0)
+        anyio.run(main)
 
     def test_one_provider_on_several_event_loops(self) -> None:
         """In turn, and on asyncio as on trio."""
@@ -478,6 +590,27 @@ class TestOnTheWay:
             assert server.connections == 1
             assert caller.stream(server.url, times=3) == "x" * 100_000
             assert server.connections == 2
+
+    @pytest.mark.parametrize("clean", [True, False])
+    def test_a_body_that_ends_with_tls(
+        self, caller: Caller, context: ssl.SSLContext, clean: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Without TLS's own end it may have been cut by anybody (RFC 9112, section 9.8)."""
+        monkeypatch.setenv("SSL_CERT_FILE", str(CERTIFICATE))
+
+        def script(peer: Peer, request: Received) -> None:
+            peer.send(b'HTTP/1.1 200 OK\r\n\r\n{"text": "hello"}')
+            if clean:
+                with contextlib.suppress(OSError):
+                    peer.sock.unwrap()
+            peer.close()
+
+        with serve(script, context) as server:
+            if clean:
+                assert caller.complete(server.url).text == "hello"
+            else:
+                with pytest.raises(ConnectionFailed):
+                    caller.complete(server.url)
 
     def test_a_certificate_that_nobody_vouches_for(self, caller: Caller, context: ssl.SSLContext) -> None:
         """TLS is verified; the error says what to do, and is not worth a retry."""

@@ -105,13 +105,36 @@ class TestAnswers:
         assert server.requests[0].headers["traceparent"] == "00-1-2-01"
         assert server.requests[0].headers["user-agent"] == "mine"
 
-    @pytest.mark.parametrize(("name", "value"), [("x-a", "1\r\nx-b: 2"), ("x a", "1"), ("x-a", "\0")])
-    def test_a_header_cannot_begin_another(self, caller: Caller, name: str, value: str) -> None:
-        """It is refused before anything is sent."""
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [
+            ("x-a", "1\r\nx-b: 2"),
+            ("x-a", "1\nx-b: 2"),
+            ("x-a", "1\r"),
+            ("x-a", "\0"),
+            ("x-a", "\x7f"),
+            ("x-a", "\u4e2d"),
+            ("x-a", "a\u010db"),  # its low byte alone would be a carriage return
+            ("x a", "1"),
+            ("x-a\r\nx-b", "1"),
+            ("x-ä", "1"),
+            ("", "1"),
+            ("Content-Length", "5"),
+            ("transfer-encoding", "chunked"),
+        ],
+    )
+    def test_headers_that_are_refused(self, caller: Caller, name: str, value: str) -> None:
+        """One cannot begin another, nor say where the request ends: nothing is sent."""
         with serve(whole) as server:
-            with pytest.raises(BadRequest, match="cannot be sent"):
+            with pytest.raises(BadRequest, match="cannot be se[nt]"):
                 caller.complete(server.url, request=ask(headers={name: value}))
             assert server.connections == 0
+
+    def test_a_header_outside_of_ascii(self, caller: Caller) -> None:
+        """What latin-1 has goes out as such."""
+        with serve(whole) as server:
+            caller.complete(server.url, request=ask(headers={"x-title": " café "}))
+            assert server.requests[0].headers["x-title"] == "café"
 
     def test_json_where_a_stream_was_due(self, caller: Caller) -> None:
         """A server that does not stream answers whole; it comes as one chunk."""
@@ -319,6 +342,23 @@ class TestCutOff:
         with serve(script) as server:
             assert caller.complete(server.url, times=2).text == "hello"
             assert (server.connections, len(server.requests)) == (2, 3)
+
+    @pytest.mark.parametrize("together", [True, False])
+    def test_what_comes_after_an_answer_answers_nothing(self, caller: Caller, together: bool) -> None:
+        """A second answer, in the same read or later, costs the connection: the next call has another."""
+        sent = threading.Event()
+
+        def script(peer: Peer, request: Received) -> None:
+            smuggled = HEAD + b'content-length: 17\r\n\r\n{"text": "wrong"}'
+            answer = HEAD + b'content-length: 17\r\n\r\n{"text": "hello"}'
+            peer.send(answer + smuggled if together else answer)
+            peer.send(b"" if together else smuggled)
+            sent.set()
+
+        caller.between = lambda: sent.wait(5)
+        with serve(script) as server:
+            assert caller.complete(server.url, times=2).text == "hello"
+            assert (server.connections, len(server.requests)) == (2, 2)
 
     def test_it_is_sent_again_only_once(self, caller: Caller) -> None:
         """A server that closes the fresh connection as well is at fault."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import anyio
@@ -82,6 +82,8 @@ class Caller:
     def __init__(self, mode: str) -> None:
         self.mode = mode
         self.got: list[Chunk] = []
+        self.between: Callable[[], object] = lambda: None
+        """Called between the calls of one provider."""
 
     def complete(self, url: str, times: int = 1, request: Request | None = None, **settings: Any) -> Response:
         """The last of so many whole answers, one after the other from one provider."""
@@ -100,13 +102,17 @@ class Caller:
         codec = settings.pop("codec", TinyCodec())
         if self.mode == "sync":
             with HTTPProvider(codec, SERVICE, config(url, **settings)) as provider:
-                for _ in range(times):
+                for n in range(times):
+                    if n:
+                        self.between()
                     result = self._once(provider, method, request)
                 return result
 
         async def main() -> Any:
             async with AsyncHTTPProvider(codec, SERVICE, config(url, **settings)) as provider:
-                for _ in range(times):
+                for n in range(times):
+                    if n:
+                        self.between()
                     result = await self._async_once(provider, method, request)
                 return result
 

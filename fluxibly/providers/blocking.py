@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import functools
+import os
 import socket
 import threading
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from fluxibly.providers.sockets import READ_SIZE, late, readable, resolve, shut_down
+from fluxibly.providers.limits import LimitPassed
+from fluxibly.providers.sockets import READ_SIZE, late, ready, resolve, shut_down
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
@@ -65,7 +68,7 @@ class BlockingSocket:
             raise late(error) from None
 
     def quiet(self) -> bool:
-        return not readable(self.raw)
+        return not ready(self.raw)
 
     def close(self) -> None:
         self.raw.close()
@@ -91,16 +94,27 @@ class Threads:
             left = limits.left()
             sock = socket.socket(family, kind, protocol)
             try:
-                limits.waits(functools.partial(shut_down, sock))
-                sock.settimeout(None if left is None else left / (len(infos) - tried))
-                sock.connect(address)
+                _connect(sock, address, limits, None if left is None else left / (len(infos) - tried))
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 return BlockingSocket(sock)
-            except OSError as error:
-                failure = late(error) if isinstance(error, TimeoutError) else error
+            except (OSError, LimitPassed) as error:
+                failure = error
                 sock.close()
             except BaseException:
                 sock.close()
                 raise
-        limits.waits(None)
         raise failure or OSError(f"{host} has no address")
+
+
+def _connect(sock: socket.socket, address: Any, limits: Limits, seconds: float | None) -> None:
+    """Connect a socket. A close from elsewhere ends it (at once on Linux, else with the limit)."""
+    sock.setblocking(False)  # the standard library's own signature
+    code = sock.connect_ex(address)
+    if code in (errno.EINPROGRESS, errno.EWOULDBLOCK):
+        limits.waits(functools.partial(shut_down, sock))
+        if not ready(sock, to_write=True, seconds=seconds):
+            raise LimitPassed
+        limits.waits(None)
+        code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    if code:
+        raise OSError(code, os.strerror(code))

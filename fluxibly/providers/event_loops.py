@@ -11,7 +11,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from fluxibly.providers.limits import LimitPassed
-from fluxibly.providers.sockets import READ_SIZE, late, readable, resolve
+from fluxibly.providers.sockets import READ_SIZE, late, ready, resolve
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -104,7 +104,7 @@ class AsyncioSocket:
             raise late(error) from None
 
     def quiet(self) -> bool:
-        return not readable(self.raw)
+        return not ready(self.raw)
 
     def close(self) -> None:
         self.raw.close()
@@ -143,7 +143,7 @@ class TrioSocket:
         raise LimitPassed
 
     def quiet(self) -> bool:
-        return not readable(self.raw)
+        return not ready(self.raw)
 
     def close(self) -> None:
         self.raw.close()

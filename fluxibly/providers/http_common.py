@@ -27,6 +27,9 @@ from fluxibly.providers.retry_hints import retry_after_of
 from fluxibly.types import ProviderInfo, Request, Response
 
 _TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
+_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
+"""What a header may hold (RFC 9110 §5.5)."""
+_FRAMING = frozenset({"content-length", "transfer-encoding"})
 _KEPT_HEADERS = 32
 
 
@@ -53,14 +56,13 @@ def _as_headers(pairs: Iterable[tuple[bytes, bytes]]) -> _Headers:
 
 
 def _header(name: str, value: str) -> tuple[bytes, bytes]:
-    """One header of a request, checked so that it cannot begin another."""
-    try:
-        raw = value.encode("ascii")
-    except UnicodeEncodeError:
-        raw = value.encode("utf-8")
-    if not _TOKEN.fullmatch(name) or any(byte < 32 and byte != 9 for byte in raw):
+    """One header of a request, checked so that it cannot begin another, nor say where the request ends."""
+    if _TOKEN.fullmatch(name) is None or _VALUE.fullmatch(value) is None:
         raise BadRequest(f"the header {name!r} cannot be sent: its name or value has characters that HTTP forbids")
-    return name.lower().encode("ascii"), raw.strip()
+    name = name.lower()
+    if name in _FRAMING:
+        raise BadRequest(f"the header {name!r} cannot be set: it follows from the body")
+    return name.encode("ascii"), value.strip(" \t").encode("latin-1")
 
 
 class Endpoint:

@@ -68,13 +68,14 @@ class Network(Protocol):
     async def connect(self, host: str, port: int, limits: Limits, /) -> Socket: ...
 
 
-def readable(sock: socket.socket) -> bool:
-    """Whether a read would return now."""
+def ready(sock: socket.socket, *, to_write: bool = False, seconds: float | None = 0) -> bool:
+    """Whether a read (or a write) would return within so many seconds; an idle connection's would if it was closed."""
     if hasattr(select, "poll"):
         poll = select.poll()
-        poll.register(sock.fileno(), select.POLLIN)
-        return bool(poll.poll(0))
-    return bool(select.select([sock], [], [], 0)[0])
+        poll.register(sock.fileno(), select.POLLOUT if to_write else select.POLLIN)
+        return bool(poll.poll(None if seconds is None else seconds * 1000))
+    socks = [sock]
+    return any(select.select([] if to_write else socks, socks if to_write else [], socks, seconds))
 
 
 def shut_down(sock: socket.socket) -> None:
@@ -164,7 +165,7 @@ class TLSSocket:
 
     def quiet(self) -> bool:
         """Whether nothing waits to be read, here or in the socket."""
-        if readable(self.raw):
+        if ready(self.raw):
             return False
         try:
             self._tls.read(1)
