@@ -23,12 +23,12 @@ from fluxibly.outcome import error_type, outcome_of
 from fluxibly.propagation import Current, with_trace_headers
 from fluxibly.report import report_once
 from fluxibly.span_attributes import (
+    add_response,
     answered_model,
     error_name,
     provider_attributes,
     record_attributes,
     request_attributes,
-    response_attributes,
 )
 from fluxibly.watch import Watch
 
@@ -49,8 +49,7 @@ class CallTrace(Watch):
     """The spans of one call that is recorded: its own, and one at a time that of an attempt."""
 
     def __init__(self, capturing: Capturing, tracer: Tracer, span: Span, request: Request, context: Context) -> None:
-        call = request.call
-        super().__init__(call)
+        self.call = call = request.call
         self.capturing = capturing
         self.tracer = tracer
         self.span = span
@@ -88,7 +87,7 @@ class CallTrace(Watch):
         self.attempt = self.tracer.start_span(semconv.ATTEMPT_SPAN, attributes=attributes)
         context = get_current()
         self.attempt_current = Current(set_span_in_context(self.attempt, context), context)
-        send.request = with_trace_headers(request, self.attempt, self.attempt_current.context)
+        send.request = with_trace_headers(request, self.attempt_current.context)
 
     def _end_attempt(self, error: BaseException | None, response: Response | None) -> None:
         span, self.attempt = self.attempt, None
@@ -114,10 +113,11 @@ class CallTrace(Watch):
         self._end(error, None)
 
     def _end(self, error: BaseException | None, response: Response | None) -> None:
-        try:
-            self._end_attempt(error, None)
-        except Exception as problem:  # noqa: BLE001  # telemetry never breaks a call
-            report(problem)
+        if self.attempt is not None:
+            try:
+                self._end_attempt(error, None)
+            except Exception as problem:  # noqa: BLE001  # telemetry never breaks a call
+                report(problem)
         self.current.leave()
         try:
             try:
@@ -136,7 +136,7 @@ class CallTrace(Watch):
         if self.arrivals is not None and self.arrivals.points:
             attributes[semconv.STREAM_ARRIVALS] = self.arrivals.encoded()
         if partial is not None:
-            attributes |= response_attributes(partial)
+            add_response(attributes, partial)
         if call.model is not None:
             attributes.setdefault(semconv.RESPONSE_MODEL, call.model)
         model = answered_model(request, outcome)

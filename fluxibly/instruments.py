@@ -149,8 +149,6 @@ class _Recorder:
         for _number in range(len(self.waiting)):
             try:
                 self.write(self.waiting.popleft())
-            except IndexError:
-                break  # another thread collects as well
             except Exception as problem:  # noqa: BLE001  # telemetry never breaks anything, its own collection included
                 report(problem)
         return ()

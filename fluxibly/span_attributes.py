@@ -67,9 +67,8 @@ def request_attributes(request: Request) -> dict[str, Any]:
     return attributes
 
 
-def response_attributes(response: Response) -> dict[str, Any]:
-    """What the answer says of itself, its usage aside."""
-    attributes: dict[str, Any] = {}
+def add_response(attributes: dict[str, Any], response: Response) -> None:
+    """Add what the answer says of itself, its usage aside."""
     if response.id:
         attributes[semconv.RESPONSE_ID] = response.id
     if response.model:
@@ -77,11 +76,10 @@ def response_attributes(response: Response) -> dict[str, Any]:
     if response.finish_reason:
         others = [other.finish_reason for other in response.alternatives if other.finish_reason]
         attributes[semconv.RESPONSE_FINISH_REASONS] = [response.finish_reason, *others]
-    return attributes
 
 
 def _add_usage(attributes: dict[str, Any], usage: Usage) -> None:
-    """Tokens, where the service counted them."""
+    """Add tokens, where the service counted them."""
     if usage.input_tokens is not None:
         attributes[semconv.USAGE_INPUT] = usage.input_tokens
     if usage.output_tokens is not None:

@@ -76,14 +76,13 @@ class Passing(Watch):
     """A call that is not recorded: only its trace headers go on, from `span` or from the caller's own span."""
 
     def __init__(self, call: CallRecord, span: Span | None, context: Context) -> None:
-        super().__init__(call)
+        self.call = call
         self.current = None if span is None else Current(set_span_in_context(span, context), context)
 
     def see(self, effect: Effect) -> None:
         if type(effect) is Send:
             try:
-                context = get_current()
-                effect.request = with_trace_headers(effect.request, get_current_span(context), context)
+                effect.request = with_trace_headers(effect.request, get_current())
             except Exception as problem:  # noqa: BLE001  # telemetry never breaks a call
                 report(problem)
 

@@ -16,10 +16,9 @@ class Watch:
     Chunks are not shown one by one: `arrivals` keeps when they came, and `answer` joins them, where there are such.
     """
 
-    def __init__(self, call: CallRecord) -> None:
-        self.call = call
-        self.arrivals: Arrivals | None = None
-        self.answer: Aggregator | None = None
+    call: CallRecord
+    arrivals: Arrivals | None = None
+    answer: Aggregator | None = None
 
     def see(self, effect: Effect) -> None:
         """An effect that is no chunk goes outward. Must not raise."""
