@@ -79,7 +79,7 @@ def _catcher(error: BaseException) -> str:
 
 _OURS = tuple(
     f"fluxibly.{module}"
-    for module in ("driving", "pipeline", "drivers", "sync_driver", "async_driver", "combinators", "flow")
+    for module in ("driving", "pipeline", "drivers", "sync_driver", "async_driver", "combinators", "relay", "flow")
 )
 
 

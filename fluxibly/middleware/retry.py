@@ -8,12 +8,12 @@ from typing import Literal
 
 import attrs
 
-from fluxibly.combinators import OutputWatch
 from fluxibly.effects import CallNext, Flow
 from fluxibly.errors import ProviderError, StreamInterrupted, root_cause
 from fluxibly.flow import sleep
 from fluxibly.logs import log_retry
 from fluxibly.outcome import error_type
+from fluxibly.relay import OutputWatch
 from fluxibly.types import Request, Response, Restart
 
 

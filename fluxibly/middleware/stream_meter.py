@@ -77,7 +77,8 @@ class _Meter:
                 effect = send(outcome) if error is None else flow.throw(error)
             except StopIteration as stop:
                 return cast("Response", stop.value)
-            error = None
+            finally:
+                error = None  # it refers to this frame
             try:
                 while type(effect) is Chunk:
                     # The wait for it began when the consumer asked, or when the chunk before it came, if that was later.

@@ -10,11 +10,12 @@ from typing import Any, Literal
 
 import attrs
 
-from fluxibly.combinators import OutputWatch, hold_back
+from fluxibly.combinators import hold_back
 from fluxibly.effects import CallNext, Flow
 from fluxibly.errors import ConfigError, ResponseInvalid
 from fluxibly.guards import is_mapping
 from fluxibly.logs import log, log_retry
+from fluxibly.relay import OutputWatch
 from fluxibly.types import Message, Request, Response
 
 EMPTY = "the answer is empty"

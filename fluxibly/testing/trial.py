@@ -7,10 +7,10 @@ from typing import Self
 
 import attrs
 
-from fluxibly.combinators import Relay
 from fluxibly.effects import CallNext, Effect, Flow, More, Send
 from fluxibly.errors import root_cause
 from fluxibly.logs import logger
+from fluxibly.relay import Relay
 from fluxibly.testing.modes import Mode, Ran
 from fluxibly.testing.scripted import AsyncScriptedProvider, ScriptedProvider
 from fluxibly.types import Chunk, Request, Response
