@@ -37,6 +37,7 @@ class Arrivals:
         values: list[tuple[int, int, int]] = []
         for at, asked, characters in self.points:
             # The wait began when the consumer asked, or when the chunk before it came, if that was later.
-            values.append((int((at - start) * 1e6), int((at - max(asked, last)) * 1e6), characters))
+            since = asked if asked > last else last  # noqa: FURB136  # max() costs three times as much
+            values.append((int((at - start) * 1e6), int((at - since) * 1e6), characters))
             last = at
         return msgspec.json.encode(values).decode()

@@ -7,8 +7,8 @@ import sys
 
 
 def may_have_sdk(api: str, variable: str) -> bool:
-    """Whether someone has imported this part of OpenTelemetry's API, as an SDK does, or `variable` names an SDK.
+    """Whether someone has imported `api`, a module of OpenTelemetry's, as an SDK does, or `variable` names an SDK.
 
     To import it takes a tenth of a second, which a program without telemetry is spared.
     """
-    return f"opentelemetry.{api}" in sys.modules or variable in os.environ
+    return api in sys.modules or variable in os.environ

@@ -26,6 +26,9 @@ class Metrics:
     record each chunk costs more than to receive it. It leaves out what the consumer took, and needs `StreamMeter`
     further in, as the default stack has it.
 
+    With the SDK's own meter provider, what was measured is recorded when the SDK next collects, which sees all of it; a
+    call does not wait for that. What was not collected yet when a process is forked is in both, as with the SDK itself.
+
     Args:
         meter_provider: by default the global one, also if it is set later.
     """
@@ -45,7 +48,7 @@ class Metrics:
 
     def _record(self, request: Request, error: BaseException | None) -> None:
         if not self._instruments:
-            if self.meter_provider is None and not may_have_sdk("metrics", "OTEL_PYTHON_METER_PROVIDER"):
+            if self.meter_provider is None and not may_have_sdk("opentelemetry.metrics", "OTEL_PYTHON_METER_PROVIDER"):
                 return
             from fluxibly.instruments import Instruments
 

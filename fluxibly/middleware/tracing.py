@@ -67,7 +67,7 @@ class Tracing:
         return response
 
     def _first(self) -> Tracers | None:
-        if self.tracer_provider is None and not may_have_sdk("trace", "OTEL_PYTHON_TRACER_PROVIDER"):
+        if self.tracer_provider is None and not may_have_sdk("opentelemetry.trace", "OTEL_PYTHON_TRACER_PROVIDER"):
             return None
         from fluxibly.capture import Capturing
         from fluxibly.spans import Tracers

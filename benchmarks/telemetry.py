@@ -1,0 +1,251 @@
+"""What traces and metrics add to a call and to a streamed chunk, without a network. `python -m benchmarks.telemetry`.
+
+The SDKs are given to `Tracing` and `Metrics` as parameters, so nothing global is set up. What the SDK itself takes is in
+the tables too: for the same spans with the same attributes through its batch processor, and for the same measurements
+into its histograms. It is measured in between calls, as it is paid: alone in a loop the SDK has the processor's caches to
+itself, and is a quarter faster than it can be for anybody who also does something else.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from time import thread_time
+from typing import Any
+
+from benchmarks.measure import interleaved, left_out, table
+from fluxibly import Chunk, LLMConfig, Middleware, Pipeline, Request, Response, Usage
+from fluxibly.llm import default_stack
+from fluxibly.middleware import Metrics, Tracing
+
+REQUEST = Request(model="gpt-4o-mini", messages="What is the capital of France?", temperature=0.2, max_tokens=100)
+CHUNK = Chunk("tok ")
+CALLS = 500
+CHUNKS = 5_000
+WITHOUT = "the default stack without either"
+BOUNDS = [0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92]
+
+
+class Fixed:
+    """A provider that does nothing, and answers as services do: with its model, a reason and tokens."""
+
+    def complete(self, request: Request) -> Response:
+        usage = Usage(input_tokens=14, output_tokens=3)
+        return Response("Paris.", finish_reason="stop", usage=usage, model="gpt-4o-mini-2024-07-18", id="chatcmpl-1")
+
+    def stream(self, request: Request) -> Iterator[Chunk]:
+        for _ in range(CHUNKS):
+            yield CHUNK
+
+
+def pipeline(*telemetry: Middleware) -> Pipeline:
+    """The default stack with this telemetry in the place of its own."""
+    logger, _, _, *rest = default_stack(LLMConfig(framework="echo", model="m"))
+    return Pipeline(Fixed(), [logger, *telemetry, *rest])
+
+
+def calls_of(*telemetry: Middleware, then: Callable[[], object] | None = None) -> Callable[[], None]:
+    """Many calls with this telemetry, and something done after each."""
+    complete = pipeline(*telemetry).complete
+
+    def run() -> None:
+        for _ in range(CALLS):
+            complete(REQUEST)
+
+    def run_both(then: Callable[[], object]) -> None:
+        for _ in range(CALLS):
+            complete(REQUEST)
+            then()
+
+    return run if then is None else lambda: run_both(then)
+
+
+def stream_of(*telemetry: Middleware) -> Callable[[], None]:
+    open_stream = pipeline(*telemetry).stream
+
+    def run() -> None:
+        for _ in open_stream(REQUEST):
+            pass
+
+    return run
+
+
+def repeat(action: Callable[[], object]) -> Callable[[], None]:
+    def run() -> None:
+        for _ in range(CALLS):
+            action()
+
+    return run
+
+
+def has_sdk() -> bool:
+    try:
+        import opentelemetry.sdk.trace  # noqa: F401  # whether it is there
+    except ImportError:
+        return False
+    return True
+
+
+def sampling_off() -> Any:
+    """A tracer provider that records nothing."""
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
+
+    return TracerProvider(ALWAYS_OFF, shutdown_on_exit=False)
+
+
+def batching() -> Any:
+    """A tracer provider with the SDK's batch processor, whose exporter drops what it gets."""
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
+
+    class Dropping(SpanExporter):
+        def export(self, spans: Sequence[object]) -> SpanExportResult:
+            return SpanExportResult.SUCCESS
+
+    provider = TracerProvider(shutdown_on_exit=False)
+    provider.add_span_processor(BatchSpanProcessor(Dropping()))
+    return provider
+
+
+def attributes_of_a_call() -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """The spans of one call, outermost first: name, the attributes at the start, and those added by the end."""
+    from opentelemetry.sdk.trace import SpanProcessor, TracerProvider
+
+    class Watching(SpanProcessor):
+        def on_start(self, span: Any, parent_context: object = None) -> None:
+            spans.append((span, dict(span.attributes)))
+
+    spans: list[tuple[Any, dict[str, Any]]] = []
+    provider = TracerProvider(shutdown_on_exit=False)
+    provider.add_span_processor(Watching())
+    pipeline(Tracing(tracer_provider=provider)).complete(REQUEST)
+    return [
+        (span.name, start, {key: value for key, value in span.attributes.items() if key not in start})
+        for span, start in spans
+    ]
+
+
+def bare_spans() -> Callable[[], object]:
+    """What the SDK does for the spans of a call: nothing is made current, and their attributes are there already."""
+    from opentelemetry.trace import SpanKind, set_span_in_context
+
+    tracer = batching().get_tracer("bare")
+    (name, at_start, at_end), (attempt_name, attempt_start, attempt_end) = attributes_of_a_call()
+
+    def trace() -> None:
+        span = tracer.start_span(name, kind=SpanKind.CLIENT, attributes=at_start)
+        attempt = tracer.start_span(attempt_name, set_span_in_context(span), attributes=attempt_start)
+        attempt.set_attributes(attempt_end)
+        attempt.end()
+        span.set_attributes(at_end)
+        span.end()
+
+    return trace
+
+
+def bare_span_sampled_off() -> Callable[[], object]:
+    from opentelemetry.trace import SpanKind
+
+    tracer = sampling_off().get_tracer("bare")
+    (name, attributes, _), *_ = attributes_of_a_call()
+    return lambda: tracer.start_span(name, kind=SpanKind.CLIENT, attributes=attributes)
+
+
+def metering() -> tuple[Any, Any]:
+    """A meter provider and its reader."""
+    from opentelemetry.sdk.metrics import MeterProvider
+    from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+
+    reader = InMemoryMetricReader()
+    return MeterProvider([reader], shutdown_on_exit=False), reader
+
+
+def bare_records() -> Callable[[], object]:
+    """What the SDK does for the measurements of a call."""
+    provider, reader = metering()
+    pipeline(Metrics(meter_provider=provider)).complete(REQUEST)
+    found = reader.get_metrics_data().resource_metrics[0].scope_metrics[0].metrics
+    meter = provider.get_meter("bare")
+    records = [
+        (meter.create_histogram(metric.name, explicit_bucket_boundaries_advisory=BOUNDS), dict(point.attributes))
+        for metric in found
+        for point in metric.data.data_points
+    ]
+
+    def record() -> None:
+        for histogram, attributes in records:
+            histogram.record(1.5, attributes)
+
+    return record
+
+
+def measured(contenders: Mapping[str, Callable[[], object]], per_run: int) -> dict[str, float]:
+    """In time of the calling thread: what the SDK's own threads do besides is no part of a call."""
+    return interleaved(contenders, per_run=per_run, rounds=25, clock=thread_time)
+
+
+def without_sdk() -> None:
+    contenders = {
+        WITHOUT: calls_of(),
+        "Tracing (goal: <= 3 µs more)": calls_of(Tracing()),
+        "Metrics": calls_of(Metrics()),
+    }
+    table("A call, no SDK set up", measured(contenders, CALLS))
+
+
+def traces() -> None:
+    bare = bare_spans()
+    contenders = {
+        WITHOUT: calls_of(),
+        "  and a bare span, sampled off": calls_of(then=bare_span_sampled_off()),
+        "Tracing, sampled off (goal: <= 8 µs more)": calls_of(Tracing(tracer_provider=sampling_off())),
+        "  and bare spans, batch processor": calls_of(then=bare),
+        "Tracing, batch processor": calls_of(Tracing(tracer_provider=batching())),
+    }
+    results = measured(contenders, CALLS)
+    alone = measured({"": repeat(bare)}, CALLS)[""]
+    table("A call, with the SDK's traces", results)
+    without, _, _, bare_more, tracing_more = results.values()
+    ratio = (tracing_more - without) / (bare_more - without)
+    print(
+        f"  Tracing adds {ratio:.2f} times what bare spans add (goal: <= 1.5); alone in a loop these take {alone:.1f} µs"
+    )
+
+
+def metrics() -> None:
+    provider, reader = metering()
+    contenders = {
+        WITHOUT: calls_of(),
+        "  and bare records": calls_of(then=bare_records()),
+        "Metrics (goal: <= 15 µs more)": calls_of(Metrics(meter_provider=provider)),
+        "the SDK collects what these calls left": reader.get_metrics_data,
+    }
+    table("A call, with the SDK's metrics", measured(contenders, CALLS))
+
+
+def chunks() -> None:
+    contenders = {WITHOUT: stream_of(), "Tracing, Metrics, no SDK set up": stream_of(Tracing(), Metrics())}
+    if has_sdk():
+        contenders |= {
+            "Tracing, sampled off": stream_of(Tracing(tracer_provider=sampling_off())),
+            "Tracing, batch processor": stream_of(Tracing(tracer_provider=batching())),
+            "Metrics": stream_of(Metrics(meter_provider=metering()[0])),
+        }
+    table("A streamed chunk", measured(contenders, CHUNKS), goal="<= 0.3 µs more, each")
+
+
+def main() -> None:
+    """All of them, with logging off."""
+    logging.getLogger("fluxibly").setLevel(logging.CRITICAL + 1)
+    without_sdk()
+    if has_sdk():
+        traces()
+        metrics()
+    chunks()
+    if not has_sdk():
+        left_out(["opentelemetry-sdk"])
+
+
+if __name__ == "__main__":
+    main()
