@@ -94,7 +94,7 @@ _Measured: TypeAlias = tuple[_Attributes, float, int | None, int | None, float |
 """Attributes, duration, input and output tokens, time to the first chunk, mean wait for the others, current span."""
 
 
-class _Recorder:
+class Recorder:
     """What records the calls of one meter provider."""
 
     def __init__(self, provider: MeterProvider, *, collects: bool) -> None:
@@ -183,22 +183,22 @@ def _attributes(
     return _Attributes(provider, call, duration, *tokens)
 
 
-_recorders: WeakKeyDictionary[MeterProvider, _Recorder] = WeakKeyDictionary()
+_recorders: WeakKeyDictionary[MeterProvider, Recorder] = WeakKeyDictionary()
 _lock = threading.Lock()
 
 
-def _recorder_of(provider: MeterProvider) -> _Recorder | None:
+def recorder_of(provider: MeterProvider) -> Recorder | None:
     """What records for a provider; None without an SDK."""
     # The API's own providers record nothing: its no-op one, and the private proxy that waits for an SDK.
     if isinstance(provider, NoOpMeterProvider) or type(provider).__module__.startswith(_API):
         return None
     sdk = sys.modules.get("opentelemetry.sdk.metrics")
     if sdk is None or not isinstance(provider, sdk.MeterProvider):
-        return _Recorder(provider, collects=False)
+        return Recorder(provider, collects=False)
     with _lock:  # one for all, since an instrument of one name has one callback
         recorder = _recorders.get(provider)
         if recorder is None:
-            recorder = _recorders[provider] = _Recorder(provider, collects=True)
+            recorder = _recorders[provider] = Recorder(provider, collects=True)
     return recorder
 
 
@@ -215,14 +215,14 @@ class Instruments:
     def __init__(self, provider: MeterProvider | None) -> None:
         self.given = provider
         self._seen: MeterProvider | None = None
-        self._recorder: _Recorder | None = None
+        self._recorder: Recorder | None = None
 
     def record(self, request: Request, error: BaseException | None) -> None:
         """Record a call that has ended."""
         try:
             provider = self.given or get_meter_provider()
             if provider is not self._seen:
-                self._recorder = _recorder_of(provider)
+                self._recorder = recorder_of(provider)
                 self._seen = provider
             if self._recorder is not None:
                 self._recorder.record(request, error)

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
+from opentelemetry import metrics as api
+from opentelemetry.metrics import NoOpMeter
 from opentelemetry.sdk.metrics import MeterProvider
-from opentelemetry.sdk.metrics.export import InMemoryMetricReader
-from tracing_tools import ANSWER, REQUEST, Recorder, remote
+from opentelemetry.sdk.metrics.export import (
+    InMemoryMetricReader,
+    MetricExporter,
+    MetricExportResult,
+    PeriodicExportingMetricReader,
+)
+from tracing_tools import ANSWER, REQUEST, Recorder, Remote, remote
 
+from fluxibly import instruments
 from fluxibly.errors import Overloaded, RateLimitError
 from fluxibly.middleware import Metrics, Retry, StreamMeter
+from fluxibly.pipeline import Pipeline
 from fluxibly.report import forget_reports
 from fluxibly.testing import Delay, VirtualClock
 from fluxibly.testing.modes import MODES, run
@@ -226,3 +237,181 @@ print(reader.get_metrics_data().resource_metrics[0].scope_metrics[0].metrics[0].
 """
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=60)
     assert (ran.stdout, ran.stderr) == ("1\n", "")
+
+
+class TestWaiting:
+    """What is measured waits until the SDK collects, and nobody who collects can tell."""
+
+    @pytest.fixture
+    def call(self, meters):
+        """Makes a call with a `Metrics` of its own on the one provider."""
+        mode = MODES[0]
+        return lambda *outer: run(mode, remote(mode, ANSWER), [*outer, meters.metrics()], REQUEST)
+
+    def counts(self, reader):
+        """How often each metric was recorded."""
+        found: dict[str, int] = {}
+        for resource in reader.get_metrics_data().resource_metrics:
+            for metric in resource.scope_metrics[0].metrics:
+                found[metric.name] = sum(point.count for point in metric.data.data_points)
+        return found
+
+    def test_a_reader_sees_every_call_that_has_ended(self, meters, call):
+        """Several `Metrics` on one provider included, and nothing but the histograms is exported."""
+        for calls in (1, 2, 3):
+            call()
+            assert self.counts(meters.reader) == {DURATION: calls, TOKENS: 2 * calls}
+
+    def test_what_does_not_fit_is_recorded_at_once(self, meters, call, monkeypatch):
+        """Memory is bounded where nobody collects."""
+        monkeypatch.setattr(instruments, "WAITING", 3)
+        for _ in range(8):
+            call()
+        assert len(instruments.recorder_of(meters.provider).waiting) == 3
+        assert self.counts(meters.reader)[DURATION] == 8
+
+    def test_more_kinds_of_calls_than_are_kept(self, meters, call, monkeypatch):
+        """Those are recorded at once."""
+        monkeypatch.setattr(instruments, "KINDS", 2)
+
+        def asks_for(model):
+            return lambda request, call_next: (yield from call_next(request.evolve(model=model)))
+
+        for _ in range(2):
+            for model in ("a", "b", "c", "d"):
+                call(asks_for(model))
+        counts = {point.attributes["gen_ai.request.model"]: point.count for point in meters.points()[DURATION]}
+        assert counts == {"a": 2, "b": 2, "c": 2, "d": 2}
+
+    def test_each_reader_sees_all(self):
+        """Whichever collects first."""
+        readers = InMemoryMetricReader(), InMemoryMetricReader()
+        metrics = Metrics(meter_provider=MeterProvider(readers, shutdown_on_exit=False))
+        mode = MODES[0]
+        for _ in range(3):
+            run(mode, remote(mode, ANSWER), [metrics], REQUEST)
+        assert [self.counts(reader)[DURATION] for reader in readers] == [3, 3]
+
+    def test_a_histogram_begins_with_its_first_call(self, meters, call):
+        """And not when somebody first collects."""
+        call()
+        after_first = time.time_ns()
+        call()
+        (point,) = meters.points()[DURATION]
+        assert point.start_time_unix_nano <= after_first
+
+    def test_shutting_down_exports_what_waits(self):
+        """As a program does at its end."""
+        exported: list[int] = []
+
+        class Keeping(MetricExporter):
+            def export(self, metrics_data, timeout_millis=0, **kwargs):
+                metrics = metrics_data.resource_metrics[0].scope_metrics[0].metrics
+                exported.extend(m.data.data_points[0].count for m in metrics if m.name == DURATION)
+                return MetricExportResult.SUCCESS
+
+            def force_flush(self, timeout_millis=0):
+                return True
+
+            def shutdown(self, timeout_millis=0, **kwargs):
+                pass
+
+        reader = PeriodicExportingMetricReader(Keeping(), export_interval_millis=3_600_000)
+        provider = MeterProvider([reader], shutdown_on_exit=False)
+        mode = MODES[0]
+        for _ in range(3):
+            run(mode, remote(mode, ANSWER), [Metrics(meter_provider=provider)], REQUEST)
+        provider.shutdown()
+        assert exported == [3]
+
+    def test_threads_that_call_and_one_that_collects(self, meters):
+        """Nothing is lost or counted twice."""
+        pipeline = Pipeline(Remote(*[ANSWER] * 400), [meters.metrics()])
+
+        def work():
+            for _ in range(100):
+                pipeline.complete(REQUEST)
+
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        while any(thread.is_alive() for thread in threads):
+            meters.reader.get_metrics_data()
+        for thread in threads:
+            thread.join()
+        assert self.counts(meters.reader) == {DURATION: 400, TOKENS: 800}
+
+    def test_exemplars_name_the_span_of_their_call(self, meters):
+        """Though that span has long ended when the SDK collects."""
+        recorder = Recorder()
+        mode = MODES[0]
+        for _ in range(2):
+            run(mode, remote(mode, ANSWER), [recorder.tracing(), meters.metrics()], REQUEST)
+        spans = {span.context.span_id for span in recorder.spans if span.name.startswith("chat")}
+        exemplars = [exemplar for point in meters.points()[DURATION] for exemplar in point.exemplars]
+        assert exemplars
+        assert {exemplar.span_id for exemplar in exemplars} <= spans
+
+    def test_a_histogram_that_raises_breaks_no_collection(self, meters, call, capsys, monkeypatch):
+        """It is reported once, and what else waits is recorded."""
+        call()
+        recorder = instruments.recorder_of(meters.provider)
+
+        def broken(*_):
+            raise RuntimeError("broken")
+
+        for _ in range(2):
+            call()
+        histogram = recorder.histograms.duration
+        with monkeypatch.context() as patch:
+            patch.setattr(histogram, "record", broken)
+            meters.reader.get_metrics_data()
+        call()
+        assert self.counts(meters.reader)[DURATION] == 2
+        assert capsys.readouterr().err.count("metrics failed with RuntimeError") == 1
+
+    def test_a_provider_of_another_make_gets_all_at_once(self, meters):
+        """Nobody knows whether it collects."""
+        recorded: list[float] = []
+
+        class Meter(NoOpMeter):
+            def create_histogram(self, name, *args, **kwargs):
+                histogram = super().create_histogram(name, *args, **kwargs)
+                histogram.record = lambda amount, *_: recorded.append(amount)
+                return histogram
+
+        class Other(api.MeterProvider):
+            def get_meter(self, name, *args, **kwargs):
+                return Meter(name)
+
+        mode = MODES[0]
+        metrics = Metrics(meter_provider=Other())
+        for calls in (1, 2):
+            run(mode, remote(mode, ANSWER), [metrics], REQUEST)
+            assert len(recorded) == 3 * calls
+
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+    def test_a_forked_process_goes_on_measuring(self):
+        """With what waited when it was forked, as the SDK keeps what it had collected."""
+        script = """
+import os
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+from fluxibly.middleware import Metrics
+from fluxibly.pipeline import Pipeline
+from fluxibly.testing import ScriptedProvider
+from fluxibly.types import Request
+reader = InMemoryMetricReader()
+pipeline = Pipeline(ScriptedProvider(*"abcd"), [Metrics(meter_provider=MeterProvider([reader], shutdown_on_exit=False))])
+request = Request(model="m", messages="Hi")
+pipeline.complete(request)
+pipeline.complete(request)
+child = os.fork()
+if child:
+    os.waitpid(child, 0)
+else:
+    pipeline.complete(request)
+print(reader.get_metrics_data().resource_metrics[0].scope_metrics[0].metrics[0].data.data_points[0].count, flush=True)
+"""
+        ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=60)
+        assert (ran.stdout, ran.stderr) == ("3\n2\n", "")
