@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import venv
 from pathlib import Path
 
 import pytest
+from test_readme import blocks
 
 pytestmark = [pytest.mark.backends, pytest.mark.timeout(1800)]
 
@@ -127,20 +129,43 @@ def mlflow(tmp_path_factory):
         "/health",
         MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false",
         MLFLOW_DISABLE_TELEMETRY="true",
+        MLFLOW_MODEL_CATALOG_URI="",  # or it asks GitHub for each provider's prices while a span waits to be taken
     )
+
+
+def follow_the_readme(server: str, address: str) -> subprocess.CompletedProcess[str]:
+    """Type what the README says to type once this server is up, with its address here, and `echo` for the model."""
+    (block,) = (code for code in blocks("text") if server in code)
+    install, start, *lines = block.splitlines()
+    assert install.startswith("pip install")
+    assert start.startswith(server)
+    typed = re.sub(r"http://127\.0\.0\.1:\d+", f"{address} --framework echo", "\n".join(lines))
+    return subprocess.run(
+        ["sh", "-c", typed],
+        env={**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def spans_of(phoenix: str) -> list[dict]:
+    with urllib.request.urlopen(f"{phoenix}/v1/projects/default/spans?limit=100", timeout=30) as answer:
+        return json.load(answer)["data"]
 
 
 def test_phoenix_shows_the_conversation_the_tree_and_the_tokens_once(phoenix):
     """Calls are its LLM spans, attempts are not, and the bubbles have the texts and the tools."""
-    spans = []
+    calls, attempts = [], []
     for _ in range(60):
-        with urllib.request.urlopen(f"{phoenix}/v1/projects/default/spans?limit=100", timeout=30) as answer:
-            spans = json.load(answer)["data"]
-        if len(spans) == 11:
+        spans = spans_of(phoenix)
+        calls = sorted((s for s in spans if s["name"].startswith("chat gpt")), key=lambda s: s["start_time"])
+        parents = [call["context"]["span_id"] for call in calls]
+        attempts = [span for span in spans if span["parent_id"] in parents]
+        if len(calls) + len(attempts) == 11:
             break
         time.sleep(0.5)
-    calls = sorted((s for s in spans if s["name"].startswith("chat ")), key=lambda s: s["start_time"])
-    attempts = [span for span in spans if span["name"] == "fluxibly.attempt"]
+    assert {attempt["name"] for attempt in attempts} == {"fluxibly.attempt"}
     assert [call["name"] for call in calls] == [
         "chat gpt-4o-mini",
         "chat gpt-4o-mini",
@@ -149,9 +174,8 @@ def test_phoenix_shows_the_conversation_the_tree_and_the_tokens_once(phoenix):
     ]
     assert {call["span_kind"] for call in calls} == {"LLM"}
     assert "LLM" not in {attempt["span_kind"] for attempt in attempts}
-    parents = [call["context"]["span_id"] for call in calls]
     assert [sum(a["parent_id"] == parent for a in attempts) for parent in parents] == [1, 2, 3, 1]
-    told = [span["attributes"].get("llm.token_count.total", 0) for span in spans]
+    told = [span["attributes"].get("llm.token_count.total", 0) for span in (*calls, *attempts)]
     assert sum(told) == 330
     assert calls[1]["attributes"]["llm.token_count.prompt_details.cache_read"] == 60
     first, second, _, abandoned = [call["attributes"] for call in calls]
@@ -162,6 +186,23 @@ def test_phoenix_shows_the_conversation_the_tree_and_the_tokens_once(phoenix):
     assert abandoned["llm.output_messages.0.message.content"] == "one two "
     assert {call["status_code"] for call in calls} == {"UNSET"}
     assert sum(attempt["status_code"] == "ERROR" for attempt in attempts) == 3
+
+
+def test_phoenix_shows_a_chat_of_the_readmes(phoenix):
+    """What one types there is a bubble in Phoenix, with the answer and its tokens."""
+    done = follow_the_readme("phoenix", phoenix)
+    assert done.returncode == 0
+    assert done.stderr == ""
+    calls = []
+    for _ in range(60):
+        calls = [span["attributes"] for span in spans_of(phoenix) if span["name"] == "chat echo"]
+        if calls:
+            break
+        time.sleep(0.5)
+    (call,) = calls
+    assert call["llm.input_messages.0.message.content"] == "Name three colours."
+    assert call["llm.output_messages.0.message.content"].strip() == done.stdout.strip()
+    assert call["llm.token_count.total"] > call["llm.token_count.prompt"] > 0
 
 
 READ = """
@@ -184,13 +225,17 @@ print(json.dumps([
 """
 
 
+def traces_of(mlflow: str) -> list[dict]:
+    python = environment("mlflow") / "python"
+    ran = subprocess.run([python, "-c", READ, mlflow], capture_output=True, text=True, check=True, timeout=120)
+    return json.loads(ran.stdout.splitlines()[-1])
+
+
 def test_mlflow_shows_the_conversation_the_tree_and_the_tokens_once(mlflow):
     """A trace a call, with its tokens, its messages and its attempts."""
-    python = environment("mlflow") / "python"
     traces = []
     for _ in range(20):
-        ran = subprocess.run([python, "-c", READ, mlflow], capture_output=True, text=True, check=True, timeout=120)
-        traces = json.loads(ran.stdout.splitlines()[-1])
+        traces = [trace for trace in traces_of(mlflow) if trace["spans"][0][0].startswith("chat gpt")]
         if len(traces) == 4:
             break
         time.sleep(0.5)
@@ -207,3 +252,22 @@ def test_mlflow_shows_the_conversation_the_tree_and_the_tokens_once(mlflow):
     assert "meaning of life" in traces[1]["spans"][0][3]
     assert "It is forty two." in traces[1]["spans"][0][4]
     assert "one two" in traces[3]["spans"][0][4]
+
+
+def test_mlflow_shows_a_chat_of_the_readmes(mlflow):
+    """What one types there is a trace in MLflow, with the question, the answer and its tokens."""
+    done = follow_the_readme("mlflow", mlflow)
+    assert done.returncode == 0
+    assert done.stderr == ""
+    traces = []
+    for _ in range(20):
+        traces = [trace for trace in traces_of(mlflow) if trace["spans"][0][0] == "chat echo"]
+        if traces:
+            break
+        time.sleep(0.5)
+    (trace,) = traces
+    call = trace["spans"][0]
+    assert call[1:3] == ["CHAT_MODEL", True]
+    assert "Name three colours." in call[3]
+    assert json.dumps(done.stdout.strip())[1:-1] in call[4]
+    assert trace["usage"]["total_tokens"] > trace["usage"]["input_tokens"] > 0
