@@ -1,4 +1,4 @@
-"""Closing what belongs to an event loop together with it.
+"""What another library ties to an event loop, closed together with it.
 
 Connections of asyncio can be closed in their own loop alone, and a loop that has ended runs nothing more. But at its
 end (`asyncio.run`, `asyncio.Runner`, servers) a loop closes the asynchronous generators that were begun in it; so a
@@ -8,10 +8,20 @@ generator that waits for nothing else is how to be told.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
+
+
+def on_asyncio() -> bool:
+    """Whether asyncio runs here. The libraries know of no other event loop: on trio they are called in threads."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
 
 
 class PerLoop(Generic[T]):
@@ -61,8 +71,6 @@ async def _closing(
 
 def _begun(generator: AsyncGenerator[None]) -> AsyncGenerator[None]:
     """The generator, at its first `yield`; the running loop knows of it from here on."""
-    try:
+    with contextlib.suppress(StopIteration):
         generator.asend(None).send(None)
-    except StopIteration:
-        pass
     return generator

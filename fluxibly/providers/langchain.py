@@ -16,7 +16,8 @@ import attrs
 from fluxibly.aggregate import as_chunk
 from fluxibly.config import LLMConfig
 from fluxibly.errors import ConfigError, StreamProtocolError
-from fluxibly.providers.foreign import Steps, acall_within, asteps, call_within, on_asyncio
+from fluxibly.providers.foreign_calls import Steps, acall_within, asteps, call_within
+from fluxibly.providers.foreign_loops import on_asyncio
 from fluxibly.threaded import Threaded
 from fluxibly.types import Chunk, Request, Response
 
@@ -160,14 +161,9 @@ class AsyncLangChainProvider:
             failure = answer.explain(error)
         raise failure
 
-    async def stream(self, request: Request) -> AsyncGenerator[Chunk]:
+    def stream(self, request: Request) -> AsyncGenerator[Chunk]:
         """The model's answer as it comes; see `LangChainProvider.stream`."""
-        steps: AsyncGenerator[Any] = self._steps(request) if on_asyncio() else self._threaded.stream(request)
-        try:
-            async for chunk in steps:
-                yield chunk
-        finally:
-            await steps.aclose()
+        return self._steps(request) if on_asyncio() else cast("AsyncGenerator[Chunk]", self._threaded.stream(request))
 
     def _steps(self, request: Request) -> AsyncGenerator[Chunk]:
         answer = _Answer(self._source, self._source.amodel(request.model), request)

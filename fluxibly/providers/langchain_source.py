@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import re
 from typing import Any, cast
-from urllib.parse import urlsplit
 
 import attrs
 from langchain_core.language_models import BaseChatModel
@@ -14,9 +13,9 @@ from pydantic import SecretStr
 from fluxibly.config import LLMConfig
 from fluxibly.errors import AuthenticationError, ConfigError
 from fluxibly.masking import mask_secrets
-from fluxibly.providers.foreign import Limits, checked_key, on_asyncio, read_timeout
+from fluxibly.providers.foreign import Limits, checked_key, info_of, read_timeout
 from fluxibly.providers.foreign_errors import Explainer
-from fluxibly.providers.foreign_loops import PerLoop
+from fluxibly.providers.foreign_loops import PerLoop, on_asyncio
 from fluxibly.providers.langchain_call import dialect_of
 from fluxibly.types import ProviderInfo
 
@@ -189,11 +188,5 @@ def _secrets(chat_model: BaseChatModel, config: LLMConfig | None) -> tuple[str, 
 def _info(chat_model: BaseChatModel, config: LLMConfig | None) -> ProviderInfo:
     provider = (split_model(config.model)[0] if config is not None else None) or dialect_of(chat_model)
     provider = "langchain" if provider == "other" else provider
-    address = urlsplit((config.api_base if config is not None else None) or "")
-    return ProviderInfo(
-        name="LangChainProvider",
-        framework="langchain",
-        telemetry_name=_TELEMETRY_NAMES.get(provider, provider),
-        server_address=address.hostname,
-        server_port=address.port or {"https": 443, "http": 80}.get(address.scheme),
-    )
+    name = _TELEMETRY_NAMES.get(provider, provider)
+    return info_of(config, name="LangChainProvider", framework="langchain", telemetry_name=name)

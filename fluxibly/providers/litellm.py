@@ -10,27 +10,18 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
-from urllib.parse import urlsplit
 
 import httpx
 
 from fluxibly.config import LLMConfig
 from fluxibly.errors import ConfigError
-from fluxibly.providers.foreign import (
-    Limits,
-    Steps,
-    acall_within,
-    asteps,
-    call_within,
-    checked_key,
-    on_asyncio,
-    read_timeout,
-)
+from fluxibly.providers.foreign import Limits, checked_key, info_of, read_timeout
+from fluxibly.providers.foreign_calls import Steps, acall_within, asteps, call_within
 from fluxibly.providers.foreign_errors import Explainer
-from fluxibly.providers.foreign_loops import PerLoop
+from fluxibly.providers.foreign_loops import PerLoop, on_asyncio
 from fluxibly.providers.litellm_answer import StreamReader, aclose_stream, body_of, close_stream, response_of
 from fluxibly.providers.litellm_clients import aclose_all, aclose_idle, close_idle
 from fluxibly.threaded import Threaded
@@ -92,7 +83,8 @@ class LiteLLMProvider:
 
     def __init__(self, config: LLMConfig) -> None:
         self._litellm = _load()
-        self.info = _info(self._litellm, config)
+        self._service = _service_of(config.model, config.additional_params, config.api_base)
+        self.info = _info(self._service, config)
         self._limits = Limits.of(config)
         times, read = config.timeouts, read_timeout(config.timeouts)
         self._settings: dict[str, Any] = {
@@ -100,12 +92,9 @@ class LiteLLMProvider:
             "max_retries": 0,
             "num_retries": 0,
         }
-        key = checked_key(config)
-        if key is not None:
-            self._settings["api_key"] = key
-        if config.api_base is not None:
-            self._settings["api_base"] = config.api_base
-        self._key = key
+        self._key = checked_key(config)
+        access = {"api_key": self._key, "api_base": config.api_base}
+        self._access = {name: value for name, value in access.items() if value is not None}
 
     def complete(self, request: Request) -> Response:
         """The model's whole answer; `raw` is LiteLLM's, as plain data.
@@ -141,6 +130,9 @@ class LiteLLMProvider:
             BadRequest: LiteLLM has no such parameter.
         """
         keywords = {**self._settings, **body_of(request, stream=stream), **request.extra}
+        base = self._access.get("api_base")
+        if _service_of(keywords["model"], request.extra, base) == self._service:  # a key must not travel to another
+            keywords = {**self._access, **keywords}
         if request.headers:
             keywords["extra_headers"] = dict(request.headers)
         return keywords
@@ -177,14 +169,9 @@ class AsyncLiteLLMProvider:
             failure = self._sync.explain(error, request)
         raise failure
 
-    async def stream(self, request: Request) -> AsyncGenerator[Chunk]:
+    def stream(self, request: Request) -> AsyncGenerator[Chunk]:
         """The model's answer as it comes; see `LiteLLMProvider.stream`."""
-        steps: AsyncGenerator[Any] = self._steps(request) if on_asyncio() else self._threaded.stream(request)
-        try:
-            async for chunk in steps:
-                yield chunk
-        finally:
-            await steps.aclose()
+        return self._steps(request) if on_asyncio() else cast("AsyncGenerator[Chunk]", self._threaded.stream(request))
 
     def _steps(self, request: Request) -> AsyncGenerator[Chunk]:
         keywords = self._sync.keywords(request, stream=True)
@@ -234,21 +221,20 @@ class _AsyncStream:
         await aclose_stream(self._stream)
 
 
-def _info(litellm: Any, config: LLMConfig) -> ProviderInfo:
+def _service_of(model: str, settings: Mapping[str, Any], api_base: str | None) -> str:
+    """LiteLLM's name for who serves a model; empty if it cannot tell."""
+    given = settings.get("custom_llm_provider")
     try:
-        provider = str(litellm.get_llm_provider(model=config.model, api_base=config.api_base)[1])
+        return str(_load().get_llm_provider(model=model, custom_llm_provider=given, api_base=api_base)[1])
     except Exception:  # noqa: BLE001  # one of LiteLLM's, of many lines
-        provider = ""
-    if not provider:
+        return ""
+
+
+def _info(service: str, config: LLMConfig) -> ProviderInfo:
+    if not service:
         raise ConfigError(
             f"LiteLLM cannot tell who serves the model {config.model!r}: write provider/model, as in "
             "'openai/gpt-4o' or 'anthropic/claude-sonnet-4-5'"
         )
-    address = urlsplit(config.api_base or "")
-    return ProviderInfo(
-        name="LiteLLMProvider",
-        framework="litellm",
-        telemetry_name=_TELEMETRY_NAMES.get(provider, provider),
-        server_address=address.hostname,
-        server_port=address.port or {"https": 443, "http": 80}.get(address.scheme),
-    )
+    name = _TELEMETRY_NAMES.get(service, service)
+    return info_of(config, name="LiteLLMProvider", framework="litellm", telemetry_name=name)

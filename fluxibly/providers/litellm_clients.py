@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 
 def close_idle(litellm: Any) -> None:
@@ -43,12 +43,17 @@ def _of_this_loop(litellm: Any) -> list[Any]:
 
 def _transports(litellm: Any) -> Iterator[tuple[str, Any]]:
     """What LiteLLM's clients send with, those for proxies too, each with its client's key in the cache."""
-    cache: dict[Any, Any] = getattr(getattr(litellm, "in_memory_llm_clients_cache", None), "cache_dict", {})
-    lasting = [("", vars(litellm).get(name)) for name in ("module_level_client", "module_level_aclient")]
+    cache: dict[str, Any] = getattr(getattr(litellm, "in_memory_llm_clients_cache", None), "cache_dict", {})
+    known = cast("dict[str, Any]", vars(litellm))
+    lasting = [(name, known.get(name)) for name in ("module_level_client", "module_level_aclient")]
     for key, held in [*cache.items(), *lasting]:
-        client = getattr(held, "_client", None) or getattr(held, "client", None) or held  # an SDK's, or a handler's
-        for transport in (getattr(client, "_transport", None), *getattr(client, "_mounts", {}).values()):
-            yield str(key), transport
+        for transport in _transports_of(held):
+            yield key, transport
+
+
+def _transports_of(held: Any) -> list[Any]:
+    client: Any = getattr(held, "_client", None) or getattr(held, "client", None) or held  # an SDK's, or a handler's
+    return [getattr(client, "_transport", None), *getattr(client, "_mounts", {}).values()]
 
 
 def _loop_of(transport: Any) -> object:

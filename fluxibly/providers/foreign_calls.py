@@ -1,0 +1,245 @@
+"""Calls of a library that stands between us and the service, each within its time.
+
+A synchronous call runs in a thread of its own, which its caller stops waiting for when the time is up; the thread ends
+when the library returns. An asynchronous one is cancelled.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
+from contextvars import copy_context
+from typing import Any, Final, Generic, TypeVar, cast
+
+import anyio
+
+from fluxibly.providers.foreign import Limits, TimeIsUp
+
+T = TypeVar("T")
+_END: Final = object()
+
+
+class _Worker:
+    """A thread that makes one call at a time, for an owner that can stop waiting for it."""
+
+    def __init__(self) -> None:
+        self._calls: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
+        self._answers: queue.SimpleQueue[tuple[object, BaseException | None] | None] = queue.SimpleQueue()
+        self.busy = False
+        context = copy_context()
+        threading.Thread(target=context.run, args=(self._serve,), name="fluxibly-library", daemon=True).start()
+
+    def _serve(self) -> None:
+        while (call := self._calls.get()) is not None:
+            try:
+                answer: tuple[object, BaseException | None] = (call(), None)
+            except BaseException as error:  # noqa: BLE001  # it is raised where the answer is awaited
+                answer = (None, error)
+            self._answers.put(answer)
+            del call, answer
+
+    def run(self, call: Callable[[], object], seconds: float | None, late: TimeIsUp) -> object:
+        self.busy = True
+        self._calls.put(call)
+        try:
+            answer = self._answers.get(timeout=seconds)
+        except queue.Empty:
+            raise late from None
+        if answer is None:
+            raise InterruptedError("the stream was closed while it was being read")
+        self.busy = False
+        value, error = answer
+        if error is not None:
+            raise error
+        return value
+
+    def abort(self) -> None:
+        """Have `run`, in another thread, return."""
+        self._answers.put(None)
+
+    def stop(self, last: Callable[[], object]) -> None:
+        """Make a last call, as soon as the one under way has returned, and end. Waits if none is under way."""
+        if self.busy:
+            self._calls.put(last)
+            self._calls.put(None)
+            return
+        try:
+            self.run(last, None, TimeIsUp("total", 0.0))
+        finally:
+            self._calls.put(None)
+
+
+def call_within(call: Callable[[], T], seconds: float | None) -> T:
+    """What `call` returns.
+
+    Raises:
+        TimeIsUp: it took longer than `seconds`.
+    """
+    if seconds is None:
+        return call()
+    worker = _Worker()
+    try:
+        return cast("T", worker.run(call, seconds, TimeIsUp("total", seconds)))
+    finally:
+        worker.stop(_nothing)
+
+
+def _nothing() -> None:
+    return None
+
+
+class Steps(Generic[T]):
+    """The items of a library's own iterator, each within its time. `close` releases what it holds.
+
+    Args:
+        open_stream: returns the iterator.
+        limits: how long to wait.
+        convert: makes of an item what is given on; None is not.
+        at_end: makes what comes after the last item.
+        explain: makes ours of an exception; it is told whether an item had come.
+    """
+
+    def __init__(
+        self,
+        open_stream: Callable[[], Iterator[Any]],
+        limits: Limits,
+        convert: Callable[[Any], T | None],
+        at_end: Callable[[], T | None],
+        explain: Callable[[Exception, bool], Exception],
+    ) -> None:
+        self._open = open_stream
+        self._limits = limits
+        self._convert = convert
+        self._at_end = at_end
+        self._explain = explain
+        self._iterator: Iterator[Any] | None = None
+        self._worker: _Worker | None = None
+        self._started = time.monotonic()
+        self._first = True
+        self._over = False
+
+    def __iter__(self) -> Steps[T]:
+        return self
+
+    def __next__(self) -> T:
+        while not self._over:
+            value = self._step()
+            if value is not None:
+                return value
+        self.close()
+        raise StopIteration
+
+    def _step(self) -> T | None:
+        if self._worker is None:
+            self._worker = _Worker()
+            self._started = time.monotonic()
+        seconds, late = self._limits.next(first=self._first, started=self._started)
+        try:
+            item = self._worker.run(self._read, seconds, late)
+            self._over = item is _END
+            value = self._at_end() if self._over else self._convert(item)
+        except Exception as error:  # noqa: BLE001  # raised below, without the library's own as its context
+            failure = self._explain(error, not self._first)
+        else:
+            self._first = False
+            return value
+        self.close()
+        raise failure
+
+    def _read(self) -> object:
+        if self._iterator is None:
+            self._iterator = self._open()
+        return next(self._iterator, _END)
+
+    def _release(self) -> None:
+        close = getattr(self._iterator, "close", None)
+        if close is not None:
+            close()
+
+    def abort(self) -> None:
+        """End a read that is under way in another thread."""
+        if self._worker is not None:
+            self._worker.abort()
+
+    def close(self) -> None:
+        """Release the library's stream; one that is being read is released when that read returns."""
+        self._over = True
+        worker, self._worker = self._worker, None
+        if worker is not None:
+            worker.stop(self._release)
+
+
+async def acall_within(call: Awaitable[T], seconds: float | None) -> T:
+    """What `call` returns. asyncio only.
+
+    Raises:
+        TimeIsUp: it took longer than `seconds`.
+    """
+    limit = asyncio.timeout(seconds)
+    try:
+        async with limit:
+            return await call
+    except TimeoutError:
+        if limit.expired():
+            raise TimeIsUp("total", seconds or 0.0) from None
+        raise
+
+
+async def asteps(
+    open_stream: Callable[[], Awaitable[AsyncIterator[Any]]],
+    limits: Limits,
+    convert: Callable[[Any], T | None],
+    at_end: Callable[[], T | None],
+    explain: Callable[[Exception, bool], Exception],
+) -> AsyncGenerator[T]:
+    """`Steps` for an async iterator. asyncio only."""
+    source: AsyncIterator[Any] | None = None
+    started, first = time.monotonic(), True
+    failure: Exception | None = None
+    try:
+        while failure is None:
+            seconds, late = limits.next(first=first, started=started)
+            try:
+                source, item = await _astep(source, open_stream, seconds, late)
+                over = item is _END
+                value = at_end() if over else convert(item)
+            except Exception as error:  # noqa: BLE001  # raised below, without the library's own as its context
+                failure = explain(error, not first)
+                break
+            first = False
+            if value is not None:
+                yield value
+            if over:
+                return
+        raise failure
+    finally:
+        await _arelease(source)
+
+
+async def _astep(
+    source: AsyncIterator[Any] | None,
+    open_stream: Callable[[], Awaitable[AsyncIterator[Any]]],
+    seconds: float | None,
+    late: TimeIsUp,
+) -> tuple[AsyncIterator[Any], object]:
+    limit = asyncio.timeout(seconds)
+    try:
+        async with limit:
+            if source is None:
+                source = await open_stream()
+            return source, await anext(source, _END)
+    except TimeoutError:
+        if limit.expired():
+            raise late from None
+        raise
+
+
+async def _arelease(source: object) -> None:
+    aclose = getattr(source, "aclose", None)
+    if aclose is not None:
+        # Also where this task is being cancelled, but then not for long.
+        with anyio.move_on_after(1, shield=True):
+            await aclose()
