@@ -1,27 +1,22 @@
-"""What the tests of codecs share: streams through a codec without HTTP, damaged ones, and a server of fixed bytes."""
+"""What the tests of codecs share: streams through a codec without HTTP, and a server of fixed bytes."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import random
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import anyio
-from hypothesis import HealthCheck, settings
 
 from fluxibly import LLM, AsyncLLM, LLMConfig
-from fluxibly.aggregate import Aggregator
 from fluxibly.errors import FluxiblyError
-from fluxibly.providers.codec import Codec, Event
-from fluxibly.providers.framing import make_framing
+from fluxibly.providers.codec import Codec
+from fluxibly.testing.codec_check import check_cuts, outcome_of
 from fluxibly.testing.modes import Mode
-from fluxibly.types import Chunk, Response
-
-fuzz = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+from fluxibly.types import Response
 
 
 def ask(config: LLMConfig, mode: Mode, prompt: Any, **overrides: Any) -> Response:
@@ -51,84 +46,36 @@ def _checked(response: Response | None, texts: list[str]) -> Response:
     return response
 
 
-def chunks_of(codec: Codec, pieces: Iterable[bytes]) -> Iterator[Chunk]:
-    """The chunks of a stream that arrives in these pieces, as an HTTP shell reads it."""
-    framing = make_framing(codec.framing)
-    decoder = codec.decoder()
-
-    def decoded(events: Iterable[Event]) -> Iterator[Chunk]:
-        for event in events:
-            if decoder.done:
-                return
-            yield from decoder.decode_event(event)
-
-    for piece in pieces:
-        yield from decoded(framing.feed(piece))
-    yield from decoded(framing.close())
-    yield from decoder.end()
+def streamed(codec: Codec, *reads: bytes) -> Response:
+    """The response that a stream comes to; its failure is raised."""
+    outcome = outcome_of(codec, reads)
+    if outcome.failure is not None:
+        raise outcome.failure
+    return outcome.response
 
 
-def streamed(codec: Codec, *pieces: bytes) -> Response:
-    """The response that a stream comes to."""
-    aggregator = Aggregator()
-    for chunk in chunks_of(codec, pieces):
-        aggregator.add(chunk)
-    return aggregator.response()
+def recut(codec: Codec, stream: bytes) -> Response:
+    """The response that a stream comes to, wherever its reads are cut."""
+    outcome = check_cuts(codec, stream)
+    assert outcome.failure is None, outcome
+    return outcome.response
 
 
-def interrupted(codec: Codec, *pieces: bytes) -> tuple[Response, FluxiblyError]:
+def interrupted(codec: Codec, *reads: bytes) -> tuple[Response, FluxiblyError]:
     """What had arrived of a stream that fails, and its error."""
-    aggregator = Aggregator()
-    try:
-        for chunk in chunks_of(codec, pieces):
-            aggregator.add(chunk)
-    except FluxiblyError as error:
-        return aggregator.response(), error
-    raise AssertionError(f"the stream did not fail; it came to {aggregator.response()!r}")
+    outcome = outcome_of(codec, reads)
+    assert isinstance(outcome.failure, FluxiblyError), outcome
+    return outcome.response, outcome.failure
 
 
-def mutated(body: bytes, chance: random.Random) -> bytes:
-    """The body with some bytes changed, doubled, cut out or swapped for what may break a reader."""
-    data = bytearray(body)
-    for _ in range(chance.randint(1, 8)):
-        at = chance.randrange(len(data) + 1)
-        match chance.randrange(5):
-            case 0:
-                data[at : at + chance.randint(1, 40)] = b""
-            case 1:
-                data[at:at] = chance.choice(
-                    [b"null", b"{}", b"[]", b"-1", b'"', b"\n\n", b"\xff", b"1e999", b"true", b"{"]
-                )
-            case 2:
-                data[at:at] = data[at : at + chance.randint(1, 60)]
-            case 3:
-                data[at : at + 1] = bytes([chance.randrange(256)])
-            case _:
-                key = chance.choice(
-                    [b'"index"', b'"type"', b'"content"', b'"parts"', b'"name"', b'"usage"', b'"message"']
-                )
-                data = bytearray(
-                    bytes(data).replace(key + b":", key + chance.choice([b":null,", b":[1],", b":7,", b':"x",']), 1)
-                )
-    return bytes(data)
-
-
-def answer_or_error(codec: Codec, body: bytes) -> None:
-    """Read any bytes as a stream, as a whole body and as an error: no exception but FluxiblyError gets out."""
-    for read in (streamed, lambda codec, body: codec.decode(body)):
-        with contextlib.suppress(FluxiblyError):
-            assert isinstance(read(codec, body), Response)
-    assert isinstance(codec.decode_error(500, {}, body), FluxiblyError)
-
-
-def sse(*events: dict[str, Any] | str) -> bytes:
-    """Server-sent events with these data, named after their `type` as Anthropic does."""
+def sse(*events: object, done: bool = False) -> bytes:
+    """Server-sent events with these data, named after their `type` as Anthropic does; with `[DONE]` if `done`."""
     blocks: list[str] = []
-    for event in events:
+    for event in [*events, *["[DONE]"] * done]:
         data = event if isinstance(event, str) else json.dumps(event)
         name = f"event: {event['type']}\n" if isinstance(event, dict) and "type" in event else ""
         blocks.append(f"{name}data: {data}\n\n")
-    return "".join(blocks).encode()
+    return "".join(blocks).encode(errors="replace")
 
 
 @contextlib.contextmanager

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import random
 from typing import Any
 
 import pytest
-from dialects import answer_or_error, chunks_of, fuzz, interrupted, mutated, serving, streamed
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from recordings import cuts, load
+from dialects import interrupted, recut, serving, streamed
+from recordings import load
 
 from fluxibly.errors import (
     AuthenticationError,
@@ -24,6 +21,7 @@ from fluxibly.errors import (
 )
 from fluxibly.providers.ollama_codec import OllamaCodec
 from fluxibly.testing import check_codec
+from fluxibly.testing.codec_check import chunks_of
 from fluxibly.types import Image, Message, Reasoning, Request, Tool, ToolCall, Usage
 
 CHAT = OllamaCodec()
@@ -287,8 +285,7 @@ def test_stream() -> None:
     assert (response.text, response.reasoning, response.finish_reason) == ("Héllo ", "Hm.", "tool_call")
     assert [(call.id, call.name) for call in response.tool_calls] == [("call_0", "weather"), ("call_x1", "now")]
     assert response.usage == Usage(input_tokens=26, output_tokens=7)
-    for pieces in cuts(body):
-        assert streamed(CHAT, *pieces) == response
+    assert recut(CHAT, body) == response
     assert streamed(CHAT, body.replace(b"\n", b"\r\n\r\n")[:-4]) == response
 
 
@@ -367,41 +364,6 @@ def test_errors(status: int, said: str, kind: type[ProviderError], retryable: bo
 def test_errors_in_no_known_shape(body: bytes) -> None:
     """Whatever a proxy sends, the status decides."""
     assert type(CHAT.decode_error(404, {}, body)) is NotFound
-
-
-# Anything at all
-
-
-@settings(fuzz)
-@given(st.binary(max_size=400))
-def test_random_bytes(body: bytes) -> None:
-    """Random bytes are an answer or one of our errors."""
-    answer_or_error(CHAT, body)
-
-
-@settings(fuzz, max_examples=200)
-@given(st.integers())
-def test_mutated_streams(seed: int) -> None:
-    """A damaged stream or body is an answer or one of our errors."""
-    answer_or_error(CHAT, mutated(ndjson(line("Hé"), line("", tool_calls=CALLS), last()), random.Random(seed)))
-
-
-ANY_JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
-    lambda inner: (
-        st.lists(inner, max_size=3)
-        | st.dictionaries(
-            st.sampled_from(["message", "content", "tool_calls", "function", "arguments", "done", "error"]), inner
-        )
-    ),
-)
-
-
-@settings(fuzz, max_examples=100)
-@given(ANY_JSON)
-def test_lines_of_any_shape(value: Any) -> None:
-    """Fields of unexpected types break nothing."""
-    answer_or_error(CHAT, ndjson(value, {"message": {"tool_calls": [value, {"function": value}]}}, last()))
 
 
 # The official client reads the same bytes

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-from contextlib import suppress
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from recordings import Outcome, check_recuts, decode_stream
+from dialects import sse as events
 
 from fluxibly import errors
-from fluxibly.errors import FluxiblyError, StreamProtocolError
+from fluxibly.errors import StreamProtocolError
 from fluxibly.providers.openai_responses import ResponsesCodec
+from fluxibly.testing.codec_check import Outcome, check_cuts
 from fluxibly.types import Image, Message, Reasoning, Request, Response, Tool, ToolCall, Usage
 
 CODEC = ResponsesCodec()
@@ -42,13 +40,8 @@ def answer(*output: dict[str, Any], status: str = "completed", **fields: object)
             "output": list(output), "usage": USAGE, **fields}  # fmt: skip
 
 
-def events(*bodies: dict[str, Any]) -> bytes:
-    """A stream as the API sends it: each event with its name."""
-    return "".join(f"event: {body['type']}\ndata: {json.dumps(body)}\n\n" for body in bodies).encode()
-
-
 def streamed(*bodies: dict[str, Any]) -> Outcome:
-    return check_recuts(CODEC, events(*bodies))
+    return check_cuts(CODEC, events(*bodies))
 
 
 def sent(request: Request, *, stream: bool = False) -> dict[str, Any]:
@@ -267,9 +260,9 @@ def test_errors_in_a_stream(event: dict[str, Any], kind: str) -> None:
 
 def test_an_event_named_error() -> None:
     """It is one, whatever stands in it; and so is an event that does not say what it is."""
-    outcome = check_recuts(CODEC, events(*FULL[:7]) + b"event: error\ndata: broken\n\n")
+    outcome = check_cuts(CODEC, events(*FULL[:7]) + b"event: error\ndata: broken\n\n")
     assert str(outcome.error).startswith("ServerError: OpenAI answered with an error: broken.")
-    assert str(check_recuts(CODEC, b'data: {"a": 1}\n\n').error).startswith("StreamProtocolError")
+    assert str(check_cuts(CODEC, b'data: {"a": 1}\n\n').error).startswith("StreamProtocolError")
 
 
 def test_an_answer_that_is_no_200() -> None:
@@ -279,7 +272,7 @@ def test_an_answer_that_is_no_200() -> None:
 
 def test_bare_json_is_an_error() -> None:
     """Instead of a stream."""
-    outcome = check_recuts(CODEC, b'{"error": {"message": "no", "type": "invalid_request_error"}}')
+    outcome = check_cuts(CODEC, b'{"error": {"message": "no", "type": "invalid_request_error"}}')
     assert str(outcome.error).startswith("BadRequest")
 
 
@@ -288,7 +281,7 @@ def test_a_stream_that_was_cut_off() -> None:
     outcome = streamed(*FULL[:8])
     assert str(outcome.error).startswith("StreamProtocolError")
     assert outcome.response.text == "Hello"
-    assert str(check_recuts(CODEC, events(*FULL)[:-30]).error).startswith("StreamProtocolError")
+    assert str(check_cuts(CODEC, events(*FULL)[:-30]).error).startswith("StreamProtocolError")
 
 
 @pytest.mark.parametrize("body", [b"", b"{}", b"[]", b"<html>", b'{"output": 3}', b'{"status": "completed"}'])
@@ -304,23 +297,3 @@ def test_a_whole_response_that_failed() -> None:
     with pytest.raises(errors.ServerError, match="broken") as caught:
         CODEC.decode(json.dumps(body).encode())
     assert caught.value.retryable
-
-
-WORDS = ("output", "type", "item", "response", "status", "error", "delta", "content", "arguments", "output_index",
-         "summary", "usage", "message", "code", "text", "incomplete_details")  # fmt: skip
-KINDS = tuple(event["type"] for event in FULL) + ("error", "response.failed", "message", "function_call", "reasoning")
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-2, 3) | st.sampled_from(KINDS),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(WORDS), inner, max_size=5),
-    max_leaves=15,
-)
-
-
-@given(JSON, st.sampled_from(KINDS))
-@settings(max_examples=300)
-def test_any_json_is_an_answer_or_our_error(value: object, kind: str) -> None:
-    """Of any shape, as a body and as an event."""
-    fields = value if isinstance(value, dict) else {"item": value, "response": value, "output": value}
-    with suppress(FluxiblyError):
-        assert isinstance(CODEC.decode(json.dumps(fields).encode()), Response)
-    decode_stream(CODEC, [events({**fields, "type": kind}), events({"type": "response.completed", "response": fields})])

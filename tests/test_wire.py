@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 import pytest
-from dialects import answer_or_error, interrupted
+from dialects import interrupted
 
 from fluxibly.errors import (
     AuthenticationError,
@@ -43,13 +43,6 @@ ANSWERS: list[tuple[Codec, str]] = [
 def name_of(codec: object) -> str:
     """For the ids of tests."""
     return type(codec).__name__
-
-
-@pytest.mark.parametrize(("codec", "answer"), ANSWERS, ids=name_of)
-def test_nesting_at_the_edge(codec: Codec, answer: str) -> None:
-    """Arguments that can just be read, but not written again, are an error of ours."""
-    for depth in range(880, 1010, 2):
-        answer_or_error(codec, (answer % ('{"a":' * depth + "1" + "}" * depth)).encode())
 
 
 def test_arguments_nested_too_deeply() -> None:

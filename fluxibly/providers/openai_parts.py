@@ -74,16 +74,17 @@ def tool_call_deltas(calls: object) -> tuple[ToolCallDelta, ...]:
         deltas.append(
             ToolCallDelta(
                 index=index if type(index) is int and index >= 0 else None,
-                id=_text(fields.get("id")),
-                name=_text(function.get("name")),
+                id=word_of(fields.get("id")),
+                name=word_of(function.get("name")),
                 arguments=_arguments(function.get("arguments")),
             )
         )
     return tuple(deltas)
 
 
-def _text(value: object) -> str | None:
-    return str(value) if value is not None and value != "" else None
+def word_of(value: object) -> str | None:
+    """An id, a name or a reason, for which there are services that send numbers; "" says nothing."""
+    return str(value) if isinstance(value, (str, int)) and value != "" else None
 
 
 def _arguments(value: object) -> str:
@@ -130,7 +131,7 @@ class Details:
         return tuple(
             Reasoning(
                 text=next((block[key] for key in ("text", "summary") if isinstance(block.get(key), str)), ""),
-                signature=_text(block.get("signature")),
+                signature=word_of(block.get("signature")),
                 raw=block,
             )
             for block in self._blocks

@@ -11,7 +11,7 @@ from fluxibly.errors import StreamProtocolError
 from fluxibly.providers import error_reports
 from fluxibly.providers.codec import Event
 from fluxibly.providers.json_reading import read_json
-from fluxibly.providers.openai_parts import Details, content_of, finish_reason_of, tool_call_deltas, usage_of
+from fluxibly.providers.openai_parts import Details, content_of, finish_reason_of, tool_call_deltas, usage_of, word_of
 from fluxibly.providers.wire import cut_off, table
 from fluxibly.types import Chunk, Reasoning
 
@@ -254,7 +254,7 @@ class _ChoiceState:
         if text:
             self.spoke = True
         if choice.finish_reason:
-            self._finish(str(choice.finish_reason), fields)
+            self._finish(word_of(choice.finish_reason) or "unknown", fields)
         return text
 
     def _take_more(self, delta: Delta, reasoning: object, fields: dict[str, Any]) -> str:
