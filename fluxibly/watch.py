@@ -11,9 +11,9 @@ from fluxibly.types import CallRecord, Chunk, Response, Restart
 
 
 class Watch:
-    """Steps an inner flow and sees its effects, at a third of what a `Relay` costs a chunk.
+    """Steps an inner flow and sees its effects. Without a call for each chunk, which is half of what a `Relay` costs.
 
-    Chunks are not shown one by one: `arrivals` keeps when they came, and `answer` joins them, where there are such.
+    Chunks are not shown: `arrivals` keeps when they came, and `answer` joins them, where there are such.
     """
 
     call: CallRecord
