@@ -16,7 +16,19 @@ from fluxibly.errors import FluxiblyError
 from fluxibly.providers.codec import Codec
 from fluxibly.testing.codec_check import check_cuts, outcome_of
 from fluxibly.testing.modes import Mode
-from fluxibly.types import Response
+from fluxibly.types import Image, Response, Tool
+
+WEATHER = Tool("weather", "The weather in a city.", {"type": "object", "properties": {"city": {"type": "string"}}})
+PARAMETERS = {
+    "temperature": 0.5,
+    "max_tokens": 7,
+    "top_p": 0.9,
+    "top_k": 40,
+    "frequency_penalty": 0.1,
+    "presence_penalty": 0.2,
+    "seed": 3,
+}
+PNG = Image(data=b"\x89PNG", media_type="image/png")
 
 
 def ask(config: LLMConfig, mode: Mode, prompt: Any, **overrides: Any) -> Response:

@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 import pytest
-from dialects import interrupted, recut, serving, sse, streamed
+from dialects import WEATHER, interrupted, recut, serving, sse, streamed
 from recordings import load
 
 from fluxibly.errors import (
@@ -28,12 +28,15 @@ from fluxibly.testing import check_codec
 from fluxibly.types import Image, Message, Reasoning, Request, Response, Text, Tool, ToolCall, Usage
 
 CODEC = AnthropicCodec()
-WEATHER = Tool("weather", "The weather in a city.", {"type": "object", "properties": {"city": {"type": "string"}}})
 
 
 def body_of(stream: bool = False, **fields: Any) -> dict[str, Any]:
     fields = {"model": "claude-sonnet-4-5", "messages": "Hi", **fields}
     return json.loads(CODEC.encode(Request(**fields), stream=stream).body)
+
+
+def block_start(index: int, kind: str, **fields: Any) -> dict[str, Any]:
+    return {"type": "content_block_start", "index": index, "content_block": {"type": kind, **fields}}
 
 
 def start(**usage: int) -> dict[str, Any]:
@@ -451,17 +454,9 @@ def test_tool_calls_without_deltas() -> None:
         CODEC,
         sse(
             start(),
-            {
-                "type": "content_block_start",
-                "index": 0,
-                "content_block": {"type": "tool_use", "id": "a", "name": "now"},
-            },
+            block_start(0, "tool_use", id="a", name="now"),
             {"type": "content_block_stop", "index": 0},
-            {
-                "type": "content_block_start",
-                "index": 1,
-                "content_block": {"type": "tool_use", "id": "b", "name": "weather", "input": {"city": "Rome"}},
-            },
+            block_start(1, "tool_use", id="b", name="weather", input={"city": "Rome"}),
             {"type": "content_block_stop", "index": 1},
             *finish("tool_use"),
         ),
@@ -477,11 +472,7 @@ def test_what_is_passed_over() -> None:
     body = b": ping - now\n\n" + sse(
         {"type": "ping"},
         start(),
-        {
-            "type": "content_block_start",
-            "index": 0,
-            "content_block": {"type": "server_tool_use", "id": "s", "name": "w"},
-        },
+        block_start(0, "server_tool_use", id="s", name="w"),
         {"type": "content_block_delta", "index": 0, "delta": {"type": "input_json_delta", "partial_json": '{"q":1}'}},
         {"type": "content_block_stop", "index": 0},
         {"type": "content_block_delta", "index": 9, "delta": {"type": "input_json_delta", "partial_json": "{"}},
@@ -523,11 +514,7 @@ def test_tool_call_cut_off_by_the_length_limit() -> None:
         CODEC,
         sse(
             start(),
-            {
-                "type": "content_block_start",
-                "index": 0,
-                "content_block": {"type": "tool_use", "id": "a", "name": "now"},
-            },
+            block_start(0, "tool_use", id="a", name="now"),
             {"type": "content_block_delta", "index": 0, "delta": {"type": "input_json_delta", "partial_json": '{"ci'}},
             *finish("max_tokens"),
         ),

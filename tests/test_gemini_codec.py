@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from dialects import interrupted, recut, sse, streamed
+from dialects import PARAMETERS, PNG, WEATHER, interrupted, recut, sse, streamed
 from recordings import load
 
 from fluxibly.errors import (
@@ -30,8 +30,6 @@ from fluxibly.types import Image, Message, Reasoning, Request, Response, Tool, T
 
 CODEC = GeminiCodec()
 ARRAYS = GeminiCodec(framing="json-array")
-WEATHER = Tool("weather", "The weather in a city.", {"type": "object", "properties": {"city": {"type": "string"}}})
-PNG = Image(data=b"\x89PNG", media_type="image/png")
 
 
 def body_of(**fields: Any) -> dict[str, Any]:
@@ -70,13 +68,7 @@ def test_parameters() -> None:
     """Each parameter under the dialect's name."""
     body = body_of(
         messages=[Message.system("Be brief."), Message.user("Hi"), Message.system("Rhyme.")],
-        temperature=0.5,
-        max_tokens=7,
-        top_p=0.9,
-        top_k=40,
-        frequency_penalty=0.1,
-        presence_penalty=0.2,
-        seed=3,
+        **PARAMETERS,
         n=2,
         stop=["END"],
         tools=[WEATHER, Tool("now")],

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from dialects import interrupted, recut, serving, streamed
+from dialects import PARAMETERS, PNG, WEATHER, interrupted, recut, serving, streamed
 from recordings import load
 
 from fluxibly.errors import (
@@ -26,8 +26,6 @@ from fluxibly.types import Image, Message, Reasoning, Request, Tool, ToolCall, U
 
 CHAT = OllamaCodec()
 GENERATE = OllamaCodec(endpoint="generate")
-WEATHER = Tool("weather", "The weather in a city.", {"type": "object", "properties": {"city": {"type": "string"}}})
-PNG = Image(data=b"\x89PNG", media_type="image/png")
 
 
 def body_of(codec: OllamaCodec = CHAT, stream: bool = False, **fields: Any) -> dict[str, Any]:
@@ -87,13 +85,7 @@ def test_parameters() -> None:
     body = body_of(
         stream=True,
         messages=[Message.system("Be brief."), Message.user(["What?", PNG])],
-        temperature=0.5,
-        max_tokens=7,
-        top_p=0.9,
-        top_k=40,
-        frequency_penalty=0.1,
-        presence_penalty=0.2,
-        seed=3,
+        **PARAMETERS,
         n=1,
         stop="END",
         tools=[WEATHER],

@@ -20,7 +20,7 @@ from fluxibly.errors import (
     ServerError,
     StreamProtocolError,
 )
-from fluxibly.providers import wire
+from fluxibly.providers import json_reading, wire
 from fluxibly.providers.anthropic_codec import AnthropicCodec
 from fluxibly.providers.codec import Codec
 from fluxibly.providers.gemini_codec import GeminiCodec
@@ -150,8 +150,8 @@ def test_an_event_named_error(codec: Codec, data: str) -> None:
 
 def test_sums_of_what_is_known() -> None:
     """Nothing known is not nought."""
-    assert (wire.total(None, None), wire.total(0, None), wire.total(1, 2)) == (None, 0, 3)
-    assert [wire.count(value) for value in (3, -1, True, 2.5, "3", None)] == [3, None, None, None, None, None]
+    assert (json_reading.total(None, None), json_reading.total(0, None), json_reading.total(1, 2)) == (None, 0, 3)
+    assert [json_reading.count(value) for value in (3, -1, True, 2.5, "3", None)] == [3, None, None, None, None, None]
 
 
 def test_arguments_that_are_sent_back() -> None:

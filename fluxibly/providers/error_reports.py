@@ -14,7 +14,7 @@ import attrs
 
 from fluxibly.errors import ProviderError, StreamProtocolError
 from fluxibly.providers.error_classes import ADVICE, class_of, is_retryable
-from fluxibly.providers.json_reading import describe, read_json
+from fluxibly.providers.json_reading import describe, read_json, table
 from fluxibly.providers.retry_hints import retry_after_of
 
 EXCERPT_LENGTH: Final = 2_000
@@ -108,7 +108,7 @@ def request_id_of(headers: Mapping[str, str]) -> str | None:
 
 def _id_in(payload: object) -> str | None:
     """A request's id where it stands beside the error in a body, as Anthropic sends it."""
-    found: object = _table(payload).get("request_id")
+    found: object = table(payload).get("request_id")
     return found if isinstance(found, str) and found else None
 
 
@@ -142,11 +142,11 @@ def read_report(payload: object) -> Report | None:
 
 
 def _report(inner: Any, outer: dict[str, Any]) -> Report:
-    fields = _table(inner)
+    fields = table(inner)
     given = [
         *(fields.get(key) for key in ("code", "type", "status", "reason")),
         *(detail.get("reason") for detail in _dicts(fields.get("details"))),
-        _table(fields.get("innererror") or fields.get("inner_error")).get("code"),
+        table(fields.get("innererror") or fields.get("inner_error")).get("code"),
         *(outer.get(key) for key in ("code", "type")),
     ]
     words = [str(word) for word in given if isinstance(word, (str, int)) and not isinstance(word, bool)]
@@ -157,7 +157,7 @@ def _report(inner: Any, outer: dict[str, Any]) -> Report:
         (fields.get("status_code"), fields.get("code"), fields.get("status"), outer.get("code"), outer.get("status")),
     )
     message = _words_of(inner)
-    upstream: object = _table(fields.get("metadata")).get("raw")  # OpenRouter's quote of the service behind it
+    upstream: object = table(fields.get("metadata")).get("raw")  # OpenRouter's quote of the service behind it
     if isinstance(upstream, str) and upstream not in message:
         message = f"{message}: {upstream}"
     return Report(
@@ -176,7 +176,7 @@ def _words_of(value: object, depth: int = 0) -> str:
         return ""
     if isinstance(value, list):
         return "; ".join(filter(None, [_words_of(item, depth + 1) for item in cast("list[object]", value)[:10]]))
-    fields = _table(value)
+    fields = table(value)
     for key in ("message", "msg", "detail", "error"):
         found = _words_of(fields.get(key), depth + 1)
         if found:
@@ -184,12 +184,8 @@ def _words_of(value: object, depth: int = 0) -> str:
     return ""
 
 
-def _table(value: object) -> dict[str, Any]:
-    return cast("dict[str, Any]", value) if isinstance(value, dict) else {}
-
-
 def _dicts(value: object) -> list[dict[str, Any]]:
-    return [_table(item) for item in cast("list[object]", value)] if isinstance(value, list) else []
+    return [table(item) for item in cast("list[object]", value)] if isinstance(value, list) else []
 
 
 def _status(value: object) -> int | None:

@@ -13,19 +13,8 @@ from fluxibly.providers.codec import Encoded, Event, Framing
 from fluxibly.providers.error_reports import error_of_payload, error_of_response, excerpt
 from fluxibly.providers.gemini_request import NAME, encode_body
 from fluxibly.providers.held import Held
-from fluxibly.providers.json_reading import read_json
-from fluxibly.providers.wire import (
-    arguments_text,
-    array,
-    count,
-    cut_off,
-    not_an_answer,
-    quota_exceeded,
-    string,
-    table,
-    total,
-    write_json,
-)
+from fluxibly.providers.json_reading import array, count, read_json, string, table, total
+from fluxibly.providers.wire import arguments_text, cut_off, not_an_answer, quota_exceeded, write_json
 from fluxibly.types import Chunk, Reasoning, Request, Response, ToolCallDelta, Usage
 
 if TYPE_CHECKING:

@@ -7,15 +7,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from fluxibly.providers.wire import (
-    bad_request,
-    image_data,
-    refuse,
-    sent_arguments,
-    string,
-    system_text,
-    tool_name,
-)
+from fluxibly.providers.json_reading import string
+from fluxibly.providers.wire import bad_request, image_data, refuse, sent_arguments, system_text, tool_name
 from fluxibly.types import Image, Message, Request, Tool, parse_arguments
 
 NAME = "Gemini"

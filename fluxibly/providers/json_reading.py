@@ -1,4 +1,4 @@
-"""JSON as services really send it: with a byte-order mark, padding, `NaN`, or half a surrogate pair."""
+"""JSON as services really send it: with a byte-order mark, padding, `NaN`, or half a surrogate pair, and of any shape."""
 
 from __future__ import annotations
 
@@ -55,3 +55,32 @@ def describe(data: bytes) -> str:
     if start.startswith((b"<!doctype", b"<html", b"<head", b"<?xml", b"<")):
         return "an HTML page"
     return "text"
+
+
+# What stands in it may be of any type: these give what is due, or nothing
+
+
+def table(value: Any) -> dict[str, Any]:
+    """`value` if it is a JSON object, else an empty one."""
+    return value if type(value) is dict else {}  # pyright: ignore[reportUnknownVariableType]  # JSON's keys are str
+
+
+def array(value: Any) -> list[Any]:
+    """`value` if it is a JSON array, else an empty one."""
+    return value if type(value) is list else []  # pyright: ignore[reportUnknownVariableType]  # of anything
+
+
+def string(value: object) -> str:
+    """`value` if it is a string, else an empty one."""
+    return value if isinstance(value, str) else ""
+
+
+def count(value: object) -> int | None:
+    """`value` if it is a number of things, else None."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
+
+
+def total(*counts: int | None) -> int | None:
+    """The sum of what is known; None if nothing is."""
+    known = [number for number in counts if number is not None]
+    return sum(known) if known else None

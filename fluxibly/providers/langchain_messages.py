@@ -15,8 +15,9 @@ from langchain_core.messages import (
     ToolMessage,
 )
 
+from fluxibly.providers.json_reading import array, string, table
 from fluxibly.providers.openai_parts import finish_reason_of
-from fluxibly.providers.wire import array, sent_arguments, string, table, to_json
+from fluxibly.providers.wire import sent_arguments, to_json
 from fluxibly.types import (
     Chunk,
     Image,

@@ -8,9 +8,9 @@ import attrs
 import msgspec
 
 from fluxibly.errors import StreamProtocolError
+from fluxibly.providers.json_reading import array, table
 from fluxibly.providers.openai_codec import Body, ChatDecoder, OpenAICodec
 from fluxibly.providers.openai_request import Quirks, chat_body
-from fluxibly.providers.wire import array, table
 from fluxibly.types import Chunk, Reasoning, Request, Response
 
 _SERVICE = "the service (through LiteLLM)"

@@ -12,18 +12,9 @@ from fluxibly.errors import NotFound, ProviderError, ServerError, StreamProtocol
 from fluxibly.providers.codec import Encoded, Event, Framing
 from fluxibly.providers.error_reports import Report, error_of, excerpt, read_report
 from fluxibly.providers.held import Held
-from fluxibly.providers.json_reading import read_json
+from fluxibly.providers.json_reading import array, count, read_json, string, table
 from fluxibly.providers.ollama_request import NAME, encode_body
-from fluxibly.providers.wire import (
-    arguments_text,
-    array,
-    count,
-    cut_off,
-    not_an_answer,
-    string,
-    table,
-    write_json,
-)
+from fluxibly.providers.wire import arguments_text, cut_off, not_an_answer, write_json
 from fluxibly.types import Chunk, Reasoning, Request, Response, ToolCallDelta, Usage
 
 if TYPE_CHECKING:

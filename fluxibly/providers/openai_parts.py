@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final, cast
 
-from fluxibly.providers.wire import string, table, to_json
+from fluxibly.providers.json_reading import string, table
+from fluxibly.providers.wire import to_json
 from fluxibly.types import Reasoning, ToolCallDelta, Usage
 
 _FINISH_REASONS: Final[Mapping[str, str]] = {

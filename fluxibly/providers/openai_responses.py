@@ -10,11 +10,11 @@ import attrs
 from fluxibly.errors import ProviderError, StreamProtocolError
 from fluxibly.providers import error_reports
 from fluxibly.providers.codec import Encoded, Event, Framing
-from fluxibly.providers.json_reading import read_json
+from fluxibly.providers.json_reading import array, read_json, string, table
 from fluxibly.providers.openai_parts import finish_reason_of, usage_of
 from fluxibly.providers.openai_request import Quirks
 from fluxibly.providers.openai_responses_request import responses_body
-from fluxibly.providers.wire import array, cut_off, not_an_answer, string, table, write_json
+from fluxibly.providers.wire import cut_off, not_an_answer, write_json
 from fluxibly.types import Chunk, Reasoning, Request, Response, ToolCall, ToolCallDelta
 
 _FAILED: Final = frozenset({"failed", "cancelled"})

@@ -10,9 +10,9 @@ import msgspec
 from fluxibly.errors import StreamProtocolError
 from fluxibly.providers import error_reports
 from fluxibly.providers.codec import Event
-from fluxibly.providers.json_reading import read_json
+from fluxibly.providers.json_reading import read_json, table
 from fluxibly.providers.openai_parts import Details, content_of, finish_reason_of, tool_call_deltas, usage_of, word_of
-from fluxibly.providers.wire import cut_off, table
+from fluxibly.providers.wire import cut_off
 from fluxibly.types import Chunk, Reasoning
 
 

@@ -13,6 +13,7 @@ import msgspec
 
 from fluxibly.errors import BadRequest, ProviderError, QuotaExceeded, StreamProtocolError
 from fluxibly.providers.error_reports import error_of_payload, excerpt
+from fluxibly.providers.json_reading import table
 from fluxibly.types import Image, Message, Request, Text, ToolCall
 
 
@@ -38,32 +39,6 @@ def quota_exceeded(error: ProviderError) -> QuotaExceeded:
         request_id=error.request_id,
         body=error.body,
     )
-
-
-def table(value: Any) -> dict[str, Any]:
-    """`value` if it is a JSON object, else an empty one."""
-    return value if type(value) is dict else {}  # pyright: ignore[reportUnknownVariableType]  # JSON's keys are str
-
-
-def array(value: Any) -> list[Any]:
-    """`value` if it is a JSON array, else an empty one."""
-    return value if type(value) is list else []  # pyright: ignore[reportUnknownVariableType]  # of anything
-
-
-def string(value: object) -> str:
-    """`value` if it is a string, else an empty one."""
-    return value if isinstance(value, str) else ""
-
-
-def count(value: object) -> int | None:
-    """`value` if it is a number of things, else None."""
-    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
-
-
-def total(*counts: int | None) -> int | None:
-    """The sum of what is known; None if nothing is."""
-    known = [number for number in counts if number is not None]
-    return sum(known) if known else None
 
 
 def to_json(value: object) -> str:
