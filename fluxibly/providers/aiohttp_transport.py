@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from typing import TYPE_CHECKING
 
 import aiohttp
@@ -16,7 +16,6 @@ import httpx
 from multidict import CIMultiDict
 from yarl import URL
 
-from fluxibly.providers.event_loops import from_anywhere
 from fluxibly.providers.limits import LimitPassed, Limits
 from fluxibly.providers.pool import DRAIN_TIME
 from fluxibly.providers.route import proxy_for, tls_context
@@ -86,7 +85,7 @@ class _Exchange:
         self._limits = limits
         self.status = answer.status
         self.headers = joined(answer.raw_headers)
-        self.cut = from_anywhere(answer.close)
+        self.cut = functools.partial(_soon, asyncio.get_running_loop(), answer.close)
         """Closes the connection, between reads."""
 
     async def read(self) -> bytes:
@@ -97,9 +96,9 @@ class _Exchange:
             while not data and not content.at_eof():
                 async with _Limited(self._limits):
                     data = await content.readany()
+                self._limits.waits(self.cut)
         except (aiohttp.ClientError, TimeoutError) as error:
             raise _translated(error) from error
-        self._limits.waits(self.cut)
         return data
 
     async def release(self, *, ended: bool) -> None:
@@ -116,6 +115,12 @@ class _Exchange:
             self._answer.close()
 
 
+def _soon(loop: asyncio.AbstractEventLoop, callback: Callable[..., object], *args: object) -> None:
+    """Have the loop call this, from whatever thread, if it still runs."""
+    with contextlib.suppress(RuntimeError):
+        loop.call_soon_threadsafe(callback, *args)
+
+
 class _Limited:
     """Cuts a wait off when its limit passes, or when the stream is closed meanwhile."""
 
@@ -128,7 +133,7 @@ class _Limited:
     async def __aenter__(self) -> None:
         self._limits.waits(None)
         await self._timeout.__aenter__()
-        self._limits.waits(from_anywhere(functools.partial(self._timeout.reschedule, 0)))
+        self._limits.waits(functools.partial(_soon, asyncio.get_running_loop(), self._timeout.reschedule, 0))
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

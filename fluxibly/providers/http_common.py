@@ -29,6 +29,7 @@ from fluxibly.types import ProviderInfo, Request, Response
 _TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 _VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
 """What a header may hold (RFC 9110 §5.5)."""
+_TARGET = re.compile(rb"[\x21-\x7e]+")
 _FRAMING = frozenset({"content-length", "transfer-encoding"})
 _KEPT_HEADERS = 32
 
@@ -119,7 +120,7 @@ class Endpoint:
             raise BadRequest(f"the path {path!r} is not ASCII") from None
         if queries:
             target += b"?" + b"&".join(queries)
-        if any(byte <= 32 or byte == 127 for byte in target):
+        if _TARGET.fullmatch(target) is None:
             raise BadRequest(f"the path {path!r} has characters that a URL cannot have")
         return target
 
