@@ -49,7 +49,7 @@ class CallTrace(Watch):
     """The spans of one call that is recorded: its own, and one at a time that of an attempt."""
 
     def __init__(self, capturing: Capturing, tracer: Tracer, span: Span, request: Request, context: Context) -> None:
-        self.call = call = request.call
+        call = request.call
         self.capturing = capturing
         self.tracer = tracer
         self.span = span

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from opentelemetry.context import Context
 
     from fluxibly.capture import Capturing
-    from fluxibly.types import CallRecord, Request, Response
+    from fluxibly.types import Request, Response
 
 
 class Tracers:
@@ -57,7 +57,7 @@ class Tracers:
             if tracer is None:
                 if not context or not get_current_span(context).get_span_context().is_valid:
                     return None
-                return Passing(request.call, None, context)
+                return Passing(None, context)
             span = tracer.start_span(
                 f"{semconv.CHAT} {request.model}",
                 context,
@@ -66,7 +66,7 @@ class Tracers:
             )
             if span.is_recording():
                 return CallTrace(self.capturing, tracer, span, request, context)
-            return Passing(request.call, span, context)
+            return Passing(span, context)
         except Exception as problem:  # noqa: BLE001  # telemetry never breaks a call
             report(problem)
             return None
@@ -75,8 +75,7 @@ class Tracers:
 class Passing(Watch):
     """A call that is not recorded: only its trace headers go on, from `span` or from the caller's own span."""
 
-    def __init__(self, call: CallRecord, span: Span | None, context: Context) -> None:
-        self.call = call
+    def __init__(self, span: Span | None, context: Context) -> None:
         self.current = None if span is None else Current(set_span_in_context(span, context), context)
 
     def see(self, effect: Effect) -> None:
@@ -86,10 +85,10 @@ class Passing(Watch):
             except Exception as problem:  # noqa: BLE001  # telemetry never breaks a call
                 report(problem)
 
-    def completed(self, _: Response) -> None:
+    def completed(self, response: Response) -> None:
         if self.current is not None:
             self.current.leave()
 
-    def failed(self, _: BaseException) -> None:
+    def failed(self, error: BaseException) -> None:
         if self.current is not None:
             self.current.leave()

@@ -2,42 +2,53 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 from fluxibly.aggregate import Aggregator
 from fluxibly.arrivals import LIMIT, Arrivals
-from fluxibly.effects import Effect, Flow, More
-from fluxibly.types import CallRecord, Chunk, Response, Restart
+from fluxibly.effects import CallNext, Effect, Flow, More
+from fluxibly.types import Chunk, Request, Response, Restart
 
 
 class Watch:
-    """Steps an inner flow and sees its effects. Without a call for each chunk, which is half of what a `Relay` costs.
+    """What looks on at one call. None of its methods may raise.
 
-    Chunks are not shown: `arrivals` keeps when they came, and `answer` joins them, where there are such.
+    Chunks are not shown, since a call for each is half of what a `Relay` costs: `arrivals` keeps when they came, and
+    `answer` joins them, where there are such.
     """
 
-    call: CallRecord
     arrivals: Arrivals | None = None
     answer: Aggregator | None = None
 
     def see(self, effect: Effect) -> None:
-        """An effect that is no chunk goes outward. Must not raise."""
+        """An effect that is no chunk goes outward."""
 
-    def over(self, flow: Flow[Response]) -> Flow[Response]:
-        """Run `flow` and return what it does."""
-        send, call, arrivals, answer = flow.send, self.call, self.arrivals, self.answer
-        clock = call.clock
-        points = [] if arrivals is None else arrivals.points
-        until_noted = 0 if arrivals is None else 1  # how many chunks further on the next one to note is
-        characters = 0
-        effect: Any
-        outcome: Any = None
-        error: BaseException | None = None
+    def completed(self, response: Response) -> None:
+        """The call succeeded."""
+
+    def failed(self, error: BaseException) -> None:
+        """The call failed, was cancelled or given up."""
+
+
+def watched(begin: Callable[[Request], Watch | None], request: Request, call_next: CallNext) -> Flow[Response]:
+    """The layer: `begin` makes what looks on at this call, if anything does."""
+    watch = begin(request)
+    if watch is None:
+        return (yield from call_next(request))
+    call, arrivals, answer = request.call, watch.arrivals, watch.answer
+    points = [] if arrivals is None else arrivals.points
+    until_noted = 0 if arrivals is None else 1  # how many chunks further on the next one to note is
+    characters = 0
+    effect: Any
+    outcome: Any = None
+    error: BaseException | None = None
+    try:
+        flow = call_next(request)
+        send = flow.send
         while True:
             try:
                 effect = send(outcome) if error is None else flow.throw(error)
-            except StopIteration as stop:
-                return cast("Response", stop.value)
             finally:
                 error = None  # it refers to this frame
             try:
@@ -51,15 +62,15 @@ class Watch:
                     characters += len(chunk.text)
                     until_noted -= 1
                     if until_noted == 0 and arrivals is not None:
-                        points.append((clock(), call.asked_at, characters))
+                        points.append((call.clock(), call.asked_at, characters))
                         until_noted = arrivals.stride if len(points) < LIMIT else arrivals.thin()
                     if answer is not None:
                         answer.add(chunk)
                     effect = send((yield effect))
-                self.see(effect)
+                watch.see(effect)
                 outcome = yield effect
-            except StopIteration as stop:
-                return cast("Response", stop.value)
+            except StopIteration:
+                raise
             except GeneratorExit:
                 flow.close()
                 raise
@@ -72,4 +83,11 @@ class Watch:
                         arrivals.begin()
                         until_noted = 1
                     if answer is not None:
-                        self.answer = answer = Aggregator()
+                        watch.answer = answer = Aggregator()
+    except StopIteration as stop:
+        response = cast("Response", stop.value)
+    except BaseException as raised:
+        watch.failed(raised)
+        raise
+    watch.completed(response)
+    return response

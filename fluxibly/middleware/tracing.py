@@ -9,6 +9,7 @@ import attrs
 from fluxibly.effects import CallNext, Flow
 from fluxibly.sdk import may_have_sdk
 from fluxibly.types import Request, Response
+from fluxibly.watch import watched
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -55,16 +56,7 @@ class Tracing:
 
     def __call__(self, request: Request, call_next: CallNext) -> Flow[Response]:
         tracers = self._tracers[0] if self._tracers else self._first()
-        trace = None if tracers is None else tracers.begin(request)
-        if trace is None:
-            return (yield from call_next(request))
-        try:
-            response = yield from trace.over(call_next(request))
-        except BaseException as error:
-            trace.failed(error)
-            raise
-        trace.completed(response)
-        return response
+        return call_next(request) if tracers is None else watched(tracers.begin, request, call_next)
 
     def _first(self) -> Tracers | None:
         if self.tracer_provider is None and not may_have_sdk("opentelemetry.trace", "OTEL_PYTHON_TRACER_PROVIDER"):
