@@ -331,6 +331,14 @@ def test_shared_and_freed(gguf: Path) -> None:
 @pytest.mark.model
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:This process.*is multi-threaded:DeprecationWarning")
+def test_freed_before_it_was_asked(gguf: Path) -> None:
+    """A model that is freed as soon as it is loaded is freed, also if its own thread has not begun to work."""
+    for n_ctx in range(256, 512, 64):
+        LocalProvider(config_of(gguf, n_ctx=n_ctx))._load()
+        gc.collect()
+        assert all(settings.n_ctx != n_ctx for _, settings, _ in local_engine._engines)
+
+
 def test_forked(llm: LLM) -> None:
     """A forked child loads the model anew instead of waiting for threads that it does not have."""
     expected = llm.forward(QUESTION)

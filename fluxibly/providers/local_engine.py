@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 QUEUE_LIMIT = 64
 """Events that wait for a slow consumer before the callback does."""
 OWN_TEMPLATE = "model"
+DEFAULT_TEMPLATE = "chatml"
 
 
 def default_threads() -> int:
@@ -54,7 +55,7 @@ class Settings:
     n_batch: int = 64
     n_parallel: int = 1
     n_gpu_layers: int = -1
-    chat_template: str = "chatml"
+    chat_template: str = DEFAULT_TEMPLATE
 
     def __attrs_post_init__(self) -> None:
         for name, least in (("n_ctx", 64), ("n_threads", 1), ("n_batch", 1), ("n_parallel", 1), ("n_gpu_layers", -1)):
@@ -99,15 +100,20 @@ class Engine:
         params.offline = True
         params.ui = False
         params.api_keys = [secrets.token_hex(16)]  # it opens a loopback port, whether asked to or not
+        params.endpoint_metrics = True
         try:
             self.server = library.Server(params)
         except RuntimeError as error:
+            template = "" if settings.chat_template == DEFAULT_TEMPLATE else ", or chat_template is none"
             raise ProviderError(
                 f"llama.cpp could not load {path.name}: the file is damaged, of a kind it does not know, or too large "
-                f"for the memory with n_ctx={settings.n_ctx}",
+                f"for the memory with n_ctx={settings.n_ctx}{template}",
                 provider="local",
                 model=alias,
             ) from error
+        # A server that is freed before its own thread has begun to work waits for that thread for ever. What it
+        # answers here comes from that thread.
+        self.server.handle_metrics()
 
 
 def _library() -> Any:
