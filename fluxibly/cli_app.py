@@ -17,9 +17,19 @@ from rich.console import Console
 
 from fluxibly.cli_screen import Screen, ScreenHandler, one_line
 from fluxibly.config import LLMConfig
-from fluxibly.errors import AuthenticationError, ConfigError, FluxiblyError, FrameworkNotRegistered
+from fluxibly.errors import (
+    AuthenticationError,
+    ConfigError,
+    ContextLengthExceeded,
+    FluxiblyError,
+    FrameworkNotRegistered,
+)
 
 OK, FAILED, MISUSED, INTERRUPTED = 0, 1, 2, 130
+
+# Without a file that says otherwise. A small model may not find an end: unlimited, its answers can take minutes.
+LOCAL_TEMPERATURE = 0.2
+LOCAL_MAX_TOKENS = 512
 
 app = typer.Typer(
     name="fluxibly",
@@ -47,7 +57,7 @@ def run(arguments: Sequence[str]) -> int:
         # Nobody reads any more; what is left in the buffer must not be tried again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
-    except (ConfigError, FrameworkNotRegistered) as error:
+    except (ConfigError, FrameworkNotRegistered, ContextLengthExceeded) as error:
         return _told(error, MISUSED)
     except NotImplementedError as error:  # a provider without stream()
         return _told(error, MISUSED, "try --no-stream: ")
@@ -83,13 +93,17 @@ def _config(file: Path | None, framework: str | None, model: str | None) -> LLMC
             return attrs.evolve(config, framework=framework, model=model, api_key=None, api_base=None)
         return config if model is None else attrs.evolve(config, model=model)
     defaults = {"local": DEFAULT_MODEL, "echo": "echo"}
-    framework = framework or "local"
-    if model is None and framework not in defaults:
+    framework = "local" if framework is None else framework
+    if model is None:
+        model = defaults.get(framework)
+    if model is None:
         from fluxibly.registry import find_framework
 
         find_framework(framework)  # a name that is wrong is the first thing to say
         raise ConfigError(f"--framework {framework}: give --model too")
-    return LLMConfig(framework=framework, model=model or defaults[framework])
+    if framework != "local":
+        return LLMConfig(framework=framework, model=model)
+    return LLMConfig(framework=framework, model=model, temperature=LOCAL_TEMPERATURE, max_tokens=LOCAL_MAX_TOKENS)
 
 
 def _log(screen: Screen, level: LogLevel | None) -> None:

@@ -51,6 +51,8 @@ class Chat:
             prompt = _standard_input()
         if prompt is not None and not prompt.strip():
             raise ConfigError('the prompt is empty: fluxibly chat "…"')
+        if not (_is_text(prompt) and _is_text(self.system)):
+            raise ConfigError("the prompt is not text in this terminal's encoding")
         with LLM(self.config) as llm:
             if self.config.framework == "local":
                 model_path(self.config.model)  # the time that a download takes is not the call's
@@ -84,6 +86,8 @@ class Chat:
         if self.as_json:
             self.screen.write(as_json(response) + "\n")
             return
+        if response.finish_reason == "length" and not self.screen.live:  # the figures have it too
+            self.screen.aside("fluxibly: the answer was cut off at the limit of its tokens")
         self.screen.show("")
         self.screen.show(figures(response))
         for tree in span_trees(spans):
@@ -131,6 +135,15 @@ class Chat:
             self.screen.aside(f"fluxibly: {one_line(error)}", "red")
             return asked
         return [*messages, Message.assistant(response)]
+
+
+def _is_text(text: str | None) -> bool:
+    """Whether there is no half of a character in it: bytes that could not be decoded become such."""
+    try:
+        (text or "").encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _standard_input() -> str:

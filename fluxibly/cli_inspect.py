@@ -28,7 +28,9 @@ def stack_rows(config: LLMConfig) -> Iterator[tuple[str, str, str]]:
     stack = default_stack(config) if config.middleware is None else make_middleware(config.middleware)
     for number, layer in enumerate(stack, 1):
         yield str(number), layer_name(layer), _settings(layer)
-    yield str(len(stack) + 1), "(provider)", f"framework={config.framework}, model={config.model}"
+    settings = {name: getattr(config, name) for name in ("framework", "model", "temperature", "max_tokens")}
+    told = ", ".join(f"{name}={value}" for name, value in settings.items() if value is not None)
+    yield str(len(stack) + 1), "(provider)", told
 
 
 def _settings(layer: object) -> str:

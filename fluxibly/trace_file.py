@@ -69,7 +69,10 @@ def read(path: str | Path) -> list[TracedSpan]:
         OSError: the file cannot be read.
         ValueError: a line is no OTLP JSON (the last may be cut short: it is left out), or there is no span in it.
     """
-    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: this is not OTLP JSON, nor text at all") from None
     spans: dict[tuple[str, str], TracedSpan] = {}
     for number, line in enumerate(lines, 1):
         if not line.strip():

@@ -172,7 +172,9 @@ def test_explain(yaml: Path) -> None:
     assert [line.split()[:2] for line in lines] == [["1", "Timing"], ["2", "Retry"], ["3", "(provider)"]]
     assert "max_retries=5" in lines[1]
     assert lines[2].endswith("framework=echo, model=m")
-    names = [line.split()[1] for line in fluxibly("explain").stdout.splitlines()]
+    lines = fluxibly("explain").stdout.splitlines()
+    assert lines[-1].endswith("framework=local, model=smollm2, temperature=0.2, max_tokens=512")
+    names = [line.split()[1] for line in lines]
     assert names == ["Logging", "Tracing", "Metrics", "Timing", "StreamMeter", "Validation", "Retry", "(provider)"]
 
 
@@ -271,6 +273,10 @@ def test_dead_collector() -> None:
         (("chat", "x", "--framework", "opnai", "--model", "m"), "did you mean 'openai'?"),
         (("chat", "x", "--framework", "openai"), "give --model too"),
         (("chat", "x", "--framework", "openai", "--model", "m"), "set the environment variable OPENAI_API_KEY"),
+        (("chat", "x", "--framework", ""), "LLM framework '' not registered"),
+        (("chat", "x", "--model", ""), "model: '' is not a name"),
+        (("chat", "x\udcff", "--framework", "echo"), "the prompt is not text in this terminal's encoding"),
+        (("chat", "x", "--system", "\udcff", "--framework", "echo"), "the prompt is not text"),
         (("chat", "x", "--model", "no/such.gguf"), "give smollm2, or the path of a GGUF file"),
         (("chat", "x", "--config", "no/such.yaml"), "cannot read no/such.yaml"),
         (("chat", "x", "--framework", "echo", "--trace", "no/such/file"), "--trace: cannot write no/such/file"),
@@ -307,6 +313,13 @@ def test_mistakes_in_a_file(yaml: Path, text: str, says: str, misuse: Callable[.
     """So is a mistake in the configuration, however many there are."""
     yaml.write_text(text)
     misuse("chat", "--config", str(yaml), "x", says=says)
+
+
+def test_trace_that_is_no_text(tmp_path: Path, misuse: Callable[..., None]) -> None:
+    """So is a file of spans that is something else; it is named."""
+    file = tmp_path / "spans.jsonl"
+    file.write_bytes(b"\xff\xfe")
+    misuse("trace", str(file), says=f"{file}: this is not OTLP JSON")
 
 
 def test_file_that_is_a_folder(tmp_path: Path, misuse: Callable[..., None]) -> None:
@@ -348,6 +361,23 @@ def test_provider_without_stream() -> None:
 def test_provider_that_fails(stream: str, says: str) -> None:
     """A provider's failure is one line and exit status 1, whatever it raised."""
     check_mistake(fluxibly(*MINE, before=PROVIDER.format(stream=stream)), says, status=1)
+
+
+def test_prompt_that_is_too_long() -> None:
+    """It is a mistake of the user's, whoever finds it."""
+    before = "from fluxibly.errors import ContextLengthExceeded\n" + PROVIDER.format(
+        stream="def stream(self, request): raise ContextLengthExceeded('too long')"
+    )
+    check_mistake(fluxibly(*MINE, before=before), "too long")
+
+
+def test_answer_that_was_cut_off() -> None:
+    """In a pipe, where no figures tell of it, a line on standard error does."""
+    before = PROVIDER.format(stream="def stream(self, request): yield Chunk('one two', finish_reason='length')")
+    result = fluxibly(*MINE, before=before)
+    assert (result.returncode, result.stdout) == (0, "one two\n")
+    assert result.stderr == "fluxibly: the answer was cut off at the limit of its tokens\n"
+    assert fluxibly(*MINE, "--json", before=before).stderr == ""
 
 
 def test_failure_after_output() -> None:

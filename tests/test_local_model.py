@@ -184,25 +184,78 @@ def test_interrupted(tmp_path: Path, cache: Path) -> None:
         os.kill(pid, 0)
 
 
-def _fetch(answers: multiprocessing.Queue[str]) -> None:
+def _fetch(answers: multiprocessing.Queue[str], locks: bool) -> None:
     local_model.MODELS["smollm2"] = TINY
+    if not locks:
+        local_model._lock = lambda file: False
     seen: list[int] = []
     path = model_path("smollm2", lambda done, total: seen.append(done))
     answers.put("fetched" if seen else "found" if path.read_bytes() == CONTENT else "broken")
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="the lock is fcntl's")
-def test_two_processes(index: Path, cache: Path) -> None:
-    """Of processes that need the model at once, one fetches it and the others find it."""
+def _fetch_at_once(locks: bool) -> list[str]:
     context = multiprocessing.get_context("spawn")
     answers = context.Queue()
-    processes = [context.Process(target=_fetch, args=(answers,)) for _ in range(3)]
+    processes = [context.Process(target=_fetch, args=(answers, locks)) for _ in range(3)]
     for process in processes:
         process.start()
     results = sorted(answers.get(timeout=60) for _ in processes)
     for process in processes:
         process.join()
-    assert results == ["fetched", "found", "found"]
+    return results
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the lock is fcntl's")
+def test_many_processes(index: Path, cache: Path) -> None:
+    """Of processes that need the model at once, one fetches it and the others find it."""
+    assert _fetch_at_once(locks=True) == ["fetched", "found", "found"]
+
+
+def test_many_processes_without_locks(index: Path, cache: Path) -> None:
+    """Where files cannot be locked each may fetch it, and none disturbs another."""
+    assert {"fetched", "found"} >= set(_fetch_at_once(locks=False))
+    assert files_in(cache) == ["lock", "tiny.gguf"]
+
+
+def test_without_locks_nothing_of_others_is_removed(index: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What looks like a left-over may be another process's download, unless a lock says that it is none."""
+    monkeypatch.setattr(local_model, "_lock", lambda file: False)
+    others = cached_path(TINY).parent / ".fetch-abc"
+    others.mkdir(parents=True)
+    (others / "half").write_bytes(b"x")
+    model_path()
+    assert files_in(cache) == ["half", "lock", "tiny.gguf"]
+
+
+def test_a_file_that_another_process_has_open(index: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows refuses to replace it; it is the same file, and is taken."""
+
+    def refuse(self: Path, target: Path) -> None:
+        if theirs:
+            target.write_bytes(CONTENT)
+        raise PermissionError(13, "in use", str(target))
+
+    theirs = True
+    monkeypatch.setattr(Path, "replace", refuse)
+    assert model_path().read_bytes() == CONTENT
+    model_path().unlink()
+    theirs = False
+    with pytest.raises(ProviderError, match="cannot be kept in"):
+        model_path()
+
+
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That there is no lock is told, and is no error."""
+    fcntl = pytest.importorskip("fcntl")
+
+    def no_locks(*_: object) -> None:
+        raise OSError(37, "No locks available")
+
+    with local_model._locked(tmp_path / "lock") as alone:
+        assert alone
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with local_model._locked(tmp_path / "lock") as alone:
+        assert not alone
 
 
 def test_a_file_of_the_users(tmp_path: Path) -> None:

