@@ -257,6 +257,15 @@ def test_an_answer_that_begins_anew_is_told_from_there(recorder):
 
 
 @modes
+def test_a_layer_that_makes_no_flow_ends_the_span_too(mode, recorder):
+    """Its error comes when the flow is made, before there is one to run."""
+    ran = run(mode, remote(mode, ANSWER), [recorder.tracing(), lambda request, call_next: None], REQUEST)
+    assert isinstance(ran.error, TypeError)
+    assert recorder.call.attributes["error.type"] == "TypeError"
+    assert trace.get_current_span() is trace.INVALID_SPAN
+
+
+@modes
 def test_a_failed_call_says_why_without_quoting_the_prompt(mode, recorder):
     """Type, masked message and exception event; no stack trace, and nothing of the prompt anywhere."""
     error = ProviderError("refused: 'What is the meaning of life?'", code="policy")
