@@ -93,10 +93,22 @@ def sse(*events: object, done: bool = False) -> bytes:
 @contextlib.contextmanager
 def serving(body: bytes, content_type: str) -> Iterator[str]:
     """A server on loopback that answers every POST with `body`, for clients of any make; yields its address."""
+    with answering(content_type, body) as (address, _):
+        yield address
+
+
+@contextlib.contextmanager
+def answering(content_type: str, *bodies: bytes) -> Iterator[tuple[str, list[tuple[str, Any]]]]:
+    """A server on loopback that answers each POST with the next body, and from then on with the last.
+
+    Yields its address, and the paths and decoded bodies of what it was asked.
+    """
+    asked: list[tuple[str, Any]] = []
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
-            self.rfile.read(int(self.headers["content-length"]))
+            asked.append((self.path, json.loads(self.rfile.read(int(self.headers["content-length"])))))
+            body = bodies[min(len(asked), len(bodies)) - 1]
             self.send_response(200)
             self.send_header("content-type", content_type)
             self.send_header("content-length", str(len(body)))
@@ -110,7 +122,7 @@ def serving(body: bytes, content_type: str) -> Iterator[str]:
         thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         try:
-            yield f"http://127.0.0.1:{http.server_port}"
+            yield f"http://127.0.0.1:{http.server_port}", asked
         finally:
             http.shutdown()
             thread.join()
