@@ -10,7 +10,14 @@ import httpx
 import pytest
 
 from fluxibly.config import LLMConfig
-from fluxibly.errors import AuthenticationError, ConfigError, NotFound, ServerError
+from fluxibly.errors import (
+    AuthenticationError,
+    ConfigError,
+    NotFound,
+    RateLimitError,
+    ServerError,
+    StreamInterrupted,
+)
 from fluxibly.pipeline import AsyncPipeline, Pipeline
 from fluxibly.providers import openai
 from fluxibly.providers.openai_compatible import PRESETS
@@ -174,6 +181,33 @@ def test_an_error_says_who_and_what() -> None:
         pipeline.complete(Request(model="some/model", messages="Hello"))
     error = caught.value
     assert (error.provider, error.model, error.request_id) == ("together", "some/model", "req_1")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_headers_of_a_200_are_hints_for_its_error(stream: bool) -> None:
+    """When to try again, and the request's id, stand there alone; the error is in the body, or in the stream."""
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        error = json.dumps({"error": {"code": 429, "message": "slow down"}})
+        words = json.dumps({"choices": [{"delta": {"content": "Hi"}}]})
+        body, kind = (f"data: {words}\n\ndata: {error}\n\n", "event-stream") if stream else (error, "json")
+        headers = {"retry-after": "7", "x-request-id": "req_1", "content-type": f"text/{kind}"}
+        return httpx.Response(200, headers=headers, content=body)
+
+    provider = openai.TogetherProvider(config("together", api_key="k"), transport=httpx.MockTransport(answer))
+    request = Request(model="some/model", messages="Hello")
+    with Pipeline(provider) as pipeline:
+        if stream:
+            with pytest.raises(StreamInterrupted) as interrupted:
+                list(pipeline.stream(request))
+            assert interrupted.value.partial.text == "Hi"
+            error = interrupted.value.__cause__
+        else:
+            with pytest.raises(RateLimitError) as refused:
+                pipeline.complete(request)
+            error = refused.value
+    assert isinstance(error, RateLimitError)
+    assert (error.retry_after, error.request_id, error.status) == (7, "req_1", 429)
 
 
 def test_an_error_of_a_server_of_ones_own_does_not_blame_openai() -> None:

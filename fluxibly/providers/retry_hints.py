@@ -21,7 +21,8 @@ def retry_after_of(headers: Mapping[str, str], payload: object, message: str, *,
     """Seconds to wait before a retry, as a service asked for; None if it did not.
 
     In the order of trust: `retry-after-ms`, `retry-after` (seconds or an HTTP date, RFC 9110 §10.2.3), Google's
-    `RetryInfo` in the body, the reset of an exhausted `x-ratelimit-*`, and "try again in 20s" in the message.
+    `RetryInfo` in the body, the reset of an exhausted `x-ratelimit-*` or `ratelimit-*`, and "try again in 20s" in the
+    message.
 
     Args:
         headers: with lower-case names.
@@ -82,9 +83,9 @@ def _retry_after(headers: Mapping[str, str], now: float) -> float | None:
 def _reset(headers: Mapping[str, str], now: float) -> float | None:
     """The wait until the limits that are used up are reset; where none is said to be, there is no hint."""
     waits = [
-        duration(headers.get(f"x-ratelimit-reset{kind}", ""))
-        for kind in ("", "-requests", "-tokens")
-        if headers.get(f"x-ratelimit-remaining{kind}") == "0"
+        duration(value)
+        for name, value in headers.items()
+        if "ratelimit-reset" in name and headers.get(name.replace("-reset", "-remaining")) == "0"
     ]
     longest = max((wait for wait in waits if wait is not None), default=None)
     if longest is None or longest < _EPOCH_SECONDS:
