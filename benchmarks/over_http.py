@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import importlib.util
 import json
 import logging
-import os
 import socket
 import statistics
 import subprocess
@@ -20,24 +18,15 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from time import perf_counter, process_time
-from typing import Any
-
-import httpx
 
 from benchmarks.measure import left_out, table
+from benchmarks.peers import PROMPT, Call, absent, async_contenders, contenders
 from benchmarks.server import CHUNKS
-from fluxibly import LLM, AsyncLLM, LLMConfig
 
-os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
-PROMPT = "What is the capital of France?"
 FIRST = "one-word"  # asks the server for a stream of one word
-MESSAGES = [{"role": "user", "content": PROMPT}]
 ROUNDS = 9
 CALLS = 60
 AT_ONCE = 200
-PEERS = ("openai", "langchain_openai", "litellm", "pydantic_ai", "any_llm")
-
-Call = Callable[[], object]
 
 
 @contextmanager
@@ -75,14 +64,14 @@ def set_up_telemetry() -> None:
     logger.propagate = False
 
 
-def timed(contenders: dict[str, Call], per_run: int, repeat: int) -> dict[str, float]:
+def timed(calls: dict[str, Call], per_run: int, repeat: int) -> dict[str, float]:
     """Median microseconds of CPU time of a unit of work, the contenders in turns."""
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for call in contenders.values():
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
         for _ in range(3):
             call()
     for _ in range(ROUNDS):
-        for name, call in contenders.items():
+        for name, call in calls.items():
             start = process_time()
             for _ in range(repeat):
                 call()
@@ -106,51 +95,11 @@ def raw_socket(url: str) -> Callable[[bool, str], None]:
     return call
 
 
-def sync_contenders(url: str, prompt: str = PROMPT) -> dict[str, tuple[Call, Callable[[], Iterator[object]]]]:
-    """By name: a whole call, and a stream of its pieces."""
-    messages = [{"role": "user", "content": prompt}]
-    client = httpx.Client()
-    body = {"model": "m", "messages": messages}
-
-    def httpx_stream() -> Iterator[object]:
-        with client.stream("POST", f"{url}/chat/completions", json={**body, "stream": True}) as response:
-            for line in response.iter_lines():
-                if line.startswith("data: {"):
-                    yield json.loads(line[6:])
-
-    llm = LLM(LLMConfig(framework="openai", model="m", api_base=url, api_key="k"))
-    found: dict[str, tuple[Call, Callable[[], Iterator[object]]]] = {
-        "bare httpx": (lambda: client.post(f"{url}/chat/completions", json=body).json(), httpx_stream),
-        "fluxibly": (lambda: llm.forward(prompt), lambda: llm.forward_stream(prompt)),
-    }
-    if importlib.util.find_spec("openai"):
-        import openai
-
-        sdk = openai.OpenAI(base_url=url, api_key="k", max_retries=0)
-        create: Any = sdk.chat.completions.create
-        found["openai"] = (
-            lambda: create(model="m", messages=messages),
-            lambda: iter(create(model="m", messages=messages, stream=True)),
-        )
-    if importlib.util.find_spec("langchain_openai"):
-        from langchain_openai import ChatOpenAI
-
-        chat: Any = ChatOpenAI(model="m", base_url=url, api_key="k", max_retries=0)  # type: ignore[arg-type]
-        found["langchain-openai"] = (lambda: chat.invoke(prompt), lambda: chat.stream(prompt))
-    if importlib.util.find_spec("litellm"):
-        import litellm
-
-        complete: Any = litellm.completion
-        options = {"model": "openai/m", "messages": messages, "api_base": url, "api_key": "k"}
-        found["litellm"] = (lambda: complete(**options), lambda: iter(complete(**options, stream=True)))
-    return found
-
-
 def whole_calls(url: str) -> None:
     raw = raw_socket(url)
-    contenders: dict[str, Call] = {name: pair[0] for name, pair in sync_contenders(url).items()}
-    contenders["raw socket (the ceiling)"] = lambda: raw(False, PROMPT)
-    table("A whole call, CPU time", timed(contenders, 1, CALLS), goal="fluxibly <= 0.85")
+    calls: dict[str, Call] = {name: contender.whole for name, contender in contenders(url).items()}
+    calls["raw socket (the ceiling)"] = lambda: raw(False, PROMPT)
+    table("A whole call, CPU time", timed(calls, 1, CALLS), goal="fluxibly <= 0.85")
 
 
 def streamed_chunks(url: str) -> None:
@@ -162,17 +111,17 @@ def streamed_chunks(url: str) -> None:
         return run
 
     raw = raw_socket(url)
-    contenders = {name: drain(pair[1]) for name, pair in sync_contenders(url).items()}
-    contenders["raw socket (the ceiling)"] = lambda: raw(True, PROMPT)
-    table(f"A streamed chunk ({CHUNKS} a stream), CPU time", timed(contenders, CHUNKS, 3), goal="fluxibly <= 0.65")
+    calls = {name: drain(contender.stream) for name, contender in contenders(url).items()}
+    calls["raw socket (the ceiling)"] = lambda: raw(True, PROMPT)
+    table(f"A streamed chunk ({CHUNKS} a stream), CPU time", timed(calls, CHUNKS, 3), goal="fluxibly <= 0.65")
 
 
 def first_chunks(url: str) -> None:
     """From the call to the first piece; the rest of the short stream is read off the clock."""
-    contenders = {name: pair[1] for name, pair in sync_contenders(url, FIRST).items()}
-    times: dict[str, list[float]] = {name: [] for name in contenders}
+    streams = {name: contender.stream for name, contender in contenders(url, FIRST).items()}
+    times: dict[str, list[float]] = {name: [] for name in streams}
     for _ in range(ROUNDS):
-        for name, stream in contenders.items():
+        for name, stream in streams.items():
             for _ in range(20):  # in a row, so that no contender's threads run into another's time
                 start = process_time()
                 pieces = stream()
@@ -187,40 +136,19 @@ def at_once(url: str) -> None:
     """Calls a second with 200 at once on one event loop."""
     rates: dict[str, list[float]] = {}
 
-    async def rate(name: str, call: Callable[[], Any]) -> None:
-        await asyncio.gather(*(call() for _ in range(AT_ONCE)))
-        start = perf_counter()
-        for _ in range(3):
-            await asyncio.gather(*(call() for _ in range(AT_ONCE)))
-        rates.setdefault(name, []).append(3 * AT_ONCE / (perf_counter() - start))
-
-    async def one_round() -> None:
-        body = {"model": "m", "messages": MESSAGES}
-        config = LLMConfig(framework="openai", model="m", api_base=url, api_key="k")
-        async with httpx.AsyncClient(limits=httpx.Limits(max_connections=AT_ONCE), timeout=60) as client:
-            await rate("httpx.AsyncClient", lambda: client.post(f"{url}/chat/completions", json=body))
-        async with AsyncLLM(config) as llm:
-            await rate("fluxibly", lambda: llm.forward(PROMPT))
-        if importlib.util.find_spec("aiohttp"):
-            from fluxibly.pipeline import AsyncPipeline
-            from fluxibly.providers.aiohttp_transport import AiohttpTransport
-            from fluxibly.providers.openai import AsyncOpenAIProvider
-
-            provider = AsyncOpenAIProvider(config, transport=AiohttpTransport())
-            async with AsyncPipeline(provider, llm.pipeline.middleware, framework="openai") as pipeline:
-                request = llm.request(PROMPT, {})
-                await rate("fluxibly, aiohttp", lambda: pipeline.complete(request))
-        if importlib.util.find_spec("openai"):
-            import openai
-
-            async with openai.AsyncOpenAI(base_url=url, api_key="k", max_retries=0) as sdk:
-                create: Any = sdk.chat.completions.create
-                await rate("openai", lambda: create(model="m", messages=MESSAGES))
+    async def rounds() -> None:
+        async with async_contenders(url, AT_ONCE) as calls:
+            for call in calls.values():
+                await asyncio.gather(*(call() for _ in range(AT_ONCE)))
+            for _ in range(5):
+                for name, call in calls.items():
+                    start = perf_counter()
+                    await asyncio.gather(*(call() for _ in range(AT_ONCE)))
+                    rates.setdefault(name, []).append(AT_ONCE / (perf_counter() - start))
 
     gc.collect()
     gc.freeze()  # what the other tables' contenders have imported is nobody's cost here
-    for _ in range(3):
-        asyncio.run(one_round())
+    asyncio.run(rounds())
     gc.unfreeze()
     table(
         f"{AT_ONCE} calls at once on one event loop",
@@ -238,7 +166,7 @@ def main() -> None:
         streamed_chunks(url)
         first_chunks(url)
         at_once(url)
-    left_out([name for name in PEERS if importlib.util.find_spec(name) is None])
+    left_out(absent())
 
 
 if __name__ == "__main__":

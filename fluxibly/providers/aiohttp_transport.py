@@ -91,6 +91,7 @@ class _Exchange:
     async def read(self) -> bytes:
         """The next bytes of the body, at least one; b"" at its end."""
         content = self._answer.content
+        self._limits.left()
         try:
             data = content.read_nowait()
             while not data and not content.at_eof():
@@ -115,10 +116,10 @@ class _Exchange:
             self._answer.close()
 
 
-def _soon(loop: asyncio.AbstractEventLoop, callback: Callable[..., object], *args: object) -> None:
+def _soon(loop: asyncio.AbstractEventLoop, callback: Callable[[], object]) -> None:
     """Have the loop call this, from whatever thread, if it still runs."""
     with contextlib.suppress(RuntimeError):
-        loop.call_soon_threadsafe(callback, *args)
+        loop.call_soon_threadsafe(callback)
 
 
 class _Limited:
@@ -133,7 +134,11 @@ class _Limited:
     async def __aenter__(self) -> None:
         self._limits.waits(None)
         await self._timeout.__aenter__()
-        self._limits.waits(functools.partial(_soon, asyncio.get_running_loop(), self._timeout.reschedule, 0))
+        self._limits.waits(functools.partial(_soon, asyncio.get_running_loop(), self._end))
+
+    def _end(self) -> None:
+        with contextlib.suppress(RuntimeError):  # the wait is over
+            self._timeout.reschedule(0)
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -151,7 +156,6 @@ class _Line:
     def __init__(self, transport: AiohttpTransport) -> None:
         self._transport = transport
         self._urls: dict[bytes, URL] = {}
-        self._headers: dict[tuple[tuple[bytes, bytes], ...], CIMultiDict[str]] = {}
         self._timeout: aiohttp.ClientTimeout | None = None
 
     def _connect_limit(self, limits: Limits) -> aiohttp.ClientTimeout:
@@ -165,10 +169,7 @@ class _Line:
         if url is None:
             url = URL(str(outgoing.url.copy_with(raw_path=outgoing.target)), encoded=True)
             keep(self._urls, outgoing.target, url)
-        headers = self._headers.get(outgoing.headers)
-        if headers is None:
-            headers = _as_headers(outgoing.headers)
-            keep(self._headers, outgoing.headers, headers)
+        headers = _as_headers(outgoing.headers)
         limits.handed_over()
         try:
             async with _Limited(limits):
