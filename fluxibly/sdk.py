@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import cache
 
 
 def may_have_sdk(api: str, variable: str) -> bool:
@@ -11,4 +12,10 @@ def may_have_sdk(api: str, variable: str) -> bool:
 
     To import it takes a tenth of a second, which a program without telemetry is spared.
     """
-    return api in sys.modules or variable in os.environ
+    return api in sys.modules or _is_set(variable)
+
+
+@cache
+def _is_set(variable: str) -> bool:
+    """Whether it is in the environment at the first call: to look there costs more than all else that is done then."""
+    return variable in os.environ
