@@ -37,6 +37,18 @@ def error(status: int, body: object, headers: dict[str, str] | None = None) -> P
         (429, {"error": {"message": "slow down", "code": "rate_limit_exceeded"}}, errors.RateLimitError, True),
         (429, {"error": {"message": "pay", "code": "insufficient_quota"}}, errors.QuotaExceeded, False),
         (429, {"error": {"message": "pay", "type": "insufficient_quota", "code": None}}, errors.QuotaExceeded, False),
+        (400, {"error": {"message": "Your credit balance is too low to access the API."}}, errors.QuotaExceeded, False),
+        (
+            429,
+            {
+                "code": "Some resource has been exhausted",
+                "error": "Your team t-1 has either used all available credits or reached its monthly spending limit.",
+            },
+            errors.QuotaExceeded,
+            False,
+        ),
+        (403, {"error": "You have run out of credits or need a subscription."}, errors.QuotaExceeded, False),
+        (429, {"error": {"message": "Rate limit reached: 3 of 3 requests"}}, errors.RateLimitError, True),
         (500, {"error": {"message": "broken"}}, errors.ServerError, True),
         (500, {"error": {"message": "tools param requires --jinja flag", "code": 500}}, errors.BadRequest, False),
         (500, {"error": {"message": "audio is not supported"}}, errors.BadRequest, False),

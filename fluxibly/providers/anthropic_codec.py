@@ -11,7 +11,7 @@ from fluxibly.providers.codec import Encoded, Event, Framing
 from fluxibly.providers.error_reports import error_of_event, error_of_payload, error_of_response
 from fluxibly.providers.held import Held
 from fluxibly.providers.json_reading import array, count, read_json, string, table, total
-from fluxibly.providers.wire import arguments_text, cut_off, not_an_answer, quota_exceeded, write_json
+from fluxibly.providers.wire import arguments_text, cut_off, not_an_answer, write_json
 from fluxibly.types import Chunk, Reasoning, Request, Response, ToolCall, ToolCallDelta, Usage
 
 if TYPE_CHECKING:
@@ -76,10 +76,7 @@ class AnthropicCodec:
         return AnthropicDecoder()
 
     def decode_error(self, status: int, headers: Mapping[str, str], body: bytes, /) -> ProviderError:
-        error = error_of_response(status, headers, body, service=NAME)
-        if status == 400 and "credit balance" in str(error):
-            return quota_exceeded(error)
-        return error
+        return error_of_response(status, headers, body, service=NAME)
 
 
 @attrs.define

@@ -14,6 +14,12 @@ _CONTEXT_LENGTH = re.compile(
     r"|exceeds? the (available|maximum) (context|number of tokens)|input token count",
     re.IGNORECASE,
 )
+_NO_MONEY = re.compile(
+    r"credit balance|(used|run out of|out of) (all )?(available )?credits|doesn't have any credits|purchase more credits"
+    r"|spending limit|insufficient (balance|credits|funds)",
+    re.IGNORECASE,
+)
+"""Of an account without money: Anthropic says it with a 400, xAI with a 403 or a 429, and no code tells."""
 _UNSUPPORTED = re.compile(
     r"\brequires? (the )?--?\w|not supported|unsupported|does(n't| not) support|not implemented",
     re.IGNORECASE,
@@ -87,13 +93,15 @@ def class_of(status: int | None, words: tuple[str, ...], message: str) -> type[P
     Args:
         status: the HTTP status; None in a stream that does not say.
         words: the service's codes and types, in lower case.
-        message: its message, which alone tells of a full context at some services.
+        message: its message, which alone tells of a full context, or of an empty account, at some services.
     """
     by_word = min((_BY_WORD[word] for word in words if word in _BY_WORD), key=_RANK.__getitem__, default=None)
     if by_word is not None and by_word in _DECISIVE:
         return by_word
     if status in {None, 400, 413, 422, 500} and _CONTEXT_LENGTH.search(message):
         return errors.ContextLengthExceeded
+    if status in {None, 400, 403, 429} and _NO_MONEY.search(message):
+        return errors.QuotaExceeded
     if status is None:
         return by_word or errors.ServerError
     if status in _BY_STATUS:

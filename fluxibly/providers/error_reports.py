@@ -33,14 +33,23 @@ class Report:
     words: tuple[str, ...] = ()
 
 
-def error_of_response(status: int, headers: Mapping[str, str], body: bytes, *, service: str = "") -> ProviderError:
-    """The error of an answer whose status is not 2xx. `headers` have lower-case names."""
+def error_of_response(
+    status: int,
+    headers: Mapping[str, str],
+    body: bytes,
+    *,
+    service: str = "",
+    kind: type[ProviderError] | None = None,
+) -> ProviderError:
+    """The error of an answer whose status is not 2xx. `headers` have lower-case names; `kind` as for `error_of`."""
     try:
         payload: object = read_json(body)
     except StreamProtocolError:
         payload = None
     report = read_report(payload) or Report(message=_plain_text(body))
-    return error_of(report, status=status, headers=headers, payload=payload, excerpt=excerpt(body), service=service)
+    return error_of(
+        report, status=status, headers=headers, payload=payload, excerpt=excerpt(body), service=service, kind=kind
+    )
 
 
 def error_of_payload(payload: object, *, body: bytes = b"", service: str = "") -> ProviderError | None:
@@ -69,6 +78,7 @@ def error_of(
     payload: object = None,
     excerpt: str | None = None,
     service: str = "",
+    kind: type[ProviderError] | None = None,
 ) -> ProviderError:
     """The `ProviderError` of a report.
 
@@ -78,9 +88,10 @@ def error_of(
         payload: the decoded body.
         excerpt: what the error keeps of the body.
         service: a name for the message ("OpenRouter").
+        kind: its class, where the dialect knows better than the words that all services use.
     """
     headers = headers or {}
-    kind = class_of(status, report.words, report.message)
+    kind = kind or class_of(status, report.words, report.message)
     label = " ".join(dict.fromkeys(filter(None, (str(status or ""), report.code))))
     said = _shortened(report.message)
     message = f"{service or 'the service'} answered {label or 'with an error'}{': ' if said else ''}{said}"

@@ -8,13 +8,13 @@ from urllib.parse import quote
 import attrs
 
 from fluxibly.aggregate import Aggregator
-from fluxibly.errors import ContentFiltered, ProviderError
+from fluxibly.errors import ContentFiltered, ProviderError, QuotaExceeded
 from fluxibly.providers.codec import Encoded, Event, Framing
 from fluxibly.providers.error_reports import error_of_payload, error_of_response, excerpt
 from fluxibly.providers.gemini_request import NAME, encode_body
 from fluxibly.providers.held import Held
 from fluxibly.providers.json_reading import array, count, read_json, string, table, total
-from fluxibly.providers.wire import arguments_text, cut_off, not_an_answer, quota_exceeded, write_json
+from fluxibly.providers.wire import arguments_text, cut_off, not_an_answer, write_json
 from fluxibly.types import Chunk, Reasoning, Request, Response, ToolCallDelta, Usage
 
 if TYPE_CHECKING:
@@ -81,11 +81,9 @@ class GeminiCodec:
         return GeminiDecoder()
 
     def decode_error(self, status: int, headers: Mapping[str, str], body: bytes, /) -> ProviderError:
-        error = error_of_response(status, headers, body, service=NAME)
         # A minute's quota comes back; a day's does not soon, and a quota of none never.
-        if status == 429 and (b"PerDay" in body or b'"quotaValue": "0"' in body):
-            return quota_exceeded(error)
-        return error
+        exhausted = status == 429 and (b"PerDay" in body or b'"quotaValue": "0"' in body)
+        return error_of_response(status, headers, body, service=NAME, kind=QuotaExceeded if exhausted else None)
 
 
 @attrs.define

@@ -11,7 +11,7 @@ from urllib.parse import unquote_to_bytes
 
 import msgspec
 
-from fluxibly.errors import BadRequest, ProviderError, QuotaExceeded, StreamProtocolError
+from fluxibly.errors import BadRequest, ProviderError, StreamProtocolError
 from fluxibly.providers.error_reports import error_of_payload, excerpt
 from fluxibly.providers.json_reading import table
 from fluxibly.types import Image, Message, Request, Text, ToolCall
@@ -27,18 +27,6 @@ def not_an_answer(payload: object, body: bytes, service: str, lacks: str) -> Pro
 def cut_off(service: str, lacks: str) -> StreamProtocolError:
     """The error for a stream that ended too soon."""
     return StreamProtocolError(f"{service}'s stream was cut off: it ended without {lacks}")
-
-
-def quota_exceeded(error: ProviderError) -> QuotaExceeded:
-    """`error` as one that waiting does not help."""
-    return QuotaExceeded(
-        f"{error} Waiting does not help: check the account's plan, billing and limits.",
-        retry_after=error.retry_after,
-        status=error.status,
-        code=error.code,
-        request_id=error.request_id,
-        body=error.body,
-    )
 
 
 def to_json(value: object) -> str:
