@@ -249,7 +249,8 @@ def to_messages(prompt: object) -> tuple[Message, ...]:
     if not given:
         raise ValueError("the prompt has no messages; give a non-empty string or a sequence of Message")
     messages = cast("tuple[Message, ...]", given)
-    if not any(map(_says_something, messages[-1:] if messages[-1].role == "user" else messages)):
+    last = messages[-1]
+    if not _says_something(last) and (last.role == "user" or not any(map(_says_something, messages))):
         raise ValueError(_EMPTY_PROMPT)
     return messages
 
@@ -259,9 +260,10 @@ _EMPTY_PROMPT = "the prompt is empty; give a non-empty string or a sequence of M
 
 def _says_something(message: Message) -> bool:
     """Whether there is anything in a message. A tool may have nothing to report, and an assistant only call tools."""
-    if message.tool_calls or message.reasoning or message.role == "tool":
-        return True
-    return any(isinstance(part, Image) or part.text for part in message.content)
+    for part in message.content:
+        if isinstance(part, Image) or part.text:
+            return True
+    return bool(message.tool_calls or message.reasoning or message.role == "tool")
 
 
 def to_tools(tools: Iterable[Tool | Mapping[str, Any]] | None) -> tuple[Tool, ...]:
