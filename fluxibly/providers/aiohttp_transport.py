@@ -16,8 +16,7 @@ import httpx
 from multidict import CIMultiDict
 from yarl import URL
 
-from fluxibly.providers.limits import LimitPassed, Limits
-from fluxibly.providers.pool import DRAIN_TIME
+from fluxibly.providers.limits import DRAIN_TIME, LimitPassed, Limits
 from fluxibly.providers.route import proxy_for, tls_context
 from fluxibly.providers.slots import KEEP_IDLE, MAX_CONNECTIONS
 from fluxibly.providers.transports import begun, joined, keep

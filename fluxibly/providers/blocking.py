@@ -10,7 +10,7 @@ import threading
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fluxibly.providers.limits import LimitPassed
-from fluxibly.providers.sockets import READ_SIZE, late, ready, resolve, shut_down
+from fluxibly.providers.sockets import READ_SIZE, PlainSocket, late, ready, resolve, shut_down
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
@@ -41,7 +41,7 @@ class BlockingEvent:
         self._event.wait(seconds)
 
 
-class BlockingSocket:
+class BlockingSocket(PlainSocket):
     """A socket for threads."""
 
     def __init__(self, sock: socket.socket) -> None:
@@ -66,12 +66,6 @@ class BlockingSocket:
             self.raw.sendall(data)
         except TimeoutError as error:
             raise late(error) from None
-
-    def quiet(self) -> bool:
-        return not ready(self.raw)
-
-    def close(self) -> None:
-        self.raw.close()
 
 
 class Threads:

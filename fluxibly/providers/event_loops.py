@@ -11,7 +11,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from fluxibly.providers.limits import LimitPassed
-from fluxibly.providers.sockets import READ_SIZE, late, ready, resolve
+from fluxibly.providers.sockets import READ_SIZE, PlainSocket, late, resolve
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -65,7 +65,7 @@ class LoopEvent:
             await self._event.wait()
 
 
-class AsyncioSocket:
+class AsyncioSocket(PlainSocket):
     """A socket of asyncio."""
 
     def __init__(self, sock: socket.socket) -> None:
@@ -103,12 +103,6 @@ class AsyncioSocket:
         except TimeoutError as error:
             raise late(error) from None
 
-    def quiet(self) -> bool:
-        return not ready(self.raw)
-
-    def close(self) -> None:
-        self.raw.close()
-
     @staticmethod
     async def connect(sock: socket.socket, address: Any) -> AsyncioSocket:
         """Connect a new socket."""
@@ -116,7 +110,7 @@ class AsyncioSocket:
         return AsyncioSocket(sock)
 
 
-class TrioSocket:
+class TrioSocket(PlainSocket):
     """A socket of trio."""
 
     def __init__(self, sock: socket.socket) -> None:
@@ -141,12 +135,6 @@ class TrioSocket:
                 rest = rest[await self._sock.send(rest) :]
             return
         raise LimitPassed
-
-    def quiet(self) -> bool:
-        return not ready(self.raw)
-
-    def close(self) -> None:
-        self.raw.close()
 
     @staticmethod
     async def connect(sock: socket.socket, address: Any) -> TrioSocket:

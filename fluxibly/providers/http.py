@@ -10,11 +10,10 @@ from collections import deque
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 from weakref import WeakSet
 
-from fluxibly.errors import ConnectionFailed, ProviderError
+from fluxibly.errors import ConnectionFailed
 from fluxibly.providers.blocking import finished
-from fluxibly.providers.body import MAX_ERROR_BODY
 from fluxibly.providers.http_common import Endpoint
-from fluxibly.providers.intake import Body, Intake
+from fluxibly.providers.intake import Body, Intake, refusal
 from fluxibly.providers.limits import Aborted, Limits
 from fluxibly.providers.lines import async_line_over, default_async_line, default_line
 from fluxibly.providers.transports import TransportLine
@@ -36,20 +35,6 @@ def fail(error: Exception, failure: Exception) -> NoReturn:
     if failure is error:
         raise error
     raise failure from error
-
-
-async def refusal(endpoint: Endpoint, exchange: Exchange, request: Request, limits: Limits) -> ProviderError:
-    """The error of an answer that is none of 2xx, from as much of its body as comes."""
-    limits.refused()
-    pieces: list[bytes] = []
-    try:
-        body = Body(exchange.headers, limit=MAX_ERROR_BODY)
-        pieces = body.pieces
-        while data := await exchange.read():
-            body.add(data)
-    except Exception:  # noqa: BLE001, S110  # the status is what counts
-        pass
-    return endpoint.refuse(exchange.status, exchange.headers, b"".join(pieces), request)
 
 
 class _Stream:

@@ -10,7 +10,7 @@ import attrs
 
 from fluxibly.aggregate import as_chunk
 from fluxibly.errors import ProviderError, StreamProtocolError
-from fluxibly.providers.body import MAX_BODY, decoded, decoders_for
+from fluxibly.providers.body import MAX_BODY, MAX_ERROR_BODY, decoded, decoders_for
 from fluxibly.providers.error_reports import request_id_of
 from fluxibly.providers.framing import make_framing
 from fluxibly.types import Chunk, Response
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
     from fluxibly.providers.codec import Event
     from fluxibly.providers.http_common import Endpoint
+    from fluxibly.providers.limits import Limits
+    from fluxibly.providers.lines import Exchange
+    from fluxibly.types import Request
 
 T = TypeVar("T", Response, Chunk)
 _RATE_LIMIT = re.compile(r"(x-|anthropic-)?ratelimit-|retry-after")
@@ -201,3 +204,17 @@ class Intake:
         else:
             self._deliver([as_chunk(self._endpoint.decoded(self._body.whole()))])
         self.ended = True
+
+
+async def refusal(endpoint: Endpoint, exchange: Exchange, request: Request, limits: Limits) -> ProviderError:
+    """The error of an answer that is none of 2xx, from as much of its body as comes."""
+    limits.refused()
+    pieces: list[bytes] = []
+    try:
+        body = Body(exchange.headers, limit=MAX_ERROR_BODY)
+        pieces = body.pieces
+        while data := await exchange.read():
+            body.add(data)
+    except Exception:  # noqa: BLE001, S110  # the status is what counts
+        pass
+    return endpoint.refuse(exchange.status, exchange.headers, b"".join(pieces), request)

@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 if TYPE_CHECKING:
     from fluxibly.config import Timeouts
 
+DRAIN_TIME = 0.01
+"""Seconds to wait for the end of a body whose stream is over, so that its connection can be used again."""
+
 Phase: TypeAlias = Literal["connect", "first_byte", "idle", "total"]
 
 

@@ -11,7 +11,7 @@ from weakref import WeakSet
 from fluxibly.errors import ConnectionFailed
 from fluxibly.providers.http1 import Answer, request_bytes
 from fluxibly.providers.http_errors import ConnectionLost, NotHTTP
-from fluxibly.providers.limits import LimitPassed, Limits
+from fluxibly.providers.limits import DRAIN_TIME, LimitPassed, Limits
 from fluxibly.providers.route import Route, tls_context
 from fluxibly.providers.slots import Connection, Slots
 from fluxibly.providers.sockets import TLSSocket
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from fluxibly.providers.http_common import Outgoing
     from fluxibly.providers.sockets import Network, Socket
 
-DRAIN_TIME = 0.01
-"""Seconds to wait for the end of a body whose stream is over, so that its connection can be used again."""
 DRAIN_READS = 8
 
 

@@ -44,6 +44,18 @@ class Socket(Protocol):
     def close(self) -> None: ...
 
 
+class PlainSocket:
+    """What sockets without TLS have in common."""
+
+    raw: socket.socket
+
+    def quiet(self) -> bool:
+        return not ready(self.raw)
+
+    def close(self) -> None:
+        self.raw.close()
+
+
 class Event(Protocol):
     """Something to wait for. Any thread may set it."""
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import httpx
 
 from fluxibly.providers.event_loops import from_anywhere
-from fluxibly.providers.limits import LimitPassed, Limits
+from fluxibly.providers.limits import DRAIN_TIME, LimitPassed, Limits
 from fluxibly.providers.sockets import shut_down
 
 if TYPE_CHECKING:
@@ -27,8 +27,6 @@ K = TypeVar("K")
 V = TypeVar("V")
 KEPT = 32
 """How many different paths and sets of headers are kept parsed."""
-DRAIN = 0.02
-"""Seconds to wait for the end of a body whose stream is over, so that its connection can be used again."""
 
 
 class _Requests:
@@ -160,7 +158,7 @@ class AsyncTransportExchange:
         import anyio
 
         if ended:
-            with anyio.move_on_after(DRAIN):
+            with anyio.move_on_after(DRAIN_TIME):
                 while await anext(self._parts, None) is not None:
                     pass
         with anyio.CancelScope(shield=True):
