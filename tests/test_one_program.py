@@ -66,7 +66,6 @@ def _openai_responses() -> Service:
     answer = {"id": "i", "model": "m-1", "status": "completed", "usage": usage}
     whole = {**answer, "output": [thought, call]}, {**answer, "output": [said]}
     streamed = sse(
-        {"type": "response.reasoning_summary_text.delta", "delta": "Hm."},
         *(
             {"type": "response.output_item.done", "output_index": n, "item": item}
             for n, item in enumerate((thought, call))

@@ -228,6 +228,19 @@ def test_a_stream_comes_to_the_whole_response() -> None:
     assert streamed(*FULL) == Outcome(CODEC.decode(json.dumps(answer(REASONING, MESSAGE, CALL)).encode()))
 
 
+def test_reasoning_without_deltas() -> None:
+    """It is told by the item that is done, once; also beside an item whose deltas came."""
+    late = {**REASONING, "summary": [{"type": "summary_text", "text": " Again."}]}
+    response = streamed(
+        {"type": "response.reasoning_summary_text.delta", "delta": "I think."},
+        {"type": "response.output_item.done", "output_index": 0, "item": REASONING},
+        {"type": "response.output_item.done", "output_index": 1, "item": late},
+        {"type": "response.completed", "response": answer(REASONING, late)},
+    ).response
+    assert response.reasoning == "I think. Again."
+    assert [part.text for part in response.reasoning_parts] == ["I think.", " Again."]
+
+
 def test_a_tool_call_without_deltas() -> None:
     """It is told by the item that is done, or by the one that is added."""
     done = {"type": "response.completed", "response": answer(CALL)}

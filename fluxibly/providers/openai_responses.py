@@ -140,6 +140,8 @@ class ResponsesDecoder:
         self._calls: dict[int, list[str]] = {}
         """The fragments of each tool call's arguments, by its place in the output."""
         self._spoke = False
+        self._thought = False
+        """Whether the reasoning of the item under way has come."""
         self._refused = False
         self.done = False
 
@@ -162,6 +164,7 @@ class ResponsesDecoder:
             return self._text(body, kind)
         if kind in {"response.reasoning_summary_text.delta", "response.reasoning_text.delta"}:
             said = string(body.get("delta"))
+            self._thought = self._thought or bool(said)
             return (Chunk(reasoning=said),) if said else ()
         if kind == "response.function_call_arguments.delta":
             return self._arguments(body, string(body.get("delta")))
@@ -217,10 +220,12 @@ class ResponsesDecoder:
         return (Chunk(tool_calls=(ToolCallDelta(index=place, id=call.id, name=call.name, arguments=given),)),)
 
     def _finish_item(self, body: dict[str, Any]) -> Iterable[Chunk]:
-        """An item is whole: reasoning is kept to go back, and a call whose deltas did not come is told now."""
+        """An item is whole: reasoning is kept to go back, and what has not come in deltas is told now."""
         item = table(body.get("item"))
         if item.get("type") == "reasoning":
-            return (Chunk(reasoning_parts=(_reasoning(item),)),)
+            part = _reasoning(item)
+            said, self._thought = "" if self._thought else part.text, False
+            return (Chunk(reasoning=said, reasoning_parts=(part,)),)
         if item.get("type") != "function_call":
             return ()
         place = _place(body)
