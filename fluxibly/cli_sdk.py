@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
@@ -13,6 +14,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 from fluxibly.cli_spans import Recorder
 from fluxibly.errors import ConfigError
+from fluxibly.logs import one_line
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,8 +22,8 @@ if TYPE_CHECKING:
 
     from opentelemetry.sdk.trace import ReadableSpan
 
-EXPORT_TIMEOUT = 5.0
-"""Seconds that a backend has to take the spans."""
+REASON = 200
+"""Characters that are told of why a backend did not take the spans."""
 
 
 class SDKRecorder(Recorder):
@@ -48,24 +50,38 @@ class SDKRecorder(Recorder):
         """Send what is left; what went wrong with it, if anything did."""
         self._provider.shutdown()
         if self._otlp is not None and self._otlp.failed:
-            return f"the spans did not reach {self._otlp.endpoint}: does a backend take OTLP over HTTP there?"
+            reason = f" ({self._otlp.reason})" if self._otlp.reason else ""
+            return f"the spans did not reach {self._otlp.endpoint}: does a backend take OTLP over HTTP there?{reason}"
         return None
 
 
 class _Watched(SpanExporter):
-    """Sends spans to a backend, and remembers whether that failed."""
+    """Sends spans to a backend, and remembers whether that failed, and why.
+
+    The standard variables hold (`OTEL_EXPORTER_OTLP_HEADERS`, `OTEL_EXPORTER_OTLP_TIMEOUT`: 10 seconds without it).
+    """
 
     def __init__(self, endpoint: str) -> None:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 
         self.endpoint = endpoint
         self.failed = False
-        self._exporter = OTLPSpanExporter(endpoint=endpoint, timeout=EXPORT_TIMEOUT)
+        self.reason = ""
+        self._exporter = OTLPSpanExporter(endpoint=endpoint)
+        logging.getLogger(OTLPSpanExporter.__module__).addFilter(self._hear)  # it logs why, and returns only that
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
-        result = self._exporter.export(spans)
-        self.failed = self.failed or result is not SpanExportResult.SUCCESS
+        result = SpanExportResult.FAILURE
+        try:
+            result = self._exporter.export(spans)
+        finally:
+            self.failed = self.failed or result is not SpanExportResult.SUCCESS
         return result
+
+    def _hear(self, record: logging.LogRecord) -> bool:
+        if record.levelno >= logging.ERROR:
+            self.reason = one_line(record.getMessage())[:REASON]
+        return True
 
     def shutdown(self) -> None:
         self._exporter.shutdown()  # type: ignore[no-untyped-call]  # the exporter's own

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -225,16 +226,16 @@ def test_trace(tmp_path: Path) -> None:
     assert "chat echo" in page.read_text()
 
 
-@pytest.mark.parametrize("path", ["", "/", "/mine/v1/traces"])
-def test_collector(path: str) -> None:
-    """--otlp sends the spans to a backend, at OTLP's own path unless there is another."""
+@contextmanager
+def collector(status: int = 200) -> Iterator[tuple[str, list[tuple[str, bytes]]]]:
+    """A backend that answers so: its address, and the paths and bodies that it got."""
     got: list[tuple[str, bytes]] = []
 
     class Collector(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["content-length"]))
             got.append((self.path, gzip.decompress(body) if self.headers["content-encoding"] == "gzip" else body))
-            self.send_response(200)
+            self.send_response(status)
             self.end_headers()
 
         def log_message(self, *_: object) -> None:
@@ -243,11 +244,28 @@ def test_collector(path: str) -> None:
     with HTTPServer(("127.0.0.1", 0), Collector) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
-        result = fluxibly(
-            "chat", "--framework", "echo", "--otlp", f"http://127.0.0.1:{server.server_port}{path}", "one"
-        )
-        server.shutdown()
-        thread.join()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}", got
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def test_collector_that_refuses() -> None:
+    """What a backend answers to spans that it does not take is told in the one line."""
+    with collector(422) as (address, _):
+        result = fluxibly("chat", "--framework", "echo", "--otlp", address, "one")
+    assert (result.returncode, result.stdout) == (0, "one\n")
+    assert "did not reach" in result.stderr
+    assert "422" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("path", ["", "/", "/mine/v1/traces"])
+def test_collector(path: str) -> None:
+    """--otlp sends the spans to a backend, at OTLP's own path unless there is another."""
+    with collector() as (address, got):
+        result = fluxibly("chat", "--framework", "echo", "--otlp", address + path, "one")
     assert (result.returncode, result.stdout, result.stderr) == (0, "one\n", "")
     assert [where for where, _ in got] == [path if len(path) > 1 else "/v1/traces"]
     assert b"chat echo" in got[0][1]
