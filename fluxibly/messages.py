@@ -225,6 +225,12 @@ class Tool:
     parameters: Mapping[str, Any] = attrs.field(factory=lambda: {"type": "object", "properties": {}})
     strict: bool | None = attrs.field(default=None, kw_only=True)
 
+    def __attrs_post_init__(self) -> None:
+        if not isinstance(self.name, str):  # pyright: ignore[reportUnnecessaryIsInstance]  # callers may be untyped
+            raise TypeError(f"a Tool's name is a str, not {_kind(self.name)}")
+        if not is_mapping(self.parameters):
+            raise TypeError(f"a Tool's parameters are a JSON Schema (a mapping), not {_kind(self.parameters)}")
+
 
 def to_messages(prompt: object) -> tuple[Message, ...]:
     """A prompt (a string, a `Message` or a sequence of them) as messages.

@@ -255,6 +255,7 @@ JSON = st.recursive(
 )  # fmt: skip
 
 
+@settings(deadline=None)
 @given(
     st.integers(300, 600),
     st.dictionaries(

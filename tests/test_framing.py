@@ -82,6 +82,7 @@ LINES = st.sampled_from(
 )
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(LINES, st.sampled_from([b"\n", b"\r", b"\r\n"]))), st.lists(st.integers(0, 200)))
 def test_any_sse_is_the_same_however_cut(lines: list[tuple[bytes, bytes]], places: list[int]) -> None:
     """Random lines with random ends, cut at random places."""
@@ -197,6 +198,7 @@ def test_a_long_event_in_small_reads_costs_its_length() -> None:
     assert peak < 6_000_000
 
 
+@settings(deadline=None)
 @given(st.sampled_from(["sse", "ndjson", "json-array"]), st.lists(st.binary(max_size=40), max_size=10))
 def test_random_bytes_give_events_or_an_error(framing: Framing, reads: list[bytes]) -> None:
     """No other exception than ours, and no difference between cuts."""

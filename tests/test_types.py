@@ -110,6 +110,8 @@ class TestMessages:
             ),
             (lambda: Request(model="m", messages=["hi"]), TypeError, r"has an? str in it; write Message.user\(...\)"),
             (lambda: Request(model="m", messages={"a": 1}), TypeError, "a prompt is a str or a sequence"),
+            (lambda: Tool(len), TypeError, "a Tool's name is a str, not a builtin"),
+            (lambda: Tool("f", "", "{}"), TypeError, r"parameters are a JSON Schema \(a mapping\), not a str"),
             (lambda: Request(model="m", messages="hi", tools=[3]), TypeError, "a tool is a Tool or a mapping"),
             (lambda: Request(model="m", messages="hi", tools=[{}]), ValueError, "needs a 'name'"),
             (
@@ -283,11 +285,13 @@ responses = st.builds(
 
 
 class TestAggregation:
+    @settings(deadline=None)
     @given(responses)
     def test_a_response_as_one_chunk(self, response):
         """A response made a chunk and joined again is that response."""
         assert joined(as_chunk(response)) == response
 
+    @settings(deadline=None)
     @given(st.lists(st.text()), st.lists(st.text()))
     def test_texts_add_up(self, texts, reasoning):
         """Texts and reasoning are each joined in order, whatever lies between."""
@@ -295,6 +299,7 @@ class TestAggregation:
         assert response.text == "".join(texts)
         assert response.reasoning == "".join(reasoning)
 
+    @settings(deadline=None)
     @given(st.data())
     def test_tool_calls_in_fragments(self, data):
         """Calls cut anywhere and interleaved by index are whole again."""
