@@ -6,7 +6,7 @@ import json
 import tracemalloc
 
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 
 from fluxibly.errors import StreamProtocolError
 from fluxibly.providers.codec import Event, Framing

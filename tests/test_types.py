@@ -6,7 +6,7 @@ import re
 
 import attrs
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 
 from fluxibly.aggregate import Aggregator, as_chunk
 from fluxibly.types import (
