@@ -6,6 +6,7 @@ import gc
 import json
 import logging
 import os
+import signal
 import threading
 import weakref
 from pathlib import Path
@@ -337,6 +338,35 @@ def test_freed_before_it_was_asked(gguf: Path) -> None:
         LocalProvider(config_of(gguf, n_ctx=n_ctx))._load()
         gc.collect()
         assert all(settings.n_ctx != n_ctx for _, settings, _ in local_engine._engines)
+
+
+def test_interrupted_while_it_is_loaded() -> None:
+    """Ctrl-C ends the wait at once; the model is freed only when its own thread has answered."""
+    did: list[str] = []
+    waits = threading.Event()
+
+    class Library:
+        class Server:
+            def __init__(self, params: object) -> None:
+                signal.raise_signal(signal.SIGINT)
+                assert waits.wait(30)
+
+            def handle_metrics(self) -> str:
+                did.append("answered")
+                return ""
+
+            def __del__(self) -> None:
+                did.append("freed")
+
+    with pytest.raises(KeyboardInterrupt):
+        local_engine._start(Library, None)
+    assert did == []
+    waits.set()
+    for thread in threading.enumerate():
+        if thread.name == "fluxibly-local-load":
+            thread.join()
+    gc.collect()
+    assert did == ["answered", "freed"]
 
 
 def test_forked(llm: LLM) -> None:

@@ -13,6 +13,7 @@ import os
 import secrets
 import threading
 from collections import deque
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakSet, WeakValueDictionary
 
@@ -102,7 +103,7 @@ class Engine:
         params.api_keys = [secrets.token_hex(16)]  # it opens a loopback port, whether asked to or not
         params.endpoint_metrics = True
         try:
-            self.server = library.Server(params)
+            self.server = _start(library, params)
         except RuntimeError as error:
             template = "" if settings.chat_template == DEFAULT_TEMPLATE else ", or chat_template is none"
             raise ProviderError(
@@ -111,9 +112,28 @@ class Engine:
                 provider="local",
                 model=alias,
             ) from error
-        # A server that is freed before its own thread has begun to work waits for that thread for ever. What it
-        # answers here comes from that thread.
-        self.server.handle_metrics()
+
+
+def _start(library: Any, params: Any) -> Any:
+    """A server that works.
+
+    One that is freed before its own thread has begun to work waits for that thread for ever. So it is asked something
+    that this thread answers, before anybody can let go of it: it is made where no Ctrl-C arrives, which only ends the
+    wait for it here.
+    """
+    made: Future[Any] = Future()
+
+    def start() -> None:
+        try:
+            server = library.Server(params)
+            server.handle_metrics()
+        except BaseException as error:  # noqa: BLE001  # it is raised where the server is waited for
+            made.set_exception(error)
+        else:
+            made.set_result(server)
+
+    threading.Thread(target=start, name="fluxibly-local-load").start()
+    return made.result()
 
 
 def _library() -> Any:
