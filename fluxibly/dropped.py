@@ -11,6 +11,7 @@ import atexit
 import gc
 import threading
 from collections import deque
+from functools import partial
 from typing import Protocol
 
 
@@ -28,19 +29,34 @@ _open: set[Droppable] = set()
 keep = _open.add
 forget = _open.discard
 orphans: deque[Droppable] = deque()
-_collector: int | None = None
 
 
-def _note_collection(phase: str, _: object) -> None:
-    global _collector  # noqa: PLW0603  # the one garbage collector's state
-    _collector = threading.get_ident() if phase == "start" else None
+class _Phase:
+    """What the collector told last, in either phase: `start` and `stop` are the same slot."""
+
+    __slots__ = ("start",)
+    start: object
+
+
+_Phase.stop = _Phase.start  # type: ignore[attr-defined,misc]  # pyright: ignore[reportAttributeAccessIssue]  # as above
+_last = _Phase()
+_here = threading.local()
+_last.start = None
+# The collector calls these with a phase, "start" or "stop", and an object made for the occasion. They are C: into a
+# Python function a signal handler could get, and Ctrl-C would be lost there, since the collector ignores exceptions.
+gc.callbacks += [partial(setattr, _last), partial(setattr, _here)]
+
+
+def collecting() -> bool:
+    """Whether this code is run by the garbage collector, as finalizers are: the last it told is a start, told here."""
+    return _last.start is not None and _last.start is getattr(_here, "start", None)
 
 
 def let_go(driver: Droppable) -> None:
     """End a stream that was dropped: now, or from inside of the garbage collector at the next call."""
     if driver.ended:
         return
-    if _collector == threading.get_ident():
+    if collecting():
         orphans.append(driver)
     else:
         driver.let_go()
@@ -61,5 +77,4 @@ def end_orphans() -> None:
             )
 
 
-gc.callbacks.append(_note_collection)
 atexit.register(end_orphans)

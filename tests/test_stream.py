@@ -626,6 +626,38 @@ class TestDropping:
         assert ends == [True, True]
         assert provider.opened == provider.closed == 1
 
+    def test_another_thread_may_drop_one_meanwhile(self):
+        """While the collector is at work in one thread, a stream dropped in another ends at once."""
+        watch = Watch()
+        collecting = []
+
+        class Found:
+            def __del__(self):
+                collecting.append(dropped.collecting())
+                thread = threading.Thread(target=drop)
+                thread.start()
+                thread.join()
+
+        def drop():
+            stream = Pipeline(ScriptedProvider("a b"), [watch]).stream(REQUEST)
+            next(stream)
+            del stream
+            collecting.extend([dropped.collecting(), watch.ends == ["GeneratorExit"]])
+
+        cycle = [Found()]
+        cycle.append(cycle)
+        del cycle
+        gc.collect()
+        assert collecting == [True, False, True]
+        assert not dropped.collecting()
+
+    def test_no_signal_handler_runs_in_what_the_collector_calls(self):
+        """Else a Ctrl-C that comes there is lost: what the collector calls is no Python function."""
+        ours = [each for each in gc.callbacks if dropped._here in getattr(each, "args", ())]
+        assert [each.func for each in ours] == [setattr]
+        functions = [each for each in gc.callbacks if hasattr(each, "__code__")]
+        assert not [each for each in functions if each.__module__.startswith("fluxibly")]
+
     def test_a_failure_of_what_was_queued_is_logged(self, caplog):
         """It must not hit the call that happens to come next."""
 
