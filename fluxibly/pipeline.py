@@ -193,13 +193,13 @@ class Pipeline(_Pipeline):
 
     def carry_out(self, effect: Effect, flow: Flow[Response]) -> object:
         """Do what an effect asks for, other than to ask the provider."""
+        if isinstance(effect, AttemptEnd):  # there is nothing to do: the layers have seen it
+            return None
         if isinstance(effect, Sleep):
             self.clock.sleep(effect.seconds)
             return None
         if isinstance(effect, Perform):
             return effect.call()
-        if isinstance(effect, AttemptEnd):
-            return None
         raise driving.unknown_effect(flow, effect)
 
     def close(self) -> None:
@@ -291,6 +291,8 @@ class AsyncPipeline(_Pipeline):
 
     async def carry_out(self, effect: Effect, flow: Flow[Response]) -> object:
         """Do what an effect asks for, other than to ask the provider."""
+        if isinstance(effect, AttemptEnd):  # there is nothing to do: the layers have seen it
+            return None
         if isinstance(effect, Sleep):
             await self.clock.asleep(effect.seconds)
             return None
@@ -300,8 +302,6 @@ class AsyncPipeline(_Pipeline):
             from fluxibly.threaded import in_thread
 
             return await in_thread(effect.call)
-        if isinstance(effect, AttemptEnd):
-            return None
         raise driving.unknown_effect(flow, effect)
 
     async def aclose(self) -> None:
