@@ -348,7 +348,7 @@ def test_interrupted_while_it_is_loaded() -> None:
     class Library:
         class Server:
             def __init__(self, params: object) -> None:
-                signal.raise_signal(signal.SIGINT)
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
                 assert waits.wait(30)
 
             def handle_metrics(self) -> str:
