@@ -39,10 +39,23 @@ class Canned:
     stall_after: bool = False
     closing: threading.Event = attrs.Factory(threading.Event)
     gone: threading.Event = attrs.Factory(threading.Event)
+    _open: int = 0
+    _changed: threading.Condition = attrs.Factory(threading.Condition)
 
     @property
     def last(self) -> Seen:
         return self.seen[-1]
+
+    def count(self, change: int) -> None:
+        """Note a connection that was opened or closed."""
+        with self._changed:
+            self._open += change
+            self._changed.notify_all()
+
+    def none_open(self, seconds: float) -> bool:
+        """Whether there is no connection; waits for that, if it has to."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._open, seconds)
 
 
 @contextmanager
@@ -77,6 +90,14 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
+
+    def setup(self) -> None:
+        super().setup()
+        self.orders.count(1)
+
+    def finish(self) -> None:
+        self.orders.count(-1)
+        super().finish()
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
