@@ -735,5 +735,80 @@ class TestTransports:
         with serve(script) as server:
             asyncio.run(main(server))
 
+    @pytest.mark.parametrize("name", ["httpx", "aiohttp"])
+    @pytest.mark.parametrize("script", [endless, silent])
+    def test_abort_ends_a_read_over_them(self, name: str, script: Callable[[Peer, Received], None]) -> None:
+        """From another thread, whether the answer has begun or not."""
+        if name == "aiohttp":
+            from fluxibly.providers.aiohttp_transport import AiohttpTransport as Transport
+        else:
+            from httpx import AsyncHTTPTransport as Transport
+
+        async def main(server: Server) -> None:
+            settings = config(server.url, timeout=60)
+            async with AsyncHTTPProvider(TinyCodec(), SERVICE, settings, transport=Transport()) as made:
+                stream = made.stream(ask())
+
+                async def read() -> None:
+                    with pytest.raises(ConnectionFailed, match="was closed"):
+                        async for _ in stream:
+                            pass
+
+                with anyio.fail_after(10):
+                    async with anyio.create_task_group() as tasks:
+                        tasks.start_soon(read)
+                        while not server.requests:
+                            await anyio.sleep(0.01)
+                        await anyio.wait_all_tasks_blocked()
+                        await anyio.to_thread.run_sync(stream.abort)
+                assert await anyio.to_thread.run_sync(server.closed.acquire, True, 5)
+
+        with serve(script) as server:
+            asyncio.run(main(server))
+
+    @pytest.mark.parametrize("name", ["httpx", "aiohttp"])
+    def test_closing_ends_an_idle_stream_over_them(self, name: str) -> None:
+        """Its connection is closed, and the next read says so."""
+        if name == "aiohttp":
+            from fluxibly.providers.aiohttp_transport import AiohttpTransport as Transport
+        else:
+            from httpx import AsyncHTTPTransport as Transport
+
+        async def main(server: Server) -> None:
+            made = AsyncHTTPProvider(TinyCodec(), SERVICE, config(server.url, timeout=60), transport=Transport())
+            stream = made.stream(ask())
+            assert (await anext(stream)).text == "one"
+            await made.aclose()
+            assert await anyio.to_thread.run_sync(server.closed.acquire, True, 5)
+            with pytest.raises(ConnectionFailed, match="was closed"):
+                await anext(stream)
+
+        with serve(endless) as server:
+            asyncio.run(main(server))
+
+    def test_abort_ends_a_read_over_a_sync_one(self) -> None:
+        """From another thread."""
+        came = threading.Event()
+        ended: list[Exception] = []
+
+        def read() -> None:
+            try:
+                for _ in stream:
+                    came.set()
+            except ConnectionFailed as error:
+                ended.append(error)
+
+        with serve(endless) as server:
+            settings = config(server.url, timeout=60)
+            with HTTPProvider(TinyCodec(), SERVICE, settings, transport=httpx.HTTPTransport()) as made:
+                stream = made.stream(ask())
+                thread = threading.Thread(target=read)
+                thread.start()
+                assert came.wait(5)
+                stream.abort()
+                thread.join(10)
+                assert not thread.is_alive()
+        assert "was closed" in str(ended[0])
+
 
 FAILURES = {"idle": RequestTimeout, "silent": RequestTimeout, "cut": Exception}
