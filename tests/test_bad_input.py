@@ -186,6 +186,14 @@ class TestMiddleware:
 
         assert "asynchronous returned a coroutine" in told(call(mode, asynchronous, "x").ran.error)
 
+    def test_async_generator(self, mode):
+        """Nor is an async generator."""
+
+        async def asynchronous(request, call_next):
+            yield 1
+
+        assert "asynchronous returned a async_generator" in told(call(mode, asynchronous, "x").ran.error)
+
     def test_one_that_returns_none(self, mode):
         """The forgotten `return`."""
 
@@ -250,6 +258,18 @@ class TestProviders:
             assert isinstance(error, TypeError)
             assert str(error) == f"the provider ScriptedProvider yielded {kind}; its stream() yields Chunk or str"
             assert made.record.attempts == 1
+
+    @pytest.mark.parametrize("mode", [mode for mode in MODES if not mode.streaming], ids=str)
+    def test_one_whose_complete_is_a_generator(self, mode):
+        """As its stream() would be; nothing of it is run."""
+
+        class Confused:
+            def complete(self, request):
+                yield "x"
+
+        error = run(mode, Confused(), [Logging()], REQUEST, clock=VirtualClock()).error
+        assert isinstance(error, TypeError)
+        assert str(error) == ("the provider Confused returned a generator; its complete() returns a Response or a str")
 
     @pytest.mark.parametrize("mode", [mode for mode in MODES if not mode.streaming], ids=str)
     def test_one_that_returns_a_number(self, mode):

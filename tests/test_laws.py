@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import logging
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from contextvars import copy_context
 
 import anyio
@@ -170,6 +171,120 @@ def test_early_stops(kinds, answers, stop_after, mode):
     """Law 2: a consumer that leaves at any point ends every flow, and frees the provider."""
     case = Case(mode, kinds, answers, stop_after=stop_after)
     case.check_ends()
+
+
+@many
+@given(s.stacks, s.any_answers, st.integers(0, 4), st.sampled_from(["error", "break", "drop", "cycle"]))
+def test_streams_given_up(kinds, answers, reads, how):
+    """Law 2: so does one that raises, one that breaks off, and one that forgets its stream, found by the collector."""
+    log: list[str] = []
+    provider = ScriptedProvider(*(answer.make() for answer in answers))
+    pipeline = Pipeline(provider, s.build(kinds, log), clock=VirtualClock())
+    before = dict(copy_context())
+    with suppress(Exception):
+        if how == "error":
+            with pipeline.stream(REQUEST) as stream:
+                for n, _ in enumerate(stream):
+                    if n == reads:
+                        raise LookupError("the consumer's own")
+        elif how == "break":
+            for n, _ in enumerate(pipeline.stream(REQUEST).texts()):
+                if n == reads:
+                    break
+        else:
+            stream = pipeline.stream(REQUEST)
+            held = [stream]
+            if how == "cycle":
+                held.append(held)
+            for _ in range(reads):
+                next(stream)
+    held = stream = None
+    gc.collect()
+    Pipeline(ScriptedProvider("next"), []).complete(REQUEST)
+    assert dict(copy_context()) == before
+    assert provider.opened == provider.closed
+    starts = sorted(line.split()[0] for line in log if " start" in line)
+    assert starts == sorted(line.split()[0] for line in log if line.endswith(" end"))
+
+
+@many
+@given(s.any_stacks, s.any_answers, st.booleans(), st.sampled_from(MODES))
+def test_requests_stay_as_they_are(kinds, answers, restarts, mode):
+    """Law 7: the caller's request is never changed, and the provider gets what the innermost middleware passed."""
+    passed = []
+
+    def innermost(name, log):
+        def note(request, call_next):
+            passed.append(request)
+            return (yield from call_next(request))
+
+        return note
+
+    request = Request(model="m", messages="hi", metadata={"of": "mine"}, extra={"user": "me"}, headers={"x-a": "b"})
+    before = fields_of(request)
+    provider = (Async if mode.backend else Sync)(*(answer.make() for answer in answers), clock=VirtualClock())
+    provider.order, provider.raised = [], []
+    stack = s.build([*kinds, innermost], [])
+    run(mode, provider, stack, request, clock=VirtualClock(), restarts=restarts)
+    assert fields_of(request) == before
+    assert request.call.attempts == 0
+    assert len(provider.requests) <= len(passed)
+    for got in provider.requests:
+        assert got.call is not request.call
+        assert any(got == each for each in passed)
+        assert got.headers == {"x-a": "b"}
+
+
+def fields_of(request):
+    return {name: dict(value) if isinstance(value, dict) else value for name, value in vars(request).items()}
+
+
+PROMPT = "what only I may read, and nobody else at all"
+ANSWER = f"you said: {PROMPT}"
+quoting = st.sampled_from(s.ERRORS).map(lambda kind: lambda: kind(f"cannot answer {PROMPT!r} so late"))
+confidential = st.lists(
+    st.one_of(
+        st.builds(s.Script, fails=quoting),
+        st.builds(s.Script, st.just((ANSWER,)), quoting),
+        st.builds(s.Script, st.just((ANSWER[:20], ANSWER[20:])), cut=st.booleans()),
+    ),
+    min_size=1,
+    max_size=3,
+).map(lambda answers: [*answers, *[s.Script((ANSWER,))] * 12])
+
+
+class Records(Lines):
+    def emit(self, record) -> None:
+        if record.levelno > logging.DEBUG:
+            self.lines.extend([record.getMessage(), *map(str, vars(record).values())])
+
+
+@many
+@given(s.stacks, confidential, st.sampled_from(MODES))
+def test_content_stays_inside(kinds, answers, mode):
+    """Law 9: no part of a prompt appears above DEBUG, in message or record, whatever quotes it."""
+    provider = (AsyncScriptedProvider if mode.backend else ScriptedProvider)(*(answer.make() for answer in answers))
+    request = Request(model="m", messages=PROMPT)
+    with Records() as records:
+        run(mode, provider, [s.Logging(), *s.build(kinds, [])], request, clock=VirtualClock())
+    assert records.lines
+    for line in records.lines:
+        for start in range(len(PROMPT) - 11):
+            assert PROMPT[start : start + 12] not in line
+
+
+@many
+@given(
+    s.stacks.filter(lambda kinds: not set(kinds) & {*s.HANDLING, *s.ENDING}),
+    st.one_of(s.late_failures, s.cuts, s.early_failures),
+    st.sampled_from(MODES),
+)
+def test_an_answer_is_whole_or_an_error(kinds, answer, mode):
+    """Law 11: what was cut off or failed never passes as an answer, where nobody asks again."""
+    case = Case(mode, kinds, [answer])
+    assert case.ran.response is None
+    assert case.ran.error is not None
+    check_stream(case)
 
 
 @many
