@@ -50,7 +50,9 @@ def local_server(gguf: Path) -> Iterator[str]:
     params.hostnames = ["127.0.0.1"]
     params.port = 0
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+    params.endpoint_metrics = True
     server = xllamacpp.Server(params)
+    server.handle_metrics()  # freed before its thread answers for the first time, it would hang
     yield server.listening_address
     del server
     gc.collect()
