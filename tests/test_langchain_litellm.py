@@ -296,8 +296,7 @@ def test_a_real_model(local_server: str, case: Case, mode: Mode) -> None:
     assert response.text
     assert response.finish_reason in ("stop", "length")
     assert response.usage is not None
+    # langchain-anthropic reads a stream's counts from its last event, where llama.cpp leaves out the prompt's
     if not (mode.streaming and case.library is LANGCHAIN and service == "anthropic"):
-        assert (
-            response.usage.input_tokens or 0
-        ) > 10  # langchain-anthropic reads no more than the stream's first count
+        assert (response.usage.input_tokens or 0) > 10
     assert 0 < (response.usage.output_tokens or 0) <= 12
