@@ -105,7 +105,7 @@ class Engine:
         try:
             self.server = _start(library, params)
         except RuntimeError as error:
-            template = "" if settings.chat_template == DEFAULT_TEMPLATE else ", or chat_template is none"
+            template = "" if settings.chat_template == DEFAULT_TEMPLATE else ", or chat_template is no template"
             raise ProviderError(
                 f"llama.cpp could not load {path.name}: the file is damaged, of a kind it does not know, or too large "
                 f"for the memory with n_ctx={settings.n_ctx}{template}",
