@@ -340,10 +340,12 @@ def test_recorded_content_lists() -> None:
     assert response.reasoning.endswith("is 144.")
 
 
-def test_recorded_think_tags_stay_text() -> None:
-    """vLLM without a reasoning parser: the tags are the model's text, and null arguments are no arguments yet."""
+def test_recorded_think_tags() -> None:
+    """vLLM without a reasoning parser: what the model wrote between the tags is reasoning; null arguments are none yet."""
     response = outcome_of(CODEC, [load("25-").body]).response
-    assert response.text.startswith("<think>\nOkay")
+    assert response.text == ""
+    assert response.reasoning.startswith("Okay, the user is asking")
+    assert "think>" not in response.reasoning
     assert response.tool_calls[0].arguments == {"timezone": "UTC"}
 
 

@@ -12,6 +12,7 @@ from fluxibly.errors import NotFound, ProviderError, ServerError, StreamProtocol
 from fluxibly.providers.codec import Encoded, Event, Framing
 from fluxibly.providers.error_reports import Report, error_of, excerpt, read_report
 from fluxibly.providers.held import Held
+from fluxibly.providers.inline_thinking import InlineThinking
 from fluxibly.providers.json_reading import array, count, read_json, string, table
 from fluxibly.providers.ollama_request import NAME, encode_body
 from fluxibly.providers.wire import arguments_text, cut_off, not_an_answer, write_json
@@ -70,13 +71,14 @@ class OllamaCodec:
 class OllamaDecoder:
     """The state of one stream. Each line is an answer with what is new; the last says `done`, and how long it took."""
 
-    __slots__ = ("_calls", "_held", "_named", "_thinking", "done")
+    __slots__ = ("_calls", "_held", "_inline", "_named", "_thinking", "done")
 
     def __init__(self) -> None:
         self._held = Held()
         self._named = False
         self._calls = 0
         self._thinking: list[str] = []
+        self._inline = InlineThinking()
         self.done = False
 
     def decode_event(self, event: Event, /) -> Iterable[Chunk]:
@@ -102,8 +104,12 @@ class OllamaDecoder:
         output: dict[str, Any] = {}
         thinking = string(message.get("thinking")) or string(answer.get("thinking"))
         if thinking:
-            output["reasoning"] = thinking
             self._thinking.append(thinking)
+        text, thought = self._inline.split(text)
+        if answer.get("done") is True:
+            text, thought = (before + last for before, last in zip((text, thought), self._inline.rest(), strict=True))
+        if thinking or thought:
+            output["reasoning"] = thinking + thought
         calls = [table(call) for call in array(message.get("tool_calls"))]
         if calls:
             output["tool_calls"] = tuple([_call(call, index) for index, call in enumerate(calls, self._calls)])

@@ -12,8 +12,9 @@ from fluxibly.errors import ProviderError
 from fluxibly.providers import error_reports
 from fluxibly.providers.codec import Encoded, Framing
 from fluxibly.providers.json_reading import read_json
+from fluxibly.providers.openai_choice import Choice
 from fluxibly.providers.openai_request import Quirks, chat_body
-from fluxibly.providers.openai_stream import Body as Body, ChatDecoder as ChatDecoder, Choice, to_body
+from fluxibly.providers.openai_stream import Body as Body, ChatDecoder as ChatDecoder, to_body
 from fluxibly.providers.wire import not_an_answer, write_json
 from fluxibly.types import Request, Response
 

@@ -11,31 +11,10 @@ from fluxibly.errors import StreamProtocolError
 from fluxibly.providers import error_reports
 from fluxibly.providers.codec import Event
 from fluxibly.providers.json_reading import read_json, table
-from fluxibly.providers.openai_parts import Details, content_of, finish_reason_of, tool_call_deltas, usage_of, word_of
+from fluxibly.providers.openai_choice import Choice, ChoiceState
+from fluxibly.providers.openai_parts import usage_of
 from fluxibly.providers.wire import cut_off
-from fluxibly.types import Chunk, Reasoning
-
-
-class Delta(msgspec.Struct):
-    """What a choice says. `Any` stands where services send more than one type; other fields are not even read."""
-
-    content: Any = None
-    reasoning: Any = None
-    reasoning_content: Any = None
-    reasoning_details: Any = None
-    refusal: Any = None
-    tool_calls: Any = None
-
-
-class Choice(msgspec.Struct):
-    delta: Delta | None = None
-    message: Delta | None = None
-    text: Any = None
-    """Where a server answers as the older completions API does."""
-    index: Any = None
-    finish_reason: Any = None
-    usage: Any = None
-    error: Any = None
+from fluxibly.types import Chunk
 
 
 class Body(msgspec.Struct):
@@ -51,7 +30,6 @@ class Body(msgspec.Struct):
 
 _read_body: Final = msgspec.json.Decoder(Body).decode
 _EMPTY: Final[tuple[Chunk, ...]] = ()
-_NOTHING: Final = Delta()
 
 
 def to_body(raw: object, data: bytes, service: str) -> Body:
@@ -80,8 +58,8 @@ class ChatDecoder:
 
     def __init__(self, service: str) -> None:
         self._service = service
-        self._choices: dict[int, _ChoiceState] = {}
-        self._first = _ChoiceState()
+        self._choices: dict[int, ChoiceState] = {}
+        self._first = ChoiceState()
         self._held: dict[str, Any] = {}
         self._id: str | None = None
         self._model: str | None = None
@@ -124,14 +102,17 @@ class ChatDecoder:
         if not self._choices:
             raise cut_off(self._service, "an answer in it")
         fields, self._held = self._held, {}
-        parts = self._first.parts()
-        if parts:
-            fields["reasoning_parts"] = parts
-        others = [(index, one.parts()) for index, one in self._choices.items() if index]
-        alternatives = tuple((index, Chunk(reasoning_parts=parts)) for index, parts in others if parts)
-        if alternatives:
-            fields["alternatives"] = alternatives
-        return (Chunk(**fields),) if fields else _EMPTY
+        text = self._first.rest(fields)
+        others: list[tuple[int, Chunk]] = []
+        for index, choice in self._choices.items():
+            if index:
+                own: dict[str, Any] = {}
+                said = choice.rest(own)
+                if said or own:
+                    others.append((index, Chunk(said, **own)))
+        if others:
+            fields["alternatives"] = tuple(others)
+        return (Chunk(text, **fields),) if text or fields else _EMPTY
 
     def take_whole(self, body: Body, data: bytes) -> Iterable[Chunk]:
         """The chunks of an answer that is no stream."""
@@ -167,7 +148,7 @@ class ChatDecoder:
             if choice is None:
                 continue
             index = choice.index if type(choice.index) is int and choice.index >= 0 else place
-            state = self._choices.setdefault(index, _ChoiceState() if index else self._first)
+            state = self._choices.setdefault(index, ChoiceState() if index else self._first)
             failure = failure or choice.error
             self._note(body, choice, fields)
             if index == 0:
@@ -222,74 +203,3 @@ class ChatDecoder:
             usage = table(body.x_groq).get("usage")
         if usage and (counted := usage_of(usage)) is not None:
             fields["usage"] = counted
-
-
-class _ChoiceState:
-    """What is remembered of one choice of a stream."""
-
-    __slots__ = ("begun", "details", "finished", "refused", "spoke", "thought", "tools")
-
-    def __init__(self) -> None:
-        self.begun = False
-        self.spoke = False
-        self.tools = False
-        self.refused = False
-        self.finished = False
-        self.thought: list[str] = []
-        self.details: Details | None = None
-
-    def take(self, choice: Choice, fields: dict[str, Any]) -> str:
-        """The text of an event's choice; what else it has goes into `fields`, which become a chunk's."""
-        self.begun = True
-        delta = choice.delta
-        if delta is None:
-            # Perplexity repeats the whole message beside each delta; it counts only where nothing else was said
-            delta = choice.message if choice.message is not None and not self.spoke else _NOTHING
-        text, reasoning = delta.content, delta.reasoning or delta.reasoning_content
-        if type(text) is not str:
-            text, thought = content_of(choice.text if text is None else text)
-            reasoning = reasoning or thought
-        if reasoning or delta.reasoning_details or delta.tool_calls or delta.refusal:
-            text += self._take_more(delta, reasoning, fields)
-        if text:
-            self.spoke = True
-        if choice.finish_reason:
-            self._finish(word_of(choice.finish_reason) or "unknown", fields)
-        return text
-
-    def _take_more(self, delta: Delta, reasoning: object, fields: dict[str, Any]) -> str:
-        """Take what a delta has beside its content; the text of a refusal, which is an answer as well."""
-        if delta.tool_calls:
-            calls = tool_call_deltas(delta.tool_calls)
-            if calls:
-                self.tools = self.spoke = True
-                fields["tool_calls"] = calls
-        if delta.reasoning_details:
-            if self.details is None:
-                self.details = Details()
-            said = self.details.add(delta.reasoning_details)
-            reasoning = reasoning or said
-        if reasoning and isinstance(reasoning, str):
-            fields["reasoning"] = reasoning
-            self.thought.append(reasoning)
-        if delta.refusal and isinstance(delta.refusal, str):
-            self.refused = True
-            return delta.refusal
-        return ""
-
-    def _finish(self, reason: str, fields: dict[str, Any]) -> None:
-        self.finished = True
-        finish = finish_reason_of(reason)
-        if finish == "stop" and (self.refused or self.tools):
-            finish = "content_filter" if self.refused else "tool_call"
-        fields["finish_reason"] = finish
-        fields["raw_finish_reason"] = reason
-
-    def parts(self) -> tuple[Reasoning, ...]:
-        """The reasoning that has to go back to the service."""
-        if self.details is not None:
-            return self.details.parts()
-        if self.thought and self.tools:
-            text = "".join(self.thought)
-            return (Reasoning(text=text, raw={"reasoning_content": text}),)
-        return ()

@@ -1,0 +1,103 @@
+"""Reasoning that a model writes into its answer."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given, strategies as st
+
+from fluxibly.providers.codec import Event
+from fluxibly.providers.inline_thinking import LEADING, InlineThinking
+from fluxibly.providers.ollama_codec import OllamaCodec
+from fluxibly.providers.openai_codec import OpenAICodec
+
+
+def parted(pieces: list[str]) -> tuple[str, str]:
+    """The text and the reasoning that the pieces come to."""
+    inline = InlineThinking()
+    said = [*map(inline.split, pieces), inline.rest()]
+    return "".join(text for text, _ in said), "".join(thought for _, thought in said)
+
+
+@pytest.mark.parametrize(
+    ("whole", "text", "thought"),
+    [
+        ("<think>Hm.</think>Paris.", "Paris.", "Hm."),
+        ("\n<think>\nHm.\n</think>\n\nParis.", "Paris.", "Hm.\n"),
+        ("<think></think>Paris.", "Paris.", ""),
+        ("<think>\n\n</think>\n\nParis.", "Paris.", ""),
+        ("<think>cut", "", "cut"),
+        ("<think>cut</thi", "", "cut</thi"),
+        ("<think>a</b></think>c", "c", "a</b>"),
+        ("Paris.", "Paris.", ""),
+        ("  Paris. ", "  Paris. ", ""),
+        ("<thin", "<thin", ""),
+        ("<thinking>", "<thinking>", ""),
+        ("a <think>b</think>", "a <think>b</think>", ""),
+        ("<think>a</think>b <think>c</think>", "b <think>c</think>", "a"),
+        ("", "", ""),
+        ("   ", "   ", ""),
+        (" " * (LEADING + 1) + "<think>a", " " * (LEADING + 1) + "<think>a", ""),
+    ],
+)
+def test_only_what_begins_an_answer_is_reasoning(whole: str, text: str, thought: str) -> None:
+    """Whole and character by character, the result is the same."""
+    assert parted([whole]) == (text, thought)
+    assert parted(list(whole)) == (text, thought)
+
+
+@given(st.lists(st.sampled_from(["<think>", "</think>", "<", "/", "think>", "a", " ", "\n"])), st.data())
+def test_indifferent_to_cuts(tokens: list[str], data: st.DataObject) -> None:
+    """Any text, cut anywhere."""
+    whole = "".join(tokens)[:LEADING]
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(whole)))))
+    pieces = [whole[start:end] for start, end in zip([0, *cuts], [*cuts, len(whole)], strict=True)]
+    assert parted(pieces) == parted([whole])
+
+
+def openai_answer(text: str) -> bytes:
+    message = {"role": "assistant", "content": text}
+    return json.dumps({"choices": [{"index": 0, "message": message, "finish_reason": "stop"}]}).encode()
+
+
+def openai_event(text: str, reason: str | None = None) -> Event:
+    return Event(json.dumps({"choices": [{"index": 0, "delta": {"content": text}, "finish_reason": reason}]}).encode())
+
+
+def ollama_line(text: str, done: bool = False) -> bytes:
+    return json.dumps({"message": {"role": "assistant", "content": text}, "done": done}).encode()
+
+
+def test_whole_answers() -> None:
+    """Both dialects whose models do so."""
+    for response in (
+        OpenAICodec().decode(openai_answer("<think>Hm.</think>Paris.")),
+        OllamaCodec().decode(ollama_line("<think>Hm.</think>Paris.", done=True)),
+    ):
+        assert (response.text, response.reasoning) == ("Paris.", "Hm.")
+
+
+@pytest.mark.parametrize("end", ["Paris.", "<", ""])
+def test_streams(end: str) -> None:
+    """Text that may have become a tag is not lost at the end."""
+    openai, ollama = OpenAICodec().decoder(), OllamaCodec().decoder()
+    told = [
+        [*openai.decode_event(openai_event("<thi")), *openai.decode_event(openai_event("nk>Hm.</think>\n"))],
+        [
+            *ollama.decode_event(Event(ollama_line("<thi"))),
+            *ollama.decode_event(Event(ollama_line("nk>Hm.</think>\n"))),
+        ],
+    ]
+    told[0] += [*openai.decode_event(openai_event(end, "stop")), *openai.end()]
+    told[1] += [*ollama.decode_event(Event(ollama_line(end, done=True))), *ollama.end()]
+    for chunks in told:
+        assert ("".join(c.text for c in chunks), "".join(c.reasoning for c in chunks)) == (end, "Hm.")
+        assert chunks[-1].finish_reason == "stop"
+
+
+def test_an_answer_of_a_piece_of_a_tag() -> None:
+    """It is told at the end."""
+    decoder = OpenAICodec().decoder()
+    chunks = [*decoder.decode_event(openai_event("<", "stop")), *decoder.end()]
+    assert "".join(chunk.text for chunk in chunks) == "<"
