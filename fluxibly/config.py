@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 import attrs
 
 from fluxibly.errors import ConfigError
-from fluxibly.guards import is_list, is_mapping
+from fluxibly.guards import is_list, is_mapping, is_whole
 from fluxibly.suggest import did_you_mean, naming_the_nearest
 
 if TYPE_CHECKING:
@@ -193,10 +193,6 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 def _shown(value: object) -> str:
     """A value for an error message, short whatever it is."""
     return reprlib.repr(value)
@@ -220,7 +216,7 @@ def _problems(config: LLMConfig) -> list[str]:
     problems += parameter_problems({name: getattr(config, name) for name in (*_RANGES, "max_tokens")})
     if not isinstance(config.timeout, Timeouts) and not (_is_number(config.timeout) and config.timeout > 0):
         problems.append(f"timeout: {_shown(config.timeout)} is not a number of seconds above 0, nor Timeouts(...)")
-    if not _is_whole(config.max_retries) or config.max_retries < 0:
+    if not is_whole(config.max_retries) or config.max_retries < 0:
         problems.append(f"max_retries: {_shown(config.max_retries)} is not a whole number from 0 up")
     if config.api_key is not None and not isinstance(config.api_key, Secret):  # pyright: ignore[reportUnnecessaryIsInstance]
         problems.append(f"api_key: a str is due, not a {type(config.api_key).__name__}")
@@ -247,7 +243,7 @@ def parameter_problems(parameters: Mapping[str, object]) -> list[str]:
             low, high = _RANGES[name]
             if not _is_number(value) or not low <= cast("float", value) <= high:
                 problems.append(f"{name}: {_shown(value)} is not a number from {low:g} to {high:g}")
-        elif name == "max_tokens" and (not _is_whole(value) or cast("int", value) < 1):
+        elif name == "max_tokens" and (not is_whole(value) or value < 1):
             problems.append(f"max_tokens: {_shown(value)} is not a whole number from 1 up")
     return problems
 

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from types import CodeType, GeneratorType
 from typing import Any, NoReturn, TypeGuard
 
+import attrs
+
 from fluxibly.combinators import interrupted
 from fluxibly.effects import Effect, Flow, Middleware, shown
 from fluxibly.errors import StreamInterrupted
@@ -110,16 +112,40 @@ def unknown_effect(flow: Flow[Response], effect: object) -> TypeError:
 
 def raise_not_a_response(value: object, middleware: Sequence[Middleware]) -> NoReturn:
     """Raise the error for a stack that returned something else than a `Response`."""
-    culprit = first_without_return(middleware) or (layer_name(middleware[0]) if middleware else "(none)")
-    raise TypeError(f"the middleware {culprit} returned {shown(value)} where a Response was due; {HOW_TO_RETURN}")
+    culprit = first_without_return(middleware) if value is None else None
+    who = suspects(middleware) if culprit is None else f"the middleware {culprit}"
+    raise TypeError(f"{who} returned {shown(value)} where a Response was due; {HOW_TO_RETURN}")
 
 
 def explain(error: Exception, middleware: Sequence[Middleware]) -> None:
-    """If an error came of a layer that never returns a response, say so on it."""
-    if isinstance(error, (AttributeError, TypeError)) and "NoneType" in str(error):
-        culprit = first_without_return(middleware)
-        if culprit is not None:
-            error.add_note(f"fluxibly: the middleware {culprit} returns None; {HOW_TO_RETURN}")
+    """If an error came of a layer that hands on what is no request or response, which another layer then read, say so."""
+    if not isinstance(error, AttributeError):
+        return
+    if error.name == "call" and not isinstance(error.obj, Request):
+        error.add_note(f"fluxibly: call_next takes a Request, not {shown(error.obj)}: call_next(request.evolve(…))")
+    if isinstance(error.obj, Response) or error.name not in _RESPONSE:
+        return
+    culprit = first_without_return(middleware) if error.obj is None else None
+    if culprit is not None:
+        error.add_note(f"fluxibly: the middleware {culprit} returns None; {HOW_TO_RETURN}")
+    elif any(map(_is_users, middleware)):
+        error.add_note(
+            f"fluxibly: it seems that {suspects(middleware)} returned {shown(error.obj)} where a Response was due; "
+            f"{HOW_TO_RETURN}"
+        )
+
+
+_RESPONSE = frozenset(field.name for field in attrs.fields(Response)) | {"has_output", "evolve"}
+
+
+def suspects(middleware: Sequence[Middleware]) -> str:
+    """The layers that may have returned what is no response: those that are not ours."""
+    names = [layer_name(layer) for layer in middleware if _is_users(layer)] or ["(none)"]
+    return f"the middleware {names[0]}" if len(names) == 1 else f"one of the middleware {', '.join(names)}"
+
+
+def _is_users(layer: object) -> bool:
+    return not layer.__module__.startswith("fluxibly.")
 
 
 def first_without_return(middleware: Sequence[Middleware]) -> str | None:

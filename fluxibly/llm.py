@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, overload
 from fluxibly.config import LLMConfig, parameter_problems
 from fluxibly.effects import Middleware
 from fluxibly.errors import ConfigError
+from fluxibly.guards import is_mapping, is_whole
 from fluxibly.messages import Message, Tool
 from fluxibly.pipeline import AsyncPipeline, Pipeline
 from fluxibly.registry import make_middleware, make_provider
@@ -110,9 +111,8 @@ class _LLM:
         changes = dict(overrides)
         for name in changes:
             if name not in _OVERRIDES:
-                raise TypeError(
-                    f"a call takes no {name!r}{did_you_mean(name, _OVERRIDES)}; provider parameters go in extra="
-                )
+                hint = "; it is for stream()" if name == "restarts" else did_you_mean(name, _OVERRIDES)
+                raise TypeError(f"a call takes no {name!r}{hint}; provider parameters go in extra=")
         problems = [*parameter_problems(changes), *_call_problems(changes)]
         if problems:
             raise ConfigError("; ".join(problems), problems=tuple(problems))
@@ -130,7 +130,19 @@ def _call_problems(changes: Mapping[str, object]) -> list[str]:
     problems += [
         f"{name}: a table (a mapping) is due, not a {type(changes[name]).__name__}"
         for name in ("extra", "headers", "metadata")
-        if not isinstance(changes.get(name, {}), Mapping)
+        if not is_mapping(changes.get(name, {}))
+    ]
+    headers = changes.get("headers")
+    if is_mapping(headers) and not all(isinstance(text, str) for header in headers.items() for text in header):
+        problems.append("headers: names and values are strings")
+    for name, least in (("seed", None), ("n", 1), ("top_k", None)):
+        value = changes.get(name)
+        if value is not None and (not is_whole(value) or (least is not None and value < least)):
+            problems.append(f"{name}: {value!r} is not a whole number" + (f" from {least} up" if least else ""))
+    problems += [
+        f"{name}: a str is due, not a {type(changes[name]).__name__}"
+        for name in ("tool_choice", "reasoning_effort")
+        if not isinstance(changes.get(name), str | None)
     ]
     return problems
 

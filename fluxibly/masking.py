@@ -10,6 +10,8 @@ from fluxibly.types import Message, Request, Text
 
 MASK = "***"
 CUT = "[…]"
+SHORTEST = 4
+"""Characters of a key that is a secret. Shorter ones are dummies for servers that want none, and parts of words."""
 RUN = 12
 """Characters that a message may at most share with a request's texts, plus one."""
 CLOSER_LOOK = 200_000_000
@@ -20,7 +22,7 @@ LONGEST = 2_000
 
 def mask_secrets(text: str, secrets: Iterable[str]) -> str:
     """`text` with each secret in it replaced, also where it stands escaped: as JSON, Python or a URL write it."""
-    forms = {form for secret in secrets if secret.strip() for form in _written(secret)}
+    forms = {form for secret in secrets if len(secret.strip()) >= SHORTEST for form in _written(secret)}
     for form in sorted(forms, key=len, reverse=True):  # one may hold another
         text = text.replace(form, MASK)
     return text

@@ -9,7 +9,7 @@ from calling import REQUEST, call, scripted
 
 from fluxibly import LLM, AsyncLLM, LLMConfig, Message, Pipeline, Request, register_llm_framework
 from fluxibly.errors import AuthenticationError, ConfigError, FrameworkNotRegistered, root_cause
-from fluxibly.middleware import Logging, Retry
+from fluxibly.middleware import Logging, Retry, StreamMeter, Validation
 from fluxibly.pipeline import AsyncPipeline
 from fluxibly.testing import ScriptedProvider, VirtualClock
 from fluxibly.testing.modes import MODES, run
@@ -204,6 +204,42 @@ class TestMiddleware:
         assert isinstance(error, TypeError)
         assert "forgetful returned None where a Response was due" in told(error)
         assert "return (yield from call_next(request))" in told(error)
+
+    def test_one_that_returns_text(self, mode):
+        """It is named, and not the built-in layer that stumbled over its text, or stands outermost."""
+
+        def texter(request, call_next):
+            response = yield from call_next(request)
+            return response.text
+
+        for stack in ([Logging(), texter], [Logging(), Validation(), StreamMeter(), texter]):
+            error = root_cause(call(mode, stack, "x").ran.error)
+            assert isinstance(error, (TypeError, AttributeError))
+            assert "the middleware" in told(error)
+            assert "texter returned a str where a Response was due" in told(error)
+
+    def test_one_of_several_that_returns_text(self, mode):
+        """All that it may have been are named."""
+
+        def innocent(request, call_next):
+            return (yield from call_next(request))
+
+        def texter(request, call_next):
+            return (yield from call_next(request)).text
+
+        error = root_cause(call(mode, [innocent, texter], "x").ran.error)
+        assert "innocent" in told(error)
+        assert "texter returned a str" in told(error)
+
+    def test_one_that_sends_no_request(self, mode):
+        """`call_next` takes a request."""
+
+        def prompting(request, call_next):
+            return (yield from call_next("hi"))
+
+        for stack in ([prompting], [prompting, Logging(), Retry()]):
+            error = root_cause(call(mode, stack, "x").ran.error)
+            assert "call_next takes a Request, not a str" in told(error)
 
     def test_one_that_returns_none_under_others(self, mode):
         """The note names it, whichever layer stumbled over its None."""

@@ -201,6 +201,24 @@ class TestSettings:
             "extra: a table (a mapping) is due, not a str",
         )
 
+    def test_of_the_wrong_kind(self):
+        """What has no range has a type."""
+        with pytest.raises(ConfigError) as caught:
+            LLM(ECHO).forward("hi", seed="a", n=0, top_k=1.5, tool_choice=5, reasoning_effort=5, headers={"a": 5})
+        assert caught.value.problems == (
+            "headers: names and values are strings",
+            "seed: 'a' is not a whole number",
+            "n: 0 is not a whole number from 1 up",
+            "top_k: 1.5 is not a whole number",
+            "tool_choice: a str is due, not a int",
+            "reasoning_effort: a str is due, not a int",
+        )
+
+    def test_restarts_are_for_streams(self):
+        """The keyword of `stream` elsewhere."""
+        with pytest.raises(TypeError, match="takes no 'restarts'; it is for stream"):
+            LLM(ECHO).forward("hi", restarts=True)
+
 
 class TestStacks:
     def test_the_default(self):

@@ -17,7 +17,7 @@ echoes = st.sampled_from([str, lambda t: json.dumps(t)[1:-1], lambda t: json.dum
 
 
 def asking(*contents):
-    return Request(model="m", messages=[Message.user(content) for content in contents])
+    return Request(model="m", messages=[Message.user(content) for content in (*contents, "?")])
 
 
 def shared(text, content):
