@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import sys
 from logging import ERROR as ERROR
 from typing import Any
 
@@ -19,8 +20,16 @@ def log(level: int, template: str, **values: Any) -> None:
     """Log `template` with as many of the values, in order, as it has places; all of them go onto the record."""
     if not logger.isEnabledFor(level):
         return
+    # The caller, without logging's search for it through the stack.
+    caller = sys._getframe(1)  # pyright: ignore[reportPrivateUsage]  # logging does the same
+    code = caller.f_code
+    arguments = tuple(values.values())[: template.count("%")]
     try:
-        logger.log(level, template, *list(values.values())[: template.count("%")], extra=values, stacklevel=2)
+        logger.handle(
+            logger.makeRecord(
+                logger.name, level, code.co_filename, caller.f_lineno, template, arguments, None, code.co_name, values
+            )
+        )
     except Exception as error:  # noqa: BLE001  # a log handler that raises must not end the call
         report_once("logging", f"a log handler raised {type(error).__name__}; the call went on without its log line")
 

@@ -411,3 +411,16 @@ def test_the_log_is_the_same_in_sync_and_async(lines, caplog):
         told.setdefault(mode.streaming, set()).add(tuple(lines()))
     assert [len(variants) for variants in told.values()] == [1, 1]
     assert AsyncScriptedProvider.info == ScriptedProvider.info
+
+
+def test_records_know_where_they_come_from(caplog: pytest.LogCaptureFixture) -> None:
+    """For formatters that show the module or the line."""
+    caplog.set_level("INFO", logger="fluxibly")
+    call(MODES[0], [Logging()], "x")
+    for record in caplog.records:
+        assert (record.name, record.module, record.funcName) in {
+            ("fluxibly", "logging", "_started"),
+            ("fluxibly", "logging", "_completed"),
+        }
+        assert record.lineno > 1
+    assert len(caplog.records) == 2
