@@ -158,7 +158,7 @@ def at_once(url: str) -> None:
 
     async def one_round() -> None:
         # New clients each round: httpx lets connections go that idle for 5 s, as they would in the others' turns.
-        async with async_contenders(url, AT_ONCE) as calls, raw_streams(url) as raw:
+        async with async_contenders(url) as calls, raw_streams(url) as raw:
             calls["asyncio's streams (the ceiling)"] = raw
             for name, call in calls.items():
                 await asyncio.gather(*(call() for _ in range(AT_ONCE)))

@@ -129,13 +129,12 @@ def _any_llm(url: str, prompt: str) -> Contender:
 
 
 @asynccontextmanager
-async def async_contenders(url: str, at_once: int) -> AsyncIterator[dict[str, AsyncCall]]:
+async def async_contenders(url: str) -> AsyncIterator[dict[str, AsyncCall]]:
     """Whole calls on the event loop that runs, by name; the first is httpx."""
     body = {"model": "m", "messages": _messages(PROMPT)}
     missing = absent()
     async with AsyncExitStack() as stack:
-        limits = httpx.Limits(max_connections=at_once)
-        client = await stack.enter_async_context(httpx.AsyncClient(limits=limits, timeout=60))
+        client = await stack.enter_async_context(httpx.AsyncClient(timeout=60))
         llm = await stack.enter_async_context(AsyncLLM(_config(url)))
         found: dict[str, AsyncCall] = {
             "httpx.AsyncClient": lambda: client.post(f"{url}/chat/completions", json=body),
@@ -151,6 +150,8 @@ async def async_contenders(url: str, at_once: int) -> AsyncIterator[dict[str, As
             await stack.enter_async_context(pipeline)
             request = llm.request(PROMPT, {})
             found["fluxibly, aiohttp"] = lambda: pipeline.complete(request)
+            bare = AsyncPipeline(provider, framework="openai")
+            found["fluxibly, aiohttp, no middleware"] = lambda: bare.complete(request)
         if "openai" not in missing:
             import openai
 
