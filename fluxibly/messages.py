@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, cast, get_args
 
@@ -65,6 +64,8 @@ class Reasoning:
 
 def parse_arguments(raw: str) -> tuple[dict[str, Any], str | None]:
     """The arguments of a tool call as a dict, and what was wrong with the text (then the dict is empty)."""
+    import json  # late, for the sake of `import fluxibly`
+
     if not raw.strip():
         return {}, None
     try:
@@ -106,6 +107,8 @@ class ToolCall:
             object.__setattr__(self, "arguments", arguments)
             object.__setattr__(self, "error", error)
         elif not self.raw_arguments:
+            import json
+
             object.__setattr__(self, "raw_arguments", json.dumps(dict(self.arguments), ensure_ascii=False))
 
 
