@@ -18,6 +18,11 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
+_ADDRESS = re.compile(
+    r"https?://(?:[^/?#@\s]*@)?(?:\[[^]/\s]+\]|[^][/?#@:\s]+)(?::(?P<port>[0-9]{0,5}))?(?:[/?#]\S*)?", re.IGNORECASE
+)
+
+
 class Secret:
     """An API key that shows itself only when asked: `reveal()`. It compares equal to the str it holds."""
 
@@ -221,7 +226,7 @@ def _problems(config: LLMConfig) -> list[str]:
     if config.api_key is not None and not isinstance(config.api_key, Secret):  # pyright: ignore[reportUnnecessaryIsInstance]
         problems.append(f"api_key: a str is due, not a {type(config.api_key).__name__}")
     base: Any = config.api_base
-    if base is not None and not (isinstance(base, str) and re.match(r"https?://[^/\s]+", base, re.IGNORECASE)):
+    if base is not None and not (isinstance(base, str) and _is_address(base)):
         problems.append(f"api_base: {_without_login(base)[:200]} is not an http:// or https:// URL")
     if not isinstance(config.additional_params, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
         problems.append("additional_params: a table (a mapping) is due")
@@ -231,6 +236,12 @@ def _problems(config: LLMConfig) -> list[str]:
     if layers is not None and (isinstance(layers, (str, Mapping)) or not isinstance(layers, Sequence)):
         problems.append("middleware: a list is due")
     return problems
+
+
+def _is_address(url: str) -> bool:
+    """Whether a URL can be reached at all: sockets would take a port over 65535 for another one."""
+    match = _ADDRESS.fullmatch(url)
+    return match is not None and (not match["port"] or 0 < int(match["port"]) < 65536)
 
 
 def parameter_problems(parameters: Mapping[str, object]) -> list[str]:

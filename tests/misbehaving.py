@@ -109,7 +109,7 @@ Script: TypeAlias = Callable[[Peer, Received], None]
 class Server:
     """`url`, the `requests` that came, and how many `connections` were made."""
 
-    def __init__(self, script: Script, context: ssl.SSLContext | None) -> None:
+    def __init__(self, script: Script, context: ssl.SSLContext | None, host: str) -> None:
         self.requests: list[Received] = []
         self.connections = 0
         self.over = threading.Event()
@@ -117,7 +117,8 @@ class Server:
         """Released for each connection that has ended."""
         self._script = script
         self._context = context
-        self._listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._listener = socket.create_server((host, 0), family=family, backlog=2048)
         self.port = self._listener.getsockname()[1]
         self.url = f"{'https' if context else 'http'}://127.0.0.1:{self.port}/v1"
         self._peers: set[socket.socket] = set()
@@ -171,9 +172,9 @@ class Server:
 
 
 @contextlib.contextmanager
-def serve(script: Script, context: ssl.SSLContext | None = None) -> Iterator[Server]:
+def serve(script: Script, context: ssl.SSLContext | None = None, host: str = "127.0.0.1") -> Iterator[Server]:
     """A server that runs `script(peer, request)` for each request, until the block ends."""
-    server = Server(script, context)
+    server = Server(script, context, host)
     try:
         yield server
     finally:

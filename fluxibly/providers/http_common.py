@@ -252,9 +252,10 @@ def _base_url(service: Service, config: LLMConfig) -> httpx.URL:
         raise ConfigError(f"{service.framework} has no address of its own: set api_base to the server's base URL")
     try:
         url = httpx.URL(base)
-    except (httpx.InvalidURL, TypeError) as error:
+        named = url.host  # read from punycode, if it is written so
+    except (httpx.InvalidURL, UnicodeError) as error:
         raise ConfigError(f"api_base is not a URL: {error}") from None
-    if url.scheme not in ("http", "https") or not url.host:
+    if url.scheme not in ("http", "https") or not named:
         raise ConfigError("api_base has to begin with http:// or https:// and name a host")
     if url.userinfo:
         raise ConfigError("api_base must not hold a user name or password; a key goes into api_key")

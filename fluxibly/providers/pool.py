@@ -112,7 +112,15 @@ class Pool:
     async def _connect(self, slots: Slots, limits: Limits) -> Connection:
         route = self._route
         limits.connecting()
-        connection = Connection(await self._network.connect(route.host, route.port, limits))
+        try:
+            connection = Connection(await self._network.connect(route.host, route.port, limits))
+        except OSError as error:
+            if route.through_proxy:
+                raise ConnectionFailed(
+                    f"no connection to the proxy {route.host}:{route.port}, which the environment names: "
+                    f"{error.strerror or error}"
+                ) from error
+            raise
         try:
             limits.waits(connection.cut)
             if route.tunnel:

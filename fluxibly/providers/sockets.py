@@ -103,8 +103,11 @@ def late(error: TimeoutError) -> Exception:
 
 async def resolve(host: str, port: int, limits: Limits, over: Event) -> list[Any]:
     """The addresses of a host. A look-up cannot be ended, so one that takes too long is left to its thread."""
-    with contextlib.suppress(socket.gaierror):
-        return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
+    try:
+        with contextlib.suppress(socket.gaierror):
+            return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
+    except UnicodeError:  # a part of it is empty, or longer than 63 characters
+        raise socket.gaierror(socket.EAI_NONAME, "no host can have that name") from None
     found: list[Any] = []
     failures: list[Exception] = []
 
