@@ -68,7 +68,9 @@ def test_arrows(module):
     elif mine == "middleware":
         assert not found & ((OUTSIDE | DRIVERS) - {"middleware"})
     elif mine == "providers":
-        assert not found & ((OUTSIDE | DRIVERS | {"flow", "combinators", "relay"}) - {"providers", "threaded", "provider"})
+        assert not found & (
+            (OUTSIDE | DRIVERS | {"flow", "combinators", "relay"}) - {"providers", "threaded", "provider"}
+        )
     elif mine not in OUTSIDE | {""}:
         assert not found & OUTSIDE - ({"registry"} if mine == "registry" else set())
 
