@@ -37,11 +37,11 @@ class AsyncDriver(Driver):
         """The next event for the consumer; None at the end. Runs in the stream's context."""
         flow, source, call = self.flow, self.source, self.call
         effect = self.pending
+        error: BaseException | None = None
         try:
             if self.failed_early is not None:
                 raise self.failed_early
             while True:
-                error: BaseException | None = None
                 outcome: object = None
                 try:
                     if effect is PULL:
@@ -55,7 +55,10 @@ class AsyncDriver(Driver):
                         await self.close_all()
                         return None
                     error = raised
-                effect = flow.send(outcome) if error is None else driving.throw(flow, error)
+                try:
+                    effect = flow.send(outcome) if error is None else driving.throw(flow, error)
+                finally:
+                    error = None  # it refers to this frame
                 if type(effect) is Chunk:
                     self.pending = PULL
                     if self.output:
@@ -75,10 +78,8 @@ class AsyncDriver(Driver):
             return self.finish(stop.value)
         except BaseException as error:
             await self.close_all()
-            failure = self.failure(error)
-            if failure is error:
-                raise
-            raise failure from error
+            self.raise_interrupted(error)
+            raise
 
     async def carry_out(self, effect: Effect) -> object:
         if isinstance(effect, Send):

@@ -60,8 +60,11 @@ def map_chunks(
     """
     mapper = _Mapper(fn, at_restart)
     response, error = yield from _caught(mapper.over(flow))
-    if error is not None:
-        raise mapper.error(error)
+    try:
+        if error is not None:
+            raise mapper.error(error)
+    finally:
+        del error  # it refers to this frame
     streamed = mapper.streamed
     if not streamed:
         mapper.pass_on(as_chunk(response))
@@ -198,8 +201,11 @@ def hold_back(
     """
     holder = _Holder(until)
     response, error = yield from _caught(holder.over(flow))
-    if error is not None:
-        raise error if holder.done else error.__cause__ or error
+    try:
+        if error is not None:
+            raise error if holder.done else error.__cause__ or error
+    finally:
+        del error  # it refers to this frame
     if check is not None and not holder.done:
         check(response)
     for chunk in holder.held:

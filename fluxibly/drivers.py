@@ -45,14 +45,12 @@ class Driver:
         self.closing = self.ended = False
         self.over = False
         """Whether it is one of these: nothing more is delivered."""
-        self.failed_early: BaseException | None = None
+        self.failed_early: Exception | None = None
         self.first: Effect = Sleep(0.0)
         try:
             # "started" is logged now, when the call is made; how it went is told at the first read.
             self.first = self.context.run(flow.send, None)
-        except BaseException as error:
-            if not isinstance(error, (Exception, StopIteration)):
-                raise
+        except Exception as error:  # noqa: BLE001  # it is raised at the first read
             self.failed_early = error
         dropped.keep(self)
 
@@ -93,18 +91,19 @@ class Driver:
             return chunk
         return None
 
-    def failure(self, error: BaseException) -> BaseException:
-        """What the consumer gets for an error."""
-        if not isinstance(error, Exception):
-            return error
-        driving.explain(error, self.pipeline.middleware)
-        return driving.after_output(error, self.request, self.delivered) if self.output else error
+    def raise_interrupted(self, error: BaseException) -> None:
+        """Raise `StreamInterrupted` from an error, if the consumer gets that instead: once output has gone out."""
+        if isinstance(error, Exception):
+            driving.explain(error, self.pipeline.middleware)
+            if self.output:
+                driving.raise_interrupted(error, self.request, self.delivered)
 
     def begin_close(self) -> None:
         self.closing = self.over = True
 
     def end(self) -> None:
         self.ended = self.over = True
+        self.failed_early = None  # it refers to this driver
         dropped.forget(self)
 
     def abort(self) -> None:

@@ -26,24 +26,35 @@ def throw(flow: Flow[Response], error: BaseException) -> Effect:
         BaseException: what came out of the flow. If `error` is not an Exception then it is what comes out, whatever
             the middleware did (law: KeyboardInterrupt, CancelledError and their kind pass).
     """
-    if isinstance(error, StopIteration):
-        raised_by = RuntimeError("a provider, or what a middleware performs, raised StopIteration")
-        raised_by.__cause__ = error  # thrown as it is, it would end each generator on its way (PEP 479)
-        error = raised_by
-    if isinstance(error, Exception):
-        return flow.throw(error)
-    did = "yielded again"
     try:
-        flow.throw(error)
-    except StopIteration:
-        did = "returned normally"
-    except BaseException as raised:
-        if raised is error:
-            raise
-        did = f"raised {type(raised).__name__}"
-    _tell(error, _catcher(error), did)
-    close(flow)
-    raise error
+        if isinstance(error, StopIteration):
+            error = _wrapped(error)
+        if isinstance(error, Exception):
+            return flow.throw(error)
+        if isinstance(error, GeneratorExit):  # an async call was given up where it waited
+            close(flow)
+            raise error
+        did = "yielded again"
+        try:
+            flow.throw(error)
+        except StopIteration:
+            did = "returned normally"
+        except BaseException as raised:
+            if raised is error:
+                raise
+            did = f"raised {type(raised).__name__}"
+        _tell(error, _catcher(error), did)
+        close(flow)
+        raise error
+    finally:
+        del error  # it refers to this frame
+
+
+def _wrapped(stop: StopIteration) -> RuntimeError:
+    """What to throw for a StopIteration: it would itself end each generator on its way (PEP 479)."""
+    error = RuntimeError("a provider, or what a middleware performs, raised StopIteration")
+    error.__cause__ = stop
+    return error
 
 
 def close(flow: Flow[Response]) -> None:
@@ -69,20 +80,14 @@ def _tell(error: BaseException | None, layer: str, did: str) -> None:
 
 
 def _catcher(error: BaseException) -> str:
-    """The outermost frame that a thrown error went through inside the flow: the one that caught it."""
+    """The outermost frame of a user's that a thrown error went through inside the flow: the one that caught it."""
     trace = error.__traceback__
     while trace is not None:
         module = trace.tb_frame.f_globals.get("__name__", "")
-        if module not in _OURS:
+        if not module.startswith("fluxibly."):
             return trace.tb_frame.f_code.co_qualname
         trace = trace.tb_next
     return "(unknown)"
-
-
-_OURS = tuple(
-    f"fluxibly.{module}"
-    for module in ("driving", "pipeline", "drivers", "sync_driver", "async_driver", "combinators", "relay", "flow")
-)
 
 
 def _is_generator(value: object) -> TypeGuard[GeneratorType[Any, Any, Any]]:
@@ -170,13 +175,10 @@ def _returns_value(code: CodeType) -> bool:
     return False
 
 
-def after_output(error: Exception, request: Request, delivered: Sequence[str]) -> Exception:
-    """What the consumer of a stream gets for an error, once chunks with these texts have gone out."""
-    if isinstance(error, StreamInterrupted):
-        text = "".join(delivered)
-        if error.__cause__ is None and error.partial.text != text:
-            error.partial = Response(text)  # a combinator refused a resend: it does not keep what it let through
-        return error
-    wrapped = interrupted(request, Response("".join(delivered)), error)
-    wrapped.__cause__ = error
-    return wrapped
+def raise_interrupted(error: Exception, request: Request, delivered: Sequence[str]) -> None:
+    """Raise `StreamInterrupted` from an error that is none yet, once chunks with these texts have gone out."""
+    text = "".join(delivered)
+    if not isinstance(error, StreamInterrupted):
+        raise interrupted(request, Response(text), error) from error
+    if error.__cause__ is None and error.partial.text != text:
+        error.partial = Response(text)  # a combinator refused a resend: it does not keep what it let through

@@ -157,7 +157,9 @@ def send(request: Request) -> Flow[Response]:
         if not isinstance(error, Exception):
             raise
         if call.watched:
-            yield AttemptEnd(request, error=error)
+            end = AttemptEnd(request, error=error)
+            yield end
+            end.error = None  # the frames that the error refers to may refer to this effect
         if partial is None or not partial.has_output:
             raise
         raise interrupted(request, partial, error) from error

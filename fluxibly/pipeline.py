@@ -147,10 +147,10 @@ class Pipeline(_Pipeline):
         """
         request = self.begin(request)
         flow = self._run(request)
+        error: BaseException | None = None
         try:
             effect = flow.send(None)
             while True:
-                error: BaseException | None = None
                 outcome: object = None
                 try:
                     if type(effect) is Send:
@@ -159,7 +159,10 @@ class Pipeline(_Pipeline):
                         outcome = self.carry_out(effect, flow)
                 except BaseException as raised:  # noqa: BLE001  # it goes into the flow
                     error = raised
-                effect = flow.send(outcome) if error is None else driving.throw(flow, error)
+                try:
+                    effect = flow.send(outcome) if error is None else driving.throw(flow, error)
+                finally:
+                    error = None  # it refers to this frame
         except StopIteration as stop:
             return self.finish(stop.value, request.call)
         except Exception as failure:
@@ -245,10 +248,10 @@ class AsyncPipeline(_Pipeline):
         """
         request = self.begin(request)
         flow = self._run(request)
+        error: BaseException | None = None
         try:
             effect = flow.send(None)
             while True:
-                error: BaseException | None = None
                 outcome: object = None
                 try:
                     if type(effect) is Send:
@@ -257,7 +260,10 @@ class AsyncPipeline(_Pipeline):
                         outcome = await self.carry_out(effect, flow)
                 except BaseException as raised:  # noqa: BLE001  # it goes into the flow
                     error = raised
-                effect = flow.send(outcome) if error is None else driving.throw(flow, error)
+                try:
+                    effect = flow.send(outcome) if error is None else driving.throw(flow, error)
+                finally:
+                    error = None  # it refers to this frame
         except StopIteration as stop:
             return self.finish(stop.value, request.call)
         except Exception as failure:

@@ -46,10 +46,10 @@ class Profile:
                 response: Response = stop.value
                 return response
             finally:
+                outcome = error = None  # the error refers to this frame
                 spent = self.clock() - start
                 self.seconds[name] += spent - self.below
                 self.below = above + spent
-            outcome = error = None
             try:
                 outcome = yield effect
             except GeneratorExit:

@@ -63,8 +63,10 @@ class SyncDriver(Driver):
                 else:
                     effect = send(outcome)
                     continue
-                effect = driving.throw(flow, error)
-                del error  # it refers to this frame
+                try:
+                    effect = driving.throw(flow, error)
+                finally:
+                    del error  # it refers to this frame
         except StopIteration as stop:
             self.close_all()
             chunk = self.finish(stop.value)
@@ -72,10 +74,8 @@ class SyncDriver(Driver):
                 yield chunk
         except BaseException as error:
             self.close_all()
-            failure = self.failure(error)
-            if failure is error:
-                raise
-            raise failure from error
+            self.raise_interrupted(error)
+            raise
 
     def carry_out(self, effect: Effect) -> object:
         if isinstance(effect, Send):

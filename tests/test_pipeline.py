@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
+import gc
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
+from types import coroutine
+from typing import ClassVar
 
 import anyio
 import pytest
+from opentelemetry.sdk.trace import TracerProvider
 
 from fluxibly.errors import ServerError, StreamInterrupted
-from fluxibly.flow import map_chunks, perform, sleep
+from fluxibly.flow import hold_back, layer_name, map_chunks, perform, sleep
+from fluxibly.middleware import Logging, Metrics, Retry, StreamMeter, Timing, Tracing, Validation
 from fluxibly.pipeline import AsyncPipeline, Pipeline
 from fluxibly.provider import AsyncProvider, Provider
 from fluxibly.testing import AsyncScriptedProvider, ScriptedProvider, VirtualClock
@@ -382,6 +389,156 @@ class TestBaseExceptions:
         assert ran.error is error
         assert f"greedy {did} after KeyboardInterrupt" in error.__notes__[0]
         assert f"greedy {did} after KeyboardInterrupt" in caplog.text
+
+    @pytest.mark.parametrize("outside", [[], [Timing(layers=True)]], ids=["alone", "within a loop by hand"])
+    def test_who_yields_when_an_async_call_is_given_up_is_named(self, outside, caplog):
+        """The coroutine of a whole call is closed where it waits, and so is its flow."""
+
+        class Waiting:
+            async def complete(self, request):
+                await suspended()
+                return "never"
+
+        @coroutine
+        def suspended():
+            yield
+
+        def greedy(request, call_next):
+            try:
+                return (yield from call_next(request))
+            finally:
+                yield from sleep(0)
+
+        call = AsyncPipeline(Waiting(), [*outside, greedy]).complete(REQUEST)
+        call.send(None)
+        call.close()
+        assert "greedy yielded again after GeneratorExit" in caplog.text
+
+
+def empty(request, call_next):
+    return (yield from call_next(request))
+
+
+def mapped(request, call_next):
+    return (yield from map_chunks(call_next(request), lambda chunk: chunk))
+
+
+def held(request, call_next):
+    return (yield from hold_back(call_next(request)))
+
+
+def instead(request, call_next):
+    try:
+        return (yield from call_next(request))
+    except (ServerError, StreamInterrupted):
+        return Response("instead")
+
+
+class Lost(ServerError):
+    """Knows all of its instances that are still there."""
+
+    made: ClassVar[list[weakref.ref[BaseException]]] = []
+
+    def __init__(self):
+        super().__init__("lost")
+        self.made.append(weakref.ref(self))
+
+
+def refused(request, call_next):
+    raise Lost
+    yield
+
+
+def spoilt(request, call_next):
+    try:
+        return (yield from call_next(request))
+    except (ServerError, StreamInterrupted) as error:
+        raise Lost from error
+
+
+LAYERS = [
+    empty,
+    mapped,
+    held,
+    instead,
+    refused,
+    spoilt,
+    Logging(),
+    Tracing(tracer_provider=TracerProvider(shutdown_on_exit=False)),
+    Metrics(),
+    Timing(layers=True),
+    StreamMeter(),
+    Validation(),
+    Validation(hold=True),
+    Retry(max_retries=1, base_delay=0),
+]
+
+
+class NoWaiting(VirtualClock):
+    """Sleeps without an event loop."""
+
+    async def asleep(self, seconds, /):
+        self.sleep(seconds)
+
+
+class Down:
+    """Always fails, a stream after its texts."""
+
+    def __init__(self, *texts):
+        self.texts = texts
+
+    def complete(self, request):
+        raise Lost
+
+    def stream(self, request):
+        yield from self.texts
+        raise Lost
+
+
+class AsyncDown(Down):
+    async def complete(self, request):
+        raise Lost
+
+    async def stream(self, request):
+        for text in self.texts:
+            yield text
+        raise Lost
+
+
+class TestMemory:
+    @pytest.mark.parametrize("texts", [[], ["some"]], ids=["before output", "after output"])
+    @pytest.mark.parametrize("layer", LAYERS, ids=layer_name)
+    @pytest.mark.parametrize("streaming", [False, True], ids=["whole", "stream"])
+    @pytest.mark.parametrize("sync", [True, False], ids=["sync", "async"])
+    def test_a_failed_call_leaves_no_cycle(self, sync, streaming, layer, texts):
+        """Its errors, whose frames hold the request, do not wait for the garbage collector."""
+        clock = NoWaiting()
+        pipeline = Pipeline(Down(*texts), [layer], clock=clock)
+        apipeline = AsyncPipeline(AsyncDown(*texts), [layer], clock=clock)
+
+        def call():
+            if not streaming:
+                return pipeline.complete(REQUEST)
+            with pipeline.stream(REQUEST) as stream:
+                return [*stream]
+
+        async def acall():
+            if not streaming:
+                return await apipeline.complete(REQUEST)
+            async with apipeline.stream(REQUEST) as stream:
+                return [event async for event in stream]
+
+        Lost.made.clear()
+        gc.disable()
+        try:
+            with contextlib.suppress(StopIteration):  # a coroutine's end; an event loop makes cycles of its own
+                call() if sync else acall().send(None)
+        except (Lost, StreamInterrupted) as error:
+            Lost.made.append(weakref.ref(error))
+        finally:
+            left = [made() for made in Lost.made]
+            gc.enable()
+        assert left.count(None) == len(left) >= 1
 
 
 class TestClosing:

@@ -99,10 +99,11 @@ class _Meter:
             except GeneratorExit:
                 flow.close()
                 raise
-            except BaseException as thrown:  # noqa: BLE001  # it goes into the flow, which raises it anew if it is its own
+            except BaseException as thrown:  # noqa: BLE001  # into the flow, which raises it anew if it is its own
                 error = thrown
-            if type(effect) is Restart and outcome:
-                self.restarted()
+            else:
+                if type(effect) is Restart and outcome:
+                    self.restarted()
 
     def count(self, chunk: Chunk) -> None:
         """Count a chunk, as `over` does inline for those of the provider."""

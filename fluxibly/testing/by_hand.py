@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+from fluxibly.driving import throw
 from fluxibly.effects import END, AttemptEnd, Effect, Middleware, More, Perform, Send, Sleep, Source
 from fluxibly.flow import compose
 from fluxibly.types import Chunk, Request, Response, Restart
@@ -109,7 +110,7 @@ class ByHand:
 
     def _throw(self, error: BaseException) -> None:
         try:
-            self._settle(self._flow.throw(error))
+            self._settle(throw(self._flow, error))
         except StopIteration as stop:
             self._end(stop)
 
