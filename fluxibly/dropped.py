@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import os
 import threading
 from collections import deque
 from functools import partial
@@ -63,7 +64,7 @@ def let_go(driver: Droppable) -> None:
 
 
 def end_orphans() -> None:
-    """End the streams that the garbage collector found. Every call begins with this, and the process ends with it."""
+    """End the streams that the garbage collector found. Every call begins with this."""
     while orphans:
         try:
             orphans.popleft().let_go()
@@ -77,4 +78,19 @@ def end_orphans() -> None:
             )
 
 
-atexit.register(end_orphans)
+def end_all() -> None:
+    """End the streams that are still open, because the process ends. Those of the process that it was forked from stay."""
+    orphans.extend(_open - _inherited)
+    end_orphans()
+
+
+def end_all_before() -> None:
+    """At exit, do so before whatever has registered until now: before a telemetry SDK that was set up shuts down."""
+    atexit.unregister(end_all)
+    atexit.register(end_all)
+
+
+_inherited: set[Droppable] = set()
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=lambda: _inherited.update(_open))
+end_all_before()

@@ -29,6 +29,7 @@ from opentelemetry.metrics import (
 from opentelemetry.trace import NonRecordingSpan, SpanContext, get_current_span, set_span_in_context
 
 from fluxibly import semconv
+from fluxibly.dropped import end_all_before
 from fluxibly.outcome import outcome_of
 from fluxibly.report import report_once
 from fluxibly.span_attributes import answered_model, error_name, provider_attributes, time_to_first_chunk
@@ -192,6 +193,7 @@ def recorder_of(provider: MeterProvider) -> Recorder | None:
     # The API's own providers record nothing: its no-op one, and the private proxy that waits for an SDK.
     if isinstance(provider, NoOpMeterProvider) or type(provider).__module__.startswith(_API):
         return None
+    end_all_before()
     sdk = sys.modules.get("opentelemetry.sdk.metrics")
     if sdk is None or not isinstance(provider, sdk.MeterProvider):
         return Recorder(provider, collects=False)

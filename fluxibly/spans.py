@@ -19,6 +19,7 @@ from opentelemetry.trace import (
 
 from fluxibly import semconv
 from fluxibly.call_trace import CallTrace, report
+from fluxibly.dropped import end_all_before
 from fluxibly.effects import Effect, Send
 from fluxibly.propagation import Current, with_trace_headers
 from fluxibly.span_attributes import request_attributes
@@ -47,6 +48,8 @@ class Tracers:
             tracer = None if isinstance(provider, ProxyTracerProvider) else provider.get_tracer("fluxibly")
             self._tracer = None if isinstance(tracer, NoOpTracer) else tracer
             self._seen = provider
+            if self._tracer is not None:
+                end_all_before()
         return self._tracer
 
     def begin(self, request: Request) -> CallTrace | Passing | None:
@@ -64,9 +67,13 @@ class Tracers:
                 SpanKind.INTERNAL if request.call.provider.in_process else SpanKind.CLIENT,
                 request_attributes(request),
             )
-            if span.is_recording():
-                return CallTrace(self.capturing, tracer, span, request, context)
-            return Passing(span, context)
+            try:
+                if span.is_recording():
+                    return CallTrace(self.capturing, tracer, span, request, context)
+                return Passing(span, context)
+            except BaseException:
+                span.end()
+                raise
         except Exception as problem:  # noqa: BLE001  # telemetry never breaks a call
             report(problem)
             return None
