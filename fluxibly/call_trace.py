@@ -24,6 +24,7 @@ from fluxibly.propagation import Current, with_trace_headers
 from fluxibly.report import report_once
 from fluxibly.span_attributes import (
     add_response,
+    add_unstreamed,
     answered_model,
     error_name,
     provider_attributes,
@@ -57,6 +58,7 @@ class CallTrace(Watch):
         self.attempt: Span | None = None
         self.attempt_current: Current | None = None
         self.index = 0
+        self.provider = self.asked = call.provider
         call.watched = True
         if call.streaming:
             call.timed = True
@@ -77,10 +79,12 @@ class CallTrace(Watch):
     def _begin_attempt(self, send: Send) -> None:
         if self.attempt is not None:
             self._end_attempt(None, None)  # a BaseException ended it, which a layer within survived
+        self.finish_reason = None
         request = self.sent = send.request
+        self.asked = request.call.provider
         attributes: dict[str, Any] = {
             semconv.ATTEMPT_INDEX: self.index,
-            semconv.ATTEMPT_PROVIDER: request.call.provider.telemetry_name,
+            semconv.ATTEMPT_PROVIDER: self.asked.telemetry_name,
             semconv.ATTEMPT_MODEL: request.model,
         }
         self.index += 1
@@ -98,6 +102,9 @@ class CallTrace(Watch):
             return
         try:
             attributes: dict[str, Any] = {}
+            provider = self.request.call.provider
+            if provider is not self.asked:  # it asks one of several others, and told which when it was asked itself
+                attributes[semconv.ATTEMPT_PROVIDER] = provider.telemetry_name
             if response is not None and response.model:
                 attributes[semconv.ATTEMPT_RESPONSE_MODEL] = response.model
             self._tell(span, attributes, error, outcome_of(error), (self.sent,))
@@ -137,12 +144,18 @@ class CallTrace(Watch):
             attributes[semconv.STREAM_ARRIVALS] = self.arrivals.encoded()
         if partial is not None:
             add_response(attributes, partial)
+        if call.streaming:
+            if call.chunks == 0 and response is not None:
+                add_unstreamed(attributes, response)
+            elif call.chunks > 0 and error is not None:
+                attributes.setdefault(semconv.RESPONSE_FINISH_REASONS, [self.finish_reason or "error"])
         if call.model is not None:
             attributes.setdefault(semconv.RESPONSE_MODEL, call.model)
         model = answered_model(request, outcome)
+        if call.provider is not self.provider:
+            attributes |= provider_attributes(call.provider)
         if model != request.model:
             attributes |= {semconv.REQUEST_MODEL: model, semconv.REQUESTED_MODEL: request.model}
-            attributes |= provider_attributes(call.provider)
             span.update_name(f"{semconv.CHAT} {model}")
         requests = (request,) if self.sent.messages is request.messages else (request, self.sent)
         self._tell(span, attributes, error, outcome, requests)
@@ -188,4 +201,10 @@ def _claimed(context: Context) -> Context:
     util = sys.modules.get(_UTIL_GENAI)
     data = getattr(util, "InferenceData", None)
     key = getattr(util, "CLIENT_INFERENCE_CONTEXT_KEY", None)
-    return context if data is None or key is None else set_value(key, data(), context)
+    if data is None or key is None:
+        return context
+    try:
+        return set_value(key, data(), context)
+    except Exception as problem:  # noqa: BLE001  # another release of theirs, perhaps; ours is traced all the same
+        report(problem)
+        return context

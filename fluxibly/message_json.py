@@ -1,7 +1,7 @@
 """Messages, answers and tools in the JSON schema of OpenTelemetry's `gen_ai.*.messages` attributes.
 
 (semantic-conventions-genai, gen-ai-input-messages.json and its siblings.) Every text passes through `redact` on its
-way, tool arguments and image data included; the names of tools and roles do not.
+way, tool arguments, image data and the names of participants included; the names of tools and roles do not.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def input_messages(messages: Iterable[Message], redact: Redact = unchanged) -> l
 
 
 def output_messages(response: Response, *, whole: bool, redact: Redact = unchanged) -> list[Json]:
-    """An answer, and its alternatives. Its finish reason is `error` unless it is `whole`: never absent."""
+    """An answer, and its alternatives. A finish reason that nobody told is `error` unless it is `whole`: never absent."""
     found: list[Json] = []
     for choice in (response, *response.alternatives):
         parts: list[Json] = []
@@ -53,8 +53,8 @@ def output_messages(response: Response, *, whole: bool, redact: Redact = unchang
         if choice.text:
             parts.append({"type": "text", "content": redact(choice.text)})
         parts.extend(_tool_call(call, redact) for call in choice.tool_calls)
-        usual = "tool_call" if choice.tool_calls else "stop"
-        reason = (choice.finish_reason or usual) if whole else "error"
+        usual = ("tool_call" if choice.tool_calls else "stop") if whole else "error"
+        reason = choice.finish_reason or usual
         found.append({"role": "assistant", "parts": parts, "finish_reason": reason})
     return found
 
@@ -87,7 +87,7 @@ def _message(message: Message, redact: Redact) -> Json:
         parts.extend(_tool_call(call, redact) for call in message.tool_calls)
     found: Json = {"role": message.role, "parts": parts}
     if message.name is not None:
-        found["name"] = message.name
+        found["name"] = message.name if message.role == "tool" else redact(message.name)
     return found
 
 

@@ -78,6 +78,13 @@ def add_response(attributes: dict[str, Any], response: Response) -> None:
         attributes[semconv.RESPONSE_FINISH_REASONS] = [response.finish_reason, *others]
 
 
+def add_unstreamed(attributes: dict[str, Any], response: Response) -> None:
+    """Count an answer that reaches the consumer of a stream as one chunk, after the layers are done (a cache hit)."""
+    if response.has_output or response.finish_reason:
+        attributes[semconv.STREAM_CHUNKS] = 1
+        attributes[semconv.STREAM_CHARACTERS] = len(response.text)
+
+
 def _add_usage(attributes: dict[str, Any], usage: Usage) -> None:
     """Add tokens, where the service counted them."""
     if usage.input_tokens is not None:

@@ -20,6 +20,8 @@ class Watch:
 
     arrivals: Arrivals | None = None
     answer: Aggregator | None = None
+    finish_reason: str | None = None
+    """Why the stream ends, once a chunk has told."""
 
     def see(self, effect: Effect) -> None:
         """An effect that is no chunk goes outward."""
@@ -66,6 +68,8 @@ def watched(begin: Callable[[Request], Watch | None], request: Request, call_nex
                         until_noted = arrivals.stride if len(points) < LIMIT else arrivals.thin()
                     if answer is not None:
                         answer.add(chunk)
+                    if not chunk.text_only and chunk.finish_reason:
+                        watch.finish_reason = chunk.finish_reason
                     effect = send((yield effect))
                 watch.see(effect)
                 outcome = yield effect

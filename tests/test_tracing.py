@@ -578,34 +578,38 @@ def test_another_propagator_is_respected(recorder):
     assert provider.requests[0].headers == {"x-trace": f"{recorder.attempts[0].context.span_id:X}"}
 
 
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
 @pytest.mark.parametrize("streaming", [False, True], ids=["whole", "stream"])
-def test_over_http_there_is_one_traceparent_with_and_without_httpx_instrumentation(streaming):
-    """The instrumentation's span is below the attempt's, and its header takes the place of ours."""
+def test_over_http_there_is_one_traceparent_with_and_without_httpx_instrumentation(streaming, asynchronous):
+    """The instrumentation's span is below the attempt's, and its header takes the place of ours.
+
+    So it is whether the transport is given, or the provider's own: once httpx is instrumented, it is httpx that sends.
+    """
     pytest.importorskip("opentelemetry.instrumentation.httpx")
     ran = subprocess.run(
-        [sys.executable, "-c", OVER_HTTP, "stream" if streaming else ""],
+        [sys.executable, "-c", OVER_HTTP, "stream" if streaming else "", "async" if asynchronous else ""],
         capture_output=True,
         text=True,
         check=False,
         timeout=60,
     )
     assert (ran.returncode, ran.stderr) == (0, "")
-    without, instrumented = json.loads(ran.stdout)
+    without, *instrumented = json.loads(ran.stdout)
     (attempt,) = [s for s in without["spans"] if s["name"] == "fluxibly.attempt"]
-    (sent,) = without["sent"]
-    assert len(sent) == 1
-    assert sent[0].split("-")[1:3] == [attempt["trace"], attempt["id"]]
-    (attempt,) = [s for s in instrumented["spans"] if s["name"] == "fluxibly.attempt"]
-    (post,) = [s for s in instrumented["spans"] if s["name"] == "POST"]
-    (sent,) = instrumented["sent"]
-    assert post["parent"] == attempt["id"]
-    assert len(sent) == 1
-    assert sent[0].split("-")[1:3] == [attempt["trace"], post["id"]]
+    assert without["sent"] == [[f"00-{attempt['trace']}-{attempt['id']}-{attempt['flags']}"]]
+    assert len(without["spans"]) == 2
+    assert len(instrumented) == 2
+    for told in instrumented:
+        (attempt,) = [s for s in told["spans"] if s["name"] == "fluxibly.attempt"]
+        (post,) = [s for s in told["spans"] if s["name"] == "POST"]
+        assert post["parent"] == attempt["id"]
+        assert told["sent"] == [[f"00-{post['trace']}-{post['id']}-{post['flags']}"]]
+        assert len(told["spans"]) == 3
 
 
 OVER_HTTP = """
 import http.server, json, sys, threading
-import httpx
+import anyio, httpx
 from opentelemetry import trace
 from opentelemetry.instrumentation.httpx import HTTPXClientInstrumentor
 from opentelemetry.sdk.trace import TracerProvider
@@ -613,8 +617,8 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from fluxibly.config import LLMConfig
 from fluxibly.middleware import Tracing
-from fluxibly.pipeline import Pipeline
-from fluxibly.providers.openai import OpenAIProvider
+from fluxibly.pipeline import AsyncPipeline, Pipeline
+from fluxibly.providers.openai import AsyncOpenAIProvider, OpenAIProvider
 from fluxibly.types import Request
 
 exporter = InMemorySpanExporter()
@@ -622,7 +626,7 @@ provider = TracerProvider()
 provider.add_span_processor(SimpleSpanProcessor(exporter))
 trace.set_tracer_provider(provider)
 sent = []
-streaming = bool(sys.argv[1])
+streaming, asynchronous = map(bool, sys.argv[1:])
 WHOLE = '{"choices": [{"index": 0, "message": {"role": "assistant", "content": "hi"}, "finish_reason": "stop"}]}'
 STREAM = 'data: {"choices": [{"index": 0, "delta": {"content": "hi"}, "finish_reason": "stop"}]}\\n\\ndata: [DONE]\\n\\n'
 
@@ -643,22 +647,35 @@ class Handler(http.server.BaseHTTPRequestHandler):
 server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
 threading.Thread(target=server.serve_forever, daemon=True).start()
 base = f"http://127.0.0.1:{server.server_port}/v1"
-told = []
-for instrument in (False, True):
-    if instrument:
-        HTTPXClientInstrumentor().instrument()
-    # The provider's own connections are none of httpx's; a transport of httpx's is instrumented.
-    transport = httpx.HTTPTransport() if instrument else None
-    config = LLMConfig(framework="openai", model="m", api_key="sk-1234567890", api_base=base)
-    openai = OpenAIProvider(config, transport=transport)
-    with Pipeline(openai, [Tracing()]) as pipeline:
-        request = Request(model="m", messages="Hi")
+config = LLMConfig(framework="openai", model="m", api_key="sk-1234567890", api_base=base)
+request = Request(model="m", messages="Hi")
+
+def call(transport):
+    with Pipeline(OpenAIProvider(config, transport=transport), [Tracing()]) as pipeline:
         list(pipeline.stream(request)) if streaming else pipeline.complete(request)
+
+async def acall(transport):
+    async with AsyncPipeline(AsyncOpenAIProvider(config, transport=transport), [Tracing()]) as pipeline:
+        if streaming:
+            async for _ in pipeline.stream(request):
+                pass
+        else:
+            await pipeline.complete(request)
+
+told = []
+for instrument, over_httpx in ((False, False), (True, False), (True, True)):
+    if instrument and not over_httpx:
+        HTTPXClientInstrumentor().instrument()
+    if asynchronous:
+        anyio.run(acall, httpx.AsyncHTTPTransport() if over_httpx else None)
+    else:
+        call(httpx.HTTPTransport() if over_httpx else None)
     spans = [
         {
             "name": span.name,
             "trace": f"{span.context.trace_id:032x}",
             "id": f"{span.context.span_id:016x}",
+            "flags": f"{span.context.trace_flags:02x}",
             "parent": span.parent and f"{span.parent.span_id:016x}",
         }
         for span in exporter.get_finished_spans()
@@ -859,8 +876,10 @@ def test_redact_sees_every_text(recorder):
     stack = [recorder.tracing(capture="both", redact=redact)]
     Pipeline(Remote(ANSWER), stack).complete(CONVERSATION)
     assert {"Be terse.", "Let me look.", "life", "42", "And this?", "YWI=", "forty two", "Looks things up"} <= {*seen}
+    named = Request(model="m-1", messages=[Message("user", "Hi", name="Jo Bloggs")])
+    Pipeline(Remote(ANSWER), stack).complete(named)
     told = everything(recorder.spans) + str([event.attributes for event in recorder.events])
-    assert not [text for text in ("terse", "Let me", "YWI", "forty") if text in told]
+    assert not [text for text in ("terse", "Let me", "YWI", "forty", "Bloggs") if text in told]
     with pytest.raises(ProviderError):
         Pipeline(Remote(ProviderError("secret words")), stack).complete(CONVERSATION)
     assert "secret words" not in everything(recorder.spans)
