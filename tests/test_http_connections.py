@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
 import socket
 import sys
@@ -523,6 +524,49 @@ class TestEnding:
             assert [chunk.text for chunk in stream] == ["two"]
             assert made.complete(ask("after")).text == "after"
             assert server.connections == before + 1
+
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+    @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+    def test_a_fork_shares_none_of_httpx_either(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Where somebody has wrapped its transport, the provider sends through that."""
+        method = httpx.HTTPTransport.handle_request
+        wrapper = functools.wraps(method)(lambda transport, request: method(transport, request))
+        monkeypatch.setattr(httpx.HTTPTransport, "handle_request", wrapper)
+        with serve(whole) as server, provider(server) as made:
+            made.complete(ask())
+            child = os.fork()
+            if child == 0:
+                status = 1
+                with contextlib.suppress(BaseException):
+                    status = 0 if made.complete(ask("child")).text == "child" else 2
+                os._exit(status)
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+            assert server.connections == 2
+            assert made.complete(ask("parent")).text == "parent"
+            assert server.connections == 2
+
+    def test_closing_ends_a_handshake(self) -> None:
+        """Of a call in another thread, whose server does not go on with it."""
+        with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as listener:
+            made = HTTPProvider(
+                TinyCodec(), SERVICE, config(f"https://127.0.0.1:{listener.getsockname()[1]}", timeout=30)
+            )
+            failures: list[BaseException] = []
+
+            def call() -> None:
+                try:
+                    made.complete(ask())
+                except ConnectionFailed as error:
+                    failures.append(error)
+
+            thread = threading.Thread(target=call)
+            thread.start()
+            peer, _ = listener.accept()
+            assert peer.recv(1)  # it has begun
+            made.close()
+            thread.join(10)
+            peer.close()
+            assert len(failures) == 1
 
 
 class TestBehindAPipeline:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Protocol
 
 import httpx
@@ -57,7 +58,9 @@ def default_line(endpoint: Endpoint) -> Line:
     if is_plain(proxy) and not wrapped(httpx.HTTPTransport.handle_request):
         return Pool(route_to(endpoint.url, proxy), Threads())
     via = None if proxy is None else httpx.Proxy(proxy)
-    return TransportLine(httpx.HTTPTransport(proxy=via, verify=tls_context(), limits=_LIMITS))
+    return _OfThisProcess(
+        lambda: TransportLine(httpx.HTTPTransport(proxy=via, verify=tls_context(), limits=_LIMITS)),
+    )
 
 
 def default_async_line(endpoint: Endpoint) -> Line:
@@ -66,7 +69,30 @@ def default_async_line(endpoint: Endpoint) -> Line:
     if is_plain(proxy) and not wrapped(httpx.AsyncHTTPTransport.handle_async_request):
         return Pool(route_to(endpoint.url, proxy), Loops())
     via = None if proxy is None else httpx.Proxy(proxy)
-    return AsyncTransportLine(httpx.AsyncHTTPTransport(proxy=via, verify=tls_context(), limits=_LIMITS))
+    return _OfThisProcess(
+        lambda: AsyncTransportLine(httpx.AsyncHTTPTransport(proxy=via, verify=tls_context(), limits=_LIMITS)),
+    )
+
+
+class _OfThisProcess:
+    """A line that a forked process makes anew, since httpx's transports would share their sockets with it."""
+
+    def __init__(self, make: Callable[[], Line]) -> None:
+        self._make = make
+        self._line = make()
+        self._process = os.getpid()
+
+    async def send(self, outgoing: Outgoing, limits: Limits) -> Exchange:
+        return await self._own().send(outgoing, limits)
+
+    async def close(self) -> None:
+        await self._own().close()
+
+    def _own(self) -> Line:
+        process = os.getpid()
+        if process != self._process:
+            self._line, self._process = self._make(), process
+        return self._line
 
 
 def is_plain(proxy: httpx.URL | None) -> bool:

@@ -122,6 +122,7 @@ class Pool:
                 ) from error
             raise
         try:
+            slots.enter(connection)
             limits.waits(connection.cut)
             if route.tunnel:
                 await connection.sock.send(route.tunnel, limits.left())
@@ -132,9 +133,8 @@ class Pool:
                 secure = TLSSocket(connection.sock, tls_context(), route.server_name)
                 await secure.handshake(limits)
                 connection.sock = secure
-            slots.enter(connection)
         except BaseException:
-            connection.close()
+            slots.forget(connection)
             raise
         return connection
 

@@ -118,7 +118,7 @@ class Slots:
         return waiter.connection
 
     def enter(self, connection: Connection) -> None:
-        """Take in a connection that a call has made.
+        """Take in a connection that a call is making: it is cut when the pool closes, and not kept by a fork.
 
         Raises:
             ConnectionFailed: the pool was closed meanwhile.
