@@ -12,7 +12,7 @@ from canned_server import MODES, Canned, canned_server
 from dialects import ask as ask_llm
 from libraries import KEY, LANGCHAIN, STREAM_MODES, WEATHER, Case, cases, sent_key
 
-from fluxibly import AsyncPipeline, LLMConfig, Message, Pipeline, ProviderError, Request, errors
+from fluxibly import AsyncPipeline, LLMConfig, Message, Pipeline, ProviderError, Request, StreamInterrupted, errors
 from fluxibly.config import Timeouts
 from fluxibly.testing.modes import MODES as REAL_MODES, Mode
 
@@ -195,8 +195,7 @@ def test_keep_alives_do_not_outlast_the_limits(
     error = failure(server, case, mode, timeout=limits, messages="a b c")
     assert isinstance(error, errors.RequestTimeout)
     assert error.phase == phase
-    if case.library is LANGCHAIN or "asyncio" in mode:  # LiteLLM's synchronous reads cannot be ended from outside
-        assert server.gone.wait(10), "the connection was not given up"
+    assert server.gone.wait(10), "the connection was not given up"
 
 
 # Connections
@@ -208,6 +207,16 @@ def test_a_stream_given_up_lets_go_of_its_connection(server: Canned, case: Case)
     with Pipeline(case.library.providers[0](case.config(server))) as pipeline:
         with pipeline.stream(Request(model=case.model, messages="a b")) as stream:
             assert next(iter(stream)).text == "You "
+        assert server.gone.wait(10)
+
+
+def test_a_stream_that_stalls_lets_go_of_its_connection(server: Canned, case: Case) -> None:
+    """Though the library goes on reading keep-alives, and the provider lives on."""
+    server.stall_after = True
+    limits = Timeouts(connect=5, first_byte=5, idle=0.2)
+    with Pipeline(case.library.providers[0](case.config(server, timeout=limits))) as pipeline:
+        with pytest.raises(StreamInterrupted), pipeline.stream(Request(model=case.model, messages="a b")) as stream:
+            list(stream)
         assert server.gone.wait(10)
 
 

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from contextvars import copy_context
-from typing import Any, Final, Generic, TypeVar, cast
+from typing import Any, Final, Generic, NamedTuple, TypeVar, cast
 
 import anyio
 
@@ -91,11 +91,19 @@ def _nothing() -> None:
     return None
 
 
+class Opened(NamedTuple):
+    """A library's stream: its items, what releases it, and what ends a read of it from another thread."""
+
+    items: Iterator[Any]
+    close: Callable[[], object]
+    cut: Callable[[], object]
+
+
 class Steps(Generic[T]):
     """The items of a library's own iterator, each within its time. `close` releases what it holds.
 
     Args:
-        open_stream: returns the iterator.
+        open_stream: begins the call.
         limits: how long to wait.
         convert: makes of an item what is given on; None is not.
         at_end: makes what comes after the last item.
@@ -104,7 +112,7 @@ class Steps(Generic[T]):
 
     def __init__(
         self,
-        open_stream: Callable[[], Iterator[Any]],
+        open_stream: Callable[[], Opened],
         limits: Limits,
         convert: Callable[[Any], T | None],
         at_end: Callable[[], T | None],
@@ -115,7 +123,7 @@ class Steps(Generic[T]):
         self._convert = convert
         self._at_end = at_end
         self._explain = explain
-        self._iterator: Iterator[Any] | None = None
+        self._opened: Opened | None = None
         self._worker: _Worker | None = None
         self._started = time.monotonic()
         self._first = True
@@ -150,14 +158,13 @@ class Steps(Generic[T]):
         raise failure
 
     def _read(self) -> object:
-        if self._iterator is None:
-            self._iterator = self._open()
-        return next(self._iterator, _END)
+        if self._opened is None:
+            self._opened = self._open()
+        return next(self._opened.items, _END)
 
     def _release(self) -> None:
-        close = getattr(self._iterator, "close", None)
-        if close is not None:
-            close()
+        if self._opened is not None:
+            self._opened.close()
 
     def abort(self) -> None:
         """End a read that is under way in another thread."""
@@ -165,11 +172,14 @@ class Steps(Generic[T]):
             self._worker.abort()
 
     def close(self) -> None:
-        """Release the library's stream; one that is being read is released when that read returns."""
+        """Release the library's stream; one that is being read is cut, and released when that read returns."""
         self._over = True
         worker, self._worker = self._worker, None
-        if worker is not None:
-            worker.stop(self._release)
+        if worker is None:
+            return
+        if worker.busy and self._opened is not None:
+            self._opened.cut()  # a server that sends keep-alives would hold that read for ever
+        worker.stop(self._release)
 
 
 async def acall_within(call: Awaitable[T], seconds: float | None) -> T:

@@ -16,7 +16,7 @@ import attrs
 from fluxibly.aggregate import as_chunk
 from fluxibly.config import LLMConfig
 from fluxibly.errors import ConfigError, StreamProtocolError
-from fluxibly.providers.foreign_calls import Steps, acall_within, asteps, call_within
+from fluxibly.providers.foreign_calls import Opened, Steps, acall_within, asteps, call_within
 from fluxibly.providers.foreign_loops import on_asyncio
 from fluxibly.threaded import Threaded
 from fluxibly.types import Chunk, Request, Response
@@ -28,7 +28,7 @@ try:
 
     from fluxibly.providers.langchain_call import dialect_of, prepare
     from fluxibly.providers.langchain_messages import MessageReader, response_of, to_langchain
-    from fluxibly.providers.langchain_source import Source
+    from fluxibly.providers.langchain_source import Source, answers_to_cut
 except ImportError as missing:
     raise ConfigError(
         f"the framework 'langchain' needs an extra: pip install 'fluxibly[langchain]' ({missing})"
@@ -123,13 +123,13 @@ class LangChainProvider:
     def stream(self, request: Request) -> Steps[Chunk]:
         """The model's answer as it comes. Raises what `complete` raises."""
         answer = _Answer(self._source, self._source.model(request.model), request)
-        return Steps(
-            lambda: answer.runnable.stream(answer.messages, **answer.keywords),
-            self._source.limits,
-            answer.chunk,
-            answer.last,
-            answer.explain,
-        )
+
+        def open_stream() -> Opened:
+            cut = answers_to_cut()
+            stream: Any = answer.runnable.stream(answer.messages, **answer.keywords)
+            return Opened(stream, stream.close, cut)
+
+        return Steps(open_stream, self._source.limits, answer.chunk, answer.last, answer.explain)
 
     def close(self) -> None:
         """Close the connections that were made for this provider."""

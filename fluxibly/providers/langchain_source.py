@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import importlib
 import re
+from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any, cast
 
 import attrs
+import httpx
 from langchain_core.language_models import BaseChatModel
 from pydantic import SecretStr
 
@@ -17,6 +20,7 @@ from fluxibly.providers.foreign import Limits, checked_key, info_of, read_timeou
 from fluxibly.providers.foreign_errors import Explainer
 from fluxibly.providers.foreign_loops import PerLoop, on_asyncio
 from fluxibly.providers.langchain_call import dialect_of
+from fluxibly.providers.transports import end_connection
 from fluxibly.types import ProviderInfo
 
 _PREFIX = re.compile(r"(openai|anthropic)/(.+)", re.DOTALL)
@@ -47,6 +51,10 @@ def split_model(name: str) -> tuple[str | None, str]:
     if name.startswith(("gpt-", "chatgpt")) or _O_SERIES.match(name):
         return "openai", name
     return None, name
+
+
+_answers: ContextVar[list[httpx.Response] | None] = ContextVar("fluxibly_langchain_answers", default=None)
+"""Where the answers of a synchronous stream are noted, from their heads on."""
 
 
 @attrs.frozen
@@ -152,7 +160,26 @@ def _client(provider: str, config: LLMConfig, *, asynchronous: bool) -> Any:
     read = read_timeout(times)
     timeout = sdk.Timeout(connect=times.connect, read=read, write=read, pool=times.connect)
     make = sdk.DefaultAsyncHttpxClient if asynchronous else sdk.DefaultHttpxClient
-    return make(timeout=timeout, follow_redirects=False)
+    hooks = {} if asynchronous else {"response": [_note_answer]}
+    return make(timeout=timeout, follow_redirects=False, event_hooks=hooks)
+
+
+def answers_to_cut() -> Callable[[], None]:
+    """What ends the connections of the answers that come in this context from now on, under a read of another thread."""
+    answers: list[httpx.Response] = []
+    _answers.set(answers)
+
+    def cut() -> None:
+        for answer in answers[-1:]:  # connections of earlier ones may be used by other calls already
+            end_connection(answer)
+
+    return cut
+
+
+def _note_answer(answer: httpx.Response) -> None:
+    answers = _answers.get()
+    if answers is not None:
+        answers.append(answer)
 
 
 def _give_client(chat_model: BaseChatModel, client: Any, *, asynchronous: bool) -> None:

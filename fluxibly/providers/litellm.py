@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
 import httpx
@@ -19,10 +20,17 @@ import httpx
 from fluxibly.config import LLMConfig
 from fluxibly.errors import ConfigError
 from fluxibly.providers.foreign import Limits, checked_key, info_of, read_timeout
-from fluxibly.providers.foreign_calls import Steps, acall_within, asteps, call_within
+from fluxibly.providers.foreign_calls import Opened, Steps, acall_within, asteps, call_within
 from fluxibly.providers.foreign_errors import Explainer
 from fluxibly.providers.foreign_loops import PerLoop, on_asyncio
-from fluxibly.providers.litellm_answer import StreamReader, aclose_stream, body_of, close_stream, response_of
+from fluxibly.providers.litellm_answer import (
+    StreamReader,
+    aclose_stream,
+    body_of,
+    close_stream,
+    cut_stream,
+    response_of,
+)
 from fluxibly.providers.litellm_clients import aclose_all, aclose_idle, close_idle
 from fluxibly.threaded import Threaded
 from fluxibly.types import Chunk, ProviderInfo, Request, Response
@@ -114,8 +122,9 @@ class LiteLLMProvider:
         keywords = self.keywords(request, stream=True)
         reader = StreamReader()
 
-        def open_stream() -> Iterator[Any]:
-            return _Stream(reader.opened(self._litellm.completion(**keywords)))
+        def open_stream() -> Opened:
+            stream = reader.opened(self._litellm.completion(**keywords))
+            return Opened(stream, partial(close_stream, stream), partial(cut_stream, stream))
 
         return Steps(open_stream, self._limits, reader.read, reader.last, self.explaining(request))
 
@@ -189,24 +198,8 @@ class AsyncLiteLLMProvider:
             await aclose_idle(_per_loop.get())
 
 
-class _Stream:
-    """LiteLLM's stream with a `close()`, which it lacks."""
-
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
-
-    def __iter__(self) -> Iterator[Any]:
-        return self
-
-    def __next__(self) -> Any:
-        return next(self._stream)
-
-    def close(self) -> None:
-        close_stream(self._stream)
-
-
 class _AsyncStream:
-    """Likewise, asynchronous."""
+    """LiteLLM's asynchronous stream with an `aclose()`, which it lacks."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream

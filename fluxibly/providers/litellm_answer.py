@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from inspect import isgenerator
 from typing import Any, cast
 
 import attrs
+import httpx
 import msgspec
 
 from fluxibly.errors import StreamProtocolError
 from fluxibly.providers.json_reading import array, table
 from fluxibly.providers.openai_codec import Body, ChatDecoder, OpenAICodec
 from fluxibly.providers.openai_request import Quirks, chat_body
+from fluxibly.providers.transports import end_connection
 from fluxibly.types import Chunk, Reasoning, Request, Response
 
 _SERVICE = "the service (through LiteLLM)"
@@ -152,6 +155,17 @@ async def aclose_stream(stream: Any) -> None:
         close = getattr(source, "aclose", None) or getattr(source, "close", None)
         if close is not None:
             await close()
+            return
+
+
+def cut_stream(stream: Any) -> None:
+    """End the connection of a synchronous stream under a read that another thread is in."""
+    for source in _sources(stream):
+        # A response of httpx's, or the generator that one of its methods made.
+        body: Any = source.gi_frame.f_locals.get("self") if isgenerator(source) and source.gi_frame else None
+        response = getattr(source, "response", body)
+        if isinstance(response, httpx.Response):
+            end_connection(response)
             return
 
 

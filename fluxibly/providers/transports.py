@@ -65,7 +65,7 @@ def joined(headers: Iterable[tuple[bytes, bytes]]) -> Mapping[str, str]:
     return lower
 
 
-def _shut_down(response: httpx.Response) -> None:
+def end_connection(response: httpx.Response) -> None:
     """End the connection under a read, whoever is in it."""
     stream: Any = response.extensions.get("network_stream")
     connection = None if stream is None else stream.get_extra_info("socket")
@@ -104,7 +104,7 @@ class TransportExchange:
 
     def cut(self) -> None:
         """End a read in another thread."""
-        _shut_down(self._response)
+        end_connection(self._response)
 
 
 class TransportLine:
@@ -169,7 +169,7 @@ class AsyncTransportExchange:
 
     def cut(self) -> None:
         """Close the connection, between reads."""
-        _shut_down(self._response)
+        end_connection(self._response)
 
 
 class AsyncTransportLine:
