@@ -1,4 +1,4 @@
-"""What fluxibly itself costs, without a network: a layer, the default stack, a chunk. `python -m benchmarks.in_process`."""
+"""What fluxibly itself costs: a layer, the default stack, a chunk. `python -m benchmarks.in_process`."""
 
 from __future__ import annotations
 

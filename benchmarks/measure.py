@@ -37,12 +37,9 @@ def interleaved(
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def table(
-    title: str, results: Mapping[str, float], *, unit: str = "µs", baseline: str | None = None, goal: str = ""
-) -> None:
-    """Print results with their difference from, and ratio to, the baseline (by default the first)."""
-    base_name = baseline or next(iter(results))
-    base = results[base_name]
+def table(title: str, results: Mapping[str, float], *, unit: str = "µs", goal: str = "") -> None:
+    """Print results with their difference from, and ratio to, the first."""
+    base = next(iter(results.values()))
     print(f"\n{title}" + (f"   (goal: {goal})" if goal else ""))
     width = max(len(name) for name in results)
     print(f"  {'':{width}}  {unit:>10}  {'more':>10}  {'ratio':>7}")

@@ -1,6 +1,6 @@
-"""A local server that answers as OpenAI's chat API does, as fast as one asyncio process can. `python -m benchmarks.server`.
+"""A local server that answers as OpenAI's chat API does, as fast as one asyncio process can.
 
-It prints its port, and ends when its standard input does.
+`python -m benchmarks.server` prints its port, and ends when its standard input does.
 """
 
 from __future__ import annotations

@@ -83,7 +83,7 @@ def _line(span: ReadableSpan) -> Text:
 
 
 def _name(name: str, attributes: Mapping[str, object]) -> str:
-    """What to call a span: an attempt by its number, as in `fluxibly trace`."""
+    """What to call a span: an attempt by its number."""
     index = attributes.get(semconv.ATTEMPT_INDEX)
     return f"attempt {index + 1}" if isinstance(index, int) else name
 

@@ -88,7 +88,7 @@ class _Watched(SpanExporter):
 
 
 def _endpoint(otlp: str) -> str:
-    """The address of a backend's traces; the path is OTLP's own, where none is given (OTLP specification, "OTLP/HTTP")."""
+    """The address of a backend's traces; where no path is given, it is the one of OTLP's specification ("OTLP/HTTP")."""
     parts = urlsplit(otlp)
     if parts.scheme not in ("http", "https") or not parts.netloc:
         raise ConfigError(f"--otlp: {otlp!r} is not an http:// or https:// URL")

@@ -45,8 +45,11 @@ def map_chunks(
 
     For example, a middleware that shouts::
 
+        def louder(chunk: Chunk) -> Chunk:
+            return attrs.evolve(chunk, text=chunk.text.upper())
+
         def shout(request: Request, call_next: CallNext) -> Flow[Response]:
-            return (yield from map_chunks(call_next(request), lambda chunk: attrs.evolve(chunk, text=chunk.text.upper())))
+            return (yield from map_chunks(call_next(request), louder))
 
     Args:
         flow: what `call_next(request)` returned.
@@ -171,7 +174,7 @@ class _Mapper(Relay):
 
 
 def _caught(flow: Flow[Response]) -> Flow[tuple[Response, StreamInterrupted | None]]:
-    """The flow's response, or the interruption in its place: raising that cause anew must not make it its own context."""
+    """The flow's response, or its interruption: raised within `except`, the cause would become its own context."""
     try:
         return (yield from flow), None
     except StreamInterrupted as error:

@@ -179,11 +179,9 @@ class LLMConfig:
         Raises:
             ConfigError: the file cannot be read or parsed, lacks the section, or holds bad settings.
         """
-        from pathlib import Path
-
         from fluxibly.yaml_file import read_section
 
-        return cls.from_mapping(read_section(Path(file), section), path=f"{section}.")
+        return cls.from_mapping(read_section(file, section), path=f"{section}.")
 
 
 _RANGES: dict[str, tuple[float, float]] = {

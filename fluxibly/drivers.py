@@ -7,7 +7,7 @@ variables (the current span, above all) never shows in the consumer's code betwe
 from __future__ import annotations
 
 from contextvars import Context, copy_context
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from fluxibly import driving, dropped
 from fluxibly.aggregate import as_chunk
@@ -17,8 +17,6 @@ from fluxibly.types import Chunk, Request, Response
 
 if TYPE_CHECKING:
     from fluxibly.pipeline import AsyncPipeline, Pipeline
-
-T = TypeVar("T")
 
 
 class Driver:

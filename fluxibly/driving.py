@@ -123,7 +123,7 @@ def raise_not_a_response(value: object, middleware: Sequence[Middleware]) -> NoR
 
 
 def explain(error: Exception, middleware: Sequence[Middleware]) -> None:
-    """If an error came of a layer that hands on what is no request or response, which another layer then read, say so."""
+    """Say so if an error came of a layer that hands on what is no request or response, which another then read."""
     if not isinstance(error, AttributeError):
         return
     if error.name == "call" and not isinstance(error.obj, Request):

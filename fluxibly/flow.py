@@ -10,8 +10,9 @@ A middleware is one generator function, the same for sync and async, whole respo
             print(perf_counter() - start)
 
 It does no I/O of its own. What it wants done it yields as an **effect**, plain data, that travels outward through all
-the layers to a driver (`pipeline.py`), which does it and sends the outcome back. The verbs `sleep` and `perform` and
-the combinators `map_chunks` and `hold_back` yield effects for you; the effects themselves are internal.
+the layers to a driver (`pipeline.py`; for streams `drivers.py`), which does it and sends the outcome back. The verbs
+`sleep` and `perform` and the combinators `map_chunks` and `hold_back` yield effects for you; the effects themselves are
+internal.
 
 The invariant of a stream: the driver has read one chunk ahead and put it into the `Source`. The innermost flow yields
 it outward as an effect. When that is resumed, the driver has delivered the chunk and read the next one. So a layer

@@ -1,4 +1,4 @@
-"""A provider with its middleware, and the drivers that carry out what flows ask for. All I/O happens here."""
+"""A provider with its middleware, and the drivers of whole calls: they carry out what a flow asks for."""
 
 from __future__ import annotations
 

@@ -227,13 +227,13 @@ def find_framework(name: str) -> Framework:
     return Framework(name=name, sync=point.load())
 
 
-def make_middleware(items: Sequence[Any], *, path: str = "middleware") -> tuple[Middleware, ...]:
+def make_middleware(items: Sequence[Any]) -> tuple[Middleware, ...]:
     """The stack that a configuration lists: names, tables of one name and its settings, and middleware objects.
 
     Raises:
         ConfigError: an unknown name, or settings that it does not take.
     """
-    return tuple(_make(item, f"{path}[{index}]") for index, item in enumerate(items))
+    return tuple(_make(item, f"middleware[{index}]") for index, item in enumerate(items))
 
 
 def _make(item: Any, path: str) -> Middleware:

@@ -1,4 +1,4 @@
-"""Where the spans of calls come from: what `Tracing` does once OpenTelemetry is imported. See `middleware/tracing.py`."""
+"""Where the spans of calls come from: what `middleware/tracing.py` does once OpenTelemetry is imported."""
 
 from __future__ import annotations
 

@@ -11,8 +11,8 @@ import attrs
 
 from fluxibly import semconv
 
-INTERNAL = 1
 ERROR = 2
+"""OTLP's `STATUS_CODE_ERROR`."""
 
 
 @attrs.define

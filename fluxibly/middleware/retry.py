@@ -11,6 +11,7 @@ import attrs
 from fluxibly.effects import CallNext, Flow
 from fluxibly.errors import ProviderError, StreamInterrupted, root_cause
 from fluxibly.flow import sleep
+from fluxibly.guards import is_whole
 from fluxibly.logs import log_retry
 from fluxibly.outcome import error_type
 from fluxibly.relay import OutputWatch
@@ -23,7 +24,7 @@ def _not_negative(instance: object, attribute: attrs.Attribute[float], value: ob
 
 
 def _whole(instance: object, attribute: attrs.Attribute[int], value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+    if not is_whole(value) or value < 0:
         raise ValueError(f"Retry({attribute.name}=…) is a whole number from 0 up, not {value!r}")
 
 

@@ -81,7 +81,7 @@ class _Meter:
                 error = None  # it refers to this frame
             try:
                 while type(effect) is Chunk:
-                    # The wait for it began when the consumer asked, or when the chunk before it came, if that was later.
+                    # The wait began when the consumer asked, or when the chunk before it came, if that was later.
                     now = clock()
                     asked, last = call.asked_at, self.last
                     self.waits.append(now - (asked if asked > last else last))  # noqa: FURB136  # max() costs a call

@@ -21,7 +21,8 @@ class Timing:
 
     Args:
         layers: also "layer.NAME", the time that each middleware within this one spent itself (not in the layers
-            below it, nor waiting; those of the same name together). It makes every chunk dearer; for looking into a stack, not for production.
+            below it, nor waiting; those of the same name together). It makes every chunk dearer; for looking into a
+            stack, not for production.
         record: called with the timings when the call has ended, however it did. An exception in it is reported once
             on standard error, and changes nothing.
     """

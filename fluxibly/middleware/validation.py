@@ -46,7 +46,8 @@ class Validation:
         check: gets the response, and returns None if it is good, else a correction to send to the model. What it
             raises reaches the caller.
         schema: a JSON Schema (needs `pip install 'fluxibly[schema]'`) that the text, as JSON, has to match; or an attrs
-            class that cattrs has to make of it, numbers, strings and booleans each of their own type. A Markdown code fence around the JSON is passed over.
+            class that cattrs has to make of it, numbers, strings and booleans each of their own type. A Markdown code
+            fence around the JSON is passed over.
         max_retries: how often to ask again, over all these reasons; then `ResponseInvalid` is raised.
         hold: in a stream, hold everything back until the answer has passed. Without it a stream is checked at its
             end; it cannot be asked for again then, so a problem is raised at once (as the cause of
@@ -107,8 +108,8 @@ class Validation:
             correction = self.check(response)
             if correction is not None and not isinstance(correction, str):  # pyright: ignore[reportUnnecessaryIsInstance]
                 raise TypeError(
-                    f"Validation(check=…) returned a {type(correction).__name__}; it returns None for a good answer, else a correction "
-                    "(a str) to send to the model"
+                    f"Validation(check=…) returned a {type(correction).__name__}; it returns None for a good answer, "
+                    "else a correction (a str) to send to the model"
                 )
             if correction is not None:
                 raise verdict.reject(response, correction)

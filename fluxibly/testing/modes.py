@@ -12,7 +12,6 @@ from typing import Any, Literal, TypeVar
 import attrs
 
 from fluxibly.pipeline import AsyncPipeline, Pipeline
-from fluxibly.provider import is_async
 from fluxibly.testing.clock import VirtualClock
 from fluxibly.types import Chunk, Request, Response, Restart
 
@@ -156,8 +155,3 @@ def run_async(function: Callable[[], Awaitable[T]], backend: str = "asyncio") ->
     thread.start()
     thread.join()
     return results[0]
-
-
-def suits(mode: Mode, provider: object) -> bool:
-    """Whether a provider can be run in a mode as it is."""
-    return (mode.backend is not None) == is_async(provider) and (not mode.streaming or hasattr(provider, "stream"))
