@@ -139,7 +139,7 @@ class CallTrace(Watch):
         call = request.call
         outcome = outcome_of(error)
         partial = response or _partial(error) or (self.answer.response() if self.answer is not None else None)
-        attributes = record_attributes(call)
+        attributes = record_attributes(call, self.index)
         if self.arrivals is not None and self.arrivals.points:
             attributes[semconv.STREAM_ARRIVALS] = self.arrivals.encoded()
         if partial is not None:

@@ -99,9 +99,9 @@ def _add_usage(attributes: dict[str, Any], usage: Usage) -> None:
         attributes[semconv.USAGE_REASONING] = usage.reasoning_tokens
 
 
-def record_attributes(call: CallRecord) -> dict[str, Any]:
-    """What the call's record says at its end: attempts, cache, usage, and the stream's statistics."""
-    attributes: dict[str, Any] = {semconv.ATTEMPTS: call.attempts}
+def record_attributes(call: CallRecord, attempts: int) -> dict[str, Any]:
+    """What the call's record says at its end: cache, usage, and the stream's statistics; and how many were its attempts."""
+    attributes: dict[str, Any] = {semconv.ATTEMPTS: attempts}
     if call.cache_hit:
         attributes[semconv.CACHE_HIT] = True
     elif call.usage is not None:

@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
 import threading
 import time
+import weakref
 
+import anyio
 import pytest
 from opentelemetry import metrics as api
 from opentelemetry.metrics import NoOpMeter
-from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics import Histogram, MeterProvider
 from opentelemetry.sdk.metrics.export import (
+    AggregationTemporality,
+    ConsoleMetricExporter,
     InMemoryMetricReader,
     MetricExporter,
     MetricExportResult,
     PeriodicExportingMetricReader,
 )
-from tracing_tools import ANSWER, REQUEST, Recorder, Remote, remote
+from opentelemetry.sdk.metrics.view import DropAggregation, View
+from tracing_tools import ANSWER, REQUEST, AsyncRemote, Recorder, Remote, remote
 
 from fluxibly import instruments
-from fluxibly.errors import Overloaded, RateLimitError
+from fluxibly.errors import Overloaded, RateLimitError, StreamStalled
 from fluxibly.middleware import Metrics, Retry, StreamMeter
-from fluxibly.pipeline import Pipeline
+from fluxibly.pipeline import AsyncPipeline, Pipeline
 from fluxibly.report import forget_reports
 from fluxibly.testing import Delay, VirtualClock
 from fluxibly.testing.modes import MODES, run
@@ -147,6 +153,46 @@ def test_a_stream_given_up_is_measured_too(mode, meters):
     assert attributes["fluxibly.outcome"] == "abandoned"
     assert "error.type" not in attributes
     assert [(point.attributes["gen_ai.token.type"], point.sum) for point in points[TOKENS]] == [("input", 7)]
+
+
+@streams
+def test_a_stall_is_measured_as_such(mode, meters):
+    """It is an error, and an outcome of its own."""
+    run(mode, remote(mode, ["a", StreamStalled("nothing came")]), [meters.metrics()], REQUEST)
+    attributes = meters.points()[DURATION][0].attributes
+    assert (attributes["fluxibly.outcome"], attributes["error.type"]) == ("stalled", "StreamStalled")
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_a_cancelled_call_is_measured_too(backend, streaming, meters):
+    """Named as the span names it, with what had come; what is for streams only is in streams only."""
+
+    class Slow(AsyncRemote):
+        async def complete(self, request):
+            await anyio.sleep_forever()
+
+        async def stream(self, request):
+            yield Chunk("a", usage=Usage(input_tokens=7))
+            await anyio.sleep_forever()
+
+    async def main():
+        async with anyio.create_task_group() as group:
+            pipeline = AsyncPipeline(Slow(), [meters.metrics(), StreamMeter()])
+
+            async def read():
+                async for _ in pipeline.stream(REQUEST):
+                    pass
+
+            group.start_soon(read if streaming else lambda: pipeline.complete(REQUEST))
+            await anyio.wait_all_tasks_blocked()
+            group.cancel_scope.cancel()
+
+    anyio.run(main, backend=backend)
+    points = meters.points()
+    assert points.keys() == ({DURATION, TOKENS, FIRST} if streaming else {DURATION})
+    attributes = points[DURATION][0].attributes
+    assert (attributes["fluxibly.outcome"], attributes["error.type"]) == ("cancelled", "CancelledError")
 
 
 @modes
@@ -291,6 +337,95 @@ class TestWaiting:
         for _ in range(3):
             run(mode, remote(mode, ANSWER), [metrics], REQUEST)
         assert [self.counts(reader)[DURATION] for reader in readers] == [3, 3]
+
+    def test_readers_of_differences_see_each_call_once(self):
+        """Each reader in its own time, and a difference spans no more than it says."""
+        delta = {Histogram: AggregationTemporality.DELTA}
+        readers = InMemoryMetricReader(delta), InMemoryMetricReader(delta)
+        metrics = Metrics(meter_provider=MeterProvider(readers, shutdown_on_exit=False))
+        mode = MODES[0]
+        ends = [0]
+        for calls in (1, 2, 3):
+            for _ in range(calls):
+                run(mode, remote(mode, ANSWER), [metrics], REQUEST)
+            data = readers[0].get_metrics_data()
+            (metric, *_) = data.resource_metrics[0].scope_metrics[0].metrics
+            (point,) = metric.data.data_points
+            assert (metric.name, point.count) == (DURATION, calls)
+            assert point.start_time_unix_nano >= ends[-1]
+            ends.append(point.time_unix_nano)
+        assert self.counts(readers[1])[DURATION] == 6
+
+    def test_views_may_drop_all_but_what_they_name(self):
+        """What makes the measurements be recorded is no instrument that a view could keep from it."""
+        reader = InMemoryMetricReader()
+        views = [
+            View(instrument_name=TOKENS, attribute_keys={"gen_ai.token.type"}),
+            View(instrument_name="*", aggregation=DropAggregation()),
+        ]
+        provider = MeterProvider([reader], views=views, shutdown_on_exit=False)
+        mode = MODES[0]
+        for _ in range(3):
+            run(mode, remote(mode, ANSWER), [Metrics(meter_provider=provider)], REQUEST)
+        metrics = reader.get_metrics_data().resource_metrics[0].scope_metrics[0].metrics
+        counts = {
+            m.name: {dict(p.attributes)["gen_ai.token.type"]: p.count for p in m.data.data_points} for m in metrics
+        }
+        assert counts == {TOKENS: {"input": 3, "output": 3}}
+
+    def test_a_process_that_ends_without_a_shutdown_loses_nothing(self):
+        """The SDK's own hook collects."""
+        script = """
+from opentelemetry import metrics
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import MetricExporter, MetricExportResult, PeriodicExportingMetricReader
+from fluxibly.middleware import Metrics
+from fluxibly.pipeline import Pipeline
+from fluxibly.testing import ScriptedProvider
+from fluxibly.types import Request
+class Exporter(MetricExporter):
+    def export(self, data, timeout_millis=0, **kwargs):
+        for metric in data.resource_metrics[0].scope_metrics[0].metrics:
+            print(metric.name, metric.data.data_points[0].count, flush=True)
+        return MetricExportResult.SUCCESS
+    def force_flush(self, timeout_millis=0):
+        return True
+    def shutdown(self, timeout_millis=0, **kwargs):
+        pass
+metrics.set_meter_provider(MeterProvider([PeriodicExportingMetricReader(Exporter(), 3_600_000)]))
+pipeline = Pipeline(ScriptedProvider(*"abc"), [Metrics()])
+for _ in range(3):
+    pipeline.complete(Request(model="m", messages="Hi"))
+"""
+        ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=60)
+        assert (ran.stdout, ran.stderr) == (f"{DURATION} 3\n", "")
+
+    def test_a_flush_has_what_waits(self):
+        """As a function in the cloud does before it is frozen."""
+        exported = []
+
+        class Reader(PeriodicExportingMetricReader):
+            def _receive_metrics(self, metrics_data, *args, **kwargs):
+                metrics = metrics_data.resource_metrics[0].scope_metrics[0].metrics
+                exported.extend(p.count for m in metrics if m.name == DURATION for p in m.data.data_points)
+
+        provider = MeterProvider([Reader(ConsoleMetricExporter(), 3_600_000)], shutdown_on_exit=False)
+        mode = MODES[0]
+        for _ in range(3):
+            run(mode, remote(mode, ANSWER), [Metrics(meter_provider=provider)], REQUEST)
+        provider.force_flush()
+        assert exported == [3]
+        provider.shutdown()
+
+    def test_a_provider_that_is_let_go_is_freed(self):
+        """Nothing here keeps it."""
+        provider = MeterProvider([InMemoryMetricReader()], shutdown_on_exit=False)
+        mode = MODES[0]
+        run(mode, remote(mode, ANSWER), [Metrics(meter_provider=provider)], REQUEST)
+        gone = weakref.ref(provider)
+        del provider
+        gc.collect()
+        assert gone() is None
 
     def test_a_histogram_begins_with_its_first_call(self, meters, call):
         """And not when somebody first collects."""
