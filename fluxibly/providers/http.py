@@ -51,6 +51,7 @@ class _Stream:
         self._chunks: deque[Chunk] = deque()
         self._over = False
         self._aborted = False
+        self._reading = False
 
     async def _advance(self) -> bool:
         """Read once; False at the end."""
@@ -62,6 +63,7 @@ class _Stream:
             fail(intake.failure, self._failure(intake.failure))
         if self._over:
             return False
+        self._reading = True
         try:
             if intake is None or exchange is None:
                 await self._start()
@@ -73,6 +75,8 @@ class _Stream:
             if not isinstance(error, Exception):
                 raise
             fail(error, self._failure(error))
+        finally:
+            self._reading = False
         intake.feed(data)
         return True
 
@@ -109,6 +113,9 @@ class _Stream:
             await self._exchange.release(ended=intake is not None and intake.done)
 
     async def _close(self) -> None:
+        if self._reading:
+            self.abort()  # the read lets go of the connection, which nobody may close under it
+            return
         await self._finish()
         self._chunks.clear()
 
@@ -120,7 +127,7 @@ class _Stream:
 
 
 class HTTPStream(_Stream):
-    """The chunks of one answer. `close` releases the connection; `abort` ends a read in another thread."""
+    """The chunks of one answer. `close` releases the connection, and ends a read in another thread, as `abort` does."""
 
     def __iter__(self) -> Self:
         return self
@@ -139,7 +146,7 @@ class HTTPStream(_Stream):
 
 
 class AsyncHTTPStream(_Stream):
-    """The chunks of one answer. `aclose` releases the connection; `abort` ends a read in another task or thread."""
+    """The chunks of one answer. `aclose` releases the connection, and ends a read in another task, as `abort` does."""
 
     def __aiter__(self) -> Self:
         return self
