@@ -22,6 +22,15 @@ def anyio_backend(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+@pytest.fixture(scope="module")
+def quick_collector() -> Iterator[None]:
+    """For tests that run the garbage collector many times: it passes over what there was before, all the libraries."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest.fixture(scope="session")
 def gguf() -> Path:
     """The small model's file, fetched into the user's cache folder on the first run."""
