@@ -243,6 +243,7 @@ def _is_text_only(chunk: Chunk) -> bool:
         chunk.reasoning
         or chunk.tool_calls
         or chunk.finish_reason
+        or chunk.raw_finish_reason
         or chunk.usage
         or chunk.id
         or chunk.model

@@ -275,6 +275,7 @@ flat_responses = st.builds(
     tool_calls=tool_calls,
     reasoning=st.text(),
     finish_reason=st.sampled_from([None, "stop", "tool_call"]),
+    raw_finish_reason=st.none() | st.text(min_size=1),
     usage=st.none() | st.builds(Usage, input_tokens=st.integers(0)),
     model=st.none() | st.text(min_size=1),
     id=st.none() | st.text(min_size=1),
