@@ -8,8 +8,9 @@ from typing import TypeAlias
 import attrs
 
 from fluxibly.aggregate import Aggregator, as_chunk
-from fluxibly.effects import PULL, Effect, Flow, More, Send, shown
+from fluxibly.effects import PULL, Effect, Flow, More, Send
 from fluxibly.errors import StreamInterrupted
+from fluxibly.guards import shown
 from fluxibly.relay import Relay, Seen
 from fluxibly.types import Chunk, Request, Response, Restart
 

@@ -10,9 +10,10 @@ from typing import Any, NoReturn, TypeGuard
 import attrs
 
 from fluxibly.combinators import interrupted
-from fluxibly.effects import Effect, Flow, Middleware, shown
+from fluxibly.effects import Effect, Flow, Middleware
 from fluxibly.errors import StreamInterrupted
 from fluxibly.flow import code_of, layer_name
+from fluxibly.guards import shown
 from fluxibly.types import Request, Response
 
 HOW_TO_RETURN = "end it with: return (yield from call_next(request))"

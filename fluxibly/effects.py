@@ -83,8 +83,3 @@ class Middleware(Protocol):
     """A generator function, or an object whose `__call__` is one."""
 
     def __call__(self, request: Request, call_next: CallNext, /) -> Flow[Response]: ...
-
-
-def shown(value: object) -> str:
-    """A value's kind, for an error message."""
-    return "None" if value is None else f"a {type(value).__name__}"

@@ -39,8 +39,8 @@ from fluxibly.effects import (
     Sleep,
     Source,
     T,
-    shown,
 )
+from fluxibly.guards import shown
 from fluxibly.types import Chunk, Request, Response
 
 # Verbs

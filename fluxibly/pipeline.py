@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, cast, overload
 from fluxibly import driving, provider as providers
 from fluxibly.async_driver import AsyncDriver
 from fluxibly.dropped import end_orphans, orphans
-from fluxibly.effects import AttemptEnd, Effect, Flow, Middleware, Perform, Send, Sleep, shown
+from fluxibly.effects import AttemptEnd, Effect, Flow, Middleware, Perform, Send, Sleep
 from fluxibly.flow import compose
+from fluxibly.guards import shown
 from fluxibly.stream import AsyncStream, Stream
 from fluxibly.sync_driver import SyncDriver
 from fluxibly.types import CallRecord, Chunk, ProviderInfo, Request, Response, Restart
