@@ -2,8 +2,9 @@
 
 To record one value costs the SDK's histograms as much as a whole stack of layers costs, and a call has three. So what
 was measured waits in a queue, and is recorded when the SDK collects: by the callback of an instrument that has no
-values of its own, which the SDK calls before it looks at its histograms. A reader thus misses nothing, and a call pays
-for its measurements only when nobody collects for so long that the queue is full.
+values of its own, which the SDK calls before it looks at its histograms, whatever its views are. A reader thus misses
+nothing, and a call pays for its measurements only when nobody collects for so long that the queue is full. All that
+differs is the time of exemplars: that of the collection.
 """
 
 from __future__ import annotations
