@@ -40,7 +40,7 @@ class AnthropicCodec:
 
     def encode(self, request: Request, /, *, stream: bool) -> Encoded:
         body = encode_body(request, stream=stream)
-        return Encoded("/messages", write_json(body, request, NAME, containers=("output_config",)))
+        return Encoded("/messages", write_json(body, request, containers=("output_config",)))
 
     def decode(self, body: bytes, /) -> Response:
         raw = read_json(body)

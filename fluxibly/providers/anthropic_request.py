@@ -66,7 +66,7 @@ def _turns(request: Request) -> list[dict[str, Any]]:
         elif blocks:  # an answer without content is no turn: the service refuses it
             turns.append({"role": role, "content": blocks})
     if not turns:
-        raise bad_request(request, NAME, f"{NAME} needs a message besides the system's, with something in it")
+        raise bad_request(request, f"{NAME} needs a message besides the system's, with something in it")
     return turns
 
 
@@ -154,7 +154,7 @@ def _format(request: Request) -> dict[str, Any]:
     if isinstance(request.response_format, Mapping):
         return {"format": {"type": "json_schema", "schema": request.response_format}}
     if request.response_format == "json":
-        raise bad_request(request, NAME, f"{NAME} takes response_format as a JSON Schema or 'text', not 'json'")
+        raise bad_request(request, f"{NAME} takes response_format as a JSON Schema or 'text', not 'json'")
     return {}
 
 
@@ -173,11 +173,10 @@ def _reason(request: Request, body: dict[str, Any]) -> dict[str, Any]:
     budget = BUDGETS.get(effort)
     if budget is None:
         known = ", ".join(["none", *BUDGETS])
-        raise bad_request(request, NAME, f"{NAME} takes as reasoning_effort {known}, not {effort!r}")
+        raise bad_request(request, f"{NAME} takes as reasoning_effort {known}, not {effort!r}")
     if request.max_tokens is not None and request.max_tokens <= budget:
         raise bad_request(
             request,
-            NAME,
             f"reasoning_effort={effort!r} is {budget} tokens of thinking, which max_tokens={request.max_tokens} includes "
             "and does not hold: raise max_tokens or lower the effort",
         )

@@ -64,7 +64,7 @@ class GeminiCodec:
         model = request.model if "/" in request.model else f"models/{request.model}"
         method = "streamGenerateContent" if stream else "generateContent"
         query = "?alt=sse" if stream and self.framing == "sse" else ""
-        body = write_json(encode_body(request), request, NAME, containers=("generationConfig", "toolConfig"))
+        body = write_json(encode_body(request), request, containers=("generationConfig", "toolConfig"))
         return Encoded(f"/{quote(model)}:{method}{query}", body)
 
     def decode(self, body: bytes, /) -> Response:

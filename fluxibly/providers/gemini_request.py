@@ -78,7 +78,7 @@ def _contents(request: Request) -> list[dict[str, Any]]:
             contents.append({"role": "model" if message.role == "assistant" else "user", "parts": parts})
         after_result = is_result
     if not contents:
-        raise bad_request(request, NAME, f"{NAME} needs a message besides the system's, with something in it")
+        raise bad_request(request, f"{NAME} needs a message besides the system's, with something in it")
     return contents
 
 
@@ -191,6 +191,6 @@ def _thinking(request: Request) -> dict[str, Any]:
     by_budget = _generation(request.model) < 3
     known: Iterable[str] = BUDGETS if by_budget else LEVELS
     if effort not in known:
-        raise bad_request(request, NAME, f"{NAME} takes as reasoning_effort {', '.join(known)}, not {effort!r}")
+        raise bad_request(request, f"{NAME} takes as reasoning_effort {', '.join(known)}, not {effort!r}")
     config: dict[str, Any] = {"thinkingBudget": BUDGETS[effort]} if by_budget else {"thinkingLevel": effort}
     return {"thinkingConfig": config | ({"includeThoughts": True} if effort != "none" else {})}

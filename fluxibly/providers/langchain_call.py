@@ -61,7 +61,7 @@ def prepare(chat_model: BaseChatModel, request: Request, dialect: Dialect) -> tu
     if request.tools:
         return _bind_tools(chat_model, request, dialect, keywords)
     if request.tool_choice is not None:
-        raise bad_request(request, service, f"tool_choice={request.tool_choice!r} needs tools to choose from")
+        raise bad_request(request, f"tool_choice={request.tool_choice!r} needs tools to choose from")
     return runnable, keywords
 
 
@@ -84,7 +84,7 @@ def _for_openai(chat_model: BaseChatModel, request: Request, keywords: dict[str,
 def _for_anthropic(request: Request, keywords: dict[str, Any], service: str) -> None:
     refuse(request, service, ["frequency_penalty", "presence_penalty", "seed"])
     if request.response_format == "json":
-        raise bad_request(request, service, "Anthropic gives JSON only by a schema: pass it as response_format")
+        raise bad_request(request, "Anthropic gives JSON only by a schema: pass it as response_format")
     if isinstance(request.response_format, Mapping):
         keywords["output_config"] = {"format": {"type": "json_schema", "schema": dict(request.response_format)}}
     _add_extra(request, keywords, {})

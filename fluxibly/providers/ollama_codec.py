@@ -41,7 +41,7 @@ class OllamaCodec:
 
     def encode(self, request: Request, /, *, stream: bool) -> Encoded:
         body = encode_body(request, stream=stream, chat=self.endpoint == "chat")
-        return Encoded(f"/api/{self.endpoint}", write_json(body, request, NAME, containers=("options",)))
+        return Encoded(f"/api/{self.endpoint}", write_json(body, request, containers=("options",)))
 
     def decode(self, body: bytes, /) -> Response:
         raw = read_json(body)

@@ -47,7 +47,7 @@ def encode_body(request: Request, *, stream: bool, chat: bool) -> dict[str, Any]
     if effort is not None:
         if effort not in ("none", *EFFORTS):
             known = ", ".join(["none", *EFFORTS])
-            raise bad_request(request, NAME, f"{NAME} takes as reasoning_effort {known}, not {effort!r}")
+            raise bad_request(request, f"{NAME} takes as reasoning_effort {known}, not {effort!r}")
         body["think"] = False if effort == "none" else effort
     return body
 
@@ -78,7 +78,7 @@ def _images(message: Message, request: Request) -> list[str]:
             data = image_data(part)
             if data is None:
                 raise bad_request(
-                    request, NAME, f"{NAME} fetches no images: give an Image as data= with media_type=, not as url="
+                    request, f"{NAME} fetches no images: give an Image as data= with media_type=, not as url="
                 )
             encoded.append(data[1])
     return encoded
@@ -86,7 +86,7 @@ def _images(message: Message, request: Request) -> list[str]:
 
 def _tools(request: Request) -> dict[str, Any]:
     if request.tool_choice not in (None, "auto", "none"):
-        raise bad_request(request, NAME, f"{NAME} takes as tool_choice auto or none, not {request.tool_choice!r}")
+        raise bad_request(request, f"{NAME} takes as tool_choice auto or none, not {request.tool_choice!r}")
     if not request.tools or request.tool_choice == "none":
         return {}  # a model that gets no tools calls none
     return {"tools": [_tool(tool, request) for tool in request.tools]}
@@ -94,7 +94,7 @@ def _tools(request: Request) -> dict[str, Any]:
 
 def _tool(tool: Tool, request: Request) -> dict[str, Any]:
     if tool.strict:
-        raise bad_request(request, NAME, f"{NAME} takes no strict tools, as {tool.name} is; leave strict out")
+        raise bad_request(request, f"{NAME} takes no strict tools, as {tool.name} is; leave strict out")
     function = {"name": tool.name, "description": tool.description, "parameters": tool.parameters}
     return {"type": "function", "function": function}
 
@@ -103,10 +103,10 @@ def _prompt(request: Request) -> dict[str, Any]:
     """The prompt of `/api/generate`, which knows no conversation and no tools."""
     where = "/api/generate (framework ollama-generate)"
     if request.tools or request.tool_choice is not None:
-        raise bad_request(request, NAME, f"{NAME}'s {where} takes no tools; use the framework ollama")
+        raise bad_request(request, f"{NAME}'s {where} takes no tools; use the framework ollama")
     turns = [message for message in request.messages if message.role != "system"]
     if len(turns) != 1 or turns[0].role != "user":
-        raise bad_request(request, NAME, f"{NAME}'s {where} takes one user message; use the framework ollama")
+        raise bad_request(request, f"{NAME}'s {where} takes one user message; use the framework ollama")
     body: dict[str, Any] = {"prompt": turns[0].text}
     system = system_text(request, NAME)
     if system:

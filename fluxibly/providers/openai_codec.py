@@ -40,7 +40,7 @@ class OpenAICodec:
         path = self.quirks.path
         if "{model}" in path:
             path = path.replace("{model}", quote(request.model, safe=""))
-        return Encoded(path, write_json(body, request, self.service))
+        return Encoded(path, write_json(body, request))
 
     def decode(self, body: bytes, /) -> Response:
         """The response of a whole body.

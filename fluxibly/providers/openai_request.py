@@ -174,7 +174,7 @@ def _response_format(request: Request, quirks: Quirks, service: str) -> Mapping[
     if wanted not in quirks.formats and not (isinstance(wanted, Mapping) and "schema" in quirks.formats):
         known = " or ".join("a JSON Schema" if each == "schema" else repr(each) for each in quirks.formats)
         found = "a JSON Schema" if isinstance(wanted, Mapping) else repr(wanted)
-        raise bad_request(request, service, f"{service} takes as response_format {known}, not {found}")
+        raise bad_request(request, f"{service} takes as response_format {known}, not {found}")
     if wanted == "text":
         return {"type": "text"}
     if wanted == "json":

@@ -40,7 +40,7 @@ class ResponsesCodec:
         body = responses_body(request, f"{self.service}'s Responses API")
         if stream:
             body["stream"] = True
-        return Encoded(self.quirks.path, write_json(body, request, self.service))
+        return Encoded(self.quirks.path, write_json(body, request))
 
     def decode(self, body: bytes, /) -> Response:
         """The response of a whole body.

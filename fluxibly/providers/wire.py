@@ -46,7 +46,7 @@ def arguments_text(value: Any) -> str:
     return value if isinstance(value, str) else to_json(table(value))
 
 
-def bad_request(request: Request, service: str, message: str) -> BadRequest:
+def bad_request(request: Request, message: str) -> BadRequest:
     """The error for a request that the dialect cannot express; nothing was sent."""
     return BadRequest(f"{message} (model {request.model})", model=request.model)
 
@@ -56,26 +56,25 @@ def refuse(request: Request, service: str, names: Iterable[str]) -> None:
     choice, wanted = request.tool_choice, request.response_format
     if choice is not None and not isinstance(choice, str):  # pyright: ignore[reportUnnecessaryIsInstance]  # callers may be untyped
         due = "'auto', 'none', 'required' or a tool's name"
-        raise bad_request(request, service, f"tool_choice is {due}, not a {type(choice).__name__}")
+        raise bad_request(request, f"tool_choice is {due}, not a {type(choice).__name__}")
     if not (wanted is None or wanted in ("text", "json") or isinstance(wanted, Mapping)):  # pyright: ignore[reportUnnecessaryIsInstance]
         due = "'text', 'json' or a JSON Schema (a mapping)"
-        raise bad_request(request, service, f"response_format is {due}, not {wanted!r}")
+        raise bad_request(request, f"response_format is {due}, not {wanted!r}")
     for name in names:
         value = getattr(request, name)
         if value is not None and not (name == "n" and value == 1):
             raise bad_request(
-                request, service, f"{service} takes no {name}; leave it out, or pass what your server takes in extra="
+                request, f"{service} takes no {name}; leave it out, or pass what your server takes in extra="
             )
 
 
-def write_json(body: dict[str, Any], request: Request, service: str, *, containers: Iterable[str] = ()) -> bytes:
+def write_json(body: dict[str, Any], request: Request, *, containers: Iterable[str] = ()) -> bytes:
     """The body of a request, with `request.extra` merged in.
 
     What is in `extra` replaces what is there; only the objects named `containers`, which hold parameters, are merged.
 
     Raises:
         BadRequest: there is something in it that JSON cannot hold.
-
     """
     for name, value in request.extra.items():
         if name in containers and isinstance(value, Mapping):
@@ -87,7 +86,7 @@ def write_json(body: dict[str, Any], request: Request, service: str, *, containe
     except (TypeError, ValueError, RecursionError) as error:
         # A UnicodeEncodeError would quote the whole prompt in its arguments, so it is not chained.
         what = "a lone surrogate, half of a character," if isinstance(error, UnicodeError) else str(error)
-        raise bad_request(request, service, f"the request cannot be written as JSON: {what}") from None
+        raise bad_request(request, f"the request cannot be written as JSON: {what}") from None
 
 
 def _plain(value: object) -> object:
@@ -101,9 +100,7 @@ def system_text(request: Request, service: str) -> str:
     systems = [message for message in request.messages if message.role == "system"]
     for message in systems:
         if any(not isinstance(part, Text) for part in message.content):
-            raise bad_request(
-                request, service, f"{service} takes text alone in a system message, and there is an image"
-            )
+            raise bad_request(request, f"{service} takes text alone in a system message, and there is an image")
     return "\n\n".join([message.text for message in systems if message.text])
 
 
@@ -137,6 +134,5 @@ def tool_name(message: Message, request: Request, service: str) -> str:
                 return call.name
     raise bad_request(
         request,
-        service,
         f"{service} needs the tool's name with its result: write Message.tool(content, tool_call), or give name=",
     )
