@@ -207,7 +207,11 @@ def hold_back(
     response, error = yield from _caught(holder.over(flow))
     try:
         if error is not None:
-            raise error if holder.done else error.__cause__ or error
+            if not holder.done:
+                if error.__cause__ is not None:
+                    raise error.__cause__
+                error.partial = Response()  # a resend was refused: what is held has not gone out
+            raise error
     finally:
         del error  # it refers to this frame
     if check is not None and not holder.done:
