@@ -15,7 +15,7 @@ import attrs
 import typer
 from rich.console import Console
 
-from fluxibly.cli_screen import Screen, ScreenHandler, one_line
+from fluxibly.cli_screen import Screen, ScreenHandler, line_of
 from fluxibly.config import LLMConfig
 from fluxibly.errors import (
     AuthenticationError,
@@ -76,7 +76,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _told(error: BaseException, status: int, prefix: str = "") -> int:
-    sys.stderr.write(f"fluxibly: {prefix}{one_line(error)}\n")
+    sys.stderr.write(f"fluxibly: {prefix}{line_of(error)}\n")
     return status
 
 

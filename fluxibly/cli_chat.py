@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import attrs
 
 from fluxibly.cli_report import as_json, figures, span_trees
-from fluxibly.cli_screen import one_line
+from fluxibly.cli_screen import line_of
 from fluxibly.errors import ConfigError, ContextLengthExceeded, FluxiblyError
 from fluxibly.llm import LLM
 from fluxibly.messages import Message
@@ -128,11 +128,11 @@ class Chat:
             return asked
         except ContextLengthExceeded as error:
             self.recorder.take()
-            self.screen.aside(f"fluxibly: {one_line(error)}; the conversation begins anew", "red")
+            self.screen.aside(f"fluxibly: {line_of(error)}; the conversation begins anew", "red")
             return self.opening()
         except FluxiblyError as error:
             self.recorder.take()
-            self.screen.aside(f"fluxibly: {one_line(error)}", "red")
+            self.screen.aside(f"fluxibly: {line_of(error)}", "red")
             return asked
         return [*messages, Message.assistant(response)]
 

@@ -14,11 +14,11 @@ import attrs
 import httpx
 
 from fluxibly.cli_inspect import missing_of
-from fluxibly.cli_screen import one_line
+from fluxibly.cli_screen import line_of
 from fluxibly.config import LLMConfig
 from fluxibly.providers.local_model import DEFAULT_MODEL, cached_path, named_model
 from fluxibly.registry import find_framework, frameworks
-from fluxibly.trace_view import duration
+from fluxibly.trace_file import duration
 from fluxibly.types import ProviderInfo
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def _check(config: LLMConfig) -> Finding:
     try:
         provider = framework.factory(asynchronous=False)(config)
     except Exception as error:  # noqa: BLE001  # whatever a package of others raises, it cannot be used
-        return Finding("framework", name, "not set up", one_line(error), bad=asked)
+        return Finding("framework", name, "not set up", line_of(error), bad=asked)
     if name == "local":
         return _local(config)
     info = getattr(provider, "info", None)

@@ -13,7 +13,7 @@ from rich.text import Text
 from rich.tree import Tree
 
 from fluxibly import semconv
-from fluxibly.trace_view import duration
+from fluxibly.trace_file import duration
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import ReadableSpan

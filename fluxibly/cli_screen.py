@@ -17,7 +17,7 @@ _UNSAFE = {code: None for code in (*range(32), 127, *range(128, 160)) if chr(cod
 """Control characters: a model's answer must not move the cursor or colour the terminal."""
 
 
-def one_line(error: BaseException) -> str:
+def line_of(error: BaseException) -> str:
     """What an error says, in one line."""
     problems: Sequence[str] = getattr(error, "problems", ())
     text = "; ".join(problems) if len(problems) > 1 else str(error)

@@ -112,14 +112,6 @@ class ToolCall:
             object.__setattr__(self, "raw_arguments", json.dumps(dict(self.arguments), ensure_ascii=False))
 
 
-def to_tool_calls(calls: Iterable[ToolCall]) -> tuple[ToolCall, ...]:
-    return tuple(calls)
-
-
-def to_reasoning(parts: Iterable[Reasoning]) -> tuple[Reasoning, ...]:
-    return tuple(parts)
-
-
 Part: TypeAlias = Text | Image
 Content: TypeAlias = "str | Part | Sequence[str | Part]"
 

@@ -1,4 +1,4 @@
-"""Reads a file of OTLP JSON (one ExportTraceServiceRequest a line) into trees of spans."""
+"""Reads a file of OTLP JSON (one ExportTraceServiceRequest a line) into trees of spans, and says what to call them."""
 
 from __future__ import annotations
 
@@ -60,6 +60,21 @@ class TracedSpan:
         """`semconv.STREAM_ARRIVALS`: seconds since the call began, seconds waited, and characters."""
         points: list[tuple[int, int, int]] = self.value(semconv.STREAM_ARRIVALS) or []
         return [(at / 1e6, wait / 1e6, characters) for at, wait, characters in points]
+
+
+def label(span: TracedSpan) -> str:
+    """What to call a span: an attempt by its number and the model that it asked for."""
+    index = span.attributes.get(semconv.ATTEMPT_INDEX)
+    if index is None:
+        return span.name
+    return f"attempt {int(index) + 1} {span.attributes.get(semconv.ATTEMPT_MODEL, '')}".rstrip()
+
+
+def duration(seconds: float) -> str:
+    """A time in the unit that reads best."""
+    if seconds < 1e-3:
+        return f"{seconds * 1e6:.0f} µs"
+    return f"{seconds * 1e3:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"
 
 
 def read(path: str | Path) -> list[TracedSpan]:

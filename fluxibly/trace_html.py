@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from fluxibly import semconv, trace_file
-from fluxibly.trace_file import TracedSpan
+from fluxibly.trace_file import TracedSpan, duration, label
 from fluxibly.trace_plot import plot
-from fluxibly.trace_view import duration, label
 
 _CONTENT = (semconv.SYSTEM_INSTRUCTIONS, semconv.INPUT_MESSAGES, semconv.OUTPUT_MESSAGES, semconv.TOOL_DEFINITIONS)
 

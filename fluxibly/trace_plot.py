@@ -7,7 +7,7 @@ from itertools import pairwise
 from statistics import median
 from typing import TypeAlias
 
-from fluxibly.trace_view import duration
+from fluxibly.trace_file import duration
 
 Point: TypeAlias = tuple[float, float, int]
 """Seconds since the call began, seconds that the chunk was waited for, characters so far."""

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fluxibly import semconv, trace_file
-from fluxibly.trace_file import TracedSpan
+from fluxibly.trace_file import TracedSpan, duration, label
 
 COLOURS = {"completed": "green", "failed": "red", "stalled": "magenta", "cancelled": "yellow", "abandoned": "cyan"}
 
@@ -59,21 +59,6 @@ class Bar:
 
     def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
         return Measurement(12, options.max_width)
-
-
-def label(span: TracedSpan) -> str:
-    """What to call a span: an attempt by its number and the model that it asked for."""
-    index = span.attributes.get(semconv.ATTEMPT_INDEX)
-    if index is None:
-        return span.name
-    return f"attempt {int(index) + 1} {span.attributes.get(semconv.ATTEMPT_MODEL, '')}".rstrip()
-
-
-def duration(seconds: float) -> str:
-    """A time in the unit that reads best."""
-    if seconds < 1e-3:
-        return f"{seconds * 1e6:.0f} µs"
-    return f"{seconds * 1e3:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"
 
 
 def detail(span: TracedSpan) -> str:

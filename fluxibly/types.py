@@ -26,9 +26,7 @@ from fluxibly.messages import (
     ToolCall as ToolCall,
     parse_arguments as parse_arguments,
     to_messages,
-    to_reasoning,
     to_stop,
-    to_tool_calls,
     to_tools,
 )
 
@@ -177,6 +175,15 @@ class StreamStats:
         return self.tokens / self.streaming_time
 
 
+# One for each type, because mypy takes no generic function for a converter.
+def _to_tool_calls(calls: Iterable[ToolCall]) -> tuple[ToolCall, ...]:
+    return tuple(calls)
+
+
+def _to_reasoning(parts: Iterable[Reasoning]) -> tuple[Reasoning, ...]:
+    return tuple(parts)
+
+
 def _to_responses(responses: Iterable[Response]) -> tuple[Response, ...]:
     return tuple(responses)
 
@@ -192,9 +199,9 @@ class Response:
     """
 
     text: str = ""
-    tool_calls: tuple[ToolCall, ...] = attrs.field(default=(), converter=to_tool_calls, kw_only=True)
+    tool_calls: tuple[ToolCall, ...] = attrs.field(default=(), converter=_to_tool_calls, kw_only=True)
     reasoning: str = attrs.field(default="", kw_only=True)
-    reasoning_parts: tuple[Reasoning, ...] = attrs.field(default=(), converter=to_reasoning, kw_only=True)
+    reasoning_parts: tuple[Reasoning, ...] = attrs.field(default=(), converter=_to_reasoning, kw_only=True)
     finish_reason: str | None = attrs.field(default=None, kw_only=True)
     raw_finish_reason: str | None = attrs.field(default=None, kw_only=True)
     usage: Usage | None = attrs.field(default=None, kw_only=True)
