@@ -82,7 +82,7 @@ class Capturing:
         try:
             content = captured.attributes(self.redact or message_json.unchanged)
         except Exception as problem:  # noqa: BLE001  # `redact` is the user's, and without it nothing is shown
-            report_once("redact", f"redact raised {type(problem).__name__}; such a call's content is not captured")
+            _report(problem)
             return
         if self.mode in ("span", "both"):
             span.set_attributes({key: _encoded(value) for key, value in content.items()})
@@ -102,8 +102,12 @@ class Capturing:
         try:
             return self.redact(text)
         except Exception as problem:  # noqa: BLE001  # as above
-            report_once("redact", f"redact raised {type(problem).__name__}; such a call's content is not captured")
+            _report(problem)
             return ""
+
+
+def _report(problem: Exception) -> None:
+    report_once("redact", f"redact raised {type(problem).__name__}; such a call's content is not captured")
 
 
 def _encoded(value: Any) -> str:
