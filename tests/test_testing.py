@@ -359,6 +359,20 @@ class TestByHand:
         with pytest.raises(ServerError, match="down"):
             call.fail(ServerError("down"))
 
+    def test_an_interrupt_passes_whatever_is_done_with_it(self):
+        """As in a pipeline, with a note that names who would have swallowed it."""
+
+        def greedy(request, call_next):
+            try:
+                return (yield from call_next(request))
+            except BaseException:
+                return Response("never mind")
+
+        call = ByHand(greedy, REQUEST)
+        with pytest.raises(KeyboardInterrupt) as caught:
+            call.fail(KeyboardInterrupt())
+        assert "greedy returned normally after KeyboardInterrupt" in caught.value.__notes__[0]
+
     def test_io_of_a_middleware(self):
         """Its result is given to `go_on`; what it would call is there to be looked at."""
 

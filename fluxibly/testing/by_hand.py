@@ -83,7 +83,7 @@ class ByHand:
         """Raise an error where the call waits.
 
         Raises:
-            BaseException: what the middleware let through.
+            BaseException: what the middleware let through; if `error` is no Exception then that, as in a pipeline.
         """
         self._throw(error)
 
