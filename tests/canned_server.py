@@ -251,37 +251,3 @@ def _block_events(block: dict[str, Any]) -> Iterator[dict[str, Any]]:
     for delta in deltas:
         yield {"type": "content_block_delta", "delta": delta}
     yield {"type": "content_block_stop"}
-
-
-MODES = ("sync", "sync stream", "asyncio", "asyncio stream", "trio", "trio stream")
-
-
-def ask(mode: str, provider: Any, async_provider: Any, request: Any) -> Any:
-    """The response to a request in one of the modes; `provider` and `async_provider` make the providers."""
-    import anyio
-
-    from fluxibly import AsyncPipeline, Pipeline
-
-    backend, _, streamed = mode.partition(" ")
-    if backend == "sync":
-        pipeline = Pipeline(provider())
-        try:
-            if not streamed:
-                return pipeline.complete(request)
-            with pipeline.stream(request) as stream:
-                for _ in stream:
-                    pass
-            return stream.response
-        finally:
-            pipeline.close()
-
-    async def run() -> Any:
-        async with AsyncPipeline(async_provider()) as pipeline:
-            if not streamed:
-                return await pipeline.complete(request)
-            async with pipeline.stream(request) as stream:
-                async for _ in stream:
-                    pass
-            return stream.response
-
-    return anyio.run(run, backend=backend)

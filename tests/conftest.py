@@ -1,4 +1,4 @@
-"""Fixtures for all tests: the two async backends, and the small local model in process and behind HTTP."""
+"""Fixtures for all tests: the two async backends, calls over HTTP, and the small local model in process and behind HTTP."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from tiny import Caller
 
 # Where a build must not fail by chance: the same examples each time. Elsewhere each run tries others. A slow machine is
 # no failure in either.
@@ -29,6 +33,24 @@ def quick_collector() -> Iterator[None]:
     gc.freeze()
     yield
     gc.unfreeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_proxies() -> Iterator[None]:
+    """What the environment says of proxies is not for servers on loopback."""
+    with pytest.MonkeyPatch.context() as environment:
+        for name in list(os.environ):
+            if name.lower().endswith("_proxy"):
+                environment.delenv(name)
+        yield
+
+
+@pytest.fixture(params=["sync", "asyncio", "trio"])
+def caller(request: pytest.FixtureRequest) -> Caller:
+    """Calls the HTTP shells: the one for threads, and the other on both event loops."""
+    from tiny import Caller
+
+    return Caller(request.param)
 
 
 @pytest.fixture(scope="session")

@@ -7,15 +7,17 @@ import traceback
 from importlib.util import find_spec
 from typing import Any
 
+import anyio
 import attrs
 import pytest
-from canned_server import MODES, Canned, ask
+from canned_server import Canned
 
-from fluxibly import LLMConfig, ProviderError, Request, StreamInterrupted, errors
+from fluxibly import AsyncPipeline, LLMConfig, Pipeline, ProviderError, Request, StreamInterrupted, errors
 from fluxibly.messages import Tool
 
 KEY = "sk-secret-0123456789abcdef"
 WEATHER = Tool("weather", "The weather of a city.", {"type": "object", "properties": {"city": {"type": "string"}}})
+MODES = ("sync", "sync stream", "asyncio", "asyncio stream", "trio", "trio stream")
 STREAM_MODES = tuple(mode for mode in MODES if "stream" in mode)
 
 LITELLM_WARNS = [
@@ -25,6 +27,33 @@ LITELLM_WARNS = [
     # its streams, which look at fields of its own that pydantic is to drop
     pytest.mark.filterwarnings("ignore:Accessing the 'model_:DeprecationWarning"),
 ]
+
+
+def ask(mode: str, provider: Any, async_provider: Any, request: Any) -> Any:
+    """The response to a request in one of the modes; `provider` and `async_provider` make the providers."""
+    backend, _, streamed = mode.partition(" ")
+    if backend == "sync":
+        pipeline = Pipeline(provider())
+        try:
+            if not streamed:
+                return pipeline.complete(request)
+            with pipeline.stream(request) as stream:
+                for _ in stream:
+                    pass
+            return stream.response
+        finally:
+            pipeline.close()
+
+    async def run() -> Any:
+        async with AsyncPipeline(async_provider()) as pipeline:
+            if not streamed:
+                return await pipeline.complete(request)
+            async with pipeline.stream(request) as stream:
+                async for _ in stream:
+                    pass
+            return stream.response
+
+    return anyio.run(run, backend=backend)
 
 
 @attrs.frozen

@@ -16,7 +16,7 @@ import anyio
 import httpx
 import pytest
 from misbehaving import Peer, Received, Server, serve
-from tiny import DONE, KEY, SERVICE, Caller, TinyCodec, ask, config, event
+from tiny import DONE, KEY, SERVICE, Caller, TinyCodec, ask, config, event, whole
 
 from fluxibly.config import Timeouts
 from fluxibly.dropped import end_orphans
@@ -26,22 +26,6 @@ from fluxibly.providers import blocking, slots as pools
 from fluxibly.providers.http import AsyncHTTPProvider, HTTPProvider
 
 BACKENDS = ["asyncio", "trio"]
-
-
-@pytest.fixture(params=["sync", *BACKENDS])
-def caller(request: pytest.FixtureRequest) -> Caller:
-    return Caller(request.param)
-
-
-@pytest.fixture(autouse=True)
-def no_proxies(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in list(os.environ):
-        if name.lower().endswith("_proxy"):
-            monkeypatch.delenv(name)
-
-
-def whole(peer: Peer, request: Received) -> None:
-    peer.answer({"text": request.json["prompt"]})
 
 
 def endless(peer: Peer, request: Received) -> None:

@@ -15,11 +15,6 @@ from fluxibly.providers.openai_codec import OpenAICodec
 HALF = KEY[: len(KEY) // 2]
 
 
-@pytest.fixture(params=["sync", "asyncio", "trio"])
-def caller(request: pytest.FixtureRequest) -> Caller:
-    return Caller(request.param)
-
-
 def failing(caller: Caller, method: str, error: object, status: str, **headers: str) -> ProviderError:
     """The error of an answer with this `error`: a whole one, or an event of a stream if the status is 200 OK."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import socket
 import ssl
 import sys
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from misbehaving import Peer, Received, serve
-from tiny import DONE, SERVICE, Caller, TinyCodec, config, event
+from tiny import DONE, SERVICE, Caller, TinyCodec, config, event, whole
 
 from fluxibly.config import LLMConfig
 from fluxibly.errors import ConfigError, ConnectionFailed
@@ -20,27 +19,11 @@ from fluxibly.providers.http import HTTPProvider
 CERTIFICATE = Path(__file__).with_name("localhost.pem")
 
 
-@pytest.fixture(params=["sync", "asyncio", "trio"])
-def caller(request: pytest.FixtureRequest) -> Caller:
-    return Caller(request.param)
-
-
-@pytest.fixture(autouse=True)
-def no_proxies(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in list(os.environ):
-        if name.lower().endswith("_proxy"):
-            monkeypatch.delenv(name)
-
-
 @pytest.fixture
 def context() -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(CERTIFICATE)
     return context
-
-
-def whole(peer: Peer, request: Received) -> None:
-    peer.answer({"text": request.json["prompt"]})
 
 
 class TestAddresses:

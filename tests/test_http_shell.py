@@ -29,11 +29,6 @@ from fluxibly.errors import (
 SHORT = 0.2
 
 
-@pytest.fixture(params=["sync", "asyncio", "trio"])
-def caller(request: pytest.FixtureRequest) -> Caller:
-    return Caller(request.param)
-
-
 def whole(peer: Peer, request: Received) -> None:
     peer.answer({"text": "hello"}, x_request_id="req-1", x_ratelimit_remaining_requests="9")
 

@@ -15,11 +15,11 @@ pytest.importorskip("langchain")
 pytest.importorskip("langchain_openai")
 pytest.importorskip("langchain_anthropic")
 
-from canned_server import MODES, Canned, ask, canned_server
+from canned_server import Canned, canned_server
 from langchain_core.language_models import BaseChatModel, FakeListChatModel
 from langchain_core.messages import AIMessage
 from langchain_core.outputs import ChatGeneration, ChatResult
-from libraries import KEY, LANGCHAIN, STREAM_MODES, WEATHER
+from libraries import KEY, LANGCHAIN, MODES, STREAM_MODES, WEATHER, ask
 
 from fluxibly import LLMConfig, Message, Pipeline, ProviderError, Request, errors
 from fluxibly.messages import Image

@@ -8,9 +8,9 @@ from typing import Any
 
 import anyio
 import pytest
-from canned_server import MODES, Canned, canned_server
+from canned_server import Canned, canned_server
 from dialects import ask as ask_llm
-from libraries import KEY, LANGCHAIN, STREAM_MODES, WEATHER, Case, cases, sent_key
+from libraries import KEY, LANGCHAIN, MODES, STREAM_MODES, WEATHER, Case, cases, sent_key
 
 from fluxibly import AsyncPipeline, LLMConfig, Message, Pipeline, ProviderError, Request, StreamInterrupted, errors
 from fluxibly.config import Timeouts

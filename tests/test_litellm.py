@@ -15,8 +15,8 @@ import pytest
 if importlib.util.find_spec("litellm") is None:  # to import it here would fetch its price map from the network
     pytest.skip("needs LiteLLM", allow_module_level=True)
 
-from canned_server import MODES, Canned, canned_server
-from libraries import LITELLM, LITELLM_WARNS, STREAM_MODES, WEATHER
+from canned_server import Canned, canned_server
+from libraries import LITELLM, LITELLM_WARNS, MODES, STREAM_MODES, WEATHER
 
 from fluxibly import LLMConfig, Message, errors
 from fluxibly.providers.litellm import LiteLLMProvider

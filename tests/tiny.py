@@ -8,6 +8,7 @@ from typing import Any
 
 import anyio
 import attrs
+from misbehaving import Peer, Received
 
 from fluxibly.config import LLMConfig, Timeouts
 from fluxibly.errors import AuthenticationError, ProviderError, RateLimitError, ServerError, StreamProtocolError
@@ -23,6 +24,11 @@ DONE = "data: [DONE]\n\n"
 def event(text: str) -> str:
     """One event of the tiny dialect."""
     return f"data: {json.dumps({'text': text})}\n\n"
+
+
+def whole(peer: Peer, request: Received) -> None:
+    """A server's script: answers with the prompt."""
+    peer.answer({"text": request.json["prompt"]})
 
 
 class TinyDecoder:
