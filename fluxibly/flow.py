@@ -151,10 +151,9 @@ def send(request: Request) -> Flow[Response]:
         else:
             response = reply if type(reply) is Response else _to_response(reply, call.provider.name)
     except BaseException as error:
-        partial = None
-        if answer is not None:
-            partial = answer.response()
-            call.model, call.usage = partial.model or request.model, partial.usage
+        partial = None if answer is None else answer.response()
+        call.model = None if partial is None else partial.model or request.model
+        call.usage = None if partial is None else partial.usage
         if not isinstance(error, Exception):
             raise
         if call.watched:

@@ -211,7 +211,7 @@ class TestMistakes:
         assert isinstance(raised(ran), AttributeError)
         assert "forgetful returns None; end it with" in raised(ran).__notes__[0]
 
-    @pytest.mark.parametrize("rubbish", [None, 3, "text", object()], ids=str)
+    @pytest.mark.parametrize("rubbish", [None, 3, "text", object()], ids=["None", "3", "text", "object"])
     @pytest.mark.parametrize("when", ["before", "after"])
     def test_a_middleware_that_yields_rubbish(self, mode, rubbish, when):
         """It is named, and told what it may yield."""
