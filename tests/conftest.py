@@ -1,4 +1,4 @@
-"""Fixtures for all tests: the two async backends, calls over HTTP, and the small local model in process and behind HTTP."""
+"""Fixtures for all tests: the async backends, calls over HTTP, and the small local model in process and behind HTTP."""
 
 from __future__ import annotations
 
