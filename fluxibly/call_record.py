@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -66,6 +66,8 @@ class CallRecord:
     attempts: int = 0
     watched: bool = False
     """Whether a layer wants the effect that ends each attempt; it costs a trip through all the layers."""
+    trace_headers: Mapping[str, str] | None = None
+    """What tells the trace to the service, where it is the same for all attempts: `send` adds it to their requests."""
     asked_model: str | None = None
     """The model that the last attempt asked for."""
     asked_messages: tuple[Message, ...] = ()

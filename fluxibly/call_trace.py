@@ -20,7 +20,7 @@ from fluxibly.effects import AttemptEnd, Effect, Send
 from fluxibly.errors import StreamInterrupted
 from fluxibly.masking import error_message
 from fluxibly.outcome import error_type, outcome_of
-from fluxibly.propagation import Current, with_trace_headers
+from fluxibly.propagation import Current, trace_headers
 from fluxibly.report import report_once
 from fluxibly.span_attributes import (
     add_response,
@@ -31,6 +31,7 @@ from fluxibly.span_attributes import (
     record_attributes,
     request_attributes,
 )
+from fluxibly.types import with_headers
 from fluxibly.watch import Watch
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ class CallTrace(Watch):
         self.attempt = self.tracer.start_span(semconv.ATTEMPT_SPAN, attributes=attributes)
         context = get_current()
         self.attempt_current = Current(set_span_in_context(self.attempt, context), context)
-        send.request = with_trace_headers(request, self.attempt_current.context)
+        send.request = with_headers(request, trace_headers(self.attempt, self.attempt_current.context))
 
     def _end_attempt(self, error: BaseException | None, response: Response | None) -> None:
         span, self.attempt = self.attempt, None

@@ -41,7 +41,7 @@ from fluxibly.effects import (
     T,
 )
 from fluxibly.guards import shown
-from fluxibly.types import Chunk, Request, Response
+from fluxibly.types import Chunk, Request, Response, with_headers
 
 # Verbs
 
@@ -136,7 +136,7 @@ def send(request: Request) -> Flow[Response]:
     answer: Aggregator | None = None
     start = 0.0 if call.attempt_times is None else call.clock()
     try:
-        reply = yield Send(request)
+        reply = yield Send(request if call.trace_headers is None else with_headers(request, call.trace_headers))
         if type(reply) is Source:
             answer = Aggregator()
             keep = answer.texts.append

@@ -20,8 +20,7 @@ from opentelemetry.trace import (
 from fluxibly import semconv
 from fluxibly.call_trace import CallTrace, report
 from fluxibly.dropped import end_all_before
-from fluxibly.effects import Effect, Send
-from fluxibly.propagation import Current, with_trace_headers
+from fluxibly.propagation import Current, trace_headers
 from fluxibly.span_attributes import request_attributes
 from fluxibly.watch import Watch
 
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
     from opentelemetry.context import Context
 
     from fluxibly.capture import Capturing
-    from fluxibly.types import Request, Response
+    from fluxibly.types import CallRecord, Request, Response
 
 
 class Tracers:
@@ -60,7 +59,7 @@ class Tracers:
             if tracer is None:
                 if not context or not get_current_span(context).get_span_context().is_valid:
                     return None
-                return Passing(None, context)
+                return Passing(request.call, None, context)
             span = tracer.start_span(
                 f"{semconv.CHAT} {request.model}",
                 context,
@@ -70,7 +69,7 @@ class Tracers:
             try:
                 if span.is_recording():
                     return CallTrace(self.capturing, tracer, span, request, context)
-                return Passing(span, context)
+                return Passing(request.call, span, context)
             except BaseException:
                 span.end()
                 raise
@@ -80,17 +79,23 @@ class Tracers:
 
 
 class Passing(Watch):
-    """A call that is not recorded: only its trace headers go on, from `span` or from the caller's own span."""
+    """A call that is not recorded: only its trace headers go on, from `span`, which becomes the current one, or else
+    from the caller's own span.
+    """
 
-    def __init__(self, span: Span | None, context: Context) -> None:
-        self.current = None if span is None else Current(set_span_in_context(span, context), context)
+    looks_on = False
 
-    def see(self, effect: Effect) -> None:
-        if type(effect) is Send:
-            try:
-                effect.request = with_trace_headers(effect.request, get_current())
-            except Exception as problem:  # noqa: BLE001  # telemetry never breaks a call
-                report(problem)
+    def __init__(self, call: CallRecord, span: Span | None, context: Context) -> None:
+        self.current: Current | None = None
+        if span is None:
+            span = get_current_span(context)
+        else:
+            self.current = Current(set_span_in_context(span, context), context)
+            context = self.current.context
+        try:
+            call.trace_headers = trace_headers(span, context)
+        except Exception as problem:  # noqa: BLE001  # telemetry never breaks a call
+            report(problem)
 
     def completed(self, response: Response) -> None:
         if self.current is not None:

@@ -110,9 +110,25 @@ def _evolve(self: _T, changes: dict[str, Any]) -> _T:
             raise TypeError(f"a {type(self).__name__} has no {name!r}; it has {', '.join(state)}")
         convert = _CONVERTERS.get(name)
         state[name] = value if convert is None else convert(value)
+    return _of_state(self, state)
+
+
+def _of_state(self: _T, state: dict[str, Any]) -> _T:
     copy = object.__new__(type(self))
     object.__setattr__(copy, "__dict__", state)
     return copy
+
+
+def with_headers(request: Request, added: Mapping[str, str]) -> Request:
+    """The request with these headers, each once, whatever it had under their names."""
+    if not added:
+        return request
+    if request.headers:
+        names = {name.lower() for name in added}
+        added = {name: value for name, value in request.headers.items() if name.lower() not in names} | dict(added)
+    state = request.__dict__.copy()
+    state["headers"] = added
+    return _of_state(request, state)
 
 
 @attrs.frozen(kw_only=True)

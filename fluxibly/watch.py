@@ -18,6 +18,8 @@ class Watch:
     `answer` joins them, where there are such.
     """
 
+    looks_on = True
+    """Whether it wants to see the effects; it is told of the end in any case."""
     arrivals: Arrivals | None = None
     answer: Aggregator | None = None
     finish_reason: str | None = None
@@ -38,6 +40,14 @@ def watched(begin: Callable[[Request], Watch | None], request: Request, call_nex
     watch = begin(request)
     if watch is None:
         return (yield from call_next(request))
+    if not watch.looks_on:
+        try:
+            response = yield from call_next(request)
+        except BaseException as raised:
+            watch.failed(raised)
+            raise
+        watch.completed(response)
+        return response
     call, arrivals, answer = request.call, watch.arrivals, watch.answer
     points = [] if arrivals is None else arrivals.points
     until_noted = 0 if arrivals is None else 1  # how many chunks further on the next one to note is
