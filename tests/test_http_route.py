@@ -60,6 +60,14 @@ class TestAddresses:
         with pytest.raises(ConfigError, match="api_base"):
             HTTPProvider(TinyCodec(), SERVICE, config(url))
 
+    @pytest.mark.parametrize(
+        "url", ["http://h/v1/chat/completions", "https://h/v1/messages/", "http://h:11434/api/chat"]
+    )
+    def test_an_endpoint_is_no_base(self, url: str) -> None:
+        """What services document as their address has an ending that would be added twice."""
+        with pytest.raises(ConfigError, match=r"api_base is the address before /\S+, which is added to it"):
+            HTTPProvider(TinyCodec(), SERVICE, config(url))
+
     @pytest.mark.parametrize("host", ["double..dot", "a" * 64 + ".example", ".example"])
     def test_a_host_that_none_can_be(self, caller: Caller, host: str) -> None:
         """It is not found, like any other that does not exist."""

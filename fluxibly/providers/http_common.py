@@ -246,6 +246,10 @@ def _with(headers: _Headers, more: list[tuple[bytes, bytes]]) -> _Headers:
     return _as_headers([pair for pair in headers.pairs if pair[0] not in names] + more)
 
 
+_ENDPOINTS = ("/chat/completions", "/responses", "/messages", "/api/chat", "/api/generate")
+"""What services' documentation shows at the end of an address, and ours adds itself."""
+
+
 def _base_url(service: Service, config: LLMConfig) -> httpx.URL:
     base = config.api_base or service.base_url
     if not base:
@@ -259,6 +263,9 @@ def _base_url(service: Service, config: LLMConfig) -> httpx.URL:
         raise ConfigError("api_base has to begin with http:// or https:// and name a host")
     if url.userinfo:
         raise ConfigError("api_base must not hold a user name or password; a key goes into api_key")
+    for ending in _ENDPOINTS:
+        if url.path.rstrip("/").endswith(ending):
+            raise ConfigError(f"api_base is the address before {ending}, which is added to it")
     return url
 
 
