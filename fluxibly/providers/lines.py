@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from fluxibly.providers.http_common import Endpoint, Outgoing
     from fluxibly.providers.limits import Limits
+    from fluxibly.providers.sockets import Network
 
 _LIMITS = httpx.Limits(max_connections=MAX_CONNECTIONS, max_keepalive_connections=None, keepalive_expiry=KEEP_IDLE)
 
@@ -54,24 +55,31 @@ def default_line(endpoint: Endpoint) -> Line:
 
     Through httpx's, if somebody has wrapped them: opentelemetry-instrumentation-httpx, say, wants to see each request.
     """
-    proxy = proxy_for(endpoint.url)
-    if is_plain(proxy) and not wrapped(httpx.HTTPTransport.handle_request):
-        return Pool(route_to(endpoint.url, proxy), Threads())
-    via = None if proxy is None else httpx.Proxy(proxy)
-    return _OfThisProcess(
-        lambda: TransportLine(httpx.HTTPTransport(proxy=via, verify=tls_context(), limits=_LIMITS)),
-    )
+
+    def over_httpx(proxy: httpx.Proxy | None) -> Line:
+        return TransportLine(httpx.HTTPTransport(proxy=proxy, verify=tls_context(), limits=_LIMITS))
+
+    return _default(endpoint, Threads(), over_httpx, instead=wrapped(httpx.HTTPTransport.handle_request))
 
 
 def default_async_line(endpoint: Endpoint) -> Line:
     """`default_line` for event loops."""
+
+    def over_httpx(proxy: httpx.Proxy | None) -> Line:
+        return AsyncTransportLine(httpx.AsyncHTTPTransport(proxy=proxy, verify=tls_context(), limits=_LIMITS))
+
+    return _default(endpoint, Loops(), over_httpx, instead=wrapped(httpx.AsyncHTTPTransport.handle_async_request))
+
+
+def _default(
+    endpoint: Endpoint, network: Network, over_httpx: Callable[[httpx.Proxy | None], Line], *, instead: bool
+) -> Line:
+    """A pool of our own on `network`, or httpx's: `instead`, and for proxies that want more than plain HTTP."""
     proxy = proxy_for(endpoint.url)
-    if is_plain(proxy) and not wrapped(httpx.AsyncHTTPTransport.handle_async_request):
-        return Pool(route_to(endpoint.url, proxy), Loops())
+    if is_plain(proxy) and not instead:
+        return Pool(route_to(endpoint.url, proxy), network)
     via = None if proxy is None else httpx.Proxy(proxy)
-    return _OfThisProcess(
-        lambda: AsyncTransportLine(httpx.AsyncHTTPTransport(proxy=via, verify=tls_context(), limits=_LIMITS)),
-    )
+    return _OfThisProcess(lambda: over_httpx(via))
 
 
 class _OfThisProcess:
