@@ -130,7 +130,7 @@ class AsyncDriver(Driver):
     async def aclose(self) -> None:
         if self.ended:
             return
-        self.begin_close()
+        self.closing = True
         if self.reading:
             self.abort()  # the task that is in the read closes all when it is back
         else:
@@ -140,7 +140,7 @@ class AsyncDriver(Driver):
         """Without an await: the flow ends now; dropping an async generator makes its event loop close it."""
         if self.ended or self.reading:
             return
-        self.begin_close()
+        self.closing = True
         self.end()
         try:
             self.context.run(driving.close, self.flow)

@@ -41,8 +41,6 @@ class Driver:
         self.output = False
         self.response: Response | None = None
         self.closing = self.ended = False
-        self.over = False
-        """Whether it is one of these: nothing more is delivered."""
         self.failed_early: Exception | None = None
         self.first: Effect = Sleep(0.0)
         try:
@@ -96,11 +94,8 @@ class Driver:
             if self.output:
                 driving.raise_interrupted(error, self.request, self.delivered)
 
-    def begin_close(self) -> None:
-        self.closing = self.over = True
-
     def end(self) -> None:
-        self.ended = self.over = True
+        self.ended = True
         self.failed_early = None  # it refers to this driver
         dropped.forget(self)
 

@@ -111,7 +111,7 @@ class AsyncStream(Generic[Event]):
         driver = self._driver
         if driver.reading:
             raise RuntimeError("another task is reading this stream")
-        if driver.over:
+        if driver.closing or driver.ended:
             raise StopAsyncIteration
         driver.reading = True
         try:

@@ -107,7 +107,7 @@ class SyncDriver(Driver):
     def close(self) -> None:
         if self.ended:
             return
-        self.begin_close()
+        self.closing = True
         try:
             self.context.run(self.shut)
         except RuntimeError as error:
