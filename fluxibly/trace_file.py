@@ -148,3 +148,18 @@ def _value(value: Mapping[str, Any]) -> Any:
             return _attributes(found.get("values", ()))
         return found
     return None
+
+
+def call_facts(span: TracedSpan) -> list[str]:
+    """What to tell of a call in any view: that it was answered from a cache, the model asked for, attempts, tokens."""
+    given = span.attributes
+    facts: list[str] = []
+    if given.get(semconv.CACHE_HIT):
+        facts.append("cache hit")
+    if semconv.REQUESTED_MODEL in given:
+        facts.append(f"asked for {given[semconv.REQUESTED_MODEL]}")
+    if given.get(semconv.ATTEMPTS, 1) > 1:
+        facts.append(f"{given[semconv.ATTEMPTS]} attempts")
+    if semconv.USAGE_INPUT in given or semconv.USAGE_OUTPUT in given:
+        facts.append(f"{given.get(semconv.USAGE_INPUT, '?')} → {given.get(semconv.USAGE_OUTPUT, '?')} tokens")
+    return facts

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fluxibly import semconv, trace_file
-from fluxibly.trace_file import TracedSpan, duration, label
+from fluxibly.trace_file import TracedSpan, call_facts, duration, label
 from fluxibly.trace_plot import plot
 
 _CONTENT = (semconv.SYSTEM_INSTRUCTIONS, semconv.INPUT_MESSAGES, semconv.OUTPUT_MESSAGES, semconv.TOOL_DEFINITIONS)
@@ -77,17 +77,7 @@ def _trace(root: TracedSpan) -> str:
 
 
 def _badges(span: TracedSpan) -> str:
-    given = span.attributes
-    told = [
-        given.get(semconv.PROVIDER),
-        f"asked for {given[semconv.REQUESTED_MODEL]}" if semconv.REQUESTED_MODEL in given else None,
-        f"{given[semconv.ATTEMPTS]} attempts" if given.get(semconv.ATTEMPTS, 1) > 1 else None,
-        "cache hit" if given.get(semconv.CACHE_HIT) else None,
-        f"{given.get(semconv.USAGE_INPUT, '?')} → {given.get(semconv.USAGE_OUTPUT, '?')} tokens"
-        if semconv.USAGE_INPUT in given or semconv.USAGE_OUTPUT in given
-        else None,
-        duration(span.seconds),
-    ]
+    told = [span.attributes.get(semconv.PROVIDER), *call_facts(span), duration(span.seconds)]
     outcome = escape(span.outcome)
     return f'<span class="badge outcome {outcome}">{outcome}</span>' + "".join(
         f'<span class="badge">{escape(str(each))}</span>' for each in told if each

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fluxibly import semconv, trace_file
-from fluxibly.trace_file import TracedSpan, duration, label
+from fluxibly.trace_file import TracedSpan, call_facts, duration, label
 
 COLOURS = {"completed": "green", "failed": "red", "stalled": "magenta", "cancelled": "yellow", "abandoned": "cyan"}
 
@@ -67,14 +67,7 @@ def detail(span: TracedSpan) -> str:
     facts: list[str] = []
     if span.failed:
         facts.append(": ".join(filter(None, (str(given.get(semconv.ERROR_TYPE, "")), span.message))))
-    if given.get(semconv.CACHE_HIT):
-        facts.append("cache hit")
-    if semconv.REQUESTED_MODEL in given:
-        facts.append(f"asked for {given[semconv.REQUESTED_MODEL]}")
-    if given.get(semconv.ATTEMPTS, 1) > 1:
-        facts.append(f"{given[semconv.ATTEMPTS]} attempts")
-    if semconv.USAGE_INPUT in given or semconv.USAGE_OUTPUT in given:
-        facts.append(f"{given.get(semconv.USAGE_INPUT, '?')} → {given.get(semconv.USAGE_OUTPUT, '?')} tokens")
+    facts += call_facts(span)
     if semconv.STREAM_CHUNKS in given:
         facts.append(f"{given[semconv.STREAM_CHUNKS]} chunks, {given[semconv.STREAM_CHARACTERS]} characters")
     if semconv.RESPONSE_TIME_TO_FIRST_CHUNK in given:
