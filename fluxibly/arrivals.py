@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 from fluxibly.types import CallRecord
 
 LIMIT = 200
@@ -9,12 +11,12 @@ LIMIT = 200
 
 
 class Arrivals:
-    """The times at which chunks came, evenly thinned. `Watch` adds the points: the time, `asked_at`, the characters."""
+    """The times at which chunks came, evenly thinned. `Tracing` adds the points: the time, `asked_at`, which chunk."""
 
-    __slots__ = ("points", "started_at", "stride")
+    __slots__ = ("call", "points", "stride")
 
     def __init__(self, call: CallRecord) -> None:
-        self.started_at = call.started_at
+        self.call = call
         self.points: list[tuple[float, float, int]] = []
         self.stride = 1
 
@@ -33,11 +35,14 @@ class Arrivals:
         """The value of `semconv.STREAM_ARRIVALS`."""
         import msgspec
 
-        start = last = self.started_at
+        start = last = self.call.started_at
+        characters = [0, *accumulate(map(len, self.call.delivered))]
         values: list[tuple[int, int, int]] = []
-        for at, asked, characters in self.points:
+        for at, asked, chunks in self.points:
             # The wait began when the consumer asked, or when the chunk before it came, if that was later.
             since = asked if asked > last else last  # noqa: FURB136  # max() costs three times as much
-            values.append((int((at - start) * 1e6), int((at - since) * 1e6), characters))
+            values.append(
+                (int((at - start) * 1e6), int((at - since) * 1e6), characters[min(chunks, len(characters) - 1)])
+            )
             last = at
         return msgspec.json.encode(values).decode()

@@ -7,10 +7,10 @@ standard error, and the call goes on as if it had not been traced.
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from opentelemetry.context import Context, get_current, set_value
-from opentelemetry.trace import Span, Status, StatusCode, Tracer, set_span_in_context
+from opentelemetry.trace import Span, Status, StatusCode, Tracer
 
 from fluxibly import semconv
 from fluxibly.aggregate import Aggregator
@@ -20,7 +20,7 @@ from fluxibly.effects import AttemptEnd, Effect, Send
 from fluxibly.errors import StreamInterrupted
 from fluxibly.masking import error_message
 from fluxibly.outcome import error_type, outcome_of
-from fluxibly.propagation import Current, trace_headers
+from fluxibly.propagation import Current, trace_headers, with_span
 from fluxibly.report import report_once
 from fluxibly.span_attributes import (
     add_response,
@@ -32,7 +32,6 @@ from fluxibly.span_attributes import (
     request_attributes,
 )
 from fluxibly.types import with_headers
-from fluxibly.watch import Watch
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -47,8 +46,13 @@ def report(problem: Exception) -> None:
     report_once("tracing", f"tracing failed with {type(problem).__name__}; calls go on without their spans")
 
 
-class CallTrace(Watch):
-    """The spans of one call that is recorded: its own, and one at a time that of an attempt."""
+class CallTrace:
+    """The spans of one call that is recorded: its own, and one at a time that of an attempt. No method raises.
+
+    Chunks are not shown to it: `arrivals` keeps when they came, and `answer` joins them, where there are such.
+    """
+
+    recorded: Literal[True] = True
 
     def __init__(self, capturing: Capturing, tracer: Tracer, span: Span, request: Request, context: Context) -> None:
         call = request.call
@@ -61,14 +65,13 @@ class CallTrace(Watch):
         self.index = 0
         self.provider = self.asked = call.provider
         call.watched = True
-        if call.streaming:
-            call.timed = True
-            self.arrivals = Arrivals(call)
-            if capturing.mode != "none":
-                self.answer = Aggregator()
-        self.current = Current(_claimed(set_span_in_context(span, context)), context)
+        self.arrivals = Arrivals(call) if call.streaming else None
+        self.answer = Aggregator() if call.streaming and capturing.mode != "none" else None
+        call.timed = call.timed or call.streaming
+        self.current = Current(_claimed(with_span(span, context)), context)
 
     def see(self, effect: Effect) -> None:
+        """An effect that is no chunk goes outward."""
         try:
             if type(effect) is Send:
                 self._begin_attempt(effect)
@@ -80,7 +83,6 @@ class CallTrace(Watch):
     def _begin_attempt(self, send: Send) -> None:
         if self.attempt is not None:
             self._end_attempt(None, None)  # a BaseException ended it, which a layer within survived
-        self.finish_reason = None
         request = self.sent = send.request
         self.asked = request.call.provider
         attributes: dict[str, Any] = {
@@ -91,7 +93,7 @@ class CallTrace(Watch):
         self.index += 1
         self.attempt = self.tracer.start_span(semconv.ATTEMPT_SPAN, attributes=attributes)
         context = get_current()
-        self.attempt_current = Current(set_span_in_context(self.attempt, context), context)
+        self.attempt_current = Current(with_span(self.attempt, context), context)
         send.request = with_headers(request, trace_headers(self.attempt, self.attempt_current.context))
 
     def _end_attempt(self, error: BaseException | None, response: Response | None) -> None:
@@ -111,6 +113,14 @@ class CallTrace(Watch):
             self._tell(span, attributes, error, outcome_of(error), (self.sent,))
         finally:
             span.end()
+
+    def restarted(self) -> Aggregator | None:
+        """What came is void. Returns the new `answer`."""
+        if self.arrivals is not None:
+            self.arrivals.begin()
+        if self.answer is not None:
+            self.answer = Aggregator()
+        return self.answer
 
     def completed(self, response: Response) -> None:
         """End the call's span: it succeeded."""
@@ -149,7 +159,7 @@ class CallTrace(Watch):
             if call.chunks == 0 and response is not None:
                 add_unstreamed(attributes, response)
             elif call.chunks > 0 and error is not None:
-                attributes.setdefault(semconv.RESPONSE_FINISH_REASONS, [self.finish_reason or "error"])
+                attributes.setdefault(semconv.RESPONSE_FINISH_REASONS, [call.finish_reason or "error"])
         if call.model is not None:
             attributes.setdefault(semconv.RESPONSE_MODEL, call.model)
         model = answered_model(request, outcome)

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Generator, Sequence
 from inspect import CO_GENERATOR
-from types import CodeType, CoroutineType, FunctionType
+from types import CodeType, CoroutineType, FunctionType, GeneratorType
 from typing import Any, TypeGuard
 
 from fluxibly.aggregate import Aggregator
@@ -115,7 +115,7 @@ def _checked(flow: Any, layer: Middleware) -> Flow[Response]:
 
 
 def _is_flow(value: object) -> TypeGuard[Flow[Response]]:
-    return isinstance(value, Generator)
+    return type(value) is GeneratorType or isinstance(value, Generator)  # the abstract class takes its time
 
 
 def layer_name(layer: object) -> str:
@@ -154,6 +154,7 @@ def send(request: Request) -> Flow[Response]:
         partial = None if answer is None else answer.response()
         call.model = None if partial is None else partial.model or request.model
         call.usage = None if partial is None else partial.usage
+        call.finish_reason = None if partial is None else partial.finish_reason
         if not isinstance(error, Exception):
             raise
         if call.watched:

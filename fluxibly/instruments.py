@@ -1,4 +1,4 @@
-"""The histograms of calls: what `Metrics` does once OpenTelemetry is imported. See `middleware/metrics.py`.
+"""The instruments of calls: what `Metrics` does once OpenTelemetry is imported. See `middleware/metrics.py`.
 
 To record one value costs the SDK's histograms as much as a whole stack of layers costs, and a call has three. So what
 was measured waits in a queue, and is recorded when the SDK collects: by the callback of an instrument that has no
@@ -12,7 +12,8 @@ from __future__ import annotations
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
@@ -20,6 +21,7 @@ import attrs
 from opentelemetry.context import Context
 from opentelemetry.metrics import (
     CallbackOptions,
+    Counter,
     Histogram,
     Meter,
     MeterProvider,
@@ -34,7 +36,7 @@ from fluxibly.dropped import end_all_before
 from fluxibly.outcome import outcome_of
 from fluxibly.report import report_once
 from fluxibly.span_attributes import answered_model, error_name, provider_attributes, time_to_first_chunk
-from fluxibly.types import ProviderInfo, Request
+from fluxibly.types import ProviderInfo, Request, Usage
 
 WAITING = 1_000
 """Calls whose measurements may wait. Those after them are recorded at once."""
@@ -43,40 +45,45 @@ KINDS = 1_000
 
 
 @attrs.frozen
-class _Histograms:
+class _Instruments:
     duration: Histogram
-    tokens: Histogram
+    input: Histogram
+    output: Histogram
+    """Of tokens, as `input`; with the released names these two are the same."""
     first_chunk: Histogram
     per_chunk: Histogram
+    usage: Mapping[str, Counter]
+    """By the field of `Usage` that they count."""
 
     @classmethod
-    def of(cls, meter: Meter) -> _Histograms:
-        seconds = list(semconv.DURATION_BOUNDARIES)
+    def of(cls, meter: Meter, names: semconv.MetricNames) -> _Instruments:
+        def histogram(name: str, unit: str, boundaries: Sequence[float], description: str) -> Histogram:
+            return meter.create_histogram(
+                name, unit=unit, description=description, explicit_bucket_boundaries_advisory=list(boundaries)
+            )
+
+        seconds = partial(histogram, unit="s", boundaries=semconv.DURATION_BOUNDARIES)
+        tokens = partial(histogram, unit="{token}", boundaries=semconv.TOKEN_BOUNDARIES)
+        of_tokens = {
+            name: tokens(name, description="Tokens of a call, as the service counted them")
+            for name in (names.input_tokens, names.output_tokens)
+        }
         return cls(
-            meter.create_histogram(
-                semconv.DURATION,
-                unit="s",
-                description="Duration of a call, its retries included",
-                explicit_bucket_boundaries_advisory=seconds,
-            ),
-            meter.create_histogram(
-                semconv.TOKEN_USAGE,
-                unit="{token}",
-                description="Tokens of a call, as the service counted them",
-                explicit_bucket_boundaries_advisory=list(semconv.TOKEN_BOUNDARIES),
-            ),
-            meter.create_histogram(
-                semconv.TIME_TO_FIRST_CHUNK,
-                unit="s",
+            duration=seconds(names.duration, description="Duration of a call, its retries included"),
+            input=of_tokens[names.input_tokens],
+            output=of_tokens[names.output_tokens],
+            first_chunk=seconds(
+                names.time_to_first_chunk,
                 description="Time from sending the request to the first chunk of a stream",
-                explicit_bucket_boundaries_advisory=seconds,
             ),
-            meter.create_histogram(
-                semconv.TIME_PER_OUTPUT_CHUNK,
-                unit="s",
+            per_chunk=seconds(
+                names.time_per_output_chunk,
                 description="Mean wait for a chunk after the first, one value a stream",
-                explicit_bucket_boundaries_advisory=seconds,
             ),
+            usage={
+                field: meter.create_counter(name, unit="{token}", description="Tokens, as the service counted them")
+                for field, name in names.usage.items()
+            },
         )
 
 
@@ -90,25 +97,30 @@ class _Attributes:
     duration: dict[str, Any]
     input: dict[str, Any]
     output: dict[str, Any]
+    usage: dict[str, Any]
 
 
-_Measured: TypeAlias = tuple[_Attributes, float, int | None, int | None, float | None, float | None, SpanContext]
-"""Attributes, duration, input and output tokens, time to the first chunk, mean wait for the others, current span."""
+_Measured: TypeAlias = tuple[_Attributes, float, Usage | None, float | None, float | None, SpanContext]
+"""Attributes, duration, tokens, time to the first chunk, mean wait for the others, current span."""
+
+_UNTOLD = Usage(input_tokens=0, output_tokens=0)
+"""What the latest names are given for a call whose service told no tokens, as their conventions say."""
 
 
 class Recorder:
-    """What records the calls of one meter provider."""
+    """What records the calls of one meter provider, under the names of one edition."""
 
-    def __init__(self, provider: MeterProvider, *, collects: bool) -> None:
+    def __init__(self, provider: MeterProvider, names: semconv.MetricNames, *, collects: bool) -> None:
         meter = provider.get_meter(semconv.METER)
-        self.histograms = _Histograms.of(meter)
+        self.names = names
+        self.instruments = _Instruments.of(meter, names)
         self.kinds: dict[object, _Attributes] = {}
         self.waiting: deque[_Measured] = deque()
         self.collects = collects
         """Whether the provider calls `collect`. If that is not known then it gets everything at once."""
         if collects:
             meter.create_observable_counter(
-                semconv.WAITING, callbacks=[self.collect], description="Never has a value: records what waits"
+                names.waiting, callbacks=[self.collect], description="Never has a value: records what waits"
             )
 
     def record(self, request: Request, error: BaseException | None) -> None:
@@ -121,10 +133,12 @@ class Recorder:
         attributes = self.kinds.get(kind)
         known = attributes is not None
         if attributes is None:
-            attributes = _attributes(call.provider, model, call.model, outcome, name)
+            attributes = self.attributes(call.provider, model, call.model, outcome, name)
             if len(self.kinds) < KINDS:
                 self.kinds[kind] = attributes
         usage = None if call.cache_hit else call.usage
+        if usage is None and self.names is semconv.LATEST and call.attempts and not call.cache_hit:
+            usage = _UNTOLD
         first = mean = None
         if call.streaming:
             first = time_to_first_chunk(call)
@@ -134,8 +148,7 @@ class Recorder:
         measured = (
             attributes,
             now - call.started_at,
-            None if usage is None else usage.input_tokens,
-            None if usage is None else usage.output_tokens,
+            usage,
             first,
             mean,
             get_current_span().get_span_context(),
@@ -156,40 +169,50 @@ class Recorder:
         return ()
 
     def write(self, measured: _Measured) -> None:
-        attributes, duration, given, made, first, mean, span = measured
-        to = self.histograms
+        attributes, duration, usage, first, mean, span = measured
+        to = self.instruments
         context = set_span_in_context(NonRecordingSpan(span), Context())  # for exemplars; its span may be long gone
         to.duration.record(duration, attributes.duration, context)
-        if given is not None:
-            to.tokens.record(given, attributes.input, context)
-        if made is not None:
-            to.tokens.record(made, attributes.output, context)
+        if usage is not None:
+            if usage.input_tokens is not None:
+                to.input.record(usage.input_tokens, attributes.input, context)
+            if usage.output_tokens is not None:
+                to.output.record(usage.output_tokens, attributes.output, context)
+            for field, counter in to.usage.items():
+                counter.add(getattr(usage, field) or 0, attributes.usage, context)
         if first is not None:
             to.first_chunk.record(first, attributes.call, context)
         if mean is not None:
             to.per_chunk.record(mean, attributes.call, context)
 
+    def attributes(
+        self, provider: ProviderInfo, model: str, answered: str | None, outcome: str, error: str | None
+    ) -> _Attributes:
+        call: dict[str, Any] = provider_attributes(provider)
+        call[semconv.OPERATION] = semconv.CHAT
+        call[semconv.REQUEST_MODEL] = model
+        if answered is not None:
+            call[semconv.RESPONSE_MODEL] = answered
+        failed = call if error is None else {**call, semconv.ERROR_TYPE: error}
+        of_input, of_output = failed, failed
+        if self.names is semconv.RELEASED:
+            of_input, of_output = ({**call, semconv.TOKEN_TYPE: kind} for kind in ("input", "output"))
+        return _Attributes(
+            provider,
+            call=call,
+            duration={**failed, semconv.OUTCOME: outcome},
+            input=of_input,
+            output=of_output,
+            usage={**call, semconv.TOKEN_MODALITY: "unknown"},
+        )
 
-def _attributes(
-    provider: ProviderInfo, model: str, answered: str | None, outcome: str, error: str | None
-) -> _Attributes:
-    call: dict[str, Any] = provider_attributes(provider)
-    call[semconv.OPERATION] = semconv.CHAT
-    call[semconv.REQUEST_MODEL] = model
-    if answered is not None:
-        call[semconv.RESPONSE_MODEL] = answered
-    duration = {**call, semconv.OUTCOME: outcome}
-    if error is not None:
-        duration[semconv.ERROR_TYPE] = error
-    tokens = [{**call, semconv.TOKEN_TYPE: kind} for kind in ("input", "output")]
-    return _Attributes(provider, call, duration, *tokens)
 
-
-_recorders: WeakKeyDictionary[MeterProvider, Recorder] = WeakKeyDictionary()
+_recorders: WeakKeyDictionary[MeterProvider, dict[str, Recorder]] = WeakKeyDictionary()
+"""Of each provider, by the name of its duration."""
 _lock = threading.Lock()
 
 
-def recorder_of(provider: MeterProvider) -> Recorder | None:
+def recorder_of(provider: MeterProvider, names: semconv.MetricNames) -> Recorder | None:
     """What records for a provider; None without an SDK."""
     # The API's own providers record nothing: its no-op one, and the private proxy that waits for an SDK.
     if isinstance(provider, NoOpMeterProvider) or type(provider).__module__.startswith(_API):
@@ -197,12 +220,12 @@ def recorder_of(provider: MeterProvider) -> Recorder | None:
     end_all_before()
     sdk = sys.modules.get("opentelemetry.sdk.metrics")
     if sdk is None or not isinstance(provider, sdk.MeterProvider):
-        return Recorder(provider, collects=False)
+        return Recorder(provider, names, collects=False)
     with _lock:  # one for all, since an instrument of one name has one callback
-        recorder = _recorders.get(provider)
-        if recorder is None:
-            recorder = _recorders[provider] = Recorder(provider, collects=True)
-    return recorder
+        recorders = _recorders.setdefault(provider, {})
+        if names.duration not in recorders:
+            recorders[names.duration] = Recorder(provider, names, collects=True)
+        return recorders[names.duration]
 
 
 _API = MeterProvider.__module__
@@ -215,8 +238,9 @@ def report(problem: Exception) -> None:
 class Instruments:
     """Where the measurements of one `Metrics` go. Notices an SDK that is set up later."""
 
-    def __init__(self, provider: MeterProvider | None) -> None:
+    def __init__(self, provider: MeterProvider | None, names: semconv.MetricNames) -> None:
         self.given = provider
+        self.names = names
         self._seen: MeterProvider | None = None
         self._recorder: Recorder | None = None
 
@@ -225,7 +249,7 @@ class Instruments:
         try:
             provider = self.given or get_meter_provider()
             if provider is not self._seen:
-                self._recorder = recorder_of(provider)
+                self._recorder = recorder_of(provider, self.names)
                 self._seen = provider
             if self._recorder is not None:
                 self._recorder.record(request, error)

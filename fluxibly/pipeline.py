@@ -95,6 +95,8 @@ class _Pipeline:
             call.streaming = True
             call.restarts = restarts
         state = request.__dict__.copy()
+        name, value = state.popitem()  # CPython then gives the copy a table of its own, in which lookups are fast
+        state[name] = value
         state["call"] = call
         copy = _new(request.__class__)
         _set_state(copy, "__dict__", state)

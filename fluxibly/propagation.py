@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from opentelemetry.baggage import get_all
 from opentelemetry.context import Context, attach, get_current
 from opentelemetry.propagate import get_global_textmap
+from opentelemetry.trace import DEFAULT_TRACE_STATE, INVALID_SPAN, set_span_in_context
 
 if TYPE_CHECKING:
     from opentelemetry.propagators.textmap import TextMapPropagator
-    from opentelemetry.trace import Span, SpanContext
+    from opentelemetry.trace import Span
 
 _W3C = {"traceparent", "tracestate", "baggage"}
-_usual: tuple[TextMapPropagator | None, bool] = (None, False)
+_HEX = [f"{byte:02x}" for byte in range(256)]
+_usual: TextMapPropagator | None = None
+"""The propagator that was found to be so last."""
+
+
+(_SPAN,) = set_span_in_context(INVALID_SPAN, Context())
+"""The key of a context's span."""
+
+
+def with_span(span: Span, context: Context) -> Context:
+    """`set_span_in_context`, which copies the context twice."""
+    return Context({**context, _SPAN: span})
 
 
 class Current:
-    """A context made current, until `leave`."""
+    """A context made current, until `leave`. All that is kept of a call that is not recorded."""
 
+    recorded: Literal[False] = False
     __slots__ = ("context", "previous", "token")
 
     def __init__(self, context: Context, previous: Context) -> None:
@@ -41,30 +54,27 @@ class Current:
 
 def trace_headers(span: Span, context: Context) -> dict[str, str]:
     """The headers that tell a service of `span`, with which `context` was made."""
-    headers: dict[str, str] = {}
     propagator = get_global_textmap()
     # A context with nothing in it besides the span has no baggage.
-    if not _is_usual(propagator) or (len(context) > 1 and get_all(context)):
+    if (propagator is not _usual and not _is_usual(propagator)) or (len(context) > 1 and get_all(context)):
+        headers: dict[str, str] = {}
         propagator.inject(headers, context)  # pyright: ignore[reportArgumentType]  # its default setter takes a dict
-    else:
-        _add_trace_context(headers, span.get_span_context())
-    return headers
-
-
-def _add_trace_context(headers: dict[str, str], ids: SpanContext) -> None:
-    """What the usual propagator does, at a tenth of its cost (W3C Trace Context, section 3.2)."""
-    if ids.is_valid:
-        # By `%`, for two thirds of what an f-string takes for such numbers.
-        headers["traceparent"] = "00-%032x-%016x-%02x" % (ids.trace_id, ids.span_id, ids.trace_flags)  # noqa: UP031
-        if ids.trace_state:
-            headers["tracestate"] = ids.trace_state.to_header()
+        return headers
+    # What the usual one does, at a tenth of its cost (W3C Trace Context, section 3.2). The ids are declared as this
+    # tuple, whose properties would take half of the time; and bytes give their digits in half the time of a format.
+    trace_id, span_id, _, flags, state, is_valid, *_ = span.get_span_context()
+    if not is_valid:
+        return {}
+    parent = f"00-{trace_id.to_bytes(16).hex()}-{span_id.to_bytes(8).hex()}-{_HEX[flags]}"
+    if state is DEFAULT_TRACE_STATE or not state:
+        return {"traceparent": parent}
+    return {"traceparent": parent, "tracestate": state.to_header()}
 
 
 def _is_usual(propagator: TextMapPropagator) -> bool:
     """Whether this propagator writes W3C trace context, alone or with baggage, which is the default."""
-    global _usual  # noqa: PLW0603  # what was found out of the propagator that was seen last
-    seen, usual = _usual
-    if seen is not propagator:
-        usual = "traceparent" in propagator.fields and propagator.fields <= _W3C
-        _usual = (propagator, usual)
-    return usual
+    global _usual  # noqa: PLW0603  # it is asked for at every call
+    if "traceparent" not in propagator.fields or not propagator.fields <= _W3C:
+        return False
+    _usual = propagator
+    return True

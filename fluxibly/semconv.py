@@ -1,14 +1,15 @@
 """The one table of the names that traces and metrics use.
 
 They are those of OpenTelemetry's semantic conventions for generative AI as released with opentelemetry-util-genai
-1.3b0. The unreleased edition (open-telemetry/semantic-conventions-genai) renames the metrics only, to
-`gen_ai.client.inference.*` and token counters by kind; when it ships, this table is what changes. The `gen_ai.*`
-constants of opentelemetry-semantic-conventions are deprecated, hence names of our own.
+1.3b0. For the metrics there are also those of the edition that is not released yet
+(open-telemetry/semantic-conventions-genai, October 2026): it renames them, and splits the tokens by kind. The
+`gen_ai.*` constants of opentelemetry-semantic-conventions are deprecated, hence names of our own.
 """
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Mapping
+from typing import Final, NamedTuple
 
 CHAT: Final = "chat"
 """The operation of every call."""
@@ -85,13 +86,48 @@ stream was waited for (what the consumer took left out), and the characters up t
 # Metrics
 
 METER: Final = "fluxibly"
-DURATION: Final = "gen_ai.client.operation.duration"
-TOKEN_USAGE: Final = "gen_ai.client.token.usage"  # noqa: S105  # not that kind of token
-TOKEN_TYPE: Final = "gen_ai.token.type"  # noqa: S105  # likewise
-TIME_TO_FIRST_CHUNK: Final = "gen_ai.client.operation.time_to_first_chunk"
-TIME_PER_OUTPUT_CHUNK: Final = "gen_ai.client.operation.time_per_output_chunk"
-WAITING: Final = "fluxibly.waiting"
-"""Never exported: it has no values (see `instruments.py`)."""
+TOKEN_TYPE: Final = "gen_ai.token.type"  # noqa: S105  # not that kind of token
+TOKEN_MODALITY: Final = "gen_ai.token.modality"  # noqa: S105  # likewise
+
+
+class MetricNames(NamedTuple):
+    """What one edition calls the metrics of a call."""
+
+    duration: str
+    input_tokens: str
+    output_tokens: str
+    time_to_first_chunk: str
+    time_per_output_chunk: str
+    usage: Mapping[str, str]
+    """Counters of tokens, by the field of `Usage` that they count."""
+    waiting: str
+    """Ours, and never exported: it has no values (see `instruments.py`)."""
+
+
+RELEASED: Final = MetricNames(
+    duration="gen_ai.client.operation.duration",
+    input_tokens="gen_ai.client.token.usage",
+    output_tokens="gen_ai.client.token.usage",
+    time_to_first_chunk="gen_ai.client.operation.time_to_first_chunk",
+    time_per_output_chunk="gen_ai.client.operation.time_per_output_chunk",
+    usage={},
+    waiting="fluxibly.waiting",
+)
+LATEST: Final = MetricNames(
+    duration="gen_ai.client.inference.duration",
+    input_tokens="gen_ai.client.inference.operation.input_tokens",
+    output_tokens="gen_ai.client.inference.operation.output_tokens",
+    time_to_first_chunk="gen_ai.client.inference.time_to_first_chunk",
+    time_per_output_chunk="gen_ai.client.inference.time_per_output_chunk",
+    usage={
+        "input_tokens": "gen_ai.client.inference.usage.input_tokens",
+        "output_tokens": "gen_ai.client.inference.usage.output_tokens",
+        "cached_tokens": "gen_ai.client.inference.usage.cache_read.input_tokens",
+        "cache_write_tokens": "gen_ai.client.inference.usage.cache_write.input_tokens",
+        "reasoning_tokens": "gen_ai.client.inference.usage.reasoning.output_tokens",
+    },
+    waiting="fluxibly.waiting.latest",
+)
 
 DURATION_BOUNDARIES: Final = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92)
 """Seconds."""

@@ -19,14 +19,21 @@ if TYPE_CHECKING:
 _CODE = re.compile(r"[A-Za-z0-9][\w.\-]{0,63}")
 
 
+_latest: tuple[ProviderInfo | None, dict[str, Any]] = (None, {})
+
+
 def provider_attributes(info: ProviderInfo) -> dict[str, Any]:
     """Who is asked."""
-    attributes: dict[str, Any] = {semconv.PROVIDER: info.telemetry_name}
-    if info.server_address is not None:
-        attributes[semconv.SERVER_ADDRESS] = info.server_address
-        if info.server_port is not None:
-            attributes[semconv.SERVER_PORT] = info.server_port
-    return attributes
+    global _latest  # noqa: PLW0603  # those of the provider that was asked last
+    of, attributes = _latest
+    if of is not info:
+        attributes = {semconv.PROVIDER: info.telemetry_name}
+        if info.server_address is not None:
+            attributes[semconv.SERVER_ADDRESS] = info.server_address
+            if info.server_port is not None:
+                attributes[semconv.SERVER_PORT] = info.server_port
+        _latest = (info, attributes)
+    return attributes.copy()
 
 
 def request_attributes(request: Request) -> dict[str, Any]:

@@ -8,27 +8,24 @@ from opentelemetry.context import get_current
 from opentelemetry.trace import (
     NoOpTracer,
     ProxyTracerProvider,
-    Span,
     SpanKind,
     Tracer,
     TracerProvider,
     get_current_span,
     get_tracer_provider,
-    set_span_in_context,
 )
 
 from fluxibly import semconv
 from fluxibly.call_trace import CallTrace, report
 from fluxibly.dropped import end_all_before
-from fluxibly.propagation import Current, trace_headers
+from fluxibly.propagation import Current, trace_headers, with_span
 from fluxibly.span_attributes import request_attributes
-from fluxibly.watch import Watch
 
 if TYPE_CHECKING:
-    from opentelemetry.context import Context
-
     from fluxibly.capture import Capturing
-    from fluxibly.types import CallRecord, Request, Response
+    from fluxibly.types import Request
+
+_INTERNAL, _CLIENT = SpanKind.INTERNAL, SpanKind.CLIENT  # to look up a member of an enumeration takes its time
 
 
 class Tracers:
@@ -40,67 +37,44 @@ class Tracers:
         self._seen: TracerProvider | None = None
         self._tracer: Tracer | None = None
 
-    def tracer(self) -> Tracer | None:
+    def _tracer_of(self, provider: TracerProvider) -> Tracer | None:
         """The tracer, or None while there is no SDK."""
-        provider = self.given or get_tracer_provider()
-        if provider is not self._seen:
-            tracer = None if isinstance(provider, ProxyTracerProvider) else provider.get_tracer("fluxibly")
-            self._tracer = None if isinstance(tracer, NoOpTracer) else tracer
-            self._seen = provider
-            if self._tracer is not None:
-                end_all_before()
+        tracer = None if isinstance(provider, ProxyTracerProvider) else provider.get_tracer("fluxibly")
+        self._tracer = None if isinstance(tracer, NoOpTracer) else tracer
+        self._seen = provider
+        if self._tracer is not None:
+            end_all_before()
         return self._tracer
 
-    def begin(self, request: Request) -> CallTrace | Passing | None:
-        """Begin the span of a call and make it current; None if there is nothing to do for this call."""
+    def begin(self, request: Request) -> CallTrace | Current | None:
+        """Begin the span of a call and make it current; None if there is nothing to do for this call.
+
+        Of a call that is not recorded, only the trace headers go on: from its span, or else from the caller's.
+        """
         try:
-            tracer = self.tracer()
+            provider = self.given or get_tracer_provider()
+            tracer = self._tracer if provider is self._seen else self._tracer_of(provider)
             context = get_current()
+            call = request.call
             if tracer is None:
-                if not context or not get_current_span(context).get_span_context().is_valid:
-                    return None
-                return Passing(request.call, None, context)
+                if context and (caller := get_current_span(context)).get_span_context().is_valid:
+                    call.trace_headers = trace_headers(caller, context)
+                return None
             span = tracer.start_span(
                 f"{semconv.CHAT} {request.model}",
                 context,
-                SpanKind.INTERNAL if request.call.provider.in_process else SpanKind.CLIENT,
+                _INTERNAL if call.provider.in_process else _CLIENT,
                 request_attributes(request),
             )
             try:
                 if span.is_recording():
                     return CallTrace(self.capturing, tracer, span, request, context)
-                return Passing(request.call, span, context)
+                within = with_span(span, context)
+                call.trace_headers = trace_headers(span, within)
+                return Current(within, context)
             except BaseException:
                 span.end()
                 raise
         except Exception as problem:  # noqa: BLE001  # telemetry never breaks a call
             report(problem)
             return None
-
-
-class Passing(Watch):
-    """A call that is not recorded: only its trace headers go on, from `span`, which becomes the current one, or else
-    from the caller's own span.
-    """
-
-    looks_on = False
-
-    def __init__(self, call: CallRecord, span: Span | None, context: Context) -> None:
-        self.current: Current | None = None
-        if span is None:
-            span = get_current_span(context)
-        else:
-            self.current = Current(set_span_in_context(span, context), context)
-            context = self.current.context
-        try:
-            call.trace_headers = trace_headers(span, context)
-        except Exception as problem:  # noqa: BLE001  # telemetry never breaks a call
-            report(problem)
-
-    def completed(self, response: Response) -> None:
-        if self.current is not None:
-            self.current.leave()
-
-    def failed(self, error: BaseException) -> None:
-        if self.current is not None:
-            self.current.leave()

@@ -113,9 +113,13 @@ def _evolve(self: _T, changes: dict[str, Any]) -> _T:
     return _of_state(self, state)
 
 
+_new = object.__new__
+_set_state = object.__setattr__
+
+
 def _of_state(self: _T, state: dict[str, Any]) -> _T:
-    copy = object.__new__(type(self))
-    object.__setattr__(copy, "__dict__", state)
+    copy = _new(self.__class__)
+    _set_state(copy, "__dict__", state)
     return copy
 
 

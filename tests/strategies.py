@@ -122,7 +122,8 @@ def dropping(name: str, log: Log) -> Any:
         text = chunk.text.replace("a", "")
         if text == chunk.text:
             return chunk
-        return attrs.evolve(chunk, text=text) if text else None
+        left = attrs.evolve(chunk, text=text)
+        return None if left == Chunk("") else left
 
     def drop(request, call_next):
         return (yield from map_chunks(call_next(request), fn))

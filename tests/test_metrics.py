@@ -12,6 +12,7 @@ import weakref
 
 import anyio
 import pytest
+from meters import Meters
 from opentelemetry import metrics as api
 from opentelemetry.metrics import NoOpMeter
 from opentelemetry.sdk.metrics import Histogram, MeterProvider
@@ -26,7 +27,7 @@ from opentelemetry.sdk.metrics.export import (
 from opentelemetry.sdk.metrics.view import DropAggregation, View
 from tracing_tools import ANSWER, REQUEST, AsyncRemote, Recorder, Remote, remote
 
-from fluxibly import instruments
+from fluxibly import instruments, semconv
 from fluxibly.errors import Overloaded, RateLimitError, StreamStalled
 from fluxibly.middleware import Metrics, Retry, StreamMeter
 from fluxibly.pipeline import AsyncPipeline, Pipeline
@@ -55,28 +56,6 @@ WHO = {
     "server.port": 443,
 }
 DURATION, TOKENS, FIRST, PER_CHUNK = NAMES
-
-
-class Meters:
-    """A meter provider, and what it was given."""
-
-    def __init__(self) -> None:
-        self.reader = InMemoryMetricReader()
-        self.provider = MeterProvider([self.reader], shutdown_on_exit=False)
-
-    def metrics(self) -> Metrics:
-        return Metrics(meter_provider=self.provider)
-
-    def read(self):
-        """The metrics by name."""
-        data = self.reader.get_metrics_data()
-        if data is None:
-            return {}
-        return {m.name: m for r in data.resource_metrics for scope in r.scope_metrics for m in scope.metrics}
-
-    def points(self):
-        """The data points by the metric's name."""
-        return {name: list(metric.data.data_points) for name, metric in self.read().items()}
 
 
 @pytest.fixture
@@ -313,7 +292,7 @@ class TestWaiting:
         monkeypatch.setattr(instruments, "WAITING", 3)
         for _ in range(8):
             call()
-        assert len(instruments.recorder_of(meters.provider).waiting) == 3
+        assert len(instruments.recorder_of(meters.provider, semconv.RELEASED).waiting) == 3
         assert self.counts(meters.reader)[DURATION] == 8
 
     def test_more_kinds_of_calls_than_are_kept(self, meters, call, monkeypatch):
@@ -490,14 +469,14 @@ for _ in range(3):
     def test_a_histogram_that_raises_breaks_no_collection(self, meters, call, capsys, monkeypatch):
         """It is reported once, and what else waits is recorded."""
         call()
-        recorder = instruments.recorder_of(meters.provider)
+        recorder = instruments.recorder_of(meters.provider, semconv.RELEASED)
 
         def broken(*_):
             raise RuntimeError("broken")
 
         for _ in range(2):
             call()
-        histogram = recorder.histograms.duration
+        histogram = recorder.instruments.duration
         with monkeypatch.context() as patch:
             patch.setattr(histogram, "record", broken)
             meters.reader.get_metrics_data()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import attrs
 
+from fluxibly import semconv
 from fluxibly.effects import CallNext, Flow
 from fluxibly.sdk import may_have_sdk
 from fluxibly.types import Request, Response
@@ -30,9 +31,18 @@ class Metrics:
     call does not wait for that. What was not collected yet when a process is forked is in both, as with the SDK itself.
 
     Args:
+        conventions: whose names. "latest" is the edition of the conventions that is not released yet: the durations are
+            `gen_ai.client.inference.…`; tokens are counted by kind, `gen_ai.client.inference.usage.…` (0 where the
+            service told none), with histograms `….operation.input_tokens` and `….output_tokens`. For both, use two.
         meter_provider: by default the global one, also if it is set later.
+
+    Raises:
+        ValueError: `conventions` is something else.
     """
 
+    conventions: Literal["released", "latest"] = attrs.field(
+        default="released", validator=attrs.validators.in_(("released", "latest"))
+    )
     meter_provider: MeterProvider | None = None
     _instruments: list[Instruments] = attrs.field(init=False, repr=False, eq=False, factory=list["Instruments"])
     """One, from the end of the first call on for which there may be an SDK."""
@@ -52,5 +62,6 @@ class Metrics:
                 return
             from fluxibly.instruments import Instruments
 
-            self._instruments.append(Instruments(self.meter_provider))
+            names = semconv.LATEST if self.conventions == "latest" else semconv.RELEASED
+            self._instruments.append(Instruments(self.meter_provider, names))
         self._instruments[0].record(request, error)

@@ -1,0 +1,30 @@
+"""A meter provider for tests."""
+
+from __future__ import annotations
+
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+
+from fluxibly.middleware import Metrics
+
+
+class Meters:
+    """A meter provider, and what it was given."""
+
+    def __init__(self) -> None:
+        self.reader = InMemoryMetricReader()
+        self.provider = MeterProvider([self.reader], shutdown_on_exit=False)
+
+    def metrics(self, **options) -> Metrics:
+        return Metrics(meter_provider=self.provider, **options)
+
+    def read(self):
+        """The metrics by name."""
+        data = self.reader.get_metrics_data()
+        if data is None:
+            return {}
+        return {m.name: m for r in data.resource_metrics for scope in r.scope_metrics for m in scope.metrics}
+
+    def points(self):
+        """The data points by the metric's name."""
+        return {name: list(metric.data.data_points) for name, metric in self.read().items()}
