@@ -236,6 +236,7 @@ TestInterleaved = Interleaved.TestCase
 TestInterleaved.settings = settings(many, max_examples=30, stateful_step_count=25)
 
 
+@pytest.mark.filterwarnings("ignore:Async generator:ResourceWarning")  # trio tells of what was dropped
 @many
 @given(
     s.stacks,
