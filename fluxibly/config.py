@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 import attrs
 
 from fluxibly.errors import ConfigError
-from fluxibly.guards import is_list, is_mapping, is_whole
+from fluxibly.guards import is_list, is_mapping, is_whole, repr_without_secrets
 from fluxibly.suggest import did_you_mean, naming_the_nearest
 
 if TYPE_CHECKING:
@@ -122,7 +122,9 @@ class LLMConfig:
     api_base: str | None = attrs.field(default=None, repr=_without_login)
     timeout: float | Timeouts = 60.0
     max_retries: int = 3
-    additional_params: Mapping[str, Any] = attrs.field(factory=dict[str, Any], converter=_copied)
+    additional_params: Mapping[str, Any] = attrs.field(
+        factory=dict[str, Any], converter=_copied, repr=repr_without_secrets
+    )
     middleware: Sequence[Any] | None = attrs.field(default=None, converter=_copied)
 
     def __attrs_post_init__(self) -> None:

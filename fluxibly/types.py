@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 import attrs
 
 from fluxibly.call_record import CallRecord as CallRecord, ProviderInfo as ProviderInfo
+from fluxibly.guards import repr_of_headers, repr_without_secrets
 from fluxibly.messages import (
     ROLES as ROLES,
     Content as Content,
@@ -73,8 +74,8 @@ class Request:
     tool_choice: str | None = None
     response_format: Literal["text", "json"] | Mapping[str, Any] | None = None
     reasoning_effort: str | None = None
-    extra: Mapping[str, Any] = attrs.field(factory=dict[str, Any])
-    headers: Mapping[str, str] = attrs.field(factory=dict[str, str])
+    extra: Mapping[str, Any] = attrs.field(factory=dict[str, Any], repr=repr_without_secrets)
+    headers: Mapping[str, str] = attrs.field(factory=dict[str, str], repr=repr_of_headers)
     metadata: Mapping[str, Any] = attrs.field(factory=dict[str, Any])
     call: CallRecord = attrs.field(factory=CallRecord, repr=False)
 

@@ -179,6 +179,13 @@ class TestSecret:
 
 
 class TestYaml:
+    def test_a_key_among_the_additional_parameters(self):
+        """`repr` shows the parameter and not what it says."""
+        made = config(additional_params={"headers": {"Authorization": KEY}, "api_key": KEY, "logit_bias": {"1": 2}})
+        assert KEY not in repr(made)
+        assert "'logit_bias': {'1': 2}" in repr(made)
+        assert made.additional_params["api_key"] == KEY
+
     def test_a_file(self, file):
         """The section `llm:`, nested tables and lists included."""
         made = LLMConfig.from_yaml(

@@ -370,3 +370,18 @@ class TestAggregation:
     def test_str(self):
         """The text of a chunk or a response is its str."""
         assert str(Chunk("a")) == str(Response("a")) == "a"
+
+
+def test_a_requests_repr_has_no_secrets():
+    """Headers are named only, and so is what stands under a secret's name in `extra`; the rest is shown."""
+    request = Request(
+        model="m",
+        messages="hi",
+        headers={"Authorization": "Bearer sk-one", "X-Team": "sk-two"},
+        extra={"api_key": "sk-three", "nested": [{"auth_token": "sk-four"}], "max_tokens": 5, "user": "me"},
+    )
+    shown = repr(request)
+    assert "sk-" not in shown
+    assert "'Authorization': '***'" in shown
+    assert "'max_tokens': 5, 'user': 'me'" in shown
+    assert request.headers["X-Team"] == "sk-two"
