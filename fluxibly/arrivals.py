@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import accumulate
-
 from fluxibly.types import CallRecord
 
 LIMIT = 200
@@ -11,12 +9,12 @@ LIMIT = 200
 
 
 class Arrivals:
-    """The times at which chunks came, evenly thinned. `Tracing` adds the points: the time, `asked_at`, which chunk."""
+    """The times at which chunks came, evenly thinned. `Tracing` adds the points: the time, `asked_at`, the characters."""
 
-    __slots__ = ("call", "points", "stride")
+    __slots__ = ("points", "started_at", "stride")
 
     def __init__(self, call: CallRecord) -> None:
-        self.call = call
+        self.started_at = call.started_at
         self.points: list[tuple[float, float, int]] = []
         self.stride = 1
 
@@ -35,14 +33,11 @@ class Arrivals:
         """The value of `semconv.STREAM_ARRIVALS`."""
         import msgspec
 
-        start = last = self.call.started_at
-        characters = [0, *accumulate(map(len, self.call.delivered))]
+        start = last = self.started_at
         values: list[tuple[int, int, int]] = []
-        for at, asked, chunks in self.points:
+        for at, asked, characters in self.points:
             # The wait began when the consumer asked, or when the chunk before it came, if that was later.
             since = asked if asked > last else last  # noqa: FURB136  # max() costs three times as much
-            values.append(
-                (int((at - start) * 1e6), int((at - since) * 1e6), characters[min(chunks, len(characters) - 1)])
-            )
+            values.append((int((at - start) * 1e6), int((at - since) * 1e6), characters))
             last = at
         return msgspec.json.encode(values).decode()

@@ -68,6 +68,7 @@ class Tracing:
         call, arrivals, answer = request.call, trace.arrivals, trace.answer
         points = [] if arrivals is None else arrivals.points
         until_noted = 0 if arrivals is None else 1  # how many chunks further on the next one to note is
+        characters = 0
         effect: Any
         outcome: Any = None
         error: BaseException | None = None
@@ -87,9 +88,10 @@ class Tracing:
                             chunk = effect.chunk
                         else:
                             break
+                        characters += len(chunk.text)
                         until_noted -= 1
                         if until_noted == 0 and arrivals is not None:
-                            points.append((call.clock(), call.asked_at, call.chunks + 1))
+                            points.append((call.clock(), call.asked_at, characters))
                             until_noted = arrivals.stride if len(points) < LIMIT else arrivals.thin()
                         if answer is not None:
                             answer.add(chunk)
@@ -106,6 +108,7 @@ class Tracing:
                 else:
                     if type(effect) is Restart and outcome:
                         answer = trace.restarted()
+                        characters = 0
                         until_noted = 0 if arrivals is None else 1
         except StopIteration as stop:
             response = cast("Response", stop.value)
