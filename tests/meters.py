@@ -1,4 +1,4 @@
-"""A meter provider for tests."""
+"""A meter provider for tests, and the attributes of what calls of `tracing_tools` measure."""
 
 from __future__ import annotations
 
@@ -6,6 +6,15 @@ from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 
 from fluxibly.middleware import Metrics
+
+WHO = {
+    "gen_ai.operation.name": "chat",
+    "gen_ai.provider.name": "openai",
+    "gen_ai.request.model": "m-1",
+    "gen_ai.response.model": "m-1-2026",
+    "server.address": "api.test",
+    "server.port": 443,
+}
 
 
 class Meters:

@@ -12,7 +12,7 @@ import weakref
 
 import anyio
 import pytest
-from meters import Meters
+from meters import WHO, Meters
 from opentelemetry import metrics as api
 from opentelemetry.metrics import NoOpMeter
 from opentelemetry.sdk.metrics import Histogram, MeterProvider
@@ -46,14 +46,6 @@ NAMES = {
     "gen_ai.client.token.usage": ("{token}", T),
     "gen_ai.client.operation.time_to_first_chunk": ("s", D),
     "gen_ai.client.operation.time_per_output_chunk": ("s", D),
-}
-WHO = {
-    "gen_ai.operation.name": "chat",
-    "gen_ai.provider.name": "openai",
-    "gen_ai.request.model": "m-1",
-    "gen_ai.response.model": "m-1-2026",
-    "server.address": "api.test",
-    "server.port": 443,
 }
 DURATION, TOKENS, FIRST, PER_CHUNK = NAMES
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from meters import Meters
+from meters import WHO, Meters
 from opentelemetry.sdk.metrics.export import HistogramDataPoint
 from tracing_tools import REQUEST, remote
 
@@ -28,14 +28,6 @@ KINDS = (
     "reasoning.output_tokens",
 )
 COUNTERS = {f"{INFERENCE}usage.{kind}" for kind in KINDS}
-WHO = {
-    "gen_ai.operation.name": "chat",
-    "gen_ai.provider.name": "openai",
-    "gen_ai.request.model": "m-1",
-    "gen_ai.response.model": "m-1-2026",
-    "server.address": "api.test",
-    "server.port": 443,
-}
 USAGE = Usage(input_tokens=17, output_tokens=5, cached_tokens=3, cache_write_tokens=4, reasoning_tokens=2)
 
 
