@@ -6,12 +6,12 @@ Such a library sends the requests itself, so the limits of `Timeouts` are held f
 from __future__ import annotations
 
 import time
-from urllib.parse import urlsplit
 
 import attrs
 
 from fluxibly.config import LLMConfig, Timeouts
 from fluxibly.errors import AuthenticationError
+from fluxibly.providers.foreign_services import server_of
 from fluxibly.providers.limits import Phase
 from fluxibly.types import ProviderInfo
 
@@ -77,11 +77,11 @@ def checked_key(config: LLMConfig) -> str | None:
 
 def info_of(config: LLMConfig | None, *, name: str, framework: str, telemetry_name: str) -> ProviderInfo:
     """Who a provider is. The server is told only if the configuration names one."""
-    address = urlsplit((config.api_base if config is not None else None) or "")
+    address, port = server_of(config.api_base if config is not None else None)
     return ProviderInfo(
         name=name,
         framework=framework,
         telemetry_name=telemetry_name,
-        server_address=address.hostname,
-        server_port=address.port or {"https": 443, "http": 80}.get(address.scheme),
+        server_address=address,
+        server_port=port,
     )

@@ -53,16 +53,30 @@ class _Answer:
         self.reader = MessageReader()
         self.whole = False
         self._held: dict[str, Any] = {}
-        self._explain = source.explain
-        self._model = request.model
+        self._source = source
+        self._request = request
+        self._provider: object = self.dialect
+        source.asks(request.call, request.model)
 
     def explain(self, error: Exception, streamed: bool = False) -> Exception:  # a callback's shape
-        return self._explain(error, self._model, streamed=streamed)
+        return self._source.explain(error, self._request.model, streamed=streamed)
 
     def response(self, message: object) -> Response:
+        self._see(cast("BaseMessage", message))
         return response_of(cast("BaseMessage", message))
 
+    def _see(self, message: BaseMessage) -> None:
+        """Notice who answers, if a chat model asks others and their messages tell it.
+
+        An integration that stands on another's may have its messages say the other's name, which is no news.
+        """
+        told = message.response_metadata.get("model_provider")
+        if told != self._provider and isinstance(told, str) and told:
+            self._provider = told
+            self._source.answers(self._request.call, told)
+
     def chunk(self, message: object) -> Chunk | None:
+        self._see(cast("BaseMessage", message))
         if not isinstance(message, AIMessageChunk):  # a model that cannot stream gives its whole answer at once
             self.whole = True
             return as_chunk(response_of(cast("BaseMessage", message)))

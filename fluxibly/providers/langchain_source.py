@@ -19,9 +19,10 @@ from fluxibly.masking import mask_secrets
 from fluxibly.providers.foreign import Limits, checked_key, info_of, read_timeout
 from fluxibly.providers.foreign_errors import Explainer
 from fluxibly.providers.foreign_loops import PerLoop, on_asyncio
+from fluxibly.providers.foreign_services import Services
 from fluxibly.providers.langchain_call import dialect_of
 from fluxibly.providers.transports import end_connection
-from fluxibly.types import ProviderInfo
+from fluxibly.types import CallRecord, ProviderInfo
 
 _PREFIX = re.compile(r"(openai|anthropic)/(.+)", re.DOTALL)
 _PROVIDER = re.compile(r"([A-Za-z][A-Za-z0-9_-]*):(.+)", re.DOTALL)
@@ -78,6 +79,7 @@ class Source:
         first = given or self.model(cast("LLMConfig", config).model)
         self.explain = Explainer(library="LangChain", framework="langchain", secrets=_secrets(first, config))
         self.info = _info(first, config)
+        self._services = Services(self.info)
 
     def model(self, name: str) -> BaseChatModel:
         """The chat model for synchronous calls."""
@@ -95,6 +97,16 @@ class Source:
         if name not in made:
             made[name] = self._make(name, asynchronous=True)
         return made[name].model
+
+    def asks(self, call: CallRecord, name: str) -> None:
+        """Tell a call whose model it asks for."""
+        provider = None if self._given is not None else split_model(name)[0]
+        service = self.info if provider is None else self._services.named(_telemetry_name(provider))
+        self._services.tell(call, service)
+
+    def answers(self, call: CallRecord, provider: str) -> None:
+        """Tell a call who answered, by LangChain's name of the service."""
+        self._services.tell(call, self._services.named(_telemetry_name(provider)))
 
     def _make(self, name: str, *, asynchronous: bool) -> _Made:
         from langchain.chat_models import init_chat_model
@@ -215,5 +227,10 @@ def _secrets(chat_model: BaseChatModel, config: LLMConfig | None) -> tuple[str, 
 def _info(chat_model: BaseChatModel, config: LLMConfig | None) -> ProviderInfo:
     provider = (split_model(config.model)[0] if config is not None else None) or dialect_of(chat_model)
     provider = "langchain" if provider == "other" else provider
-    name = _TELEMETRY_NAMES.get(provider, provider)
+    name = _telemetry_name(provider)
     return info_of(config, name="LangChainProvider", framework="langchain", telemetry_name=name)
+
+
+def _telemetry_name(provider: str) -> str:
+    """`gen_ai.provider.name` for LangChain's name of a service."""
+    return _TELEMETRY_NAMES.get(provider, provider)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
@@ -18,11 +18,12 @@ from typing import Any, cast
 import httpx
 
 from fluxibly.config import LLMConfig
-from fluxibly.errors import ConfigError
+from fluxibly.errors import BadRequest, ConfigError
 from fluxibly.providers.foreign import Limits, checked_key, info_of, read_timeout
 from fluxibly.providers.foreign_calls import Opened, Steps, acall_within, asteps, call_within
 from fluxibly.providers.foreign_errors import Explainer
 from fluxibly.providers.foreign_loops import PerLoop, on_asyncio
+from fluxibly.providers.foreign_services import Services
 from fluxibly.providers.litellm_answer import (
     StreamReader,
     aclose_stream,
@@ -32,20 +33,16 @@ from fluxibly.providers.litellm_answer import (
     response_of,
 )
 from fluxibly.providers.litellm_clients import aclose_all, aclose_idle, close_idle
+from fluxibly.providers.litellm_services import Answerer, service_of, telemetry_name, without_access
 from fluxibly.threaded import Threaded
 from fluxibly.types import Chunk, ProviderInfo, Request, Response
 
 _COST_MAP = "LITELLM_LOCAL_MODEL_COST_MAP"
-_TELEMETRY_NAMES = {
-    "azure": "azure.ai.openai",
-    "bedrock": "aws.bedrock",
-    "gemini": "gcp.gemini",
-    "mistral": "mistral_ai",
-    "vertex_ai": "gcp.vertex_ai",
-    "watsonx": "ibm.watsonx.ai",
-    "xai": "x_ai",
-}
 _KEY_VARIABLES = ("_API_KEY", "_ACCESS_KEY", "_TOKEN", "_SECRET")
+_NO_FALLBACKS = (
+    "LiteLLM's `fallbacks` do not work for a stream that is read synchronously, or on trio: use asyncio, or the "
+    "middleware Fallback"
+)
 _importing = threading.Lock()
 
 
@@ -91,8 +88,9 @@ class LiteLLMProvider:
 
     def __init__(self, config: LLMConfig) -> None:
         self._litellm = _load()
-        self._service = _service_of(config.model, config.additional_params, config.api_base)
+        self._service = service_of(self._litellm, config.model, config.additional_params, config.api_base)
         self.info = _info(self._service, config)
+        self._services = Services(self.info)
         self._limits = Limits.of(config)
         times, read = config.timeouts, read_timeout(config.timeouts)
         self._settings: dict[str, Any] = {
@@ -110,19 +108,23 @@ class LiteLLMProvider:
         Raises:
             ProviderError: the service or the connection failed, or the request cannot be put to this model.
         """
-        keywords = self.keywords(request, stream=False)
+        keywords, answerer = self.prepare(request, stream=False)
         try:
-            return response_of(call_within(lambda: self._litellm.completion(**keywords), self._limits.call))
+            answer = call_within(lambda: self._litellm.completion(**keywords), self._limits.call)
+            answerer.read(answer)
+            return response_of(answer)
         except Exception as error:  # noqa: BLE001  # raised below, without LiteLLM's own as its context
             failure = self.explain(error, request)
         raise failure
 
     def stream(self, request: Request) -> Steps[Chunk]:
-        """The model's answer as it comes. Raises what `complete` raises."""
-        keywords = self.keywords(request, stream=True)
-        reader = StreamReader()
+        """The model's answer as it comes. Raises what `complete` raises, and BadRequest if there are `fallbacks`."""
+        keywords, answerer = self.prepare(request, stream=True)
+        reader = StreamReader(answerer)
 
         def open_stream() -> Opened:
+            if keywords.get("fallbacks"):  # it answers with an asynchronous stream, which nobody can read here
+                raise BadRequest(_NO_FALLBACKS)
             stream = reader.opened(self._litellm.completion(**keywords))
             return Opened(stream, partial(close_stream, stream), partial(cut_stream, stream))
 
@@ -132,19 +134,22 @@ class LiteLLMProvider:
         """Close the idle connections of LiteLLM's clients, which all of the process shares."""
         close_idle(self._litellm)
 
-    def keywords(self, request: Request, *, stream: bool) -> dict[str, Any]:
-        """A call's keywords. What is in `extra` is passed as one, which LiteLLM puts into the body.
+    def prepare(self, request: Request, *, stream: bool) -> tuple[dict[str, Any], Answerer]:
+        """A call's keywords, and what tells who answers it. What is in `extra` is a keyword, put into the body.
 
         Raises:
             BadRequest: LiteLLM has no such parameter.
         """
         keywords = {**self._settings, **body_of(request, stream=stream), **request.extra}
         base = self._access.get("api_base")
-        if _service_of(keywords["model"], request.extra, base) == self._service:  # a key must not travel to another
+        service = service_of(self._litellm, keywords["model"], request.extra, base)
+        if service == self._service:  # a key must not travel to another
             keywords = {**self._access, **keywords}
+        if keywords.get("fallbacks"):
+            keywords["fallbacks"] = without_access(self._litellm, keywords["fallbacks"], service, keywords)
         if request.headers:
             keywords["extra_headers"] = dict(request.headers)
-        return keywords
+        return keywords, Answerer(self._litellm, self._services, request.call, service, keywords)
 
     def explain(self, error: Exception, request: Request, *, streamed: bool = False) -> Exception:
         """Our error for one of LiteLLM's."""
@@ -171,9 +176,11 @@ class AsyncLiteLLMProvider:
         """The model's whole answer; see `LiteLLMProvider.complete`."""
         if not on_asyncio():
             return cast("Response", await self._threaded.complete(request))
-        keywords = self._sync.keywords(request, stream=False)
+        keywords, answerer = self._sync.prepare(request, stream=False)
         try:
-            return response_of(await acall_within(_per_loop.get().acompletion(**keywords), self._limits.call))
+            answer = await acall_within(_per_loop.get().acompletion(**keywords), self._limits.call)
+            answerer.read(answer)
+            return response_of(answer)
         except Exception as error:  # noqa: BLE001  # raised below, without LiteLLM's own as its context
             failure = self._sync.explain(error, request)
         raise failure
@@ -183,8 +190,8 @@ class AsyncLiteLLMProvider:
         return self._steps(request) if on_asyncio() else cast("AsyncGenerator[Chunk]", self._threaded.stream(request))
 
     def _steps(self, request: Request) -> AsyncGenerator[Chunk]:
-        keywords = self._sync.keywords(request, stream=True)
-        reader = StreamReader()
+        keywords, answerer = self._sync.prepare(request, stream=True)
+        reader = StreamReader(answerer)
 
         async def open_stream() -> AsyncIterator[Any]:
             return _AsyncStream(reader.opened(await _per_loop.get().acompletion(**keywords)))
@@ -214,20 +221,10 @@ class _AsyncStream:
         await aclose_stream(self._stream)
 
 
-def _service_of(model: str, settings: Mapping[str, Any], api_base: str | None) -> str:
-    """LiteLLM's name for who serves a model; empty if it cannot tell."""
-    given = settings.get("custom_llm_provider")
-    try:
-        return str(_load().get_llm_provider(model=model, custom_llm_provider=given, api_base=api_base)[1])
-    except Exception:  # noqa: BLE001  # one of LiteLLM's, of many lines
-        return ""
-
-
 def _info(service: str, config: LLMConfig) -> ProviderInfo:
     if not service:
         raise ConfigError(
             f"LiteLLM cannot tell who serves the model {config.model!r}: write provider/model, as in "
             "'openai/gpt-4o' or 'anthropic/claude-sonnet-4-5'"
         )
-    name = _TELEMETRY_NAMES.get(service, service)
-    return info_of(config, name="LiteLLMProvider", framework="litellm", telemetry_name=name)
+    return info_of(config, name="LiteLLMProvider", framework="litellm", telemetry_name=telemetry_name(service))

@@ -11,6 +11,7 @@ import msgspec
 
 from fluxibly.errors import StreamProtocolError
 from fluxibly.providers.json_reading import array, table
+from fluxibly.providers.litellm_services import Answerer
 from fluxibly.providers.openai_codec import Body, ChatDecoder, OpenAICodec
 from fluxibly.providers.openai_request import Quirks, chat_body
 from fluxibly.providers.transports import end_connection
@@ -56,15 +57,17 @@ def _plain(answer: Any) -> dict[str, Any]:
 class StreamReader:
     """Reads one stream of LiteLLM's."""
 
-    def __init__(self) -> None:
+    def __init__(self, answerer: Answerer) -> None:
+        self._answerer = answerer
         self._decoder = ChatDecoder(_SERVICE)
         self._thoughts = _Thoughts()
         self._stream: Any = None
         self._first: dict[str, Any] = {}
 
     def opened(self, stream: Any) -> Any:
-        """Note the stream itself, and give it back."""
+        """Note the stream itself and who gives it, and give it back."""
         self._stream = stream
+        self._answerer.read(stream)
         request_id, limits = _headers(stream)
         self._first = {"request_id": request_id, "rate_limits": limits or None}
         return stream
@@ -76,6 +79,8 @@ class StreamReader:
             StreamProtocolError: LiteLLM makes up an end, for a stream that was cut off.
         """
         plain = _plain(item)
+        hidden: Any = getattr(item, "_hidden_params", None) or {}
+        plain["model"] = hidden.get("provider_response_model") or plain.get("model")  # the service's word first
         for choice in plain.get("choices") or ():
             self._thoughts.add(choice.get("delta"))
             if choice.get("finish_reason"):

@@ -1,0 +1,117 @@
+"""Whose models LiteLLM asks: the one that a request names, and those that LiteLLM itself falls back to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+from fluxibly.providers.foreign_services import Services
+from fluxibly.types import CallRecord
+
+_TELEMETRY_NAMES = {
+    "azure": "azure.ai.openai",
+    "bedrock": "aws.bedrock",
+    "gemini": "gcp.gemini",
+    "mistral": "mistral_ai",
+    "vertex_ai": "gcp.vertex_ai",
+    "watsonx": "ibm.watsonx.ai",
+    "xai": "x_ai",
+}
+_ATTEMPTED = "x-litellm-attempted-fallbacks"
+"""Which of `fallbacks` answered, counted from 1; 0 is the model that was asked first."""
+
+
+def telemetry_name(service: str) -> str:
+    """`gen_ai.provider.name` for LiteLLM's name of a service."""
+    return _TELEMETRY_NAMES.get(service, service)
+
+
+def service_of(litellm: Any, model: str, settings: Mapping[str, Any], api_base: str | None) -> str:
+    """LiteLLM's name for who serves a model; empty if it cannot tell."""
+    given = settings.get("custom_llm_provider")
+    try:
+        return str(litellm.get_llm_provider(model=model, custom_llm_provider=given, api_base=api_base)[1])
+    except Exception:  # noqa: BLE001  # one of LiteLLM's, of many lines
+        return ""
+
+
+def without_access(litellm: Any, fallbacks: object, service: str, keywords: Mapping[str, Any]) -> object:
+    """LiteLLM's `fallbacks`, those to other services without `service`'s key and address.
+
+    LiteLLM gives each of them all keywords of the call, save for what it sets itself.
+    """
+    if not isinstance(fallbacks, list):
+        return fallbacks
+    kept: list[Any] = []
+    for fallback in cast("list[Any]", fallbacks):
+        settings = _settings_of(fallback, keywords)
+        other = service_of(litellm, settings["model"], settings, settings.get("api_base")) != service
+        own = fallback if isinstance(fallback, dict) else {"model": fallback}
+        kept.append({"api_key": None, "api_base": None, **own} if other else fallback)
+    return kept
+
+
+def _settings_of(fallback: object, keywords: Mapping[str, Any]) -> dict[str, Any]:
+    """The keywords that LiteLLM asks a fallback with."""
+    changes = cast("dict[str, Any]", fallback) if isinstance(fallback, dict) else {"model": fallback}
+    return {**keywords, **changes}
+
+
+class Answerer:
+    """Who answers one call. Begins with the service that is asked, and tells it to the call's record.
+
+    Args:
+        litellm: the library.
+        services: those of the provider.
+        call: what is told who answers.
+        service: whose model is asked; empty if LiteLLM cannot tell.
+        keywords: what LiteLLM is called with.
+    """
+
+    def __init__(
+        self, litellm: Any, services: Services, call: CallRecord, service: str, keywords: Mapping[str, Any]
+    ) -> None:
+        self._litellm = litellm
+        self._services = services
+        self._call = call
+        self._service = service
+        self._keywords = keywords
+        self._tell(service, keywords)
+
+    def read(self, answer: Any) -> None:
+        """Tell who gave an answer, or a stream, as far as LiteLLM says it.
+
+        Its notes on a whole answer name the first model and address whoever answered, so they are of no use.
+        """
+        hidden: Any = getattr(answer, "_hidden_params", None) or {}
+        settings = self._fallback(hidden) or self._for_long_prompts(hidden, answer)
+        if settings is not None:
+            self._call.asked_model = settings["model"]
+            self._tell(self._service_of(settings), settings)
+
+    def _fallback(self, hidden: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The keywords of the one of `fallbacks` that answered."""
+        given = self._keywords.get("fallbacks")
+        number = (hidden.get("additional_headers") or {}).get(_ATTEMPTED)
+        if not isinstance(given, list) or not isinstance(number, int):
+            return None
+        fallbacks = cast("list[Any]", given)
+        return _settings_of(fallbacks[number - 1], self._keywords) if 0 < number <= len(fallbacks) else None
+
+    def _for_long_prompts(self, hidden: Mapping[str, Any], answer: Any) -> dict[str, Any] | None:
+        """The keywords of the fallback for prompts that are too long, if the answer names its service."""
+        fallbacks: Mapping[str, str] = self._keywords.get("context_window_fallback_dict") or {}
+        model = fallbacks.get(self._keywords["model"])
+        if model is None:
+            return None
+        settings = {**self._keywords, "model": model}
+        told = hidden.get("custom_llm_provider") or getattr(answer, "custom_llm_provider", None)
+        return settings if told != self._service and told == self._service_of(settings) else None
+
+    def _service_of(self, settings: Mapping[str, Any]) -> str:
+        return service_of(self._litellm, settings["model"], settings, settings.get("api_base"))
+
+    def _tell(self, service: str, settings: Mapping[str, Any]) -> None:
+        if service:
+            told = self._services.at(telemetry_name(service), settings.get("api_base"))
+            self._services.tell(self._call, told)
