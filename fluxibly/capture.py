@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 import attrs
 
 from fluxibly import message_json, semconv
+from fluxibly.guards import shown
 from fluxibly.report import report_once
 
 if TYPE_CHECKING:
@@ -80,14 +81,14 @@ class Capturing:
     def record(self, captured: Captured, span: Span, context: Context, attributes: Mapping[str, Any]) -> None:
         """Put content onto the span (as JSON strings), and into an event with the span's `attributes`."""
         try:
-            content = captured.attributes(self.redact or message_json.unchanged)
+            content = captured.attributes(message_json.unchanged if self.redact is None else self._redacted)
         except Exception as problem:  # noqa: BLE001  # `redact` is the user's, and without it nothing is shown
             _report(problem)
             return
         if self.mode in ("span", "both"):
             span.set_attributes({key: _encoded(value) for key, value in content.items()})
         if self.mode in ("event", "both"):
-            self._emit({**attributes, **content}, context)
+            self._emit({**attributes, **{key: _plain(value) for key, value in content.items()}}, context)
 
     def _emit(self, attributes: dict[str, Any], context: Context) -> None:
         from opentelemetry._logs import LogRecord, get_logger
@@ -100,10 +101,17 @@ class Capturing:
         if self.redact is None or not text:
             return text
         try:
-            return self.redact(text)
+            return self._redacted(text)
         except Exception as problem:  # noqa: BLE001  # as above
             _report(problem)
             return ""
+
+    def _redacted(self, text: str) -> str:
+        """What `redact` makes of a text, if that is one: whatever else it returns cannot be sent as such."""
+        redacted: Any = None if self.redact is None else self.redact(text)
+        if not isinstance(redacted, str):
+            raise TypeError(f"redact returns a str, not {shown(redacted)}")
+        return redacted
 
 
 def _report(problem: Exception) -> None:
@@ -117,3 +125,14 @@ def _encoded(value: Any) -> str:
         return msgspec.json.encode(value, enc_hook=str).decode()
     except (UnicodeEncodeError, ValueError):  # half of a surrogate pair, say, which a model may well produce
         return json.dumps(value, default=str)
+
+
+def _plain(value: Any) -> Any:
+    """`value`, or what exporters can send of it, which refuse all of an attribute for one thing that is not JSON."""
+    import msgspec
+
+    try:
+        msgspec.json.encode(value)
+    except (TypeError, ValueError):  # an object among a tool's parameters, or half of a surrogate pair
+        return json.loads(json.dumps(value, default=str, ensure_ascii=False).encode(errors="replace"))
+    return value

@@ -47,9 +47,9 @@ def log_retry(request: Request, error: Exception, attempt: int, wait: float) -> 
         )
 
 
-_CONTROLS = re.compile("[\\x00-\\x08\\x0a-\\x1f\\x7f-\\x9f\\u2028\\u2029]")
+_CONTROLS = re.compile("[\\x00-\\x08\\x0a-\\x1f\\x7f-\\x9f\\u2028\\u2029\\ud800-\\udfff]")
 
 
 def one_line(text: str) -> str:
-    """Line ends and terminal controls escaped, so that no text can forge a log line."""
+    """Line ends, terminal controls and what no file takes escaped, so that no text can forge a log line or lose it."""
     return _CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)

@@ -6,7 +6,8 @@ import json
 from collections.abc import Iterable
 
 from fluxibly.errors import ResponseInvalid, StreamInterrupted, root_cause
-from fluxibly.types import Message, Request, Text
+from fluxibly.messages import Image, Message, Text
+from fluxibly.types import Request
 
 MASK = "***"
 CUT = "[…]"
@@ -51,7 +52,7 @@ def error_message(error: BaseException, requests: Iterable[Request]) -> str:
     quoted = [Message.assistant(answer) for answer in answers]
     for request in requests:
         text = mask_request(text, request, quoted)
-    return text
+    return text.encode(errors="backslashreplace").decode()  # half of a surrogate pair: exporters would lose the batch
 
 
 def as_text(error: BaseException) -> str:
@@ -83,6 +84,8 @@ def _contents(messages: Iterable[Message]) -> Iterable[str]:
     """The texts that a server could echo, as they are and as JSON and Python write them."""
     for message in messages:
         texts = [part.text for part in message.content if isinstance(part, Text)]
+        urls = [part.url for part in message.content if isinstance(part, Image) and part.url is not None]
+        texts += [url for url in urls if not url.startswith("data:")]  # megabytes, which nobody quotes
         texts += [call.raw_arguments for call in message.tool_calls]
         texts += [part.text for part in message.reasoning]
         for text in texts:

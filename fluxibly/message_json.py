@@ -1,7 +1,8 @@
 """Messages, answers and tools in the JSON schema of OpenTelemetry's `gen_ai.*.messages` attributes.
 
 (semantic-conventions-genai, gen-ai-input-messages.json and its siblings.) Every text passes through `redact` on its
-way, tool arguments, image data and the names of participants included; the names of tools and roles do not.
+way, tool arguments (their names too), image data and the names of participants included; the names of tools and roles,
+and the keys of the tools' JSON Schemas, do not.
 """
 
 from __future__ import annotations
@@ -111,18 +112,21 @@ def _image(image: Image, redact: Redact) -> Json:
 
 
 def _tool_call(call: ToolCall, redact: Redact) -> Json:
-    arguments = redact(call.raw_arguments) if call.error else _redacted(call.arguments, redact)
+    arguments = redact(call.raw_arguments) if call.error else _redacted(call.arguments, redact, keys=True)
     return {"type": "tool_call", "id": call.id, "name": call.name, "arguments": arguments}
 
 
-def _redacted(value: Any, redact: Redact) -> Any:
-    """A JSON value with every text in it redacted."""
+def _redacted(value: Any, redact: Redact, *, keys: bool = False) -> Any:
+    """A JSON value with every text in it redacted, and with `keys`, those of its objects."""
     if redact is unchanged:
         return value
     if isinstance(value, str):
         return redact(value)
     if isinstance(value, Mapping):
-        return {key: _redacted(item, redact) for key, item in value.items()}  # pyright: ignore[reportUnknownVariableType]
+        return {
+            redact(key) if keys and isinstance(key, str) else key: _redacted(item, redact, keys=keys)
+            for key, item in value.items()  # pyright: ignore[reportUnknownVariableType]
+        }
     if isinstance(value, (list, tuple)):
-        return [_redacted(item, redact) for item in value]  # pyright: ignore[reportUnknownVariableType]
+        return [_redacted(item, redact, keys=keys) for item in value]  # pyright: ignore[reportUnknownVariableType]
     return value

@@ -25,6 +25,7 @@ _latest: tuple[ProviderInfo | None, dict[str, Any]] = (None, {})
 def provider_attributes(info: ProviderInfo) -> dict[str, Any]:
     """Who is asked."""
     global _latest  # noqa: PLW0603  # those of the provider that was asked last
+    attributes: dict[str, Any]
     of, attributes = _latest
     if of is not info:
         attributes = {semconv.PROVIDER: info.telemetry_name}
@@ -46,19 +47,19 @@ def request_attributes(request: Request) -> dict[str, Any]:
     attributes[semconv.REQUEST_MODEL] = request.model
     if request.call.streaming:
         attributes[semconv.REQUEST_STREAM] = True
-    # One by one: a loop over a table of names takes three times as long.
+    # One by one: a loop over a table of names takes three times as long. Backends want one type of a name's values.
     if request.temperature is not None:
-        attributes[semconv.REQUEST_TEMPERATURE] = request.temperature
+        attributes[semconv.REQUEST_TEMPERATURE] = float(request.temperature)
     if request.max_tokens is not None:
         attributes[semconv.REQUEST_MAX_TOKENS] = request.max_tokens
     if request.top_p is not None:
-        attributes[semconv.REQUEST_TOP_P] = request.top_p
+        attributes[semconv.REQUEST_TOP_P] = float(request.top_p)
     if request.top_k is not None:
         attributes[semconv.REQUEST_TOP_K] = request.top_k
     if request.frequency_penalty is not None:
-        attributes[semconv.REQUEST_FREQUENCY_PENALTY] = request.frequency_penalty
+        attributes[semconv.REQUEST_FREQUENCY_PENALTY] = float(request.frequency_penalty)
     if request.presence_penalty is not None:
-        attributes[semconv.REQUEST_PRESENCE_PENALTY] = request.presence_penalty
+        attributes[semconv.REQUEST_PRESENCE_PENALTY] = float(request.presence_penalty)
     if request.seed is not None:
         attributes[semconv.REQUEST_SEED] = request.seed
     if request.reasoning_effort is not None:

@@ -21,12 +21,12 @@ _TRACES: tuple[Signal, ...] = ("traces",)
 class Telemetry:
     """What `setup` has set up. It is shut down when the process ends; `shutdown` does it sooner."""
 
-    _shutdowns: tuple[Callable[[], Any], ...]
+    _shutdowns: list[Callable[[], Any]]
 
     def shutdown(self) -> None:
         """Send what is still waiting, and end. Twice is fine."""
-        for shutdown in self._shutdowns:
-            shutdown()
+        while self._shutdowns:
+            self._shutdowns.pop(0)()
 
 
 def setup(
@@ -53,7 +53,7 @@ def setup(
     Raises:
         ImportError: the extra `otel` is not installed.
         RuntimeError: a tracer provider is set up already; add exporters to that one.
-        ValueError: no destination is given, or an unknown signal.
+        ValueError: no destination is given, an address that is no http or https URL, or an unknown signal.
         OSError: the file cannot be written.
     """
     unknown = set(signals) - {"traces", "metrics", "events"}
@@ -63,6 +63,8 @@ def setup(
         raise ValueError(
             "setup() needs a destination: otlp='http://127.0.0.1:4318', file='trace.jsonl' or console=True"
         )
+    if otlp is not None and not otlp.startswith(("http://", "https://")):
+        raise ValueError(f"setup(otlp=…) takes an http:// or https:// URL, not {otlp!r}")
     try:
         from opentelemetry import trace
         from opentelemetry.sdk.resources import OTELResourceDetector, Resource
@@ -77,15 +79,14 @@ def setup(
     resource = Resource.create({"service.name": service_name}).merge(OTELResourceDetector().detect())
     tracers = TracerProvider(resource=resource)
     shutdowns: list[Callable[[], Any]] = [tracers.shutdown]
-    if "traces" in signals:
-        for processor in _span_processors(otlp, headers, file, console=console):
-            tracers.add_span_processor(processor)
+    for processor in _span_processors(otlp if "traces" in signals else None, headers, file, console=console):
+        tracers.add_span_processor(processor)
     if otlp is not None and "metrics" in signals:
         shutdowns.append(_set_up_metrics(resource, otlp, headers))
     if otlp is not None and "events" in signals:
         shutdowns.append(_set_up_events(resource, otlp, headers))
     trace.set_tracer_provider(tracers)
-    return Telemetry(tuple(shutdowns))
+    return Telemetry(shutdowns)
 
 
 def _span_processors(

@@ -1,0 +1,149 @@
+"""What traces, metrics and logs hold at their edges: odd values, odd texts, and what `setup` is given."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+
+import pytest
+from opentelemetry.exporter.otlp.proto.common._log_encoder import encode_logs
+from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
+from tracing_tools import ANSWER, REQUEST, Recorder, Remote, everything
+
+from fluxibly import telemetry
+from fluxibly.errors import BadRequest, Overloaded
+from fluxibly.messages import Image, Message, Tool, ToolCall
+from fluxibly.middleware import Logging
+from fluxibly.pipeline import Pipeline
+from fluxibly.report import forget_reports
+from fluxibly.types import Request, Response
+
+
+@pytest.fixture
+def recorder():
+    forget_reports()
+    return Recorder()
+
+
+def ask(recorder, answer, request=REQUEST, **options):
+    """Make a call that is logged and traced."""
+    return Pipeline(Remote(answer), [Logging(), recorder.tracing(**options)]).complete(request)
+
+
+# Texts
+
+
+@pytest.mark.parametrize("returned", [None, 5, b"bytes"])
+def test_a_redact_that_returns_no_text_shows_nothing(returned, recorder, capsys):
+    """As if it had raised: neither in the content nor in an error's message, and that is told once."""
+    ask(recorder, ANSWER, capture="both", redact=lambda text: returned)
+    assert "gen_ai.input.messages" not in recorder.call.attributes
+    assert recorder.events == []
+    with pytest.raises(Overloaded):
+        ask(again := Recorder(), Overloaded("there is no room"), redact=lambda text: returned)
+    assert again.call.status.description == "Overloaded"
+    assert again.call.events[0].attributes["exception.message"] == ""
+    assert capsys.readouterr().err.count("redact raised TypeError") == 1
+
+
+def test_redact_sees_the_names_of_arguments(recorder):
+    """A model writes them; a tool's own schema stays one."""
+    tool = Tool("look", parameters={"type": "object", "properties": {}})
+    call = ToolCall("1", "look", {"people": {"Jo Doe": [{"Jo Doe": 1}]}})
+    request = Request(model="m-1", messages="Hi", tools=[tool])
+    ask(recorder, Response(tool_calls=[call]), request, capture="span", redact=lambda text: text.upper())
+    (message,) = json.loads(recorder.call.attributes["gen_ai.output.messages"])
+    assert message["parts"][0]["arguments"] == {"PEOPLE": {"JO DOE": [{"JO DOE": 1}]}}
+    (definition,) = json.loads(recorder.call.attributes["gen_ai.tool.definitions"])
+    assert definition["parameters"] == {"type": "OBJECT", "properties": {}}
+
+
+def test_the_address_of_an_image_is_content(recorder, caplog):
+    """A service that quotes it makes it known neither to logs nor to spans."""
+    url = "https://files.test/of-jo-doe/passport.png?signature=0123456789"
+    request = Request(model="m-1", messages=[Message.user(["What is this?", Image(url=url)])])
+    with caplog.at_level(logging.INFO, "fluxibly"), pytest.raises(BadRequest):
+        ask(recorder, BadRequest(f"cannot fetch {url}!"), request)
+    assert recorder.call.status.description == "cannot fetch […]!"
+    assert "passport" not in everything(recorder.spans) + caplog.text
+
+
+def test_half_a_character_in_an_error_is_exported_and_logged(recorder, tmp_path):
+    """Else an exporter would refuse all spans of its batch, and a log file the line."""
+    handler = logging.FileHandler(path := tmp_path / "log", encoding="utf-8")
+    logger = logging.getLogger("fluxibly")
+    logger.addHandler(handler)
+    try:
+        with pytest.raises(BadRequest):
+            ask(recorder, BadRequest("bad \ud83d thing"), REQUEST.evolve(model="m\ud83d"))
+    finally:
+        logger.removeHandler(handler)
+        handler.close()
+    (span,) = recorder.attempts
+    assert span.status.description == span.events[0].attributes["exception.message"] == "bad \\ud83d thing"
+    assert 'error_message="bad \\ud83d thing"' in path.read_text()
+
+
+def test_what_is_no_json_harms_no_event(recorder, caplog):
+    """An exporter drops the whole attribute for an object or half of a character in it, with an error in the log."""
+    tool = Tool("look", parameters={"type": "object", "default": object})
+    request = Request(model="m-1", messages="Hi \ud800", tools=[tool])
+    ask(recorder, Response("a\ud83d"), request, capture="event")
+    assert {"gen_ai.input.messages", "gen_ai.output.messages", "gen_ai.tool.definitions"} <= {
+        pair.key for pair in _record(recorder).attributes
+    }
+    assert recorder.events[0].attributes["gen_ai.output.messages"][0]["parts"][0]["content"] == "a?"
+    assert [record for record in caplog.records if record.name.startswith("opentelemetry")] == []
+
+
+def _record(recorder):
+    """The one event as OTLP has it."""
+    encoded = encode_logs(recorder.log_exporter.get_finished_logs())
+    return encoded.resource_logs[0].scope_logs[0].log_records[0]
+
+
+# Values
+
+
+def test_a_parameter_has_one_type_whatever_it_was_written_as(recorder):
+    """Backends take the type of a name from its first value, and then refuse others: 1 is sent as 1.0."""
+    request = Request(
+        model="m-1", messages="Hi", temperature=1, top_p=1, frequency_penalty=0, presence_penalty=2, top_k=5
+    )
+    ask(recorder, ANSWER, request)
+    encoded = encode_spans(recorder.spans).resource_spans[0].scope_spans[0].spans[-1]
+    kinds = {
+        pair.key.rpartition(".")[2]: pair.value.WhichOneof("value")
+        for pair in encoded.attributes
+        if pair.key.startswith("gen_ai.request.")
+    }
+    doubles = dict.fromkeys(("temperature", "top_p", "frequency_penalty", "presence_penalty"), "double_value")
+    assert kinds == {**doubles, "model": "string_value", "top_k": "int_value"}
+
+
+# Setup
+
+
+@pytest.mark.parametrize("address", ["", "127.0.0.1:4318", "grpc://127.0.0.1:4317"])
+def test_an_address_that_is_none_is_refused(address):
+    """Before anything is set up."""
+    with pytest.raises(ValueError, match="http:// or https:// URL"):
+        telemetry.setup(otlp=address)
+
+
+def test_signals_are_for_the_backend_alone(tmp_path):
+    """Spans go to the file in any case; to shut down twice is not even a warning."""
+    path = tmp_path / "trace.jsonl"
+    code = f"""
+from fluxibly.telemetry import setup
+from opentelemetry import trace
+telemetry = setup(file={str(path)!r}, otlp="http://127.0.0.1:9", signals=["metrics", "events"])
+trace.get_tracer("t").start_span("s").end()
+telemetry.shutdown()
+telemetry.shutdown()
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert json.loads(path.read_text())["resourceSpans"][0]["scopeSpans"][0]["spans"][0]["name"] == "s"
