@@ -45,6 +45,14 @@ class TracedSpan:
         for child in self.children:
             yield from child.walk(depth + 1)
 
+    @property
+    def error(self) -> str:
+        """What failed, unless a span below it says the same; "" if nothing did."""
+        if not self.failed or any(child.failed and child.message == self.message for child in self.children):
+            return ""
+        kind = str(self.attributes.get(semconv.ERROR_TYPE, ""))
+        return (kind if self.message in ("", kind) else f"{kind}: {self.message}".removeprefix(": ")) or "failed"
+
     def value(self, key: str) -> Any:
         """An attribute that holds JSON, decoded; None if it is absent or not JSON."""
         found = self.attributes.get(key)
@@ -161,5 +169,25 @@ def call_facts(span: TracedSpan) -> list[str]:
     if given.get(semconv.ATTEMPTS, 1) > 1:
         facts.append(f"{given[semconv.ATTEMPTS]} attempts")
     if semconv.USAGE_INPUT in given or semconv.USAGE_OUTPUT in given:
-        facts.append(f"{given.get(semconv.USAGE_INPUT, '?')} → {given.get(semconv.USAGE_OUTPUT, '?')} tokens")
+        facts.append(f"{_count(given.get(semconv.USAGE_INPUT))} → {_count(given.get(semconv.USAGE_OUTPUT))} tokens")
     return facts
+
+
+def stream_facts(span: TracedSpan) -> list[str]:
+    """What to tell of a stream in any view: how much came, the wait for its first chunk, and the longest after that."""
+    given = span.attributes
+    if semconv.STREAM_CHUNKS not in given:
+        return []
+    chunks, characters = given[semconv.STREAM_CHUNKS], given.get(semconv.STREAM_CHARACTERS)
+    facts = [f"{_count(chunks)} chunk{'' if chunks == 1 else 's'}, {_count(characters)} characters"]
+    first = given.get(semconv.RESPONSE_TIME_TO_FIRST_CHUNK)
+    if first is not None:
+        facts.append(f"time to first chunk {duration(first)}")
+    longest = given.get(semconv.STREAM_LONGEST_STALL, 0)
+    if longest > (first or 0) * 1.05:  # else it is the same wait
+        facts.append(f"longest wait {duration(longest)}")
+    return facts
+
+
+def _count(number: int | None) -> str:
+    return "?" if number is None else f"{number:,}"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from html import escape
 from importlib.resources import files
@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from fluxibly import semconv, trace_file
-from fluxibly.trace_file import TracedSpan, call_facts, duration, label
-from fluxibly.trace_plot import plot
+from fluxibly.trace_file import TracedSpan, call_facts, duration, label, stream_facts
+from fluxibly.trace_messages import as_text, conversation, indented
+from fluxibly.trace_plot import axis, lines, plot
 
 _CONTENT = (semconv.SYSTEM_INSTRUCTIONS, semconv.INPUT_MESSAGES, semconv.OUTPUT_MESSAGES, semconv.TOOL_DEFINITIONS)
 
@@ -50,7 +51,7 @@ def _totals(roots: Iterable[TracedSpan]) -> str:
     retries = sum(max(call.attributes.get(semconv.ATTEMPTS, 1) - 1, 0) for call in calls)
     told = [
         (str(len(calls)), "call" if len(calls) == 1 else "calls"),
-        (str(sum(call.failed for call in calls)), "failed"),
+        *_outcomes(calls),
         (str(retries), "retry" if retries == 1 else "retries"),
         (f"{tokens_in:,}", "tokens in"),
         (f"{tokens_out:,}", "tokens out"),
@@ -61,19 +62,38 @@ def _totals(roots: Iterable[TracedSpan]) -> str:
     )
 
 
+def _outcomes(calls: Iterable[TracedSpan]) -> list[tuple[str, str]]:
+    """How many calls failed, and how many ended in other ways than well, if any did."""
+    ended = Counter(call.outcome for call in calls)
+    return [
+        (str(ended[outcome]), outcome)
+        for outcome in ("failed", "stalled", "cancelled", "abandoned")
+        if outcome == "failed" or ended[outcome]
+    ]
+
+
 def _trace(root: TracedSpan) -> str:
     started = datetime.fromtimestamp(root.start / 1e9, UTC).strftime("%H:%M:%S.%f")[:-3]
     time = f'<time title="trace {escape(root.trace_id)}">{started}</time>'
     header = f'<header class="call"><h2>{escape(root.name)}</h2>{_badges(root)}{time}</header>'
-    parts = ["<article>", header, _waterfall(root)]
-    for _, span in root.walk():
-        if points := span.arrivals:
-            parts.append(f"<h3>Chunks</h3><figure>{plot(points, span.seconds)}{_caption(span, len(points))}</figure>")
-        if messages := "".join(_messages(span)):
-            parts.append(f'<h3>Messages</h3><div class="chat">{messages}</div>')
-        parts.append(_tools(span))
-    parts.append(_attributes(root))
-    return "".join(parts) + "</article>"
+    details = "".join(_details(span, root) for _, span in root.walk())
+    return f"<article>{header}{_waterfall(root)}{details}{_attributes(root)}</article>"
+
+
+def _details(span: TracedSpan, root: TracedSpan) -> str:
+    """The plot, the messages and the tools of a span; its name too, if it is not the trace's first."""
+    parts: list[str] = []
+    if points := span.arrivals:
+        thinned = len(points) < span.attributes.get(semconv.STREAM_CHUNKS, 0)
+        drawn = plot(points, span.seconds, stalled=span.outcome == "stalled", thinned=thinned)
+        parts.append(f"<h4>Chunks</h4><figure>{drawn}{_caption(span, len(points))}</figure>")
+    if messages := conversation(span):
+        parts.append(f'<h4>Messages</h4><div class="chat">{messages}</div>')
+    parts.append(_tools(span))
+    body = "".join(parts)
+    if not body or span is root:
+        return body
+    return f'<section><header class="call"><h3>{escape(span.name)}</h3>{_badges(span)}</header>{body}</section>'
 
 
 def _badges(span: TracedSpan) -> str:
@@ -92,78 +112,36 @@ def _waterfall(root: TracedSpan) -> str:
         width = 100 * (span.end - span.start) / whole
         child = " child" if depth else ""
         rows.append(
-            f'<div class="name" style="padding-left:{depth * 18}px" title="{escape(span.name)}">{escape(label(span))}</div>'
+            f'<div class="name" style="--depth:{min(depth, 8)}" title="{escape(span.name)}">{escape(label(span))}</div>'
             f'<div class="lane"><div class="bar {escape(span.outcome)}{child}" '
             f'style="left:{min(left, 99.6):.2f}%;width:{width:.2f}%" title="{escape(span.outcome)}"></div></div>'
             f'<div class="time">{duration(span.seconds)}</div>'
         )
-        if span.failed:
-            kind = str(span.attributes.get(semconv.ERROR_TYPE, "error"))
-            why = kind if span.message in ("", kind) else f"{kind}: {span.message}"
-            rows.append(f'<div></div><div class="why">{escape(why)}</div>')
-    marks = "".join(f"<span>{duration(whole * step / 4e9) if step else 0}</span>" for step in range(5))
-    return f'<div class="waterfall">{"".join(rows)}<div></div><div class="axis">{marks}</div><div></div></div>'
+        if why := span.error:
+            rows.append(f'<div class="why">{escape(why)}</div>')
+    seconds = whole / 1e9
+    return (
+        f'<div class="waterfall"><div class="lines">{lines(seconds)}</div>{"".join(rows)}'
+        f'<div class="axis">{axis(seconds)}</div></div>'
+    )
 
 
 def _caption(span: TracedSpan, shown: int) -> str:
     given = span.attributes
-    chunks = given.get(semconv.STREAM_CHUNKS, shown)
-    facts = [f"{chunks} chunks, {given.get(semconv.STREAM_CHARACTERS, '?')} characters"]
-    for key, what in (
-        (semconv.RESPONSE_TIME_TO_FIRST_CHUNK, "first after"),
-        (semconv.STREAM_GAP_P50, "median gap"),
-        (semconv.STREAM_GAP_P95, "95 % of gaps within"),
-        (semconv.STREAM_LONGEST_STALL, "longest wait"),
-    ):
+    facts = stream_facts(span)
+    for key, what in ((semconv.STREAM_GAP_P50, "median gap"), (semconv.STREAM_GAP_P95, "95 % of gaps within")):
         if key in given:
             facts.append(f"{what} {duration(given[key])}")
-    if shown < chunks:
+    if shown < given.get(semconv.STREAM_CHUNKS, shown):
         facts.append(f"{shown} of the chunks are drawn")
     return f"<figcaption>{' · '.join(facts)}</figcaption>"
-
-
-def _messages(span: TracedSpan) -> Iterator[str]:
-    instructions: list[Any] = span.value(semconv.SYSTEM_INSTRUCTIONS) or []
-    if instructions:
-        yield _message({"role": "system", "parts": instructions})
-    for key in (semconv.INPUT_MESSAGES, semconv.OUTPUT_MESSAGES):
-        messages: list[dict[str, Any]] = span.value(key) or []
-        for message in messages:
-            yield _message(message)
-
-
-def _message(message: Mapping[str, Any]) -> str:
-    role = str(message.get("role", ""))
-    reason = message.get("finish_reason")
-    reason = "cut off" if reason == "error" else reason
-    title = escape(role + (f" · {reason}" if reason and reason != "stop" else ""))
-    parts = "".join(_part(part) for part in message.get("parts", ()))
-    return f'<div class="message {escape(role)}"><div class="role">{title}</div>{parts}</div>'
-
-
-def _part(part: Mapping[str, Any]) -> str:
-    kind = part.get("type")
-    if kind in ("text", "reasoning"):
-        return f'<p class="{kind}">{escape(str(part.get("content", "")))}</p>'
-    if kind == "tool_call":
-        return f"<pre>{escape(str(part.get('name')))}({escape(_json(part.get('arguments')))})</pre>"
-    if kind == "tool_call_response":
-        return f"<pre>{escape(_json(part.get('response')))}</pre>"
-    if kind == "blob" and str(part.get("mime_type", "")).startswith("image/"):
-        source = f"data:{part['mime_type']};base64,{part.get('content', '')}"
-        return f'<img alt="image" src="{escape(source)}">'
-    return f"<pre>{escape(_json(part))}</pre>"
-
-
-def _json(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _tools(span: TracedSpan) -> str:
     tools: list[dict[str, Any]] = span.value(semconv.TOOL_DEFINITIONS) or []
     if not tools:
         return ""
-    listed = "".join(f"<pre>{escape(json.dumps(tool, ensure_ascii=False, indent=2))}</pre>" for tool in tools)
+    listed = "".join(f"<pre>{escape(indented(tool))}</pre>" for tool in tools)
     names = ", ".join(str(tool.get("name", "?")) for tool in tools)
     return f"<details><summary>Tools offered: {escape(names)}</summary>{listed}</details>"
 
@@ -173,7 +151,7 @@ def _attributes(root: TracedSpan) -> str:
     for _, span in root.walk():
         rows.append(f'<tr><td class="span" colspan="2">{escape(label(span))}</td></tr>')
         rows.extend(
-            f"<tr><td>{escape(key)}</td><td>{escape(_json(value))}</td></tr>"
+            f"<tr><td>{escape(key)}</td><td>{escape(as_text(value))}</td></tr>"
             for key, value in span.attributes.items()
             if key not in (*_CONTENT, semconv.STREAM_ARRIVALS)
         )

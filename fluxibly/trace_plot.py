@@ -1,76 +1,132 @@
-"""The plot of a stream's chunks: characters over time, with the stalls marked, as an SVG."""
+"""The plot of a stream's chunks: characters over time, with the stalls marked, as an SVG with labels in HTML.
+
+The drawing is stretched to the width of the page, and its labels are not, so that they can be read at any width.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from statistics import median
 from typing import TypeAlias
+
+import attrs
 
 from fluxibly.trace_file import duration
 
 Point: TypeAlias = tuple[float, float, int]
 """Seconds since the call began, seconds that the chunk was waited for, characters so far."""
 
-_Scale: TypeAlias = Callable[[float], float]
-
-WIDTH, HEIGHT = 1000, 220
-LEFT, RIGHT, TOP, BOTTOM = 52, 12, 22, 38
+WIDTH, HEIGHT = 1000, 160
 NOTABLE = 0.04
 """The share of the whole time from which a wait is marked."""
+LABEL = 24.0
+"""The width of a band's label on a narrow page, in percent."""
 
 
-def plot(points: Sequence[Point], seconds: float) -> str:
-    """An SVG of the arrivals of a stream that took so many seconds in all."""
+@attrs.frozen
+class Band:
+    """A stretch of time to mark, in seconds since the call began."""
+
+    kind: str
+    start: float
+    end: float
+    text: str
+
+
+def plot(points: Sequence[Point], seconds: float, *, stalled: bool = False, thinned: bool = False) -> str:
+    """The arrivals of a stream that took so many seconds in all.
+
+    Args:
+        points: the chunks, at least one.
+        seconds: how long the call took.
+        stalled: the stream ended because nothing more came.
+        thinned: these are not all chunks, so that a long time between two of them may be of either side.
+    """
     whole = max(seconds, points[-1][0], 1e-6)
     most = max(points[-1][2], 1)
-
-    def x(at: float) -> float:
-        return LEFT + (WIDTH - LEFT - RIGHT) * at / whole
-
-    def y(characters: float) -> float:
-        return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * characters / most
-
-    floor = y(0)
-    shapes = [*_grid(whole, most, x, y)]
-    for kind, start, end, text in _bands(points, whole):
-        shapes.append(
-            f'<rect class="{kind}" x="{x(start):.1f}" y="{TOP}" width="{x(end) - x(start):.1f}" '
-            f'height="{floor - TOP:.1f}"/>'
-        )
-        shapes.append(
-            f'<text class="{kind if kind != "first" else ""}" x="{(x(start) + x(end)) / 2:.1f}" '
-            f'y="{TOP - 7}" text-anchor="middle">{text}</text>'
-        )
-    path = f"M{x(points[0][0]):.1f} {floor:.1f}"
+    bands = [*_bands(points, whole, stalled=stalled, thinned=thinned)]
+    marked = "".join(
+        f'<rect class="{band.kind}" x="{WIDTH * band.start / whole:.1f}" y="0" '
+        f'width="{WIDTH * (band.end - band.start) / whole:.1f}" height="{HEIGHT}"><title>{band.text}</title></rect>'
+        for band in bands
+    )
+    path = f"M{WIDTH * points[0][0] / whole:.1f} {HEIGHT}"
     for at, _, characters in points:
-        path += f"H{x(at):.1f}V{y(characters):.1f}"
-    shapes.append(f'<path class="area" d="{path}V{floor:.1f}Z"/><path class="curve" d="{path}"/>')
-    rug = "".join(f"M{x(at):.1f} {floor + 4:.1f}v6" for at, _, _ in points)
-    shapes.append(f'<path class="rug" d="{rug}"/>')
-    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="chunk arrivals">{"".join(shapes)}</svg>'
+        path += f"H{WIDTH * at / whole:.1f}V{HEIGHT - HEIGHT * characters / most:.1f}"
+    path += f"H{WIDTH}"
+    rug = "".join(f"M{WIDTH * at / whole:.1f} 0V1" for at, _, _ in points)
+    return (
+        f'<div class="plot"><div class="bands">{_labels(bands, whole)}</div>'
+        f'<div class="scale"><span>{most:,}</span><span>0</span></div><div class="lines">{lines(whole)}</div>'
+        f'<svg class="chunks" viewBox="0 0 {WIDTH} {HEIGHT}" preserveAspectRatio="none" role="img" '
+        f'aria-label="characters over time">{marked}<path class="area" d="{path}V{HEIGHT}Z"/>'
+        f'<path class="curve" d="{path}"/></svg>'
+        f'<svg class="rug" viewBox="0 0 {WIDTH} 1" preserveAspectRatio="none" aria-hidden="true"><path d="{rug}"/></svg>'
+        f'<div class="axis">{axis(whole)}</div></div>'
+    )
 
 
-def _grid(whole: float, most: int, x: _Scale, y: _Scale) -> Iterator[str]:
-    for share in (0.0, 0.5, 1.0):
-        at = y(most * share)
-        yield f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>'
-        yield f'<text x="{LEFT - 8}" y="{at + 4:.1f}" text-anchor="end">{most * share:.0f}</text>'
-    for step in range(5):
-        anchor = "start" if step == 0 else "end" if step == 4 else "middle"
-        at = whole * step / 4
-        yield f'<text x="{x(at):.1f}" y="{HEIGHT - 8}" text-anchor="{anchor}">{duration(at) if step else "0"}</text>'
-
-
-def _bands(points: Sequence[Point], whole: float) -> Iterator[tuple[str, float, float, str]]:
+def _bands(points: Sequence[Point], whole: float, *, stalled: bool, thinned: bool) -> Iterator[Band]:
     """What to mark: the wait for the first chunk, stalls, and the times that the reader took."""
-    first = points[0][0]
+    first, last = points[0][0], points[-1][0]
     if first >= NOTABLE * whole:
-        yield "first", 0.0, first, f"first chunk {duration(first)}"
+        yield Band("first", 0.0, first, f"first chunk at {duration(first)}")
     usual = median([wait for _, wait, _ in points[1:]]) if len(points) > 1 else 0.0
     for (before, _, _), (at, wait, _) in pairwise(points):
         asked = max(at - wait, before)
         if wait >= NOTABLE * whole and wait >= 4 * usual:
-            yield "stall", asked, at, f"stall {duration(wait)}"
+            yield Band("stall", asked, at, f"stall {duration(wait)}")
         if asked - before >= NOTABLE * whole:
-            yield "reader", before, asked, f"reader {duration(asked - before)}"
+            kind = "pause" if thinned else "reader"
+            yield Band(kind, before, asked, f"{kind} {duration(asked - before)}")
+    if stalled and whole - last >= NOTABLE * whole:
+        yield Band("stall", last, whole, f"stall {duration(whole - last)}")
+
+
+def _labels(bands: Sequence[Band], whole: float) -> str:
+    """The labels of the longest bands that have room, none over another; the others' show on pointing at them."""
+    placed: list[float] = []
+    labels: list[str] = []
+    for band in sorted(bands, key=lambda band: band.start - band.end):
+        middle = 50 * (band.start + band.end) / whole
+        left = min(max(middle, LABEL / 2), 100 - LABEL / 2)
+        if all(abs(left - other) >= LABEL for other in placed):
+            placed.append(left)
+            side = f"left:{left:.2f}%"
+            if left != middle:
+                side = f"{'left' if left > middle else 'right'}:0;transform:none"
+            labels.append(f'<span class="{band.kind}" style="{side}">{band.text}</span>')
+    return "".join(labels)
+
+
+def ticks(whole: float) -> list[tuple[float, str]]:
+    """At most six round times from 0 to the whole (seconds), each with its label; all have one unit."""
+    step = 10 ** math.floor(math.log10(whole))
+    step = next(step * part for part in (0.2, 0.5, 1, 2) if whole / (step * part) <= 5.5)
+    for unit, scale in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)):
+        if whole * scale >= 1 or unit == "µs":
+            break
+    digits = max(0, -math.floor(math.log10(step * scale) + 1e-9))
+    return [
+        (at, f"{at * scale:,.{digits}f} {unit}" if at else "0")
+        for at in (step * number for number in range(int(whole / step + 1e-9) + 1))
+    ]
+
+
+def axis(whole: float) -> str:
+    """The labels of a time axis, as wide as what they are put in."""
+    return "".join(
+        f'<span style="left:{(place := 100 * at / whole):.2f}%" class="{_anchor(place)}">{text}</span>'
+        for at, text in ticks(whole)
+    )
+
+
+def _anchor(place: float) -> str:
+    return "first" if place < 1 else "last" if place > 95 else ""
+
+
+def lines(whole: float) -> str:
+    """The lines of a time axis."""
+    return "".join(f'<i style="left:{100 * at / whole:.2f}%"></i>' for at, _ in ticks(whole))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from html.parser import HTMLParser
+from importlib.resources import files
 
 import pytest
 from rich.console import Console
@@ -15,7 +17,7 @@ from fluxibly.middleware import Retry, StreamMeter, Tracing
 from fluxibly.otlp_file import OTLPFileSpanExporter
 from fluxibly.pipeline import Pipeline
 from fluxibly.testing import Delay, VirtualClock
-from fluxibly.trace_plot import plot
+from fluxibly.trace_plot import plot, ticks
 from fluxibly.types import Image, Message, Request, Response, ToolCall, Usage
 
 
@@ -74,10 +76,12 @@ def test_the_terminal_shows_each_span_with_a_bar(path):
     assert text.count("attempt 1") == 5
     assert text.count("attempt 2") == 1
     assert text.count("━") > 50
-    assert "overloaded_error: full & <busy>" in text
-    assert "1200 → 34 tokens" in text
+    assert text.count("overloaded_error: full & <busy>") == 1
+    assert "1,200 → 34 tokens" in text
     assert "longest wait 5.00 s" in text
     assert text.index("abandoned") < text.index("not_found: no such thing")
+    assert text.count("not_found: no such thing") == 1
+    assert len({line.index("━") for line in text.splitlines() if line.startswith("chat m-1")}) == 1
 
 
 @pytest.mark.parametrize("width", [40, 80, 250])
@@ -141,27 +145,141 @@ def test_the_page_shows_messages_errors_and_arrivals(path):
         "stall 5.00 s",
         "assistant · cut off",
         "Tools offered: look",
-        "1200 → 34 tokens",
+        "1,200 → 34 tokens",
+        "tool · look",
     ):
         assert text in page.text
     assert "<42>" not in html
-    assert page.tags.count("svg") == 2
+    assert page.tags.count("figure") == 2
+    assert page.text.count("overloaded_error: full & <busy>") == 1
+    assert page.text.count("not_found: no such thing") == 1
+    assert "1abandoned" in page.text
     assert "5calls" in page.text
     assert "2,400tokens in" in page.text
 
 
+POINTS = [(2.0, 2.0, 5), (2.1, 0.1, 9), (6.0, 3.9, 12), (9.0, 0.1, 20), (9.1, 0.1, 24)]
+
+
+def labels(drawn):
+    """The texts above a plot."""
+    return re.findall(r'<span class="(?:first|stall|reader|pause)"[^>]*>([^<]*)', drawn)
+
+
 def test_a_plot_marks_the_first_chunk_stalls_and_the_reader():
     """Short waits are not marked."""
-    drawn = plot([(2.0, 2.0, 5), (2.1, 0.1, 9), (6.0, 3.9, 12), (9.0, 0.1, 20), (9.1, 0.1, 24)], 9.1)
-    assert drawn.count("first chunk 2.00 s") == 1
-    assert drawn.count("stall 3.90 s") == 1
-    assert drawn.count("reader 2.90 s") == 1
+    drawn = plot(POINTS, 9.1)
+    assert sorted(labels(drawn)) == ["first chunk at 2.00 s", "reader 2.90 s", "stall 3.90 s"]
     assert drawn.count("<rect") == 3
+
+
+def test_a_plot_of_a_stalled_stream_marks_what_it_waited_for_in_vain():
+    """From the last chunk to the end; of another stream, that time is not marked."""
+    assert "stall 20.0 s" not in str(labels(plot(POINTS, 29.1)))
+    assert "stall 20.00 s" in labels(plot(POINTS, 29.1, stalled=True))
+
+
+def test_a_plot_of_some_of_the_chunks_blames_nobody_for_a_pause():
+    """What came in it is not known: the chunk that was waited for may be one that was left out."""
+    assert sorted(labels(plot(POINTS, 9.1, thinned=True))) == ["first chunk at 2.00 s", "pause 2.90 s", "stall 3.90 s"]
+
+
+def test_labels_of_a_plot_do_not_meet():
+    """The longest waits have theirs; all have a mark that tells."""
+    points = [(second + 0.9, 0.9, second) for second in range(19)]
+    points += [(19.6 + step / 100, 0.001, 20) for step in range(30)]
+    drawn = plot(points, 20)
+    assert 3 <= len(labels(drawn)) <= 5
+    assert drawn.count("<title>") == drawn.count("<rect") > 10
+
+
+@pytest.mark.parametrize("whole", [3e-6, 1e-3, 0.0999, 0.6849, 0.999, 1.0, 1.83, 4.2, 59.9, 100, 3700])
+def test_a_time_axis_has_a_few_round_times_of_one_unit(whole):
+    """None past the end, evenly apart, and no two alike."""
+    found = ticks(whole)
+    assert 3 <= len(found) <= 6
+    assert found[0] == (0, "0")
+    assert found[-1][0] <= whole * (1 + 1e-9)
+    assert len({text.split(" ")[1] for _, text in found[1:]}) == 1
+    assert len({text for _, text in found}) == len(found)
+    assert all(float(text.split(" ")[0].replace(",", "")) for _, text in found[1:])
 
 
 def test_a_plot_of_one_chunk_is_a_plot():
     """Also if it came at once and had no text."""
-    assert plot([(0.0, 0.0, 0)], 0.0).startswith("<svg")
+    assert "<svg" in plot([(0.0, 0.0, 0)], 0.0)
+
+
+def spoken(tmp_path, asked, answers):
+    """The page of a call with these messages."""
+    attributes = {
+        "gen_ai.operation.name": "chat",
+        "gen_ai.input.messages": json.dumps(asked),
+        "gen_ai.output.messages": json.dumps(answers),
+    }
+    span = {
+        "traceId": "ab" * 16,
+        "spanId": "cd" * 8,
+        "name": "chat m",
+        "startTimeUnixNano": "1000",
+        "endTimeUnixNano": "3000",
+        "attributes": [{"key": key, "value": {"stringValue": value}} for key, value in attributes.items()],
+    }
+    path = tmp_path / "said.jsonl"
+    path.write_text(json.dumps({"resourceSpans": [{"scopeSpans": [{"spans": [span]}]}]}))
+    html = trace_html.render(path)
+    page = Page()
+    page.feed(html)
+    assert page.open == []
+    return html, page.text
+
+
+def test_long_tool_calls_have_a_line_for_each_member(tmp_path):
+    """Short ones stay on theirs; so do texts that are no JSON."""
+    given = {"from": "OSL", "filters": {"stops": 0, "carriers": ["one", "two"]}, "query": "words " * 12}
+    parts = [
+        {"type": "tool_call", "id": "a", "name": "far", "arguments": given},
+        {"type": "tool_call", "id": "b", "name": "near", "arguments": json.dumps({"city": "Oslo"})},
+    ]
+    answer = {"role": "tool", "parts": [{"type": "tool_call_response", "id": "a", "response": "[1] is " + "x" * 90}]}
+    _, text = spoken(tmp_path, [{"role": "assistant", "parts": parts}, answer], [])
+    assert 'far({\n  "from": "OSL",\n  "filters": {"stops": 0, "carriers": ["one", "two"]},\n' in text
+    assert 'near({"city": "Oslo"})' in text
+    assert "[1] is " + "x" * 90 in text
+
+
+def test_several_choices_are_numbered_and_texts_have_their_own_direction(tmp_path):
+    """Why one ended is told in words; one without any text says so."""
+    said = {"role": "assistant", "parts": [{"type": "text", "content": "שלום"}], "finish_reason": "length"}
+    html, text = spoken(tmp_path, [], [said, {"role": "assistant", "parts": [], "finish_reason": "stop"}])
+    assert "assistant · choice 1 of 2 · cut at the length limit" in text
+    assert "assistant · choice 2 of 2no text" in text
+    assert '<p class="text" dir="auto">שלום</p>' in html
+
+
+def luminance(colour):
+    """Of #rrggbb, by WCAG 2."""
+    parts = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+    red, green, blue = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def contrast(one, other):
+    darker, lighter = sorted(map(luminance, (one, other)))
+    return (lighter + 0.05) / (darker + 0.05)
+
+
+@pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
+def test_texts_of_the_page_can_be_told_from_what_is_behind_them(scheme):
+    """At least 4.5 to 1, which WCAG 2.1 asks for (1.4.3)."""
+    style = files("fluxibly").joinpath("trace_page.css").read_text()
+    colours = dict(re.findall(r"--(\w+): (#\w{6})", re.findall(r":root {(.*?)}", style, re.DOTALL)[scheme]))
+    behind = ("paper", "card", "user", "assistant", "system", "tool", "wash")
+    pairs = [(text, back) for text in ("ink", "soft") for back in behind] + [("failed", "card"), ("cancelled", "card")]
+    assert {pair for pair in pairs if contrast(*(colours[name] for name in pair)) < 4.5} == set()
+    on_badge = ("#ffffff", "#0f131a")[scheme]
+    outcomes = ("completed", "failed", "abandoned", "cancelled", "stalled")
+    assert {name for name in outcomes if contrast(colours[name], on_badge) < 4.5} == set()
 
 
 def test_spans_of_others_are_shown_too(tmp_path):
