@@ -25,12 +25,14 @@ class Seen:
 class Canned:
     """The server's orders, and what it saw. `fail` is (status, body, headers); `cut` ends streams without their end;
 
-    `stall` holds the answer back, or with `stall_after` the stream after its first words, until the server is closed.
+    `fail_only` is the one model that fails; `stall` holds the answer back, or with `stall_after` the stream after its
+    first words, until the server is closed.
     """
 
     url: str = ""
     seen: list[Seen] = attrs.Factory(list)
     fail: tuple[int, str, dict[str, str]] | None = None
+    fail_only: str | None = None
     body: str | None = None
     stream_error: dict[str, Any] | None = None
     cut: bool = False
@@ -107,7 +109,7 @@ class _Handler(BaseHTTPRequestHandler):
         if orders.stall:
             orders.closing.wait()
             self.close_connection = True
-        elif orders.fail:
+        elif orders.fail and orders.fail_only in (None, body["model"]):
             status, text, extra = orders.fail
             self._whole(status, text, extra)
         elif orders.body is not None:

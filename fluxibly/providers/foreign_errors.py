@@ -7,6 +7,7 @@ none of these libraries has to be imported. Ours are never chained to theirs, wh
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final, cast
 
@@ -35,6 +36,12 @@ _WORDS: Final = {
     "ContextOverflowError": "context_length_exceeded",
     "ContextWindowExceededError": "context_length_exceeded",
 }
+_NO_FALLBACK: Final = ". All fallback attempts failed"
+"""How LiteLLM ends what it says of the last of its `fallbacks`; nothing else is left of that one's error."""
+_MAY_PASS: Final = re.compile(
+    r"(litellm\.APIConnectionError: )*"  # a synchronous call's, around whatever it was
+    r"litellm\.(RateLimitError|ServiceUnavailableError|InternalServerError|BadGatewayError|Timeout|APIConnectionError)\b"
+)
 _NOTHING_CAME: Final = ("No generation", "Unexpected response type", "Response missing", "Received response with null")
 
 
@@ -75,6 +82,12 @@ def _translated(error: Exception, library: str, *, streamed: bool) -> Exception 
         return _late(error.phase, f"{error.seconds:g} s", library, streamed=streamed)
     while isinstance(inner := getattr(error, "original_exception", None), Exception):
         error = inner  # LiteLLM's MidStreamFallbackError tells nothing of its own
+    last, none_answered, _ = str(error).partition(_NO_FALLBACK)
+    if none_answered:
+        return ProviderError(
+            f"neither the model nor a fallback given to {library} answered; the last failed with: {last}",
+            retryable=_MAY_PASS.match(last) is not None,
+        )
     reasons = list(_reasons(error))
     names = {kind.__name__ for reason in reasons for kind in type(reason).__mro__}
     own_names = {kind.__name__ for kind in type(error).__mro__}

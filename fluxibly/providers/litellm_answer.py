@@ -62,6 +62,8 @@ class StreamReader:
         self._decoder = ChatDecoder(_SERVICE)
         self._thoughts = _Thoughts()
         self._stream: Any = None
+        self._model: str | None = None
+        """The service's own name for the model, else LiteLLM's."""
         self._first: dict[str, Any] = {}
 
     def opened(self, stream: Any) -> Any:
@@ -80,7 +82,8 @@ class StreamReader:
         """
         plain = _plain(item)
         hidden: Any = getattr(item, "_hidden_params", None) or {}
-        plain["model"] = hidden.get("provider_response_model") or plain.get("model")  # the service's word first
+        self._model = hidden.get("provider_response_model") or self._model or plain.get("model")
+        plain["model"] = self._model
         for choice in plain.get("choices") or ():
             self._thoughts.add(choice.get("delta"))
             if choice.get("finish_reason"):
