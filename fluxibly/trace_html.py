@@ -147,12 +147,17 @@ def _tools(span: TracedSpan) -> str:
 
 
 def _attributes(root: TracedSpan) -> str:
-    rows: list[str] = []
+    tables: list[str] = []
     for _, span in root.walk():
-        rows.append(f'<tr><td class="span" colspan="2">{escape(label(span))}</td></tr>')
-        rows.extend(
-            f"<tr><td>{escape(key)}</td><td>{escape(as_text(value))}</td></tr>"
+        rows = "".join(
+            f"<tr><th>{escape(key)}</th><td>{escape(_short(value))}</td></tr>"
             for key, value in span.attributes.items()
             if key not in (*_CONTENT, semconv.STREAM_ARRIVALS)
         )
-    return f"<details><summary>Attributes</summary><table>{''.join(rows)}</table></details>"
+        if rows:
+            tables.append(f"<table><caption>{escape(label(span))}</caption>{rows}</table>")
+    return f"<details><summary>Attributes</summary>{''.join(tables)}</details>" if tables else ""
+
+
+def _short(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else as_text(value)

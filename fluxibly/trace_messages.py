@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import Any, cast
 
@@ -91,10 +91,10 @@ def indented(value: Any, margin: str = "") -> str:
         return text
     inner = margin + "  "
     if isinstance(value, dict):
-        items = cast("dict[str, Any]", value).items()
-        members = [f"{json.dumps(key, ensure_ascii=False)}: {indented(item, inner)}" for key, item in items]
+        named = cast("Mapping[str, Any]", value)
+        members = [f"{json.dumps(key, ensure_ascii=False)}: {indented(item, inner)}" for key, item in named.items()]
         opening, closing = "{}"
     else:
-        members = [indented(item, inner) for item in cast("list[Any]", value)]
+        members = [indented(item, inner) for item in cast("Sequence[Any]", value)]
         opening, closing = "[]"
     return f"{opening}\n{inner}" + f",\n{inner}".join(members) + f"\n{margin}{closing}"

@@ -257,6 +257,22 @@ def test_several_choices_are_numbered_and_texts_have_their_own_direction(tmp_pat
     assert '<p class="text" dir="auto">שלום</p>' in html
 
 
+def test_attributes_stand_by_span_and_numbers_are_short(tmp_path):
+    """A span without any has no table; content stands among the messages alone."""
+    html, text = spoken(tmp_path, [{"role": "user", "parts": [{"type": "text", "content": "Hi there"}]}], [])
+    assert text.count("Hi there") == 1
+    assert "<th>gen_ai.operation.name</th><td>chat</td>" in html
+    path = tmp_path / "said.jsonl"
+    told = json.loads(path.read_text())
+    (span,) = told["resourceSpans"][0]["scopeSpans"][0]["spans"]
+    span["attributes"] = [{"key": "gap", "value": {"doubleValue": 0.012593004832933087}}]
+    path.write_text(json.dumps(told))
+    assert "<th>gap</th><td>0.012593</td>" in trace_html.render(path)
+    span["attributes"] = []
+    path.write_text(json.dumps(told))
+    assert "Attributes" not in trace_html.render(path)
+
+
 def luminance(colour):
     """Of #rrggbb, by WCAG 2."""
     parts = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
