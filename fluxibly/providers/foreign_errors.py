@@ -41,6 +41,7 @@ _NO_FALLBACK: Final = ". All fallback attempts failed"
 _MAY_PASS: Final = re.compile(
     r"(litellm\.APIConnectionError: )*"  # a synchronous call's, around whatever it was
     r"litellm\.(RateLimitError|ServiceUnavailableError|InternalServerError|BadGatewayError|Timeout|APIConnectionError)\b"
+    r"(?!: litellm\.)"
 )
 _NOTHING_CAME: Final = ("No generation", "Unexpected response type", "Response missing", "Received response with null")
 

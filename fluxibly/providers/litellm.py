@@ -24,6 +24,7 @@ from fluxibly.providers.foreign_calls import Opened, Steps, acall_within, asteps
 from fluxibly.providers.foreign_errors import Explainer
 from fluxibly.providers.foreign_loops import PerLoop, on_asyncio
 from fluxibly.providers.foreign_services import Services
+from fluxibly.providers.json_reading import array
 from fluxibly.providers.litellm_answer import (
     StreamReader,
     aclose_stream,
@@ -145,8 +146,8 @@ class LiteLLMProvider:
         service = service_of(self._litellm, keywords["model"], request.extra, base)
         if service == self._service:  # a key must not travel to another
             keywords = {**self._access, **keywords}
-        if keywords.get("fallbacks"):
-            keywords["fallbacks"] = without_access(self._litellm, keywords["fallbacks"], service, keywords)
+        if fallbacks := array(keywords.get("fallbacks")):
+            keywords["fallbacks"] = without_access(self._litellm, fallbacks, service, keywords)
         if request.headers:
             keywords["extra_headers"] = dict(request.headers)
         return keywords, Answerer(self._litellm, self._services, request.call, service, keywords)

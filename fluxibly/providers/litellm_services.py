@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from fluxibly.providers.foreign_services import Services
+from fluxibly.providers.json_reading import array, table
 from fluxibly.types import CallRecord
 
 _TELEMETRY_NAMES = {
@@ -35,26 +36,26 @@ def service_of(litellm: Any, model: str, settings: Mapping[str, Any], api_base: 
         return ""
 
 
-def without_access(litellm: Any, fallbacks: object, service: str, keywords: Mapping[str, Any]) -> object:
+def without_access(litellm: Any, fallbacks: list[Any], service: str, keywords: Mapping[str, Any]) -> list[Any]:
     """LiteLLM's `fallbacks`, those to other services without `service`'s key and address.
 
     LiteLLM gives each of them all keywords of the call, save for what it sets itself.
     """
-    if not isinstance(fallbacks, list):
-        return fallbacks
     kept: list[Any] = []
-    for fallback in cast("list[Any]", fallbacks):
+    for fallback in fallbacks:
         settings = _settings_of(fallback, keywords)
         other = service_of(litellm, settings["model"], settings, settings.get("api_base")) != service
-        own = fallback if isinstance(fallback, dict) else {"model": fallback}
-        kept.append({"api_key": None, "api_base": None, **own} if other else fallback)
+        kept.append({"api_key": None, "api_base": None, **_changes(fallback)} if other else fallback)
     return kept
+
+
+def _changes(fallback: object) -> dict[str, Any]:
+    return cast("dict[str, Any]", fallback) if isinstance(fallback, dict) else {"model": fallback}
 
 
 def _settings_of(fallback: object, keywords: Mapping[str, Any]) -> dict[str, Any]:
     """The keywords that LiteLLM asks a fallback with."""
-    changes = cast("dict[str, Any]", fallback) if isinstance(fallback, dict) else {"model": fallback}
-    return {**keywords, **changes}
+    return {**keywords, **_changes(fallback)}
 
 
 class Answerer:
@@ -91,12 +92,11 @@ class Answerer:
 
     def _fallback(self, hidden: Mapping[str, Any]) -> dict[str, Any] | None:
         """The keywords of the one of `fallbacks` that answered."""
-        given = self._keywords.get("fallbacks")
-        number = (hidden.get("additional_headers") or {}).get(_ATTEMPTED)
-        if not isinstance(given, list) or not isinstance(number, int):
+        fallbacks = array(self._keywords.get("fallbacks"))
+        number = table(hidden.get("additional_headers")).get(_ATTEMPTED)
+        if not isinstance(number, int) or not 0 < number <= len(fallbacks):
             return None
-        fallbacks = cast("list[Any]", given)
-        return _settings_of(fallbacks[number - 1], self._keywords) if 0 < number <= len(fallbacks) else None
+        return _settings_of(fallbacks[number - 1], self._keywords)
 
     def _for_long_prompts(self, hidden: Mapping[str, Any], answer: Any) -> dict[str, Any] | None:
         """The keywords of the fallback for prompts that are too long, if the answer names its service."""
