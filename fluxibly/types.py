@@ -162,8 +162,8 @@ class Usage:
 class StreamStats:
     """What `StreamMeter` measured of a stream. Times are seconds and leave out what the consumer took.
 
-    A gap is the wait for a chunk after the first; `longest_stall` is the longest of all waits, the first included.
-    The percentiles are estimates (see `StreamMeter`).
+    A gap is the wait for a chunk after the first; `longest_stall` is the longest of all waits, the first included,
+    and that which ended in an error. The percentiles are estimates (see `StreamMeter`).
     """
 
     chunks: int = 0

@@ -165,6 +165,12 @@ class TestRecord:
         stats = made.record.stats
         assert (stats.chunks, stats.characters, stats.gap_max) == (2, 6, 3)
 
+    def test_the_wait_that_an_error_ended_is_a_stall(self, mode):
+        """It is no gap, since no chunk ended it."""
+        made = call(mode, StreamMeter(), ["one", Delay(1), "two", Delay(3), ServerError("down")])
+        stats = made.record.stats
+        assert (stats.gap_max, stats.streaming_time, stats.longest_stall) == (1, 1, 3)
+
     def test_so_has_an_abandoned_one(self, mode):
         """As far as it was read."""
         made = call(mode, StreamMeter(), ["one", Delay(3), "two", "three"], stop_after=2)

@@ -33,6 +33,11 @@ class StreamMeter:
                 meter.count(as_chunk(response))  # not streamed: it reaches the consumer as one chunk
             call.stats = meter.stats(response.usage)
             return response
+        except GeneratorExit:
+            raise
+        except BaseException:
+            meter.waited_in_vain()
+            raise
         finally:
             if call.stats is None and meter.chunks:
                 call.stats = meter.stats(call.usage)
@@ -58,7 +63,7 @@ class _Meter:
         self.room = 1
         """How many of them there may be; the first is noted at once."""
         self.sorted = self.characters = 0
-        self.first_wait = self.longest = self.waited = 0.0
+        self.first_wait = self.longest = self.waited = self.last_wait = 0.0
         self.first_at: float | None = None
         self.last = self.call.started_at
 
@@ -128,6 +133,10 @@ class _Meter:
             self.longest = max(self.longest, *waits)
             waits.clear()
 
+    def waited_in_vain(self) -> None:
+        """Note the wait that an error ended: it is no gap, but may be the longest stall."""
+        self.last_wait = self.call.clock() - max(self.call.asked_at, self.last)
+
     def stats(self, usage: Usage | None) -> StreamStats:
         self.sort_in(self.last)
         call = self.call
@@ -141,7 +150,7 @@ class _Meter:
             gap_p95=self.percentile(0.95),
             gap_p99=self.percentile(0.99),
             gap_max=self.longest if gaps > 0 else None,
-            longest_stall=max(self.longest, self.first_wait),
+            longest_stall=max(self.longest, self.first_wait, self.last_wait),
             streaming_time=self.waited,
             tokens=None if usage is None else usage.output_tokens,
         )
