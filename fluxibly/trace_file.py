@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,29 @@ from typing import Any
 import attrs
 
 from fluxibly import semconv
+from fluxibly.guards import is_list, is_mapping
 
 ERROR = 2
 """OTLP's `STATUS_CODE_ERROR`."""
+TOO_LATE = 2**64
+"""Nanoseconds since 1970 that OTLP has no room for."""
+NUMBERS = (
+    semconv.ATTEMPT_INDEX,
+    semconv.ATTEMPTS,
+    semconv.USAGE_INPUT,
+    semconv.USAGE_OUTPUT,
+    semconv.RESPONSE_TIME_TO_FIRST_CHUNK,
+    semconv.STREAM_CHUNKS,
+    semconv.STREAM_CHARACTERS,
+    semconv.STREAM_GAP_P50,
+    semconv.STREAM_GAP_P95,
+    semconv.STREAM_LONGEST_STALL,
+)
+"""Attributes that the views count with. Where a file of another's has something else there, they are left out."""
+CONTENT = (semconv.SYSTEM_INSTRUCTIONS, semconv.INPUT_MESSAGES, semconv.OUTPUT_MESSAGES, semconv.TOOL_DEFINITIONS)
+"""Attributes that hold an array of objects, as JSON."""
+_UNSAFE = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)], "\N{REPLACEMENT CHARACTER}")
+"""Control characters, which could drive the terminal; all but tabs and line feeds."""
 
 
 @attrs.define
@@ -41,9 +62,11 @@ class TracedSpan:
 
     def walk(self, depth: int = 0) -> Iterator[tuple[int, TracedSpan]]:
         """The span and all below it, each with its depth."""
-        yield depth, self
-        for child in self.children:
-            yield from child.walk(depth + 1)
+        waiting = [(depth, self)]
+        while waiting:  # spans may be nested deeper than Python's calls
+            depth, span = waiting.pop()
+            yield depth, span
+            waiting += [(depth + 1, child) for child in reversed(span.children)]
 
     @property
     def error(self) -> str:
@@ -54,20 +77,39 @@ class TracedSpan:
         return (kind if self.message in ("", kind) else f"{kind}: {self.message}".removeprefix(": ")) or "failed"
 
     def value(self, key: str) -> Any:
-        """An attribute that holds JSON, decoded; None if it is absent or not JSON."""
+        """An attribute that holds JSON, decoded; None if it is absent or not JSON. Of `CONTENT`, its objects."""
         found = self.attributes.get(key)
-        if not isinstance(found, str):
-            return found
-        try:
-            return json.loads(found)
-        except ValueError:
-            return None
+        if isinstance(found, str):
+            found = _decoded(found)
+        return _objects(found) if key in CONTENT else found
 
     @property
     def arrivals(self) -> list[tuple[float, float, int]]:
         """`semconv.STREAM_ARRIVALS`: seconds since the call began, seconds waited, and characters."""
         points: list[tuple[int, int, int]] = self.value(semconv.STREAM_ARRIVALS) or []
-        return [(at / 1e6, wait / 1e6, characters) for at, wait, characters in points]
+        try:
+            return [(at / 1e6, wait / 1e6, int(characters)) for at, wait, characters in points]
+        except (TypeError, ValueError, OverflowError):  # a file of another's
+            return []
+
+
+def _decoded(text: str) -> Any:
+    try:
+        value = json.loads(text)
+        if "\\ud" in text:  # half of a surrogate pair, perhaps, which no page can hold
+            value = json.loads(json.dumps(value, ensure_ascii=False).encode(errors="replace"))
+    except (ValueError, RecursionError):
+        return None
+    return value
+
+
+def _objects(value: Any) -> list[dict[str, Any]]:
+    """The objects in an array, and of their own `parts` likewise."""
+    found = [dict(each) for each in value if is_mapping(each)] if is_list(value) else []
+    for each in found:
+        if "parts" in each:
+            each["parts"] = _objects(each["parts"])
+    return found
 
 
 def label(span: TracedSpan) -> str:
@@ -103,7 +145,7 @@ def read(path: str | Path) -> list[TracedSpan]:
         try:
             for span in _spans(json.loads(line)):
                 spans[span.trace_id, span.span_id] = span
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             if number == len(lines) and spans and isinstance(error, json.JSONDecodeError):
                 break
             raise ValueError(
@@ -116,9 +158,16 @@ def read(path: str | Path) -> list[TracedSpan]:
 
 def _trees(spans: Mapping[tuple[str, str], TracedSpan]) -> list[TracedSpan]:
     roots: list[TracedSpan] = []
-    for span in sorted(spans.values(), key=lambda span: span.start):
+    ordered = sorted(spans.values(), key=lambda span: span.start)
+    for span in ordered:
         parent = spans.get((span.trace_id, span.parent_id))
-        (roots if parent is None or parent is span else parent.children).append(span)
+        (roots if parent is None else parent.children).append(span)
+    reached = {id(span) for root in roots for _, span in root.walk()}
+    for span in ordered:
+        if id(span) not in reached:  # it is below itself, in a file that was damaged
+            spans[span.trace_id, span.parent_id].children.remove(span)
+            roots.append(span)
+            reached.update(id(below) for _, below in span.walk())
     return roots
 
 
@@ -126,22 +175,38 @@ def _spans(request: Mapping[str, Any]) -> Iterator[TracedSpan]:
     for resource in request["resourceSpans"]:
         for scope in resource.get("scopeSpans", ()):
             for span in scope.get("spans", ()):
-                status = span.get("status", {})
+                status: Mapping[str, Any] = span.get("status") or {}
+                start, end = int(span["startTimeUnixNano"]), int(span["endTimeUnixNano"])
+                if not (0 <= start < TOO_LATE and 0 <= end < TOO_LATE):
+                    raise ValueError("a time out of range")
                 yield TracedSpan(
-                    name=span.get("name", ""),
-                    trace_id=span["traceId"],
-                    span_id=span["spanId"],
-                    parent_id=span.get("parentSpanId", ""),
-                    start=int(span["startTimeUnixNano"]),
-                    end=int(span["endTimeUnixNano"]),
-                    attributes=_attributes(span.get("attributes", ())),
+                    name=_text(span.get("name") or ""),
+                    trace_id=_text(span["traceId"]),
+                    span_id=_text(span["spanId"]),
+                    parent_id=_text(span.get("parentSpanId") or ""),
+                    start=start,
+                    end=end,
+                    attributes=_usable(_attributes(span.get("attributes", ()))),
                     failed=status.get("code") in (ERROR, "STATUS_CODE_ERROR"),
-                    message=status.get("message", ""),
+                    message=_text(status.get("message") or ""),
                 )
 
 
+def _text(value: object) -> str:
+    """A text that any page and terminal can show."""
+    return str(value).encode(errors="replace").decode().translate(_UNSAFE)
+
+
+def _usable(attributes: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in attributes.items() if key not in NUMBERS or _is_number(value)}
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
 def _attributes(pairs: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    return {pair["key"]: _value(pair.get("value", {})) for pair in pairs}
+    return {_text(pair["key"]): _value(pair.get("value", {})) for pair in pairs}
 
 
 def _value(value: Mapping[str, Any]) -> Any:
@@ -154,7 +219,7 @@ def _value(value: Mapping[str, Any]) -> Any:
             return [_value(item) for item in found.get("values", ())]
         if kind == "kvlistValue":
             return _attributes(found.get("values", ()))
-        return found
+        return _text(found) if isinstance(found, str) else found
     return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import subprocess
@@ -10,9 +11,10 @@ import sys
 import pytest
 from opentelemetry.exporter.otlp.proto.common._log_encoder import encode_logs
 from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
+from rich.console import Console
 from tracing_tools import ANSWER, REQUEST, Recorder, Remote, everything
 
-from fluxibly import telemetry
+from fluxibly import telemetry, trace_file, trace_html, trace_view
 from fluxibly.errors import BadRequest, Overloaded
 from fluxibly.messages import Image, Message, Tool, ToolCall
 from fluxibly.middleware import Logging
@@ -147,3 +149,80 @@ telemetry.shutdown()
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
     assert (ran.returncode, ran.stderr) == (0, "")
     assert json.loads(path.read_text())["resourceSpans"][0]["scopeSpans"][0]["spans"][0]["name"] == "s"
+
+
+# Files of others
+
+
+def _span(*attributes, **fields):
+    """A span as OTLP's JSON has it."""
+    span = {"traceId": "a" * 32, "spanId": "b" * 16, "name": "n", "startTimeUnixNano": "5", "endTimeUnixNano": "9"}
+    pairs = [{"key": key, "value": value} for key, value in attributes]
+    return {
+        **span,
+        "attributes": [*pairs, {"key": "gen_ai.operation.name", "value": {"stringValue": "chat"}}],
+        **fields,
+    }
+
+
+ODD = {"stringValue": "odd"}
+TEXTS = [("fluxibly.stream.arrivals", text) for text in ("5", "[[1]]", '[["a", "b", "c"]]', '{"a": 1}')]
+TEXTS += [
+    (key, text)
+    for key in ("gen_ai.input.messages", "gen_ai.system_instructions", "gen_ai.tool.definitions")
+    for text in ("5", '{"a": 1}', "[5]", "[" * 100_000)
+]
+TEXTS += [("gen_ai.input.messages", f'[{{"parts": {parts}}}]') for parts in ("5", "null", '["x"]')]
+TEXTS += [("gen_ai.input.messages", '[{"parts": [{"type": "text", "content": "half \\ud800"}]}]')]
+NUMBERS = [(key, ODD) for key in trace_file.NUMBERS]
+SPANS = [
+    *([_span((key, {"stringValue": text}))] for key, text in TEXTS),
+    [_span(name=5)],
+    [_span(name=None, status=None, parentSpanId=None)],
+    [_span(traceId=5, spanId=6)],
+    [_span(name="\ud800")],
+    [_span(spanId="1", parentSpanId="2"), _span(spanId="2", parentSpanId="1"), _span(spanId="3", parentSpanId="3")],
+    [_span(spanId=str(number + 1), parentSpanId=str(number)) for number in range(2_000)],
+    [_span(*NUMBERS, ("fluxibly.stream.arrivals", {"stringValue": "[[1, 1, 1]]"}))],
+]
+
+
+@pytest.mark.parametrize("spans", SPANS, ids=range(len(SPANS)))
+def test_spans_that_others_wrote_or_damaged_are_shown(spans, tmp_path):
+    """In the terminal and as a page: what cannot be read is left out."""
+    path = tmp_path / "trace.jsonl"
+    path.write_text(json.dumps({"resourceSpans": [{"scopeSpans": [{"spans": spans}]}]}))
+    assert sum(1 for root in trace_file.read(path) for _ in root.walk()) == len(spans)
+    trace_html.render(path).encode()
+    console = Console(file=io.StringIO())
+    console.print(trace_view.render(path))
+    assert console.file.getvalue()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 100_000,
+        json.dumps({"resourceSpans": [{"scopeSpans": [{"spans": [_span(startTimeUnixNano=str(10**30))]}]}]}),
+    ],
+    ids=["nested", "late"],
+)
+def test_what_no_trace_can_be_is_refused_by_line(text, tmp_path):
+    """As any other line that is not OTLP JSON."""
+    path = tmp_path / "trace.jsonl"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"trace\.jsonl, line 1: this is not OTLP JSON"):
+        trace_file.read(path)
+
+
+def test_a_trace_drives_no_terminal(tmp_path):
+    """A model's name or a service's message may hold control characters."""
+    path = tmp_path / "trace.jsonl"
+    odd = "\x1b]0;title\x07\x9b2J"
+    span = _span(("fluxibly.requested_model", {"stringValue": odd}), name=odd, status={"code": 2, "message": odd})
+    path.write_text(json.dumps({"resourceSpans": [{"scopeSpans": [{"spans": [span]}]}]}))
+    console = Console(file=io.StringIO(), width=200)
+    console.print(trace_view.render(path))
+    shown = console.file.getvalue()
+    assert "]0;title" in shown
+    assert not {"\x1b", "\x07", "\x9b"} & set(shown)
