@@ -124,7 +124,8 @@ def _encoded(value: Any) -> str:
     try:
         return msgspec.json.encode(value, enc_hook=str).decode()
     except (UnicodeEncodeError, ValueError):  # half of a surrogate pair, say, which a model may well produce
-        return json.dumps(value, default=str)
+        plain = json.loads(json.dumps(value, default=str), parse_constant=lambda _: None)  # NaN is no JSON
+        return json.dumps(plain)
 
 
 def _plain(value: Any) -> Any:

@@ -100,6 +100,14 @@ def test_what_is_no_json_harms_no_event(recorder, caplog):
     assert [record for record in caplog.records if record.name.startswith("opentelemetry")] == []
 
 
+def test_messages_are_json_with_half_a_character_and_no_number_in_them(recorder):
+    """A model may write both into a tool's arguments."""
+    call = ToolCall("1", "look", raw_arguments='{"word": "\\ud800", "weight": NaN, "width": 1e999}')
+    ask(recorder, Response(tool_calls=[call]), capture="span")
+    (message,) = json.loads(recorder.call.attributes["gen_ai.output.messages"], parse_constant=pytest.fail)
+    assert message["parts"][0]["arguments"] == {"word": "\ud800", "weight": None, "width": None}
+
+
 def _record(recorder):
     """The one event as OTLP has it."""
     encoded = encode_logs(recorder.log_exporter.get_finished_logs())
