@@ -110,6 +110,8 @@ class CallTrace:
                 attributes[semconv.ATTEMPT_PROVIDER] = provider.telemetry_name
             if response is not None and response.model:
                 attributes[semconv.ATTEMPT_RESPONSE_MODEL] = response.model
+            if error is None and self.request.call.asked_model != self.sent.model:  # such a provider may do that, too
+                attributes[semconv.ATTEMPT_MODEL] = self.request.call.asked_model
             self._tell(span, attributes, error, outcome_of(error), (self.sent,))
         finally:
             span.end()
@@ -164,6 +166,8 @@ class CallTrace:
             attributes.setdefault(semconv.RESPONSE_MODEL, call.model)
         model = answered_model(request, outcome)
         if call.provider is not self.provider:
+            if self.provider.server_address is not None:  # nothing takes an attribute away again, so: no such server
+                attributes |= {semconv.SERVER_ADDRESS: "", semconv.SERVER_PORT: 0}
             attributes |= provider_attributes(call.provider)
         if model != request.model:
             attributes |= {semconv.REQUEST_MODEL: model, semconv.REQUESTED_MODEL: request.model}

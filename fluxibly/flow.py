@@ -169,6 +169,7 @@ def send(request: Request) -> Flow[Response]:
             call.attempt_times.append(call.clock() - start)
     call.model = response.model or request.model
     call.usage = response.usage
+    call.finish_reason = response.finish_reason
     if call.watched:
         yield AttemptEnd(request, response)
     return response

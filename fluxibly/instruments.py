@@ -95,16 +95,19 @@ class _Attributes:
     """Kept, because calls are told apart by its address in memory: to hash it costs more than all the rest."""
     call: dict[str, Any]
     duration: dict[str, Any]
-    input: dict[str, Any]
-    output: dict[str, Any]
+    input: dict[str, Any] | None
+    """None if the tokens of such a call are no part of the histograms; `output` likewise."""
+    output: dict[str, Any] | None
     usage: dict[str, Any]
 
 
 _Measured: TypeAlias = tuple[_Attributes, float, Usage | None, float | None, float | None, SpanContext]
 """Attributes, duration, tokens, time to the first chunk, mean wait for the others, current span."""
 
-_UNTOLD = Usage(input_tokens=0, output_tokens=0)
-"""What the latest names are given for a call whose service told no tokens, as their conventions say."""
+_UNTOLD = Usage()
+_NONE = Usage(input_tokens=0, output_tokens=0)
+"""What the latest names are given for calls whose service told no tokens: `_NONE` for a completed one. By their
+conventions the counters get a 0 from each, and the histograms from those that did not fail."""
 
 
 class Recorder:
@@ -138,7 +141,7 @@ class Recorder:
                 self.kinds[kind] = attributes
         usage = None if call.cache_hit else call.usage
         if usage is None and self.names is semconv.LATEST and call.attempts and not call.cache_hit:
-            usage = _UNTOLD
+            usage = _NONE if error is None else _UNTOLD
         first = mean = None
         if call.streaming:
             first = time_to_first_chunk(call)
@@ -174,9 +177,9 @@ class Recorder:
         context = set_span_in_context(NonRecordingSpan(span), Context())  # for exemplars; its span may be long gone
         to.duration.record(duration, attributes.duration, context)
         if usage is not None:
-            if usage.input_tokens is not None:
+            if usage.input_tokens is not None and attributes.input is not None:
                 to.input.record(usage.input_tokens, attributes.input, context)
-            if usage.output_tokens is not None:
+            if usage.output_tokens is not None and attributes.output is not None:
                 to.output.record(usage.output_tokens, attributes.output, context)
             for field, counter in to.usage.items():
                 counter.add(getattr(usage, field) or 0, attributes.usage, context)
@@ -193,14 +196,16 @@ class Recorder:
         call[semconv.REQUEST_MODEL] = model
         if answered is not None:
             call[semconv.RESPONSE_MODEL] = answered
-        failed = call if error is None else {**call, semconv.ERROR_TYPE: error}
-        of_input, of_output = failed, failed
+        duration = {**call, semconv.OUTCOME: outcome}
+        if error is not None:
+            duration[semconv.ERROR_TYPE] = error
+        of_input = of_output = call if error is None else None
         if self.names is semconv.RELEASED:
             of_input, of_output = ({**call, semconv.TOKEN_TYPE: kind} for kind in ("input", "output"))
         return _Attributes(
             provider,
             call=call,
-            duration={**failed, semconv.OUTCOME: outcome},
+            duration=duration,
             input=of_input,
             output=of_output,
             usage={**call, semconv.TOKEN_MODALITY: "unknown"},

@@ -5,15 +5,31 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal
 
 from opentelemetry.baggage import get_all
+from opentelemetry.baggage.propagation import W3CBaggagePropagator
 from opentelemetry.context import Context, attach, get_current
-from opentelemetry.propagate import get_global_textmap
+from opentelemetry.propagators.composite import CompositePropagator
 from opentelemetry.trace import DEFAULT_TRACE_STATE, INVALID_SPAN, set_span_in_context
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+from fluxibly.report import report_once
+
+try:
+    from opentelemetry.propagate import get_global_textmap
+except ValueError as problem:  # OTEL_PROPAGATORS names one that is not installed: so says the import
+    report_once("propagation", f"no trace headers are sent: {problem}")
+    _nothing = CompositePropagator(())
+
+    def get_global_textmap() -> TextMapPropagator:
+        return _nothing
+
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from opentelemetry.propagators.textmap import TextMapPropagator
     from opentelemetry.trace import Span
 
-_W3C = {"traceparent", "tracestate", "baggage"}
+_W3C = {TraceContextTextMapPropagator, W3CBaggagePropagator}
 _HEX = [f"{byte:02x}" for byte in range(256)]
 _usual: TextMapPropagator | None = None
 """The propagator that was found to be so last."""
@@ -74,7 +90,11 @@ def trace_headers(span: Span, context: Context) -> dict[str, str]:
 def _is_usual(propagator: TextMapPropagator) -> bool:
     """Whether this propagator writes W3C trace context, alone or with baggage, which is the default."""
     global _usual  # noqa: PLW0603  # it is asked for at every call
-    if "traceparent" not in propagator.fields or not propagator.fields <= _W3C:
+    parts: Iterable[object] = (propagator,)
+    if type(propagator) is CompositePropagator:
+        parts = getattr(propagator, "_propagators", ())
+    kinds = {type(part) for part in parts}  # a class derived from the usual one may do otherwise
+    if TraceContextTextMapPropagator not in kinds or not kinds <= _W3C:
         return False
     _usual = propagator
     return True

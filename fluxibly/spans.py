@@ -69,12 +69,15 @@ class Tracers:
             try:
                 if span.is_recording():
                     return CallTrace(self.capturing, tracer, span, request, context)
-                within = with_span(span, context)
-                call.trace_headers = trace_headers(span, within)
-                return Current(within, context)
+                current = Current(with_span(span, context), context)
             except BaseException:
                 span.end()
                 raise
+            try:
+                call.trace_headers = trace_headers(span, current.context)
+            except Exception as problem:  # noqa: BLE001  # as below; the calls below this one are not sampled either
+                report(problem)
+            return current
         except Exception as problem:  # noqa: BLE001  # telemetry never breaks a call
             report(problem)
             return None

@@ -8,7 +8,7 @@ from opentelemetry.sdk.metrics.export import HistogramDataPoint
 from tracing_tools import REQUEST, remote
 
 from fluxibly import LLM, Request, Response
-from fluxibly.errors import ConfigError, Overloaded, RateLimitError
+from fluxibly.errors import ConfigError, Overloaded, RateLimitError, StreamInterrupted
 from fluxibly.middleware import Retry, StreamMeter
 from fluxibly.pipeline import Pipeline
 from fluxibly.testing import Delay, ScriptedProvider, VirtualClock
@@ -70,16 +70,39 @@ def test_names_units_kinds_and_attributes(mode, meters):
 
 
 @modes
-def test_a_call_whose_tokens_nobody_told_counts_as_none(mode, meters):
-    """So the conventions have it, also for one that failed, whose error's type is on the histograms."""
+def test_a_failed_call_counts_no_tokens(mode, meters):
+    """The counters get a 0, the histograms nothing, and the duration its error's type."""
     run(mode, remote(mode, Overloaded("busy", status=529)), [meters.metrics(conventions="latest")], REQUEST)
     assert set(counted(meters).values()) == {0}
     points = meters.points()
-    for name in (*PER_CALL, INFERENCE + "duration"):
-        (point,) = points[name]
-        assert point.attributes["error.type"] == "Overloaded"
-    for name in PER_CALL:
-        assert (points[name][0].count, points[name][0].sum) == (1, 0)
+    assert not PER_CALL & points.keys()
+    assert points[INFERENCE + "duration"][0].attributes["error.type"] == "Overloaded"
+
+
+def test_tokens_of_a_call_that_failed_after_they_were_told(meters):
+    """They were spent, so the counters have them."""
+    script = ["a", Chunk("b", usage=USAGE), Overloaded("busy", status=529)]
+    with pytest.raises(StreamInterrupted):
+        list(Pipeline(ScriptedProvider(script), [meters.metrics(conventions="latest")]).stream(REQUEST))
+    assert list(counted(meters).values()) == [17, 5, 3, 4, 2]
+    assert not PER_CALL & meters.points().keys()
+
+
+@modes
+def test_a_completed_call_whose_tokens_nobody_told(mode, meters):
+    """It counts as 0, in the histograms too."""
+    run(mode, remote(mode, ["a", "b"]), [meters.metrics(conventions="latest")], REQUEST)
+    assert set(counted(meters).values()) == {0}
+    points = meters.points()
+    assert [(points[name][0].count, points[name][0].sum) for name in PER_CALL] == [(1, 0)] * 2
+
+
+def test_an_abandoned_stream_whose_tokens_nobody_told(meters):
+    """Nobody knows what it would have come to: no histogram has it."""
+    with Pipeline(ScriptedProvider(["a", "b"]), [meters.metrics(conventions="latest")]).stream(REQUEST) as stream:
+        next(stream)
+    assert set(counted(meters).values()) == {0}
+    assert not PER_CALL & meters.points().keys()
 
 
 def test_what_was_never_sent_counts_no_tokens(meters):

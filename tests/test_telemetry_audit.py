@@ -5,22 +5,28 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
 import subprocess
 import sys
 
 import pytest
 from opentelemetry.exporter.otlp.proto.common._log_encoder import encode_logs
 from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
+from opentelemetry.propagate import get_global_textmap, set_global_textmap
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
+from opentelemetry.trace import get_current_span
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from rich.console import Console
 from tracing_tools import ANSWER, REQUEST, Recorder, Remote, everything
 
-from fluxibly import telemetry, trace_file, trace_html, trace_view
-from fluxibly.errors import BadRequest, Overloaded
+from fluxibly import map_chunks, telemetry, trace_file, trace_html, trace_view
+from fluxibly.errors import BadRequest, Overloaded, StreamInterrupted
 from fluxibly.messages import Image, Message, Tool, ToolCall
-from fluxibly.middleware import Logging
+from fluxibly.middleware import Logging, Tracing
 from fluxibly.pipeline import Pipeline
 from fluxibly.report import forget_reports
-from fluxibly.types import Request, Response
+from fluxibly.types import Chunk, ProviderInfo, Request, Response
 
 
 @pytest.fixture
@@ -234,3 +240,129 @@ def test_a_trace_drives_no_terminal(tmp_path):
     shown = console.file.getvalue()
     assert "]0;title" in shown
     assert not {"\x1b", "\x07", "\x9b"} & set(shown)
+
+
+# Propagators and reasons
+
+
+@pytest.mark.parametrize("sdk", ["set up", "missing"])
+def test_a_propagator_that_is_not_installed_fails_no_call(sdk):
+    """OTEL_PROPAGATORS may name one: OpenTelemetry's own import raises then. Spans are recorded all the same."""
+    code = f"""
+from opentelemetry import trace
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from fluxibly.middleware import Tracing
+from fluxibly.pipeline import Pipeline
+from fluxibly.testing import ScriptedProvider
+from fluxibly.types import Request
+exporter = InMemorySpanExporter()
+if {sdk == "set up"}:
+    trace.set_tracer_provider(TracerProvider())
+    trace.get_tracer_provider().add_span_processor(SimpleSpanProcessor(exporter))
+pipeline = Pipeline(ScriptedProvider("a", "b"), [Tracing()])
+print(pipeline.complete(Request(model="m", messages="Hi")).text, pipeline.complete(Request(model="m", messages="Hi")).text)
+print(len(exporter.get_finished_spans()))
+"""
+    environment = {**os.environ, "OTEL_PROPAGATORS": "b3-not-installed"}
+    ran = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60, env=environment
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.split() == ["a", "b", "4" if sdk == "set up" else "0"]
+    assert ran.stderr.count("b3-not-installed") == 1
+
+
+def test_a_propagator_of_the_users_own_is_asked(recorder):
+    """One that takes traces in and sends none out, say, made of the usual one and with its fields."""
+
+    class Inward(TraceContextTextMapPropagator):
+        def inject(self, carrier, context=None, setter=None):
+            pass
+
+    usual = get_global_textmap()
+    set_global_textmap(Inward())
+    try:
+        provider = Remote(ANSWER)
+        Pipeline(provider, [recorder.tracing()]).complete(REQUEST)
+    finally:
+        set_global_textmap(usual)
+    assert provider.requests[0].headers == {}
+
+
+def test_a_reason_that_was_told_stays_when_a_layer_fails_after_it(recorder):
+    """The answer was whole; what came of it was not."""
+
+    def refuse(request, call_next):
+        yield from call_next(request)
+        raise ValueError("not this")
+
+    stream = Pipeline(Remote(["a", Chunk("b", finish_reason="stop")]), [recorder.tracing(), refuse]).stream(REQUEST)
+    with pytest.raises(StreamInterrupted):
+        list(stream)
+    assert recorder.call.attributes["gen_ai.response.finish_reasons"] == ("stop",)
+
+
+def test_a_reason_that_was_told_stays_when_a_layers_own_end_is_not_waited_for(recorder):
+    """The consumer leaves at a chunk that a layer added after the last of the service's."""
+
+    def sign(request, call_next):
+        return (yield from map_chunks(call_next(request), lambda chunk: chunk, at_end=lambda: Chunk("signed")))
+
+    with Pipeline(Remote(["a", Chunk("b", finish_reason="stop")]), [recorder.tracing(), sign]).stream(
+        REQUEST
+    ) as stream:
+        for chunk in stream:
+            if chunk.text == "signed":
+                break
+    assert recorder.call.attributes["gen_ai.response.finish_reasons"] == ("stop",)
+
+
+def test_a_propagator_that_raises_leaves_the_span_current(capsys):
+    """What is called within stays unsampled, as its parent is; it is reported once."""
+    forget_reports()
+
+    class Broken(TraceContextTextMapPropagator):
+        def inject(self, carrier, context=None, setter=None):
+            raise RuntimeError("broken")
+
+    seen = []
+
+    class Provider:
+        def complete(self, request):
+            seen.append(get_current_span().get_span_context())
+            return "fine"
+
+    tracers = TracerProvider(ALWAYS_OFF, shutdown_on_exit=False)
+    usual = get_global_textmap()
+    set_global_textmap(Broken())
+    try:
+        pipeline = Pipeline(Provider(), [Tracing(tracer_provider=tracers)])
+        assert [pipeline.complete(REQUEST).text for _ in range(2)] == ["fine", "fine"]
+    finally:
+        set_global_textmap(usual)
+    assert all(ids.is_valid and not ids.trace_flags.sampled for ids in seen)
+    assert seen[0].trace_id != seen[1].trace_id
+    assert capsys.readouterr().err.count("tracing failed with RuntimeError") == 1
+
+
+@pytest.mark.parametrize("address", [None, "other.test"])
+def test_a_provider_that_turned_to_another_service(recorder, address):
+    """Call and attempt name the other's model; of a server whose address nobody knows, none is claimed."""
+    other = ProviderInfo(telemetry_name="anthropic", server_address=address, server_port=address and 8443)
+
+    class Turning(Remote):
+        def complete(self, request):
+            request.call.provider, request.call.asked_model = other, "m-2"
+            return super().complete(request)
+
+    Pipeline(Turning(ANSWER), [recorder.tracing()]).complete(REQUEST)
+    span, (attempt,) = recorder.call, recorder.attempts
+    assert span.name == "chat m-2"
+    assert span.attributes["gen_ai.provider.name"] == attempt.attributes["fluxibly.attempt.provider"] == "anthropic"
+    assert (span.attributes["server.address"], span.attributes["server.port"]) == (
+        (address, 8443) if address else ("", 0)
+    )
+    assert span.attributes["gen_ai.request.model"] == attempt.attributes["fluxibly.attempt.model"] == "m-2"
+    assert span.attributes["fluxibly.requested_model"] == "m-1"

@@ -33,7 +33,8 @@ class Metrics:
     Args:
         conventions: whose names. "latest" is the edition of the conventions that is not released yet: the durations are
             `gen_ai.client.inference.…`; tokens are counted by kind, `gen_ai.client.inference.usage.…` (0 where the
-            service told none), with histograms `….operation.input_tokens` and `….output_tokens`. For both, use two.
+            service told none), with histograms `….operation.input_tokens` and `….output_tokens` of the calls that did
+            not fail. For both editions, use two.
         meter_provider: by default the global one, also if it is set later.
 
     Raises:

@@ -27,7 +27,7 @@ class Tracing:
 
     It uses the SDK that the application has set up, also if that is done later; without one it costs nearly nothing.
     Every attempt's request carries `traceparent`. Put it outside of `Retry` and fallbacks, so that one span has them
-    all.
+    all; and only one into a stack, since each gives the call a span of its own, with the tokens.
 
     Args:
         capture: which of prompts, answers and tool definitions are recorded: "none", "span" (as attributes), "event"

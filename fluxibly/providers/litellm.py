@@ -41,8 +41,8 @@ from fluxibly.types import Chunk, ProviderInfo, Request, Response
 _COST_MAP = "LITELLM_LOCAL_MODEL_COST_MAP"
 _KEY_VARIABLES = ("_API_KEY", "_ACCESS_KEY", "_TOKEN", "_SECRET")
 _NO_FALLBACKS = (
-    "LiteLLM's `fallbacks` do not work for a stream that is read synchronously, or on trio: use asyncio, or the "
-    "middleware Fallback"
+    "LiteLLM's `fallbacks` do not work for a stream that is read synchronously, or on trio: use asyncio, or a middleware "
+    'that asks again: call_next(request.evolve(model="…"))'
 )
 _importing = threading.Lock()
 
