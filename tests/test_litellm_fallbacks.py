@@ -158,6 +158,16 @@ def test_a_fallback_for_long_prompts_that_was_not_needed(server: Canned, mode: s
 
 
 @pytest.mark.parametrize("mode", MODES)
+def test_a_fallback_for_long_prompts_that_would_get_the_key(mode: str) -> None:
+    """It is refused before anything is sent, if it is at another service."""
+    config = LLMConfig(framework="litellm", model="openai/gpt-4o", api_key="sk-configured")
+    with pytest.raises(
+        errors.BadRequest, match="'deepseek/deepseek-chat', which is at another service: use `fallbacks`"
+    ):
+        ask(mode, config, extra={"context_window_fallback_dict": {"openai/gpt-4o": "deepseek/deepseek-chat"}})
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_a_middleware_that_asks_another_service_and_comes_back(
     server: Canned, other: Canned, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -34,7 +34,7 @@ from fluxibly.providers.litellm_answer import (
     response_of,
 )
 from fluxibly.providers.litellm_clients import aclose_all, aclose_idle, close_idle
-from fluxibly.providers.litellm_services import Answerer, service_of, telemetry_name, without_access
+from fluxibly.providers.litellm_services import Answerer, check_long_prompts, service_of, telemetry_name, without_access
 from fluxibly.threaded import Threaded
 from fluxibly.types import Chunk, ProviderInfo, Request, Response
 
@@ -139,7 +139,7 @@ class LiteLLMProvider:
         """A call's keywords, and what tells who answers it. What is in `extra` is a keyword, put into the body.
 
         Raises:
-            BadRequest: LiteLLM has no such parameter.
+            BadRequest: LiteLLM has no such parameter, or the key would go to another service.
         """
         keywords = {**self._settings, **body_of(request, stream=stream), **request.extra}
         base = self._access.get("api_base")
@@ -148,6 +148,7 @@ class LiteLLMProvider:
             keywords = {**self._access, **keywords}
         if fallbacks := array(keywords.get("fallbacks")):
             keywords["fallbacks"] = without_access(self._litellm, fallbacks, service, keywords)
+        check_long_prompts(self._litellm, service, keywords)
         if request.headers:
             keywords["extra_headers"] = dict(request.headers)
         return keywords, Answerer(self._litellm, self._services, request.call, service, keywords)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, cast
 
+from fluxibly.errors import BadRequest
 from fluxibly.providers.foreign_services import Services
 from fluxibly.providers.json_reading import array, table
 from fluxibly.types import CallRecord
@@ -47,6 +48,22 @@ def without_access(litellm: Any, fallbacks: list[Any], service: str, keywords: M
         other = service_of(litellm, settings["model"], settings, settings.get("api_base")) != service
         kept.append({"api_key": None, "api_base": None, **_changes(fallback)} if other else fallback)
     return kept
+
+
+def check_long_prompts(litellm: Any, service: str, keywords: Mapping[str, Any]) -> None:
+    """Refuse a fallback for long prompts that LiteLLM would give `service`'s key at another service's address.
+
+    Raises:
+        BadRequest: it would, and says what to use.
+    """
+    model = table(keywords.get("context_window_fallback_dict")).get(keywords["model"])
+    if model is None or "api_key" not in keywords or "api_base" in keywords:
+        return
+    if service_of(litellm, model, keywords, None) != service:
+        raise BadRequest(
+            f"LiteLLM would send the configured key to {model!r}, which is at another service: use `fallbacks`, or "
+            "leave the key to the environment"
+        )
 
 
 def _changes(fallback: object) -> dict[str, Any]:
@@ -100,8 +117,7 @@ class Answerer:
 
     def _for_long_prompts(self, hidden: Mapping[str, Any], answer: Any) -> dict[str, Any] | None:
         """The keywords of the fallback for prompts that are too long, if the answer names its service."""
-        fallbacks: Mapping[str, str] = self._keywords.get("context_window_fallback_dict") or {}
-        model = fallbacks.get(self._keywords["model"])
+        model = table(self._keywords.get("context_window_fallback_dict")).get(self._keywords["model"])
         if model is None:
             return None
         settings = {**self._keywords, "model": model}
