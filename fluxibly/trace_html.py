@@ -12,7 +12,7 @@ from typing import Any
 
 from fluxibly import semconv, trace_file
 from fluxibly.trace_file import TracedSpan, call_facts, duration, label, stream_facts
-from fluxibly.trace_messages import as_text, conversation, indented
+from fluxibly.trace_messages import as_text, conversation, readable
 from fluxibly.trace_plot import axis, lines, plot
 
 _CONTENT = (semconv.SYSTEM_INSTRUCTIONS, semconv.INPUT_MESSAGES, semconv.OUTPUT_MESSAGES, semconv.TOOL_DEFINITIONS)
@@ -141,7 +141,7 @@ def _tools(span: TracedSpan) -> str:
     tools: list[dict[str, Any]] = span.value(semconv.TOOL_DEFINITIONS) or []
     if not tools:
         return ""
-    listed = "".join(f"<pre>{escape(indented(tool))}</pre>" for tool in tools)
+    listed = "".join(f"<pre>{escape(readable(tool))}</pre>" for tool in tools)
     names = ", ".join(str(tool.get("name", "?")) for tool in tools)
     return f"<details><summary>Tools offered: {escape(names)}</summary>{listed}</details>"
 

@@ -63,38 +63,41 @@ def _part(part: Mapping[str, Any]) -> str:
         return f'<p class="{kind}" dir="auto">{escape(str(part.get("content", "")))}</p>'
     if kind == "tool_call":
         name = escape(str(part.get("name")))
-        return f"<pre><b>{name}</b>({escape(_readable(part.get('arguments')))})</pre>"
+        return f"<pre><b>{name}</b>({escape(readable(part.get('arguments')))})</pre>"
     if kind == "tool_call_response":
-        return f'<pre dir="auto">{escape(_readable(part.get("response")))}</pre>'
+        return f'<pre dir="auto">{escape(readable(part.get("response")))}</pre>'
     if kind == "blob" and str(part.get("mime_type", "")).startswith("image/"):
         source = f"data:{part['mime_type']};base64,{part.get('content', '')}"
         return f'<img alt="image" src="{escape(source)}">'
-    return f"<pre>{escape(_readable(part))}</pre>"
+    return f"<pre>{escape(readable(part))}</pre>"
 
 
-def _readable(value: Any) -> str:
+def readable(value: Any) -> str:
     """JSON on one line if it is short, else indented; also JSON that is given as a text. Other texts as they are."""
-    if isinstance(value, str):
-        try:
-            decoded = json.loads(value)
-        except ValueError:
-            return value
-        return value if len(value) <= _SHORT or not isinstance(decoded, dict | list) else indented(decoded)
     text = as_text(value)
-    return text if len(text) <= _SHORT else indented(value)
+    if len(text) <= _SHORT:
+        return text
+    try:
+        return _indented(json.loads(value) if isinstance(value, str) else value)
+    except (ValueError, RecursionError):  # a text, or JSON that is nested too deeply to lay out
+        return text
 
 
-def indented(value: Any, margin: str = "") -> str:
-    """JSON with a line for each member; what is short stays on its line."""
+def _indented(value: Any, margin: str = "") -> str:
+    """JSON with a line for each member; what is short stays on its line.
+
+    Raises:
+        RecursionError: it is nested too deeply.
+    """
     text = json.dumps(value, ensure_ascii=False)
     if not isinstance(value, dict | list) or len(margin) + len(text) <= _SHORT:
         return text
     inner = margin + "  "
     if isinstance(value, dict):
         named = cast("Mapping[str, Any]", value)
-        members = [f"{json.dumps(key, ensure_ascii=False)}: {indented(item, inner)}" for key, item in named.items()]
+        members = [f"{json.dumps(key, ensure_ascii=False)}: {_indented(item, inner)}" for key, item in named.items()]
         opening, closing = "{}"
     else:
-        members = [indented(item, inner) for item in cast("Sequence[Any]", value)]
+        members = [_indented(item, inner) for item in cast("Sequence[Any]", value)]
         opening, closing = "[]"
     return f"{opening}\n{inner}" + f",\n{inner}".join(members) + f"\n{margin}{closing}"

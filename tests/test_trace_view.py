@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 from tracing_tools import CHAT, TOOL, Remote
 
-from fluxibly import trace_file, trace_html, trace_view
+from fluxibly import trace_file, trace_html, trace_messages, trace_view
 from fluxibly.errors import Overloaded, ProviderError
 from fluxibly.middleware import Retry, StreamMeter, Tracing
 from fluxibly.otlp_file import OTLPFileSpanExporter
@@ -348,3 +348,13 @@ def test_a_file_without_spans_says_how_to_get_some(tmp_path):
     path.write_text("")
     with pytest.raises(ValueError, match="has no spans in it"):
         trace_file.read(path)
+
+
+def test_json_that_is_nested_too_deeply_is_shown_as_it_is():
+    """As text, and as data: no page fails for it."""
+    deep = []
+    for _ in range(600):
+        deep = [deep]
+    for value in ("[" * 100_000 + "]" * 100_000, deep, json.dumps(deep)):
+        assert trace_messages.readable(value).startswith("[[[[")
+    assert trace_messages.readable({"a": ["b" * 60, "c" * 30]}).startswith('{\n  "a": [\n')
