@@ -18,11 +18,7 @@ from libraries import KEY, LITELLM, LITELLM_WARNS, MODES, sent_key
 
 from fluxibly import LLMConfig, ProviderError, Request, errors
 
-pytestmark = [
-    *LITELLM_WARNS,
-    # LiteLLM's task that logs, which it begins and leaves in an event loop of its own for a synchronous call
-    pytest.mark.filterwarnings("ignore:coroutine 'LoggingWorker:RuntimeWarning"),
-]
+pytestmark = LITELLM_WARNS
 BUSY = (503, '{"error": {"message": "busy"}}', {})
 TOO_LONG = (400, '{"error": {"message": "This model\'s maximum context length is 8 tokens."}}', {})
 CLAUDE = "anthropic/claude-sonnet-4-5"
