@@ -11,11 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from fluxibly import semconv, trace_file
-from fluxibly.trace_file import TracedSpan, call_facts, duration, label, stream_facts
+from fluxibly.trace_file import CONTENT, TracedSpan, call_facts, duration, label, stream_facts
 from fluxibly.trace_messages import as_text, conversation, readable
 from fluxibly.trace_plot import axis, lines, plot
-
-_CONTENT = (semconv.SYSTEM_INSTRUCTIONS, semconv.INPUT_MESSAGES, semconv.OUTPUT_MESSAGES, semconv.TOOL_DEFINITIONS)
 
 
 def render(path: str | Path) -> str:
@@ -152,7 +150,7 @@ def _attributes(root: TracedSpan) -> str:
         rows = "".join(
             f"<tr><th>{escape(key)}</th><td>{escape(_short(value))}</td></tr>"
             for key, value in span.attributes.items()
-            if key not in (*_CONTENT, semconv.STREAM_ARRIVALS)
+            if key not in (*CONTENT, semconv.STREAM_ARRIVALS)
         )
         if rows:
             tables.append(f"<table><caption>{escape(label(span))}</caption>{rows}</table>")
