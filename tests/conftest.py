@@ -87,3 +87,10 @@ def local_server(gguf: Path) -> Iterator[str]:
     yield server.listening_address
     del server
     gc.collect()
+
+
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However busy the machine, the end of a stream's body is waited for, so that its connection is used again."""
+    for module in ("pool", "transports", "aiohttp_transport"):
+        monkeypatch.setattr(f"fluxibly.providers.{module}.DRAIN_TIME", 5.0)

@@ -628,6 +628,7 @@ class TestTransports:
 
         assert anyio.run(main, backend=backend) == "hello"
 
+    @pytest.mark.usefixtures("patient")
     @pytest.mark.parametrize("name", ["httpx", "aiohttp"])
     def test_real_ones(self, name: str) -> None:
         """httpx's own and aiohttp's: whole and streamed, with limits and errors as ever."""

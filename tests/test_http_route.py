@@ -93,6 +93,7 @@ class TestAddresses:
 
 
 class TestTLS:
+    @pytest.mark.usefixtures("patient")
     def test_tls_with_a_certificate_of_ones_own(
         self, caller: Caller, context: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch
     ) -> None:

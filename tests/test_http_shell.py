@@ -79,6 +79,7 @@ class TestAnswers:
         with serve(script) as server:
             assert caller.complete(server.url, times=2).text == "hello"
 
+    @pytest.mark.usefixtures("patient")
     def test_interim_answers_and_trailers_are_passed_over(self, caller: Caller) -> None:
         """100 and 103 come before the answer, trailers after it."""
 
