@@ -112,12 +112,7 @@ class _Pipeline:
             if call.stats is not None:
                 _set_state(value, "stats", call.stats)
             return value
-        state = value.__dict__.copy()
-        state["elapsed"] = elapsed
-        state["stats"] = call.stats
-        copy = _new(value.__class__)
-        _set_state(copy, "__dict__", state)
-        return copy
+        return value.evolve(elapsed=elapsed, stats=call.stats)
 
 
 class Pipeline(_Pipeline):
