@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from canned_server import Canned, canned_server
 from hypothesis import settings
 
 if TYPE_CHECKING:
@@ -51,6 +52,20 @@ def caller(request: pytest.FixtureRequest) -> Caller:
     from tiny import Caller
 
     return Caller(request.param)
+
+
+@pytest.fixture
+def server() -> Iterator[Canned]:
+    """A service for LangChain and LiteLLM to call."""
+    with canned_server() as canned:
+        yield canned
+
+
+@pytest.fixture
+def other() -> Iterator[Canned]:
+    """Another service, which such a library may turn to."""
+    with canned_server() as canned:
+        yield canned
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,7 +14,7 @@ pytest.importorskip("langchain")
 pytest.importorskip("langchain_openai")
 pytest.importorskip("langchain_anthropic")
 
-from canned_server import Canned, canned_server
+from canned_server import Canned
 from langchain_core.language_models import BaseChatModel, FakeListChatModel
 from langchain_core.messages import AIMessage
 from langchain_core.outputs import ChatGeneration, ChatResult
@@ -27,12 +26,6 @@ from fluxibly.providers.langchain import AsyncLangChainProvider, LangChainProvid
 from fluxibly.providers.langchain_source import split_model
 
 config, call, failure = LANGCHAIN.config, LANGCHAIN.call, LANGCHAIN.failure
-
-
-@pytest.fixture
-def server() -> Iterator[Canned]:
-    with canned_server() as canned:
-        yield canned
 
 
 @pytest.fixture(params=MODES)

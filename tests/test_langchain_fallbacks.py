@@ -12,7 +12,7 @@ pytest.importorskip("langchain_openai")
 pytest.importorskip("langchain_anthropic")
 
 from answering import Told, tell
-from canned_server import Canned, canned_server
+from canned_server import Canned
 from langchain_anthropic import ChatAnthropic
 from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage, AIMessageChunk
@@ -25,18 +25,6 @@ from fluxibly import Request, errors
 SYNC_MODELS = tuple(mode for mode in MODES if not mode.startswith("asyncio"))
 """Where no client of LangChain's own is asynchronous: it has no way to close those."""
 BUSY = (503, '{"error": {"message": "busy"}}', {})
-
-
-@pytest.fixture
-def server() -> Iterator[Canned]:
-    with canned_server() as canned:
-        yield canned
-
-
-@pytest.fixture
-def other() -> Iterator[Canned]:
-    with canned_server() as canned:
-        yield canned
 
 
 class Delegating(BaseChatModel):

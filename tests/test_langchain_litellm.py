@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import anyio
@@ -25,12 +24,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     for name, part in (("case", ""), ("claude", "claude")):
         if name in metafunc.fixturenames:
             metafunc.parametrize(name, cases(part))
-
-
-@pytest.fixture
-def server() -> Iterator[Canned]:
-    with canned_server() as canned:
-        yield canned
 
 
 def call(server: Canned, case: Case, mode: str = "sync", **request: Any) -> Any:

@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,7 +14,7 @@ import pytest
 if importlib.util.find_spec("litellm") is None:  # to import it here would fetch its price map from the network
     pytest.skip("needs LiteLLM", allow_module_level=True)
 
-from canned_server import Canned, canned_server
+from canned_server import Canned
 from libraries import LITELLM, LITELLM_WARNS, MODES, STREAM_MODES, WEATHER
 
 from fluxibly import LLMConfig, Message, errors
@@ -23,12 +22,6 @@ from fluxibly.providers.litellm import LiteLLMProvider
 
 pytestmark = LITELLM_WARNS
 config, call, failure = LITELLM.config, LITELLM.call, LITELLM.failure
-
-
-@pytest.fixture
-def server() -> Iterator[Canned]:
-    with canned_server() as canned:
-        yield canned
 
 
 @pytest.fixture(params=MODES)

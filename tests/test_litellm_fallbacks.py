@@ -13,7 +13,7 @@ if importlib.util.find_spec("litellm") is None:  # to import it here would fetch
     pytest.skip("needs LiteLLM", allow_module_level=True)
 
 from answering import Told, tell
-from canned_server import Canned, canned_server
+from canned_server import Canned
 from libraries import KEY, LITELLM, LITELLM_WARNS, MODES, sent_key
 
 from fluxibly import LLMConfig, ProviderError, Request, errors
@@ -24,18 +24,6 @@ TOO_LONG = (400, '{"error": {"message": "This model\'s maximum context length is
 CLAUDE = "anthropic/claude-sonnet-4-5"
 FALLBACK_MODES = ("sync", "asyncio", "asyncio stream", "trio")
 """LiteLLM's `fallbacks` give an asynchronous stream, whoever asks."""
-
-
-@pytest.fixture
-def server() -> Iterator[Canned]:
-    with canned_server() as canned:
-        yield canned
-
-
-@pytest.fixture
-def other() -> Iterator[Canned]:
-    with canned_server() as canned:
-        yield canned
 
 
 @pytest.fixture(autouse=True)
