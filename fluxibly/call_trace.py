@@ -13,15 +13,14 @@ from opentelemetry.context import Context, get_current, set_value
 from opentelemetry.trace import Span, Status, StatusCode, Tracer
 
 from fluxibly import semconv
+from fluxibly._logs import report_once
+from fluxibly._masking import error_message
 from fluxibly.aggregate import Aggregator
 from fluxibly.arrivals import Arrivals
 from fluxibly.capture import Captured, Capturing
 from fluxibly.effects import AttemptEnd, Effect, Send
-from fluxibly.errors import StreamInterrupted
-from fluxibly.masking import error_message
-from fluxibly.outcome import error_type, outcome_of
+from fluxibly.errors import StreamInterrupted, error_type, outcome_of
 from fluxibly.propagation import Current, trace_headers, with_span
-from fluxibly.report import report_once
 from fluxibly.span_attributes import (
     add_response,
     add_unstreamed,

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 import attrs
 
 from fluxibly import message_json, semconv
-from fluxibly.guards import shown
-from fluxibly.report import report_once
+from fluxibly._checks import shown
+from fluxibly._logs import report_once
 
 if TYPE_CHECKING:
     from opentelemetry._logs import LoggerProvider

@@ -12,9 +12,9 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SimpleSpanProcessor, SpanExporter, SpanExportResult
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
+from fluxibly._logs import one_line
 from fluxibly.cli_spans import Recorder
 from fluxibly.errors import ConfigError
-from fluxibly.logs import one_line
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

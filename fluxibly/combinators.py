@@ -7,23 +7,14 @@ from typing import TypeAlias
 
 import attrs
 
+from fluxibly._checks import shown
 from fluxibly.aggregate import Aggregator, as_chunk
 from fluxibly.effects import PULL, Effect, Flow, More, Send
 from fluxibly.errors import StreamInterrupted
-from fluxibly.guards import shown
 from fluxibly.relay import Relay, Seen
 from fluxibly.types import Chunk, Request, Response, Restart
 
 Pieces: TypeAlias = Chunk | Iterable[Chunk] | None
-
-
-def interrupted(request: Request, partial: Response, cause: BaseException) -> StreamInterrupted:
-    """The error of a stream that failed after output; raise it `from cause`."""
-    return StreamInterrupted(
-        f"the stream of {request.model} from {request.call.provider.name} was interrupted after {len(partial.text)} "
-        f"characters by {type(cause).__name__}: {cause}",
-        partial=partial,
-    )
 
 
 def resend_refused(request: Request, partial: Response) -> StreamInterrupted:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-import math
 import re
-import reprlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import attrs
 
+from fluxibly._checks import (
+    did_you_mean,
+    is_list,
+    is_mapping,
+    is_number,
+    is_whole,
+    naming_the_nearest,
+    repr_without_secrets,
+    short_repr,
+)
 from fluxibly.errors import ConfigError
-from fluxibly.guards import is_list, is_mapping, is_whole, repr_without_secrets
-from fluxibly.suggest import did_you_mean, naming_the_nearest
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -74,12 +80,12 @@ class Timeouts:
     def __attrs_post_init__(self) -> None:
         values = {name: getattr(self, name) for name in ("connect", "first_byte", "idle", "total")}
         problems = [
-            f"timeout.{name}: {_shown(value)} is not a number of seconds above 0"
+            f"timeout.{name}: {short_repr(value)} is not a number of seconds above 0"
             for name, value in values.items()
-            if value is not None and not (_is_number(value) and value > 0)
+            if value is not None and not (is_number(value) and value > 0)
         ]
         if problems:
-            raise ConfigError(listed(problems), problems=tuple(problems))
+            raise ConfigError.of(problems)
 
 
 def _secret(value: Secret | str | None) -> Secret | None:
@@ -130,7 +136,7 @@ class LLMConfig:
     def __attrs_post_init__(self) -> None:
         problems = list(_problems(self))
         if problems:
-            raise ConfigError(listed(problems), problems=tuple(problems))
+            raise ConfigError.of(problems)
 
     @property
     def timeouts(self) -> Timeouts:
@@ -149,7 +155,7 @@ class LLMConfig:
             ConfigError: it lists all that is wrong.
         """
         if not is_mapping(settings):
-            raise ConfigError(f"{path.rstrip('.') or 'the configuration'}: a table is due, not {_shown(settings)}")
+            raise ConfigError(f"{path.rstrip('.') or 'the configuration'}: a table is due, not {short_repr(settings)}")
         # An empty string is an optional variable that is not set: `${VAR:-}`.
         given = {name: value for name, value in settings.items() if value is not None and value != ""}
         names = [field.name for field in attrs.fields(cls)]
@@ -170,7 +176,7 @@ class LLMConfig:
             if not problems:
                 return config
         problems = [path + problem for problem in problems]
-        raise ConfigError(listed(problems), problems=tuple(problems))
+        raise ConfigError.of(problems)
 
     @classmethod
     def from_yaml(cls, file: str | Path, *, section: str = "llm") -> LLMConfig:
@@ -181,7 +187,7 @@ class LLMConfig:
         Raises:
             ConfigError: the file cannot be read or parsed, lacks the section, or holds bad settings.
         """
-        from fluxibly.yaml_file import read_section
+        from fluxibly._yaml import read_section
 
         return cls.from_mapping(read_section(file, section), path=f"{section}.")
 
@@ -192,15 +198,6 @@ _RANGES: dict[str, tuple[float, float]] = {
     "frequency_penalty": (-2, 2),
     "presence_penalty": (-2, 2),
 }
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _shown(value: object) -> str:
-    """A value for an error message, short whatever it is."""
-    return reprlib.repr(value)
 
 
 def _unknown(settings: Mapping[Any, Any], names: Sequence[str], path: str = "") -> list[str]:
@@ -217,12 +214,12 @@ def _problems(config: LLMConfig) -> list[str]:
     for name in ("framework", "model"):
         value: Any = getattr(config, name)
         if not isinstance(value, str) or not value.strip():
-            problems.append(f"{name}: {_shown(value)} is not a name (a non-empty str)")
+            problems.append(f"{name}: {short_repr(value)} is not a name (a non-empty str)")
     problems += parameter_problems({name: getattr(config, name) for name in (*_RANGES, "max_tokens")})
-    if not isinstance(config.timeout, Timeouts) and not (_is_number(config.timeout) and config.timeout > 0):
-        problems.append(f"timeout: {_shown(config.timeout)} is not a number of seconds above 0, nor Timeouts(...)")
+    if not isinstance(config.timeout, Timeouts) and not (is_number(config.timeout) and config.timeout > 0):
+        problems.append(f"timeout: {short_repr(config.timeout)} is not a number of seconds above 0, nor Timeouts(...)")
     if not is_whole(config.max_retries) or config.max_retries < 0:
-        problems.append(f"max_retries: {_shown(config.max_retries)} is not a whole number from 0 up")
+        problems.append(f"max_retries: {short_repr(config.max_retries)} is not a whole number from 0 up")
     if config.api_key is not None and not isinstance(config.api_key, Secret):  # pyright: ignore[reportUnnecessaryIsInstance]
         problems.append(f"api_key: a str is due, not a {type(config.api_key).__name__}")
     base: Any = config.api_base
@@ -252,18 +249,11 @@ def parameter_problems(parameters: Mapping[str, object]) -> list[str]:
             continue
         if name in _RANGES:
             low, high = _RANGES[name]
-            if not _is_number(value) or not low <= cast("float", value) <= high:
-                problems.append(f"{name}: {_shown(value)} is not a number from {low:g} to {high:g}")
+            if not is_number(value) or not low <= value <= high:
+                problems.append(f"{name}: {short_repr(value)} is not a number from {low:g} to {high:g}")
         elif name == "max_tokens" and (not is_whole(value) or value < 1):
-            problems.append(f"max_tokens: {_shown(value)} is not a whole number from 1 up")
+            problems.append(f"max_tokens: {short_repr(value)} is not a whole number from 1 up")
     return problems
-
-
-def listed(problems: Sequence[str]) -> str:
-    """All that is wrong, as one message."""
-    if len(problems) == 1:
-        return problems[0]
-    return "several settings are wrong:\n" + "\n".join(f"- {problem}" for problem in problems)
 
 
 def _read(name: str, value: Any) -> Any:
@@ -293,4 +283,4 @@ def _timeouts(table: Mapping[str, Any]) -> Timeouts:
     else:
         if not problems:
             return timeouts
-    raise ConfigError(listed(problems), problems=tuple(problems))
+    raise ConfigError.of(problems)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from contextvars import Context, copy_context
 from typing import TYPE_CHECKING, Any
 
-from fluxibly import driving, dropped
+from fluxibly import _abandoned, driving
 from fluxibly.aggregate import as_chunk
 from fluxibly.combinators import resend_refused
 from fluxibly.effects import END, Effect, Flow, Sleep, Source
@@ -48,7 +48,7 @@ class Driver:
             self.first = self.context.run(flow.send, None)
         except Exception as error:  # noqa: BLE001  # it is raised at the first read
             self.failed_early = error
-        dropped.keep(self)
+        _abandoned.keep(self)
 
     def count(self, chunk: Chunk) -> bool:
         """Note a chunk that goes to the consumer; whether there has been output yet."""
@@ -97,7 +97,7 @@ class Driver:
     def end(self) -> None:
         self.ended = True
         self.failed_early = None  # it refers to this driver
-        dropped.forget(self)
+        _abandoned.forget(self)
 
     def abort(self) -> None:
         """End a read that is under way elsewhere, as far as the provider's stream can: one with an `abort()`."""

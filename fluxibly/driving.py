@@ -9,11 +9,10 @@ from typing import Any, NoReturn, TypeGuard
 
 import attrs
 
-from fluxibly.combinators import interrupted
+from fluxibly._checks import shown
 from fluxibly.effects import Effect, Flow, Middleware
-from fluxibly.errors import StreamInterrupted
+from fluxibly.errors import StreamInterrupted, interrupted
 from fluxibly.flow import code_of, layer_name
-from fluxibly.guards import shown
 from fluxibly.types import Request, Response
 
 HOW_TO_RETURN = "end it with: return (yield from call_next(request))"
@@ -75,7 +74,7 @@ def _tell(error: BaseException | None, layer: str, did: str) -> None:
     text = f"the middleware {layer} {did} after {name}; it must let it pass"
     if error is not None:
         error.add_note(f"fluxibly: {text}")
-    from fluxibly.logs import ERROR, log  # logging takes longer to import than all of this package's own code
+    from fluxibly._logs import ERROR, log  # logging takes longer to import than all of this package's own code
 
     log(ERROR, "%s", problem=text)
 

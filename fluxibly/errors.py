@@ -1,4 +1,4 @@
-"""What users catch. `FluxiblyError` is the root of all of it.
+"""The errors that users catch, and how a call ended. `FluxiblyError` is the root of all of them.
 
 Messages say what happened, to which provider and model, and what to do about it. They never hold an API key: the
 code that makes an error out of a server's words masks them first.
@@ -6,10 +6,16 @@ code that makes an error out of a server's words masks them first.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar, Literal, TypeAlias
 
 if TYPE_CHECKING:
-    from fluxibly.types import Response
+    from typing import Self
+
+    from fluxibly.types import Outcome, Request, Response
+
+Phase: TypeAlias = Literal["connect", "first_byte", "idle", "total"]
+"""The part of an attempt that a time limit is for; `Timeouts` has one for each."""
 
 
 class FluxiblyError(Exception):
@@ -22,6 +28,12 @@ class ConfigError(FluxiblyError, ValueError):
     def __init__(self, message: str, *, problems: tuple[str, ...] = ()) -> None:
         super().__init__(message)
         self.problems = problems or (message,)
+
+    @classmethod
+    def of(cls, problems: Sequence[str]) -> Self:
+        """The error that lists all of these problems, each with its path."""
+        message = "several settings are wrong:\n" + "\n".join(f"- {problem}" for problem in problems)
+        return cls(problems[0] if len(problems) == 1 else message, problems=tuple(problems))
 
 
 class FrameworkNotRegistered(FluxiblyError, ValueError):
@@ -127,7 +139,7 @@ class RequestTimeout(ProviderError, TimeoutError):
     """A time limit passed. `phase` says which: "connect", "first_byte", "idle" or "total". Retryable."""
 
     default_retryable = True
-    phase: Literal["connect", "first_byte", "idle", "total"] = "total"
+    phase: Phase = "total"
 
 
 class StreamStalled(RequestTimeout):
@@ -160,6 +172,15 @@ def _interrupted(message: str, partial: Response) -> StreamInterrupted:
     return StreamInterrupted(message, partial=partial)
 
 
+def interrupted(request: Request, partial: Response, cause: BaseException) -> StreamInterrupted:
+    """The error of a stream that failed after output; raise it `from cause`."""
+    return StreamInterrupted(
+        f"the stream of {request.model} from {request.call.provider.name} was interrupted after {len(partial.text)} "
+        f"characters by {type(cause).__name__}: {cause}",
+        partial=partial,
+    )
+
+
 class ResponseInvalid(FluxiblyError):
     """An answer did not pass `Validation`. `response` is that answer; `problem` says what was wrong with it."""
 
@@ -181,3 +202,24 @@ def root_cause(error: BaseException) -> BaseException:
     while isinstance(error, StreamInterrupted) and error.__cause__ is not None:
         error = error.__cause__
     return error
+
+
+def outcome_of(error: BaseException | None) -> Outcome:
+    """The outcome of a call that raised `error` (None: it returned).
+
+    `GeneratorExit` is how a flow learns that its consumer stopped early. Any other `BaseException` that is no
+    `Exception` (asyncio's and trio's cancellation, Ctrl-C) arrived while the call was waited for: it is cancelled.
+    """
+    if error is None:
+        return "completed"
+    if isinstance(error, GeneratorExit):
+        return "abandoned"
+    if not isinstance(error, Exception):
+        return "cancelled"
+    return "stalled" if isinstance(root_cause(error), StreamStalled) else "failed"
+
+
+def error_type(error: BaseException) -> str:
+    """A name of low cardinality for an error: its class, and `CancelledError` for trio's `Cancelled` as well."""
+    name = type(root_cause(error)).__name__
+    return "CancelledError" if name == "Cancelled" else name

@@ -26,8 +26,9 @@ from inspect import CO_GENERATOR
 from types import CodeType, CoroutineType, FunctionType, GeneratorType
 from typing import Any, TypeGuard
 
+from fluxibly._checks import shown
 from fluxibly.aggregate import Aggregator
-from fluxibly.combinators import hold_back as hold_back, interrupted, map_chunks as map_chunks
+from fluxibly.combinators import hold_back as hold_back, map_chunks as map_chunks
 from fluxibly.effects import (
     END,
     AttemptEnd,
@@ -40,7 +41,7 @@ from fluxibly.effects import (
     Source,
     T,
 )
-from fluxibly.guards import shown
+from fluxibly.errors import interrupted
 from fluxibly.types import Chunk, Request, Response, with_headers
 
 # Verbs

@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Generator, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, overload
 
+from fluxibly._checks import did_you_mean, is_mapping, is_whole
 from fluxibly.config import LLMConfig, parameter_problems
 from fluxibly.effects import Middleware
 from fluxibly.errors import ConfigError
-from fluxibly.guards import is_mapping, is_whole
 from fluxibly.messages import Message, Tool
 from fluxibly.pipeline import AsyncPipeline, Pipeline
 from fluxibly.registry import make_middleware, make_provider
 from fluxibly.stream import AsyncStream, Stream
-from fluxibly.suggest import did_you_mean
 from fluxibly.types import Chunk, Request, Response, Restart
 
 if TYPE_CHECKING:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, cast, get_args
+from typing import Any, Literal, Protocol, TypeAlias, TypeVar, cast, get_args, runtime_checkable
 
 import attrs
 
-from fluxibly.guards import is_mapping, shown
-
-if TYPE_CHECKING:
-    from fluxibly.types import Response
+from fluxibly._checks import is_mapping, shown
 
 _T = TypeVar("_T")
 Role: TypeAlias = Literal["system", "user", "assistant", "tool"]
@@ -160,6 +157,18 @@ def _known_role(instance: object, attribute: object, role: object) -> None:
         raise ValueError(f"a message's role is one of {', '.join(ROLES)}, not {role!r}")
 
 
+@runtime_checkable
+class Answer(Protocol):
+    """What `Message.assistant` takes of a `Response`."""
+
+    @property
+    def text(self) -> str: ...
+    @property
+    def tool_calls(self) -> tuple[ToolCall, ...]: ...
+    @property
+    def reasoning_parts(self) -> tuple[Reasoning, ...]: ...
+
+
 @attrs.frozen
 class Message:
     """One turn of a conversation. `Message.user("Hi")` and its siblings are the usual way to make one."""
@@ -190,11 +199,10 @@ class Message:
         return cls("user", content)
 
     @classmethod
-    def assistant(cls, content: Content | Response = "", *, tool_calls: Iterable[ToolCall] = ()) -> Message:
+    def assistant(cls, content: Content | Answer = "", *, tool_calls: Iterable[ToolCall] = ()) -> Message:
         """What the model said. A `Response` gives its text, its tool calls and the reasoning that must go back."""
-        if hasattr(content, "reasoning_parts"):
-            response = cast("Response", content)
-            return cls("assistant", response.text, tool_calls=response.tool_calls, reasoning=response.reasoning_parts)
+        if isinstance(content, Answer):
+            return cls("assistant", content.text, tool_calls=content.tool_calls, reasoning=content.reasoning_parts)
         return cls("assistant", cast("tuple[Part, ...]", content), tool_calls=tool_calls)
 
     @classmethod

@@ -7,11 +7,11 @@ from collections.abc import AsyncIterable, Iterable
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast, overload
 
 from fluxibly import driving, provider as providers
+from fluxibly._abandoned import end_orphans, orphans
+from fluxibly._checks import shown
 from fluxibly.async_driver import AsyncDriver
-from fluxibly.dropped import end_orphans, orphans
 from fluxibly.effects import AttemptEnd, Effect, Flow, Middleware, Perform, Send, Sleep
 from fluxibly.flow import compose
-from fluxibly.guards import shown
 from fluxibly.stream import AsyncStream, Stream
 from fluxibly.sync_driver import SyncDriver
 from fluxibly.types import CallRecord, Chunk, ProviderInfo, Request, Response, Restart
@@ -234,7 +234,7 @@ class AsyncPipeline(_Pipeline):
     ) -> None:
         super().__init__(provider, middleware, framework=framework, clock=clock)
         if not providers.is_async(provider):
-            from fluxibly.threaded import Threaded
+            from fluxibly.provider import Threaded
 
             self.provider = Threaded(cast("Provider", provider))
 
@@ -303,7 +303,7 @@ class AsyncPipeline(_Pipeline):
         if isinstance(effect, Perform):
             if effect.acall is not None:
                 return await effect.acall()
-            from fluxibly.threaded import in_thread
+            from fluxibly.provider import in_thread
 
             return await in_thread(effect.call)
         raise driving.unknown_effect(flow, effect)

@@ -11,7 +11,7 @@ from opentelemetry.propagators.composite import CompositePropagator
 from opentelemetry.trace import DEFAULT_TRACE_STATE, INVALID_SPAN, set_span_in_context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from fluxibly.report import report_once
+from fluxibly._logs import report_once
 
 try:
     from opentelemetry.propagate import get_global_textmap

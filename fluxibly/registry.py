@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import attrs
 
+from fluxibly._checks import did_you_mean, is_mapping
 from fluxibly.effects import Middleware
 from fluxibly.errors import ConfigError, FrameworkNotRegistered
-from fluxibly.guards import is_mapping
-from fluxibly.suggest import did_you_mean
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint

@@ -9,8 +9,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from fluxibly import semconv
-from fluxibly.errors import ProviderError, root_cause
-from fluxibly.outcome import error_type
+from fluxibly.errors import ProviderError, error_type, root_cause
 from fluxibly.types import Outcome, Request, Response, StreamStats, Usage
 
 if TYPE_CHECKING:

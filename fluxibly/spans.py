@@ -16,8 +16,8 @@ from opentelemetry.trace import (
 )
 
 from fluxibly import semconv
+from fluxibly._abandoned import end_all_before
 from fluxibly.call_trace import CallTrace, report
-from fluxibly.dropped import end_all_before
 from fluxibly.propagation import Current, trace_headers, with_span
 from fluxibly.span_attributes import request_attributes
 

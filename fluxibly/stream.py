@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
-from fluxibly import dropped
+from fluxibly import _abandoned
 from fluxibly.async_driver import AsyncDriver, in_context, on_trio
 from fluxibly.drivers import Driver
 from fluxibly.sync_driver import SyncDriver, is_entered
@@ -78,7 +78,7 @@ class Stream(Generic[Event]):
         self.close()
 
     def __del__(self) -> None:
-        dropped.let_go(self._driver)
+        _abandoned.let_go(self._driver)
 
     def texts(self) -> Generator[str, None, None]:
         """The non-empty texts of the chunks. The generator owns the stream: closing it closes the stream."""
@@ -93,7 +93,7 @@ class Stream(Generic[Event]):
                 if isinstance(event, Chunk) and event.text:
                     yield event.text
         finally:
-            dropped.let_go(self._driver)
+            _abandoned.let_go(self._driver)
 
 
 class AsyncStream(Generic[Event]):
@@ -150,7 +150,7 @@ class AsyncStream(Generic[Event]):
         await self.aclose()
 
     def __del__(self) -> None:
-        dropped.let_go(self._driver)
+        _abandoned.let_go(self._driver)
 
     async def texts(self) -> AsyncGenerator[str, None]:
         """The non-empty texts of the chunks. The generator owns the stream: closing it closes the stream."""

@@ -11,7 +11,7 @@ from typing import Any
 import attrs
 
 from fluxibly import semconv
-from fluxibly.guards import is_list, is_mapping
+from fluxibly._checks import is_list, is_mapping
 
 ERROR = 2
 """OTLP's `STATUS_CODE_ERROR`."""

@@ -18,8 +18,8 @@ import pytest
 from misbehaving import Peer, Received, Server, serve
 from tiny import DONE, KEY, SERVICE, Caller, TinyCodec, ask, config, event, whole
 
+from fluxibly._abandoned import end_orphans
 from fluxibly.config import Timeouts
-from fluxibly.dropped import end_orphans
 from fluxibly.errors import AuthenticationError, ConfigError, ConnectionFailed, RequestTimeout
 from fluxibly.pipeline import AsyncPipeline, Pipeline
 from fluxibly.providers import blocking, slots as pools

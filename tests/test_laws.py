@@ -12,8 +12,8 @@ import pytest
 import strategies as s
 from hypothesis import HealthCheck, given, settings, strategies as st
 
+from fluxibly._logs import logger
 from fluxibly.errors import StreamInterrupted, root_cause
-from fluxibly.logs import logger
 from fluxibly.pipeline import AsyncPipeline, Pipeline
 from fluxibly.testing import AsyncScriptedProvider, ScriptedProvider, VirtualClock
 from fluxibly.testing.modes import MODES, Mode, Ran, run

@@ -8,8 +8,8 @@ from urllib.parse import quote
 import pytest
 from hypothesis import given, strategies as st
 
+from fluxibly._masking import RUN, error_message, mask_request, mask_secrets
 from fluxibly.errors import ResponseInvalid, ServerError, StreamInterrupted
-from fluxibly.masking import RUN, error_message, mask_request, mask_secrets
 from fluxibly.types import Message, Reasoning, Request, Response, ToolCall
 
 texts = st.text(alphabet=st.characters(exclude_characters="[…]", exclude_categories=["Cs"]), max_size=60)

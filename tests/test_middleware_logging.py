@@ -8,11 +8,11 @@ import anyio
 import pytest
 from calling import REQUEST, call, scripted
 
+from fluxibly._logs import forget_reports
 from fluxibly.errors import RateLimitError, ResponseInvalid, ServerError, StreamStalled
 from fluxibly.flow import sleep
 from fluxibly.middleware import Logging, Retry, Validation
 from fluxibly.pipeline import AsyncPipeline, Pipeline
-from fluxibly.report import forget_reports
 from fluxibly.testing import AsyncScriptedProvider, Cut, Delay, ScriptedProvider, VirtualClock
 from fluxibly.testing.modes import BACKENDS, MODES, run
 from fluxibly.types import Chunk, Message, Request, Response

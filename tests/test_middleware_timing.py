@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 from calling import call
 
+from fluxibly._logs import forget_reports
 from fluxibly.errors import ServerError, StreamInterrupted
 from fluxibly.flow import map_chunks, sleep
 from fluxibly.middleware import Retry, StreamMeter, Timing
 from fluxibly.pipeline import Pipeline
-from fluxibly.report import forget_reports
 from fluxibly.testing import Delay, ScriptedProvider, VirtualClock
 from fluxibly.testing.modes import MODES
 from fluxibly.types import Request

@@ -10,9 +10,9 @@ import attrs
 import pytest
 from calling import REQUEST, call
 
+from fluxibly._schema import parse
 from fluxibly.errors import ConfigError, ResponseInvalid, ServerError, StreamInterrupted, root_cause
 from fluxibly.middleware import Retry, Validation
-from fluxibly.middleware.validation import parse
 from fluxibly.testing import Delay
 from fluxibly.testing.modes import MODES
 from fluxibly.types import Chunk, Message, Response, ToolCall, ToolCallDelta

@@ -11,7 +11,7 @@ import tracemalloc
 import anyio
 import pytest
 
-from fluxibly import dropped
+from fluxibly import _abandoned
 from fluxibly.errors import ServerError, StreamInterrupted
 from fluxibly.flow import map_chunks
 from fluxibly.middleware import Retry
@@ -633,7 +633,7 @@ class TestDropping:
 
         class Found:
             def __del__(self):
-                collecting.append(dropped.collecting())
+                collecting.append(_abandoned.collecting())
                 thread = threading.Thread(target=drop)
                 thread.start()
                 thread.join()
@@ -642,18 +642,18 @@ class TestDropping:
             stream = Pipeline(ScriptedProvider("a b"), [watch]).stream(REQUEST)
             next(stream)
             del stream
-            collecting.extend([dropped.collecting(), watch.ends == ["GeneratorExit"]])
+            collecting.extend([_abandoned.collecting(), watch.ends == ["GeneratorExit"]])
 
         cycle = [Found()]
         cycle.append(cycle)
         del cycle
         gc.collect()
         assert collecting == [True, False, True]
-        assert not dropped.collecting()
+        assert not _abandoned.collecting()
 
     def test_no_signal_handler_runs_in_what_the_collector_calls(self):
         """Else a Ctrl-C that comes there is lost: what the collector calls is no Python function."""
-        ours = [each for each in gc.callbacks if dropped._here in getattr(each, "args", ())]
+        ours = [each for each in gc.callbacks if _abandoned._here in getattr(each, "args", ())]
         assert [each.func for each in ours] == [setattr]
         functions = [each for each in gc.callbacks if hasattr(each, "__code__")]
         assert not [each for each in functions if each.__module__.startswith("fluxibly")]
@@ -717,7 +717,7 @@ class TestDropping:
 
     def test_nothing_is_left_behind(self):
         """Streams that have ended, in whatever way, are forgotten."""
-        before = len(dropped._open)
+        before = len(_abandoned._open)
         pipeline = Pipeline(ScriptedProvider("a b", ServerError("x"), "a b"))
         texts(pipeline.stream(REQUEST))
         pipeline.stream(REQUEST).close()
@@ -725,7 +725,7 @@ class TestDropping:
             texts(pipeline.stream(REQUEST))
         next(pipeline.stream(REQUEST))
         pipeline.stream(REQUEST)
-        assert len(dropped._open) == before
+        assert len(_abandoned._open) == before
 
     def test_an_open_stream_is_small(self):
         """Each takes at most 10 KB beside what the provider's own iterator takes."""

@@ -21,11 +21,11 @@ from rich.console import Console
 from tracing_tools import ANSWER, REQUEST, Recorder, Remote, everything
 
 from fluxibly import map_chunks, telemetry, trace_file, trace_html, trace_view
+from fluxibly._logs import forget_reports
 from fluxibly.errors import BadRequest, Overloaded, StreamInterrupted
 from fluxibly.messages import Image, Message, Tool, ToolCall
 from fluxibly.middleware import Logging, Tracing
 from fluxibly.pipeline import Pipeline
-from fluxibly.report import forget_reports
 from fluxibly.types import Chunk, ProviderInfo, Request, Response
 
 

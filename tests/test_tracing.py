@@ -22,10 +22,10 @@ from opentelemetry.trace import SpanKind, StatusCode
 from pytest_genai_semconv import assert_chat_span
 from tracing_tools import ANSWER, CHAT, REQUEST, TOOL, AsyncRemote, Recorder, Remote, everything, failed, remote
 
+from fluxibly._logs import forget_reports
 from fluxibly.errors import Overloaded, ProviderError, RateLimitError, StreamInterrupted, StreamStalled
 from fluxibly.middleware import Retry, StreamMeter, Tracing
 from fluxibly.pipeline import AsyncPipeline, Pipeline
-from fluxibly.report import forget_reports
 from fluxibly.testing import Delay, ScriptedProvider, VirtualClock
 from fluxibly.testing.modes import MODES, run
 from fluxibly.types import Chunk, Image, Message, Request, Response, Restart, ToolCall, Usage

@@ -7,10 +7,10 @@ from typing import Any
 
 import attrs
 
+from fluxibly._logs import log, logger, one_line
+from fluxibly._masking import error_message
 from fluxibly.effects import CallNext, Flow
-from fluxibly.logs import log, logger, one_line
-from fluxibly.masking import error_message
-from fluxibly.outcome import error_type, outcome_of
+from fluxibly.errors import error_type, outcome_of
 from fluxibly.types import Request, Response
 
 PREVIEW = 100

@@ -8,12 +8,11 @@ from typing import Literal
 
 import attrs
 
+from fluxibly._checks import is_whole
+from fluxibly._logs import log_retry
 from fluxibly.effects import CallNext, Flow
-from fluxibly.errors import ProviderError, StreamInterrupted, root_cause
+from fluxibly.errors import ProviderError, StreamInterrupted, error_type, root_cause
 from fluxibly.flow import sleep
-from fluxibly.guards import is_whole
-from fluxibly.logs import log_retry
-from fluxibly.outcome import error_type
 from fluxibly.relay import OutputWatch
 from fluxibly.types import Request, Response, Restart
 

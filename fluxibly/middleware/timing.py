@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping
 
 import attrs
 
+from fluxibly._logs import report_once
+from fluxibly._masking import as_text
 from fluxibly.effects import CallNext, Flow
-from fluxibly.masking import as_text
 from fluxibly.profile import Profile
-from fluxibly.report import report_once
 from fluxibly.types import CallRecord, Request, Response
 
 

@@ -10,9 +10,8 @@ import time
 import attrs
 
 from fluxibly.config import LLMConfig, Timeouts
-from fluxibly.errors import AuthenticationError
+from fluxibly.errors import AuthenticationError, Phase
 from fluxibly.providers.foreign_services import server_of
-from fluxibly.providers.limits import Phase
 from fluxibly.types import ProviderInfo
 
 

@@ -14,11 +14,10 @@ from typing import Any, Final, cast
 import attrs
 
 from fluxibly import errors
-from fluxibly.errors import FluxiblyError, ProviderError
-from fluxibly.masking import mask_secrets
+from fluxibly._masking import mask_secrets
+from fluxibly.errors import FluxiblyError, Phase, ProviderError
 from fluxibly.providers.error_reports import Report, error_of, error_of_payload, error_of_response
 from fluxibly.providers.foreign import TimeIsUp
-from fluxibly.providers.limits import Phase
 
 _TIMEOUTS: Final = {"APITimeoutError", "TimeoutException", "ModelTimeoutError", "TimeoutError"}
 _CONNECTIONS: Final = {"APIConnectionError", "TransportError", "ModelConnectionError", "ConnectionError"}

@@ -14,9 +14,9 @@ from typing import NamedTuple
 
 import httpx
 
+from fluxibly._masking import mask_secrets
 from fluxibly.config import LLMConfig, Timeouts
 from fluxibly.errors import AuthenticationError, BadRequest, ConfigError, ProviderError, StreamProtocolError
-from fluxibly.masking import mask_secrets
 from fluxibly.providers import http_errors
 from fluxibly.providers.body import accept_encoding
 from fluxibly.providers.codec import Codec, Encoded, Event, Service

@@ -16,9 +16,9 @@ import attrs
 from fluxibly.aggregate import as_chunk
 from fluxibly.config import LLMConfig
 from fluxibly.errors import ConfigError, StreamProtocolError
+from fluxibly.provider import Threaded
 from fluxibly.providers.foreign_calls import Opened, Steps, acall_within, asteps, call_within
 from fluxibly.providers.foreign_loops import on_asyncio
-from fluxibly.threaded import Threaded
 from fluxibly.types import Chunk, Request, Response
 
 try:

@@ -13,9 +13,9 @@ import httpx
 from langchain_core.language_models import BaseChatModel
 from pydantic import SecretStr
 
+from fluxibly._masking import mask_secrets
 from fluxibly.config import LLMConfig
 from fluxibly.errors import AuthenticationError, ConfigError
-from fluxibly.masking import mask_secrets
 from fluxibly.providers.foreign import Limits, checked_key, info_of, read_timeout
 from fluxibly.providers.foreign_errors import Explainer
 from fluxibly.providers.foreign_loops import PerLoop, on_asyncio

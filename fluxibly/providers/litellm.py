@@ -19,6 +19,7 @@ import httpx
 
 from fluxibly.config import LLMConfig
 from fluxibly.errors import BadRequest, ConfigError
+from fluxibly.provider import Threaded
 from fluxibly.providers.foreign import Limits, checked_key, info_of, read_timeout
 from fluxibly.providers.foreign_calls import Opened, Steps, acall_within, asteps, call_within
 from fluxibly.providers.foreign_errors import Explainer
@@ -35,7 +36,6 @@ from fluxibly.providers.litellm_answer import (
 )
 from fluxibly.providers.litellm_clients import aclose_all, aclose_idle, close_idle
 from fluxibly.providers.litellm_services import Answerer, check_long_prompts, service_of, telemetry_name, without_access
-from fluxibly.threaded import Threaded
 from fluxibly.types import Chunk, ProviderInfo, Request, Response
 
 _COST_MAP = "LITELLM_LOCAL_MODEL_COST_MAP"

@@ -7,9 +7,9 @@ from typing import Self
 
 import attrs
 
+from fluxibly._logs import logger
 from fluxibly.effects import CallNext, Effect, Flow, More, Send
 from fluxibly.errors import root_cause
-from fluxibly.logs import logger
 from fluxibly.relay import Relay
 from fluxibly.testing.modes import Mode, Ran
 from fluxibly.testing.scripted import AsyncScriptedProvider, ScriptedProvider

@@ -69,7 +69,7 @@ def end_orphans() -> None:
         try:
             orphans.popleft().let_go()
         except Exception as error:  # noqa: BLE001  # there is no caller to raise it to
-            from fluxibly.logs import ERROR, log
+            from fluxibly._logs import ERROR, log
 
             log(
                 ERROR,

@@ -1,13 +1,16 @@
-"""What callers may hand over, whatever its annotation says: `isinstance` for plain data, and how to show it.
+"""Checks of what callers pass, whatever its annotation says, and words for what is wrong with it.
 
 Type checkers are told what JSON and YAML give: values of any type.
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping
-from typing import Any, TypeGuard
+import reprlib
+from collections.abc import Iterable, Mapping
+from functools import wraps
+from typing import Any, TypeGuard, TypeVar
 
 
 def is_mapping(value: object) -> TypeGuard[Mapping[Any, Any]]:
@@ -23,6 +26,16 @@ def is_list(value: object) -> TypeGuard[list[Any]]:
 def is_whole(value: object) -> TypeGuard[int]:
     """Whether `value` is a whole number; True and False are none."""
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether `value` is a finite number; True and False are none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def short_repr(value: object) -> str:
+    """A value for an error message, short whatever it is."""
+    return reprlib.repr(value)
 
 
 def shown(value: object) -> str:
@@ -52,3 +65,30 @@ def _without_secrets(value: object, *, secret: bool) -> object:
     if is_list(value):
         return [_without_secrets(each, secret=secret) for each in value]
     return "***" if secret and isinstance(value, (str, bytes)) else value
+
+
+T = TypeVar("T")
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`; did you mean 'x'?`, or nothing if no known name is near."""
+    import difflib  # late, for the sake of `import fluxibly`
+
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def naming_the_nearest(cls: type[T]) -> type[T]:
+    """A class whose TypeError for an unknown keyword names the nearest that it knows (Python's own does from 3.13)."""
+    init: Any = cls.__init__
+    names = [name for name in init.__annotations__ if name != "return"]
+
+    @wraps(init)
+    def checked(self: object, *args: Any, **settings: Any) -> None:
+        for name in settings:
+            if name not in names:
+                raise TypeError(f"{cls.__name__} has no {name!r}{did_you_mean(name, names)}")
+        init(self, *args, **settings)
+
+    type.__setattr__(cls, "__init__", checked)
+    return cls

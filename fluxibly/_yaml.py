@@ -10,10 +10,8 @@ from typing import Any
 
 import yaml
 
-from fluxibly.config import listed
+from fluxibly._checks import did_you_mean, is_list, is_mapping
 from fluxibly.errors import ConfigError
-from fluxibly.guards import is_list, is_mapping
-from fluxibly.suggest import did_you_mean
 
 
 def read_section(file: str | Path, section: str) -> Mapping[str, Any]:
@@ -35,7 +33,7 @@ def read_section(file: str | Path, section: str) -> Mapping[str, Any]:
     expansion = _Expansion()
     expanded: Mapping[str, Any] = expansion.of(table, section)
     if expansion.problems:
-        raise ConfigError(listed(expansion.problems), problems=tuple(expansion.problems))
+        raise ConfigError.of(expansion.problems)
     return expanded
 
 

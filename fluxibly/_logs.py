@@ -1,17 +1,38 @@
-"""The logger `fluxibly`, and a way to use it that cannot end a call."""
+"""The logger `fluxibly`, used in a way that cannot end a call; and one report on standard error of what is broken itself."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 import sys
+import threading
 from logging import ERROR as ERROR
 from typing import Any
 
-from fluxibly.masking import error_message
-from fluxibly.outcome import error_type
-from fluxibly.report import report_once
+from fluxibly._masking import error_message
+from fluxibly.errors import error_type
 from fluxibly.types import Request
+
+_reported: set[str] = set()
+_lock = threading.Lock()
+
+
+def report_once(key: str, message: str) -> None:
+    """Print `fluxibly: message` to stderr, the first time that this `key` is reported in the process. Never raises."""
+    with _lock:
+        if key in _reported:
+            return
+        _reported.add(key)
+    with contextlib.suppress(Exception):  # a closed or missing stderr must not fail a call
+        sys.stderr.write(f"fluxibly: {message}\n")
+
+
+def forget_reports() -> None:
+    """Report everything anew; for tests."""
+    with _lock:
+        _reported.clear()
+
 
 logger = logging.getLogger("fluxibly")
 
