@@ -18,8 +18,8 @@ from fluxibly._masking import error_message
 from fluxibly.aggregate import Aggregator
 from fluxibly.arrivals import Arrivals
 from fluxibly.capture import Captured, Capturing
-from fluxibly.effects import AttemptEnd, Effect, Send
 from fluxibly.errors import StreamInterrupted, error_type, outcome_of
+from fluxibly.flow.effects import AttemptEnd, Effect, Send
 from fluxibly.propagation import Current, trace_headers, with_span
 from fluxibly.span_attributes import (
     add_response,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import attrs
 
-from fluxibly.flow import layer_name
+from fluxibly.flow.compose import layer_name
 from fluxibly.llm import default_stack
 from fluxibly.registry import find_framework, frameworks, make_middleware
 

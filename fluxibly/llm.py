@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, overload
 
 from fluxibly._checks import did_you_mean, is_mapping, is_whole
 from fluxibly.config import LLMConfig, parameter_problems
-from fluxibly.effects import Middleware
 from fluxibly.errors import ConfigError
+from fluxibly.flow import Middleware
 from fluxibly.messages import Message, Tool
 from fluxibly.pipeline import AsyncPipeline, Pipeline
 from fluxibly.registry import make_middleware, make_provider

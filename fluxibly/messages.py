@@ -163,10 +163,11 @@ class Answer(Protocol):
 
     @property
     def text(self) -> str: ...
+    # Any: pyright sees the converters of attrs here, and not the tuples of `ToolCall` and `Reasoning` that they give.
     @property
-    def tool_calls(self) -> tuple[ToolCall, ...]: ...
+    def tool_calls(self) -> Any: ...
     @property
-    def reasoning_parts(self) -> tuple[Reasoning, ...]: ...
+    def reasoning_parts(self) -> Any: ...
 
 
 @attrs.frozen
@@ -201,9 +202,9 @@ class Message:
     @classmethod
     def assistant(cls, content: Content | Answer = "", *, tool_calls: Iterable[ToolCall] = ()) -> Message:
         """What the model said. A `Response` gives its text, its tool calls and the reasoning that must go back."""
-        if isinstance(content, Answer):
-            return cls("assistant", content.text, tool_calls=content.tool_calls, reasoning=content.reasoning_parts)
-        return cls("assistant", cast("tuple[Part, ...]", content), tool_calls=tool_calls)
+        if isinstance(content, str) or not isinstance(content, Answer):  # a str first: it is the usual case
+            return cls("assistant", cast("tuple[Part, ...]", content), tool_calls=tool_calls)
+        return cls("assistant", content.text, tool_calls=content.tool_calls, reasoning=content.reasoning_parts)
 
     @classmethod
     def tool(cls, content: Content, tool_call: str | ToolCall, *, name: str | None = None) -> Message:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import attrs
 
 from fluxibly._checks import did_you_mean, is_mapping
-from fluxibly.effects import Middleware
 from fluxibly.errors import ConfigError, FrameworkNotRegistered
+from fluxibly.flow import Middleware
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint

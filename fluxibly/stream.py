@@ -6,9 +6,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from fluxibly import _abandoned
-from fluxibly.async_driver import AsyncDriver, in_context, on_trio
-from fluxibly.drivers import Driver
-from fluxibly.sync_driver import SyncDriver, is_entered
+from fluxibly._drivers.streams import AsyncDriver, Driver, SyncDriver, in_context, is_entered, on_trio
 from fluxibly.types import Chunk, Response, Restart
 
 if TYPE_CHECKING:

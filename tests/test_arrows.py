@@ -73,7 +73,7 @@ ARROWS = {
     "cli": set(ROOMS.values()),
 }
 """The rooms that a room may import from, besides itself."""
-WRONG_TODAY = "async_driver drivers providers.openai_compatible sync_driver"
+WRONG_TODAY = "providers.openai_compatible"
 PURE = {"dialects": {"anyio", "asyncio", "httpx", "socket", "ssl"}, "flow": {"anyio", "asyncio", "socket", "threading"}}
 """What a room without I/O must not import."""
 TODAY = {

@@ -195,7 +195,7 @@ class TestMapChunks:
 
     def test_memory_stays_constant_for_onlookers(self):
         """Without a change no text is kept."""
-        from fluxibly.combinators import _Mapper
+        from fluxibly.flow.combinators import _Mapper
 
         mapper = _Mapper(lambda c: c, None)
         for _ in range(1000):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from fluxibly.effects import END, AttemptEnd, Middleware, Perform, Send, Sleep, Source
 from fluxibly.errors import ServerError, StreamInterrupted
-from fluxibly.flow import compose, layer_name, perform, send, sleep
+from fluxibly.flow import Middleware, compose, perform, sleep
+from fluxibly.flow.compose import layer_name, send
+from fluxibly.flow.effects import END, AttemptEnd, Perform, Send, Sleep, Source
 from fluxibly.types import Chunk, Request, Response, Usage
 
 REQUEST = Request(model="m", messages="hi")

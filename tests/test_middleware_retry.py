@@ -10,7 +10,6 @@ import pytest
 from calling import REQUEST, call
 from hypothesis import given, strategies as st
 
-from fluxibly.combinators import hold_back
 from fluxibly.errors import (
     AuthenticationError,
     BadRequest,
@@ -24,6 +23,7 @@ from fluxibly.errors import (
     StreamInterrupted,
     root_cause,
 )
+from fluxibly.flow import hold_back
 from fluxibly.middleware import Retry
 from fluxibly.pipeline import AsyncPipeline, Pipeline
 from fluxibly.testing import AsyncScriptedProvider, Cut, Delay, ScriptedProvider, VirtualClock

@@ -9,9 +9,8 @@ import pytest
 from calling import REQUEST, call
 from hypothesis import given, settings, strategies as st
 
-from fluxibly.combinators import hold_back
 from fluxibly.errors import ServerError
-from fluxibly.flow import sleep
+from fluxibly.flow import hold_back, sleep
 from fluxibly.middleware import Retry, StreamMeter
 from fluxibly.pipeline import AsyncPipeline, Pipeline
 from fluxibly.testing import AsyncScriptedProvider, Delay, ScriptedProvider, VirtualClock

@@ -17,7 +17,8 @@ import pytest
 from opentelemetry.sdk.trace import TracerProvider
 
 from fluxibly.errors import ServerError, StreamInterrupted
-from fluxibly.flow import hold_back, layer_name, map_chunks, perform, sleep
+from fluxibly.flow import hold_back, map_chunks, perform, sleep
+from fluxibly.flow.compose import layer_name
 from fluxibly.middleware import Logging, Metrics, Retry, StreamMeter, Timing, Tracing, Validation
 from fluxibly.pipeline import AsyncPipeline, Pipeline
 from fluxibly.provider import AsyncProvider, Provider

@@ -9,8 +9,8 @@ import attrs
 
 from fluxibly._logs import log, logger, one_line
 from fluxibly._masking import error_message
-from fluxibly.effects import CallNext, Flow
 from fluxibly.errors import error_type, outcome_of
+from fluxibly.flow import CallNext, Flow
 from fluxibly.types import Request, Response
 
 PREVIEW = 100

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 import attrs
 
 from fluxibly import semconv
-from fluxibly.effects import CallNext, Flow
+from fluxibly.flow import CallNext, Flow
 from fluxibly.sdk import may_have_sdk
 from fluxibly.types import Request, Response
 

@@ -10,10 +10,9 @@ import attrs
 
 from fluxibly._checks import is_whole
 from fluxibly._logs import log_retry
-from fluxibly.effects import CallNext, Flow
 from fluxibly.errors import ProviderError, StreamInterrupted, error_type, root_cause
-from fluxibly.flow import sleep
-from fluxibly.relay import OutputWatch
+from fluxibly.flow import CallNext, Flow, sleep
+from fluxibly.flow.combinators import OutputWatch
 from fluxibly.types import Request, Response, Restart
 
 

@@ -8,7 +8,8 @@ from typing import Any, cast
 import attrs
 
 from fluxibly.aggregate import as_chunk
-from fluxibly.effects import CallNext, Flow, More
+from fluxibly.flow import CallNext, Flow
+from fluxibly.flow.effects import More
 from fluxibly.types import CallRecord, Chunk, Request, Response, Restart, StreamStats, Usage
 
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, cast
 import attrs
 
 from fluxibly.arrivals import LIMIT
-from fluxibly.effects import CallNext, Flow, More
+from fluxibly.flow import CallNext, Flow
+from fluxibly.flow.effects import More
 from fluxibly.sdk import may_have_sdk
 from fluxibly.types import Chunk, Request, Response, Restart
 

@@ -10,10 +10,9 @@ import attrs
 
 from fluxibly._logs import log, log_retry
 from fluxibly._schema import check_schema, parse
-from fluxibly.combinators import hold_back
-from fluxibly.effects import CallNext, Flow
 from fluxibly.errors import ConfigError, ResponseInvalid
-from fluxibly.relay import OutputWatch
+from fluxibly.flow import CallNext, Flow, hold_back
+from fluxibly.flow.combinators import OutputWatch
 from fluxibly.types import Message, Request, Response
 
 EMPTY = "the answer is empty"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from fluxibly.driving import throw
-from fluxibly.effects import END, AttemptEnd, Effect, Middleware, More, Perform, Send, Sleep, Source
-from fluxibly.flow import compose
+from fluxibly._drivers.stepping import throw
+from fluxibly.flow.compose import compose
+from fluxibly.flow.effects import END, AttemptEnd, Effect, Middleware, More, Perform, Send, Sleep, Source
 from fluxibly.types import Chunk, Request, Response, Restart
 
 

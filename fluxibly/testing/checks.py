@@ -10,9 +10,9 @@ from itertools import pairwise
 from types import CodeType
 from typing import Any
 
-from fluxibly.effects import Middleware
 from fluxibly.errors import root_cause
-from fluxibly.flow import layer_name
+from fluxibly.flow.compose import layer_name
+from fluxibly.flow.effects import Middleware
 from fluxibly.pipeline import Pipeline
 from fluxibly.stream import Stream
 from fluxibly.testing.clock import VirtualClock

@@ -8,9 +8,9 @@ from typing import Self
 import attrs
 
 from fluxibly._logs import logger
-from fluxibly.effects import CallNext, Effect, Flow, More, Send
 from fluxibly.errors import root_cause
-from fluxibly.relay import Relay
+from fluxibly.flow.combinators import Relay
+from fluxibly.flow.effects import CallNext, Effect, Flow, More, Send
 from fluxibly.testing.modes import Mode, Ran
 from fluxibly.testing.scripted import AsyncScriptedProvider, ScriptedProvider
 from fluxibly.types import Chunk, Request, Response

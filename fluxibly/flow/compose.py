@@ -1,23 +1,4 @@
-"""The heart of fluxibly: effects, the flow of a call through its middleware, and the combinators that wrap a stream.
-
-A middleware is one generator function, the same for sync and async, whole responses and streams::
-
-    def timing(request: Request, call_next: CallNext) -> Flow[Response]:
-        start = perf_counter()
-        try:
-            return (yield from call_next(request))
-        finally:
-            print(perf_counter() - start)
-
-It does no I/O of its own. What it wants done it yields as an **effect**, plain data, that travels outward through all
-the layers to a driver (`pipeline.py`; for streams `drivers.py`), which does it and sends the outcome back. The verbs
-`sleep` and `perform` and the combinators `map_chunks` and `hold_back` yield effects for you; the effects themselves are
-internal.
-
-The invariant of a stream: the driver has read one chunk ahead and put it into the `Source`. The innermost flow yields
-it outward as an effect. When that is resumed, the driver has delivered the chunk and read the next one. So a layer
-that swallows a chunk yields `PULL` in its place, and one that adds a chunk yields it wrapped in `More`.
-"""
+"""The stack of middleware as one flow: its layers bound to each other, the innermost flow, and the verbs of authors."""
 
 from __future__ import annotations
 
@@ -28,20 +9,8 @@ from typing import Any, TypeGuard
 
 from fluxibly._checks import shown
 from fluxibly.aggregate import Aggregator
-from fluxibly.combinators import hold_back as hold_back, map_chunks as map_chunks
-from fluxibly.effects import (
-    END,
-    AttemptEnd,
-    CallNext as CallNext,
-    Flow as Flow,
-    Middleware as Middleware,
-    Perform,
-    Send,
-    Sleep,
-    Source,
-    T,
-)
 from fluxibly.errors import interrupted
+from fluxibly.flow.effects import END, AttemptEnd, CallNext, Flow, Middleware, Perform, Send, Sleep, Source, T
 from fluxibly.types import Chunk, Request, Response, with_headers
 
 # Verbs

@@ -1,0 +1,86 @@
+"""Which middleware broke a rule, and what to write instead."""
+
+from __future__ import annotations
+
+import dis
+from collections.abc import Sequence
+from types import CodeType
+from typing import NoReturn
+
+import attrs
+
+from fluxibly._checks import shown
+from fluxibly._drivers.stepping import live_layers
+from fluxibly.flow.compose import code_of, layer_name
+from fluxibly.flow.effects import Flow, Middleware
+from fluxibly.types import Request, Response
+
+HOW_TO_RETURN = "end it with: return (yield from call_next(request))"
+
+
+def unknown_effect(flow: Flow[Response], effect: object) -> TypeError:
+    """The error for a middleware that yields what is no effect."""
+    return TypeError(
+        f"the middleware {live_layers(flow)[-1].__qualname__} yielded {shown(effect)}; it may yield only from "
+        "call_next(request), sleep(...), perform(...) and the combinators"
+    )
+
+
+def raise_not_a_response(value: object, middleware: Sequence[Middleware]) -> NoReturn:
+    """Raise the error for a stack that returned something else than a `Response`."""
+    culprit = first_without_return(middleware) if value is None else None
+    who = suspects(middleware) if culprit is None else f"the middleware {culprit}"
+    raise TypeError(f"{who} returned {shown(value)} where a Response was due; {HOW_TO_RETURN}")
+
+
+def explain(error: Exception, middleware: Sequence[Middleware]) -> None:
+    """Say so if an error came of a layer that hands on what is no request or response, which another then read."""
+    if not isinstance(error, AttributeError):
+        return
+    if error.name == "call" and not isinstance(error.obj, Request):
+        error.add_note(f"fluxibly: call_next takes a Request, not {shown(error.obj)}: call_next(request.evolve(…))")
+    if isinstance(error.obj, Response) or error.name not in _RESPONSE:
+        return
+    culprit = first_without_return(middleware) if error.obj is None else None
+    if culprit is not None:
+        error.add_note(f"fluxibly: the middleware {culprit} returns None; {HOW_TO_RETURN}")
+    elif any(map(_is_users, middleware)):
+        error.add_note(
+            f"fluxibly: it seems that {suspects(middleware)} returned {shown(error.obj)} where a Response was due; "
+            f"{HOW_TO_RETURN}"
+        )
+
+
+_RESPONSE = frozenset(field.name for field in attrs.fields(Response)) | {"has_output", "evolve"}
+
+
+def suspects(middleware: Sequence[Middleware]) -> str:
+    """The layers that may have returned what is no response: those that are not ours."""
+    names = [layer_name(layer) for layer in middleware if _is_users(layer)] or ["(none)"]
+    return f"the middleware {names[0]}" if len(names) == 1 else f"one of the middleware {', '.join(names)}"
+
+
+def _is_users(layer: object) -> bool:
+    return not layer.__module__.startswith("fluxibly.")
+
+
+def first_without_return(middleware: Sequence[Middleware]) -> str | None:
+    """The innermost middleware whose code has no `return` with a value."""
+    for layer in reversed(middleware):
+        code = code_of(layer)
+        if code is not None and not _returns_value(code):
+            return layer_name(layer)
+    return None
+
+
+def _returns_value(code: CodeType) -> bool:
+    before = None
+    for step in dis.get_instructions(code):
+        if step.opname == "RETURN_CONST" and step.argval is not None:
+            return True
+        if step.opname == "RETURN_VALUE" and not (
+            before is not None and before.opname == "LOAD_CONST" and before.argval is None
+        ):
+            return True
+        before = step
+    return False
