@@ -14,9 +14,10 @@ from time import thread_time
 from typing import Any
 
 from benchmarks.measure import interleaved, left_out, table
-from fluxibly import Chunk, LLMConfig, Middleware, Pipeline, Request, Response, Usage, semconv
+from fluxibly import Chunk, LLMConfig, Middleware, Pipeline, Request, Response, Usage
 from fluxibly.llm import default_stack
 from fluxibly.middleware import Metrics, Tracing
+from fluxibly.telemetry import semconv
 
 REQUEST = Request(model="gpt-4o-mini", messages="What is the capital of France?", temperature=0.2, max_tokens=100)
 CHUNK = Chunk("tok ")

@@ -60,7 +60,7 @@ def check_mistake(result: subprocess.CompletedProcess[str], says: str, status: i
 @pytest.fixture
 def misuse(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Callable[..., None]]:
     """Checks a mistake in this process, which is faster; the logger is put back as it was."""
-    from fluxibly.cli_app import run
+    from fluxibly.cli.app import run
 
     loggers = [logging.getLogger("fluxibly"), logging.getLogger("opentelemetry")]
     before = [(each.level, each.propagate, list(each.handlers)) for each in loggers]

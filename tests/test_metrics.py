@@ -27,11 +27,11 @@ from opentelemetry.sdk.metrics.export import (
 from opentelemetry.sdk.metrics.view import DropAggregation, View
 from tracing_tools import ANSWER, REQUEST, AsyncRemote, Recorder, Remote, remote
 
-from fluxibly import instruments, semconv
 from fluxibly._logs import forget_reports
 from fluxibly.errors import Overloaded, RateLimitError, StreamStalled
 from fluxibly.middleware import Metrics, Retry, StreamMeter
 from fluxibly.pipeline import AsyncPipeline, Pipeline
+from fluxibly.telemetry import _metrics as instruments, semconv
 from fluxibly.testing import Delay, VirtualClock
 from fluxibly.testing.modes import MODES, run
 from fluxibly.types import Chunk, Response, Usage

@@ -13,11 +13,11 @@ from opentelemetry import trace
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 from tracing_tools import ANSWER, INFO, REQUEST, AsyncRemote, Recorder, Remote, remote
 
-from fluxibly import call_trace
 from fluxibly._logs import forget_reports
 from fluxibly.errors import ConnectionFailed, Overloaded
 from fluxibly.middleware import Logging, Retry
 from fluxibly.pipeline import AsyncPipeline, Pipeline
+from fluxibly.telemetry import _spans as call_trace
 from fluxibly.testing import Delay
 from fluxibly.testing.modes import MODES, run
 from fluxibly.types import Chunk, ProviderInfo, Request, Response, Usage

@@ -20,8 +20,9 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from rich.console import Console
 from tracing_tools import ANSWER, REQUEST, Recorder, Remote, everything
 
-from fluxibly import map_chunks, telemetry, trace_file, trace_html, trace_view
+from fluxibly import map_chunks, telemetry
 from fluxibly._logs import forget_reports
+from fluxibly.cli.trace import file as trace_file, html as trace_html, terminal as trace_view
 from fluxibly.errors import BadRequest, Overloaded, StreamInterrupted
 from fluxibly.messages import Image, Message, Tool, ToolCall
 from fluxibly.middleware import Logging, Tracing

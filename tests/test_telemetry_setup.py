@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from fluxibly import telemetry, trace_file
+from fluxibly import telemetry
+from fluxibly.cli.trace import file as trace_file
 
 CALLS = """
 import warnings; warnings.simplefilter("error")

@@ -11,13 +11,13 @@ import pytest
 from rich.console import Console
 from tracing_tools import CHAT, TOOL, Remote
 
-from fluxibly import trace_file, trace_html, trace_messages, trace_view
+from fluxibly.cli.trace import file as trace_file, html as trace_html, terminal as trace_view
+from fluxibly.cli.trace.plot import plot, ticks
 from fluxibly.errors import Overloaded, ProviderError
 from fluxibly.middleware import Retry, StreamMeter, Tracing
-from fluxibly.otlp_file import OTLPFileSpanExporter
 from fluxibly.pipeline import Pipeline
+from fluxibly.telemetry._file_exporter import OTLPFileSpanExporter
 from fluxibly.testing import Delay, VirtualClock
-from fluxibly.trace_plot import plot, ticks
 from fluxibly.types import Image, Message, Request, Response, ToolCall, Usage
 
 
@@ -288,7 +288,7 @@ def contrast(one, other):
 @pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
 def test_texts_of_the_page_can_be_told_from_what_is_behind_them(scheme):
     """At least 4.5 to 1, which WCAG 2.1 asks for (1.4.3)."""
-    style = files("fluxibly").joinpath("trace_page.css").read_text()
+    style = files("fluxibly.cli.trace").joinpath("page.css").read_text()
     colours = dict(re.findall(r"--(\w+): (#\w{6})", re.findall(r":root {(.*?)}", style, re.DOTALL)[scheme]))
     behind = ("paper", "card", "user", "assistant", "system", "tool", "wash")
     pairs = [(text, back) for text in ("ink", "soft") for back in behind] + [("failed", "card"), ("cancelled", "card")]
@@ -356,5 +356,5 @@ def test_json_that_is_nested_too_deeply_is_shown_as_it_is():
     for _ in range(600):
         deep = [deep]
     for value in ("[" * 100_000 + "]" * 100_000, deep, json.dumps(deep)):
-        assert trace_messages.readable(value).startswith("[[[[")
-    assert trace_messages.readable({"a": ["b" * 60, "c" * 30]}).startswith('{\n  "a": [\n')
+        assert trace_html.readable(value).startswith("[[[[")
+    assert trace_html.readable({"a": ["b" * 60, "c" * 30]}).startswith('{\n  "a": [\n')

@@ -6,15 +6,15 @@ from typing import TYPE_CHECKING, Literal
 
 import attrs
 
-from fluxibly import semconv
 from fluxibly.flow import CallNext, Flow
-from fluxibly.sdk import may_have_sdk
+from fluxibly.telemetry import semconv
+from fluxibly.telemetry._sdk import may_have_sdk
 from fluxibly.types import Request, Response
 
 if TYPE_CHECKING:
     from opentelemetry.metrics import MeterProvider
 
-    from fluxibly.instruments import Instruments
+    from fluxibly.telemetry._metrics import Instruments
 
 
 @attrs.frozen(kw_only=True)
@@ -61,7 +61,7 @@ class Metrics:
         if not self._instruments:
             if self.meter_provider is None and not may_have_sdk("opentelemetry.metrics", "OTEL_PYTHON_METER_PROVIDER"):
                 return
-            from fluxibly.instruments import Instruments
+            from fluxibly.telemetry._metrics import Instruments
 
             names = semconv.LATEST if self.conventions == "latest" else semconv.RELEASED
             self._instruments.append(Instruments(self.meter_provider, names))

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 import attrs
 
-from fluxibly.arrivals import LIMIT
 from fluxibly.flow import CallNext, Flow
 from fluxibly.flow.effects import More
-from fluxibly.sdk import may_have_sdk
+from fluxibly.telemetry._arrivals import LIMIT
+from fluxibly.telemetry._sdk import may_have_sdk
 from fluxibly.types import Chunk, Request, Response, Restart
 
 if TYPE_CHECKING:
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from opentelemetry._logs import LoggerProvider
     from opentelemetry.trace import TracerProvider
 
-    from fluxibly.capture import Capture
-    from fluxibly.spans import Tracers
+    from fluxibly.telemetry._content import Capture
+    from fluxibly.telemetry._spans import Tracers
 
 
 @attrs.frozen(kw_only=True)
@@ -51,7 +51,7 @@ class Tracing:
     """One, from the first call on for which there may be an SDK."""
 
     def __attrs_post_init__(self) -> None:
-        from fluxibly.capture import capture_mode
+        from fluxibly.telemetry._content import capture_mode
 
         object.__setattr__(self, "_mode", capture_mode(self.capture))
 
@@ -122,8 +122,8 @@ class Tracing:
     def _first(self) -> Tracers | None:
         if self.tracer_provider is None and not may_have_sdk("opentelemetry.trace", "OTEL_PYTHON_TRACER_PROVIDER"):
             return None
-        from fluxibly.capture import Capturing
-        from fluxibly.spans import Tracers
+        from fluxibly.telemetry._content import Capturing
+        from fluxibly.telemetry._spans import Tracers
 
         capturing = Capturing(self._mode, self.redact, self.logger_provider)
         self._tracers.append(Tracers(self.tracer_provider, capturing))

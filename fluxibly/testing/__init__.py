@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from fluxibly.testing.by_hand import ByHand as ByHand
 from fluxibly.testing.checks import check_middleware as check_middleware
-from fluxibly.testing.clock import VirtualClock as VirtualClock
 from fluxibly.testing.provider_check import check_provider as check_provider
 from fluxibly.testing.scripted import (
     Answer as Answer,
@@ -15,6 +14,7 @@ from fluxibly.testing.scripted import (
     Cut as Cut,
     Delay as Delay,
     ScriptedProvider as ScriptedProvider,
+    VirtualClock as VirtualClock,
 )
 
 if TYPE_CHECKING:

@@ -15,11 +15,9 @@ from fluxibly.flow.compose import layer_name
 from fluxibly.flow.effects import Middleware
 from fluxibly.pipeline import Pipeline
 from fluxibly.stream import Stream
-from fluxibly.testing.clock import VirtualClock
+from fluxibly.testing._trial import PLENTY, SCENARIOS, Probe, Records, Scenario, Trial
 from fluxibly.testing.modes import MODES, Mode, run
-from fluxibly.testing.scenarios import PLENTY, SCENARIOS, Scenario
-from fluxibly.testing.scripted import Answer, AsyncScriptedProvider, ScriptedProvider
-from fluxibly.testing.trial import Probe, Records, Trial
+from fluxibly.testing.scripted import Answer, AsyncScriptedProvider, ScriptedProvider, VirtualClock
 from fluxibly.types import Chunk, Request, Response
 
 PASSING = (KeyboardInterrupt, asyncio.CancelledError)

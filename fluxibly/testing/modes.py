@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 import attrs
 
 from fluxibly.pipeline import AsyncPipeline, Pipeline
-from fluxibly.testing.clock import VirtualClock
+from fluxibly.testing.scripted import VirtualClock
 from fluxibly.types import Chunk, Request, Response, Restart
 
 T = TypeVar("T")

@@ -13,8 +13,7 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from fluxibly import trace_file
-from fluxibly.trace_file import TracedSpan, call_facts, duration, label, stream_facts
+from fluxibly.cli.trace.file import TracedSpan, call_facts, duration, label, read, stream_facts
 
 COLOURS = {"completed": "green", "failed": "red", "stalled": "magenta", "cancelled": "yellow", "abandoned": "cyan"}
 OUTCOMES = max(map(len, COLOURS))
@@ -26,9 +25,9 @@ def render(path: str | Path) -> RenderableType:
     """All traces of the file: a line with a bar for each span, and under it what there is to tell of it.
 
     Raises:
-        OSError, ValueError: see `trace_file.read`.
+        OSError, ValueError: see `read`.
     """
-    roots = trace_file.read(path)
+    roots = read(path)
     names = max(cell_len(label(span)) + len(_branch(depth)) for root in roots for depth, span in root.walk())
     return Group(*[_trace(root, names) for root in roots])
 

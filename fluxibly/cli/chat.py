@@ -1,16 +1,18 @@
-"""The command `fluxibly chat`: one question, or a conversation."""
+"""The command `fluxibly chat`: one question, or a conversation, with its figures and its spans."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
 import sys
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
 
 import attrs
 
-from fluxibly.cli_report import as_json, figures, span_trees
-from fluxibly.cli_screen import line_of
+from fluxibly.cli.report import as_json, figures, span_trees
+from fluxibly.cli.screen import line_of
 from fluxibly.errors import ConfigError, ContextLengthExceeded, FluxiblyError
 from fluxibly.llm import LLM
 from fluxibly.messages import Message
@@ -18,9 +20,13 @@ from fluxibly.providers.local_model import model_path
 from fluxibly.types import Response
 
 if TYPE_CHECKING:
-    from fluxibly.cli_screen import Screen
-    from fluxibly.cli_spans import Recorder
+    from pathlib import Path
+
+    from opentelemetry.sdk.trace import ReadableSpan
+
+    from fluxibly.cli.screen import Screen
     from fluxibly.config import LLMConfig
+
 
 STDIN = "-"
 
@@ -151,3 +157,54 @@ def _standard_input() -> str:
         return sys.stdin.read()
     except UnicodeDecodeError:
         raise ConfigError("standard input is not text in this terminal's encoding") from None
+
+
+class Recorder(Protocol):
+    """Keeps the spans of this process, to be shown."""
+
+    def take(self) -> Sequence[ReadableSpan]:
+        """The spans that ended since the last time."""
+        ...
+
+    def close(self) -> str | None:
+        """Send what is left; what went wrong with it, if anything did."""
+        ...
+
+
+class _NoRecorder:
+    """Records nothing: what there is without the OpenTelemetry SDK."""
+
+    def take(self) -> Sequence[ReadableSpan]:
+        return ()
+
+    def close(self) -> str | None:
+        return None
+
+
+def recorder(file: Path | None = None, otlp: str | None = None, *, keep: bool = True) -> Recorder:
+    """A recorder of the spans of this process, where the OpenTelemetry SDK is installed.
+
+    Args:
+        keep: whether anyone will `take` them.
+        file: where to write them too, as OTLP JSON lines.
+        otlp: the address of a backend, to which they are sent as OTLP over HTTP.
+
+    Raises:
+        ConfigError: the extra for it is missing, the file cannot be written, or the address is none.
+    """
+    if not keep and file is None and otlp is None:
+        return _NoRecorder()
+    if all(map(_installed, ("opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.http"))):
+        from fluxibly.cli.spans import SDKRecorder
+
+        return SDKRecorder(file, otlp)
+    if file is not None or otlp is not None:
+        raise ConfigError("--trace and --otlp need an extra: pip install 'fluxibly[otel]'")
+    return _NoRecorder()
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # not even the package that it is in
+        return False

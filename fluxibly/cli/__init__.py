@@ -1,4 +1,8 @@
-"""The console script `fluxibly`. Its commands are in `cli_app`, which needs the extra `cli`."""
+"""The console script `fluxibly`: `main` here, the commands in `app.py`, which needs typer and rich.
+
+`chat.py` and `inspect.py` do what the commands say, `screen.py` and `report.py` print, `spans.py` records, `trace/`
+draws trace files. May import everything; nothing imports it.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ import sys
 def main() -> None:
     """Run the command line; exits with 0, with 2 for a mistake of the user's, and with 1 for any other failure."""
     try:
-        from fluxibly.cli_app import run
+        from fluxibly.cli.app import run
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in ("typer", "rich"):
             raise

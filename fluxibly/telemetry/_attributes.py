@@ -8,8 +8,8 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
-from fluxibly import semconv
 from fluxibly.errors import ProviderError, error_type, root_cause
+from fluxibly.telemetry import semconv
 from fluxibly.types import Outcome, Request, Response, StreamStats, Usage
 
 if TYPE_CHECKING:

@@ -13,7 +13,6 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor, SimpleSpanProcess
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from fluxibly._logs import one_line
-from fluxibly.cli_spans import Recorder
 from fluxibly.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -26,7 +25,7 @@ REASON = 200
 """Characters that are told of why a backend did not take the spans."""
 
 
-class SDKRecorder(Recorder):
+class SDKRecorder:
     """Keeps the spans of this process; see `recorder` for the arguments."""
 
     def __init__(self, file: Path | None, otlp: str | None) -> None:
@@ -96,7 +95,7 @@ def _endpoint(otlp: str) -> str:
 
 
 def _to_file(file: Path) -> SpanExporter:
-    from fluxibly.otlp_file import OTLPFileSpanExporter
+    from fluxibly.telemetry._file_exporter import OTLPFileSpanExporter
 
     try:
         return OTLPFileSpanExporter(file)

@@ -31,11 +31,11 @@ from opentelemetry.metrics import (
 )
 from opentelemetry.trace import NonRecordingSpan, SpanContext, get_current_span, set_span_in_context
 
-from fluxibly import semconv
 from fluxibly._abandoned import end_all_before
 from fluxibly._logs import report_once
 from fluxibly.errors import outcome_of
-from fluxibly.span_attributes import answered_model, error_name, provider_attributes, time_to_first_chunk
+from fluxibly.telemetry import semconv
+from fluxibly.telemetry._attributes import answered_model, error_name, provider_attributes, time_to_first_chunk
 from fluxibly.types import ProviderInfo, Request, Usage
 
 WAITING = 1_000

@@ -1,4 +1,4 @@
-"""The spans of one call that is recorded: its own, and one for each of its attempts.
+"""The spans of calls: where they come from, and those of one call that is recorded, its own and one for each attempt.
 
 Every step that touches OpenTelemetry or a function of the user's is guarded: what raises there is reported once on
 standard error, and the call goes on as if it had not been traced.
@@ -10,18 +10,28 @@ import sys
 from typing import TYPE_CHECKING, Any, Literal
 
 from opentelemetry.context import Context, get_current, set_value
-from opentelemetry.trace import Span, Status, StatusCode, Tracer
+from opentelemetry.trace import (
+    NoOpTracer,
+    ProxyTracerProvider,
+    Span,
+    SpanKind,
+    Status,
+    StatusCode,
+    Tracer,
+    TracerProvider,
+    get_current_span,
+    get_tracer_provider,
+)
 
-from fluxibly import semconv
+from fluxibly._abandoned import end_all_before
 from fluxibly._logs import report_once
 from fluxibly._masking import error_message
 from fluxibly.aggregate import Aggregator
-from fluxibly.arrivals import Arrivals
-from fluxibly.capture import Captured, Capturing
 from fluxibly.errors import StreamInterrupted, error_type, outcome_of
 from fluxibly.flow.effects import AttemptEnd, Effect, Send
-from fluxibly.propagation import Current, trace_headers, with_span
-from fluxibly.span_attributes import (
+from fluxibly.telemetry import semconv
+from fluxibly.telemetry._arrivals import Arrivals
+from fluxibly.telemetry._attributes import (
     add_response,
     add_unstreamed,
     answered_model,
@@ -30,12 +40,19 @@ from fluxibly.span_attributes import (
     record_attributes,
     request_attributes,
 )
+from fluxibly.telemetry._content import Captured, Capturing
+from fluxibly.telemetry._propagation import Current, trace_headers, with_span
 from fluxibly.types import with_headers
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from fluxibly.telemetry._content import Capturing
     from fluxibly.types import Outcome, Request, Response
+
+
+_INTERNAL, _CLIENT = SpanKind.INTERNAL, SpanKind.CLIENT  # to look up a member of an enumeration takes its time
+
 
 _UTIL_GENAI = "opentelemetry.util.genai.invocation"
 
@@ -222,3 +239,58 @@ def _claimed(context: Context) -> Context:
     except Exception as problem:  # noqa: BLE001  # another release of theirs, perhaps; ours is traced all the same
         report(problem)
         return context
+
+
+class Tracers:
+    """Where the spans of one `Tracing` come from. Notices an SDK that is set up later."""
+
+    def __init__(self, provider: TracerProvider | None, capturing: Capturing) -> None:
+        self.given = provider
+        self.capturing = capturing
+        self._seen: TracerProvider | None = None
+        self._tracer: Tracer | None = None
+
+    def _tracer_of(self, provider: TracerProvider) -> Tracer | None:
+        """The tracer, or None while there is no SDK."""
+        tracer = None if isinstance(provider, ProxyTracerProvider) else provider.get_tracer("fluxibly")
+        self._tracer = None if isinstance(tracer, NoOpTracer) else tracer
+        self._seen = provider
+        if self._tracer is not None:
+            end_all_before()
+        return self._tracer
+
+    def begin(self, request: Request) -> CallTrace | Current | None:
+        """Begin the span of a call and make it current; None if there is nothing to do for this call.
+
+        Of a call that is not recorded, only the trace headers go on: from its span, or else from the caller's.
+        """
+        try:
+            provider = self.given or get_tracer_provider()
+            tracer = self._tracer if provider is self._seen else self._tracer_of(provider)
+            context = get_current()
+            call = request.call
+            if tracer is None:
+                if context and (caller := get_current_span(context)).get_span_context().is_valid:
+                    call.trace_headers = trace_headers(caller, context)
+                return None
+            span = tracer.start_span(
+                f"{semconv.CHAT} {request.model}",
+                context,
+                _INTERNAL if call.provider.in_process else _CLIENT,
+                request_attributes(request),
+            )
+            try:
+                if span.is_recording():
+                    return CallTrace(self.capturing, tracer, span, request, context)
+                current = Current(with_span(span, context), context)
+            except BaseException:
+                span.end()
+                raise
+            try:
+                call.trace_headers = trace_headers(span, current.context)
+            except Exception as problem:  # noqa: BLE001  # as below; the calls below this one are not sampled either
+                report(problem)
+            return current
+        except Exception as problem:  # noqa: BLE001  # telemetry never breaks a call
+            report(problem)
+            return None

@@ -13,7 +13,7 @@ from typing import TypeAlias
 
 import attrs
 
-from fluxibly.trace_file import duration
+from fluxibly.cli.trace.file import duration
 
 Point: TypeAlias = tuple[float, float, int]
 """Seconds since the call began, seconds that the chunk was waited for, characters so far."""

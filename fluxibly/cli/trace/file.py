@@ -10,8 +10,8 @@ from typing import Any
 
 import attrs
 
-from fluxibly import semconv
 from fluxibly._checks import is_list, is_mapping
+from fluxibly.telemetry import semconv
 
 ERROR = 2
 """OTLP's `STATUS_CODE_ERROR`."""

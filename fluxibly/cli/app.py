@@ -15,7 +15,7 @@ import attrs
 import typer
 from rich.console import Console
 
-from fluxibly.cli_screen import Screen, ScreenHandler, line_of
+from fluxibly.cli.screen import Screen, ScreenHandler, line_of
 from fluxibly.config import LLMConfig
 from fluxibly.errors import (
     AuthenticationError,
@@ -151,8 +151,7 @@ def chat(  # noqa: PLR0917  # the command line library reads its options off the
     as_json: Annotated[bool, typer.Option("--json", help="Print the response as JSON, for scripts.")] = False,
 ) -> None:
     """Ask a model; without a prompt, converse with it."""
-    from fluxibly.cli_chat import Chat
-    from fluxibly.cli_spans import recorder
+    from fluxibly.cli.chat import Chat, recorder
 
     screen = Screen()
     settings = _config(config, framework, model)
@@ -172,7 +171,7 @@ def chat(  # noqa: PLR0917  # the command line library reads its options off the
 @app.command()
 def explain(config: ConfigFile = None, framework: Framework = None, model: Model = None) -> None:
     """Print the stack that would run, outermost first, with each middleware's settings."""
-    from fluxibly.cli_inspect import stack_rows
+    from fluxibly.cli.inspect import stack_rows
 
     Screen().rows(stack_rows(_config(config, framework, model)), ("", "middleware", "settings"))
 
@@ -180,7 +179,7 @@ def explain(config: ConfigFile = None, framework: Framework = None, model: Model
 @app.command()
 def frameworks() -> None:
     """List who can run models: what is registered, what is installed, and which extra or key is missing."""
-    from fluxibly.cli_inspect import framework_rows
+    from fluxibly.cli.inspect import framework_rows
 
     Screen().rows(framework_rows(), ("framework", "status", "to do"))
 
@@ -188,7 +187,7 @@ def frameworks() -> None:
 @app.command()
 def doctor(config: ConfigFile = None, framework: Framework = None, model: Model = None) -> int:
     """Check versions, keys and endpoints, and say what to do."""
-    from fluxibly.cli_doctor import examine
+    from fluxibly.cli.inspect import examine
 
     return examine(Screen(), _config(config, framework, model) if config or framework or model else None)
 
@@ -201,13 +200,13 @@ def trace(
     """Draw the spans of a file as a waterfall."""
     try:
         if html is None:
-            from fluxibly import trace_view
+            from fluxibly.cli.trace.terminal import render
 
-            Console(highlight=False).print(trace_view.render(file))
+            Console(highlight=False).print(render(file))
         else:
-            from fluxibly import trace_html
+            from fluxibly.cli.trace.html import render as render_page
 
-            html.write_text(trace_html.render(file), encoding="utf-8")
+            html.write_text(render_page(file), encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{error.filename}: {error.strerror or error}") from error
     except ValueError as error:

@@ -96,7 +96,7 @@ def _span_processors(
 
     found: list[Any] = []
     if file is not None:
-        from fluxibly.otlp_file import OTLPFileSpanExporter
+        from fluxibly.telemetry._file_exporter import OTLPFileSpanExporter
 
         found.append(SimpleSpanProcessor(OTLPFileSpanExporter(file)))
     if console:

@@ -12,8 +12,8 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from fluxibly import semconv
-from fluxibly.trace_file import duration
+from fluxibly.cli.trace.file import duration
+from fluxibly.telemetry import semconv
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import ReadableSpan

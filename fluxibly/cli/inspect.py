@@ -1,4 +1,4 @@
-"""The command `fluxibly doctor`: what is installed, what can be reached, and what to do about the rest."""
+"""The commands that look at what is there: `explain`, `frameworks` and `doctor`."""
 
 from __future__ import annotations
 
@@ -11,19 +11,66 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 import attrs
-import httpx
 
-from fluxibly.cli_inspect import missing_of
-from fluxibly.cli_screen import line_of
+from fluxibly.cli.screen import line_of
+from fluxibly.cli.trace.file import duration
 from fluxibly.config import LLMConfig
+from fluxibly.flow.compose import layer_name
+from fluxibly.llm import default_stack
 from fluxibly.providers.local_model import DEFAULT_MODEL, cached_path, named_model
-from fluxibly.registry import find_framework, frameworks
-from fluxibly.trace_file import duration
+from fluxibly.registry import find_framework, frameworks, make_middleware
 from fluxibly.types import ProviderInfo
 
 if TYPE_CHECKING:
-    from fluxibly.cli_screen import Screen
+    from fluxibly.cli.screen import Screen
     from fluxibly.providers.codec import Service
+    from fluxibly.registry import Framework
+
+
+def stack_rows(config: LLMConfig) -> Iterator[tuple[str, str, str]]:
+    """A row for each layer, outermost first, and one for the provider.
+
+    Raises:
+        FrameworkNotRegistered: the configuration's framework is unknown.
+        ConfigError: a middleware is.
+    """
+    find_framework(config.framework)
+    stack = default_stack(config) if config.middleware is None else make_middleware(config.middleware)
+    for number, layer in enumerate(stack, 1):
+        yield str(number), layer_name(layer), _settings(layer)
+    settings = {name: getattr(config, name) for name in ("framework", "model", "temperature", "max_tokens")}
+    told = ", ".join(f"{name}={value}" for name, value in settings.items() if value is not None)
+    yield str(len(stack) + 1), "(provider)", told
+
+
+def _settings(layer: object) -> str:
+    """A middleware's settings as its repr has them."""
+    kind = type(layer)
+    if not attrs.has(kind):
+        return ""
+    shown: list[str] = []
+    for field in attrs.fields(kind):
+        if field.repr and field.init:
+            write = field.repr if callable(field.repr) else repr
+            shown.append(f"{field.name.lstrip('_')}={write(getattr(layer, field.name))}")
+    return ", ".join(shown)
+
+
+def framework_rows() -> Iterator[tuple[str, str, str]]:
+    """A row for each framework: its name, whether it can be used, and what is missing."""
+    for framework in frameworks().values():
+        missing = missing_of(framework)
+        yield framework.name, "ready" if missing is None else "not ready", missing or ""
+
+
+def missing_of(framework: Framework) -> str | None:
+    """What to do before a framework can be used, if anything."""
+    if not framework.installed:
+        return f"pip install 'fluxibly[{framework.extra}]'"
+    if framework.env_var is not None and not os.environ.get(framework.env_var):
+        return f"set {framework.env_var}"
+    return None
+
 
 PROBE_TIMEOUT = 5.0
 """Seconds that an endpoint has to answer."""
@@ -114,6 +161,8 @@ def _local(config: LLMConfig) -> Finding:
 
 def _endpoint(config: LLMConfig, info: ProviderInfo) -> Finding:
     """Ask a service for its list of models, where its dialect is OpenAI's; of others, see that they answer at all."""
+    import httpx  # late: `explain` and `frameworks` have no use for it
+
     name, host, port = config.framework, info.server_address, info.server_port
     url, headers = f"{'https' if port == 443 else 'http'}://{host}:{port}/", {}
     service = _service(name)

@@ -1,0 +1,265 @@
+"""The content of calls in spans and events: which of it is captured (by default none), and in which JSON.
+
+The JSON is that of OpenTelemetry's `gen_ai.*.messages` attributes (semantic-conventions-genai,
+gen-ai-input-messages.json and its siblings). Every text passes through `redact` on its way, tool arguments (their names
+too), image data and the names of participants included; the names of tools and roles, and the keys of the tools' JSON
+Schemas, do not.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from base64 import b64encode
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
+
+import attrs
+
+from fluxibly._checks import shown
+from fluxibly._logs import report_once
+from fluxibly.messages import Image, Message, Part, Text, Tool, ToolCall
+from fluxibly.telemetry import semconv
+from fluxibly.types import Response
+
+if TYPE_CHECKING:
+    from opentelemetry._logs import LoggerProvider
+    from opentelemetry.context import Context
+    from opentelemetry.trace import Span
+
+    from fluxibly.types import Request, Response
+
+
+Capture: TypeAlias = Literal["none", "span", "event", "both"]
+
+VARIABLE = "OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT"
+_BY_VARIABLE: dict[str, Capture] = {
+    "": "none",
+    "NO_CONTENT": "none",
+    "SPAN_ONLY": "span",
+    "EVENT_ONLY": "event",
+    "SPAN_AND_EVENT": "both",
+}
+
+
+def capture_mode(chosen: Capture | None) -> Capture:
+    """The mode that was chosen, else what the environment says; for a bad value there, none, with a warning."""
+    if chosen is not None:
+        if chosen not in get_args(Capture):
+            raise ValueError(f"Tracing(capture=…) is one of {', '.join(get_args(Capture))}, not {chosen!r}")
+        return chosen
+    value = os.environ.get(VARIABLE, "").strip()
+    mode = _BY_VARIABLE.get(value.upper())
+    if mode is None:
+        valid = ", ".join(filter(None, _BY_VARIABLE))
+        report_once(f"capture {value}", f"{VARIABLE}={value!r} is not one of {valid}; no content is captured")
+        return "none"
+    return mode
+
+
+@attrs.frozen
+class Captured:
+    """What a call said: the request as it was sent, and the answer, `whole` or as far as it came."""
+
+    request: Request
+    answer: Response | None
+    whole: bool = attrs.field(kw_only=True)
+
+    def attributes(self, redact: Redact) -> dict[str, Any]:
+        """The content, in the JSON schema of the semantic conventions."""
+        messages = self.request.messages
+        content: dict[str, Any] = {
+            semconv.SYSTEM_INSTRUCTIONS: system_instructions(messages, redact),
+            semconv.INPUT_MESSAGES: input_messages(messages, redact),
+            semconv.TOOL_DEFINITIONS: tool_definitions(self.request.tools, redact),
+        }
+        if self.answer is not None and (self.whole or self.answer.has_output):
+            content[semconv.OUTPUT_MESSAGES] = output_messages(self.answer, whole=self.whole, redact=redact)
+        return {key: value for key, value in content.items() if value}
+
+
+@attrs.frozen
+class Capturing:
+    """The user's choice: the mode, what to redact, and where events go."""
+
+    mode: Capture
+    redact: Redact | None
+    logger_provider: LoggerProvider | None
+
+    def record(self, captured: Captured, span: Span, context: Context, attributes: Mapping[str, Any]) -> None:
+        """Put content onto the span (as JSON strings), and into an event with the span's `attributes`."""
+        try:
+            content = captured.attributes(unchanged if self.redact is None else self._redacted)
+        except Exception as problem:  # noqa: BLE001  # `redact` is the user's, and without it nothing is shown
+            _report(problem)
+            return
+        if self.mode in ("span", "both"):
+            span.set_attributes({key: _encoded(value) for key, value in content.items()})
+        if self.mode in ("event", "both"):
+            self._emit({**attributes, **{key: _plain(value) for key, value in content.items()}}, context)
+
+    def _emit(self, attributes: dict[str, Any], context: Context) -> None:
+        from opentelemetry._logs import LogRecord, get_logger
+
+        logger = get_logger("fluxibly", logger_provider=self.logger_provider)
+        logger.emit(LogRecord(context=context, event_name=semconv.DETAILS_EVENT, attributes=attributes))
+
+    def redacted(self, text: str) -> str:
+        """An error's message, as far as the user lets it out."""
+        if self.redact is None or not text:
+            return text
+        try:
+            return self._redacted(text)
+        except Exception as problem:  # noqa: BLE001  # as above
+            _report(problem)
+            return ""
+
+    def _redacted(self, text: str) -> str:
+        """What `redact` makes of a text, if that is one: whatever else it returns cannot be sent as such."""
+        redacted: Any = None if self.redact is None else self.redact(text)
+        if not isinstance(redacted, str):
+            raise TypeError(f"redact returns a str, not {shown(redacted)}")
+        return redacted
+
+
+def _report(problem: Exception) -> None:
+    report_once("redact", f"redact raised {type(problem).__name__}; such a call's content is not captured")
+
+
+def _encoded(value: Any) -> str:
+    import msgspec
+
+    try:
+        return msgspec.json.encode(value, enc_hook=str).decode()
+    except (UnicodeEncodeError, ValueError):  # half of a surrogate pair, say, which a model may well produce
+        plain = json.loads(json.dumps(value, default=str), parse_constant=lambda _: None)  # NaN is no JSON
+        return json.dumps(plain)
+
+
+def _plain(value: Any) -> Any:
+    """`value`, or what exporters can send of it, which refuse all of an attribute for one thing that is not JSON."""
+    import msgspec
+
+    try:
+        msgspec.json.encode(value)
+    except (TypeError, ValueError):  # an object among a tool's parameters, or half of a surrogate pair
+        return json.loads(json.dumps(value, default=str, ensure_ascii=False).encode(errors="replace"))
+    return value
+
+
+Redact: TypeAlias = Callable[[str], str]
+Json: TypeAlias = dict[str, Any]
+
+
+def unchanged(text: str) -> str:
+    """The `redact` that leaves all as it is."""
+    return text
+
+
+def system_instructions(messages: Iterable[Message], redact: Redact = unchanged) -> list[Json]:
+    """The parts of the system messages that open a conversation."""
+    parts: list[Json] = []
+    for message in messages:
+        if message.role != "system":
+            break
+        parts.extend(_content(message.content, redact))
+    return parts
+
+
+def input_messages(messages: Iterable[Message], redact: Redact = unchanged) -> list[Json]:
+    """The conversation, without the system messages that open it."""
+    opened = False
+    found: list[Json] = []
+    for message in messages:
+        opened = opened or message.role != "system"
+        if opened:
+            found.append(_message(message, redact))
+    return found
+
+
+def output_messages(response: Response, *, whole: bool, redact: Redact = unchanged) -> list[Json]:
+    """An answer, and its alternatives. A finish reason that nobody told is `error` unless it is `whole`: never absent."""
+    found: list[Json] = []
+    for choice in (response, *response.alternatives):
+        parts: list[Json] = []
+        if choice.reasoning:
+            parts.append({"type": "reasoning", "content": redact(choice.reasoning)})
+        if choice.text:
+            parts.append({"type": "text", "content": redact(choice.text)})
+        parts.extend(_tool_call(call, redact) for call in choice.tool_calls)
+        usual = ("tool_call" if choice.tool_calls else "stop") if whole else "error"
+        reason = choice.finish_reason or usual
+        found.append({"role": "assistant", "parts": parts, "finish_reason": reason})
+    return found
+
+
+def tool_definitions(tools: Iterable[Tool], redact: Redact = unchanged) -> list[Json]:
+    """The functions that the model may ask for."""
+    return [
+        {
+            "type": "function",
+            "name": tool.name,
+            "description": redact(tool.description),
+            "parameters": _redacted(tool.parameters, redact),
+        }
+        for tool in tools
+    ]
+
+
+def _message(message: Message, redact: Redact) -> Json:
+    if message.role == "tool":
+        texts = [redact(part.text) for part in message.content if isinstance(part, Text)]
+        parts: list[Json] = [{"type": "tool_call_response", "id": message.tool_call_id, "response": "".join(texts)}]
+        parts.extend(_image(part, redact) for part in message.content if isinstance(part, Image))
+    else:
+        parts = [
+            {"type": "reasoning", "content": redact(reasoning.text)}
+            for reasoning in message.reasoning
+            if reasoning.text
+        ]
+        parts.extend(_content(message.content, redact))
+        parts.extend(_tool_call(call, redact) for call in message.tool_calls)
+    found: Json = {"role": message.role, "parts": parts}
+    if message.name is not None:
+        found["name"] = message.name if message.role == "tool" else redact(message.name)
+    return found
+
+
+def _content(content: Iterable[Part], redact: Redact) -> Iterable[Json]:
+    for part in content:
+        if isinstance(part, Text):
+            yield {"type": "text", "content": redact(part.text)}
+        else:
+            yield _image(part, redact)
+
+
+def _image(image: Image, redact: Redact) -> Json:
+    if image.url is None:
+        data = b64encode(image.data or b"").decode()
+        return {"type": "blob", "modality": "image", "mime_type": image.media_type, "content": redact(data)}
+    header, comma, data = image.url.partition(";base64,")
+    if comma and header.startswith("data:"):
+        mime_type = header.removeprefix("data:").partition(";")[0] or None
+        return {"type": "blob", "modality": "image", "mime_type": mime_type, "content": redact(data)}
+    return {"type": "uri", "modality": "image", "mime_type": image.media_type, "uri": redact(image.url)}
+
+
+def _tool_call(call: ToolCall, redact: Redact) -> Json:
+    arguments = redact(call.raw_arguments) if call.error else _redacted(call.arguments, redact, keys=True)
+    return {"type": "tool_call", "id": call.id, "name": call.name, "arguments": arguments}
+
+
+def _redacted(value: Any, redact: Redact, *, keys: bool = False) -> Any:
+    """A JSON value with every text in it redacted, and with `keys`, those of its objects."""
+    if redact is unchanged:
+        return value
+    if isinstance(value, str):
+        return redact(value)
+    if isinstance(value, Mapping):
+        return {
+            redact(key) if keys and isinstance(key, str) else key: _redacted(item, redact, keys=keys)
+            for key, item in value.items()  # pyright: ignore[reportUnknownVariableType]
+        }
+    if isinstance(value, (list, tuple)):
+        return [_redacted(item, redact, keys=keys) for item in value]  # pyright: ignore[reportUnknownVariableType]
+    return value
