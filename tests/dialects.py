@@ -13,7 +13,7 @@ import anyio
 
 from fluxibly import LLM, AsyncLLM, LLMConfig
 from fluxibly.errors import FluxiblyError
-from fluxibly.providers.codec import Codec
+from fluxibly.providers.dialects.codec import Codec
 from fluxibly.testing.codec_check import check_cuts, outcome_of
 from fluxibly.testing.modes import Mode
 from fluxibly.types import Image, Response, Tool

@@ -23,7 +23,7 @@ from fluxibly.errors import (
     ServerError,
     StreamProtocolError,
 )
-from fluxibly.providers.anthropic_codec import AnthropicCodec
+from fluxibly.providers.dialects.anthropic import AnthropicCodec
 from fluxibly.testing import check_codec
 from fluxibly.types import Image, Message, Reasoning, Request, Response, Text, Tool, ToolCall, Usage
 

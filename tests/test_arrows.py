@@ -120,7 +120,6 @@ TODAY = {
     "providers.foreign_loops": "providers._libraries.loops",
     "providers.foreign_services": "providers._libraries.services",
     "providers.framing": "providers.dialects.framing",
-    "providers.framing_json_array": "providers.dialects.framing",
     "providers.framing_lines": "providers.dialects.framing",
     "providers.framing_sse": "providers.dialects.framing",
     "providers.gemini_codec": "providers.dialects.gemini",

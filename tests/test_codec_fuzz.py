@@ -20,12 +20,12 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from recordings import FOLDER, load
 
 from fluxibly.errors import FluxiblyError, ProviderError
-from fluxibly.providers.anthropic_codec import AnthropicCodec
-from fluxibly.providers.codec import Codec
-from fluxibly.providers.gemini_codec import GeminiCodec
-from fluxibly.providers.ollama_codec import OllamaCodec
-from fluxibly.providers.openai_codec import OpenAICodec
-from fluxibly.providers.openai_responses import ResponsesCodec
+from fluxibly.providers.dialects.anthropic import AnthropicCodec
+from fluxibly.providers.dialects.codec import Codec
+from fluxibly.providers.dialects.gemini import GeminiCodec
+from fluxibly.providers.dialects.ollama import OllamaCodec
+from fluxibly.providers.dialects.openai_chat import OpenAICodec
+from fluxibly.providers.dialects.openai_responses import ResponsesCodec
 from fluxibly.testing.codec_check import Outcome, outcome_of
 from fluxibly.types import Response
 
@@ -169,7 +169,6 @@ DIALECTS = {
     "responses": Dialect(ResponsesCodec(), *_responses()),
     "anthropic": Dialect(AnthropicCodec(), *_anthropic(), recorded=("27-", "28-")),
     "gemini": Dialect(GeminiCodec(), *_gemini(), recorded=("32-", "36-")),
-    "gemini array": Dialect(GeminiCodec(framing="json-array"), *_gemini()),
     "ollama": Dialect(OllamaCodec(), *_ollama()),
 }
 dialects = pytest.mark.parametrize("dialect", DIALECTS.values(), ids=DIALECTS)

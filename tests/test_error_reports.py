@@ -11,8 +11,14 @@ from recordings import load
 
 from fluxibly import errors
 from fluxibly.errors import ProviderError
-from fluxibly.providers.error_reports import EXCERPT_LENGTH, error_of_payload, error_of_response, read_report
-from fluxibly.providers.retry_hints import duration, retry_after_of
+from fluxibly.providers.dialects.errors import (
+    EXCERPT_LENGTH,
+    duration,
+    error_of_payload,
+    error_of_response,
+    read_report,
+    retry_after_of,
+)
 
 NOW = 1_700_000_000.0
 

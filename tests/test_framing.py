@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import tracemalloc
 
 import pytest
 from hypothesis import given, settings, strategies as st
 
 from fluxibly.errors import StreamProtocolError
-from fluxibly.providers.codec import Event, Framing
-from fluxibly.providers.framing import make_framing
+from fluxibly.providers.dialects.codec import Event, Framing
+from fluxibly.providers.dialects.framing import make_framing
 
 
 def read(framing: Framing, *reads: bytes, limit: int = 1_000_000) -> list[Event]:
@@ -107,42 +106,6 @@ def test_ndjson_is_an_event_a_line(body: bytes, events: list[Event]) -> None:
 
 
 @pytest.mark.parametrize(
-    "value",
-    [
-        [],
-        [{"a": 1}],
-        [{"a": ']}[{,\\"\\\\'}, {"b": [{"c": [[]]}]}, ["d"]],
-        [{"text": "grüße €😀 \\u00fc"}, {"": {}}],
-    ],
-)
-@pytest.mark.parametrize("indent", [None, 2])
-def test_a_json_array_gives_its_elements(value: list[object], indent: int | None) -> None:
-    """Pretty-printed or not, with brackets and quotes in its strings."""
-    body = b" \n" + json.dumps(value, indent=indent, ensure_ascii=False).encode() + b"\n"
-    assert [json.loads(event.data) for event in recut("json-array", body)] == value
-
-
-def test_an_element_comes_when_it_is_whole() -> None:
-    """An element does not wait for what follows it."""
-    stream = make_framing("json-array")
-    assert stream.feed(b'[{"a": 1}') == [Event(b'{"a": 1}')]
-    assert stream.feed(b',\r\n{"b"') == []
-    assert stream.feed(b": 2}") == [Event(b'{"b": 2}')]
-
-
-def test_an_object_instead_of_an_array_is_one_event() -> None:
-    """So that an error which stands for the whole stream is seen."""
-    assert recut("json-array", b'{"error": {"code": 400}}\n') == [Event(b'{"error": {"code": 400}}')]
-
-
-@pytest.mark.parametrize("body", [b"<html>", b'["text"]', b"[1]", b"[{} nonsense]", b'[{"a": 1}, {"b', b"\xef\xbb"])
-def test_what_is_no_json_array_is_an_error(body: bytes) -> None:
-    """Rubbish, elements that are no objects, and an element that was cut off."""
-    with pytest.raises(StreamProtocolError):
-        read("json-array", body)
-
-
-@pytest.mark.parametrize(
     ("framing", "first", "body"),
     [
         ("sse", b"data: a\n\n", b"data: " + b"x" * 200),
@@ -151,7 +114,6 @@ def test_what_is_no_json_array_is_an_error(body: bytes) -> None:
         ("sse", b"data: a\n\n", b'{"error": 1\n' * 20),
         ("ndjson", b"{}\n", b"x" * 200),
         ("ndjson", b"{}\n", b"x" * 200 + b"\n"),
-        ("json-array", b"[{},", b'{"a": "' + b"x" * 200 + b'"}'),
     ],
 )
 @pytest.mark.parametrize("step", [1, 7, 10_000])
@@ -168,7 +130,7 @@ def test_a_line_or_event_over_the_limit_is_an_error(framing: Framing, first: byt
     assert len(events) == 1
 
 
-@pytest.mark.parametrize(("framing", "first"), [("sse", b"data: a\n\n"), ("ndjson", b"{}\n"), ("json-array", b"[{},")])
+@pytest.mark.parametrize(("framing", "first"), [("sse", b"data: a\n\n"), ("ndjson", b"{}\n")])
 def test_an_error_stays(framing: Framing, first: bytes) -> None:
     """What comes after it is not read: every later call raises it again."""
     stream = make_framing(framing, limit=20)
@@ -199,7 +161,7 @@ def test_a_long_event_in_small_reads_costs_its_length() -> None:
 
 
 @settings(deadline=None)
-@given(st.sampled_from(["sse", "ndjson", "json-array"]), st.lists(st.binary(max_size=40), max_size=10))
+@given(st.sampled_from(["sse", "ndjson"]), st.lists(st.binary(max_size=40), max_size=10))
 def test_random_bytes_give_events_or_an_error(framing: Framing, reads: list[bytes]) -> None:
     """No other exception than ours, and no difference between cuts."""
 

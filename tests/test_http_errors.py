@@ -9,8 +9,8 @@ from misbehaving import Peer, Received, serve
 from tiny import KEY, Caller
 
 from fluxibly.errors import ProviderError
-from fluxibly.providers.error_reports import EXCERPT_LENGTH, QUOTE_LENGTH
-from fluxibly.providers.openai_codec import OpenAICodec
+from fluxibly.providers.dialects.errors import EXCERPT_LENGTH, QUOTE_LENGTH
+from fluxibly.providers.dialects.openai_chat import OpenAICodec
 
 HALF = KEY[: len(KEY) // 2]
 

@@ -7,10 +7,10 @@ import json
 import pytest
 from hypothesis import given, strategies as st
 
-from fluxibly.providers.codec import Event
-from fluxibly.providers.inline_thinking import LEADING, InlineThinking
-from fluxibly.providers.ollama_codec import OllamaCodec
-from fluxibly.providers.openai_codec import OpenAICodec
+from fluxibly.providers.dialects.codec import Event
+from fluxibly.providers.dialects.decoding import LEADING, InlineThinking
+from fluxibly.providers.dialects.ollama import OllamaCodec
+from fluxibly.providers.dialects.openai_chat import OpenAICodec
 
 
 def parted(pieces: list[str]) -> tuple[str, str]:

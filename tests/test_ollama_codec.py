@@ -19,7 +19,7 @@ from fluxibly.errors import (
     ServerError,
     StreamProtocolError,
 )
-from fluxibly.providers.ollama_codec import OllamaCodec
+from fluxibly.providers.dialects.ollama import OllamaCodec
 from fluxibly.testing import check_codec
 from fluxibly.testing.codec_check import chunks_of
 from fluxibly.types import Image, Message, Reasoning, Request, Tool, ToolCall, Usage

@@ -11,8 +11,8 @@ import pytest
 from dialects import PNG, WEATHER, serving, sse, streamed
 from recordings import load
 
-from fluxibly.providers.openai_codec import OpenAICodec
-from fluxibly.providers.openai_responses import ResponsesCodec
+from fluxibly.providers.dialects.openai_chat import OpenAICodec
+from fluxibly.providers.dialects.openai_responses import ResponsesCodec
 from fluxibly.testing.codec_check import outcome_of
 from fluxibly.types import Message, Request, ToolCall, Usage
 

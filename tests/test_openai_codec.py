@@ -13,9 +13,9 @@ from recordings import load
 
 from fluxibly import errors
 from fluxibly.errors import StreamProtocolError
-from fluxibly.providers.openai_codec import OpenAICodec
+from fluxibly.providers.dialects.openai_chat import OpenAICodec
+from fluxibly.providers.dialects.openai_request import Quirks
 from fluxibly.providers.openai_compatible import PRESETS
-from fluxibly.providers.openai_request import Quirks
 from fluxibly.testing.codec_check import Outcome, check_cuts, outcome_of
 from fluxibly.types import Image, Message, Reasoning, Request, Response, Text, Tool, ToolCall, Usage
 
@@ -455,7 +455,7 @@ def test_chunks_are_pieces_of_the_answer() -> None:
         chunk(usage={"prompt_tokens": 1, "completion_tokens": 2}),
         "[DONE]",
     ]
-    from fluxibly.providers.codec import Event
+    from fluxibly.providers.dialects.codec import Event
 
     chunks = [
         list(decoder.decode_event(Event((event if isinstance(event, str) else json.dumps(event)).encode())))

@@ -10,7 +10,7 @@ from dialects import sse as events
 
 from fluxibly import errors
 from fluxibly.errors import StreamProtocolError
-from fluxibly.providers.openai_responses import ResponsesCodec
+from fluxibly.providers.dialects.openai_responses import ResponsesCodec
 from fluxibly.testing.codec_check import Outcome, check_cuts
 from fluxibly.types import Image, Message, Reasoning, Request, Response, Tool, ToolCall, Usage
 

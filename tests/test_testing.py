@@ -599,7 +599,7 @@ data: [DONE]
 class TestCheckCodec:
     def test_accepts_a_good_one(self):
         """OpenAI's, with a stream as OpenAI sends it."""
-        from fluxibly.providers.openai_codec import OpenAICodec
+        from fluxibly.providers.dialects.openai_chat import OpenAICodec
 
         check_codec(OpenAICodec(), [OPENAI_STREAM])
 

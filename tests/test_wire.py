@@ -20,13 +20,13 @@ from fluxibly.errors import (
     ServerError,
     StreamProtocolError,
 )
-from fluxibly.providers import json_reading, wire
-from fluxibly.providers.anthropic_codec import AnthropicCodec
-from fluxibly.providers.codec import Codec
-from fluxibly.providers.gemini_codec import GeminiCodec
-from fluxibly.providers.ollama_codec import OllamaCodec
-from fluxibly.providers.openai_codec import OpenAICodec
-from fluxibly.providers.openai_responses import ResponsesCodec
+from fluxibly.providers.dialects import decoding, encoding, json_values
+from fluxibly.providers.dialects.anthropic import AnthropicCodec
+from fluxibly.providers.dialects.codec import Codec
+from fluxibly.providers.dialects.gemini import GeminiCodec
+from fluxibly.providers.dialects.ollama import OllamaCodec
+from fluxibly.providers.dialects.openai_chat import OpenAICodec
+from fluxibly.providers.dialects.openai_responses import ResponsesCodec
 from fluxibly.types import Image, Request, ToolCall
 
 CODECS: list[Codec] = [OpenAICodec(), ResponsesCodec(), AnthropicCodec(), GeminiCodec(), OllamaCodec()]
@@ -51,7 +51,7 @@ def test_arguments_nested_too_deeply() -> None:
     for _ in range(5_000):
         value = {"a": value}
     with pytest.raises(StreamProtocolError, match="nested too deeply"):
-        wire.to_json(value)
+        decoding.to_json(value)
 
 
 @pytest.mark.parametrize(("codec", "answer"), ANSWERS, ids=name_of)
@@ -65,22 +65,22 @@ def test_arguments_as_an_object_or_as_text(codec: Codec, answer: str, sent: str)
 def test_mappings_of_any_kind_are_json() -> None:
     """A schema may be no dict."""
     request = Request(model="m", messages="Hi")
-    assert wire.write_json({"schema": MappingProxyType({"a": 1})}, request) == b'{"schema":{"a":1}}'
+    assert encoding.write_json({"schema": MappingProxyType({"a": 1})}, request) == b'{"schema":{"a":1}}'
 
 
 def test_the_request_stays_as_it_was() -> None:
     """Merging `extra` changes no object of the caller's."""
     options = {"b": 2}
     request = Request(model="m", messages="Hi", extra={"options": options})
-    assert wire.write_json({"options": {"a": 1}}, request, containers=("options",)) == b'{"options":{"a":1,"b":2}}'
+    assert encoding.write_json({"options": {"a": 1}}, request, containers=("options",)) == b'{"options":{"a":1,"b":2}}'
     assert options == {"b": 2}
 
 
 def test_refusals_name_the_parameter_and_the_way_out() -> None:
     """One choice is what every service gives."""
-    wire.refuse(Request(model="m", messages="Hi", n=1), "X", ("n", "seed"))
+    encoding.refuse(Request(model="m", messages="Hi", n=1), "X", ("n", "seed"))
     with pytest.raises(BadRequest, match=r"X takes no seed; .* extra="):
-        wire.refuse(Request(model="m", messages="Hi", seed=0), "X", ("n", "seed"))
+        encoding.refuse(Request(model="m", messages="Hi", seed=0), "X", ("n", "seed"))
 
 
 @pytest.mark.parametrize("codec", CODECS, ids=name_of)
@@ -107,7 +107,7 @@ def test_values_that_no_dialect_takes(codec: Codec, fields: dict[str, Any], due:
 )
 def test_data_urls(url: str) -> None:
     """In base64 or percent-encoded."""
-    assert wire.image_data(Image(url=url)) == ("image/png", "QQ==")
+    assert encoding.image_data(Image(url=url)) == ("image/png", "QQ==")
 
 
 @pytest.mark.parametrize("codec", CODECS, ids=name_of)
@@ -150,11 +150,11 @@ def test_an_event_named_error(codec: Codec, data: str) -> None:
 
 def test_sums_of_what_is_known() -> None:
     """Nothing known is not nought."""
-    assert (json_reading.total(None, None), json_reading.total(0, None), json_reading.total(1, 2)) == (None, 0, 3)
-    assert [json_reading.count(value) for value in (3, -1, True, 2.5, "3", None)] == [3, None, None, None, None, None]
+    assert (json_values.total(None, None), json_values.total(0, None), json_values.total(1, 2)) == (None, 0, 3)
+    assert [json_values.count(value) for value in (3, -1, True, 2.5, "3", None)] == [3, None, None, None, None, None]
 
 
 def test_arguments_that_are_sent_back() -> None:
     """A text that is no object goes in one."""
-    assert wire.sent_arguments(ToolCall("a", "f", raw_arguments="[1]")) == {"INVALID_JSON": "[1]"}
-    assert wire.sent_arguments(ToolCall("a", "f", {"x": 1})) == {"x": 1}
+    assert encoding.sent_arguments(ToolCall("a", "f", raw_arguments="[1]")) == {"INVALID_JSON": "[1]"}
+    assert encoding.sent_arguments(ToolCall("a", "f", {"x": 1})) == {"x": 1}

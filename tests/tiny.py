@@ -12,7 +12,7 @@ from misbehaving import Peer, Received
 
 from fluxibly.config import LLMConfig, Timeouts
 from fluxibly.errors import AuthenticationError, ProviderError, RateLimitError, ServerError, StreamProtocolError
-from fluxibly.providers.codec import Encoded, Event, Framing, Service
+from fluxibly.providers.dialects.codec import Encoded, Event, Framing, Service
 from fluxibly.providers.http import AsyncHTTPProvider, HTTPProvider
 from fluxibly.types import Chunk, Request, Response
 

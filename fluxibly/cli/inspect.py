@@ -23,7 +23,7 @@ from fluxibly.types import ProviderInfo
 
 if TYPE_CHECKING:
     from fluxibly.cli.screen import Screen
-    from fluxibly.providers.codec import Service
+    from fluxibly.providers.dialects.codec import Service
     from fluxibly.registry import Framework
 
 

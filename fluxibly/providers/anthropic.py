@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import attrs
 
-from fluxibly.providers.anthropic_codec import AnthropicCodec
-from fluxibly.providers.codec import Service
+from fluxibly.providers.dialects.anthropic import AnthropicCodec
+from fluxibly.providers.dialects.codec import Service
 from fluxibly.providers.http import AsyncHTTPProvider, HTTPProvider
 
 if TYPE_CHECKING:

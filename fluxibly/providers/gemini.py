@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import attrs
 
-from fluxibly.providers.codec import Service
-from fluxibly.providers.gemini_codec import GeminiCodec
+from fluxibly.providers.dialects.codec import Service
+from fluxibly.providers.dialects.gemini import GeminiCodec
 from fluxibly.providers.http import AsyncHTTPProvider, HTTPProvider
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import httpx
 
     from fluxibly.config import LLMConfig
-    from fluxibly.providers.codec import Codec, Service
+    from fluxibly.providers.dialects.codec import Codec, Service
     from fluxibly.providers.lines import Exchange, Line
     from fluxibly.types import Chunk, Request, Response
 

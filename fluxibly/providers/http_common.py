@@ -19,11 +19,10 @@ from fluxibly.config import LLMConfig, Timeouts
 from fluxibly.errors import AuthenticationError, BadRequest, ConfigError, ProviderError, StreamProtocolError
 from fluxibly.providers import http_errors
 from fluxibly.providers.body import accept_encoding
-from fluxibly.providers.codec import Codec, Encoded, Event, Service
-from fluxibly.providers.error_reports import request_id_of
+from fluxibly.providers.dialects.codec import Codec, Encoded, Event, Service
+from fluxibly.providers.dialects.errors import request_id_of, retry_after_of
 from fluxibly.providers.intake import noted
 from fluxibly.providers.limits import Limits
-from fluxibly.providers.retry_hints import retry_after_of
 from fluxibly.types import ProviderInfo, Request, Response
 
 _TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")

@@ -11,14 +11,14 @@ import attrs
 from fluxibly.aggregate import as_chunk
 from fluxibly.errors import ProviderError, StreamProtocolError
 from fluxibly.providers.body import MAX_BODY, MAX_ERROR_BODY, decoded, decoders_for
-from fluxibly.providers.error_reports import request_id_of
-from fluxibly.providers.framing import make_framing
+from fluxibly.providers.dialects.errors import request_id_of
+from fluxibly.providers.dialects.framing import make_framing
 from fluxibly.types import Chunk, Response
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from fluxibly.providers.codec import Event
+    from fluxibly.providers.dialects.codec import Event
     from fluxibly.providers.http_common import Endpoint
     from fluxibly.providers.limits import Limits
     from fluxibly.providers.lines import Exchange

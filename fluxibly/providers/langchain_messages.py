@@ -15,9 +15,10 @@ from langchain_core.messages import (
     ToolMessage,
 )
 
-from fluxibly.providers.json_reading import array, string, table
-from fluxibly.providers.openai_parts import finish_reason_of
-from fluxibly.providers.wire import sent_arguments, to_json
+from fluxibly.providers.dialects.decoding import to_json
+from fluxibly.providers.dialects.encoding import sent_arguments
+from fluxibly.providers.dialects.json_values import array, string, table
+from fluxibly.providers.dialects.openai_parts import finish_reason_of
 from fluxibly.types import (
     Chunk,
     Image,

@@ -20,12 +20,12 @@ import httpx
 from fluxibly.config import LLMConfig
 from fluxibly.errors import BadRequest, ConfigError
 from fluxibly.provider import Threaded
+from fluxibly.providers.dialects.json_values import array
 from fluxibly.providers.foreign import Limits, checked_key, info_of, read_timeout
 from fluxibly.providers.foreign_calls import Opened, Steps, acall_within, asteps, call_within
 from fluxibly.providers.foreign_errors import Explainer
 from fluxibly.providers.foreign_loops import PerLoop, on_asyncio
 from fluxibly.providers.foreign_services import Services
-from fluxibly.providers.json_reading import array
 from fluxibly.providers.litellm_answer import (
     StreamReader,
     aclose_stream,

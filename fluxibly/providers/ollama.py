@@ -9,9 +9,9 @@ from urllib.parse import urlsplit
 import attrs
 
 from fluxibly.errors import ConfigError
-from fluxibly.providers.codec import Service
+from fluxibly.providers.dialects.codec import Service
+from fluxibly.providers.dialects.ollama import OllamaCodec
 from fluxibly.providers.http import AsyncHTTPProvider, HTTPProvider
-from fluxibly.providers.ollama_codec import OllamaCodec
 
 if TYPE_CHECKING:
     import httpx

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import httpx
 
     from fluxibly.config import LLMConfig
-    from fluxibly.providers.codec import Codec, Service
+    from fluxibly.providers.dialects.codec import Codec, Service
 
 AZURE_API_VERSION: Final = "2024-10-21"
 """What Azure is asked for unless `api_base` (with `?api-version=…`) or OPENAI_API_VERSION names another version."""

@@ -10,10 +10,10 @@ from typing import Final
 
 import attrs
 
-from fluxibly.providers.codec import Codec, Service
-from fluxibly.providers.openai_codec import OpenAICodec
-from fluxibly.providers.openai_request import Quirks
-from fluxibly.providers.openai_responses import ResponsesCodec
+from fluxibly.providers.dialects.codec import Codec, Service
+from fluxibly.providers.dialects.openai_chat import OpenAICodec
+from fluxibly.providers.dialects.openai_request import Quirks
+from fluxibly.providers.dialects.openai_responses import ResponsesCodec
 
 
 @attrs.frozen

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator
 import attrs
 
 from fluxibly.aggregate import Aggregator
-from fluxibly.providers.codec import Codec, Event
-from fluxibly.providers.framing import make_framing
+from fluxibly.providers.dialects.codec import Codec, Event
+from fluxibly.providers.dialects.framing import make_framing
 from fluxibly.types import Chunk, Response
 
 CUTS = 30_000

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final, cast
 
-from fluxibly.providers.json_reading import string, table
-from fluxibly.providers.wire import to_json
+from fluxibly.providers.dialects.decoding import to_json
+from fluxibly.providers.dialects.json_values import string, table
 from fluxibly.types import Reasoning, ToolCallDelta, Usage
 
 _FINISH_REASONS: Final[Mapping[str, str]] = {

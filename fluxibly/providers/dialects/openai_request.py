@@ -10,7 +10,7 @@ from typing import Any, Final, Literal, cast
 
 import attrs
 
-from fluxibly.providers.wire import bad_request, refuse
+from fluxibly.providers.dialects.encoding import bad_request, refuse
 from fluxibly.types import Image, Message, Request, Tool
 
 _REASONING_MODEL: Final = re.compile(r"(?:.*/)?(?:o\d|gpt-5)")

@@ -11,7 +11,7 @@ import msgspec
 from fluxibly.errors import ProviderError
 from fluxibly.types import Chunk, Request, Response
 
-Framing: TypeAlias = Literal["sse", "ndjson", "json-array"]
+Framing: TypeAlias = Literal["sse", "ndjson"]
 
 
 @attrs.frozen

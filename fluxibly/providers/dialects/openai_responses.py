@@ -1,4 +1,8 @@
-"""OpenAI's Responses API as a pure codec. https://platform.openai.com/docs/api-reference/responses"""
+"""OpenAI's Responses API as a pure codec. https://platform.openai.com/docs/api-reference/responses
+
+Nothing is stored at the service (`store: false`): each request carries the whole conversation, and the model's
+encrypted reasoning goes back with it.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +12,24 @@ from typing import Any, Final
 import attrs
 
 from fluxibly.errors import ProviderError, StreamProtocolError
-from fluxibly.providers import error_reports
-from fluxibly.providers.codec import Encoded, Event, Framing
-from fluxibly.providers.json_reading import array, read_json, string, table
-from fluxibly.providers.openai_parts import finish_reason_of, usage_of
-from fluxibly.providers.openai_request import Quirks
-from fluxibly.providers.openai_responses_request import responses_body
-from fluxibly.providers.wire import cut_off, not_an_answer, write_json
-from fluxibly.types import Chunk, Reasoning, Request, Response, ToolCall, ToolCallDelta
+from fluxibly.providers.dialects.codec import Encoded, Event, Framing
+from fluxibly.providers.dialects.decoding import cut_off, not_an_answer
+from fluxibly.providers.dialects.encoding import refuse, write_json
+from fluxibly.providers.dialects.errors import (
+    Report,
+    error_of,
+    error_of_event,
+    error_of_payload,
+    error_of_response,
+    excerpt,
+)
+from fluxibly.providers.dialects.json_values import array, read_json, string, table
+from fluxibly.providers.dialects.openai_parts import finish_reason_of, usage_of
+from fluxibly.providers.dialects.openai_request import Quirks, function_of, image_url, is_reasoning_model, named_schema
+from fluxibly.types import Chunk, Image, Message, Reasoning, Request, Response, ToolCall, ToolCallDelta
+
+# Answers
+
 
 _FAILED: Final = frozenset({"failed", "cancelled"})
 
@@ -62,7 +76,7 @@ class ResponsesCodec:
 
     def decode_error(self, status: int, headers: Mapping[str, str], body: bytes, /) -> ProviderError:
         """The error of an answer that is not a 2xx."""
-        return error_reports.error_of_response(status, headers, body, service=self.service)
+        return error_of_response(status, headers, body, service=self.service)
 
 
 def _raise_failure(answer: dict[str, Any], raw: object, data: bytes, service: str, *, failed: bool = False) -> None:
@@ -70,10 +84,10 @@ def _raise_failure(answer: dict[str, Any], raw: object, data: bytes, service: st
     failed = failed or string(answer.get("status")) in _FAILED
     if not (failed or answer.get("error") or "output" not in answer):
         return
-    error = error_reports.error_of_payload(raw, body=data, service=service)
+    error = error_of_payload(raw, body=data, service=service)
     if error is None and failed:
-        report = error_reports.Report(message="the response failed, without a reason")
-        error = error_reports.error_of(report, payload=raw, excerpt=error_reports.excerpt(data), service=service)
+        report = Report(message="the response failed, without a reason")
+        error = error_of(report, payload=raw, excerpt=excerpt(data), service=service)
     if error is not None:
         raise error
 
@@ -156,7 +170,7 @@ class ResponsesDecoder:
         if self.done or not data or data.strip() == b"[DONE]":
             return ()
         if event.name == "error":
-            raise error_reports.error_of_event(data, service=self._service)
+            raise error_of_event(data, service=self._service)
         raw = read_json(data)
         body = table(raw)
         kind = string(body.get("type")) or event.name
@@ -175,9 +189,9 @@ class ResponsesDecoder:
         if kind in {"response.completed", "response.incomplete", "response.failed", "response.cancelled"}:
             return self._end_response(table(body.get("response")), data, failed=kind[9:] in _FAILED)
         if kind == "error" or not kind:
-            reported = error_reports.error_of_payload(raw, body=data, service=self._service)
+            reported = error_of_payload(raw, body=data, service=self._service)
             raise reported or StreamProtocolError(
-                f"{self._service} sent an event that does not say what it is", body=error_reports.excerpt(data)
+                f"{self._service} sent an event that does not say what it is", body=excerpt(data)
             )
         return ()
 
@@ -254,3 +268,93 @@ class ResponsesDecoder:
 def _place(body: dict[str, Any]) -> int:
     place: object = body.get("output_index")
     return place if type(place) is int else 0
+
+
+# Requests
+
+
+_NOT_TAKEN: Final = ("top_k", "frequency_penalty", "presence_penalty", "seed", "n")
+_ENCRYPTED: Final = "reasoning.encrypted_content"
+
+
+def responses_body(request: Request, service: str) -> dict[str, Any]:
+    """The body of a request, without its `extra`.
+
+    Raises:
+        BadRequest: this API has no such parameter.
+    """
+    refuse(request, service, _NOT_TAKEN)
+    if request.stop:
+        refuse(request, service, ("stop",))
+    body: dict[str, Any] = {
+        "model": request.model,
+        "input": [item for message in request.messages for item in _items(message)],
+        "store": False,
+    }
+    if is_reasoning_model(request.model):
+        body["include"] = [_ENCRYPTED]  # the other models refuse it
+    for name, ours in (("temperature", "temperature"), ("top_p", "top_p"), ("max_output_tokens", "max_tokens")):
+        value = getattr(request, ours)
+        if value is not None:
+            body[name] = value
+    if request.reasoning_effort is not None:
+        body["reasoning"] = {"effort": request.reasoning_effort}
+    if request.tools:
+        body["tools"] = [{"type": "function", "strict": False, **function_of(tool)} for tool in request.tools]
+    choice = request.tool_choice
+    if choice is not None:
+        named = {"type": "function", "name": choice}
+        body["tool_choice"] = choice if choice in {"auto", "none", "required"} else named
+    if request.response_format is not None:
+        body["text"] = {"format": _text_format(request.response_format)}
+    return body
+
+
+def _text_format(wanted: str | Mapping[str, Any]) -> dict[str, Any]:
+    if isinstance(wanted, str):
+        return {"type": "json_object" if wanted == "json" else "text"}
+    return {"type": "json_schema", **named_schema(wanted)}
+
+
+def _items(message: Message) -> list[dict[str, Any]]:
+    """The items that a message is here: its reasoning, what it says, and its tool calls are one each."""
+    if message.role == "tool":
+        return [
+            {
+                "type": "function_call_output",
+                "call_id": message.tool_call_id or "",
+                "output": _contents(message) if _has_image(message) else message.text,
+            }
+        ]
+    items = [dict(part.raw) for part in message.reasoning if part.raw and _goes_back(part.raw)]
+    if message.content:
+        items.append(_said(message))
+    items.extend(
+        {"type": "function_call", "call_id": call.id, "name": call.name, "arguments": call.raw_arguments}
+        for call in message.tool_calls
+    )
+    return items
+
+
+def _said(message: Message) -> dict[str, Any]:
+    if message.role == "assistant":  # llama.cpp takes it in no shorter form
+        return {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": message.text}]}
+    return {"role": message.role, "content": _contents(message) if _has_image(message) else message.text}
+
+
+def _goes_back(raw: Mapping[str, Any]) -> bool:
+    """Whether a block is reasoning of this dialect, and whole: an id alone means nothing where nothing is stored."""
+    return raw.get("type") == "reasoning" and bool(raw.get("encrypted_content") or raw.get("content"))
+
+
+def _has_image(message: Message) -> bool:
+    return any(isinstance(part, Image) for part in message.content)
+
+
+def _contents(message: Message) -> list[dict[str, Any]]:
+    return [
+        {"type": "input_image", "image_url": image_url(part), "detail": part.detail or "auto"}
+        if isinstance(part, Image)
+        else {"type": "input_text", "text": part.text}
+        for part in message.content
+    ]

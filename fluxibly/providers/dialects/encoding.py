@@ -1,9 +1,8 @@
-"""What dialects of their own share: JSON that may hold anything, requests as JSON, and saying what cannot be sent."""
+"""What the writers of requests share: requests as JSON, and errors for what a dialect cannot express."""
 
 from __future__ import annotations
 
 import base64
-import json
 from collections.abc import Iterable, Mapping
 from itertools import takewhile
 from typing import Any, cast
@@ -11,39 +10,8 @@ from urllib.parse import unquote_to_bytes
 
 import msgspec
 
-from fluxibly.errors import BadRequest, ProviderError, StreamProtocolError
-from fluxibly.providers.error_reports import error_of_payload, excerpt
-from fluxibly.providers.json_reading import table
+from fluxibly.errors import BadRequest
 from fluxibly.types import Image, Message, Request, Text, ToolCall
-
-
-def not_an_answer(payload: object, body: bytes, service: str, lacks: str) -> ProviderError:
-    """The error for JSON that is no answer of the dialect: the one that it reports, if it reports one."""
-    return error_of_payload(payload, body=body, service=service) or StreamProtocolError(
-        f"{service} sent JSON that is no answer of its dialect: it has no {lacks}", body=excerpt(body)
-    )
-
-
-def cut_off(service: str, lacks: str) -> StreamProtocolError:
-    """The error for a stream that ended too soon."""
-    return StreamProtocolError(f"{service}'s stream was cut off: it ended without {lacks}")
-
-
-def to_json(value: object) -> str:
-    """JSON text as a model would write it, for the arguments of a tool call that came as an object.
-
-    Raises:
-        StreamProtocolError: it is nested too deeply, though not by so much that it could not be read.
-    """
-    try:
-        return json.dumps(value, ensure_ascii=False)
-    except RecursionError:
-        raise StreamProtocolError("the arguments of a tool call are nested too deeply") from None
-
-
-def arguments_text(value: Any) -> str:
-    """The arguments of a tool call as JSON text. They come as an object, or as such text."""
-    return value if isinstance(value, str) else to_json(table(value))
 
 
 def bad_request(request: Request, message: str) -> BadRequest:

@@ -1,0 +1,459 @@
+"""Errors as services report them: what they say, which class that is, whether and when to try again.
+
+A codec gives `error_of` what it has (an HTTP status, headers, a decoded body) and gets the `ProviderError`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections.abc import Mapping
+from email.utils import parsedate_to_datetime
+from typing import Any, Final, cast
+
+import attrs
+
+from fluxibly import errors
+from fluxibly.errors import ProviderError, StreamProtocolError
+from fluxibly.providers.dialects.json_values import describe, read_json, table
+
+# Reports
+
+
+EXCERPT_LENGTH: Final = 2_000
+"""Characters of a service's body that an error keeps."""
+QUOTE_LENGTH: Final = 500
+"""Characters of a service's words that a message quotes."""
+
+
+@attrs.frozen(kw_only=True)
+class Report:
+    """What a service said of an error. `words` are its codes and types in lower case, the most telling first."""
+
+    message: str = ""
+    code: str | None = None
+    status: int | None = None
+    words: tuple[str, ...] = ()
+
+
+def error_of_response(
+    status: int,
+    headers: Mapping[str, str],
+    body: bytes,
+    *,
+    service: str = "",
+    kind: type[ProviderError] | None = None,
+) -> ProviderError:
+    """The error of an answer whose status is not 2xx. `headers` have lower-case names; `kind` as for `error_of`."""
+    try:
+        payload: object = read_json(body)
+    except StreamProtocolError:
+        payload = None
+    report = read_report(payload) or Report(message=_plain_text(body))
+    return error_of(
+        report, status=status, headers=headers, payload=payload, excerpt=excerpt(body), service=service, kind=kind
+    )
+
+
+def error_of_payload(payload: object, *, body: bytes = b"", service: str = "") -> ProviderError | None:
+    """The error that a body or an event of a 200 reports; None if it reports none."""
+    report = read_report(payload)
+    if report is None:
+        return None
+    return error_of(report, status=report.status, payload=payload, excerpt=excerpt(body), service=service)
+
+
+def error_of_event(data: bytes, *, service: str = "") -> ProviderError:
+    """The error of a stream's event that is named one, whatever stands in it."""
+    try:
+        reported = error_of_payload(read_json(data), body=data, service=service)
+    except StreamProtocolError:
+        reported = None
+    report = Report(message=data[: 4 * QUOTE_LENGTH].decode(errors="replace"))
+    return reported or error_of(report, excerpt=excerpt(data), service=service)
+
+
+def error_of(
+    report: Report,
+    *,
+    status: int | None = None,
+    headers: Mapping[str, str] | None = None,
+    payload: object = None,
+    excerpt: str | None = None,
+    service: str = "",
+    kind: type[ProviderError] | None = None,
+) -> ProviderError:
+    """The `ProviderError` of a report.
+
+    Args:
+        status: the HTTP status, or what a body says it would have been.
+        headers: with lower-case names.
+        payload: the decoded body.
+        excerpt: what the error keeps of the body.
+        service: a name for the message ("OpenRouter").
+        kind: its class, where the dialect knows better than the words that all services use.
+    """
+    headers = headers or {}
+    kind = kind or class_of(status, report.words, report.message)
+    label = " ".join(dict.fromkeys(filter(None, (str(status or ""), report.code))))
+    said = _shortened(report.message)
+    message = f"{service or 'the service'} answered {label or 'with an error'}{': ' if said else ''}{said}"
+    message += "" if message.endswith((".", "!", "?", "…")) else "."
+    return kind(
+        f"{message} {ADVICE[kind]}" if kind in ADVICE else message,
+        retryable=is_retryable(kind, status, headers),
+        retry_after=retry_after_of(headers, payload, report.message, now=time.time()),
+        status=status,
+        code=report.code,
+        request_id=request_id_of(headers) or _id_in(payload),
+        body=excerpt,
+    )
+
+
+def excerpt(body: bytes) -> str | None:
+    """The beginning of a body, for an error to keep; None if there is no body."""
+    return body[: 4 * EXCERPT_LENGTH].decode(errors="replace")[:EXCERPT_LENGTH] or None
+
+
+def request_id_of(headers: Mapping[str, str]) -> str | None:
+    """The service's id of a request, which its support asks for."""
+    return next((headers[name] for name in _REQUEST_ID_HEADERS if headers.get(name)), None)
+
+
+def _id_in(payload: object) -> str | None:
+    """A request's id where it stands beside the error in a body, as Anthropic sends it."""
+    found: object = table(payload).get("request_id")
+    return found if isinstance(found, str) and found else None
+
+
+_REQUEST_ID_HEADERS: Final = (
+    "x-request-id",
+    "request-id",
+    "apim-request-id",
+    "x-generation-id",
+    "mistral-correlation-id",
+    "cf-ray",
+)
+
+
+# What the service said
+
+
+def read_report(payload: object) -> Report | None:
+    """The error in a decoded body or event, in any of the shapes that services use; None if there is none."""
+    if isinstance(payload, list):
+        payload = next(iter(cast("list[object]", payload)), None)
+    if not isinstance(payload, dict):
+        return None
+    outer = cast("dict[str, Any]", payload)
+    for key in ("error", "errors", "detail"):
+        if outer.get(key):
+            inner: Any = outer[key]
+            return _report(inner[0] if key == "errors" and isinstance(inner, list) else inner, outer)
+    if "choices" not in outer and isinstance(outer.get("message"), (str, dict)):
+        return _report(outer["message"], outer)
+    return None
+
+
+def _report(inner: Any, outer: dict[str, Any]) -> Report:
+    fields = table(inner)
+    given = [
+        *(fields.get(key) for key in ("code", "type", "status", "reason")),
+        *(detail.get("reason") for detail in _dicts(fields.get("details"))),
+        table(fields.get("innererror") or fields.get("inner_error")).get("code"),
+        *(outer.get(key) for key in ("code", "type")),
+    ]
+    words = [str(word) for word in given if isinstance(word, (str, int)) and not isinstance(word, bool)]
+    named = [word for word in words if word and word.lower() != "error"]
+    code = next((word for word in named if _status(word) is None), named[0] if named else None)
+    statuses = map(
+        _status,
+        (fields.get("status_code"), fields.get("code"), fields.get("status"), outer.get("code"), outer.get("status")),
+    )
+    message = _words_of(inner)
+    upstream: object = table(fields.get("metadata")).get("raw")  # OpenRouter's quote of the service behind it
+    if isinstance(upstream, str) and upstream not in message:
+        message = f"{message}: {upstream}"
+    return Report(
+        message=message,
+        code=code,
+        status=next((status for status in statuses if status is not None), None),
+        words=tuple(word.lower() for word in words),
+    )
+
+
+def _words_of(value: object, depth: int = 0) -> str:
+    """The message in an error, which may be text, an object that has it under some name, or a list of either."""
+    if isinstance(value, str):
+        return value
+    if depth > 4:
+        return ""
+    if isinstance(value, list):
+        return "; ".join(filter(None, [_words_of(item, depth + 1) for item in cast("list[object]", value)[:10]]))
+    fields = table(value)
+    for key in ("message", "msg", "detail", "error"):
+        found = _words_of(fields.get(key), depth + 1)
+        if found:
+            return found
+    return ""
+
+
+def _dicts(value: object) -> list[dict[str, Any]]:
+    return [table(item) for item in cast("list[object]", value)] if isinstance(value, list) else []
+
+
+def _status(value: object) -> int | None:
+    if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) == 3:
+        value = int(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) and 400 <= value < 600 else None
+
+
+def _plain_text(body: bytes) -> str:
+    kind = describe(body)
+    if kind == "an HTML page":
+        title = re.search(rb"<title[^>]{0,200}>([^<]{1,200})", body[:10_000], re.IGNORECASE)
+        name = f" titled {title[1].decode(errors='replace').strip()!r}" if title else ""
+        return f"an HTML page{name}, as proxies send it"
+    return kind if kind != "text" else body[: 4 * QUOTE_LENGTH].decode(errors="replace")
+
+
+def _shortened(text: str) -> str:
+    text = " ".join(text[: 4 * QUOTE_LENGTH].split())
+    return text if len(text) <= QUOTE_LENGTH else text[:QUOTE_LENGTH] + "…"
+
+
+# Classes
+
+
+_CONTEXT_LENGTH = re.compile(
+    r"context[ _-]?(length|window|size)|maximum context|prompt is too long|input is too long|too many (input )?tokens"
+    r"|exceeds? the (available|maximum) (context|number of tokens)|input token count",
+    re.IGNORECASE,
+)
+_NO_MONEY = re.compile(
+    r"credit balance|(used|run out of|out of) (all )?(available )?credits|doesn't have any credits|purchase more credits"
+    r"|spending limit|insufficient (balance|credits|funds)",
+    re.IGNORECASE,
+)
+"""Of an account without money: Anthropic says it with a 400, xAI with a 403 or a 429, and no code tells."""
+_UNSUPPORTED = re.compile(
+    r"\brequires? (the )?--?\w|not supported|unsupported|does(n't| not) support|not implemented",
+    re.IGNORECASE,
+)
+"""llama.cpp's words for a request that it cannot serve; its status is 500."""
+
+_WORDS: Final[Mapping[type[ProviderError], str]] = {
+    errors.ContextLengthExceeded: "context_length_exceeded exceed_context_size_error model_context_window_exceeded",
+    errors.ContentFiltered: "content_filter content_filter_error responsibleaipolicyviolation"
+    " content_policy_violation moderation_blocked data_inspection_failed",
+    errors.QuotaExceeded: "insufficient_quota billing_hard_limit_reached billing_not_active billing_error"
+    " insufficient_balance insufficient_credits exceeded_current_quota_error",
+    errors.AuthenticationError: "invalid_api_key incorrect_api_key api_key_invalid api_key_expired authentication_error"
+    " invalid_authentication_error unauthenticated unauthorized",
+    errors.Overloaded: "overloaded_error overloaded engine_overloaded server_overloaded unavailable"
+    " service_unavailable",
+    errors.NotFound: "model_not_found not_found_error not_found deploymentnotfound",
+    errors.PermissionDenied: "permission_error permission_denied access_denied forbidden",
+    errors.RateLimitError: "rate_limit_exceeded rate_limit_error rate_limited too_many_requests resource_exhausted"
+    " requests tokens",
+    errors.RequestTimeout: "timeout timeout_error request_timeout deadline_exceeded",
+    errors.BadRequest: "invalid_request_error invalid_request invalid_argument bad_request failed_precondition",
+}
+"""The codes and types of errors that services use, most decisive first."""
+
+_BY_WORD: Final = {word: kind for kind, words in _WORDS.items() for word in words.split()}
+_RANK: Final = {kind: rank for rank, kind in enumerate(_WORDS)}
+
+_BY_STATUS: Final[Mapping[int, type[ProviderError]]] = {
+    401: errors.AuthenticationError,
+    402: errors.QuotaExceeded,
+    403: errors.PermissionDenied,
+    404: errors.NotFound,
+    408: errors.RequestTimeout,
+    410: errors.NotFound,
+    425: errors.Overloaded,
+    429: errors.RateLimitError,
+    498: errors.Overloaded,  # Groq: the flex tier has no capacity
+    501: errors.BadRequest,
+    503: errors.Overloaded,
+    504: errors.RequestTimeout,
+    529: errors.Overloaded,  # Anthropic's
+}
+
+_DECISIVE: Final[tuple[type[ProviderError], ...]] = (
+    errors.ContextLengthExceeded,
+    errors.ContentFiltered,
+    errors.QuotaExceeded,
+)
+"""Classes that a service's own word chooses whatever the status."""
+
+ADVICE: Final[Mapping[type[ProviderError], str]] = {
+    errors.AuthenticationError: "Check the API key: api_key in the config, or the provider's environment variable.",
+    errors.PermissionDenied: "Check what the API key's account or project may use.",
+    errors.NotFound: "Check the model's name and api_base.",
+    errors.ContextLengthExceeded: "Shorten the prompt, lower max_tokens, or choose a model with a longer context.",
+    errors.ContentFiltered: "Rephrase the prompt, or change the service's content filter.",
+    errors.RateLimitError: "Try again later, or ask the service for higher limits.",
+    errors.QuotaExceeded: "Waiting does not help: check the account's plan, billing and limits.",
+    errors.ServerError: "The failure is the service's; try again.",
+    errors.Overloaded: "Try again later.",
+    errors.RequestTimeout: "Try again, or ask for a shorter answer.",
+    errors.BadRequest: "Change the request's parameters or messages.",
+}
+"""What a user can do about each."""
+
+
+def class_of(status: int | None, words: tuple[str, ...], message: str) -> type[ProviderError]:
+    """The class of an error.
+
+    Args:
+        status: the HTTP status; None in a stream that does not say.
+        words: the service's codes and types, in lower case.
+        message: its message, which alone tells of a full context, or of an empty account, at some services.
+    """
+    by_word = min((_BY_WORD[word] for word in words if word in _BY_WORD), key=_RANK.__getitem__, default=None)
+    if by_word is not None and by_word in _DECISIVE:
+        return by_word
+    if status in {None, 400, 413, 422, 500} and _CONTEXT_LENGTH.search(message):
+        return errors.ContextLengthExceeded
+    if status in {None, 400, 403, 429} and _NO_MONEY.search(message):
+        return errors.QuotaExceeded
+    if status is None:
+        return by_word or errors.ServerError
+    if status in _BY_STATUS:
+        return _BY_STATUS[status]
+    if status < 500:
+        # Gemini says that an API key is wrong with a 400
+        return by_word if by_word in {errors.AuthenticationError, errors.NotFound} else errors.BadRequest
+    if status == 500 and _UNSUPPORTED.search(message):
+        return errors.BadRequest
+    return errors.Overloaded if by_word is errors.Overloaded else errors.ServerError
+
+
+def is_retryable(kind: type[ProviderError], status: int | None, headers: Mapping[str, str]) -> bool:
+    """Whether the same request may succeed later: as the service says (`x-should-retry`), else by class and status."""
+    said = headers.get("x-should-retry")
+    if said in {"true", "false"}:
+        return said == "true"
+    return kind.default_retryable or status == 409  # a lock, as OpenAI's own client takes it
+
+
+# When to try again
+
+
+_EPOCH_SECONDS = 1e9
+"""A reset "time" above this is a moment since 1970, not a wait; above a thousand times it, one in milliseconds."""
+
+_DURATION = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m(?!s))?(?:(\d+(?:\.\d+)?)s)?(?:(\d+(?:\.\d+)?)ms)?", re.ASCII)
+_TRY_AGAIN_IN = re.compile(
+    r"(?:try again|retry) (?:in|after) ((?:\d+(?:\.\d+)?(?:ms|[dhms]))+)", re.ASCII | re.IGNORECASE
+)
+
+
+def retry_after_of(headers: Mapping[str, str], payload: object, message: str, *, now: float) -> float | None:
+    """Seconds to wait before a retry, as a service asked for; None if it did not.
+
+    In the order of trust: `retry-after-ms`, `retry-after` (seconds or an HTTP date, RFC 9110 §10.2.3), Google's
+    `RetryInfo` in the body, the reset of an exhausted `x-ratelimit-*` or `ratelimit-*`, and "try again in 20s" in the
+    message.
+
+    Args:
+        headers: with lower-case names.
+        payload: the decoded body.
+        now: seconds since 1970, for the dates.
+    """
+    milliseconds = _number(headers.get("retry-after-ms"))
+    hints = (
+        None if milliseconds is None else milliseconds / 1_000,
+        _retry_after(headers, now),
+        retry_info(payload),
+        _reset(headers, now),
+        _reset(_headers_inside(payload), now),
+        _in_message(message),
+    )
+    return next((max(0.0, hint) for hint in hints if hint is not None), None)
+
+
+def retry_info(payload: object) -> float | None:
+    """Seconds of a `google.rpc.RetryInfo` in the body of an error."""
+    if isinstance(payload, list):
+        payload = next(iter(cast("list[object]", payload)), None)
+    error = _field(payload, "error")
+    details = _field(error, "details")
+    for detail in cast("list[object]", details) if isinstance(details, list) else []:
+        delay = _field(detail, "retryDelay")
+        if isinstance(delay, str):
+            return duration(delay)
+    return None
+
+
+def duration(text: str) -> float | None:
+    """Seconds of "48s", "6m0s", "1.5s", "20ms", "1d2h", or of a bare number; None if it is none of these."""
+    number = _number(text)
+    if number is not None:
+        return number
+    match = _DURATION.fullmatch(text.strip())
+    if match is None or not match[0]:
+        return None
+    days, hours, minutes, seconds, milliseconds = (float(part or 0) for part in match.groups())
+    return days * 86_400 + hours * 3_600 + minutes * 60 + seconds + milliseconds / 1_000
+
+
+def _retry_after(headers: Mapping[str, str], now: float) -> float | None:
+    value = headers.get("retry-after")
+    if not value:
+        return None
+    seconds = duration(value)
+    if seconds is not None:
+        return seconds
+    moment = _date(value)
+    if moment is None:
+        return None
+    server_now = _date(headers.get("date", ""))  # its clock may differ from ours
+    return moment - (now if server_now is None else server_now)
+
+
+def _reset(headers: Mapping[str, str], now: float) -> float | None:
+    """The wait until the limits that are used up are reset; where none is said to be, there is no hint."""
+    waits = [
+        duration(value)
+        for name, value in headers.items()
+        if "ratelimit-reset" in name and headers.get(name.replace("-reset", "-remaining")) == "0"
+    ]
+    longest = max((wait for wait in waits if wait is not None), default=None)
+    if longest is None or longest < _EPOCH_SECONDS:
+        return longest
+    return (longest if longest < _EPOCH_SECONDS * 1_000 else longest / 1_000) - now
+
+
+def _headers_inside(payload: object) -> Mapping[str, str]:
+    """OpenRouter's 429 may have the headers in the body."""
+    headers = _field(_field(_field(payload, "error"), "metadata"), "headers")
+    if not isinstance(headers, dict):
+        return {}
+    return {name.lower(): str(value) for name, value in cast("dict[str, object]", headers).items()}
+
+
+def _in_message(message: str) -> float | None:
+    match = _TRY_AGAIN_IN.search(message[:4_000])
+    return None if match is None else duration(match[1])
+
+
+def _field(value: object, name: str) -> Any:
+    return cast("dict[str, Any]", value).get(name) if isinstance(value, dict) else None
+
+
+def _number(text: str | None) -> float | None:
+    try:
+        number = float(text or "")
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _date(text: str) -> float | None:
+    try:
+        return parsedate_to_datetime(text).timestamp()
+    except (ValueError, OverflowError):
+        return None

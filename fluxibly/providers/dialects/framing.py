@@ -1,0 +1,271 @@
+"""Bytes of a stream into events: server-sent events and lines of JSON. Pure, and blind to where reads cut.
+
+Each framing has `feed(data)`, which returns the events that `data` completes, and `close()`, which returns what the
+end of the stream completes. What arrives before an error is returned first; the error is raised by the next call.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Final, Protocol
+
+from fluxibly.errors import StreamProtocolError
+from fluxibly.providers.dialects.codec import Event, Framing
+
+DEFAULT_LIMIT: Final = 16 * 1024 * 1024
+"""Bytes that one line or event may have."""
+
+
+class StreamFraming(Protocol):
+    """The state of one stream's framing."""
+
+    def feed(self, data: bytes, /) -> list[Event]:
+        """The events that `data` completes.
+
+        Raises:
+            StreamProtocolError: a line or an event is over the limit, or the bytes are not of this framing.
+        """
+        ...
+
+    def close(self) -> list[Event]:
+        """The stream's bytes are over: the events that were only waiting for their end."""
+        ...
+
+
+# Lines
+
+
+BOM: Final = b"\xef\xbb\xbf"
+"""A byte-order mark in UTF-8, which may begin a stream and is no part of it."""
+
+
+def too_large(limit: int) -> StreamProtocolError:
+    """The error for a line or an event over the limit, which another try would not make smaller."""
+    return StreamProtocolError(
+        f"the stream has a line or an event of more than {limit:,} bytes, which is more than is read of one",
+        retryable=False,
+    )
+
+
+class Lines(ABC):
+    """Splits a stream into lines, each ended by CR, LF or CRLF; the last may be unterminated."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._partial: list[bytes] = []
+        self._partial_size = 0
+        self._after_cr = False
+        self._at_start = True
+        self._failure: StreamProtocolError | None = None
+
+    def feed(self, data: bytes, /) -> list[Event]:
+        """The events that `data` completes."""
+        if self._failure is not None:
+            raise self._failure
+        if self._at_start:
+            data = self._without_bom(data)
+        if b"\r" in data or self._after_cr:
+            data = self._with_lf_only(data)
+        end = data.rfind(b"\n") + 1
+        if not end:
+            return self._hold(data, [])
+        whole = data if end == len(data) else data[:end]
+        if self._partial:
+            whole = b"".join([*self._partial, whole])
+            self._partial.clear()
+            self._partial_size = 0
+        events: list[Event] = []
+        try:
+            self._take(whole, events)
+        except StreamProtocolError as error:
+            return self._fail(error, events)
+        return events if end == len(data) else self._hold(data[end:], events)
+
+    def close(self) -> list[Event]:
+        """The events that were waiting for their end."""
+        if self._failure is not None:
+            raise self._failure
+        last = b"".join(self._partial)
+        self._partial.clear()
+        events: list[Event] = []
+        self._take_last(last, events)
+        return events
+
+    @abstractmethod
+    def _take(self, whole: bytes, events: list[Event]) -> None:
+        """Take whole lines, each ended by LF."""
+
+    @abstractmethod
+    def _take_last(self, last: bytes, events: list[Event]) -> None:
+        """Take the last line, which has no end, or is empty."""
+
+    def _hold(self, data: bytes, events: list[Event]) -> list[Event]:
+        """Keep the beginning of a line."""
+        if data:
+            self._partial.append(data)
+            self._partial_size += len(data)
+            if self._partial_size > self._limit:
+                return self._fail(too_large(self._limit), events)
+        return events
+
+    def _fail(self, error: StreamProtocolError, events: list[Event]) -> list[Event]:
+        """Raise an error, or put it by for the next call if there are events to be delivered first."""
+        self._failure = error
+        self._partial.clear()
+        if not events:
+            raise error
+        return events
+
+    def _without_bom(self, data: bytes) -> bytes:
+        data = b"".join([*self._partial, data])
+        self._partial.clear()
+        self._partial_size = 0
+        if len(data) < len(BOM) and BOM.startswith(data):
+            self._hold(data, [])
+            return b""
+        self._at_start = False
+        return data.removeprefix(BOM)
+
+    def _with_lf_only(self, data: bytes) -> bytes:
+        """`data` with each line end as LF. A CR ends its line at once; an LF that follows it is dropped."""
+        if self._after_cr and data:
+            self._after_cr = False
+            data = data.removeprefix(b"\n")
+        if data.endswith(b"\r"):
+            self._after_cr = True
+        return data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+
+
+class NDJSON(Lines):
+    """One event a line. Blank lines are skipped."""
+
+    def _take(self, whole: bytes, events: list[Event]) -> None:
+        for line in whole[:-1].split(b"\n"):
+            self._take_last(line, events)
+
+    def _take_last(self, last: bytes, events: list[Event]) -> None:
+        if len(last) > self._limit:
+            raise too_large(self._limit)
+        if last and not last.isspace():
+            events.append(Event(last))
+
+
+# Server-sent events
+
+
+_FIELD_LINE = re.compile(rb"(?:data|event|id|retry)(?::|$)|:")
+
+
+class SSE(Lines):
+    """Server-sent events by the WHATWG rules (HTML, "9.2.6 Interpreting an event stream"), with two liberties.
+
+    An unterminated last event is delivered, because services leave out the last blank line. JSON that stands there
+    without `data:` is delivered as an event too: services send errors so, in the middle of a stream or instead of it.
+    """
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(limit)
+        self._data: list[bytes] = []
+        self._size = 0
+        self._name = ""
+        self._bare = False
+        """Whether `_data` are lines of JSON without `data:`."""
+        self._between = False
+        """Whether the last read ended with an event, so that nothing is under way."""
+
+    def feed(self, data: bytes, /) -> list[Event]:
+        """The events that `data` completes. Whole events with nothing but data, which most are, take a short way."""
+        if self._between and data[:6] == b"data: " and data[-2:] == b"\n\n" and len(data) <= self._limit:
+            found = data[6:-2].split(b"\n\ndata: ")
+            # each event ends in the two line ends that were counted here, so there is none inside of any
+            if data.count(b"\n") == 2 * len(found) and b"\r" not in data:
+                return [Event(each) for each in found]
+        events = super().feed(data)
+        self._between = not (
+            self._data or self._name or self._partial or self._after_cr or self._at_start or self._failure
+        )
+        return events
+
+    def _take(self, whole: bytes, events: list[Event]) -> None:
+        if self._data or self._name or len(whole) > self._limit:
+            for line in whole[:-1].split(b"\n"):
+                self._take_line(line, events)
+            return
+        blocks = whole.split(b"\n\n")
+        rest = blocks.pop()
+        for block in blocks:
+            if block[:6] == b"data: " and b"\n" not in block:
+                events.append(Event(block[6:]))
+            else:
+                self._take_block(block, events)
+        if rest:
+            for line in rest[:-1].split(b"\n"):
+                self._take_line(line, events)
+
+    def _take_block(self, block: bytes, events: list[Event]) -> None:
+        """Take an event's lines; often they are its name and its data."""
+        if block[:7] == b"event: ":
+            name, _, data = block.partition(b"\n")
+            if data[:6] == b"data: " and b"\n" not in data:
+                events.append(Event(data[6:], name[7:].decode(errors="replace")))
+                return
+        for line in block.split(b"\n"):
+            self._take_line(line, events)
+        self._dispatch(events)
+
+    def _take_line(self, line: bytes, events: list[Event]) -> None:
+        if not line:
+            self._dispatch(events)
+            return
+        if len(line) > self._limit:
+            raise too_large(self._limit)
+        if self._bare:
+            if _FIELD_LINE.match(line) is None:
+                self._add(line)
+                return
+            self._dispatch(events)
+        field, _, value = line.partition(b":")
+        if field == b"data":
+            self._add(value.removeprefix(b" "))
+        elif field == b"event":
+            self._name = value.removeprefix(b" ").decode(errors="replace")
+        elif line.lstrip()[:1] in {b"{", b"["}:
+            if self._data:
+                self._dispatch(events)
+            self._bare = True
+            self._add(line)
+
+    def _add(self, line: bytes) -> None:
+        self._data.append(line)
+        self._size += len(line)
+        if self._size > self._limit:
+            raise too_large(self._limit)
+
+    def _dispatch(self, events: list[Event]) -> None:
+        if self._data:
+            events.append(Event(b"\n".join(self._data), self._name))
+            self._data.clear()
+            self._size = 0
+        self._name = ""
+        self._bare = False
+
+    def _take_last(self, last: bytes, events: list[Event]) -> None:
+        if last:
+            self._take_line(last, events)
+        self._dispatch(events)
+
+
+# Framings by name
+
+
+def make_framing(framing: Framing, *, limit: int = DEFAULT_LIMIT) -> StreamFraming:
+    """A framing for one stream. `limit` bounds a line and an event, in bytes."""
+    return _FRAMINGS[framing](limit)
+
+
+_FRAMINGS: Final[dict[Framing, Callable[[int], StreamFraming]]] = {
+    "sse": SSE,
+    "ndjson": NDJSON,
+}
