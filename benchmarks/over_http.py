@@ -179,7 +179,7 @@ def at_once(url: str) -> None:
         f"{AT_ONCE} calls at once on one event loop",
         {name: statistics.median(values) for name, values in rates.items()},
         unit="calls/s",
-        goal="fluxibly >= 3, with aiohttp >= 8",
+        goal="fluxibly >= 3",
     )
     if importlib.util.find_spec("sniffio"):
         print("  sniffio is installed here, which spares httpx.AsyncClient a quarter of its time or more.")

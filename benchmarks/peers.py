@@ -140,18 +140,6 @@ async def async_contenders(url: str) -> AsyncIterator[dict[str, AsyncCall]]:
             "httpx.AsyncClient": lambda: client.post(f"{url}/chat/completions", json=body),
             "fluxibly": lambda: llm.forward(PROMPT),
         }
-        if importlib.util.find_spec("aiohttp"):
-            from fluxibly.pipeline import AsyncPipeline
-            from fluxibly.providers.aiohttp_transport import AiohttpTransport
-            from fluxibly.providers.openai import AsyncOpenAIProvider
-
-            provider = AsyncOpenAIProvider(_config(url), transport=AiohttpTransport())
-            pipeline = AsyncPipeline(provider, llm.pipeline.middleware, framework="openai")
-            await stack.enter_async_context(pipeline)
-            request = llm.request(PROMPT, {})
-            found["fluxibly, aiohttp"] = lambda: pipeline.complete(request)
-            bare = AsyncPipeline(provider, framework="openai")
-            found["fluxibly, aiohttp, no middleware"] = lambda: bare.complete(request)
         if "openai" not in missing:
             import openai
 

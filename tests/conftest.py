@@ -107,5 +107,5 @@ def local_server(gguf: Path) -> Iterator[str]:
 @pytest.fixture
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """However busy the machine, the end of a stream's body is waited for, so that its connection is used again."""
-    for module in ("pool", "transports", "aiohttp_transport"):
-        monkeypatch.setattr(f"fluxibly.providers.{module}.DRAIN_TIME", 5.0)
+    for module in ("_pool", "_httpx"):
+        monkeypatch.setattr(f"fluxibly.providers.http.{module}.DRAIN_TIME", 5.0)

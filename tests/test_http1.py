@@ -6,8 +6,8 @@ import h11
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from fluxibly.providers.http1 import MAX_FIELDS, MAX_HEAD, Answer
-from fluxibly.providers.http_errors import ConnectionLost, NotHTTP
+from fluxibly.providers.http._http1 import MAX_FIELDS, MAX_HEAD, Answer
+from fluxibly.providers.http._limits import ConnectionLost, NotHTTP
 
 OK = b"HTTP/1.1 200 OK\r\n"
 CHUNKED = OK + b"transfer-encoding: chunked\r\n\r\n"

@@ -22,8 +22,7 @@ from fluxibly._abandoned import end_orphans
 from fluxibly.config import Timeouts
 from fluxibly.errors import AuthenticationError, ConfigError, ConnectionFailed, RequestTimeout
 from fluxibly.pipeline import AsyncPipeline, Pipeline
-from fluxibly.providers import blocking, slots as pools
-from fluxibly.providers.http import AsyncHTTPProvider, HTTPProvider
+from fluxibly.providers.http import AsyncHTTPProvider, HTTPProvider, _pool, _sockets_threads
 
 BACKENDS = ["asyncio", "trio"]
 
@@ -133,7 +132,7 @@ class TestReleasing:
 
     def test_a_limited_pool_makes_threads_wait(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """In turn, on the one connection."""
-        monkeypatch.setattr(pools, "MAX_CONNECTIONS", 1)
+        monkeypatch.setattr(_pool, "MAX_CONNECTIONS", 1)
         with serve(whole) as server, provider(server) as shared:
             threads = [threading.Thread(target=shared.complete, args=(ask(str(n)),)) for n in range(8)]
             for thread in threads:
@@ -145,7 +144,7 @@ class TestReleasing:
     @pytest.mark.parametrize("backend", BACKENDS)
     def test_a_limited_pool_makes_tasks_wait(self, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
         """Those that are cancelled while they wait are passed over."""
-        monkeypatch.setattr(pools, "MAX_CONNECTIONS", 1)
+        monkeypatch.setattr(_pool, "MAX_CONNECTIONS", 1)
 
         async def main(server: Server) -> None:
             async with async_provider(server) as shared:
@@ -171,7 +170,7 @@ class TestReleasing:
 
     def test_an_idle_connection_expires(self, caller: Caller, monkeypatch: pytest.MonkeyPatch) -> None:
         """It is replaced after a while."""
-        monkeypatch.setattr(pools, "KEEP_IDLE", 0.0)
+        monkeypatch.setattr(_pool, "KEEP_IDLE", 0.0)
         with serve(whole) as server:
             caller.complete(server.url, times=3)
             assert server.connections == 3
@@ -268,7 +267,7 @@ def stuck(where: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         address = full.getsockname()
         host = "127.0.0.1"
         if where == "turn":
-            monkeypatch.setattr(pools, "MAX_CONNECTIONS", 0)
+            monkeypatch.setattr(_pool, "MAX_CONNECTIONS", 0)
         elif where == "look-up":
             monkeypatch.setattr(socket, "getaddrinfo", endless_look_up)
             host = "models.invalid"
@@ -404,8 +403,8 @@ class TestEnding:
             except ConnectionFailed as error:
                 ended.append(error)
 
-        monkeypatch.setattr(blocking, "ready", noting(blocking.ready))
-        monkeypatch.setattr(blocking.BlockingEvent, "wait", noting(blocking.BlockingEvent.wait))
+        monkeypatch.setattr(_sockets_threads, "ready", noting(_sockets_threads.ready))
+        monkeypatch.setattr(_sockets_threads.BlockingEvent, "wait", noting(_sockets_threads.BlockingEvent.wait))
         with stuck(where, monkeypatch) as url, HTTPProvider(TinyCodec(), SERVICE, config(url, timeout=60)) as made:
             stream = made.stream(ask())
             thread = threading.Thread(target=read)
@@ -469,7 +468,7 @@ class TestEnding:
                     await anyio.wait_all_tasks_blocked()
                     await made.aclose()
 
-        monkeypatch.setattr(pools, "MAX_CONNECTIONS", 0)
+        monkeypatch.setattr(_pool, "MAX_CONNECTIONS", 0)
         anyio.run(main)
 
     def test_one_provider_on_several_event_loops(self) -> None:
@@ -633,7 +632,7 @@ class TestTransports:
     def test_real_ones(self, name: str) -> None:
         """httpx's own and aiohttp's: whole and streamed, with limits and errors as ever."""
         if name == "aiohttp":
-            from fluxibly.providers.aiohttp_transport import AiohttpTransport as Transport
+            from httpx_aiohttp import AiohttpTransport as Transport
         else:
             from httpx import AsyncHTTPTransport as Transport
 
@@ -674,7 +673,7 @@ class TestTransports:
     def test_abort_ends_a_read_over_them(self, name: str, script: Callable[[Peer, Received], None]) -> None:
         """From another thread, whether the answer has begun or not."""
         if name == "aiohttp":
-            from fluxibly.providers.aiohttp_transport import AiohttpTransport as Transport
+            from httpx_aiohttp import AiohttpTransport as Transport
         else:
             from httpx import AsyncHTTPTransport as Transport
 
@@ -704,7 +703,7 @@ class TestTransports:
     def test_closing_ends_an_idle_stream_over_them(self, name: str) -> None:
         """Its connection is closed, and the next read says so."""
         if name == "aiohttp":
-            from fluxibly.providers.aiohttp_transport import AiohttpTransport as Transport
+            from httpx_aiohttp import AiohttpTransport as Transport
         else:
             from httpx import AsyncHTTPTransport as Transport
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from fluxibly.config import Timeouts
-from fluxibly.providers.blocking import BlockingSocket, finished
-from fluxibly.providers.limits import Limits
-from fluxibly.providers.sockets import TLSSocket
+from fluxibly.providers.http._limits import Limits
+from fluxibly.providers.http._sockets import TLSSocket
+from fluxibly.providers.http._sockets_threads import BlockingSocket, finished
 
 CERTIFICATE = Path(__file__).with_name("localhost.pem")
 

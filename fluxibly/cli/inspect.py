@@ -80,7 +80,6 @@ EXTRAS = {
     "local": ("xllamacpp",),
     "langchain": ("langchain",),
     "litellm": ("litellm",),
-    "aiohttp": ("aiohttp",),
 }
 """The packages of each extra."""
 CORE = ("fluxibly", "attrs", "cattrs", "httpx", "msgspec", "opentelemetry-api", "PyYAML")

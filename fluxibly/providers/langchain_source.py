@@ -20,8 +20,8 @@ from fluxibly.providers.foreign import Limits, checked_key, info_of, read_timeou
 from fluxibly.providers.foreign_errors import Explainer
 from fluxibly.providers.foreign_loops import PerLoop, on_asyncio
 from fluxibly.providers.foreign_services import Services
+from fluxibly.providers.http import end_connection
 from fluxibly.providers.langchain_call import dialect_of
-from fluxibly.providers.transports import end_connection
 from fluxibly.types import CallRecord, ProviderInfo
 
 _PREFIX = re.compile(r"(openai|anthropic)/(.+)", re.DOTALL)

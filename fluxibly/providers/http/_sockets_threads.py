@@ -9,13 +9,13 @@ import socket
 import threading
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from fluxibly.providers.limits import LimitPassed
-from fluxibly.providers.sockets import READ_SIZE, PlainSocket, late, ready, resolve, shut_down
+from fluxibly.providers.http._limits import LimitPassed
+from fluxibly.providers.http._sockets import READ_SIZE, PlainSocket, late, ready, resolve, shut_down
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
 
-    from fluxibly.providers.limits import Limits
+    from fluxibly.providers.http._limits import Limits
 
 T = TypeVar("T")
 

@@ -2,48 +2,27 @@
 
 from __future__ import annotations
 
-import re
 from collections import deque
-from typing import TYPE_CHECKING, TypeVar
-
-import attrs
+from typing import TYPE_CHECKING
 
 from fluxibly.aggregate import as_chunk
 from fluxibly.errors import ProviderError, StreamProtocolError
-from fluxibly.providers.body import MAX_BODY, MAX_ERROR_BODY, decoded, decoders_for
-from fluxibly.providers.dialects.errors import request_id_of
 from fluxibly.providers.dialects.framing import make_framing
-from fluxibly.types import Chunk, Response
+from fluxibly.providers.http._encodings import MAX_BODY, MAX_ERROR_BODY, decoded, decoders_for
+from fluxibly.providers.http._exchange import noted
+from fluxibly.types import Chunk
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from fluxibly.providers.dialects.codec import Event
-    from fluxibly.providers.http_common import Endpoint
-    from fluxibly.providers.limits import Limits
-    from fluxibly.providers.lines import Exchange
+    from fluxibly.providers.http._endpoint import Endpoint
+    from fluxibly.providers.http._exchange import Exchange
+    from fluxibly.providers.http._limits import Limits
     from fluxibly.types import Request
 
-T = TypeVar("T", Response, Chunk)
-_RATE_LIMIT = re.compile(r"(x-|anthropic-)?ratelimit-|retry-after")
 
-
-def noted(item: T, headers: Mapping[str, str]) -> T:
-    """A response, or a stream's first chunk, with what the headers say."""
-    request_id = request_id_of(headers)
-    limits = {name: value for name, value in headers.items() if _RATE_LIMIT.match(name)}
-    if isinstance(item, Response):
-        if request_id or limits:
-            return item.evolve(request_id=item.request_id or request_id, rate_limits={**limits, **item.rate_limits})
-        return item
-    if request_id or limits:
-        return attrs.evolve(
-            item, request_id=item.request_id or request_id, rate_limits=item.rate_limits or limits or None
-        )
-    return item
-
-
-class Body:
+class ReplyBody:
     """The bytes of an answer: checked against its length, decompressed, bounded."""
 
     __slots__ = ("_decoders", "_due", "_got", "_size", "limit", "pieces")
@@ -102,7 +81,7 @@ class Body:
         return b"".join(self.pieces)
 
 
-class Intake:
+class ReplyReader:
     """A stream's bytes into chunks. What came before an error is delivered before it.
 
     `chunks` are those ready for the consumer. `ended` says that nothing more is to be read; then `failure`, if there
@@ -127,7 +106,7 @@ class Intake:
         self._endpoint = endpoint
         codec = endpoint.codec
         self._headers = headers
-        self._body = Body(headers)
+        self._body = ReplyBody(headers)
         self._framing = make_framing(codec.framing)
         self._decoder = codec.decoder()
         media_type = headers.get("content-type", "").lower().partition(";")[0].strip()
@@ -211,7 +190,7 @@ async def refusal(endpoint: Endpoint, exchange: Exchange, request: Request, limi
     limits.refused()
     pieces: list[bytes] = []
     try:
-        body = Body(exchange.headers, limit=MAX_ERROR_BODY)
+        body = ReplyBody(exchange.headers, limit=MAX_ERROR_BODY)
         pieces = body.pieces
         while data := await exchange.read():
             body.add(data)

@@ -11,29 +11,17 @@ from typing import TYPE_CHECKING
 import httpx
 
 from fluxibly.errors import ConnectionFailed, ProviderError, RequestTimeout, StreamProtocolError, StreamStalled
-from fluxibly.providers.limits import LimitPassed, Limits
+from fluxibly.providers.http._limits import ConnectionLost, LimitPassed, Limits, NotHTTP
 
 if TYPE_CHECKING:
-    from fluxibly.providers.http_common import Endpoint
+    pass
 
 
-class ConnectionLost(Exception):
-    """The other side ended the connection; `silent` if it did so before the first byte of an answer."""
-
-    def __init__(self, *, silent: bool) -> None:
-        super().__init__("the connection ended")
-        self.silent = silent
-
-
-class NotHTTP(Exception):  # it says what came
-    """What came is not HTTP/1.1."""
-
-
-def translated(error: Exception, endpoint: Endpoint, limits: Limits) -> ProviderError | None:
+def translated(error: Exception, host: str, port: int, limits: Limits) -> ProviderError | None:
     """The error that users catch for one of a socket's, of TLS's, of httpx's or our own; None for any other."""
     if isinstance(error, ProviderError):
         return error
-    where = f"{endpoint.host}:{endpoint.port}"
+    where = f"{host}:{port}"
     if isinstance(error, (LimitPassed, httpx.TimeoutException)):
         return _late(error, where, limits)
     if isinstance(error, ConnectionLost):
@@ -43,7 +31,7 @@ def translated(error: Exception, endpoint: Endpoint, limits: Limits) -> Provider
     if isinstance(error, NotHTTP):
         return StreamProtocolError(f"{where} sent something that is not HTTP: {error}")
     if isinstance(error, (httpx.TransportError, OSError)):
-        return _of_network(error, where, endpoint)
+        return _of_network(error, where, host)
     return None
 
 
@@ -73,7 +61,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _of_network(error: Exception, where: str, endpoint: Endpoint) -> ProviderError:
+def _of_network(error: Exception, where: str, host: str) -> ProviderError:
     for cause in _chain(error):
         if isinstance(cause, ssl.SSLCertVerificationError):
             return ConnectionFailed(
@@ -84,7 +72,7 @@ def _of_network(error: Exception, where: str, endpoint: Endpoint) -> ProviderErr
         if isinstance(cause, ssl.SSLError):
             return ConnectionFailed(f"no secure connection to {where}: {cause.reason or 'TLS failed'}")
         if isinstance(cause, socket.gaierror):
-            return ConnectionFailed(f"the host {endpoint.host} was not found: {cause.strerror}")
+            return ConnectionFailed(f"the host {host} was not found: {cause.strerror}")
         if isinstance(cause, ConnectionRefusedError):
             return ConnectionFailed(f"{where} refused the connection: is the server running, and api_base right?")
         if isinstance(cause, (ConnectionResetError, BrokenPipeError, ConnectionAbortedError)):

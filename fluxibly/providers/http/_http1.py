@@ -10,11 +10,11 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from fluxibly.providers.http_errors import ConnectionLost, NotHTTP
+from fluxibly.providers.http._limits import ConnectionLost, NotHTTP
 
 if TYPE_CHECKING:
-    from fluxibly.providers.http_common import Outgoing
-    from fluxibly.providers.route import Route
+    from fluxibly.providers.http._exchange import Outgoing
+    from fluxibly.providers.http._route import Route
 
 MAX_HEAD = 128 * 1024
 """The most bytes that a head, or the trailers, may have."""

@@ -10,15 +10,15 @@ import socket
 import sys
 from typing import TYPE_CHECKING, Any
 
-from fluxibly.providers.limits import LimitPassed
-from fluxibly.providers.sockets import READ_SIZE, PlainSocket, late, resolve
+from fluxibly.providers.http._limits import LimitPassed
+from fluxibly.providers.http._sockets import READ_SIZE, PlainSocket, late, resolve
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     import anyio
 
-    from fluxibly.providers.limits import Limits
+    from fluxibly.providers.http._limits import Limits
 
 HEAD_START = 0.25
 """Seconds that an address has before the next one is tried as well (RFC 8305)."""

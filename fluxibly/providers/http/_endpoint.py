@@ -1,7 +1,7 @@
 """What the two HTTP shells share: all that needs no I/O.
 
 An `Endpoint` is one service as one configuration reaches it. It makes the bytes of a request, turns the bytes of an
-answer into a response, and every error into one that users catch. Bodies and streams: `intake.py`.
+answer into a response, and every error into one that users catch. Bodies and streams: `_reader.py`.
 """
 
 from __future__ import annotations
@@ -9,60 +9,23 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
 
 import httpx
 
 from fluxibly._masking import mask_secrets
 from fluxibly.config import LLMConfig, Timeouts
 from fluxibly.errors import AuthenticationError, BadRequest, ConfigError, ProviderError, StreamProtocolError
-from fluxibly.providers import http_errors
-from fluxibly.providers.body import accept_encoding
 from fluxibly.providers.dialects.codec import Codec, Encoded, Event, Service
 from fluxibly.providers.dialects.errors import request_id_of, retry_after_of
-from fluxibly.providers.intake import noted
-from fluxibly.providers.limits import Limits
+from fluxibly.providers.http._encodings import accept_encoding
+from fluxibly.providers.http._exchange import Headers, Outgoing, as_headers, header, noted, with_more
+from fluxibly.providers.http._failures import redirected, translated
+from fluxibly.providers.http._limits import Limits
 from fluxibly.types import ProviderInfo, Request, Response
 
-_TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
-_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
-"""What a header may hold (RFC 9110 §5.5)."""
 _TARGET = re.compile(rb"[\x21-\x7e]+")
-_FRAMING = frozenset({"content-length", "transfer-encoding"})
 _KEPT_HEADERS = 32
-
-
-class Outgoing(NamedTuple):
-    """A request as bytes. `block` is `headers` as they stand on the wire, save for content-length."""
-
-    url: httpx.URL
-    target: bytes
-    headers: tuple[tuple[bytes, bytes], ...]
-    block: bytes
-    body: bytes
-
-
-class _Headers(NamedTuple):
-    pairs: tuple[tuple[bytes, bytes], ...]
-    block: bytes
-    names: frozenset[bytes]
-
-
-def _as_headers(pairs: Iterable[tuple[bytes, bytes]]) -> _Headers:
-    pairs = tuple(pairs)
-    block = b"".join([b"%b: %b\r\n" % pair for pair in pairs])
-    return _Headers(pairs, block, frozenset(name for name, _ in pairs))
-
-
-def _header(name: str, value: str) -> tuple[bytes, bytes]:
-    """One header of a request, checked so that it cannot begin another, nor say where the request ends."""
-    if _TOKEN.fullmatch(name) is None or _VALUE.fullmatch(value) is None:
-        raise BadRequest(f"the header {name!r} cannot be sent: its name or value has characters that HTTP forbids")
-    name = name.lower()
-    if name in _FRAMING:
-        raise BadRequest(f"the header {name!r} cannot be set: it follows from the body")
-    return name.encode("ascii"), value.strip(" \t").encode("latin-1")
 
 
 class Endpoint:
@@ -87,7 +50,7 @@ class Endpoint:
             server_address=self.host,
             server_port=self.port,
         )
-        self._prepared: dict[tuple[tuple[str, str], ...], _Headers] = {}
+        self._prepared: dict[tuple[tuple[str, str], ...], Headers] = {}
 
     def limits(self, *, stream: bool) -> Limits:
         return Limits(self.times, total=self.stream_total if stream else self.times.total, streaming=stream)
@@ -104,7 +67,7 @@ class Endpoint:
             encoded = self.codec.encode(request, stream=stream)
             headers = self._headers(encoded)
             if request.headers:
-                headers = _with(headers, [_header(*pair) for pair in request.headers.items()])
+                headers = with_more(headers, [header(*pair) for pair in request.headers.items()])
             target = self._target(encoded.path)
         except ProviderError as error:
             raise self.adopted(error, request) from error.__cause__
@@ -123,7 +86,7 @@ class Endpoint:
             raise BadRequest(f"the path {path!r} has characters that a URL cannot have")
         return target
 
-    def _headers(self, encoded: Encoded) -> _Headers:
+    def _headers(self, encoded: Encoded) -> Headers:
         headers = self._prepared.get(encoded.headers)
         if headers is None:
             authority = self.url.netloc
@@ -134,11 +97,11 @@ class Endpoint:
                 (b"user-agent", b"fluxibly"),
                 (b"content-type", b"application/json"),
             ]
-            service = [_header(*pair) for pair in self.service.headers]
+            service = [header(*pair) for pair in self.service.headers]
             if self._key:
                 value = self.service.auth_prefix + self._key
                 service.append((self.service.auth_header.lower().encode("ascii"), value.encode("ascii")))
-            headers = _with(_with(_as_headers(own), service), [_header(*pair) for pair in encoded.headers])
+            headers = with_more(with_more(as_headers(own), service), [header(*pair) for pair in encoded.headers])
             if len(self._prepared) < _KEPT_HEADERS:
                 self._prepared[encoded.headers] = headers
         return headers
@@ -148,7 +111,7 @@ class Endpoint:
     def refuse(self, status: int, headers: Mapping[str, str], body: bytes, request: Request) -> ProviderError:
         """The error of an answer that is none of 2xx."""
         if status < 400:
-            return self.adopted(http_errors.redirected(status, headers), request, headers)
+            return self.adopted(redirected(status, headers), request, headers)
         error = self.codec.decode_error(status, headers, self.masked(body))
         if error.status is None:
             error.status = status
@@ -230,19 +193,8 @@ class Endpoint:
         self, error: Exception, request: Request, limits: Limits, headers: Mapping[str, str] | None
     ) -> Exception:
         """What the caller gets for an exception of ours, of a socket's or of httpx's; others are passed on as they are."""
-        translated = http_errors.translated(error, self, limits)
-        if translated is None:
-            return error
-        return self.adopted(translated, request, headers)
-
-
-def _with(headers: _Headers, more: list[tuple[bytes, bytes]]) -> _Headers:
-    """`headers` with `more`, which win over those of their names."""
-    names = {name for name, _ in more}
-    if names.isdisjoint(headers.names):
-        block = b"".join([headers.block, *[b"%b: %b\r\n" % pair for pair in more]])
-        return _Headers((*headers.pairs, *more), block, headers.names | names)
-    return _as_headers([pair for pair in headers.pairs if pair[0] not in names] + more)
+        ours = translated(error, self.host, self.port, limits)
+        return error if ours is None else self.adopted(ours, request, headers)
 
 
 _ENDPOINTS = ("/chat/completions", "/responses", "/messages", "/api/chat", "/api/generate")

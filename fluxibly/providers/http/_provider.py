@@ -1,6 +1,6 @@
 """The two shells that run any codec over HTTP, for threads and for event loops.
 
-What they do is written once, in `_Shell` and `_Stream`: the coroutines of a sync shell's line block and never suspend.
+What they do is written once, in `_Shell` and `_Stream`: the coroutines of a sync shell's sender block and never suspend.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, NoReturn, TypeVar
 from weakref import WeakSet
 
 from fluxibly.errors import ConnectionFailed
-from fluxibly.providers.blocking import finished
-from fluxibly.providers.http_common import Endpoint
-from fluxibly.providers.intake import Body, Intake, refusal
-from fluxibly.providers.limits import Aborted, Limits
-from fluxibly.providers.lines import async_line_over, default_async_line, default_line
-from fluxibly.providers.transports import TransportLine
+from fluxibly.providers.http._endpoint import Endpoint
+from fluxibly.providers.http._httpx import AsyncHTTPXSender, HTTPXSender
+from fluxibly.providers.http._limits import Aborted, Limits
+from fluxibly.providers.http._reader import ReplyBody, ReplyReader, refusal
+from fluxibly.providers.http._senders import default_async_sender, default_sender
+from fluxibly.providers.http._sockets_threads import finished
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from fluxibly.config import LLMConfig
     from fluxibly.providers.dialects.codec import Codec, Service
-    from fluxibly.providers.lines import Exchange, Line
+    from fluxibly.providers.http._exchange import Exchange, Sender
     from fluxibly.types import Chunk, Request, Response
 
 
@@ -38,15 +38,15 @@ def fail(error: Exception, failure: Exception) -> NoReturn:
 
 
 class _Stream:
-    """The chunks of one answer. `_intake` is None until the answer's head has come."""
+    """The chunks of one answer. `_reader` is None until the answer's head has come."""
 
-    def __init__(self, endpoint: Endpoint, line: Line, request: Request) -> None:
+    def __init__(self, endpoint: Endpoint, sender: Sender, request: Request) -> None:
         self._endpoint = endpoint
-        self._line = line
+        self._sender = sender
         self._request = request
         self._limits: Limits | None = None
         self._exchange: Exchange | None = None
-        self._intake: Intake | None = None
+        self._reader: ReplyReader | None = None
         self._headers: Mapping[str, str] | None = None
         self._chunks: deque[Chunk] = deque()
         self._over = False
@@ -55,17 +55,17 @@ class _Stream:
 
     async def _advance(self) -> bool:
         """Read once; False at the end."""
-        intake, exchange = self._intake, self._exchange
-        if intake is not None and intake.ended:
+        reader, exchange = self._reader, self._exchange
+        if reader is not None and reader.ended:
             await self._finish()
-            if intake.failure is None:
+            if reader.failure is None:
                 return False
-            fail(intake.failure, self._failure(intake.failure))
+            fail(reader.failure, self._failure(reader.failure))
         if self._over:
             return False
         self._reading = True
         try:
-            if intake is None or exchange is None:
+            if reader is None or exchange is None:
                 await self._start()
                 return True
             data = await exchange.read()
@@ -77,7 +77,7 @@ class _Stream:
             fail(error, self._failure(error))
         finally:
             self._reading = False
-        intake.feed(data)
+        reader.feed(data)
         return True
 
     async def _start(self) -> None:
@@ -85,12 +85,12 @@ class _Stream:
         outgoing = endpoint.outgoing(self._request, stream=True)
         limits = self._limits = endpoint.limits(stream=True)
         self._check_wanted()
-        exchange = self._exchange = await self._line.send(outgoing, limits)
+        exchange = self._exchange = await self._sender.send(outgoing, limits)
         if not 200 <= exchange.status < 300:
             raise await refusal(endpoint, exchange, self._request, limits)
         self._headers = exchange.headers
-        intake = self._intake = Intake(endpoint, exchange.headers)
-        self._chunks = intake.chunks
+        reader = self._reader = ReplyReader(endpoint, exchange.headers)
+        self._chunks = reader.chunks
         self._check_wanted()
 
     def _check_wanted(self) -> None:
@@ -106,11 +106,11 @@ class _Stream:
         return self._endpoint.failure(error, self._request, self._limits, self._headers)
 
     async def _finish(self) -> None:
-        intake, self._intake, self._over = self._intake, None, True
+        reader, self._reader, self._over = self._reader, None, True
         if self._limits is not None:
             self._limits.waited()
         if self._exchange is not None:
-            await self._exchange.release(ended=intake is not None and intake.done)
+            await self._exchange.release(ended=reader is not None and reader.done)
 
     async def _close(self) -> None:
         if self._reading:
@@ -168,9 +168,9 @@ S = TypeVar("S", bound=_Stream)
 
 
 class _Shell:
-    """A provider over a line. `_streams` are those that may be open."""
+    """A provider over a sender. `_streams` are those that may be open."""
 
-    _line: Line
+    _sender: Sender
 
     def __init__(self, codec: Codec, service: Service, config: LLMConfig) -> None:
         self._endpoint = Endpoint(codec, service, config, name=type(self).__name__.removeprefix("Async"))
@@ -193,12 +193,12 @@ class _Shell:
         limits = endpoint.limits(stream=False)
         headers: Mapping[str, str] | None = None
         try:
-            exchange = await self._line.send(outgoing, limits)
+            exchange = await self._sender.send(outgoing, limits)
             try:
                 headers = exchange.headers
                 if not 200 <= exchange.status < 300:
                     raise await refusal(endpoint, exchange, request, limits)
-                body = Body(headers)
+                body = ReplyBody(headers)
                 while data := await exchange.read():
                     body.add(data)
             finally:
@@ -221,7 +221,7 @@ class _Shell:
             streams = list(self._streams)
         for stream in streams:
             stream.abort()
-        await self._line.close()
+        await self._sender.close()
 
 
 class HTTPProvider(_Shell):
@@ -242,7 +242,7 @@ class HTTPProvider(_Shell):
         self, codec: Codec, service: Service, config: LLMConfig, *, transport: httpx.BaseTransport | None = None
     ) -> None:
         super().__init__(codec, service, config)
-        self._line = default_line(self._endpoint) if transport is None else TransportLine(transport)
+        self._sender = default_sender(self._endpoint) if transport is None else HTTPXSender(transport)
 
     def complete(self, request: Request) -> Response:
         """The whole answer."""
@@ -250,7 +250,7 @@ class HTTPProvider(_Shell):
 
     def stream(self, request: Request) -> HTTPStream:
         """The answer as it comes. Nothing is sent before the first read."""
-        return self._open(HTTPStream(self._endpoint, self._line, request))
+        return self._open(HTTPStream(self._endpoint, self._sender, request))
 
     def close(self) -> None:
         """Close all connections; streams that are open end with an error. Twice is fine."""
@@ -273,7 +273,7 @@ class AsyncHTTPProvider(_Shell):
         self, codec: Codec, service: Service, config: LLMConfig, *, transport: httpx.AsyncBaseTransport | None = None
     ) -> None:
         super().__init__(codec, service, config)
-        self._line = default_async_line(self._endpoint) if transport is None else async_line_over(transport)
+        self._sender = default_async_sender(self._endpoint) if transport is None else AsyncHTTPXSender(transport)
 
     async def complete(self, request: Request) -> Response:
         """The whole answer."""
@@ -281,7 +281,7 @@ class AsyncHTTPProvider(_Shell):
 
     def stream(self, request: Request) -> AsyncHTTPStream:
         """The answer as it comes. Nothing is sent before the first read."""
-        return self._open(AsyncHTTPStream(self._endpoint, self._line, request))
+        return self._open(AsyncHTTPStream(self._endpoint, self._sender, request))
 
     async def aclose(self) -> None:
         """Close all connections; streams that are open end with an error. Twice is fine."""

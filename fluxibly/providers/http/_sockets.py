@@ -14,12 +14,12 @@ import threading
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Protocol
 
-from fluxibly.providers.limits import LimitPassed
+from fluxibly.providers.http._limits import LimitPassed
 
 if TYPE_CHECKING:
     from collections.abc import Hashable
 
-    from fluxibly.providers.limits import Limits
+    from fluxibly.providers.http._limits import Limits
 
 READ_SIZE = 64 * 1024
 

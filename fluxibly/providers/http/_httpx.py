@@ -1,20 +1,21 @@
-"""Any httpx transport as a line to a server: those that users give as `transport=`, and those for proxies."""
+"""Any httpx transport as a sender: those that users give as `transport=`, and those for proxies."""
 
 from __future__ import annotations
 
 import contextlib
 import socket
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import httpx
 
-from fluxibly.providers.event_loops import from_anywhere
-from fluxibly.providers.limits import DRAIN_TIME, LimitPassed, Limits
-from fluxibly.providers.sockets import shut_down
+from fluxibly.providers.http._exchange import joined
+from fluxibly.providers.http._limits import DRAIN_TIME, LimitPassed, Limits
+from fluxibly.providers.http._sockets import shut_down
+from fluxibly.providers.http._sockets_loops import from_anywhere
 
 if TYPE_CHECKING:
-    from fluxibly.providers.http_common import Outgoing
+    from fluxibly.providers.http._exchange import Outgoing
 
 
 class _Exchange(Protocol):
@@ -56,15 +57,6 @@ def keep(kept: dict[K, V], key: K, value: V) -> None:
         kept[key] = value
 
 
-def joined(headers: Iterable[tuple[bytes, bytes]]) -> Mapping[str, str]:
-    """Headers by their lower-case names; repeated ones joined by ", "."""
-    lower: dict[str, str] = {}
-    for raw_name, raw_value in headers:
-        name, value = raw_name.decode("latin-1").lower(), raw_value.decode("latin-1")
-        lower[name] = f"{lower[name]}, {value}" if name in lower else value
-    return lower
-
-
 def end_connection(response: httpx.Response) -> None:
     """End the connection under a read, whoever is in it."""
     stream: Any = response.extensions.get("network_stream")
@@ -76,7 +68,7 @@ def end_connection(response: httpx.Response) -> None:
             connection.shutdown(socket.SHUT_RDWR)  # asyncio's and trio's wrappers have this too
 
 
-class TransportExchange:
+class HTTPXExchange:
     """One request and its answer over an `httpx.BaseTransport`, which blocks.
 
     Each read may take what the limits leave; the total is looked at between reads.
@@ -107,18 +99,18 @@ class TransportExchange:
         end_connection(self._response)
 
 
-class TransportLine:
+class HTTPXSender:
     """Sends requests over an `httpx.BaseTransport`."""
 
     def __init__(self, transport: httpx.BaseTransport) -> None:
         self._transport = transport
         self._requests = _Requests()
 
-    async def send(self, outgoing: Outgoing, limits: Limits) -> TransportExchange:
+    async def send(self, outgoing: Outgoing, limits: Limits) -> HTTPXExchange:
         """Send a request and wait for the head of its answer, which nothing but the transport's limits ends."""
         request = self._requests.make(outgoing, limits)
         limits.handed_over()
-        exchange = TransportExchange(self._transport.handle_request(request), limits)
+        exchange = HTTPXExchange(self._transport.handle_request(request), limits)
         limits.answered()
         return await begun(exchange, limits)
 
@@ -126,8 +118,8 @@ class TransportLine:
         self._transport.close()
 
 
-class AsyncTransportExchange:
-    """A `TransportExchange` over an `httpx.AsyncBaseTransport`. Every wait is cut off when its limit passes."""
+class AsyncHTTPXExchange:
+    """A `HTTPXExchange` over an `httpx.AsyncBaseTransport`. Every wait is cut off when its limit passes."""
 
     def __init__(self, response: httpx.Response, limits: Limits) -> None:
         self._response = response
@@ -172,14 +164,14 @@ class AsyncTransportExchange:
         end_connection(self._response)
 
 
-class AsyncTransportLine:
+class AsyncHTTPXSender:
     """Sends requests over an `httpx.AsyncBaseTransport`."""
 
     def __init__(self, transport: httpx.AsyncBaseTransport) -> None:
         self._transport = transport
         self._requests = _Requests()
 
-    async def send(self, outgoing: Outgoing, limits: Limits) -> AsyncTransportExchange:
+    async def send(self, outgoing: Outgoing, limits: Limits) -> AsyncHTTPXExchange:
         """Send a request and wait for the head of its answer."""
         import anyio
 
@@ -187,7 +179,7 @@ class AsyncTransportLine:
         limits.handed_over()
         with anyio.move_on_after(limits.left()) as scope:
             limits.waits(from_anywhere(scope.cancel))
-            exchange = AsyncTransportExchange(await self._transport.handle_async_request(request), limits)
+            exchange = AsyncHTTPXExchange(await self._transport.handle_async_request(request), limits)
             limits.answered()
             return await begun(exchange, limits)
         raise LimitPassed

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from time import monotonic
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from fluxibly.config import Timeouts
+    from fluxibly.errors import Phase
 
 DRAIN_TIME = 0.01
 """Seconds to wait for the end of a body whose stream is over, so that its connection can be used again."""
-
-Phase: TypeAlias = Literal["connect", "first_byte", "idle", "total"]
 
 
 class LimitPassed(Exception):  # it is no failure until the shell says which limit it was
@@ -25,6 +24,18 @@ class LimitPassed(Exception):  # it is no failure until the shell says which lim
 
 class Aborted(Exception):  # it was asked for
     """The attempt was given up from elsewhere."""
+
+
+class ConnectionLost(Exception):
+    """The other side ended the connection; `silent` if it did so before the first byte of an answer."""
+
+    def __init__(self, *, silent: bool) -> None:
+        super().__init__("the connection ended")
+        self.silent = silent
+
+
+class NotHTTP(Exception):  # it says what came
+    """What came is not HTTP/1.1."""
 
 
 class Limits:

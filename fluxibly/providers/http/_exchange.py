@@ -1,0 +1,118 @@
+"""One request and its answer, as the rooms of HTTP hand them on: bytes out, the head in, and headers both ways."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple, Protocol, TypeVar
+
+import attrs
+import httpx
+
+from fluxibly.errors import BadRequest
+from fluxibly.providers.dialects.errors import request_id_of
+from fluxibly.providers.http._limits import Limits
+from fluxibly.types import Chunk, Response
+
+_TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
+_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
+"""What a header may hold (RFC 9110 §5.5)."""
+_FRAMING = frozenset({"content-length", "transfer-encoding"})
+
+
+class Outgoing(NamedTuple):
+    """A request as bytes. `block` is `headers` as they stand on the wire, save for content-length."""
+
+    url: httpx.URL
+    target: bytes
+    headers: tuple[tuple[bytes, bytes], ...]
+    block: bytes
+    body: bytes
+
+
+class Headers(NamedTuple):
+    pairs: tuple[tuple[bytes, bytes], ...]
+    block: bytes
+    names: frozenset[bytes]
+
+
+def as_headers(pairs: Iterable[tuple[bytes, bytes]]) -> Headers:
+    pairs = tuple(pairs)
+    block = b"".join([b"%b: %b\r\n" % pair for pair in pairs])
+    return Headers(pairs, block, frozenset(name for name, _ in pairs))
+
+
+def header(name: str, value: str) -> tuple[bytes, bytes]:
+    """One header of a request, checked so that it cannot begin another, nor say where the request ends."""
+    if _TOKEN.fullmatch(name) is None or _VALUE.fullmatch(value) is None:
+        raise BadRequest(f"the header {name!r} cannot be sent: its name or value has characters that HTTP forbids")
+    name = name.lower()
+    if name in _FRAMING:
+        raise BadRequest(f"the header {name!r} cannot be set: it follows from the body")
+    return name.encode("ascii"), value.strip(" \t").encode("latin-1")
+
+
+def with_more(headers: Headers, more: list[tuple[bytes, bytes]]) -> Headers:
+    """`headers` with `more`, which win over those of their names."""
+    names = {name for name, _ in more}
+    if names.isdisjoint(headers.names):
+        block = b"".join([headers.block, *[b"%b: %b\r\n" % pair for pair in more]])
+        return Headers((*headers.pairs, *more), block, headers.names | names)
+    return as_headers([pair for pair in headers.pairs if pair[0] not in names] + more)
+
+
+class Exchange(Protocol):
+    """A request that was sent, and its answer, whose head has come."""
+
+    @property
+    def status(self) -> int: ...
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """By their lower-case names."""
+        ...
+
+    async def read(self) -> bytes:
+        """The next bytes of the body, at least one; b"" at its end."""
+        ...
+
+    async def release(self, *, ended: bool) -> None:
+        """Let the connection go. `ended`: what is unread is no more than the end of the body."""
+        ...
+
+
+class Sender(Protocol):
+    """The way to a server: on an event loop, or one whose coroutines never suspend, for threads."""
+
+    async def send(self, outgoing: Outgoing, limits: Limits, /) -> Exchange: ...
+    async def close(self) -> None: ...
+
+
+# Headers of an answer
+
+
+def joined(headers: Iterable[tuple[bytes, bytes]]) -> Mapping[str, str]:
+    """Headers by their lower-case names; repeated ones joined by ", "."""
+    lower: dict[str, str] = {}
+    for raw_name, raw_value in headers:
+        name, value = raw_name.decode("latin-1").lower(), raw_value.decode("latin-1")
+        lower[name] = f"{lower[name]}, {value}" if name in lower else value
+    return lower
+
+
+T = TypeVar("T", Response, Chunk)
+_RATE_LIMIT = re.compile(r"(x-|anthropic-)?ratelimit-|retry-after")
+
+
+def noted(item: T, headers: Mapping[str, str]) -> T:
+    """A response, or a stream's first chunk, with what the headers say."""
+    request_id = request_id_of(headers)
+    limits = {name: value for name, value in headers.items() if _RATE_LIMIT.match(name)}
+    if isinstance(item, Response):
+        if request_id or limits:
+            return item.evolve(request_id=item.request_id or request_id, rate_limits={**limits, **item.rate_limits})
+        return item
+    if request_id or limits:
+        return attrs.evolve(
+            item, request_id=item.request_id or request_id, rate_limits=item.rate_limits or limits or None
+        )
+    return item

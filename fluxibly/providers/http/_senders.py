@@ -1,0 +1,87 @@
+"""Which sender a provider takes by default: a pool of our own connections, or httpx's."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import httpx
+
+from fluxibly.providers.http._httpx import AsyncHTTPXSender, HTTPXSender
+from fluxibly.providers.http._pool import KEEP_IDLE, MAX_CONNECTIONS, Pool
+from fluxibly.providers.http._route import proxy_for, route_to, tls_context
+from fluxibly.providers.http._sockets_loops import Loops
+from fluxibly.providers.http._sockets_threads import Threads
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from fluxibly.providers.http._endpoint import Endpoint
+    from fluxibly.providers.http._exchange import Exchange, Outgoing, Sender
+    from fluxibly.providers.http._limits import Limits
+    from fluxibly.providers.http._sockets import Network
+
+_LIMITS = httpx.Limits(max_connections=MAX_CONNECTIONS, max_keepalive_connections=None, keepalive_expiry=KEEP_IDLE)
+
+
+def default_sender(endpoint: Endpoint) -> Sender:
+    """The provider's own connections, through the proxy that the environment names.
+
+    Through httpx's, if somebody has wrapped them: opentelemetry-instrumentation-httpx, say, wants to see each request.
+    """
+
+    def over_httpx(proxy: httpx.Proxy | None) -> Sender:
+        return HTTPXSender(httpx.HTTPTransport(proxy=proxy, verify=tls_context(), limits=_LIMITS))
+
+    return _default(endpoint, Threads(), over_httpx, instead=wrapped(httpx.HTTPTransport.handle_request))
+
+
+def default_async_sender(endpoint: Endpoint) -> Sender:
+    """`default_sender` for event loops."""
+
+    def over_httpx(proxy: httpx.Proxy | None) -> Sender:
+        return AsyncHTTPXSender(httpx.AsyncHTTPTransport(proxy=proxy, verify=tls_context(), limits=_LIMITS))
+
+    return _default(endpoint, Loops(), over_httpx, instead=wrapped(httpx.AsyncHTTPTransport.handle_async_request))
+
+
+def _default(
+    endpoint: Endpoint, network: Network, over_httpx: Callable[[httpx.Proxy | None], Sender], *, instead: bool
+) -> Sender:
+    """A pool of our own on `network`, or httpx's: `instead`, and for proxies that want more than plain HTTP."""
+    proxy = proxy_for(endpoint.url)
+    if is_plain(proxy) and not instead:
+        return Pool(route_to(endpoint.url, proxy), network)
+    via = None if proxy is None else httpx.Proxy(proxy)
+    return _OfThisProcess(lambda: over_httpx(via))
+
+
+class _OfThisProcess:
+    """A sender that a forked process makes anew, since httpx's transports would share their sockets with it."""
+
+    def __init__(self, make: Callable[[], Sender]) -> None:
+        self._make = make
+        self._sender = make()
+        self._process = os.getpid()
+
+    async def send(self, outgoing: Outgoing, limits: Limits) -> Exchange:
+        return await self._own().send(outgoing, limits)
+
+    async def close(self) -> None:
+        await self._own().close()
+
+    def _own(self) -> Sender:
+        process = os.getpid()
+        if process != self._process:
+            self._sender, self._process = self._make(), process
+        return self._sender
+
+
+def is_plain(proxy: httpx.URL | None) -> bool:
+    """Whether our own connections know the way: there is no proxy, or one that is spoken to in plain HTTP."""
+    return proxy is None or proxy.scheme == "http"
+
+
+def wrapped(method: object) -> bool:
+    """Whether a method is another than the class was written with (what wraps one leaves `__wrapped__` on it)."""
+    return hasattr(method, "__wrapped__")
