@@ -72,7 +72,7 @@ def other() -> Iterator[Canned]:
 def gguf() -> Path:
     """The small model's file, fetched into the user's cache folder on the first run."""
     from fluxibly.errors import ProviderError
-    from fluxibly.providers.local_model import model_path
+    from fluxibly.providers.local import model_path
 
     try:
         return model_path("smollm2")

@@ -23,7 +23,7 @@ from libraries import KEY, LANGCHAIN, MODES, STREAM_MODES, WEATHER, ask
 from fluxibly import LLMConfig, Message, Pipeline, ProviderError, Request, errors
 from fluxibly.messages import Image
 from fluxibly.providers.langchain import AsyncLangChainProvider, LangChainProvider
-from fluxibly.providers.langchain_source import split_model
+from fluxibly.providers.langchain._models import split_model
 
 config, call, failure = LANGCHAIN.config, LANGCHAIN.call, LANGCHAIN.failure
 

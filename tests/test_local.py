@@ -19,9 +19,9 @@ from fluxibly import LLM, AsyncLLM, LLMConfig, Message, Request, Response
 from fluxibly.config import Timeouts
 from fluxibly.errors import BadRequest, ConfigError, ContextLengthExceeded, ProviderError, RequestTimeout, StreamStalled
 from fluxibly.middleware import Logging
-from fluxibly.providers import local_engine
-from fluxibly.providers.local import AsyncLocalProvider, LocalProvider, LocalStream
-from fluxibly.providers.local_engine import QUEUE_LIMIT, Generation, Settings, settings_of
+from fluxibly.providers.local import AsyncLocalProvider, LocalProvider, _engine
+from fluxibly.providers.local._engine import QUEUE_LIMIT, Generation, Settings, settings_of
+from fluxibly.providers.local._provider import LocalStream
 from fluxibly.testing import check_provider
 
 pytest.importorskip("xllamacpp")
@@ -337,7 +337,7 @@ def test_freed_before_it_was_asked(gguf: Path) -> None:
     for n_ctx in range(256, 512, 64):
         LocalProvider(config_of(gguf, n_ctx=n_ctx))._load()
         gc.collect()
-        assert all(settings.n_ctx != n_ctx for _, settings, _ in local_engine._engines)
+        assert all(settings.n_ctx != n_ctx for _, settings, _ in _engine._engines)
 
 
 def test_interrupted_while_it_is_loaded() -> None:
@@ -359,7 +359,7 @@ def test_interrupted_while_it_is_loaded() -> None:
                 did.append("freed")
 
     with pytest.raises(KeyboardInterrupt):
-        local_engine._start(Library, None)
+        _engine._start(Library, None)
     assert did == []
     waits.set()
     for thread in threading.enumerate():
@@ -478,5 +478,5 @@ def test_generation_stopped_while_its_queue_is_full() -> None:
     generation.start()
     generation.stop()
     generation.join()
-    with pytest.raises(local_engine.Stopped):
+    with pytest.raises(_engine.Stopped):
         generation.next_event(None)

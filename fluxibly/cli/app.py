@@ -82,7 +82,7 @@ def _told(error: BaseException, status: int, prefix: str = "") -> int:
 
 def _config(file: Path | None, framework: str | None, model: str | None) -> LLMConfig:
     """The configuration that the options come to; by default the small local model."""
-    from fluxibly.providers.local_model import DEFAULT_MODEL
+    from fluxibly.providers.local import DEFAULT_MODEL
 
     if file is not None:
         config = LLMConfig.from_yaml(file)

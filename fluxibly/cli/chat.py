@@ -16,7 +16,7 @@ from fluxibly.cli.screen import line_of
 from fluxibly.errors import ConfigError, ContextLengthExceeded, FluxiblyError
 from fluxibly.llm import LLM
 from fluxibly.messages import Message
-from fluxibly.providers.local_model import model_path
+from fluxibly.providers.local import model_path
 from fluxibly.types import Response
 
 if TYPE_CHECKING:

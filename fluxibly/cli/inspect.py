@@ -17,7 +17,7 @@ from fluxibly.cli.trace.file import duration
 from fluxibly.config import LLMConfig
 from fluxibly.flow.compose import layer_name
 from fluxibly.llm import default_stack
-from fluxibly.providers.local_model import DEFAULT_MODEL, cached_path, named_model
+from fluxibly.providers.local import DEFAULT_MODEL, cached_path, named_model
 from fluxibly.registry import find_framework, frameworks, make_middleware
 from fluxibly.types import ProviderInfo
 

@@ -11,7 +11,7 @@ from langchain_core.runnables import Runnable, RunnableBinding
 from fluxibly.errors import BadRequest
 from fluxibly.providers.dialects.encoding import bad_request, refuse
 from fluxibly.providers.dialects.openai_request import named_schema
-from fluxibly.providers.langchain_messages import Dialect
+from fluxibly.providers.langchain._messages import Dialect
 from fluxibly.types import Request, Tool
 
 _FAMILIES: tuple[Dialect, ...] = ("openai", "anthropic")

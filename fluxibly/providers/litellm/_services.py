@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from fluxibly.errors import BadRequest
+from fluxibly.providers._libraries.services import Services
 from fluxibly.providers.dialects.json_values import array, table
-from fluxibly.providers.foreign_services import Services
 from fluxibly.types import CallRecord
 
 _TELEMETRY_NAMES = {

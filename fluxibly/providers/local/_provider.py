@@ -23,8 +23,8 @@ from fluxibly.provider import Threaded, in_thread
 from fluxibly.providers.dialects.codec import Event
 from fluxibly.providers.dialects.openai_chat import ChatDecoder, OpenAICodec
 from fluxibly.providers.dialects.openai_request import Quirks
-from fluxibly.providers.local_engine import SETTINGS, Engine, Generation, Stopped, load, settings_of
-from fluxibly.providers.local_model import DEFAULT_MODEL, check_gguf, model_path, named_model
+from fluxibly.providers.local._engine import SETTINGS, Engine, Generation, Stopped, load, settings_of
+from fluxibly.providers.local._model import DEFAULT_MODEL, check_gguf, model_path, named_model
 from fluxibly.types import Chunk, ProviderInfo, Request, Response
 
 if TYPE_CHECKING:

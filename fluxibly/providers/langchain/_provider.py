@@ -17,8 +17,8 @@ from fluxibly.aggregate import as_chunk
 from fluxibly.config import LLMConfig
 from fluxibly.errors import ConfigError, StreamProtocolError
 from fluxibly.provider import Threaded
-from fluxibly.providers.foreign_calls import Opened, Steps, acall_within, asteps, call_within
-from fluxibly.providers.foreign_loops import on_asyncio
+from fluxibly.providers._libraries.calls import Opened, Steps, acall_within, asteps, call_within
+from fluxibly.providers._libraries.loops import on_asyncio
 from fluxibly.types import Chunk, Request, Response
 
 try:
@@ -26,9 +26,9 @@ try:
     from langchain_core.messages import AIMessageChunk, BaseMessage
     from langchain_core.runnables import Runnable
 
-    from fluxibly.providers.langchain_call import dialect_of, prepare
-    from fluxibly.providers.langchain_messages import MessageReader, response_of, to_langchain
-    from fluxibly.providers.langchain_source import Source, answers_to_cut
+    from fluxibly.providers.langchain._messages import MessageReader, response_of, to_langchain
+    from fluxibly.providers.langchain._models import Source, answers_to_cut
+    from fluxibly.providers.langchain._parameters import dialect_of, prepare
 except ImportError as missing:
     raise ConfigError(
         f"the framework 'langchain' needs an extra: pip install 'fluxibly[langchain]' ({missing})"
@@ -199,7 +199,7 @@ def _wrapped(chat_model: object) -> Source:
 
 
 def as_chat_model(llm: object, *, model: str | None = None) -> BaseChatModel:
-    """An `LLM`, `AsyncLLM`, `Pipeline` or `AsyncPipeline` as a LangChain chat model; see `langchain_model`."""
-    from fluxibly.providers.langchain_model import FluxiblyChatModel
+    """An `LLM`, `AsyncLLM`, `Pipeline` or `AsyncPipeline` as a LangChain chat model; see `FluxiblyChatModel`."""
+    from fluxibly.providers.langchain._chat_model import FluxiblyChatModel
 
     return FluxiblyChatModel.of(llm, model=model)

@@ -14,7 +14,7 @@ from fluxibly.providers.dialects.json_values import array, table
 from fluxibly.providers.dialects.openai_chat import Body, ChatDecoder, OpenAICodec
 from fluxibly.providers.dialects.openai_request import Quirks, chat_body
 from fluxibly.providers.http import end_connection
-from fluxibly.providers.litellm_services import Answerer
+from fluxibly.providers.litellm._services import Answerer
 from fluxibly.types import Chunk, Reasoning, Request, Response
 
 _SERVICE = "the service (through LiteLLM)"

@@ -16,8 +16,8 @@ import attrs
 from fluxibly import errors
 from fluxibly._masking import mask_secrets
 from fluxibly.errors import FluxiblyError, Phase, ProviderError
+from fluxibly.providers._libraries.calls import TimeIsUp
 from fluxibly.providers.dialects.errors import Report, error_of, error_of_payload, error_of_response
-from fluxibly.providers.foreign import TimeIsUp
 
 _TIMEOUTS: Final = {"APITimeoutError", "TimeoutException", "ModelTimeoutError", "TimeoutError"}
 _CONNECTIONS: Final = {"APIConnectionError", "TransportError", "ModelConnectionError", "ConnectionError"}

@@ -16,12 +16,12 @@ from pydantic import SecretStr
 from fluxibly._masking import mask_secrets
 from fluxibly.config import LLMConfig
 from fluxibly.errors import AuthenticationError, ConfigError
-from fluxibly.providers.foreign import Limits, checked_key, info_of, read_timeout
-from fluxibly.providers.foreign_errors import Explainer
-from fluxibly.providers.foreign_loops import PerLoop, on_asyncio
-from fluxibly.providers.foreign_services import Services
+from fluxibly.providers._libraries.calls import Limits, checked_key, info_of, read_timeout
+from fluxibly.providers._libraries.errors import Explainer
+from fluxibly.providers._libraries.loops import PerLoop, on_asyncio
+from fluxibly.providers._libraries.services import Services
 from fluxibly.providers.http import end_connection
-from fluxibly.providers.langchain_call import dialect_of
+from fluxibly.providers.langchain._parameters import dialect_of
 from fluxibly.types import CallRecord, ProviderInfo
 
 _PREFIX = re.compile(r"(openai|anthropic)/(.+)", re.DOTALL)

@@ -20,13 +20,22 @@ import httpx
 from fluxibly.config import LLMConfig
 from fluxibly.errors import BadRequest, ConfigError
 from fluxibly.provider import Threaded
+from fluxibly.providers._libraries.calls import (
+    Limits,
+    Opened,
+    Steps,
+    acall_within,
+    asteps,
+    call_within,
+    checked_key,
+    info_of,
+    read_timeout,
+)
+from fluxibly.providers._libraries.errors import Explainer
+from fluxibly.providers._libraries.loops import PerLoop, on_asyncio
+from fluxibly.providers._libraries.services import Services
 from fluxibly.providers.dialects.json_values import array
-from fluxibly.providers.foreign import Limits, checked_key, info_of, read_timeout
-from fluxibly.providers.foreign_calls import Opened, Steps, acall_within, asteps, call_within
-from fluxibly.providers.foreign_errors import Explainer
-from fluxibly.providers.foreign_loops import PerLoop, on_asyncio
-from fluxibly.providers.foreign_services import Services
-from fluxibly.providers.litellm_answer import (
+from fluxibly.providers.litellm._answers import (
     StreamReader,
     aclose_stream,
     body_of,
@@ -34,8 +43,14 @@ from fluxibly.providers.litellm_answer import (
     cut_stream,
     response_of,
 )
-from fluxibly.providers.litellm_clients import aclose_all, aclose_idle, close_idle
-from fluxibly.providers.litellm_services import Answerer, check_long_prompts, service_of, telemetry_name, without_access
+from fluxibly.providers.litellm._clients import aclose_all, aclose_idle, close_idle
+from fluxibly.providers.litellm._services import (
+    Answerer,
+    check_long_prompts,
+    service_of,
+    telemetry_name,
+    without_access,
+)
 from fluxibly.types import Chunk, ProviderInfo, Request, Response
 
 _COST_MAP = "LITELLM_LOCAL_MODEL_COST_MAP"

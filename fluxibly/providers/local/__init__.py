@@ -1,0 +1,10 @@
+"""The framework `local`: a small model in this process. llama.cpp runs it, by way of xllamacpp.
+
+`_provider.py` answers requests, `_engine.py` holds loaded models and their generations, `_model.py` finds and fetches
+model files. Imports: `dialects` (the prompt is OpenAI's dialect), `config`, data. Imported by: `cli`.
+"""
+
+from fluxibly.providers.local._model import DEFAULT_MODEL, cached_path, model_path, named_model
+from fluxibly.providers.local._provider import AsyncLocalProvider, LocalProvider
+
+__all__ = ["DEFAULT_MODEL", "AsyncLocalProvider", "LocalProvider", "cached_path", "model_path", "named_model"]
