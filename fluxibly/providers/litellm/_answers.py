@@ -169,12 +169,23 @@ async def aclose_stream(stream: Any) -> None:
 def cut_stream(stream: Any) -> None:
     """End the connection of a synchronous stream under a read that another thread is in."""
     for source in _sources(stream):
-        # A response of httpx's, or the generator that one of its methods made.
-        body: Any = source.gi_frame.f_locals.get("self") if isgenerator(source) and source.gi_frame else None
-        response = getattr(source, "response", body)
-        if isinstance(response, httpx.Response):
+        response = _response_under(source)
+        if response is not None:
             end_connection(response)
             return
+
+
+def _response_under(source: Any, depth: int = 3) -> httpx.Response | None:
+    """The response of httpx's that something reads from: one that it has, or that a generator of its holds."""
+    if isgenerator(source):
+        held = list(source.gi_frame.f_locals.values()) if source.gi_frame else []
+    else:
+        held = [getattr(source, "response", None)]
+    for value in held:
+        if isinstance(value, httpx.Response):
+            return value
+    found = (_response_under(value, depth - 1) for value in held if isgenerator(value) and depth)
+    return next(filter(None, found), None)
 
 
 def _sources(stream: Any) -> list[Any]:
