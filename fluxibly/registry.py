@@ -14,6 +14,7 @@ import attrs
 from fluxibly._checks import did_you_mean, is_mapping
 from fluxibly.errors import ConfigError, FrameworkNotRegistered
 from fluxibly.flow import Middleware
+from fluxibly.providers.services import SERVICES
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
@@ -70,33 +71,15 @@ def _built_in(name: str, module: str, stem: str, **options: Any) -> Framework:
     )
 
 
-# The environment variables stand here too so that they can be listed without loading a provider; a test compares them.
-_OPENAI_DIALECT = {
-    "openai": ("OpenAI", "OPENAI_API_KEY"),
-    "openai-responses": ("OpenAIResponses", "OPENAI_API_KEY"),
-    "azure": ("Azure", "AZURE_OPENAI_API_KEY"),
-    "openrouter": ("OpenRouter", "OPENROUTER_API_KEY"),
-    "groq": ("Groq", "GROQ_API_KEY"),
-    "mistral": ("Mistral", "MISTRAL_API_KEY"),
-    "deepseek": ("DeepSeek", "DEEPSEEK_API_KEY"),
-    "moonshot": ("Moonshot", "MOONSHOT_API_KEY"),
-    "together": ("Together", "TOGETHER_API_KEY"),
-    "fireworks": ("Fireworks", "FIREWORKS_API_KEY"),
-    "xai": ("XAI", "XAI_API_KEY"),
-    "perplexity": ("Perplexity", "PERPLEXITY_API_KEY"),
-    "cerebras": ("Cerebras", "CEREBRAS_API_KEY"),
-    "huggingface": ("HuggingFace", "HF_TOKEN"),
-    "nvidia": ("NVIDIA", "NVIDIA_API_KEY"),
-    "vllm": ("VLLM", None),
-    "lmstudio": ("LMStudio", None),
-    "llamacpp": ("LlamaCpp", None),
-}
 _BUILT_IN: dict[str, Framework] = {
     framework.name: framework
     for framework in (
         _built_in("echo", "echo", "Echo"),
         _built_in("local", "local", "Local", extra="local", needs="xllamacpp"),
-        *(_built_in(name, "openai", stem, env_var=key) for name, (stem, key) in _OPENAI_DIALECT.items()),
+        *(
+            _built_in(name, "openai", "OpenAI", env_var=row.env_var if row.key_required else None)
+            for name, row in SERVICES.items()
+        ),
         _built_in("anthropic", "anthropic", "Anthropic", env_var="ANTHROPIC_API_KEY"),
         _built_in("gemini", "gemini", "Gemini", env_var="GEMINI_API_KEY"),
         _built_in("ollama", "ollama", "Ollama"),

@@ -15,7 +15,7 @@ from fluxibly import errors
 from fluxibly.errors import StreamProtocolError
 from fluxibly.providers.dialects.openai_chat import OpenAICodec
 from fluxibly.providers.dialects.openai_request import Quirks
-from fluxibly.providers.openai_compatible import PRESETS
+from fluxibly.providers.services import SERVICES
 from fluxibly.testing.codec_check import Outcome, check_cuts, outcome_of
 from fluxibly.types import Image, Message, Reasoning, Request, Response, Text, Tool, ToolCall, Usage
 
@@ -189,12 +189,14 @@ def test_the_name_of_max_tokens(quirk: Any, model: str, name: str) -> None:
 
 def test_quirks_of_services() -> None:
     """Mistral's own names, and no stream options where they are refused."""
-    mistral = OpenAICodec(PRESETS["mistral"].quirks)
+    mistral = OpenAICodec(Quirks(**SERVICES["mistral"].quirks))
     body = sent(Request(model="m", messages="Hi", seed=3), mistral, stream=True)
     assert body["random_seed"] == 3
     assert "seed" not in body
     assert "stream_options" not in body
-    assert sent(Request(model="m", messages="Hi", top_k=3), OpenAICodec(PRESETS["vllm"].quirks))["top_k"] == 3
+    assert (
+        sent(Request(model="m", messages="Hi", top_k=3), OpenAICodec(Quirks(**SERVICES["vllm"].quirks)))["top_k"] == 3
+    )
 
 
 def test_top_k_where_there_is_none() -> None:
@@ -207,7 +209,7 @@ def test_top_k_where_there_is_none() -> None:
 
 def test_calls_of_other_services() -> None:
     """Mistral takes ids of nine letters and digits alone: its own go back as they are, others get one that it takes."""
-    mistral = OpenAICodec(PRESETS["mistral"].quirks)
+    mistral = OpenAICodec(Quirks(**SERVICES["mistral"].quirks))
     calls = [ToolCall("D681PevKs", "add"), ToolCall("call_1", "add"), ToolCall("call_2", "add")]
     results = [Message.tool("3", call) for call in calls]
     turns = [Message.user("Hi"), Message.assistant(tool_calls=calls), *results]
@@ -232,12 +234,12 @@ def test_calls_of_other_services() -> None:
 )
 def test_what_a_service_does_not_take(preset: str, parameter: dict[str, Any], says: str) -> None:
     """It is refused with what is due, and not sent to be passed over in silence; what it does take is sent."""
-    codec = OpenAICodec(PRESETS[preset].quirks, PRESETS[preset].title)
+    codec = OpenAICodec(Quirks(**SERVICES[preset].quirks), SERVICES[preset].title)
     with pytest.raises(errors.BadRequest, match=says) as caught:
         codec.encode(Request(model="m", messages="Hi", **parameter), stream=False)
     assert not caught.value.retryable
     assert sent(Request(model="m", messages="Hi", n=1, response_format="text", extra=parameter), codec)
-    other = OpenAICodec(PRESETS["together"].quirks)
+    other = OpenAICodec(Quirks(**SERVICES["together"].quirks))
     assert next(iter(parameter)) in sent(Request(model="m", messages="Hi", **parameter), other)
 
 
@@ -605,7 +607,9 @@ def test_reasoning_content_goes_back_with_tool_calls() -> None:
     response = streamed(chunk(choice(reasoning_content="Hm.", tool_calls=[call])), STOP).response
     assert response.reasoning_parts == (Reasoning(text="Hm.", raw={"reasoning_content": "Hm."}),)
     request = Request(model="m", messages=[Message.assistant(response)])
-    assert sent(request, OpenAICodec(PRESETS["deepseek"].quirks))["messages"][0]["reasoning_content"] == "Hm."
+    assert (
+        sent(request, OpenAICodec(Quirks(**SERVICES["deepseek"].quirks)))["messages"][0]["reasoning_content"] == "Hm."
+    )
     assert "reasoning_content" not in sent(request)["messages"][0]
 
 

@@ -19,23 +19,18 @@ from fluxibly.errors import (
     StreamInterrupted,
 )
 from fluxibly.pipeline import AsyncPipeline, Pipeline
-from fluxibly.providers import openai
-from fluxibly.providers.openai_compatible import PRESETS
+from fluxibly.providers.openai import AsyncOpenAIProvider, OpenAIProvider
+from fluxibly.providers.services import SERVICES
 from fluxibly.types import Request, Response
 
-CLASSES = {
-    name: provider
-    for name, provider in vars(openai).items()
-    if name.endswith("Provider") and hasattr(provider, "preset")
-}
 BASE = "https://example.test/base"
 
 
 @pytest.fixture(autouse=True)
 def _no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     """The environment of whoever runs the tests has no say."""
-    for preset in PRESETS.values():
-        monkeypatch.delenv(str(preset.service.env_var), raising=False)
+    for row in SERVICES.values():
+        monkeypatch.delenv(row.env_var, raising=False)
     monkeypatch.delenv("OPENAI_API_VERSION", raising=False)
 
 
@@ -59,31 +54,39 @@ def config(framework: str, **fields: Any) -> LLMConfig:
 def ask(framework: str, *, max_tokens: int | None = None, model: str = "some/model", **fields: Any) -> httpx.Request:
     """The request that a framework's provider sends."""
     server = Server()
-    provider = next(c for n, c in CLASSES.items() if c.preset is PRESETS[framework] and not n.startswith("Async"))
-    with Pipeline(provider(config(framework, **fields), transport=httpx.MockTransport(server))) as pipeline:
+    provider = OpenAIProvider(config(framework, **fields), transport=httpx.MockTransport(server))
+    with Pipeline(provider) as pipeline:
         assert pipeline.complete(Request(model=model, messages="Hello", max_tokens=max_tokens)).text == "Hi"
     return server.requests[0]
 
 
-def test_each_preset_has_its_two_classes() -> None:
-    """A synchronous one and its asynchronous twin, which say the same of themselves."""
-    assert {provider.preset.service.framework for provider in CLASSES.values()} == set(PRESETS)
-    for name, provider in CLASSES.items():
-        twin = CLASSES[name if name.startswith("Async") else f"Async{name}"]
-        assert twin.preset is provider.preset
-        settings = config(provider.preset.service.framework, api_key="k", api_base=BASE)
-        info = provider(settings).info
-        assert info == twin(settings).info
-        assert info.name == name.removeprefix("Async")
-        assert (info.framework, info.server_address) == (provider.preset.service.framework, "example.test")
+@pytest.mark.parametrize("framework", SERVICES)
+def test_a_provider_is_named_after_its_service(framework: str) -> None:
+    """The synchronous one and its asynchronous twin say the same of themselves."""
+    settings = config(framework, api_key="k", api_base=BASE)
+    info = OpenAIProvider(settings).info
+    assert info == AsyncOpenAIProvider(settings).info
+    assert info.name == f"{SERVICES[framework].name}Provider"
+    assert (info.framework, info.server_address) == (framework, "example.test")
+    assert info.telemetry_name == (SERVICES[framework].telemetry_name or framework)
 
 
-@pytest.mark.parametrize("framework", sorted(set(PRESETS) - {"azure"}))
+def test_a_class_of_the_users_own_keeps_its_name() -> None:
+    """Under a framework of its own it is OpenAI's dialect; logs name the class."""
+
+    class MineProvider(OpenAIProvider):
+        pass
+
+    info = MineProvider(config("mine", api_base=BASE)).info
+    assert (info.name, info.framework) == ("MineProvider", "openai")
+
+
+@pytest.mark.parametrize("framework", sorted(set(SERVICES) - {"azure"}))
 def test_where_each_preset_sends(framework: str) -> None:
     """To its service, below its base URL, with the key as a bearer token."""
-    preset = PRESETS[framework]
+    row = SERVICES[framework]
     request = ask(framework, api_key="k-1")
-    assert str(request.url) == f"{preset.service.base_url}{preset.quirks.path}"
+    assert str(request.url) == f"{row.base_url}{row.quirks.get('path', '/chat/completions')}"
     assert request.headers["authorization"] == "Bearer k-1"
     assert json.loads(request.content)["model"] == "some/model"
 
@@ -120,15 +123,15 @@ def test_azure_takes_the_version_from_the_environment(monkeypatch: pytest.Monkey
     monkeypatch.setenv("OPENAI_API_VERSION", "2031-01-01")
     assert ask("azure", api_base="https://me.openai.azure.com", api_key="k").url.params["api-version"] == "2031-01-01"
     with pytest.raises(ConfigError, match="api_base"):
-        openai.AzureProvider(config("azure", api_key="k"))
+        OpenAIProvider(config("azure", api_key="k"))
 
 
 def test_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     """From the environment; missing where a service needs one; not needed on this machine or at a server of one's own."""
     with pytest.raises(AuthenticationError, match="GROQ_API_KEY"):
-        openai.GroqProvider(config("groq"))
+        OpenAIProvider(config("groq"))
     with pytest.raises(AuthenticationError, match="OPENAI_API_KEY"):
-        openai.OpenAIProvider(config("openai"))
+        OpenAIProvider(config("openai"))
     for framework, base in (("vllm", None), ("lmstudio", None), ("llamacpp", None), ("openai", BASE)):
         assert "authorization" not in ask(framework, api_base=base).headers
     monkeypatch.setenv("GROQ_API_KEY", "k-2")
@@ -155,9 +158,7 @@ def test_the_asynchronous_twin_asks_alike() -> None:
     server = Server()
 
     async def main() -> Response:
-        provider = openai.AsyncOpenRouterProvider(
-            config("openrouter", api_key="k"), transport=httpx.MockTransport(server)
-        )
+        provider = AsyncOpenAIProvider(config("openrouter", api_key="k"), transport=httpx.MockTransport(server))
         async with AsyncPipeline(provider) as pipeline:
             return await pipeline.complete(Request(model="some/model", messages="Hello"))
 
@@ -173,7 +174,7 @@ def test_an_error_says_who_and_what() -> None:
         error = {"error": {"message": "The model `x` does not exist", "code": "model_not_found"}}
         return httpx.Response(404, headers={"x-request-id": "req_1"}, json=error)
 
-    provider = openai.TogetherProvider(config("together", api_key="k"), transport=httpx.MockTransport(refuse))
+    provider = OpenAIProvider(config("together", api_key="k"), transport=httpx.MockTransport(refuse))
     with (
         pytest.raises(NotFound, match="Together answered 404 model_not_found") as caught,
         Pipeline(provider) as pipeline,
@@ -194,7 +195,7 @@ def test_the_headers_of_a_200_are_hints_for_its_error(stream: bool) -> None:
         headers = {"retry-after": "7", "x-request-id": "req_1", "content-type": f"text/{kind}"}
         return httpx.Response(200, headers=headers, content=body)
 
-    provider = openai.TogetherProvider(config("together", api_key="k"), transport=httpx.MockTransport(answer))
+    provider = OpenAIProvider(config("together", api_key="k"), transport=httpx.MockTransport(answer))
     request = Request(model="some/model", messages="Hello")
     with Pipeline(provider) as pipeline:
         if stream:
@@ -213,6 +214,6 @@ def test_the_headers_of_a_200_are_hints_for_its_error(stream: bool) -> None:
 def test_an_error_of_a_server_of_ones_own_does_not_blame_openai() -> None:
     """It names the host that was asked."""
     transport = httpx.MockTransport(lambda _: httpx.Response(500))
-    provider = openai.OpenAIProvider(config("openai", api_base=BASE), transport=transport)
+    provider = OpenAIProvider(config("openai", api_base=BASE), transport=transport)
     with pytest.raises(ServerError, match="example.test answered 500: an empty body"), Pipeline(provider) as pipeline:
         pipeline.complete(Request(model="some/model", messages="Hello"))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from fluxibly import LLM, LLMConfig, Response, register_llm_framework, register_middleware
-from fluxibly.errors import ConfigError, FrameworkNotRegistered
+from fluxibly.errors import AuthenticationError, ConfigError, FrameworkNotRegistered
 from fluxibly.middleware import Logging, Retry
-from fluxibly.registry import _OPENAI_DIALECT, find_framework, frameworks, make_middleware
+from fluxibly.registry import find_framework, frameworks, make_middleware
 
 
 @pytest.fixture(autouse=True)
@@ -100,14 +100,16 @@ def test_a_missing_extra_names_the_install_command(monkeypatch):
         LLM(LLMConfig(framework="litellm", model="m"))
 
 
-def test_the_listed_keys_are_those_of_the_providers():
-    """The table of environment variables agrees with the presets of the dialect."""
-    from fluxibly.providers.openai_compatible import PRESETS
-
-    assert set(PRESETS) == set(_OPENAI_DIALECT)
-    for name, (_, key) in _OPENAI_DIALECT.items():
-        service = PRESETS[name].service
-        assert key == (service.env_var if service.key_required else None)
+def test_the_listed_keys_are_those_of_the_providers(monkeypatch):
+    """The environment variable that a framework is listed with is the one that its provider asks for."""
+    for framework in frameworks().values():
+        if framework.env_var is None or not framework.installed:
+            continue
+        monkeypatch.delenv(framework.env_var, raising=False)
+        with pytest.raises(AuthenticationError, match=framework.env_var):
+            framework.factory(asynchronous=False)(
+                LLMConfig(framework=framework.name, model="m", api_base="https://api.openai.com/v1")
+            )
 
 
 def test_every_built_in_framework_has_its_classes():

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import attrs
 
@@ -18,12 +18,12 @@ from fluxibly.config import LLMConfig
 from fluxibly.flow.compose import layer_name
 from fluxibly.llm import default_stack
 from fluxibly.providers.local import DEFAULT_MODEL, cached_path, named_model
+from fluxibly.providers.services import SERVICES
 from fluxibly.registry import find_framework, frameworks, make_middleware
 from fluxibly.types import ProviderInfo
 
 if TYPE_CHECKING:
     from fluxibly.cli.screen import Screen
-    from fluxibly.providers.dialects.codec import Service
     from fluxibly.registry import Framework
 
 
@@ -164,13 +164,13 @@ def _endpoint(config: LLMConfig, info: ProviderInfo) -> Finding:
 
     name, host, port = config.framework, info.server_address, info.server_port
     url, headers = f"{'https' if port == 443 else 'http'}://{host}:{port}/", {}
-    service = _service(name)
+    service = SERVICES.get(name)
     base = config.api_base or (service.base_url if service is not None else None)
     key = config.api_key.reveal() if config.api_key is not None else None
     if service is not None and base is not None:
         url = f"{base.rstrip('/')}/models"
-        key = key or os.environ.get(service.env_var or "")
-        headers = dict(service.headers) | ({service.auth_header: service.auth_prefix + key} if key else {})
+        key = key or os.environ.get(service.env_var)
+        headers = {service.auth_header: service.auth_prefix + key} if key else {}
     began = time.monotonic()
     try:
         status = httpx.get(url, headers=headers, timeout=PROBE_TIMEOUT).status_code
@@ -180,12 +180,5 @@ def _endpoint(config: LLMConfig, info: ProviderInfo) -> Finding:
             "framework", name, f"{host}:{port} does not answer", to_do, bad=config.model != "-" or port == 443
         )
     if status in (401, 403) and service is not None:
-        return Finding("framework", name, f"{host} refuses the key", f"check {service.env_var or 'api_key'}", bad=True)
+        return Finding("framework", name, f"{host} refuses the key", f"check {service.env_var}", bad=True)
     return Finding("framework", name, f"{host}:{port} answers in {duration(time.monotonic() - began)}")
-
-
-def _service(name: str) -> Service | None:
-    from fluxibly.providers.openai_compatible import PRESETS
-
-    preset: Any = PRESETS.get(name)
-    return preset.service if preset is not None else None

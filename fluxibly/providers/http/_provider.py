@@ -172,19 +172,20 @@ class _Shell:
 
     _sender: Sender
 
-    def __init__(self, codec: Codec, service: Service, config: LLMConfig) -> None:
-        self._endpoint = Endpoint(codec, service, config, name=type(self).__name__.removeprefix("Async"))
+    def __init__(self, codec: Codec, service: Service, config: LLMConfig, name: str | None) -> None:
+        name = name or type(self).__name__.removeprefix("Async")
+        self._endpoint = Endpoint(codec, service, config, name=name)
         self.info = self._endpoint.info
         self._closed = False
         self._streams: WeakSet[_Stream] = WeakSet()
         self._lock = threading.Lock()
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self._endpoint.url})"
+        return f"{self.info.name}({self._endpoint.url})"
 
     def _check_open(self) -> None:
         if self._closed:
-            raise RuntimeError(f"this {type(self).__name__} is closed; make a new one")
+            raise RuntimeError(f"this {self.info.name} is closed; make a new one")
 
     async def _complete(self, request: Request) -> Response:
         self._check_open()
@@ -232,6 +233,7 @@ class HTTPProvider(_Shell):
         service: where it is spoken.
         config: whose `api_key`, `api_base` and `timeout` count here.
         transport: an httpx transport to send through, instead of the provider's own connections.
+        name: what logs call the provider; by default its class's name.
 
     Raises:
         ConfigError: there is no base URL, or it is none.
@@ -239,9 +241,15 @@ class HTTPProvider(_Shell):
     """
 
     def __init__(
-        self, codec: Codec, service: Service, config: LLMConfig, *, transport: httpx.BaseTransport | None = None
+        self,
+        codec: Codec,
+        service: Service,
+        config: LLMConfig,
+        *,
+        transport: httpx.BaseTransport | None = None,
+        name: str | None = None,
     ) -> None:
-        super().__init__(codec, service, config)
+        super().__init__(codec, service, config, name)
         self._sender = default_sender(self._endpoint) if transport is None else HTTPXSender(transport)
 
     def complete(self, request: Request) -> Response:
@@ -270,9 +278,15 @@ class AsyncHTTPProvider(_Shell):
     """
 
     def __init__(
-        self, codec: Codec, service: Service, config: LLMConfig, *, transport: httpx.AsyncBaseTransport | None = None
+        self,
+        codec: Codec,
+        service: Service,
+        config: LLMConfig,
+        *,
+        transport: httpx.AsyncBaseTransport | None = None,
+        name: str | None = None,
     ) -> None:
-        super().__init__(codec, service, config)
+        super().__init__(codec, service, config, name)
         self._sender = default_async_sender(self._endpoint) if transport is None else AsyncHTTPXSender(transport)
 
     async def complete(self, request: Request) -> Response:

@@ -1,0 +1,141 @@
+"""The services that speak OpenAI's dialects, a row each: where one is, how it wants its key, and how it differs.
+
+A service that is not here needs no row: `framework="openai"` with `api_base` reaches any compatible server. This module
+imports nothing heavy: the registry reads the rows before any provider is loaded, and `openai.py` makes providers of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, Final, NamedTuple
+
+
+class ServiceRow(NamedTuple):
+    """One service."""
+
+    framework: str
+    """What configurations call it."""
+    name: str
+    """What logs call it, with "Provider" after it."""
+    title: str
+    """What error messages call it."""
+    base_url: str | None
+    """None: the user has to give `api_base`."""
+    env_var: str
+    """The environment variable with the API key."""
+    quirks: Mapping[str, Any] = MappingProxyType({})
+    """How its dialect differs: fields of `Quirks` in `dialects/openai_request.py`."""
+    telemetry_name: str | None = None
+    """Its well-known value of `gen_ai.provider.name` (OpenTelemetry semantic conventions), if not the framework's name."""
+    key_required: bool = True
+    auth_header: str = "authorization"
+    auth_prefix: str = "Bearer "
+
+
+_TOP_K: Final = {"top_k": True}
+
+SERVICES: Final[Mapping[str, ServiceRow]] = {
+    row.framework: row
+    for row in (
+        ServiceRow(
+            "openai",
+            "OpenAI",
+            "OpenAI",
+            "https://api.openai.com/v1",
+            "OPENAI_API_KEY",
+            {"max_tokens": "by model"},
+        ),
+        ServiceRow(
+            "openai-responses",
+            "OpenAIResponses",
+            "OpenAI",
+            "https://api.openai.com/v1",
+            "OPENAI_API_KEY",
+            {"path": "/responses"},
+            telemetry_name="openai",
+        ),
+        ServiceRow(
+            "azure",
+            "Azure",
+            "Azure OpenAI",
+            None,
+            "AZURE_OPENAI_API_KEY",
+            {"max_tokens": "by model"},
+            telemetry_name="azure.ai.openai",
+            auth_header="api-key",
+            auth_prefix="",
+        ),
+        ServiceRow(
+            "openrouter", "OpenRouter", "OpenRouter", "https://openrouter.ai/api/v1", "OPENROUTER_API_KEY", _TOP_K
+        ),
+        ServiceRow("groq", "Groq", "Groq", "https://api.groq.com/openai/v1", "GROQ_API_KEY", {"lacks": ("n",)}),
+        ServiceRow(
+            "mistral",
+            "Mistral",
+            "Mistral",
+            "https://api.mistral.ai/v1",
+            "MISTRAL_API_KEY",
+            {"seed": "random_seed", "stream_usage": False, "short_call_ids": True},
+            telemetry_name="mistral_ai",
+        ),
+        ServiceRow(
+            "deepseek",
+            "DeepSeek",
+            "DeepSeek",
+            "https://api.deepseek.com",
+            "DEEPSEEK_API_KEY",
+            {"lacks": ("n", "seed"), "formats": ("text", "json"), "returns_reasoning": True},
+        ),
+        ServiceRow(
+            "moonshot",
+            "Moonshot",
+            "Moonshot",
+            "https://api.moonshot.ai/v1",
+            "MOONSHOT_API_KEY",
+            {"returns_reasoning": True},
+            telemetry_name="moonshot_ai",
+        ),
+        ServiceRow("together", "Together", "Together", "https://api.together.xyz/v1", "TOGETHER_API_KEY", _TOP_K),
+        ServiceRow(
+            "fireworks",
+            "Fireworks",
+            "Fireworks",
+            "https://api.fireworks.ai/inference/v1",
+            "FIREWORKS_API_KEY",
+            _TOP_K,
+        ),
+        ServiceRow("xai", "XAI", "xAI", "https://api.x.ai/v1", "XAI_API_KEY", telemetry_name="x_ai"),
+        ServiceRow(
+            "perplexity",
+            "Perplexity",
+            "Perplexity",
+            "https://api.perplexity.ai",
+            "PERPLEXITY_API_KEY",
+            {"top_k": True, "lacks": ("seed",), "formats": ("text", "schema"), "stream_usage": False},
+        ),
+        ServiceRow("cerebras", "Cerebras", "Cerebras", "https://api.cerebras.ai/v1", "CEREBRAS_API_KEY"),
+        ServiceRow("huggingface", "HuggingFace", "Hugging Face", "https://router.huggingface.co/v1", "HF_TOKEN"),
+        ServiceRow("nvidia", "NVIDIA", "NVIDIA", "https://integrate.api.nvidia.com/v1", "NVIDIA_API_KEY"),
+        ServiceRow("vllm", "VLLM", "vLLM", "http://localhost:8000/v1", "VLLM_API_KEY", _TOP_K, key_required=False),
+        ServiceRow(
+            "lmstudio",
+            "LMStudio",
+            "LM Studio",
+            "http://localhost:1234/v1",
+            "LMSTUDIO_API_KEY",
+            _TOP_K,
+            key_required=False,
+        ),
+        ServiceRow(
+            "llamacpp",
+            "LlamaCpp",
+            "llama.cpp",
+            "http://localhost:8080/v1",
+            "LLAMA_API_KEY",
+            _TOP_K,
+            key_required=False,
+        ),
+    )
+}
+"""By the framework's name."""
