@@ -1,13 +1,47 @@
-"""Calls to language models through a composable chain of middleware."""
+"""Calls to language models through a composable chain of middleware.
 
-from fluxibly.config import LLMConfig
-from fluxibly.errors import FluxiblyError, ProviderError, StreamInterrupted
-from fluxibly.flow import CallNext, Flow, Middleware, map_chunks, perform, sleep
-from fluxibly.llm import LLM, AsyncLLM
-from fluxibly.pipeline import AsyncPipeline, Pipeline
-from fluxibly.provider import AsyncProvider, Provider
-from fluxibly.registry import register_llm_framework, register_middleware
-from fluxibly.types import Chunk, Message, Request, Response, Restart, StreamStats, ToolCall, Usage
+The public names stand here; each is loaded when it is first asked for, so that `import fluxibly` costs next to nothing.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fluxibly.config import LLMConfig
+    from fluxibly.errors import FluxiblyError, ProviderError, StreamInterrupted
+    from fluxibly.flow import CallNext, Flow, Middleware, map_chunks, perform, sleep
+    from fluxibly.llm import LLM, AsyncLLM, default_stack
+    from fluxibly.pipeline import AsyncPipeline, Pipeline
+    from fluxibly.provider import AsyncProvider, Provider
+    from fluxibly.registry import register_llm_framework, register_middleware
+    from fluxibly.types import (
+        Chunk,
+        Image,
+        Message,
+        Request,
+        Response,
+        Restart,
+        StreamStats,
+        Tool,
+        ToolCall,
+        Usage,
+    )
+
+__version__ = "2.0.0.dev0"
+
+_NAMES = {
+    "config": "LLMConfig",
+    "errors": "FluxiblyError ProviderError StreamInterrupted",
+    "flow": "CallNext Flow Middleware map_chunks perform sleep",
+    "llm": "LLM AsyncLLM default_stack",
+    "pipeline": "AsyncPipeline Pipeline",
+    "provider": "AsyncProvider Provider",
+    "registry": "register_llm_framework register_middleware",
+    "types": "Chunk Image Message Request Response Restart StreamStats Tool ToolCall Usage",
+}
+_MODULE_OF = {name: module for module, names in _NAMES.items() for name in names.split()}
+_ROOMS = {"errors", "flow", "middleware", "providers", "telemetry", "testing"}
+"""Modules that users work with: `fluxibly.errors.NotFound` needs no import of its own, and completion shows them."""
+_MODULES = {*_NAMES, *_ROOMS, "aggregate", "messages", "stream"}
 
 __all__ = [
     "LLM",
@@ -18,6 +52,7 @@ __all__ = [
     "Chunk",
     "Flow",
     "FluxiblyError",
+    "Image",
     "LLMConfig",
     "Message",
     "Middleware",
@@ -29,11 +64,29 @@ __all__ = [
     "Restart",
     "StreamInterrupted",
     "StreamStats",
+    "Tool",
     "ToolCall",
     "Usage",
+    "default_stack",
     "map_chunks",
     "perform",
     "register_llm_framework",
     "register_middleware",
     "sleep",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    from importlib import import_module
+
+    if name in _MODULES:
+        return import_module(f"fluxibly.{name}")
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'fluxibly' has no attribute {name!r}")
+    value = getattr(import_module(f"fluxibly.{_MODULE_OF[name]}"), name)
+    globals()[name] = value  # the next one who asks finds it without this function
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, *_ROOMS, *(name for name in globals() if name.startswith("__"))})

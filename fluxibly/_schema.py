@@ -10,6 +10,7 @@ from typing import Any
 import attrs
 
 from fluxibly._checks import is_mapping
+from fluxibly._extras import pip_install
 from fluxibly.errors import ConfigError
 
 
@@ -105,7 +106,7 @@ def _validator(schema: str) -> Any:
         from jsonschema.validators import validator_for
         from referencing.jsonschema import EMPTY_REGISTRY
     except ImportError:
-        raise ConfigError("Validation with a JSON Schema needs jsonschema: pip install 'fluxibly[schema]'") from None
+        raise ConfigError(f"Validation with a JSON Schema needs jsonschema: {pip_install('schema')}") from None
     parsed = json.loads(schema)
     kind: Any = validator_for(parsed, default=jsonschema.Draft202012Validator)
     try:

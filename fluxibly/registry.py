@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import attrs
 
 from fluxibly._checks import did_you_mean, is_mapping
+from fluxibly._extras import pip_install
 from fluxibly.errors import ConfigError, FrameworkNotRegistered
 from fluxibly.flow import Middleware
 from fluxibly.providers.services import SERVICES
@@ -34,7 +35,7 @@ class Framework:
     sync: ProviderFactory | None = None
     asynchronous: ProviderFactory | None = None
     extra: str | None = None
-    """The extra of fluxibly that it needs."""
+    """The extra that it needs, a key of `EXTRAS`."""
     needs: str | None = None
     """The module that the extra installs."""
     env_var: str | None = None
@@ -45,14 +46,19 @@ class Framework:
         """Whether what it needs can be imported."""
         return self.needs is None or importlib.util.find_spec(self.needs) is not None
 
+    @property
+    def to_install(self) -> str:
+        """The command that installs what it needs and lacks."""
+        return pip_install(*([] if self.extra is None else [self.extra]))
+
     def factory(self, *, asynchronous: bool) -> ProviderFactory:
         """What makes the provider.
 
         Raises:
-            ConfigError: the extra is not installed.
+            ConfigError: packages that it needs are not installed.
         """
         if not self.installed:
-            raise ConfigError(f"the framework {self.name!r} needs an extra: pip install 'fluxibly[{self.extra}]'")
+            raise ConfigError(f"the framework {self.name!r} needs packages that are not installed: {self.to_install}")
         if self.sync is not None:
             return self.asynchronous or self.sync if asynchronous else self.sync
         module = importlib.import_module(self.module)
@@ -186,7 +192,7 @@ def make_provider(config: Any, *, asynchronous: bool) -> Any:
 
     Raises:
         FrameworkNotRegistered: nobody registered that name.
-        ConfigError: it needs an extra, or refuses the configuration.
+        ConfigError: packages that it needs are not installed, or it refuses the configuration.
     """
     return find_framework(config.framework).factory(asynchronous=asynchronous)(config)
 

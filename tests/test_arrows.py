@@ -23,7 +23,7 @@ MODULES = {
 DATA = "data"
 SIDE = "side"
 ROOMS = {
-    "types messages errors aggregate provider _checks": DATA,
+    "types messages errors aggregate provider _checks _extras": DATA,
     "_masking _logs _abandoned _schema _yaml": SIDE,
     "config": "config",
     "flow": "flow",
@@ -189,6 +189,9 @@ PUBLIC = [
     "FluxiblyError",
     "ProviderError",
     "StreamInterrupted",
+    "Image",
+    "Tool",
+    "default_stack",
 ]
 
 
@@ -196,6 +199,38 @@ class TestExports:
     def test_public_names(self):
         """`from fluxibly import …` gives what is promised, and nothing else."""
         assert sorted(fluxibly.__all__) == sorted(PUBLIC)
+        assert all(callable(getattr(fluxibly, name)) or name in {"CallNext", "Flow"} for name in PUBLIC)
+
+    def test_completion_shows_the_public_names(self):
+        """`dir` has them, and the modules that users work with, before any of them was loaded and after."""
+        code = "import fluxibly; print(*dir(fluxibly)); fluxibly.LLM; fluxibly.testing.modes; print(*dir(fluxibly))"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        before, after = map(set, map(str.split, done.stdout.splitlines()))
+        shown = {name for name in before if not name.startswith("__")}
+        assert shown == {*PUBLIC, "errors", "flow", "middleware", "providers", "telemetry", "testing"}
+        assert after == before
+        assert "__version__" in before
+
+    def test_a_module_needs_no_import_of_its_own(self):
+        """`fluxibly.errors.NotFound` after `import fluxibly` alone; a name that there is not is an AttributeError."""
+        code = (
+            "import fluxibly; print(fluxibly.errors.NotFound, fluxibly.config.Timeouts, hasattr(fluxibly, 'nothing'))"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert done.stdout.split()[-1] == "False"
+
+    def test_type_checkers_are_told_the_same(self):
+        """The names imported for type checkers alone are those that are looked up late, in the same modules."""
+        tree = ast.parse((ROOT / "__init__.py").read_text(encoding="utf-8"))
+        told = {
+            (alias.name, node.module)
+            for node in ast.walk(tree)
+            if isinstance(node, ast.ImportFrom)
+            for alias in node.names
+            if str(node.module).startswith("fluxibly.")
+        }
+        assert told == {(name, f"fluxibly.{module}") for name, module in fluxibly._MODULE_OF.items()}
+        assert set(fluxibly._MODULE_OF) == set(fluxibly.__all__)
 
     @pytest.mark.parametrize(
         ("module", "names"),

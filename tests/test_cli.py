@@ -419,13 +419,48 @@ def test_failure_of_the_network(yaml: Path) -> None:
 def test_without_the_extra() -> None:
     """Without the extra `cli` there is one line that says what to install."""
     result = fluxibly("chat", "x", before="import sys; sys.modules['typer'] = None")
-    check_mistake(result, "pip install 'fluxibly[cli]'")
+    check_mistake(result, "pip install rich typer xllamacpp")
+    assert "fluxibly[" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "packages"),
+    [
+        (["doctor"], "rich typer"),
+        (["chat", "--framework=echo", "x"], "rich typer"),
+        (["chat", "x"], "rich typer xllamacpp"),
+        (
+            ["chat", "x", "--trace", "t"],
+            "rich typer xllamacpp opentelemetry-sdk opentelemetry-exporter-otlp-proto-http",
+        ),
+        ([], "rich typer"),
+    ],
+)
+def test_all_that_a_command_needs_is_named_at_once(arguments: list[str], packages: str) -> None:
+    """Not one package after the other."""
+    before = (
+        "import sys; sys.modules['typer'] = None\nimport importlib.metadata as m\n"
+        "def gone(name): raise m.PackageNotFoundError(name)\nm.version = gone"
+    )
+    check_mistake(fluxibly(*arguments, before=before), f"pip install {packages}\n")
+
+
+def test_a_chat_names_what_its_framework_and_its_spans_need() -> None:
+    """Both in one line."""
+    before = (
+        "import importlib.util as u; f = u.find_spec; import importlib.metadata as m; v = m.version\n"
+        "u.find_spec = lambda n, *a: None if n.startswith(('xllamacpp', 'opentelemetry.sdk')) else f(n, *a)\n"
+        "def version(n):\n    if n in ('xllamacpp', 'opentelemetry-sdk'): raise m.PackageNotFoundError(n)\n    return v(n)\n"
+        "m.version = version"
+    )
+    result = fluxibly("chat", "x", "--trace", "t.jsonl", before=before)
+    check_mistake(result, "need packages that are not installed: pip install xllamacpp opentelemetry-sdk\n")
 
 
 def test_without_xllamacpp() -> None:
     """Without the extra `local` likewise."""
     before = "import importlib.util as u; f = u.find_spec; u.find_spec = lambda n, *a: None if n == 'xllamacpp' else f(n, *a)"
-    check_mistake(fluxibly("chat", "x", before=before), "pip install 'fluxibly[local]'")
+    check_mistake(fluxibly("chat", "x", before=before), "needs packages that are not installed: pip install xllamacpp")
 
 
 def test_reader_that_leaves() -> None:

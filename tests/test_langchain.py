@@ -388,4 +388,4 @@ def test_without_the_extra_the_error_says_what_to_install() -> None:
         "except ValueError as error:\n    print(error)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "pip install 'fluxibly[langchain]'" in done.stdout
+    assert "pip install langchain langchain-openai langchain-anthropic" in done.stdout

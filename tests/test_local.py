@@ -429,7 +429,7 @@ def test_without_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
 
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "xllamacpp" else find(name, *a))
-    with pytest.raises(ConfigError, match=r"pip install 'fluxibly\[local\]'"):
+    with pytest.raises(ConfigError, match=r"pip install xllamacpp"):
         LocalProvider(LLMConfig(framework="local", model="smollm2"))
 
 

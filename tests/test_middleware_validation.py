@@ -320,7 +320,7 @@ class TestSettings:
     def test_without_jsonschema_the_extra_is_named(self, monkeypatch):
         """With the command that installs it."""
         monkeypatch.setitem(sys.modules, "jsonschema", None)
-        with pytest.raises(ConfigError, match=r"pip install 'fluxibly\[schema\]'"):
+        with pytest.raises(ConfigError, match=r"pip install jsonschema"):
             Validation(schema={"type": "object", "title": "not seen before"})
 
     def test_an_attrs_class_needs_no_extra(self, monkeypatch):

@@ -96,7 +96,7 @@ def test_what_cannot_be_called_is_refused():
 def test_a_missing_extra_names_the_install_command(monkeypatch):
     """Before anything is imported."""
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"pip install 'fluxibly\[litellm\]'"):
+    with pytest.raises(ConfigError, match=r"pip install 'litellm\[mcp\]'"):
         LLM(LLMConfig(framework="litellm", model="m"))
 
 

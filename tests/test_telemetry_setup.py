@@ -97,7 +97,7 @@ def test_an_unknown_signal_is_refused():
 
 @pytest.mark.parametrize("missing", ["opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.http.trace_exporter"])
 def test_without_the_extra_the_error_names_it(missing):
-    """`pip install 'fluxibly[otel]'`."""
+    """By its packages: a distribution of our name on the index is another's."""
     code = f"""
 import sys
 sys.modules[{missing!r}] = sys.modules[{missing + ".resources"!r}] = None
@@ -106,7 +106,7 @@ setup(otlp="http://127.0.0.1:1")
 """
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
     assert "ImportError" in ran.stderr
-    assert "pip install 'fluxibly[otel]'" in ran.stderr
+    assert "pip install opentelemetry-sdk opentelemetry-exporter-otlp-proto-http" in ran.stderr
 
 
 def test_a_file_that_cannot_be_written_is_told_at_once(tmp_path):

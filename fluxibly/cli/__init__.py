@@ -16,6 +16,21 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in ("typer", "rich"):
             raise
-        sys.stderr.write("fluxibly: the command line needs an extra: pip install 'fluxibly[cli]'\n")
+        from fluxibly._extras import pip_install
+
+        how = pip_install(*_extras_of(sys.argv[1:]))
+        sys.stderr.write(f"fluxibly: the command line needs packages that are not installed: {how}\n")
         sys.exit(2)
     sys.exit(run(sys.argv[1:]))
+
+
+def _extras_of(arguments: list[str]) -> list[str]:
+    """The extras that a command needs. Its options are only glanced at: what parses them is missing."""
+    given = {argument.partition("=")[0] for argument in arguments}
+    extras = ["cli"]
+    if arguments[:1] == ["chat"]:
+        if not given & {"--framework", "--config"}:
+            extras.append("local")
+        if given & {"--trace", "--otlp"}:
+            extras.append("otel")
+    return extras

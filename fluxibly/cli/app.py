@@ -7,7 +7,6 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version as version_of
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,6 +14,7 @@ import attrs
 import typer
 from rich.console import Console
 
+import fluxibly
 from fluxibly.cli.screen import Screen, ScreenHandler, line_of
 from fluxibly.config import LLMConfig
 from fluxibly.errors import (
@@ -120,11 +120,7 @@ def _log(screen: Screen, level: LogLevel | None) -> None:
 
 def _version(wanted: bool) -> None:
     if wanted:
-        try:
-            version = version_of("fluxibly")
-        except PackageNotFoundError:
-            version = "(not installed: run from its source)"
-        sys.stdout.write(f"fluxibly {version}\n")
+        sys.stdout.write(f"fluxibly {fluxibly.__version__}\n")
         raise typer.Exit
 
 
@@ -151,11 +147,12 @@ def chat(  # noqa: PLR0917  # the command line library reads its options off the
     as_json: Annotated[bool, typer.Option("--json", help="Print the response as JSON, for scripts.")] = False,
 ) -> None:
     """Ask a model; without a prompt, converse with it."""
-    from fluxibly.cli.chat import Chat, recorder
+    from fluxibly.cli.chat import Chat, check_installed, recorder
 
     screen = Screen()
     settings = _config(config, framework, model)
     _log(screen, log_level)
+    check_installed(settings.framework, spans=trace is not None or otlp is not None)
     spans = recorder(trace, otlp, keep=screen.live)
     try:
         Chat(config=settings, screen=screen, recorder=spans, system=system, stream=not no_stream, as_json=as_json).run(

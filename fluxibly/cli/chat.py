@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Protocol
 
 import attrs
 
+from fluxibly._extras import pip_install
 from fluxibly.cli.report import as_json, figures, span_trees
 from fluxibly.cli.screen import line_of
 from fluxibly.errors import ConfigError, ContextLengthExceeded, FluxiblyError
 from fluxibly.llm import LLM
 from fluxibly.messages import Message
 from fluxibly.providers.local import model_path
+from fluxibly.registry import find_framework
 from fluxibly.types import Response
 
 if TYPE_CHECKING:
@@ -159,6 +161,24 @@ def _standard_input() -> str:
         raise ConfigError("standard input is not text in this terminal's encoding") from None
 
 
+def check_installed(framework: str, *, spans: bool) -> None:
+    """Check that what a chat needs is installed. `spans`: they are to go to a file or a backend.
+
+    Raises:
+        FrameworkNotRegistered: there is no such framework.
+        ConfigError: packages are missing; one command installs them all.
+    """
+    found = find_framework(framework)
+    missing = [found.extra] if found.extra is not None and not found.installed else []
+    who = [f"the framework {framework!r}"] if missing else []
+    if spans and not _sdk_installed():
+        missing.append("otel")
+        who.append("--trace and --otlp")
+    if missing:
+        verb = "needs" if who == [f"the framework {framework!r}"] else "need"
+        raise ConfigError(f"{', '.join(who)} {verb} packages that are not installed: {pip_install(*missing)}")
+
+
 class Recorder(Protocol):
     """Keeps the spans of this process, to be shown."""
 
@@ -190,17 +210,19 @@ def recorder(file: Path | None = None, otlp: str | None = None, *, keep: bool = 
         otlp: the address of a backend, to which they are sent as OTLP over HTTP.
 
     Raises:
-        ConfigError: the extra for it is missing, the file cannot be written, or the address is none.
+        ConfigError: the file cannot be written, or the address is none.
     """
     if not keep and file is None and otlp is None:
         return _NoRecorder()
-    if all(map(_installed, ("opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.http"))):
+    if _sdk_installed():
         from fluxibly.cli.spans import SDKRecorder
 
         return SDKRecorder(file, otlp)
-    if file is not None or otlp is not None:
-        raise ConfigError("--trace and --otlp need an extra: pip install 'fluxibly[otel]'")
     return _NoRecorder()
+
+
+def _sdk_installed() -> bool:
+    return all(map(_installed, ("opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.http")))
 
 
 def _installed(module: str) -> bool:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 import attrs
 
+import fluxibly
+from fluxibly._extras import EXTRAS, version_of
 from fluxibly.cli.screen import line_of
 from fluxibly.cli.trace.file import duration
 from fluxibly.config import LLMConfig
@@ -66,7 +68,7 @@ def framework_rows() -> Iterator[tuple[str, str, str]]:
 def missing_of(framework: Framework) -> str | None:
     """What to do before a framework can be used, if anything."""
     if not framework.installed:
-        return f"pip install 'fluxibly[{framework.extra}]'"
+        return framework.to_install
     if framework.env_var is not None and not os.environ.get(framework.env_var):
         return f"set {framework.env_var}"
     return None
@@ -74,15 +76,7 @@ def missing_of(framework: Framework) -> str | None:
 
 PROBE_TIMEOUT = 5.0
 """Seconds that an endpoint has to answer."""
-EXTRAS = {
-    "cli": ("typer", "rich"),
-    "otel": ("opentelemetry-sdk", "opentelemetry-exporter-otlp-proto-http"),
-    "local": ("xllamacpp",),
-    "langchain": ("langchain",),
-    "litellm": ("litellm",),
-}
-"""The packages of each extra."""
-CORE = ("fluxibly", "attrs", "cattrs", "httpx", "msgspec", "opentelemetry-api", "PyYAML")
+CORE = ("attrs", "cattrs", "httpx", "msgspec", "opentelemetry-api", "PyYAML")
 
 
 @attrs.frozen
@@ -112,21 +106,13 @@ def _configurations() -> Iterator[LLMConfig]:
 
 def _versions() -> Iterator[Finding]:
     yield Finding("", "python", platform.python_version())
+    yield Finding("", "fluxibly", fluxibly.__version__)
     for package in CORE:
-        yield Finding("package", package, _version(package) or "not installed as a package")
-    for extra, packages in EXTRAS.items():
-        for package in packages:
-            found = _version(package)
-            yield Finding(
-                "package", package, found or "not installed", "" if found else f"pip install 'fluxibly[{extra}]'"
-            )
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+        yield Finding("package", package, version_of(package) or "not installed as a package")
+    for package in (package for packages in EXTRAS.values() for package in packages):
+        found = version_of(package)
+        to_do = "" if found else shlex.join(["pip", "install", package])
+        yield Finding("package", package, found or "not installed", to_do)
 
 
 def _check(config: LLMConfig) -> Finding:

@@ -35,7 +35,7 @@ class Validation:
             `ResponseInvalid`, "retry" asks again.
         check: gets the response, and returns None if it is good, else a correction to send to the model. What it
             raises reaches the caller.
-        schema: a JSON Schema (needs `pip install 'fluxibly[schema]'`) that the text, as JSON, has to match; or an attrs
+        schema: a JSON Schema (needs jsonschema) that the text, as JSON, has to match; or an attrs
             class that cattrs has to make of it, numbers, strings and booleans each of their own type. A Markdown code
             fence around the JSON is passed over.
         max_retries: how often to ask again, over all these reasons; then `ResponseInvalid` is raised.

@@ -1,4 +1,4 @@
-"""An OpenTelemetry SDK in one line, for programs that have none set up. Needs `pip install 'fluxibly[otel]'`."""
+"""An OpenTelemetry SDK in one line, for programs that have none set up. Needs the SDK and its OTLP exporter."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import attrs
+
+from fluxibly._extras import pip_install
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -51,7 +53,7 @@ def setup(
         service_name: the resource's `service.name`, unless OTEL_SERVICE_NAME gives one.
 
     Raises:
-        ImportError: the extra `otel` is not installed.
+        ImportError: the SDK or its OTLP exporter is not installed.
         RuntimeError: a tracer provider is set up already; add exporters to that one.
         ValueError: no destination is given, an address that is no http or https URL, or an unknown signal.
         OSError: the file cannot be written.
@@ -145,4 +147,4 @@ def _plain(headers: Mapping[str, str] | None) -> dict[str, str] | None:
 
 
 def _extra_missing() -> ImportError:
-    return ImportError("this needs the OpenTelemetry SDK and its OTLP exporter: pip install 'fluxibly[otel]'")
+    return ImportError(f"this needs the OpenTelemetry SDK and its OTLP exporter: {pip_install('otel')}")

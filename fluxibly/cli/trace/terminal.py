@@ -1,4 +1,4 @@
-"""A trace file as a waterfall in the terminal. Needs rich (`pip install 'fluxibly[cli]'`)."""
+"""A trace file as a waterfall in the terminal. Needs rich."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import attrs
 
+from fluxibly._extras import pip_install
 from fluxibly.aggregate import as_chunk
 from fluxibly.config import LLMConfig
 from fluxibly.errors import ConfigError, StreamProtocolError
@@ -31,7 +32,7 @@ try:
     from fluxibly.providers.langchain._parameters import dialect_of, prepare
 except ImportError as missing:
     raise ConfigError(
-        f"the framework 'langchain' needs an extra: pip install 'fluxibly[langchain]' ({missing})"
+        f"the framework 'langchain' needs packages that are not installed: {pip_install('langchain')} ({missing})"
     ) from missing
 
 if TYPE_CHECKING:

@@ -17,6 +17,7 @@ from typing import Any, cast
 
 import httpx
 
+from fluxibly._extras import pip_install
 from fluxibly.config import LLMConfig
 from fluxibly.errors import BadRequest, ConfigError
 from fluxibly.provider import Threaded
@@ -82,7 +83,7 @@ def _load() -> Any:
             import litellm
     except ImportError as missing:
         raise ConfigError(
-            f"the framework 'litellm' needs an extra: pip install 'fluxibly[litellm]' ({missing})"
+            f"the framework 'litellm' needs packages that are not installed: {pip_install('litellm')} ({missing})"
         ) from missing
     return litellm
 

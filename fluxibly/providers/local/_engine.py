@@ -19,6 +19,7 @@ from weakref import WeakSet, WeakValueDictionary
 
 import attrs
 
+from fluxibly._extras import pip_install
 from fluxibly.errors import ConfigError, ProviderError, RequestTimeout
 
 if TYPE_CHECKING:
@@ -136,13 +137,16 @@ def _start(library: Any, params: Any) -> Any:
     return made.result()
 
 
+def missing() -> ConfigError:
+    """The error for a machine without llama.cpp."""
+    return ConfigError(f"the framework 'local' needs xllamacpp, which is not installed: {pip_install('local')}")
+
+
 def _library() -> Any:
     try:
         import xllamacpp  # type: ignore[import-untyped]
     except ImportError as error:
-        raise ConfigError(
-            "the framework 'local' needs xllamacpp, which is not installed: pip install 'fluxibly[local]'"
-        ) from error
+        raise missing() from error
     return cast("Any", xllamacpp)
 
 

@@ -18,12 +18,12 @@ import attrs
 import msgspec
 
 from fluxibly.aggregate import Aggregator
-from fluxibly.errors import BadRequest, ConfigError, ProviderError, RequestTimeout, StreamStalled
+from fluxibly.errors import BadRequest, ProviderError, RequestTimeout, StreamStalled
 from fluxibly.provider import Threaded, in_thread
 from fluxibly.providers.dialects.codec import Event
 from fluxibly.providers.dialects.openai_chat import ChatDecoder, OpenAICodec
 from fluxibly.providers.dialects.openai_request import Quirks
-from fluxibly.providers.local._engine import SETTINGS, Engine, Generation, Stopped, load, settings_of
+from fluxibly.providers.local._engine import SETTINGS, Engine, Generation, Stopped, load, missing, settings_of
 from fluxibly.providers.local._model import DEFAULT_MODEL, check_gguf, model_path, named_model
 from fluxibly.types import Chunk, ProviderInfo, Request, Response
 
@@ -51,7 +51,7 @@ class LocalProvider:
 
     def __init__(self, config: LLMConfig) -> None:
         if importlib.util.find_spec("xllamacpp") is None:
-            raise ConfigError("the framework 'local' needs xllamacpp, which is missing: pip install 'fluxibly[local]'")
+            raise missing()
         self.info = INFO
         self._model = config.model or DEFAULT_MODEL
         known = named_model(self._model)
