@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from canned_server import Canned, canned_server
 from hypothesis import settings
+from support.canned_server import Canned, canned_server
 
 if TYPE_CHECKING:
-    from tiny import Caller
+    from support.tiny import Caller
 
 # Where a build must not fail by chance: the same examples each time. Elsewhere each run tries others. A slow machine is
 # no failure in either.
@@ -49,7 +49,7 @@ def no_proxies() -> Iterator[None]:
 @pytest.fixture(params=["sync", "asyncio", "trio"])
 def caller(request: pytest.FixtureRequest) -> Caller:
     """Calls the HTTP shells: the one for threads, and the other on both event loops."""
-    from tiny import Caller
+    from support.tiny import Caller
 
     return Caller(request.param)
 

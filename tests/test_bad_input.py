@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 import pytest
-from calling import REQUEST, call, scripted
+from support.calling import REQUEST, call, scripted
 
 from fluxibly import LLM, AsyncLLM, LLMConfig, Message, Pipeline, Request, register_llm_framework
 from fluxibly.errors import AuthenticationError, ConfigError, FrameworkNotRegistered, root_cause
@@ -105,7 +105,7 @@ class TestConfiguration:
         monkeypatch.setattr(
             "importlib.util.find_spec", lambda name, *rest: None if name == "xllamacpp" else find_spec(name, *rest)
         )
-        with pytest.raises(ConfigError, match=r"'local' needs an extra: pip install 'fluxibly\[local\]'"):
+        with pytest.raises(ConfigError, match=r"'local' needs packages that are not installed: pip install xllamacpp"):
             LLM(LLMConfig(framework="local", model="smollm2"))
 
     def test_a_missing_key_names_its_variable(self, monkeypatch):

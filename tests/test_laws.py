@@ -9,8 +9,8 @@ from contextvars import copy_context
 
 import anyio
 import pytest
-import strategies as s
 from hypothesis import HealthCheck, given, settings, strategies as st
+from support import strategies as s
 
 from fluxibly._logs import logger
 from fluxibly.errors import StreamInterrupted, root_cause

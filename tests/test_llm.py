@@ -134,7 +134,7 @@ class TestCalls:
 
     def test_retries_of_the_configuration(self, monkeypatch):
         """`max_retries` reaches the default stack's Retry."""
-        monkeypatch.setattr("fluxibly.pipeline.SystemClock.sleep", staticmethod(lambda seconds: None))
+        monkeypatch.setattr("fluxibly._drivers.stack.SystemClock.sleep", staticmethod(lambda seconds: None))
         config, made = scripted(ServerError("a"), ServerError("b"), "ok", max_retries=1)
         with pytest.raises(ServerError, match="b"):
             LLM(config).forward("hi")

@@ -7,7 +7,7 @@ from typing import Any
 
 import attrs
 import pytest
-from dialects import PNG, WEATHER, answering, ask, sse
+from support.dialects import PNG, WEATHER, answering, ask, sse
 
 from fluxibly import LLMConfig, Message
 from fluxibly.errors import BadRequest

@@ -10,16 +10,9 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from support.readme import BLOCKS, README, ROOT, blocks
 
 from fluxibly import LLM
-
-ROOT = Path(__file__).parent.parent
-README = ROOT / "README.md"
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
-
-
-def blocks(language):
-    return [code for kind, code in BLOCKS if kind == language]
 
 
 def test_every_block_is_of_a_language_that_is_run():
@@ -74,10 +67,9 @@ def test_the_commands_run(line, gguf, tmp_path):
 
 
 def test_the_install_commands_name_extras_that_exist():
-    """In the README and in the code's own advice."""
+    """In the README, for a checkout; the code's own advice names packages."""
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
-    texts = [README.read_text(encoding="utf-8")]
-    texts += [file.read_text(encoding="utf-8") for file in (ROOT / "fluxibly").rglob("*.py")]
-    named = {name for text in texts for name in re.findall(r"pip install (?:-e )?'(?:fluxibly|\.)\[([a-z,]+)\]'", text)}
+    text = README.read_text(encoding="utf-8")
+    named = set(re.findall(r"pip install (?:-e )?'\.\[([a-z,]+)\]'", text))
     assert {extra for group in named for extra in group.split(",")} <= set(extras)
     assert "local" in named

@@ -1,0 +1,677 @@
+"""The command line as its users run it: in a process of its own, behind a pipe or at a terminal."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import logging
+import os
+import re
+import select
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import attrs
+import pytest
+
+ROOT = Path(__file__).parents[2]
+START = "from fluxibly.cli import main; main()"
+QUESTION = "What is the capital of France?"
+KEYS = re.compile(r"(API_KEY|_TOKEN|FLUXIBLY|OTEL|COLOR)")
+pytest.importorskip("typer")
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """This process's, without what would change the results."""
+    kept = {name: value for name, value in os.environ.items() if not KEYS.search(name)}
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH", ""))))
+    return {**kept, "PYTHONPATH": path, "PYTHONUTF8": "1", **changes}
+
+
+def fluxibly(
+    *arguments: str, given: str = "", before: str = "", env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a command with its output in pipes. `before` is code to run first, which may register a framework."""
+    return subprocess.run(
+        [sys.executable, "-c", f"{before}\n{START}", *arguments],
+        input=given,
+        capture_output=True,
+        encoding="utf-8",
+        env=environment(**(env or {})),
+        timeout=100,
+    )
+
+
+def check_mistake(result: subprocess.CompletedProcess[str], says: str, status: int = 2) -> None:
+    """One line on standard error, nothing else."""
+    assert (result.returncode, result.stdout) == (status, "")
+    assert result.stderr.startswith("fluxibly: ")
+    assert result.stderr.count("\n") == 1
+    assert says in result.stderr
+
+
+@pytest.fixture
+def misuse(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Callable[..., None]]:
+    """Checks a mistake in this process, which is faster; the logger is put back as it was."""
+    from fluxibly.cli.app import run
+
+    loggers = [logging.getLogger("fluxibly"), logging.getLogger("opentelemetry")]
+    before = [(each.level, each.propagate, list(each.handlers)) for each in loggers]
+    for name in set(os.environ) - set(environment()):
+        monkeypatch.delenv(name)
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+
+    def check(*arguments: str, says: str) -> None:
+        status = run(arguments)
+        check_mistake(subprocess.CompletedProcess(arguments, status, *capfd.readouterr()), says)
+
+    yield check
+    for each, (level, propagate, handlers) in zip(loggers, before, strict=True):
+        each.setLevel(level)
+        each.propagate = propagate
+        each.handlers[:] = handlers
+
+
+@pytest.fixture
+def yaml(tmp_path: Path) -> Path:
+    """A configuration file to be filled."""
+    return tmp_path / "framework.yaml"
+
+
+def test_help() -> None:
+    """Without a command there is help, which names them all."""
+    result = fluxibly()
+    assert result.returncode == 0
+    for command in ("chat", "explain", "frameworks", "doctor", "trace"):
+        assert f"  {command} " in result.stdout
+
+
+def test_version() -> None:
+    """--version says it."""
+    result = fluxibly("--version")
+    assert result.returncode == 0
+    assert result.stdout.startswith("fluxibly ")
+
+
+def test_answer_in_a_pipe() -> None:
+    """Piped output is just the text."""
+    result = fluxibly("chat", "--framework", "echo", "one two  three")
+    assert (result.returncode, result.stdout, result.stderr) == (0, "one two  three\n", "")
+
+
+def test_answer_that_is_not_streamed() -> None:
+    """--no-stream gives the same."""
+    result = fluxibly("chat", "--framework", "echo", "--no-stream", "one two")
+    assert (result.returncode, result.stdout, result.stderr) == (0, "one two\n", "")
+
+
+def test_prompt_from_standard_input() -> None:
+    """- reads the prompt from standard input."""
+    result = fluxibly("chat", "--framework", "echo", "-", given="caffè\nlatte\n")
+    assert (result.returncode, result.stdout) == (0, "caffè\nlatte\n")
+
+
+def test_huge_prompt() -> None:
+    """A prompt of 10 MB goes through."""
+    prompt = "word " * 2_000_000
+    result = fluxibly("chat", "--framework", "echo", "--no-stream", "-", given=prompt)
+    assert (result.returncode, len(result.stdout)) == (0, len(prompt) + 1)
+
+
+def test_json() -> None:
+    """--json prints the response, with keys that are always there."""
+    result = fluxibly("chat", "--framework", "echo", "--json", "one two")
+    response = json.loads(result.stdout)
+    assert response["text"] == "one two"
+    assert response["finish_reason"] == "stop"
+    assert response["usage"]["output_tokens"] == 2
+    assert response["stats"]["characters"] == 7
+    assert response["tool_calls"] == []
+    assert json.loads(fluxibly("chat", "--framework", "echo", "--json", "--no-stream", "x").stdout)["stats"] is None
+
+
+def test_log_level() -> None:
+    """Logs go to standard error, at the level asked for."""
+    result = fluxibly("chat", "--framework", "echo", "--log-level", "info", "one")
+    assert result.stdout == "one\n"
+    lines = result.stderr.splitlines()
+    assert lines[0] == (
+        "INFO    LLM streaming request started | name=EchoProvider, framework=echo, model=echo, prompt_length=3"
+    )
+    assert lines[1].startswith("INFO    LLM streaming completed | ")
+
+
+def test_configuration_file(yaml: Path) -> None:
+    """--config gives the provider and the stack; --model wins over it."""
+    yaml.write_text("llm: {framework: echo, model: mine, middleware: [logging]}")
+    result = fluxibly("chat", "--config", str(yaml), "--log-level", "info", "x")
+    assert "model=mine" in result.stderr
+    result = fluxibly("chat", "--config", str(yaml), "--model", "yours", "--log-level", "info", "x")
+    assert "model=yours" in result.stderr
+
+
+def test_key_stays_with_its_service(yaml: Path) -> None:
+    """Another framework does not get the file's key and address."""
+    yaml.write_text("llm: {framework: openai, model: m, api_key: sk-secret, api_base: 'http://127.0.0.1:9'}")
+    result = fluxibly("chat", "--config", str(yaml), "--framework", "groq", "--model", "m", "x")
+    check_mistake(result, "GROQ_API_KEY")
+    assert "sk-secret" not in result.stderr
+
+
+def test_explain(yaml: Path) -> None:
+    """The stack is printed outermost first, with settings."""
+    yaml.write_text("llm: {framework: echo, model: m, middleware: [timing, retry: {max_retries: 5}]}")
+    result = fluxibly("explain", "--config", str(yaml))
+    lines = result.stdout.splitlines()
+    assert [line.split()[:2] for line in lines] == [["1", "Timing"], ["2", "Retry"], ["3", "(provider)"]]
+    assert "max_retries=5" in lines[1]
+    assert lines[2].endswith("framework=echo, model=m")
+    lines = fluxibly("explain").stdout.splitlines()
+    assert lines[-1].endswith("framework=local, model=smollm2, temperature=0.2, max_tokens=512")
+    names = [line.split()[1] for line in lines]
+    assert names == ["Logging", "Tracing", "Metrics", "Timing", "StreamMeter", "Validation", "Retry", "(provider)"]
+
+
+def test_frameworks() -> None:
+    """Each framework is told with what is missing."""
+    lines = fluxibly("frameworks", env={"GROQ_API_KEY": "x"}).stdout.splitlines()
+    found = {line.split()[0]: line.split(maxsplit=1)[1] for line in lines}
+    assert found["echo"] == "ready"
+    assert found["groq"] == "ready"
+    assert re.fullmatch(r"not ready +set OPENAI_API_KEY", found["openai"])
+
+
+def test_doctor() -> None:
+    """It tells of versions and frameworks; what is merely not set up is no failure, unless it was asked for."""
+    result = fluxibly("doctor")
+    assert result.returncode == 0
+    assert re.search(r"^framework +openai +not set up +set OPENAI_API_KEY$", result.stdout, re.MULTILINE)
+    assert re.search(r"^package +httpx +\d", result.stdout, re.MULTILINE)
+    result = fluxibly("doctor", "--framework", "openai", "--model", "gpt-4o-mini")
+    assert result.returncode == 1
+
+
+@pytest.mark.model
+def test_doctor_asks_the_server(local_server: str, yaml: Path) -> None:
+    """A server that is there is asked; one that is not is told with what to do."""
+    yaml.write_text(f"llm: {{framework: llamacpp, model: smollm2, api_base: '{local_server}/v1'}}")
+    result = fluxibly("doctor", "--config", str(yaml))
+    assert result.returncode == 0
+    assert re.search(r"^framework +llamacpp +127\.0\.0\.1:\d+ answers in ", result.stdout, re.MULTILINE)
+    yaml.write_text("llm: {framework: llamacpp, model: smollm2, api_base: 'http://127.0.0.1:9/v1'}")
+    result = fluxibly("doctor", "--config", str(yaml))
+    assert result.returncode == 1
+    assert "127.0.0.1:9 does not answer" in result.stdout
+    assert "start the server" in result.stdout
+
+
+def test_trace(tmp_path: Path) -> None:
+    """--trace writes spans that `fluxibly trace` draws."""
+    file = tmp_path / "spans.jsonl"
+    assert fluxibly("chat", "--framework", "echo", "--trace", str(file), "one").returncode == 0
+    assert all(json.loads(line)["resourceSpans"] for line in file.read_text().splitlines())
+    result = fluxibly("trace", str(file))
+    assert result.returncode == 0
+    assert "chat echo" in result.stdout
+    page = tmp_path / "page.html"
+    result = fluxibly("trace", str(file), "--html", str(page))
+    assert (result.returncode, result.stdout) == (0, "")
+    assert "chat echo" in page.read_text()
+
+
+@contextmanager
+def collector(status: int = 200) -> Iterator[tuple[str, list[tuple[str, bytes]]]]:
+    """A backend that answers so: its address, and the paths and bodies that it got."""
+    got: list[tuple[str, bytes]] = []
+
+    class Collector(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["content-length"]))
+            got.append((self.path, gzip.decompress(body) if self.headers["content-encoding"] == "gzip" else body))
+            self.send_response(status)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Collector) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}", got
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def test_collector_that_refuses() -> None:
+    """What a backend answers to spans that it does not take is told in the one line."""
+    with collector(422) as (address, _):
+        result = fluxibly("chat", "--framework", "echo", "--otlp", address, "one")
+    assert (result.returncode, result.stdout) == (0, "one\n")
+    assert "did not reach" in result.stderr
+    assert "422" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("path", ["", "/", "/mine/v1/traces"])
+def test_collector(path: str) -> None:
+    """--otlp sends the spans to a backend, at OTLP's own path unless there is another."""
+    with collector() as (address, got):
+        result = fluxibly("chat", "--framework", "echo", "--otlp", address + path, "one")
+    assert (result.returncode, result.stdout, result.stderr) == (0, "one\n", "")
+    assert [where for where, _ in got] == [path if len(path) > 1 else "/v1/traces"]
+    assert b"chat echo" in got[0][1]
+
+
+def test_dead_collector() -> None:
+    """A backend that is not there changes neither the answer nor the status, and is told in one line."""
+    result = fluxibly("chat", "--framework", "echo", "--otlp", "http://127.0.0.1:9", "one")
+    assert (result.returncode, result.stdout) == (0, "one\n")
+    assert result.stderr.startswith("fluxibly: the spans did not reach http://127.0.0.1:9/v1/traces")
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("chat",), "there is no prompt"),
+        (("chat", ""), "the prompt is empty"),
+        (("chat", "-"), "the prompt is empty"),
+        (("chat", "two", "words"), "unexpected extra argument"),
+        (("chat", "x", "--framwork", "echo"), "--framwork"),
+        (("chat", "x", "--log-level", "loud"), "'loud' is not one of 'debug', 'info'"),
+        (("chat", "x", "--framework", "opnai", "--model", "m"), "did you mean 'openai'?"),
+        (("chat", "x", "--framework", "openai"), "give --model too"),
+        (("chat", "x", "--framework", "openai", "--model", "m"), "set the environment variable OPENAI_API_KEY"),
+        (("chat", "x", "--framework", ""), "LLM framework '' not registered"),
+        (("chat", "x", "--model", ""), "model: '' is not a name"),
+        (("chat", "x\udcff", "--framework", "echo"), "the prompt is not text in this terminal's encoding"),
+        (("chat", "x", "--system", "\udcff", "--framework", "echo"), "the prompt is not text"),
+        (("chat", "x", "--model", "no/such.gguf"), "give smollm2, or the path of a GGUF file"),
+        (("chat", "x", "--config", "no/such.yaml"), "cannot read no/such.yaml"),
+        (("chat", "x", "--framework", "echo", "--trace", "no/such/file"), "--trace: cannot write no/such/file"),
+        (("chat", "x", "--framework", "echo", "--otlp", "here"), "is not an http:// or https:// URL"),
+        (("explain", "--framework", "opnai"), "did you mean 'openai'?"),
+        (("trace", "no/such.jsonl"), "no/such.jsonl: No such file"),
+        (("trace", __file__), "not OTLP JSON"),
+        (("dance",), "dance"),
+    ],
+)
+def test_mistakes(arguments: tuple[str, ...], says: str, misuse: Callable[..., None]) -> None:
+    """A user's mistake is one line on standard error and exit status 2."""
+    misuse(*arguments, says=says)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "is empty"),
+        ("- a\n- b\n", "not a list"),
+        ("llm: [", "not valid YAML"),
+        ("lm: {framework: echo, model: m}", "has no section `llm:`; did you mean 'lm'?"),
+        ("llm: {framework: echo}", "llm.model: is required"),
+        ("llm: {framework: echo, model: m, temperature: 3}", "llm.temperature: 3 is not a number from 0 to 2"),
+        ("llm: {framework: echo, model: m, max_tokens: many}", "llm.max_tokens: 'many' is not a whole number"),
+        ("llm: {framework: echo, model: m, temprature: 1}", "did you mean 'temperature'?"),
+        ("llm: {framework: echo, model: '${FLUXIBLY_NO_SUCH}'}", "FLUXIBLY_NO_SUCH is not set"),
+        ("llm: {framework: echo, model: m, middleware: [loging]}", "did you mean 'logging'?"),
+        ("llm: {framework: echo, model: m, middleware: [retry: {max_retrys: 1}]}", "max_retrys"),
+        ("llm: {framework: echo, temperature: 9, top_p: 7}", "top_p: 7 is not"),
+    ],
+)
+def test_mistakes_in_a_file(yaml: Path, text: str, says: str, misuse: Callable[..., None]) -> None:
+    """So is a mistake in the configuration, however many there are."""
+    yaml.write_text(text)
+    misuse("chat", "--config", str(yaml), "x", says=says)
+
+
+def test_trace_that_is_no_text(tmp_path: Path, misuse: Callable[..., None]) -> None:
+    """So is a file of spans that is something else; it is named."""
+    file = tmp_path / "spans.jsonl"
+    file.write_bytes(b"\xff\xfe")
+    misuse("trace", str(file), says=f"{file}: this is not OTLP JSON")
+
+
+def test_file_that_is_a_folder(tmp_path: Path, misuse: Callable[..., None]) -> None:
+    """So is a file that cannot be read."""
+    misuse("chat", "--config", str(tmp_path), "x", says="Is a directory")
+
+
+def test_exit_status() -> None:
+    """The console script's status is that of the command."""
+    check_mistake(fluxibly("chat"), "there is no prompt")
+
+
+PROVIDER = """
+from fluxibly import *
+class Mine:
+    def __init__(self, config): pass
+    def complete(self, request): return "whole"
+    {stream}
+register_llm_framework("mine", Mine)
+"""
+MINE = ("chat", "x", "--framework", "mine", "--model", "m")
+
+
+def test_provider_without_stream() -> None:
+    """A provider that cannot stream is told with what to do instead."""
+    before = PROVIDER.format(stream="")
+    check_mistake(fluxibly(*MINE, before=before), "try --no-stream")
+    assert fluxibly(*MINE, "--no-stream", before=before).stdout == "whole\n"
+
+
+@pytest.mark.parametrize(
+    ("stream", "says"),
+    [
+        ("def stream(self, request): yield 1", "yielded a int"),
+        ("def stream(self, request): raise ProviderError('no\\nluck')", "fluxibly: no luck\n"),
+        ("def stream(self, request): raise KeyError('mine')", "KeyError: 'mine'"),
+    ],
+)
+def test_provider_that_fails(stream: str, says: str) -> None:
+    """A provider's failure is one line and exit status 1, whatever it raised."""
+    check_mistake(fluxibly(*MINE, before=PROVIDER.format(stream=stream)), says, status=1)
+
+
+def test_prompt_that_is_too_long() -> None:
+    """It is a mistake of the user's, whoever finds it."""
+    before = "from fluxibly.errors import ContextLengthExceeded\n" + PROVIDER.format(
+        stream="def stream(self, request): raise ContextLengthExceeded('too long')"
+    )
+    check_mistake(fluxibly(*MINE, before=before), "too long")
+
+
+def test_answer_that_was_cut_off() -> None:
+    """In a pipe, where no figures tell of it, a line on standard error does."""
+    before = PROVIDER.format(stream="def stream(self, request): yield Chunk('one two', finish_reason='length')")
+    result = fluxibly(*MINE, before=before)
+    assert (result.returncode, result.stdout) == (0, "one two\n")
+    assert result.stderr == "fluxibly: the answer was cut off at the limit of its tokens\n"
+    assert fluxibly(*MINE, "--json", before=before).stderr == ""
+
+
+def test_failure_after_output() -> None:
+    """What had come stays; the failure is told after it."""
+    before = PROVIDER.format(stream="def stream(self, request): yield 'half'; raise ProviderError('cut')")
+    result = fluxibly(*MINE, before=before)
+    assert (result.returncode, result.stdout) == (1, "half\n")
+    assert result.stderr.count("\n") == 1
+
+
+def test_failure_of_the_network(yaml: Path) -> None:
+    """A server that is not there is a failure, not a mistake; the key does not show."""
+    yaml.write_text(
+        "llm: {framework: openai, model: m, api_key: sk-secret, api_base: 'http://127.0.0.1:9', max_retries: 0}"
+    )
+    result = fluxibly("chat", "--config", str(yaml), "x")
+    check_mistake(result, "127.0.0.1", status=1)
+    assert "sk-secret" not in result.stderr
+
+
+def test_without_the_extra() -> None:
+    """Without the extra `cli` there is one line that says what to install."""
+    result = fluxibly("chat", "x", before="import sys; sys.modules['typer'] = None")
+    check_mistake(result, "pip install rich typer xllamacpp")
+    assert "fluxibly[" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "packages"),
+    [
+        (["doctor"], "rich typer"),
+        (["chat", "--framework=echo", "x"], "rich typer"),
+        (["chat", "x"], "rich typer xllamacpp"),
+        (
+            ["chat", "x", "--trace", "t"],
+            "rich typer xllamacpp opentelemetry-sdk opentelemetry-exporter-otlp-proto-http",
+        ),
+        ([], "rich typer"),
+    ],
+)
+def test_all_that_a_command_needs_is_named_at_once(arguments: list[str], packages: str) -> None:
+    """Not one package after the other."""
+    before = (
+        "import sys; sys.modules['typer'] = None\nimport importlib.metadata as m\n"
+        "def gone(name): raise m.PackageNotFoundError(name)\nm.version = gone"
+    )
+    check_mistake(fluxibly(*arguments, before=before), f"pip install {packages}\n")
+
+
+def test_a_chat_names_what_its_framework_and_its_spans_need() -> None:
+    """Both in one line."""
+    before = (
+        "import importlib.util as u; f = u.find_spec; import importlib.metadata as m; v = m.version\n"
+        "u.find_spec = lambda n, *a: None if n.startswith(('xllamacpp', 'opentelemetry.sdk')) else f(n, *a)\n"
+        "def version(n):\n    if n in ('xllamacpp', 'opentelemetry-sdk'): raise m.PackageNotFoundError(n)\n    return v(n)\n"
+        "m.version = version"
+    )
+    result = fluxibly("chat", "x", "--trace", "t.jsonl", before=before)
+    check_mistake(result, "need packages that are not installed: pip install xllamacpp opentelemetry-sdk\n")
+
+
+def test_without_xllamacpp() -> None:
+    """Without the extra `local` likewise."""
+    before = "import importlib.util as u; f = u.find_spec; u.find_spec = lambda n, *a: None if n == 'xllamacpp' else f(n, *a)"
+    check_mistake(fluxibly("chat", "x", before=before), "needs packages that are not installed: pip install xllamacpp")
+
+
+def test_reader_that_leaves() -> None:
+    """When nobody reads the output any more there is no traceback."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", START, "chat", "--framework", "echo", "-"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment(),
+    )
+    assert process.stdout is not None
+    process.stdout.close()
+    process.stdout = None
+    _, errors = process.communicate(b"word " * 100_000, timeout=100)
+    assert errors == b""
+
+
+@pytest.mark.model
+def test_local_model(gguf: Path) -> None:
+    """The local model, by its path, answers in a pipe."""
+    result = fluxibly("chat", "--model", str(gguf), "--json", QUESTION)
+    response = json.loads(result.stdout)
+    assert result.stderr == ""
+    assert response["text"]
+    assert response["usage"]["input_tokens"] == 16
+
+
+@attrs.define
+class Terminal:
+    """A command at a terminal of its own."""
+
+    pid: int
+    fd: int
+    shown: str = ""
+    read: int = 0
+
+    def wait_for(self, text: str) -> str:
+        """What is shown up to `text` and with it, since the last call."""
+        deadline = time.monotonic() + 60
+        while text not in self.shown[self.read :]:
+            more = self.more(deadline)
+            assert more, f"no {text!r} in {self.shown[self.read :]!r}"
+            self.shown += more
+        start, self.read = self.read, self.shown.index(text, self.read) + len(text)
+        return self.shown[start : self.read]
+
+    def more(self, deadline: float) -> str:
+        ready, _, _ = select.select([self.fd], [], [], max(0.0, deadline - time.monotonic()))
+        try:
+            return os.read(self.fd, 4096).decode("utf-8", "replace") if ready else ""
+        except OSError:  # Linux, when the other side has closed
+            return ""
+
+    def type(self, keys: str) -> None:
+        os.write(self.fd, keys.encode())
+
+    def end(self) -> int:
+        """Read to the end; the exit status."""
+        deadline = time.monotonic() + 60
+        while more := self.more(deadline):
+            self.shown += more
+        pid, self.pid = self.pid, 0
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+@pytest.fixture
+def terminal() -> Iterator[Callable[..., Terminal]]:
+    """Starts a command at a terminal, and sees to its end."""
+    pty = pytest.importorskip("pty")
+    begun: list[Terminal] = []
+
+    def start(*arguments: str, before: str = "") -> Terminal:
+        env = environment(TERM="xterm-256color", COLUMNS="120")
+        command = [sys.executable, "-c", f"{before}\n{START}", *arguments]
+        parent, child = pty.openpty()
+        process = subprocess.Popen(
+            [sys.executable, "-c", "import os, sys; os.login_tty(0); os.execv(sys.argv[1], sys.argv[1:])", *command],
+            stdin=child,
+            stdout=child,
+            stderr=child,
+            env=env,
+        )
+        os.close(child)
+        begun.append(Terminal(process.pid, parent))
+        process.returncode = 0  # the terminal waits for it
+        return begun[-1]
+
+    yield start
+    for each in begun:
+        if each.pid:
+            os.kill(each.pid, 9)
+            os.waitpid(each.pid, 0)
+        os.close(each.fd)
+
+
+ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+
+
+def test_answer_at_a_terminal(terminal: Callable[..., Terminal]) -> None:
+    """A person sees the answer, its log lines, its figures and its spans."""
+    chat = terminal("chat", "--framework", "echo", "one two three")
+    assert chat.end() == 0
+    lines = [line.rstrip() for line in ANSI.sub("", chat.shown).splitlines()]
+    assert lines[0].startswith("INFO    LLM streaming request started | ")
+    assert lines[1] == "one two three"
+    assert lines[2].startswith("INFO    LLM streaming completed | ")
+    assert lines[4].split() == ["chunks", "characters", "first", "chunk", "tokens", "rate", "total"]
+    assert lines[5].split()[1] == "13"
+    assert re.fullmatch(r"chat echo  [\d.]+ (µs|ms|s)  completed", lines[7])
+    assert re.fullmatch(r"└── attempt 1  [\d.]+ (µs|ms|s)  completed", lines[8])
+    assert "\x1b[2m" in chat.shown
+
+
+def test_control_characters_at_a_terminal(terminal: Callable[..., Terminal]) -> None:
+    """An answer cannot move the cursor or colour the terminal; in a pipe it is left as it is."""
+    stream = r"def stream(self, request): yield 'a\x1b[31mb\x9bc'"
+    chat = terminal(*MINE, before=PROVIDER.format(stream=stream))
+    assert chat.end() == 0
+    assert "a[31mbc" in chat.shown
+    assert fluxibly(*MINE, before=PROVIDER.format(stream=stream)).stdout == "a\x1b[31mb\x9bc\n"
+
+
+def test_conversation(terminal: Callable[..., Terminal]) -> None:
+    """Without a prompt there is a chat, which remembers; Ctrl-D ends it."""
+    stream = "def stream(self, request): yield '/'.join(m.text for m in request.messages)"
+    chat = terminal(
+        "chat", "--framework", "mine", "--model", "m", "--system", "S", before=PROVIDER.format(stream=stream)
+    )
+    chat.wait_for("Ctrl-D ends the chat.")
+    chat.wait_for("> ")
+    chat.type("one\n")
+    chat.wait_for("S/one")
+    chat.wait_for("> ")
+    chat.type("\n")
+    chat.wait_for("> ")
+    chat.type("two\n")
+    chat.wait_for("S/one/S/one/two")
+    chat.wait_for("> ")
+    chat.type("\x04")
+    assert chat.end() == 0
+
+
+def test_failure_in_a_conversation(terminal: Callable[..., Terminal]) -> None:
+    """A failure is told in a line, and the chat goes on without that question; when it is too long it begins anew."""
+    stream = """def stream(self, request):
+        from fluxibly.errors import ContextLengthExceeded
+        last = request.messages[-1].text
+        if last == 'long': raise ContextLengthExceeded('too long')
+        if last == 'bad': raise ProviderError('no luck')
+        yield '/'.join(m.text for m in request.messages)"""
+    chat = terminal("chat", "--framework", "mine", "--model", "m", before=PROVIDER.format(stream=stream))
+    chat.wait_for("> ")
+    chat.type("one\n")
+    chat.wait_for("completed")
+    chat.wait_for("> ")
+    chat.type("bad\n")
+    chat.wait_for("fluxibly: no luck")
+    chat.wait_for("> ")
+    chat.type("two\n")
+    chat.wait_for("one/one/two")
+    chat.wait_for("> ")
+    chat.type("long\n")
+    chat.wait_for("the conversation begins anew")
+    chat.wait_for("> ")
+    chat.type("three\n")
+    chat.wait_for("\nthree\r\n")
+    chat.wait_for("> ")
+    chat.type("\x04")
+    assert chat.end() == 0
+
+
+LONG = "Count from one to one thousand. One, two, three,"
+"""With temperature 0 the answer to this does not end by itself."""
+
+
+@pytest.fixture
+def local(yaml: Path, gguf: Path) -> Path:
+    """A configuration of the local model."""
+    yaml.write_text(f"llm: {{framework: local, model: {gguf}, temperature: 0, additional_params: {{n_threads: 1}}}}")
+    return yaml
+
+
+def wait_for_text(chat: Terminal) -> None:
+    """Wait until the answer has begun."""
+    chat.wait_for("started")
+    chat.wait_for("\n")
+    chat.wait_for(" ")
+
+
+@pytest.mark.model
+def test_interrupted_answer(terminal: Callable[..., Terminal], local: Path) -> None:
+    """Ctrl-C stops the answer and not the program; at the prompt it only takes a new line."""
+    chat = terminal("chat", "--config", str(local))
+    chat.wait_for("> ")
+    chat.type(LONG + "\n")
+    wait_for_text(chat)
+    chat.type("\x03")
+    chat.wait_for("(stopped)")
+    chat.wait_for("> ")
+    chat.type("\x03\n")  # readline may miss a signal that comes while it prepares to wait, and wakes at the newline
+    chat.wait_for("> ")
+    chat.type("\x04")
+    assert chat.end() == 0
+
+
+@pytest.mark.model
+def test_interrupted_question(terminal: Callable[..., Terminal], local: Path) -> None:
+    """Ctrl-C during the only answer ends the program, as shells expect, without a traceback."""
+    chat = terminal("chat", "--config", str(local), LONG)
+    wait_for_text(chat)
+    chat.type("\x03")
+    assert chat.end() == 130
+    assert "Traceback" not in chat.shown

@@ -1,0 +1,360 @@
+"""Trace files read back: as trees, as a waterfall in the terminal, and as a page."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from importlib.resources import files
+
+import pytest
+from rich.console import Console
+from support.tracing_tools import CHAT, TOOL, Remote
+
+from fluxibly.cli.trace import file as trace_file, html as trace_html, terminal as trace_view
+from fluxibly.cli.trace.plot import plot, ticks
+from fluxibly.errors import Overloaded, ProviderError
+from fluxibly.middleware import Retry, StreamMeter, Tracing
+from fluxibly.pipeline import Pipeline
+from fluxibly.telemetry._file_exporter import OTLPFileSpanExporter
+from fluxibly.testing import Delay, VirtualClock
+from fluxibly.types import Image, Message, Request, Response, ToolCall, Usage
+
+
+@pytest.fixture
+def path(tmp_path):
+    """A file of five calls: a tool call, a retried one, a stream with a stall, one given up, and one that failed."""
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+
+    path = tmp_path / "trace.jsonl"
+    provider = TracerProvider(shutdown_on_exit=False)
+    provider.add_span_processor(SimpleSpanProcessor(OTLPFileSpanExporter(path)))
+    clock = VirtualClock()
+    usage = Usage(input_tokens=1200, output_tokens=34)
+    call = ToolCall("c1", "look", {"word": "<life>"})
+    answers = (
+        Response("", tool_calls=[call], finish_reason="tool_call", usage=usage),
+        Overloaded("full & <busy>", code="overloaded_error"),
+        Response("It is <42> & more", finish_reason="stop", usage=usage),
+        [Delay(1), "a ", Delay(0.1), "b ", Delay(5), "c ", Delay(0.1), "d"],
+        ["one ", "two ", "three"],
+        ProviderError("no such thing", code="not_found"),
+    )
+    stack = [Tracing(capture="span", tracer_provider=provider), StreamMeter(), Retry(max_retries=1, base_delay=0)]
+    pipeline = Pipeline(Remote(*answers, clock=clock), stack, clock=clock)
+    request = Request(model="m-1", messages=CHAT, tools=[TOOL])
+    pipeline.complete(request)
+    image = Image(data=b"ab", media_type="image/png")
+    pipeline.complete(
+        request.evolve(
+            messages=[*CHAT, Message.assistant("", tool_calls=[call]), Message.tool("42", call), Message.user(image)]
+        )
+    )
+    with pipeline.stream(request) as stream:
+        for _ in stream:
+            pass
+    with pipeline.stream(request) as stream:
+        next(stream)
+    with pytest.raises(ProviderError):
+        pipeline.complete(request)
+    provider.shutdown()
+    return path
+
+
+def terminal(path, width=140):
+    console = Console(width=width, record=True, force_terminal=False, file=open("/dev/null", "w"))  # noqa: PTH123, SIM115
+    console.print(trace_view.render(path))
+    console.file.close()
+    return console.export_text()
+
+
+def test_the_terminal_shows_each_span_with_a_bar(path):
+    """Names, outcomes, times, tokens and errors, in the order of the calls."""
+    text = terminal(path)
+    assert text.count("chat m-1") == 5
+    assert text.count("attempt 1") == 5
+    assert text.count("attempt 2") == 1
+    assert text.count("━") > 50
+    assert text.count("overloaded_error: full & <busy>") == 1
+    assert "1,200 → 34 tokens" in text
+    assert "longest wait 5.00 s" in text
+    assert text.index("abandoned") < text.index("not_found: no such thing")
+    assert text.count("not_found: no such thing") == 1
+    assert len({line.index("━") for line in text.splitlines() if line.startswith("chat m-1")}) == 1
+
+
+@pytest.mark.parametrize("width", [40, 80, 250])
+def test_any_width_will_do(path, width):
+    """No line is wider than the terminal."""
+    assert all(len(line) <= width for line in terminal(path, width).splitlines())
+
+
+class Page(HTMLParser):
+    """Checks that tags close in order, and gathers what a page would fetch."""
+
+    VOID = {"meta", "img"}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.fetched: list[str] = []
+        self.text = ""
+        self.tags: list[str] = []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.fetched += [value for name, value in attrs if name in ("src", "href") and value]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_the_page_is_whole_and_fetches_nothing(path):
+    """One page, well formed, without scripts or addresses; only images of the conversation, inline."""
+    html = trace_html.render(path)
+    page = Page()
+    page.feed(html)
+    assert page.open == []
+    assert "script" not in page.tags
+    assert page.fetched == ["data:image/png;base64,YWI="]
+    assert "http://" not in html
+    assert "@import" not in html
+    assert "url(" not in html
+
+
+def test_the_page_shows_messages_errors_and_arrivals(path):
+    """Texts are escaped; the stall is marked; what was cut off says so."""
+    html = trace_html.render(path)
+    page = Page()
+    page.feed(html)
+    for text in (
+        "Be terse.",
+        "What is the meaning of life?",
+        'look({"word": "<life>"})',
+        "It is <42> & more",
+        "overloaded_error: full & <busy>",
+        "stall 5.00 s",
+        "assistant · cut off",
+        "Tools offered: look",
+        "1,200 → 34 tokens",
+        "tool · look",
+    ):
+        assert text in page.text
+    assert "<42>" not in html
+    assert page.tags.count("figure") == 2
+    assert page.text.count("overloaded_error: full & <busy>") == 1
+    assert page.text.count("not_found: no such thing") == 1
+    assert "1abandoned" in page.text
+    assert "5calls" in page.text
+    assert "2,400tokens in" in page.text
+
+
+POINTS = [(2.0, 2.0, 5), (2.1, 0.1, 9), (6.0, 3.9, 12), (9.0, 0.1, 20), (9.1, 0.1, 24)]
+
+
+def labels(drawn):
+    """The texts above a plot."""
+    return re.findall(r'<span class="(?:first|stall|reader|pause)"[^>]*>([^<]*)', drawn)
+
+
+def test_a_plot_marks_the_first_chunk_stalls_and_the_reader():
+    """Short waits are not marked."""
+    drawn = plot(POINTS, 9.1)
+    assert sorted(labels(drawn)) == ["first chunk at 2.00 s", "reader 2.90 s", "stall 3.90 s"]
+    assert drawn.count("<rect") == 3
+
+
+def test_a_plot_of_a_stalled_stream_marks_what_it_waited_for_in_vain():
+    """From the last chunk to the end; of another stream, that time is not marked."""
+    assert "stall 20.0 s" not in str(labels(plot(POINTS, 29.1)))
+    assert "stall 20.00 s" in labels(plot(POINTS, 29.1, stalled=True))
+
+
+def test_a_plot_of_some_of_the_chunks_blames_nobody_for_a_pause():
+    """What came in it is not known: the chunk that was waited for may be one that was left out."""
+    assert sorted(labels(plot(POINTS, 9.1, thinned=True))) == ["first chunk at 2.00 s", "pause 2.90 s", "stall 3.90 s"]
+
+
+def test_labels_of_a_plot_do_not_meet():
+    """The longest waits have theirs; all have a mark that tells."""
+    points = [(second + 0.9, 0.9, second) for second in range(19)]
+    points += [(19.6 + step / 100, 0.001, 20) for step in range(30)]
+    drawn = plot(points, 20)
+    assert 3 <= len(labels(drawn)) <= 5
+    assert drawn.count("<title>") == drawn.count("<rect") > 10
+
+
+@pytest.mark.parametrize("whole", [3e-6, 1e-3, 0.0999, 0.6849, 0.999, 1.0, 1.83, 4.2, 59.9, 100, 3700])
+def test_a_time_axis_has_a_few_round_times_of_one_unit(whole):
+    """None past the end, evenly apart, and no two alike."""
+    found = ticks(whole)
+    assert 3 <= len(found) <= 6
+    assert found[0] == (0, "0")
+    assert found[-1][0] <= whole * (1 + 1e-9)
+    assert len({text.split(" ")[1] for _, text in found[1:]}) == 1
+    assert len({text for _, text in found}) == len(found)
+    assert all(float(text.split(" ")[0].replace(",", "")) for _, text in found[1:])
+
+
+def test_a_plot_of_one_chunk_is_a_plot():
+    """Also if it came at once and had no text."""
+    assert "<svg" in plot([(0.0, 0.0, 0)], 0.0)
+
+
+def spoken(tmp_path, asked, answers):
+    """The page of a call with these messages."""
+    attributes = {
+        "gen_ai.operation.name": "chat",
+        "gen_ai.input.messages": json.dumps(asked),
+        "gen_ai.output.messages": json.dumps(answers),
+    }
+    span = {
+        "traceId": "ab" * 16,
+        "spanId": "cd" * 8,
+        "name": "chat m",
+        "startTimeUnixNano": "1000",
+        "endTimeUnixNano": "3000",
+        "attributes": [{"key": key, "value": {"stringValue": value}} for key, value in attributes.items()],
+    }
+    path = tmp_path / "said.jsonl"
+    path.write_text(json.dumps({"resourceSpans": [{"scopeSpans": [{"spans": [span]}]}]}))
+    html = trace_html.render(path)
+    page = Page()
+    page.feed(html)
+    assert page.open == []
+    return html, page.text
+
+
+def test_long_tool_calls_have_a_line_for_each_member(tmp_path):
+    """Short ones stay on theirs; so do texts that are no JSON."""
+    given = {"from": "OSL", "filters": {"stops": 0, "carriers": ["one", "two"]}, "query": "words " * 12}
+    parts = [
+        {"type": "tool_call", "id": "a", "name": "far", "arguments": given},
+        {"type": "tool_call", "id": "b", "name": "near", "arguments": json.dumps({"city": "Oslo"})},
+    ]
+    answer = {"role": "tool", "parts": [{"type": "tool_call_response", "id": "a", "response": "[1] is " + "x" * 90}]}
+    _, text = spoken(tmp_path, [{"role": "assistant", "parts": parts}, answer], [])
+    assert 'far({\n  "from": "OSL",\n  "filters": {"stops": 0, "carriers": ["one", "two"]},\n' in text
+    assert 'near({"city": "Oslo"})' in text
+    assert "[1] is " + "x" * 90 in text
+
+
+def test_several_choices_are_numbered_and_texts_have_their_own_direction(tmp_path):
+    """Why one ended is told in words; one without any text says so."""
+    said = {"role": "assistant", "parts": [{"type": "text", "content": "שלום"}], "finish_reason": "length"}
+    html, text = spoken(tmp_path, [], [said, {"role": "assistant", "parts": [], "finish_reason": "stop"}])
+    assert "assistant · choice 1 of 2 · cut at the length limit" in text
+    assert "assistant · choice 2 of 2no text" in text
+    assert '<p class="text" dir="auto">שלום</p>' in html
+
+
+def test_attributes_stand_by_span_and_numbers_are_short(tmp_path):
+    """A span without any has no table; content stands among the messages alone."""
+    html, text = spoken(tmp_path, [{"role": "user", "parts": [{"type": "text", "content": "Hi there"}]}], [])
+    assert text.count("Hi there") == 1
+    assert "<th>gen_ai.operation.name</th><td>chat</td>" in html
+    path = tmp_path / "said.jsonl"
+    told = json.loads(path.read_text())
+    (span,) = told["resourceSpans"][0]["scopeSpans"][0]["spans"]
+    span["attributes"] = [{"key": "gap", "value": {"doubleValue": 0.012593004832933087}}]
+    path.write_text(json.dumps(told))
+    assert "<th>gap</th><td>0.012593</td>" in trace_html.render(path)
+    span["attributes"] = []
+    path.write_text(json.dumps(told))
+    assert "Attributes" not in trace_html.render(path)
+
+
+def luminance(colour):
+    """Of #rrggbb, by WCAG 2."""
+    parts = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+    red, green, blue = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def contrast(one, other):
+    darker, lighter = sorted(map(luminance, (one, other)))
+    return (lighter + 0.05) / (darker + 0.05)
+
+
+@pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
+def test_texts_of_the_page_can_be_told_from_what_is_behind_them(scheme):
+    """At least 4.5 to 1, which WCAG 2.1 asks for (1.4.3)."""
+    style = files("fluxibly.cli.trace").joinpath("page.css").read_text()
+    colours = dict(re.findall(r"--(\w+): (#\w{6})", re.findall(r":root {(.*?)}", style, re.DOTALL)[scheme]))
+    behind = ("paper", "card", "user", "assistant", "system", "tool", "wash")
+    pairs = [(text, back) for text in ("ink", "soft") for back in behind] + [("failed", "card"), ("cancelled", "card")]
+    assert {pair for pair in pairs if contrast(*(colours[name] for name in pair)) < 4.5} == set()
+    on_badge = ("#ffffff", "#0f131a")[scheme]
+    outcomes = ("completed", "failed", "abandoned", "cancelled", "stalled")
+    assert {name for name in outcomes if contrast(colours[name], on_badge) < 4.5} == set()
+
+
+def test_spans_of_others_are_shown_too(tmp_path):
+    """A file of some collector: unknown parents are roots, and values of every type are read."""
+    span = {
+        "traceId": "ab" * 16,
+        "spanId": "cd" * 8,
+        "parentSpanId": "ef" * 8,
+        "name": "GET",
+        "startTimeUnixNano": "1000",
+        "endTimeUnixNano": 3000,
+        "status": {"code": "STATUS_CODE_ERROR"},
+        "attributes": [
+            {"key": "list", "value": {"arrayValue": {"values": [{"intValue": "1"}, {"boolValue": True}]}}},
+            {"key": "map", "value": {"kvlistValue": {"values": [{"key": "a", "value": {"doubleValue": 1.5}}]}}},
+            {"key": "none", "value": {}},
+        ],
+    }
+    path = tmp_path / "other.jsonl"
+    path.write_text(json.dumps({"resourceSpans": [{"scopeSpans": [{"spans": [span]}]}]}) + "\n\n")
+    (root,) = trace_file.read(path)
+    assert root.attributes == {"list": [1, True], "map": {"a": 1.5}, "none": None}
+    assert root.outcome == "failed"
+    assert "GET" in terminal(path)
+    assert "GET" in trace_html.render(path)
+
+
+def test_a_last_line_cut_short_is_left_out(path):
+    """A program that was killed leaves one."""
+    whole = len(trace_file.read(path))
+    with path.open("a") as file:
+        file.write('{"resourceSpans": [{"sco')
+    assert len(trace_file.read(path)) == whole
+
+
+@pytest.mark.parametrize(
+    "text", ["hello\n", "[1]\n", '{"a": 1}\n', '{"resourceSpans": [{"scopeSpans": [{"spans": [{}]}]}]}\n']
+)
+def test_what_is_no_trace_is_refused_by_line(tmp_path, text):
+    """The error names the file and the line."""
+    path = tmp_path / "x.jsonl"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="x.jsonl, line 1: this is not OTLP JSON"):
+        trace_file.read(path)
+
+
+def test_a_file_without_spans_says_how_to_get_some(tmp_path):
+    """Empty, it is no trace."""
+    path = tmp_path / "x.jsonl"
+    path.write_text("")
+    with pytest.raises(ValueError, match="has no spans in it"):
+        trace_file.read(path)
+
+
+def test_json_that_is_nested_too_deeply_is_shown_as_it_is():
+    """As text, and as data: no page fails for it."""
+    deep = []
+    for _ in range(600):
+        deep = [deep]
+    for value in ("[" * 100_000 + "]" * 100_000, deep, json.dumps(deep)):
+        assert trace_html.readable(value).startswith("[[[[")
+    assert trace_html.readable({"a": ["b" * 60, "c" * 30]}).startswith('{\n  "a": [\n')

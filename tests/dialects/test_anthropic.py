@@ -1,0 +1,625 @@
+"""Anthropic's dialect: requests, whole answers, streams, errors, and the official client as a second reader."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import pytest
+from support.anthropic import finish, start, text_block
+from support.dialects import WEATHER, interrupted, recut, serving, sse, streamed
+from support.recordings import load
+
+from fluxibly.errors import (
+    AuthenticationError,
+    BadRequest,
+    ContextLengthExceeded,
+    NotFound,
+    Overloaded,
+    ProviderError,
+    QuotaExceeded,
+    RateLimitError,
+    RequestTimeout,
+    ServerError,
+    StreamProtocolError,
+)
+from fluxibly.providers.dialects.anthropic import AnthropicCodec
+from fluxibly.testing import check_codec
+from fluxibly.types import Image, Message, Reasoning, Request, Response, Text, Tool, ToolCall, Usage
+
+CODEC = AnthropicCodec()
+
+
+def body_of(stream: bool = False, **fields: Any) -> dict[str, Any]:
+    fields = {"model": "claude-sonnet-4-5", "messages": "Hi", **fields}
+    return json.loads(CODEC.encode(Request(**fields), stream=stream).body)
+
+
+def block_start(index: int, kind: str, **fields: Any) -> dict[str, Any]:
+    return {"type": "content_block_start", "index": index, "content_block": {"type": kind, **fields}}
+
+
+# Requests
+
+
+def test_plain_request() -> None:
+    """The path, the required max_tokens, and nothing that was not asked for."""
+    encoded = CODEC.encode(Request(model="claude-haiku-4-5", messages="Hi"), stream=False)
+    assert encoded.path == "/messages"
+    assert json.loads(encoded.body) == {
+        "model": "claude-haiku-4-5",
+        "max_tokens": 4096,
+        "messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}],
+    }
+
+
+def test_parameters() -> None:
+    """Each parameter under the dialect's name."""
+    body = body_of(
+        stream=True,
+        temperature=0.5,
+        max_tokens=7,
+        top_p=0.9,
+        top_k=40,
+        stop="END",
+        n=1,
+        tools=[WEATHER, Tool("now", strict=True)],
+        tool_choice="required",
+        response_format={"type": "object"},
+    )
+    del body["messages"]
+    assert body == {
+        "model": "claude-sonnet-4-5",
+        "stream": True,
+        "temperature": 0.5,
+        "max_tokens": 7,
+        "top_p": 0.9,
+        "top_k": 40,
+        "stop_sequences": ["END"],
+        "tools": [
+            {"name": "weather", "description": "The weather in a city.", "input_schema": dict(WEATHER.parameters)},
+            {"name": "now", "input_schema": {"type": "object", "properties": {}}, "strict": True},
+        ],
+        "tool_choice": {"type": "any"},
+        "output_config": {"format": {"type": "json_schema", "schema": {"type": "object"}}},
+    }
+
+
+@pytest.mark.parametrize(
+    ("choice", "sent"),
+    [("auto", {"type": "auto"}), ("none", {"type": "none"}), ("weather", {"type": "tool", "name": "weather"})],
+)
+def test_tool_choice(choice: str, sent: dict[str, str]) -> None:
+    """A tool choice that is none of the words is a tool's name."""
+    assert body_of(tools=[WEATHER], tool_choice=choice)["tool_choice"] == sent
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("seed", 1),
+        ("frequency_penalty", 0.1),
+        ("presence_penalty", 0.1),
+        ("n", 2),
+        ("response_format", "json"),
+        ("reasoning_effort", "enormous"),
+    ],
+)
+def test_refused_parameters(name: str, value: object) -> None:
+    """What the dialect cannot take is an error that names it, not dropped."""
+    with pytest.raises(BadRequest, match=name) as caught:
+        body_of(**{name: value})
+    assert not caught.value.retryable
+
+
+def test_extra_wins() -> None:
+    """`extra` replaces what is there; only objects that hold parameters are merged."""
+    body = body_of(
+        temperature=0.5,
+        response_format={"type": "object"},
+        extra={"temperature": 1, "metadata": {"user_id": "u"}, "output_config": {"effort": "low"}},
+    )
+    assert body["temperature"] == 1
+    assert body["metadata"] == {"user_id": "u"}
+    assert body["output_config"] == {"effort": "low", "format": {"type": "json_schema", "schema": {"type": "object"}}}
+
+
+def test_extra_that_is_no_json() -> None:
+    """What JSON cannot hold is refused before anything is sent, without quoting the prompt."""
+    with pytest.raises(BadRequest, match="object"):
+        body_of(extra={"thing": object()})
+    with pytest.raises(BadRequest, match="surrogate") as caught:
+        body_of(messages="a secret \ud83d")
+    assert "secret" not in str(caught.value)
+
+
+def test_thinking_by_budget() -> None:
+    """Models before 4.6 take a budget, for which max_tokens has to leave room."""
+    body = body_of(model="claude-haiku-4-5-20251001", reasoning_effort="low")
+    assert body["thinking"] == {"type": "enabled", "budget_tokens": 2048}
+    assert body["max_tokens"] == 2048 + 4096
+    with pytest.raises(BadRequest, match="raise max_tokens"):
+        body_of(reasoning_effort="high", max_tokens=100)
+
+
+@pytest.mark.parametrize("model", ["claude-opus-4-6", "claude-sonnet-5-20260301", "anthropic/claude-opus-4.7"])
+def test_thinking_by_effort(model: str) -> None:
+    """Newer models take the effort itself."""
+    body = body_of(model=model, reasoning_effort="xhigh")
+    assert body["thinking"]["type"] == "adaptive"
+    assert body["output_config"] == {"effort": "xhigh"}
+
+
+@pytest.mark.parametrize("model", ["claude-opus-4-20250514", "claude-3-7-sonnet-latest", "claude-opus-4-5", "smollm2"])
+def test_models_that_take_budgets(model: str) -> None:
+    """Older models, and those of other makers, take a budget."""
+    assert body_of(model=model, reasoning_effort="minimal")["thinking"]["budget_tokens"] == 1024
+
+
+def test_thinking_off() -> None:
+    """The effort "none" switches thinking off."""
+    assert body_of(model="claude-opus-4-6", reasoning_effort="none")["thinking"] == {"type": "disabled"}
+
+
+def test_system_messages() -> None:
+    """System texts are a field of their own."""
+    body = body_of(messages=[Message.system("Be brief."), Message.user("Hi"), Message.system("Rhyme.")])
+    assert body["system"] == "Be brief.\n\nRhyme."
+    assert [turn["role"] for turn in body["messages"]] == ["user"]
+    with pytest.raises(BadRequest, match="system message"):
+        body_of(messages=[Message("system", Image(url="https://x.test/a.png")), Message.user("Hi")])
+    with pytest.raises(BadRequest, match="besides the system"):
+        body_of(messages=[Message.system("alone")])
+
+
+def test_images() -> None:
+    """By address, as bytes, and as a data URL."""
+    message = Message.user(
+        [
+            "What is it?",
+            Image(url="https://x.test/a.png"),
+            Image(data=b"\x89PNG", media_type="image/png"),
+            Image(url="data:image/gif;base64,R0lG"),
+            Image(url="data:image/svg+xml,%3Csvg%3E"),
+        ]
+    )
+    assert [block.get("source") for block in body_of(messages=[message])["messages"][0]["content"]] == [
+        None,
+        {"type": "url", "url": "https://x.test/a.png"},
+        {"type": "base64", "media_type": "image/png", "data": "iVBORw=="},
+        {"type": "base64", "media_type": "image/gif", "data": "R0lG"},
+        {"type": "base64", "media_type": "image/svg+xml", "data": "PHN2Zz4="},
+    ]
+
+
+def test_tool_conversation() -> None:
+    """Calls, signed reasoning and results go back; the results of one turn, and what the user adds, are one turn."""
+    calls = [ToolCall("toolu_1", "weather", {"city": "Rome"}), ToolCall("functions.now:0", "now")]
+    thinking = {"type": "thinking", "thinking": "Hm.", "signature": "s1g"}
+    redacted = {"type": "redacted_thinking", "data": "xyz"}
+    answer = Response(
+        "Let me look.",
+        tool_calls=calls,
+        reasoning_parts=[Reasoning(text="Hm.", signature="s1g", raw=thinking), Reasoning(raw=redacted)],
+    )
+    body = body_of(
+        messages=[
+            Message.user("Weather?"),
+            Message.assistant(answer),
+            Message.tool("sunny", calls[0]),
+            Message.tool(Image(data=b"\x89PNG", media_type="image/png"), calls[1]),
+            Message.user("And then?"),
+        ]
+    )
+    assert body["messages"][1:] == [
+        {
+            "role": "assistant",
+            "content": [
+                thinking,
+                redacted,
+                {"type": "text", "text": "Let me look."},
+                {"type": "tool_use", "id": "toolu_1", "name": "weather", "input": {"city": "Rome"}},
+                {"type": "tool_use", "id": "functions_now_0", "name": "now", "input": {}},
+            ],
+        },
+        {
+            "role": "user",
+            "content": [
+                {"type": "tool_result", "tool_use_id": "toolu_1", "content": [{"type": "text", "text": "sunny"}]},
+                {
+                    "type": "tool_result",
+                    "tool_use_id": "functions_now_0",
+                    "content": [
+                        {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "iVBORw=="}}
+                    ],
+                },
+                {"type": "text", "text": "And then?"},
+            ],
+        },
+    ]
+
+
+def test_calls_of_other_services() -> None:
+    """Ids that services without any of their own repeat from turn to turn are sent once each; results find theirs."""
+    turns = [Message.user("Hi")]
+    for call_id in ("call_0", "call_0", "call_0_1", "a.b", "a_b", ""):
+        call = ToolCall(call_id, "now")
+        turns += [Message.assistant(tool_calls=[call]), Message.tool("noon", call)]
+    blocks = [turn["content"][0] for turn in body_of(messages=turns)["messages"][1:]]
+    ids = [block["id"] for block in blocks[::2]]
+    assert ids[0] == "call_0"
+    assert len(set(ids)) == 6
+    assert all(re.fullmatch("[a-zA-Z0-9_-]+", each) for each in ids)
+    assert [block["tool_use_id"] for block in blocks[1::2]] == ids
+
+
+def test_reasoning_of_other_dialects_stays_behind() -> None:
+    """A block of another service, or one without proof, would be refused; a bare signature is sent."""
+    message = Message(
+        "assistant",
+        "Hi",
+        reasoning=[
+            Reasoning(text="a", raw={"type": "reasoning.text", "text": "a"}),
+            Reasoning(text="b"),
+            Reasoning(text="c", signature="s"),
+        ],
+    )
+    body = body_of(messages=[Message.user("x"), message, Message.user("y")])
+    assert body["messages"][1]["content"] == [
+        {"type": "thinking", "thinking": "c", "signature": "s"},
+        {"type": "text", "text": "Hi"},
+    ]
+
+
+def test_empty_texts_are_not_sent() -> None:
+    """The service refuses empty blocks and empty turns."""
+    body = body_of(messages=[Message.user(["Hi", Text("")]), Message.assistant(""), Message.user("again")])
+    assert body["messages"] == [
+        {"role": "user", "content": [{"type": "text", "text": "Hi"}, {"type": "text", "text": "again"}]}
+    ]
+
+
+def test_broken_arguments_go_back() -> None:
+    """Arguments that are no object still go back as one, so that the model sees what it wrote."""
+    call = ToolCall("toolu_1", "weather", raw_arguments='{"city": ')
+    body = body_of(messages=[Message.user("x"), Message.assistant("", tool_calls=[call]), Message.tool("bad", call)])
+    assert body["messages"][1]["content"][0]["input"] == {"INVALID_JSON": '{"city": '}
+
+
+# Whole answers
+
+WHOLE: dict[str, Any] = {
+    "id": "msg_1",
+    "type": "message",
+    "role": "assistant",
+    "model": "claude-x",
+    "content": [
+        {"type": "thinking", "thinking": "Hm.", "signature": "sig"},
+        {"type": "redacted_thinking", "data": "zzz"},
+        {"type": "text", "text": "Let me ", "citations": None},
+        {"type": "server_tool_use", "id": "srv", "name": "web_search", "input": {"query": "x"}},
+        {"type": "text", "text": "look."},
+        {"type": "tool_use", "id": "toolu_1", "name": "weather", "input": {"city": "Zürich"}},
+    ],
+    "stop_reason": "tool_use",
+    "usage": {
+        "input_tokens": 10,
+        "cache_read_input_tokens": 5,
+        "cache_creation_input_tokens": 3,
+        "output_tokens": 7,
+        "output_tokens_details": {"thinking_tokens": 4},
+    },
+    "new_field": [1],
+}
+
+
+def test_whole_answer() -> None:
+    """Text, reasoning, tool calls, reason, usage, id, model and the body as it came."""
+    response = CODEC.decode(b"\n\n  " + json.dumps(WHOLE).encode())
+    assert response.text == "Let me look."
+    assert response.reasoning == "Hm."
+    assert [part.raw for part in response.reasoning_parts] == WHOLE["content"][:2]
+    assert response.tool_calls == (ToolCall("toolu_1", "weather", {"city": "Zürich"}),)
+    assert (response.finish_reason, response.raw_finish_reason) == ("tool_call", "tool_use")
+    assert response.usage == Usage(
+        input_tokens=18, output_tokens=7, cached_tokens=5, cache_write_tokens=3, reasoning_tokens=4
+    )
+    assert (response.id, response.model, response.raw) == ("msg_1", "claude-x", WHOLE)
+
+
+def test_whole_answer_goes_back() -> None:
+    """What was decoded, encoded again, is the same blocks."""
+    response = CODEC.decode(json.dumps(WHOLE).encode())
+    body = body_of(
+        messages=[Message.user("x"), Message.assistant(response), Message.tool("ok", response.tool_calls[0])]
+    )
+    sent = body["messages"][1]["content"]
+    assert sent[:2] == WHOLE["content"][:2]
+    assert sent[-1] == WHOLE["content"][-1]
+
+
+@pytest.mark.parametrize(
+    ("raw", "reason"),
+    [
+        ("end_turn", "stop"),
+        ("stop_sequence", "stop"),
+        ("max_tokens", "length"),
+        ("model_context_window_exceeded", "length"),
+        ("refusal", "content_filter"),
+        ("pause_turn", "pause_turn"),
+        ("something_new", "something_new"),
+    ],
+)
+def test_finish_reasons(raw: str, reason: str) -> None:
+    """One vocabulary, and a reason outside of it as it is; alike in both modes."""
+    whole = CODEC.decode(json.dumps({**WHOLE, "stop_reason": raw}).encode())
+    stream = streamed(CODEC, sse(start(), *text_block("a"), *finish(raw)))
+    assert (whole.finish_reason, whole.raw_finish_reason) == (reason, raw)
+    assert (stream.finish_reason, stream.raw_finish_reason) == (reason, raw)
+
+
+@pytest.mark.parametrize("body", [b"", b"<html>busy</html>", b"{}", b"[]", b"null", b'{"content": null}', b'{"content'])
+def test_not_an_answer(body: bytes) -> None:
+    """What is no message never passes as an empty one."""
+    with pytest.raises(StreamProtocolError):
+        CODEC.decode(body)
+
+
+def test_error_in_a_200() -> None:
+    """A body that is an error raises it."""
+    with pytest.raises(Overloaded, match="Overloaded"):
+        CODEC.decode(b'{"type":"error","error":{"type":"overloaded_error","message":"Overloaded"}}')
+
+
+# Streams
+
+
+def test_recorded_parallel_tool_calls() -> None:
+    """Two tool calls in one stream, wherever the reads cut it."""
+    body = load("27-").body
+    response = streamed(CODEC, body)
+    assert response.tool_calls == (
+        ToolCall("toolu_01NW9V1YCeF2aaDjiUnTSUH1", "secret_retrieval_tool", raw_arguments='{"password": "mellon"}'),
+        ToolCall("toolu_015k2gzpZWrWT7ZKrmd1sPRg", "secret_retrieval_tool", raw_arguments='{"password": "radiance"}'),
+    )
+    assert response.finish_reason == "tool_call"
+    assert response.usage == Usage(input_tokens=601, output_tokens=98, cached_tokens=0, cache_write_tokens=0)
+    assert (response.id, response.model) == ("msg_01Stq1fKtevWmBQZTnfyKzJo", "claude-haiku-4-5-20251001")
+    assert recut(CODEC, body) == response
+
+
+def test_recorded_thinking() -> None:
+    """Thinking with its signature, and UTF-8 in text, wherever the reads cut it."""
+    body = load("28-").body
+    response = streamed(CODEC, body)
+    assert response.reasoning.startswith("The user wants two names")
+    assert response.text.startswith("1. **Pouch**")
+    (part,) = response.reasoning_parts
+    assert part.text == response.reasoning
+    assert part.signature is not None
+    assert part.raw == {"type": "thinking", "thinking": part.text, "signature": part.signature}
+    assert response.finish_reason == "stop"
+    assert recut(CODEC, body) == response
+
+
+def test_recorded_requests_are_made_again() -> None:
+    """What the recorded clients sent is what the codec makes of the same call."""
+    sent = load("28-").request
+    assert sent == {
+        **body_of(stream=True, model=sent["model"], messages="Two names for a pet pelican, be brief", temperature=1.0),
+        "max_tokens": 8192,
+        "thinking": {"type": "enabled", "budget_tokens": 1024},
+    }
+
+
+def test_usage_is_cumulative() -> None:
+    """Later counts replace earlier ones, and what they leave out stays."""
+    response = streamed(
+        CODEC,
+        sse(
+            start(input_tokens=10, cache_read_input_tokens=90, output_tokens=1),
+            *text_block("a"),
+            {"type": "message_delta", "delta": {}, "usage": {"output_tokens": 5}},
+            *finish("end_turn", output_tokens=9),
+        ),
+    )
+    assert response.usage == Usage(input_tokens=100, output_tokens=9, cached_tokens=90)
+
+
+def test_tool_calls_without_deltas() -> None:
+    """A call without arguments, and one whose input came whole with its start."""
+    response = streamed(
+        CODEC,
+        sse(
+            start(),
+            block_start(0, "tool_use", id="a", name="now"),
+            {"type": "content_block_stop", "index": 0},
+            block_start(1, "tool_use", id="b", name="weather", input={"city": "Rome"}),
+            {"type": "content_block_stop", "index": 1},
+            *finish("tool_use"),
+        ),
+    )
+    assert [(call.id, call.name, dict(call.arguments)) for call in response.tool_calls] == [
+        ("a", "now", {}),
+        ("b", "weather", {"city": "Rome"}),
+    ]
+
+
+def test_what_is_passed_over() -> None:
+    """Pings, comments, unknown events, blocks and deltas, citations, and a [DONE] after the end."""
+    body = b": ping - now\n\n" + sse(
+        {"type": "ping"},
+        start(),
+        block_start(0, "server_tool_use", id="s", name="w"),
+        {"type": "content_block_delta", "index": 0, "delta": {"type": "input_json_delta", "partial_json": '{"q":1}'}},
+        {"type": "content_block_stop", "index": 0},
+        {"type": "content_block_delta", "index": 9, "delta": {"type": "input_json_delta", "partial_json": "{"}},
+        {"type": "content_block_stop", "index": 9},
+        *text_block("Hi", index=1)[:-1],
+        {"type": "content_block_delta", "index": 1, "delta": {"type": "citations_delta", "citation": {"x": 1}}},
+        {"type": "content_block_delta", "index": 1, "delta": {"type": "new_delta"}},
+        {"type": "content_block_stop", "index": 1},
+        {"type": "brand_new_event", "x": 1},
+        *finish("end_turn"),
+        "[DONE]",
+    )
+    response = streamed(CODEC, body)
+    assert (response.text, response.tool_calls, response.finish_reason) == ("Hi", (), "stop")
+
+
+def test_done_mark_without_message_stop() -> None:
+    """[DONE] ends a stream that has its stop reason, and no other."""
+    events = [start(), *text_block("Hi"), finish("end_turn")[0]]
+    assert streamed(CODEC, sse(*events, "[DONE]")).text == "Hi"
+    partial, error = interrupted(CODEC, sse(*events[:-1], "[DONE]"))
+    assert partial.text == "Hi"
+    assert isinstance(error, StreamProtocolError)
+
+
+@pytest.mark.parametrize("kept", [0, 1, 3, -1])
+def test_truncated_stream(kept: int) -> None:
+    """A stream without message_stop was cut off, wherever."""
+    events = [start(), *text_block("one ", "two"), *finish("end_turn")][:kept]
+    partial, error = interrupted(CODEC, sse(*events))
+    assert isinstance(error, StreamProtocolError)
+    assert "message_stop" in str(error)
+    assert "one two".startswith(partial.text)
+
+
+def test_tool_call_cut_off_by_the_length_limit() -> None:
+    """It has no block stop; the call says that its arguments are broken."""
+    response = streamed(
+        CODEC,
+        sse(
+            start(),
+            block_start(0, "tool_use", id="a", name="now"),
+            {"type": "content_block_delta", "index": 0, "delta": {"type": "input_json_delta", "partial_json": '{"ci'}},
+            *finish("max_tokens"),
+        ),
+    )
+    (call,) = response.tool_calls
+    assert (response.finish_reason, call.raw_arguments) == ("length", '{"ci')
+    assert call.error is not None
+
+
+def test_redacted_thinking_in_a_stream() -> None:
+    """A redacted block comes whole with its start, and goes back as it came."""
+    block = {"type": "redacted_thinking", "data": "EmwK"}
+    response = streamed(
+        CODEC,
+        sse(
+            start(),
+            {"type": "content_block_start", "index": 0, "content_block": block},
+            {"type": "content_block_stop", "index": 0},
+            *text_block("Hi", index=1),
+            *finish("end_turn"),
+        ),
+    )
+    assert response.reasoning == ""
+    assert body_of(messages=[Message.user("x"), Message.assistant(response)])["messages"][1]["content"] == [
+        block,
+        {"type": "text", "text": "Hi"},
+    ]
+
+
+@pytest.mark.parametrize("before", [0, 1, 3])
+def test_error_event(before: int) -> None:
+    """An error in the middle of a stream, or as its first and only event, is raised; what came before it is kept."""
+    error = {"type": "error", "error": {"type": "overloaded_error", "message": "Overloaded"}, "request_id": "req_9"}
+    partial, raised = interrupted(CODEC, sse(*[start(), *text_block("one ", "two")][:before], error))
+    assert isinstance(raised, Overloaded)
+    assert (raised.code, raised.retryable, raised.request_id) == ("overloaded_error", True, "req_9")
+    assert partial.text == ("one " if before == 3 else "")
+
+
+def test_the_law_of_whole_answers() -> None:
+    """Streams cut anywhere come to the same, and ended anywhere to an error."""
+    check_codec(CODEC, [load("27-").body, load("28-").body])
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "message", "error", "retryable"),
+    [
+        (400, "invalid_request_error", "max_tokens: required", BadRequest, False),
+        (400, "invalid_request_error", "prompt is too long: 210 tokens > 200 maximum", ContextLengthExceeded, False),
+        (400, "invalid_request_error", "Your credit balance is too low to access the API.", QuotaExceeded, False),
+        (401, "authentication_error", "invalid x-api-key", AuthenticationError, False),
+        (402, "billing_error", "no", QuotaExceeded, False),
+        (404, "not_found_error", "model: claude-0", NotFound, False),
+        (413, "request_too_large", "Request exceeds the maximum size", BadRequest, False),
+        (429, "rate_limit_error", "slow down", RateLimitError, True),
+        (500, "api_error", "Internal server error", ServerError, True),
+        (504, "timeout_error", "took too long", RequestTimeout, True),
+        (529, "overloaded_error", "Overloaded", Overloaded, True),
+    ],
+)
+def test_errors(status: int, kind: str, message: str, error: type[ProviderError], retryable: bool) -> None:
+    """The service's error types, each as its class."""
+    body = json.dumps({"type": "error", "error": {"type": kind, "message": message}}).encode()
+    raised = CODEC.decode_error(status, {"retry-after": "7", "request-id": "req_1"}, body)
+    assert type(raised) is error
+    assert (raised.status, raised.code, raised.retryable, raised.retry_after) == (status, kind, retryable, 7.0)
+    assert raised.request_id == "req_1"
+    assert message.rstrip(".") in str(raised)
+
+
+def test_error_of_llama_cpp() -> None:
+    """llama.cpp answers in its own shape on this path too."""
+    body = b'{"error":{"code":400,"message":"request (900 tokens) is too big","type":"exceed_context_size_error"}}'
+    assert type(CODEC.decode_error(400, {}, body)) is ContextLengthExceeded
+
+
+@pytest.mark.parametrize("body", [b"", b"Bad Gateway", b"<html><title>502</title></html>", b"[1]", b"null"])
+def test_errors_in_no_known_shape(body: bytes) -> None:
+    """Whatever a proxy sends, the status decides."""
+    assert type(CODEC.decode_error(502, {}, body)) is ServerError
+
+
+# Anything at all
+
+
+# The official client reads the same bytes
+
+
+@pytest.mark.parametrize("name", ["27-", "28-"])
+def test_the_official_client_agrees(name: str) -> None:
+    """Text, tool calls, reasoning and usage are what the `anthropic` package reads."""
+    anthropic = pytest.importorskip("anthropic")
+    body = load(name).body
+    prompt = [{"role": "user", "content": "Hi"}]
+    with (
+        serving(body, "text/event-stream") as address,
+        anthropic.Anthropic(api_key="k", base_url=address, max_retries=0) as client,
+        client.messages.stream(max_tokens=10, model="m", messages=prompt) as stream,
+    ):
+        theirs = stream.get_final_message()
+    ours = streamed(CODEC, body)
+    assert ours.text == "".join(block.text for block in theirs.content if block.type == "text")
+    assert ours.reasoning == "".join(block.thinking for block in theirs.content if block.type == "thinking")
+    assert [(call.id, call.name, call.arguments) for call in ours.tool_calls] == [
+        (block.id, block.name, block.input) for block in theirs.content if block.type == "tool_use"
+    ]
+    assert ours.raw_finish_reason == theirs.stop_reason
+    assert ours.usage is not None
+    assert (ours.usage.input_tokens, ours.usage.output_tokens) == (
+        theirs.usage.input_tokens,
+        theirs.usage.output_tokens,
+    )
+
+
+def test_the_official_client_agrees_about_whole_answers() -> None:
+    """The same for an answer that is not streamed."""
+    anthropic = pytest.importorskip("anthropic")
+    with (
+        serving(json.dumps(WHOLE).encode(), "application/json") as address,
+        anthropic.Anthropic(api_key="k", base_url=address, max_retries=0) as client,
+    ):
+        theirs = client.messages.create(max_tokens=10, model="m", messages=[{"role": "user", "content": "Hi"}])
+    ours = CODEC.decode(json.dumps(WHOLE).encode())
+    assert ours.text == "".join(block.text for block in theirs.content if block.type == "text")
+    assert ours.tool_calls[0].arguments == theirs.content[-1].input
+    assert (ours.id, ours.model) == (theirs.id, theirs.model)

@@ -1,0 +1,160 @@
+"""What the dialects share: JSON of any shape, and what cannot be sent."""
+
+from __future__ import annotations
+
+import json
+import re
+from types import MappingProxyType
+from typing import Any
+
+import pytest
+from support.dialects import interrupted
+
+from fluxibly.errors import (
+    AuthenticationError,
+    BadRequest,
+    Overloaded,
+    ProviderError,
+    QuotaExceeded,
+    RateLimitError,
+    ServerError,
+    StreamProtocolError,
+)
+from fluxibly.providers.dialects import decoding, encoding, json_values
+from fluxibly.providers.dialects.anthropic import AnthropicCodec
+from fluxibly.providers.dialects.codec import Codec
+from fluxibly.providers.dialects.gemini import GeminiCodec
+from fluxibly.providers.dialects.ollama import OllamaCodec
+from fluxibly.providers.dialects.openai_chat import OpenAICodec
+from fluxibly.providers.dialects.openai_responses import ResponsesCodec
+from fluxibly.types import Image, Request, ToolCall
+
+CODECS: list[Codec] = [OpenAICodec(), ResponsesCodec(), AnthropicCodec(), GeminiCodec(), OllamaCodec()]
+ANSWERS: list[tuple[Codec, str]] = [
+    (AnthropicCodec(), '{"content":[{"type":"tool_use","id":"a","name":"f","input":%s}],"stop_reason":"tool_use"}'),
+    (
+        GeminiCodec(),
+        '{"candidates":[{"content":{"parts":[{"functionCall":{"name":"f","args":%s}}]},"finishReason":"STOP"}]}',
+    ),
+    (OllamaCodec(), '{"message":{"tool_calls":[{"function":{"name":"f","arguments":%s}}]},"done":true}'),
+]
+
+
+def name_of(codec: object) -> str:
+    """For the ids of tests."""
+    return type(codec).__name__
+
+
+def test_arguments_nested_too_deeply() -> None:
+    """The error says so."""
+    value: dict[str, object] = {}
+    for _ in range(5_000):
+        value = {"a": value}
+    with pytest.raises(StreamProtocolError, match="nested too deeply"):
+        decoding.to_json(value)
+
+
+@pytest.mark.parametrize(("codec", "answer"), ANSWERS, ids=name_of)
+@pytest.mark.parametrize("sent", ['{"a": 1}', '"{\\"a\\": 1}"'])
+def test_arguments_as_an_object_or_as_text(codec: Codec, answer: str, sent: str) -> None:
+    """Servers that nearly speak a dialect send either."""
+    (call,) = codec.decode((answer % sent).encode()).tool_calls
+    assert (call.arguments, call.error) == ({"a": 1}, None)
+
+
+def test_mappings_of_any_kind_are_json() -> None:
+    """A schema may be no dict."""
+    request = Request(model="m", messages="Hi")
+    assert encoding.write_json({"schema": MappingProxyType({"a": 1})}, request) == b'{"schema":{"a":1}}'
+
+
+def test_the_request_stays_as_it_was() -> None:
+    """Merging `extra` changes no object of the caller's."""
+    options = {"b": 2}
+    request = Request(model="m", messages="Hi", extra={"options": options})
+    assert encoding.write_json({"options": {"a": 1}}, request, containers=("options",)) == b'{"options":{"a":1,"b":2}}'
+    assert options == {"b": 2}
+
+
+def test_refusals_name_the_parameter_and_the_way_out() -> None:
+    """One choice is what every service gives."""
+    encoding.refuse(Request(model="m", messages="Hi", n=1), "X", ("n", "seed"))
+    with pytest.raises(BadRequest, match=r"X takes no seed; .* extra="):
+        encoding.refuse(Request(model="m", messages="Hi", seed=0), "X", ("n", "seed"))
+
+
+@pytest.mark.parametrize("codec", CODECS, ids=name_of)
+@pytest.mark.parametrize(
+    ("fields", "due"),
+    [
+        (
+            {"tool_choice": {"type": "function"}},
+            "tool_choice is 'auto', 'none', 'required' or a tool's name, not a dict",
+        ),
+        ({"response_format": "xml"}, "response_format is 'text', 'json' or a JSON Schema (a mapping), not 'xml'"),
+        ({"response_format": 5}, "response_format is 'text', 'json' or a JSON Schema (a mapping), not 5"),
+    ],
+)
+def test_values_that_no_dialect_takes(codec: Codec, fields: dict[str, Any], due: str) -> None:
+    """They are told with what is due."""
+    with pytest.raises(BadRequest) as caught:
+        codec.encode(Request(model="m", messages="Hi", **fields), stream=False)
+    assert due in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "url", ["data:image/png;base64,QQ==", "data:image/png;charset=x;base64,QQ==", "data:image/png,A"]
+)
+def test_data_urls(url: str) -> None:
+    """In base64 or percent-encoded."""
+    assert encoding.image_data(Image(url=url)) == ("image/png", "QQ==")
+
+
+@pytest.mark.parametrize("codec", CODECS, ids=name_of)
+@pytest.mark.parametrize(
+    ("answer", "kind", "said"),
+    [
+        ({"error": {"message": "busy", "type": "overloaded_error"}, "request_id": "req_1"}, Overloaded, "busy"),
+        ({"error": "busy"}, ServerError, "busy"),
+        ({"error": {"code": 429, "message": "slow down"}}, RateLimitError, "slow down"),
+        ({"code": "insufficient_quota", "error": "no money"}, QuotaExceeded, "no money"),
+        ({"detail": "busy"}, ServerError, "busy"),
+        ({"detail": [{"loc": ["body"], "msg": "field required"}]}, ServerError, "field required"),
+        ({"message": "Unauthorized", "code": "401"}, AuthenticationError, "Unauthorized"),
+        ({"errors": [{"message": "busy", "code": 7}]}, ServerError, "busy"),
+        ([{"error": {"code": 503, "message": "busy", "status": "UNAVAILABLE"}}], Overloaded, "busy"),
+    ],
+    ids=str,
+)
+def test_an_error_in_a_200(codec: Codec, answer: object, kind: type[ProviderError], said: str) -> None:
+    """Of any shape, in any dialect, as a whole body, as an event, and as bare JSON in a stream."""
+    body = json.dumps(answer).encode()
+    event = body if codec.framing == "ndjson" else b"data: " + body + b"\n\n"
+    found = [interrupted(codec, event)[1], interrupted(codec, body)[1]]
+    with pytest.raises(ProviderError) as caught:
+        codec.decode(body)
+    for error in (*found, caught.value):
+        assert isinstance(error, kind)
+        assert said in str(error)
+        assert error.request_id == ("req_1" if "request_id" in str(answer) else None)
+
+
+@pytest.mark.parametrize("codec", [OpenAICodec(), ResponsesCodec(), AnthropicCodec()], ids=name_of)
+@pytest.mark.parametrize("data", ['{"message": "busy"}', "busy", '{"type": "error"}', '{"type": "busy"}'])
+def test_an_event_named_error(codec: Codec, data: str) -> None:
+    """It is one, whatever stands in it."""
+    _, error = interrupted(codec, f"event: error\ndata: {data}\n\n".encode())
+    assert type(error) is ServerError
+    assert re.search("busy|error", str(error))
+
+
+def test_sums_of_what_is_known() -> None:
+    """Nothing known is not nought."""
+    assert (json_values.total(None, None), json_values.total(0, None), json_values.total(1, 2)) == (None, 0, 3)
+    assert [json_values.count(value) for value in (3, -1, True, 2.5, "3", None)] == [3, None, None, None, None, None]
+
+
+def test_arguments_that_are_sent_back() -> None:
+    """A text that is no object goes in one."""
+    assert encoding.sent_arguments(ToolCall("a", "f", raw_arguments="[1]")) == {"INVALID_JSON": "[1]"}
+    assert encoding.sent_arguments(ToolCall("a", "f", {"x": 1})) == {"x": 1}

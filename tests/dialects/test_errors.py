@@ -1,0 +1,276 @@
+"""Errors as services report them: their class, whether and when to try again, and what the message says."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings, strategies as st
+from support.recordings import load
+
+from fluxibly import errors
+from fluxibly.errors import ProviderError
+from fluxibly.providers.dialects.errors import (
+    EXCERPT_LENGTH,
+    duration,
+    error_of_payload,
+    error_of_response,
+    read_report,
+    retry_after_of,
+)
+
+NOW = 1_700_000_000.0
+
+
+def error(status: int, body: object, headers: dict[str, str] | None = None) -> ProviderError:
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return error_of_response(status, headers or {}, data, service="Acme")
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "kind", "retryable"),
+    [
+        (400, {"error": {"message": "bad", "type": "invalid_request_error"}}, errors.BadRequest, False),
+        (401, {"error": {"message": "no", "code": "invalid_api_key"}}, errors.AuthenticationError, False),
+        (402, {"error": {"message": "Insufficient Balance"}}, errors.QuotaExceeded, False),
+        (403, {"error": {"message": "no"}}, errors.PermissionDenied, False),
+        (404, {"error": {"code": "model_not_found", "message": "no"}}, errors.NotFound, False),
+        (408, b"", errors.RequestTimeout, True),
+        (409, {"error": {"message": "locked"}}, errors.BadRequest, True),
+        (413, b"<html><title>413 Request Entity Too Large</title></html>", errors.BadRequest, False),
+        (422, {"detail": [{"loc": ["body"], "msg": "field required"}]}, errors.BadRequest, False),
+        (429, {"error": {"message": "slow down", "code": "rate_limit_exceeded"}}, errors.RateLimitError, True),
+        (429, {"error": {"message": "pay", "code": "insufficient_quota"}}, errors.QuotaExceeded, False),
+        (429, {"error": {"message": "pay", "type": "insufficient_quota", "code": None}}, errors.QuotaExceeded, False),
+        (400, {"error": {"message": "Your credit balance is too low to access the API."}}, errors.QuotaExceeded, False),
+        (
+            429,
+            {
+                "code": "Some resource has been exhausted",
+                "error": "Your team t-1 has either used all available credits or reached its monthly spending limit.",
+            },
+            errors.QuotaExceeded,
+            False,
+        ),
+        (403, {"error": "You have run out of credits or need a subscription."}, errors.QuotaExceeded, False),
+        (429, {"error": {"message": "Rate limit reached: 3 of 3 requests"}}, errors.RateLimitError, True),
+        (500, {"error": {"message": "broken"}}, errors.ServerError, True),
+        (500, {"error": {"message": "tools param requires --jinja flag", "code": 500}}, errors.BadRequest, False),
+        (500, {"error": {"message": "audio is not supported"}}, errors.BadRequest, False),
+        (501, b"", errors.BadRequest, False),
+        (502, b"<html><h1>Bad gateway</h1></html>", errors.ServerError, True),
+        (503, b"", errors.Overloaded, True),
+        (504, b"", errors.RequestTimeout, True),
+        (529, {"type": "error", "error": {"type": "overloaded_error", "message": "busy"}}, errors.Overloaded, True),
+        (500, {"error": {"type": "overloaded_error", "message": "busy"}}, errors.Overloaded, True),
+        (599, b"", errors.ServerError, True),
+        (400, {"error": {"code": "context_length_exceeded", "message": "…"}}, errors.ContextLengthExceeded, False),
+        (400, {"error": {"type": "exceed_context_size_error", "code": 400}}, errors.ContextLengthExceeded, False),
+        (
+            400,
+            {"object": "error", "message": "maximum context length is 4 tokens"},
+            errors.ContextLengthExceeded,
+            False,
+        ),
+        (400, {"error": {"code": "content_filter", "message": "…"}}, errors.ContentFiltered, False),
+        (
+            400,
+            {"error": {"code": None, "innererror": {"code": "ResponsibleAIPolicyViolation"}}},
+            errors.ContentFiltered,
+            False,
+        ),
+        (
+            400,
+            {"error": {"code": 400, "status": "INVALID_ARGUMENT", "details": [{"reason": "API_KEY_INVALID"}]}},
+            errors.AuthenticationError,
+            False,
+        ),
+    ],
+)
+def test_the_class_of_an_error(status: int, body: object, kind: type[ProviderError], retryable: bool) -> None:
+    """By the service's own words first, then by its status."""
+    found = error(status, body)
+    assert type(found) is kind
+    assert (found.retryable, found.status) == (retryable, status)
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "says"),
+    [
+        ({"error": {"message": "what", "type": "t", "code": "c"}}, "c", "what"),
+        ({"error": {"message": "what", "type": "t", "code": None}}, "t", "what"),
+        ({"error": {"message": "what", "code": 400}}, "400", "what"),
+        ({"error": "what"}, None, "what"),
+        ({"code": "The model does not exist", "error": "what"}, "The model does not exist", "what"),
+        ({"detail": "what"}, None, "what"),
+        ({"detail": [{"msg": "what"}, {"msg": "else"}]}, None, "what; else"),
+        ({"detail": {"message": "what"}}, None, "what"),
+        ({"object": "error", "message": "what", "type": "t", "code": "1500"}, "1500", "what"),
+        ({"message": {"detail": [{"msg": "what"}]}, "code": None}, None, "what"),
+        ({"errors": [{"message": "what", "code": 7003}]}, "7003", "what"),
+        ([{"error": {"message": "what", "code": 400, "status": "S"}}], "S", "what"),
+        ({"error": {"message": "short", "code": 400, "metadata": {"raw": "what"}}}, "400", "short: what"),
+        (b"what", None, "what"),
+        (b" \n", None, "white space"),
+        (b"", None, "an empty body"),
+        (b"<!DOCTYPE html><title>what</title>", None, "an HTML page titled 'what'"),
+        (b"\xff\xfe", None, "\N{REPLACEMENT CHARACTER}"),
+    ],
+)
+def test_the_shapes_of_errors(body: object, code: str | None, says: str) -> None:
+    """All that services send; the message quotes it, and says who and what to do."""
+    found = error(400, body)
+    assert found.code == code
+    assert str(found).startswith("Acme answered 400")
+    assert f": {says}" in str(found)
+    assert str(found).endswith("Change the request's parameters or messages.")
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [None, 3, "text", [], {}, {"error": None}, {"error": ""}, {"choices": [], "message": "x"}, {"detail": None}],
+)
+def test_what_is_no_error(payload: object) -> None:
+    """Bodies that report nothing."""
+    assert read_report(payload) is None
+    assert error_of_payload(payload) is None
+
+
+def test_an_error_without_a_status() -> None:
+    """In a stream the body's own code is the status, whatever its type; without one the words decide."""
+    assert type(error_of_payload({"error": {"code": "429", "message": "slow"}})) is errors.RateLimitError
+    assert type(error_of_payload({"error": {"status_code": 400, "code": "tool_use_failed"}})) is errors.BadRequest
+    assert type(error_of_payload({"error": {"type": "overloaded_error"}})) is errors.Overloaded
+    assert type(error_of_payload({"error": {"code": "context_length_exceeded"}})) is errors.ContextLengthExceeded
+    assert type(error_of_payload({"error": {"message": "prompt is too long"}})) is errors.ContextLengthExceeded
+    assert type(error_of_payload({"error": "model runner has stopped"})) is errors.ServerError
+
+
+def test_what_an_error_keeps() -> None:
+    """An excerpt of the body, the request's id, and no more of the message than fits a log line."""
+    found = error(400, {"error": {"message": "x" * 10_000}}, {"x-request-id": "req_1"})
+    assert found.request_id == "req_1"
+    assert found.body is not None
+    assert len(found.body) == EXCERPT_LENGTH
+    assert len(str(found)) < 700
+    assert error(400, b"").body is None
+
+
+def test_a_service_says_itself_whether_to_retry() -> None:
+    """`x-should-retry` wins over the class."""
+    assert error(400, b"", {"x-should-retry": "true"}).retryable
+    assert not error(503, b"", {"x-should-retry": "false"}).retryable
+    assert error(503, b"", {"x-should-retry": "perhaps"}).retryable
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({"retry-after": "3"}, 3),
+        ({"retry-after": "0.5"}, 0.5),
+        ({"retry-after": "2s"}, 2),
+        ({"retry-after-ms": "1500", "retry-after": "9"}, 1.5),
+        ({"retry-after": "Tue, 14 Nov 2023 22:13:50 GMT"}, 30),
+        ({"retry-after": "Tue, 14 Nov 2023 22:13:50 GMT", "date": "Tue, 14 Nov 2023 22:13:45 GMT"}, 5),
+        ({"retry-after": "Tue, 14 Nov 2023 22:13:10 GMT"}, 0),
+        ({"retry-after": "-5"}, 0),
+        ({"retry-after": "soon"}, None),
+        ({"retry-after": "nan"}, None),
+        ({"retry-after": "inf"}, None),
+        ({"retry-after": ""}, None),
+        ({"x-ratelimit-reset-requests": "6m0s", "x-ratelimit-remaining-requests": "0"}, 360),
+        ({"x-ratelimit-reset-requests": "1h", "x-ratelimit-remaining-requests": "5",
+          "x-ratelimit-reset-tokens": "20ms", "x-ratelimit-remaining-tokens": "0"}, 0.02),
+        ({"x-ratelimit-reset-tokens-minute": "33.5", "x-ratelimit-remaining-tokens-minute": "0",
+          "x-ratelimit-reset-requests-day": "9000", "x-ratelimit-remaining-requests-day": "3"}, 33.5),
+        ({"ratelimit-reset": "12", "ratelimit-remaining": "0"}, 12),
+        ({"x-ratelimit-reset-requests": "1h"}, None),
+        ({"x-ratelimit-reset": "1700000012", "x-ratelimit-remaining": "0"}, 12),
+        ({"x-ratelimit-reset": "1700000012000", "x-ratelimit-remaining": "0"}, 12),
+        ({}, None),
+    ],
+)  # fmt: skip
+def test_retry_hints_in_headers(headers: dict[str, str], seconds: float | None) -> None:
+    """Seconds, milliseconds, an HTTP date by the server's clock, and the reset of a limit that is used up."""
+    found = retry_after_of(headers, None, "", now=NOW)
+    assert found == (None if seconds is None else pytest.approx(seconds))
+
+
+@pytest.mark.parametrize(
+    ("payload", "message", "seconds"),
+    [
+        ({"error": {"details": [{"@type": "x"}, {"@type": "google.rpc.RetryInfo", "retryDelay": "48s"}]}}, "", 48),
+        ([{"error": {"details": [{"retryDelay": "1.5s"}]}}], "", 1.5),
+        (
+            {"error": {"metadata": {"headers": {"X-RateLimit-Remaining": "0", "X-RateLimit-Reset": 1700000060000}}}},
+            "",
+            60,
+        ),
+        (None, "Please try again in 7m12s.", 432),
+        (None, "Please retry in 48.9s.", 48.9),
+        (None, "Rate limit reached. Please try again in 250ms. Visit …", 0.25),
+        (None, "Try again later.", None),
+        ({"error": {"details": "none"}}, "", None),
+        ({"error": []}, "", None),
+    ],
+)
+def test_retry_hints_in_bodies(payload: object, message: str, seconds: float | None) -> None:
+    """Google's RetryInfo, headers that OpenRouter quotes, and words."""
+    found = retry_after_of({}, payload, message, now=NOW)
+    assert found == (None if seconds is None else pytest.approx(seconds))
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("1d2h3m4s", 93_784), ("12", 12), ("5ms", 0.005), ("", None), ("x", None)]
+)
+def test_durations(text: str, seconds: float | None) -> None:
+    """In the words of Go, which most services use."""
+    assert duration(text) == seconds
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "retryable", "retry_after", "code"),
+    [
+        ("11-", errors.RateLimitError, True, None, "429"),
+        ("26-", errors.BadRequest, False, None, "server_error"),
+        ("36-", errors.AuthenticationError, False, None, "INVALID_ARGUMENT"),
+        ("37-", errors.RateLimitError, True, 48, "RESOURCE_EXHAUSTED"),
+        ("39-", errors.NotFound, False, None, None),
+    ],
+)
+def test_recorded_errors(
+    name: str, kind: type[ProviderError], retryable: bool, retry_after: float | None, code: str | None
+) -> None:
+    """OpenRouter's 429, llama.cpp's 500, Gemini's wrong key and exhausted limit, Ollama's missing model."""
+    recording = load(name)
+    found = error_of_response(recording.status, recording.headers, recording.body, service="Acme")
+    assert type(found) is kind
+    assert (found.retryable, found.retry_after, found.code) == (retryable, retry_after, code)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
+    lambda inner: st.lists(inner, max_size=3)
+    | st.dictionaries(
+        st.sampled_from(["error", "errors", "detail", "details", "message", "code", "type", "status", "metadata", "raw",
+                         "headers", "innererror", "retryDelay", "x-ratelimit-reset", "x-ratelimit-remaining"]),
+        inner,
+        max_size=4,
+    ),
+)  # fmt: skip
+
+
+@settings(deadline=None)
+@given(
+    st.integers(300, 600),
+    st.dictionaries(
+        st.sampled_from(["retry-after", "retry-after-ms", "date", "x-ratelimit-reset"]), st.text(max_size=30)
+    ),
+    JSON.map(lambda value: json.dumps(value).encode()) | st.binary(max_size=50),
+)
+def test_any_answer_is_an_error_of_ours(status: int, headers: dict[str, Any], body: bytes) -> None:
+    """Of any shape; and a hint is a number of seconds that one can sleep."""
+    found = error_of_response(status, headers, body)
+    assert isinstance(found, ProviderError)
+    assert found.retry_after is None or 0 <= found.retry_after < float("inf")

@@ -1,0 +1,313 @@
+"""Anything at all, read by every codec, is an answer or one of our errors, however it is cut.
+
+`FLUXIBLY_FUZZ=100` in the environment tries a hundred times as many examples.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import os
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import attrs
+import pytest
+from hypothesis import HealthCheck, given, settings, strategies as st
+from support.dialects import sse
+from support.recordings import FOLDER, load
+
+from fluxibly.errors import FluxiblyError, ProviderError
+from fluxibly.providers.dialects.anthropic import AnthropicCodec
+from fluxibly.providers.dialects.codec import Codec
+from fluxibly.providers.dialects.gemini import GeminiCodec
+from fluxibly.providers.dialects.ollama import OllamaCodec
+from fluxibly.providers.dialects.openai_chat import OpenAICodec
+from fluxibly.providers.dialects.openai_responses import ResponsesCodec
+from fluxibly.testing.codec_check import Outcome, outcome_of
+from fluxibly.types import Response
+
+fuzz = settings(
+    deadline=None,
+    max_examples=100 * int(os.environ.get("FLUXIBLY_FUZZ") or 1),
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+
+
+# What is damaged: of each dialect a stream and a whole answer with all that it knows
+
+
+@attrs.frozen
+class Dialect:
+    """A codec, the events of a stream, a whole answer, and the numbers of its recorded streams."""
+
+    codec: Codec
+    events: list[Any]
+    answer: Any
+    recorded: tuple[str, ...] = ()
+
+    def stream(self, events: list[Any]) -> bytes:
+        if self.codec.framing == "sse":
+            return sse(*events)
+        if self.codec.framing == "ndjson":
+            return b"".join(json.dumps(event).encode() + b"\n" for event in events)
+        return json.dumps(events, indent=1).encode()
+
+
+def _chat(kind: str) -> list[Any]:
+    detail = {"type": "reasoning.text", "text": "Hm", "index": 0, "signature": "s1g"}
+    call = {"index": 0, "id": "c", "type": "function", "function": {"name": "now", "arguments": '{"a": 1}'}}
+    usage = {
+        "prompt_tokens": 3,
+        "completion_tokens": 4,
+        "total_tokens": 7,
+        "prompt_tokens_details": {"cached_tokens": 1},
+        "completion_tokens_details": {"reasoning_tokens": 2},
+    }
+    pieces: list[Any] = [
+        {"role": "assistant", "content": "Hé", "refusal": None},
+        {"content": [{"type": "text", "text": "llo"}, {"type": "thinking", "thinking": [{"text": "Hm"}]}]},
+        {"reasoning_content": "Hm", "reasoning_details": [detail]},
+        {"tool_calls": [call]},
+        {"tool_calls": [{"index": 0, "function": {"arguments": ""}}, {"id": "d", "function": {"name": "x"}}]},
+    ]
+    choices: list[Any] = [{"index": 0, kind: piece, "finish_reason": None} for piece in pieces]
+    choices[-1]["finish_reason"] = "tool_calls"
+    events: list[Any] = [{"id": "i", "model": "m", "choices": [choice, {"index": 1, kind: {}}]} for choice in choices]
+    return [*events, {"choices": [], "usage": usage, "x_groq": {"usage": usage}}, {"error": {"message": "busy"}}]
+
+
+def _responses() -> tuple[list[Any], Any]:
+    items: list[Any] = [
+        {"type": "reasoning", "id": "r", "summary": [{"type": "summary_text", "text": "Hm"}], "encrypted_content": "x"},
+        {"type": "message", "content": [{"type": "output_text", "text": "Hé"}, {"type": "refusal", "refusal": "no"}]},
+        {"type": "function_call", "call_id": "c", "name": "now", "arguments": '{"a": 1}'},
+    ]
+    usage = {"input_tokens": 3, "output_tokens": 4, "input_tokens_details": {"cached_tokens": 1}}
+    whole: dict[str, Any] = {"id": "i", "model": "m", "status": "completed", "output": items, "usage": usage}
+    events: list[Any] = [
+        {"type": "response.created", "response": {**whole, "output": []}},
+        {"type": "response.output_item.added", "output_index": 2, "item": items[2]},
+        {"type": "response.function_call_arguments.delta", "output_index": 2, "delta": "{}"},
+        {"type": "response.reasoning_summary_text.delta", "delta": "Hm"},
+        {"type": "response.output_text.delta", "delta": "Hé"},
+        *({"type": "response.output_item.done", "output_index": n, "item": item} for n, item in enumerate(items)),
+        {"type": "error", "code": "server_error", "message": "busy"},
+        {"type": "response.incomplete", "response": {**whole, "incomplete_details": {"reason": "max_output_tokens"}}},
+        {"type": "response.failed", "response": {**whole, "status": "failed", "error": {"message": "busy"}}},
+        {"type": "response.completed", "response": whole},
+    ]
+    return events, whole
+
+
+def _anthropic() -> tuple[list[Any], Any]:
+    blocks: list[Any] = [
+        {"type": "thinking", "thinking": "Hm", "signature": "s1g"},
+        {"type": "redacted_thinking", "data": "x"},
+        {"type": "text", "text": "Hé"},
+        {"type": "tool_use", "id": "c", "name": "now", "input": {"a": 1}},
+    ]
+    usage = {"input_tokens": 3, "output_tokens": 4, "cache_read_input_tokens": 1, "cache_creation_input_tokens": 0}
+    whole: dict[str, Any] = {"id": "i", "model": "m", "content": blocks, "stop_reason": "tool_use", "usage": usage}
+    deltas: list[Any] = [
+        {"type": "thinking_delta", "thinking": "Hm"},
+        {"type": "signature_delta", "signature": "s1g"},
+        {"type": "text_delta", "text": "llo"},
+        {"type": "input_json_delta", "partial_json": '{"a": 1}'},
+    ]
+    events: list[Any] = [{"type": "message_start", "message": {**whole, "content": []}}, {"type": "ping"}]
+    for index, block in enumerate(blocks):
+        events.append({"type": "content_block_start", "index": index, "content_block": block})
+        events += ({"type": "content_block_delta", "index": index, "delta": delta} for delta in deltas)
+        events.append({"type": "content_block_stop", "index": index})
+    ends: list[Any] = [
+        {"type": "message_delta", "delta": {"stop_reason": "tool_use"}, "usage": usage},
+        {"type": "message_stop"},
+    ]
+    return [*events, *ends], whole
+
+
+def _gemini() -> tuple[list[Any], Any]:
+    parts: list[Any] = [
+        {"text": "Hm", "thought": True, "thoughtSignature": "s1g"},
+        {"text": "Hé", "thoughtSignature": "s2g"},
+        {"functionCall": {"id": "c", "name": "now", "args": {"a": 1}}, "thoughtSignature": "s3g"},
+    ]
+    usage = {"promptTokenCount": 3, "candidatesTokenCount": 4, "thoughtsTokenCount": 2, "cachedContentTokenCount": 1}
+    whole: dict[str, Any] = {
+        "candidates": [
+            {"content": {"parts": parts, "role": "model"}, "finishReason": "STOP", "index": 0},
+            {"content": {"parts": parts[:2]}, "finishReason": "SAFETY", "index": 1},
+        ],
+        "usageMetadata": usage,
+        "modelVersion": "m",
+        "responseId": "i",
+    }
+    first = {"candidates": [{"content": {"parts": [part]}, "index": 0} for part in parts]}
+    blocked = {"promptFeedback": {"blockReason": "SAFETY"}}
+    return [first, whole, blocked, {"error": {"code": 503, "message": "busy"}}], whole
+
+
+def _ollama() -> tuple[list[Any], Any]:
+    message: dict[str, Any] = {
+        "role": "assistant",
+        "content": "Hé",
+        "thinking": "Hm",
+        "tool_calls": [{"id": "c", "function": {"index": 0, "name": "now", "arguments": {"a": 1}}}],
+    }
+    end = {"done": True, "done_reason": "stop", "prompt_eval_count": 3, "eval_count": 4, "total_duration": 5}
+    whole = {"model": "m", "message": message, "response": "Hé", **end}
+    return [{"model": "m", "message": message, "done": False}, {"error": "busy"}, {"response": "a"}, whole], whole
+
+
+DIALECTS = {
+    "chat": Dialect(
+        OpenAICodec(), _chat("delta"), _chat("message")[3], ("01-", "05-", "15-", "16-", "18-", "21-", "25-")
+    ),
+    "responses": Dialect(ResponsesCodec(), *_responses()),
+    "anthropic": Dialect(AnthropicCodec(), *_anthropic(), recorded=("27-", "28-")),
+    "gemini": Dialect(GeminiCodec(), *_gemini(), recorded=("32-", "36-")),
+    "ollama": Dialect(OllamaCodec(), *_ollama()),
+}
+dialects = pytest.mark.parametrize("dialect", DIALECTS.values(), ids=DIALECTS)
+
+
+def read_by(codec: Codec, data: bytes) -> Outcome:
+    """Read bytes as a stream, whole and byte by byte, as a body and as an error."""
+    outcome = outcome_of(codec, [data])
+    if outcome.failure is not None and not isinstance(outcome.failure, FluxiblyError):
+        raise outcome.failure
+    assert outcome_of(codec, [data[n : n + 1] for n in range(len(data))]) == outcome
+    with contextlib.suppress(FluxiblyError):
+        assert isinstance(codec.decode(data), Response)
+    assert isinstance(codec.decode_error(500, {}, data), ProviderError)
+    return outcome
+
+
+# The damage
+
+
+@dialects
+@fuzz
+@given(body=st.binary(max_size=200))
+def test_random_bytes(dialect: Dialect, body: bytes) -> None:
+    """Rubbish, bare and as the data of an event."""
+    read_by(dialect.codec, body)
+    read_by(dialect.codec, b"data: " + body + b"\n\n")
+
+
+BREAKERS = (b"null", b"{}", b"[]", b"-1", b'"', b"\n\n", b"\r", b"\xff", b"\xef\xbb\xbf", b"1e999", b"true", b"{", b"]",
+            b'"\\ud800"', b"\x00", b": ping\n", b"data: ", b"event: error\n", b"[DONE]")  # fmt: skip
+
+
+def damaged(body: bytes, chance: random.Random) -> bytes:
+    """The body with some bytes changed, doubled, cut out or swapped for what may break a reader."""
+    data = bytearray(body)
+    for _ in range(chance.randint(1, 8)):
+        at = chance.randrange(len(data) + 1)
+        match chance.randrange(4):
+            case 0:
+                del data[at : at + chance.randint(1, 40)]
+            case 1:
+                data[at:at] = chance.choice(BREAKERS)
+            case 2:
+                data[at:at] = data[at : at + chance.randint(1, 60)]
+            case _:
+                data[at : at + 1] = bytes([chance.randrange(256)])
+    return bytes(data)
+
+
+@dialects
+@fuzz
+@given(seed=st.integers(0, 2**32))
+def test_damaged_bytes(dialect: Dialect, seed: int) -> None:
+    """Streams, recorded ones too where there are any, and whole bodies, with bytes changed."""
+    chance = random.Random(seed)
+    recorded = [load(name).body[:3_000] for name in dialect.recorded if FOLDER.is_dir()]
+    body = chance.choice([dialect.stream(dialect.events), json.dumps(dialect.answer).encode(), *recorded])
+    read_by(dialect.codec, damaged(body, chance))
+
+
+ODD: tuple[Any, ...] = (None, True, 0, -1, 2**70, 1.5, float("nan"), "", "x", "\ud800", "é", [], [None], {}, {"x": None},
+                        "error", [[]], {"type": "text"}, "STOP", '{"a"', {"message": "m"}, "401")  # fmt: skip
+
+
+def nodes(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Where each value in JSON stands: its object or array, and its key or index there."""
+    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in inside:
+        yield value, key
+        yield from nodes(item)
+
+
+def distorted(value: Any, chance: random.Random) -> Any:
+    """The value with some of what is in it gone, or of another type, or put where something else stood."""
+    value = [json.loads(json.dumps(value))]  # nothing in it stands in two places
+    for _ in range(chance.randint(1, 4)):
+        places = list(nodes(value))
+        holder, key = chance.choice(places)
+        match chance.randrange(4):
+            case 0 if isinstance(holder, dict):
+                del holder[key]
+            case 1:
+                other, at = chance.choice(places)
+                holder[key] = copy.deepcopy(other[at])
+            case 2:
+                holder[key] = [holder[key]] if chance.random() < 0.5 else {"x": holder[key]}
+            case _:
+                holder[key] = copy.deepcopy(chance.choice(ODD))
+    return value[0]
+
+
+@dialects
+@fuzz
+@given(seed=st.integers(0, 2**32))
+def test_odd_values(dialect: Dialect, seed: int) -> None:
+    """Events and whole answers whose fields are missing, or of unexpected types."""
+    chance = random.Random(seed)
+    events = distorted(chance.sample(dialect.events, chance.randint(1, len(dialect.events))), chance)
+    read_by(dialect.codec, dialect.stream(events if isinstance(events, list) else [events]))
+    read_by(dialect.codec, json.dumps(distorted(dialect.answer, chance)).encode())
+
+
+@dialects
+@pytest.mark.parametrize("depth", [50, 900, 5_000])
+@pytest.mark.parametrize(("opening", "closing"), [("[", "]"), ('{"thinking":', "}"), ('{"error":', "}")])
+def test_what_is_nested_deeply(dialect: Dialect, depth: int, opening: str, closing: str) -> None:
+    """In the place of each value of an answer in turn, and past where the interpreter gives up."""
+    _read_nested(dialect, opening * depth + "1" * (closing == "}") + closing * depth)
+
+
+@pytest.mark.parametrize("name", ["chat", "responses", "anthropic", "gemini", "ollama"])
+def test_nesting_at_the_edge(name: str) -> None:
+    """To depths that can just be read, but not written again."""
+    for depth in range(900, 1000, 2):
+        _read_nested(DIALECTS[name], '{"a":' * depth + "1" + "}" * depth)
+
+
+def _read_nested(dialect: Dialect, deep: str) -> None:
+    for text in (deep, *_with_in_turn(dialect.answer, deep)):
+        data = text.encode()
+        outcome = outcome_of(dialect.codec, [data])
+        assert outcome.failure is None or isinstance(outcome.failure, FluxiblyError)
+        with contextlib.suppress(FluxiblyError):
+            assert isinstance(dialect.codec.decode(data), Response)
+        assert isinstance(dialect.codec.decode_error(500, {}, data), ProviderError)
+
+
+def _with_in_turn(value: Any, text: str) -> Iterator[str]:
+    """JSON of the value with some JSON text in the place of each value in it, in turn."""
+    for n in range(len(list(nodes(value)))):
+        changed = json.loads(json.dumps(value))
+        holder, key = list(nodes(changed))[n]
+        holder[key] = "PLACE"
+        yield json.dumps(changed).replace('"PLACE"', text)
+
+
+@dialects
+def test_the_samples(dialect: Dialect) -> None:
+    """What is damaged here is read well when it is not."""
+    assert dialect.codec.decode(json.dumps(dialect.answer).encode()).tool_calls
+    assert outcome_of(dialect.codec, [dialect.stream(dialect.events)]).response.text

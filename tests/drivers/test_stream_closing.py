@@ -1,0 +1,438 @@
+"""Streams that are closed or cancelled, by whom and whenever."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import threading
+
+import anyio
+import pytest
+from support.streams import REQUEST, Watch, texts
+
+from fluxibly.errors import ServerError
+from fluxibly.middleware import Retry
+from fluxibly.pipeline import AsyncPipeline, Pipeline
+from fluxibly.testing import AsyncScriptedProvider, ScriptedProvider, VirtualClock
+from fluxibly.types import Response
+
+
+class TestClosing:
+    def test_closing_twice_is_fine(self):
+        """The second close does nothing."""
+        watch = Watch()
+        stream = Pipeline(ScriptedProvider("a b"), [watch]).stream(REQUEST)
+        next(stream)
+        stream.close()
+        stream.close()
+        assert watch.ends == ["GeneratorExit"]
+        assert texts(stream) == []
+
+    def test_another_thread_may_close_an_idle_stream(self):
+        """Middleware then end in the stream's own context, wherever that is."""
+        var = contextvars.ContextVar("var", default="outside")
+        ends = []
+
+        def with_var(request, call_next):
+            token = var.set("inside")
+            try:
+                return (yield from call_next(request))
+            finally:
+                ends.append(var.get())
+                var.reset(token)
+
+        provider = ScriptedProvider("a b")
+        stream = Pipeline(provider, [with_var]).stream(REQUEST)
+        next(stream)
+        assert var.get() == "outside"
+        thread = threading.Thread(target=stream.close)
+        thread.start()
+        thread.join()
+        assert ends == ["inside"]
+        assert provider.closed == 1
+
+    def test_another_task_may_close_an_idle_stream(self, backend):
+        """And the provider's stream is closed before `aclose` returns."""
+        provider, watch = AsyncScriptedProvider("a b"), Watch()
+
+        async def main():
+            stream = AsyncPipeline(provider, [watch]).stream(REQUEST)
+            await anext(stream)
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(stream.aclose)
+            assert provider.closed == 1
+            assert [chunk async for chunk in stream] == []
+
+        anyio.run(main, backend=backend)
+        assert watch.ends == ["GeneratorExit"]
+
+    def test_closing_during_a_read_ends_the_read(self):
+        """A provider's iterator with an `abort` gives up at once; the reader's loop ends, and all is closed."""
+
+        class Abortable:
+            def __init__(self):
+                self.aborted = threading.Event()
+                self.closed = False
+                self.reads = 0
+
+            def __iter__(self):
+                return self
+
+            def __next__(self):
+                self.reads += 1
+                if self.reads == 1:
+                    return "a"
+                reading.set()
+                assert self.aborted.wait(10)
+                raise ConnectionError("aborted")
+
+            def abort(self):
+                self.aborted.set()
+
+            def close(self):
+                self.closed = True
+
+        class Provider:
+            def complete(self, request):
+                return ""
+
+            def stream(self, request):
+                return iterator
+
+        reading, iterator, watch = threading.Event(), Abortable(), Watch()
+        stream = Pipeline(Provider(), [watch]).stream(REQUEST)
+        got = []
+
+        def read():
+            try:
+                got.extend(texts(stream))
+            except Exception as error:
+                got.append(error)
+
+        thread = threading.Thread(target=read)
+        thread.start()
+        assert reading.wait(10)
+        stream.close()
+        thread.join(10)
+        assert not thread.is_alive()
+        assert iterator.closed
+        assert got == ["a"]
+        assert watch.ends == ["GeneratorExit"]
+
+    def test_closing_during_an_async_read_ends_the_read(self, backend):
+        """A provider's iterator with an `abort` is told by an `aclose` in another task."""
+
+        class Abortable:
+            def __init__(self):
+                self.aborted = anyio.Event()
+                self.reading = anyio.Event()
+                self.closed = False
+
+            def __aiter__(self):
+                return self
+
+            async def __anext__(self):
+                if not self.reading.is_set():
+                    self.reading.set()
+                    return "a"
+                await self.aborted.wait()
+                raise ConnectionError("aborted")
+
+            def abort(self):
+                self.aborted.set()
+
+            async def aclose(self):
+                self.closed = True
+
+        class Provider:
+            async def complete(self, request):
+                return ""
+
+            def stream(self, request):
+                return iterators[0]
+
+        async def main():
+            iterators.append(Abortable())
+            stream = AsyncPipeline(Provider(), [watch]).stream(REQUEST)
+
+            async def read():
+                got.extend([chunk.text async for chunk in stream])
+
+            with anyio.fail_after(10):
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(read)
+                    await iterators[0].reading.wait()
+                    await anyio.lowlevel.checkpoint()
+                    await stream.aclose()
+
+        iterators, got, watch = [], [], Watch()
+        anyio.run(main, backend=backend)
+        assert got == ["a"]
+        assert iterators[0].closed
+        assert watch.ends == ["GeneratorExit"]
+
+    def test_closing_ends_a_read_of_an_async_generator(self, backend):
+        """One that only waits is cancelled; the reader's task goes on after its loop."""
+        watch, ends = Watch(), []
+
+        class Waiting(AsyncScriptedProvider):
+            async def stream(self, request):
+                try:
+                    yield "a"
+                    reading[0].set()
+                    await anyio.sleep_forever()
+                finally:
+                    ends.append("released")
+
+        async def main():
+            reading.append(anyio.Event())
+            stream = AsyncPipeline(Waiting(), [watch]).stream(REQUEST)
+
+            async def read():
+                assert [chunk.text async for chunk in stream] == ["a"]
+                await anyio.lowlevel.checkpoint()
+                ends.append("reader went on")
+
+            with anyio.fail_after(10):
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(read)
+                    await reading[0].wait()
+                    await stream.aclose()
+
+        reading = []
+        anyio.run(main, backend=backend)
+        assert ends == ["released", "reader went on"]
+        assert watch.ends == ["GeneratorExit"]
+
+    def test_a_cancellation_meanwhile_is_not_lost(self, backend):
+        """A reader that is cancelled and closed at once is cancelled."""
+        ends = []
+
+        class Waiting(AsyncScriptedProvider):
+            async def stream(self, request):
+                reading[0].set()
+                await anyio.sleep_forever()
+                yield "a"
+
+        async def main():
+            reading.append(anyio.Event())
+            stream = AsyncPipeline(Waiting()).stream(REQUEST)
+
+            async def read():
+                with anyio.CancelScope() as scope:
+                    scopes.append(scope)
+                    async for _ in stream:
+                        pass
+                    await anyio.lowlevel.checkpoint()
+                    ends.append("not cancelled")
+                ends.append(scope.cancelled_caught)
+
+            with anyio.fail_after(10):
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(read)
+                    await reading[0].wait()
+                    scopes[0].cancel()
+                    await stream.aclose()
+
+        reading, scopes = [], []
+        anyio.run(main, backend=backend)
+        assert ends == [True]
+
+    def test_closing_during_a_wait_sends_nothing_more(self):
+        """A retry's wait in another thread ends in the stream's end, not in another attempt."""
+        waiting, go_on = threading.Event(), threading.Event()
+
+        class Clock(VirtualClock):
+            def sleep(self, seconds, /):
+                waiting.set()
+                assert go_on.wait(10)
+
+        provider, watch = ScriptedProvider(ServerError("down"), "a"), Watch()
+        stream = Pipeline(provider, [watch, Retry()], clock=Clock()).stream(REQUEST)
+        got = []
+        thread = threading.Thread(target=lambda: got.append(texts(stream)))
+        thread.start()
+        assert waiting.wait(10)
+        stream.close()
+        go_on.set()
+        thread.join(10)
+        assert got == [[]]
+        assert len(provider.requests) == 1
+        assert watch.ends == ["GeneratorExit"]
+
+    def test_an_async_close_during_a_wait_sends_nothing_more(self, backend):
+        """The same, in another task."""
+
+        class Clock(VirtualClock):
+            async def asleep(self, seconds, /):
+                events[0].set()
+                await events[1].wait()
+
+        events = []
+        provider, watch = AsyncScriptedProvider(ServerError("down"), "a"), Watch()
+
+        async def main():
+            events.extend([anyio.Event(), anyio.Event()])
+            stream = AsyncPipeline(provider, [watch, Retry()], clock=Clock()).stream(REQUEST)
+
+            async def read():
+                assert [chunk async for chunk in stream] == []
+
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(read)
+                await events[0].wait()
+                await stream.aclose()
+                events[1].set()
+
+        anyio.run(main, backend=backend)
+        assert len(provider.requests) == 1
+        assert watch.ends == ["GeneratorExit"]
+
+    def test_reading_while_another_thread_closes(self):
+        """Is the end of the stream, even while the provider takes its time to close."""
+        closing, go_on = threading.Event(), threading.Event()
+
+        class Slow(ScriptedProvider):
+            def stream(self, request):
+                try:
+                    yield "a"
+                    yield "b"
+                finally:
+                    closing.set()
+                    assert go_on.wait(10)
+
+        stream = Pipeline(Slow()).stream(REQUEST)
+        next(stream)
+        thread = threading.Thread(target=stream.close)
+        thread.start()
+        assert closing.wait(10)
+        assert texts(stream) == []
+        stream.close()
+        go_on.set()
+        thread.join(10)
+
+    def test_a_second_reader_is_refused(self):
+        """Two threads cannot read one stream at once."""
+        reading, go_on = threading.Event(), threading.Event()
+
+        class Slow(ScriptedProvider):
+            def stream(self, request):
+                reading.set()
+                assert go_on.wait(10)
+                yield "a"
+
+        stream = Pipeline(Slow()).stream(REQUEST)
+        got = []
+        thread = threading.Thread(target=lambda: got.extend(texts(stream)))
+        thread.start()
+        assert reading.wait(10)
+        with pytest.raises(RuntimeError, match="another thread is reading this stream"):
+            next(stream)
+        go_on.set()
+        thread.join(10)
+        assert got == ["a"]
+
+    def test_a_failure_to_release_is_heard_of(self):
+        """An error of the provider's own clean-up reaches the one who closes, after the flow has ended."""
+
+        class Clumsy:
+            def complete(self, request):
+                return ""
+
+            def stream(self, request):
+                try:
+                    yield "a"
+                    yield "b"
+                finally:
+                    raise OSError("cannot close")
+
+        watch = Watch()
+        stream = Pipeline(Clumsy(), [watch]).stream(REQUEST)
+        next(stream)
+        with pytest.raises(OSError, match="cannot close"):
+            stream.close()
+        assert watch.ends == ["GeneratorExit"]
+
+    def test_a_middleware_that_yields_in_its_finally_is_named(self, caplog):
+        """Closing goes through all the same."""
+
+        def stubborn(request, call_next):
+            try:
+                return (yield from call_next(request))
+            finally:
+                yield from call_next(request)
+
+        provider = ScriptedProvider("a b", "c")
+        stream = Pipeline(provider, [stubborn]).stream(REQUEST)
+        next(stream)
+        stream.close()
+        assert provider.opened == provider.closed == 1
+        assert "stubborn yielded again after GeneratorExit" in caplog.text
+
+
+class TestCancellation:
+    def test_a_cancelled_read_passes_through_the_flow(self, backend):
+        """The flow sees the cancellation, the provider is released, and the scope gets its exception."""
+        watch = Watch()
+        released = []
+
+        class Waiting(AsyncScriptedProvider):
+            async def stream(self, request):
+                try:
+                    yield "a"
+                    await anyio.sleep_forever()
+                finally:
+                    released.append(True)
+
+        async def main():
+            with anyio.move_on_after(3600) as scope:
+                async with AsyncPipeline(Waiting(), [watch]).stream(REQUEST) as stream:
+                    async for _ in stream:
+                        scope.cancel()
+            assert scope.cancelled_caught
+
+        anyio.run(main, backend=backend)
+        assert released == [True]
+        assert watch.ends in (["CancelledError"], ["Cancelled"])
+
+    def test_asyncio_timeout_works(self):
+        """`asyncio.timeout` around a read ends in its own TimeoutError."""
+
+        class Waiting(AsyncScriptedProvider):
+            async def stream(self, request):
+                yield "a"
+                await asyncio.Event().wait()
+
+        async def main():
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.01), AsyncPipeline(Waiting(), [Watch()]).stream(REQUEST) as stream:
+                    async for _ in stream:
+                        pass
+
+        asyncio.run(main())
+
+    def test_a_middleware_that_swallows_it_is_named(self, caplog):
+        """The caller's timeout works all the same, and the exception has a note."""
+
+        def greedy(request, call_next):
+            try:
+                return (yield from call_next(request))
+            except BaseException:
+                return Response("nothing happened")
+
+        class Waiting(AsyncScriptedProvider):
+            async def stream(self, request):
+                yield "a"
+                await asyncio.Event().wait()
+
+        async def main():
+            with pytest.raises(TimeoutError) as caught:
+                async with asyncio.timeout(0.01), AsyncPipeline(Waiting(), [greedy]).stream(REQUEST) as stream:
+                    async for _ in stream:
+                        pass
+            return caught.value.__cause__
+
+        cause = asyncio.run(main())
+        assert isinstance(cause, asyncio.CancelledError)
+        assert "greedy returned normally after CancelledError" in cause.__notes__[0]
+        assert "greedy returned normally after CancelledError" in caplog.text

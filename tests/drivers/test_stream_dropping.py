@@ -1,0 +1,184 @@
+"""Streams that nobody closed."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import tracemalloc
+
+import anyio
+import pytest
+from support.streams import REQUEST, Watch, texts
+
+from fluxibly import _abandoned
+from fluxibly.errors import ServerError
+from fluxibly.pipeline import AsyncPipeline, Pipeline
+from fluxibly.testing import AsyncScriptedProvider, ScriptedProvider
+
+
+class TestDropping:
+    def test_a_dropped_stream_ends(self):
+        """The last reference gone, the flow is closed and the provider released."""
+        provider, watch = ScriptedProvider("a b"), Watch()
+        stream = Pipeline(provider, [watch]).stream(REQUEST)
+        next(stream)
+        del stream
+        assert watch.ends == ["GeneratorExit"]
+        assert (provider.opened, provider.closed) == (1, 1)
+
+    def test_breaking_out_of_texts_ends(self):
+        """Leaving a loop over the generator and dropping it is an end."""
+        provider, watch = ScriptedProvider("a b"), Watch()
+        for _ in Pipeline(provider, [watch]).stream(REQUEST).texts():
+            break
+        assert watch.ends == ["GeneratorExit"]
+        assert provider.closed == 1
+
+    @pytest.mark.parametrize("kind", ["stream", "texts"])
+    def test_the_collector_only_queues(self, kind):
+        """Found in a cycle while a lock is held that a middleware's `finally` wants, the stream ends at the next call."""
+        lock = threading.Lock()
+        ends = []
+
+        def locking(request, call_next):
+            try:
+                return (yield from call_next(request))
+            finally:
+                assert lock.acquire(timeout=5), "a deadlock"
+                lock.release()
+                ends.append(True)
+
+        provider = ScriptedProvider("a b", "c")
+        pipeline = Pipeline(provider, [locking])
+        stream = pipeline.stream(REQUEST)
+        held = stream if kind == "stream" else stream.texts()
+        next(held)
+        cycle = [held]
+        cycle.append(cycle)
+        del stream, held, cycle
+        with lock:
+            gc.collect()
+        assert ends == []
+        pipeline.complete(REQUEST)
+        assert ends == [True, True]
+        assert provider.opened == provider.closed == 1
+
+    def test_another_thread_may_drop_one_meanwhile(self):
+        """While the collector is at work in one thread, a stream dropped in another ends at once."""
+        watch = Watch()
+        collecting = []
+
+        class Found:
+            def __del__(self):
+                collecting.append(_abandoned.collecting())
+                thread = threading.Thread(target=drop)
+                thread.start()
+                thread.join()
+
+        def drop():
+            stream = Pipeline(ScriptedProvider("a b"), [watch]).stream(REQUEST)
+            next(stream)
+            del stream
+            collecting.extend([_abandoned.collecting(), watch.ends == ["GeneratorExit"]])
+
+        cycle = [Found()]
+        cycle.append(cycle)
+        del cycle
+        gc.collect()
+        assert collecting == [True, False, True]
+        assert not _abandoned.collecting()
+
+    def test_no_signal_handler_runs_in_what_the_collector_calls(self):
+        """Else a Ctrl-C that comes there is lost: what the collector calls is no Python function."""
+        ours = [each for each in gc.callbacks if _abandoned._here in getattr(each, "args", ())]
+        assert [each.func for each in ours] == [setattr]
+        functions = [each for each in gc.callbacks if hasattr(each, "__code__")]
+        assert not [each for each in functions if each.__module__.startswith("fluxibly")]
+
+    def test_a_failure_of_what_was_queued_is_logged(self, caplog):
+        """It must not hit the call that happens to come next."""
+
+        def failing(request, call_next):
+            try:
+                return (yield from call_next(request))
+            except GeneratorExit:
+                raise LookupError("too late") from None
+
+        pipeline = Pipeline(ScriptedProvider("a b", "c"), [failing])
+        stream = pipeline.stream(REQUEST)
+        next(stream)
+        cycle = [stream]
+        cycle.append(cycle)
+        del stream, cycle
+        gc.collect()
+        assert pipeline.complete(REQUEST).text == "c"
+        assert "a middleware raised LookupError while a dropped stream was ended" in caplog.text
+
+    @pytest.mark.filterwarnings("ignore:Async generator:ResourceWarning")  # trio tells of what was dropped
+    def test_an_async_stream_in_a_cycle_is_queued(self, backend):
+        """The same, on an event loop: the flow ends at the next call, and the provider's stream with it."""
+        watch, provider = Watch(), AsyncScriptedProvider("a b", "c")
+
+        async def main():
+            pipeline = AsyncPipeline(provider, [watch])
+            stream = pipeline.stream(REQUEST)
+            await anext(stream)
+            cycle = [stream]
+            cycle.append(cycle)
+            del stream, cycle
+            gc.collect()
+            assert watch.ends == []
+            await pipeline.complete(REQUEST)
+            assert watch.ends == ["GeneratorExit", "returned"]
+            for _ in range(5):
+                await anyio.lowlevel.checkpoint()
+
+        anyio.run(main, backend=backend)
+        assert provider.closed == 1
+
+    @pytest.mark.filterwarnings("ignore:Async generator:ResourceWarning")  # trio tells of what was dropped
+    def test_a_dropped_async_stream_ends(self, backend):
+        """Its flow at once, and the provider's stream by the event loop."""
+        watch, provider = Watch(), AsyncScriptedProvider("a b")
+
+        async def main():
+            stream = AsyncPipeline(provider, [watch]).stream(REQUEST)
+            await anext(stream)
+            del stream
+            assert watch.ends == ["GeneratorExit"]
+            for _ in range(5):
+                await anyio.lowlevel.checkpoint()
+
+        anyio.run(main, backend=backend)
+        assert provider.closed == 1
+
+    def test_nothing_is_left_behind(self):
+        """Streams that have ended, in whatever way, are forgotten."""
+        before = len(_abandoned._open)
+        pipeline = Pipeline(ScriptedProvider("a b", ServerError("x"), "a b"))
+        texts(pipeline.stream(REQUEST))
+        pipeline.stream(REQUEST).close()
+        with pytest.raises(ServerError):
+            texts(pipeline.stream(REQUEST))
+        next(pipeline.stream(REQUEST))
+        pipeline.stream(REQUEST)
+        assert len(_abandoned._open) == before
+
+    def test_an_open_stream_is_small(self):
+        """Each takes at most 10 KB beside what the provider's own iterator takes."""
+        pipeline = Pipeline(ScriptedProvider(*["a b c"] * 201), [Watch(), Watch(), Watch()])
+        keep = [pipeline.stream(REQUEST)]
+        next(keep[0])
+        tracemalloc.start()
+        try:
+            before = tracemalloc.get_traced_memory()[0]
+            for _ in range(200):
+                stream = pipeline.stream(REQUEST)
+                next(stream)
+                keep.append(stream)
+            taken = (tracemalloc.get_traced_memory()[0] - before) / 200
+        finally:
+            tracemalloc.stop()
+        assert taken < 10_000
+        for stream in keep:
+            stream.close()

@@ -1,0 +1,615 @@
+"""Both HTTP shells against a local server that misbehaves, on real sockets."""
+
+from __future__ import annotations
+
+import gzip
+import socket
+import threading
+import zlib
+from typing import Any
+
+import brotli
+import pytest
+from support.misbehaving import HEAD, Peer, Received, serve
+from support.tiny import DONE, KEY, Caller, TinyCodec, ask, event
+
+from fluxibly.config import Timeouts
+from fluxibly.errors import (
+    AuthenticationError,
+    BadRequest,
+    ConnectionFailed,
+    ProviderError,
+    RateLimitError,
+    RequestTimeout,
+    ServerError,
+    StreamProtocolError,
+    StreamStalled,
+)
+
+SHORT = 0.2
+
+
+def whole(peer: Peer, request: Received) -> None:
+    peer.answer({"text": "hello"}, x_request_id="req-1", x_ratelimit_remaining_requests="9")
+
+
+def streamed(peer: Peer, request: Received) -> None:
+    peer.begin_stream(x_request_id="req-1", anthropic_ratelimit_tokens_remaining="7")
+    peer.chunk(event("one ") + event("two "))
+    peer.chunk(event("three") + DONE)
+    peer.chunk("")
+
+
+class TestAnswers:
+    def test_a_whole_answer_has_the_ids_and_limits_of_its_headers(self, caller: Caller) -> None:
+        """The request goes out as the codec said, and what the headers tell is on the response."""
+        with serve(whole) as server:
+            response = caller.complete(server.url)
+        assert response.text == "hello"
+        assert response.request_id == "req-1"
+        assert response.rate_limits == {"x-ratelimit-remaining-requests": "9"}
+        request = server.requests[0]
+        assert (request.method, request.target, request.json["prompt"]) == ("POST", "/v1/chat", "hi")
+        assert request.headers["authorization"] == f"Bearer {KEY}"
+        assert request.headers["content-type"] == "application/json"
+
+    def test_a_stream_has_them_on_its_first_chunk(self, caller: Caller) -> None:
+        """Only the first chunk carries what the headers tell."""
+        with serve(streamed) as server:
+            assert caller.stream(server.url) == "one two three"
+        assert [chunk.request_id for chunk in caller.got] == ["req-1", None, None]
+        assert caller.got[0].rate_limits == {"anthropic-ratelimit-tokens-remaining": "7"}
+
+    def test_calls_share_a_connection(self, caller: Caller) -> None:
+        """One after the other, whole or streamed, they need one connection."""
+        with serve(streamed) as server:
+            caller.stream(server.url, times=4)
+            assert (server.connections, len(server.requests)) == (1, 4)
+        with serve(whole) as server:
+            caller.complete(server.url, times=4)
+            assert (server.connections, len(server.requests)) == (1, 4)
+
+    def test_an_answer_that_ends_with_the_connection(self, caller: Caller) -> None:
+        """Neither length nor chunks: the end of the connection is the end."""
+
+        def script(peer: Peer, request: Received) -> None:
+            peer.send(HEAD + b'\r\n{"text": "hello"}')
+            peer.close()
+
+        with serve(script) as server:
+            assert caller.complete(server.url, times=2).text == "hello"
+
+    @pytest.mark.usefixtures("patient")
+    def test_interim_answers_and_trailers_are_passed_over(self, caller: Caller) -> None:
+        """100 and 103 come before the answer, trailers after it."""
+
+        def script(peer: Peer, request: Received) -> None:
+            peer.send(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nlink: x\r\n\r\n")
+            peer.begin_stream()
+            peer.chunk(event("hello") + DONE)
+            peer.send(b"0\r\nchecksum: 1\r\n\r\n")
+
+        with serve(script) as server:
+            assert caller.stream(server.url, times=2) == "hello"
+            assert server.connections == 1
+
+    def test_headers_of_the_request_are_added(self, caller: Caller) -> None:
+        """Trace headers go along, and win over what is sent otherwise."""
+        request = ask(headers={"Traceparent": "00-1-2-01", "User-Agent": "mine"})
+        with serve(whole) as server:
+            caller.complete(server.url, request=request)
+        assert server.requests[0].headers["traceparent"] == "00-1-2-01"
+        assert server.requests[0].headers["user-agent"] == "mine"
+
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [
+            ("x-a", "1\r\nx-b: 2"),
+            ("x-a", "1\nx-b: 2"),
+            ("x-a", "1\r"),
+            ("x-a", "\0"),
+            ("x-a", "\x7f"),
+            ("x-a", "\u4e2d"),
+            ("x-a", "a\u010db"),  # its low byte alone would be a carriage return
+            ("x a", "1"),
+            ("x-a\r\nx-b", "1"),
+            ("x-ä", "1"),
+            ("", "1"),
+            ("Content-Length", "5"),
+            ("transfer-encoding", "chunked"),
+        ],
+    )
+    def test_headers_that_are_refused(self, caller: Caller, name: str, value: str) -> None:
+        """One cannot begin another, nor say where the request ends: nothing is sent."""
+        with serve(whole) as server:
+            with pytest.raises(BadRequest, match="cannot be se[nt]"):
+                caller.complete(server.url, request=ask(headers={name: value}))
+            assert server.connections == 0
+
+    def test_a_header_outside_of_ascii(self, caller: Caller) -> None:
+        """What latin-1 has goes out as such."""
+        with serve(whole) as server:
+            caller.complete(server.url, request=ask(headers={"x-title": " café "}))
+            assert server.requests[0].headers["x-title"] == "café"
+
+    def test_json_where_a_stream_was_due(self, caller: Caller) -> None:
+        """A server that does not stream answers whole; it comes as one chunk."""
+
+        def script(peer: Peer, request: Received) -> None:
+            peer.answer({"text": "hello"}, content_type="application/json; charset=utf-8")
+
+        with serve(script) as server:
+            assert caller.stream(server.url) == "hello"
+            assert len(caller.got) == 1
+
+    def test_events_that_call_themselves_json(self, caller: Caller) -> None:
+        """A wrong content type does not hide the events."""
+
+        def script(peer: Peer, request: Received) -> None:
+            peer.begin_stream("application/json")
+            peer.chunk("\n")
+            peer.chunk(event("hello") + DONE)
+            peer.chunk("")
+
+        with serve(script) as server:
+            assert caller.stream(server.url) == "hello"
+
+    def test_what_comes_before_an_error_is_delivered(self, caller: Caller) -> None:
+        """Also when all of it comes in one read."""
+
+        def script(peer: Peer, request: Received) -> None:
+            peer.begin_stream()
+            peer.chunk(event("one ") + event("two") + 'data: {"error": "overloaded"}\n\n' + event("never"))
+
+        with serve(script) as server, pytest.raises(ServerError, match="overloaded") as caught:
+            caller.stream(server.url)
+        assert caller.text == "one two"
+        assert (caught.value.provider, caught.value.model) == ("tiny", "tiny-1")
+
+
+class TestLimits:
+    def check(self, caught: pytest.ExceptionInfo[RequestTimeout], phase: str) -> None:
+        assert caught.value.phase == phase
+        assert f"within {SHORT:g} s" in str(caught.value)
+        assert f"timeout.{phase}" in str(caught.value)
+        assert isinstance(caught.value, TimeoutError)
+        assert (caught.value.provider, caught.value.retryable) == ("tiny", True)
+
+    @pytest.mark.parametrize("method", ["complete", "stream"])
+    def test_no_head(self, caller: Caller, method: str) -> None:
+        """A server that says nothing hits the limit on the first byte."""
+        with (
+            serve(lambda peer, request: peer.wait_for_end()) as server,
+            pytest.raises(RequestTimeout) as caught,
+        ):
+            getattr(caller, method)(server.url, timeout=Timeouts(first_byte=SHORT))
+        self.check(caught, "first_byte")
+
+    def test_a_head_that_trickles(self, caller: Caller) -> None:
+        """The limit holds however many reads the head takes."""
+        with (
+            serve(lambda peer, request: peer.trickle(HEAD + b"x-a: b\r\n" * 100)) as server,
+            pytest.raises(RequestTimeout) as caught,
+        ):
+            caller.complete(server.url, timeout=Timeouts(first_byte=SHORT))
+        self.check(caught, "first_byte")
+
+    def test_an_idle_stream(self, caller: Caller) -> None:
+        """A stream that stops is told apart, by its own class."""
+
+        def script(peer: Peer, request: Received) -> None:
+            peer.begin_stream()
+            peer.chunk(event("one"))
+            peer.wait_for_end()
+
+        with serve(script) as server, pytest.raises(StreamStalled) as caught:
+            caller.stream(server.url, timeout=Timeouts(idle=SHORT))
+        self.check(caught, "idle")
+        assert caller.text == "one"
+
+    def test_an_idle_body(self, caller: Caller) -> None:
+        """A whole answer that stops half-way is no stalled stream."""
+
+        def script(peer: Peer, request: Received) -> None:
+            peer.send(HEAD + b"content-length: 100\r\n\r\n{")
+            peer.wait_for_end()
+
+        with serve(script) as server, pytest.raises(RequestTimeout) as caught:
+            caller.complete(server.url, timeout=Timeouts(idle=SHORT))
+        self.check(caught, "idle")
+        assert type(caught.value) is RequestTimeout
+
+    @pytest.mark.parametrize("method", ["complete", "stream"])
+    def test_a_body_that_trickles(self, caller: Caller, method: str) -> None:
+        """A byte now and then does not stretch the total."""
+
+        def script(peer: Peer, request: Received) -> None:
+            peer.begin_stream()
+            while True:
+                peer.trickle(b"1\r\n \r\n")
+
+        with serve(script) as server, pytest.raises(RequestTimeout) as caught:
+            getattr(caller, method)(server.url, timeout=Timeouts(total=SHORT, idle=5))
+        self.check(caught, "total")
+
+    def test_a_number_bounds_a_whole_answer_but_no_stream(self, caller: Caller) -> None:
+        """`timeout=0.2` is the total of a call that is not streamed; a stream may take longer."""
+
+        def script(peer: Peer, request: Received) -> None:
+            peer.begin_stream()
+            for _ in range(6):
+                peer.trickle(b"1\r\n\n\r\n", 0.01)
+            peer.chunk(event("hello") + DONE if request.json["stream"] else '{"text": "hello"}')
+            peer.chunk("")
+
+        with serve(script) as server:
+            assert caller.stream(server.url, timeout=SHORT) == "hello"
+            with pytest.raises(RequestTimeout) as caught:
+                caller.complete(server.url, timeout=SHORT)
+        self.check(caught, "total")
+
+    def test_an_error_whose_body_trickles(self, caller: Caller) -> None:
+        """The error comes with as much of the body as came within the idle limit."""
+
+        def script(peer: Peer, request: Received) -> None:
+            peer.send(b"HTTP/1.1 503 No\r\ncontent-length: 1000\r\n\r\nnot now")
+            peer.trickle(b"." * 900, 0.01)
+
+        with serve(script) as server, pytest.raises(ServerError, match="status 503: not now"):
+            caller.stream(server.url, timeout=Timeouts(idle=SHORT))
+
+    def test_a_slow_handshake(self, caller: Caller) -> None:
+        """TLS counts as connecting."""
+        with socket.create_server(("127.0.0.1", 0)) as listener:  # it connects, and says nothing
+            port = listener.getsockname()[1]
+            with pytest.raises(RequestTimeout) as caught:
+                caller.complete(f"https://127.0.0.1:{port}", timeout=Timeouts(connect=SHORT))
+        self.check(caught, "connect")
+
+
+class TestCutOff:
+    @pytest.mark.parametrize("method", ["complete", "stream"])
+    def test_a_wrong_content_length(self, caller: Caller, method: str) -> None:
+        """Fewer bytes than announced are no answer."""
+
+        def script(peer: Peer, request: Received) -> None:
+            peer.send(HEAD + b'content-length: 1000\r\n\r\n{"text": "hello"}')
+            peer.close()
+
+        with serve(script) as server, pytest.raises(StreamProtocolError, match="in the middle of its answer"):
+            getattr(caller, method)(server.url)
+
+    @pytest.mark.parametrize("method", ["complete", "stream"])
+    def test_chunks_without_an_end(self, caller: Caller, method: str) -> None:
+        """A chunked body has to end with its last chunk."""
+
+        def script(peer: Peer, request: Received) -> None:
+            peer.begin_stream()
+            peer.chunk(event("hello") if request.json["stream"] else '{"text": "hello"}')
+            peer.close()
+
+        with serve(script) as server, pytest.raises(StreamProtocolError, match="in the middle of its answer"):
+            getattr(caller, method)(server.url)
+
+    def test_a_reset_within_a_chunk(self, caller: Caller) -> None:
+        """It is a failed connection; what came before is delivered."""
+        came = threading.Event()
+
+        def script(peer: Peer, request: Received) -> None:
+            peer.begin_stream()
+            peer.chunk(event("one"))
+            came.wait(5)
+            peer.send(b"40\r\ndata: ")
+            peer.reset()
+
+        with serve(script) as server:
+            caller.got = Noting(came)
+            with pytest.raises((ConnectionFailed, StreamProtocolError)):
+                caller.stream(server.url)
+        assert caller.text == "one"
+
+    def test_a_connection_closed_without_an_answer(self, caller: Caller) -> None:
+        """On a fresh connection that is an error, not a reason to send again."""
+        with serve(lambda peer, request: peer.close()) as server:
+            with pytest.raises(ConnectionFailed, match="without an answer"):
+                caller.complete(server.url)
+            assert len(server.requests) == 1
+
+    def test_a_connection_closed_between_calls(self, caller: Caller) -> None:
+        """An idle connection that the server has closed is replaced."""
+
+        def script(peer: Peer, request: Received) -> None:
+            whole(peer, request)
+            peer.close()
+
+        with serve(script) as server:
+            assert caller.complete(server.url, times=3).text == "hello"
+            assert (server.connections, len(server.requests)) == (3, 3)
+
+    def test_a_connection_closed_under_the_next_request(self, caller: Caller) -> None:
+        """Nothing was sent back: the request goes out once more, on a fresh connection."""
+
+        def script(peer: Peer, request: Received) -> None:
+            if len(server.requests) == 2:
+                peer.close()
+            else:
+                whole(peer, request)
+
+        with serve(script) as server:
+            assert caller.complete(server.url, times=2).text == "hello"
+            assert (server.connections, len(server.requests)) == (2, 3)
+
+    @pytest.mark.parametrize("together", [True, False])
+    def test_what_comes_after_an_answer_answers_nothing(self, caller: Caller, together: bool) -> None:
+        """A second answer, in the same read or later, costs the connection: the next call has another."""
+        sent = threading.Event()
+
+        def script(peer: Peer, request: Received) -> None:
+            smuggled = HEAD + b'content-length: 17\r\n\r\n{"text": "wrong"}'
+            answer = HEAD + b'content-length: 17\r\n\r\n{"text": "hello"}'
+            peer.send(answer + smuggled if together else answer)
+            peer.send(b"" if together else smuggled)
+            sent.set()
+
+        caller.between = lambda: sent.wait(5)
+        with serve(script) as server:
+            assert caller.complete(server.url, times=2).text == "hello"
+            assert (server.connections, len(server.requests)) == (2, 2)
+
+    def test_it_is_sent_again_only_once(self, caller: Caller) -> None:
+        """A server that closes the fresh connection as well is at fault."""
+
+        def script(peer: Peer, request: Received) -> None:
+            if len(server.requests) > 1:
+                peer.close()
+            else:
+                whole(peer, request)
+
+        with serve(script) as server:
+            with pytest.raises(ConnectionFailed):
+                caller.complete(server.url, times=2)
+            assert len(server.requests) == 3
+
+    def test_it_is_not_sent_again_once_something_came(self, caller: Caller) -> None:
+        """A reused connection that ends within the head is an error."""
+
+        def script(peer: Peer, request: Received) -> None:
+            if len(server.requests) > 1:
+                peer.send(b"HTTP/1.1 2")
+                peer.close()
+            else:
+                whole(peer, request)
+
+        with serve(script) as server:
+            with pytest.raises(StreamProtocolError):
+                caller.complete(server.url, times=2)
+            assert len(server.requests) == 2
+
+
+class Noting(list[Any]):
+    """A list that sets an event when something is put in."""
+
+    def __init__(self, event: threading.Event) -> None:
+        self.event = event
+
+    def append(self, item: Any) -> None:
+        super().append(item)
+        self.event.set()
+
+
+COMPRESS = {"gzip": gzip.compress, "deflate": zlib.compress, "br": brotli.compress}
+
+
+class TestEncodings:
+    @pytest.mark.parametrize("encoding", COMPRESS)
+    def test_a_whole_answer(self, caller: Caller, encoding: str) -> None:
+        """It is asked for and undone."""
+
+        def script(peer: Peer, request: Received) -> None:
+            assert encoding in request.headers["accept-encoding"]
+            peer.answer(COMPRESS[encoding](b'{"text": "hello"}'), content_encoding=encoding)
+
+        with serve(script) as server:
+            assert caller.complete(server.url).text == "hello"
+
+    def test_a_stream_comes_as_it_is_flushed(self, caller: Caller) -> None:
+        """Each event is delivered before the next one is sent."""
+        came = threading.Event()
+
+        def script(peer: Peer, request: Received) -> None:
+            packer = zlib.compressobj(wbits=31)
+            peer.begin_stream(content_encoding="gzip")
+            peer.chunk(packer.compress(event("one ").encode()) + packer.flush(zlib.Z_SYNC_FLUSH))
+            assert came.wait(5)
+            peer.chunk(packer.compress((event("two") + DONE).encode()) + packer.flush())
+            peer.chunk("")
+
+        with serve(script) as server:
+            caller.got = Noting(came)
+            assert caller.stream(server.url) == "one two"
+
+    @pytest.mark.parametrize("encoding", COMPRESS)
+    @pytest.mark.parametrize("method", ["complete", "stream"])
+    def test_data_that_is_cut_short(self, caller: Caller, method: str, encoding: str) -> None:
+        """A length that is right does not make up for missing data."""
+        text = event("hello " * 9) if method == "stream" else '{"text": "hello"}'
+        packed = COMPRESS[encoding](text.encode())[:-3]
+        with (
+            serve(lambda peer, request: peer.answer(packed, content_encoding=encoding)) as server,
+            pytest.raises(StreamProtocolError, match="cut short"),
+        ):
+            getattr(caller, method)(server.url)
+
+    @pytest.mark.parametrize("encoding", COMPRESS)
+    @pytest.mark.parametrize("method", ["complete", "stream"])
+    def test_a_bomb(self, caller: Caller, method: str, encoding: str) -> None:
+        """A little that stands for a lot hits the bound."""
+        packed = BOMBS[encoding]
+        with (
+            serve(lambda peer, request: peer.answer(packed, content_encoding=encoding)) as server,
+            pytest.raises(StreamProtocolError, match="bytes"),
+        ):
+            getattr(caller, method)(server.url)
+
+    @pytest.mark.parametrize("encoding", ["zstd", "gzip, gzip, gzip, gzip", "gzip"])
+    def test_what_cannot_be_undone(self, caller: Caller, encoding: str) -> None:
+        """An encoding that was not asked for, too many, or data that is not what it says."""
+        with (
+            serve(lambda peer, request: peer.answer("garbage", content_encoding=encoding)) as server,
+            pytest.raises(StreamProtocolError),
+        ):
+            caller.complete(server.url)
+
+
+BOMBS = {
+    "gzip": gzip.compress(bytes(100_000_000), 9),
+    "deflate": zlib.compress(bytes(100_000_000), 9),
+    "br": brotli.compress(bytes(100_000_000), quality=1),
+}
+
+
+class TestBounds:
+    def test_a_line_without_end(self, caller: Caller) -> None:
+        """A gigabyte in one line is given up early."""
+
+        def script(peer: Peer, request: Received) -> None:
+            peer.begin_stream()
+            peer.chunk("data: ")
+            for _ in range(1000):
+                peer.chunk(b"x" * 1_000_000)
+            server.requests.clear()  # never: the client is gone by then
+
+        with serve(script) as server:
+            with pytest.raises(StreamProtocolError, match="bytes"):
+                caller.stream(server.url)
+            assert server.requests
+
+    def test_a_body_without_end(self, caller: Caller) -> None:
+        """The same for a whole answer."""
+
+        def script(peer: Peer, request: Received) -> None:
+            peer.send(HEAD + b"\r\n")
+            for _ in range(1000):
+                peer.send(b"x" * 1_000_000)
+
+        with serve(script) as server, pytest.raises(StreamProtocolError, match="larger than"):
+            caller.complete(server.url)
+
+    def test_a_head_without_end(self, caller: Caller) -> None:
+        """And for the headers."""
+
+        def script(peer: Peer, request: Received) -> None:
+            peer.send(HEAD)
+            while True:
+                peer.send(b"x-a: b\r\n" * 1000)
+
+        with serve(script) as server, pytest.raises(StreamProtocolError, match="head is larger"):
+            caller.complete(server.url)
+
+    def test_an_error_without_end(self, caller: Caller) -> None:
+        """Of an error's body a megabyte is enough."""
+
+        def script(peer: Peer, request: Received) -> None:
+            peer.send(b"HTTP/1.1 500 No\r\n\r\n")
+            while True:
+                peer.send(b"x" * 100_000)
+
+        with serve(script) as server, pytest.raises(ServerError) as caught:
+            caller.complete(server.url)
+        assert caught.value.body is not None
+        assert len(caught.value.body) <= 1024 * 1024
+
+
+class TestErrors:
+    def test_the_key_is_masked_where_the_server_echoes_it(self, caller: Caller) -> None:
+        """In the message, in the body, in every form of the exception."""
+
+        def script(peer: Peer, request: Received) -> None:
+            key = request.headers["authorization"].removeprefix("Bearer ")
+            peer.answer({"error": f"Incorrect API key: {key}"}, "401 Unauthorized", x_request_id="req-9")
+
+        for method in ("complete", "stream"):
+            with serve(script) as server, pytest.raises(AuthenticationError) as caught:
+                getattr(caller, method)(server.url)
+            error = caught.value
+            assert KEY not in f"{error} {error!r} {error.body} {error.__dict__}"
+            assert (error.status, error.request_id, error.provider, error.model) == (401, "req-9", "tiny", "tiny-1")
+
+    def test_the_key_is_masked_within_a_stream(self, caller: Caller) -> None:
+        """An error event may echo it as well."""
+
+        def script(peer: Peer, request: Received) -> None:
+            peer.begin_stream()
+            peer.chunk(f'data: {{"error": "bad key {KEY}"}}\n\n')
+
+        with serve(script) as server, pytest.raises(ServerError) as caught:
+            caller.stream(server.url)
+        assert str(caught.value) == "tiny (tiny-1): bad key ***"
+
+    def test_a_rate_limit(self, caller: Caller) -> None:
+        """The connection is used again after an error."""
+
+        def script(peer: Peer, request: Received) -> None:
+            if len(server.requests) == 1:
+                peer.answer("slow down", "429 Too Many Requests")
+            else:
+                whole(peer, request)
+
+        from support.tiny import SERVICE, config
+
+        from fluxibly.providers.http import HTTPProvider
+
+        with serve(script) as server, HTTPProvider(TinyCodec(), SERVICE, config(server.url)) as provider:
+            with pytest.raises(RateLimitError):
+                provider.complete(ask())
+            assert provider.complete(ask()).text == "hello"
+            assert server.connections == 1
+
+    @pytest.mark.parametrize("method", ["complete", "stream"])
+    def test_a_redirect_is_not_followed(self, caller: Caller, method: str) -> None:
+        """The key goes nowhere else; the error says where to."""
+
+        def script(peer: Peer, request: Received) -> None:
+            peer.answer("", "307 Temporary Redirect", location=f"{server.url}/other?key=1")
+
+        with serve(script) as server:
+            with pytest.raises(ProviderError, match=r"redirects to http://.*/other .*set api_base") as caught:
+                getattr(caller, method)(server.url)
+            assert len(server.requests) == 1
+        assert (caught.value.status, caught.value.retryable) == (307, False)
+
+    @pytest.mark.parametrize("method", ["complete", "stream"])
+    def test_a_web_page(self, caller: Caller, method: str) -> None:
+        """200 with HTML is no answer."""
+        with (
+            serve(lambda peer, request: peer.answer("<html>", content_type="text/html; charset=utf-8")) as server,
+            pytest.raises(StreamProtocolError, match="web page"),
+        ):
+            getattr(caller, method)(server.url)
+
+    def test_something_else_than_http(self, caller: Caller) -> None:
+        """The first bytes tell."""
+        with (
+            serve(lambda peer, request: peer.send(b"SSH-2.0-OpenSSH_9.6\r\n")) as server,
+            pytest.raises(StreamProtocolError, match="not HTTP"),
+        ):
+            caller.complete(server.url)
+
+    def test_nobody_listens(self, caller: Caller) -> None:
+        """The message names the address and the setting."""
+        with serve(whole) as server:
+            url = server.url
+        with pytest.raises(ConnectionFailed, match=r"127\.0\.0\.1:\d+ refused the connection.*api_base"):
+            caller.complete(url)
+
+    def test_a_host_that_does_not_exist(self, caller: Caller) -> None:
+        """The message names the host."""
+        with pytest.raises(ConnectionFailed, match=r"host nowhere\.invalid was not found"):
+            caller.complete("http://nowhere.invalid/v1")
+
+    def test_plain_http_behind_https(self, caller: Caller) -> None:
+        """A server without TLS ends the handshake."""
+        with serve(lambda peer, request: None) as server:
+            server.over.set()
+            with pytest.raises(ConnectionFailed):
+                caller.complete(server.url.replace("http:", "https:"), timeout=Timeouts(connect=5, total=5))

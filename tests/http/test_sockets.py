@@ -1,0 +1,80 @@
+"""TLS over a socket, with a server whose records the test makes."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import ssl
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fluxibly.config import Timeouts
+from fluxibly.providers.http._limits import Limits
+from fluxibly.providers.http._sockets import TLSSocket
+from fluxibly.providers.http._sockets_threads import BlockingSocket, finished
+
+CERTIFICATE = Path(__file__).parents[1] / "data" / "localhost.pem"
+
+
+def speak(sock: socket.socket, records: list[bytes], clean: bool) -> None:
+    """Agree on keys, then send all records, and TLS's end if it is to be clean, in one piece."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(CERTIFICATE)
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    tls = context.wrap_bio(incoming, outgoing, server_side=True)
+    while True:
+        try:
+            tls.do_handshake()
+            break
+        except ssl.SSLWantReadError:
+            sock.sendall(outgoing.read())
+            incoming.write(sock.recv(65536))
+    for record in records:
+        tls.write(record)
+    if clean:
+        with contextlib.suppress(ssl.SSLWantReadError):
+            tls.unwrap()
+    sock.sendall(outgoing.read())
+
+
+@contextlib.contextmanager
+def connected(records: list[bytes], *, clean: bool = False) -> Iterator[tuple[TLSSocket, socket.socket]]:
+    """Our end, after the handshake, and the server's socket."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        thread = threading.Thread(target=speak, args=(theirs, records, clean))
+        thread.start()
+        secure = TLSSocket(BlockingSocket(ours), ssl.create_default_context(cafile=CERTIFICATE), "localhost")
+        finished(secure.handshake(Limits(Timeouts(), total=5.0)))
+        thread.join(5)
+        yield secure, theirs
+
+
+class TestTLS:
+    def test_a_record_that_was_read_with_another_is_seen(self) -> None:
+        """It waits in memory, where looking at the socket would not find it."""
+        with connected([b"one", b"two"]) as (secure, _):
+            assert finished(secure.receive(5)) == b"one"
+            assert not secure.quiet()
+
+    def test_session_tickets_are_no_answer(self) -> None:
+        """An idle connection that has only these unread is quiet."""
+        with connected([b"one"]) as (secure, _):
+            assert finished(secure.receive(5)) == b"one"
+            assert secure.quiet()
+
+    @pytest.mark.parametrize("clean", [True, False])
+    def test_the_end(self, clean: bool) -> None:
+        """TLS has one of its own; without it, what came may have been cut short."""
+        with connected([b"one"], clean=clean) as (secure, theirs):
+            theirs.close()
+            assert finished(secure.receive(5)) == b"one"
+            assert not secure.quiet()
+            if clean:
+                assert finished(secure.receive(5)) == b""
+            else:
+                with pytest.raises(ConnectionResetError):
+                    finished(secure.receive(5))

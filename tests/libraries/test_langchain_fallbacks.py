@@ -1,0 +1,174 @@
+"""Who answered, where a LangChain chat model turns to another: the real integrations against local servers."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import pytest
+
+pytest.importorskip("langchain")
+pytest.importorskip("langchain_openai")
+pytest.importorskip("langchain_anthropic")
+
+from langchain_anthropic import ChatAnthropic
+from langchain_core.language_models import BaseChatModel
+from langchain_core.messages import AIMessage, AIMessageChunk
+from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
+from langchain_openai import ChatOpenAI
+from support.answering import Told, tell
+from support.canned_server import Canned
+from support.libraries import KEY, LANGCHAIN, MODES
+
+from fluxibly import Request, errors
+
+SYNC_MODELS = tuple(mode for mode in MODES if not mode.startswith("asyncio"))
+"""Where no client of LangChain's own is asynchronous: it has no way to close those."""
+BUSY = (503, '{"error": {"message": "busy"}}', {})
+
+
+class Delegating(BaseChatModel):
+    """A chat model of a user's own, that has others answer."""
+
+    asked: Any
+
+    @property
+    def _llm_type(self) -> str:
+        return "delegating"
+
+    def _generate(self, messages: Any, stop: Any = None, run_manager: Any = None, **kwargs: Any) -> ChatResult:
+        return ChatResult(generations=[ChatGeneration(message=self.asked.invoke(messages, **kwargs))])
+
+    def _stream(self, messages: Any, stop: Any = None, run_manager: Any = None, **kwargs: Any) -> Iterator[Any]:
+        for message in self.asked.stream(messages, **kwargs):
+            yield ChatGenerationChunk(message=message)
+
+
+class Anyone(BaseChatModel):
+    """A chat model whose messages name the service that they came from, or do not."""
+
+    metadata_of_answers: dict[str, Any] = {}
+
+    @property
+    def _llm_type(self) -> str:
+        return "anyone"
+
+    def _generate(self, messages: Any, stop: Any = None, run_manager: Any = None, **kwargs: Any) -> ChatResult:
+        message = AIMessage("hi", response_metadata=self.metadata_of_answers)
+        return ChatResult(generations=[ChatGeneration(message=message)])
+
+    async def _astream(
+        self, messages: Any, stop: Any = None, run_manager: Any = None, **kwargs: Any
+    ) -> AsyncIterator[Any]:
+        for text in ("h", "i"):
+            message = AIMessageChunk(text, response_metadata=self.metadata_of_answers)
+            yield ChatGenerationChunk(message=message)
+
+
+def wrapped(mode: str, chat_model: BaseChatModel, calls: int = 1) -> Told:
+    provider = LANGCHAIN.providers[not mode.startswith("sync")].wrap(chat_model)
+    return tell(mode, provider, Request(model="any", messages="hello there"), calls=calls)
+
+
+def fallback(server: Canned, other: Canned) -> Delegating:
+    """A model of OpenAI's, and one of Anthropic's in its place."""
+    first = ChatOpenAI(model="gpt-4o", api_key=KEY, base_url=server.url + "/v1", max_retries=0)
+    second = ChatAnthropic(model="claude-test", api_key=KEY, base_url=other.url, max_retries=0)
+    return Delegating(asked=first.with_fallbacks([second]))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_service_that_answered_is_named(server: Canned, other: Canned, mode: str, fails: bool) -> None:
+    """On the call's span, the attempt's and the measurements, with its word for the model and no address."""
+    server.fail = BUSY if fails else None
+    told = wrapped(mode, fallback(server, other))
+    service, model = ("anthropic", "claude-test-0613") if fails else ("openai", "gpt-4o-0613")
+    assert len(other.seen) == fails
+    span, measured = told.span, told.measured
+    assert (span["gen_ai.provider.name"], span["gen_ai.response.model"]) == (service, model)
+    assert (measured["gen_ai.provider.name"], measured["gen_ai.response.model"]) == (service, model)
+    assert told.attempts == [(service, model)]
+    assert "server.address" not in span
+    # LangChain does not say what it asked for, so that is what the caller did
+    assert span["gen_ai.request.model"] == measured["gen_ai.request.model"] == "any"
+    assert "fluxibly.requested_model" not in span
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_service_is_described_once(server: Canned, other: Canned, mode: str) -> None:
+    """All calls that it answers have the same object."""
+    server.fail = BUSY
+    first, second = wrapped(mode, fallback(server, other), calls=2).records
+    assert first.provider is second.provider
+    assert first.provider.telemetry_name == "anthropic"
+
+
+NAMES = [
+    ({"model_provider": "google_genai"}, "gcp.gemini"),
+    ({"model_provider": "bedrock_converse"}, "aws.bedrock"),
+    ({"model_provider": "groq"}, "groq"),
+    ({"model_provider": ""}, "langchain"),
+    ({"model_provider": None}, "langchain"),
+    ({"model_provider": ["openai"]}, "langchain"),
+    ({}, "langchain"),
+]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("metadata", "name"), NAMES)
+def test_names_are_those_of_the_conventions_and_never_made_up(mode: str, metadata: dict[str, Any], name: str) -> None:
+    """Where a model tells nothing, the provider stays the very same."""
+    told = wrapped(mode, Anyone(metadata_of_answers=metadata))
+    assert told.span["gen_ai.provider.name"] == told.measured["gen_ai.provider.name"] == name
+    assert told.attempts[0][0] == name
+
+
+@pytest.mark.parametrize("mode", SYNC_MODELS)
+def test_an_integration_that_stands_on_anothers_keeps_its_name(
+    server: Canned, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Azure's messages say "openai", since that is whose form they have."""
+    monkeypatch.setenv("OPENAI_API_VERSION", "2024-10-21")
+    monkeypatch.setenv("AZURE_OPENAI_API_KEY", KEY)
+    monkeypatch.setenv("AZURE_OPENAI_ENDPOINT", server.url)
+    settings = LANGCHAIN.config(server, "azure_openai:gpt-4o", api_base=None, api_key=None)
+    provider = LANGCHAIN.providers[not mode.startswith("sync")](settings)
+    told = tell(mode, provider, Request(model=settings.model, messages="hello there"))
+    assert told.span["gen_ai.provider.name"] == "azure.ai.openai"
+    assert told.records[0].provider is provider.info
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_configured_service_is_the_very_same_object(server: Canned, mode: str) -> None:
+    """With its address; nothing of the call's is changed."""
+    settings = LANGCHAIN.config(server, "anthropic:claude-test")
+    provider = LANGCHAIN.providers[not mode.startswith("sync")](settings)
+    told = tell(mode, provider, Request(model=settings.model, messages="hello there"), calls=2)
+    assert all(record.provider is provider.info for record in told.records)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_middleware_that_asks_another_service_and_comes_back(
+    server: Canned, other: Canned, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each attempt names whom it asked, and the call who answered, with the address that is its own."""
+    monkeypatch.setenv("ANTHROPIC_API_KEY", "sk-other")
+    monkeypatch.setenv("ANTHROPIC_BASE_URL", other.url)
+    other.fail = BUSY
+    failed_at: list[Any] = []
+
+    def there_and_back(request: Request, call_next: Any) -> Any:
+        try:
+            return (yield from call_next(request.evolve(model="anthropic:claude-test")))
+        except errors.ProviderError:
+            failed_at.append(request.call.provider)
+            return (yield from call_next(request))
+
+    settings = LANGCHAIN.config(server, "openai:gpt-4o")
+    provider = LANGCHAIN.providers[not mode.startswith("sync")](settings)
+    told = tell(mode, provider, Request(model=settings.model, messages="hello there"), there_and_back)
+    assert [name for name, _ in told.attempts] == ["anthropic", "openai"]
+    assert (failed_at[0].telemetry_name, failed_at[0].server_address) == ("anthropic", None)
+    assert told.records[0].provider is provider.info
+    assert (told.span["gen_ai.provider.name"], told.measured["gen_ai.provider.name"]) == ("openai", "openai")

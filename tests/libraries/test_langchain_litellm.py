@@ -1,0 +1,304 @@
+"""What the frameworks `langchain` and `litellm` promise alike, on the real libraries, against a local server."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import anyio
+import pytest
+from support.canned_server import Canned, canned_server
+from support.dialects import ask as ask_llm
+from support.libraries import KEY, LANGCHAIN, MODES, STREAM_MODES, WEATHER, Case, cases, sent_key
+
+from fluxibly import AsyncPipeline, LLMConfig, Message, Pipeline, ProviderError, Request, StreamInterrupted, errors
+from fluxibly.config import Timeouts
+from fluxibly.testing.modes import MODES as REAL_MODES, Mode
+
+all_modes = pytest.mark.parametrize("mode", MODES)
+stream_modes = pytest.mark.parametrize("mode", STREAM_MODES)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """`case` is each library with each model, `claude` each with its Anthropic model."""
+    for name, part in (("case", ""), ("claude", "claude")):
+        if name in metafunc.fixturenames:
+            metafunc.parametrize(name, cases(part))
+
+
+def call(server: Canned, case: Case, mode: str = "sync", **request: Any) -> Any:
+    return case.library.call(mode, case.config(server), **request)
+
+
+def failure(server: Canned, case: Case, mode: str, timeout: Any = 60, **request: Any) -> ProviderError:
+    error = case.library.failure(mode, case.config(server, timeout=timeout), **request)
+    assert isinstance(error, ProviderError)
+    return error
+
+
+# Answers
+
+
+@all_modes
+def test_an_answer_is_the_same_in_all_modes(server: Canned, case: Case, mode: str) -> None:
+    """Text, usage and finish reason; the key and the model's name go out once."""
+    response = call(server, case, mode)
+    assert response.text == "You said: hello there"
+    assert response.finish_reason == "stop"
+    usage = response.usage
+    assert (usage.input_tokens, usage.output_tokens, usage.cached_tokens) == (11, 5, 3)
+    assert [seen.body["model"] for seen in server.seen] == [case.model.partition(case.library.prefix)[2]]
+    assert sent_key(server) == KEY
+
+
+def test_chunks_come_as_the_words_do(server: Canned, case: Case) -> None:
+    """One for each piece of text, and a last one with what is no text."""
+    provider = case.library.providers[0](case.config(server))
+    with Pipeline(provider) as pipeline, pipeline.stream(Request(model=case.model, messages="a b c")) as stream:
+        chunks = list(stream)
+    assert [chunk.text for chunk in chunks] == ["You ", "said: ", "a ", "b ", "c", ""]
+    assert chunks[-1].usage is not None
+
+
+@all_modes
+def test_tool_calls_come_whole(server: Canned, case: Case, mode: str) -> None:
+    """Joined from their fragments in streams."""
+    response = call(server, case, mode, tools=[WEATHER])
+    (tool_call,) = response.tool_calls
+    assert (tool_call.name, tool_call.arguments) == ("weather", {"city": "Oslo"})
+    assert tool_call.id in ("call_a", "toolu_a")
+    assert response.finish_reason == "tool_call"
+
+
+@all_modes
+def test_signed_reasoning_goes_back_unchanged(server: Canned, claude: Case, mode: str) -> None:
+    """Read in all modes, kept with its signature, and sent with the next turn."""
+    thinking = {"thinking": {"type": "enabled", "budget_tokens": 1024}}
+    response = call(server, claude, mode, tools=[WEATHER], extra=thinking)
+    assert response.reasoning == "Let me see."
+    assert [(part.text, part.signature) for part in response.reasoning_parts] == [("Let me see.", "c2ln")]
+    messages = [Message.user("weather?"), Message.assistant(response), Message.tool("sunny", response.tool_calls[0])]
+    call(server, claude, messages=messages, tools=[WEATHER], extra=thinking)
+    block, tool_use = server.last.body["messages"][1]["content"]
+    assert (block["type"], block["thinking"], block["signature"]) == ("thinking", "Let me see.", "c2ln")
+    assert (tool_use["type"], tool_use["id"]) == ("tool_use", "toolu_a")
+
+
+# The configured service
+
+
+def test_a_fallback_to_another_service_does_not_get_the_key(
+    server: Canned, case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`Request.model` may name any model; the key and the address are for the configured service."""
+    (other,) = set(case.library.models) - {case.model}
+    name = "ANTHROPIC" if "claude" in other else "OPENAI"
+    monkeypatch.setenv(f"{name}_API_KEY", "sk-other")
+    with canned_server() as others:
+        monkeypatch.setenv(f"{name}_BASE_URL", others.url + ("" if "claude" in other else "/v1"))
+        call(server, case, model=other)
+        call(server, case)
+        assert sent_key(others) == "sk-other"
+        assert (len(others.seen), len(server.seen)) == (1, 1)
+    assert sent_key(server) == KEY
+
+
+@pytest.mark.parametrize("key", ["sk-abc\n", "sk-äbc", " sk-abc"])
+def test_a_malformed_key_is_refused_and_not_shown(server: Canned, case: Case, key: str) -> None:
+    """Before anything is sent."""
+    with pytest.raises(errors.AuthenticationError) as caught:
+        case.library.providers[0](case.config(server, api_key=key))
+    assert key.strip() not in str(caught.value)
+
+
+def test_who_it_is(server: Canned, case: Case) -> None:
+    """The same in all modes, for logs and spans."""
+    info, async_info = (provider(case.config(server)).info for provider in case.library.providers)
+    assert info == async_info
+    assert (info.name, info.framework) == (case.library.class_name, case.library.framework)
+    assert info.telemetry_name == case.model.partition(case.library.prefix)[0]
+    assert f"http://{info.server_address}:{info.server_port}" == server.url
+
+
+# Errors
+
+STATUSES: list[tuple[int, dict[str, Any], type[ProviderError]]] = [
+    (400, {"error": {"message": "bad", "type": "invalid_request_error"}}, errors.BadRequest),
+    (
+        400,
+        {"error": {"message": "This model's maximum context length is 8 tokens.", "code": "context_length_exceeded"}},
+        errors.ContextLengthExceeded,
+    ),
+    (401, {"error": {"message": f"wrong key {KEY}", "code": "invalid_api_key"}}, errors.AuthenticationError),
+    (403, {"error": {"message": "no"}}, errors.PermissionDenied),
+    (404, {"error": {"message": "no such model"}}, errors.NotFound),
+    (429, {"error": {"message": "slow down"}}, errors.RateLimitError),
+    (500, {"error": {"message": "oops"}}, errors.ServerError),
+    (503, {"error": {"message": "busy"}}, errors.Overloaded),
+]
+
+
+@pytest.mark.parametrize(("status", "body", "kind"), STATUSES)
+def test_errors_become_ours_after_one_attempt(
+    server: Canned, case: Case, status: int, body: dict[str, Any], kind: type[ProviderError]
+) -> None:
+    """With the status and the service's hint, and without the key."""
+    server.fail = (status, json.dumps(body), {"retry-after": "3"})
+    error = failure(server, case, "sync")
+    assert type(error) is kind
+    assert (error.status, error.retry_after) == (status, 3.0)
+    assert (error.provider, error.model) == (case.library.framework, case.model)
+    assert len(server.seen) == 1
+
+
+@all_modes
+@pytest.mark.parametrize("status", [429, 500])
+def test_no_mode_retries_by_itself(server: Canned, case: Case, mode: str, status: int) -> None:
+    """Retrying is for the middleware of that name."""
+    server.fail = (status, '{"error": {"message": "no"}}', {})
+    assert failure(server, case, mode).retryable
+    assert len(server.seen) == 1
+
+
+@all_modes
+def test_no_connection_is_an_error_that_may_be_tried_again(case: Case, mode: str) -> None:
+    """Nothing listens there."""
+    with canned_server() as gone:
+        pass
+    assert failure(gone, case, mode).retryable
+
+
+@all_modes
+def test_a_silent_server_runs_into_the_time_limit(server: Canned, case: Case, mode: str) -> None:
+    """Whichever limit it is, it is a RequestTimeout."""
+    server.stall = True
+    assert isinstance(failure(server, case, mode, timeout=0.2), errors.RequestTimeout)
+
+
+@stream_modes
+@pytest.mark.parametrize(
+    ("limits", "phase"),
+    [(Timeouts(connect=5, first_byte=5, idle=0.2), "idle"), (Timeouts(connect=5, total=0.3), "total")],
+)
+def test_keep_alives_do_not_outlast_the_limits(
+    server: Canned, case: Case, mode: str, limits: Timeouts, phase: str
+) -> None:
+    """A server that trickles comments says nothing."""
+    server.stall_after = True
+    error = failure(server, case, mode, timeout=limits, messages="a b c")
+    assert isinstance(error, errors.RequestTimeout)
+    assert error.phase == phase
+    assert server.gone.wait(10), "the connection was not given up"
+
+
+# Connections
+
+
+def test_a_stream_given_up_lets_go_of_its_connection(server: Canned, case: Case) -> None:
+    """Synchronously, from the consumer's own thread."""
+    server.stall_after = True
+    with Pipeline(case.library.providers[0](case.config(server))) as pipeline:
+        with pipeline.stream(Request(model=case.model, messages="a b")) as stream:
+            assert next(iter(stream)).text == "You "
+        assert server.gone.wait(10)
+
+
+def test_a_stream_that_stalls_lets_go_of_its_connection(server: Canned, case: Case) -> None:
+    """Though the library goes on reading keep-alives, and the provider lives on."""
+    server.stall_after = True
+    limits = Timeouts(connect=5, first_byte=5, idle=0.2)
+    with Pipeline(case.library.providers[0](case.config(server, timeout=limits))) as pipeline:
+        with pytest.raises(StreamInterrupted), pipeline.stream(Request(model=case.model, messages="a b")) as stream:
+            list(stream)
+        assert server.gone.wait(10)
+
+
+def test_an_async_stream_given_up_lets_go_of_its_connection(server: Canned, case: Case) -> None:
+    """Asynchronously."""
+    server.stall_after = True
+
+    async def run() -> None:
+        async with AsyncPipeline(case.library.providers[1](case.config(server))) as pipeline:
+            async with pipeline.stream(Request(model=case.model, messages="a b")) as stream:
+                async for chunk in stream:
+                    assert chunk.text == "You "
+                    break
+            assert await anyio.to_thread.run_sync(server.gone.wait, 10)
+
+    anyio.run(run)
+
+
+@all_modes
+def test_connections_close_with_the_provider(server: Canned, case: Case, mode: str) -> None:
+    """While the process, and the library's own clients, live on."""
+    call(server, case, mode)
+    assert server.none_open(10)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_connections_close_with_the_event_loop(server: Canned, case: Case, streamed: bool) -> None:
+    """An async provider serves several loops; it holds nothing of one that has ended, closed or not."""
+    provider = case.library.providers[1](case.config(server))
+    request = Request(model=case.model, messages="hello")
+
+    async def run() -> None:
+        pipeline = AsyncPipeline(provider)
+        if streamed:
+            async with pipeline.stream(request) as stream:
+                assert "".join([chunk.text async for chunk in stream]) == "You said: hello"
+        else:
+            assert (await pipeline.complete(request)).text == "You said: hello"
+        assert streamed or not server.none_open(0)
+
+    for _ in range(2):
+        anyio.run(run)
+        assert server.none_open(10)
+
+
+def test_closing_one_provider_leaves_the_streams_of_another(server: Canned, case: Case) -> None:
+    """Even where the library has one client for both."""
+    request = Request(model=case.model, messages="a b c")
+
+    async def run() -> None:
+        closing, reading = (AsyncPipeline(case.library.providers[1](case.config(server))) for _ in range(2))
+        async with reading, reading.stream(request) as stream:
+            chunks = aiter(stream)
+            texts = [(await anext(chunks)).text]
+            await closing.complete(request)
+            await closing.aclose()
+            texts += [chunk.text async for chunk in chunks]
+        assert "".join(texts) == "You said: a b c"
+
+    anyio.run(run)
+
+
+# llama.cpp's server, with a real model
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("mode", REAL_MODES, ids=str)
+def test_a_real_model(local_server: str, case: Case, mode: Mode) -> None:
+    """A conversation with a system text, in every mode, through the library's OpenAI and Anthropic clients."""
+    service = case.model.partition(case.library.prefix)[0]
+    config = LLMConfig(
+        framework=case.library.framework,
+        model=f"{service}{case.library.prefix}smollm2",
+        api_key=KEY,
+        api_base=local_server + ("/v1" if service == "openai" else ""),
+        max_tokens=12,
+        temperature=0,
+    )
+    messages = [
+        Message.system("Answer in one word."),
+        Message.user("Say hello."),
+        Message.assistant("Hello."),
+        Message.user("Count to fifty."),
+    ]
+    response = ask_llm(config, mode, messages)
+    assert response.text
+    assert response.finish_reason in ("stop", "length")
+    assert response.usage is not None
+    # langchain-anthropic reads a stream's counts from its last event, where llama.cpp leaves out the prompt's
+    if not (mode.streaming and case.library is LANGCHAIN and service == "anthropic"):
+        assert (response.usage.input_tokens or 0) > 10
+    assert 0 < (response.usage.output_tokens or 0) <= 12

@@ -1,0 +1,178 @@
+"""The framework `litellm`: the real LiteLLM against a local server."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+if importlib.util.find_spec("litellm") is None:  # to import it here would fetch its price map from the network
+    pytest.skip("needs LiteLLM", allow_module_level=True)
+
+from support.canned_server import Canned
+from support.libraries import LITELLM, LITELLM_WARNS, MODES, STREAM_MODES, WEATHER
+
+from fluxibly import LLMConfig, Message, errors
+from fluxibly.providers.litellm import LiteLLMProvider
+
+pytestmark = LITELLM_WARNS
+config, call, failure = LITELLM.config, LITELLM.call, LITELLM.failure
+
+
+@pytest.fixture(params=MODES)
+def mode(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(params=STREAM_MODES)
+def stream_mode(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(params=LITELLM.models)
+def model(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def test_answers_have_their_ids(server: Canned, model: str, mode: str) -> None:
+    """Streamed or not; the request's is from the headers."""
+    response = call(mode, config(server, model))
+    assert response.id
+    assert response.request_id == "req-1"
+
+
+def test_tool_calls_and_their_results(server: Canned, model: str, mode: str) -> None:
+    """The model's call, and the conversation that goes on with its result."""
+    settings = config(server, model)
+    response = call(mode, settings, tools=[WEATHER])
+    (tool_call,) = response.tool_calls
+    assert (tool_call.name, tool_call.arguments) == ("weather", {"city": "Oslo"})
+    assert response.finish_reason == "tool_call"
+    messages = [Message.user("weather?"), Message.assistant(response), Message.tool("sunny", tool_call)]
+    call("sync", settings, messages=messages, tools=[WEATHER])
+    sent = json.dumps(server.last.body["messages"])
+    assert tool_call.id in sent
+    assert "sunny" in sent
+
+
+def test_parameters_reach_openai(server: Canned, mode: str) -> None:
+    """Each on the wire, per call, under its own name."""
+    call(
+        mode,
+        config(server, "openai/gpt-4o"),
+        temperature=0.3,
+        max_tokens=64,
+        top_p=0.9,
+        frequency_penalty=0.1,
+        presence_penalty=-0.1,
+        stop=["END"],
+        seed=7,
+        top_k=40,
+        tools=[WEATHER],
+        tool_choice="weather",
+        response_format={"type": "object", "title": "Answer"},
+        extra={"logit_bias": {"50256": -100}, "temperature": 0.4, "odd": [1]},
+        headers={"traceparent": "00-abc"},
+    )
+    body = server.last.body
+    assert (body["max_tokens"], body["top_p"], body["seed"], body["top_k"]) == (64, 0.9, 7, 40)
+    assert (body["frequency_penalty"], body["presence_penalty"], body["stop"]) == (0.1, -0.1, ["END"])
+    assert (body["temperature"], body["logit_bias"], body["odd"]) == (0.4, {"50256": -100}, [1])
+    assert body["tool_choice"] == {"type": "function", "function": {"name": "weather"}}
+    assert body["response_format"]["json_schema"]["schema"] == {"type": "object", "title": "Answer"}
+    assert server.last.headers["traceparent"] == "00-abc"
+
+
+def test_parameters_reach_anthropic(server: Canned) -> None:
+    """LiteLLM puts them into Anthropic's words."""
+    messages = [Message.system("be brief"), Message.user("hello")]
+    call(
+        "sync",
+        config(server, "anthropic/claude-sonnet-4-5"),
+        messages=messages,
+        temperature=0.3,
+        max_tokens=64,
+        stop=["END"],
+        tools=[WEATHER],
+        tool_choice="required",
+    )
+    body = server.last.body
+    assert (body["temperature"], body["max_tokens"], body["stop_sequences"]) == (0.3, 64, ["END"])
+    assert (body["tools"][0]["name"], body["tool_choice"]["type"]) == ("weather", "any")
+    assert "be brief" in json.dumps(body["system"])
+
+
+def test_several_choices(server: Canned) -> None:
+    """`n` is LiteLLM's to pass on."""
+    call("sync", config(server, "openai/gpt-4o"), n=2)
+    assert server.last.body["n"] == 2
+
+
+def test_what_the_service_has_no_word_for_is_an_error(server: Canned) -> None:
+    """LiteLLM says so, unless its own global switch is set."""
+    error = failure("sync", config(server, "anthropic/claude-sonnet-4-5"), seed=3)
+    assert isinstance(error, errors.BadRequest)
+    assert "seed" in str(error)
+    assert server.seen == []
+
+
+@pytest.mark.parametrize("how", ["cut", "drop"])
+def test_a_stream_without_its_end_is_no_answer(server: Canned, model: str, stream_mode: str, how: str) -> None:
+    """LiteLLM makes up a finish reason for it, which is not believed."""
+    setattr(server, how, True)
+    error = failure(stream_mode, config(server, model), messages="a b c d")
+    assert isinstance(error, (errors.StreamProtocolError, errors.ConnectionFailed))
+
+
+def test_an_error_in_a_stream_keeps_what_came_before(server: Canned, stream_mode: str) -> None:
+    """As the cause of StreamInterrupted."""
+    server.stream_error = {"error": {"type": "server_error", "message": "busy"}}
+    error = failure(stream_mode, config(server, "openai/gpt-4o"), messages="a b c d")
+    # LiteLLM calls it a failed connection, and says no more than the message
+    assert isinstance(error, (errors.ServerError, errors.ConnectionFailed))
+    assert "busy" in str(error)
+
+
+def test_a_model_that_litellm_does_not_know() -> None:
+    """Noticed when the provider is made; the error says how to write it."""
+    with pytest.raises(errors.ConfigError, match="provider/model"):
+        LiteLLMProvider(LLMConfig(framework="litellm", model="nobodys-model"))
+
+
+IMPORT = """
+import os, socket
+def refuse(*a, **k):
+    raise SystemExit("LiteLLM went to the network")
+socket.getaddrinfo = refuse
+socket.socket.connect = refuse
+before = dict(os.environ)
+from fluxibly import LLMConfig
+from fluxibly.providers.litellm import LiteLLMProvider
+LiteLLMProvider(LLMConfig(framework="litellm", model="openai/gpt-4o", api_key="sk-abc"))
+import litellm
+print(dict(os.environ) == before, litellm.drop_params, litellm.api_key, litellm.num_retries, litellm.callbacks,
+      litellm.success_callback, litellm.suppress_debug_info)
+"""
+
+
+def test_the_import_keeps_off_the_network_and_leaves_the_environment_as_it_was(tmp_path: Any) -> None:
+    """And none of LiteLLM's globals is set."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("LITELLM")}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORT], capture_output=True, text=True, cwd=tmp_path, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\n")[-2] == "True False None None [] [] False"
+
+
+def test_without_the_extra_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it would be with no LiteLLM installed."""
+    monkeypatch.setitem(sys.modules, "litellm", None)
+    with pytest.raises(errors.ConfigError, match=r"pip install 'litellm\[mcp\]'"):
+        LiteLLMProvider(LLMConfig(framework="litellm", model="openai/gpt-4o"))

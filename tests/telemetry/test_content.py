@@ -1,0 +1,149 @@
+"""What was said, in spans and events: who wants it, and what may leave."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from support.tracing_tools import ANSWER, CHAT, REQUEST, TOOL, Remote, everything, modes, remote
+
+from fluxibly.errors import ProviderError
+from fluxibly.middleware import Tracing
+from fluxibly.pipeline import Pipeline
+from fluxibly.testing.modes import run
+from fluxibly.types import Image, Message, Request, Response, ToolCall
+
+pytestmark = pytest.mark.usefixtures("no_complaints")
+
+
+# Content
+
+
+CONVERSATION = Request(
+    model="m-1",
+    messages=[
+        *CHAT,
+        Message.assistant("Let me look.", tool_calls=[ToolCall("c1", "look", {"word": "life"})]),
+        Message.tool("42", "c1", name="look"),
+        Message.user(["And this?", Image(url="https://x.test/a.png"), Image(data=b"ab", media_type="image/png")]),
+    ],
+    tools=[TOOL],
+)
+INPUT = [
+    {"role": "user", "parts": [{"type": "text", "content": "What is the meaning of life?"}]},
+    {
+        "role": "assistant",
+        "parts": [
+            {"type": "text", "content": "Let me look."},
+            {"type": "tool_call", "id": "c1", "name": "look", "arguments": {"word": "life"}},
+        ],
+    },
+    {"role": "tool", "parts": [{"type": "tool_call_response", "id": "c1", "response": "42"}], "name": "look"},
+    {
+        "role": "user",
+        "parts": [
+            {"type": "text", "content": "And this?"},
+            {"type": "uri", "modality": "image", "mime_type": None, "uri": "https://x.test/a.png"},
+            {"type": "blob", "modality": "image", "mime_type": "image/png", "content": "YWI="},
+        ],
+    },
+]
+OUTPUT = [{"role": "assistant", "parts": [{"type": "text", "content": "forty two"}], "finish_reason": "stop"}]
+CONTENT = {
+    "gen_ai.system_instructions": [{"type": "text", "content": "Be terse."}],
+    "gen_ai.input.messages": INPUT,
+    "gen_ai.output.messages": OUTPUT,
+    "gen_ai.tool.definitions": [
+        {"type": "function", "name": "look", "description": "Looks things up", "parameters": TOOL.parameters}
+    ],
+}
+
+
+@modes
+@pytest.mark.parametrize("capture", ["none", "span", "event", "both"])
+def test_content_goes_where_the_user_wants_it(mode, capture, recorder):
+    """JSON strings on spans, structured values in the event, and by default nothing anywhere."""
+    run(mode, remote(mode, ANSWER), [recorder.tracing(capture=capture)], CONVERSATION)
+    on_span = {key: json.loads(recorder.call.attributes[key]) for key in CONTENT if key in recorder.call.attributes}
+    assert on_span == (CONTENT if capture in ("span", "both") else {})
+    if capture in ("none", "span"):
+        assert recorder.events == []
+    else:
+        (event,) = recorder.events
+        assert event.event_name == "gen_ai.client.inference.operation.details"
+        assert event.span_id == recorder.call.context.span_id
+        for key, value in CONTENT.items():
+            assert json.loads(json.dumps(event.attributes[key], default=dict)) == value
+        assert event.attributes["gen_ai.request.model"] == "m-1"
+        assert event.attributes["gen_ai.usage.output_tokens"] == 2
+    if capture in ("none", "event"):
+        assert "meaning" not in everything(recorder.spans)
+        assert "forty" not in everything(recorder.spans)
+
+
+@pytest.mark.parametrize(
+    ("value", "mode"),
+    [("NO_CONTENT", "none"), ("SPAN_ONLY", "span"), ("event_only", "event"), ("SPAN_AND_EVENT", "both"), ("", "none")],
+)
+def test_the_standard_variable_decides_too(value, mode, monkeypatch, recorder):
+    """The variable is the default, and the parameter wins."""
+    monkeypatch.setenv("OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT", value)
+    Pipeline(Remote(ANSWER), [recorder.tracing()]).complete(REQUEST)
+    assert ("gen_ai.input.messages" in recorder.call.attributes) == (mode in ("span", "both"))
+    assert len(recorder.events) == (mode in ("event", "both"))
+    recorder.exporter.clear()
+    Pipeline(Remote(ANSWER), [recorder.tracing(capture="none")]).complete(REQUEST)
+    assert "gen_ai.input.messages" not in recorder.call.attributes
+
+
+def test_a_bad_value_of_the_variable_is_told_once_and_captures_nothing(monkeypatch, capsys, recorder):
+    """It is not taken for consent."""
+    monkeypatch.setenv("OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT", "true")
+    for _ in range(2):
+        Pipeline(Remote(ANSWER), [recorder.tracing()]).complete(REQUEST)
+    assert "meaning" not in everything(recorder.spans)
+    assert capsys.readouterr().err.count("'true' is not one of NO_CONTENT, SPAN_ONLY") == 1
+
+
+def test_a_bad_parameter_is_an_error():
+    """It names what is valid."""
+    with pytest.raises(ValueError, match="one of none, span, event, both, not 'all'"):
+        Tracing(capture="all")
+
+
+def test_redact_sees_every_text(recorder):
+    """Messages, tool arguments, images and error messages; what it returns is what leaves."""
+    seen = []
+
+    def redact(text):
+        seen.append(text)
+        return "x"
+
+    stack = [recorder.tracing(capture="both", redact=redact)]
+    Pipeline(Remote(ANSWER), stack).complete(CONVERSATION)
+    assert {"Be terse.", "Let me look.", "life", "42", "And this?", "YWI=", "forty two", "Looks things up"} <= {*seen}
+    named = Request(model="m-1", messages=[Message("user", "Hi", name="Jo Bloggs")])
+    Pipeline(Remote(ANSWER), stack).complete(named)
+    told = everything(recorder.spans) + str([event.attributes for event in recorder.events])
+    assert not [text for text in ("terse", "Let me", "YWI", "forty", "Bloggs") if text in told]
+    with pytest.raises(ProviderError):
+        Pipeline(Remote(ProviderError("secret words")), stack).complete(CONVERSATION)
+    assert "secret words" not in everything(recorder.spans)
+
+
+def test_content_is_what_was_sent(recorder):
+    """A middleware that takes names out of the prompt takes them out of the trace as well."""
+
+    def anonymise(request, call_next):
+        return (yield from call_next(request.evolve(messages="I am ***")))
+
+    Pipeline(Remote(ANSWER), [recorder.tracing(capture="span"), anonymise]).complete(
+        Request(model="m-1", messages="I am Jo")
+    )
+    assert "Jo" not in everything(recorder.spans)
+
+
+def test_half_a_character_harms_nothing(recorder):
+    """A model may produce half of a surrogate pair."""
+    Pipeline(Remote(Response("a\ud800")), [recorder.tracing(capture="span")]).complete(REQUEST)
+    assert json.loads(recorder.call.attributes["gen_ai.output.messages"])[0]["parts"][0]["content"] == "a\ud800"

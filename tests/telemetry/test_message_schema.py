@@ -1,0 +1,115 @@
+"""What is captured conforms to the JSON schemas of OpenTelemetry's `gen_ai.*` messages, as far as they ask for anything."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from jsonschema import Draft202012Validator
+from support.tracing_tools import ANSWER, CHAT, TOOL, Recorder, remote
+
+from fluxibly.errors import Overloaded
+from fluxibly.messages import Reasoning
+from fluxibly.testing.modes import MODES, run
+from fluxibly.types import Image, Message, Request, Response, ToolCall
+
+STRING = {"type": "string"}
+STRING_OR_NULL = {"type": ["string", "null"]}
+MEDIA = {"modality": {"enum": ["image", "video", "audio", "document"]}, "mime_type": STRING_OR_NULL}
+PARTS = {
+    "text": {"content": STRING},
+    "reasoning": {"content": STRING},
+    "tool_call": {"id": STRING_OR_NULL, "name": STRING, "arguments": {}},
+    "tool_call_response": {"id": STRING_OR_NULL, "response": {}},
+    "blob": {**MEDIA, "content": {**STRING, "contentEncoding": "base64"}},
+    "uri": {**MEDIA, "uri": STRING},
+}
+"""The kinds of parts that there are here, with what each must have; nothing else is in them."""
+
+
+def only(properties: dict) -> dict:
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": [*properties],
+        "additionalProperties": False,
+    }
+
+
+PART = {"oneOf": [only({"type": {"const": kind}, **properties}) for kind, properties in PARTS.items()]}
+MESSAGE = {"role": {"enum": ["system", "user", "assistant", "tool"]}, "parts": {"type": "array", "items": PART}}
+INPUT = {**only(MESSAGE), "properties": {**MESSAGE, "name": STRING}}
+FINISH_REASON = {"enum": ["stop", "length", "content_filter", "tool_call", "error"]}
+SCHEMAS = {
+    "gen_ai.system_instructions": {"type": "array", "items": PART},
+    "gen_ai.input.messages": {"type": "array", "items": INPUT},
+    "gen_ai.output.messages": {"type": "array", "items": only({**MESSAGE, "finish_reason": FINISH_REASON})},
+    "gen_ai.tool.definitions": {
+        "type": "array",
+        "items": only(
+            {"type": {"const": "function"}, "name": STRING, "description": STRING, "parameters": {"type": "object"}}
+        ),
+    },
+}
+REQUEST = Request(
+    model="m-1",
+    messages=[
+        *CHAT,
+        Message.assistant(
+            Response(
+                "Let me look.",
+                tool_calls=[ToolCall("c1", "look", {"word": "life"}), ToolCall("c2", "look", raw_arguments="{")],
+                reasoning_parts=[Reasoning(text="They ask for a word."), Reasoning(raw={"data": "x"})],
+            )
+        ),
+        Message.tool("42", "c1", name="look"),
+        Message.tool([Image(data=b"ab", media_type="image/png")], "c2", name="look"),
+        Message.system("Be brief."),
+        Message.user(["And?", Image(url="https://x.test/a.png"), Image(url="data:image/gif;base64,YWI=")]),
+    ],
+    tools=[TOOL],
+)
+ANSWERS = {
+    "plain": ANSWER,
+    "without a reason": Response("hm"),
+    "tools": Response("", tool_calls=[ToolCall("c1", "look", {"n": 1})], finish_reason="tool_call"),
+    "a reason for tools that nobody told": Response("", tool_calls=[ToolCall("c1", "look", raw_arguments="{")]),
+    "reasoning": Response("b", reasoning="why", finish_reason="length"),
+    "alternatives": Response("a", finish_reason="stop", alternatives=[Response("b", finish_reason="length")]),
+}
+
+
+def captured(recorder: Recorder) -> dict:
+    """The content of the one call; the same on its span and in its event."""
+    (event,) = recorder.events
+    on_span = {key: json.loads(recorder.call.attributes[key]) for key in SCHEMAS if key in recorder.call.attributes}
+    assert on_span == {
+        key: json.loads(json.dumps(value, default=lambda item: [*item] if isinstance(item, tuple) else dict(item)))
+        for key, value in event.attributes.items()
+        if key in SCHEMAS
+    }
+    return on_span
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+@pytest.mark.parametrize("answer", ANSWERS.values(), ids=ANSWERS)
+def test_what_is_captured_conforms(answer, mode):
+    """Every message, part and tool; a reason in every answer."""
+    recorder = Recorder()
+    run(mode, remote(mode, answer), [recorder.tracing(capture="both")], REQUEST)
+    content = captured(recorder)
+    assert content.keys() == SCHEMAS.keys()
+    for key, value in content.items():
+        Draft202012Validator(SCHEMAS[key]).validate(value)
+    assert len(content["gen_ai.output.messages"]) == 1 + len(answer.alternatives)
+
+
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode.streaming], ids=str)
+@pytest.mark.parametrize("script", [["a", "b", "c"], ["a", Overloaded("full")]], ids=["given up", "cut"])
+def test_part_of_an_answer_conforms_too(script, mode):
+    """Its reason is `error`."""
+    recorder = Recorder()
+    run(mode, remote(mode, script), [recorder.tracing(capture="both")], REQUEST, stop_after=2)
+    (message,) = captured(recorder)["gen_ai.output.messages"]
+    Draft202012Validator(SCHEMAS["gen_ai.output.messages"]).validate([message])
+    assert message["finish_reason"] == "error"

@@ -1,0 +1,523 @@
+"""Metrics: names, units, boundaries and attributes, in all modes."""
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+import sys
+import threading
+import time
+import weakref
+
+import anyio
+import pytest
+from opentelemetry import metrics as api
+from opentelemetry.metrics import NoOpMeter
+from opentelemetry.sdk.metrics import Histogram, MeterProvider
+from opentelemetry.sdk.metrics.export import (
+    AggregationTemporality,
+    ConsoleMetricExporter,
+    InMemoryMetricReader,
+    MetricExporter,
+    MetricExportResult,
+    PeriodicExportingMetricReader,
+)
+from opentelemetry.sdk.metrics.view import DropAggregation, View
+from support.meters import WHO, Meters
+from support.tracing_tools import ANSWER, REQUEST, AsyncRemote, Recorder, Remote, remote
+
+from fluxibly._logs import forget_reports
+from fluxibly.errors import Overloaded, RateLimitError, StreamStalled
+from fluxibly.middleware import Metrics, Retry, StreamMeter
+from fluxibly.pipeline import AsyncPipeline, Pipeline
+from fluxibly.telemetry import _metrics as instruments, semconv
+from fluxibly.testing import Delay, VirtualClock
+from fluxibly.testing.modes import MODES, run
+from fluxibly.types import Chunk, Response, Usage
+
+modes = pytest.mark.parametrize("mode", MODES, ids=str)
+streams = pytest.mark.parametrize("mode", [mode for mode in MODES if mode.streaming], ids=str)
+
+D = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92)
+T = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536, 262144, 1048576, 4194304, 16777216, 67108864)
+NAMES = {
+    "gen_ai.client.operation.duration": ("s", D),
+    "gen_ai.client.token.usage": ("{token}", T),
+    "gen_ai.client.operation.time_to_first_chunk": ("s", D),
+    "gen_ai.client.operation.time_per_output_chunk": ("s", D),
+}
+DURATION, TOKENS, FIRST, PER_CHUNK = NAMES
+
+
+@pytest.fixture
+def meters():
+    forget_reports()
+    return Meters()
+
+
+@modes
+def test_names_units_boundaries_and_attributes(mode, meters):
+    """A call's duration and tokens, and for a stream its first chunk and the mean wait for the others."""
+    clock = VirtualClock()
+    usage = Usage(input_tokens=7, output_tokens=2)
+    last = Chunk("c", finish_reason="stop", usage=usage, model="m-1-2026")
+    script = [Delay(2), "a", Delay(1), "b", Delay(3), last]
+    run(mode, remote(mode, script, clock=clock), [meters.metrics(), StreamMeter()], REQUEST, clock=clock)
+    found = meters.read()
+    assert found.keys() == (NAMES.keys() if mode.streaming else {DURATION, TOKENS})
+    points = meters.points()
+    for name, metric in found.items():
+        unit, boundaries = NAMES[name]
+        assert metric.unit == unit
+        assert all(point.explicit_bounds == boundaries for point in points[name])
+    (duration,) = points[DURATION]
+    assert (duration.sum, duration.count) == (6, 1)
+    assert dict(duration.attributes) == {**WHO, "fluxibly.outcome": "completed"}
+    tokens = {point.attributes["gen_ai.token.type"]: point.sum for point in points[TOKENS]}
+    assert tokens == {"input": 7, "output": 2}
+    assert all(WHO.items() <= dict(point.attributes).items() for point in points[TOKENS])
+    if mode.streaming:
+        assert [(point.sum, point.count) for point in points[FIRST]] == [(2, 1)]
+        assert [(point.sum, point.count) for point in points[PER_CHUNK]] == [(2, 1)]
+        assert dict(points[FIRST][0].attributes) == WHO
+
+
+@streams
+def test_what_the_consumer_took_is_not_the_streams(mode, meters):
+    """The mean wait leaves it out."""
+    clock = VirtualClock()
+    script = [Delay(2), "a", Delay(1), "b", Delay(1), "c"]
+    run(
+        mode,
+        remote(mode, script, clock=clock),
+        [meters.metrics(), StreamMeter()],
+        REQUEST,
+        clock=clock,
+        watch=lambda _: clock.advance(50),
+    )
+    assert meters.points()[PER_CHUNK][0].sum == 1
+
+
+@modes
+def test_failures_have_a_type_and_count_once(mode, meters):
+    """Retries are one call; its error's type is on the duration."""
+    provider = remote(mode, RateLimitError("slow", code="rate_limit"), RateLimitError("slow", code="rate_limit"))
+    run(mode, provider, [meters.metrics(), Retry(max_retries=1)], REQUEST)
+    points = meters.points()
+    assert points.keys() == {DURATION}
+    (point,) = points[DURATION]
+    assert (point.count, point.attributes["error.type"], point.attributes["fluxibly.outcome"]) == (
+        1,
+        "rate_limit",
+        "failed",
+    )
+
+
+@streams
+def test_a_stream_given_up_is_measured_too(mode, meters):
+    """Its outcome is `abandoned`, it is no error, and the tokens that were told are counted."""
+    script = [Chunk("a", usage=Usage(input_tokens=7)), "b", "c"]
+    run(mode, remote(mode, script), [meters.metrics(), StreamMeter()], REQUEST, stop_after=2)
+    points = meters.points()
+    attributes = points[DURATION][0].attributes
+    assert attributes["fluxibly.outcome"] == "abandoned"
+    assert "error.type" not in attributes
+    assert [(point.attributes["gen_ai.token.type"], point.sum) for point in points[TOKENS]] == [("input", 7)]
+
+
+@streams
+def test_a_stall_is_measured_as_such(mode, meters):
+    """It is an error, and an outcome of its own."""
+    run(mode, remote(mode, ["a", StreamStalled("nothing came")]), [meters.metrics()], REQUEST)
+    attributes = meters.points()[DURATION][0].attributes
+    assert (attributes["fluxibly.outcome"], attributes["error.type"]) == ("stalled", "StreamStalled")
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_a_cancelled_call_is_measured_too(backend, streaming, meters):
+    """Named as the span names it, with what had come; what is for streams only is in streams only."""
+
+    class Slow(AsyncRemote):
+        async def complete(self, request):
+            await anyio.sleep_forever()
+
+        async def stream(self, request):
+            yield Chunk("a", usage=Usage(input_tokens=7))
+            await anyio.sleep_forever()
+
+    async def main():
+        async with anyio.create_task_group() as group:
+            pipeline = AsyncPipeline(Slow(), [meters.metrics(), StreamMeter()])
+
+            async def read():
+                async for _ in pipeline.stream(REQUEST):
+                    pass
+
+            group.start_soon(read if streaming else lambda: pipeline.complete(REQUEST))
+            await anyio.wait_all_tasks_blocked()
+            group.cancel_scope.cancel()
+
+    anyio.run(main, backend=backend)
+    points = meters.points()
+    assert points.keys() == ({DURATION, TOKENS, FIRST} if streaming else {DURATION})
+    attributes = points[DURATION][0].attributes
+    assert (attributes["fluxibly.outcome"], attributes["error.type"]) == ("cancelled", "CancelledError")
+
+
+@modes
+def test_a_cache_hit_counts_no_tokens(mode, meters):
+    """The tokens of the first answer were counted when it was made."""
+
+    def cached(request, call_next):
+        request.call.cache_hit = True
+        yield from ()
+        return ANSWER
+
+    run(mode, remote(mode), [meters.metrics(), cached], REQUEST)
+    assert TOKENS not in meters.points()
+
+
+@modes
+def test_without_counts_there_is_no_token_metric(mode, meters):
+    """What is not known is not recorded as zero."""
+    run(mode, remote(mode, Response("a"), Response("b", usage=Usage(output_tokens=0))), [meters.metrics()], REQUEST)
+    assert TOKENS not in meters.points()
+
+
+@modes
+def test_after_a_fallback_the_model_that_answered_is_named(mode, meters):
+    """Like the span."""
+
+    def fall_back(request, call_next):
+        try:
+            return (yield from call_next(request))
+        except Overloaded:
+            return (yield from call_next(request.evolve(model="m-2")))
+
+    run(mode, remote(mode, Overloaded("full"), "hello"), [meters.metrics(), fall_back], REQUEST)
+    assert meters.points()[DURATION][0].attributes["gen_ai.request.model"] == "m-2"
+
+
+@modes
+def test_durations_agree_with_spans(mode, meters):
+    """The histogram and the span measure the same call."""
+    recorder = Recorder()
+    stack = [recorder.tracing(), meters.metrics()]
+    run(mode, remote(mode, ANSWER), stack, REQUEST, clock=RealClock())  # the first imports what it needs
+    first = meters.points()[DURATION][0].sum
+    recorder.exporter.clear()
+    run(mode, remote(mode, ANSWER), stack, REQUEST, clock=RealClock())
+    measured = meters.points()[DURATION][0].sum - first
+    assert 0 < measured <= (recorder.call.end_time - recorder.call.start_time) / 1e9 + 0.05
+
+
+class RealClock(VirtualClock):
+    """Time as it is; nothing sleeps."""
+
+    def now(self) -> float:
+        return time.perf_counter()
+
+
+def test_a_meter_that_raises_changes_no_result(capsys, meters):
+    """It is reported once."""
+
+    class Broken:
+        def get_meter(self, *args, **kwargs):
+            raise RuntimeError("broken")
+
+    for _ in range(2):
+        mode = MODES[0]
+        ran = run(mode, remote(mode, ANSWER), [Metrics(meter_provider=Broken())], REQUEST)
+        assert ran.response.text == "forty two"
+    assert capsys.readouterr().err.count("metrics failed with RuntimeError") == 1
+
+
+def test_an_sdk_that_is_set_up_later_is_noticed():
+    """The same `Metrics` works from then on."""
+    script = """
+from opentelemetry import metrics
+from fluxibly.middleware import Metrics
+from fluxibly.pipeline import Pipeline
+from fluxibly.testing import ScriptedProvider
+from fluxibly.types import Request
+pipeline = Pipeline(ScriptedProvider("a", "b"), [Metrics()])
+request = Request(model="m", messages="Hi")
+pipeline.complete(request)
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+reader = InMemoryMetricReader()
+metrics.set_meter_provider(MeterProvider([reader]))
+pipeline.complete(request)
+print(reader.get_metrics_data().resource_metrics[0].scope_metrics[0].metrics[0].data.data_points[0].count)
+"""
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=60)
+    assert (ran.stdout, ran.stderr) == ("1\n", "")
+
+
+class TestWaiting:
+    """What is measured waits until the SDK collects, and nobody who collects can tell."""
+
+    @pytest.fixture
+    def call(self, meters):
+        """Makes a call with a `Metrics` of its own on the one provider."""
+        mode = MODES[0]
+        return lambda *outer: run(mode, remote(mode, ANSWER), [*outer, meters.metrics()], REQUEST)
+
+    def counts(self, reader):
+        """How often each metric was recorded."""
+        found: dict[str, int] = {}
+        for resource in reader.get_metrics_data().resource_metrics:
+            for metric in resource.scope_metrics[0].metrics:
+                found[metric.name] = sum(point.count for point in metric.data.data_points)
+        return found
+
+    def test_a_reader_sees_every_call_that_has_ended(self, meters, call):
+        """Several `Metrics` on one provider included, and nothing but the histograms is exported."""
+        for calls in (1, 2, 3):
+            call()
+            assert self.counts(meters.reader) == {DURATION: calls, TOKENS: 2 * calls}
+
+    def test_what_does_not_fit_is_recorded_at_once(self, meters, call, monkeypatch):
+        """Memory is bounded where nobody collects."""
+        monkeypatch.setattr(instruments, "WAITING", 3)
+        for _ in range(8):
+            call()
+        assert len(instruments.recorder_of(meters.provider, semconv.RELEASED).waiting) == 3
+        assert self.counts(meters.reader)[DURATION] == 8
+
+    def test_more_kinds_of_calls_than_are_kept(self, meters, call, monkeypatch):
+        """Those are recorded at once."""
+        monkeypatch.setattr(instruments, "KINDS", 2)
+
+        def asks_for(model):
+            return lambda request, call_next: (yield from call_next(request.evolve(model=model)))
+
+        for _ in range(2):
+            for model in ("a", "b", "c", "d"):
+                call(asks_for(model))
+        counts = {point.attributes["gen_ai.request.model"]: point.count for point in meters.points()[DURATION]}
+        assert counts == {"a": 2, "b": 2, "c": 2, "d": 2}
+
+    def test_each_reader_sees_all(self):
+        """Whichever collects first."""
+        readers = InMemoryMetricReader(), InMemoryMetricReader()
+        metrics = Metrics(meter_provider=MeterProvider(readers, shutdown_on_exit=False))
+        mode = MODES[0]
+        for _ in range(3):
+            run(mode, remote(mode, ANSWER), [metrics], REQUEST)
+        assert [self.counts(reader)[DURATION] for reader in readers] == [3, 3]
+
+    def test_readers_of_differences_see_each_call_once(self):
+        """Each reader in its own time, and a difference spans no more than it says."""
+        delta = {Histogram: AggregationTemporality.DELTA}
+        readers = InMemoryMetricReader(delta), InMemoryMetricReader(delta)
+        metrics = Metrics(meter_provider=MeterProvider(readers, shutdown_on_exit=False))
+        mode = MODES[0]
+        ends = [0]
+        for calls in (1, 2, 3):
+            for _ in range(calls):
+                run(mode, remote(mode, ANSWER), [metrics], REQUEST)
+            data = readers[0].get_metrics_data()
+            (metric, *_) = data.resource_metrics[0].scope_metrics[0].metrics
+            (point,) = metric.data.data_points
+            assert (metric.name, point.count) == (DURATION, calls)
+            assert point.start_time_unix_nano >= ends[-1]
+            ends.append(point.time_unix_nano)
+        assert self.counts(readers[1])[DURATION] == 6
+
+    def test_views_may_drop_all_but_what_they_name(self):
+        """What makes the measurements be recorded is no instrument that a view could keep from it."""
+        reader = InMemoryMetricReader()
+        views = [
+            View(instrument_name=TOKENS, attribute_keys={"gen_ai.token.type"}),
+            View(instrument_name="*", aggregation=DropAggregation()),
+        ]
+        provider = MeterProvider([reader], views=views, shutdown_on_exit=False)
+        mode = MODES[0]
+        for _ in range(3):
+            run(mode, remote(mode, ANSWER), [Metrics(meter_provider=provider)], REQUEST)
+        metrics = reader.get_metrics_data().resource_metrics[0].scope_metrics[0].metrics
+        counts = {
+            m.name: {dict(p.attributes)["gen_ai.token.type"]: p.count for p in m.data.data_points} for m in metrics
+        }
+        assert counts == {TOKENS: {"input": 3, "output": 3}}
+
+    def test_a_process_that_ends_without_a_shutdown_loses_nothing(self):
+        """The SDK's own hook collects."""
+        script = """
+from opentelemetry import metrics
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import MetricExporter, MetricExportResult, PeriodicExportingMetricReader
+from fluxibly.middleware import Metrics
+from fluxibly.pipeline import Pipeline
+from fluxibly.testing import ScriptedProvider
+from fluxibly.types import Request
+class Exporter(MetricExporter):
+    def export(self, data, timeout_millis=0, **kwargs):
+        for metric in data.resource_metrics[0].scope_metrics[0].metrics:
+            print(metric.name, metric.data.data_points[0].count, flush=True)
+        return MetricExportResult.SUCCESS
+    def force_flush(self, timeout_millis=0):
+        return True
+    def shutdown(self, timeout_millis=0, **kwargs):
+        pass
+metrics.set_meter_provider(MeterProvider([PeriodicExportingMetricReader(Exporter(), 3_600_000)]))
+pipeline = Pipeline(ScriptedProvider(*"abc"), [Metrics()])
+for _ in range(3):
+    pipeline.complete(Request(model="m", messages="Hi"))
+"""
+        ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=60)
+        assert (ran.stdout, ran.stderr) == (f"{DURATION} 3\n", "")
+
+    def test_a_flush_has_what_waits(self):
+        """As a function in the cloud does before it is frozen."""
+        exported = []
+
+        class Reader(PeriodicExportingMetricReader):
+            def _receive_metrics(self, metrics_data, *args, **kwargs):
+                metrics = metrics_data.resource_metrics[0].scope_metrics[0].metrics
+                exported.extend(p.count for m in metrics if m.name == DURATION for p in m.data.data_points)
+
+        provider = MeterProvider([Reader(ConsoleMetricExporter(), 3_600_000)], shutdown_on_exit=False)
+        mode = MODES[0]
+        for _ in range(3):
+            run(mode, remote(mode, ANSWER), [Metrics(meter_provider=provider)], REQUEST)
+        provider.force_flush()
+        assert exported == [3]
+        provider.shutdown()
+
+    def test_a_provider_that_is_let_go_is_freed(self):
+        """Nothing here keeps it."""
+        provider = MeterProvider([InMemoryMetricReader()], shutdown_on_exit=False)
+        mode = MODES[0]
+        run(mode, remote(mode, ANSWER), [Metrics(meter_provider=provider)], REQUEST)
+        gone = weakref.ref(provider)
+        del provider
+        gc.collect()
+        assert gone() is None
+
+    def test_a_histogram_begins_with_its_first_call(self, meters, call):
+        """And not when somebody first collects."""
+        call()
+        after_first = time.time_ns()
+        call()
+        (point,) = meters.points()[DURATION]
+        assert point.start_time_unix_nano <= after_first
+
+    def test_shutting_down_exports_what_waits(self):
+        """As a program does at its end."""
+        exported: list[int] = []
+
+        class Keeping(MetricExporter):
+            def export(self, metrics_data, timeout_millis=0, **kwargs):
+                metrics = metrics_data.resource_metrics[0].scope_metrics[0].metrics
+                exported.extend(m.data.data_points[0].count for m in metrics if m.name == DURATION)
+                return MetricExportResult.SUCCESS
+
+            def force_flush(self, timeout_millis=0):
+                return True
+
+            def shutdown(self, timeout_millis=0, **kwargs):
+                pass
+
+        reader = PeriodicExportingMetricReader(Keeping(), export_interval_millis=3_600_000)
+        provider = MeterProvider([reader], shutdown_on_exit=False)
+        mode = MODES[0]
+        for _ in range(3):
+            run(mode, remote(mode, ANSWER), [Metrics(meter_provider=provider)], REQUEST)
+        provider.shutdown()
+        assert exported == [3]
+
+    def test_threads_that_call_and_one_that_collects(self, meters):
+        """Nothing is lost or counted twice."""
+        pipeline = Pipeline(Remote(*[ANSWER] * 400), [meters.metrics()])
+
+        def work():
+            for _ in range(100):
+                pipeline.complete(REQUEST)
+
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        while any(thread.is_alive() for thread in threads):
+            meters.reader.get_metrics_data()
+        for thread in threads:
+            thread.join()
+        assert self.counts(meters.reader) == {DURATION: 400, TOKENS: 800}
+
+    def test_exemplars_name_the_span_of_their_call(self, meters):
+        """Though that span has long ended when the SDK collects."""
+        recorder = Recorder()
+        mode = MODES[0]
+        for _ in range(2):
+            run(mode, remote(mode, ANSWER), [recorder.tracing(), meters.metrics()], REQUEST)
+        spans = {span.context.span_id for span in recorder.spans if span.name.startswith("chat")}
+        exemplars = [exemplar for point in meters.points()[DURATION] for exemplar in point.exemplars]
+        assert exemplars
+        assert {exemplar.span_id for exemplar in exemplars} <= spans
+
+    def test_a_histogram_that_raises_breaks_no_collection(self, meters, call, capsys, monkeypatch):
+        """It is reported once, and what else waits is recorded."""
+        call()
+        recorder = instruments.recorder_of(meters.provider, semconv.RELEASED)
+
+        def broken(*_):
+            raise RuntimeError("broken")
+
+        for _ in range(2):
+            call()
+        histogram = recorder.instruments.duration
+        with monkeypatch.context() as patch:
+            patch.setattr(histogram, "record", broken)
+            meters.reader.get_metrics_data()
+        call()
+        assert self.counts(meters.reader)[DURATION] == 2
+        assert capsys.readouterr().err.count("metrics failed with RuntimeError") == 1
+
+    def test_a_provider_of_another_make_gets_all_at_once(self, meters):
+        """Nobody knows whether it collects."""
+        recorded: list[float] = []
+
+        class Meter(NoOpMeter):
+            def create_histogram(self, name, *args, **kwargs):
+                histogram = super().create_histogram(name, *args, **kwargs)
+                histogram.record = lambda amount, *_: recorded.append(amount)
+                return histogram
+
+        class Other(api.MeterProvider):
+            def get_meter(self, name, *args, **kwargs):
+                return Meter(name)
+
+        mode = MODES[0]
+        metrics = Metrics(meter_provider=Other())
+        for calls in (1, 2):
+            run(mode, remote(mode, ANSWER), [metrics], REQUEST)
+            assert len(recorded) == 3 * calls
+
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+    def test_a_forked_process_goes_on_measuring(self):
+        """With what waited when it was forked, as the SDK keeps what it had collected."""
+        script = """
+import os
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+from fluxibly.middleware import Metrics
+from fluxibly.pipeline import Pipeline
+from fluxibly.testing import ScriptedProvider
+from fluxibly.types import Request
+reader = InMemoryMetricReader()
+pipeline = Pipeline(ScriptedProvider(*"abcd"), [Metrics(meter_provider=MeterProvider([reader], shutdown_on_exit=False))])
+request = Request(model="m", messages="Hi")
+pipeline.complete(request)
+pipeline.complete(request)
+child = os.fork()
+if child:
+    os.waitpid(child, 0)
+else:
+    pipeline.complete(request)
+print(reader.get_metrics_data().resource_metrics[0].scope_metrics[0].metrics[0].data.data_points[0].count, flush=True)
+"""
+        ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=60)
+        assert (ran.stdout, ran.stderr) == ("3\n2\n", "")

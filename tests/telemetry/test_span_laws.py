@@ -1,0 +1,289 @@
+"""The laws of spans, over random stacks, scripts, faults and consumers, in all modes."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import threading
+from collections import Counter
+from contextlib import ExitStack, aclosing, suppress
+from typing import Any, Self
+
+import anyio
+import pytest
+from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from opentelemetry import trace
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+from support import strategies as s
+from support.tracing_tools import Recorder, failed
+
+from fluxibly.middleware import Metrics
+from fluxibly.pipeline import AsyncPipeline, Pipeline
+from fluxibly.testing import AsyncScriptedProvider, ScriptedProvider, VirtualClock
+from fluxibly.testing.modes import MODES, run
+from fluxibly.types import Request
+
+many = settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow])
+pytestmark = pytest.mark.usefixtures("quick_collector")
+REQUEST = Request(model="m", messages="hi")
+OUTCOMES = {"completed", "failed", "abandoned", "cancelled", "stalled"}
+
+
+class Watching(logging.Handler):
+    """Keeps what OpenTelemetry complains of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record.getMessage())
+
+    def __enter__(self) -> Self:
+        logging.getLogger("opentelemetry").addHandler(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        logging.getLogger("opentelemetry").removeHandler(self)
+        assert self.records == []
+
+
+class Meters:
+    """Metrics that are compared with spans."""
+
+    def __init__(self) -> None:
+        self.reader = InMemoryMetricReader()
+        self.metrics = Metrics(meter_provider=MeterProvider([self.reader], shutdown_on_exit=False))
+
+    def points(self) -> list[tuple[str, Any]]:
+        data = self.reader.get_metrics_data()
+        found = [] if data is None else [m for r in data.resource_metrics for s in r.scope_metrics for m in s.metrics]
+        return [(metric.name, point) for metric in found for point in metric.data.data_points]
+
+    def check(self, calls: list[Any]) -> None:
+        """They tell of the same outcomes and tokens as the spans of calls do."""
+        outcomes, tokens = Counter(), Counter()
+        for name, point in self.points():
+            if name == "gen_ai.client.operation.duration":
+                outcomes[point.attributes["fluxibly.outcome"], point.attributes.get("error.type")] += point.count
+            if name == "gen_ai.client.token.usage":
+                tokens[point.attributes["gen_ai.token.type"]] += point.sum
+        told = [span.attributes for span in calls]
+        assert outcomes == Counter((given["fluxibly.outcome"], given.get("error.type")) for given in told)
+        for kind in ("input", "output"):
+            assert tokens[kind] == sum(given.get(f"gen_ai.usage.{kind}_tokens", 0) for given in told)
+
+
+def check_spans(recorder):
+    """As many spans ended as started, each once; calls, and below each its own attempts. Returns the calls.
+
+    An attempt that its consumer gave up unread, or that was refused after output, never reached the provider.
+    """
+    started, ended = recorder.counting.started, recorder.counting.ended
+    assert len(ended) == len({*ended}) == len(started)
+    assert {*ended} == {*started}
+    calls = [span for span in recorder.spans if span.name.startswith("chat ")]
+    attempts = [span for span in recorder.spans if span.name == "fluxibly.attempt"]
+    assert {attempt.parent.span_id for attempt in attempts} <= {call.context.span_id for call in calls}
+    for call in calls:
+        mine = [attempt for attempt in attempts if attempt.parent.span_id == call.context.span_id]
+        assert sorted(attempt.attributes["fluxibly.attempt.index"] for attempt in mine) == [
+            *range(call.attributes["fluxibly.attempts"])
+        ]
+        assert all(call.start_time <= attempt.start_time <= attempt.end_time <= call.end_time for attempt in mine)
+        assert not [key for attempt in mine for key in attempt.attributes if key.startswith("gen_ai.")]
+    for span in (*calls, *attempts):
+        outcome = span.attributes["fluxibly.outcome"]
+        assert outcome in OUTCOMES
+        assert failed(span) == (outcome in ("failed", "cancelled", "stalled")) == ("error.type" in span.attributes)
+        assert len(span.events) == failed(span)
+    return calls
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+@many
+@given(
+    s.stacks,
+    s.stacks,
+    st.one_of(s.any_answers, s.clean_answers, s.interrupted_answers),
+    st.none() | st.integers(0, 4),
+    st.booleans(),
+    st.sampled_from(["none", "both"]),
+)
+def test_whatever_happens_spans_end_once(mode, outer, inner, answers, stop_after, restarts, capture):
+    """Spans end exactly once, parents are right, and the consumer's context is as before."""
+    recorder, meters = Recorder(), Meters()
+    clock = VirtualClock()
+    kind = ScriptedProvider if mode.backend is None else AsyncScriptedProvider
+    provider = kind(*[answer.make() for answer in answers], clock=clock)
+    passed = []
+
+    def count(request, call_next):
+        passed.append(request)
+        return (yield from call_next(request))
+
+    stack = [*s.build(outer[:2], []), count, recorder.tracing(capture=capture), meters.metrics, *s.build(inner, [])]
+    with Watching():
+        ran = run(mode, provider, stack, REQUEST, clock=clock, stop_after=stop_after, restarts=restarts)
+    assert ran.leaks == []
+    assert trace.get_current_span() is trace.INVALID_SPAN
+    calls = check_spans(recorder)
+    meters.check(calls)
+    assert len(calls) == len(passed)
+    assert len(provider.requests) <= sum(call.attributes["fluxibly.attempts"] for call in calls)
+
+
+class Interleaved(RuleBasedStateMachine):
+    """Streams and calls in any turns, within spans of the user's, ended in every way there is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.recorder, self.meters, self.clock = Recorder(), Meters(), VirtualClock()
+        self.tracer = self.recorder.tracer_provider.get_tracer("user")
+        self.watching = Watching().__enter__()
+        self.streams: dict[int, Any] = {}
+        self.within = ExitStack()
+        self.users = [trace.INVALID_SPAN]
+        self.parents: list[Any] = []
+
+    def pipeline(self, kinds, answers, capture="none"):
+        """A pipeline, and a request that its span is known by."""
+        provider = ScriptedProvider(*[answer.make() for answer in answers])
+        stack = [self.recorder.tracing(capture=capture), self.meters.metrics, *s.build(kinds, [])]
+        request = REQUEST.evolve(metadata={"conversation_id": str(len(self.parents))})
+        self.parents.append(self.users[-1])
+        return Pipeline(provider, stack, clock=self.clock), request
+
+    def some(self, data):
+        return data.draw(st.sampled_from(sorted(self.streams)))
+
+    @rule()
+    @precondition(lambda self: len(self.users) < 4)
+    def enter(self):
+        """A span of the user's begins."""
+        self.users.append(self.within.enter_context(self.tracer.start_as_current_span("mine")))
+
+    @rule(kinds=s.stacks, answers=s.any_answers)
+    def call(self, kinds, answers):
+        """A call that is not streamed."""
+        pipeline, request = self.pipeline(kinds, answers)
+        with suppress(Exception):
+            pipeline.complete(request)
+
+    @rule(kinds=s.stacks, answers=s.any_answers, capture=st.sampled_from(["none", "both"]), restarts=st.booleans())
+    def begin(self, kinds, answers, capture, restarts):
+        """A stream."""
+        pipeline, request = self.pipeline(kinds, answers, capture)
+        self.streams[len(self.parents)] = pipeline.stream(request, restarts=restarts)
+
+    @rule(data=st.data(), times=st.integers(1, 6))
+    @precondition(lambda self: self.streams)
+    def read(self, data, times):
+        """Some of a stream, perhaps to its end."""
+        stream = self.streams[self.some(data)]
+        with suppress(Exception):
+            for _ in range(times):
+                next(stream)
+
+    @rule(data=st.data(), how=st.sampled_from(["close", "thread", "drop", "ring", "error", "texts"]))
+    @precondition(lambda self: self.streams)
+    def end(self, data, how):
+        """The consumer is done with a stream, in whatever state it is."""
+        stream = self.streams.pop(self.some(data))
+        if how == "close":
+            stream.close()
+            stream.close()
+        elif how == "thread":
+            thread = threading.Thread(target=stream.close)
+            thread.start()
+            thread.join()
+        elif how == "ring":
+            ring = [stream]
+            ring.append(ring)
+            del ring
+        elif how == "error":
+            with suppress(LookupError), stream:
+                raise LookupError("the consumer's own")
+        elif how == "texts":
+            with suppress(Exception):
+                for _ in stream.texts():
+                    break
+
+    @invariant()
+    def the_context_is_the_users(self):
+        """The current span is never one of ours."""
+        assert trace.get_current_span() is self.users[-1]
+
+    def teardown(self):
+        """What was left lying about ends too; then all must be right."""
+        self.streams.clear()
+        gc.collect()
+        Pipeline(ScriptedProvider("b"), [], clock=self.clock).complete(REQUEST)
+        self.within.close()
+        self.watching.__exit__()
+        calls = check_spans(self.recorder)
+        self.meters.check(calls)
+        found = {int(call.attributes["gen_ai.conversation.id"]): call.parent for call in calls}
+        assert len(found) == len(calls) == len(self.parents)
+        for n, parent in enumerate(self.parents):
+            expected = parent.get_span_context()
+            assert found[n] == (expected if expected.is_valid else None)
+
+
+TestInterleaved = Interleaved.TestCase
+TestInterleaved.settings = settings(many, max_examples=30, stateful_step_count=25)
+
+
+@pytest.mark.filterwarnings("ignore:Async generator:ResourceWarning")  # trio tells of what was dropped
+@many
+@given(
+    s.stacks,
+    s.any_answers,
+    st.integers(0, 4),
+    st.sampled_from(["task", "cancel", "drop"]),
+    st.sampled_from([mode for mode in MODES if mode.streaming and mode.backend]),
+)
+def test_async_streams_end_however_they_are_left(kinds, answers, reads, how, mode):
+    """By another task, by a cancellation within a read, or by nobody at all."""
+    recorder, meters = Recorder(), Meters()
+
+    class Hanging(AsyncScriptedProvider):
+        async def stream(self, request):
+            async with aclosing(super().stream(request)) as stream:
+                async for item in stream:
+                    yield item
+            await anyio.sleep_forever()
+
+    provider = Hanging(*[answer.make() for answer in answers])
+    pipeline = AsyncPipeline(provider, [recorder.tracing(), meters.metrics, *s.build(kinds, [])], clock=VirtualClock())
+
+    async def read(stream, times):
+        with suppress(Exception):
+            for _ in range(times):
+                await anext(stream)
+
+    async def main():
+        stream = pipeline.stream(REQUEST)
+        async with anyio.create_task_group() as group:
+            group.start_soon(read, stream, reads if how == "drop" else 50)
+            await anyio.wait_all_tasks_blocked()
+            if how == "task":
+                group.start_soon(stream.aclose)
+            else:
+                group.cancel_scope.cancel()
+        if how == "drop":
+            del stream
+            gc.collect()
+        else:
+            await stream.aclose()
+        assert trace.get_current_span() is trace.INVALID_SPAN
+
+    with Watching():
+        anyio.run(main, backend=mode.backend)
+        gc.collect()
+        Pipeline(ScriptedProvider("b"), [], clock=VirtualClock()).complete(REQUEST)
+    calls = check_spans(recorder)
+    assert len(calls) == 1
+    meters.check(calls)

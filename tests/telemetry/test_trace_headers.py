@@ -1,0 +1,268 @@
+"""Trace headers: one `traceparent` an attempt, with and without other instrumentations."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from opentelemetry import context as otel_context, propagate, trace
+from opentelemetry.baggage import set_baggage
+from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ParentBased
+from support.tracing_tools import ANSWER, REQUEST, Recorder, Remote, modes, remote
+
+from fluxibly.errors import Overloaded
+from fluxibly.middleware import Retry, Tracing
+from fluxibly.pipeline import Pipeline
+from fluxibly.testing.modes import run
+
+pytestmark = pytest.mark.usefixtures("no_complaints")
+
+
+# Trace headers
+
+
+@modes
+def test_every_attempt_carries_its_own_traceparent_once(mode, recorder):
+    """Trace id and parent id are the attempt's; other headers stay, and one of the same name is replaced."""
+    provider = remote(mode, Overloaded("full"), ANSWER)
+    request = REQUEST.evolve(headers={"X-Mine": "1", "TraceParent": "00-old"})
+    run(mode, provider, [recorder.tracing(), Retry(max_retries=1)], request)
+    assert request.headers == {"X-Mine": "1", "TraceParent": "00-old"}
+    for sent, attempt in zip(provider.requests, recorder.attempts, strict=True):
+        (name,) = [name for name in sent.headers if name.lower() == "traceparent"]
+        _, trace_id, parent_id, _ = sent.headers[name].split("-")
+        assert int(trace_id, 16) == attempt.context.trace_id == recorder.call.context.trace_id
+        assert int(parent_id, 16) == attempt.context.span_id
+        assert sent.headers["X-Mine"] == "1"
+
+
+def test_baggage_and_trace_state_go_along(recorder):
+    """The whole of W3C trace context goes out."""
+    state = trace.TraceState([("vendor", "x")])
+    ids = trace.SpanContext(1, 2, is_remote=True, trace_flags=trace.TraceFlags(1), trace_state=state)
+    provider = Remote(ANSWER, ANSWER)
+    pipeline = Pipeline(provider, [recorder.tracing()])
+    parent = trace.set_span_in_context(trace.NonRecordingSpan(ids))
+    for context in (parent, set_baggage("who", "me", parent)):
+        token = otel_context.attach(context)
+        pipeline.complete(REQUEST)
+        otel_context.detach(token)
+    assert [request.headers["tracestate"] for request in provider.requests] == ["vendor=x"] * 2
+    assert [request.headers.get("baggage") for request in provider.requests] == [None, "who=me"]
+
+
+def test_another_propagator_is_respected(recorder):
+    """What the application set up for its headers is used."""
+
+    class Shouting(propagate.textmap.TextMapPropagator):
+        fields = {"x-trace"}
+
+        def inject(self, carrier, context=None, setter=propagate.textmap.default_setter):
+            span = trace.get_current_span(context).get_span_context()
+            setter.set(carrier, "x-trace", f"{span.span_id:X}")
+
+        def extract(self, carrier, context=None, getter=propagate.textmap.default_getter):
+            return context
+
+    before = propagate.get_global_textmap()
+    propagate.set_global_textmap(Shouting())
+    try:
+        provider = Remote(ANSWER)
+        Pipeline(provider, [recorder.tracing()]).complete(REQUEST)
+    finally:
+        propagate.set_global_textmap(before)
+    assert provider.requests[0].headers == {"x-trace": f"{recorder.attempts[0].context.span_id:X}"}
+
+
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "stream"])
+def test_over_http_there_is_one_traceparent_with_and_without_httpx_instrumentation(streaming, asynchronous):
+    """The instrumentation's span is below the attempt's, and its header takes the place of ours.
+
+    So it is whether the transport is given, or the provider's own: once httpx is instrumented, it is httpx that sends.
+    """
+    pytest.importorskip("opentelemetry.instrumentation.httpx")
+    ran = subprocess.run(
+        [sys.executable, "-c", OVER_HTTP, "stream" if streaming else "", "async" if asynchronous else ""],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert (ran.returncode, ran.stderr) == (0, "")
+    without, *instrumented = json.loads(ran.stdout)
+    (attempt,) = [s for s in without["spans"] if s["name"] == "fluxibly.attempt"]
+    assert without["sent"] == [[f"00-{attempt['trace']}-{attempt['id']}-{attempt['flags']}"]]
+    assert len(without["spans"]) == 2
+    assert len(instrumented) == 2
+    for told in instrumented:
+        (attempt,) = [s for s in told["spans"] if s["name"] == "fluxibly.attempt"]
+        (post,) = [s for s in told["spans"] if s["name"] == "POST"]
+        assert post["parent"] == attempt["id"]
+        assert told["sent"] == [[f"00-{post['trace']}-{post['id']}-{post['flags']}"]]
+        assert len(told["spans"]) == 3
+
+
+OVER_HTTP = """
+import http.server, json, sys, threading
+import anyio, httpx
+from opentelemetry import trace
+from opentelemetry.instrumentation.httpx import HTTPXClientInstrumentor
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from fluxibly.config import LLMConfig
+from fluxibly.middleware import Tracing
+from fluxibly.pipeline import AsyncPipeline, Pipeline
+from fluxibly.providers.openai import AsyncOpenAIProvider, OpenAIProvider
+from fluxibly.types import Request
+
+exporter = InMemorySpanExporter()
+provider = TracerProvider()
+provider.add_span_processor(SimpleSpanProcessor(exporter))
+trace.set_tracer_provider(provider)
+sent = []
+streaming, asynchronous = map(bool, sys.argv[1:])
+WHOLE = '{"choices": [{"index": 0, "message": {"role": "assistant", "content": "hi"}, "finish_reason": "stop"}]}'
+STREAM = 'data: {"choices": [{"index": 0, "delta": {"content": "hi"}, "finish_reason": "stop"}]}\\n\\ndata: [DONE]\\n\\n'
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_POST(self):
+        sent.append(self.headers.get_all("traceparent"))
+        self.rfile.read(int(self.headers["content-length"]))
+        body = (STREAM if streaming else WHOLE).encode()
+        self.send_response(200)
+        self.send_header("content-type", "text/event-stream" if streaming else "application/json")
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+threading.Thread(target=server.serve_forever, daemon=True).start()
+base = f"http://127.0.0.1:{server.server_port}/v1"
+config = LLMConfig(framework="openai", model="m", api_key="sk-1234567890", api_base=base)
+request = Request(model="m", messages="Hi")
+
+def call(transport):
+    with Pipeline(OpenAIProvider(config, transport=transport), [Tracing()]) as pipeline:
+        list(pipeline.stream(request)) if streaming else pipeline.complete(request)
+
+async def acall(transport):
+    async with AsyncPipeline(AsyncOpenAIProvider(config, transport=transport), [Tracing()]) as pipeline:
+        if streaming:
+            async for _ in pipeline.stream(request):
+                pass
+        else:
+            await pipeline.complete(request)
+
+told = []
+for instrument, over_httpx in ((False, False), (True, False), (True, True)):
+    if instrument and not over_httpx:
+        HTTPXClientInstrumentor().instrument()
+    if asynchronous:
+        anyio.run(acall, httpx.AsyncHTTPTransport() if over_httpx else None)
+    else:
+        call(httpx.HTTPTransport() if over_httpx else None)
+    spans = [
+        {
+            "name": span.name,
+            "trace": f"{span.context.trace_id:032x}",
+            "id": f"{span.context.span_id:016x}",
+            "flags": f"{span.context.trace_flags:02x}",
+            "parent": span.parent and f"{span.parent.span_id:016x}",
+        }
+        for span in exporter.get_finished_spans()
+    ]
+    told.append({"sent": [*sent], "spans": spans})
+    exporter.clear()
+    sent.clear()
+print(json.dumps(told))
+"""
+
+
+@modes
+def test_sampled_off_sends_that_on_and_records_nothing(mode):
+    """A span that is not sampled goes on as such in the headers; there are no attempts."""
+    recorder = Recorder(sampler=ParentBased(ALWAYS_OFF))
+    provider = remote(mode, ANSWER)
+    ran = run(mode, provider, [recorder.tracing(capture="span")], REQUEST)
+    assert recorder.spans == []
+    flags = int(provider.requests[0].headers["traceparent"].rpartition("-")[2], 16)
+    assert not flags & trace.TraceFlags.SAMPLED
+    assert ran.leaks == []
+
+
+@modes
+def test_without_an_sdk_a_remote_parent_still_goes_on(mode):
+    """A service in the middle, without an SDK, breaks no trace; without a parent nothing is added."""
+    provider = remote(mode, ANSWER, ANSWER)
+    run(mode, provider, [Tracing()], REQUEST)
+    ids = trace.SpanContext(0xABC, 0xDEF, is_remote=True, trace_flags=trace.TraceFlags(1))
+    token = otel_context.attach(trace.set_span_in_context(trace.NonRecordingSpan(ids)))
+    run(mode, provider, [Tracing()], REQUEST)
+    otel_context.detach(token)
+    assert [dict(request.headers) for request in provider.requests] == [
+        {},
+        {"traceparent": f"00-{0xABC:032x}-{0xDEF:016x}-01"},
+    ]
+
+
+def test_an_sdk_that_is_set_up_later_is_noticed():
+    """The same `Tracing` works from then on. In a process of its own, since the global provider is set but once."""
+    script = """
+import warnings; warnings.simplefilter("error")
+from fluxibly.middleware import Tracing
+from fluxibly.pipeline import Pipeline
+from fluxibly.testing import ScriptedProvider
+from fluxibly.types import Request
+pipeline = Pipeline(ScriptedProvider("a", "b", "c"), [Tracing()])
+request = Request(model="m", messages="Hi")
+pipeline.complete(request)
+from opentelemetry import trace
+pipeline.complete(request)
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+exporter = InMemorySpanExporter()
+provider = TracerProvider()
+provider.add_span_processor(SimpleSpanProcessor(exporter))
+trace.set_tracer_provider(provider)
+pipeline.complete(request)
+print(len(exporter.get_finished_spans()))
+"""
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=60)
+    assert (ran.stdout, ran.stderr) == ("2\n", "")
+
+
+def test_without_an_sdk_opentelemetry_is_not_even_imported():
+    """A program without telemetry is spared the tenth of a second that it takes."""
+    script = """
+import sys
+from fluxibly.middleware import Metrics, Tracing
+from fluxibly.pipeline import Pipeline
+from fluxibly.testing import ScriptedProvider
+from fluxibly.types import Request
+Pipeline(ScriptedProvider("a"), [Tracing(), Metrics()]).complete(Request(model="m", messages="Hi"))
+print([m for m in sys.modules if m.startswith("opentelemetry")])
+"""
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=60)
+    assert ran.stdout == "[]\n"
+
+
+def test_other_instrumentations_are_told_of_our_span(recorder):
+    """One built on opentelemetry-util-genai makes no second span below ours."""
+    handler = pytest.importorskip("opentelemetry.util.genai.handler")
+
+    class Instrumented(Remote):
+        def complete(self, request):
+            theirs = handler.TelemetryHandler(tracer_provider=recorder.tracer_provider)
+            with theirs.inference("openai", request_model="m-1"):
+                return "a"
+
+    Pipeline(Instrumented(), [recorder.tracing()]).complete(REQUEST)
+    assert [span.name for span in recorder.spans] == ["fluxibly.attempt", "chat m-1"]
