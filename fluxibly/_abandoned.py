@@ -16,20 +16,20 @@ from functools import partial
 from typing import Protocol
 
 
-class Droppable(Protocol):
+class Abandonable(Protocol):
     """A stream's driver."""
 
     ended: bool
 
-    def let_go(self) -> None:
+    def abandon(self) -> None:
         """Give the stream up from ordinary code that cannot wait."""
         ...
 
 
-_open: set[Droppable] = set()
+_open: set[Abandonable] = set()
 keep = _open.add
 forget = _open.discard
-orphans: deque[Droppable] = deque()
+pending: deque[Abandonable] = deque()
 
 
 class _Phase:
@@ -53,21 +53,21 @@ def collecting() -> bool:
     return _last.start is not None and _last.start is getattr(_here, "start", None)
 
 
-def let_go(driver: Droppable) -> None:
+def abandon(driver: Abandonable) -> None:
     """End a stream that was dropped: now, or from inside of the garbage collector at the next call."""
     if driver.ended:
         return
     if collecting():
-        orphans.append(driver)
+        pending.append(driver)
     else:
-        driver.let_go()
+        driver.abandon()
 
 
-def end_orphans() -> None:
+def end_pending() -> None:
     """End the streams that the garbage collector found. Every call begins with this."""
-    while orphans:
+    while pending:
         try:
-            orphans.popleft().let_go()
+            pending.popleft().abandon()
         except Exception as error:  # noqa: BLE001  # there is no caller to raise it to
             from fluxibly._logs import ERROR, log
 
@@ -80,8 +80,8 @@ def end_orphans() -> None:
 
 def end_all() -> None:
     """End the streams that are still open, because the process ends. Those of the process that it was forked from stay."""
-    orphans.extend(_open - _inherited)
-    end_orphans()
+    pending.extend(_open - _inherited)
+    end_pending()
 
 
 def end_all_before() -> None:
@@ -90,7 +90,7 @@ def end_all_before() -> None:
     atexit.register(end_all)
 
 
-_inherited: set[Droppable] = set()
+_inherited: set[Abandonable] = set()
 if hasattr(os, "register_at_fork"):  # not on Windows
     os.register_at_fork(after_in_child=lambda: _inherited.update(_open))
 end_all_before()

@@ -38,7 +38,7 @@ def short_repr(value: object) -> str:
     return reprlib.repr(value)
 
 
-def shown(value: object) -> str:
+def kind_of(value: object) -> str:
     """A value's kind, for an error message."""
     return "None" if value is None else f"a {type(value).__name__}"
 
@@ -78,7 +78,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
-def naming_the_nearest(cls: type[T]) -> type[T]:
+def suggests_names(cls: type[T]) -> type[T]:
     """A class whose TypeError for an unknown keyword names the nearest that it knows (Python's own does from 3.13)."""
     init: Any = cls.__init__
     names = [name for name in init.__annotations__ if name != "return"]

@@ -74,7 +74,7 @@ def mask_request(text: str, request: Request, quoted: Iterable[Message] = ()) ->
     if len(text) < RUN:
         return text
     spans: list[tuple[int, int]] = []
-    messages = {id(message): message for message in (*request.messages, *request.call.asked_messages, *quoted)}
+    messages = {id(message): message for message in (*request.messages, *request.call.sent_messages, *quoted)}
     for content in _contents(messages.values()):
         spans += _shared(text, content)
     return _without(text, spans)

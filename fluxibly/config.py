@@ -14,9 +14,9 @@ from fluxibly._checks import (
     is_mapping,
     is_number,
     is_whole,
-    naming_the_nearest,
     repr_without_secrets,
     short_repr,
+    suggests_names,
 )
 from fluxibly.errors import ConfigError
 
@@ -60,7 +60,7 @@ class Secret:
         return bool(self._value)
 
 
-@naming_the_nearest
+@suggests_names
 @attrs.frozen
 class Timeouts:
     """Time limits in seconds, each on its own; None is no limit.
@@ -102,7 +102,7 @@ def _without_login(url: object) -> str:
     return re.sub("//[^/@]*@", "//***@", repr(url))
 
 
-@naming_the_nearest
+@suggests_names
 @attrs.frozen(kw_only=True)
 class LLMConfig:
     """Which model to call, and how.

@@ -7,7 +7,7 @@ from typing import Any, Literal, Protocol, TypeAlias, TypeVar, cast, get_args, r
 
 import attrs
 
-from fluxibly._checks import is_mapping, shown
+from fluxibly._checks import is_mapping, kind_of
 
 _T = TypeVar("_T")
 Role: TypeAlias = Literal["system", "user", "assistant", "tool"]
@@ -37,11 +37,11 @@ class Image:
         if (self.url is None) == (self.data is None):
             raise ValueError("an Image takes either url= or data=, and one of them")
         if self.url is not None and not isinstance(self.url, str):  # pyright: ignore[reportUnnecessaryIsInstance]  # callers may be untyped
-            raise TypeError(f"an Image's url= is a str, not {shown(self.url)}")
+            raise TypeError(f"an Image's url= is a str, not {kind_of(self.url)}")
         if self.data is None:
             return
         if not isinstance(self.data, (bytes, bytearray, memoryview)):  # pyright: ignore[reportUnnecessaryIsInstance]  # callers may be untyped
-            raise TypeError(f"an Image's data= is bytes, not {shown(self.data)}; decode base64 first")
+            raise TypeError(f"an Image's data= is bytes, not {kind_of(self.data)}; decode base64 first")
         if self.media_type is None:
             raise ValueError("an Image made of data= needs media_type=, e.g. 'image/png'")
 
@@ -95,10 +95,10 @@ class ToolCall:
     def __attrs_post_init__(self) -> None:
         if not is_mapping(self.arguments):
             raise TypeError(
-                f"a ToolCall's arguments are a mapping, not {shown(self.arguments)}; text is raw_arguments="
+                f"a ToolCall's arguments are a mapping, not {kind_of(self.arguments)}; text is raw_arguments="
             )
         if not isinstance(self.raw_arguments, str):  # pyright: ignore[reportUnnecessaryIsInstance]  # callers may be untyped
-            raise TypeError(f"a ToolCall's raw_arguments are a str, not {shown(self.raw_arguments)}; use arguments=")
+            raise TypeError(f"a ToolCall's raw_arguments are a str, not {kind_of(self.raw_arguments)}; use arguments=")
         if self.raw_arguments and not self.arguments:
             arguments, error = parse_arguments(self.raw_arguments)
             object.__setattr__(self, "arguments", arguments)
@@ -119,7 +119,7 @@ def _parts(content: object) -> tuple[Part, ...]:
     if isinstance(content, (Text, Image)):
         return (content,)
     if not isinstance(content, Iterable) or isinstance(content, (bytes, Mapping)):
-        raise TypeError(f"a message's content is a str, Text, Image or a sequence of these, not {shown(content)}")  # pyright: ignore[reportUnknownArgumentType]
+        raise TypeError(f"a message's content is a str, Text, Image or a sequence of these, not {kind_of(content)}")  # pyright: ignore[reportUnknownArgumentType]
     parts: list[Part] = []
     for part in content:  # pyright: ignore[reportUnknownVariableType]
         if isinstance(part, str):
@@ -127,7 +127,7 @@ def _parts(content: object) -> tuple[Part, ...]:
         elif isinstance(part, (Text, Image)):
             parts.append(part)
         else:
-            raise TypeError(f"a part of a message is a str, Text or Image, not {shown(part)}")  # pyright: ignore[reportUnknownArgumentType]
+            raise TypeError(f"a part of a message is a str, Text or Image, not {kind_of(part)}")  # pyright: ignore[reportUnknownArgumentType]
     return tuple(parts)
 
 
@@ -144,11 +144,11 @@ def _all_of(kind: type[_T], values: object, due: str) -> tuple[_T, ...]:
     if values == ():  # nearly always
         return ()
     if not isinstance(values, Iterable):
-        raise TypeError(f"{due}, not {shown(values)}")
+        raise TypeError(f"{due}, not {kind_of(values)}")
     found: tuple[object, ...] = tuple(values)  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
     for value in found:
         if not isinstance(value, kind):
-            raise TypeError(f"{due}, but there is {shown(value)} in it")
+            raise TypeError(f"{due}, but there is {kind_of(value)} in it")
     return found  # type: ignore[return-value]  # each was checked above
 
 
@@ -212,7 +212,7 @@ class Message:
         if isinstance(tool_call, ToolCall):
             return cls("tool", content, tool_call_id=tool_call.id, name=name or tool_call.name)
         if not isinstance(tool_call, str):  # pyright: ignore[reportUnnecessaryIsInstance]  # callers may be untyped
-            raise TypeError(f"a tool's result needs the ToolCall that it answers, or its id, not {shown(tool_call)}")
+            raise TypeError(f"a tool's result needs the ToolCall that it answers, or its id, not {kind_of(tool_call)}")
         return cls("tool", content, tool_call_id=tool_call, name=name)
 
 
@@ -227,9 +227,9 @@ class Tool:
 
     def __attrs_post_init__(self) -> None:
         if not isinstance(self.name, str):  # pyright: ignore[reportUnnecessaryIsInstance]  # callers may be untyped
-            raise TypeError(f"a Tool's name is a str, not {shown(self.name)}")
+            raise TypeError(f"a Tool's name is a str, not {kind_of(self.name)}")
         if not is_mapping(self.parameters):
-            raise TypeError(f"a Tool's parameters are a JSON Schema (a mapping), not {shown(self.parameters)}")
+            raise TypeError(f"a Tool's parameters are a JSON Schema (a mapping), not {kind_of(self.parameters)}")
 
 
 def to_messages(prompt: object) -> tuple[Message, ...]:
@@ -246,12 +246,12 @@ def to_messages(prompt: object) -> tuple[Message, ...]:
     if isinstance(prompt, Message):
         return to_messages((prompt,))
     if not isinstance(prompt, Iterable) or isinstance(prompt, (bytes, Mapping)):
-        raise TypeError(f"a prompt is a str or a sequence of Message, not {shown(prompt)}")  # pyright: ignore[reportUnknownArgumentType]
+        raise TypeError(f"a prompt is a str or a sequence of Message, not {kind_of(prompt)}")  # pyright: ignore[reportUnknownArgumentType]
     given: tuple[object, ...] = tuple(prompt)  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
     for message in given:
         if not isinstance(message, Message):
             hint = "; write Message.user(...)" if isinstance(message, str) else ""
-            raise TypeError(f"a prompt is a str or a sequence of Message, but has {shown(message)} in it{hint}")
+            raise TypeError(f"a prompt is a str or a sequence of Message, but has {kind_of(message)} in it{hint}")
     if not given:
         raise ValueError("the prompt has no messages; give a non-empty string or a sequence of Message")
     messages = cast("tuple[Message, ...]", given)
@@ -282,14 +282,14 @@ def to_tools(tools: Iterable[Tool | Mapping[str, Any]] | None) -> tuple[Tool, ..
     if tools is None:
         return ()
     if not isinstance(tools, Iterable) or isinstance(tools, (str, Mapping)):  # pyright: ignore[reportUnnecessaryIsInstance]  # callers may be untyped
-        found = shown(cast("object", tools))
+        found = kind_of(cast("object", tools))
         raise TypeError(f"tools is a sequence of Tool or of mappings, like [Tool('look')], not {found}")
     return tuple(tool if isinstance(tool, Tool) else _tool(tool) for tool in tools)
 
 
 def _tool(tool: object) -> Tool:
     if not is_mapping(tool):
-        raise TypeError(f"a tool is a Tool or a mapping with name, description and parameters, not {shown(tool)}")
+        raise TypeError(f"a tool is a Tool or a mapping with name, description and parameters, not {kind_of(tool)}")
     fields: object = tool.get("function", tool)
     if not is_mapping(fields) or not isinstance(fields.get("name"), str):
         raise ValueError("a tool given as a mapping needs a 'name' (a str)")

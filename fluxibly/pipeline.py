@@ -8,7 +8,7 @@ from fluxibly import provider as providers
 from fluxibly._drivers import stepping
 from fluxibly._drivers.diagnosis import explain
 from fluxibly._drivers.stack import SYSTEM_CLOCK as SYSTEM_CLOCK, AsyncStack, Clock as Clock, SyncStack
-from fluxibly._drivers.streams import AsyncDriver, SyncDriver
+from fluxibly._drivers.streams import AsyncStreamDriver, SyncStreamDriver
 from fluxibly.flow.effects import Send
 from fluxibly.stream import AsyncStream, Stream
 from fluxibly.types import Chunk, Request, Response, Restart
@@ -73,7 +73,7 @@ class Pipeline(SyncStack):
         if not hasattr(self.provider, "stream"):
             raise providers.no_stream(self.provider)
         request = self.begin(request, streaming=True, restarts=restarts)
-        return Stream(SyncDriver(self, request, self._run(request)))
+        return Stream(SyncStreamDriver(self, request, self._run(request)))
 
     def close(self) -> None:
         """Close the provider. Twice is fine; a call after it is a RuntimeError."""
@@ -142,7 +142,7 @@ class AsyncPipeline(AsyncStack):
         if not hasattr(self.provider, "stream"):
             raise providers.no_stream(getattr(self.provider, "wrapped", self.provider))
         request = self.begin(request, streaming=True, restarts=restarts)
-        return AsyncStream(AsyncDriver(self, request, self._run(request)))
+        return AsyncStream(AsyncStreamDriver(self, request, self._run(request)))
 
     async def aclose(self) -> None:
         """Close the provider. Twice is fine; a call after it is a RuntimeError."""

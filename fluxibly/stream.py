@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from fluxibly import _abandoned
-from fluxibly._drivers.streams import AsyncDriver, Driver, SyncDriver, in_context, is_entered, on_trio
+from fluxibly._drivers.streams import AsyncStreamDriver, StreamDriver, SyncStreamDriver, in_context, is_entered, on_trio
 from fluxibly.types import Chunk, Response, Restart
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ class Stream(Generic[Event]):
 
     __slots__ = ("__weakref__", "_driver")
 
-    def __init__(self, driver: SyncDriver) -> None:
+    def __init__(self, driver: SyncStreamDriver) -> None:
         self._driver = driver
 
     def __iter__(self) -> Iterator[Event]:
@@ -76,7 +76,7 @@ class Stream(Generic[Event]):
         self.close()
 
     def __del__(self) -> None:
-        _abandoned.let_go(self._driver)
+        _abandoned.abandon(self._driver)
 
     def texts(self) -> Generator[str, None, None]:
         """The non-empty texts of the chunks. The generator owns the stream: closing it closes the stream."""
@@ -91,7 +91,7 @@ class Stream(Generic[Event]):
                 if isinstance(event, Chunk) and event.text:
                     yield event.text
         finally:
-            _abandoned.let_go(self._driver)
+            _abandoned.abandon(self._driver)
 
 
 class AsyncStream(Generic[Event]):
@@ -99,7 +99,7 @@ class AsyncStream(Generic[Event]):
 
     __slots__ = ("__weakref__", "_driver")
 
-    def __init__(self, driver: AsyncDriver) -> None:
+    def __init__(self, driver: AsyncStreamDriver) -> None:
         self._driver = driver
 
     def __aiter__(self) -> AsyncIterator[Event]:
@@ -148,7 +148,7 @@ class AsyncStream(Generic[Event]):
         await self.aclose()
 
     def __del__(self) -> None:
-        _abandoned.let_go(self._driver)
+        _abandoned.abandon(self._driver)
 
     async def texts(self) -> AsyncGenerator[str, None]:
         """The non-empty texts of the chunks. The generator owns the stream: closing it closes the stream."""
@@ -160,7 +160,7 @@ class AsyncStream(Generic[Event]):
             await self.aclose()
 
 
-def _response(driver: Driver) -> Response:
+def _response(driver: StreamDriver) -> Response:
     if driver.response is None:
         raise RuntimeError("the stream has no response yet: iterate it to its end first")
     return driver.response

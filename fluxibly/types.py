@@ -79,7 +79,7 @@ class CallRecord:
     """When the call began."""
     sent_at: float | None
     """When the first attempt went out, of a stream."""
-    asked_at: float
+    requested_at: float
     """When the consumer asked for the chunk that is on its way; kept while `timed`."""
     timed: bool
     first_chunk_at: float | None
@@ -91,9 +91,9 @@ class CallRecord:
     """Whether a layer wants the effect that ends each attempt; it costs a trip through all the layers."""
     trace_headers: Mapping[str, str] | None
     """What tells the trace to the service, where it is the same for all attempts: `send` adds it to their requests."""
-    asked_model: str | None
+    sent_model: str | None
     """The model that the last attempt asked for. A provider that turned to another by itself says so here."""
-    asked_messages: tuple[Message, ...]
+    sent_messages: tuple[Message, ...]
     """What the last attempt sent: middleware may have added to it. Error messages are masked with it."""
     model: str | None
     """The model that answered, as the last attempt's response named it."""
@@ -116,13 +116,13 @@ class CallRecord:
         self.provider = _UNKNOWN
         self.streaming = self.restarts = self.timed = self.watched = self.cache_hit = False
         self.clock = perf_counter
-        self.started_at = self.asked_at = 0.0
+        self.started_at = self.requested_at = 0.0
         self.sent_at = self.first_chunk_at = None
         self.delivered = []
         self.attempts = 0
         self.trace_headers = None
-        self.asked_messages = ()
-        self.asked_model = self.model = None
+        self.sent_messages = ()
+        self.sent_model = self.model = None
         self.usage = self.finish_reason = self.stats = None
         self.attempt_times = None
         self.timings = {}

@@ -9,7 +9,7 @@ from typing import NoReturn
 
 import attrs
 
-from fluxibly._checks import shown
+from fluxibly._checks import kind_of
 from fluxibly._drivers.stepping import live_layers
 from fluxibly.flow.compose import code_of, layer_name
 from fluxibly.flow.effects import Flow, Middleware
@@ -21,7 +21,7 @@ HOW_TO_RETURN = "end it with: return (yield from call_next(request))"
 def unknown_effect(flow: Flow[Response], effect: object) -> TypeError:
     """The error for a middleware that yields what is no effect."""
     return TypeError(
-        f"the middleware {live_layers(flow)[-1].__qualname__} yielded {shown(effect)}; it may yield only from "
+        f"the middleware {live_layers(flow)[-1].__qualname__} yielded {kind_of(effect)}; it may yield only from "
         "call_next(request), sleep(...), perform(...) and the combinators"
     )
 
@@ -30,7 +30,7 @@ def raise_not_a_response(value: object, middleware: Sequence[Middleware]) -> NoR
     """Raise the error for a stack that returned something else than a `Response`."""
     culprit = first_without_return(middleware) if value is None else None
     who = suspects(middleware) if culprit is None else f"the middleware {culprit}"
-    raise TypeError(f"{who} returned {shown(value)} where a Response was due; {HOW_TO_RETURN}")
+    raise TypeError(f"{who} returned {kind_of(value)} where a Response was due; {HOW_TO_RETURN}")
 
 
 def explain(error: Exception, middleware: Sequence[Middleware]) -> None:
@@ -38,7 +38,7 @@ def explain(error: Exception, middleware: Sequence[Middleware]) -> None:
     if not isinstance(error, AttributeError):
         return
     if error.name == "call" and not isinstance(error.obj, Request):
-        error.add_note(f"fluxibly: call_next takes a Request, not {shown(error.obj)}: call_next(request.evolve(…))")
+        error.add_note(f"fluxibly: call_next takes a Request, not {kind_of(error.obj)}: call_next(request.evolve(…))")
     if isinstance(error.obj, Response) or error.name not in _RESPONSE:
         return
     culprit = first_without_return(middleware) if error.obj is None else None
@@ -46,7 +46,7 @@ def explain(error: Exception, middleware: Sequence[Middleware]) -> None:
         error.add_note(f"fluxibly: the middleware {culprit} returns None; {HOW_TO_RETURN}")
     elif any(map(_is_users, middleware)):
         error.add_note(
-            f"fluxibly: it seems that {suspects(middleware)} returned {shown(error.obj)} where a Response was due; "
+            f"fluxibly: it seems that {suspects(middleware)} returned {kind_of(error.obj)} where a Response was due; "
             f"{HOW_TO_RETURN}"
         )
 

@@ -7,8 +7,8 @@ from collections.abc import AsyncIterable, Iterable
 from typing import Any, Protocol, cast
 
 from fluxibly import provider as providers
-from fluxibly._abandoned import end_orphans, orphans
-from fluxibly._checks import shown
+from fluxibly._abandoned import end_pending, pending
+from fluxibly._checks import kind_of
 from fluxibly._drivers.diagnosis import raise_not_a_response, unknown_effect
 from fluxibly.flow.compose import compose
 from fluxibly.flow.effects import AttemptEnd, Effect, Flow, Middleware, Perform, Sleep
@@ -78,9 +78,9 @@ class Stack:
         if self.closed:
             raise RuntimeError(f"this {type(self).__name__} is closed; make a new one")
         if not isinstance(request, Request):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(f"a Request is due here, not {shown(request)}; LLM takes prompts")
-        if orphans:
-            end_orphans()
+            raise TypeError(f"a Request is due here, not {kind_of(request)}; LLM takes prompts")
+        if pending:
+            end_pending()
         call = CallRecord()
         call.provider = self.info
         call.clock = self._now
@@ -128,7 +128,7 @@ class SyncStack(Stack):
         """The provider's own stream."""
         stream = self.provider.stream(request)
         if not isinstance(stream, Iterable) or isinstance(stream, str):
-            raise TypeError(f"the stream() of {self.info.name} returned {shown(stream)}; make it a generator")
+            raise TypeError(f"the stream() of {self.info.name} returned {kind_of(stream)}; make it a generator")
         return cast("Iterable[Chunk | str]", stream)
 
     def carry_out(self, effect: Effect, flow: Flow[Response]) -> object:
@@ -162,7 +162,7 @@ class AsyncStack(Stack):
         """The provider's own stream."""
         stream = self.provider.stream(request)
         if not isinstance(stream, AsyncIterable):
-            raise TypeError(f"the stream() of {self.info.name} returned {shown(stream)}; make it an async generator")
+            raise TypeError(f"the stream() of {self.info.name} returned {kind_of(stream)}; make it an async generator")
         return cast("AsyncIterable[Chunk | str]", stream)
 
     async def carry_out(self, effect: Effect, flow: Flow[Response]) -> object:

@@ -23,7 +23,7 @@ from fluxibly.flow.effects import END, PULL, Effect, Flow, More, Send, Sleep, So
 from fluxibly.types import Chunk, Request, Response, Restart
 
 
-class Driver:
+class StreamDriver:
     """The state of a stream, and every decision about it that needs no I/O.
 
     Both drivers do the same in a loop: carry out the effect at hand, send the outcome into the flow, and look at the
@@ -70,9 +70,9 @@ class Driver:
         if self.output:
             raise resend_refused(request, Response("".join(self.delivered)))
         call = self.call
-        call.asked_at = call.clock()
+        call.requested_at = call.clock()
         if call.sent_at is None:
-            call.sent_at = call.asked_at
+            call.sent_at = call.requested_at
 
     def restart(self) -> bool:
         """Take what was delivered for void, if the consumer knows of such things."""
@@ -119,12 +119,12 @@ class Driver:
         """Whether an error is that of a read that `close` ended: the stream is abandoned then, and has not failed."""
         return self.closing and isinstance(error, Exception)
 
-    def let_go(self) -> None:
+    def abandon(self) -> None:
         """Give the stream up from ordinary code that cannot wait."""
         raise NotImplementedError
 
 
-class SyncDriver(Driver):
+class SyncStreamDriver(StreamDriver):
     stack: SyncStack
 
     def __init__(self, stack: SyncStack, request: Request, flow: Flow[Response]) -> None:
@@ -159,7 +159,7 @@ class SyncDriver(Driver):
                 try:
                     if effect is PULL:
                         if clock is not None:
-                            call.asked_at = clock()
+                            call.requested_at = clock()
                         source.chunk = next(iterator, END)
                         outcome = None
                     else:
@@ -230,7 +230,7 @@ class SyncDriver(Driver):
         if not self.ended:  # a generator that was never started runs nothing when it is closed
             self.close_all()
 
-    let_go = close
+    abandon = close
 
 
 def is_entered(error: RuntimeError) -> bool:
@@ -240,7 +240,7 @@ def is_entered(error: RuntimeError) -> bool:
 T = TypeVar("T")
 
 
-class AsyncDriver(Driver):
+class AsyncStreamDriver(StreamDriver):
     stack: AsyncStack
     reading = False
     waits_for: Any = None
@@ -267,7 +267,7 @@ class AsyncDriver(Driver):
                 try:
                     if effect is PULL:
                         if call.timed:
-                            call.asked_at = call.clock()
+                            call.requested_at = call.clock()
                         source.chunk = END if self.iterator is None else await anext(self.iterator, END)
                     else:
                         outcome = await self.carry_out(effect)
@@ -357,7 +357,7 @@ class AsyncDriver(Driver):
         else:
             await in_context(self.context, self.close_all(), self)
 
-    def let_go(self) -> None:
+    def abandon(self) -> None:
         """Without an await: the flow ends now; dropping an async generator makes its event loop close it."""
         if self.ended or self.reading:
             return
@@ -386,7 +386,7 @@ def _is_cancelled_by_others() -> bool:
 
 
 @coroutine
-def in_context(context: Context, work: Coroutine[Any, Any, T], driver: AsyncDriver) -> Generator[Any, Any, T]:
+def in_context(context: Context, work: Coroutine[Any, Any, T], driver: AsyncStreamDriver) -> Generator[Any, Any, T]:
     """Await `work` with each of its steps run in `context`."""
     run = context.run
     try:

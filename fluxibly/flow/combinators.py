@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeAlias
 
 import attrs
 
-from fluxibly._checks import shown
+from fluxibly._checks import kind_of
 from fluxibly.aggregate import Aggregator, as_chunk
 from fluxibly.errors import StreamInterrupted
 from fluxibly.flow.effects import PULL, Effect, Flow, More, Send, T
@@ -198,7 +198,7 @@ class _Mapper(Relay):
         made: Sequence[Chunk] = (pieces,) if isinstance(pieces, Chunk) else () if pieces is None else tuple(pieces)
         for piece in made:
             if not isinstance(piece, Chunk):  # pyright: ignore[reportUnnecessaryIsInstance]
-                raise TypeError(f"map_chunks: the function returned {shown(piece)}; return a Chunk, several, or None")
+                raise TypeError(f"map_chunks: the function returned {kind_of(piece)}; return a Chunk, several, or None")
             self.changed = True
             self.answer.add(piece)
             self.output = self.output or piece.has_output
@@ -291,13 +291,13 @@ class _Holder(Relay):
             if self.until is not None:
                 self.text += self.held[-1].text
                 self.done = self.until(self.text)
-            let_go: list[Effect] = []
+            abandon: list[Effect] = []
             if self.done:
-                let_go.extend(map(More, self.held))
+                abandon.extend(map(More, self.held))
                 self.held.clear()
             if isinstance(effect, Chunk):
-                let_go.append(PULL)
-            return let_go
+                abandon.append(PULL)
+            return abandon
         if isinstance(effect, Send) and any(chunk.has_output for chunk in self.held):
             answer = Aggregator()
             for chunk in self.held:

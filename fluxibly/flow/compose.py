@@ -7,7 +7,7 @@ from inspect import CO_GENERATOR
 from types import CodeType, CoroutineType, FunctionType, GeneratorType
 from typing import Any, TypeGuard
 
-from fluxibly._checks import shown
+from fluxibly._checks import kind_of
 from fluxibly.aggregate import Aggregator
 from fluxibly.errors import interrupted
 from fluxibly.flow.effects import END, AttemptEnd, CallNext, Flow, Middleware, Perform, Send, Sleep, Source, T
@@ -75,7 +75,7 @@ def code_of(layer: object) -> CodeType | None:
 def _checked(flow: Any, layer: Middleware) -> Flow[Response]:
     if _is_flow(flow):
         return flow
-    kind = shown(flow)
+    kind = kind_of(flow)
     if isinstance(flow, CoroutineType):
         flow.close()  # else Python warns that nobody awaited it
     raise TypeError(
@@ -101,8 +101,8 @@ def send(request: Request) -> Flow[Response]:
     """
     call = request.call
     call.attempts += 1
-    call.asked_model = request.model
-    call.asked_messages = request.messages
+    call.sent_model = request.model
+    call.sent_messages = request.messages
     answer: Aggregator | None = None
     start = 0.0 if call.attempt_times is None else call.clock()
     try:
@@ -150,7 +150,7 @@ def _to_chunk(item: object, provider: str) -> Chunk:
         return Chunk(item)
     if isinstance(item, Chunk):
         return item
-    raise TypeError(f"the provider {provider} yielded {shown(item)}; its stream() yields Chunk or str")
+    raise TypeError(f"the provider {provider} yielded {kind_of(item)}; its stream() yields Chunk or str")
 
 
 def _to_response(reply: object, provider: str) -> Response:
@@ -158,4 +158,4 @@ def _to_response(reply: object, provider: str) -> Response:
         return Response(reply)
     if isinstance(reply, Response):
         return reply
-    raise TypeError(f"the provider {provider} returned {shown(reply)}; its complete() returns a Response or a str")
+    raise TypeError(f"the provider {provider} returned {kind_of(reply)}; its complete() returns a Response or a str")

@@ -14,7 +14,7 @@ from fluxibly.types import Request, Response
 if TYPE_CHECKING:
     from opentelemetry.metrics import MeterProvider
 
-    from fluxibly.telemetry._metrics import Instruments
+    from fluxibly.telemetry._metrics import CallMetrics
 
 
 @attrs.frozen(kw_only=True)
@@ -45,7 +45,7 @@ class Metrics:
         default="released", validator=attrs.validators.in_(("released", "latest"))
     )
     meter_provider: MeterProvider | None = None
-    _instruments: list[Instruments] = attrs.field(init=False, repr=False, eq=False, factory=list["Instruments"])
+    _metrics: list[CallMetrics] = attrs.field(init=False, repr=False, eq=False, factory=list["CallMetrics"])
     """One, from the end of the first call on for which there may be an SDK."""
 
     def __call__(self, request: Request, call_next: CallNext) -> Flow[Response]:
@@ -58,11 +58,11 @@ class Metrics:
         return response
 
     def _record(self, request: Request, error: BaseException | None) -> None:
-        if not self._instruments:
+        if not self._metrics:
             if self.meter_provider is None and not may_have_sdk("opentelemetry.metrics", "OTEL_PYTHON_METER_PROVIDER"):
                 return
-            from fluxibly.telemetry._metrics import Instruments
+            from fluxibly.telemetry._metrics import CallMetrics
 
             names = semconv.LATEST if self.conventions == "latest" else semconv.RELEASED
-            self._instruments.append(Instruments(self.meter_provider, names))
-        self._instruments[0].record(request, error)
+            self._metrics.append(CallMetrics(self.meter_provider, names))
+        self._metrics[0].record(request, error)

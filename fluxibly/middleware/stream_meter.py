@@ -89,7 +89,7 @@ class _Meter:
                 while type(effect) is Chunk:
                     # The wait began when the consumer asked, or when the chunk before it came, if that was later.
                     now = clock()
-                    asked, last = call.asked_at, self.last
+                    asked, last = call.requested_at, self.last
                     self.waits.append(now - (asked if asked > last else last))  # noqa: FURB136  # max() costs a call
                     self.last = now
                     self.characters += len(effect.text)
@@ -114,7 +114,7 @@ class _Meter:
     def count(self, chunk: Chunk) -> None:
         """Count a chunk, as `over` does inline for those of the provider."""
         now = self.call.clock()
-        self.waits.append(now - max(self.call.asked_at, self.last))
+        self.waits.append(now - max(self.call.requested_at, self.last))
         self.last = now
         self.characters += len(chunk.text)
         self.sort_in(now)
@@ -136,7 +136,7 @@ class _Meter:
 
     def waited_in_vain(self) -> None:
         """Note the wait that an error ended: it is no gap, but may be the longest stall."""
-        self.last_wait = self.call.clock() - max(self.call.asked_at, self.last)
+        self.last_wait = self.call.clock() - max(self.call.requested_at, self.last)
 
     def stats(self, usage: Usage | None) -> StreamStats:
         self.sort_in(self.last)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from opentelemetry.trace import TracerProvider
 
     from fluxibly.telemetry._content import Capture
-    from fluxibly.telemetry._spans import Tracers
+    from fluxibly.telemetry._spans import SpanSource
 
 
 @attrs.frozen(kw_only=True)
@@ -47,7 +47,7 @@ class Tracing:
     tracer_provider: TracerProvider | None = None
     logger_provider: LoggerProvider | None = None
     _mode: Capture = attrs.field(init=False, repr=False, eq=False)
-    _tracers: list[Tracers] = attrs.field(init=False, repr=False, eq=False, factory=list["Tracers"])
+    _source: list[SpanSource] = attrs.field(init=False, repr=False, eq=False, factory=list["SpanSource"])
     """One, from the first call on for which there may be an SDK."""
 
     def __attrs_post_init__(self) -> None:
@@ -57,8 +57,8 @@ class Tracing:
 
     def __call__(self, request: Request, call_next: CallNext) -> Flow[Response]:
         # Not by a `Relay`, since to show it each chunk costs three times as much as all that is done here.
-        tracers = self._tracers[0] if self._tracers else self._first()
-        trace = None if tracers is None else tracers.begin(request)
+        source = self._source[0] if self._source else self._first()
+        trace = None if source is None else source.begin(request)
         if trace is None:
             return (yield from call_next(request))
         if trace.recorded is False:
@@ -92,7 +92,7 @@ class Tracing:
                         characters += len(chunk.text)
                         until_noted -= 1
                         if until_noted == 0 and arrivals is not None:
-                            points.append((call.clock(), call.asked_at, characters))
+                            points.append((call.clock(), call.requested_at, characters))
                             until_noted = arrivals.stride if len(points) < LIMIT else arrivals.thin()
                         if answer is not None:
                             answer.add(chunk)
@@ -119,12 +119,12 @@ class Tracing:
         trace.completed(response)
         return response
 
-    def _first(self) -> Tracers | None:
+    def _first(self) -> SpanSource | None:
         if self.tracer_provider is None and not may_have_sdk("opentelemetry.trace", "OTEL_PYTHON_TRACER_PROVIDER"):
             return None
         from fluxibly.telemetry._content import Capturing
-        from fluxibly.telemetry._spans import Tracers
+        from fluxibly.telemetry._spans import SpanSource
 
         capturing = Capturing(self._mode, self.redact, self.logger_provider)
-        self._tracers.append(Tracers(self.tracer_provider, capturing))
-        return self._tracers[0]
+        self._source.append(SpanSource(self.tracer_provider, capturing))
+        return self._source[0]

@@ -9,7 +9,7 @@ LIMIT = 200
 
 
 class Arrivals:
-    """The times at which chunks came, evenly thinned. `Tracing` adds the points: the time, `asked_at`, the characters."""
+    """The times at which chunks came, evenly thinned. `Tracing` adds the points: the time, `requested_at`, the characters."""
 
     __slots__ = ("points", "started_at", "stride")
 

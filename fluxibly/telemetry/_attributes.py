@@ -145,7 +145,7 @@ def answered_model(request: Request, outcome: Outcome) -> str:
     """The model that was asked last, if it answered (a fallback, perhaps); else the one that `request` names."""
     call = request.call
     answered = outcome == "completed" or call.chunks > 0
-    return (call.asked_model if answered else None) or request.model
+    return (call.sent_model if answered else None) or request.model
 
 
 def error_name(error: BaseException) -> str:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import attrs
 
-from fluxibly._checks import shown
+from fluxibly._checks import kind_of
 from fluxibly._logs import report_once
 from fluxibly.messages import Image, Message, Part, Text, Tool, ToolCall
 from fluxibly.telemetry import semconv
@@ -118,7 +118,7 @@ class Capturing:
         """What `redact` makes of a text, if that is one: whatever else it returns cannot be sent as such."""
         redacted: Any = None if self.redact is None else self.redact(text)
         if not isinstance(redacted, str):
-            raise TypeError(f"redact returns a str, not {shown(redacted)}")
+            raise TypeError(f"redact returns a str, not {kind_of(redacted)}")
         return redacted
 
 

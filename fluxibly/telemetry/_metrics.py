@@ -110,7 +110,7 @@ _NONE = Usage(input_tokens=0, output_tokens=0)
 conventions the counters get a 0 from each, and the histograms from those that did not fail."""
 
 
-class Recorder:
+class MetricRecorder:
     """What records the calls of one meter provider, under the names of one edition."""
 
     def __init__(self, provider: MeterProvider, names: semconv.MetricNames, *, collects: bool) -> None:
@@ -212,12 +212,12 @@ class Recorder:
         )
 
 
-_recorders: WeakKeyDictionary[MeterProvider, dict[str, Recorder]] = WeakKeyDictionary()
+_recorders: WeakKeyDictionary[MeterProvider, dict[str, MetricRecorder]] = WeakKeyDictionary()
 """Of each provider, by the name of its duration."""
 _lock = threading.Lock()
 
 
-def recorder_of(provider: MeterProvider, names: semconv.MetricNames) -> Recorder | None:
+def recorder_of(provider: MeterProvider, names: semconv.MetricNames) -> MetricRecorder | None:
     """What records for a provider; None without an SDK."""
     # The API's own providers record nothing: its no-op one, and the private proxy that waits for an SDK.
     if isinstance(provider, NoOpMeterProvider) or type(provider).__module__.startswith(_API):
@@ -225,11 +225,11 @@ def recorder_of(provider: MeterProvider, names: semconv.MetricNames) -> Recorder
     end_all_before()
     sdk = sys.modules.get("opentelemetry.sdk.metrics")
     if sdk is None or not isinstance(provider, sdk.MeterProvider):
-        return Recorder(provider, names, collects=False)
+        return MetricRecorder(provider, names, collects=False)
     with _lock:  # one for all, since an instrument of one name has one callback
         recorders = _recorders.setdefault(provider, {})
         if names.duration not in recorders:
-            recorders[names.duration] = Recorder(provider, names, collects=True)
+            recorders[names.duration] = MetricRecorder(provider, names, collects=True)
         return recorders[names.duration]
 
 
@@ -240,14 +240,14 @@ def report(problem: Exception) -> None:
     report_once("metrics", f"metrics failed with {type(problem).__name__}; calls go on without them")
 
 
-class Instruments:
+class CallMetrics:
     """Where the measurements of one `Metrics` go. Notices an SDK that is set up later."""
 
     def __init__(self, provider: MeterProvider | None, names: semconv.MetricNames) -> None:
         self.given = provider
         self.names = names
         self._seen: MeterProvider | None = None
-        self._recorder: Recorder | None = None
+        self._recorder: MetricRecorder | None = None
 
     def record(self, request: Request, error: BaseException | None) -> None:
         """Record a call that has ended."""

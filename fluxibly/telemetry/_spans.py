@@ -126,8 +126,8 @@ class CallTrace:
                 attributes[semconv.ATTEMPT_PROVIDER] = provider.telemetry_name
             if response is not None and response.model:
                 attributes[semconv.ATTEMPT_RESPONSE_MODEL] = response.model
-            if error is None and self.request.call.asked_model != self.sent.model:  # such a provider may do that, too
-                attributes[semconv.ATTEMPT_MODEL] = self.request.call.asked_model
+            if error is None and self.request.call.sent_model != self.sent.model:  # such a provider may do that, too
+                attributes[semconv.ATTEMPT_MODEL] = self.request.call.sent_model
             self._tell(span, attributes, error, outcome_of(error), (self.sent,))
         finally:
             span.end()
@@ -241,7 +241,7 @@ def _claimed(context: Context) -> Context:
         return context
 
 
-class Tracers:
+class SpanSource:
     """Where the spans of one `Tracing` come from. Notices an SDK that is set up later."""
 
     def __init__(self, provider: TracerProvider | None, capturing: Capturing) -> None:

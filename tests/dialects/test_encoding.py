@@ -78,9 +78,9 @@ def test_the_request_stays_as_it_was() -> None:
 
 def test_refusals_name_the_parameter_and_the_way_out() -> None:
     """One choice is what every service gives."""
-    encoding.refuse(Request(model="m", messages="Hi", n=1), "X", ("n", "seed"))
+    encoding.reject_unsupported(Request(model="m", messages="Hi", n=1), "X", ("n", "seed"))
     with pytest.raises(BadRequest, match=r"X takes no seed; .* extra="):
-        encoding.refuse(Request(model="m", messages="Hi", seed=0), "X", ("n", "seed"))
+        encoding.reject_unsupported(Request(model="m", messages="Hi", seed=0), "X", ("n", "seed"))
 
 
 @pytest.mark.parametrize("codec", CODECS, ids=name_of)
@@ -150,8 +150,12 @@ def test_an_event_named_error(codec: Codec, data: str) -> None:
 
 def test_sums_of_what_is_known() -> None:
     """Nothing known is not nought."""
-    assert (json_values.total(None, None), json_values.total(0, None), json_values.total(1, 2)) == (None, 0, 3)
-    assert [json_values.count(value) for value in (3, -1, True, 2.5, "3", None)] == [3, None, None, None, None, None]
+    assert (json_values.sum_known(None, None), json_values.sum_known(0, None), json_values.sum_known(1, 2)) == (
+        None,
+        0,
+        3,
+    )
+    assert [json_values.as_count(value) for value in (3, -1, True, 2.5, "3", None)] == [3, None, None, None, None, None]
 
 
 def test_arguments_that_are_sent_back() -> None:

@@ -18,7 +18,7 @@ import pytest
 from support.misbehaving import Peer, Received, Server, serve
 from support.tiny import DONE, KEY, SERVICE, Caller, TinyCodec, ask, config, event, whole
 
-from fluxibly._abandoned import end_orphans
+from fluxibly._abandoned import end_pending
 from fluxibly.config import Timeouts
 from fluxibly.errors import AuthenticationError, ConfigError, ConnectionFailed, RequestTimeout
 from fluxibly.pipeline import AsyncPipeline, Pipeline
@@ -391,11 +391,11 @@ class TestEnding:
         ended: list[Exception] = []
 
         def noting(function: Callable[..., Any]) -> Callable[..., Any]:
-            def noted(*args: Any, **options: Any) -> Any:
+            def with_header_facts(*args: Any, **options: Any) -> Any:
                 waiting.set()
                 return function(*args, **options)
 
-            return noted
+            return with_header_facts
 
         def read() -> None:
             try:
@@ -592,7 +592,7 @@ class TestBehindAPipeline:
                 stream = AsyncPipeline(made).stream(ask())
                 await anext(stream)
                 del stream
-                end_orphans()
+                end_pending()
                 assert server.closed.acquire(timeout=5)
 
         with serve(endless) as server:

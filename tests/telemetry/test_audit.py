@@ -355,7 +355,7 @@ def test_a_provider_that_turned_to_another_service(recorder, address):
 
     class Turning(Remote):
         def complete(self, request):
-            request.call.provider, request.call.asked_model = other, "m-2"
+            request.call.provider, request.call.sent_model = other, "m-2"
             return super().complete(request)
 
     Pipeline(Turning(ANSWER), [recorder.tracing()]).complete(REQUEST)

@@ -23,7 +23,7 @@ from fluxibly.providers._libraries.services import server_of
 from fluxibly.types import ProviderInfo
 
 
-class TimeIsUp(Exception):  # it never leaves the providers
+class LibraryTimeout(Exception):  # it never leaves the providers
     """A limit of ours has passed; `phase` says which."""
 
     def __init__(self, phase: Phase, seconds: float) -> None:
@@ -33,7 +33,7 @@ class TimeIsUp(Exception):  # it never leaves the providers
 
 
 @attrs.frozen(kw_only=True)
-class Limits:
+class LibraryLimits:
     """How long to wait for a library, in seconds: for a whole call, a stream's first chunk, each next, and all of it."""
 
     call: float | None = None
@@ -42,21 +42,21 @@ class Limits:
     stream: float | None = None
 
     @classmethod
-    def of(cls, config: LLMConfig) -> Limits:
+    def of(cls, config: LLMConfig) -> LibraryLimits:
         limits = config.timeouts
         first = None if limits.first_byte is None or limits.connect is None else limits.first_byte + limits.connect
         stream = limits.total if isinstance(config.timeout, Timeouts) else None
         return cls(call=limits.total, first=first, idle=limits.idle, stream=stream)
 
-    def next(self, *, first: bool, started: float) -> tuple[float | None, TimeIsUp]:
+    def next(self, *, first: bool, started: float) -> tuple[float | None, LibraryTimeout]:
         """How long a stream's next chunk may take, and what to raise after that."""
         step = self.first if first else self.idle
         phase: Phase = "first_byte" if first else "idle"
         if self.stream is not None:
             left = started + self.stream - time.monotonic()
             if step is None or left < step:
-                return max(left, 0.0), TimeIsUp("total", self.stream)
-        return step, TimeIsUp(phase, step or 0.0)
+                return max(left, 0.0), LibraryTimeout("total", self.stream)
+        return step, LibraryTimeout(phase, step or 0.0)
 
 
 def read_timeout(timeouts: Timeouts) -> float | None:
@@ -117,7 +117,7 @@ class _Worker:
             self._answers.put(answer)
             del call, answer
 
-    def run(self, call: Callable[[], object], seconds: float | None, late: TimeIsUp) -> object:
+    def run(self, call: Callable[[], object], seconds: float | None, late: LibraryTimeout) -> object:
         self.busy = True
         self._calls.put(call)
         try:
@@ -143,7 +143,7 @@ class _Worker:
             self._calls.put(None)
             return
         try:
-            self.run(last, None, TimeIsUp("total", 0.0))
+            self.run(last, None, LibraryTimeout("total", 0.0))
         finally:
             self._calls.put(None)
 
@@ -158,7 +158,7 @@ def call_within(call: Callable[[], T], seconds: float | None) -> T:
         return call()
     worker = _Worker()
     try:
-        return cast("T", worker.run(call, seconds, TimeIsUp("total", seconds)))
+        return cast("T", worker.run(call, seconds, LibraryTimeout("total", seconds)))
     finally:
         worker.stop(_nothing)
 
@@ -167,7 +167,7 @@ def _nothing() -> None:
     return None
 
 
-class Opened(NamedTuple):
+class OpenStream(NamedTuple):
     """A library's stream: its items, what releases it, and what ends a read of it from another thread."""
 
     items: Iterator[Any]
@@ -175,7 +175,7 @@ class Opened(NamedTuple):
     cut: Callable[[], object]
 
 
-class Steps(Generic[T]):
+class LibraryStream(Generic[T]):
     """The items of a library's own iterator, each within its time. `close` releases what it holds.
 
     Args:
@@ -188,8 +188,8 @@ class Steps(Generic[T]):
 
     def __init__(
         self,
-        open_stream: Callable[[], Opened],
-        limits: Limits,
+        open_stream: Callable[[], OpenStream],
+        limits: LibraryLimits,
         convert: Callable[[Any], T | None],
         at_end: Callable[[], T | None],
         explain: Callable[[Exception, bool], Exception],
@@ -199,13 +199,13 @@ class Steps(Generic[T]):
         self._convert = convert
         self._at_end = at_end
         self._explain = explain
-        self._opened: Opened | None = None
+        self._opened: OpenStream | None = None
         self._worker: _Worker | None = None
         self._started = time.monotonic()
         self._first = True
         self._over = False
 
-    def __iter__(self) -> Steps[T]:
+    def __iter__(self) -> LibraryStream[T]:
         return self
 
     def __next__(self) -> T:
@@ -270,18 +270,18 @@ async def acall_within(call: Awaitable[T], seconds: float | None) -> T:
             return await call
     except TimeoutError:
         if limit.expired():
-            raise TimeIsUp("total", seconds or 0.0) from None
+            raise LibraryTimeout("total", seconds or 0.0) from None
         raise
 
 
-async def asteps(
+async def library_stream(
     open_stream: Callable[[], Awaitable[AsyncIterator[Any]]],
-    limits: Limits,
+    limits: LibraryLimits,
     convert: Callable[[Any], T | None],
     at_end: Callable[[], T | None],
     explain: Callable[[Exception, bool], Exception],
 ) -> AsyncGenerator[T]:
-    """`Steps` for an async iterator. asyncio only."""
+    """`LibraryStream` for an async iterator. asyncio only."""
     source: AsyncIterator[Any] | None = None
     started, first = time.monotonic(), True
     failure: Exception | None = None
@@ -309,7 +309,7 @@ async def _astep(
     source: AsyncIterator[Any] | None,
     open_stream: Callable[[], Awaitable[AsyncIterator[Any]]],
     seconds: float | None,
-    late: TimeIsUp,
+    late: LibraryTimeout,
 ) -> tuple[AsyncIterator[Any], object]:
     limit = asyncio.timeout(seconds)
     try:

@@ -16,7 +16,7 @@ import attrs
 from fluxibly import errors
 from fluxibly._masking import mask_secrets
 from fluxibly.errors import FluxiblyError, Phase, ProviderError
-from fluxibly.providers._libraries.calls import TimeIsUp
+from fluxibly.providers._libraries.calls import LibraryTimeout
 from fluxibly.providers.dialects.errors import Report, error_of, error_of_payload, error_of_response
 
 _TIMEOUTS: Final = {"APITimeoutError", "TimeoutException", "ModelTimeoutError", "TimeoutError"}
@@ -46,7 +46,7 @@ _NOTHING_CAME: Final = ("No generation", "Unexpected response type", "Response m
 
 
 @attrs.frozen(kw_only=True)
-class Explainer:
+class ErrorTranslator:
     """Makes our errors of a library's. `library` is its name, `framework` ours for it."""
 
     library: str
@@ -78,7 +78,7 @@ class Explainer:
 def _translated(error: Exception, library: str, *, streamed: bool) -> Exception | None:
     if isinstance(error, FluxiblyError):
         return error
-    if isinstance(error, TimeIsUp):
+    if isinstance(error, LibraryTimeout):
         return _late(error.phase, f"{error.seconds:g} s", library, streamed=streamed)
     while isinstance(inner := getattr(error, "original_exception", None), Exception):
         error = inner  # LiteLLM's MidStreamFallbackError tells nothing of its own

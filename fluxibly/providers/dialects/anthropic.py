@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from fluxibly.providers.dialects.codec import Encoded, Event, Framing
-from fluxibly.providers.dialects.decoding import Held, arguments_text, cut_off, not_an_answer
+from fluxibly.providers.dialects.decoding import PendingFields, arguments_text, cut_off, not_an_answer
 from fluxibly.providers.dialects.encoding import (
     bad_request,
     image_data,
-    refuse,
+    reject_unsupported,
     sent_arguments,
     system_text,
     write_json,
 )
 from fluxibly.providers.dialects.errors import error_of_event, error_of_payload, error_of_response
-from fluxibly.providers.dialects.json_values import array, count, read_json, string, table, total
+from fluxibly.providers.dialects.json_values import as_array, as_count, as_object, as_text, read_json, sum_known
 from fluxibly.types import (
     Chunk,
     Image,
@@ -69,20 +69,20 @@ class AnthropicCodec:
 
     def decode(self, body: bytes, /) -> Response:
         raw = read_json(body)
-        message = table(raw)
+        message = as_object(raw)
         if message.get("type") == "error":
             raise error_of_event(body, service=NAME)
         if message.get("error") or not isinstance(message.get("content"), list):
             raise not_an_answer(raw, body, NAME, "content")
-        blocks = [table(block) for block in array(message["content"])]
+        blocks = [as_object(block) for block in as_array(message["content"])]
         reasoning = [_reasoning(block) for block in blocks if block.get("type") in ("thinking", "redacted_thinking")]
-        reason = string(message.get("stop_reason")) or None
+        reason = as_text(message.get("stop_reason")) or None
         return Response(
-            "".join([string(block.get("text")) for block in blocks if block.get("type") == "text"]),
+            "".join([as_text(block.get("text")) for block in blocks if block.get("type") == "text"]),
             tool_calls=[
                 ToolCall(
-                    string(block.get("id")) or f"call_{index}",
-                    string(block.get("name")),
+                    as_text(block.get("id")) or f"call_{index}",
+                    as_text(block.get("name")),
                     raw_arguments=arguments_text(block.get("input")),
                 )
                 for index, block in enumerate([block for block in blocks if block.get("type") == "tool_use"])
@@ -91,9 +91,9 @@ class AnthropicCodec:
             reasoning_parts=reasoning,
             finish_reason=FINISH_REASONS.get(reason or "", reason),
             raw_finish_reason=reason,
-            usage=_usage(table(message.get("usage"))),
-            model=string(message.get("model")) or None,
-            id=string(message.get("id")) or None,
+            usage=_usage(as_object(message.get("usage"))),
+            model=as_text(message.get("model")) or None,
+            id=as_text(message.get("id")) or None,
             raw=message,
         )
 
@@ -116,7 +116,7 @@ class _Block:
 
     @property
     def type(self) -> str:
-        return string(self.fields.get("type"))
+        return as_text(self.fields.get("type"))
 
 
 class AnthropicDecoder:
@@ -127,7 +127,7 @@ class AnthropicDecoder:
     def __init__(self) -> None:
         self._blocks: dict[int, _Block] = {}
         self._calls = 0
-        self._held = Held()
+        self._held = PendingFields()
         self._usage: dict[str, Any] = {}
         self._reason: str | None = None
         self._done = False
@@ -141,11 +141,11 @@ class AnthropicDecoder:
             event.data[:1] == b"[" and event.data.strip() == b"[DONE]"
         ):  # not of this dialect, but servers of several dialects send it
             self._done = self._reason is not None
-            return self._held.rest() if self._done else ()
+            return self._held.flush() if self._done else ()
         if event.name == "error":
             raise error_of_event(event.data, service=NAME)
         raw = read_json(event.data)
-        data = table(raw)
+        data = as_object(raw)
         match data.get("type"):
             case "content_block_delta":
                 return self._delta(data)
@@ -154,14 +154,14 @@ class AnthropicDecoder:
             case "content_block_stop":
                 return self._stop(data)
             case "message_start":
-                message = table(data.get("message"))
+                message = as_object(data.get("message"))
                 self._count(message)
-                self._held.put(model=string(message.get("model")) or None, id=string(message.get("id")) or None)
+                self._held.add(model=as_text(message.get("model")) or None, id=as_text(message.get("id")) or None)
             case "message_delta":
                 self._message_delta(data)
             case "message_stop":
                 self._done = True
-                return self._held.rest()
+                return self._held.flush()
             case "error":
                 raise error_of_event(event.data, service=NAME)
             case kind:
@@ -173,39 +173,39 @@ class AnthropicDecoder:
 
     def end(self) -> Iterable[Chunk]:
         if not self._done:
-            yield from self._held.rest()
+            yield from self._held.flush()
             raise cut_off(NAME, "message_stop")
 
     def _start(self, data: dict[str, Any]) -> Iterable[Chunk]:
-        fields = table(data.get("content_block"))
+        fields = as_object(data.get("content_block"))
         block = self._blocks[_index(data)] = _Block(fields, self._calls)
         if block.type == "tool_use":
             self._calls += 1
-            name, call_id = string(fields.get("name")), string(fields.get("id")) or f"call_{block.call}"
-            return self._held.chunk(tool_calls=(ToolCallDelta(index=block.call, id=call_id, name=name),))
+            name, call_id = as_text(fields.get("name")), as_text(fields.get("id")) or f"call_{block.call}"
+            return self._held.emit(tool_calls=(ToolCallDelta(index=block.call, id=call_id, name=name),))
         text, reasoning = _shown(fields)
-        return self._held.chunk(text, reasoning=reasoning) if text or reasoning else ()
+        return self._held.emit(text, reasoning=reasoning) if text or reasoning else ()
 
     def _delta(self, data: dict[str, Any]) -> Iterable[Chunk]:
-        delta = table(data.get("delta"))
+        delta = as_object(data.get("delta"))
         kind = delta.get("type")
         if kind == "text_delta":
-            text = string(delta.get("text"))
-            return self._held.chunk(text) if text else ()
+            text = as_text(delta.get("text"))
+            return self._held.emit(text) if text else ()
         block = self._blocks.get(_index(data))
         if block is None:
             return ()
         if kind == "thinking_delta":
-            text = string(delta.get("thinking"))
+            text = as_text(delta.get("thinking"))
             block.texts.append(text)
-            return self._held.chunk(reasoning=text) if text else ()
+            return self._held.emit(reasoning=text) if text else ()
         if kind == "signature_delta":
-            block.signature = (block.signature or "") + string(delta.get("signature"))
+            block.signature = (block.signature or "") + as_text(delta.get("signature"))
         elif kind == "input_json_delta" and block.type == "tool_use":
-            text = string(delta.get("partial_json"))
+            text = as_text(delta.get("partial_json"))
             if text:
                 block.texts.append(text)
-                return self._held.chunk(tool_calls=(ToolCallDelta(index=block.call, arguments=text),))
+                return self._held.emit(tool_calls=(ToolCallDelta(index=block.call, arguments=text),))
         return ()
 
     def _stop(self, data: dict[str, Any]) -> Iterable[Chunk]:
@@ -215,58 +215,58 @@ class AnthropicDecoder:
         if block.type == "tool_use" and not block.texts and block.fields.get("input"):
             # The whole input came with the start; beside deltas, it would say everything twice.
             arguments = arguments_text(block.fields["input"])
-            return self._held.chunk(tool_calls=(ToolCallDelta(index=block.call, arguments=arguments),))
+            return self._held.emit(tool_calls=(ToolCallDelta(index=block.call, arguments=arguments),))
         if block.type in ("thinking", "redacted_thinking"):
             raw = dict(block.fields)
             if block.texts:
-                raw["thinking"] = string(raw.get("thinking")) + "".join(block.texts)
+                raw["thinking"] = as_text(raw.get("thinking")) + "".join(block.texts)
             if block.signature is not None:
-                raw["signature"] = string(raw.get("signature")) + block.signature
-            self._held.put(reasoning_parts=(_reasoning(raw),))
+                raw["signature"] = as_text(raw.get("signature")) + block.signature
+            self._held.add(reasoning_parts=(_reasoning(raw),))
         return ()
 
     def _message_delta(self, data: dict[str, Any]) -> None:
-        reason = string(table(data.get("delta")).get("stop_reason")) or None
+        reason = as_text(as_object(data.get("delta")).get("stop_reason")) or None
         self._reason = reason or self._reason
-        self._held.put(finish_reason=FINISH_REASONS.get(reason or "", reason), raw_finish_reason=reason)
+        self._held.add(finish_reason=FINISH_REASONS.get(reason or "", reason), raw_finish_reason=reason)
         self._count(data)
 
     def _count(self, holder: dict[str, Any]) -> None:
         """Take in the usage of an event. It is cumulative, but later events may leave out what earlier ones said."""
-        news = {name: value for name, value in table(holder.get("usage")).items() if value is not None}
+        news = {name: value for name, value in as_object(holder.get("usage")).items() if value is not None}
         if news:
             self._usage.update(news)
-            self._held.put(usage=_usage(self._usage))
+            self._held.add(usage=_usage(self._usage))
 
 
 def _index(data: dict[str, Any]) -> int:
-    return count(data.get("index")) or 0
+    return as_count(data.get("index")) or 0
 
 
 def _shown(block: dict[str, Any]) -> tuple[str, str]:
     """The text and the reasoning of a block."""
     kind = block.get("type")
     return (
-        string(block.get("text")) if kind == "text" else "",
-        string(block.get("thinking")) if kind == "thinking" else "",
+        as_text(block.get("text")) if kind == "text" else "",
+        as_text(block.get("thinking")) if kind == "thinking" else "",
     )
 
 
 def _reasoning(block: dict[str, Any]) -> Reasoning:
-    return Reasoning(text=_shown(block)[1], signature=string(block.get("signature")) or None, raw=block)
+    return Reasoning(text=_shown(block)[1], signature=as_text(block.get("signature")) or None, raw=block)
 
 
 def _usage(counts: dict[str, Any]) -> Usage | None:
     """Usage in OpenTelemetry's sense: the service's `input_tokens` leave out what the prompt cache read and wrote."""
     if not counts:
         return None
-    read, written = count(counts.get("cache_read_input_tokens")), count(counts.get("cache_creation_input_tokens"))
+    read, written = as_count(counts.get("cache_read_input_tokens")), as_count(counts.get("cache_creation_input_tokens"))
     return Usage(
-        input_tokens=total(count(counts.get("input_tokens")), read, written),
-        output_tokens=count(counts.get("output_tokens")),
+        input_tokens=sum_known(as_count(counts.get("input_tokens")), read, written),
+        output_tokens=as_count(counts.get("output_tokens")),
         cached_tokens=read,
         cache_write_tokens=written,
-        reasoning_tokens=count(table(counts.get("output_tokens_details")).get("thinking_tokens")),
+        reasoning_tokens=as_count(as_object(counts.get("output_tokens_details")).get("thinking_tokens")),
     )
 
 
@@ -293,7 +293,7 @@ def encode_body(request: Request, *, stream: bool) -> dict[str, Any]:
         BadRequest: a parameter is one that the dialect cannot take.
 
     """
-    refuse(request, NAME, ("seed", "frequency_penalty", "presence_penalty", "n"))
+    reject_unsupported(request, NAME, ("seed", "frequency_penalty", "presence_penalty", "n"))
     body: dict[str, Any] = {"model": request.model, "messages": _turns(request)}
     system = system_text(request, NAME)
     if system:

@@ -1,6 +1,6 @@
 """What the decoders of dialects share.
 
-What an event brings that is no output waits for a chunk that has some (`Held`); reasoning that a model writes into its
+What an event brings that is no output waits for a chunk that has some (`PendingFields`); reasoning that a model writes into its
 answer is parted from it (`InlineThinking`); and an answer that is cut off or none has its error.
 """
 
@@ -11,11 +11,11 @@ from typing import Any, Final, Literal
 
 from fluxibly.errors import ProviderError, StreamProtocolError
 from fluxibly.providers.dialects.errors import error_of_payload, excerpt
-from fluxibly.providers.dialects.json_values import table
+from fluxibly.providers.dialects.json_values import as_object
 from fluxibly.types import Chunk
 
 
-class Held:
+class PendingFields:
     """What of a stream is no output (id, model, finish reason, usage, signed reasoning), until the next chunk.
 
     A chunk is then a piece of the answer, so that counts, gaps and the time to the first one mean what they say.
@@ -26,7 +26,7 @@ class Held:
     def __init__(self) -> None:
         self._fields: dict[str, Any] = {}
 
-    def put(self, **fields: Any) -> None:
+    def add(self, **fields: Any) -> None:
         """Hold these; what is None says nothing, and signed reasoning adds up."""
         for name, value in fields.items():
             if name == "reasoning_parts":
@@ -34,16 +34,16 @@ class Held:
             elif value is not None:
                 self._fields[name] = value
 
-    def chunk(self, text: str = "", **output: Any) -> tuple[Chunk]:
+    def emit(self, text: str = "", **output: Any) -> tuple[Chunk]:
         """A chunk of output, with what was held."""
         if self._fields:
             output |= self._fields
             self._fields = {}
         return (Chunk(text, **output),)
 
-    def rest(self) -> tuple[Chunk, ...]:
+    def flush(self) -> tuple[Chunk, ...]:
         """The last chunk, if something is held."""
-        return self.chunk() if self._fields else ()
+        return self.emit() if self._fields else ()
 
 
 OPEN: Final = "<think>"
@@ -138,4 +138,4 @@ def to_json(value: object) -> str:
 
 def arguments_text(value: Any) -> str:
     """The arguments of a tool call as JSON text. They come as an object, or as such text."""
-    return value if isinstance(value, str) else to_json(table(value))
+    return value if isinstance(value, str) else to_json(as_object(value))

@@ -19,7 +19,7 @@ def bad_request(request: Request, message: str) -> BadRequest:
     return BadRequest(f"{message} (model {request.model})", model=request.model)
 
 
-def refuse(request: Request, service: str, names: Iterable[str]) -> None:
+def reject_unsupported(request: Request, service: str, names: Iterable[str]) -> None:
     """Raise BadRequest if a parameter that the dialect has no word for is set, or one has a value that none takes."""
     choice, wanted = request.tool_choice, request.response_format
     if choice is not None and not isinstance(choice, str):  # pyright: ignore[reportUnnecessaryIsInstance]  # callers may be untyped

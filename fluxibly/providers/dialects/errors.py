@@ -16,7 +16,7 @@ import attrs
 
 from fluxibly import errors
 from fluxibly.errors import ProviderError, StreamProtocolError
-from fluxibly.providers.dialects.json_values import describe, read_json, table
+from fluxibly.providers.dialects.json_values import as_object, describe, read_json
 
 # Reports
 
@@ -123,7 +123,7 @@ def request_id_of(headers: Mapping[str, str]) -> str | None:
 
 def _id_in(payload: object) -> str | None:
     """A request's id where it stands beside the error in a body, as Anthropic sends it."""
-    found: object = table(payload).get("request_id")
+    found: object = as_object(payload).get("request_id")
     return found if isinstance(found, str) and found else None
 
 
@@ -157,11 +157,11 @@ def read_report(payload: object) -> Report | None:
 
 
 def _report(inner: Any, outer: dict[str, Any]) -> Report:
-    fields = table(inner)
+    fields = as_object(inner)
     given = [
         *(fields.get(key) for key in ("code", "type", "status", "reason")),
         *(detail.get("reason") for detail in _dicts(fields.get("details"))),
-        table(fields.get("innererror") or fields.get("inner_error")).get("code"),
+        as_object(fields.get("innererror") or fields.get("inner_error")).get("code"),
         *(outer.get(key) for key in ("code", "type")),
     ]
     words = [str(word) for word in given if isinstance(word, (str, int)) and not isinstance(word, bool)]
@@ -172,7 +172,7 @@ def _report(inner: Any, outer: dict[str, Any]) -> Report:
         (fields.get("status_code"), fields.get("code"), fields.get("status"), outer.get("code"), outer.get("status")),
     )
     message = _words_of(inner)
-    upstream: object = table(fields.get("metadata")).get("raw")  # OpenRouter's quote of the service behind it
+    upstream: object = as_object(fields.get("metadata")).get("raw")  # OpenRouter's quote of the service behind it
     if isinstance(upstream, str) and upstream not in message:
         message = f"{message}: {upstream}"
     return Report(
@@ -191,7 +191,7 @@ def _words_of(value: object, depth: int = 0) -> str:
         return ""
     if isinstance(value, list):
         return "; ".join(filter(None, [_words_of(item, depth + 1) for item in cast("list[object]", value)[:10]]))
-    fields = table(value)
+    fields = as_object(value)
     for key in ("message", "msg", "detail", "error"):
         found = _words_of(fields.get(key), depth + 1)
         if found:
@@ -200,7 +200,7 @@ def _words_of(value: object, depth: int = 0) -> str:
 
 
 def _dicts(value: object) -> list[dict[str, Any]]:
-    return [table(item) for item in cast("list[object]", value)] if isinstance(value, list) else []
+    return [as_object(item) for item in cast("list[object]", value)] if isinstance(value, list) else []
 
 
 def _status(value: object) -> int | None:

@@ -13,18 +13,18 @@ import attrs
 from fluxibly.aggregate import Aggregator
 from fluxibly.errors import ContentFiltered, ProviderError, QuotaExceeded
 from fluxibly.providers.dialects.codec import Encoded, Event, Framing
-from fluxibly.providers.dialects.decoding import Held, arguments_text, cut_off, not_an_answer
+from fluxibly.providers.dialects.decoding import PendingFields, arguments_text, cut_off, not_an_answer
 from fluxibly.providers.dialects.encoding import (
     bad_request,
     image_data,
-    refuse,
+    reject_unsupported,
     sent_arguments,
     system_text,
     tool_name,
     write_json,
 )
 from fluxibly.providers.dialects.errors import error_of_payload, error_of_response, excerpt
-from fluxibly.providers.dialects.json_values import array, count, read_json, string, table, total
+from fluxibly.providers.dialects.json_values import as_array, as_count, as_object, as_text, read_json, sum_known
 from fluxibly.types import (
     Chunk,
     Image,
@@ -123,7 +123,7 @@ class GeminiDecoder:
 
     def __init__(self) -> None:
         self._candidates: dict[int, _Candidate] = {}
-        self._held = Held()
+        self._held = PendingFields()
         self._named = False
         self._usage: dict[str, Any] = {}
 
@@ -142,16 +142,16 @@ class GeminiDecoder:
 
     def rest(self) -> Iterable[Chunk]:
         """What was held."""
-        return self._held.rest()
+        return self._held.flush()
 
     def take(self, payload: object, body: bytes) -> Iterable[Chunk]:
         """The chunks of an answer, or of a JSON array of them."""
         if isinstance(payload, list):
-            return (chunk for item in array(payload) for chunk in self._take(table(item), body))
-        return self._take(table(payload), body)
+            return (chunk for item in as_array(payload) for chunk in self._take(as_object(item), body))
+        return self._take(as_object(payload), body)
 
     def _take(self, answer: dict[str, Any], body: bytes) -> tuple[Chunk, ...]:
-        candidates = array(answer.get("candidates"))
+        candidates = as_array(answer.get("candidates"))
         if not candidates or answer.get("error"):
             self._raise_error(answer, body)
         self._note(answer)
@@ -159,64 +159,66 @@ class GeminiDecoder:
         output: dict[str, Any] = {}
         others: list[tuple[int, Chunk]] = []
         for place, item in enumerate(candidates):
-            candidate = table(item)
-            index = count(candidate.get("index"))
+            candidate = as_object(item)
+            index = as_count(candidate.get("index"))
             index = place if index is None else index
             state = self._candidates.get(index) or self._candidates.setdefault(index, _Candidate())
             if index == 0:
                 text, output = self._candidate(candidate, state, self._held)
                 continue
-            held = Held()
+            held = PendingFields()
             words, rest = self._candidate(candidate, state, held)
-            others += [(index, chunk) for chunk in (held.chunk(words, **rest) if words or rest else held.rest())]
+            others += [(index, chunk) for chunk in (held.emit(words, **rest) if words or rest else held.flush())]
         if others:
             output["alternatives"] = tuple(others)
-        return self._held.chunk(text, **output) if text or output else ()
+        return self._held.emit(text, **output) if text or output else ()
 
     def _raise_error(self, answer: dict[str, Any], body: bytes) -> None:
         """Raise what an answer says went wrong, if it says so."""
         error = error_of_payload(answer, body=body, service=NAME)
         if error is not None:
             raise error
-        feedback = table(answer.get("promptFeedback"))
-        if string(feedback.get("blockReason")):
+        feedback = as_object(answer.get("promptFeedback"))
+        if as_text(feedback.get("blockReason")):
             raise _blocked(feedback, body)
 
     def _note(self, answer: dict[str, Any]) -> None:
         """Note the id and the model once, and the usage: each event repeats it, some with more counts than others."""
         if not self._named:
             self._named = True
-            model, response_id = string(answer.get("modelVersion")), string(answer.get("responseId"))
-            self._held.put(model=model or None, id=response_id or None)
-        counts = table(answer.get("usageMetadata"))
+            model, response_id = as_text(answer.get("modelVersion")), as_text(answer.get("responseId"))
+            self._held.add(model=model or None, id=response_id or None)
+        counts = as_object(answer.get("usageMetadata"))
         if counts:
             self._usage.update(counts)
-            self._held.put(usage=_usage(self._usage))
+            self._held.add(usage=_usage(self._usage))
 
-    def _candidate(self, candidate: dict[str, Any], state: _Candidate, held: Held) -> tuple[str, dict[str, Any]]:
+    def _candidate(
+        self, candidate: dict[str, Any], state: _Candidate, held: PendingFields
+    ) -> tuple[str, dict[str, Any]]:
         """The text of a candidate's news and its other output; what is none goes into `held`."""
         texts: list[str] = []
         thoughts: list[str] = []
         calls: list[ToolCallDelta] = []
-        for item in array(table(candidate.get("content")).get("parts")):
-            part = table(item)
-            signature = string(part.get("thoughtSignature")) or None
+        for item in as_array(as_object(candidate.get("content")).get("parts")):
+            part = as_object(item)
+            signature = as_text(part.get("thoughtSignature")) or None
             if isinstance(part.get("functionCall"), dict):
                 calls.append(_call(part["functionCall"], state.calls, signature))
                 state.calls += 1
                 continue
-            text = string(part.get("text"))
+            text = as_text(part.get("text"))
             (thoughts if part.get("thought") is True else texts).append(text)
             if signature and "text" in part:
                 thought = text if part.get("thought") is True else ""
-                held.put(reasoning_parts=(Reasoning(text=thought, signature=signature, raw=part),))
-        said = string(candidate.get("finishReason"))
+                held.add(reasoning_parts=(Reasoning(text=thought, signature=signature, raw=part),))
+        said = as_text(candidate.get("finishReason"))
         news = bool(said or (calls and state.reason))
         state.reason = said or state.reason
         if news:
             finish = FINISH_REASONS.get(state.reason or "", state.reason)
             finish = "tool_call" if finish == "stop" and state.calls else finish
-            held.put(finish_reason=finish, raw_finish_reason=state.reason)
+            held.add(finish_reason=finish, raw_finish_reason=state.reason)
         output: dict[str, Any] = {}
         if calls:
             output["tool_calls"] = tuple(calls)
@@ -229,16 +231,16 @@ def _call(call: dict[str, Any], index: int, signature: str | None) -> ToolCallDe
     """A tool call, which comes whole."""
     return ToolCallDelta(
         index=index,
-        id=string(call.get("id")) or f"call_{index}",
-        name=string(call.get("name")),
+        id=as_text(call.get("id")) or f"call_{index}",
+        name=as_text(call.get("name")),
         arguments=arguments_text(call.get("args")),
         signature=signature,
     )
 
 
 def _blocked(feedback: dict[str, Any], body: bytes) -> ContentFiltered:
-    reason = string(feedback["blockReason"])
-    said = string(feedback.get("blockReasonMessage"))
+    reason = as_text(feedback["blockReason"])
+    said = as_text(feedback.get("blockReasonMessage"))
     return ContentFiltered(
         f"{NAME} refused the prompt ({reason}){': ' if said else ''}{said}. "
         "Rephrase it, or set safetySettings in additional_params or extra=",
@@ -249,11 +251,13 @@ def _blocked(feedback: dict[str, Any], body: bytes) -> ContentFiltered:
 
 def _usage(counts: dict[str, Any]) -> Usage:
     """Usage in OpenTelemetry's sense: the service counts thoughts, and prompts of its own tools, apart."""
-    thoughts = count(counts.get("thoughtsTokenCount"))
+    thoughts = as_count(counts.get("thoughtsTokenCount"))
     return Usage(
-        input_tokens=total(count(counts.get("promptTokenCount")), count(counts.get("toolUsePromptTokenCount"))),
-        output_tokens=total(count(counts.get("candidatesTokenCount")), thoughts),
-        cached_tokens=count(counts.get("cachedContentTokenCount")),
+        input_tokens=sum_known(
+            as_count(counts.get("promptTokenCount")), as_count(counts.get("toolUsePromptTokenCount"))
+        ),
+        output_tokens=sum_known(as_count(counts.get("candidatesTokenCount")), thoughts),
+        cached_tokens=as_count(counts.get("cachedContentTokenCount")),
         reasoning_tokens=thoughts,
     )
 
@@ -289,7 +293,7 @@ def encode_body(request: Request) -> dict[str, Any]:
     Raises:
         BadRequest: a parameter is one that the dialect cannot take.
     """
-    refuse(request, NAME, ())
+    reject_unsupported(request, NAME, ())
     body: dict[str, Any] = {"contents": _contents(request)}
     system = system_text(request, NAME)
     if system:
@@ -344,7 +348,7 @@ def _image(image: Image) -> dict[str, Any]:
     data = image_data(image)
     if data is not None:
         return {"inlineData": {"mimeType": data[0], "data": data[1]}}
-    kind = image.media_type or mimetypes.guess_type(string(image.url).partition("?")[0])[0]
+    kind = image.media_type or mimetypes.guess_type(as_text(image.url).partition("?")[0])[0]
     return {"fileData": {"fileUri": image.url} | ({"mimeType": kind} if kind else {})}
 
 
@@ -368,8 +372,8 @@ def _answer(message: Message, request: Request) -> list[dict[str, Any]]:
 
 def _signed_text(texts: list[dict[str, Any]], raw: dict[str, Any]) -> list[dict[str, Any]]:
     """The part with a signature that stood on text: cut off the text's end again, where it is its end."""
-    said = string(raw.get("text"))
-    if said and texts and "thoughtSignature" not in texts[-1] and string(texts[-1].get("text")).endswith(said):
+    said = as_text(raw.get("text"))
+    if said and texts and "thoughtSignature" not in texts[-1] and as_text(texts[-1].get("text")).endswith(said):
         rest = texts.pop()["text"][: -len(said)]
         return [*([{"text": rest}] if rest else []), raw]
     return [{"text": "", "thoughtSignature": raw["thoughtSignature"]}]

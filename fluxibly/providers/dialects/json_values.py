@@ -60,27 +60,27 @@ def describe(data: bytes) -> str:
 # What stands in it may be of any type: these give what is due, or nothing
 
 
-def table(value: Any) -> dict[str, Any]:
+def as_object(value: Any) -> dict[str, Any]:
     """`value` if it is a JSON object, else an empty one."""
     return value if type(value) is dict else {}  # pyright: ignore[reportUnknownVariableType]  # JSON's keys are str
 
 
-def array(value: Any) -> list[Any]:
+def as_array(value: Any) -> list[Any]:
     """`value` if it is a JSON array, else an empty one."""
     return value if type(value) is list else []  # pyright: ignore[reportUnknownVariableType]  # of anything
 
 
-def string(value: object) -> str:
+def as_text(value: object) -> str:
     """`value` if it is a string, else an empty one."""
     return value if isinstance(value, str) else ""
 
 
-def count(value: object) -> int | None:
+def as_count(value: object) -> int | None:
     """`value` if it is a number of things, else None."""
     return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
 
 
-def total(*counts: int | None) -> int | None:
+def sum_known(*counts: int | None) -> int | None:
     """The sum of what is known; None if nothing is."""
     known = [number for number in counts if number is not None]
     return sum(known) if known else None

@@ -11,18 +11,18 @@ import attrs
 from fluxibly.aggregate import Aggregator
 from fluxibly.errors import NotFound, ProviderError, ServerError, StreamProtocolError
 from fluxibly.providers.dialects.codec import Encoded, Event, Framing
-from fluxibly.providers.dialects.decoding import Held, InlineThinking, arguments_text, cut_off, not_an_answer
+from fluxibly.providers.dialects.decoding import InlineThinking, PendingFields, arguments_text, cut_off, not_an_answer
 from fluxibly.providers.dialects.encoding import (
     bad_request,
     image_data,
-    refuse,
+    reject_unsupported,
     sent_arguments,
     system_text,
     tool_name,
     write_json,
 )
 from fluxibly.providers.dialects.errors import Report, error_of, excerpt, read_report
-from fluxibly.providers.dialects.json_values import array, count, read_json, string, table
+from fluxibly.providers.dialects.json_values import as_array, as_count, as_object, as_text, read_json
 from fluxibly.types import Chunk, Image, Message, Reasoning, Request, Response, Tool, ToolCallDelta, Usage
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class OllamaCodec:
         decoder = OllamaDecoder()
         for chunk in decoder.take(raw, body):
             joined.add(chunk)
-        answer = table(raw)
+        answer = as_object(raw)
         if not isinstance(answer.get("message"), dict) and not isinstance(answer.get("response"), str):
             raise not_an_answer(raw, body, NAME, "message or response")
         if answer.get("done") is False:
@@ -85,7 +85,7 @@ class OllamaDecoder:
     __slots__ = ("_calls", "_held", "_inline", "_named", "_thinking", "done")
 
     def __init__(self) -> None:
-        self._held = Held()
+        self._held = PendingFields()
         self._named = False
         self._calls = 0
         self._thinking: list[str] = []
@@ -97,23 +97,23 @@ class OllamaDecoder:
 
     def end(self) -> Iterable[Chunk]:
         if not self.done:
-            yield from self._held.rest()
+            yield from self._held.flush()
             raise cut_off(NAME, "done")
 
     def take(self, payload: object, body: bytes) -> Iterable[Chunk]:
         """The chunks of one line, or of a whole answer."""
-        answer = table(payload)
+        answer = as_object(payload)
         if answer.get("error") or not (isinstance(answer.get("message"), dict) or "response" in answer):
             report = read_report(payload)
             if report is not None:
                 raise _error(report, payload, body, report.status, {})
         if not self._named:
             self._named = True
-            self._held.put(model=string(answer.get("model")) or None)
-        message = table(answer.get("message"))
-        text = string(message.get("content")) or string(answer.get("response"))
+            self._held.add(model=as_text(answer.get("model")) or None)
+        message = as_object(answer.get("message"))
+        text = as_text(message.get("content")) or as_text(answer.get("response"))
         output: dict[str, Any] = {}
-        thinking = string(message.get("thinking")) or string(answer.get("thinking"))
+        thinking = as_text(message.get("thinking")) or as_text(answer.get("thinking"))
         if thinking:
             self._thinking.append(thinking)
         text, thought = self._inline.split(text)
@@ -121,41 +121,41 @@ class OllamaDecoder:
             text, thought = (before + last for before, last in zip((text, thought), self._inline.rest(), strict=True))
         if thinking or thought:
             output["reasoning"] = thinking + thought
-        calls = [table(call) for call in array(message.get("tool_calls"))]
+        calls = [as_object(call) for call in as_array(message.get("tool_calls"))]
         if calls:
             output["tool_calls"] = tuple([_call(call, index) for index, call in enumerate(calls, self._calls)])
             self._calls += len(calls)
         if answer.get("done") is True:
             self._finish(answer)
         if text or output:
-            return self._held.chunk(text, **output)
-        return self._held.rest() if self.done else ()
+            return self._held.emit(text, **output)
+        return self._held.flush() if self.done else ()
 
     def _finish(self, answer: dict[str, Any]) -> None:
         self.done = True
         if self._thinking:
             thinking = "".join(self._thinking)
-            self._held.put(reasoning_parts=(Reasoning(text=thinking, raw={"thinking": thinking}),))
-        reason = string(answer.get("done_reason")) or None  # versions before 0.1.40 say none
+            self._held.add(reasoning_parts=(Reasoning(text=thinking, raw={"thinking": thinking}),))
+        reason = as_text(answer.get("done_reason")) or None  # versions before 0.1.40 say none
         finish = FINISH_REASONS.get(reason or "stop", reason)
         if finish == "stop" and self._calls:
             finish = "tool_call"  # the service says "stop" for calls too
-        self._held.put(finish_reason=finish, raw_finish_reason=reason, usage=_usage(answer))
+        self._held.add(finish_reason=finish, raw_finish_reason=reason, usage=_usage(answer))
 
 
 def _call(call: dict[str, Any], index: int) -> ToolCallDelta:
     """A tool call, which comes whole, its arguments as an object; only newer versions give it an id."""
-    function = table(call.get("function"))
+    function = as_object(call.get("function"))
     return ToolCallDelta(
         index=index,
-        id=string(call.get("id")) or f"call_{index}",
-        name=string(function.get("name")),
+        id=as_text(call.get("id")) or f"call_{index}",
+        name=as_text(function.get("name")),
         arguments=arguments_text(function.get("arguments")),
     )
 
 
 def _usage(answer: dict[str, Any]) -> Usage | None:
-    read, written = count(answer.get("prompt_eval_count")), count(answer.get("eval_count"))
+    read, written = as_count(answer.get("prompt_eval_count")), as_count(answer.get("eval_count"))
     return None if read is None and written is None else Usage(input_tokens=read, output_tokens=written)
 
 
@@ -199,7 +199,7 @@ def encode_body(request: Request, *, stream: bool, chat: bool) -> dict[str, Any]
     Raises:
         BadRequest: a parameter is one that the dialect cannot take.
     """
-    refuse(request, NAME, ("n",))
+    reject_unsupported(request, NAME, ("n",))
     body: dict[str, Any] = {"model": request.model, "stream": stream}  # without it, answers are streamed
     if chat:
         body["messages"] = [_message(message, request) for message in request.messages]

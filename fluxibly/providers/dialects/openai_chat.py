@@ -15,7 +15,7 @@ from fluxibly.providers.dialects.codec import Encoded, Event, Framing
 from fluxibly.providers.dialects.decoding import InlineThinking, cut_off, not_an_answer
 from fluxibly.providers.dialects.encoding import write_json
 from fluxibly.providers.dialects.errors import error_of_event, error_of_payload, error_of_response, excerpt
-from fluxibly.providers.dialects.json_values import read_json, table
+from fluxibly.providers.dialects.json_values import as_object, read_json
 from fluxibly.providers.dialects.openai_parts import (
     Details,
     content_of,
@@ -330,7 +330,7 @@ class ChatDecoder:
             fields["model"] = self._model = found
         usage = body.usage or choice.usage
         if usage is None and body.x_groq is not None:
-            usage = table(body.x_groq).get("usage")
+            usage = as_object(body.x_groq).get("usage")
         if usage and (counted := usage_of(usage)) is not None:
             fields["usage"] = counted
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Final, cast
 
 from fluxibly.providers.dialects.decoding import to_json
-from fluxibly.providers.dialects.json_values import string, table
+from fluxibly.providers.dialects.json_values import as_object, as_text
 from fluxibly.types import Reasoning, ToolCallDelta, Usage
 
 _FINISH_REASONS: Final[Mapping[str, str]] = {
@@ -44,12 +44,12 @@ def content_of(content: object) -> tuple[str, str]:
         if isinstance(part, str):
             texts.append(part)
         else:
-            fields = table(part)
+            fields = as_object(part)
             thoughts += [
-                thought if isinstance(thought, str) else string(table(thought).get("text"))
+                thought if isinstance(thought, str) else as_text(as_object(thought).get("text"))
                 for thought in _parts(fields.get("thinking"))
             ]
-            texts.append(string(fields.get("text")) or string(fields.get("refusal")))
+            texts.append(as_text(fields.get("text")) or as_text(fields.get("refusal")))
     return "".join(texts), "".join(thoughts)
 
 
@@ -67,10 +67,10 @@ def tool_call_deltas(calls: object) -> tuple[ToolCallDelta, ...]:
     """
     deltas: list[ToolCallDelta] = []
     for call in _parts(calls):
-        fields = table(call)
+        fields = as_object(call)
         if not fields:
             continue
-        function = table(fields.get("function")) or fields
+        function = as_object(fields.get("function")) or fields
         index: object = fields.get("index")
         deltas.append(
             ToolCallDelta(

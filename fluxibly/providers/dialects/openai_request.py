@@ -10,7 +10,7 @@ from typing import Any, Final, Literal, cast
 
 import attrs
 
-from fluxibly.providers.dialects.encoding import bad_request, refuse
+from fluxibly.providers.dialects.encoding import bad_request, reject_unsupported
 from fluxibly.types import Image, Message, Request, Tool
 
 _REASONING_MODEL: Final = re.compile(r"(?:.*/)?(?:o\d|gpt-5)")
@@ -49,7 +49,7 @@ def chat_body(request: Request, quirks: Quirks, *, stream: bool, service: str) -
     Raises:
         BadRequest: the service has no such parameter, or does not take its value.
     """
-    refuse(request, service, quirks.lacks if quirks.top_k else ("top_k", *quirks.lacks))
+    reject_unsupported(request, service, quirks.lacks if quirks.top_k else ("top_k", *quirks.lacks))
     body: dict[str, Any] = {"model": request.model, "messages": [message_of(m, quirks) for m in request.messages]}
     for name in ("temperature", "top_p", "frequency_penalty", "presence_penalty", "n", "reasoning_effort"):
         value = getattr(request, name)

@@ -14,7 +14,7 @@ import attrs
 from fluxibly.errors import ProviderError, StreamProtocolError
 from fluxibly.providers.dialects.codec import Encoded, Event, Framing
 from fluxibly.providers.dialects.decoding import cut_off, not_an_answer
-from fluxibly.providers.dialects.encoding import refuse, write_json
+from fluxibly.providers.dialects.encoding import reject_unsupported, write_json
 from fluxibly.providers.dialects.errors import (
     Report,
     error_of,
@@ -23,7 +23,7 @@ from fluxibly.providers.dialects.errors import (
     error_of_response,
     excerpt,
 )
-from fluxibly.providers.dialects.json_values import array, read_json, string, table
+from fluxibly.providers.dialects.json_values import as_array, as_object, as_text, read_json
 from fluxibly.providers.dialects.openai_parts import finish_reason_of, usage_of
 from fluxibly.providers.dialects.openai_request import Quirks, function_of, image_url, is_reasoning_model, named_schema
 from fluxibly.types import Chunk, Image, Message, Reasoning, Request, Response, ToolCall, ToolCallDelta
@@ -64,7 +64,7 @@ class ResponsesCodec:
             StreamProtocolError: for what is no answer.
         """
         raw = read_json(body)
-        answer = table(raw)
+        answer = as_object(raw)
         _raise_failure(answer, raw, body, self.service)
         if not isinstance(answer.get("output"), list):
             raise not_an_answer(raw, body, self.service, "output")
@@ -81,7 +81,7 @@ class ResponsesCodec:
 
 def _raise_failure(answer: dict[str, Any], raw: object, data: bytes, service: str, *, failed: bool = False) -> None:
     """Raise the error that a response holds, if it failed."""
-    failed = failed or string(answer.get("status")) in _FAILED
+    failed = failed or as_text(answer.get("status")) in _FAILED
     if not (failed or answer.get("error") or "output" not in answer):
         return
     error = error_of_payload(raw, body=data, service=service)
@@ -98,10 +98,10 @@ def _response(answer: dict[str, Any], raw: object) -> Response:
     calls: list[ToolCall] = []
     parts: list[Reasoning] = []
     refused = False
-    for item in map(table, array(answer.get("output"))):
+    for item in map(as_object, as_array(answer.get("output"))):
         if item.get("type") == "message":
-            for part in map(table, array(item.get("content"))):
-                texts.append(string(part.get("text")) or string(part.get("refusal")))
+            for part in map(as_object, as_array(item.get("content"))):
+                texts.append(as_text(part.get("text")) or as_text(part.get("refusal")))
                 refused = refused or bool(part.get("refusal"))
         elif item.get("type") == "function_call":
             calls.append(_call(item, len(calls)))
@@ -117,29 +117,31 @@ def _response(answer: dict[str, Any], raw: object) -> Response:
         finish_reason=finish,
         raw_finish_reason=raw_finish,
         usage=usage_of(answer.get("usage")),
-        model=string(answer.get("model")) or None,
-        id=string(answer.get("id")) or None,
+        model=as_text(answer.get("model")) or None,
+        id=as_text(answer.get("id")) or None,
         raw=raw,
     )
 
 
 def _call(item: dict[str, Any], number: int) -> ToolCall:
-    call_id = string(item.get("call_id")) or string(item.get("id")) or f"call_{number}"
-    return ToolCall(call_id, string(item.get("name")), raw_arguments=string(item.get("arguments")))
+    call_id = as_text(item.get("call_id")) or as_text(item.get("id")) or f"call_{number}"
+    return ToolCall(call_id, as_text(item.get("name")), raw_arguments=as_text(item.get("arguments")))
 
 
 def _reasoning(item: dict[str, Any]) -> Reasoning:
     """A reasoning item, which goes back as it is, save for its status, which is not taken back."""
-    said = [string(part.get("text")) for key in ("summary", "content") for part in map(table, array(item.get(key)))]
+    said = [
+        as_text(part.get("text")) for key in ("summary", "content") for part in map(as_object, as_array(item.get(key)))
+    ]
     raw = {key: value for key, value in item.items() if key != "status" and value is not None}
-    return Reasoning(text="".join(said), signature=string(item.get("encrypted_content")) or None, raw=raw)
+    return Reasoning(text="".join(said), signature=as_text(item.get("encrypted_content")) or None, raw=raw)
 
 
 def _finish(answer: dict[str, Any], *, called: bool, refused: bool) -> tuple[str | None, str | None]:
     """The finish reason of a response, in our words and in its own."""
-    status = string(answer.get("status"))
+    status = as_text(answer.get("status"))
     if status == "incomplete":
-        reason = string(table(answer.get("incomplete_details")).get("reason")) or status
+        reason = as_text(as_object(answer.get("incomplete_details")).get("reason")) or status
         return ("length" if reason == "max_output_tokens" else finish_reason_of(reason)), reason
     if status not in {"completed", ""}:
         return status, status
@@ -172,22 +174,22 @@ class ResponsesDecoder:
         if event.name == "error":
             raise error_of_event(data, service=self._service)
         raw = read_json(data)
-        body = table(raw)
-        kind = string(body.get("type")) or event.name
+        body = as_object(raw)
+        kind = as_text(body.get("type")) or event.name
         if kind in {"response.output_text.delta", "response.refusal.delta"}:
             return self._text(body, kind)
         if kind in {"response.reasoning_summary_text.delta", "response.reasoning_text.delta"}:
-            said = string(body.get("delta"))
+            said = as_text(body.get("delta"))
             self._thought = self._thought or bool(said)
             return (Chunk(reasoning=said),) if said else ()
         if kind == "response.function_call_arguments.delta":
-            return self._arguments(body, string(body.get("delta")))
+            return self._arguments(body, as_text(body.get("delta")))
         if kind == "response.output_item.added":
             return self._begin(body)
         if kind == "response.output_item.done":
             return self._finish_item(body)
         if kind in {"response.completed", "response.incomplete", "response.failed", "response.cancelled"}:
-            return self._end_response(table(body.get("response")), data, failed=kind[9:] in _FAILED)
+            return self._end_response(as_object(body.get("response")), data, failed=kind[9:] in _FAILED)
         if kind == "error" or not kind:
             reported = error_of_payload(raw, body=data, service=self._service)
             raise reported or StreamProtocolError(
@@ -206,7 +208,7 @@ class ResponsesDecoder:
         return ()
 
     def _text(self, body: dict[str, Any], kind: str) -> Iterable[Chunk]:
-        said = string(body.get("delta"))
+        said = as_text(body.get("delta"))
         if not said:
             return ()
         self._spoke = True
@@ -222,20 +224,20 @@ class ResponsesDecoder:
 
     def _begin(self, body: dict[str, Any]) -> Iterable[Chunk]:
         """An item of the output begins; a tool call tells its name and id here."""
-        item = table(body.get("item"))
+        item = as_object(body.get("item"))
         if item.get("type") != "function_call":
             return ()
         place = _place(body)
         call = _call(item, place)
         fragments = self._calls.setdefault(place, [])
-        given = string(item.get("arguments"))
+        given = as_text(item.get("arguments"))
         if given:
             fragments.append(given)
         return (Chunk(tool_calls=(ToolCallDelta(index=place, id=call.id, name=call.name, arguments=given),)),)
 
     def _finish_item(self, body: dict[str, Any]) -> Iterable[Chunk]:
         """An item is whole: reasoning is kept to go back, and what has not come in deltas is told now."""
-        item = table(body.get("item"))
+        item = as_object(body.get("item"))
         if item.get("type") == "reasoning":
             part = _reasoning(item)
             said, self._thought = "" if self._thought else part.text, False
@@ -246,7 +248,7 @@ class ResponsesDecoder:
         if place not in self._calls:
             return self._begin(body)
         if not self._calls[place]:
-            return self._arguments(body, string(item.get("arguments")))
+            return self._arguments(body, as_text(item.get("arguments")))
         return ()
 
     def _end_response(self, answer: dict[str, Any], data: bytes, *, failed: bool) -> Iterable[Chunk]:
@@ -259,8 +261,8 @@ class ResponsesDecoder:
                 finish_reason=finish,
                 raw_finish_reason=raw_finish,
                 usage=usage_of(answer.get("usage")),
-                model=string(answer.get("model")) or None,
-                id=string(answer.get("id")) or None,
+                model=as_text(answer.get("model")) or None,
+                id=as_text(answer.get("id")) or None,
             ),
         )
 
@@ -283,9 +285,9 @@ def responses_body(request: Request, service: str) -> dict[str, Any]:
     Raises:
         BadRequest: this API has no such parameter.
     """
-    refuse(request, service, _NOT_TAKEN)
+    reject_unsupported(request, service, _NOT_TAKEN)
     if request.stop:
-        refuse(request, service, ("stop",))
+        reject_unsupported(request, service, ("stop",))
     body: dict[str, Any] = {
         "model": request.model,
         "input": [item for message in request.messages for item in _items(message)],

@@ -19,7 +19,7 @@ from fluxibly.errors import AuthenticationError, BadRequest, ConfigError, Provid
 from fluxibly.providers.dialects.codec import Codec, Encoded, Event, Service
 from fluxibly.providers.dialects.errors import request_id_of, retry_after_of
 from fluxibly.providers.http._encodings import accept_encoding
-from fluxibly.providers.http._exchange import Headers, Outgoing, as_headers, header, noted, with_more
+from fluxibly.providers.http._exchange import Headers, Outgoing, as_headers, header, with_header_facts, with_more
 from fluxibly.providers.http._failures import redirected, translated
 from fluxibly.providers.http._limits import Limits
 from fluxibly.types import ProviderInfo, Request, Response
@@ -70,7 +70,7 @@ class Endpoint:
                 headers = with_more(headers, [header(*pair) for pair in request.headers.items()])
             target = self._target(encoded.path)
         except ProviderError as error:
-            raise self.adopted(error, request) from error.__cause__
+            raise self.completed_with(error, request) from error.__cause__
         return Outgoing(self.url, target, headers.pairs, headers.block, encoded.body)
 
     def _target(self, path: str) -> bytes:
@@ -111,11 +111,11 @@ class Endpoint:
     def refuse(self, status: int, headers: Mapping[str, str], body: bytes, request: Request) -> ProviderError:
         """The error of an answer that is none of 2xx."""
         if status < 400:
-            return self.adopted(redirected(status, headers), request, headers)
+            return self.completed_with(redirected(status, headers), request, headers)
         error = self.codec.decode_error(status, headers, self.masked(body))
         if error.status is None:
             error.status = status
-        return self.adopted(error, request, headers)
+        return self.completed_with(error, request, headers)
 
     def check_page(self, headers: Mapping[str, str]) -> None:
         """Raise StreamProtocolError for a web page: the sign of a wrong address, or of a proxy in between."""
@@ -128,7 +128,7 @@ class Endpoint:
     def response(self, headers: Mapping[str, str], body: bytes) -> Response:
         """The response of a whole 2xx answer."""
         self.check_page(headers)
-        return noted(self.decoded(body), headers)
+        return with_header_facts(self.decoded(body), headers)
 
     def masked(self, data: bytes) -> bytes:
         """`data` without the API key: an excerpt could cut the key in two, and half of one is not found again."""
@@ -160,7 +160,7 @@ class Endpoint:
             return error
         return None
 
-    def adopted(
+    def completed_with(
         self, error: ProviderError, request: Request, headers: Mapping[str, str] | None = None
     ) -> ProviderError:
         """`error` with who was asked for what and the headers' hints filled in, and the API key masked."""
@@ -194,7 +194,7 @@ class Endpoint:
     ) -> Exception:
         """What the caller gets for an exception of ours, of a socket's or of httpx's; others are passed on as they are."""
         ours = translated(error, self.host, self.port, limits)
-        return error if ours is None else self.adopted(ours, request, headers)
+        return error if ours is None else self.completed_with(ours, request, headers)
 
 
 _ENDPOINTS = ("/chat/completions", "/responses", "/messages", "/api/chat", "/api/generate")

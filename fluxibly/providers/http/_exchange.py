@@ -103,7 +103,7 @@ T = TypeVar("T", Response, Chunk)
 _RATE_LIMIT = re.compile(r"(x-|anthropic-)?ratelimit-|retry-after")
 
 
-def noted(item: T, headers: Mapping[str, str]) -> T:
+def with_header_facts(item: T, headers: Mapping[str, str]) -> T:
     """A response, or a stream's first chunk, with what the headers say."""
     request_id = request_id_of(headers)
     limits = {name: value for name, value in headers.items() if _RATE_LIMIT.match(name)}

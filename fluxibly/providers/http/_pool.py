@@ -282,13 +282,13 @@ class Pool:
         return PooledExchange(slots, connection, answer, limits)
 
     def _here(self) -> Slots:
-        place = self._network.place()
-        slots = self._slots.get(place)
+        home = self._network.home()
+        slots = self._slots.get(home)
         if slots is None:
             for other in list(self._slots):
-                if self._network.over(other) and (gone := self._slots.pop(other, None)):
+                if self._network.is_gone(other) and (gone := self._slots.pop(other, None)):
                     gone.close()
-            slots = self._slots.setdefault(place, Slots(self._network))
+            slots = self._slots.setdefault(home, Slots(self._network))
         return slots
 
     async def _connect(self, slots: Slots, limits: Limits) -> Connection:

@@ -100,7 +100,7 @@ class _Stream:
     def _failure(self, error: Exception) -> Exception:
         if self._aborted:
             error = ConnectionFailed("the stream was closed while it was read", retryable=False)
-            return self._endpoint.adopted(error, self._request)
+            return self._endpoint.completed_with(error, self._request)
         if self._limits is None:
             return error
         return self._endpoint.failure(error, self._request, self._limits, self._headers)

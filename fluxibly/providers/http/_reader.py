@@ -9,7 +9,7 @@ from fluxibly.aggregate import as_chunk
 from fluxibly.errors import ProviderError, StreamProtocolError
 from fluxibly.providers.dialects.framing import make_framing
 from fluxibly.providers.http._encodings import MAX_BODY, MAX_ERROR_BODY, decoded, decoders_for
-from fluxibly.providers.http._exchange import noted
+from fluxibly.providers.http._exchange import with_header_facts
 from fluxibly.types import Chunk
 
 if TYPE_CHECKING:
@@ -159,7 +159,7 @@ class ReplyReader:
         for chunk in chunks:
             if not self._noted:
                 self._noted = True
-                self.chunks.append(noted(chunk, self._headers))
+                self.chunks.append(with_header_facts(chunk, self._headers))
             else:
                 self.chunks.append(chunk)
 

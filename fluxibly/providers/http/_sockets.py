@@ -68,12 +68,12 @@ class Event(Protocol):
 class Network(Protocol):
     """Sockets of threads, or of event loops."""
 
-    def place(self) -> Hashable:
+    def home(self) -> Hashable:
         """Where the sockets that are made now can be used: on the loop that runs, or in all threads."""
         ...
 
-    def over(self, place: Any, /) -> bool:
-        """Whether a place is gone, with its loop."""
+    def is_gone(self, home: Any, /) -> bool:
+        """Whether a home is gone, with its loop."""
         ...
 
     def event(self) -> Event: ...
@@ -96,7 +96,7 @@ def shut_down(sock: socket.socket) -> None:
         socket.socket.shutdown(sock, socket.SHUT_RDWR)  # not SSLSocket's own, which pulls TLS from under a read
 
 
-def late(error: TimeoutError) -> Exception:
+def as_limit(error: TimeoutError) -> Exception:
     """A time limit of ours; the network's own has a number."""
     return error if error.errno is not None else LimitPassed()
 

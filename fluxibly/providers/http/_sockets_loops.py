@@ -11,7 +11,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from fluxibly.providers.http._limits import LimitPassed
-from fluxibly.providers.http._sockets import READ_SIZE, PlainSocket, late, resolve
+from fluxibly.providers.http._sockets import READ_SIZE, PlainSocket, as_limit, resolve
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -88,7 +88,7 @@ class AsyncioSocket(PlainSocket):
             async with asyncio.timeout(seconds):
                 return await self._loop.sock_recv(self.raw, READ_SIZE)
         except TimeoutError as error:
-            raise late(error) from None
+            raise as_limit(error) from None
 
     async def send(self, data: bytes, seconds: float | None) -> None:
         try:
@@ -101,7 +101,7 @@ class AsyncioSocket(PlainSocket):
             async with asyncio.timeout(seconds):
                 await self._loop.sock_sendall(self.raw, data[sent:])
         except TimeoutError as error:
-            raise late(error) from None
+            raise as_limit(error) from None
 
     @staticmethod
     async def connect(sock: socket.socket, address: Any) -> AsyncioSocket:
@@ -147,18 +147,18 @@ class TrioSocket(PlainSocket):
 class Loops:
     """The network for event loops, each of which has sockets of its own."""
 
-    def place(self) -> Any:
+    def home(self) -> Any:
         if on_trio():
             import trio
 
             return trio.lowlevel.current_trio_token()
         return asyncio.get_running_loop()
 
-    def over(self, place: Any) -> bool:
-        if isinstance(place, asyncio.AbstractEventLoop):
-            return place.is_closed()
+    def is_gone(self, home: Any) -> bool:
+        if isinstance(home, asyncio.AbstractEventLoop):
+            return home.is_closed()
         try:
-            place.run_sync_soon(_nothing)
+            home.run_sync_soon(_nothing)
         except RuntimeError:  # trio's own kind of it
             return True
         return False
@@ -216,7 +216,7 @@ class _Race:
             kind: type[AsyncioSocket | TrioSocket] = TrioSocket if on_trio() else AsyncioSocket
             self.connected.append(await kind.connect(sock, info[4]))
         except OSError as error:
-            self.failures.append(late(error) if isinstance(error, TimeoutError) else error)
+            self.failures.append(as_limit(error) if isinstance(error, TimeoutError) else error)
             sock.close()
         except BaseException:
             sock.close()

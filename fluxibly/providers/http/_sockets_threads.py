@@ -10,7 +10,7 @@ import threading
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fluxibly.providers.http._limits import LimitPassed
-from fluxibly.providers.http._sockets import READ_SIZE, PlainSocket, late, ready, resolve, shut_down
+from fluxibly.providers.http._sockets import READ_SIZE, PlainSocket, as_limit, ready, resolve, shut_down
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
@@ -58,23 +58,23 @@ class BlockingSocket(PlainSocket):
         try:
             return self.raw.recv(READ_SIZE)
         except TimeoutError as error:
-            raise late(error) from None
+            raise as_limit(error) from None
 
     async def send(self, data: bytes, seconds: float | None) -> None:
         self._limit(seconds)
         try:
             self.raw.sendall(data)
         except TimeoutError as error:
-            raise late(error) from None
+            raise as_limit(error) from None
 
 
 class Threads:
     """The network for threads, which share all of it."""
 
-    def place(self) -> None:
+    def home(self) -> None:
         return
 
-    def over(self, _place: Any) -> bool:
+    def is_gone(self, _home: Any) -> bool:
         return False
 
     def event(self) -> BlockingEvent:

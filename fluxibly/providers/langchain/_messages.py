@@ -17,7 +17,7 @@ from langchain_core.messages import (
 
 from fluxibly.providers.dialects.decoding import to_json
 from fluxibly.providers.dialects.encoding import sent_arguments
-from fluxibly.providers.dialects.json_values import array, string, table
+from fluxibly.providers.dialects.json_values import as_array, as_object, as_text
 from fluxibly.providers.dialects.openai_parts import finish_reason_of
 from fluxibly.types import (
     Chunk,
@@ -192,7 +192,7 @@ def _reasoning_text(block: Mapping[str, Any]) -> str:
     if isinstance(text, str):
         return text
     summary = block.get("summary")
-    return "".join(string(table(part).get("text")) for part in array(summary))
+    return "".join(as_text(as_object(part).get("text")) for part in as_array(summary))
 
 
 def _reasoning_part(block: dict[str, Any]) -> Reasoning:

@@ -16,8 +16,8 @@ from pydantic import SecretStr
 from fluxibly._masking import mask_secrets
 from fluxibly.config import LLMConfig
 from fluxibly.errors import AuthenticationError, ConfigError
-from fluxibly.providers._libraries.calls import Limits, checked_key, info_of, read_timeout
-from fluxibly.providers._libraries.errors import Explainer
+from fluxibly.providers._libraries.calls import LibraryLimits, checked_key, info_of, read_timeout
+from fluxibly.providers._libraries.errors import ErrorTranslator
 from fluxibly.providers._libraries.loops import PerLoop, on_asyncio
 from fluxibly.providers._libraries.services import Services
 from fluxibly.providers.http import end_connection
@@ -66,18 +66,18 @@ class _Made:
     client: Any = None
 
 
-class Source:
+class ChatModels:
     """Where chat models come from: made of a configuration, each once, or the one that was given."""
 
     def __init__(self, config: LLMConfig | None, given: BaseChatModel | None = None) -> None:
         self._config = config
         self._given = given
-        self.limits = Limits() if config is None else Limits.of(config)
+        self.limits = LibraryLimits() if config is None else LibraryLimits.of(config)
         self._made: dict[str, _Made] = {}
         # A pool of connections belongs to the event loop that it was first used in.
         self._made_by_loop: PerLoop[dict[str, _Made]] = PerLoop(dict, _aclose_clients)
         first = given or self.model(cast("LLMConfig", config).model)
-        self.explain = Explainer(library="LangChain", framework="langchain", secrets=_secrets(first, config))
+        self.explain = ErrorTranslator(library="LangChain", framework="langchain", secrets=_secrets(first, config))
         self.info = _info(first, config)
         self._services = Services(self.info)
 

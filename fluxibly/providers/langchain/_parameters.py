@@ -9,7 +9,7 @@ from langchain_core.language_models import BaseChatModel
 from langchain_core.runnables import Runnable, RunnableBinding
 
 from fluxibly.errors import BadRequest
-from fluxibly.providers.dialects.encoding import bad_request, refuse
+from fluxibly.providers.dialects.encoding import bad_request, reject_unsupported
 from fluxibly.providers.dialects.openai_request import named_schema
 from fluxibly.providers.langchain._messages import Dialect
 from fluxibly.types import Request, Tool
@@ -43,7 +43,7 @@ def prepare(chat_model: BaseChatModel, request: Request, dialect: Dialect) -> tu
         BadRequest: a parameter that the chat model has no way to pass on.
     """
     service = f"LangChain's {type(chat_model).__name__}"
-    refuse(request, service, ["n"])  # LangChain hands on one choice
+    reject_unsupported(request, service, ["n"])  # LangChain hands on one choice
     keywords: dict[str, Any] = {name: value for name in _SIMPLE if (value := getattr(request, name)) is not None}
     if request.stop:
         keywords["stop"] = list(request.stop)
@@ -82,7 +82,7 @@ def _for_openai(chat_model: BaseChatModel, request: Request, keywords: dict[str,
 
 
 def _for_anthropic(request: Request, keywords: dict[str, Any], service: str) -> None:
-    refuse(request, service, ["frequency_penalty", "presence_penalty", "seed"])
+    reject_unsupported(request, service, ["frequency_penalty", "presence_penalty", "seed"])
     if request.response_format == "json":
         raise bad_request(request, "Anthropic gives JSON only by a schema: pass it as response_format")
     if isinstance(request.response_format, Mapping):

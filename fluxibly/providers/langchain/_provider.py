@@ -18,7 +18,7 @@ from fluxibly.aggregate import as_chunk
 from fluxibly.config import LLMConfig
 from fluxibly.errors import ConfigError, StreamProtocolError
 from fluxibly.provider import Threaded
-from fluxibly.providers._libraries.calls import Opened, Steps, acall_within, asteps, call_within
+from fluxibly.providers._libraries.calls import LibraryStream, OpenStream, acall_within, call_within, library_stream
 from fluxibly.providers._libraries.loops import on_asyncio
 from fluxibly.types import Chunk, Request, Response
 
@@ -28,7 +28,7 @@ try:
     from langchain_core.runnables import Runnable
 
     from fluxibly.providers.langchain._messages import MessageReader, response_of, to_langchain
-    from fluxibly.providers.langchain._models import Source, answers_to_cut
+    from fluxibly.providers.langchain._models import ChatModels, answers_to_cut
     from fluxibly.providers.langchain._parameters import dialect_of, prepare
 except ImportError as missing:
     raise ConfigError(
@@ -46,7 +46,7 @@ _HELD = ("finish_reason", "raw_finish_reason", "usage", "model", "id", "request_
 class _Answer:
     """One call: what to invoke with what, and how its answer is read."""
 
-    def __init__(self, source: Source, chat_model: BaseChatModel, request: Request) -> None:
+    def __init__(self, source: ChatModels, chat_model: BaseChatModel, request: Request) -> None:
         self.dialect = dialect_of(chat_model)
         self.messages = to_langchain(request.messages, self.dialect)
         self.runnable: Runnable[Any, Any]
@@ -106,8 +106,8 @@ class LangChainProvider:
         AuthenticationError: there is no API key.
     """
 
-    def __init__(self, config: LLMConfig | Source) -> None:
-        self._source = config if isinstance(config, Source) else Source(config)
+    def __init__(self, config: LLMConfig | ChatModels) -> None:
+        self._source = config if isinstance(config, ChatModels) else ChatModels(config)
         self.info = self._source.info
 
     @classmethod
@@ -135,16 +135,16 @@ class LangChainProvider:
             failure = answer.explain(error)
         raise failure
 
-    def stream(self, request: Request) -> Steps[Chunk]:
+    def stream(self, request: Request) -> LibraryStream[Chunk]:
         """The model's answer as it comes. Raises what `complete` raises."""
         answer = _Answer(self._source, self._source.model(request.model), request)
 
-        def open_stream() -> Opened:
+        def open_stream() -> OpenStream:
             cut = answers_to_cut()
             stream: Any = answer.runnable.stream(answer.messages, **answer.keywords)
-            return Opened(stream, stream.close, cut)
+            return OpenStream(stream, stream.close, cut)
 
-        return Steps(open_stream, self._source.limits, answer.chunk, answer.last, answer.explain)
+        return LibraryStream(open_stream, self._source.limits, answer.chunk, answer.last, answer.explain)
 
     def close(self) -> None:
         """Close the connections that were made for this provider."""
@@ -154,8 +154,8 @@ class LangChainProvider:
 class AsyncLangChainProvider:
     """`LangChainProvider` for async pipelines."""
 
-    def __init__(self, config: LLMConfig | Source) -> None:
-        self._source = config if isinstance(config, Source) else Source(config)
+    def __init__(self, config: LLMConfig | ChatModels) -> None:
+        self._source = config if isinstance(config, ChatModels) else ChatModels(config)
         self.info = self._source.info
         self._threaded = Threaded(LangChainProvider(self._source))
 
@@ -186,17 +186,17 @@ class AsyncLangChainProvider:
         async def open_stream() -> AsyncIterator[Any]:
             return answer.runnable.astream(answer.messages, **answer.keywords)
 
-        return asteps(open_stream, self._source.limits, answer.chunk, answer.last, answer.explain)
+        return library_stream(open_stream, self._source.limits, answer.chunk, answer.last, answer.explain)
 
     async def aclose(self) -> None:
         """Close the connections that were made for this provider."""
         await self._source.aclose()
 
 
-def _wrapped(chat_model: object) -> Source:
+def _wrapped(chat_model: object) -> ChatModels:
     if not isinstance(chat_model, BaseChatModel):
         raise TypeError(f"wrap() takes a LangChain chat model (a BaseChatModel), not a {type(chat_model).__name__}")
-    return Source(None, chat_model)
+    return ChatModels(None, chat_model)
 
 
 def as_chat_model(llm: object, *, model: str | None = None) -> BaseChatModel:

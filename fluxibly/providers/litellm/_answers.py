@@ -10,7 +10,7 @@ import httpx
 import msgspec
 
 from fluxibly.errors import StreamProtocolError
-from fluxibly.providers.dialects.json_values import array, table
+from fluxibly.providers.dialects.json_values import as_array, as_object
 from fluxibly.providers.dialects.openai_chat import Body, ChatDecoder, OpenAICodec
 from fluxibly.providers.dialects.openai_request import Quirks, chat_body
 from fluxibly.providers.http import end_connection
@@ -123,7 +123,7 @@ class _Thoughts:
 
     def add(self, message: Any) -> None:
         """Take in what a message, or a delta, has of them."""
-        for block in array(table(message).get("thinking_blocks")):
+        for block in as_array(as_object(message).get("thinking_blocks")):
             last = self._blocks[-1] if self._blocks else None
             if last is None or last.get("signature") or block["type"] != "thinking" or last["type"] != "thinking":
                 self._blocks.append(dict(block))

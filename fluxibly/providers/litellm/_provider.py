@@ -22,20 +22,20 @@ from fluxibly.config import LLMConfig
 from fluxibly.errors import BadRequest, ConfigError
 from fluxibly.provider import Threaded
 from fluxibly.providers._libraries.calls import (
-    Limits,
-    Opened,
-    Steps,
+    LibraryLimits,
+    LibraryStream,
+    OpenStream,
     acall_within,
-    asteps,
     call_within,
     checked_key,
     info_of,
+    library_stream,
     read_timeout,
 )
-from fluxibly.providers._libraries.errors import Explainer
+from fluxibly.providers._libraries.errors import ErrorTranslator
 from fluxibly.providers._libraries.loops import PerLoop, on_asyncio
 from fluxibly.providers._libraries.services import Services
-from fluxibly.providers.dialects.json_values import array
+from fluxibly.providers.dialects.json_values import as_array
 from fluxibly.providers.litellm._answers import (
     StreamReader,
     aclose_stream,
@@ -108,7 +108,7 @@ class LiteLLMProvider:
         self._service = service_of(self._litellm, config.model, config.additional_params, config.api_base)
         self.info = _info(self._service, config)
         self._services = Services(self.info)
-        self._limits = Limits.of(config)
+        self._limits = LibraryLimits.of(config)
         times, read = config.timeouts, read_timeout(config.timeouts)
         self._settings: dict[str, Any] = {
             "timeout": httpx.Timeout(connect=times.connect, read=read, write=read, pool=times.connect),
@@ -134,18 +134,18 @@ class LiteLLMProvider:
             failure = self.explain(error, request)
         raise failure
 
-    def stream(self, request: Request) -> Steps[Chunk]:
+    def stream(self, request: Request) -> LibraryStream[Chunk]:
         """The model's answer as it comes. Raises what `complete` raises, and BadRequest if there are `fallbacks`."""
         keywords, answerer = self.prepare(request, stream=True)
         reader = StreamReader(answerer)
 
-        def open_stream() -> Opened:
+        def open_stream() -> OpenStream:
             if keywords.get("fallbacks"):  # it answers with an asynchronous stream, which nobody can read here
                 raise BadRequest(_NO_FALLBACKS)
             stream = reader.opened(self._litellm.completion(**keywords))
-            return Opened(stream, partial(close_stream, stream), partial(cut_stream, stream))
+            return OpenStream(stream, partial(close_stream, stream), partial(cut_stream, stream))
 
-        return Steps(open_stream, self._limits, reader.read, reader.last, self.explaining(request))
+        return LibraryStream(open_stream, self._limits, reader.read, reader.last, self.explaining(request))
 
     def close(self) -> None:
         """Close the idle connections of LiteLLM's clients, which all of the process shares."""
@@ -162,7 +162,7 @@ class LiteLLMProvider:
         service = service_of(self._litellm, keywords["model"], request.extra, base)
         if service == self._service:  # a key must not travel to another
             keywords = {**self._access, **keywords}
-        if fallbacks := array(keywords.get("fallbacks")):
+        if fallbacks := as_array(keywords.get("fallbacks")):
             keywords["fallbacks"] = without_access(self._litellm, fallbacks, service, keywords)
         check_long_prompts(self._litellm, service, keywords)
         if request.headers:
@@ -173,7 +173,7 @@ class LiteLLMProvider:
         """Our error for one of LiteLLM's."""
         held = [value for name, value in os.environ.items() if name.endswith(_KEY_VARIABLES) and len(value) > 8]
         secrets = tuple(secret for secret in (self._key, *held) if secret)
-        explain = Explainer(library="LiteLLM", framework="litellm", secrets=secrets)
+        explain = ErrorTranslator(library="LiteLLM", framework="litellm", secrets=secrets)
         return explain(error, request.model, streamed=streamed)
 
     def explaining(self, request: Request) -> Callable[[Exception, bool], Exception]:
@@ -187,7 +187,7 @@ class AsyncLiteLLMProvider:
     def __init__(self, config: LLMConfig) -> None:
         self._sync = LiteLLMProvider(config)
         self._threaded = Threaded(self._sync)
-        self._limits = Limits.of(config)
+        self._limits = LibraryLimits.of(config)
         self.info = self._sync.info
 
     async def complete(self, request: Request) -> Response:
@@ -214,7 +214,7 @@ class AsyncLiteLLMProvider:
         async def open_stream() -> AsyncIterator[Any]:
             return _AsyncStream(reader.opened(await _per_loop.get().acompletion(**keywords)))
 
-        return asteps(open_stream, self._limits, reader.read, reader.last, self._sync.explaining(request))
+        return library_stream(open_stream, self._limits, reader.read, reader.last, self._sync.explaining(request))
 
     async def aclose(self) -> None:
         """Close the idle connections of LiteLLM's clients in this event loop; with the loop, all of them close."""

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from fluxibly.errors import BadRequest
 from fluxibly.providers._libraries.services import Services
-from fluxibly.providers.dialects.json_values import array, table
+from fluxibly.providers.dialects.json_values import as_array, as_object
 from fluxibly.types import CallRecord
 
 _TELEMETRY_NAMES = {
@@ -56,7 +56,7 @@ def check_long_prompts(litellm: Any, service: str, keywords: Mapping[str, Any]) 
     Raises:
         BadRequest: it would, and says what to use.
     """
-    model = table(keywords.get("context_window_fallback_dict")).get(keywords["model"])
+    model = as_object(keywords.get("context_window_fallback_dict")).get(keywords["model"])
     if model is None or "api_key" not in keywords or "api_base" in keywords:
         return
     if service_of(litellm, model, keywords, None) != service:
@@ -104,20 +104,20 @@ class Answerer:
         hidden: Any = getattr(answer, "_hidden_params", None) or {}
         settings = self._fallback(hidden) or self._for_long_prompts(hidden, answer)
         if settings is not None:
-            self._call.asked_model = settings["model"]
+            self._call.sent_model = settings["model"]
             self._tell(self._service_of(settings), settings)
 
     def _fallback(self, hidden: Mapping[str, Any]) -> dict[str, Any] | None:
         """The keywords of the one of `fallbacks` that answered."""
-        fallbacks = array(self._keywords.get("fallbacks"))
-        number = table(hidden.get("additional_headers")).get(_ATTEMPTED)
+        fallbacks = as_array(self._keywords.get("fallbacks"))
+        number = as_object(hidden.get("additional_headers")).get(_ATTEMPTED)
         if not isinstance(number, int) or not 0 < number <= len(fallbacks):
             return None
         return _settings_of(fallbacks[number - 1], self._keywords)
 
     def _for_long_prompts(self, hidden: Mapping[str, Any], answer: Any) -> dict[str, Any] | None:
         """The keywords of the fallback for prompts that are too long, if the answer names its service."""
-        model = table(self._keywords.get("context_window_fallback_dict")).get(self._keywords["model"])
+        model = as_object(self._keywords.get("context_window_fallback_dict")).get(self._keywords["model"])
         if model is None:
             return None
         settings = {**self._keywords, "model": model}
