@@ -8,9 +8,12 @@ from __future__ import annotations
 import math
 import re
 import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
-from typing import Any, TypeGuard, TypeVar
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
+
+if TYPE_CHECKING:
+    import attrs
 
 
 def is_mapping(value: object) -> TypeGuard[Mapping[Any, Any]]:
@@ -33,14 +36,91 @@ def is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def short_repr(value: object) -> str:
-    """A value for an error message, short whatever it is."""
-    return reprlib.repr(value)
-
-
 def kind_of(value: object) -> str:
     """A value's kind, for an error message."""
-    return "None" if value is None else f"a {type(value).__name__}"
+    name = type(value).__name__
+    return "None" if value is None else f"{'an' if name[0] in 'AEIOUaeiou' else 'a'} {name}"
+
+
+def problem(name: str, expected: str, value: object) -> str:
+    """What is wrong with the setting `name`, in the words of every check here."""
+    got = reprlib.repr(value) if value is None or isinstance(value, (str, int, float)) else kind_of(value)
+    return f"{name}: expected {expected}, got {got}"
+
+
+# The checks: each returns what is wrong with a value, or None. None is a value like any other to them.
+
+
+def number(
+    name: str,
+    value: object,
+    low: float | None = None,
+    high: float | None = None,
+    *,
+    above: float | None = None,
+    unit: str = "",
+) -> str | None:
+    """Check a finite number from `low` to `high`, or greater than `above`. `unit` is its name, for the message."""
+    if (
+        is_number(value)
+        and (low is None or value >= low)
+        and (high is None or value <= high)
+        and (above is None or value > above)
+    ):
+        return None
+    expected = "a number" + (f" of {unit}" if unit else "") + _range(low, high)
+    return problem(name, expected + ("" if above is None else f" above {above:g}"), value)
+
+
+def whole(name: str, value: object, low: int | None = None, high: int | None = None) -> str | None:
+    """Check a whole number from `low` to `high`."""
+    if is_whole(value) and (low is None or value >= low) and (high is None or value <= high):
+        return None
+    return problem(name, "a whole number" + _range(low, high), value)
+
+
+def _range(low: float | None, high: float | None) -> str:
+    if low is None:
+        return "" if high is None else f" up to {high:g}"
+    return f" from {low:g} up" if high is None else f" from {low:g} to {high:g}"
+
+
+def text(name: str, value: object, *, empty: bool = False) -> str | None:
+    """Check a str that holds more than white space, or with `empty` any str."""
+    if isinstance(value, str) and (empty or value.strip()):
+        return None
+    return problem(name, "a str" if empty else "a non-empty str", value)
+
+
+def mapping(name: str, value: object, *, values: type = object) -> str | None:
+    """Check a mapping of str to `values`."""
+    if not is_mapping(value):
+        return problem(name, "a mapping (in YAML, a table)", value)
+    for key, each in value.items():
+        if not isinstance(key, str):
+            return problem(name, "str as keys", key)
+        if not isinstance(each, values):
+            return (
+                f"{name}.{key}: expected a {values.__name__}, got {kind_of(each)}"  # never the value: it may be a key
+            )
+    return None
+
+
+def one_of(name: str, value: object, choices: Iterable[str]) -> str | None:
+    """Check one of a few strings."""
+    choices = tuple(choices)
+    return None if value in choices else problem(name, f"one of {', '.join(map(repr, choices))}", value)
+
+
+def validator(check: Callable[..., str | None], *bounds: Any, **options: Any) -> Any:
+    """A check as a validator of attrs: `attrs.field(validator=validator(whole, 0))`. It raises a ValueError."""
+
+    def validate(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
+        found = check(attribute.name, value, *bounds, **options)
+        if found is not None:
+            raise ValueError(f"{type(instance).__name__}: {found}")
+
+    return validate
 
 
 _SECRET = re.compile("key|token|secret|password|credential|auth|cookie|header", re.IGNORECASE)

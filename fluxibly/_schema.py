@@ -95,7 +95,7 @@ def _converter() -> Any:
 
 def _strictly(kind: type, accepted: type | tuple[type, ...], value: object, _: object) -> object:
     if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
-        raise TypeError(f"{kind.__name__} is due")
+        raise TypeError(f"expected {kind.__name__}, got {type(value).__name__}")
     return value
 
 

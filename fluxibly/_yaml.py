@@ -24,12 +24,12 @@ def read_section(file: str | Path, section: str) -> Mapping[str, Any]:
     if document is None:
         raise ConfigError(f"{file} is empty; it needs a section `{section}:` with framework and model")
     if not is_mapping(document):
-        raise ConfigError(f"{file}: a table is due at the top, with a section `{section}:`, not {_kind(document)}")
+        raise ConfigError(f"{file}: expected a table with a section `{section}:`, got {_kind(document)}")
     if section not in document:
         raise ConfigError(f"{file} has no section `{section}:`{did_you_mean(section, map(str, document))}")
     table = document[section]
     if not is_mapping(table):
-        raise ConfigError(f"{file}: `{section}:` is a table with framework and model, not {_kind(table)}")
+        raise ConfigError(f"{file}: `{section}:`: expected a table with framework and model, got {_kind(table)}")
     expansion = _Expansion()
     expanded: Mapping[str, Any] = expansion.of(table, section)
     if expansion.problems:

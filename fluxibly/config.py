@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import attrs
@@ -12,11 +13,14 @@ from fluxibly._checks import (
     did_you_mean,
     is_list,
     is_mapping,
-    is_number,
-    is_whole,
+    kind_of,
+    mapping,
+    number,
+    problem,
     repr_without_secrets,
-    short_repr,
     suggests_names,
+    text,
+    whole,
 )
 from fluxibly.errors import ConfigError
 
@@ -78,14 +82,17 @@ class Timeouts:
     total: float | None = None
 
     def __attrs_post_init__(self) -> None:
-        values = {name: getattr(self, name) for name in ("connect", "first_byte", "idle", "total")}
         problems = [
-            f"timeout.{name}: {short_repr(value)} is not a number of seconds above 0"
-            for name, value in values.items()
-            if value is not None and not (is_number(value) and value > 0)
+            found
+            for name in ("connect", "first_byte", "idle", "total")
+            if (limit := getattr(self, name)) is not None and (found := _seconds(f"timeout.{name}", limit))
         ]
         if problems:
             raise ConfigError.of(problems)
+
+
+def _seconds(name: str, value: object) -> str | None:
+    return number(name, value, above=0, unit="seconds")
 
 
 def _secret(value: Secret | str | None) -> Secret | None:
@@ -155,7 +162,9 @@ class LLMConfig:
             ConfigError: it lists all that is wrong.
         """
         if not is_mapping(settings):
-            raise ConfigError(f"{path.rstrip('.') or 'the configuration'}: a table is due, not {short_repr(settings)}")
+            raise ConfigError(
+                problem(path.rstrip(".") or "the configuration", "a mapping (in YAML, a table)", settings)
+            )
         # An empty string is an optional variable that is not set: `${VAR:-}`.
         given = {name: value for name, value in settings.items() if value is not None and value != ""}
         names = [field.name for field in attrs.fields(cls)]
@@ -175,7 +184,7 @@ class LLMConfig:
         else:
             if not problems:
                 return config
-        problems = [path + problem for problem in problems]
+        problems = [path + each for each in problems]
         raise ConfigError.of(problems)
 
     @classmethod
@@ -192,12 +201,23 @@ class LLMConfig:
         return cls.from_mapping(read_section(file, section), path=f"{section}.")
 
 
-_RANGES: dict[str, tuple[float, float]] = {
-    "temperature": (0, 2),
-    "top_p": (0, 1),
-    "frequency_penalty": (-2, 2),
-    "presence_penalty": (-2, 2),
+PARAMETERS: Mapping[str, Callable[[str, object], str | None]] = {
+    "model": text,
+    "temperature": partial(number, low=0, high=2),
+    "max_tokens": partial(whole, low=1),
+    "top_p": partial(number, low=0, high=1),
+    "top_k": whole,
+    "frequency_penalty": partial(number, low=-2, high=2),
+    "presence_penalty": partial(number, low=-2, high=2),
+    "seed": whole,
+    "n": partial(whole, low=1),
+    "tool_choice": partial(text, empty=True),
+    "reasoning_effort": partial(text, empty=True),
+    "extra": mapping,
+    "headers": partial(mapping, values=str),
+    "metadata": mapping,
 }
+"""The check of each parameter that a configuration or a call may have."""
 
 
 def _unknown(settings: Mapping[Any, Any], names: Sequence[str], path: str = "") -> list[str]:
@@ -210,29 +230,21 @@ def _unknown(settings: Mapping[Any, Any], names: Sequence[str], path: str = "") 
 
 def _problems(config: LLMConfig) -> list[str]:
     """Everything that is wrong with a configuration."""
-    problems: list[str] = []
-    for name in ("framework", "model"):
-        value: Any = getattr(config, name)
-        if not isinstance(value, str) or not value.strip():
-            problems.append(f"{name}: {short_repr(value)} is not a name (a non-empty str)")
-    problems += parameter_problems({name: getattr(config, name) for name in (*_RANGES, "max_tokens")})
-    if not isinstance(config.timeout, Timeouts) and not (is_number(config.timeout) and config.timeout > 0):
-        problems.append(f"timeout: {short_repr(config.timeout)} is not a number of seconds above 0, nor Timeouts(...)")
-    if not is_whole(config.max_retries) or config.max_retries < 0:
-        problems.append(f"max_retries: {short_repr(config.max_retries)} is not a whole number from 0 up")
-    if config.api_key is not None and not isinstance(config.api_key, Secret):  # pyright: ignore[reportUnnecessaryIsInstance]
-        problems.append(f"api_key: a str is due, not a {type(config.api_key).__name__}")
-    base: Any = config.api_base
-    if base is not None and not (isinstance(base, str) and _is_address(base)):
-        problems.append(f"api_base: {_without_login(base)[:200]} is not an http:// or https:// URL")
-    if not isinstance(config.additional_params, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
-        problems.append("additional_params: a table (a mapping) is due")
-    elif any(not isinstance(name, str) for name in config.additional_params):  # pyright: ignore[reportUnnecessaryIsInstance]
-        problems.append("additional_params: the names in it are strings")
-    layers: Any = config.middleware
-    if layers is not None and (isinstance(layers, (str, Mapping)) or not isinstance(layers, Sequence)):
-        problems.append("middleware: a list is due")
-    return problems
+    timeout, key, base, layers = config.timeout, config.api_key, config.api_base, config.middleware
+    found = [
+        text("framework", config.framework),
+        *parameter_problems({name: getattr(config, name) for name in PARAMETERS if hasattr(config, name)}),
+        None if isinstance(timeout, Timeouts) else _seconds("timeout", timeout),
+        whole("max_retries", config.max_retries, 0),
+        mapping("additional_params", config.additional_params),
+    ]
+    if key is not None and not isinstance(key, Secret):  # pyright: ignore[reportUnnecessaryIsInstance]  # callers may be untyped
+        found.append(f"api_key: expected a str, got {kind_of(key)}")  # never the value: it may be a key all the same
+    if base is not None and not (isinstance(base, str) and _is_address(base)):  # pyright: ignore[reportUnnecessaryIsInstance]  # callers may be untyped
+        found.append(f"api_base: expected an http:// or https:// URL, got {_without_login(base)[:200]}")
+    if layers is not None and (isinstance(layers, (str, Mapping)) or not isinstance(layers, Sequence)):  # pyright: ignore[reportUnnecessaryIsInstance]  # callers may be untyped
+        found.append(problem("middleware", "a list", layers))
+    return [each for each in found if each is not None]
 
 
 def _is_address(url: str) -> bool:
@@ -242,42 +254,39 @@ def _is_address(url: str) -> bool:
 
 
 def parameter_problems(parameters: Mapping[str, object]) -> list[str]:
-    """What is wrong with the sampling parameters of a configuration or a call; None is always right."""
-    problems: list[str] = []
-    for name, value in parameters.items():
-        if value is None:
-            continue
-        if name in _RANGES:
-            low, high = _RANGES[name]
-            if not is_number(value) or not low <= value <= high:
-                problems.append(f"{name}: {short_repr(value)} is not a number from {low:g} to {high:g}")
-        elif name == "max_tokens" and (not is_whole(value) or value < 1):
-            problems.append(f"max_tokens: {short_repr(value)} is not a whole number from 1 up")
-    return problems
+    """What is wrong with the parameters of a configuration or a call. None is right for all but `model`."""
+    return [
+        found
+        for name, value in parameters.items()
+        if name in PARAMETERS and (value is not None or name == "model") and (found := PARAMETERS[name](name, value))
+    ]
 
 
 def _read(name: str, value: Any) -> Any:
-    """A setting as plain data gives it; what does not fit is left for validation to tell of."""
+    """Read a setting that plain data give: numbers may be strings. The checks report a value that does not fit."""
     if name == "timeout" and isinstance(value, Mapping):
         return _timeouts(cast("Mapping[str, Any]", value))
-    return _number(name, value) if name in (*_RANGES, "timeout", "max_tokens", "max_retries") else value
-
-
-def _number(name: str, value: Any) -> Any:
-    """A number that may be written as a string; what is none is left as it is."""
-    if not isinstance(value, str):
+    if not isinstance(value, str) or name not in _NUMBERS:
         return value
     try:
-        return int(value) if name in ("max_tokens", "max_retries") else float(value)
+        return _NUMBERS[name](value)
     except ValueError:
         return value
+
+
+_NUMBERS: dict[str, type[float]] = {
+    **dict.fromkeys(("temperature", "top_p", "frequency_penalty", "presence_penalty", "timeout"), float),
+    **dict.fromkeys(("connect", "first_byte", "idle", "total"), float),
+    **dict.fromkeys(("max_tokens", "max_retries"), int),
+}
+"""The settings that are numbers, of the configuration and of `Timeouts`."""
 
 
 def _timeouts(table: Mapping[str, Any]) -> Timeouts:
     names = [field.name for field in attrs.fields(Timeouts)]
     problems = _unknown(table, names, "timeout.")
     try:
-        timeouts = Timeouts(**{name: _number(name, table[name]) for name in names if table.get(name) not in (None, "")})
+        timeouts = Timeouts(**{name: _read(name, table[name]) for name in names if table.get(name) not in (None, "")})
     except ConfigError as error:
         problems += error.problems
     else:

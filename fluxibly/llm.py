@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Generator, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, overload
 
-from fluxibly._checks import did_you_mean, is_mapping, is_whole
+from fluxibly._checks import did_you_mean
 from fluxibly.config import LLMConfig, parameter_problems
 from fluxibly.errors import ConfigError
 from fluxibly.flow import Middleware
@@ -112,38 +112,12 @@ class _LLM:
             if name not in _OVERRIDES:
                 hint = "; it is for stream()" if name == "restarts" else did_you_mean(name, _OVERRIDES)
                 raise TypeError(f"a call takes no {name!r}{hint}; provider parameters go in extra=")
-        problems = [*parameter_problems(changes), *_call_problems(changes)]
+        problems = parameter_problems(changes)
         if problems:
             raise ConfigError("; ".join(problems), problems=tuple(problems))
         if "extra" in changes:
             changes["extra"] = {**self.config.additional_params, **changes["extra"]}
         return self._template.evolve(messages=prompt, **changes)
-
-
-def _call_problems(changes: Mapping[str, object]) -> list[str]:
-    """What is wrong with a call's own settings, other than the parameters that a configuration has too."""
-    problems: list[str] = []
-    model = changes.get("model", "-")
-    if not isinstance(model, str) or not model.strip():
-        problems.append(f"model: {model!r} is not a name (a non-empty str)")
-    problems += [
-        f"{name}: a table (a mapping) is due, not a {type(changes[name]).__name__}"
-        for name in ("extra", "headers", "metadata")
-        if not is_mapping(changes.get(name, {}))
-    ]
-    headers = changes.get("headers")
-    if is_mapping(headers) and not all(isinstance(text, str) for header in headers.items() for text in header):
-        problems.append("headers: names and values are strings")
-    for name, least in (("seed", None), ("n", 1), ("top_k", None)):
-        value = changes.get(name)
-        if value is not None and (not is_whole(value) or (least is not None and value < least)):
-            problems.append(f"{name}: {value!r} is not a whole number" + (f" from {least} up" if least else ""))
-    problems += [
-        f"{name}: a str is due, not a {type(changes[name]).__name__}"
-        for name in ("tool_choice", "reasoning_effort")
-        if not isinstance(changes.get(name), str | None)
-    ]
-    return problems
 
 
 class LLM(_LLM):

@@ -236,7 +236,7 @@ def _make(item: Any, path: str) -> Middleware:
         ((name, settings),) = item.items()
         settings = {} if settings is None else settings
         if not is_mapping(settings):
-            raise ConfigError(f"{path}.{name}: a table of settings is due, e.g. - retry: {{max_retries: 5}}")
+            raise ConfigError(f"{path}.{name}: expected a table of settings, e.g. - retry: {{max_retries: 5}}")
     elif callable(item):
         return item  # type: ignore[no-any-return]  # a middleware object; the pipeline checks it
     else:

@@ -40,11 +40,11 @@ class TestConfiguration:
             ("llm: {framework: echo}", "llm.model: is required"),
             (
                 "llm: {framework: echo, model: m, temperature: 3}",
-                "llm.temperature: 3 is not a number from 0 to 2",
+                "llm.temperature: expected a number from 0 to 2, got 3",
             ),
             (
                 "llm: {framework: echo, model: m, max_tokens: many}",
-                "llm.max_tokens: 'many' is not a whole number from 1 up",
+                "llm.max_tokens: expected a whole number from 1 up, got 'many'",
             ),
             (
                 "llm: {framework: echo, model: m, max_token: 5}",
@@ -55,7 +55,7 @@ class TestConfiguration:
                 "llm.model: the environment variable NO_SUCH_VARIABLE is not set",
             ),
             ("", "is empty; it needs a section `llm:`"),
-            ("llm: [echo]", "`llm:` is a table with framework and model, not a list"),
+            ("llm: [echo]", "`llm:`: expected a table with framework and model, got a list"),
             ("llm: {framework: ecko, model: m}", "LLM framework 'ecko' not registered. Available frameworks: ["),
             (
                 "llm: {framework: echo, model: m, middleware: [loging]}",
@@ -67,7 +67,7 @@ class TestConfiguration:
             ),
             (
                 "llm: {framework: echo, model: m, middleware: [retry: {max_retries: x}]}",
-                "middleware[0].retry: Retry(max_retries=…) is a whole number from 0 up, not 'x'",
+                "middleware[0].retry: Retry: max_retries: expected a whole number from 0 up, got 'x'",
             ),
         ],
     )
@@ -122,7 +122,7 @@ class TestPrompts:
             ("", ValueError, "the prompt is empty; give a non-empty string or a sequence of Message"),
             ([], ValueError, "the prompt has no messages"),
             (None, TypeError, "a prompt is a str or a sequence of Message, not None"),
-            (5, TypeError, "not a int"),
+            (5, TypeError, "not an int"),
             (b"hi", TypeError, "not a bytes"),
             ({"role": "user", "content": "hi"}, TypeError, "not a dict"),
             (["hi"], TypeError, "but has a str in it; write Message.user(...)"),
@@ -163,7 +163,7 @@ class TestPrompts:
         """Not prompts."""
         error = run(mode, scripted(mode, "x"), [], "hi").error
         assert isinstance(error, TypeError)
-        assert str(error) == "a Request is due here, not a str; LLM takes prompts"
+        assert str(error) == "expected a Request, got a str; LLM takes prompts"
 
 
 class TestMiddleware:
@@ -175,7 +175,7 @@ class TestMiddleware:
 
         error = call(mode, direct, "x").ran.error
         assert isinstance(error, TypeError)
-        assert "direct returned a function where a generator was due; write it as a generator function" in told(error)
+        assert "direct returned a function, expected a generator; write it as a generator function" in told(error)
         assert "return (yield from call_next(request))" in told(error)
 
     def test_async_def(self, mode):
@@ -192,7 +192,7 @@ class TestMiddleware:
         async def asynchronous(request, call_next):
             yield 1
 
-        assert "asynchronous returned a async_generator" in told(call(mode, asynchronous, "x").ran.error)
+        assert "asynchronous returned an async_generator" in told(call(mode, asynchronous, "x").ran.error)
 
     def test_one_that_returns_none(self, mode):
         """The forgotten `return`."""
@@ -202,7 +202,7 @@ class TestMiddleware:
 
         error = root_cause(call(mode, forgetful, "x").ran.error)
         assert isinstance(error, TypeError)
-        assert "forgetful returned None where a Response was due" in told(error)
+        assert "forgetful returned None, expected a Response" in told(error)
         assert "return (yield from call_next(request))" in told(error)
 
     def test_one_that_returns_text(self, mode):
@@ -216,7 +216,7 @@ class TestMiddleware:
             error = root_cause(call(mode, stack, "x").ran.error)
             assert isinstance(error, (TypeError, AttributeError))
             assert "the middleware" in told(error)
-            assert "texter returned a str where a Response was due" in told(error)
+            assert "texter returned a str, expected a Response" in told(error)
 
     def test_one_of_several_that_returns_text(self, mode):
         """All that it may have been are named."""
@@ -284,7 +284,7 @@ class TestMiddleware:
 
 
 class TestProviders:
-    @pytest.mark.parametrize(("item", "kind"), [(5, "a int"), (None, "None"), (b"x", "a bytes")])
+    @pytest.mark.parametrize(("item", "kind"), [(5, "an int"), (None, "None"), (b"x", "a bytes")])
     @pytest.mark.parametrize("mode", STREAMS, ids=str)
     def test_one_that_yields_numbers(self, mode, item, kind):
         """The error names it and what to yield; after output it is the cause of StreamInterrupted."""
@@ -323,13 +323,13 @@ class TestProviders:
         error = run(mode, provider, [Logging()], REQUEST, clock=VirtualClock()).error
         assert isinstance(error, TypeError)
         assert str(error) == (
-            f"the provider {type(provider).__name__} returned a int; its complete() returns a Response or a str"
+            f"the provider {type(provider).__name__} returned an int; its complete() returns a Response or a str"
         )
 
     @pytest.mark.parametrize(
         ("stream", "problem"),
         [
-            (lambda self, request: 5, "returned a int; make it a generator"),
+            (lambda self, request: 5, "returned an int; make it a generator"),
             (lambda self, request: "text", "returned a str; make it a generator"),
             (lambda self, request: None, "returned None; make it a generator"),
         ],

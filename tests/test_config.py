@@ -61,8 +61,8 @@ class TestValues:
             ("max_tokens", [1, 10**6], [0, -1, 1.5, "many", True], "a whole number from 1 up"),
             ("max_retries", [0, 9], [-1, 1.5, "x", None], "a whole number from 0 up"),
             ("timeout", [0.1, 60, Timeouts()], [0, -1, "soon", None, float("inf")], "a number of seconds above 0"),
-            ("framework", ["echo"], ["", " ", 5, None], "a name (a non-empty str)"),
-            ("model", ["m"], ["", 5, None], "a name (a non-empty str)"),
+            ("framework", ["echo"], ["", " ", 5, None], "a non-empty str"),
+            ("model", ["m"], ["", 5, None], "a non-empty str"),
             (
                 "api_base",
                 ["http://x", "HTTPS://x/v1"],
@@ -70,8 +70,8 @@ class TestValues:
                 "an http:// or https:// URL",
             ),
             ("additional_params", [{}, {"a": [1]}], [None, [], "x", {1: 2}], ""),
-            ("middleware", [[], ["logging"], ()], ["logging", {"retry": 1}, 5], "a list is due"),
-            ("api_key", ["k", Secret("k"), None], [5, b"k"], "a str is due"),
+            ("middleware", [[], ["logging"], ()], ["logging", {"retry": 1}, 5], "expected a list"),
+            ("api_key", ["k", Secret("k"), None], [5, b"k"], "expected a str"),
         ],
         ids=lambda value: value if isinstance(value, str) else "",
     )
@@ -90,10 +90,10 @@ class TestValues:
         with pytest.raises(ConfigError) as caught:
             config(temperature=3, max_tokens="many", top_p=2, timeout=-1)
         assert caught.value.problems == (
-            "temperature: 3 is not a number from 0 to 2",
-            "top_p: 2 is not a number from 0 to 1",
-            "max_tokens: 'many' is not a whole number from 1 up",
-            "timeout: -1 is not a number of seconds above 0, nor Timeouts(...)",
+            "temperature: expected a number from 0 to 2, got 3",
+            "max_tokens: expected a whole number from 1 up, got 'many'",
+            "top_p: expected a number from 0 to 1, got 2",
+            "timeout: expected a number of seconds above 0, got -1",
         )
         assert str(caught.value) == "several settings are wrong:\n" + "\n".join(f"- {p}" for p in caught.value.problems)
         assert isinstance(caught.value, ValueError)
@@ -232,9 +232,9 @@ other: {ignored: true}
             "llm.5: there is no such setting",
             "llm.model: is required",
             "llm.timeout.conect: there is no such setting; did you mean 'connect'?",
-            "llm.timeout.idle: -1 is not a number of seconds above 0",
-            "llm.timeout.total: 'x' is not a number of seconds above 0",
-            "llm.top_p: 3 is not a number from 0 to 1",
+            "llm.timeout.idle: expected a number of seconds above 0, got -1",
+            "llm.timeout.total: expected a number of seconds above 0, got 'x'",
+            "llm.top_p: expected a number from 0 to 1, got 3",
         )
 
     @pytest.mark.parametrize(
@@ -242,11 +242,11 @@ other: {ignored: true}
         [
             ("", "is empty; it needs a section `llm:` with framework and model"),
             ("# nothing\n", "is empty; it needs a section"),
-            ("- llm", "a table is due at the top, with a section `llm:`, not a list"),
-            ("llm", "a table is due at the top, with a section `llm:`, not a single value (str)"),
+            ("- llm", "expected a table with a section `llm:`, got a list"),
+            ("llm", "expected a table with a section `llm:`, got a single value (str)"),
             ("lm: {}", "has no section `llm:`; did you mean 'lm'?"),
-            ("llm: [a, b]", "`llm:` is a table with framework and model, not a list"),
-            ("llm:", "`llm:` is a table with framework and model, not nothing"),
+            ("llm: [a, b]", "`llm:`: expected a table with framework and model, got a list"),
+            ("llm:", "`llm:`: expected a table with framework and model, got nothing"),
             ("llm: {a: [}", "line 1: not valid YAML: "),
             ("llm:\n\tmodel: m", "line 2: not valid YAML: found character '\\t'"),
             ("llm: {model: m, model: n}", "line 1: not valid YAML: the key 'model' is given twice"),
@@ -291,7 +291,7 @@ other: {ignored: true}
 
     def test_a_mapping_is_due(self):
         """Also from code."""
-        with pytest.raises(ConfigError, match="the configuration: a table is due"):
+        with pytest.raises(ConfigError, match="the configuration: expected a mapping"):
             LLMConfig.from_mapping(["a"])
 
 
@@ -343,8 +343,8 @@ class TestVariables:
         with pytest.raises(ConfigError) as caught:
             LLMConfig.from_yaml(file("llm: {framework: echo, model: m, max_tokens: '${SET}', timeout: 'nan'}"))
         assert caught.value.problems == (
-            "llm.max_tokens: 'value' is not a whole number from 1 up",
-            "llm.timeout: nan is not a number of seconds above 0, nor Timeouts(...)",
+            "llm.max_tokens: expected a whole number from 1 up, got 'value'",
+            "llm.timeout: expected a number of seconds above 0, got nan",
         )
 
     def test_an_empty_one_is_not_given(self, file):

@@ -195,10 +195,10 @@ class TestSettings:
         with pytest.raises(ConfigError) as caught:
             LLM(ECHO).forward_stream("hi", temperature=3, max_tokens=0, model="", extra="x")
         assert caught.value.problems == (
-            "temperature: 3 is not a number from 0 to 2",
-            "max_tokens: 0 is not a whole number from 1 up",
-            "model: '' is not a name (a non-empty str)",
-            "extra: a table (a mapping) is due, not a str",
+            "temperature: expected a number from 0 to 2, got 3",
+            "max_tokens: expected a whole number from 1 up, got 0",
+            "model: expected a non-empty str, got ''",
+            "extra: expected a mapping (in YAML, a table), got 'x'",
         )
 
     def test_of_the_wrong_kind(self):
@@ -206,12 +206,12 @@ class TestSettings:
         with pytest.raises(ConfigError) as caught:
             LLM(ECHO).forward("hi", seed="a", n=0, top_k=1.5, tool_choice=5, reasoning_effort=5, headers={"a": 5})
         assert caught.value.problems == (
-            "headers: names and values are strings",
-            "seed: 'a' is not a whole number",
-            "n: 0 is not a whole number from 1 up",
-            "top_k: 1.5 is not a whole number",
-            "tool_choice: a str is due, not a int",
-            "reasoning_effort: a str is due, not a int",
+            "seed: expected a whole number, got 'a'",
+            "n: expected a whole number from 1 up, got 0",
+            "top_k: expected a whole number, got 1.5",
+            "tool_choice: expected a str, got 5",
+            "reasoning_effort: expected a str, got 5",
+            "headers.a: expected a str, got an int",
         )
 
     def test_restarts_are_for_streams(self):

@@ -292,9 +292,9 @@ class TestCheckMiddleware:
     @pytest.mark.parametrize(
         ("middleware", "message"),
         [
-            (returns_response, "returned a Response where a generator was due; write it as"),
-            (is_async, "returned a coroutine where a generator was due; write it as"),
-            (returns_none, "returned None where a Response was due; end it with"),
+            (returns_response, "returned a Response, expected a generator; write it as"),
+            (is_async, "returned a coroutine, expected a generator; write it as"),
+            (returns_none, "returned None, expected a Response; end it with"),
             (yields_rubbish, "yielded a str; it may yield only from"),
             (shouts_too_late, r"law 3: its chunks say 'Hello, world' and its response says 'HELLO, WORLD'.*map_chunks"),
             (shouts_only_in_streams, "law 1: sync whole gives .* and sync stream gives"),
@@ -558,7 +558,7 @@ class TestCheckProvider:
             (AsyncForgetful(), r"law 8: 4 calls at once do not get what one alone gets \(in tasks on asyncio\)"),
             (Shared(), r"law 8: 4 calls at once do not get what one alone gets \(in threads\)"),
             (Marks(), "law 7: it changes the request"),
-            (AnswersAnything(), "law 11: it answers .*fine.* where an error is due"),
+            (AnswersAnything(), "law 11: it answers .*fine.* , expected an error"),
             (FailsInItsOwnWay(), "raised ServerError: told to"),
         ],
         ids=lambda value: type(value).__name__ if not isinstance(value, str) else "",

@@ -30,7 +30,7 @@ def raise_not_a_response(value: object, middleware: Sequence[Middleware]) -> NoR
     """Raise the error for a stack that returned something else than a `Response`."""
     culprit = first_without_return(middleware) if value is None else None
     who = suspects(middleware) if culprit is None else f"the middleware {culprit}"
-    raise TypeError(f"{who} returned {kind_of(value)} where a Response was due; {HOW_TO_RETURN}")
+    raise TypeError(f"{who} returned {kind_of(value)}, expected a Response; {HOW_TO_RETURN}")
 
 
 def explain(error: Exception, middleware: Sequence[Middleware]) -> None:
@@ -46,7 +46,7 @@ def explain(error: Exception, middleware: Sequence[Middleware]) -> None:
         error.add_note(f"fluxibly: the middleware {culprit} returns None; {HOW_TO_RETURN}")
     elif any(map(_is_users, middleware)):
         error.add_note(
-            f"fluxibly: it seems that {suspects(middleware)} returned {kind_of(error.obj)} where a Response was due; "
+            f"fluxibly: it seems that {suspects(middleware)} returned {kind_of(error.obj)}, expected a Response; "
             f"{HOW_TO_RETURN}"
         )
 

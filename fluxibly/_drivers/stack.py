@@ -78,7 +78,7 @@ class Stack:
         if self.closed:
             raise RuntimeError(f"this {type(self).__name__} is closed; make a new one")
         if not isinstance(request, Request):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(f"a Request is due here, not {kind_of(request)}; LLM takes prompts")
+            raise TypeError(f"expected a Request, got {kind_of(request)}; LLM takes prompts")
         if pending:
             end_pending()
         call = CallRecord()

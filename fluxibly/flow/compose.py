@@ -79,7 +79,7 @@ def _checked(flow: Any, layer: Middleware) -> Flow[Response]:
     if isinstance(flow, CoroutineType):
         flow.close()  # else Python warns that nobody awaited it
     raise TypeError(
-        f"the middleware {layer_name(layer)} returned {kind} where a generator was due; write it as "
+        f"the middleware {layer_name(layer)} returned {kind}, expected a generator; write it as "
         "a generator function: def mw(request, call_next): return (yield from call_next(request))"
     )
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 import attrs
 
+from fluxibly._checks import one_of, validator
 from fluxibly.flow import CallNext, Flow
 from fluxibly.telemetry import semconv
 from fluxibly.telemetry._sdk import may_have_sdk
@@ -42,7 +43,7 @@ class Metrics:
     """
 
     conventions: Literal["released", "latest"] = attrs.field(
-        default="released", validator=attrs.validators.in_(("released", "latest"))
+        default="released", validator=validator(one_of, ("released", "latest"))
     )
     meter_provider: MeterProvider | None = None
     _metrics: list[CallMetrics] = attrs.field(init=False, repr=False, eq=False, factory=list["CallMetrics"])

@@ -8,22 +8,12 @@ from typing import Literal
 
 import attrs
 
-from fluxibly._checks import is_whole
+from fluxibly._checks import number, one_of, validator, whole
 from fluxibly._logs import log_retry
 from fluxibly.errors import ProviderError, StreamInterrupted, error_type, root_cause
 from fluxibly.flow import CallNext, Flow, sleep
 from fluxibly.flow.combinators import OutputWatch
 from fluxibly.types import Request, Response, Restart
-
-
-def _not_negative(instance: object, attribute: attrs.Attribute[float], value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
-        raise ValueError(f"Retry({attribute.name}=…) is a number from 0 up, not {value!r}")
-
-
-def _whole(instance: object, attribute: attrs.Attribute[int], value: object) -> None:
-    if not is_whole(value) or value < 0:
-        raise ValueError(f"Retry({attribute.name}=…) is a whole number from 0 up, not {value!r}")
 
 
 @attrs.frozen(kw_only=True)
@@ -44,13 +34,13 @@ class Retry:
         uniform: the source of jitter, for tests.
     """
 
-    max_retries: int = attrs.field(default=3, validator=_whole)
-    base_delay: float = attrs.field(default=0.5, validator=_not_negative)
-    max_delay: float = attrs.field(default=8.0, validator=_not_negative)
-    max_retry_after: float = attrs.field(default=60.0, validator=_not_negative)
-    total_time: float | None = attrs.field(default=None, validator=attrs.validators.optional(_not_negative))
+    max_retries: int = attrs.field(default=3, validator=validator(whole, 0))
+    base_delay: float = attrs.field(default=0.5, validator=validator(number, 0))
+    max_delay: float = attrs.field(default=8.0, validator=validator(number, 0))
+    max_retry_after: float = attrs.field(default=60.0, validator=validator(number, 0))
+    total_time: float | None = attrs.field(default=None, validator=attrs.validators.optional(validator(number, 0)))
     on_interrupt: Literal["raise", "restart"] = attrs.field(
-        default="raise", validator=attrs.validators.in_(("raise", "restart"))
+        default="raise", validator=validator(one_of, ("raise", "restart"))
     )
     uniform: Callable[[float, float], float] = attrs.field(default=random.uniform, repr=False)
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import attrs
 
+from fluxibly._checks import one_of, validator, whole
 from fluxibly._logs import log, log_retry
 from fluxibly._schema import check_schema, parse
 from fluxibly.errors import ConfigError, ResponseInvalid
@@ -45,13 +46,13 @@ class Validation:
     """
 
     empty: Literal["warn", "raise", "retry"] = attrs.field(
-        default="warn", validator=attrs.validators.in_(("warn", "raise", "retry"))
+        default="warn", validator=validator(one_of, ("warn", "raise", "retry"))
     )
     check: Callable[[Response], str | None] | None = attrs.field(
         default=None, validator=attrs.validators.optional(attrs.validators.is_callable())
     )
     schema: Mapping[str, Any] | type[Any] | None = attrs.field(default=None, validator=_checked_schema)
-    max_retries: int = attrs.field(default=2, validator=[attrs.validators.instance_of(int), attrs.validators.ge(0)])
+    max_retries: int = attrs.field(default=2, validator=validator(whole, 0))
     hold: bool = False
 
     def __call__(self, request: Request, call_next: CallNext) -> Flow[Response]:

@@ -148,7 +148,7 @@ class _Checker:
                 if ran.error is None:
                     raise self.fail(
                         11,
-                        f"it answers {ran.response!r} where an error is due",
+                        f"it answers {ran.response!r} , expected an error",
                         mode,
                         "Raise ProviderError or its kind",
                     )

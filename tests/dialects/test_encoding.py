@@ -89,10 +89,10 @@ def test_refusals_name_the_parameter_and_the_way_out() -> None:
     [
         (
             {"tool_choice": {"type": "function"}},
-            "tool_choice is 'auto', 'none', 'required' or a tool's name, not a dict",
+            "tool_choice: expected 'auto', 'none', 'required' or a tool's name, got a dict",
         ),
-        ({"response_format": "xml"}, "response_format is 'text', 'json' or a JSON Schema (a mapping), not 'xml'"),
-        ({"response_format": 5}, "response_format is 'text', 'json' or a JSON Schema (a mapping), not 5"),
+        ({"response_format": "xml"}, "response_format: expected 'text', 'json' or a JSON Schema (a mapping), got 'xml'"),
+        ({"response_format": 5}, "response_format: expected 'text', 'json' or a JSON Schema (a mapping), got 5"),
     ],
 )
 def test_values_that_no_dialect_takes(codec: Codec, fields: dict[str, Any], due: str) -> None:

@@ -184,7 +184,7 @@ class TestMistakes:
 
         ran = run(mode, scripted(mode, "ok"), [plain], REQUEST)
         assert isinstance(ran.error, TypeError)
-        assert "plain returned a Response where a generator was due" in str(ran.error)
+        assert "plain returned a Response, expected a generator" in str(ran.error)
         assert "return (yield from call_next(request))" in str(ran.error)
 
     def test_an_async_middleware(self, mode):
@@ -194,7 +194,7 @@ class TestMistakes:
             return Response("x")
 
         ran = run(mode, scripted(mode, "ok"), [wrong], REQUEST)
-        assert "wrong returned a coroutine where a generator was due" in str(ran.error)
+        assert "wrong returned a coroutine, expected a generator" in str(ran.error)
 
     def test_a_middleware_that_returns_none(self, mode):
         """It is named, also when it is an inner one that an outer one stumbled over."""
@@ -207,7 +207,7 @@ class TestMistakes:
             return Response(response.text)
 
         ran = run(mode, scripted(mode, "ok"), [forgetful], REQUEST)
-        assert "forgetful returned None where a Response was due" in str(raised(ran))
+        assert "forgetful returned None, expected a Response" in str(raised(ran))
         ran = run(mode, scripted(mode, "ok"), [reading, forgetful], REQUEST)
         assert isinstance(raised(ran), AttributeError)
         assert "forgetful returns None; end it with" in raised(ran).__notes__[0]
@@ -237,7 +237,7 @@ class TestMistakes:
             return call_next(request)
 
         ran = run(mode, scripted(mode, "ok"), [lazy], REQUEST)
-        assert "lazy returned a generator where a Response was due" in str(raised(ran))
+        assert "lazy returned a generator, expected a Response" in str(raised(ran))
 
     def test_things_that_are_no_middleware(self):
         """They are refused when the pipeline is made."""
@@ -262,7 +262,7 @@ class TestMistakes:
 
     def test_a_prompt_is_no_request(self):
         """A Pipeline takes requests."""
-        with pytest.raises(TypeError, match="a Request is due here, not a str; LLM takes prompts"):
+        with pytest.raises(TypeError, match="expected a Request, got a str; LLM takes prompts"):
             Pipeline(ScriptedProvider()).complete("hi")
 
     def test_a_provider_that_returns_or_yields_rubbish(self, mode):

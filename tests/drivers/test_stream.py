@@ -165,7 +165,7 @@ class TestReading:
         def forgetful(request, call_next):
             yield from call_next(request)
 
-        with pytest.raises((TypeError, StreamInterrupted), match="forgetful returned None where a Response was due"):
+        with pytest.raises((TypeError, StreamInterrupted), match="forgetful returned None, expected a Response"):
             texts(Pipeline(ScriptedProvider("a"), [forgetful]).stream(REQUEST))
 
     def test_an_async_stream_has_one_reader(self, backend):

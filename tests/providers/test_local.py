@@ -402,10 +402,10 @@ def test_no_such_model() -> None:
 @pytest.mark.parametrize(
     ("params", "problem"),
     [
-        ({"n_ctx": "many"}, "additional_params.n_ctx: 'many' is not a whole number of at least 64"),
-        ({"n_threads": 0}, "additional_params.n_threads: 0 is not a whole number of at least 1"),
-        ({"n_batch": True}, "additional_params.n_batch: True is not"),
-        ({"chat_template": ""}, "additional_params.chat_template: '' is not a template"),
+        ({"n_ctx": "many"}, "additional_params.n_ctx: expected a whole number from 64 up, got 'many'"),
+        ({"n_threads": 0}, "additional_params.n_threads: expected a whole number from 1 up, got 0"),
+        ({"n_batch": True}, "additional_params.n_batch: expected a whole number from 1 up, got True"),
+        ({"chat_template": ""}, "additional_params.chat_template: expected a non-empty str, got ''"),
     ],
 )
 def test_bad_settings(params: dict[str, Any], problem: str) -> None:

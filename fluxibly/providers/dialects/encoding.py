@@ -10,6 +10,7 @@ from urllib.parse import unquote_to_bytes
 
 import msgspec
 
+from fluxibly._checks import problem
 from fluxibly.errors import BadRequest
 from fluxibly.types import Image, Message, Request, Text, ToolCall
 
@@ -23,11 +24,9 @@ def reject_unsupported(request: Request, service: str, names: Iterable[str]) -> 
     """Raise BadRequest if a parameter that the dialect has no word for is set, or one has a value that none takes."""
     choice, wanted = request.tool_choice, request.response_format
     if choice is not None and not isinstance(choice, str):  # pyright: ignore[reportUnnecessaryIsInstance]  # callers may be untyped
-        due = "'auto', 'none', 'required' or a tool's name"
-        raise bad_request(request, f"tool_choice is {due}, not a {type(choice).__name__}")
+        raise bad_request(request, problem("tool_choice", "'auto', 'none', 'required' or a tool's name", choice))
     if not (wanted is None or wanted in ("text", "json") or isinstance(wanted, Mapping)):  # pyright: ignore[reportUnnecessaryIsInstance]
-        due = "'text', 'json' or a JSON Schema (a mapping)"
-        raise bad_request(request, f"response_format is {due}, not {wanted!r}")
+        raise bad_request(request, problem("response_format", "'text', 'json' or a JSON Schema (a mapping)", wanted))
     for name in names:
         value = getattr(request, name)
         if value is not None and not (name == "n" and value == 1):

@@ -31,7 +31,7 @@ def _read_leniently(data: bytes) -> Any:
     try:
         return _without_lone_surrogates(json.loads(data.decode("utf-8-sig", errors="replace")))
     except (ValueError, RecursionError):
-        raise StreamProtocolError(f"the service sent {describe(data)} where JSON was due") from None
+        raise StreamProtocolError(f"expected JSON from the service, got {describe(data)}") from None
 
 
 def _without_lone_surrogates(value: object) -> object:

@@ -19,6 +19,7 @@ from weakref import WeakSet, WeakValueDictionary
 
 import attrs
 
+from fluxibly._checks import text, whole
 from fluxibly._extras import pip_install
 from fluxibly.errors import ConfigError, ProviderError, RequestTimeout
 
@@ -60,12 +61,12 @@ class Settings:
     chat_template: str = DEFAULT_TEMPLATE
 
     def __attrs_post_init__(self) -> None:
-        for name, least in (("n_ctx", 64), ("n_threads", 1), ("n_batch", 1), ("n_parallel", 1), ("n_gpu_layers", -1)):
-            value: object = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ConfigError(f"additional_params.{name}: {value!r} is not a whole number of at least {least}")
-        if not isinstance(self.chat_template, str) or not self.chat_template:  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise ConfigError(f"additional_params.chat_template: {self.chat_template!r} is not a template")
+        least = {"n_ctx": 64, "n_threads": 1, "n_batch": 1, "n_parallel": 1, "n_gpu_layers": -1}
+        found = [whole(f"additional_params.{name}", getattr(self, name), low) for name, low in least.items()]
+        found.append(text("additional_params.chat_template", self.chat_template))
+        problems = [each for each in found if each is not None]
+        if problems:
+            raise ConfigError.of(problems)
 
     @property
     def takes_tools(self) -> bool:
