@@ -1,8 +1,8 @@
-"""Streams that were given up without being closed.
+"""Streams that the consumer dropped without closing them.
 
-The handle that a consumer holds is apart from its driver, which is kept alive here until it has ended. So the garbage
-collector only ever finds a handle, whose finalizer does no more than queue the driver: the `finally` blocks of
-middleware, which take locks (a telemetry SDK's, say), never run inside of the collector.
+The handle that a consumer holds is apart from its driver, which stays alive here until it has ended. So the garbage
+collector only ever finds a handle, and the handle's finalizer does no more than queue the driver. The `finally` blocks of
+middleware, which take locks (a telemetry SDK's, for example), never run inside of the collector.
 """
 
 from __future__ import annotations
@@ -12,15 +12,16 @@ import gc
 import os
 import threading
 from collections import deque
+from collections.abc import Callable
 from functools import partial
 from typing import Protocol
 
 
 class Abandonable(Protocol):
-    """A stream's driver."""
+    """The driver of a stream."""
 
-    ended: bool
-
+    @property
+    def ended(self) -> bool: ...
     def abandon(self) -> None:
         """Give the stream up from ordinary code that cannot wait."""
         ...
@@ -30,31 +31,39 @@ _open: set[Abandonable] = set()
 keep = _open.add
 forget = _open.discard
 pending: deque[Abandonable] = deque()
+"""The drivers that the garbage collector found, until the next call ends them."""
 
 
-class _Phase:
-    """What the collector told last, in either phase: `start` and `stop` are the same slot."""
+def install_gc_probe() -> Callable[[], bool]:
+    """Watch the garbage collector. Return a function that says whether the collector runs the code that calls it.
 
-    __slots__ = ("start",)
-    start: object
+    The collector calls the hooks in `gc.callbacks` with a phase, "start" or "stop", and an object made for the occasion.
+    """
+
+    # Both phases are names of one slot, so each hook overwrites what the other phase left. The hooks are C functions,
+    # because a signal handler can run inside of a Python function: the collector ignores exceptions, and Ctrl-C would be
+    # lost there.
+    class Phase:
+        __slots__ = ("start",)
+        start: object
+
+    Phase.stop = Phase.start  # type: ignore[attr-defined,misc]  # pyright: ignore[reportAttributeAccessIssue]  # the slot's other name
+    last, here = Phase(), threading.local()
+    last.start = None
+    gc.callbacks += [partial(setattr, last), partial(setattr, here)]
+
+    def collecting() -> bool:
+        # The last event in any thread was a start, and this thread saw it.
+        return last.start is not None and last.start is getattr(here, "start", None)
+
+    return collecting
 
 
-_Phase.stop = _Phase.start  # type: ignore[attr-defined,misc]  # pyright: ignore[reportAttributeAccessIssue]  # as above
-_last = _Phase()
-_here = threading.local()
-_last.start = None
-# The collector calls these with a phase, "start" or "stop", and an object made for the occasion. They are C: into a
-# Python function a signal handler could get, and Ctrl-C would be lost there, since the collector ignores exceptions.
-gc.callbacks += [partial(setattr, _last), partial(setattr, _here)]
-
-
-def collecting() -> bool:
-    """Whether this code is run by the garbage collector, as finalizers are: the last it told is a start, told here."""
-    return _last.start is not None and _last.start is getattr(_here, "start", None)
+collecting = install_gc_probe()
 
 
 def abandon(driver: Abandonable) -> None:
-    """End a stream that was dropped: now, or from inside of the garbage collector at the next call."""
+    """End a stream that was dropped: now, or inside of the garbage collector at the next call."""
     if driver.ended:
         return
     if collecting():
@@ -79,13 +88,13 @@ def end_pending() -> None:
 
 
 def end_all() -> None:
-    """End the streams that are still open, because the process ends. Those of the process that it was forked from stay."""
+    """End the streams that are still open, because the process ends. A forked process leaves its parent's streams alone."""
     pending.extend(_open - _inherited)
     end_pending()
 
 
 def end_all_before() -> None:
-    """At exit, do so before whatever has registered until now: before a telemetry SDK that was set up shuts down."""
+    """Run `end_all` at exit before every handler registered so far: before a telemetry SDK that is set up shuts down."""
     atexit.unregister(end_all)
     atexit.register(end_all)
 

@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from fluxibly import _abandoned
-from fluxibly._drivers.streams import AsyncStreamDriver, StreamDriver, SyncStreamDriver, in_context, is_entered, on_trio
+from fluxibly._drivers.streams import CLOSING, AsyncStreamDriver, StreamDriver, SyncStreamDriver, is_occupied
 from fluxibly.types import Chunk, Response, Restart
 
 if TYPE_CHECKING:
@@ -28,22 +28,26 @@ class Stream(Generic[Event]):
         self._driver = driver
 
     def __iter__(self) -> Iterator[Event]:
-        """The events that are left. (A generator, because resuming one is cheaper than calling `__next__`.)"""
+        """Yield the remaining events."""
+        # A generator, because resuming it is cheaper than a call of `__next__`.
         driver = self._driver
-        run, events = driver.context.run, driver.events
+        run, events, closing = driver.context.run, driver.events, CLOSING
         while True:
             try:
                 event: Any = run(next, events, None)
-            except RuntimeError as error:
-                if is_entered(error):
-                    if driver.closing:
+            except BaseException as error:
+                if isinstance(error, RuntimeError) and is_occupied(error):
+                    if driver.state in ("closing", "ended"):
                         return
                     raise RuntimeError("another thread is reading this stream") from None
+                if driver.stage is closing:
+                    driver.finish_closing()
                 raise
-            finally:
-                if driver.closing:
-                    driver.close()
-            if event is None or driver.closing:
+            # A close that found the context occupied has set the stage before it gave up, so it is seen here.
+            if driver.stage is closing:
+                driver.finish_closing()
+                return
+            if event is None:
                 return
             yield event
 
@@ -109,19 +113,18 @@ class AsyncStream(Generic[Event]):
         driver = self._driver
         if driver.reading:
             raise RuntimeError("another task is reading this stream")
-        if driver.closing or driver.ended:
+        if driver.state in ("closing", "ended"):
             raise StopAsyncIteration
         driver.reading = True
+        closing = False
         try:
-            if on_trio():
-                event = await driver.read_on_trio()
-            else:
-                event = await in_context(driver.context, driver.advance(), driver)
+            event = await driver.read()
         finally:
             driver.reading = False
-            if driver.closing and not driver.ended:
-                await driver.aclose()
-        if event is None or driver.closing:
+            if driver.stage == "closing":
+                closing = True
+                await driver.finish_closing()
+        if event is None or closing:
             raise StopAsyncIteration
         return cast("Event", event)
 

@@ -1,16 +1,17 @@
-"""The drivers of streams: they carry out what a flow asks for, up to the next event for the consumer.
+"""The drivers of streams: they carry out the effects of a flow, up to the next event for the consumer.
 
-The flow and the provider of a stream are stepped in a context of their own, so that what they set in context
-variables (the current span, above all) never shows in the consumer's code between two chunks.
+A driver steps the flow and the provider of its stream in a context of its own. So a context variable that they set (the
+current span, above all) never shows in the consumer's code between two chunks.
 """
 
 from __future__ import annotations
 
+import inspect
 import sys
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import Callable, Coroutine, Generator, Mapping
 from contextvars import Context, copy_context
 from types import coroutine
-from typing import Any, TypeVar
+from typing import Any, Final, Literal, TypeAlias, TypeVar
 
 from fluxibly import _abandoned
 from fluxibly._drivers import stepping
@@ -22,14 +23,28 @@ from fluxibly.flow.combinators import resend_refused
 from fluxibly.flow.effects import END, PULL, Effect, Flow, More, Send, Sleep, Source
 from fluxibly.types import Chunk, Request, Response, Restart
 
+State: TypeAlias = Literal["new", "idle", "reading", "closing", "ended"]
+"""`new`: nothing was read. `idle`: between two reads. `reading`: a read is under way. `closing`: the consumer has given the
+stream up, but a read is still under way. `ended`: flow and provider are closed, or are being closed by whoever ended it."""
+
+CLOSING: Final = "closing"
+TRANSITIONS: Final[Mapping[State, frozenset[State]]] = {
+    "new": frozenset({"reading", "closing", "ended"}),
+    "idle": frozenset({"reading", "closing", "ended"}),
+    "reading": frozenset({"idle", "closing", "ended"}),
+    "closing": frozenset({"ended"}),
+    "ended": frozenset(),
+}
+"""The states that may follow each state."""
+
 
 class StreamDriver:
     """The state of a stream, and every decision about it that needs no I/O.
 
-    Both drivers do the same in a loop: carry out the effect at hand, send the outcome into the flow, and look at the
-    effect that comes back. An event for the consumer is delivered, and becomes the effect at hand when the consumer
-    asks for more: there is nothing to carry out for it then, save that after a chunk of the provider's the next one
-    has to be read (PULL).
+    Both drivers run the same loop: carry out the effect at hand, send the outcome into the flow, look at the effect that
+    comes back. The driver delivers an event for the consumer, and keeps it as the effect at hand until the consumer asks
+    for more. There is nothing to carry out for a delivered event, except that after a chunk of the provider's the next
+    chunk has to be read (PULL).
     """
 
     def __init__(self, stack: SyncStack | AsyncStack, request: Request, flow: Flow[Response]) -> None:
@@ -38,24 +53,58 @@ class StreamDriver:
         self.call = request.call
         self.flow = flow
         self.context: Context = copy_context()
+        self.stage: Literal["new", "open", "closing", "ended"] = "new"
+        """The state as far as it is stored: `open` is `idle` or `reading`."""
         self.iterator: Any = None
-        """The provider's stream; there may be none yet."""
+        """The provider's stream; None before the first `Send` and after the release."""
         self.source = Source(END)
         self.delivered = self.call.delivered
         self.output = False
+        """Whether the consumer has received output since the last `Restart`."""
         self.response: Response | None = None
-        self.closing = self.ended = False
-        self.failed_early: Exception | None = None
-        self.first: Effect = Sleep(0.0)
+        self.start_error: Exception | None = None
+        """The error of the flow's first step, which the first read raises."""
+        self.effect: Effect = Sleep(0.0)
+        """The effect at hand."""
         try:
-            # "started" is logged now, when the call is made; how it went is told at the first read.
-            self.first = self.context.run(flow.send, None)
-        except Exception as error:  # noqa: BLE001  # it is raised at the first read
-            self.failed_early = error
+            # The first step runs when the call is made, because "started" is logged then.
+            self.effect = self.context.run(flow.send, None)
+        except Exception as error:  # noqa: BLE001  # the first read raises it
+            self.start_error = error
         _abandoned.keep(self)
 
+    @property
+    def state(self) -> State:
+        """Where the stream is in its life."""
+        if self.stage == "open":
+            return "reading" if self.is_reading() else "idle"
+        return self.stage
+
+    def is_reading(self) -> bool:
+        """Whether a read is under way."""
+        raise NotImplementedError
+
+    @property
+    def ended(self) -> bool:
+        """Whether flow and provider are closed."""
+        return self.stage == "ended"
+
+    def begin_closing(self) -> bool:
+        """Note that the consumer gives the stream up. Return False if it is over, or if another close is under way."""
+        # Two threads may both pass this check. The second close then finds everything closed, which is harmless.
+        if "closing" not in TRANSITIONS[self.state]:
+            return False
+        self.stage = CLOSING
+        return True
+
+    def end(self) -> None:
+        """Note that flow and provider are being closed: nothing is read any more."""
+        self.stage = "ended"
+        self.start_error = None  # it refers to this driver
+        _abandoned.forget(self)
+
     def count(self, chunk: Chunk) -> bool:
-        """Note a chunk that goes to the consumer; whether there has been output yet."""
+        """Count a chunk that goes to the consumer. Return whether the consumer has received output."""
         call = self.call
         self.delivered.append(chunk.text)
         if call.first_chunk_at is None:
@@ -64,8 +113,13 @@ class StreamDriver:
         return self.output
 
     def admit(self, request: Request) -> None:
-        """Let the provider be asked, unless output has gone out or the stream was closed meanwhile (see `aborted`)."""
-        if self.closing:
+        """Check that the provider may be asked.
+
+        Raises:
+            ConnectionAbortedError: the consumer has closed the stream meanwhile (see `aborted`).
+            StreamInterrupted: the consumer has received output, so the request must not be sent again.
+        """
+        if self.stage == "closing":
             raise ConnectionAbortedError("the stream was closed")
         if self.output:
             raise resend_refused(request, Response("".join(self.delivered)))
@@ -75,7 +129,7 @@ class StreamDriver:
             call.sent_at = call.requested_at
 
     def restart(self) -> bool:
-        """Take what was delivered for void, if the consumer knows of such things."""
+        """Discard the chunks delivered so far, if the consumer takes `Restart` events."""
         if not self.call.restarts:
             return False
         self.delivered.clear()
@@ -83,7 +137,7 @@ class StreamDriver:
         return True
 
     def finish(self, value: object) -> Chunk | None:
-        """Take the flow's result; one that was not streamed is returned, as the chunk to deliver."""
+        """Take the flow's result. Return it as a chunk to deliver if it was not streamed."""
         self.response = self.stack.finish(value, self.call)
         if self.call.chunks == 0 and (self.response.has_output or self.response.finish_reason):
             chunk = as_chunk(self.response)
@@ -92,7 +146,7 @@ class StreamDriver:
         return None
 
     def raise_interrupted(self, error: BaseException) -> None:
-        """Raise `StreamInterrupted` from an error, if the consumer gets that instead: once output has gone out."""
+        """Raise `StreamInterrupted` from an error that came after output; otherwise return, and the error itself is raised."""
         if isinstance(error, Exception):
             explain(error, self.stack.middleware)
             if self.output:
@@ -100,24 +154,17 @@ class StreamDriver:
                 if not isinstance(error, StreamInterrupted):
                     raise interrupted(self.request, Response(text), error) from error
                 if error.__cause__ is None and error.partial.text != text:
-                    error.partial = Response(
-                        text
-                    )  # a combinator refused a resend: it does not keep what it let through
-
-    def end(self) -> None:
-        self.ended = True
-        self.failed_early = None  # it refers to this driver
-        _abandoned.forget(self)
+                    error.partial = Response(text)  # the combinator that refused a resend does not keep its chunks
 
     def abort(self) -> None:
-        """End a read that is under way elsewhere, as far as the provider's stream can: one with an `abort()`."""
+        """End a read in another thread or task, if the provider's stream has an `abort()`."""
         abort = getattr(self.iterator, "abort", None)
         if abort is not None:
             abort()
 
     def aborted(self, error: BaseException) -> bool:
-        """Whether an error is that of a read that `close` ended: the stream is abandoned then, and has not failed."""
-        return self.closing and isinstance(error, Exception)
+        """Whether `close` caused this error of a read: the stream was then abandoned, and did not fail."""
+        return self.stage == "closing" and isinstance(error, Exception)
 
     def abandon(self) -> None:
         """Give the stream up from ordinary code that cannot wait."""
@@ -131,17 +178,22 @@ class SyncStreamDriver(StreamDriver):
         super().__init__(stack, request, flow)
         self.events = self.drive()
 
+    def is_reading(self) -> bool:
+        return inspect.getgeneratorstate(self.events) == inspect.GEN_RUNNING
+
     def drive(self) -> Generator[Chunk | Restart, None, None]:
         """Yield the events for the consumer. Runs in the stream's context."""
+        # A generator, because it keeps this state in local variables between two chunks.
         flow, source, call = self.flow, self.source, self.call
         send, deliver = flow.send, self.delivered.append
-        effect = self.first
+        effect = self.effect
         iterator: Any = iter(())
         clock: Callable[[], float] | None = None
         output = False
+        self.stage = "open"
         try:
-            if self.failed_early is not None:
-                raise self.failed_early
+            if self.start_error is not None:
+                raise self.start_error
             while True:
                 if type(effect) is Chunk:
                     if output:
@@ -188,11 +240,13 @@ class SyncStreamDriver(StreamDriver):
             raise
 
     def carry_out(self, effect: Effect) -> object:
+        """Carry an effect out and return its outcome."""
         if isinstance(effect, Send):
             self.admit(effect.request)
             self.release()
             self.iterator = iter(self.stack.open(effect.request))
-            if self.closing:
+            # A close between `admit` and here found no provider's stream to abort.
+            if self.stage == "closing":
                 self.abort()
             self.source.chunk = next(self.iterator, END)
             return self.source
@@ -208,6 +262,7 @@ class SyncStreamDriver(StreamDriver):
             close()
 
     def close_all(self) -> None:
+        """Close the flow, then the provider's stream."""
         self.end()
         try:
             stepping.close(self.flow)
@@ -215,26 +270,35 @@ class SyncStreamDriver(StreamDriver):
             self.release()
 
     def close(self) -> None:
-        if self.ended:
-            return
-        self.closing = True
+        """Give the stream up. A read in another thread ends as soon as the provider's stream can be aborted."""
+        if self.begin_closing():
+            self.finish_closing()
+
+    def finish_closing(self) -> None:
+        """Close everything, unless a read is under way: its thread then does so when the read has returned."""
         try:
             self.context.run(self.shut)
         except RuntimeError as error:
-            if not is_entered(error):
+            if not is_occupied(error):
                 raise
-            self.abort()  # a read is under way: the thread that is in it closes all when it is back
+            self.abort()
 
     def shut(self) -> None:
+        """Close the events, and with them everything. Runs in the stream's context."""
         self.events.close()
-        if not self.ended:  # a generator that was never started runs nothing when it is closed
+        if not self.ended:  # closing a generator that was never started runs none of its code
             self.close_all()
 
     abandon = close
 
 
-def is_entered(error: RuntimeError) -> bool:
-    return str(error).startswith("cannot enter context")
+def is_occupied(error: RuntimeError) -> bool:
+    """Whether `Context.run` refused to enter a stream's context, because a read or a close is under way in it.
+
+    The context is the owner of a synchronous stream: one thread at a time can be in it, and to enter it costs a chunk
+    nothing more. `Context.run` raises in the caller's own frame; an error of the flow comes from frames below.
+    """
+    return error.__traceback__ is not None and error.__traceback__.tb_next is None
 
 
 T = TypeVar("T")
@@ -244,24 +308,23 @@ class AsyncStreamDriver(StreamDriver):
     stack: AsyncStack
     reading = False
     waits_for: Any = None
-    """What the read under way waits for: on asyncio, a future."""
+    """On asyncio, the future that the read under way waits for."""
     scope: Any = None
-    """On trio: the cancel scope of the read under way, which is entered and left within it."""
+    """On trio, the cancel scope of the read under way, which is entered and left within that read."""
     cut = False
-    """Whether `abort` cancelled the read."""
+    """Whether `abort` has cancelled the read under way."""
 
-    def __init__(self, stack: AsyncStack, request: Request, flow: Flow[Response]) -> None:
-        super().__init__(stack, request, flow)
-        self.pending = self.first
+    def is_reading(self) -> bool:
+        return self.reading
 
     async def advance(self) -> Chunk | Restart | None:
-        """The next event for the consumer; None at the end. Runs in the stream's context."""
+        """Return the next event for the consumer, or None at the end. Runs in the stream's context."""
         flow, source, call = self.flow, self.source, self.call
-        effect = self.pending
+        effect = self.effect
         error: BaseException | None = None
         try:
-            if self.failed_early is not None:
-                raise self.failed_early
+            if self.start_error is not None:
+                raise self.start_error
             while True:
                 outcome: object = None
                 try:
@@ -281,18 +344,18 @@ class AsyncStreamDriver(StreamDriver):
                 finally:
                     error = None  # it refers to this frame
                 if type(effect) is Chunk:
-                    self.pending = PULL
+                    self.effect = PULL
                     if self.output:
                         self.delivered.append(effect.text)
                     else:
                         self.count(effect)
                     return effect
                 if type(effect) is More:
-                    self.pending = effect
+                    self.effect = effect
                     self.count(effect.chunk)
                     return effect.chunk
                 if type(effect) is Restart and self.restart():
-                    self.pending = effect
+                    self.effect = effect
                     return effect
         except StopIteration as stop:
             await self.close_all()
@@ -303,6 +366,7 @@ class AsyncStreamDriver(StreamDriver):
             raise
 
     async def carry_out(self, effect: Effect) -> object:
+        """Carry an effect out and return its outcome."""
         if isinstance(effect, Send):
             self.admit(effect.request)
             await self.release()
@@ -321,22 +385,26 @@ class AsyncStreamDriver(StreamDriver):
             await aclose()
 
     async def close_all(self) -> None:
+        """Close the flow, then the provider's stream."""
         self.end()
         try:
             stepping.close(self.flow)
         finally:
             await self.release()
 
-    async def read_on_trio(self) -> Chunk | Restart | None:
-        """`advance`, in a scope that `abort` can cancel."""
+    async def read(self) -> Chunk | Restart | None:
+        """Return the next event for the consumer, or None at the end. One task reads at a time."""
+        self.stage = "open"
+        if not on_trio():
+            return await in_context(self.context, self.advance(), self)
         import trio
 
-        with trio.CancelScope() as self.scope:
+        with trio.CancelScope() as self.scope:  # so that `abort` can cancel this read and nothing else
             return await in_context(self.context, self.advance(), self)
-        return None  # it was cancelled while it released the provider's stream
+        return None  # the read was cancelled while it released the provider's stream
 
     def abort(self) -> None:
-        """End the read under way: by the provider's own `abort`, or else by a cancellation that goes no further."""
+        """End the read under way: by the provider's own `abort`, else by a cancellation that ends this read alone."""
         if hasattr(self.iterator, "abort"):
             super().abort()
         elif self.reading:
@@ -349,19 +417,21 @@ class AsyncStreamDriver(StreamDriver):
         return super().aborted(error) or (self.cut and not _is_cancelled_by_others())
 
     async def aclose(self) -> None:
-        if self.ended:
-            return
-        self.closing = True
+        """Give the stream up. A read in another task ends too."""
+        if self.begin_closing():
+            await self.finish_closing()
+
+    async def finish_closing(self) -> None:
+        """Close everything, unless a read is under way: its task then does so when the read has returned."""
         if self.reading:
-            self.abort()  # the task that is in the read closes all when it is back
-        else:
+            self.abort()
+        elif not self.ended:
             await in_context(self.context, self.close_all(), self)
 
     def abandon(self) -> None:
-        """Without an await: the flow ends now; dropping an async generator makes its event loop close it."""
-        if self.ended or self.reading:
+        """Give the stream up without an await: the flow ends now, and the event loop closes a dropped async generator."""
+        if self.reading or not self.begin_closing():
             return
-        self.closing = True
         self.end()
         try:
             self.context.run(stepping.close, self.flow)
@@ -371,12 +441,13 @@ class AsyncStreamDriver(StreamDriver):
 
 
 def on_trio() -> bool:
+    """Whether trio runs this task. (trio is not imported for it.)"""
     trio = sys.modules.get("trio")
     return trio is not None and bool(trio.lowlevel.in_trio_run())
 
 
 def _is_cancelled_by_others() -> bool:
-    """Whether the task is to end. On trio the next await tells."""
+    """Whether somebody else has cancelled the task. On trio the next await raises in that case."""
     if on_trio():
         return False
     import asyncio
@@ -387,7 +458,7 @@ def _is_cancelled_by_others() -> bool:
 
 @coroutine
 def in_context(context: Context, work: Coroutine[Any, Any, T], driver: AsyncStreamDriver) -> Generator[Any, Any, T]:
-    """Await `work` with each of its steps run in `context`."""
+    """Await `work`, and run each of its steps in `context`."""
     run = context.run
     try:
         waits_for = run(work.send, None)

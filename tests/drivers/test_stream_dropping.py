@@ -90,8 +90,8 @@ class TestDropping:
 
     def test_no_signal_handler_runs_in_what_the_collector_calls(self):
         """Else a Ctrl-C that comes there is lost: what the collector calls is no Python function."""
-        ours = [each for each in gc.callbacks if _abandoned._here in getattr(each, "args", ())]
-        assert [each.func for each in ours] == [setattr]
+        ours = [each for each in gc.callbacks if getattr(each, "func", None) is setattr]
+        assert len(ours) == 2
         functions = [each for each in gc.callbacks if hasattr(each, "__code__")]
         assert not [each for each in functions if each.__module__.startswith("fluxibly")]
 
