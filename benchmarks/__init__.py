@@ -1,1 +1,1 @@
-"""Benchmarks: `python -m benchmarks` runs them all. Timings are for reading, never asserted."""
+"""Benchmarks. `python -m benchmarks` runs all of them. Timings are printed for the reader and never asserted."""

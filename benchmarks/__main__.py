@@ -1,8 +1,8 @@
-"""All benchmarks, one after the other: `python -m benchmarks`."""
+"""All benchmarks, run in sequence by `python -m benchmarks`."""
 
 from benchmarks import footprint, in_process, over_http, telemetry
 
-in_process.main()  # first: it measures without a telemetry SDK set up
+in_process.main()  # runs first, because it measures without a telemetry SDK
 telemetry.main()
 footprint.main()
 over_http.main()

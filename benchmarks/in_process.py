@@ -1,4 +1,4 @@
-"""What fluxibly itself costs: a layer, the default stack, a chunk. `python -m benchmarks.in_process`."""
+"""The cost of fluxibly itself: a layer, the default stack and a chunk. Run with `python -m benchmarks.in_process`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CHUNKS = 5_000
 
 
 class Fixed:
-    """A provider that does nothing, so that what is left is the library's."""
+    """A provider that does nothing, so that all remaining time is spent in the library."""
 
     def complete(self, request: Request) -> Response:
         return Response("Paris.")
@@ -41,7 +41,7 @@ def empty(request: Request, call_next: CallNext) -> Flow[Response]:
 
 
 def onion(depth: int, innermost: Callable[[Request], object]) -> Callable[[Request], object]:
-    """The same number of layers as closures: what a hand-written chain of functions costs."""
+    """Return `depth` layers as closures, for the cost of a hand-written chain of functions."""
     call = innermost
     for _ in range(depth):
 
@@ -52,7 +52,7 @@ def onion(depth: int, innermost: Callable[[Request], object]) -> Callable[[Reque
 
 
 def stream_onion(depth: int, innermost: Callable[[Request], Iterator[Chunk]]) -> Callable[[Request], Iterator[Chunk]]:
-    """Nested generators that pass chunks on, as hand-written stream wrappers do."""
+    """Return `depth` nested generators that pass chunks on, as hand-written stream wrappers do."""
     call = innermost
     for _ in range(depth):
 
@@ -135,7 +135,7 @@ def async_chunks() -> None:
 
 
 def main() -> None:
-    """All in-process benchmarks, with logging off and no telemetry SDK set up."""
+    """Run all in-process benchmarks, with logging off and without a telemetry SDK."""
     logging.getLogger("fluxibly").setLevel(logging.CRITICAL + 1)
     calls()
     chunks()

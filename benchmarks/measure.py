@@ -1,4 +1,4 @@
-"""Interleaved timing, and the table it is shown in."""
+"""Interleaved timing, and the table that shows the results."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ def interleaved(
     rounds: int = ROUNDS,
     clock: Callable[[], float] = perf_counter,
 ) -> dict[str, float]:
-    """Median microseconds of one of the `per_run` units of work that each contender does when called.
+    """Return the median microseconds per unit of work for each contender, which does `per_run` units when called.
 
-    Contenders take turns in every round, so that a noisy machine disturbs all of them alike.
+    Contenders take turns in every round, so that a noisy machine disturbs all of them equally.
     """
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for run in contenders.values():
@@ -38,7 +38,7 @@ def interleaved(
 
 
 def table(title: str, results: Mapping[str, float], *, unit: str = "µs", goal: str = "") -> None:
-    """Print results with their difference from, and ratio to, the first."""
+    """Print each result with its difference from the first result, and its ratio to the first result."""
     base = next(iter(results.values()))
     print(f"\n{title}" + (f"   (goal: {goal})" if goal else ""))
     width = max(len(name) for name in results)
@@ -48,6 +48,6 @@ def table(title: str, results: Mapping[str, float], *, unit: str = "µs", goal: 
 
 
 def left_out(names: Sequence[str]) -> None:
-    """Say which peers were not measured."""
+    """Report the peers that were not measured."""
     if names:
         print(f"\nLeft out, because not installed: {', '.join(names)}")

@@ -1,7 +1,7 @@
-"""Calls over HTTP to a local server, against the peers that are installed. `python -m benchmarks.over_http`.
+"""Calls over HTTP to a local server, compared with the installed peers. Run with `python -m benchmarks.over_http`.
 
-fluxibly runs with its full default stack, logging to a file, and spans going to the SDK's batch processor. Times are
-the client's CPU time; contenders take turns. The first line of each table is bare httpx, which is 1.
+fluxibly runs with its full default stack, logs to a file, and sends spans to the SDK's batch processor. Times are the
+client's CPU time, and contenders take turns. The first line of each table is bare httpx, whose ratio is 1.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ AT_ONCE = 200
 
 @contextmanager
 def server() -> Iterator[str]:
-    """The base URL of a server in a process of its own."""
+    """Run a server in its own process, and yield its base URL."""
     process = subprocess.Popen(
         [sys.executable, "-m", "benchmarks.server"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
@@ -45,7 +45,7 @@ def server() -> Iterator[str]:
 
 
 def set_up_telemetry() -> None:
-    """Logs to a file, spans to the SDK's batch processor: what a service in production pays."""
+    """Send logs to a file and spans to the SDK's batch processor, for the same cost as in production."""
     from opentelemetry import trace
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
@@ -66,7 +66,7 @@ def set_up_telemetry() -> None:
 
 
 def timed(calls: dict[str, Call], per_run: int, repeat: int) -> dict[str, float]:
-    """Median microseconds of CPU time of a unit of work, the contenders in turns."""
+    """Return the median microseconds of CPU time per unit of work. The contenders take turns."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         for _ in range(3):
@@ -81,7 +81,7 @@ def timed(calls: dict[str, Call], per_run: int, repeat: int) -> dict[str, float]
 
 
 def raw_socket(url: str) -> Callable[[bool, str], None]:
-    """A keep-alive connection with no client at all: what the server allows."""
+    """Return a call over a keep-alive connection without an HTTP client, which shows the limit of the server."""
     host, port = url.removeprefix("http://").removesuffix("/v1").split(":")
     sock = socket.create_connection((host, int(port)))
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -98,7 +98,7 @@ def raw_socket(url: str) -> Callable[[bool, str], None]:
 
 @asynccontextmanager
 async def raw_streams(url: str) -> AsyncIterator[AsyncCall]:
-    """`raw_socket` on an event loop, with as many connections as there are calls."""
+    """Yield a call like that of `raw_socket`, but on an event loop, with one connection for each concurrent call."""
     host, port = url.removeprefix("http://").removesuffix("/v1").split(":")
     body = json.dumps({"model": "m", "messages": [{"role": "user", "content": PROMPT}]}).encode()
     request = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body) + body
@@ -137,12 +137,12 @@ def streamed_chunks(url: str) -> None:
 
 
 def first_chunks(url: str) -> None:
-    """From the call to the first piece; the rest of the short stream is read off the clock."""
+    """Print the time from the call to the first piece. The rest of the short stream is not timed."""
     streams = {name: contender.stream for name, contender in contenders(url, FIRST).items()}
     times: dict[str, list[float]] = {name: [] for name in streams}
     for _ in range(ROUNDS):
         for name, stream in streams.items():
-            for _ in range(20):  # in a row, so that no contender's threads run into another's time
+            for _ in range(20):  # consecutive, so that the threads of one contender do not run in another's time
                 start = process_time()
                 pieces = stream()
                 next(iter(pieces))
@@ -153,11 +153,12 @@ def first_chunks(url: str) -> None:
 
 
 def at_once(url: str) -> None:
-    """Calls a second with 200 at once on one event loop."""
+    """Print the calls per second with 200 concurrent calls on one event loop."""
     rates: dict[str, list[float]] = {}
 
     async def one_round() -> None:
-        # New clients each round: httpx lets connections go that idle for 5 s, as they would in the others' turns.
+        # Each round uses new clients, because httpx closes connections that are idle for 5 s, as they would be during
+        # the turns of the other contenders.
         async with async_contenders(url) as calls, raw_streams(url) as raw:
             calls["asyncio's streams (the ceiling)"] = raw
             for name, call in calls.items():
@@ -168,11 +169,11 @@ def at_once(url: str) -> None:
                 rates.setdefault(name, []).append(2 * AT_ONCE / (perf_counter() - start))
 
     async def rounds() -> None:
-        for _ in range(3):  # on one event loop: some peers keep clients that are bound to it
+        for _ in range(3):  # on one event loop, because some peers keep clients that are bound to their event loop
             await one_round()
 
     gc.collect()
-    gc.freeze()  # what the other tables' contenders have imported is nobody's cost here
+    gc.freeze()  # excludes the imports of the other tables' contenders from the collector's work
     asyncio.run(rounds())
     gc.unfreeze()
     table(
@@ -186,7 +187,7 @@ def at_once(url: str) -> None:
 
 
 def main() -> None:
-    """Everything over HTTP."""
+    """Run all benchmarks over HTTP."""
     set_up_telemetry()
     with server() as url:
         whole_calls(url)

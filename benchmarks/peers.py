@@ -1,4 +1,4 @@
-"""Who is measured over HTTP: bare httpx, fluxibly, and what of its peers is installed, each called as its users do."""
+"""The contenders over HTTP: bare httpx, fluxibly and the installed peers, each called as its users call it."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ AsyncCall = Callable[[], Awaitable[object]]
 
 
 class Contender(NamedTuple):
-    """A whole call, and a stream of the pieces of its answer."""
+    """A contender's whole call, and its stream of the pieces of an answer."""
 
     whole: Call
     stream: Callable[[], Iterator[object]]
 
 
 def absent() -> list[str]:
-    """The peers that are not installed."""
+    """Return the peers that are not installed."""
     return [name for name in PEERS if importlib.util.find_spec(name) is None]
 
 
 def contenders(url: str, prompt: str = PROMPT) -> dict[str, Contender]:
-    """Those that are installed, by name; the first is bare httpx."""
+    """Return the installed contenders by name. The first is bare httpx."""
     found = {"bare httpx": _httpx(url, prompt), "fluxibly": _fluxibly(url, prompt)}
     missing = absent()
     makers = (_openai, _langchain, _litellm, _pydantic_ai, _any_llm)
@@ -103,7 +103,7 @@ def _pydantic_model(url: str, prompt: str) -> tuple[Any, Any]:
     from pydantic_ai.models.openai import OpenAIChatModel
     from pydantic_ai.providers.openai import OpenAIProvider
 
-    sdk = openai.AsyncOpenAI(base_url=url, api_key="k", max_retries=0)  # its own cached one is bound to one event loop
+    sdk = openai.AsyncOpenAI(base_url=url, api_key="k", max_retries=0)  # the cached client is bound to one event loop
     model = OpenAIChatModel("m", provider=OpenAIProvider(openai_client=sdk))
     return model, [ModelRequest.user_text_prompt(prompt)]
 
@@ -123,14 +123,15 @@ def _pydantic_ai(url: str, prompt: str) -> Contender:
 def _any_llm(url: str, prompt: str) -> Contender:
     from any_llm import AnyLLM
 
-    complete: Any = AnyLLM.create("openai", api_base=url, api_key="k").completion  # kept: the function makes a client
+    # Kept, because the function `any_llm.completion` makes a new client for each call.
+    complete: Any = AnyLLM.create("openai", api_base=url, api_key="k").completion
     options = {"model": "m", "messages": _messages(prompt)}
     return Contender(lambda: complete(**options), lambda: iter(complete(**options, stream=True)))
 
 
 @asynccontextmanager
 async def async_contenders(url: str) -> AsyncIterator[dict[str, AsyncCall]]:
-    """Whole calls on the event loop that runs, by name; the first is httpx."""
+    """Yield whole calls on the running event loop, by name. The first is httpx."""
     body = {"model": "m", "messages": _messages(PROMPT)}
     missing = absent()
     async with AsyncExitStack() as stack:
@@ -167,4 +168,4 @@ async def async_contenders(url: str) -> AsyncIterator[dict[str, AsyncCall]]:
             any_complete: Any = AnyLLM.create("openai", api_base=url, api_key="k").acompletion
             found["any-llm"] = lambda: any_complete(**body)
         yield found
-        await asyncio.sleep(0)  # what the contenders have put off until later ends within this loop
+        await asyncio.sleep(0)  # lets callbacks that the contenders have scheduled run before the loop ends

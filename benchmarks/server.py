@@ -1,6 +1,6 @@
-"""A local server that answers as OpenAI's chat API does, as fast as one asyncio process can.
+"""A local server that answers like OpenAI's chat API, as fast as one asyncio process can.
 
-`python -m benchmarks.server` prints its port, and ends when its standard input does.
+`python -m benchmarks.server` prints its port, and exits when its standard input is closed.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ WHOLE_BODY = json.dumps(
 ).encode()
 WHOLE = HEAD + b"application/json\r\ncontent-length: %d\r\n\r\n" % len(WHOLE_BODY) + WHOLE_BODY
 STREAM_HEAD = HEAD + b"text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
-PIECES = [_event(_chunk({"content": f" word{n}"})) for n in range(CHUNKS)]  # litellm refuses the same one repeated
+PIECES = [_event(_chunk({"content": f" word{n}"})) for n in range(CHUNKS)]  # numbered: litellm rejects repeated chunks
 STREAM_END = _event(_chunk({}, "stop")) + _event(b"[DONE]") + b"0\r\n\r\n"
 STREAM = STREAM_HEAD + b"".join(PIECES) + STREAM_END
 SHORT_STREAM = STREAM_HEAD + PIECES[0] + STREAM_END
 
 
 class Answers(asyncio.Protocol):
-    """Answers each request on a connection: a stream, if its body asks for one; a short one, if it says so."""
+    """The protocol of a connection. A request's body selects a whole answer, a stream or a short stream."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport: asyncio.Transport = transport  # type: ignore[assignment]

@@ -1,9 +1,10 @@
-"""What traces and metrics add to a call and to a streamed chunk, without a network. `python -m benchmarks.telemetry`.
+"""The cost that traces and metrics add to a call and to a streamed chunk, without a network.
 
-The SDKs are given to `Tracing` and `Metrics` as parameters, so nothing global is set up. What the SDK itself takes is
-in the tables too: for the same spans with the same attributes through its batch processor, and for the same
-measurements into its histograms. It is measured in between calls, as it is paid: alone in a loop the SDK has the
-processor's caches to itself, and is a quarter faster than it can be for anybody who also does something else.
+Run with `python -m benchmarks.telemetry`. The SDKs are passed to `Tracing` and `Metrics` as parameters, so nothing
+global is set up. The tables also show the cost of the SDK itself: for the same spans with the same attributes through
+its batch processor, and for the same measurements in its histograms. This cost is measured between calls, where real
+programs pay it. Alone in a loop, the SDK has the CPU's caches to itself, and is a quarter faster than in any program
+that also does other work.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ BOUNDS = list(semconv.DURATION_BOUNDARIES)
 
 
 class Fixed:
-    """A provider that does nothing, and answers as services do: with its model, a reason and tokens."""
+    """A provider that does nothing, and answers like a service: with its model, a finish reason and usage."""
 
     def complete(self, request: Request) -> Response:
         usage = Usage(input_tokens=14, output_tokens=3)
@@ -40,13 +41,13 @@ class Fixed:
 
 
 def pipeline(*telemetry: Middleware) -> Pipeline:
-    """The default stack with this telemetry in the place of its own."""
+    """Return a pipeline with the default stack, in which `telemetry` replaces the default telemetry."""
     logger, _, _, *rest = default_stack(LLMConfig(framework="echo", model="m"))
     return Pipeline(Fixed(), [logger, *telemetry, *rest])
 
 
 def calls_of(*telemetry: Middleware, then: Callable[[], object] | None = None) -> Callable[[], None]:
-    """Many calls with this telemetry, and something done after each."""
+    """Return a function that makes `CALLS` calls with this telemetry, and runs `then` after each call."""
     complete = pipeline(*telemetry).complete
 
     def run() -> None:
@@ -81,14 +82,14 @@ def repeat(action: Callable[[], object]) -> Callable[[], None]:
 
 def has_sdk() -> bool:
     try:
-        import opentelemetry.sdk.trace  # noqa: F401  # whether it is there
+        import opentelemetry.sdk.trace  # noqa: F401  # only checks that the SDK is installed
     except ImportError:
         return False
     return True
 
 
 def sampling_off() -> Any:
-    """A tracer provider that records nothing."""
+    """Return a tracer provider that records nothing."""
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 
@@ -96,7 +97,7 @@ def sampling_off() -> Any:
 
 
 def batching() -> Any:
-    """A tracer provider with the SDK's batch processor, whose exporter drops what it gets."""
+    """Return a tracer provider with the SDK's batch processor and an exporter that drops all spans."""
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
 
@@ -110,7 +111,7 @@ def batching() -> Any:
 
 
 def attributes_of_a_call() -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
-    """The spans of one call, outermost first: name, the attributes at the start, and those added by the end."""
+    """Return the spans of one call, outermost first: the name, the initial attributes, and those added by the end."""
     from opentelemetry.sdk.trace import SpanProcessor, TracerProvider
 
     class Watching(SpanProcessor):
@@ -128,7 +129,7 @@ def attributes_of_a_call() -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
 
 
 def bare_spans() -> Callable[[], object]:
-    """What the SDK does for the spans of a call: nothing is made current, and their attributes are there already."""
+    """Return the work of the SDK for the spans of a call, with prepared attributes and without a current span."""
     from opentelemetry.trace import SpanKind, set_span_in_context
 
     tracer = batching().get_tracer("bare")
@@ -154,7 +155,7 @@ def bare_span_sampled_off() -> Callable[[], object]:
 
 
 def metering() -> tuple[Any, Any]:
-    """A meter provider and its reader."""
+    """Return a meter provider and its reader."""
     from opentelemetry.sdk.metrics import MeterProvider
     from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 
@@ -163,7 +164,7 @@ def metering() -> tuple[Any, Any]:
 
 
 def bare_records() -> Callable[[], object]:
-    """What the SDK does for the measurements of a call."""
+    """Return the work of the SDK for the measurements of a call."""
     provider, reader = metering()
     pipeline(Metrics(meter_provider=provider)).complete(REQUEST)
     found = reader.get_metrics_data().resource_metrics[0].scope_metrics[0].metrics
@@ -182,7 +183,7 @@ def bare_records() -> Callable[[], object]:
 
 
 def measured(contenders: Mapping[str, Callable[[], object]], per_run: int) -> dict[str, float]:
-    """In time of the calling thread: what the SDK's own threads do besides is no part of a call."""
+    """Measure the time of the calling thread, because the work of the SDK's own threads is not part of a call."""
     return interleaved(contenders, per_run=per_run, rounds=25, clock=thread_time)
 
 
@@ -196,7 +197,7 @@ def without_sdk(title: str) -> None:
 
 
 def sampled_off() -> None:
-    # Apart from `traces`: the batch processor's thread, and its spans in memory, would slow these calls down.
+    # Separate from `traces`, because the batch processor's thread and its spans in memory would slow down these calls.
     contenders = {
         WITHOUT: calls_of(),
         "  and a bare span": calls_of(then=bare_span_sampled_off()),
@@ -245,7 +246,7 @@ def chunks() -> None:
 
 
 def main() -> None:
-    """All of them, with logging off."""
+    """Run all benchmarks of telemetry, with logging off."""
     logging.getLogger("fluxibly").setLevel(logging.CRITICAL + 1)
     without_sdk("A call, OpenTelemetry not imported")
     import opentelemetry.metrics

@@ -1,4 +1,4 @@
-"""The logger `fluxibly`, used in a way that cannot end a call; and one report on standard error of what is broken itself."""
+"""The logger `fluxibly`, whose failures never end a call, and the reports on stderr of failing logs and telemetry."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _lock = threading.Lock()
 
 
 def report_once(key: str, message: str) -> None:
-    """Print `fluxibly: message` to stderr, the first time that this `key` is reported in the process. Never raises."""
+    """Print `fluxibly: message` to stderr, once per `key` in a process. Never raise an exception."""
     with _lock:
         if key in _reported:
             return
@@ -29,7 +29,7 @@ def report_once(key: str, message: str) -> None:
 
 
 def forget_reports() -> None:
-    """Report everything anew; for tests."""
+    """Forget which keys were reported, so that tests start afresh."""
     with _lock:
         _reported.clear()
 
@@ -38,10 +38,10 @@ logger = logging.getLogger("fluxibly")
 
 
 def log(level: int, template: str, **values: Any) -> None:
-    """Log `template` with as many of the values, in order, as it has places; all of them go onto the record."""
+    """Log `template`, filled with as many of the `values` as it has placeholders. The record carries all `values`."""
     if not logger.isEnabledFor(level):
         return
-    # The caller, without logging's search for it through the stack.
+    # The frame of the caller, without logging's slow search through the stack.
     caller = sys._getframe(1)  # pyright: ignore[reportPrivateUsage]  # logging does the same
     code = caller.f_code
     arguments = tuple(values.values())[: template.count("%")]
@@ -56,7 +56,7 @@ def log(level: int, template: str, **values: Any) -> None:
 
 
 def log_retry(request: Request, error: Exception, attempt: int, wait: float) -> None:
-    """Log that attempt number `attempt` (from 0) failed, and that another follows after `wait` seconds."""
+    """Log that attempt number `attempt` (counted from 0) failed, and that the next follows after `wait` seconds."""
     if logger.isEnabledFor(logging.WARNING):
         log(
             logging.WARNING,
@@ -72,5 +72,5 @@ _CONTROLS = re.compile("[\\x00-\\x08\\x0a-\\x1f\\x7f-\\x9f\\u2028\\u2029\\ud800-
 
 
 def one_line(text: str) -> str:
-    """Line ends, terminal controls and what no file takes escaped, so that no text can forge a log line or lose it."""
+    """Escape line ends, terminal controls and lone surrogates, so that no text can forge a log line or lose it."""
     return _CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)

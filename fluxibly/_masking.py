@@ -1,4 +1,4 @@
-"""Keeps API keys and the user's content out of messages that go on to logs and spans."""
+"""Masking of API keys and the user's content in messages that go to logs and spans."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ from fluxibly.types import Request
 MASK = "***"
 CUT = "[…]"
 SHORTEST = 4
-"""Characters of a key that is a secret. Shorter ones are dummies for servers that want none, and parts of words."""
+"""The minimum length of a secret key, in characters. A shorter key is a dummy for a server that needs no key, and may
+be part of a word."""
 RUN = 12
-"""Characters that a message may at most share with a request's texts, plus one."""
+"""The length of a run, in characters, from which it is masked if a message shares it with a request's texts."""
 CLOSER_LOOK = 200_000_000
-"""Characters that may be searched for the sake of one message (some 0.1 s)."""
+"""The number of characters that may be searched to mask a message (about 0.1 s)."""
 LONGEST = 2_000
-"""Characters of a message that are looked at; the rest is cut off."""
+"""The maximum length of a message, in characters. The rest is cut off."""
 
 
 def mask_secrets(text: str, secrets: Iterable[str]) -> str:
-    """`text` with each secret in it replaced, also where it stands escaped: as JSON, Python or a URL write it."""
+    """Return `text` with each secret replaced, even if it is escaped as in JSON, Python or a URL."""
     forms = {form for secret in secrets if len(secret.strip()) >= SHORTEST for form in _written(secret)}
-    for form in sorted(forms, key=len, reverse=True):  # one may hold another
+    for form in sorted(forms, key=len, reverse=True):  # a form may contain another form
         text = text.replace(form, MASK)
     return text
 
@@ -43,7 +44,7 @@ def _written(secret: str) -> Iterable[str]:
 
 
 def error_message(error: BaseException, requests: Iterable[Request]) -> str:
-    """What an error says, without what it quotes of these requests or of the answer."""
+    """Return an error's message without its quotes from these requests and from the answer."""
     cause = root_cause(error)
     text = as_text(cause)
     answers = [each.partial for each in (error, cause) if isinstance(each, StreamInterrupted)]
@@ -52,22 +53,22 @@ def error_message(error: BaseException, requests: Iterable[Request]) -> str:
     quoted = [Message.assistant(answer) for answer in answers]
     for request in requests:
         text = mask_request(text, request, quoted)
-    return text.encode(errors="backslashreplace").decode()  # half of a surrogate pair: exporters would lose the batch
+    return text.encode(errors="backslashreplace").decode()  # exporters would lose the batch over half of a surrogate pair
 
 
 def as_text(error: BaseException) -> str:
-    """`str(error)`, or nothing for an exception of a user's own that does not know how."""
+    """Return `str(error)`, or an empty str if the `__str__` of a user's exception fails."""
     try:
         return str(error)
-    except Exception:  # noqa: BLE001  # it may raise anything
+    except Exception:  # noqa: BLE001  # a user's `__str__` may raise anything
         return ""
 
 
 def mask_request(text: str, request: Request, quoted: Iterable[Message] = ()) -> str:
-    """`text` with every run of 12 characters or more that it shares with the request's texts replaced.
+    """Return `text` with every run of 12 characters or more replaced that it shares with the request's texts.
 
-    These are the texts of its messages, of those that the last attempt sent (middleware may have added some) and of
-    the `quoted` ones. A text of over 2,000 characters is cut there first.
+    The request's texts are those of its messages, of the messages that the last attempt sent (middleware may have added
+    some) and of the `quoted` messages. A `text` of over 2,000 characters is first cut to that length.
     """
     if len(text) > LONGEST:
         text = text[:LONGEST] + "…"
@@ -81,11 +82,11 @@ def mask_request(text: str, request: Request, quoted: Iterable[Message] = ()) ->
 
 
 def _contents(messages: Iterable[Message]) -> Iterable[str]:
-    """The texts that a server could echo, as they are and as JSON and Python write them."""
+    """Yield the texts that a server could echo, as they are and as escaped by JSON and Python."""
     for message in messages:
         texts = [part.text for part in message.content if isinstance(part, Text)]
         urls = [part.url for part in message.content if isinstance(part, Image) and part.url is not None]
-        texts += [url for url in urls if not url.startswith("data:")]  # megabytes, which nobody quotes
+        texts += [url for url in urls if not url.startswith("data:")]  # megabytes, which no server quotes
         texts += [call.raw_arguments for call in message.tool_calls]
         texts += [part.text for part in message.reasoning]
         for text in texts:
@@ -96,11 +97,11 @@ def _contents(messages: Iterable[Message]) -> Iterable[str]:
 
 
 def _shared(text: str, content: str) -> list[tuple[int, int]]:
-    """The runs of `text` that stand in `content`.
+    """Return the runs of `text` that occur in `content`.
 
-    A run of 12 characters holds a whole block of 6 that begins, in `content`, at a multiple of 6. So one pass over
-    these blocks finds the places in `text` that are worth a closer look. Where the closer looks would cost too much
-    (a prompt of megabytes) these places count as shared.
+    A run of 12 characters contains a whole block of 6 that begins at a multiple of 6 in `content`. So a single pass
+    over these blocks finds the places in `text` that need a closer look. If the closer looks would cost too much (a
+    prompt of megabytes), all these places count as shared.
     """
     half = RUN // 2
     places: dict[str, list[int]] = {}

@@ -1,4 +1,4 @@
-"""JSON text into the value that a JSON Schema describes, or into an attrs class."""
+"""The conversion of JSON text into the value that a JSON Schema describes, or into an attrs class."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def check_schema(schema: object) -> None:
     """Check that `parse` can use a schema.
 
     Raises:
-        ConfigError: it is neither a JSON Schema nor an attrs class, or jsonschema is not installed.
+        ConfigError: the schema is neither a JSON Schema nor an attrs class, or jsonschema is not installed.
     """
     if isinstance(schema, type) and attrs.has(schema):
         return
     if not is_mapping(schema):
-        raise ConfigError(f"Validation(schema=…) is a JSON Schema (a mapping) or an attrs class, not {schema!r}")
+        raise ConfigError(f"Validation(schema=…): expected a JSON Schema (a mapping) or an attrs class, got {schema!r}")
     try:
         text = json.dumps(dict(schema))
     except (TypeError, ValueError) as error:
@@ -32,11 +32,11 @@ def check_schema(schema: object) -> None:
 
 
 def parse(text: str, schema: Mapping[str, Any] | type[Any]) -> Any:
-    """The JSON in `text`, checked against a JSON Schema or made into an attrs class.
+    """Return the JSON value in `text`, checked against a JSON Schema or converted into an attrs class.
 
     Raises:
-        ValueError: it is not JSON or does not match; the message tells the model what to mend.
-        ConfigError: the schema refers to what is not in it.
+        ValueError: the text is not JSON or does not match the schema. The message says what the model has to correct.
+        ConfigError: the schema has a reference that leads outside it.
     """
     try:
         value: Any = json.loads(_without_fence(text), parse_constant=_no_constant)
@@ -56,20 +56,20 @@ def _mismatches(value: object, validator: Any) -> list[str]:
     try:
         return [f"{problem.json_path}: {problem.message}" for problem in validator.iter_errors(value)]
     except Unresolvable as error:
-        raise ConfigError(f"Validation(schema=…) refers to {error.ref!r}, which is not in it") from None
+        raise ConfigError(f"Validation(schema=…) refers to {error.ref!r}, which is not in the schema") from None
 
 
 def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON value")
+    raise ValueError(f"{name} is not a JSON value")
 
 
 def _structured(value: object, schema: type[Any]) -> Any:
-    """The attrs class `schema` made of plain data."""
+    """Return plain data as an instance of the attrs class `schema`."""
     import cattrs
 
     try:
         return _converter().structure(value, schema)
-    except Exception as error:  # noqa: BLE001  # cattrs raises groups of whatever the class raises
+    except Exception as error:  # noqa: BLE001  # cattrs raises groups of any errors that the class raises
         problems = cattrs.transform_error(error, path=schema.__name__, format_exception=_problem)
         raise ValueError(f"the answer does not fit {schema.__name__}: {'; '.join(problems)}") from None
 
@@ -78,13 +78,13 @@ def _problem(error: BaseException, kind: type | None) -> str:
     from cattrs.v import format_exception
 
     told = format_exception(error, kind)
-    # Of a class's own validators cattrs tells only that they failed.
+    # cattrs reports only that a class's own validator failed, without the validator's message.
     return f"{told}: {error}" if kind is None and isinstance(error, ValueError) else told
 
 
 @cache
 def _converter() -> Any:
-    """The converter of cattrs for JSON, without its leniency: bool("no") is True, and int(2.7) is 2."""
+    """Return a strict cattrs converter for JSON. The default is lenient: bool("no") is True, and int(2.7) is 2."""
     from cattrs.preconf.json import make_converter
 
     converter = make_converter()
@@ -113,7 +113,7 @@ def _validator(schema: str) -> Any:
         kind.check_schema(parsed)
     except jsonschema.SchemaError as error:
         raise ConfigError(f"Validation(schema=…) is not a JSON Schema: {error.message}") from None
-    return kind(parsed, registry=EMPTY_REGISTRY)  # so that no $ref is ever fetched from the network
+    return kind(parsed, registry=EMPTY_REGISTRY)  # an empty registry, so that no $ref is ever fetched from the network
 
 
 def _without_fence(text: str) -> str:

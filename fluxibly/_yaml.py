@@ -1,4 +1,4 @@
-"""Reads a section of a YAML file, with environment variables in it."""
+"""The reader for a section of a YAML file, with environment variables in it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from fluxibly.errors import ConfigError
 
 
 def read_section(file: str | Path, section: str) -> Mapping[str, Any]:
-    """A section of a YAML file, with `${VAR}` and `${VAR:-default}` in its strings replaced.
+    """Return a section of a YAML file, with `${VAR}` and `${VAR:-default}` replaced in its strings.
 
     Raises:
-        ConfigError: the file cannot be read or parsed, it lacks the section, or a variable is not set.
+        ConfigError: the file cannot be read or parsed, the section is missing, or a variable is not set.
     """
     document = _document(Path(file))
     if document is None:
@@ -44,10 +44,10 @@ def _document(file: Path) -> object:
         raise ConfigError(f"cannot read {file}: {error.strerror or error}") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{file} is not UTF-8 text") from None
-    except ValueError as error:  # a path with a NUL in it
+    except ValueError as error:  # the path contains a NUL
         raise ConfigError(f"cannot read {str(file)!r}: {error}") from None
     try:
-        document: object = yaml.load(text, _Loader)  # noqa: S506  # it is a SafeLoader
+        document: object = yaml.load(text, _Loader)  # noqa: S506  # _Loader is a SafeLoader
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = "" if mark is None else f", line {mark.line + 1}"
@@ -56,13 +56,13 @@ def _document(file: Path) -> object:
     except RecursionError:
         raise ConfigError(f"{file}: nested too deeply") from None
     except (ValueError, KeyError, AttributeError, TypeError):
-        # PyYAML's own errors end where a value only looks like its type: the date 2024-13-45, `!!bool perhaps`.
-        raise ConfigError(f"{file}: a value is not of the type that YAML takes it for; put it in quotes") from None
+        # Not errors of PyYAML's own: a value only looks like its type, as the date 2024-13-45 or `!!bool perhaps` do.
+        raise ConfigError(f"{file}: a value is invalid for the type that YAML gives it; put it in quotes") from None
     return document
 
 
 class _Loader(yaml.SafeLoader):
-    """A `SafeLoader` that refuses a key given twice, instead of taking the last."""
+    """A `SafeLoader` that refuses a duplicate key instead of taking its last value."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
@@ -81,9 +81,9 @@ _VARIABLE = re.compile(r"(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?::-(?P<default>(?:(?!
 
 
 class _Expansion:
-    """Copies plain data with the variables in its strings replaced, and collects what is wrong with them.
+    """A copy of plain data with the variables in its strings replaced, and a collection of the problems with them.
 
-    YAML's aliases can make small files of huge or endless structures, so each table and list is expanded once.
+    YAML's aliases let a small file describe a huge or endless structure, so each table and list is expanded only once.
     """
 
     def __init__(self) -> None:
@@ -106,10 +106,10 @@ class _Expansion:
         return value
 
     def variable(self, match: re.Match[str], path: str) -> str:
-        """What stands for a `${…}`: as in shells, a default is for a variable that is unset or empty."""
+        """Return the replacement for a `${…}`. As in shells, a default applies to a variable that is unset or empty."""
         variable = _VARIABLE.fullmatch(match["inside"])
         if variable is None or not match["end"]:
-            self.problems.append(f"{path}: {match[0]!r} is not understood; write ${{VAR}} or ${{VAR:-default}}")
+            self.problems.append(f"{path}: expected ${{VAR}} or ${{VAR:-default}}, got {match[0]!r}")
             return ""
         name, default = variable["name"], variable["default"]
         found = os.environ.get(name)

@@ -1,31 +1,31 @@
-"""Chunks joined into a response, and a response turned into a chunk."""
+"""The aggregation of chunks into a response, and the conversion of a response into a chunk."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import attrs
-
 from fluxibly.types import Chunk, Reasoning, Response, ToolCall, ToolCallDelta
 
 
-@attrs.define
 class _Call:
-    index: int | None
-    id: str
-    name: str
-    arguments: list[str]
-    signature: str | None
+    __slots__ = ("arguments", "id", "index", "name", "signature")
+
+    def __init__(self, delta: ToolCallDelta) -> None:
+        self.index = delta.index
+        self.id = delta.id or ""
+        self.name = delta.name or ""
+        self.arguments: list[str] = []
+        self.signature = delta.signature
 
 
 class Aggregator:
-    """Joins the chunks of one answer: `add` each, then ask for the `response`, at any time."""
+    """A collector of the chunks of one answer. `add` each chunk, and ask for the `response` at any time."""
 
     __slots__ = ("_calls", "_fields", "_others", "_reasoning", "_reasoning_parts", "texts")
 
     def __init__(self) -> None:
         self.texts: list[str] = []
-        """The chunks' texts; all there is to add of a chunk that is `text_only`."""
+        """The texts of the chunks. To append its text here is enough for a chunk that is `text_only`."""
         self._reasoning: list[str] = []
         self._reasoning_parts: list[Reasoning] = []
         self._calls: list[_Call] = []
@@ -34,11 +34,11 @@ class Aggregator:
 
     @property
     def has_output(self) -> bool:
-        """Whether there was text, reasoning or a part of a tool call."""
+        """Whether the chunks contained text, reasoning or part of a tool call."""
         return bool(self._reasoning or self._calls or any(self.texts))
 
     def add(self, chunk: Chunk) -> None:
-        """Take the next chunk in."""
+        """Add the next chunk."""
         self.texts.append(chunk.text)
         if not chunk.text_only:
             self._add_rest(chunk)
@@ -62,7 +62,7 @@ class Aggregator:
     def _add_call(self, delta: ToolCallDelta) -> None:
         call = self._find(delta)
         if call is None:
-            call = _Call(delta.index, delta.id or "", delta.name or "", [], delta.signature)
+            call = _Call(delta)
             self._calls.append(call)
         else:
             call.id = call.id or delta.id or ""
@@ -72,10 +72,10 @@ class Aggregator:
             call.arguments.append(delta.arguments)
 
     def _find(self, delta: ToolCallDelta) -> _Call | None:
-        """The call that a fragment goes on: the one with its index, else its id, else the last.
+        """Return the call that a fragment continues: the call with its index, else with its id, else the last call.
 
-        A fragment that brings both a name and an id of its own begins a call, whatever its index: there are services
-        that number every call 0.
+        A fragment with both a name and a new id begins a call whatever its index, because some services number every
+        call 0.
         """
         begins = bool(delta.name and delta.id)
         for call in reversed(self._calls):
@@ -87,7 +87,7 @@ class Aggregator:
         return None
 
     def response(self) -> Response:
-        """What the chunks so far come to."""
+        """Return the response that the chunks so far add up to."""
         return Response(
             "".join(self.texts),
             tool_calls=[
@@ -104,7 +104,7 @@ class Aggregator:
 
 
 def as_chunk(response: Response) -> Chunk:
-    """A whole response as one chunk, from which `Aggregator` makes that response again."""
+    """Return a whole response as one chunk, from which `Aggregator` makes the same response."""
     return Chunk(
         response.text,
         reasoning=response.reasoning,

@@ -22,6 +22,7 @@ from fluxibly._checks import (
     text,
     whole,
 )
+from fluxibly._values import Value
 from fluxibly.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -65,8 +66,8 @@ class Secret:
 
 
 @suggests_names
-@attrs.frozen
-class Timeouts:
+@attrs.frozen(repr=False, eq=False)
+class Timeouts(Value):
     """Time limits in seconds, each on its own; None is no limit.
 
     Args:
@@ -110,8 +111,8 @@ def _without_login(url: object) -> str:
 
 
 @suggests_names
-@attrs.frozen(kw_only=True)
-class LLMConfig:
+@attrs.frozen(kw_only=True, repr=False, eq=False)
+class LLMConfig(Value):
     """Which model to call, and how.
 
     Parameters that are None are not sent. `timeout` is in seconds: a number bounds connecting, the first byte, the

@@ -1,7 +1,7 @@
-"""The errors that users catch, and how a call ended. `FluxiblyError` is the root of all of them.
+"""The errors that users catch, all derived from `FluxiblyError`, and the outcome of a call.
 
-Messages say what happened, to which provider and model, and what to do about it. They never hold an API key: the
-code that makes an error out of a server's words masks them first.
+Messages say what happened, to which provider and model, and what to do about it. They never contain an API key: the
+code that makes an error from a server's message masks it first.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ if TYPE_CHECKING:
     from fluxibly.types import Outcome, Request, Response
 
 Phase: TypeAlias = Literal["connect", "first_byte", "idle", "total"]
-"""The part of an attempt that a time limit is for; `Timeouts` has one for each."""
+"""The part of an attempt that a time limit covers. `Timeouts` has a limit for each part."""
 
 
 class FluxiblyError(Exception):
-    """The root of fluxibly's errors."""
+    """The base class of fluxibly's errors."""
 
 
 class ConfigError(FluxiblyError, ValueError):
-    """A setting is wrong. `problems` lists all that is, each with its path."""
+    """A setting is wrong. `problems` lists every wrong setting, each with its path."""
 
     def __init__(self, message: str, *, problems: tuple[str, ...] = ()) -> None:
         super().__init__(message)
@@ -31,7 +31,7 @@ class ConfigError(FluxiblyError, ValueError):
 
     @classmethod
     def of(cls, problems: Sequence[str]) -> Self:
-        """The error that lists all of these problems, each with its path."""
+        """Return the error that lists all `problems`, each with its path."""
         message = "several settings are wrong:\n" + "\n".join(f"- {problem}" for problem in problems)
         return cls(problems[0] if len(problems) == 1 else message, problems=tuple(problems))
 
@@ -45,13 +45,13 @@ class ProviderError(FluxiblyError):
 
     Args:
         message: what happened.
-        retryable: whether the same request may succeed later; by default what the class says (see each).
-        retry_after: seconds to wait first, as the service asked.
-        status: the HTTP status, where there was one.
+        retryable: whether the same request may succeed later; by default as the class says (see each class).
+        retry_after: seconds to wait before the next attempt, as the service asked.
+        status: the HTTP status, if there was a response.
         code: the service's own error code.
-        provider, model: who was asked for what.
+        provider, model: the provider and the model of the request.
         request_id: the service's id of the request, for its support.
-        body: an excerpt of what the service sent, with secrets masked.
+        body: an excerpt of the body that the service sent, with secrets masked.
     """
 
     default_retryable: ClassVar[bool] = False
@@ -88,19 +88,19 @@ class AuthenticationError(ProviderError):
 
 
 class PermissionDenied(ProviderError):
-    """The key is right, but may not do this."""
+    """The API key is valid, but lacks the permission."""
 
 
 class NotFound(ProviderError):
-    """The model, or the address, does not exist."""
+    """The model or the address does not exist."""
 
 
 class BadRequest(ProviderError):
-    """The service refuses the request as it is."""
+    """The service rejects the request as it stands."""
 
 
 class ContextLengthExceeded(BadRequest):
-    """The prompt, or prompt and answer together, do not fit the model's context."""
+    """The prompt, or the prompt and the answer together, exceed the model's context."""
 
 
 class ContentFiltered(ProviderError):
@@ -126,38 +126,38 @@ class ServerError(ProviderError):
 
 
 class Overloaded(ServerError):
-    """The service has no room for now. Retryable."""
+    """The service is overloaded for now. Retryable."""
 
 
 class ConnectionFailed(ProviderError):
-    """No connection, or a connection lost, before the answer was whole. Retryable."""
+    """The connection failed, or was lost before the answer was complete. Retryable."""
 
     default_retryable = True
 
 
 class RequestTimeout(ProviderError, TimeoutError):
-    """A time limit passed. `phase` says which: "connect", "first_byte", "idle" or "total". Retryable."""
+    """A time limit expired. `phase` names the limit: "connect", "first_byte", "idle" or "total". Retryable."""
 
     default_retryable = True
     phase: Phase = "total"
 
 
 class StreamStalled(RequestTimeout):
-    """A stream sent nothing for as long as the idle timeout allows. Retryable, if nothing of it had gone out."""
+    """A stream sent nothing for the whole idle timeout. Retryable, if none of its output had been delivered."""
 
     phase = "idle"
 
 
 class StreamProtocolError(ProviderError):
-    """What the service sent is malformed, too large or cut off: not a whole answer. Retryable."""
+    """The service's answer is malformed, too large or cut off, and therefore incomplete. Retryable."""
 
     default_retryable = True
 
 
 class StreamInterrupted(FluxiblyError):
-    """A stream failed after some of it had gone out, so that it cannot be tried again without saying things twice.
+    """A stream failed after output had been delivered. A retry would deliver that output twice.
 
-    `partial` is the response so far, and `__cause__` the error that ended it.
+    `partial` is the response so far, and `__cause__` is the error that ended the stream.
     """
 
     def __init__(self, message: str = "", *, partial: Response) -> None:
@@ -173,7 +173,7 @@ def _interrupted(message: str, partial: Response) -> StreamInterrupted:
 
 
 def interrupted(request: Request, partial: Response, cause: BaseException) -> StreamInterrupted:
-    """The error of a stream that failed after output; raise it `from cause`."""
+    """Return the error for a stream that failed after output; raise it `from cause`."""
     return StreamInterrupted(
         f"the stream of {request.model} from {request.call.provider.name} was interrupted after {len(partial.text)} "
         f"characters by {type(cause).__name__}: {cause}",
@@ -182,7 +182,7 @@ def interrupted(request: Request, partial: Response, cause: BaseException) -> St
 
 
 class ResponseInvalid(FluxiblyError):
-    """An answer did not pass `Validation`. `response` is that answer; `problem` says what was wrong with it."""
+    """An answer did not pass `Validation`. `response` is the answer, and `problem` says what is wrong with it."""
 
     def __init__(self, message: str = "", *, response: Response, problem: str = "") -> None:
         super().__init__(message)
@@ -198,17 +198,17 @@ def _invalid(message: str, response: Response, problem: str) -> ResponseInvalid:
 
 
 def root_cause(error: BaseException) -> BaseException:
-    """The error that logs and telemetry name: the cause of a `StreamInterrupted`, else the error itself."""
+    """Return the error that logs and telemetry name: the cause of a `StreamInterrupted`, else the error itself."""
     while isinstance(error, StreamInterrupted) and error.__cause__ is not None:
         error = error.__cause__
     return error
 
 
 def outcome_of(error: BaseException | None) -> Outcome:
-    """The outcome of a call that raised `error` (None: it returned).
+    """Return the outcome of a call that raised `error`, or that returned if `error` is None.
 
-    `GeneratorExit` is how a flow learns that its consumer stopped early. Any other `BaseException` that is no
-    `Exception` (asyncio's and trio's cancellation, Ctrl-C) arrived while the call was waited for: it is cancelled.
+    A flow receives `GeneratorExit` when its consumer stops early. Any other `BaseException` that is not an `Exception`
+    (asyncio's and trio's cancellation, Ctrl-C) arrives while the caller waits: the call is cancelled.
     """
     if error is None:
         return "completed"
@@ -220,6 +220,6 @@ def outcome_of(error: BaseException | None) -> Outcome:
 
 
 def error_type(error: BaseException) -> str:
-    """A name of low cardinality for an error: its class, and `CancelledError` for trio's `Cancelled` as well."""
+    """Return a low-cardinality name for an error: its class, or `CancelledError` for trio's `Cancelled` too."""
     name = type(root_cause(error)).__name__
     return "CancelledError" if name == "Cancelled" else name

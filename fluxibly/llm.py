@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Generator, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, overload
+from typing import TYPE_CHECKING, Any, TypeAlias, overload
 
-from fluxibly._checks import did_you_mean
+import attrs
+
+from fluxibly._checks import did_you_mean, kind_of
 from fluxibly.config import LLMConfig, parameter_problems
 from fluxibly.errors import ConfigError
 from fluxibly.flow import Middleware
-from fluxibly.messages import Message, Tool
+from fluxibly.messages import Message
 from fluxibly.pipeline import AsyncPipeline, Pipeline
 from fluxibly.registry import make_middleware, make_provider
 from fluxibly.stream import AsyncStream, Stream
@@ -17,41 +19,44 @@ from fluxibly.types import Chunk, Request, Response, Restart
 
 if TYPE_CHECKING:
     from pathlib import Path
-    from typing import Self, Unpack
+    from typing import Literal, Self, TypedDict, Unpack
+
+    from fluxibly.messages import Tool
+
+    class Overrides(TypedDict, total=False):
+        """The settings of a call, which take precedence over the configuration. See `Request` for their meaning."""
+
+        model: str
+        temperature: float | None
+        max_tokens: int | None
+        top_p: float | None
+        top_k: int | None
+        frequency_penalty: float | None
+        presence_penalty: float | None
+        stop: str | Iterable[str] | None
+        seed: int | None
+        n: int | None
+        tools: Iterable[Tool | Mapping[str, Any]] | None
+        tool_choice: str | None
+        response_format: Literal["text", "json"] | Mapping[str, Any] | None
+        reasoning_effort: str | None
+        extra: Mapping[str, Any]
+        headers: Mapping[str, str]
+        metadata: Mapping[str, Any]
+
 
 __all__ = ["LLM", "AsyncLLM", "LLMConfig"]
 
 Prompt: TypeAlias = str | Message | Sequence[Message]
 
 
-class Overrides(TypedDict, total=False):
-    """What a call may set for itself; see `Request` for what each means. It wins over the configuration."""
-
-    model: str
-    temperature: float | None
-    max_tokens: int | None
-    top_p: float | None
-    top_k: int | None
-    frequency_penalty: float | None
-    presence_penalty: float | None
-    stop: str | Iterable[str] | None
-    seed: int | None
-    n: int | None
-    tools: Iterable[Tool | Mapping[str, Any]] | None
-    tool_choice: str | None
-    response_format: Literal["text", "json"] | Mapping[str, Any] | None
-    reasoning_effort: str | None
-    extra: Mapping[str, Any]
-    headers: Mapping[str, str]
-    metadata: Mapping[str, Any]
-
-
-_OVERRIDES = frozenset(Overrides.__annotations__)
+_OVERRIDES = frozenset(field.name for field in attrs.fields(Request)) - {"messages", "call"}
+"""The names in `Overrides`. A TypedDict costs too much to make at each import."""
 _FROM_CONFIG = ("model", "temperature", "max_tokens", "top_p", "frequency_penalty", "presence_penalty")
 
 
 def default_stack(config: LLMConfig) -> tuple[Middleware, ...]:
-    """The middleware of a configuration that names none, outermost first."""
+    """Return the middleware for a configuration without a stack, outermost first."""
     from fluxibly.middleware import Logging, Metrics, Retry, StreamMeter, Timing, Tracing, Validation
 
     return (
@@ -66,14 +71,14 @@ def default_stack(config: LLMConfig) -> tuple[Middleware, ...]:
 
 
 class _LLM:
-    """What `LLM` and `AsyncLLM` share: the configuration, and how a request is made of a prompt."""
+    """The base of `LLM` and `AsyncLLM`: the configuration, and the construction of requests from prompts."""
 
     def __init__(self, config: LLMConfig, middleware: Iterable[Middleware] | None = None) -> None:
         if not isinstance(config, LLMConfig):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(f"{type(self).__name__} takes an LLMConfig, not a {type(config).__name__}")
+            raise TypeError(f"{type(self).__name__}: expected an LLMConfig, got {kind_of(config)}")
         self.config = config
         if isinstance(middleware, str) or not isinstance(middleware, Iterable | None):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(f"middleware is a list, like [Logging(), Retry()], not a {type(middleware).__name__}")
+            raise TypeError(f"middleware: expected a list, like [Logging(), Retry()], got {kind_of(middleware)}")
         if middleware is not None:
             self._stack = make_middleware(list(middleware))
         elif config.middleware is not None:
@@ -95,23 +100,24 @@ class _LLM:
     def from_yaml(
         cls, file: str | Path, *, section: str = "llm", middleware: Iterable[Middleware] | None = None
     ) -> Self:
-        """Configure it from a section of a YAML file; see `LLMConfig.from_yaml`."""
+        """Return a model that is configured by a section of a YAML file; see `LLMConfig.from_yaml`."""
         return cls(LLMConfig.from_yaml(file, section=section), middleware)
 
     def request(self, prompt: Prompt, overrides: Mapping[str, Any]) -> Request:
-        """The request that a prompt and a call's own settings come to.
+        """Return the request for a prompt and the settings of a call.
 
         Raises:
-            TypeError: an override that there is not (the nearest one is named), or a prompt of the wrong type.
-            ValueError: an empty prompt, or a value out of its range.
+            TypeError: a setting does not exist (the message suggests the nearest name), or the prompt is of a wrong
+                type.
+            ValueError: the prompt is empty, or a value is out of range.
         """
         if not overrides:
             return self._template.evolve(messages=prompt)
         changes = dict(overrides)
         for name in changes:
             if name not in _OVERRIDES:
-                hint = "; it is for stream()" if name == "restarts" else did_you_mean(name, _OVERRIDES)
-                raise TypeError(f"a call takes no {name!r}{hint}; provider parameters go in extra=")
+                hint = "; only stream() takes it" if name == "restarts" else did_you_mean(name, _OVERRIDES)
+                raise TypeError(f"a call has no setting {name!r}{hint}; pass provider parameters in extra=")
         problems = parameter_problems(changes)
         if problems:
             raise ConfigError("; ".join(problems), problems=tuple(problems))
@@ -121,15 +127,15 @@ class _LLM:
 
 
 class LLM(_LLM):
-    """A language model, called synchronously. Safe for use from many threads at once.
+    """A language model with synchronous methods. Many threads may use it at once.
 
     Args:
-        config: which model, and how.
-        middleware: the stack, outermost first; by default the configuration's, else the default stack.
+        config: the model and its settings.
+        middleware: the stack, outermost first; by default the configuration's stack, else the default stack.
 
     Raises:
         FrameworkNotRegistered: the configuration's framework is unknown.
-        ConfigError: an extra or a key is missing, or a middleware unknown.
+        ConfigError: an extra or a key is missing, or a middleware is unknown.
     """
 
     def __init__(self, config: LLMConfig, middleware: Iterable[Middleware] | None = None) -> None:
@@ -137,23 +143,23 @@ class LLM(_LLM):
         self.pipeline = Pipeline(make_provider(config, asynchronous=False), self._stack, framework=config.framework)
 
     def forward(self, prompt: Prompt, **overrides: Unpack[Overrides]) -> str:
-        """The model's answer to a prompt, as text.
+        """Return the text of the model's answer to a prompt.
 
         Raises:
-            FluxiblyError: or whatever the provider or a middleware raised.
+            FluxiblyError: the call failed. Any other exception of the provider or a middleware is raised unchanged.
         """
         return self.complete(prompt, **overrides).text
 
     def forward_stream(self, prompt: Prompt, **overrides: Unpack[Overrides]) -> Generator[str, None, None]:
-        """The model's answer, text by text as it comes. Closing the generator gives the stream up.
+        """Return a generator of the answer's texts as they arrive. Closing the generator abandons the stream.
 
         Raises:
-            NotImplementedError: the provider cannot stream. (A provider's errors come at the first iteration.)
+            NotImplementedError: the provider cannot stream. (The first iteration raises the provider's own errors.)
         """
         return self.stream(prompt, **overrides).texts()
 
     def complete(self, prompt: Prompt, **overrides: Unpack[Overrides]) -> Response:
-        """The model's answer to a prompt, with all that is known of it."""
+        """Return the model's answer to a prompt as a `Response`, with usage, finish reason and all other fields."""
         return self.pipeline.complete(self.request(prompt, overrides))
 
     @overload
@@ -163,11 +169,11 @@ class LLM(_LLM):
     @overload
     def stream(self, prompt: Prompt, *, restarts: bool, **overrides: Unpack[Overrides]) -> Stream[Chunk | Restart]: ...
     def stream(self, prompt: Prompt, *, restarts: bool = False, **overrides: Unpack[Overrides]) -> Stream[Any]:
-        """The model's answer as a `Stream`; see `Pipeline.stream`."""
+        """Return the model's answer as a `Stream`; see `Pipeline.stream`."""
         return self.pipeline.stream(self.request(prompt, overrides), restarts=restarts)
 
     def close(self) -> None:
-        """Close the provider's connections. Twice is fine; a call after it is a RuntimeError."""
+        """Close the provider's connections. A second close does nothing; a later call raises a RuntimeError."""
         self.pipeline.close()
 
     def __enter__(self) -> Self:
@@ -178,30 +184,30 @@ class LLM(_LLM):
 
 
 class AsyncLLM(_LLM):
-    """A language model, called from coroutines, on asyncio or trio. Takes what `LLM` takes, middleware included."""
+    """A language model with asynchronous methods, for asyncio and trio. It takes the same arguments as `LLM`."""
 
     def __init__(self, config: LLMConfig, middleware: Iterable[Middleware] | None = None) -> None:
         super().__init__(config, middleware)
         self.pipeline = AsyncPipeline(make_provider(config, asynchronous=True), self._stack, framework=config.framework)
 
     async def forward(self, prompt: Prompt, **overrides: Unpack[Overrides]) -> str:
-        """The model's answer to a prompt, as text.
+        """Return the text of the model's answer to a prompt.
 
         Raises:
-            FluxiblyError: or whatever the provider or a middleware raised.
+            FluxiblyError: the call failed. Any other exception of the provider or a middleware is raised unchanged.
         """
         return (await self.complete(prompt, **overrides)).text
 
     def forward_stream(self, prompt: Prompt, **overrides: Unpack[Overrides]) -> AsyncGenerator[str, None]:
-        """The model's answer, text by text as it comes: `async for text in llm.forward_stream("…")`.
+        """Return a generator of the answer's texts as they arrive: `async for text in llm.forward_stream("…")`.
 
         Raises:
-            NotImplementedError: the provider cannot stream. (A provider's errors come at the first iteration.)
+            NotImplementedError: the provider cannot stream. (The first iteration raises the provider's own errors.)
         """
         return self.stream(prompt, **overrides).texts()
 
     async def complete(self, prompt: Prompt, **overrides: Unpack[Overrides]) -> Response:
-        """The model's answer to a prompt, with all that is known of it."""
+        """Return the model's answer to a prompt as a `Response`, with usage, finish reason and all other fields."""
         return await self.pipeline.complete(self.request(prompt, overrides))
 
     @overload
@@ -213,11 +219,11 @@ class AsyncLLM(_LLM):
         self, prompt: Prompt, *, restarts: bool, **overrides: Unpack[Overrides]
     ) -> AsyncStream[Chunk | Restart]: ...
     def stream(self, prompt: Prompt, *, restarts: bool = False, **overrides: Unpack[Overrides]) -> AsyncStream[Any]:
-        """The model's answer as an `AsyncStream`, for `async with`; see `AsyncPipeline.stream`."""
+        """Return the model's answer as an `AsyncStream`, for `async with`; see `AsyncPipeline.stream`."""
         return self.pipeline.stream(self.request(prompt, overrides), restarts=restarts)
 
     async def aclose(self) -> None:
-        """Close the provider's connections. Twice is fine; a call after it is a RuntimeError."""
+        """Close the provider's connections. A second close does nothing; a later call raises a RuntimeError."""
         await self.pipeline.aclose()
 
     async def __aenter__(self) -> Self:

@@ -1,4 +1,4 @@
-"""What a prompt is made of: messages, their parts, and tools."""
+"""The parts of a prompt: messages, their content, and tools."""
 
 from __future__ import annotations
 
@@ -8,24 +8,25 @@ from typing import Any, Literal, Protocol, TypeAlias, TypeVar, cast, get_args, r
 import attrs
 
 from fluxibly._checks import is_mapping, kind_of
+from fluxibly._values import Value
 
 _T = TypeVar("_T")
 Role: TypeAlias = Literal["system", "user", "assistant", "tool"]
 ROLES: tuple[str, ...] = get_args(Role)
 
 
-@attrs.frozen
-class Text:
+@attrs.frozen(repr=False, eq=False)
+class Text(Value):
     """A piece of text in a message."""
 
     text: str
 
 
-@attrs.frozen(kw_only=True)
-class Image:
+@attrs.frozen(kw_only=True, repr=False, eq=False)
+class Image(Value):
     """An image in a message: either a `url` (http, https or data) or the bytes `data` with their `media_type`.
 
-    `detail` is OpenAI's hint ("low", "high", "auto"); providers without such a hint ignore it.
+    `detail` is OpenAI's hint ("low", "high", "auto"). Other providers ignore it.
     """
 
     url: str | None = None
@@ -35,23 +36,24 @@ class Image:
 
     def __attrs_post_init__(self) -> None:
         if (self.url is None) == (self.data is None):
-            raise ValueError("an Image takes either url= or data=, and one of them")
+            got = "neither" if self.url is None else "both"
+            raise ValueError(f"an Image: expected either url= or data=, got {got}")
         if self.url is not None and not isinstance(self.url, str):  # pyright: ignore[reportUnnecessaryIsInstance]  # callers may be untyped
-            raise TypeError(f"an Image's url= is a str, not {kind_of(self.url)}")
+            raise TypeError(f"an Image's url: expected a str, got {kind_of(self.url)}")
         if self.data is None:
             return
         if not isinstance(self.data, (bytes, bytearray, memoryview)):  # pyright: ignore[reportUnnecessaryIsInstance]  # callers may be untyped
-            raise TypeError(f"an Image's data= is bytes, not {kind_of(self.data)}; decode base64 first")
+            raise TypeError(f"an Image's data: expected bytes, got {kind_of(self.data)}; decode base64 first")
         if self.media_type is None:
-            raise ValueError("an Image made of data= needs media_type=, e.g. 'image/png'")
+            raise ValueError("an Image with data= needs media_type=, e.g. 'image/png'")
 
 
-@attrs.frozen(kw_only=True)
-class Reasoning:
-    """A model's reasoning that has to go back to it unchanged in the next turn.
+@attrs.frozen(kw_only=True, repr=False, eq=False)
+class Reasoning(Value):
+    """A model's reasoning, which must be sent back to the model unchanged in the next turn.
 
-    `text` is what can be read of it, `signature` proves it to the service, and `raw` is the block as the service sent
-    it (a redacted one has nothing else). Only the dialect that produced it reads `raw`.
+    `text` is the readable part, `signature` proves the reasoning to the service, and `raw` is the block as the service
+    sent it (a redacted block has nothing else). Only the dialect that produced the block reads `raw`.
     """
 
     text: str = ""
@@ -60,8 +62,8 @@ class Reasoning:
 
 
 def parse_arguments(raw: str) -> tuple[dict[str, Any], str | None]:
-    """The arguments of a tool call as a dict, and what was wrong with the text (then the dict is empty)."""
-    import json  # late, for the sake of `import fluxibly`
+    """Return a tool call's arguments as a dict, and the error in the text or None. With an error the dict is empty."""
+    import json  # late, to keep `import fluxibly` fast
 
     if not raw.strip():
         return {}, None
@@ -72,16 +74,16 @@ def parse_arguments(raw: str) -> tuple[dict[str, Any], str | None]:
     except RecursionError:
         return {}, "the arguments are nested too deeply"
     if not is_mapping(value):
-        return {}, f"the arguments are a JSON {type(value).__name__}, not an object"
+        return {}, f"the arguments: expected a JSON object, got {kind_of(value)}"
     return dict(value), None
 
 
-@attrs.frozen
-class ToolCall:
-    """A call of a tool that the model asked for.
+@attrs.frozen(repr=False, eq=False)
+class ToolCall(Value):
+    """A model's request to call a tool.
 
-    Give `arguments` or `raw_arguments`, and the other is derived. If the model's text is not a JSON object then
-    `arguments` is empty, `raw_arguments` has the text, and `error` says what is wrong with it.
+    Pass `arguments` or `raw_arguments`, and the other is derived from it. If the model's text is not a JSON object,
+    `arguments` is empty, `raw_arguments` holds the text, and `error` says what is wrong with the text.
     """
 
     id: str
@@ -89,16 +91,20 @@ class ToolCall:
     arguments: Mapping[str, Any] = attrs.field(factory=dict[str, Any])
     raw_arguments: str = ""
     signature: str | None = attrs.field(default=None, kw_only=True)
-    """A proof that must go back with the call (Gemini's thought signature)."""
+    """A proof that must be sent back with the call (Gemini's thought signature)."""
     error: str | None = attrs.field(default=None, init=False, eq=False)
 
     def __attrs_post_init__(self) -> None:
         if not is_mapping(self.arguments):
             raise TypeError(
-                f"a ToolCall's arguments are a mapping, not {kind_of(self.arguments)}; text is raw_arguments="
+                f"a ToolCall's arguments: expected a mapping, got {kind_of(self.arguments)}; "
+                "pass text as raw_arguments="
             )
         if not isinstance(self.raw_arguments, str):  # pyright: ignore[reportUnnecessaryIsInstance]  # callers may be untyped
-            raise TypeError(f"a ToolCall's raw_arguments are a str, not {kind_of(self.raw_arguments)}; use arguments=")
+            raise TypeError(
+                f"a ToolCall's raw_arguments: expected a str, got {kind_of(self.raw_arguments)}; "
+                "pass a mapping as arguments="
+            )
         if self.raw_arguments and not self.arguments:
             arguments, error = parse_arguments(self.raw_arguments)
             object.__setattr__(self, "arguments", arguments)
@@ -119,7 +125,9 @@ def _parts(content: object) -> tuple[Part, ...]:
     if isinstance(content, (Text, Image)):
         return (content,)
     if not isinstance(content, Iterable) or isinstance(content, (bytes, Mapping)):
-        raise TypeError(f"a message's content is a str, Text, Image or a sequence of these, not {kind_of(content)}")  # pyright: ignore[reportUnknownArgumentType]
+        raise TypeError(
+            f"a message's content: expected a str, Text, Image or a sequence of these, got {kind_of(content)}"  # pyright: ignore[reportUnknownArgumentType]
+        )
     parts: list[Part] = []
     for part in content:  # pyright: ignore[reportUnknownVariableType]
         if isinstance(part, str):
@@ -127,98 +135,100 @@ def _parts(content: object) -> tuple[Part, ...]:
         elif isinstance(part, (Text, Image)):
             parts.append(part)
         else:
-            raise TypeError(f"a part of a message is a str, Text or Image, not {kind_of(part)}")  # pyright: ignore[reportUnknownArgumentType]
+            raise TypeError(f"a message's content: expected a str, Text or Image as a part, got {kind_of(part)}")  # pyright: ignore[reportUnknownArgumentType]
     return tuple(parts)
 
 
 def _calls(calls: object) -> tuple[ToolCall, ...]:
-    return _all_of(ToolCall, calls, "a message's tool_calls are a sequence of ToolCall")
+    return _all_of(ToolCall, calls, "a message's tool_calls: expected a sequence of ToolCall")
 
 
 def _thoughts(parts: object) -> tuple[Reasoning, ...]:
-    return _all_of(Reasoning, parts, "a message's reasoning is a sequence of Reasoning")
+    return _all_of(Reasoning, parts, "a message's reasoning: expected a sequence of Reasoning")
 
 
-def _all_of(kind: type[_T], values: object, due: str) -> tuple[_T, ...]:
-    """`values` as a tuple, if they are what is due."""
+def _all_of(kind: type[_T], values: object, expected: str) -> tuple[_T, ...]:
+    """Return `values` as a tuple of `kind`. Otherwise `expected` begins the error message."""
     if values == ():  # nearly always
         return ()
     if not isinstance(values, Iterable):
-        raise TypeError(f"{due}, not {kind_of(values)}")
+        raise TypeError(f"{expected}, got {kind_of(values)}")
     found: tuple[object, ...] = tuple(values)  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
     for value in found:
         if not isinstance(value, kind):
-            raise TypeError(f"{due}, but there is {kind_of(value)} in it")
+            raise TypeError(f"{expected}, got {kind_of(value)} in the sequence")
     return found  # type: ignore[return-value]  # each was checked above
 
 
 def _known_role(instance: object, attribute: object, role: object) -> None:
     if role not in ROLES:
-        raise ValueError(f"a message's role is one of {', '.join(ROLES)}, not {role!r}")
+        raise ValueError(f"a message's role: expected one of {', '.join(ROLES)}, got {role!r}")
 
 
 @runtime_checkable
 class Answer(Protocol):
-    """What `Message.assistant` takes of a `Response`."""
+    """The fields of a `Response` that `Message.assistant` reads."""
 
     @property
     def text(self) -> str: ...
-    # Any: pyright sees the converters of attrs here, and not the tuples of `ToolCall` and `Reasoning` that they give.
+    # Any, because pyright sees the converters of attrs here, not the tuples of `ToolCall` and `Reasoning` they return.
     @property
     def tool_calls(self) -> Any: ...
     @property
     def reasoning_parts(self) -> Any: ...
 
 
-@attrs.frozen
-class Message:
-    """One turn of a conversation. `Message.user("Hi")` and its siblings are the usual way to make one."""
+@attrs.frozen(repr=False, eq=False)
+class Message(Value):
+    """A turn of a conversation, usually made with a class method such as `Message.user("Hi")`."""
 
     role: Role = attrs.field(validator=_known_role)
     content: tuple[Part, ...] = attrs.field(default=(), converter=_parts)
     tool_calls: tuple[ToolCall, ...] = attrs.field(default=(), converter=_calls, kw_only=True)
-    """What an assistant asked for."""
+    """The tool calls that an assistant asked for."""
     tool_call_id: str | None = attrs.field(default=None, kw_only=True)
     """For the role "tool": the `ToolCall.id` that this message answers."""
     name: str | None = attrs.field(default=None, kw_only=True)
-    """Who speaks; for the role "tool", the tool's name (Gemini needs it)."""
+    """The name of the speaker; for the role "tool", the tool's name (Gemini needs it)."""
     reasoning: tuple[Reasoning, ...] = attrs.field(default=(), converter=_thoughts, kw_only=True)
 
     @property
     def text(self) -> str:
-        """All the text of the message, joined."""
+        """The texts of the message, joined."""
         return "".join([part.text for part in self.content if isinstance(part, Text)])
 
     @classmethod
     def system(cls, text: str) -> Message:
-        """Instructions to the model."""
+        """Return a message with instructions to the model."""
         return cls("system", text)
 
     @classmethod
     def user(cls, content: Content) -> Message:
-        """What the user says: a string, or a sequence of strings, `Text` and `Image`."""
+        """Return a user's message: a str, or a sequence of str, `Text` and `Image`."""
         return cls("user", content)
 
     @classmethod
     def assistant(cls, content: Content | Answer = "", *, tool_calls: Iterable[ToolCall] = ()) -> Message:
-        """What the model said. A `Response` gives its text, its tool calls and the reasoning that must go back."""
-        if isinstance(content, str) or not isinstance(content, Answer):  # a str first: it is the usual case
+        """Return a model's message, or the message of a `Response`: its text, tool calls and reasoning to send back."""
+        if isinstance(content, str) or not isinstance(content, Answer):  # str first, because it is the usual case
             return cls("assistant", cast("tuple[Part, ...]", content), tool_calls=tool_calls)
         return cls("assistant", content.text, tool_calls=content.tool_calls, reasoning=content.reasoning_parts)
 
     @classmethod
     def tool(cls, content: Content, tool_call: str | ToolCall, *, name: str | None = None) -> Message:
-        """The result of a tool. `tool_call` is the `ToolCall` that asked for it, or its id (then give `name` too)."""
+        """Return a tool's result. `tool_call` is the `ToolCall` that it answers, or its id (then pass `name` too)."""
         if isinstance(tool_call, ToolCall):
             return cls("tool", content, tool_call_id=tool_call.id, name=name or tool_call.name)
         if not isinstance(tool_call, str):  # pyright: ignore[reportUnnecessaryIsInstance]  # callers may be untyped
-            raise TypeError(f"a tool's result needs the ToolCall that it answers, or its id, not {kind_of(tool_call)}")
+            raise TypeError(
+                f"a tool's result: expected the ToolCall that it answers, or its id, got {kind_of(tool_call)}"
+            )
         return cls("tool", content, tool_call_id=tool_call, name=name)
 
 
-@attrs.frozen
-class Tool:
-    """A function that the model may ask to call. `parameters` is a JSON Schema of its arguments."""
+@attrs.frozen(repr=False, eq=False)
+class Tool(Value):
+    """A function that the model may ask to call. `parameters` is the JSON Schema of its arguments."""
 
     name: str
     description: str = ""
@@ -227,17 +237,17 @@ class Tool:
 
     def __attrs_post_init__(self) -> None:
         if not isinstance(self.name, str):  # pyright: ignore[reportUnnecessaryIsInstance]  # callers may be untyped
-            raise TypeError(f"a Tool's name is a str, not {kind_of(self.name)}")
+            raise TypeError(f"a Tool's name: expected a str, got {kind_of(self.name)}")
         if not is_mapping(self.parameters):
-            raise TypeError(f"a Tool's parameters are a JSON Schema (a mapping), not {kind_of(self.parameters)}")
+            raise TypeError(f"a Tool's parameters: expected a JSON Schema (a mapping), got {kind_of(self.parameters)}")
 
 
 def to_messages(prompt: object) -> tuple[Message, ...]:
-    """A prompt (a string, a `Message` or a sequence of them) as messages.
+    """Return the messages of a prompt: a str, a `Message` or a sequence of `Message`.
 
     Raises:
-        TypeError: it is something else.
-        ValueError: there is nothing in it.
+        TypeError: the prompt is of another type.
+        ValueError: the prompt is empty.
     """
     if isinstance(prompt, str):
         if not prompt:
@@ -246,12 +256,14 @@ def to_messages(prompt: object) -> tuple[Message, ...]:
     if isinstance(prompt, Message):
         return to_messages((prompt,))
     if not isinstance(prompt, Iterable) or isinstance(prompt, (bytes, Mapping)):
-        raise TypeError(f"a prompt is a str or a sequence of Message, not {kind_of(prompt)}")  # pyright: ignore[reportUnknownArgumentType]
+        raise TypeError(f"the prompt: expected a str or a sequence of Message, got {kind_of(prompt)}")  # pyright: ignore[reportUnknownArgumentType]
     given: tuple[object, ...] = tuple(prompt)  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
     for message in given:
         if not isinstance(message, Message):
             hint = "; write Message.user(...)" if isinstance(message, str) else ""
-            raise TypeError(f"a prompt is a str or a sequence of Message, but has {kind_of(message)} in it{hint}")
+            raise TypeError(
+                f"the prompt: expected a str or a sequence of Message, got {kind_of(message)} in the sequence{hint}"
+            )
     if not given:
         raise ValueError("the prompt has no messages; give a non-empty string or a sequence of Message")
     messages = cast("tuple[Message, ...]", given)
@@ -265,7 +277,7 @@ _EMPTY_PROMPT = "the prompt is empty; give a non-empty string or a sequence of M
 
 
 def _says_something(message: Message) -> bool:
-    """Whether there is anything in a message. A tool may have nothing to report, and an assistant only call tools."""
+    """Whether a message has content. A tool's result may be empty, and an assistant may only call tools."""
     for part in message.content:
         if isinstance(part, Image) or part.text:
             return True
@@ -273,23 +285,25 @@ def _says_something(message: Message) -> bool:
 
 
 def to_tools(tools: Iterable[Tool | Mapping[str, Any]] | None) -> tuple[Tool, ...]:
-    """The tools of a request.
+    """Return the tools of a request as a tuple.
 
     Raises:
-        TypeError: it is no sequence of tools.
-        ValueError: a mapping among them has no name.
+        TypeError: `tools` is not a sequence of tools.
+        ValueError: a mapping in the sequence has no name.
     """
     if tools is None:
         return ()
     if not isinstance(tools, Iterable) or isinstance(tools, (str, Mapping)):  # pyright: ignore[reportUnnecessaryIsInstance]  # callers may be untyped
         found = kind_of(cast("object", tools))
-        raise TypeError(f"tools is a sequence of Tool or of mappings, like [Tool('look')], not {found}")
+        raise TypeError(f"tools: expected a sequence of Tool or of mappings, like [Tool('look')], got {found}")
     return tuple(tool if isinstance(tool, Tool) else _tool(tool) for tool in tools)
 
 
 def _tool(tool: object) -> Tool:
     if not is_mapping(tool):
-        raise TypeError(f"a tool is a Tool or a mapping with name, description and parameters, not {kind_of(tool)}")
+        raise TypeError(
+            f"a tool: expected a Tool or a mapping with name, description and parameters, got {kind_of(tool)}"
+        )
     fields: object = tool.get("function", tool)
     if not is_mapping(fields) or not isinstance(fields.get("name"), str):
         raise ValueError("a tool given as a mapping needs a 'name' (a str)")
@@ -303,11 +317,11 @@ def _tool(tool: object) -> Tool:
 
 
 def to_stop(stop: str | Iterable[str] | None) -> tuple[str, ...]:
-    """The stop sequences of a request.
+    """Return the stop sequences of a request as a tuple.
 
     Raises:
-        TypeError: it is neither a string nor a sequence of strings.
+        TypeError: `stop` is neither a str nor a sequence of str.
     """
     if stop is None:
         return ()
-    return (stop,) if isinstance(stop, str) else _all_of(str, stop, "stop is a str or a sequence of str")
+    return (stop,) if isinstance(stop, str) else _all_of(str, stop, "stop: expected a str or a sequence of str")

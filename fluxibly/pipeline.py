@@ -1,4 +1,4 @@
-"""`Pipeline` and `AsyncPipeline`: a provider with its middleware, and the loops that carry a whole call out."""
+"""`Pipeline` and `AsyncPipeline`: a provider with its middleware, and the loops that carry out a whole call."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ if TYPE_CHECKING:
 
 
 class Pipeline(SyncStack):
-    """A provider behind a stack of middleware, the first outermost. Safe for use from many threads at once.
+    """A provider behind a stack of middleware. Many threads may use it at once.
 
     Args:
         provider: a `Provider`.
-        middleware: the stack.
-        framework: its name in logs; by default what the provider's `info` says, else "custom".
-        clock: for tests; see `fluxibly.testing.VirtualClock`.
+        middleware: the stack, outermost first.
+        framework: the framework's name in logs; by default the name in the provider's `info`, else "custom".
+        clock: a clock for tests; see `fluxibly.testing.VirtualClock`.
     """
 
     def complete(self, request: Request) -> Response:
-        """Ask the provider, through the stack, for its whole response.
+        """Send a request through the stack to the provider, and return the whole response.
 
         Raises:
-            FluxiblyError: or whatever the provider or a middleware raised.
+            FluxiblyError: the call failed. Any other exception of the provider or a middleware is raised unchanged.
         """
         request = self.begin(request)
         flow = self._run(request)
@@ -62,10 +62,10 @@ class Pipeline(SyncStack):
     @overload
     def stream(self, request: Request, *, restarts: bool) -> Stream[Chunk | Restart]: ...
     def stream(self, request: Request, *, restarts: bool = False) -> Stream[Any]:
-        """Ask the provider, through the stack, for a stream. Nothing is sent before the first read.
+        """Return a stream of the provider's response, through the stack. The first read sends the request.
 
         Args:
-            restarts: also take `Restart` events, so that `Retry(on_interrupt="restart")` may begin the answer anew.
+            restarts: also yield `Restart` events, so that `Retry(on_interrupt="restart")` may begin the answer again.
 
         Raises:
             NotImplementedError: the provider has no `stream`.
@@ -76,7 +76,7 @@ class Pipeline(SyncStack):
         return Stream(SyncStreamDriver(self, request, self._run(request)))
 
     def close(self) -> None:
-        """Close the provider. Twice is fine; a call after it is a RuntimeError."""
+        """Close the provider. A second close does nothing; a later call raises a RuntimeError."""
         if not self.closed:
             self.closed = True
             close = getattr(self.provider, "close", None)
@@ -91,16 +91,16 @@ class Pipeline(SyncStack):
 
 
 class AsyncPipeline(AsyncStack):
-    """A `Pipeline` with the same methods as coroutines, on asyncio and trio. Takes the same middleware.
+    """A `Pipeline` with asynchronous methods, for asyncio and trio. It takes the same middleware.
 
-    A synchronous provider is run in worker threads.
+    A synchronous provider runs in worker threads.
     """
 
     async def complete(self, request: Request) -> Response:
-        """Ask the provider, through the stack, for its whole response.
+        """Send a request through the stack to the provider, and return the whole response.
 
         Raises:
-            FluxiblyError: or whatever the provider or a middleware raised.
+            FluxiblyError: the call failed. Any other exception of the provider or a middleware is raised unchanged.
         """
         request = self.begin(request)
         flow = self._run(request)
@@ -131,10 +131,10 @@ class AsyncPipeline(AsyncStack):
     @overload
     def stream(self, request: Request, *, restarts: bool) -> AsyncStream[Chunk | Restart]: ...
     def stream(self, request: Request, *, restarts: bool = False) -> AsyncStream[Any]:
-        """Ask the provider, through the stack, for a stream. Nothing is sent before the first read.
+        """Return a stream of the provider's response, through the stack. The first read sends the request.
 
         Args:
-            restarts: also take `Restart` events, so that `Retry(on_interrupt="restart")` may begin the answer anew.
+            restarts: also yield `Restart` events, so that `Retry(on_interrupt="restart")` may begin the answer again.
 
         Raises:
             NotImplementedError: the provider has no `stream`.
@@ -145,7 +145,7 @@ class AsyncPipeline(AsyncStack):
         return AsyncStream(AsyncStreamDriver(self, request, self._run(request)))
 
     async def aclose(self) -> None:
-        """Close the provider. Twice is fine; a call after it is a RuntimeError."""
+        """Close the provider. A second close does nothing; a later call raises a RuntimeError."""
         if not self.closed:
             self.closed = True
             aclose = getattr(self.provider, "aclose", None)

@@ -1,4 +1,4 @@
-"""What a provider is, an object with one or two methods; and a synchronous one run in threads, for async pipelines."""
+"""The interface of a provider, and the adapter that runs a synchronous provider in threads for async pipelines."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from collections.abc import AsyncGenerator, Callable, Iterator
 from contextvars import Context, copy_context
 from typing import Any, Final, Protocol, TypeVar, runtime_checkable
 
+from fluxibly._checks import kind_of
 from fluxibly.types import Chunk, ProviderInfo, Request, Response
 
 
 @runtime_checkable
 class Provider(Protocol):
-    """Answers requests. Only `complete` is needed::
+    """An object that answers requests. Only `complete` is required::
 
         class Parrot:
             def complete(self, request: Request) -> str:
@@ -21,12 +22,13 @@ class Provider(Protocol):
             def stream(self, request: Request) -> Iterator[str]:
                 yield from request.messages[-1].text
 
-    `complete` returns a `Response`, or a str for its text. `stream(request)`, if there is one, returns an iterator of
-    `Chunk` or str; a generator's `finally`, or an iterator's own `close()`, releases what it holds. `close()`, if
-    there is one, ends the provider. Raise `ProviderError("…", retryable=True)` for what may succeed if tried again;
-    any other exception reaches the caller as it is.
+    `complete` returns a `Response`, or a str for the response's text. The optional `stream(request)` returns an
+    iterator of `Chunk` or str. A generator releases its resources in `finally`, any other iterator in its `close()`.
+    The optional `close()` of the provider releases the provider's own resources. Raise
+    `ProviderError("…", retryable=True)` for a failure that may not recur in the next attempt. Any other exception
+    reaches the caller unchanged.
 
-    An attribute `info` (`ProviderInfo`), if there is one, says who this is in logs and traces.
+    The optional attribute `info` (`ProviderInfo`) identifies the provider in logs and traces.
     """
 
     def complete(self, request: Request, /) -> Response | str: ...
@@ -34,7 +36,7 @@ class Provider(Protocol):
 
 @runtime_checkable
 class AsyncProvider(Protocol):
-    """A `Provider` whose `complete` is a coroutine function, `stream` an async generator and `aclose` a coroutine."""
+    """A `Provider` with coroutine functions `complete` and `aclose`, and an async generator function `stream`."""
 
     async def complete(self, request: Request, /) -> Response | str: ...
 
@@ -47,15 +49,15 @@ def is_async(provider: object) -> bool:
 
 
 def check(provider: object) -> None:
-    """Raise a TypeError unless `provider` can be one."""
+    """Raise a TypeError if `provider` cannot be a provider."""
     if isinstance(provider, type):
         raise TypeError(f"a provider is an object; {provider.__name__} is a class: write {provider.__name__}()")
     if not callable(getattr(provider, "complete", None)):
-        raise TypeError(f"a provider has a method complete(request), which {type(provider).__name__} lacks")
+        raise TypeError(f"expected a provider with a method complete(request), got {kind_of(provider)}")
 
 
 def info_of(provider: object, framework: str | None) -> ProviderInfo:
-    """Who a provider is: its own `info` if it has one, named after its class and framework."""
+    """Return a provider's own `info`, or else an info named after its class and framework."""
     info = getattr(provider, "info", None)
     if isinstance(info, ProviderInfo):
         return info
@@ -64,27 +66,27 @@ def info_of(provider: object, framework: str | None) -> ProviderInfo:
 
 
 def no_stream(provider: object) -> NotImplementedError:
-    """The error for a provider without `stream`."""
+    """Return the error for a provider without `stream`."""
     return NotImplementedError(
-        f"the provider {type(provider).__name__} has no stream(); use forward() or complete(), or give it a method "
+        f"the provider {type(provider).__name__} has no stream(); use forward() or complete(), or add a method "
         "stream(request) that yields Chunk or str"
     )
 
 
 T = TypeVar("T")
 _END: Final = object()
-"""What a stream's reader gives after the last item."""
+"""The value that a stream's reader returns after the last item."""
 
 
 async def in_thread(call: Callable[[], T]) -> T:
-    """Run `call` in a worker thread, with a copy of the context; a cancellation lets go of it where it is."""
-    import anyio.to_thread  # late, for the sake of `import fluxibly`
+    """Run `call` in a worker thread with a copy of the context. A cancellation does not wait for the thread."""
+    import anyio.to_thread  # late, to keep `import fluxibly` fast
 
     return await anyio.to_thread.run_sync(call, abandon_on_cancel=True)
 
 
 class Threaded:
-    """An `AsyncProvider` made of a `Provider`."""
+    """An `AsyncProvider` that runs a `Provider` in worker threads."""
 
     def __init__(self, wrapped: Provider) -> None:
         self.wrapped: Any = wrapped
@@ -99,9 +101,9 @@ class Threaded:
         reader = _Reader(self.wrapped, request, copy_context())
         try:
             while (item := await in_thread(reader.read)) is not _END:
-                yield item  # type: ignore[misc]  # a Chunk or str, or an error for the flow to tell of
+                yield item  # type: ignore[misc]  # a Chunk or str; the flow raises an error for anything else
         finally:
-            # Closing may block (a connection); a read that was let go of by a cancellation closes when it returns.
+            # Closing may block on a connection. A read that a cancellation left running closes when it returns.
             reader.close_soon()
 
     async def aclose(self) -> None:
@@ -111,7 +113,7 @@ class Threaded:
 
 
 class _Reader:
-    """Steps a provider's stream, always in one context, and closes it in whichever thread has it last."""
+    """A reader of a provider's stream. Each step runs in the same context, and the last thread in it closes the stream."""
 
     def __init__(self, provider: Any, request: Request, context: Context) -> None:
         self.provider = provider

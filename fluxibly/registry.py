@@ -7,15 +7,12 @@ import importlib.util
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any, TypeAlias
-
-import attrs
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from fluxibly._checks import did_you_mean, is_mapping
 from fluxibly._extras import pip_install
 from fluxibly.errors import ConfigError, FrameworkNotRegistered
 from fluxibly.flow import Middleware
-from fluxibly.providers.services import SERVICES
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
@@ -24,8 +21,7 @@ ProviderFactory: TypeAlias = Callable[..., Any]
 MiddlewareFactory: TypeAlias = Callable[..., Middleware]
 
 
-@attrs.frozen(kw_only=True)
-class Framework:
+class Framework(NamedTuple):
     """A way to make providers. `module` is loaded at first use; the classes in it take an `LLMConfig`."""
 
     name: str
@@ -77,9 +73,12 @@ def _built_in(name: str, module: str, stem: str, **options: Any) -> Framework:
     )
 
 
-_BUILT_IN: dict[str, Framework] = {
-    framework.name: framework
-    for framework in (
+@cache
+def _built_in_frameworks() -> Mapping[str, Framework]:
+    # Late, because only a program that makes a provider needs the table.
+    from fluxibly.providers.services import SERVICES
+
+    found = [
         _built_in("echo", "echo", "Echo"),
         _built_in("local", "local", "Local", extra="local", needs="xllamacpp"),
         *(
@@ -92,8 +91,10 @@ _BUILT_IN: dict[str, Framework] = {
         _built_in("ollama-generate", "ollama", "OllamaGenerate"),
         _built_in("langchain", "langchain", "LangChain", extra="langchain", needs="langchain"),
         _built_in("litellm", "litellm", "LiteLLM", extra="litellm", needs="litellm"),
-    )
-}
+    ]
+    return {framework.name: framework for framework in found}
+
+
 _BUILT_IN_MIDDLEWARE = {
     "logging": "Logging",
     "tracing": "Tracing",
@@ -130,7 +131,9 @@ def register_llm_framework(
     with _lock:
         old = _frameworks.get(name)
         taken = old is not None and not _same(old.sync, provider)
-        if not replace and (taken or (old is None and (name in _BUILT_IN or name in _entry_points("frameworks")))):
+        if not replace and (
+            taken or (old is None and (name in _built_in_frameworks() or name in _entry_points("frameworks")))
+        ):
             raise ValueError(f"the LLM framework {name!r} is registered already; pass replace=True to take it over")
         _frameworks[name] = new
 
@@ -184,7 +187,7 @@ def _entry_points(kind: str) -> Mapping[str, EntryPoint]:
 def frameworks() -> Mapping[str, Framework]:
     """All frameworks that can be named, by name."""
     others = {name: Framework(name=name, module=point.value) for name, point in _entry_points("frameworks").items()}
-    return dict(sorted({**others, **_BUILT_IN, **_frameworks}.items()))
+    return dict(sorted({**others, **_built_in_frameworks(), **_frameworks}.items()))
 
 
 def make_provider(config: Any, *, asynchronous: bool) -> Any:
@@ -203,7 +206,7 @@ def find_framework(name: str) -> Framework:
     Raises:
         FrameworkNotRegistered: there is none.
     """
-    found = _frameworks.get(name) or _BUILT_IN.get(name)
+    found = _frameworks.get(name) or _built_in_frameworks().get(name)
     if found is not None:
         return found
     point = _entry_points("frameworks").get(name)

@@ -1,4 +1,4 @@
-"""What the consumer of a stream holds: `Stream` and `AsyncStream`, thin handles of the drivers."""
+"""The consumer's handles of a stream: `Stream` and `AsyncStream`, thin layers over the drivers."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ Event = TypeVar("Event", bound="Chunk | Restart", covariant=True)
 
 
 class Stream(Generic[Event]):
-    """A streamed answer: iterate its `Chunk`s (and `Restart`s, if asked for), then read `response`.
+    """A streamed answer: iterate over its `Chunk`s (and `Restart`s, if asked for), then read `response`.
 
-    Use it in a `with` block, so that leaving early releases the connection. One thread reads at a time; `close` may be
-    called from any.
+    Use it in a `with` block, so that leaving early releases the connection. Only one thread may read at a time, but
+    any thread may call `close`.
     """
 
     __slots__ = ("__weakref__", "_driver")
@@ -43,7 +43,7 @@ class Stream(Generic[Event]):
                 if driver.stage is closing:
                     driver.finish_closing()
                 raise
-            # A close that found the context occupied has set the stage before it gave up, so it is seen here.
+            # A close that found the context occupied has set the stage before it returned, so this check sees it.
             if driver.stage is closing:
                 driver.finish_closing()
                 return
@@ -66,10 +66,10 @@ class Stream(Generic[Event]):
         return _response(self._driver)
 
     def close(self) -> None:
-        """Give the stream up, if it is not over: its middleware see it end as abandoned. Twice is fine.
+        """Abandon the stream, unless it has ended. A second close does nothing.
 
-        A read under way in another thread ends too: at once where the provider can (the HTTP ones and `local`), else
-        when it returns.
+        The middleware see the stream end as abandoned. A read under way in another thread ends too: at once if the
+        provider supports that (the HTTP providers and `local` do), else when the read returns.
         """
         self._driver.close()
 
@@ -83,9 +83,9 @@ class Stream(Generic[Event]):
         _abandoned.abandon(self._driver)
 
     def texts(self) -> Generator[str, None, None]:
-        """The non-empty texts of the chunks. The generator owns the stream: closing it closes the stream."""
+        """Return a generator of the chunks' non-empty texts. It owns the stream: closing it closes the stream."""
         texts = self._texts()
-        next(texts)  # so that closing it unread still ends the flow
+        next(texts)  # start the generator, so that closing it unread still ends the flow
         return texts
 
     def _texts(self) -> Generator[str, None, None]:
@@ -99,7 +99,7 @@ class Stream(Generic[Event]):
 
 
 class AsyncStream(Generic[Event]):
-    """A `Stream` for `async with` and `async for`. One task reads at a time; `aclose` may be called from any."""
+    """A `Stream` for `async with` and `async for`. Only one task may read at a time, but any may call `aclose`."""
 
     __slots__ = ("__weakref__", "_driver")
 
@@ -138,9 +138,9 @@ class AsyncStream(Generic[Event]):
         return _response(self._driver)
 
     async def aclose(self) -> None:
-        """Give the stream up, if it is not over: its middleware see it end as abandoned. Twice is fine.
+        """Abandon the stream, unless it has ended. A second close does nothing.
 
-        A read under way in another task ends too.
+        The middleware see the stream end as abandoned. A read under way in another task ends too.
         """
         await self._driver.aclose()
 
@@ -154,7 +154,7 @@ class AsyncStream(Generic[Event]):
         _abandoned.abandon(self._driver)
 
     async def texts(self) -> AsyncGenerator[str, None]:
-        """The non-empty texts of the chunks. The generator owns the stream: closing it closes the stream."""
+        """Yield the non-empty texts of the chunks. The generator owns the stream: closing it closes the stream."""
         try:
             async for event in self:
                 if isinstance(event, Chunk) and event.text:
@@ -165,5 +165,5 @@ class AsyncStream(Generic[Event]):
 
 def _response(driver: StreamDriver) -> Response:
     if driver.response is None:
-        raise RuntimeError("the stream has no response yet: iterate it to its end first")
+        raise RuntimeError("the stream has no response yet: iterate over it to its end first")
     return driver.response

@@ -1,8 +1,8 @@
-"""The data that flows through a pipeline: requests, responses, chunks, what was measured, and the record of a call.
+"""The data that flows through a pipeline: requests, responses, chunks, measurements, and the record of a call.
 
-Everything here is immutable by contract. `Request`, `Response`, `Message` and their parts enforce it; `Chunk`, made
-once for every few characters of a stream, is only declared so to type checkers, because enforcement doubles its cost.
-`CallRecord` is the exception: it is the mutable memory of one call.
+Everything here is immutable by contract, except `CallRecord`, which is the mutable memory of a call. `Request`,
+`Response`, `Message` and their parts enforce the contract. `Chunk` is immutable only for type checkers: a stream makes
+a chunk for every few characters, and enforcement would double the cost of a chunk.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 import attrs
 
 from fluxibly._checks import repr_of_headers, repr_without_secrets
+from fluxibly._values import Shown, Value
 from fluxibly.messages import (
     ROLES as ROLES,
     Content as Content,
@@ -42,15 +43,15 @@ else:
 _T = TypeVar("_T")
 
 Outcome: TypeAlias = Literal["completed", "failed", "abandoned", "cancelled", "stalled"]
-"""How a call ended; named alike in logs, metrics and spans."""
+"""How a call ended. Logs, metrics and spans use the same words."""
 
 FINISH_REASONS = ("stop", "length", "content_filter", "tool_call", "error")
-"""The vocabulary of `Response.finish_reason`; a provider's reason outside of it is passed on as it is."""
+"""The vocabulary of `Response.finish_reason`. A provider's reason outside this vocabulary is passed on unchanged."""
 
 
-@attrs.frozen(kw_only=True)
-class ProviderInfo:
-    """Who answers: for logs (`name` is the provider's class), spans and error messages."""
+@attrs.frozen(kw_only=True, repr=False, eq=False)
+class ProviderInfo(Value):
+    """The identity of a provider, for logs (`name` is the provider's class), spans and error messages."""
 
     name: str = "unknown"
     framework: str = "custom"
@@ -65,9 +66,9 @@ _UNKNOWN = ProviderInfo()
 
 
 class CallRecord:
-    """The memory of one call, shared by all its layers and attempts: what must survive a failure is written here.
+    """The memory of a call, shared by all its layers and attempts. It keeps the facts that must survive a failure.
 
-    Times are of `clock`, in seconds.
+    Times are readings of `clock`, in seconds.
     """
 
     provider: ProviderInfo
@@ -78,41 +79,42 @@ class CallRecord:
     started_at: float
     """When the call began."""
     sent_at: float | None
-    """When the first attempt went out, of a stream."""
+    """When the first attempt of a stream was sent; None for other calls."""
     requested_at: float
-    """When the consumer asked for the chunk that is on its way; kept while `timed`."""
+    """When the consumer asked for the chunk that is being read. Later chunks update it only while `timed` is set."""
     timed: bool
     first_chunk_at: float | None
     """When the first chunk was delivered."""
     delivered: list[str]
-    """The texts of the chunks that the consumer got, since the last `Restart`."""
+    """The texts of the chunks that the consumer has received since the last `Restart`."""
     attempts: int
     watched: bool
-    """Whether a layer wants the effect that ends each attempt; it costs a trip through all the layers."""
+    """Whether a layer needs the effect that ends each attempt. The effect costs a pass through all the layers."""
     trace_headers: Mapping[str, str] | None
-    """What tells the trace to the service, where it is the same for all attempts: `send` adds it to their requests."""
+    """Trace headers that are the same for every attempt. `send` adds them to the request of each attempt."""
     sent_model: str | None
-    """The model that the last attempt asked for. A provider that turned to another by itself says so here."""
+    """The model that the last attempt asked for. A provider that falls back to another model by itself updates it."""
     sent_messages: tuple[Message, ...]
-    """What the last attempt sent: middleware may have added to it. Error messages are masked with it."""
+    """The messages of the last attempt, with any that middleware added. Error messages are masked against them."""
     model: str | None
-    """The model that answered, as the last attempt's response named it."""
+    """The model that answered, as named by the last attempt's response."""
     usage: Usage | None
-    """Of the last attempt; of one that was cut off or given up, as far as the service had told."""
+    """The usage of the last attempt. If the attempt was cut off or abandoned: as far as the service had reported it."""
     finish_reason: str | None
-    """Why the last attempt ended, as far as the service had told."""
+    """Why the last attempt ended, as far as the service had reported it."""
     stats: StreamStats | None
     cache_hit: bool
     """Set by a middleware that answers from a cache."""
     attempt_times: list[float] | None
-    """Seconds of each attempt, where `Timing` asked for them."""
+    """The duration of each attempt in seconds, if `Timing` asked for it."""
     timings: dict[str, float]
-    """Seconds, by what was timed (see `Timing`)."""
+    """Durations in seconds, by name (see `Timing`)."""
     notes: dict[str, Any]
-    """What middleware keep for themselves, each under a key of its own."""
+    """The private data of middleware, each under its own key."""
 
     def __init__(self) -> None:
-        # All of them are set here: an attribute that an instance has takes a quarter of the time of one on its class.
+        # Every attribute is set here, because reading it from the instance takes a quarter of the time of a class
+        # attribute.
         self.provider = _UNKNOWN
         self.streaming = self.restarts = self.timed = self.watched = self.cache_hit = False
         self.clock = perf_counter
@@ -130,24 +132,24 @@ class CallRecord:
 
     @property
     def chunks(self) -> int:
-        """How many chunks the consumer got, since the last `Restart`."""
+        """The number of chunks that the consumer has received since the last `Restart`."""
         return len(self.delivered)
 
     @property
     def characters(self) -> int:
-        """How many characters of text the consumer got, since the last `Restart`."""
+        """The number of characters of text that the consumer has received since the last `Restart`."""
         return sum(map(len, self.delivered))
 
 
-@attrs.frozen(kw_only=True, slots=False, eq=False)
-class Request:
-    """What a provider is asked. Parameters that are None are not sent.
+@attrs.frozen(kw_only=True, slots=False, repr=False, eq=False)
+class Request(Shown):
+    """A request to a provider. Parameters that are None are not sent.
 
-    `messages` takes a string too. `stop` is up to a few strings that end the answer. `tool_choice` is "auto", "none",
-    "required" or a tool's name. `response_format` is "text", "json" or a JSON Schema (a mapping) that the answer
-    follows. `reasoning_effort` is the provider's word ("low", "high", …). `n` asks for several choices. `extra` goes
-    into the request's body as it is and wins over everything. `headers` are sent along by HTTP providers. `metadata`
-    is the caller's own, for middleware: it is never sent.
+    `messages` also accepts a str. `stop` holds a few strings, each of which ends the answer. `tool_choice` is "auto",
+    "none", "required" or a tool's name. `response_format` is "text", "json" or a JSON Schema (a mapping) that the
+    answer must follow. `reasoning_effort` is the provider's own word ("low", "high", …). `n` asks for several choices.
+    `extra` is merged into the request body unchanged and takes precedence over every other parameter. HTTP providers
+    send `headers` with the request. `metadata` carries the caller's own data for middleware and is never sent.
     """
 
     model: str
@@ -171,16 +173,16 @@ class Request:
     call: CallRecord = attrs.field(factory=CallRecord, repr=False)
 
     def evolve(self, **changes: Any) -> Self:
-        """A copy with `changes`, which shares this request's `call` record.
+        """Return a copy with `changes` that shares this request's `call` record.
 
         Raises:
-            TypeError: a name is not one of a request.
+            TypeError: a request has no field of that name.
         """
         return _evolve(self, changes)
 
     @property
     def prompt_length(self) -> int:
-        """The characters of all the texts in its messages."""
+        """The number of characters in all the texts of the messages."""
         return sum([len(part.text) for message in self.messages for part in message.content if isinstance(part, Text)])
 
 
@@ -195,7 +197,7 @@ _CONVERTERS: dict[str, Callable[[Any], Any]] = {
 
 
 def _evolve(self: _T, changes: dict[str, Any]) -> _T:
-    """`attrs.evolve` for classes with a `__dict__`, a third of its cost."""
+    """Do the work of `attrs.evolve` for classes with a `__dict__`, at a third of its cost."""
     state = self.__dict__.copy()
     for name, value in changes.items():
         if name not in state:
@@ -216,7 +218,7 @@ def _of_state(self: _T, state: dict[str, Any]) -> _T:
 
 
 def with_headers(request: Request, added: Mapping[str, str]) -> Request:
-    """The request with these headers, each once, whatever it had under their names."""
+    """Return the request with the `added` headers, which replace its own headers of the same names (in any case)."""
     if not added:
         return request
     if request.headers:
@@ -227,9 +229,9 @@ def with_headers(request: Request, added: Mapping[str, str]) -> Request:
     return _of_state(request, state)
 
 
-@attrs.frozen(kw_only=True)
-class Usage:
-    """Tokens as the service counted them; None where it did not say.
+@attrs.frozen(kw_only=True, repr=False, eq=False)
+class Usage(Value):
+    """Token counts as the service reported them. A count that it did not report is None.
 
     `input_tokens` includes `cached_tokens` (read from a prompt cache) and `cache_write_tokens`; `output_tokens`
     includes `reasoning_tokens` (OpenTelemetry's convention, `gen_ai.usage.*`).
@@ -243,18 +245,18 @@ class Usage:
 
     @property
     def total_tokens(self) -> int | None:
-        """Input and output together, if either is known."""
+        """The sum of input and output tokens, or None if neither count is known."""
         if self.input_tokens is None and self.output_tokens is None:
             return None
         return (self.input_tokens or 0) + (self.output_tokens or 0)
 
 
-@attrs.frozen(kw_only=True)
-class StreamStats:
-    """What `StreamMeter` measured of a stream. Times are seconds and leave out what the consumer took.
+@attrs.frozen(kw_only=True, repr=False, eq=False)
+class StreamStats(Value):
+    """The measurements of a stream by `StreamMeter`. Times are in seconds and exclude the time of the consumer.
 
-    A gap is the wait for a chunk after the first; `longest_stall` is the longest of all waits, the first included,
-    and that which ended in an error. The percentiles are estimates (see `StreamMeter`).
+    A gap is the wait for a chunk after the first. `longest_stall` is the longest of all waits, including the wait for
+    the first chunk and a wait that ended in an error. The percentiles are estimates (see `StreamMeter`).
     """
 
     chunks: int = 0
@@ -271,23 +273,23 @@ class StreamStats:
 
     @property
     def average_chunk_size(self) -> float:
-        """Characters a chunk."""
+        """The mean number of characters per chunk."""
         return self.characters / self.chunks if self.chunks else 0.0
 
     @property
     def characters_per_second(self) -> float | None:
-        """The rate after the first chunk came; None if no time passed."""
+        """Characters per second after the first chunk arrived; None if no time passed."""
         return self.characters / self.streaming_time if self.streaming_time > 0 else None
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Output tokens a second after the first chunk came; None where the service did not count them."""
+        """Output tokens per second after the first chunk arrived; None if the service did not count the tokens."""
         if self.tokens is None or self.streaming_time <= 0:
             return None
         return self.tokens / self.streaming_time
 
 
-# One for each type, because mypy takes no generic function for a converter.
+# A function for each type, because mypy does not accept a generic function as a converter.
 def _to_tool_calls(calls: Iterable[ToolCall]) -> tuple[ToolCall, ...]:
     return tuple(calls)
 
@@ -300,14 +302,14 @@ def _to_responses(responses: Iterable[Response]) -> tuple[Response, ...]:
     return tuple(responses)
 
 
-@attrs.frozen(slots=False)
-class Response:
-    """A model's whole answer. `Response(text="hello")` is a complete one; `str(response)` is its text.
+@attrs.frozen(slots=False, repr=False, eq=False)
+class Response(Value):
+    """A model's whole answer. `Response(text="hello")` is a valid response, and `str(response)` is its text.
 
-    `finish_reason` is one of `FINISH_REASONS` (or the service's own word, if it fits none), `raw_finish_reason` what
-    the service said. `alternatives` are the choices after the first, where several were asked for. `parsed` is what
-    `Validation` made of the text. `elapsed` is the call's wall time in seconds. `raw` is the service's body, decoded
-    (None for streams).
+    `finish_reason` is a word of `FINISH_REASONS`, or the service's own word if that fits no word of the vocabulary.
+    `raw_finish_reason` is always the service's own word. `alternatives` holds the choices after the first, if the
+    request asked for several. `parsed` is the value that `Validation` parsed from the text. `elapsed` is the call's
+    wall time in seconds. `raw` is the decoded body of the service's response (None for streams).
     """
 
     text: str = ""
@@ -323,7 +325,7 @@ class Response:
     parsed: Any = attrs.field(default=None, kw_only=True)
     request_id: str | None = attrs.field(default=None, kw_only=True, eq=False)
     rate_limits: Mapping[str, str] = attrs.field(factory=dict[str, str], kw_only=True, eq=False)
-    """The service's rate-limit headers, by their lower-case names."""
+    """The service's rate-limit headers, by lower-case name."""
     elapsed: float | None = attrs.field(default=None, kw_only=True, eq=False)
     stats: StreamStats | None = attrs.field(default=None, kw_only=True, eq=False)
     raw: Any = attrs.field(default=None, kw_only=True, eq=False, repr=False)
@@ -332,22 +334,22 @@ class Response:
         return self.text
 
     def evolve(self, **changes: Any) -> Response:
-        """A copy with `changes`.
+        """Return a copy with `changes`.
 
         Raises:
-            TypeError: a name is not one of a response.
+            TypeError: a response has no field of that name.
         """
         return _evolve(self, changes)
 
     @property
     def has_output(self) -> bool:
-        """Whether there is text, reasoning or a tool call in it."""
+        """Whether the response contains text, reasoning or a tool call."""
         return bool(self.text or self.tool_calls or self.reasoning)
 
 
-@attrs.frozen(kw_only=True)
-class ToolCallDelta:
-    """A fragment of a tool call in a stream. Fragments are joined by `index`, else by `id`, else to the last one."""
+@attrs.frozen(kw_only=True, repr=False, eq=False)
+class ToolCallDelta(Value):
+    """A fragment of a tool call in a stream. Fragments are joined by `index`, else by `id`, else to the last call."""
 
     index: int | None = None
     id: str | None = None
@@ -373,12 +375,12 @@ def _is_text_only(chunk: Chunk) -> bool:
     )
 
 
-@chunk_class
-class Chunk:
-    """A piece of a streamed answer. `Chunk(text="tok ")` is a complete one. Treat it as immutable.
+@chunk_class(repr=False, eq=False)
+class Chunk(Value):
+    """A piece of a streamed answer. `Chunk(text="tok ")` is a valid chunk. Treat chunks as immutable.
 
-    The last value of `finish_reason`, `usage`, `model` and `id` in a stream counts. `alternatives` has the pieces of
-    choices after the first, as (index, chunk).
+    Of `finish_reason`, `usage`, `model` and `id`, the last value in a stream counts. `alternatives` holds the pieces of
+    the choices after the first, as pairs (index, chunk).
     """
 
     text: str = ""
@@ -396,22 +398,22 @@ class Chunk:
     text_only: bool = attrs.field(
         init=False, eq=False, repr=False, default=attrs.Factory(_is_text_only, takes_self=True)
     )
-    """Whether there is nothing in it besides text, as in most: worked out once, for all who read it."""
+    """Whether the chunk contains only text, as most chunks do. Computed once, because several layers read it."""
 
     def __str__(self) -> str:
         return self.text
 
     @property
     def has_output(self) -> bool:
-        """Whether there is text, reasoning or a part of a tool call in it: what cannot be taken back."""
+        """Whether the chunk contains text, reasoning or part of a tool call: output that cannot be taken back."""
         return bool(self.text or self.reasoning or self.tool_calls)
 
 
-@attrs.frozen
-class Restart:
-    """The answer begins anew: what came before it is void. Only for consumers that asked: `stream(…, restarts=True)`.
+@attrs.frozen(repr=False, eq=False)
+class Restart(Value):
+    """An event: the answer begins again, and all chunks before it are void. Only `stream(…, restarts=True)` yields it.
 
-    `reason` says why, without content.
+    `reason` says why, without quoting content.
     """
 
     reason: str = ""

@@ -1,4 +1,4 @@
-"""Which way data flows: who imports whom, what `import fluxibly` brings, and what is exported."""
+"""The imports between modules, the modules that `import fluxibly` loads, and the names that it exports."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MODULES = {
 DATA = "data"
 SIDE = "side"
 ROOMS = {
-    "types messages errors aggregate provider _checks _extras": DATA,
+    "types messages errors aggregate provider _checks _extras _values": DATA,
     "_masking _logs _abandoned _schema _yaml": SIDE,
     "config": "config",
     "flow": "flow",
@@ -45,9 +45,9 @@ ROOMS = {
     "providers.litellm": "litellm",
     "providers.echo providers.anthropic providers.gemini providers.ollama providers.openai": "frameworks",
 }
-"""The room of each module, or of all that is in a package."""
+"""The room of each module, or of all modules in a package."""
 BESIDE = {"fluxibly", "fluxibly.providers"}
-"""Packages that are no room: they only hold rooms."""
+"""Packages that are not rooms, but only hold rooms."""
 BASE = {DATA, SIDE}
 ARROWS = {
     DATA: set[str](),
@@ -74,11 +74,11 @@ ARROWS = {
 }
 """The rooms that a room may import from, besides itself."""
 PURE = {"dialects": {"anyio", "asyncio", "httpx", "socket", "ssl"}, "flow": {"anyio", "asyncio", "socket", "threading"}}
-"""What a room without I/O must not import."""
+"""The packages that a room without I/O must not import."""
 
 
 def imports(path: Path) -> Iterator[str]:
-    """Every module that a file imports: in functions and for type checkers alone, too."""
+    """Yield every module that a file imports, including imports in functions and for type checkers only."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -90,14 +90,14 @@ def imports(path: Path) -> Iterator[str]:
 
 
 def room(module: str) -> str | None:
-    """The room that a module of ours is in; None for the packages that only hold rooms."""
+    """Return the room of a module of fluxibly, or None for a package that only holds rooms."""
     if module in BESIDE:
         return None
     name = module.removeprefix("fluxibly.")
     for places, found in ROOMS.items():
         if any(name == place or name.startswith(f"{place}.") for place in places.split()):
             return found
-    raise AssertionError(f"{module} is in no room: give it a row in ROOMS")
+    raise AssertionError(f"{module}: expected a row in ROOMS, got none; add the module to a room")
 
 
 def ours(path: Path) -> Iterator[str]:
@@ -105,7 +105,7 @@ def ours(path: Path) -> Iterator[str]:
 
 
 def test_the_walk_finds_imports():
-    """The tests below look at something: imports at the top, in functions, and for type checkers alone."""
+    """The walk finds imports at the top, in functions, and for type checkers only, so the tests below are not empty."""
     assert "fluxibly.errors" in set(imports(ROOT / "llm.py"))
     assert "fluxibly.middleware" in set(imports(ROOT / "llm.py"))
     assert "pathlib" in set(imports(ROOT / "llm.py"))
@@ -114,7 +114,7 @@ def test_the_walk_finds_imports():
 
 @pytest.mark.parametrize("module", sorted(set(MODULES) - BESIDE))
 def test_arrows(module):
-    """A module imports from its own room and from those that the table allows."""
+    """A module imports only from its own room and from the rooms that the table allows."""
     mine = room(module)
     others = {name: found for name in ours(MODULES[module]) if (found := room(name)) not in {None, mine}}
     wrong = {name for name, found in others.items() if found not in ARROWS[str(mine)]}
@@ -123,13 +123,13 @@ def test_arrows(module):
 
 @pytest.mark.parametrize("module", sorted(name for name in MODULES if name not in BESIDE and room(name) in PURE))
 def test_pure_rooms(module):
-    """Rooms without I/O import nothing that does any."""
+    """Rooms without I/O do not import packages that do I/O."""
     found = {name.partition(".")[0] for name in imports(MODULES[module])}
     assert not found & PURE[str(room(module))]
 
 
 def test_every_row_is_used():
-    """The table has no row for what is not there."""
+    """Every row of the table is for a module that exists."""
     used = {room(module) for module in MODULES} - {None}
     assert used == set(ROOMS.values()) == set(ARROWS)
     for place in " ".join(ROOMS).split():
@@ -137,7 +137,7 @@ def test_every_row_is_used():
 
 
 def test_no_circles():
-    """Modules can be imported in an order, by every import that there is."""
+    """Modules can be put in an order in which each imports only earlier modules, whatever the kind of import."""
     graph = {name: {to for to in ours(path) if to != name} - BESIDE for name, path in MODULES.items()}
     assert list(TopologicalSorter(graph).static_order())
 
@@ -156,7 +156,7 @@ HEAVY = "anyio cattrs httpcore httpx langchain_core litellm msgspec openai opent
 
 @pytest.mark.parametrize("module", ["fluxibly", "fluxibly.middleware", "fluxibly.testing"])
 def test_imports_little(module):
-    """Import time is a feature: no HTTP client, YAML, converter or SDK comes with it."""
+    """Import time is a feature: the import loads no HTTP client, YAML, converter or SDK."""
     code = f"import sys, {module}; print(*sorted(set('{HEAVY}'.split()) & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
@@ -197,12 +197,12 @@ PUBLIC = [
 
 class TestExports:
     def test_public_names(self):
-        """`from fluxibly import …` gives what is promised, and nothing else."""
+        """`fluxibly` exports the names that are promised, and no others."""
         assert sorted(fluxibly.__all__) == sorted(PUBLIC)
         assert all(callable(getattr(fluxibly, name)) or name in {"CallNext", "Flow"} for name in PUBLIC)
 
     def test_completion_shows_the_public_names(self):
-        """`dir` has them, and the modules that users work with, before any of them was loaded and after."""
+        """`dir` lists the public names and the modules that users need, before and after any of them is loaded."""
         code = "import fluxibly; print(*dir(fluxibly)); fluxibly.LLM; fluxibly.testing.modes; print(*dir(fluxibly))"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         before, after = map(set, map(str.split, done.stdout.splitlines()))
@@ -212,15 +212,15 @@ class TestExports:
         assert "__version__" in before
 
     def test_a_module_needs_no_import_of_its_own(self):
-        """`fluxibly.errors.NotFound` after `import fluxibly` alone; a name that there is not is an AttributeError."""
+        """`import fluxibly` alone makes `fluxibly.errors.NotFound` available; an unknown name is an AttributeError."""
         code = (
             "import fluxibly; print(fluxibly.errors.NotFound, fluxibly.config.Timeouts, hasattr(fluxibly, 'nothing'))"
         )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         assert done.stdout.split()[-1] == "False"
 
-    def test_type_checkers_are_told_the_same(self):
-        """The names imported for type checkers alone are those that are looked up late, in the same modules."""
+    def test_type_checkers_see_the_same_names(self):
+        """The names imported for type checkers only equal the names that are looked up late, in the same modules."""
         tree = ast.parse((ROOT / "__init__.py").read_text(encoding="utf-8"))
         told = {
             (alias.name, node.module)
@@ -245,25 +245,25 @@ class TestExports:
         ],
     )
     def test_modules_have_their_names(self, module, names):
-        """Each is there, and is the same object as the package's, where that has it."""
+        """Each module has its names, and a name that the package also has is the same object."""
         loaded = importlib.import_module(module)
         for name in names.split():
             assert getattr(loaded, name) is getattr(fluxibly, name, getattr(loaded, name))
 
     @pytest.mark.parametrize("module", ["fluxibly", "fluxibly.middleware", "fluxibly.testing"])
-    def test_all_is_sorted_and_true(self, module):
-        """`__all__` lists what is there, in the linter's order: constants, classes, functions."""
+    def test_all_is_sorted_and_complete(self, module):
+        """`__all__` lists names that exist, in the linter's order: constants, classes, functions."""
         loaded = importlib.import_module(module)
         assert len(set(loaded.__all__)) == len(loaded.__all__)
         assert all(hasattr(loaded, name) for name in loaded.__all__)
         assert [name for name in loaded.__all__ if name.islower()] == sorted(n for n in loaded.__all__ if n.islower())
 
     def test_it_is_typed(self):
-        """Type checkers are told so."""
+        """The package has the marker file for type checkers."""
         assert (ROOT / "py.typed").exists()
 
     def test_an_unknown_name_of_testing(self):
-        """Names that are looked up late fail as others do."""
+        """An unknown name of a module with late look-ups is an AttributeError."""
         import fluxibly.testing
 
         with pytest.raises(AttributeError, match="no attribute 'nothing'"):

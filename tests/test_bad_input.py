@@ -1,4 +1,4 @@
-"""What users get wrong, and what they are told: in code (the command line's mistakes are in its own tests)."""
+"""Mistakes in users' code, and the error messages for them. The command line's mistakes are in its own tests."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _registry(monkeypatch):
 
 
 def told(error):
-    """An error's message with the notes that explain it."""
+    """Return an error's message with the notes that explain it."""
     return "\n".join([str(error), *getattr(error, "__notes__", [])])
 
 
@@ -72,7 +72,7 @@ class TestConfiguration:
         ],
     )
     def test_a_yaml_file(self, tmp_path, text, problem):
-        """One ValueError of ours, which names the place and what would be right."""
+        """A mistake in the file is a ValueError of fluxibly, which names the setting and the expected value."""
         file = tmp_path / "bad.yaml"
         file.write_text(text)
         for kind in (LLM, AsyncLLM):
@@ -81,20 +81,20 @@ class TestConfiguration:
             assert problem in str(caught.value)
             assert isinstance(caught.value, ValueError)
 
-    def test_no_configuration(self):
-        """A dict, or a model's name, is none."""
+    def test_values_that_are_not_a_configuration(self):
+        """A dict, a model's name or None instead of an LLMConfig is a TypeError."""
         for wrong in ({"framework": "echo"}, "gpt-4o", None):
             with pytest.raises(TypeError, match="LLM takes an LLMConfig, not a"):
                 LLM(wrong)
 
     def test_an_unknown_keyword(self):
-        """The nearest that there is, also on Python before 3.13."""
+        """The error suggests the nearest keyword, even on Python before 3.13."""
         with pytest.raises(TypeError, match="LLMConfig has no 'temprature'; did you mean 'temperature'"):
             LLMConfig(framework="echo", model="m", temprature=1)
 
     @pytest.mark.parametrize("wrong", ["logging", Logging(), 5])
-    def test_a_stack_that_is_no_list(self, wrong):
-        """One middleware is not a stack, and a name is not a list of letters."""
+    def test_a_stack_that_is_not_a_list(self, wrong):
+        """A middleware alone is not a stack, and a name is not a list of letters."""
         with pytest.raises(TypeError, match=r"middleware is a list, like \[Logging\(\), Retry\(\)\], not a"):
             LLM(ECHO, middleware=wrong)
 
@@ -109,7 +109,7 @@ class TestConfiguration:
             LLM(LLMConfig(framework="local", model="smollm2"))
 
     def test_a_missing_key_names_its_variable(self, monkeypatch):
-        """Whether at once or at the call, before anything is sent."""
+        """A missing key is an error, at once or at the call, before anything is sent."""
         monkeypatch.delenv("OPENAI_API_KEY", raising=False)
         with pytest.raises((ConfigError, AuthenticationError), match="OPENAI_API_KEY"):
             LLM(LLMConfig(framework="openai", model="gpt-4o-mini")).forward("hi")
@@ -130,16 +130,16 @@ class TestPrompts:
         ],
         ids=repr,
     )
-    def test_wrong_ones(self, prompt, kind, problem):
-        """Refused at the call, in each way to make one."""
+    def test_values_that_are_not_a_prompt(self, prompt, kind, problem):
+        """Every method that makes a call refuses a wrong prompt at once."""
         llm = LLM(ECHO)
         for ask in (llm.forward, llm.complete, llm.stream, llm.forward_stream, AsyncLLM(ECHO).stream):
             with pytest.raises(kind) as caught:
                 ask(prompt)
             assert problem in str(caught.value)
 
-    def test_one_of_ten_megabytes(self, caplog):
-        """Is as good as any other."""
+    def test_a_prompt_of_ten_megabytes(self, caplog):
+        """A prompt of ten megabytes is answered, and log lines stay short."""
         caplog.set_level("DEBUG", logger="fluxibly")
         prompt = "word " * 2_000_000
         assert LLM(ECHO).forward(prompt) == prompt
@@ -148,19 +148,19 @@ class TestPrompts:
 
     @pytest.mark.parametrize("role", ["bot", "", None, "User"])
     def test_a_wrong_role(self, role):
-        """The right ones are named."""
+        """The error names the valid roles."""
         with pytest.raises(ValueError) as caught:
             Message(role, "hi")
         assert str(caught.value) == f"a message's role is one of system, user, assistant, tool, not {role!r}"
 
     @pytest.mark.parametrize("content", [5, None, [5], {"text": 1}.values()], ids=str)
     def test_wrong_content(self, content):
-        """The kind is named."""
+        """The error names the accepted types of content."""
         with pytest.raises(TypeError, match="is a str, Text"):
             Message.user(content)
 
     def test_a_pipeline_takes_requests(self, mode):
-        """Not prompts."""
+        """A pipeline takes a Request, and refuses a prompt."""
         error = run(mode, scripted(mode, "x"), [], "hi").error
         assert isinstance(error, TypeError)
         assert str(error) == "expected a Request, got a str; LLM takes prompts"
@@ -168,7 +168,7 @@ class TestPrompts:
 
 class TestMiddleware:
     def test_not_a_generator_function(self, mode):
-        """It returned a value where a generator was due."""
+        """A middleware that returns a value, but is not a generator function, is named."""
 
         def direct(request, call_next):
             return call_next
@@ -179,7 +179,7 @@ class TestMiddleware:
         assert "return (yield from call_next(request))" in told(error)
 
     def test_async_def(self, mode):
-        """Nor is a coroutine one."""
+        """A middleware that is a coroutine function is named."""
 
         async def asynchronous(request, call_next):
             return None
@@ -187,15 +187,15 @@ class TestMiddleware:
         assert "asynchronous returned a coroutine" in told(call(mode, asynchronous, "x").ran.error)
 
     def test_async_generator(self, mode):
-        """Nor is an async generator."""
+        """A middleware that is an async generator function is named."""
 
         async def asynchronous(request, call_next):
             yield 1
 
         assert "asynchronous returned an async_generator" in told(call(mode, asynchronous, "x").ran.error)
 
-    def test_one_that_returns_none(self, mode):
-        """The forgotten `return`."""
+    def test_a_middleware_that_returns_none(self, mode):
+        """A middleware that forgets its `return` is named, with the line to write."""
 
         def forgetful(request, call_next):
             yield from call_next(request)
@@ -205,8 +205,8 @@ class TestMiddleware:
         assert "forgetful returned None, expected a Response" in told(error)
         assert "return (yield from call_next(request))" in told(error)
 
-    def test_one_that_returns_text(self, mode):
-        """It is named, and not the built-in layer that stumbled over its text, or stands outermost."""
+    def test_a_middleware_that_returns_text(self, mode):
+        """The middleware is named, not the built-in layer that fails on its text, nor the outermost layer."""
 
         def texter(request, call_next):
             response = yield from call_next(request)
@@ -218,8 +218,8 @@ class TestMiddleware:
             assert "the middleware" in told(error)
             assert "texter returned a str, expected a Response" in told(error)
 
-    def test_one_of_several_that_returns_text(self, mode):
-        """All that it may have been are named."""
+    def test_a_middleware_of_several_that_returns_text(self, mode):
+        """Every middleware that may have returned the text is named."""
 
         def innocent(request, call_next):
             return (yield from call_next(request))
@@ -231,8 +231,8 @@ class TestMiddleware:
         assert "innocent" in told(error)
         assert "texter returned a str" in told(error)
 
-    def test_one_that_sends_no_request(self, mode):
-        """`call_next` takes a request."""
+    def test_a_middleware_that_does_not_send_a_request(self, mode):
+        """The error says that `call_next` takes a Request."""
 
         def prompting(request, call_next):
             return (yield from call_next("hi"))
@@ -241,8 +241,8 @@ class TestMiddleware:
             error = root_cause(call(mode, stack, "x").ran.error)
             assert "call_next takes a Request, not a str" in told(error)
 
-    def test_one_that_returns_none_under_others(self, mode):
-        """The note names it, whichever layer stumbled over its None."""
+    def test_a_middleware_that_returns_none_under_others(self, mode):
+        """The note names the middleware, whichever layer fails on its None."""
 
         def forgetful(request, call_next):
             yield from call_next(request)
@@ -251,8 +251,8 @@ class TestMiddleware:
         assert "forgetful" in told(error)
 
     @pytest.mark.parametrize("rubbish", [5, None, "text", object()], ids=["int", "None", "str", "object"])
-    def test_one_that_yields_rubbish(self, mode, rubbish):
-        """It is named, with what it may yield."""
+    def test_a_middleware_that_yields_a_wrong_value(self, mode, rubbish):
+        """The middleware is named, with the effects that it may yield."""
 
         def odd(request, call_next):
             yield rubbish
@@ -271,8 +271,8 @@ class TestMiddleware:
             (None, "not None"),
         ],
     )
-    def test_what_is_none(self, layer, problem):
-        """Refused when the pipeline or the LLM is made."""
+    def test_a_layer_that_is_not_a_middleware(self, layer, problem):
+        """A layer that is not a middleware is refused when the pipeline or the LLM is made."""
         for make in (
             lambda: Pipeline(ScriptedProvider(), [layer]),
             lambda: AsyncPipeline(ScriptedProvider(), [layer]),
@@ -286,8 +286,8 @@ class TestMiddleware:
 class TestProviders:
     @pytest.mark.parametrize(("item", "kind"), [(5, "an int"), (None, "None"), (b"x", "a bytes")])
     @pytest.mark.parametrize("mode", STREAMS, ids=str)
-    def test_one_that_yields_numbers(self, mode, item, kind):
-        """The error names it and what to yield; after output it is the cause of StreamInterrupted."""
+    def test_a_provider_that_yields_wrong_items(self, mode, item, kind):
+        """The error names the provider and the types to yield; after output, it is the cause of StreamInterrupted."""
         for script in ([item], ["text", item]):
             made = call(mode, [Logging(), Retry()], script)
             error = root_cause(made.ran.error)
@@ -296,8 +296,8 @@ class TestProviders:
             assert made.record.attempts == 1
 
     @pytest.mark.parametrize("mode", [mode for mode in MODES if not mode.streaming], ids=str)
-    def test_one_whose_complete_is_a_generator(self, mode):
-        """As its stream() would be; nothing of it is run."""
+    def test_a_provider_whose_complete_is_a_generator(self, mode):
+        """A complete() that is a generator, as stream() would be, is an error, and its code does not run."""
 
         class Confused:
             def complete(self, request):
@@ -308,8 +308,8 @@ class TestProviders:
         assert str(error) == ("the provider Confused returned a generator; its complete() returns a Response or a str")
 
     @pytest.mark.parametrize("mode", [mode for mode in MODES if not mode.streaming], ids=str)
-    def test_one_that_returns_a_number(self, mode):
-        """Likewise."""
+    def test_a_provider_that_returns_a_number(self, mode):
+        """The error names the provider and the types that complete() returns."""
 
         class Numbers:
             def complete(self, request):
@@ -334,15 +334,15 @@ class TestProviders:
             (lambda self, request: None, "returned None; make it a generator"),
         ],
     )
-    def test_a_stream_that_is_none(self, stream, problem):
-        """A text is no stream of characters."""
+    def test_a_stream_that_is_not_an_iterator(self, stream, problem):
+        """A stream() that is not a generator is an error, even if it returns a text."""
         provider = type("Odd", (), {"complete": lambda self, request: "x", "stream": stream})()
         with pytest.raises(TypeError) as caught:
             list(Pipeline(provider).stream(REQUEST))
         assert f"the stream() of Odd {problem}" in str(caught.value)
 
-    def test_one_without_complete(self):
-        """Or a class where an object is due."""
+    def test_a_provider_without_complete(self):
+        """An object without complete(), or a class instead of an object, is not a provider."""
 
         class Nothing:
             def __init__(self, config=None):
@@ -356,8 +356,8 @@ class TestProviders:
         with pytest.raises(TypeError, match="a provider has a method complete"):
             LLM(LLMConfig(framework="nothing", model="m"))
 
-    def test_an_async_one_in_a_sync_pipeline(self):
-        """It is said where it belongs."""
+    def test_an_async_provider_in_a_sync_pipeline(self):
+        """The error names the classes for async providers."""
 
         class Async:
             async def complete(self, request):
@@ -367,7 +367,7 @@ class TestProviders:
             Pipeline(Async())
 
     def test_a_class_that_takes_no_configuration(self):
-        """Python's error is as clear as any."""
+        """A class without an argument for the configuration raises Python's own error, which is clear."""
 
         class Bare:
             def complete(self, request):
@@ -379,13 +379,13 @@ class TestProviders:
 
 
 def test_a_request_with_unknown_fields():
-    """`evolve` names what there is."""
+    """The error of `evolve` names the fields that exist."""
     with pytest.raises(TypeError, match="a Request has no 'temprature'; it has model, messages, "):
         Request(model="m", messages="hi").evolve(temprature=1)
 
 
 def test_no_mistake_loads_a_telemetry_sdk_or_a_client():
-    """Errors of configuration come before anything heavy."""
+    """Errors of configuration are raised before any heavy import."""
     assert "fluxibly" in sys.modules
     import subprocess
 

@@ -1,4 +1,4 @@
-"""The optional packages: what the table says is what the project declares."""
+"""The optional packages: the table in the code agrees with the project's declaration."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 
-def test_the_table_is_that_of_the_project():
-    """An extra here has the packages that it has there, whatever other extras it brings along."""
+def test_the_table_agrees_with_the_project():
+    """Each extra in the table has the packages that `pyproject.toml` declares, apart from other extras that it includes."""
     declared = {
         name: {re.split("[<>=]", package)[0] for package in packages if not package.startswith("fluxibly[")}
         for name, packages in PROJECT["optional-dependencies"].items()
@@ -26,8 +26,8 @@ def test_the_table_is_that_of_the_project():
     assert {name: set(packages) for name, packages in EXTRAS.items()} == declared
 
 
-def test_only_what_is_missing_is_to_be_installed(monkeypatch):
-    """All of it in one command, quoted for a shell."""
+def test_the_install_command_names_only_missing_packages(monkeypatch):
+    """All missing packages are in one command, quoted for a shell."""
     there = {"rich"}
 
     def version(name: str) -> str:
@@ -40,18 +40,18 @@ def test_only_what_is_missing_is_to_be_installed(monkeypatch):
     assert pip_install("cli", "local") == "pip install typer xllamacpp"
     assert pip_install("litellm") == "pip install 'litellm[mcp]'"
     there |= {"typer"}
-    assert pip_install("cli") == "pip install rich typer", "all are there, so one of them is broken"
+    assert pip_install("cli") == "pip install rich typer", "if all are installed, one is broken: name all"
 
 
-def test_the_version_is_said_once():
-    """The package says it, and its metadata take it from there."""
+def test_the_version_is_written_once():
+    """The package has the version, and its metadata take the version from the package."""
     assert fluxibly.__version__ == importlib.metadata.version("fluxibly")
     assert fluxibly.__version__.startswith("2.")
 
 
 @pytest.mark.parametrize("folder", ["fluxibly", "README.md", "CHANGELOG.md", "ARCHITECTURE.md", "docs", "examples"])
-def test_nobody_is_told_to_install_another_projects_distribution(folder):
-    """On the public index `fluxibly` is another project: `pip install fluxibly` would put that over this."""
+def test_no_text_advises_to_install_another_projects_distribution(folder):
+    """On the public index, `fluxibly` is another project: `pip install fluxibly` would overwrite this project with it."""
     path = ROOT / folder
     files = [path] if path.is_file() else [each for each in path.rglob("*") if each.suffix in {".py", ".md", ".css"}]
     for file in files:

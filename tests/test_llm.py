@@ -392,3 +392,18 @@ class TestClosing:
 
         anyio.run(main, backend=backend)
         assert made[0].shut
+
+
+def test_the_settings_of_a_call_are_those_of_a_request():
+    """Type checkers read `Overrides`; calls check the fields of `Request`. Both have the same names."""
+    import ast
+    import inspect
+
+    from fluxibly import llm
+
+    (overrides,) = [
+        node
+        for node in ast.walk(ast.parse(inspect.getsource(llm)))
+        if isinstance(node, ast.ClassDef) and node.name == "Overrides"
+    ]
+    assert {node.target.id for node in overrides.body if isinstance(node, ast.AnnAssign)} == llm._OVERRIDES

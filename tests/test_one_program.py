@@ -1,4 +1,4 @@
-"""One program, with another `framework`: the same prompt, tools and parameters, and the same `Response`."""
+"""The same program with different frameworks: the same prompt, tools and parameters give the same `Response`."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from fluxibly.types import Image, Response, Usage
 
 @attrs.frozen
 class Service:
-    """How a framework's service asks for the tool, and how it answers then, whole and streamed."""
+    """A framework's service: its tool call and its final answer, each whole and streamed."""
 
     framework: str
     model: str
     whole: tuple[Any, Any]
     streamed: tuple[bytes, bytes]
     proof: str = "s1g"
-    """What of the reasoning has to go back."""
+    """The part of the reasoning that has to be sent back."""
     refuses: frozenset[str] = frozenset()
-    """The parameters, and forms of images, that it cannot take."""
+    """The parameters, and forms of images, that the service cannot take."""
 
 
 def _lines(*values: Any) -> bytes:
@@ -143,7 +143,7 @@ PROMPT = (
 @services
 @pytest.mark.parametrize("mode", MODES, ids=str)
 def test_a_conversation_with_a_tool(service: Service, mode: Mode) -> None:
-    """A question, the call of a tool, its result and the answer: the same to the program, whatever the dialect."""
+    """A question, a tool call, its result and the answer look the same to the program, whatever the dialect."""
     bodies = service.streamed if mode.streaming else tuple(json.dumps(each).encode() for each in service.whole)
     kind = "application/x-ndjson" if service.framework == "ollama" else "text/event-stream"
     parameters = {name: value for name, value in PARAMETERS.items() if name not in service.refuses}
@@ -164,8 +164,8 @@ def test_a_conversation_with_a_tool(service: Service, mode: Mode) -> None:
 
 
 @services
-def test_what_a_service_cannot_take(service: Service) -> None:
-    """It is an error that says so, and nothing is sent; what it takes is."""
+def test_parameters_that_a_service_cannot_take(service: Service) -> None:
+    """A parameter that the service cannot take raises BadRequest with its name, and is not sent; others are sent."""
     answer = json.dumps(service.whole[1]).encode()
     asks: dict[str, tuple[Any, dict[str, Any]]] = {name: ("Hi", {name: PARAMETERS[name]}) for name in PARAMETERS}
     asks["url"] = Message.user(["Where is this?", Image(url="https://x.test/a.png")]), {}

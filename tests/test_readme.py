@@ -15,14 +15,14 @@ from support.readme import BLOCKS, README, ROOT, blocks
 from fluxibly import LLM
 
 
-def test_every_block_is_of_a_language_that_is_run():
-    """Or is one that needs a backend of some 850 MB, which a marked test of its own runs."""
+def test_every_block_has_a_language_that_is_run():
+    """Every other block needs a backend of some 850 MB, and a marked test of its own runs it."""
     others = [code for kind, code in BLOCKS if kind not in {"python", "yaml", "sh"}]
     assert all("phoenix" in code or "mlflow" in code for code in others)
 
 
 def test_the_python_blocks_run_in_order(tmp_path):
-    """As a reader would paste them into one session; in a process of its own, since they set up telemetry."""
+    """The blocks run as pasted into one session; in a process of its own, because they set up telemetry."""
     script = tmp_path / "readme.py"
     script.write_text("\n".join(blocks("python")), encoding="utf-8")
     done = subprocess.run(
@@ -35,7 +35,7 @@ def test_the_python_blocks_run_in_order(tmp_path):
 
 @pytest.mark.parametrize("code", blocks("yaml"))
 def test_the_yaml_blocks_configure_a_model(code, tmp_path, monkeypatch):
-    """Each is a whole configuration file."""
+    """Each YAML block is a complete configuration file."""
     monkeypatch.setenv("OPENAI_API_KEY", "test-key")
     file = tmp_path / "framework.yaml"
     file.write_text(code, encoding="utf-8")
@@ -51,7 +51,7 @@ def commands():
 @pytest.mark.model
 @pytest.mark.parametrize("line", [line for line in commands() if "fluxibly " in line])
 def test_the_commands_run(line, gguf, tmp_path):
-    """Each `fluxibly` command exits with 0 and says something (its install step apart)."""
+    """Each `fluxibly` command, without its install step, exits with 0 and prints something."""
     command = line.removeprefix("pip install '.[local]' && ")
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
@@ -67,7 +67,7 @@ def test_the_commands_run(line, gguf, tmp_path):
 
 
 def test_the_install_commands_name_extras_that_exist():
-    """In the README, for a checkout; the code's own advice names packages."""
+    """The README, which is for a checkout, names extras; the code's own advice names packages."""
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     text = README.read_text(encoding="utf-8")
     named = set(re.findall(r"pip install (?:-e )?'\.\[([a-z,]+)\]'", text))

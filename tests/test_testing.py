@@ -1,4 +1,4 @@
-"""The tools for tests: scripts, the clock, flows by hand, and the checks, each of which has to find what it is for."""
+"""The tools for tests: scripts, the clock, flows stepped by hand, and the checks, which have to find each violation."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def scripted(mode, *answers, **options):
 
 
 def test_needs_no_test_framework():
-    """Neither pytest, hypothesis nor trio is imported with it."""
+    """`fluxibly.testing` imports neither pytest nor hypothesis nor trio."""
     code = "import sys, fluxibly.testing; print(*{'pytest', 'hypothesis', 'trio'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
@@ -53,7 +53,7 @@ def test_needs_no_test_framework():
 
 class TestScripts:
     def test_answers_come_in_turn(self, mode):
-        """A text, a response, an error and a script, whole or streamed."""
+        """A text, a response, an error and a script are answers in turn, whole or streamed."""
         whole = Response("x y", finish_reason="stop", usage=Usage(input_tokens=1))
         provider = scripted(mode, "a b", whole, ServerError("down"), ["c", Chunk("d", model="m-1")])
         assert run(mode, provider, [], REQUEST).response == Response("a b")
@@ -64,16 +64,16 @@ class TestScripts:
         assert len(provider.requests) == 4
         assert provider.opened == provider.closed == (4 if mode.streaming else 0)
 
-    def test_running_out_is_told(self, mode):
+    def test_running_out_of_answers_is_an_error(self, mode):
         """The message counts the calls and the answers."""
         provider = scripted(mode, "only one")
         run(mode, provider, [], REQUEST)
         error = run(mode, provider, [], REQUEST).error
         assert isinstance(error, AssertionError)
-        assert "was asked 2 times and has only 1 answers" in str(error)
+        assert "expected an answer for each call, got 2 calls and 1 answers" in str(error)
 
     def test_a_cut_is_an_error(self, mode):
-        """Half an answer is never a whole one."""
+        """A stream that is cut off is an error, never a whole answer."""
         ran = run(mode, scripted(mode, ["half", Cut(), "never"]), [], REQUEST)
         if mode.streaming:
             assert isinstance(ran.error, StreamInterrupted)
@@ -83,14 +83,14 @@ class TestScripts:
             assert isinstance(ran.error, StreamProtocolError)
 
     def test_delays_take_the_clocks_time(self, mode):
-        """On the clock that the provider was given; without one they take none."""
+        """Delays advance the provider's clock; without a clock, they take no time."""
         clock = VirtualClock()
         ran = run(mode, scripted(mode, ["a", Delay(2), "b", Delay(3)], clock=clock), [], REQUEST, clock=clock)
         assert ran.response.elapsed == 5
         assert clock.sleeps == [2, 3]
         assert run(mode, scripted(mode, [Delay(2), "a"]), [], REQUEST).response.elapsed == 0
 
-    def test_streams_left_open_show(self):
+    def test_open_streams_are_counted(self):
         """`opened` and `closed` differ while a stream is held."""
         provider = ScriptedProvider("a b")
         stream = Pipeline(provider).stream(REQUEST)
@@ -100,7 +100,7 @@ class TestScripts:
         assert (provider.opened, provider.closed) == (1, 1)
 
     def test_the_example_of_the_docstring(self):
-        """What it says is so."""
+        """The example in the docstring of `ScriptedProvider` is correct."""
         provider = ScriptedProvider(RateLimitError("slow down"), ["Hello, ", Delay(2), "world"])
         pipeline = Pipeline(provider, [Retry(max_retries=1)], clock=VirtualClock())
         assert pipeline.complete(REQUEST).text == "Hello, world"
@@ -109,7 +109,7 @@ class TestScripts:
 
 class TestClock:
     def test_it_moves_by_sleeps(self):
-        """And by `advance`, which is not noted."""
+        """The clock moves by sleeps and by `advance`; only sleeps are recorded."""
         clock = VirtualClock()
         clock.sleep(2)
         clock.advance(3)
@@ -134,11 +134,11 @@ class TestClock:
     ids=repr,
 )
 def test_built_in_middleware_keep_the_laws(middleware):
-    """Each passes its own check."""
+    """Each built-in middleware passes `check_middleware`."""
     check_middleware(middleware)
 
 
-# Middleware that break a law, each with what the check has to say.
+# Middleware that break a law; `TestCheckMiddleware` has the message for each.
 
 var = contextvars.ContextVar("request_id", default="")
 
@@ -186,7 +186,7 @@ def swallows_in_finally(request, call_next):
     try:
         return (yield from call_next(request))
     finally:
-        return Response("never mind")  # noqa: B012, SIM107  # what not to do
+        return Response("never mind")  # noqa: B012, SIM107  # the mistake under test
 
 
 def replaces_interrupts(request, call_next):
@@ -243,7 +243,7 @@ def refuses_chunks(request, call_next):
 
 
 class KeepsText:
-    """Says all that it has seen of the call, which it remembers on itself."""
+    """A middleware that returns the text of the call, which it keeps on itself."""
 
     def begin(self):
         self.text = ""
@@ -266,7 +266,7 @@ class KeepsStart:
 
 
 class Counts:
-    """What is not of one call may be on the instance."""
+    """A middleware with state that belongs to no single call, which the instance may keep."""
 
     def __init__(self):
         self.calls = 0
@@ -296,41 +296,44 @@ class TestCheckMiddleware:
             (is_async, "returned a coroutine, expected a generator; write it as"),
             (returns_none, "returned None, expected a Response; end it with"),
             (yields_rubbish, "yielded a str; it may yield only from"),
-            (shouts_too_late, r"law 3: its chunks say 'Hello, world' and its response says 'HELLO, WORLD'.*map_chunks"),
-            (shouts_only_in_streams, "law 1: sync whole gives .* and sync stream gives"),
-            (differs_by_chunk, "law 1: .*wherever the chunks are cut"),
-            (swallows_everything, "law 6: .*Catch Exception, not BaseException"),
+            (shouts_too_late, r"law 3 .*the text of its chunks, 'Hello, world', got 'HELLO, WORLD'.*map_chunks"),
+            (
+                shouts_only_in_streams,
+                r"law 1 .*expected the same result in all modes, got .* \(sync whole\) and .* \(sync stream\)",
+            ),
+            (differs_by_chunk, "law 1 .*wherever the chunks are cut"),
+            (swallows_everything, "law 6 .*Catch Exception, not BaseException"),
             (swallows_in_finally, "law 3"),
-            (replaces_interrupts, "law 6: .*raised RuntimeError after KeyboardInterrupt.*Catch Exception"),
-            (sleeps_in_finally, "law 6: .*yielded again after KeyboardInterrupt.*neither return nor yield"),
-            (yields_when_closed, "law 6: .*yielded again after GeneratorExit.*Do not yield in `finally`"),
-            (retries_whatever, "law 4: it asks the provider again after output.*Let StreamInterrupted pass"),
-            (salvages, "law 11: a stream that failed after 'Hello' is passed as a whole answer.*`partial`"),
-            (leaks_context, "law 5: it leaves the context variable 'request_id' changed.*var.reset"),
-            (changes_the_request, r"law 7: it changes the request.*request.evolve\(metadata="),
-            (KeepsText(), "law 8: two calls at once disturb each other.*request.call.notes"),
-            (KeepsStart(), r"law 8: it keeps the state of a call on itself \(self.start = …\)"),
+            (replaces_interrupts, "law 6 .*raised RuntimeError after KeyboardInterrupt.*Catch Exception"),
+            (sleeps_in_finally, "law 6 .*yielded again after KeyboardInterrupt.*neither return nor yield"),
+            (yields_when_closed, "law 6 .*yielded again after GeneratorExit.*Do not yield in `finally`"),
+            (retries_whatever, "law 4 .*expected no request after output.*Let StreamInterrupted pass"),
+            (salvages, "law 11 .*a stream that failed after 'Hello', got a whole answer.*`partial`"),
+            (leaks_context, "law 5 .*expected the context variable 'request_id' as it was.*var.reset"),
+            (changes_the_request, r"law 7 .*expected the request unchanged.*request.evolve\(metadata="),
+            (KeepsText(), "law 8 .*two concurrent calls.*request.call.notes"),
+            (KeepsStart(), r"law 8 .*expected no state of a call on the instance, got self.start = …"),
         ],
         ids=lambda value: getattr(value, "__name__", type(value).__name__) if callable(value) else "",
     )
     def test_finds(self, middleware, message):
-        """The message names the middleware and the law, and says what to write."""
+        """The message names the middleware and the law, and says what to write instead."""
         with pytest.raises(AssertionError, match=message) as caught:
             check_middleware(middleware)
         assert getattr(middleware, "__name__", type(middleware).__name__) in str(caught.value)
 
     @pytest.mark.parametrize("middleware", [Counts(), caching(), refuses_chunks], ids=["counts", "caching", "refuses"])
     def test_accepts(self, middleware):
-        """What is not of one call may outlive it; and whoever raises need not hear of what comes later."""
+        """State that belongs to no single call may outlive a call. A middleware that raises may miss later events."""
         check_middleware(middleware)
 
-    def test_refuses_what_is_no_middleware(self):
-        """As a pipeline does."""
+    def test_refuses_a_class(self):
+        """A class is refused, as a pipeline refuses it."""
         with pytest.raises(TypeError, match="write Counts"):
             check_middleware(Counts)
 
     def test_works_inside_of_an_event_loop(self):
-        """A user's test may be a coroutine."""
+        """The check runs within an event loop, because a user's test may be a coroutine."""
 
         async def main():
             check_middleware(Counts())
@@ -340,13 +343,13 @@ class TestCheckMiddleware:
 
 class TestByHand:
     def test_a_retry(self):
-        """Each thing that the flow wants of the world is given by hand."""
+        """The test supplies the error, the end of the sleep and the answer by hand."""
         call = ByHand(Retry(max_retries=1, base_delay=2, uniform=lambda low, high: high), REQUEST)
         assert call.sent is REQUEST
         call.fail(ServerError("down"))
         assert call.sent is None
         assert call.sleeps == 2
-        with pytest.raises(AssertionError, match=r"the call is not over: it waits for Sleep"):
+        with pytest.raises(AssertionError, match=r"expected a finished call, got a call that waits for Sleep"):
             call.response
         call.go_on()
         assert call.sleeps is None
@@ -354,13 +357,13 @@ class TestByHand:
         assert call.response == Response("hello")
 
     def test_an_error_that_passes(self):
-        """It comes out of `fail`."""
+        """An error that no middleware handles is raised by `fail`."""
         call = ByHand([], REQUEST)
         with pytest.raises(ServerError, match="down"):
             call.fail(ServerError("down"))
 
     def test_an_interrupt_passes_whatever_is_done_with_it(self):
-        """As in a pipeline, with a note that names who would have swallowed it."""
+        """An interrupt passes as in a pipeline, with a note that names the middleware that swallowed it."""
 
         def greedy(request, call_next):
             try:
@@ -374,7 +377,7 @@ class TestByHand:
         assert "greedy returned normally after KeyboardInterrupt" in caught.value.__notes__[0]
 
     def test_io_of_a_middleware(self):
-        """Its result is given to `go_on`; what it would call is there to be looked at."""
+        """The test passes the result of I/O to `go_on`, and can call the function that the middleware performs."""
 
         def cached(request, call_next):
             hit = yield from perform(lambda: "read")
@@ -382,7 +385,7 @@ class TestByHand:
 
         call = ByHand(cached, REQUEST)
         assert call.performs.call() == "read"
-        with pytest.raises(AssertionError, match=r"answer\(\) is for a call that has sent a request"):
+        with pytest.raises(AssertionError, match=r"answer\(\): expected a call that has sent a request"):
             call.answer("x")
         call.go_on("hit")
         assert call.response.text == "hit"
@@ -392,7 +395,7 @@ class TestByHand:
         assert miss.response.text == "asked"
 
     def test_a_stream(self):
-        """Its chunks are there as they went out."""
+        """`events` has the chunks as the consumer would get them."""
 
         def double(request, call_next):
             return (yield from map_chunks(call_next(request), lambda c: [c, c] if c.text != "b" else None))
@@ -404,7 +407,7 @@ class TestByHand:
 
     @pytest.mark.parametrize("restarts", [True, False])
     def test_a_restart(self, restarts):
-        """As the consumer takes it, the flow goes on or fails."""
+        """The flow goes on if the consumer takes `Restart`, and fails if not."""
         call = ByHand([Retry(on_interrupt="restart", base_delay=0)], REQUEST, restarts=restarts)
         if not restarts:
             with pytest.raises(StreamInterrupted):
@@ -417,7 +420,7 @@ class TestByHand:
         assert call.response.text == "b"
 
     def test_closing(self):
-        """Runs each `finally`."""
+        """`close` runs each `finally`."""
         ends = []
 
         def watch(request, call_next):
@@ -432,7 +435,7 @@ class TestByHand:
 
 
 class Parrot:
-    """A provider as good as any."""
+    """A provider that keeps the laws."""
 
     def complete(self, request):
         return self.reply(request)
@@ -443,7 +446,7 @@ class Parrot:
     def reply(self, request):
         text = request.messages[-1].text
         if "fail" in text:
-            raise ServerError("told to")
+            raise ServerError("failed on request")
         return text
 
 
@@ -464,7 +467,7 @@ class Whole:
 
 
 class Chance:
-    """Never answers alike."""
+    """A provider that gives a new answer to every call."""
 
     def __init__(self):
         self.count = 0
@@ -492,7 +495,7 @@ class YieldsWhenClosed(Parrot):
 
 
 class AsyncForgetful(AsyncParrot):
-    """Keeps the prompt of a call on itself, across an await."""
+    """A provider that keeps the text of a call on itself, across an await."""
 
     async def complete(self, request):
         self.texts = []
@@ -503,7 +506,7 @@ class AsyncForgetful(AsyncParrot):
 
 
 class Shared(Parrot):
-    """Its streams share one position."""
+    """A provider whose streams share a position."""
 
     def stream(self, request):
         self.at = 0
@@ -530,7 +533,7 @@ class FailsInItsOwnWay(Parrot):
         raise LookupError("another error")
 
     def complete(self, request):
-        raise ServerError("told to")
+        raise ServerError("failed on request")
 
 
 FAILING = Request(model="m", messages="fail, please")
@@ -538,39 +541,39 @@ FAILING = Request(model="m", messages="fail, please")
 
 class TestCheckProvider:
     @pytest.mark.parametrize("provider", [Parrot(), AsyncParrot()], ids=["sync", "async"])
-    def test_accepts_good_ones(self, provider):
-        """Also in how they fail."""
+    def test_accepts_providers_that_keep_the_laws(self, provider):
+        """Sync and async providers pass, including their failures."""
         check_provider(provider, REQUEST, failing=[FAILING])
 
     @pytest.mark.parametrize("provider", [Whole(), Chance()], ids=["without stream", "by chance"])
-    def test_accepts_others(self, provider):
-        """One need not stream, nor answer alike."""
+    def test_accepts_providers_without_stream_or_with_random_answers(self, provider):
+        """A provider need not stream, nor give the same answer twice."""
         check_provider(provider)
 
     @pytest.mark.parametrize(
         ("provider", "message"),
         [
-            (SaysMoreStreamed(), "law 1: complete.. gives .* the chunks of stream.. come to .*More: "),
+            (SaysMoreStreamed(), "law 1 .*expected the same response from complete.. and stream.., got .*More: "),
             (
                 YieldsWhenClosed(),
-                r"law 2: closing its stream after 1 chunks raises RuntimeError.*ignored GeneratorExit.*finally",
+                r"law 2 .*expected its stream to close after 1 chunks, got RuntimeError.*ignored GeneratorExit.*finally",
             ),
-            (AsyncForgetful(), r"law 8: 4 calls at once do not get what one alone gets \(in tasks on asyncio\)"),
-            (Shared(), r"law 8: 4 calls at once do not get what one alone gets \(in threads\)"),
-            (Marks(), "law 7: it changes the request"),
-            (AnswersAnything(), "law 11: it answers .*fine.* , expected an error"),
-            (FailsInItsOwnWay(), "raised ServerError: told to"),
+            (AsyncForgetful(), r"law 8 .*for 4 concurrent calls as for a call alone, got .*\(in tasks on asyncio\)"),
+            (Shared(), r"law 8 .*for 4 concurrent calls as for a call alone, got .*\(in threads\)"),
+            (Marks(), "law 7 .*expected the request unchanged"),
+            (AnswersAnything(), "law 11 .*expected an error, got .*fine"),
+            (FailsInItsOwnWay(), "expected an answer, got ServerError: failed on request"),
         ],
         ids=lambda value: type(value).__name__ if not isinstance(value, str) else "",
     )
     def test_finds(self, provider, message):
-        """The message names the provider, and says what to do."""
+        """The message names the provider, and says what to write instead."""
         with pytest.raises(AssertionError, match=message) as caught:
             check_provider(provider, failing=[FAILING])
         assert type(provider).__name__ in str(caught.value)
 
     def test_compares_errors(self):
-        """One request fails alike, whole and streamed."""
+        """A request has to fail with the same error, whole and streamed."""
 
         class Partly(Parrot):
             def stream(self, request):
@@ -578,7 +581,7 @@ class TestCheckProvider:
                     raise LookupError("another error")
                 yield from self.reply(request)
 
-        with pytest.raises(AssertionError, match="law 1: it raises 'ServerError: told to' and 'LookupError"):
+        with pytest.raises(AssertionError, match="law 1 .*got 'ServerError: failed on request' and 'LookupError"):
             check_provider(Partly(), failing=[FAILING])
 
 
@@ -598,13 +601,13 @@ data: [DONE]
 
 class TestCheckCodec:
     def test_accepts_a_good_one(self):
-        """OpenAI's, with a stream as OpenAI sends it."""
+        """OpenAI's codec passes, with a stream as OpenAI sends it."""
         from fluxibly.providers.dialects.openai_chat import OpenAICodec
 
         check_codec(OpenAICodec(), [OPENAI_STREAM])
 
     def test_finds_cut_streams_that_pass(self):
-        """A decoder that takes any end for the end is found out."""
+        """The check finds a decoder that accepts any end of a stream as the end of the answer."""
 
         class Decoder:
             done = False
@@ -621,11 +624,11 @@ class TestCheckCodec:
             def decoder(self):
                 return Decoder()
 
-        with pytest.raises(AssertionError, match="stream 0 ended at byte 0 passes as a whole answer"):
+        with pytest.raises(AssertionError, match="law 11 .*expected an error when stream 0 ends at byte 0, got"):
             check_codec(Trusting(), [b"data: a\n\ndata: b\n\n"])
 
     def test_finds_a_dependence_on_reads(self):
-        """A decoder that looks at more than events is found out."""
+        """The check finds a decoder whose chunks depend on more than the events."""
 
         class Decoder:
             done = False
@@ -643,5 +646,5 @@ class TestCheckCodec:
             def decoder(self):
                 return Decoder()
 
-        with pytest.raises(AssertionError, match="read byte by byte, and to .* read at once"):
+        with pytest.raises(AssertionError, match="got .* read at once and .* read byte by byte"):
             check_codec(Odd(), [b"1\n2\n"])

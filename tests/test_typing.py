@@ -1,4 +1,4 @@
-"""A user's file is understood by mypy and pyright, both strict, and runs."""
+"""A file as a user would write it passes mypy and pyright, both strict, and runs."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ def run(*command: str) -> None:
 
 
 def test_mypy_strict():
-    """Nothing in it is Any or untyped."""
+    """The file passes mypy: nothing in it is Any or untyped."""
     run("-m", "mypy", "--strict")
 
 
 @pytest.mark.skipif(find_spec("pyright") is None, reason="pyright is not installed")
 def test_pyright_strict():
-    """By the project's own settings, which are strict."""
+    """The file passes pyright with the project's own settings, which are strict."""
     run("-m", "pyright", "--pythonpath", sys.executable)
 
 
 def test_it_runs():
-    """With warnings as errors."""
+    """The file runs with warnings as errors."""
     run("-W", "error")

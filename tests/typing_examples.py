@@ -1,6 +1,6 @@
-"""What a user writes, for mypy and pyright to check strictly: everything under "Public surface", in one file.
+"""Code as a user writes it, which mypy and pyright check strictly: everything under "Public surface", in one file.
 
-`test_typing.py` has both checkers read it, and runs it too.
+`test_typing.py` runs both checkers on this file, and runs the file.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from fluxibly.llm import LLM as SameLLM
 from fluxibly.middleware import Logging, Metrics, Retry, StreamMeter, Timing, Tracing, Validation
 from fluxibly.testing import AsyncScriptedProvider, ScriptedProvider, VirtualClock
 
-# Middleware of one's own
+# Middleware of the user
 
 
 def timing(request: Request, call_next: CallNext) -> Flow[Response]:
@@ -106,7 +106,7 @@ class Cache:
 
 own: list[Middleware] = [timing, shout, complete_only, Fallback(model="small"), Cache()]
 
-# Providers of one's own
+# Providers of the user
 
 
 class Parrot:

@@ -1,4 +1,4 @@
-"""Which middleware broke a rule, and what to write instead."""
+"""Errors and notes that name the middleware that broke a rule, and the code to write instead."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HOW_TO_RETURN = "end it with: return (yield from call_next(request))"
 
 
 def unknown_effect(flow: Flow[Response], effect: object) -> TypeError:
-    """The error for a middleware that yields what is no effect."""
+    """Return the error for a middleware that yields a value that is not an effect."""
     return TypeError(
         f"the middleware {live_layers(flow)[-1].__qualname__} yielded {kind_of(effect)}; it may yield only from "
         "call_next(request), sleep(...), perform(...) and the combinators"
@@ -27,18 +27,20 @@ def unknown_effect(flow: Flow[Response], effect: object) -> TypeError:
 
 
 def raise_not_a_response(value: object, middleware: Sequence[Middleware]) -> NoReturn:
-    """Raise the error for a stack that returned something else than a `Response`."""
+    """Raise the error for a stack that returned a value other than a `Response`."""
     culprit = first_without_return(middleware) if value is None else None
     who = suspects(middleware) if culprit is None else f"the middleware {culprit}"
     raise TypeError(f"{who} returned {kind_of(value)}, expected a Response; {HOW_TO_RETURN}")
 
 
 def explain(error: Exception, middleware: Sequence[Middleware]) -> None:
-    """Say so if an error came of a layer that hands on what is no request or response, which another then read."""
+    """Add a note to an error that arose because a layer passed on a value that is not a request or a response."""
     if not isinstance(error, AttributeError):
         return
     if error.name == "call" and not isinstance(error.obj, Request):
-        error.add_note(f"fluxibly: call_next takes a Request, not {kind_of(error.obj)}: call_next(request.evolve(…))")
+        error.add_note(
+            f"fluxibly: call_next: expected a Request, got {kind_of(error.obj)}; write call_next(request.evolve(…))"
+        )
     if isinstance(error.obj, Response) or error.name not in _RESPONSE:
         return
     culprit = first_without_return(middleware) if error.obj is None else None
@@ -55,7 +57,7 @@ _RESPONSE = frozenset(field.name for field in attrs.fields(Response)) | {"has_ou
 
 
 def suspects(middleware: Sequence[Middleware]) -> str:
-    """The layers that may have returned what is no response: those that are not ours."""
+    """Name the layers that may have returned a value other than a response: the layers that are not fluxibly's own."""
     names = [layer_name(layer) for layer in middleware if _is_users(layer)] or ["(none)"]
     return f"the middleware {names[0]}" if len(names) == 1 else f"one of the middleware {', '.join(names)}"
 
@@ -65,7 +67,7 @@ def _is_users(layer: object) -> bool:
 
 
 def first_without_return(middleware: Sequence[Middleware]) -> str | None:
-    """The innermost middleware whose code has no `return` with a value."""
+    """Return the name of the innermost middleware whose code has no `return` with a value."""
     for layer in reversed(middleware):
         code = code_of(layer)
         if code is not None and not _returns_value(code):

@@ -1,4 +1,4 @@
-"""A provider with its middleware and a clock: how a call begins and ends, and what a driver asks for meanwhile."""
+"""A provider with its middleware and a clock: the beginning and the end of a call, and the effects in between."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fluxibly.types import CallRecord, Chunk, ProviderInfo, Request, Response
 
 
 class Clock(Protocol):
-    """Where a pipeline's time comes from. Times are seconds of a monotonic clock."""
+    """The source of a pipeline's time. Times are seconds of a monotonic clock."""
 
     def now(self) -> float: ...
     def sleep(self, seconds: float, /) -> None: ...
@@ -25,7 +25,7 @@ class Clock(Protocol):
 
 
 class SystemClock:
-    """The real time."""
+    """The clock of the operating system."""
 
     now = staticmethod(time.perf_counter)
     sleep = staticmethod(time.sleep)
@@ -39,7 +39,7 @@ class SystemClock:
 
 SYSTEM_CLOCK = SystemClock()
 
-# How `begin` and `finish` copy a frozen object with one field changed: a fifth of what attrs.evolve costs.
+# `begin` and `finish` copy a frozen object with a changed field this way, at a fifth of the cost of attrs.evolve.
 _new = object.__new__
 _set_state = object.__setattr__
 
@@ -64,7 +64,9 @@ class Stack:
         self.closed = False
         for layer in self.middleware:
             if not callable(layer):
-                raise TypeError(f"a middleware is a generator function or an object with __call__, not {layer!r}")
+                raise TypeError(
+                    f"a middleware: expected a generator function or an object with __call__, got {layer!r}"
+                )
             if isinstance(layer, type):
                 raise TypeError(f"a middleware is an object; {layer.__name__} is a class: write {layer.__name__}()")
         self._run = compose(self.middleware)
@@ -74,7 +76,7 @@ class Stack:
         return f"{type(self).__name__}({self.info.name}, [{layers}])"
 
     def begin(self, request: Request, *, streaming: bool = False, restarts: bool = False) -> Request:
-        """The request of one call: a shallow copy with a record of its own."""
+        """Return the request of one call: a shallow copy with its own record."""
         if self.closed:
             raise RuntimeError(f"this {type(self).__name__} is closed; make a new one")
         if not isinstance(request, Request):  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -89,7 +91,7 @@ class Stack:
             call.streaming = True
             call.restarts = restarts
         state = request.__dict__.copy()
-        name, value = state.popitem()  # CPython then gives the copy a table of its own, in which lookups are fast
+        name, value = state.popitem()  # CPython then gives the copy its own table of keys, in which lookups are fast
         state[name] = value
         state["call"] = call
         copy = _new(request.__class__)
@@ -97,11 +99,11 @@ class Stack:
         return copy
 
     def finish(self, value: object, call: CallRecord) -> Response:
-        """The response of a call that succeeded."""
+        """Return the response of a successful call, with its elapsed time and statistics."""
         if not isinstance(value, Response):
             raise_not_a_response(value, self.middleware)
         elapsed = call.clock() - call.started_at
-        if value.elapsed is None:  # fresh from the provider: nobody else has it yet
+        if value.elapsed is None:  # fresh from the provider, so no other code refers to it yet
             _set_state(value, "elapsed", elapsed)
             if call.stats is not None:
                 _set_state(value, "stats", call.stats)
@@ -110,7 +112,7 @@ class Stack:
 
 
 class SyncStack(Stack):
-    """A stack whose provider blocks."""
+    """A stack with a provider that blocks."""
 
     def __init__(
         self,
@@ -125,15 +127,15 @@ class SyncStack(Stack):
             raise TypeError(f"the provider {type(provider).__name__} is asynchronous; use AsyncPipeline or AsyncLLM")
 
     def open(self, request: Request) -> Iterable[Chunk | str]:
-        """The provider's own stream."""
+        """Return the provider's own stream."""
         stream = self.provider.stream(request)
         if not isinstance(stream, Iterable) or isinstance(stream, str):
             raise TypeError(f"the stream() of {self.info.name} returned {kind_of(stream)}; make it a generator")
         return cast("Iterable[Chunk | str]", stream)
 
     def carry_out(self, effect: Effect, flow: Flow[Response]) -> object:
-        """Do what an effect asks for, other than to ask the provider."""
-        if isinstance(effect, AttemptEnd):  # there is nothing to do: the layers have seen it
+        """Carry out an effect, other than a call of the provider, and return its outcome."""
+        if isinstance(effect, AttemptEnd):  # nothing to do, because the layers have seen it
             return None
         if isinstance(effect, Sleep):
             self.clock.sleep(effect.seconds)
@@ -144,7 +146,7 @@ class SyncStack(Stack):
 
 
 class AsyncStack(Stack):
-    """A stack whose provider is awaited. A synchronous one is run in worker threads."""
+    """A stack with a provider that is awaited. A synchronous provider runs in worker threads."""
 
     def __init__(
         self,
@@ -159,15 +161,15 @@ class AsyncStack(Stack):
             self.provider = Threaded(cast("Provider", provider))
 
     def open(self, request: Request) -> AsyncIterable[Chunk | str]:
-        """The provider's own stream."""
+        """Return the provider's own stream."""
         stream = self.provider.stream(request)
         if not isinstance(stream, AsyncIterable):
             raise TypeError(f"the stream() of {self.info.name} returned {kind_of(stream)}; make it an async generator")
         return cast("AsyncIterable[Chunk | str]", stream)
 
     async def carry_out(self, effect: Effect, flow: Flow[Response]) -> object:
-        """Do what an effect asks for, other than to ask the provider."""
-        if isinstance(effect, AttemptEnd):  # there is nothing to do: the layers have seen it
+        """Carry out an effect, other than a call of the provider, and return its outcome."""
+        if isinstance(effect, AttemptEnd):  # nothing to do, because the layers have seen it
             return None
         if isinstance(effect, Sleep):
             await self.clock.asleep(effect.seconds)

@@ -1,4 +1,4 @@
-"""How an error goes into a flow, and how a flow is closed, whatever the middleware in it do."""
+"""The steps that raise an error in a flow and close a flow, whatever the middleware in it do."""
 
 from __future__ import annotations
 
@@ -15,18 +15,22 @@ def throw(flow: Flow[Response], error: BaseException) -> Effect:
 
     Raises:
         StopIteration: the flow handled the error and returned.
-        BaseException: what came out of the flow. If `error` is not an Exception then it is what comes out, whatever
-            the middleware did (law: KeyboardInterrupt, CancelledError and their kind pass).
+        BaseException: the error that came out of the flow. If `error` is not an Exception, `error` itself comes out,
+            whatever the middleware did (law: KeyboardInterrupt, CancelledError and their kind pass).
     """
     try:
+        # A StopIteration would itself end each generator on its way (PEP 479).
         if isinstance(error, StopIteration):
             error = _wrapped(error)
+        # An Exception belongs to the middleware, which may handle it, replace it or ask again.
         if isinstance(error, Exception):
             return flow.throw(error)
-        if isinstance(error, GeneratorExit):  # an async call was given up where it waited
+        # An async call was abandoned where it waited, and a flow that is closed must not yield again.
+        if isinstance(error, GeneratorExit):
             close(flow)
             raise error
         did = "yielded again"
+        # A cancellation or a Ctrl-C belongs to the caller, so the flow must let it pass and any other end is a fault.
         try:
             flow.throw(error)
         except StopIteration:
@@ -36,6 +40,7 @@ def throw(flow: Flow[Response], error: BaseException) -> Effect:
                 raise
             did = f"raised {type(raised).__name__}"
         _tell(error, _catcher(error), did)
+        # A flow that yielded again still waits, and its `finally` blocks have to run before the error goes on.
         close(flow)
         raise error
     finally:
@@ -43,18 +48,20 @@ def throw(flow: Flow[Response], error: BaseException) -> Effect:
 
 
 def _wrapped(stop: StopIteration) -> RuntimeError:
-    """What to throw for a StopIteration: it would itself end each generator on its way (PEP 479)."""
+    """Return the error to throw instead of a StopIteration."""
     error = RuntimeError("a provider, or what a middleware performs, raised StopIteration")
     error.__cause__ = stop
     return error
 
 
 def close(flow: Flow[Response]) -> None:
-    """Close a flow; a middleware that yields in its `finally` is logged and otherwise ignored."""
+    """Close a flow. A middleware that yields in its `finally` is logged and otherwise ignored."""
+    # The layers are listed before the close, because a generator that has ended no longer refers to its inner flow.
     layers = live_layers(flow)
     try:
         flow.close()
     except RuntimeError as error:
+        # A layer that is still suspended yielded, so it ignored the GeneratorExit; any other RuntimeError is its own.
         alive = [layer for layer in layers if layer.gi_frame is not None and layer.gi_suspended]
         if "ignored GeneratorExit" not in str(error) or not alive:
             raise
@@ -66,13 +73,13 @@ def _tell(error: BaseException | None, layer: str, did: str) -> None:
     text = f"the middleware {layer} {did} after {name}; it must let it pass"
     if error is not None:
         error.add_note(f"fluxibly: {text}")
-    from fluxibly._logs import ERROR, log  # logging takes longer to import than all of this package's own code
+    from fluxibly._logs import ERROR, log  # importing logging takes longer than all of fluxibly's own code
 
     log(ERROR, "%s", problem=text)
 
 
 def _catcher(error: BaseException) -> str:
-    """The outermost frame of a user's that a thrown error went through inside the flow: the one that caught it."""
+    """Return the name of the function that caught a thrown error: the outermost frame of a user's in its traceback."""
     trace = error.__traceback__
     while trace is not None:
         module = trace.tb_frame.f_globals.get("__name__", "")
@@ -87,13 +94,14 @@ def _is_generator(value: object) -> TypeGuard[GeneratorType[Any, Any, Any]]:
 
 
 def live_layers(flow: Flow[Any]) -> Sequence[GeneratorType[Any, Any, Any]]:
-    """The generators that a suspended flow waits in, outermost first."""
+    """Return the generators that a suspended flow waits in, outermost first."""
     layers: list[GeneratorType[Any, Any, Any]] = []
     inner: Any = flow
     while _is_generator(inner):
         layers.append(inner)
         within = inner.gi_yieldfrom
         if within is None and inner.gi_frame is not None:
-            within = inner.gi_frame.f_locals.get("flow")  # a combinator steps its inner flow by hand
+            # A combinator steps its inner flow by hand, so `gi_yieldfrom` does not show it.
+            within = inner.gi_frame.f_locals.get("flow")
         inner = within
     return layers

@@ -1,7 +1,7 @@
-"""The console script `fluxibly`: `main` here, the commands in `app.py`, which needs typer and rich.
+"""The console script `fluxibly`: `main` is here, the commands are in `app.py`, which needs typer and rich.
 
-`chat.py` and `inspect.py` do what the commands say, `screen.py` and `report.py` print, `spans.py` records, `trace/`
-draws trace files. May import everything; nothing imports it.
+`chat.py` and `inspect.py` carry out the commands, `screen.py` and `report.py` print, `spans.py` records spans, and
+`trace/` draws trace files. This package may import every other package; no other package imports it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import sys
 
 
 def main() -> None:
-    """Run the command line; exits with 0, with 2 for a mistake of the user's, and with 1 for any other failure."""
+    """Run the command line and exit: 0 for success, 2 for a user's mistake, 1 for another failure, 130 after Ctrl-C."""
     try:
         from fluxibly.cli.app import run
     except ModuleNotFoundError as error:
@@ -25,7 +25,7 @@ def main() -> None:
 
 
 def _extras_of(arguments: list[str]) -> list[str]:
-    """The extras that a command needs. Its options are only glanced at: what parses them is missing."""
+    """Return the extras that a command needs. Options are matched by name only, because their parser is missing."""
     given = {argument.partition("=")[0] for argument in arguments}
     extras = ["cli"]
     if arguments[:1] == ["chat"]:

@@ -1,4 +1,4 @@
-"""The commands of the console script, and what its exit status is."""
+"""The commands of the console script, and its exit status."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from fluxibly.errors import (
 
 OK, FAILED, MISUSED, INTERRUPTED = 0, 1, 2, 130
 
-# Without a file that says otherwise. A small model may not find an end: unlimited, its answers can take minutes.
+# Defaults without a configuration file. A small model may never stop: without a limit, an answer can take minutes.
 LOCAL_TEMPERATURE = 0.2
 LOCAL_MAX_TOKENS = 512
 
@@ -39,14 +39,14 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-ConfigFile = Annotated[Path | None, typer.Option("--config", help="A YAML file with a section `llm:`.")]
-Framework = Annotated[str | None, typer.Option(help="Who runs the model; `fluxibly frameworks` lists them.")]
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="A YAML file with an `llm:` section.")]
+Framework = Annotated[str | None, typer.Option(help="The framework that runs the model; see `fluxibly frameworks`.")]
 Model = Annotated[str | None, typer.Option(help="The model's name, or for `local` the path of a GGUF file.")]
 LogLevel = Literal["debug", "info", "warning", "error", "critical"]
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run the command line; the exit status. A mistake of the user's is one line on standard error."""
+    """Run the command line and return its exit status. A user's mistake is reported in one line on standard error."""
     try:
         result: Any = app(list(arguments) or ["--help"], prog_name="fluxibly", standalone_mode=False)
         sys.stdout.flush()
@@ -54,34 +54,34 @@ def run(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
-        # Nobody reads any more; what is left in the buffer must not be tried again at exit.
+        # The reader has closed the pipe, so Python must not try to flush the rest of the buffer at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except (ConfigError, FrameworkNotRegistered, ContextLengthExceeded) as error:
-        return _told(error, MISUSED)
+        return _report(error, MISUSED)
     except NotImplementedError as error:  # a provider without stream()
-        return _told(error, MISUSED, "try --no-stream: ")
+        return _report(error, MISUSED, "try --no-stream: ")
     except AuthenticationError as error:
-        return _told(error, MISUSED if error.status is None else FAILED)  # without a status it is a missing key
+        return _report(error, MISUSED if error.status is None else FAILED)  # without a status, the key is missing
     except FluxiblyError as error:
-        return _told(error, FAILED)
-    except Exception as error:  # noqa: BLE001  # a provider's or a middleware's own
+        return _report(error, FAILED)
+    except Exception as error:  # noqa: BLE001  # an error of a provider or a middleware
         message = getattr(error, "format_message", None)
-        if message is not None:  # the command line library's, for wrong arguments
+        if message is not None:  # an error of typer, for wrong arguments
             sys.stderr.write(f"fluxibly: {' '.join(message().split())}\n")
             return MISUSED
         if logging.getLogger("fluxibly").isEnabledFor(logging.DEBUG):
             traceback.print_exc()
-        return _told(error, FAILED, f"{type(error).__name__}: ")
+        return _report(error, FAILED, f"{type(error).__name__}: ")
 
 
-def _told(error: BaseException, status: int, prefix: str = "") -> int:
+def _report(error: BaseException, status: int, prefix: str = "") -> int:
     sys.stderr.write(f"fluxibly: {prefix}{line_of(error)}\n")
     return status
 
 
 def _config(file: Path | None, framework: str | None, model: str | None) -> LLMConfig:
-    """The configuration that the options come to; by default the small local model."""
+    """Return the configuration that the options describe; by default, the small local model."""
     from fluxibly.providers.local import DEFAULT_MODEL
 
     if file is not None:
@@ -89,7 +89,7 @@ def _config(file: Path | None, framework: str | None, model: str | None) -> LLMC
         if framework is not None and framework != config.framework:
             if model is None:
                 raise ConfigError(f"--framework {framework}: give --model too; the file's is for {config.framework}")
-            # The file's key and address are another service's: they stay with it.
+            # The file's key and address belong to another service, and must not reach this one.
             return attrs.evolve(config, framework=framework, model=model, api_key=None, api_base=None)
         return config if model is None else attrs.evolve(config, model=model)
     defaults = {"local": DEFAULT_MODEL, "echo": "echo"}
@@ -99,7 +99,7 @@ def _config(file: Path | None, framework: str | None, model: str | None) -> LLMC
     if model is None:
         from fluxibly.registry import find_framework
 
-        find_framework(framework)  # a name that is wrong is the first thing to say
+        find_framework(framework)  # a wrong name is reported first
         raise ConfigError(f"--framework {framework}: give --model too")
     if framework != "local":
         return LLMConfig(framework=framework, model=model)
@@ -107,13 +107,13 @@ def _config(file: Path | None, framework: str | None, model: str | None) -> LLMC
 
 
 def _log(screen: Screen, level: LogLevel | None) -> None:
-    """Logging goes to standard error: by default warnings, and for a person all of INFO."""
+    """Log to standard error: by default warnings, and at a terminal everything from INFO up."""
     shown = logging.getLevelNamesMapping()[level.upper()] if level is not None else None
     logger = logging.getLogger("fluxibly")
     logger.setLevel(shown if shown is not None else logging.INFO if screen.live else logging.WARNING)
     logger.addHandler(ScreenHandler(screen, failures=level is not None))
     logger.propagate = False
-    # What goes wrong with spans is told in a line of our own.
+    # `chat` prints a line of its own about spans that were not exported.
     logging.getLogger("opentelemetry").addHandler(logging.NullHandler())
     logging.getLogger("opentelemetry").propagate = False
 
@@ -127,26 +127,26 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _main(
     version: Annotated[
-        bool, typer.Option("--version", is_eager=True, callback=_version, help="Say it, and exit.")
+        bool, typer.Option("--version", is_eager=True, callback=_version, help="Print the version and exit.")
     ] = False,
 ) -> None:
     pass
 
 
 @app.command()
-def chat(  # noqa: PLR0917  # the command line library reads its options off the parameters
+def chat(  # noqa: PLR0917  # typer reads the options from the parameters
     prompt: Annotated[str | None, typer.Argument(help="The question; - reads it from standard input.")] = None,
     config: ConfigFile = None,
     framework: Framework = None,
     model: Model = None,
-    system: Annotated[str | None, typer.Option(help="Instructions to the model.")] = None,
+    system: Annotated[str | None, typer.Option(help="Instructions for the model.")] = None,
     no_stream: Annotated[bool, typer.Option("--no-stream", help="Wait for the whole answer.")] = False,
-    log_level: Annotated[LogLevel | None, typer.Option(help="What to log on standard error.")] = None,
+    log_level: Annotated[LogLevel | None, typer.Option(help="The lowest level to log on standard error.")] = None,
     trace: Annotated[Path | None, typer.Option(help="A file to write the spans to, as OTLP JSON lines.")] = None,
-    otlp: Annotated[str | None, typer.Option(metavar="URL", help="A backend to send the spans to.")] = None,
+    otlp: Annotated[str | None, typer.Option(metavar="URL", help="A backend to send the spans to, over HTTP.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the response as JSON, for scripts.")] = False,
 ) -> None:
-    """Ask a model; without a prompt, converse with it."""
+    """Ask a model; without a prompt, start a conversation."""
     from fluxibly.cli.chat import Chat, check_installed, recorder
 
     screen = Screen()
@@ -167,7 +167,7 @@ def chat(  # noqa: PLR0917  # the command line library reads its options off the
 
 @app.command()
 def explain(config: ConfigFile = None, framework: Framework = None, model: Model = None) -> None:
-    """Print the stack that would run, outermost first, with each middleware's settings."""
+    """Print the middleware stack that would run, outermost first, with the settings of each middleware."""
     from fluxibly.cli.inspect import stack_rows
 
     Screen().rows(stack_rows(_config(config, framework, model)), ("", "middleware", "settings"))
@@ -175,7 +175,7 @@ def explain(config: ConfigFile = None, framework: Framework = None, model: Model
 
 @app.command()
 def frameworks() -> None:
-    """List who can run models: what is registered, what is installed, and which extra or key is missing."""
+    """List the registered frameworks: whether each is ready, and which package or key is missing."""
     from fluxibly.cli.inspect import framework_rows
 
     Screen().rows(framework_rows(), ("framework", "status", "to do"))
@@ -183,7 +183,7 @@ def frameworks() -> None:
 
 @app.command()
 def doctor(config: ConfigFile = None, framework: Framework = None, model: Model = None) -> int:
-    """Check versions, keys and endpoints, and say what to do."""
+    """Check versions, keys and endpoints, and say how to fix problems."""
     from fluxibly.cli.inspect import examine
 
     return examine(Screen(), _config(config, framework, model) if config or framework or model else None)
@@ -191,8 +191,8 @@ def doctor(config: ConfigFile = None, framework: Framework = None, model: Model 
 
 @app.command()
 def trace(
-    file: Annotated[Path, typer.Argument(help="Spans as OTLP JSON, as chat --trace writes them.")],
-    html: Annotated[Path | None, typer.Option(metavar="OUT", help="Write a page to this file instead.")] = None,
+    file: Annotated[Path, typer.Argument(help="A file of spans in OTLP JSON, as chat --trace writes it.")],
+    html: Annotated[Path | None, typer.Option(metavar="OUT", help="Write an HTML page to this file instead.")] = None,
 ) -> None:
     """Draw the spans of a file as a waterfall."""
     try:

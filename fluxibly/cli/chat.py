@@ -1,4 +1,4 @@
-"""The command `fluxibly chat`: one question, or a conversation, with its figures and its spans."""
+"""The command `fluxibly chat`: a question or a conversation, with the figures and spans of each answer."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ STDIN = "-"
 
 @attrs.frozen(kw_only=True)
 class Chat:
-    """What a chat needs. `stream` False waits for whole answers; `as_json` prints the response instead of its text."""
+    """A chat with a model. `stream=False` waits for whole answers; `as_json` prints the response instead of its text."""
 
     config: LLMConfig
     screen: Screen
@@ -45,10 +45,10 @@ class Chat:
     as_json: bool = False
 
     def run(self, prompt: str | None) -> None:
-        """Answer `prompt` ("-": standard input), or converse if there is none.
+        """Answer `prompt` ("-" reads it from standard input), or start a conversation if it is None.
 
         Raises:
-            ConfigError: there is neither a prompt nor a terminal to converse at.
+            ConfigError: there is neither a prompt nor a terminal for a conversation, or the prompt is empty or not text.
             FluxiblyError: the provider failed.
         """
         if prompt is None and not (sys.stdin.isatty() and self.screen.live):
@@ -63,18 +63,18 @@ class Chat:
             raise ConfigError("the prompt is not text in this terminal's encoding")
         with LLM(self.config) as llm:
             if self.config.framework == "local":
-                model_path(self.config.model)  # the time that a download takes is not the call's
+                model_path(self.config.model)  # the call's time must not include a download
             if prompt is None:
                 self.converse(llm)
             else:
                 self.show(self.answer(llm, [*self.opening(), Message.user(prompt)]))
 
     def opening(self) -> list[Message]:
-        """What every conversation begins with."""
+        """Return the messages that begin every conversation."""
         return [Message.system(self.system)] if self.system else []
 
     def answer(self, llm: LLM, messages: list[Message]) -> Response:
-        """The model's answer; its text is on the screen as soon as it is there."""
+        """Return the model's response, and print its text as it arrives."""
         if not self.stream:
             response = llm.complete(messages)
             if not self.as_json:
@@ -89,12 +89,12 @@ class Chat:
         return response
 
     def show(self, response: Response) -> None:
-        """What goes under an answer: for a script the response as JSON, for a person its figures and spans."""
+        """Print the response as JSON, for scripts, or its figures and spans under the answer, for a person."""
         spans = self.recorder.take()
         if self.as_json:
             self.screen.write(as_json(response) + "\n")
             return
-        if response.finish_reason == "length" and not self.screen.live:  # the figures have it too
+        if response.finish_reason == "length" and not self.screen.live:  # at a terminal, the figures show it
             self.screen.aside("fluxibly: the answer was cut off at the limit of its tokens")
         self.screen.show("")
         self.screen.show(figures(response))
@@ -103,9 +103,9 @@ class Chat:
             self.screen.show(tree)
 
     def converse(self, llm: LLM) -> None:
-        """Ask and answer until the end of input. Ctrl-C stops an answer, not the program."""
-        with contextlib.suppress(ImportError):  # Windows has its own
-            importlib.import_module("readline")  # gives input() its line editing and history
+        """Read questions and answer them until the end of input. Ctrl-C stops an answer, not the program."""
+        with contextlib.suppress(ImportError):  # not on Windows, whose console edits lines itself
+            importlib.import_module("readline")  # gives input() line editing and a history
         self.screen.note(f"{self.config.framework}, {self.config.model}. Ctrl-C stops an answer, Ctrl-D ends the chat.")
         history: list[Message] | None = self.opening()
         while history is not None:
@@ -115,7 +115,7 @@ class Chat:
                 self.screen.write("\n")
 
     def next_turn(self, llm: LLM, history: list[Message]) -> list[Message] | None:
-        """Ask for a question and answer it; what the conversation is then, None at the end of input."""
+        """Read a question and answer it. Return the conversation so far, or None at the end of input."""
         self.screen.end_line()
         try:
             text = input("> ")
@@ -125,7 +125,7 @@ class Chat:
         return self.turn(llm, [*history, Message.user(text)]) if text.strip() else history
 
     def turn(self, llm: LLM, messages: list[Message]) -> list[Message]:
-        """One question and its answer; what the conversation is then. A question without an answer is not in it."""
+        """Answer the last message. Return the conversation so far, without a question that got no answer."""
         asked = messages[:-1]
         try:
             response = self.answer(llm, messages)
@@ -146,7 +146,7 @@ class Chat:
 
 
 def _is_text(text: str | None) -> bool:
-    """Whether there is no half of a character in it: bytes that could not be decoded become such."""
+    """Whether `text` can be encoded: bytes that could not be decoded have become lone surrogates, which cannot."""
     try:
         (text or "").encode()
     except UnicodeEncodeError:
@@ -162,11 +162,11 @@ def _standard_input() -> str:
 
 
 def check_installed(framework: str, *, spans: bool) -> None:
-    """Check that what a chat needs is installed. `spans`: they are to go to a file or a backend.
+    """Check that the packages for a chat are installed. `spans`: whether spans go to a file or a backend.
 
     Raises:
         FrameworkNotRegistered: there is no such framework.
-        ConfigError: packages are missing; one command installs them all.
+        ConfigError: packages are missing; the message has one command that installs them all.
     """
     found = find_framework(framework)
     missing = [found.extra] if found.extra is not None and not found.installed else []
@@ -180,19 +180,19 @@ def check_installed(framework: str, *, spans: bool) -> None:
 
 
 class Recorder(Protocol):
-    """Keeps the spans of this process, to be shown."""
+    """A recorder of the spans of this process, which are shown under an answer."""
 
     def take(self) -> Sequence[ReadableSpan]:
-        """The spans that ended since the last time."""
+        """Return the spans that ended since the last call."""
         ...
 
     def close(self) -> str | None:
-        """Send what is left; what went wrong with it, if anything did."""
+        """Export the remaining spans. Return a description of the failure, or None."""
         ...
 
 
 class _NoRecorder:
-    """Records nothing: what there is without the OpenTelemetry SDK."""
+    """A recorder that keeps no spans, because none are wanted or the OpenTelemetry SDK is not installed."""
 
     def take(self) -> Sequence[ReadableSpan]:
         return ()
@@ -202,15 +202,15 @@ class _NoRecorder:
 
 
 def recorder(file: Path | None = None, otlp: str | None = None, *, keep: bool = True) -> Recorder:
-    """A recorder of the spans of this process, where the OpenTelemetry SDK is installed.
+    """Return a recorder of the spans of this process. Without the OpenTelemetry SDK, it records nothing.
 
     Args:
-        keep: whether anyone will `take` them.
-        file: where to write them too, as OTLP JSON lines.
-        otlp: the address of a backend, to which they are sent as OTLP over HTTP.
+        keep: whether the caller will `take` the spans.
+        file: a file to write the spans to as well, as OTLP JSON lines.
+        otlp: the URL of a backend to send the spans to, as OTLP over HTTP.
 
     Raises:
-        ConfigError: the file cannot be written, or the address is none.
+        ConfigError: the file cannot be written, or `otlp` is not an http:// or https:// URL.
     """
     if not keep and file is None and otlp is None:
         return _NoRecorder()
@@ -228,5 +228,5 @@ def _sdk_installed() -> bool:
 def _installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # not even the package that it is in
+    except ModuleNotFoundError:  # its parent package is not installed either
         return False

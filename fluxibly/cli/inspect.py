@@ -1,4 +1,4 @@
-"""The commands that look at what is there: `explain`, `frameworks` and `doctor`."""
+"""The commands that inspect the configuration and the installation: `explain`, `frameworks` and `doctor`."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ if TYPE_CHECKING:
 
 
 def stack_rows(config: LLMConfig) -> Iterator[tuple[str, str, str]]:
-    """A row for each layer, outermost first, and one for the provider.
+    """Yield a row for each layer, outermost first, and a row for the provider.
 
     Raises:
         FrameworkNotRegistered: the configuration's framework is unknown.
-        ConfigError: a middleware is.
+        ConfigError: a middleware is unknown.
     """
     find_framework(config.framework)
     stack = default_stack(config) if config.middleware is None else make_middleware(config.middleware)
@@ -46,7 +46,7 @@ def stack_rows(config: LLMConfig) -> Iterator[tuple[str, str, str]]:
 
 
 def _settings(layer: object) -> str:
-    """A middleware's settings as its repr has them."""
+    """Return a middleware's settings, as they appear in its repr."""
     kind = type(layer)
     if not attrs.has(kind):
         return ""
@@ -59,14 +59,14 @@ def _settings(layer: object) -> str:
 
 
 def framework_rows() -> Iterator[tuple[str, str, str]]:
-    """A row for each framework: its name, whether it can be used, and what is missing."""
+    """Yield a row for each framework: its name, whether it can be used, and what is missing."""
     for framework in frameworks().values():
         missing = missing_of(framework)
         yield framework.name, "ready" if missing is None else "not ready", missing or ""
 
 
 def missing_of(framework: Framework) -> str | None:
-    """What to do before a framework can be used, if anything."""
+    """Return the step that is needed before a framework can be used, or None."""
     if not framework.installed:
         return framework.to_install
     if framework.env_var is not None and not os.environ.get(framework.env_var):
@@ -75,13 +75,13 @@ def missing_of(framework: Framework) -> str | None:
 
 
 PROBE_TIMEOUT = 5.0
-"""Seconds that an endpoint has to answer."""
+"""Seconds to wait for an endpoint to answer."""
 CORE = ("attrs", "cattrs", "httpx", "msgspec", "opentelemetry-api", "PyYAML")
 
 
 @attrs.frozen
 class Finding:
-    """What one check found. `bad` is a failure, `to_do` what to do about it or about what is not set up."""
+    """The result of a check. `bad` marks a failure; `to_do` is the step that fixes it or completes the setup."""
 
     kind: str
     name: str
@@ -91,7 +91,7 @@ class Finding:
 
 
 def examine(screen: Screen, config: LLMConfig | None) -> int:
-    """Check everything, or with a configuration what that needs; 1 if something has to be done first."""
+    """Check everything, or only what a configuration needs. Return 1 if a check failed, else 0."""
     checks = [config] if config is not None else list(_configurations())
     with ThreadPoolExecutor(max_workers=16) as threads:
         found = [*_versions(), *threads.map(_check, checks)]
@@ -116,7 +116,7 @@ def _versions() -> Iterator[Finding]:
 
 
 def _check(config: LLMConfig) -> Finding:
-    """Check one framework. What is merely not set up is no failure, unless it was asked for."""
+    """Check a framework. If it is not set up, that is a failure only if the user asked for it."""
     name = config.framework
     asked = config.model != "-"
     framework = find_framework(name)
@@ -124,10 +124,10 @@ def _check(config: LLMConfig) -> Finding:
     if missing is not None:
         return Finding("framework", name, "not set up", missing, bad=asked)
     if framework.extra is not None and not asked:
-        return Finding("framework", name, "ready")  # to load it would take seconds
+        return Finding("framework", name, "ready")  # loading its library would take seconds
     try:
         provider = framework.factory(asynchronous=False)(config)
-    except Exception as error:  # noqa: BLE001  # whatever a package of others raises, it cannot be used
+    except Exception as error:  # noqa: BLE001  # whatever a third-party package raises, the framework cannot be used
         return Finding("framework", name, "not set up", line_of(error), bad=asked)
     if name == "local":
         return _local(config)
@@ -145,8 +145,8 @@ def _local(config: LLMConfig) -> Finding:
 
 
 def _endpoint(config: LLMConfig, info: ProviderInfo) -> Finding:
-    """Ask a service for its list of models, where its dialect is OpenAI's; of others, see that they answer at all."""
-    import httpx  # late: `explain` and `frameworks` have no use for it
+    """Request the list of models if the service speaks OpenAI's dialect; else, check only that the service answers."""
+    import httpx  # late, because `explain` and `frameworks` do not need it
 
     name, host, port = config.framework, info.server_address, info.server_port
     url, headers = f"{'https' if port == 443 else 'http'}://{host}:{port}/", {}

@@ -1,4 +1,4 @@
-"""What the command line shows after an answer: its figures, its tree of spans, and the response as JSON."""
+"""The output that follows an answer: its figures, its tree of spans, and the response as JSON."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _seconds(seconds: float | None) -> str:
 
 
 def figures(response: Response) -> Table:
-    """The short table under an answer."""
+    """Return the short table under an answer."""
     stats, usage = response.stats, response.usage
     tokens = usage.output_tokens if usage is not None else None
     cells: list[tuple[str, str]] = []
@@ -54,7 +54,7 @@ def figures(response: Response) -> Table:
 
 
 def span_trees(spans: Sequence[ReadableSpan]) -> list[Tree]:
-    """The spans as trees, each with how long it took and how it ended."""
+    """Return the spans as trees, with the duration and the outcome of each span."""
     known = {span.context.span_id for span in spans if span.context is not None}
     children: dict[int | None, list[ReadableSpan]] = {}
     for span in sorted(spans, key=lambda span: span.start_time or 0):
@@ -83,13 +83,13 @@ def _line(span: ReadableSpan) -> Text:
 
 
 def _name(name: str, attributes: Mapping[str, object]) -> str:
-    """What to call a span: an attempt by its number."""
+    """Return the displayed name of a span; an attempt is named by its number."""
     index = attributes.get(semconv.ATTEMPT_INDEX)
     return f"attempt {index + 1}" if isinstance(index, int) else name
 
 
 def as_json(response: Response) -> str:
-    """A response for scripts: one line of JSON. Its keys are always there; what is not known is null."""
+    """Return a response as one line of JSON, for scripts. Every key is always present; unknown values are null."""
     fields: dict[str, Any] = {
         "text": response.text,
         "reasoning": response.reasoning,

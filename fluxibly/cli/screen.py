@@ -1,4 +1,4 @@
-"""What the command line writes where: text on standard output, all else only for a person at a terminal."""
+"""The output of the command line: text on standard output, everything else only for a person at a terminal."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ _UNSAFE = {code: None for code in (*range(32), 127, *range(128, 160)) if chr(cod
 
 
 def line_of(error: BaseException) -> str:
-    """What an error says, in one line."""
+    """Return an error's message on one line."""
     problems: Sequence[str] = getattr(error, "problems", ())
     text = "; ".join(problems) if len(problems) > 1 else str(error)
     return " ".join(text.split()) or type(error).__name__
 
 
 class Screen:
-    """Standard output and standard error. `live` says whether a person reads along on a terminal."""
+    """Standard output and standard error. `live` says whether a person reads along at a terminal."""
 
     def __init__(self) -> None:
         for stream in (sys.stdout, sys.stderr):
             reconfigure: Any = getattr(stream, "reconfigure", None)
             if reconfigure is not None:
-                reconfigure(errors="replace")  # an answer may have what the terminal's encoding has not
+                reconfigure(errors="replace")  # an answer may have characters that the terminal's encoding lacks
         self.live = sys.stdout.isatty()
         self._out = Console(file=sys.stdout, highlight=False)
         self._err = Console(file=sys.stderr, highlight=False, stderr=True)
         self._mid_line = False
 
     def write(self, text: str) -> None:
-        """A piece of an answer, at once."""
+        """Write a piece of an answer, without buffering it."""
         if self.live:
             text = text.translate(_UNSAFE)
         if text:
@@ -47,22 +47,22 @@ class Screen:
             self._mid_line = not text.endswith("\n")
 
     def end_line(self) -> None:
-        """Go to the next line, unless at the beginning of one."""
+        """Go to the next line, unless the current line is empty."""
         if self._mid_line:
             self.write("\n")
 
     def show(self, what: RenderableType) -> None:
-        """Something for a person only."""
+        """Print `what`, but only for a person."""
         if self.live:
             self.end_line()
             self._out.print(what)
 
     def note(self, text: str) -> None:
-        """A dim line for a person only."""
+        """Print a dim line, but only for a person."""
         self.show(Text(text, "dim"))
 
     def rows(self, rows: Iterable[Sequence[str]], header: Sequence[str]) -> None:
-        """A table: columns of text, with a header for a person."""
+        """Print a table of text; the header is only for a person."""
         lines = [header, *rows] if self.live else list(rows)
         widths = [max(len(line[column]) for line in lines) for column in range(len(header))] if lines else []
         for number, line in enumerate(lines):
@@ -70,18 +70,18 @@ class Screen:
             self._out.print(Text(padded, "bold" if self.live and number == 0 else ""), soft_wrap=True)
 
     def aside(self, text: str, style: str = "") -> None:
-        """A line on standard error."""
+        """Print a line on standard error."""
         if self.live and sys.stderr.isatty():
-            self.end_line()  # the same terminal shows both
+            self.end_line()  # the terminal shows both streams
         self._err.print(Text(text, style), soft_wrap=True)
 
 
 class ScreenHandler(logging.Handler):
-    """Logs to standard error: dim on a terminal, where lines below WARNING would else drown the answer.
+    """A handler that logs to standard error. At a terminal, lines below WARNING are dim: they would drown the answer.
 
     Args:
-        screen: where to.
-        failures: whether to log calls that failed; the command line tells of them itself.
+        screen: the screen to write to.
+        failures: whether to log failed calls, which the command line also reports itself.
     """
 
     def __init__(self, screen: Screen, *, failures: bool) -> None:
@@ -90,11 +90,11 @@ class ScreenHandler(logging.Handler):
         self._failures = failures
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write one record."""
+        """Write a log record."""
         if not self._failures and record.levelno == logging.ERROR and hasattr(record, "error_type"):
             return
         try:
             style = "dim" if record.levelno < logging.WARNING else "yellow"
             self._screen.aside(f"{record.levelname:<7} {record.getMessage()}", style)
-        except Exception:  # noqa: BLE001  # logging's own way to tell of it
+        except Exception:  # noqa: BLE001  # as logging's own handlers do
             self.handleError(record)

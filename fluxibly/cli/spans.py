@@ -1,4 +1,4 @@
-"""The recorder of spans with the OpenTelemetry SDK."""
+"""The recorder of spans that uses the OpenTelemetry SDK."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.trace import ReadableSpan
 
 REASON = 200
-"""Characters that are told of why a backend did not take the spans."""
+"""The maximum length, in characters, of a backend's reason for not accepting spans."""
 
 
 class SDKRecorder:
-    """Keeps the spans of this process; see `recorder` for the arguments."""
+    """A recorder of the spans of this process. See `recorder` for the arguments."""
 
     def __init__(self, file: Path | None, otlp: str | None) -> None:
         self._memory = InMemorySpanExporter()
@@ -40,13 +40,13 @@ class SDKRecorder:
         trace.set_tracer_provider(self._provider)
 
     def take(self) -> Sequence[ReadableSpan]:
-        """The spans that ended since the last time."""
+        """Return the spans that ended since the last call."""
         spans = self._memory.get_finished_spans()
         self._memory.clear()
         return spans
 
     def close(self) -> str | None:
-        """Send what is left; what went wrong with it, if anything did."""
+        """Export the remaining spans. Return a description of the failure, or None."""
         self._provider.shutdown()
         if self._otlp is not None and self._otlp.failed:
             reason = f" ({self._otlp.reason})" if self._otlp.reason else ""
@@ -55,9 +55,9 @@ class SDKRecorder:
 
 
 class _Watched(SpanExporter):
-    """Sends spans to a backend, and remembers whether that failed, and why.
+    """An exporter that sends spans to a backend, and remembers whether and why that failed.
 
-    The standard variables hold (`OTEL_EXPORTER_OTLP_HEADERS`, `OTEL_EXPORTER_OTLP_TIMEOUT`: 10 seconds without it).
+    The standard variables apply: `OTEL_EXPORTER_OTLP_HEADERS`, and `OTEL_EXPORTER_OTLP_TIMEOUT` (by default 10 seconds).
     """
 
     def __init__(self, endpoint: str) -> None:
@@ -67,7 +67,7 @@ class _Watched(SpanExporter):
         self.failed = False
         self.reason = ""
         self._exporter = OTLPSpanExporter(endpoint=endpoint)
-        logging.getLogger(OTLPSpanExporter.__module__).addFilter(self._hear)  # it logs why, and returns only that
+        logging.getLogger(OTLPSpanExporter.__module__).addFilter(self._hear)  # only the log has the reason
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
         result = SpanExportResult.FAILURE
@@ -83,11 +83,11 @@ class _Watched(SpanExporter):
         return True
 
     def shutdown(self) -> None:
-        self._exporter.shutdown()  # type: ignore[no-untyped-call]  # the exporter's own
+        self._exporter.shutdown()  # type: ignore[no-untyped-call]  # the exporter is untyped
 
 
 def _endpoint(otlp: str) -> str:
-    """The address of a backend's traces; where no path is given, it is the one of OTLP's specification ("OTLP/HTTP")."""
+    """Return the URL for traces; the default path is that of OTLP's specification ("OTLP/HTTP")."""
     parts = urlsplit(otlp)
     if parts.scheme not in ("http", "https") or not parts.netloc:
         raise ConfigError(f"--otlp: {otlp!r} is not an http:// or https:// URL")

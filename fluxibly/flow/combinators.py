@@ -1,4 +1,4 @@
-"""What wraps a stream: the loop that steps an inner flow and sees what goes outward, and `map_chunks` and `hold_back`."""
+"""The combinators `map_chunks` and `hold_back`, and the loop beneath them that steps an inner flow."""
 
 from __future__ import annotations
 
@@ -17,25 +17,27 @@ Seen: TypeAlias = Effect | Sequence[Effect] | StreamInterrupted | Literal[True]
 
 
 class Relay:
-    """Steps an inner flow and sees each of its effects on their way outward. Subclasses say what to do with them."""
+    """A loop that steps an inner flow and sees each effect on its way outward. Subclasses decide what becomes of it."""
 
     done = False
-    """Once true, the inner flow runs on by itself, and a chunk costs nothing more."""
+    """Once true, the inner flow runs on without this loop, and further chunks cost nothing extra."""
 
     def see(self, effect: Effect) -> Seen:
-        """What goes outward for `effect`: itself, or others (perhaps none).
+        """Return the effects that go outward instead of `effect`: the effect itself, or a sequence, which may be empty.
 
-        True answers a `Restart` without passing it on; an error is raised within, in place of the effect.
+        True accepts a `Restart` without passing it on. A `StreamInterrupted` is raised in the inner flow, and the
+        effect does not go outward.
         """
         return effect
 
     def restarted(self) -> None:
-        """A `Restart` was accepted: what came before it is void."""
+        """Reset the state after an accepted `Restart`: all chunks before it are void."""
 
     def over(self, flow: Flow[T]) -> Flow[T]:
-        """Run `flow` and return what it does."""
+        """Run `flow` and return its result."""
         outcome: Any = None
         error: BaseException | None = None
+        # A pending error goes into the flow first, because `yield from` would resume the flow without it.
         while error is not None or not self.done:
             try:
                 effect = flow.send(outcome) if error is None else flow.throw(error)
@@ -44,6 +46,7 @@ class Relay:
                 return result
             finally:
                 outcome = error = None  # the error refers to this frame
+            # `see` runs users' functions, and the layers within have to end before an error of theirs goes outward.
             try:
                 outgoing = self.see(effect)
             except BaseException:
@@ -57,20 +60,24 @@ class Relay:
                 elif outgoing is True:
                     outcome = True
                 else:
+                    # The outcome of the last effect answers the inner flow, so an effect with an answer stands last.
                     for each in outgoing:  # type: ignore[union-attr]  # an Effect is always `effect` itself
                         outcome = yield each
+            # A flow that is closed must not yield again, and a GeneratorExit thrown into it would let it do so.
             except GeneratorExit:
                 flow.close()
                 raise
             except BaseException as thrown:  # noqa: BLE001  # it goes into the inner flow
                 error = thrown
+            # After a refused Restart the earlier chunks still count.
             if type(effect) is Restart and outcome:
                 self.restarted()
+        # `done` turns true at a chunk, whose outcome no flow reads, so the flow may be resumed with None.
         return (yield from flow)
 
 
 class OutputWatch(Relay):
-    """Whether output has gone past a layer (`done`): `response = yield from watch.over(call_next(request))`."""
+    """A relay that is `done` once output has passed a layer: `response = yield from watch.over(call_next(request))`."""
 
     def see(self, effect: Effect) -> Effect:
         if isinstance(effect, (Chunk, More)):
@@ -83,7 +90,7 @@ Pieces: TypeAlias = Chunk | Iterable[Chunk] | None
 
 
 def resend_refused(request: Request, partial: Response) -> StreamInterrupted:
-    """The error for a middleware that sends again after its output has gone out."""
+    """Return the error for a middleware that sends another request after output of its first answer has gone out."""
     return StreamInterrupted(
         f"a middleware asked {request.call.provider.name} again after output of the first answer had gone out; retry "
         "only before output, hold the stream back, or emit a Restart",
@@ -98,9 +105,9 @@ def map_chunks(
     *,
     at_restart: Callable[[], None] | None = None,
 ) -> Flow[Response]:
-    """Wrap a stream: pass each of its chunks through `fn`, and return the response that its results come to.
+    """Pass each chunk of a stream through `fn`, and return the response that the results add up to.
 
-    For example, a middleware that shouts::
+    For example, a middleware that turns text into upper case::
 
         def louder(chunk: Chunk) -> Chunk:
             return attrs.evolve(chunk, text=chunk.text.upper())
@@ -109,14 +116,17 @@ def map_chunks(
             return (yield from map_chunks(call_next(request), louder))
 
     Args:
-        flow: what `call_next(request)` returned.
-        fn: gets each chunk, and returns a chunk, several, or None to drop it. Return the chunk itself for no change.
-        at_end: runs once after the last chunk of a success and returns what `fn` may: what it still held back.
-        at_restart: runs when the stream begins anew (`Restart`), to reset what `fn` remembers.
+        flow: the return value of `call_next(request)`.
+        fn: takes each chunk, and returns a chunk, several chunks, or None to drop it. Return the chunk itself for no
+            change.
+        at_end: runs once after the last chunk of a success. It returns the chunks that `fn` still held back, in any
+            form that `fn` may return.
+        at_restart: runs when the stream begins again (`Restart`), to reset the state of `fn`.
 
-    A flow that returns having emitted nothing (a whole response, a cache hit) passes through `fn` as one chunk, so
-    that a guard written with this sees every answer in every mode. If an interrupted stream emitted nothing beyond
-    this point then the error behind `StreamInterrupted` is raised in its place, because it can still be retried.
+    If a flow returns without having emitted chunks (a whole response, a cache hit), the response passes through `fn`
+    as one chunk, so that a guard written with `map_chunks` sees every answer in every mode. If a stream is interrupted
+    before it has emitted anything beyond this point, the error behind `StreamInterrupted` is raised instead, because
+    the request can still be retried.
     """
     mapper = _Mapper(fn, at_restart)
     response, error = yield from _caught(mapper.over(flow))
@@ -125,20 +135,22 @@ def map_chunks(
             raise mapper.error(error)
     finally:
         del error  # it refers to this frame
+    # Pieces of a whole response are not yielded, because its caller takes the response alone.
     streamed = mapper.streamed
     if not streamed:
         mapper.pass_on(as_chunk(response))
     if at_end is not None:
         for piece in mapper.note(at_end()):
+            # The provider's stream is at its end, so each piece goes out as a More, which reads nothing.
             if streamed:
                 yield More(piece)
     return mapper.response(response)
 
 
 class _Mapper(Relay):
-    """The state of one `map_chunks`: what it has let out.
+    """The state of a `map_chunks`: the output that it has let out.
 
-    Until the first change it keeps lengths only, so that memory stays constant for a function that just looks on.
+    Until the first change it keeps only lengths, so that memory stays constant for a function that changes nothing.
     """
 
     def __init__(self, fn: Callable[[Chunk], Pieces], at_restart: Callable[[], None] | None) -> None:
@@ -149,7 +161,7 @@ class _Mapper(Relay):
     def begin(self) -> None:
         self.streamed = False
         self.taken = False
-        """Whether output has come in; `output`, whether it has been let out."""
+        """Whether output has come in. `output` says whether any has been let out."""
         self.output = False
         self.changed = False
         self.text = self.reasoning = 0
@@ -168,17 +180,20 @@ class _Mapper(Relay):
             if pieces is effect:
                 return effect
             made: Sequence[Chunk] = pieces  # type: ignore[assignment]
+            # A chunk makes the driver read the next, so exactly one effect that reads (a Chunk or PULL) replaces it.
             return [*map(More, made[:-1]), made[-1]] if made else (PULL,)
+        # A More reads nothing, so nothing that replaces it may read.
         if isinstance(effect, More):
             self.streamed = True
             pieces = self.pass_on(effect.chunk)
             return effect if pieces is effect.chunk else list(map(More, pieces))  # type: ignore[arg-type]
+        # Output that `fn` has taken, even if it keeps it for the end, would be mixed with that of a second answer.
         if isinstance(effect, Send) and self.taken:
             return resend_refused(effect.request, self.answer.response())
         return effect
 
     def pass_on(self, chunk: Chunk) -> Chunk | Sequence[Chunk]:
-        """The chunk itself, if `fn` leaves it as it is, or what `fn` makes of it."""
+        """Pass a chunk through `fn`. Return the chunk itself if `fn` leaves it unchanged, else the chunks from `fn`."""
         self.taken = self.taken or chunk.has_output
         pieces = self.fn(chunk)
         if pieces is not chunk:
@@ -190,25 +205,30 @@ class _Mapper(Relay):
         else:
             self.text += len(chunk.text)
             self.reasoning += len(chunk.reasoning)
+            # Lengths suffice to cut text and reasoning from the inner response, but not these fields.
             if chunk.tool_calls or chunk.reasoning_parts or chunk.alternatives:
                 self.answer.add(attrs.evolve(chunk, text="", reasoning=""))
         return chunk
 
     def note(self, pieces: Pieces) -> Sequence[Chunk]:
+        """Add changed or new pieces to the answer, and return them as a sequence."""
         made: Sequence[Chunk] = (pieces,) if isinstance(pieces, Chunk) else () if pieces is None else tuple(pieces)
         for piece in made:
             if not isinstance(piece, Chunk):  # pyright: ignore[reportUnnecessaryIsInstance]
-                raise TypeError(f"map_chunks: the function returned {kind_of(piece)}; return a Chunk, several, or None")
+                raise TypeError(
+                    f"map_chunks: expected the function to return a Chunk, several or None, got {kind_of(piece)}"
+                )
             self.changed = True
             self.answer.add(piece)
             self.output = self.output or piece.has_output
         return made
 
     def response(self, inner: Response) -> Response:
-        """What was let out of the `inner` response."""
+        """Return the part of the `inner` response that was let out, with the changes of `fn`."""
         if not self.changed:
             return inner
         mine = self.answer.response()
+        # `parsed` and `raw` are dropped, because they belong to the unchanged answer.
         return inner.evolve(
             text=inner.text[: self.text] + mine.text,
             reasoning=inner.reasoning[: self.reasoning] + mine.reasoning,
@@ -220,7 +240,8 @@ class _Mapper(Relay):
         )
 
     def error(self, stopped: StreamInterrupted) -> BaseException:
-        """What to raise for an interrupted stream: no more of it is told than was let out."""
+        """Return the error to raise for an interrupted stream. Its `partial` is only what was let out."""
+        # While nothing has been let out an outer `Retry` may try again, and it does so only for the cause itself.
         if not self.output and stopped.__cause__ is not None:
             return stopped.__cause__
         if not self.changed:
@@ -231,7 +252,10 @@ class _Mapper(Relay):
 
 
 def _caught(flow: Flow[Response]) -> Flow[tuple[Response, StreamInterrupted | None]]:
-    """The flow's response, or its interruption: raised within `except`, the cause would become its own context."""
+    """Run a flow and return its response, or its partial response and its interruption.
+
+    The caller raises the interruption's cause outside of this `except`, where the cause would become its own context.
+    """
     try:
         return (yield from flow), None
     except StreamInterrupted as error:
@@ -243,7 +267,7 @@ def hold_back(
     until: Callable[[str], bool] | None = None,
     check: Callable[[Response], None] | None = None,
 ) -> Flow[Response]:
-    """Hold a stream's chunks back until it is known to be good, and then let them go in the order they came.
+    """Hold back a stream's chunks until the stream is known to be good, then release them in the order they came.
 
     For example, a middleware that shows an answer only once it is complete::
 
@@ -251,34 +275,37 @@ def hold_back(
             return (yield from hold_back(call_next(request)))
 
     Args:
-        flow: what `call_next(request)` returned.
-        until: gets the text so far after each chunk; once it is true, all goes out, and what follows is passed
-            straight on. Without it, everything is held until the end.
-        check: gets the response of a success before anything held goes out (it may raise: then nothing does).
+        flow: the return value of `call_next(request)`.
+        until: takes the text so far after each chunk. Once it returns true, the held chunks are released, and later
+            chunks are passed straight on. Without it, every chunk is held until the end.
+        check: takes the response of a success before any held chunk is released. If it raises, none is released.
 
-    While nothing has gone out, a failure is the provider's own error, which an outer `Retry` may try again, and a
-    `Restart` from within only empties what is held.
+    Until the release, a failure is raised as the provider's own error, which an outer `Retry` may retry, and a
+    `Restart` from within only discards the held chunks.
     """
     holder = _Holder(until)
     response, error = yield from _caught(holder.over(flow))
     try:
         if error is not None:
+            # While nothing has gone out an outer `Retry` may try again, and it does so only for the cause itself.
             if not holder.done:
                 if error.__cause__ is not None:
                     raise error.__cause__
-                error.partial = Response()  # a resend was refused: what is held has not gone out
+                error.partial = Response()  # a resend was refused, and the held chunks have not gone out
             raise error
     finally:
         del error  # it refers to this frame
+    # After the release a check could no longer hold the answer back.
     if check is not None and not holder.done:
         check(response)
+    # The provider's stream is at its end, so each chunk goes out as a More, which reads nothing.
     for chunk in holder.held:
         yield More(chunk)
     return response
 
 
 class _Holder(Relay):
-    """The state of one `hold_back`; `done` when it has let go."""
+    """The state of a `hold_back`, which is `done` once it has released its chunks."""
 
     def __init__(self, until: Callable[[str], bool] | None) -> None:
         self.until = until
@@ -295,14 +322,17 @@ class _Holder(Relay):
             if self.done:
                 abandon.extend(map(More, self.held))
                 self.held.clear()
+            # A chunk makes the driver read the next, so PULL, which reads but delivers nothing, replaces a held chunk.
             if isinstance(effect, Chunk):
                 abandon.append(PULL)
             return abandon
+        # The held output of the first answer would go out together with that of a second answer.
         if isinstance(effect, Send) and any(chunk.has_output for chunk in self.held):
             answer = Aggregator()
             for chunk in self.held:
                 answer.add(chunk)
             return resend_refused(effect.request, answer.response())
+        # The consumer has received nothing, so a Restart is accepted here and need not reach it.
         return True if isinstance(effect, Restart) else effect
 
     def restarted(self) -> None:

@@ -1,4 +1,4 @@
-"""The stack of middleware as one flow: its layers bound to each other, the innermost flow, and the verbs of authors."""
+"""The composition of middleware into one flow, the innermost flow, and the verbs for authors of middleware."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from fluxibly.types import Chunk, Request, Response, with_headers
 
 
 def sleep(seconds: float) -> Flow[None]:
-    """Wait: `yield from sleep(0.5)`, in seconds. An async pipeline lets others run meanwhile."""
+    """Wait for a number of seconds: `yield from sleep(0.5)`. An async pipeline lets other tasks run meanwhile."""
     yield Sleep(seconds)
 
 
 def perform(call: Callable[[], T], acall: Callable[[], Awaitable[T]] | None = None) -> Flow[T]:
-    """Do I/O of your own: `value = yield from perform(read, aread)`.
+    """Do your own I/O: `value = yield from perform(read, aread)`.
 
-    A sync pipeline runs `call()`; an async one awaits `acall()`, or without one runs `call()` in a worker thread.
-    Errors are raised here.
+    A sync pipeline runs `call()`. An async pipeline awaits `acall()`, or without `acall` runs `call()` in a worker
+    thread. Errors are raised here.
     """
     result: T = yield Perform(call, acall)
     return result
@@ -35,7 +35,7 @@ def perform(call: Callable[[], T], acall: Callable[[], Awaitable[T]] | None = No
 
 
 def compose(middleware: Sequence[Middleware]) -> CallNext:
-    """The stack as one `CallNext`, the first middleware outermost, `send` innermost."""
+    """Return the stack as one `CallNext`, with the first middleware outermost and `send` innermost."""
     call_next: CallNext = send
     for layer in reversed(middleware):
         call_next = bind(layer, call_next)
@@ -43,7 +43,7 @@ def compose(middleware: Sequence[Middleware]) -> CallNext:
 
 
 def bind(layer: Middleware, call_next: CallNext) -> CallNext:
-    """The `CallNext` that is `layer` around `call_next`; its `parts` are these two."""
+    """Return the `CallNext` that runs `layer` around `call_next`. Its attribute `parts` holds these two."""
     call = layer if isinstance(layer, FunctionType) else layer.__call__  # saves a lookup in each call
     if is_generator_function(layer):
 
@@ -61,13 +61,13 @@ def bind(layer: Middleware, call_next: CallNext) -> CallNext:
 
 
 def is_generator_function(layer: object) -> bool:
-    """Whether calling `layer` cannot but give a generator."""
+    """Whether a call of `layer` always returns a generator."""
     code = code_of(layer)
     return code is not None and bool(code.co_flags & CO_GENERATOR)
 
 
 def code_of(layer: object) -> CodeType | None:
-    """The code that runs when a middleware is called, if it is plain Python."""
+    """Return the code that runs when a middleware is called, or None if it is not plain Python."""
     code = getattr(layer if isinstance(layer, FunctionType) else type(layer).__call__, "__code__", None)
     return code if isinstance(code, CodeType) else None
 
@@ -77,7 +77,7 @@ def _checked(flow: Any, layer: Middleware) -> Flow[Response]:
         return flow
     kind = kind_of(flow)
     if isinstance(flow, CoroutineType):
-        flow.close()  # else Python warns that nobody awaited it
+        flow.close()  # otherwise Python warns that the coroutine was never awaited
     raise TypeError(
         f"the middleware {layer_name(layer)} returned {kind}, expected a generator; write it as "
         "a generator function: def mw(request, call_next): return (yield from call_next(request))"
@@ -85,19 +85,19 @@ def _checked(flow: Any, layer: Middleware) -> Flow[Response]:
 
 
 def _is_flow(value: object) -> TypeGuard[Flow[Response]]:
-    return type(value) is GeneratorType or isinstance(value, Generator)  # the abstract class takes its time
+    return type(value) is GeneratorType or isinstance(value, Generator)  # the check against the abstract class is slow
 
 
 def layer_name(layer: object) -> str:
-    """What to call a middleware in a message."""
+    """Return the name of a middleware for a message."""
     name = getattr(layer, "__qualname__", None)
     return name if isinstance(name, str) else type(layer).__qualname__
 
 
 def send(request: Request) -> Flow[Response]:
-    """The innermost flow: one attempt at the provider.
+    """Run one attempt at the provider: the innermost flow.
 
-    Once output has gone out, an error is raised as `StreamInterrupted` with the error as its cause.
+    After output has gone out, an error is raised as `StreamInterrupted` with the error as its cause.
     """
     call = request.call
     call.attempts += 1
@@ -150,7 +150,7 @@ def _to_chunk(item: object, provider: str) -> Chunk:
         return Chunk(item)
     if isinstance(item, Chunk):
         return item
-    raise TypeError(f"the provider {provider} yielded {kind_of(item)}; its stream() yields Chunk or str")
+    raise TypeError(f"the provider {provider} yielded {kind_of(item)}, expected a Chunk or a str from its stream()")
 
 
 def _to_response(reply: object, provider: str) -> Response:
@@ -158,4 +158,6 @@ def _to_response(reply: object, provider: str) -> Response:
         return Response(reply)
     if isinstance(reply, Response):
         return reply
-    raise TypeError(f"the provider {provider} returned {kind_of(reply)}; its complete() returns a Response or a str")
+    raise TypeError(
+        f"the provider {provider} returned {kind_of(reply)}, expected a Response or a str from its complete()"
+    )

@@ -1,4 +1,4 @@
-"""The built-in middleware, a file each."""
+"""The built-in middleware, one file for each."""
 
 from fluxibly.middleware.logging import Logging
 from fluxibly.middleware.metrics import Metrics

@@ -1,4 +1,4 @@
-"""Logs each call with the standard library's `logging`, under the logger `fluxibly`."""
+"""Middleware that logs each call with the standard library's `logging`, under the logger `fluxibly`."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from fluxibly.flow import CallNext, Flow
 from fluxibly.types import Request, Response
 
 PREVIEW = 100
-"""Characters of a prompt or an answer that a DEBUG line shows."""
+"""The number of characters of a prompt or an answer that a DEBUG line shows."""
 
 
 @attrs.frozen(kw_only=True)
 class Logging:
-    """Logs the start and the end of each call at INFO, failures at ERROR, and previews of the texts at DEBUG.
+    """Middleware that logs the start and end of each call at INFO, failures at ERROR, and text previews at DEBUG.
 
-    Every value of a line is on the record too, under the same name, for structured handlers (a record's own `name`
-    stays the logger's: the provider's is `provider_name`); the last line of a call also has its `outcome` ("completed",
-    "failed", "abandoned", "cancelled", "stalled"). Prompts and answers appear at DEBUG only, and an error's
-    message has the request's own texts masked. Times are seconds, lengths are characters.
+    For structured handlers, the record has every value of its line as an attribute of the same name. The exception is
+    the provider's name, which is `provider_name`, because a record's `name` is that of the logger. The last record of a
+    call also has its `outcome` ("completed", "failed", "abandoned", "cancelled", "stalled"). Prompts and answers appear
+    only at DEBUG, and the texts of the request are masked in error messages. Times are in seconds, lengths in
+    characters.
     """
 
     def __call__(self, request: Request, call_next: CallNext) -> Flow[Response]:
@@ -82,7 +83,7 @@ def _completed(request: Request, response: Response, elapsed: float, prompt_leng
 
 def _streamed(request: Request, response: Response, elapsed: float) -> None:
     total_length = len(response.text)
-    # A response that was not streamed (a cache hit) reaches the consumer as one chunk after this.
+    # A response that was not streamed (a cache hit) reaches the consumer as one chunk, but only after this line.
     total_chunks = request.call.chunks or int(bool(response.has_output or response.finish_reason))
     log(
         logging.INFO,
@@ -103,7 +104,7 @@ def _streamed(request: Request, response: Response, elapsed: float) -> None:
 
 
 def _ended(request: Request, error: BaseException, elapsed: float) -> None:
-    """The call raised: it failed, or its consumer gave it up, or it was cancelled."""
+    """Log the end of a call that raised: it failed, was cancelled, or was abandoned by its consumer."""
     call = request.call
     outcome = outcome_of(error)
     what = "streaming" if call.streaming else "request"

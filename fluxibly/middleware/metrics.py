@@ -1,4 +1,4 @@
-"""Durations and tokens of calls, for any OpenTelemetry SDK."""
+"""Middleware that measures the durations and tokens of calls, for any OpenTelemetry SDK."""
 
 from __future__ import annotations
 
@@ -20,26 +20,27 @@ if TYPE_CHECKING:
 
 @attrs.frozen(kw_only=True)
 class Metrics:
-    """Records the histograms of the conventions for generative AI, once a call, however it ended.
+    """Middleware that records the histograms of the conventions for generative AI once per call, however it ends.
 
-    `gen_ai.client.operation.duration` (seconds, with `fluxibly.outcome` and `error.type`), `gen_ai.client.token.usage`
-    (where the service counted; none for cache hits), and for streams `…time_to_first_chunk` and
-    `…time_per_output_chunk`. The last is recorded once a stream, as the mean of its waits after the first chunk: to
-    record each chunk costs more than to receive it. It leaves out what the consumer took, and needs `StreamMeter`
-    further in, as the default stack has it.
+    The histograms are `gen_ai.client.operation.duration` (seconds, with `fluxibly.outcome` and `error.type`),
+    `gen_ai.client.token.usage` (if the service counted tokens, and never for cache hits), and for streams
+    `…time_to_first_chunk` and `…time_per_output_chunk`. The last is recorded once per stream, as the mean wait for a
+    chunk after the first, because recording each chunk costs more than receiving it. It excludes the consumer's own
+    time, and needs a `StreamMeter` further in, as in the default stack.
 
-    With the SDK's own meter provider, what was measured is recorded when the SDK next collects, which sees all of it; a
-    call does not wait for that. What was not collected yet when a process is forked is in both, as with the SDK itself.
+    With the SDK's own meter provider, measurements are recorded when the SDK next collects. The SDK misses none of
+    them, and the call does not wait. If the process forks, both processes have the measurements that were not collected
+    before, as with the SDK itself.
 
     Args:
-        conventions: whose names. "latest" is the edition of the conventions that is not released yet: the durations are
-            `gen_ai.client.inference.…`; tokens are counted by kind, `gen_ai.client.inference.usage.…` (0 where the
-            service told none), with histograms `….operation.input_tokens` and `….output_tokens` of the calls that did
-            not fail. For both editions, use two.
-        meter_provider: by default the global one, also if it is set later.
+        conventions: the edition of the conventions that sets the names. "latest" is the unreleased edition: durations
+            are `gen_ai.client.inference.…`. Tokens are counted by kind as `gen_ai.client.inference.usage.…` (0 if the
+            service reported no usage). The histograms `….operation.input_tokens` and `….output_tokens` record the
+            tokens of calls that did not fail. To record both editions, use two `Metrics`.
+        meter_provider: by default the global meter provider, even if it is set later.
 
     Raises:
-        ValueError: `conventions` is something else.
+        ValueError: `conventions` is neither "released" nor "latest".
     """
 
     conventions: Literal["released", "latest"] = attrs.field(
@@ -47,7 +48,7 @@ class Metrics:
     )
     meter_provider: MeterProvider | None = None
     _metrics: list[CallMetrics] = attrs.field(init=False, repr=False, eq=False, factory=list["CallMetrics"])
-    """One, from the end of the first call on for which there may be an SDK."""
+    """Empty until the first call that ends while an SDK may be set up, and then one element."""
 
     def __call__(self, request: Request, call_next: CallNext) -> Flow[Response]:
         try:

@@ -1,4 +1,4 @@
-"""Tries again what failed for the moment."""
+"""Middleware that retries calls after transient errors."""
 
 from __future__ import annotations
 
@@ -18,19 +18,20 @@ from fluxibly.types import Request, Response, Restart
 
 @attrs.frozen(kw_only=True)
 class Retry:
-    """Tries again after errors that are marked retryable (`ProviderError.retryable`), and only before output.
+    """Middleware that retries after errors marked retryable (`ProviderError.retryable`), and only before output.
 
     The wait before retry n (from 0) is random between 0 and min(`max_delay`, `base_delay` * 2**n) seconds: exponential
-    backoff with full jitter (the AWS Architecture Blog's "Exponential Backoff And Jitter"). Where the service said how
-    long to wait, that is the wait, if it is at most `max_retry_after`; if it is more, the error is raised at once.
+    backoff with full jitter (the AWS Architecture Blog's "Exponential Backoff And Jitter"). If the service asked for a
+    wait (`Retry-After`), that wait is used instead, or the error is raised at once if it exceeds `max_retry_after`.
 
     Args:
-        max_retries: how often to try again after the first attempt; 0 never.
-        base_delay, max_delay: seconds, see above.
-        max_retry_after: the longest `Retry-After` that is waited for, in seconds.
-        total_time: seconds from the first attempt's start after which none is begun; None is no limit.
-        on_interrupt: what to do if a stream fails after output. "raise" raises `StreamInterrupted`; "restart" emits a
-            `Restart` and begins anew, if the consumer (`stream(…, restarts=True)`) or an outer hold-back takes that.
+        max_retries: the number of retries after the first attempt; 0 disables retries.
+        base_delay, max_delay: bounds of the backoff in seconds, see above.
+        max_retry_after: the longest `Retry-After` to wait for, in seconds.
+        total_time: seconds since the start of the first attempt after which no attempt begins; None means no limit.
+        on_interrupt: how to handle a stream that fails after output. "raise" raises `StreamInterrupted`. "restart"
+            emits a `Restart` and starts over, if the consumer (`stream(…, restarts=True)`) or an outer hold-back
+            accepts restarts.
         uniform: the source of jitter, for tests.
     """
 
@@ -55,7 +56,7 @@ class Retry:
                 return (yield from flow if watch is None else watch.over(flow))
             except Exception as error:
                 if watch is not None and watch.done and not isinstance(error, StreamInterrupted):
-                    raise  # not the provider's: a layer within failed after output had gone past here
+                    raise  # not the provider's error: an inner layer failed after output had gone past here
                 wait = self.wait(attempt, error, call.clock() - start)
                 if wait is None:
                     raise
@@ -66,7 +67,7 @@ class Retry:
             attempt += 1
 
     def wait(self, attempt: int, error: Exception, elapsed: float) -> float | None:
-        """Seconds to wait before trying again after attempt number `attempt` (from 0), or None to raise the error."""
+        """Return the seconds to wait after attempt number `attempt` (from 0) failed, or None to raise the error."""
         cause = root_cause(error)
         if attempt >= self.max_retries or not isinstance(cause, ProviderError) or not cause.retryable:
             return None
@@ -74,7 +75,7 @@ class Retry:
             return None
         wait = self.uniform(0.0, min(self.max_delay, self.base_delay * 2.0 ** min(attempt, 60)))
         if cause.retry_after is not None:
-            if not cause.retry_after <= self.max_retry_after:  # NaN is no time to wait for either
+            if not cause.retry_after <= self.max_retry_after:  # written so that NaN is refused too
                 return None
             wait = max(cause.retry_after, 0.0)
         if self.total_time is not None and elapsed + wait >= self.total_time:

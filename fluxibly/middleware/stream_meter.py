@@ -1,4 +1,4 @@
-"""Measures streams: how many chunks, how fast, and how evenly they came."""
+"""Middleware that measures streams: how many chunks came, how fast, and how evenly."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from fluxibly.types import CallRecord, Chunk, Request, Response, Restart, Stream
 
 @attrs.frozen(kw_only=True)
 class StreamMeter:
-    """Fills `response.stats` of a stream, and `request.call.stats` also of one that failed or was given up.
+    """Middleware that sets `response.stats` of a stream, and `request.call.stats` even if it failed or was abandoned.
 
-    Memory is constant, whatever the stream's length: the gaps are counted in bins that grow by 5 %, from a
-    microsecond up, so a percentile is right to within 2.5 %. Waits leave out the time that the consumer took.
+    Memory is constant regardless of the stream's length. The gaps are counted in bins that grow by 5 % from a
+    microsecond up, so a percentile is accurate to within 2.5 %. Waits exclude the time that the consumer took.
     """
 
     def __call__(self, request: Request, call_next: CallNext) -> Flow[Response]:
@@ -31,7 +31,7 @@ class StreamMeter:
         try:
             response = yield from meter.over(call_next(request))
             if not meter.chunks and (response.has_output or response.finish_reason):
-                meter.count(as_chunk(response))  # not streamed: it reaches the consumer as one chunk
+                meter.count(as_chunk(response))  # a response that was not streamed reaches the consumer as one chunk
             call.stats = meter.stats(response.usage)
             return response
         except GeneratorExit:
@@ -46,7 +46,7 @@ class StreamMeter:
 
 FIRST_BIN = 1e-6
 BUFFERED = 256
-"""Waits that are kept before they go into their bins, all at once, which costs half."""
+"""The number of waits to collect before they go into their bins. Sorting them in batches costs half."""
 _PER_BIN = 1 / math.log(1.05)
 
 
@@ -60,9 +60,9 @@ class _Meter:
     def restarted(self) -> None:
         self.bins: dict[int, int] = {}
         self.waits: list[float] = []
-        """The waits that are not in their bins yet, the first chunk's included."""
+        """The waits that are not in their bins yet, including the wait for the first chunk."""
         self.room = 1
-        """How many of them there may be; the first is noted at once."""
+        """The number of waits that may collect before they are sorted into bins. The first is sorted at once."""
         self.sorted = self.characters = 0
         self.first_wait = self.longest = self.waited = self.last_wait = 0.0
         self.first_at: float | None = None
@@ -70,11 +70,11 @@ class _Meter:
 
     @property
     def chunks(self) -> int:
-        """How many came."""
+        """The number of chunks so far."""
         return self.sorted + len(self.waits)
 
     def over(self, flow: Flow[Response]) -> Flow[Response]:
-        """Run `flow` and measure its chunks. (`Relay` would serve, at three times the cost a chunk.)"""
+        """Run `flow` and measure its chunks. `Relay` could do this, but at three times the cost per chunk."""
         call, clock, send = self.call, self.call.clock, flow.send
         outcome: Any = None
         error: BaseException | None = None
@@ -84,10 +84,10 @@ class _Meter:
             except StopIteration as stop:
                 return cast("Response", stop.value)
             finally:
-                error = None  # it refers to this frame
+                error = None  # breaks the cycle: the error refers to this frame
             try:
                 while type(effect) is Chunk:
-                    # The wait began when the consumer asked, or when the chunk before it came, if that was later.
+                    # The wait began when the consumer asked for the chunk, or when the previous chunk came if later.
                     now = clock()
                     asked, last = call.requested_at, self.last
                     self.waits.append(now - (asked if asked > last else last))  # noqa: FURB136  # max() costs a call
@@ -105,14 +105,14 @@ class _Meter:
             except GeneratorExit:
                 flow.close()
                 raise
-            except BaseException as thrown:  # noqa: BLE001  # into the flow, which raises it anew if it is its own
+            except BaseException as thrown:  # noqa: BLE001  # goes into the flow, which raises it again if its own
                 error = thrown
             else:
                 if type(effect) is Restart and outcome:
                     self.restarted()
 
     def count(self, chunk: Chunk) -> None:
-        """Count a chunk, as `over` does inline for those of the provider."""
+        """Count a chunk, as `over` does inline for chunks of the provider."""
         now = self.call.clock()
         self.waits.append(now - max(self.call.requested_at, self.last))
         self.last = now
@@ -120,7 +120,7 @@ class _Meter:
         self.sort_in(now)
 
     def sort_in(self, now: float) -> None:
-        """Put the waits that are kept into their bins; the first chunk's is none of the gaps."""
+        """Put the collected waits into their bins. The wait for the first chunk is not a gap, so it gets no bin."""
         waits, bins, log = self.waits, self.bins, math.log
         self.sorted += len(waits)
         if waits and self.first_at is None:
@@ -135,7 +135,7 @@ class _Meter:
             waits.clear()
 
     def waited_in_vain(self) -> None:
-        """Note the wait that an error ended: it is no gap, but may be the longest stall."""
+        """Record the wait that an error ended. It is not a gap, but it may be the longest stall."""
         self.last_wait = self.call.clock() - max(self.call.requested_at, self.last)
 
     def stats(self, usage: Usage | None) -> StreamStats:
@@ -157,7 +157,7 @@ class _Meter:
         )
 
     def percentile(self, share: float) -> float | None:
-        """The gap that this share of the gaps is not longer than: the middle of its bin."""
+        """Return the percentile of the gaps at `share` (0 to 1, nearest rank), as the middle of its bin."""
         gaps = self.chunks - 1
         if gaps < 1:
             return None

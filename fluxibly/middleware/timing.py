@@ -1,4 +1,4 @@
-"""Times each call, each of its attempts, and on request each layer."""
+"""Middleware that times each call, each of its attempts, and optionally each layer."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from fluxibly.types import CallRecord, Request, Response
 
 @attrs.frozen(kw_only=True)
 class Timing:
-    """Writes to `request.call.timings`, in seconds: "call" and, for the attempts, "attempt.0", "attempt.1", ….
+    """Middleware that writes seconds to `request.call.timings`: "call", and for attempts "attempt.0", "attempt.1", ….
 
-    Times are wall times from here inward: in a stream they include what the consumer took.
+    Times are wall times from this layer inward. In a stream, they include the time that the consumer took.
 
     Args:
-        layers: also "layer.NAME", the time that each middleware within this one spent itself (not in the layers
-            below it, nor waiting; those of the same name together). It makes every chunk dearer; for looking into a
-            stack, not for production.
-        record: called with the timings when the call has ended, however it did. An exception in it is reported once
-            on standard error, and changes nothing.
+        layers: also write "layer.NAME", the time that each inner middleware spent in its own code, without the layers
+            below it and without waits. Layers of the same name are added up. This makes every chunk more expensive, so
+            use it to analyse a stack rather than in production.
+        record: a function that is called with the timings when the call has ended, whatever its outcome. An exception
+            in it is reported once on standard error, and changes nothing.
     """
 
     layers: bool = False
@@ -57,7 +57,7 @@ class Timing:
         if self.record is not None:
             try:
                 self.record(timings)
-            except Exception as error:  # noqa: BLE001  # what is told about a call never changes it
+            except Exception as error:  # noqa: BLE001  # reporting a call's timings never changes the call
                 report_once("timing", f"Timing(record=…) raised {type(error).__name__}: {as_text(error)}")
 
 
@@ -68,10 +68,10 @@ class Profile:
         self.clock = clock
         self.seconds: dict[str, float] = {}
         self.below = 0.0
-        """What the layers within the one that is running have taken since it was resumed."""
+        """The seconds that the layers inside of the running layer have taken since it was resumed."""
 
     def within(self, call_next: CallNext) -> CallNext:
-        """The layers of `call_next`, each timed."""
+        """Return `call_next` with each of its layers timed."""
         parts: tuple[Middleware, CallNext] | None = getattr(call_next, "parts", None)
         if parts is None:
             return call_next
@@ -84,7 +84,7 @@ class Profile:
         return timed
 
     def over(self, name: str, flow: Flow[Response]) -> Flow[Response]:
-        """Run a layer's flow, and charge its steps to it less what the layers within it took."""
+        """Run a layer's flow, and charge the layer for the time of its steps, minus the time of the layers below it."""
         outcome: Any = None
         error: BaseException | None = None
         self.seconds.setdefault(name, 0.0)  # outermost first
@@ -106,5 +106,5 @@ class Profile:
             except GeneratorExit:
                 flow.close()
                 raise
-            except BaseException as thrown:  # noqa: BLE001  # it goes into the flow
+            except BaseException as thrown:  # noqa: BLE001  # the exception goes into the flow
                 error = thrown

@@ -1,4 +1,4 @@
-"""Spans of calls and of their attempts, for any OpenTelemetry SDK."""
+"""Middleware that records spans of calls and of their attempts, for any OpenTelemetry SDK."""
 
 from __future__ import annotations
 
@@ -24,22 +24,24 @@ if TYPE_CHECKING:
 
 @attrs.frozen(kw_only=True)
 class Tracing:
-    """Gives each call a span, and each of its attempts one within, by the conventions for generative AI.
+    """Middleware that records a span for each call and a child span for each attempt.
 
-    It uses the SDK that the application has set up, also if that is done later; without one it costs nearly nothing.
-    Every attempt's request carries `traceparent`. Put it outside of `Retry` and fallbacks, so that one span has them
-    all; and only one into a stack, since each gives the call a span of its own, with the tokens.
+    The spans follow the conventions for generative AI. `Tracing` uses the SDK that the application has set up, even if
+    it is set up later. Without an SDK, it costs almost nothing. Every attempt's request carries `traceparent`. Put
+    `Tracing` outside of `Retry` and fallbacks, so that one span covers all of them. Put only one `Tracing` into a
+    stack, because each creates its own span for the call, with the tokens.
 
     Args:
-        capture: which of prompts, answers and tool definitions are recorded: "none", "span" (as attributes), "event"
-            (as `gen_ai.client.inference.operation.details`) or "both". None leaves it to the environment variable
-            OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT as it is when this object is made; without it, "none".
-        redact: gets every text that would leave, error messages included, and returns what may. If it raises then
-            nothing of that call's content is recorded.
-        tracer_provider, logger_provider: by default the global ones.
+        capture: where to record prompts, answers and tool definitions: "none", "span" (as attributes), "event" (as
+            `gen_ai.client.inference.operation.details`) or "both". None uses the environment variable
+            OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT as it is when this object is created, or "none" if it is
+            not set.
+        redact: a function that receives every text that would be recorded, including error messages, and returns the
+            text to record instead. If it raises, no content of that call is recorded.
+        tracer_provider, logger_provider: by default the global providers.
 
     Raises:
-        ValueError: `capture` is something else.
+        ValueError: `capture` is not None and not one of these modes.
     """
 
     capture: Capture | None = None
@@ -48,7 +50,7 @@ class Tracing:
     logger_provider: LoggerProvider | None = None
     _mode: Capture = attrs.field(init=False, repr=False, eq=False)
     _source: list[SpanSource] = attrs.field(init=False, repr=False, eq=False, factory=list["SpanSource"])
-    """One, from the first call on for which there may be an SDK."""
+    """Empty until the first call for which an SDK may be set up, and then one element."""
 
     def __attrs_post_init__(self) -> None:
         from fluxibly.telemetry._content import capture_mode
@@ -56,7 +58,7 @@ class Tracing:
         object.__setattr__(self, "_mode", capture_mode(self.capture))
 
     def __call__(self, request: Request, call_next: CallNext) -> Flow[Response]:
-        # Not by a `Relay`, since to show it each chunk costs three times as much as all that is done here.
+        # This does not use a `Relay`, because passing it each chunk costs three times as much as all the work here.
         source = self._source[0] if self._source else self._first()
         trace = None if source is None else source.begin(request)
         if trace is None:
@@ -68,7 +70,7 @@ class Tracing:
                 trace.leave()
         call, arrivals, answer = request.call, trace.arrivals, trace.answer
         points = [] if arrivals is None else arrivals.points
-        until_noted = 0 if arrivals is None else 1  # how many chunks further on the next one to note is
+        until_noted = 0 if arrivals is None else 1  # chunks until the next recorded arrival
         characters = 0
         effect: Any
         outcome: Any = None
@@ -80,7 +82,7 @@ class Tracing:
                 try:
                     effect = send(outcome) if error is None else flow.throw(error)
                 finally:
-                    error = None  # it refers to this frame
+                    error = None  # breaks the cycle: the error refers to this frame
                 try:
                     while True:
                         if type(effect) is Chunk:
@@ -104,7 +106,7 @@ class Tracing:
                 except GeneratorExit:
                     flow.close()
                     raise
-                except BaseException as thrown:  # noqa: BLE001  # into the flow, which raises it anew if it is its own
+                except BaseException as thrown:  # noqa: BLE001  # goes into the flow, which raises it again if its own
                     error = thrown
                 else:
                     if type(effect) is Restart and outcome:

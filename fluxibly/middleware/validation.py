@@ -1,4 +1,4 @@
-"""Checks answers, and asks again with the problem told."""
+"""Middleware that checks answers, and asks the model again with a description of the problem."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import attrs
 
-from fluxibly._checks import one_of, validator, whole
+from fluxibly._checks import kind_of, one_of, validator, whole
 from fluxibly._logs import log, log_retry
 from fluxibly._schema import check_schema, parse
 from fluxibly.errors import ConfigError, ResponseInvalid
@@ -26,23 +26,23 @@ def _checked_schema(instance: object, attribute: object, schema: Any) -> None:
 
 @attrs.frozen(kw_only=True)
 class Validation:
-    """Checks each whole answer; on request it asks the model again and says what was wrong.
+    """Middleware that checks each complete answer, and optionally asks the model again with a correction.
 
-    A call with `schema` returns a response whose `parsed` is the decoded JSON, or an instance of the attrs class. The
-    usage is that of the last answer.
+    With `schema`, the response's `parsed` is the decoded JSON or an instance of the attrs class. The usage is that of
+    the last answer.
 
     Args:
-        empty: what to do with an answer that has neither text nor tool calls: "warn" logs it, "raise" raises
+        empty: how to handle an answer with neither text nor tool calls: "warn" logs it, "raise" raises
             `ResponseInvalid`, "retry" asks again.
-        check: gets the response, and returns None if it is good, else a correction to send to the model. What it
-            raises reaches the caller.
-        schema: a JSON Schema (needs jsonschema) that the text, as JSON, has to match; or an attrs
-            class that cattrs has to make of it, numbers, strings and booleans each of their own type. A Markdown code
-            fence around the JSON is passed over.
-        max_retries: how often to ask again, over all these reasons; then `ResponseInvalid` is raised.
-        hold: in a stream, hold everything back until the answer has passed. Without it a stream is checked at its
-            end; it cannot be asked for again then, so a problem is raised at once (as the cause of
-            `StreamInterrupted`, if text has gone out).
+        check: a function that receives the response, and returns None if the response is good, or else a correction to
+            send to the model. An exception that it raises reaches the caller.
+        schema: a JSON Schema that the text, parsed as JSON, must match (needs jsonschema), or an attrs class that
+            cattrs must be able to build from the JSON. Numbers, strings and booleans are not converted to one another.
+            A Markdown code fence around the JSON is ignored.
+        max_retries: how often to ask again, for all reasons together. After that, `ResponseInvalid` is raised.
+        hold: hold a stream back until the answer has passed. Without `hold`, a stream is checked at its end. By then it
+            is too late to ask again, so a problem is raised at once (as the cause of `StreamInterrupted`, if text has
+            gone out).
     """
 
     empty: Literal["warn", "raise", "retry"] = attrs.field(
@@ -83,7 +83,7 @@ class Validation:
         raise AssertionError("unreachable: the last round returns or raises")
 
     def judge(self, response: Response, verdict: _Verdict) -> None:
-        """Raise `ResponseInvalid` for an answer that does not pass."""
+        """Raise `ResponseInvalid` if the answer does not pass."""
         if not response.text.strip() and not response.tool_calls:
             if self.empty != "warn":
                 raise verdict.reject(response, EMPTY, retry=self.empty == "retry")
@@ -99,15 +99,15 @@ class Validation:
             correction = self.check(response)
             if correction is not None and not isinstance(correction, str):  # pyright: ignore[reportUnnecessaryIsInstance]
                 raise TypeError(
-                    f"Validation(check=…) returned a {type(correction).__name__}; it returns None for a good answer, "
-                    "else a correction (a str) to send to the model"
+                    "Validation(check=…): expected None for a good answer, or a str (a correction to send to the "
+                    f"model), got {kind_of(correction)}"
                 )
             if correction is not None:
                 raise verdict.reject(response, correction)
 
 
 class _Verdict:
-    """What became of one answer."""
+    """The result of checking one answer."""
 
     parsed: Any = None
     error: ResponseInvalid | None = None
@@ -122,9 +122,9 @@ class _Verdict:
 
 
 def _corrected(request: Request, invalid: ResponseInvalid) -> Request:
-    """The request with the rejected answer and its correction added; an empty answer is just asked for again.
+    """Return the request with the rejected answer and its correction added, or unchanged if the answer was empty.
 
-    Services want a result for each tool call, before anything else is said.
+    Each tool call gets a result, because services require the results before any other message.
     """
     answer = invalid.response
     if not answer.text.strip() and not answer.tool_calls:

@@ -1,5 +1,5 @@
-"""The providers: a module or package here for each framework that configurations name, and the rooms they stand on.
+"""Providers: a module or package for each framework that configurations name, and the packages that they share.
 
 `services.py` is the table of services that speak OpenAI's dialects; `dialects/` has the pure codecs, `http/` the client
-that runs them, `_libraries/` what the adapters of other libraries share. A provider never imports a middleware.
+that runs them, `_libraries/` the code shared by adapters of other libraries. A provider never imports a middleware.
 """

@@ -1,4 +1,4 @@
-"""Anthropic's models, and every server that speaks its Messages API (llama.cpp, vLLM, …)."""
+"""Providers for Anthropic's models, and for every server that speaks the Messages API (llama.cpp, vLLM, …)."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ SERVICE = Service(
 
 
 def _with_version(config: LLMConfig) -> LLMConfig:
-    """`config` with `/v1` at the end of `api_base`, which Anthropic's own clients are given without."""
+    """Return `config` with `/v1` at the end of `api_base`, because Anthropic's own clients take it without `/v1`."""
     base = (config.api_base or "").rstrip("/")
     return attrs.evolve(config, api_base=f"{base}/v1") if base and not base.endswith("/v1") else config
 
 
 class AnthropicProvider(HTTPProvider):
-    """Anthropic's Messages API.
+    """Provider for Anthropic's Messages API.
 
-    The service requires `max_tokens`; where the request has none, 4,096 is sent (more for models that think as much
-    as they like, see `anthropic_request`). `api_base` is the address with or without `/v1`.
+    The service requires `max_tokens`. If the request has no `max_tokens`, 4,096 is sent (more for models that think,
+    see `dialects/anthropic.py`). `api_base` is the address with or without `/v1`.
     """
 
     def __init__(self, config: LLMConfig, *, transport: httpx.BaseTransport | None = None) -> None:
@@ -44,7 +44,7 @@ class AnthropicProvider(HTTPProvider):
 
 
 class AsyncAnthropicProvider(AsyncHTTPProvider):
-    """`AnthropicProvider`, asynchronous."""
+    """Asynchronous variant of `AnthropicProvider`."""
 
     def __init__(self, config: LLMConfig, *, transport: httpx.AsyncBaseTransport | None = None) -> None:
         super().__init__(AnthropicCodec(), SERVICE, _with_version(config), transport=transport)

@@ -1,4 +1,4 @@
-"""The framework `echo`: no model at all, for trying a stack of middleware without a key, a network or a cost."""
+"""The framework `echo`, which has no model, for trying a middleware stack without a key, a network or costs."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _INFO = ProviderInfo(name="EchoProvider", framework="echo", telemetry_name="echo
 
 
 class EchoProvider:
-    """Answers with the text of the last user message, and streams it word by word.
+    """Provider that answers with the text of the last user message, and streams it word by word.
 
-    Words stand for tokens: `usage` counts them, and `max_tokens` cuts the answer after so many (the finish reason is
-    then "length"). All other parameters are ignored, since there is no model that could follow them.
+    Words stand for tokens: `usage` counts them, and `max_tokens` limits the number of words (the finish reason is then
+    "length"). All other parameters are ignored, because there is no model to follow them.
     """
 
     info = _INFO
@@ -25,12 +25,12 @@ class EchoProvider:
         self.model = config.model
 
     def complete(self, request: Request) -> Response:
-        """The last user message's text; "" if there is none."""
+        """Return the last user message's text, or "" without a user message."""
         words, end = _answer(request)
         return Response("".join(words), finish_reason=end.finish_reason, usage=end.usage, model=end.model)
 
     def stream(self, request: Request) -> Generator[Chunk]:
-        """The same in a chunk a word, and a last one with the finish reason and the usage."""
+        """Yield a chunk for each word of the same text, then a last chunk with the finish reason and the usage."""
         words, end = _answer(request)
         for word in words:
             yield Chunk(word)
@@ -38,7 +38,7 @@ class EchoProvider:
 
 
 class AsyncEchoProvider:
-    """`EchoProvider` for async pipelines."""
+    """Asynchronous variant of `EchoProvider`."""
 
     info = _INFO
 
@@ -46,17 +46,17 @@ class AsyncEchoProvider:
         self._echo = EchoProvider(config)
 
     async def complete(self, request: Request) -> Response:
-        """The last user message's text; "" if there is none."""
+        """Return the last user message's text, or "" without a user message."""
         return self._echo.complete(request)
 
     async def stream(self, request: Request) -> AsyncGenerator[Chunk]:
-        """The same in a chunk a word, and a last one with the finish reason and the usage."""
+        """Yield a chunk for each word of the same text, then a last chunk with the finish reason and the usage."""
         for chunk in self._echo.stream(request):
             yield chunk
 
 
 def _answer(request: Request) -> tuple[list[str], Chunk]:
-    """The words of the answer, white space included, and the chunk that ends it."""
+    """Return the words of the answer, with their white space, and the chunk that ends the answer."""
     text = next((message.text for message in reversed(request.messages) if message.role == "user"), "")
     words = _WORD.findall(text) or ([text] if text else [])
     said = words if request.max_tokens is None else words[: request.max_tokens]

@@ -1,4 +1,4 @@
-"""Google's Gemini models, through the Gemini API."""
+"""Providers for Google's Gemini models, through the Gemini API."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SERVICE = Service(
     auth_prefix="",
 )
 OTHER_ENV_VAR = "GOOGLE_API_KEY"
-"""Where the key is looked for if GEMINI_API_KEY is unset, as Google's own clients do."""
+"""The environment variable of the key if GEMINI_API_KEY is unset, as for Google's own clients."""
 
 _VERSION = re.compile(r"/v\d+\w*/?$")
 
@@ -38,7 +38,7 @@ def _service() -> Service:
 
 
 def _with_version(config: LLMConfig) -> LLMConfig:
-    """`config` with `/v1beta` at the end of `api_base`, unless that names a version."""
+    """Return `config` with `/v1beta` at the end of `api_base`, unless `api_base` names a version."""
     base = config.api_base
     if base is None or _VERSION.search(base):
         return config
@@ -46,14 +46,14 @@ def _with_version(config: LLMConfig) -> LLMConfig:
 
 
 class GeminiProvider(HTTPProvider):
-    """The Gemini API. `api_base` is the address with or without the version (`/v1beta`)."""
+    """Provider for the Gemini API. `api_base` is the address with or without the version (`/v1beta`)."""
 
     def __init__(self, config: LLMConfig, *, transport: httpx.BaseTransport | None = None) -> None:
         super().__init__(GeminiCodec(), _service(), _with_version(config), transport=transport)
 
 
 class AsyncGeminiProvider(AsyncHTTPProvider):
-    """`GeminiProvider`, asynchronous."""
+    """Asynchronous variant of `GeminiProvider`."""
 
     def __init__(self, config: LLMConfig, *, transport: httpx.AsyncBaseTransport | None = None) -> None:
         super().__init__(GeminiCodec(), _service(), _with_version(config), transport=transport)

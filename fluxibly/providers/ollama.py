@@ -1,4 +1,4 @@
-"""Models that an Ollama server runs, through its own API: `/api/chat`, and `/api/generate` as `ollama-generate`."""
+"""Providers for Ollama servers, through Ollama's own API: `/api/chat`, and `/api/generate` as `ollama-generate`."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ SERVICE = Service(
     key_required=False,  # only ollama.com has keys
 )
 HOST_ENV_VAR = "OLLAMA_HOST"
-"""Where the server is, if `api_base` does not say: HOST, HOST:PORT or a URL, as for Ollama's own programs."""
+"""The server's address if `api_base` is unset: HOST, HOST:PORT or a URL, as for Ollama's own programs."""
 DEFAULT_PORT = 11_434
 
 
 def host_url(host: str) -> str:
-    """The URL that a value of OLLAMA_HOST stands for.
+    """Return the URL that a value of OLLAMA_HOST stands for.
 
-    Without a scheme the port is 11434 unless it says another; with one it is the scheme's. An address for servers to
-    listen at (0.0.0.0), which the variable may hold too, becomes the loopback address.
+    The default port is 11434 without a scheme, and the scheme's default port with a scheme. A listen address of a
+    server (0.0.0.0), which the variable may also hold, becomes the loopback address.
 
     Raises:
-        ConfigError: it stands for none.
+        ConfigError: the value is not a host, host:port or HTTP URL.
     """
     host = host.strip().strip("\"'")
     scheme, found, rest = host.partition("://")
@@ -49,9 +49,9 @@ def host_url(host: str) -> str:
     except ValueError:
         url, port = urlsplit(""), None
     if not url.scheme:
-        raise ConfigError(f"{HOST_ENV_VAR} is {host!r}; it should be a host, host:port, or an http:// or https:// URL")
+        raise ConfigError(f"{HOST_ENV_VAR}: expected a host, host:port, or an http:// or https:// URL, got {host!r}")
     name = url.hostname or "127.0.0.1"
-    name = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(name, name)  # noqa: S104  # nothing listens there
+    name = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(name, name)  # noqa: S104  # not used for listening
     name = f"[{name}]" if ":" in name else name
     return f"{scheme}://{name}{f':{port}' if port else ''}{url.path.rstrip('/')}"
 
@@ -63,28 +63,28 @@ def _service(endpoint: str) -> Service:
 
 
 def _at_root(config: LLMConfig) -> LLMConfig:
-    """`config` with `api_base` at the server's root, where it is the base of one of its APIs."""
+    """Return `config` with the server's root as `api_base`, if `api_base` ends with the base path of an API."""
     base = (config.api_base or "").rstrip("/")
     root = base.removesuffix("/api").removesuffix("/v1")
     return attrs.evolve(config, api_base=root) if root != base else config
 
 
 class OllamaProvider(HTTPProvider):
-    """Ollama's `/api/chat`. `api_base` None is what OLLAMA_HOST says, or http://127.0.0.1:11434."""
+    """Provider for Ollama's `/api/chat`. `api_base` defaults to OLLAMA_HOST, or else http://127.0.0.1:11434."""
 
     def __init__(self, config: LLMConfig, *, transport: httpx.BaseTransport | None = None) -> None:
         super().__init__(OllamaCodec(), _service("chat"), _at_root(config), transport=transport)
 
 
 class AsyncOllamaProvider(AsyncHTTPProvider):
-    """`OllamaProvider`, asynchronous."""
+    """Asynchronous variant of `OllamaProvider`."""
 
     def __init__(self, config: LLMConfig, *, transport: httpx.AsyncBaseTransport | None = None) -> None:
         super().__init__(OllamaCodec(), _service("chat"), _at_root(config), transport=transport)
 
 
 class OllamaGenerateProvider(HTTPProvider):
-    """Ollama's `/api/generate`, which takes one user message, with system text and images, and no tools."""
+    """Provider for Ollama's `/api/generate`: a single user message, with system text and images, without tools."""
 
     def __init__(self, config: LLMConfig, *, transport: httpx.BaseTransport | None = None) -> None:
         codec = OllamaCodec(endpoint="generate")
@@ -92,7 +92,7 @@ class OllamaGenerateProvider(HTTPProvider):
 
 
 class AsyncOllamaGenerateProvider(AsyncHTTPProvider):
-    """`OllamaGenerateProvider`, asynchronous."""
+    """Asynchronous variant of `OllamaGenerateProvider`."""
 
     def __init__(self, config: LLMConfig, *, transport: httpx.AsyncBaseTransport | None = None) -> None:
         codec = OllamaCodec(endpoint="generate")

@@ -1,4 +1,4 @@
-"""OpenAI, and every service in `services.py`: the providers that speak OpenAI's dialects."""
+"""Providers that speak OpenAI's dialects: OpenAI, and every service in `services.py`."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
     from fluxibly.config import LLMConfig
 
 AZURE_API_VERSION: Final = "2024-10-21"
-"""What Azure is asked for unless `api_base` (with `?api-version=…`) or OPENAI_API_VERSION names another version."""
+"""The version for Azure, unless `api_base` (with `?api-version=…`) or OPENAI_API_VERSION names another version."""
 
 
 def row_of(config: LLMConfig) -> ServiceRow:
-    """The service that a configuration names; OpenAI's for a framework of the user's own that stands on these classes."""
+    """Return the service that a configuration names; OpenAI for a user's own framework based on these classes."""
     return SERVICES.get(config.framework, SERVICES["openai"])
 
 
 def service_of(row: ServiceRow, config: LLMConfig) -> Service:
-    """Where a service is, as one configuration reaches it. A server of the user's own at `api_base` may want no key."""
+    """Return the endpoint of a service for a configuration. A user's own server at `api_base` may not need a key."""
     return Service(
         framework=row.framework,
         telemetry_name=row.telemetry_name or row.framework,
@@ -41,7 +41,7 @@ def service_of(row: ServiceRow, config: LLMConfig) -> Service:
 
 
 def codec_of(row: ServiceRow, config: LLMConfig) -> Codec:
-    """The codec of a service, as one configuration reaches it."""
+    """Return the codec of a service for a configuration."""
     quirks, title = dict(row.quirks), row.title
     if row.framework == "azure":
         quirks["path"] = azure_path(config.api_base or "")
@@ -54,17 +54,17 @@ def codec_of(row: ServiceRow, config: LLMConfig) -> Codec:
 
 
 def _is_users_own(row: ServiceRow, config: LLMConfig) -> bool:
-    """Whether `openai` is the name of another server here, one that is compatible."""
+    """Whether `openai` stands for another, compatible server here."""
     return (
         row.title == "OpenAI" and config.api_base is not None and urlsplit(config.api_base).hostname != "api.openai.com"
     )
 
 
 def azure_path(api_base: str) -> str:
-    """Where Azure's chat completions are below `api_base`.
+    """Return the path of Azure's chat completions below `api_base`.
 
-    That is the resource's address (`https://NAME.openai.azure.com`), the address of a deployment below it, or the one
-    that ends in `/openai/v1`, which needs no version.
+    `api_base` is the resource's address (`https://NAME.openai.azure.com`), the address of a deployment below it, or
+    the address that ends in `/openai/v1`, which needs no version.
     """
     base = urlsplit(api_base)
     path = "/chat/completions"
@@ -78,18 +78,18 @@ def azure_path(api_base: str) -> str:
 
 
 class OpenAIProvider(HTTPProvider):
-    """OpenAI's chat completions, those of any compatible server at `config.api_base`, or a service of `services.py`.
+    """Provider for OpenAI, for any compatible server at `config.api_base`, and for the services in `services.py`.
 
-    Which service, and in which of OpenAI's dialects, is said by `config.framework`; logs and spans name the provider
-    after it ("GroqProvider").
+    `config.framework` selects the service and its dialect (chat completions or Responses). Logs and spans name the
+    provider after the service ("GroqProvider").
 
     Args:
-        config: which model to call, and how.
-        transport: what carries the requests instead of fluxibly's own connections: a mock, a proxy, a recorder.
+        config: the model to call, and the settings of calls.
+        transport: carries the requests instead of fluxibly's own connections: a mock, a proxy, a recorder.
 
     Raises:
-        ConfigError: `api_base` is no URL.
-        AuthenticationError: there is no API key, or one that no header can hold.
+        ConfigError: `api_base` is not a URL.
+        AuthenticationError: the API key is missing, or a header cannot hold it.
     """
 
     def __init__(self, config: LLMConfig, *, transport: httpx.BaseTransport | None = None) -> None:
@@ -99,7 +99,7 @@ class OpenAIProvider(HTTPProvider):
 
 
 class AsyncOpenAIProvider(AsyncHTTPProvider):
-    """`OpenAIProvider`, asynchronous."""
+    """Asynchronous variant of `OpenAIProvider`."""
 
     def __init__(self, config: LLMConfig, *, transport: httpx.AsyncBaseTransport | None = None) -> None:
         row = row_of(config)

@@ -1,7 +1,8 @@
-"""The services that speak OpenAI's dialects, a row each: where one is, how it wants its key, and how it differs.
+"""Services that speak OpenAI's dialects, a row each: the address, the key, and the differences of the dialect.
 
-A service that is not here needs no row: `framework="openai"` with `api_base` reaches any compatible server. This module
-imports nothing heavy: the registry reads the rows before any provider is loaded, and `openai.py` makes providers of them.
+Other services do not need a row: `framework="openai"` with `api_base` reaches any compatible server. This module
+imports nothing heavy, because the registry reads the rows before any provider is loaded. `openai.py` turns the rows
+into providers.
 """
 
 from __future__ import annotations
@@ -12,22 +13,22 @@ from typing import Any, Final, NamedTuple
 
 
 class ServiceRow(NamedTuple):
-    """One service."""
+    """A service that speaks a dialect of OpenAI's."""
 
     framework: str
-    """What configurations call it."""
+    """The name in configurations."""
     name: str
-    """What logs call it, with "Provider" after it."""
+    """The name in logs, which append "Provider"."""
     title: str
-    """What error messages call it."""
+    """The name in error messages."""
     base_url: str | None
-    """None: the user has to give `api_base`."""
+    """None: the user must set `api_base`."""
     env_var: str
     """The environment variable with the API key."""
     quirks: Mapping[str, Any] = MappingProxyType({})
-    """How its dialect differs: fields of `Quirks` in `dialects/openai_request.py`."""
+    """Differences of the dialect: fields of `Quirks` in `dialects/openai_request.py`."""
     telemetry_name: str | None = None
-    """Its well-known value of `gen_ai.provider.name` (OpenTelemetry semantic conventions), if not the framework's name."""
+    """The well-known value of `gen_ai.provider.name` (OpenTelemetry semantic conventions), if it is not `framework`."""
     key_required: bool = True
     auth_header: str = "authorization"
     auth_prefix: str = "Bearer "
@@ -138,4 +139,4 @@ SERVICES: Final[Mapping[str, ServiceRow]] = {
         ),
     )
 }
-"""By the framework's name."""
+"""The services, by the framework's name."""

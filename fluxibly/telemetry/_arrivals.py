@@ -1,15 +1,18 @@
-"""When the chunks of a stream came, in constant memory: for the plot of a trace."""
+"""The arrival times of a stream's chunks, kept in constant memory for the plot of a trace."""
 
 from __future__ import annotations
 
 from fluxibly.types import CallRecord
 
 LIMIT = 200
-"""Chunks that are kept; of a longer stream, each second, each fourth, … is."""
+"""The most chunks that are kept. A longer stream keeps every second chunk, every fourth, and so on."""
 
 
 class Arrivals:
-    """The times at which chunks came, evenly thinned. `Tracing` adds the points: the time, `requested_at`, the characters."""
+    """The arrival times of chunks, evenly thinned.
+
+    `Tracing` appends the points: the arrival time, `requested_at`, and the number of characters so far.
+    """
 
     __slots__ = ("points", "started_at", "stride")
 
@@ -19,24 +22,24 @@ class Arrivals:
         self.stride = 1
 
     def begin(self) -> None:
-        """Forget what came: the stream begins anew."""
+        """Forget all points, because the stream starts over."""
         self.points.clear()
         self.stride = 1
 
     def thin(self) -> int:
-        """Make room among `LIMIT` points. Returns how many chunks further on the next one to note is."""
-        del self.points[1::2]  # with it goes the one just added: the next is as far from it as it was from its last
+        """Drop every second of the `LIMIT` points. Return the number of chunks until the next point."""
+        del self.points[1::2]  # this drops the newest point too, so the next point is half of the new stride away
         self.stride *= 2
         return self.stride // 2
 
     def encoded(self) -> str:
-        """The value of `semconv.STREAM_ARRIVALS`."""
+        """Return the value of `semconv.STREAM_ARRIVALS`."""
         import msgspec
 
         start = last = self.started_at
         values: list[tuple[int, int, int]] = []
         for at, asked, characters in self.points:
-            # The wait began when the consumer asked, or when the chunk before it came, if that was later.
+            # The wait began when the consumer asked for the chunk, or when the previous chunk came if that was later.
             since = asked if asked > last else last  # noqa: FURB136  # max() costs three times as much
             values.append((int((at - start) * 1e6), int((at - since) * 1e6), characters))
             last = at

@@ -1,6 +1,6 @@
-"""What spans and metrics say of a call, as attributes: read off its request, its response, its error and its record.
+"""The attributes of a call's spans and metrics, read from its request, response, error and record.
 
-Nothing here needs OpenTelemetry, and an attribute whose value is not known is absent.
+This module does not need OpenTelemetry. An attribute is absent if its value is unknown.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ _latest: tuple[ProviderInfo | None, dict[str, Any]] = (None, {})
 
 
 def provider_attributes(info: ProviderInfo) -> dict[str, Any]:
-    """Who is asked."""
-    global _latest  # noqa: PLW0603  # those of the provider that was asked last
+    """Return the attributes that name the provider and its server."""
+    global _latest  # noqa: PLW0603  # caches the attributes of the latest provider
     attributes: dict[str, Any]
     of, attributes = _latest
     if of is not info:
@@ -37,16 +37,17 @@ def provider_attributes(info: ProviderInfo) -> dict[str, Any]:
 
 
 def request_attributes(request: Request) -> dict[str, Any]:
-    """What is known when the call begins, for samplers to see.
+    """Return the attributes that are known when the call begins, so that samplers can see them.
 
-    The conversation's id is `request.metadata["conversation_id"]`, if there is one.
+    The conversation id is `request.metadata["conversation_id"]`, if present.
     """
     attributes = provider_attributes(request.call.provider)
     attributes[semconv.OPERATION] = semconv.CHAT
     attributes[semconv.REQUEST_MODEL] = request.model
     if request.call.streaming:
         attributes[semconv.REQUEST_STREAM] = True
-    # One by one: a loop over a table of names takes three times as long. Backends want one type of a name's values.
+    # Written out, because a loop over a table of names takes three times as long. Numbers are converted to float,
+    # because backends expect all values of an attribute to have the same type.
     if request.temperature is not None:
         attributes[semconv.REQUEST_TEMPERATURE] = float(request.temperature)
     if request.max_tokens is not None:
@@ -75,7 +76,7 @@ def request_attributes(request: Request) -> dict[str, Any]:
 
 
 def add_response(attributes: dict[str, Any], response: Response) -> None:
-    """Add what the answer says of itself, its usage aside."""
+    """Add the response's id, model and finish reasons, but not its usage."""
     if response.id:
         attributes[semconv.RESPONSE_ID] = response.id
     if response.model:
@@ -86,14 +87,17 @@ def add_response(attributes: dict[str, Any], response: Response) -> None:
 
 
 def add_unstreamed(attributes: dict[str, Any], response: Response) -> None:
-    """Count an answer that reaches the consumer of a stream as one chunk, after the layers are done (a cache hit)."""
+    """Count a response that was not streamed (a cache hit) as one chunk.
+
+    The consumer of a stream receives it as one chunk, after all layers have finished.
+    """
     if response.has_output or response.finish_reason:
         attributes[semconv.STREAM_CHUNKS] = 1
         attributes[semconv.STREAM_CHARACTERS] = len(response.text)
 
 
 def _add_usage(attributes: dict[str, Any], usage: Usage) -> None:
-    """Add tokens, where the service counted them."""
+    """Add the token counts that the service reported."""
     if usage.input_tokens is not None:
         attributes[semconv.USAGE_INPUT] = usage.input_tokens
     if usage.output_tokens is not None:
@@ -107,7 +111,7 @@ def _add_usage(attributes: dict[str, Any], usage: Usage) -> None:
 
 
 def record_attributes(call: CallRecord, attempts: int) -> dict[str, Any]:
-    """What the call's record says at its end: cache, usage, and the stream's statistics; and how many were its attempts."""
+    """Return the attributes that are known when the call ends: attempts, cache hit, usage and stream statistics."""
     attributes: dict[str, Any] = {semconv.ATTEMPTS: attempts}
     if call.cache_hit:
         attributes[semconv.CACHE_HIT] = True
@@ -135,21 +139,21 @@ def _statistics(stats: StreamStats) -> dict[str, Any]:
 
 
 def time_to_first_chunk(call: CallRecord) -> float | None:
-    """Seconds from when the first attempt went out to when the first chunk was delivered."""
+    """Return the seconds from sending the first attempt to delivering the first chunk."""
     if call.first_chunk_at is None or call.sent_at is None:
         return None
     return call.first_chunk_at - call.sent_at
 
 
 def answered_model(request: Request, outcome: Outcome) -> str:
-    """The model that was asked last, if it answered (a fallback, perhaps); else the one that `request` names."""
+    """Return the model that the call used last (perhaps a fallback) if it answered, or else the model of `request`."""
     call = request.call
     answered = outcome == "completed" or call.chunks > 0
     return (call.sent_model if answered else None) or request.model
 
 
 def error_name(error: BaseException) -> str:
-    """`error.type`: the service's own code if it looks like one, else the name of the error's class."""
+    """Return the value of `error.type`: the service's error code if it looks like a code, or else the error's class."""
     cause = root_cause(error)
     if isinstance(cause, ProviderError) and cause.code is not None and _CODE.fullmatch(cause.code):
         return cause.code

@@ -1,9 +1,9 @@
-"""The content of calls in spans and events: which of it is captured (by default none), and in which JSON.
+"""The content of calls in spans and events: how much is captured (by default none), and in which JSON format.
 
-The JSON is that of OpenTelemetry's `gen_ai.*.messages` attributes (semantic-conventions-genai,
-gen-ai-input-messages.json and its siblings). Every text passes through `redact` on its way, tool arguments (their names
-too), image data and the names of participants included; the names of tools and roles, and the keys of the tools' JSON
-Schemas, do not.
+The JSON format is that of OpenTelemetry's `gen_ai.*.messages` attributes (semantic-conventions-genai,
+gen-ai-input-messages.json and its siblings). Every text passes through `redact` first, including tool arguments and
+their names, image data and the names of participants. The names of tools and roles do not, nor do the keys of the
+tools' JSON Schemas.
 """
 
 from __future__ import annotations
@@ -43,30 +43,34 @@ _BY_VARIABLE: dict[str, Capture] = {
 
 
 def capture_mode(chosen: Capture | None) -> Capture:
-    """The mode that was chosen, else what the environment says; for a bad value there, none, with a warning."""
+    """Return the chosen mode, or else the mode that the environment variable sets.
+
+    An invalid value of the variable is reported, and means "none".
+    """
     if chosen is not None:
         if chosen not in get_args(Capture):
-            raise ValueError(f"Tracing(capture=…) is one of {', '.join(get_args(Capture))}, not {chosen!r}")
+            expected = ", ".join(map(repr, get_args(Capture)))
+            raise ValueError(f"Tracing(capture=…): expected one of {expected}, got {chosen!r}")
         return chosen
     value = os.environ.get(VARIABLE, "").strip()
     mode = _BY_VARIABLE.get(value.upper())
     if mode is None:
         valid = ", ".join(filter(None, _BY_VARIABLE))
-        report_once(f"capture {value}", f"{VARIABLE}={value!r} is not one of {valid}; no content is captured")
+        report_once(f"capture {value}", f"{VARIABLE}: expected one of {valid}, got {value!r}; no content is captured")
         return "none"
     return mode
 
 
 @attrs.frozen
 class Captured:
-    """What a call said: the request as it was sent, and the answer, `whole` or as far as it came."""
+    """The content of a call: the request as it was sent, and the answer. `whole` is false if the answer is partial."""
 
     request: Request
     answer: Response | None
     whole: bool = attrs.field(kw_only=True)
 
     def attributes(self, redact: Redact) -> dict[str, Any]:
-        """The content, in the JSON schema of the semantic conventions."""
+        """Return the content in the JSON format of the semantic conventions."""
         messages = self.request.messages
         content: dict[str, Any] = {
             semconv.SYSTEM_INSTRUCTIONS: system_instructions(messages, redact),
@@ -80,17 +84,17 @@ class Captured:
 
 @attrs.frozen
 class Capturing:
-    """The user's choice: the mode, what to redact, and where events go."""
+    """The user's settings: the capture mode, the redact function, and the logger provider for events."""
 
     mode: Capture
     redact: Redact | None
     logger_provider: LoggerProvider | None
 
     def record(self, captured: Captured, span: Span, context: Context, attributes: Mapping[str, Any]) -> None:
-        """Put content onto the span (as JSON strings), and into an event with the span's `attributes`."""
+        """Record the content on the span (as JSON strings), in an event with the span's `attributes`, or in both."""
         try:
             content = captured.attributes(unchanged if self.redact is None else self._redacted)
-        except Exception as problem:  # noqa: BLE001  # `redact` is the user's, and without it nothing is shown
+        except Exception as problem:  # noqa: BLE001  # the user's `redact` failed, so no content may be recorded
             _report(problem)
             return
         if self.mode in ("span", "both"):
@@ -105,25 +109,27 @@ class Capturing:
         logger.emit(LogRecord(context=context, event_name=semconv.DETAILS_EVENT, attributes=attributes))
 
     def redacted(self, text: str) -> str:
-        """An error's message, as far as the user lets it out."""
+        """Return an error's message after redaction, or an empty string if `redact` fails."""
         if self.redact is None or not text:
             return text
         try:
             return self._redacted(text)
-        except Exception as problem:  # noqa: BLE001  # as above
+        except Exception as problem:  # noqa: BLE001  # the user's `redact` failed, so no content may be recorded
             _report(problem)
             return ""
 
     def _redacted(self, text: str) -> str:
-        """What `redact` makes of a text, if that is one: whatever else it returns cannot be sent as such."""
+        """Return the result of `redact`, which must be a str, because an attribute's text cannot be anything else."""
         redacted: Any = None if self.redact is None else self.redact(text)
         if not isinstance(redacted, str):
-            raise TypeError(f"redact returns a str, not {kind_of(redacted)}")
+            raise TypeError(f"redact: expected a str as its result, got {kind_of(redacted)}")
         return redacted
 
 
 def _report(problem: Exception) -> None:
-    report_once("redact", f"redact raised {type(problem).__name__}; such a call's content is not captured")
+    report_once(
+        "redact", f"redact raised {type(problem).__name__}; content is not captured for calls in which it raises"
+    )
 
 
 def _encoded(value: Any) -> str:
@@ -131,18 +137,21 @@ def _encoded(value: Any) -> str:
 
     try:
         return msgspec.json.encode(value, enc_hook=str).decode()
-    except (UnicodeEncodeError, ValueError):  # half of a surrogate pair, say, which a model may well produce
-        plain = json.loads(json.dumps(value, default=str), parse_constant=lambda _: None)  # NaN is no JSON
+    except (UnicodeEncodeError, ValueError):  # for example half of a surrogate pair, which a model may well produce
+        plain = json.loads(json.dumps(value, default=str), parse_constant=lambda _: None)  # NaN is not valid JSON
         return json.dumps(plain)
 
 
 def _plain(value: Any) -> Any:
-    """`value`, or what exporters can send of it, which refuse all of an attribute for one thing that is not JSON."""
+    """Return `value` in a form that exporters can send.
+
+    An exporter rejects the whole attribute if any part of it is not JSON.
+    """
     import msgspec
 
     try:
         msgspec.json.encode(value)
-    except (TypeError, ValueError):  # an object among a tool's parameters, or half of a surrogate pair
+    except (TypeError, ValueError):  # a Python object among a tool's parameters, or half of a surrogate pair
         return json.loads(json.dumps(value, default=str, ensure_ascii=False).encode(errors="replace"))
     return value
 
@@ -152,12 +161,12 @@ Json: TypeAlias = dict[str, Any]
 
 
 def unchanged(text: str) -> str:
-    """The `redact` that leaves all as it is."""
+    """Return `text` as it is: the `redact` function that changes nothing."""
     return text
 
 
 def system_instructions(messages: Iterable[Message], redact: Redact = unchanged) -> list[Json]:
-    """The parts of the system messages that open a conversation."""
+    """Return the parts of the system messages that open a conversation."""
     parts: list[Json] = []
     for message in messages:
         if message.role != "system":
@@ -167,7 +176,7 @@ def system_instructions(messages: Iterable[Message], redact: Redact = unchanged)
 
 
 def input_messages(messages: Iterable[Message], redact: Redact = unchanged) -> list[Json]:
-    """The conversation, without the system messages that open it."""
+    """Return the conversation without the system messages that open it."""
     opened = False
     found: list[Json] = []
     for message in messages:
@@ -178,7 +187,11 @@ def input_messages(messages: Iterable[Message], redact: Redact = unchanged) -> l
 
 
 def output_messages(response: Response, *, whole: bool, redact: Redact = unchanged) -> list[Json]:
-    """An answer, and its alternatives. A finish reason that nobody told is `error` unless it is `whole`: never absent."""
+    """Return an answer and its alternatives.
+
+    A finish reason is always present. Where the service reported none, it is `tool_call` or `stop` for a `whole`
+    answer, and `error` for a partial answer.
+    """
     found: list[Json] = []
     for choice in (response, *response.alternatives):
         parts: list[Json] = []
@@ -194,7 +207,7 @@ def output_messages(response: Response, *, whole: bool, redact: Redact = unchang
 
 
 def tool_definitions(tools: Iterable[Tool], redact: Redact = unchanged) -> list[Json]:
-    """The functions that the model may ask for."""
+    """Return the definitions of the tools that the model may call."""
     return [
         {
             "type": "function",
@@ -250,7 +263,7 @@ def _tool_call(call: ToolCall, redact: Redact) -> Json:
 
 
 def _redacted(value: Any, redact: Redact, *, keys: bool = False) -> Any:
-    """A JSON value with every text in it redacted, and with `keys`, those of its objects."""
+    """Return a JSON value with every text in it redacted, and with `keys` also the keys of its objects."""
     if redact is unchanged:
         return value
     if isinstance(value, str):

@@ -1,4 +1,7 @@
-"""Spans in a file, as OTLP JSON: one ExportTraceServiceRequest a line, which collectors and `fluxibly trace` read."""
+"""An exporter of spans to a file as OTLP JSON, one ExportTraceServiceRequest per line.
+
+Collectors and `fluxibly trace` read this format.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +21,10 @@ _IDS = ("traceId", "spanId", "parentSpanId")
 
 
 class OTLPFileSpanExporter(SpanExporter):
-    """Appends spans to a file.
+    """An exporter that appends spans to a file.
 
     Args:
-        path: the file; it is made if need be, and its folder has to exist.
+        path: the file. It is created if it does not exist, but its folder must exist.
 
     Raises:
         OSError: the file cannot be opened.
@@ -46,7 +49,7 @@ class OTLPFileSpanExporter(SpanExporter):
 
 
 def _as_otlp_json(spans: Sequence[ReadableSpan]) -> dict[str, Any]:
-    """The request in OTLP's JSON: protobuf's own, but for ids in hex and enumerations as numbers."""
+    """Return the export request as OTLP JSON, which is protobuf's JSON with ids in hex and enumerations as numbers."""
     request: dict[str, Any] = MessageToDict(encode_spans(spans), use_integers_for_enums=True)
     for resource in request.get("resourceSpans", ()):
         for scope in resource.get("scopeSpans", ()):

@@ -1,10 +1,10 @@
-"""The instruments of calls: what `Metrics` does once OpenTelemetry is imported. See `middleware/metrics.py`.
+"""The instruments of calls, used by `Metrics` once OpenTelemetry is imported. See `middleware/metrics.py`.
 
-To record one value costs the SDK's histograms as much as a whole stack of layers costs, and a call has three. So what
-was measured waits in a queue, and is recorded when the SDK collects: by the callback of an instrument that has no
-values of its own, which the SDK calls before it looks at its histograms, whatever its views are. A reader thus misses
-nothing, and a call pays for its measurements only when nobody collects for so long that the queue is full. All that
-differs is the time of exemplars: that of the collection.
+Recording one value in an SDK histogram costs as much as a whole stack of layers, and a call has three values. So
+measurements wait in a queue and are recorded when the SDK collects. An observable instrument without values of its own
+has a callback for this. The SDK runs the callback before it reads its histograms, regardless of its views. So a reader
+misses nothing, and a call pays for its measurements only if the queue is full because the SDK has not collected for a
+long time. The only difference is the time of exemplars, which is the time of the collection.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ from fluxibly.telemetry._attributes import answered_model, error_name, provider_
 from fluxibly.types import ProviderInfo, Request, Usage
 
 WAITING = 1_000
-"""Calls whose measurements may wait. Those after them are recorded at once."""
+"""The most calls whose measurements may wait. When the queue is full, measurements are recorded at once."""
 KINDS = 1_000
-"""Kinds of calls (models, outcomes, …) whose attributes are kept. Measurements of others are recorded at once."""
+"""The most kinds of calls (models, outcomes, …) whose attributes are kept. Other kinds are recorded at once."""
 
 
 @attrs.frozen
@@ -49,11 +49,11 @@ class _Instruments:
     duration: Histogram
     input: Histogram
     output: Histogram
-    """Of tokens, as `input`; with the released names these two are the same."""
+    """Counts tokens, as `input` does. With the released names, both are the same histogram."""
     first_chunk: Histogram
     per_chunk: Histogram
     usage: Mapping[str, Counter]
-    """By the field of `Usage` that they count."""
+    """The token counters, by the field of `Usage` that they count."""
 
     @classmethod
     def of(cls, meter: Meter, names: semconv.MetricNames) -> _Instruments:
@@ -89,29 +89,30 @@ class _Instruments:
 
 @attrs.frozen
 class _Attributes:
-    """The attributes of a call's measurements; one object serves all calls of a kind."""
+    """The attributes of a call's measurements. All calls of a kind share one object."""
 
     provider: ProviderInfo
-    """Kept, because calls are told apart by its address in memory: to hash it costs more than all the rest."""
+    """Kept alive, because its `id()` is part of the key of a kind. Hashing it would cost more than all the rest."""
     call: dict[str, Any]
     duration: dict[str, Any]
     input: dict[str, Any] | None
-    """None if the tokens of such a call are no part of the histograms; `output` likewise."""
+    """None if the histograms do not count the tokens of calls of this kind. The same goes for `output`."""
     output: dict[str, Any] | None
     usage: dict[str, Any]
 
 
 _Measured: TypeAlias = tuple[_Attributes, float, Usage | None, float | None, float | None, SpanContext]
-"""Attributes, duration, tokens, time to the first chunk, mean wait for the others, current span."""
+"""Attributes, duration, usage, time to the first chunk, mean wait for the later chunks, current span."""
 
 _UNTOLD = Usage()
 _NONE = Usage(input_tokens=0, output_tokens=0)
-"""What the latest names are given for calls whose service told no tokens: `_NONE` for a completed one. By their
-conventions the counters get a 0 from each, and the histograms from those that did not fail."""
+"""The usage that is recorded under the latest names if the service reported none: `_NONE` for a completed call,
+`_UNTOLD` for any other. By the latest conventions, the counters get a 0 from every such call, and the histograms only
+from calls that did not fail."""
 
 
 class MetricRecorder:
-    """What records the calls of one meter provider, under the names of one edition."""
+    """The recorder of calls for one meter provider, under the names of one edition of the conventions."""
 
     def __init__(self, provider: MeterProvider, names: semconv.MetricNames, *, collects: bool) -> None:
         meter = provider.get_meter(semconv.METER)
@@ -120,7 +121,7 @@ class MetricRecorder:
         self.kinds: dict[object, _Attributes] = {}
         self.waiting: deque[_Measured] = deque()
         self.collects = collects
-        """Whether the provider calls `collect`. If that is not known then it gets everything at once."""
+        """Whether the provider is known to call `collect`. If not, every measurement is recorded at once."""
         if collects:
             meter.create_observable_counter(
                 names.waiting, callbacks=[self.collect], description="Never has a value: records what waits"
@@ -156,25 +157,25 @@ class MetricRecorder:
             mean,
             get_current_span().get_span_context(),
         )
-        # The first of its kind is recorded at once, because a histogram begins with its first value.
+        # The first call of a kind is recorded at once, because a histogram begins with its first value.
         if known and self.collects and len(self.waiting) < WAITING:
             self.waiting.append(measured)
         else:
             self.write(measured)
 
     def collect(self, _: CallbackOptions) -> Iterable[Observation]:
-        """Record what waits: the SDK is about to collect."""
+        """Record the waiting measurements, because the SDK is about to collect."""
         for _number in range(len(self.waiting)):
             try:
                 self.write(self.waiting.popleft())
-            except Exception as problem:  # noqa: BLE001  # telemetry never breaks anything, its own collection included
+            except Exception as problem:  # noqa: BLE001  # telemetry never breaks anything, not even its own collection
                 report(problem)
         return ()
 
     def write(self, measured: _Measured) -> None:
         attributes, duration, usage, first, mean, span = measured
         to = self.instruments
-        context = set_span_in_context(NonRecordingSpan(span), Context())  # for exemplars; its span may be long gone
+        context = set_span_in_context(NonRecordingSpan(span), Context())  # for exemplars: the span itself may be gone
         to.duration.record(duration, attributes.duration, context)
         if usage is not None:
             if usage.input_tokens is not None and attributes.input is not None:
@@ -213,20 +214,20 @@ class MetricRecorder:
 
 
 _recorders: WeakKeyDictionary[MeterProvider, dict[str, MetricRecorder]] = WeakKeyDictionary()
-"""Of each provider, by the name of its duration."""
+"""The recorders of each provider, by the name of their duration metric."""
 _lock = threading.Lock()
 
 
 def recorder_of(provider: MeterProvider, names: semconv.MetricNames) -> MetricRecorder | None:
-    """What records for a provider; None without an SDK."""
-    # The API's own providers record nothing: its no-op one, and the private proxy that waits for an SDK.
+    """Return the recorder for a provider, or None without an SDK."""
+    # The API's own providers record nothing: the no-op provider, and the private proxy that waits for an SDK.
     if isinstance(provider, NoOpMeterProvider) or type(provider).__module__.startswith(_API):
         return None
     end_all_before()
     sdk = sys.modules.get("opentelemetry.sdk.metrics")
     if sdk is None or not isinstance(provider, sdk.MeterProvider):
         return MetricRecorder(provider, names, collects=False)
-    with _lock:  # one for all, since an instrument of one name has one callback
+    with _lock:  # one recorder serves all `Metrics`, because an instrument has only one callback
         recorders = _recorders.setdefault(provider, {})
         if names.duration not in recorders:
             recorders[names.duration] = MetricRecorder(provider, names, collects=True)
@@ -237,11 +238,11 @@ _API = MeterProvider.__module__
 
 
 def report(problem: Exception) -> None:
-    report_once("metrics", f"metrics failed with {type(problem).__name__}; calls go on without them")
+    report_once("metrics", f"metrics failed with {type(problem).__name__}; calls continue without metrics")
 
 
 class CallMetrics:
-    """Where the measurements of one `Metrics` go. Notices an SDK that is set up later."""
+    """The destination of the measurements of one `Metrics`. It notices an SDK that is set up later."""
 
     def __init__(self, provider: MeterProvider | None, names: semconv.MetricNames) -> None:
         self.given = provider

@@ -1,4 +1,4 @@
-"""How a span goes along: made current in this process, and as trace headers with the requests that leave it."""
+"""Propagation of spans: as the current span in this process, and as trace headers on outgoing requests."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fluxibly._logs import report_once
 
 try:
     from opentelemetry.propagate import get_global_textmap
-except ValueError as problem:  # OTEL_PROPAGATORS names one that is not installed: so says the import
+except ValueError as problem:  # the import raises if OTEL_PROPAGATORS names a propagator that is not installed
     report_once("propagation", f"no trace headers are sent: {problem}")
     _nothing = CompositePropagator(())
 
@@ -32,20 +32,20 @@ if TYPE_CHECKING:
 _W3C = {TraceContextTextMapPropagator, W3CBaggagePropagator}
 _HEX = [f"{byte:02x}" for byte in range(256)]
 _usual: TextMapPropagator | None = None
-"""The propagator that was found to be so last."""
+"""The propagator that `_is_usual` accepted last."""
 
 
 (_SPAN,) = set_span_in_context(INVALID_SPAN, Context())
-"""The key of a context's span."""
+"""The key under which a context holds its span."""
 
 
 def with_span(span: Span, context: Context) -> Context:
-    """`set_span_in_context`, which copies the context twice."""
+    """Return `context` with `span`, as `set_span_in_context` does, which copies the context twice."""
     return Context({**context, _SPAN: span})
 
 
 class Current:
-    """A context made current, until `leave`. All that is kept of a call that is not recorded."""
+    """A context that is current until `leave`. For a call that is not recorded, nothing else is kept."""
 
     recorded: Literal[False] = False
     __slots__ = ("context", "previous", "token")
@@ -56,10 +56,10 @@ class Current:
         self.token: Any = attach(context)  # by default a contextvars.Token
 
     def leave(self) -> None:
-        """Make current what was before.
+        """Make the previous context current again.
 
-        A coroutine that nobody finished may be closed in another context than it ran in. Then the token is of no use
-        there, and `opentelemetry.context.detach` would log an error.
+        An unfinished coroutine may be closed in a different context from the one it ran in. The token is invalid there,
+        and `opentelemetry.context.detach` would log an error.
         """
         try:
             self.token.var.reset(self.token)
@@ -69,15 +69,16 @@ class Current:
 
 
 def trace_headers(span: Span, context: Context) -> dict[str, str]:
-    """The headers that tell a service of `span`, with which `context` was made."""
+    """Return the headers that pass `span` on to a service. `context` must hold `span`."""
     propagator = get_global_textmap()
-    # A context with nothing in it besides the span has no baggage.
+    # A context that holds only the span has no baggage.
     if (propagator is not _usual and not _is_usual(propagator)) or (len(context) > 1 and get_all(context)):
         headers: dict[str, str] = {}
-        propagator.inject(headers, context)  # pyright: ignore[reportArgumentType]  # its default setter takes a dict
+        propagator.inject(headers, context)  # pyright: ignore[reportArgumentType]  # the default setter takes a dict
         return headers
-    # What the usual one does, at a tenth of its cost (W3C Trace Context, section 3.2). The ids are declared as this
-    # tuple, whose properties would take half of the time; and bytes give their digits in half the time of a format.
+    # This does the work of the usual propagator at a tenth of its cost (W3C Trace Context, section 3.2). The span
+    # context is unpacked as a tuple, because its properties would take half of the time. `bytes.hex` takes half the
+    # time of a format.
     trace_id, span_id, _, flags, state, is_valid, *_ = span.get_span_context()
     if not is_valid:
         return {}
@@ -88,12 +89,12 @@ def trace_headers(span: Span, context: Context) -> dict[str, str]:
 
 
 def _is_usual(propagator: TextMapPropagator) -> bool:
-    """Whether this propagator writes W3C trace context, alone or with baggage, which is the default."""
-    global _usual  # noqa: PLW0603  # it is asked for at every call
+    """Whether this propagator writes W3C trace context, alone or with baggage (the default)."""
+    global _usual  # noqa: PLW0603  # cached, because every call checks it
     parts: Iterable[object] = (propagator,)
     if type(propagator) is CompositePropagator:
         parts = getattr(propagator, "_propagators", ())
-    kinds = {type(part) for part in parts}  # a class derived from the usual one may do otherwise
+    kinds = {type(part) for part in parts}  # exact types, because a subclass may behave differently
     if TraceContextTextMapPropagator not in kinds or not kinds <= _W3C:
         return False
     _usual = propagator

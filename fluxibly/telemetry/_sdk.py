@@ -1,4 +1,4 @@
-"""Whether an OpenTelemetry SDK can have been set up, told without importing OpenTelemetry."""
+"""A check of whether an OpenTelemetry SDK may be set up, without importing OpenTelemetry."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from functools import cache
 
 
 def may_have_sdk(api: str, variable: str) -> bool:
-    """Whether someone has imported `api`, a module of OpenTelemetry's, as an SDK does, or `variable` names an SDK.
+    """Whether `api`, a module of OpenTelemetry, is imported (every SDK imports it), or `variable` names an SDK.
 
-    To import it takes a tenth of a second, which a program without telemetry is spared.
+    Importing OpenTelemetry takes a tenth of a second, which a program without telemetry should not pay.
     """
     return api in sys.modules or _is_set(variable)
 
 
 @cache
 def _is_set(variable: str) -> bool:
-    """Whether it is in the environment at the first call: to look there costs more than all else that is done then."""
+    """Whether `variable` is set. Only the first call looks, because a look-up costs more than the rest of the check."""
     return variable in os.environ

@@ -1,4 +1,7 @@
-"""An OpenTelemetry SDK in one line, for programs that have none set up. Needs the SDK and its OTLP exporter."""
+"""Setup of an OpenTelemetry SDK in one line, for programs that have not set up an SDK.
+
+It needs the SDK and its OTLP exporter.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +24,12 @@ _TRACES: tuple[Signal, ...] = ("traces",)
 
 @attrs.frozen
 class Telemetry:
-    """What `setup` has set up. It is shut down when the process ends; `shutdown` does it sooner."""
+    """The SDK that `setup` has set up. It shuts down when the process ends, or earlier by `shutdown`."""
 
     _shutdowns: list[Callable[[], Any]]
 
     def shutdown(self) -> None:
-        """Send what is still waiting, and end. Twice is fine."""
+        """Export all waiting data and shut down. A second call does nothing."""
         while self._shutdowns:
             self._shutdowns.pop(0)()
 
@@ -43,40 +46,41 @@ def setup(
     """Set up the SDK's global providers, for `Tracing()` and `Metrics()` to use.
 
     Args:
-        otlp: the address of a collector or backend that takes OTLP over HTTP, without the path: spans go to
+        otlp: the address of a collector or backend that accepts OTLP over HTTP, without the path. Spans go to
             `{otlp}/v1/traces`.
-        headers: sent to it along with each export, e.g. `{"x-mlflow-experiment-id": "0"}`.
-        file: where to append spans as OTLP JSON, one export a line, for `fluxibly trace FILE`.
+        headers: headers to send with each export to `otlp`, e.g. `{"x-mlflow-experiment-id": "0"}`.
+        file: a file to append spans to as OTLP JSON, one export per line, for `fluxibly trace FILE`.
         console: print spans to standard error.
-        signals: what goes to `otlp`: "traces", "metrics" (each minute), "events" (for `Tracing(capture="event")`).
-            Backends for traces alone, such as Phoenix, refuse the others.
-        service_name: the resource's `service.name`, unless OTEL_SERVICE_NAME gives one.
+        signals: the signals to send to `otlp`: "traces", "metrics" (every minute), "events" (for
+            `Tracing(capture="event")`). Backends that accept only traces, such as Phoenix, reject the others.
+        service_name: the resource's `service.name`, unless OTEL_SERVICE_NAME is set.
 
     Raises:
         ImportError: the SDK or its OTLP exporter is not installed.
-        RuntimeError: a tracer provider is set up already; add exporters to that one.
-        ValueError: no destination is given, an address that is no http or https URL, or an unknown signal.
+        RuntimeError: a tracer provider is already set up. Add exporters to that provider instead.
+        ValueError: there is no destination, `otlp` is not an http or https URL, or a signal is unknown.
         OSError: the file cannot be written.
     """
     unknown = set(signals) - {"traces", "metrics", "events"}
     if unknown:
-        raise ValueError(f"setup(signals=…) takes traces, metrics and events, not {', '.join(sorted(unknown))}")
+        got = ", ".join(map(repr, sorted(unknown)))
+        raise ValueError(f"setup(signals=…): expected 'traces', 'metrics' or 'events', got {got}")
     if otlp is None and file is None and not console:
         raise ValueError(
             "setup() needs a destination: otlp='http://127.0.0.1:4318', file='trace.jsonl' or console=True"
         )
     if otlp is not None and not otlp.startswith(("http://", "https://")):
-        raise ValueError(f"setup(otlp=…) takes an http:// or https:// URL, not {otlp!r}")
+        raise ValueError(f"setup(otlp=…): expected an http:// or https:// URL, got {otlp!r}")
     try:
         from opentelemetry import trace
         from opentelemetry.sdk.resources import OTELResourceDetector, Resource
         from opentelemetry.sdk.trace import TracerProvider
     except ImportError as error:
         raise _extra_missing() from error
-    if not isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):  # the API's, while there is no SDK
-        raise RuntimeError(  # noqa: TRY004  # not an argument's type
-            "a tracer provider is set up already; setup() is for programs without one. Add the exporter to yours: "
-            "provider.add_span_processor(…)"
+    if not isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):  # the API's placeholder without an SDK
+        raise RuntimeError(  # noqa: TRY004  # the error is not about an argument's type
+            "a tracer provider is already set up; setup() is only for programs without a tracer provider. Add the "
+            "exporter to the existing provider: provider.add_span_processor(…)"
         )
     resource = Resource.create({"service.name": service_name}).merge(OTELResourceDetector().detect())
     tracers = TracerProvider(resource=resource)
@@ -147,4 +151,4 @@ def _plain(headers: Mapping[str, str] | None) -> dict[str, str] | None:
 
 
 def _extra_missing() -> ImportError:
-    return ImportError(f"this needs the OpenTelemetry SDK and its OTLP exporter: {pip_install('otel')}")
+    return ImportError(f"setup() needs the OpenTelemetry SDK and its OTLP exporter: {pip_install('otel')}")

@@ -1,7 +1,7 @@
-"""The spans of calls: where they come from, and those of one call that is recorded, its own and one for each attempt.
+"""The spans of calls: a source of spans, and the spans of one recorded call (its own, and one for each attempt).
 
-Every step that touches OpenTelemetry or a function of the user's is guarded: what raises there is reported once on
-standard error, and the call goes on as if it had not been traced.
+Every step that touches OpenTelemetry or a function of the user is guarded. An exception there is reported once on
+standard error, and the call continues as if it were not traced.
 """
 
 from __future__ import annotations
@@ -51,21 +51,22 @@ if TYPE_CHECKING:
     from fluxibly.types import Outcome, Request, Response
 
 
-_INTERNAL, _CLIENT = SpanKind.INTERNAL, SpanKind.CLIENT  # to look up a member of an enumeration takes its time
+_INTERNAL, _CLIENT = SpanKind.INTERNAL, SpanKind.CLIENT  # cached, because looking up an enum member is slow
 
 
 _UTIL_GENAI = "opentelemetry.util.genai.invocation"
 
 
 def report(problem: Exception) -> None:
-    """Tell the operator that tracing is broken, without what the exception may quote of a call."""
-    report_once("tracing", f"tracing failed with {type(problem).__name__}; calls go on without their spans")
+    """Report that tracing is broken, without the exception's message, because it may quote a call's content."""
+    report_once("tracing", f"tracing failed with {type(problem).__name__}; calls continue without spans")
 
 
 class CallTrace:
-    """The spans of one call that is recorded: its own, and one at a time that of an attempt. No method raises.
+    """The spans of one recorded call: its own, and that of the current attempt. No method raises.
 
-    Chunks are not shown to it: `arrivals` keeps when they came, and `answer` joins them, where there are such.
+    `Tracing` does not pass chunks to `see`. For a stream, it adds them to `arrivals` and, if content is captured, to
+    `answer`.
     """
 
     recorded: Literal[True] = True
@@ -87,7 +88,7 @@ class CallTrace:
         self.current = Current(_claimed(with_span(span, context)), context)
 
     def see(self, effect: Effect) -> None:
-        """An effect that is no chunk goes outward."""
+        """Handle an effect that goes outward and is not a chunk."""
         try:
             if type(effect) is Send:
                 self._begin_attempt(effect)
@@ -98,7 +99,7 @@ class CallTrace:
 
     def _begin_attempt(self, send: Send) -> None:
         if self.attempt is not None:
-            self._end_attempt(None, None)  # a BaseException ended it, which a layer within survived
+            self._end_attempt(None, None)  # a BaseException ended the attempt, and an inner layer caught it
         request = self.sent = send.request
         self.asked = request.call.provider
         attributes: dict[str, Any] = {
@@ -122,18 +123,18 @@ class CallTrace:
         try:
             attributes: dict[str, Any] = {}
             provider = self.request.call.provider
-            if provider is not self.asked:  # it asks one of several others, and told which when it was asked itself
+            if provider is not self.asked:  # a routing provider has replaced `call.provider` with its choice
                 attributes[semconv.ATTEMPT_PROVIDER] = provider.telemetry_name
             if response is not None and response.model:
                 attributes[semconv.ATTEMPT_RESPONSE_MODEL] = response.model
-            if error is None and self.request.call.sent_model != self.sent.model:  # such a provider may do that, too
+            if error is None and self.request.call.sent_model != self.sent.model:  # a router may replace the model too
                 attributes[semconv.ATTEMPT_MODEL] = self.request.call.sent_model
             self._tell(span, attributes, error, outcome_of(error), (self.sent,))
         finally:
             span.end()
 
     def restarted(self) -> Aggregator | None:
-        """What came is void. Returns the new `answer`."""
+        """Discard all chunks so far, because the stream starts over. Return the new `answer`."""
         if self.arrivals is not None:
             self.arrivals.begin()
         if self.answer is not None:
@@ -141,11 +142,11 @@ class CallTrace:
         return self.answer
 
     def completed(self, response: Response) -> None:
-        """End the call's span: it succeeded."""
+        """End the span of a call that succeeded."""
         self._end(None, response)
 
     def failed(self, error: BaseException) -> None:
-        """End the call's span: it failed, was cancelled or given up."""
+        """End the span of a call that failed, was cancelled or was abandoned."""
         self._end(error, None)
 
     def _end(self, error: BaseException | None, response: Response | None) -> None:
@@ -160,7 +161,7 @@ class CallTrace:
                 self._describe(error, response)
             finally:
                 self.span.end()
-        except Exception as problem:  # noqa: BLE001  # as above
+        except Exception as problem:  # noqa: BLE001  # telemetry never breaks a call
             report(problem)
 
     def _describe(self, error: BaseException | None, response: Response | None) -> None:
@@ -182,7 +183,7 @@ class CallTrace:
             attributes.setdefault(semconv.RESPONSE_MODEL, call.model)
         model = answered_model(request, outcome)
         if call.provider is not self.provider:
-            if self.provider.server_address is not None:  # nothing takes an attribute away again, so: no such server
+            if self.provider.server_address is not None:  # an attribute cannot be removed, so its value is emptied
                 attributes |= {semconv.SERVER_ADDRESS: "", semconv.SERVER_PORT: 0}
             attributes |= provider_attributes(call.provider)
         if model != request.model:
@@ -205,7 +206,7 @@ class CallTrace:
         outcome: Outcome,
         requests: tuple[Request, ...],
     ) -> None:
-        """Set `attributes` and how it ended: the outcome, and for an error its type and its masked message."""
+        """Set `attributes` and the outcome on the span, and for an error its type and masked message."""
         attributes[semconv.OUTCOME] = outcome
         if error is None or outcome == "abandoned":
             span.set_attributes(attributes)
@@ -225,9 +226,9 @@ def _partial(error: BaseException | None) -> Response | None:
 
 
 def _claimed(context: Context) -> Context:
-    """Tell instrumentations built on opentelemetry-util-genai, if one is loaded, that this call has its span.
+    """Mark the call as traced for instrumentations that are built on opentelemetry-util-genai, if any is loaded.
 
-    They look for their own `InferenceData` under this key, and then make no second span and no second metrics.
+    If they find their own `InferenceData` under this key, they do not create a second span or second metrics.
     """
     util = sys.modules.get(_UTIL_GENAI)
     data = getattr(util, "InferenceData", None)
@@ -236,13 +237,13 @@ def _claimed(context: Context) -> Context:
         return context
     try:
         return set_value(key, data(), context)
-    except Exception as problem:  # noqa: BLE001  # another release of theirs, perhaps; ours is traced all the same
+    except Exception as problem:  # noqa: BLE001  # perhaps another release of that package; the call is traced anyway
         report(problem)
         return context
 
 
 class SpanSource:
-    """Where the spans of one `Tracing` come from. Notices an SDK that is set up later."""
+    """The source of the spans of one `Tracing`. It notices an SDK that is set up later."""
 
     def __init__(self, provider: TracerProvider | None, capturing: Capturing) -> None:
         self.given = provider
@@ -251,7 +252,7 @@ class SpanSource:
         self._tracer: Tracer | None = None
 
     def _tracer_of(self, provider: TracerProvider) -> Tracer | None:
-        """The tracer, or None while there is no SDK."""
+        """Return the provider's tracer, or None while there is no SDK."""
         tracer = None if isinstance(provider, ProxyTracerProvider) else provider.get_tracer("fluxibly")
         self._tracer = None if isinstance(tracer, NoOpTracer) else tracer
         self._seen = provider
@@ -260,9 +261,9 @@ class SpanSource:
         return self._tracer
 
     def begin(self, request: Request) -> CallTrace | Current | None:
-        """Begin the span of a call and make it current; None if there is nothing to do for this call.
+        """Begin the span of a call and make it current. Return None if there is nothing to do for this call.
 
-        Of a call that is not recorded, only the trace headers go on: from its span, or else from the caller's.
+        A call that is not recorded only sends trace headers: those of its own span, or else of the caller's span.
         """
         try:
             provider = self.given or get_tracer_provider()
@@ -288,7 +289,7 @@ class SpanSource:
                 raise
             try:
                 call.trace_headers = trace_headers(span, current.context)
-            except Exception as problem:  # noqa: BLE001  # as below; the calls below this one are not sampled either
+            except Exception as problem:  # noqa: BLE001  # the span stays current, so inner calls are unsampled too
                 report(problem)
             return current
         except Exception as problem:  # noqa: BLE001  # telemetry never breaks a call

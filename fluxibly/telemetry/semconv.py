@@ -1,9 +1,9 @@
-"""The one table of the names that traces and metrics use.
+"""The table of all names that traces and metrics use.
 
-They are those of OpenTelemetry's semantic conventions for generative AI as released with opentelemetry-util-genai
-1.3b0. For the metrics there are also those of the edition that is not released yet
-(open-telemetry/semantic-conventions-genai, October 2026): it renames them, and splits the tokens by kind. The
-`gen_ai.*` constants of opentelemetry-semantic-conventions are deprecated, hence names of our own.
+The names are those of OpenTelemetry's semantic conventions for generative AI, as released with opentelemetry-util-genai
+1.3b0. The metrics also have the names of the unreleased edition (open-telemetry/semantic-conventions-genai, October
+2026), which renames the metrics and splits tokens by kind. The constants are defined here because the `gen_ai.*`
+constants of opentelemetry-semantic-conventions are deprecated.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ RESPONSE_TIME_TO_FIRST_CHUNK: Final = "gen_ai.response.time_to_first_chunk"
 """Seconds."""
 
 USAGE_INPUT: Final = "gen_ai.usage.input_tokens"
-"""Cached tokens included."""
+"""Includes cached tokens."""
 USAGE_OUTPUT: Final = "gen_ai.usage.output_tokens"
-"""Reasoning tokens included."""
+"""Includes reasoning tokens."""
 USAGE_CACHE_READ: Final = "gen_ai.usage.cache_read.input_tokens"
 USAGE_CACHE_WRITE: Final = "gen_ai.usage.cache_write.input_tokens"
 USAGE_REASONING: Final = "gen_ai.usage.reasoning.output_tokens"
@@ -59,19 +59,20 @@ EXCEPTION_EVENT: Final = "exception"
 EXCEPTION_TYPE: Final = "exception.type"
 EXCEPTION_MESSAGE: Final = "exception.message"
 
-# Our own
+# Names of fluxibly
 
 ATTEMPT_SPAN: Final = "fluxibly.attempt"
 ATTEMPT_INDEX: Final = "fluxibly.attempt.index"
 """From 0."""
 ATTEMPT_PROVIDER: Final = "fluxibly.attempt.provider"
 ATTEMPT_MODEL: Final = "fluxibly.attempt.model"
-"""Names of our own: by `gen_ai.provider.name` or `.request.model`, Phoenix takes an attempt for a call of its own."""
+"""The attempt attributes do not start with `gen_ai.`, because Phoenix takes an attempt with `gen_ai.provider.name` or
+`gen_ai.request.model` for a separate call."""
 ATTEMPT_RESPONSE_MODEL: Final = "fluxibly.attempt.response_model"
 ATTEMPTS: Final = "fluxibly.attempts"
 OUTCOME: Final = "fluxibly.outcome"
 REQUESTED_MODEL: Final = "fluxibly.requested_model"
-"""The model asked for, where another one answered."""
+"""The requested model, if another model answered."""
 CACHE_HIT: Final = "fluxibly.cache.hit"
 STREAM_CHUNKS: Final = "fluxibly.stream.chunks"
 STREAM_CHARACTERS: Final = "fluxibly.stream.characters"
@@ -80,18 +81,19 @@ STREAM_GAP_P95: Final = "fluxibly.stream.gap_p95"
 STREAM_GAP_MAX: Final = "fluxibly.stream.gap_max"
 STREAM_LONGEST_STALL: Final = "fluxibly.stream.longest_stall"
 STREAM_ARRIVALS: Final = "fluxibly.stream.arrivals"
-"""JSON: up to 200 chunks as [arrival, wait, characters]: microseconds since the call began, microseconds that the
-stream was waited for (what the consumer took left out), and the characters up to and with this chunk."""
+"""JSON: up to 200 chunks as [arrival, wait, characters]. The arrival is in microseconds since the call began. The wait
+is the microseconds spent waiting for the stream, without the consumer's own time. The characters include this chunk and
+all chunks before it."""
 
 # Metrics
 
 METER: Final = "fluxibly"
-TOKEN_TYPE: Final = "gen_ai.token.type"  # noqa: S105  # not that kind of token
-TOKEN_MODALITY: Final = "gen_ai.token.modality"  # noqa: S105  # likewise
+TOKEN_TYPE: Final = "gen_ai.token.type"  # noqa: S105  # not a security token
+TOKEN_MODALITY: Final = "gen_ai.token.modality"  # noqa: S105  # not a security token
 
 
 class MetricNames(NamedTuple):
-    """What one edition calls the metrics of a call."""
+    """The names of a call's metrics in one edition of the conventions."""
 
     duration: str
     input_tokens: str
@@ -99,9 +101,9 @@ class MetricNames(NamedTuple):
     time_to_first_chunk: str
     time_per_output_chunk: str
     usage: Mapping[str, str]
-    """Counters of tokens, by the field of `Usage` that they count."""
+    """The names of the token counters, by the field of `Usage` that they count."""
     waiting: str
-    """Ours, and never exported: it has no values (see `instruments.py`)."""
+    """The instrument that records waiting measurements. It has no values and is never exported (see `_metrics.py`)."""
 
 
 RELEASED: Final = MetricNames(

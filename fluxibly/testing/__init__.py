@@ -1,4 +1,4 @@
-"""For tests of middleware and providers: scripts, a virtual clock, flows by hand, and checks of the laws.
+"""Tools for tests of middleware and providers: scripts, a virtual clock, flows stepped by hand, and checks of the laws.
 
 Nothing here needs a test framework.
 """
@@ -35,7 +35,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "check_codec":  # late, because few need the machinery of codecs
+    if name == "check_codec":  # late, because few tests need the modules of codecs
         from fluxibly.testing.codec_check import check_codec
 
         return check_codec

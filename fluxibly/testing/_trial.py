@@ -1,4 +1,4 @@
-"""What a check runs: the scenarios, and one run of a middleware through one of them."""
+"""The laws, the scenarios of `check_middleware`, and the run of a middleware through a scenario."""
 
 from __future__ import annotations
 
@@ -16,18 +16,30 @@ from fluxibly.testing.modes import Mode, Ran
 from fluxibly.testing.scripted import Answer, AsyncScriptedProvider, Cut, ScriptedProvider
 from fluxibly.types import Chunk, Request, Response, ToolCallDelta, Usage
 
+LAWS = {
+    1: "all modes give the same result",
+    2: "every opened stream is closed",
+    3: "a response has the text of its chunks",
+    4: "no request is sent again after output",
+    5: "context variables stay as they were",
+    6: "KeyboardInterrupt, cancellation and GeneratorExit pass unchanged",
+    7: "a request is never changed",
+    8: "calls do not affect each other",
+    11: "a failed or incomplete answer never passes as a whole answer",
+}
+"""The laws that the checks can find broken, as their messages state them."""
 PLENTY = 8
-"""How often a middleware may ask again before the script runs out."""
+"""How often a middleware may send a request before the script runs out."""
 
 
 @attrs.frozen
 class Scenario:
-    """What the provider does. `answers` makes it anew for each run, because a raised error remembers where it was."""
+    """A provider's script. `answers` makes it anew for each run, because a raised error keeps its traceback."""
 
     name: str
     answers: Callable[[], Sequence[Answer]]
     partial: str | None = None
-    """The text that went out before the provider failed, if it did."""
+    """The text that was delivered before the provider failed; None if it does not fail after output."""
     stop_after: int | None = None
     restarts: bool = False
 
@@ -78,7 +90,7 @@ class Trial:
 
     @property
     def outcome(self) -> object:
-        """What modes have to agree on."""
+        """The result that has to be the same in all modes."""
         if self.ran.error is None:
             return self.ran.response
         cause = root_cause(self.ran.error)
@@ -91,7 +103,7 @@ class Trial:
 
 
 class Probe(Relay):
-    """A middleware outside of the one that is checked, which sees what goes past it."""
+    """A middleware outside of the checked middleware, which observes the effects that pass."""
 
     def __init__(self) -> None:
         self.output = False
@@ -113,7 +125,7 @@ class Probe(Relay):
 
 
 class Records(logging.Handler):
-    """The errors that the drivers log of a middleware, while entered."""
+    """The errors that the drivers log about a middleware, collected while entered."""
 
     def __init__(self) -> None:
         super().__init__(logging.ERROR)

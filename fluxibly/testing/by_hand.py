@@ -1,4 +1,4 @@
-"""A flow stepped by hand: no provider, no I/O, no time."""
+"""A flow stepped by hand, without a provider, without I/O and without waits."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fluxibly.types import Chunk, Request, Response, Restart
 
 
 class ByHand:
-    """Runs one call of some middleware, and stops wherever it wants something of the world::
+    """A call through some middleware, which stops at each effect that a driver would carry out::
 
         call = ByHand(Retry(max_retries=1, base_delay=2, uniform=max), request)
         assert call.sent == request
@@ -22,8 +22,8 @@ class ByHand:
         assert call.response.text == "hello"
 
     Args:
-        middleware: one, or several with the first outermost.
-        request: what it is called with.
+        middleware: a middleware, or several with the outermost first.
+        request: the request of the call.
         restarts: whether the consumer takes `Restart` events.
     """
 
@@ -32,7 +32,7 @@ class ByHand:
     ) -> None:
         layers = [*middleware] if isinstance(middleware, Iterable) else [middleware]
         self.events: list[Chunk | Restart] = []
-        """What was emitted for the consumer of a stream."""
+        """The events that the consumer of a stream would get."""
         self._restarts = restarts
         self._left: Iterator[object] = iter(())
         self._source = Source(END)
@@ -43,37 +43,37 @@ class ByHand:
 
     @property
     def sent(self) -> Request | None:
-        """The request that waits for an answer: give it to `answer`, `stream` or `fail`."""
+        """The request that waits for `answer`, `stream` or `fail`, or None."""
         return self._wants.request if isinstance(self._wants, Send) else None
 
     @property
     def sleeps(self) -> float | None:
-        """The seconds that the call sleeps: end it with `go_on`."""
+        """The seconds of the sleep that waits for `go_on`, or None."""
         return self._wants.seconds if isinstance(self._wants, Sleep) else None
 
     @property
     def performs(self) -> Perform | None:
-        """The I/O that a middleware asked for: give its result to `go_on`, or its error to `fail`."""
+        """The I/O that waits for its result (`go_on`) or its error (`fail`), or None."""
         return self._wants if isinstance(self._wants, Perform) else None
 
     @property
     def response(self) -> Response:
-        """What the call came to.
+        """The response of the call.
 
         Raises:
-            AssertionError: it is not over.
+            AssertionError: the call is not over.
         """
         if self._response is None:
-            raise AssertionError(f"the call is not over: it waits for {self._wants!r}")
+            raise AssertionError(f"expected a finished call, got a call that waits for {self._wants!r}")
         return self._response
 
     def answer(self, response: Response | str) -> None:
-        """Answer the request that was sent, whole."""
+        """Answer the request that was sent with a whole response."""
         self._expect_sent("answer")
         self._step(response)
 
     def stream(self, *items: Chunk | str | Exception) -> None:
-        """Answer the request that was sent with a stream; an exception in it ends it."""
+        """Answer the request that was sent with a stream; an exception among the items ends the stream."""
         self._expect_sent("stream")
         self._left = iter(items)
         if self._read():
@@ -83,24 +83,27 @@ class ByHand:
         """Raise an error where the call waits.
 
         Raises:
-            BaseException: what the middleware let through; if `error` is no Exception then that, as in a pipeline.
+            BaseException: the error that the middleware let through. An `error` that is not an Exception always passes,
+                as in a pipeline.
         """
         self._throw(error)
 
     def go_on(self, result: object = None) -> None:
-        """End a sleep, or give I/O its result."""
+        """End a sleep, or pass the result of I/O to the middleware."""
         self._step(result)
 
     def close(self) -> None:
-        """Give the call up, as a consumer that leaves does."""
+        """Close the call, as a consumer does that stops reading."""
         self._flow.close()
 
     def _expect_sent(self, verb: str) -> None:
         if self.sent is None:
-            raise AssertionError(f"{verb}() is for a call that has sent a request; this one waits for {self._wants!r}")
+            raise AssertionError(
+                f"{verb}(): expected a call that has sent a request, got a call that waits for {self._wants!r}"
+            )
 
     def _read(self) -> bool:
-        """Read the next item; False for an error, which then was raised in the flow."""
+        """Read the next item. Return False for an error, which this raises in the flow."""
         item = next(self._left, END)
         if isinstance(item, Exception):
             self._throw(item)
@@ -121,7 +124,7 @@ class ByHand:
             self._end(stop)
 
     def _settle(self, effect: Effect) -> None:
-        """Carry out what needs nobody's hand."""
+        """Carry out effects until the call waits for the test: for an answer, the end of a sleep, or the result of I/O."""
         while not isinstance(effect, (Send, Sleep, Perform)):
             outcome: object = None
             if isinstance(effect, More):

@@ -1,4 +1,4 @@
-"""`check_middleware`: a user's own middleware held to the laws, in all modes."""
+"""`check_middleware`: the check of the laws for a user's own middleware, in all modes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fluxibly.flow.compose import layer_name
 from fluxibly.flow.effects import Middleware
 from fluxibly.pipeline import Pipeline
 from fluxibly.stream import Stream
-from fluxibly.testing._trial import PLENTY, SCENARIOS, Probe, Records, Scenario, Trial
+from fluxibly.testing._trial import LAWS, PLENTY, SCENARIOS, Probe, Records, Scenario, Trial
 from fluxibly.testing.modes import MODES, Mode, run
 from fluxibly.testing.scripted import Answer, AsyncScriptedProvider, ScriptedProvider, VirtualClock
 from fluxibly.types import Chunk, Request, Response
@@ -24,15 +24,16 @@ PASSING = (KeyboardInterrupt, asyncio.CancelledError)
 
 
 def check_middleware(middleware: Middleware, *, request: Request | None = None) -> None:
-    """Hold a middleware to the laws: run it through scripted scenarios in all modes.
+    """Check that a middleware keeps the laws: run it through scripted scenarios in all modes.
 
     Args:
-        middleware: an instance as you would put it into a stack.
-        request: what to ask with, if the middleware needs something special in it. By default each run has a prompt
-            of its own, so that a cache does not answer from an earlier one.
+        middleware: an instance, as you would put it into a stack.
+        request: the request to send, if the middleware needs special values in it. By default, each run has a prompt of
+            its own, so that a cache does not answer from an earlier run.
 
     Raises:
-        AssertionError: it breaks a law; the message says which, in what scenario and mode, and what to write instead.
+        AssertionError: the middleware breaks a law. The message states the law, what was expected, what happened, in
+            which scenario and mode, and what to write instead.
     """
     _Checker(middleware, request).check()
 
@@ -61,7 +62,9 @@ class _Checker:
         self.compare(scenario, trials)
 
     def fail(self, law: int, what: str, where: str, advice: str) -> AssertionError:
-        return AssertionError(f"the middleware {self.name} breaks law {law}: {what} (in {where}). {advice}")
+        return AssertionError(
+            f"the middleware {self.name} breaks law {law} ({LAWS[law]}): {what} (in {where}). {advice}"
+        )
 
     def new_request(self) -> Request:
         self.asked += 1
@@ -72,14 +75,19 @@ class _Checker:
     # One run
 
     def run(self, scenario: Scenario, mode: Mode) -> Trial:
-        """A run, with what holds for each by itself."""
+        """Run a scenario in a mode, and check the laws that a single run can break."""
         where = f"{scenario.name}, {mode}"
         trial = self.try_out(scenario.answers(), mode, stop_after=scenario.stop_after, restarts=scenario.restarts)
         self.is_well_formed(trial, where)
         self.sends_nothing_twice(trial, where)
         ran, provider = trial.ran, trial.provider
         if provider.opened != provider.closed:
-            raise self.fail(2, "a stream of the provider's stays open", where, "Let errors and closing pass through")
+            raise self.fail(
+                2,
+                f"expected all of the provider's streams closed, got {provider.closed} closed of {provider.opened} opened",
+                where,
+                "Let errors and GeneratorExit pass through",
+            )
         if trial.records:
             raise self.fail(
                 6, trial.records[0], where, "Do not yield in `finally`, nor in `except GeneratorExit` or a bare except"
@@ -87,23 +95,23 @@ class _Checker:
         if ran.leaks:
             raise self.fail(
                 5,
-                f"it leaves the context variable {ran.leaks[0]!r} changed",
+                f"expected the context variable {ran.leaks[0]!r} as it was before the call, got another value",
                 where,
                 "Reset it in a `finally`: token = var.set(…); try: …; finally: var.reset(token)",
             )
         if ran.response is not None and scenario.partial and len(provider.requests) == 1 and mode.streaming:
             raise self.fail(
                 11,
-                f"a stream that failed after {scenario.partial!r} is passed as a whole answer",
+                f"expected StreamInterrupted for a stream that failed after {scenario.partial!r}, got a whole answer",
                 where,
-                "Let the StreamInterrupted pass; whoever wants the half that there is finds it there, as `partial`",
+                "Let StreamInterrupted pass; its attribute `partial` has the incomplete answer for the caller",
             )
         if mode.streaming and ran.response is not None and ran.text != ran.response.text:
             raise self.fail(
                 3,
-                f"its chunks say {ran.text!r} and its response says {ran.response.text!r}",
+                f"expected a response with the text of its chunks, {ran.text!r}, got {ran.response.text!r}",
                 where,
-                "Change the text where it streams: response = yield from map_chunks(call_next(request), fn)",
+                "Change the text of the chunks: response = yield from map_chunks(call_next(request), fn)",
             )
         return trial
 
@@ -118,9 +126,9 @@ class _Checker:
         if before != (request.metadata, request.extra, request.headers):
             raise self.fail(
                 7,
-                "it changes the request that it was given",
+                "expected the request unchanged, got other metadata, extra or headers",
                 str(mode),
-                "Derive one of your own: call_next(request.evolve(metadata={**request.metadata, 'key': value}))",
+                "Pass a changed copy on: call_next(request.evolve(metadata={**request.metadata, 'key': value}))",
             )
         return Trial(mode, ran, provider, probe, records.messages)
 
@@ -133,7 +141,7 @@ class _Checker:
         if trial.probe.resent:
             raise self.fail(
                 4,
-                "it asks the provider again after output has gone out",
+                "expected no request after output had been delivered, got another request to the provider",
                 where,
                 "Let StreamInterrupted pass: catch ProviderError, not Exception, around `yield from call_next(request)`",
             )
@@ -141,7 +149,7 @@ class _Checker:
     # Several runs
 
     def compare(self, scenario: Scenario, trials: Sequence[Trial]) -> None:
-        """Law 1. A stream that fails late may end in an error where a whole call was tried again, or never was seen."""
+        """Check law 1, except that a whole call may retry, or never see, a failure that ends a stream after output."""
         wholes = [trial for trial in trials if not trial.mode.streaming]
         streams = [trial for trial in trials if trial.mode.streaming]
         for group in (wholes, streams):
@@ -152,16 +160,14 @@ class _Checker:
 
     def agree(self, scenario: Scenario, one: Trial, other: Trial) -> None:
         if scenario.restarts and one.mode.streaming != other.mode.streaming:
-            return  # begun anew, the whole call and the stream may differ in what came before
+            return  # after a restart, the whole call and the stream may differ in the output before it
         if one.outcome != other.outcome:
-            advice = (
-                "A middleware does the same in all modes: it looks at chunks in map_chunks, and does I/O in perform"
-            )
+            advice = "Do the same in all modes: read chunks with map_chunks, and do I/O with perform"
             if _only_text_differs(one.ran.response, other.ran.response):
-                advice = "What map_chunks is given has to come to the same text wherever the chunks are cut"
+                advice = "The function given to map_chunks has to produce the same text wherever the chunks are cut"
             raise self.fail(
                 1,
-                f"{one.mode} gives {one.told} and {other.mode} gives {other.told}",
+                f"expected the same result in all modes, got {one.told} ({one.mode}) and {other.told} ({other.mode})",
                 scenario.name,
                 advice,
             )
@@ -180,7 +186,7 @@ class _Checker:
             )
 
     def keeps_calls_apart(self) -> None:
-        """Law 8: two streams read in turns come to what each is alone."""
+        """Check law 8: two streams that are read in turns give the same results as each alone."""
         scripts = (["Hello", ", ", "world"], ["Good", "bye ", "moon", "!"])
         alone = [[*self.reader(script)] for script in scripts]
         streams = [self.reader(script) for script in scripts]
@@ -195,7 +201,7 @@ class _Checker:
         if turns != alone:
             raise self.fail(
                 8,
-                "two calls at once disturb each other",
+                "expected two concurrent calls to give the same results as each alone, got other results",
                 "two streams read in turns",
                 "Keep what belongs to a call in local variables of __call__, or in request.call.notes",
             )
@@ -208,7 +214,7 @@ class _Checker:
         if name is not None:
             raise self.fail(
                 8,
-                f"it keeps the state of a call on itself (self.{name} = …), where the next call overwrites it",
+                f"expected no state of a call on the instance, got self.{name} = …, which the next call overwrites",
                 "its code",
                 "Use a local variable, or request.call.notes for what must survive a failure",
             )
@@ -219,10 +225,10 @@ class _Checker:
 
 
 def _read(stream: Stream[Chunk]) -> Iterator[object]:
-    """A stream's events, and at the end its response or its error."""
+    """Yield a stream's events, and at the end its response or its error."""
     try:
         yield from stream
-    except Exception as error:  # noqa: BLE001  # compared by what it says
+    except Exception as error:  # noqa: BLE001  # compared by its message
         yield type(error), str(error)
     else:
         yield stream.response
@@ -233,9 +239,9 @@ def _only_text_differs(one: Response | None, other: Response | None) -> bool:
 
 
 def _stored_on_self(code: CodeType) -> str | None:
-    """The first attribute that a method assigns to its first argument; `self.count += 1` is not meant."""
+    """Return the first attribute that a method assigns on its first argument. `self.count += 1` does not count."""
     for target, step in pairwise(dis.get_instructions(code)):
-        # From Python 3.13 on one instruction may load two variables; the latter is the target.
+        # Since Python 3.13, one instruction may load two variables; the second variable is the target.
         name = target.argrepr.split(", ")[-1] if target.opname.startswith("LOAD_FAST") else None
         if step.opname == "STORE_ATTR" and name == code.co_varnames[0]:
             return str(step.argval)

@@ -1,4 +1,4 @@
-"""`check_codec`: recorded streams, cut anew wherever a read could end."""
+"""`check_codec`: the check of a codec with recorded streams, cut wherever a read could end."""
 
 from __future__ import annotations
 
@@ -10,23 +10,24 @@ import attrs
 from fluxibly.aggregate import Aggregator
 from fluxibly.providers.dialects.codec import Codec, Event
 from fluxibly.providers.dialects.framing import make_framing
+from fluxibly.testing._trial import LAWS
 from fluxibly.types import Chunk, Response
 
 CUTS = 30_000
-"""A longer stream is cut at as many of its bytes, evenly spread."""
+"""The number of bytes at which a longer stream is cut, evenly spread. A shorter stream is cut at every byte."""
 ENDS = 3_000
-"""A longer stream is ended at as many of its bytes, evenly spread."""
+"""The number of bytes at which a longer stream is ended, evenly spread. A shorter stream is ended at every byte."""
 RANDOM_READS = 20
 
 
 def check_codec(codec: Codec, streams: Iterable[bytes]) -> None:
-    """Hold a codec to law 11 with recorded streams, each the bytes of a whole body.
+    """Check that a codec never passes an incomplete answer as a whole answer (law 11). Each stream is a whole body.
 
-    A stream comes to the same however its bytes are cut into reads, and one that ends early is either an error or, if
-    all that matters has come, the same answer.
+    A stream has to give the same answer however its bytes are cut into reads. A stream that ends early has to give an
+    error, unless its text, reasoning, tool calls and finish reason have arrived.
 
     Raises:
-        AssertionError: it does not; the message says at which byte.
+        AssertionError: the codec does otherwise; the message says at which byte.
     """
     for number, stream in enumerate(streams):
         name = f"stream {number}"
@@ -41,14 +42,14 @@ def _describe(error: Exception | None) -> str | None:
 
 @attrs.frozen
 class Outcome:
-    """What a stream comes to: the response, or what came before a failure. Failures are alike if they say the same."""
+    """The result of a stream: a response, or its part before a failure. Failures with the same text are equal."""
 
     response: Response
     failure: Exception | None = attrs.field(default=None, eq=_describe)
 
     @property
     def error(self) -> str | None:
-        """What the failure is and says."""
+        """The type and the message of the failure, or None."""
         return _describe(self.failure)
 
     def __str__(self) -> str:
@@ -56,7 +57,7 @@ class Outcome:
 
 
 def chunks_of(codec: Codec, reads: Iterable[bytes]) -> Iterator[Chunk]:
-    """The chunks of a stream that arrives in these reads, as the HTTP shells read it."""
+    """Yield the chunks of a stream that arrives in these reads, as the HTTP shells read it."""
     framing, decoder = make_framing(codec.framing), codec.decoder()
     for read in reads:
         for event in framing.feed(read):
@@ -71,34 +72,36 @@ def chunks_of(codec: Codec, reads: Iterable[bytes]) -> Iterator[Chunk]:
 
 
 def outcome_of(codec: Codec, reads: Iterable[bytes]) -> Outcome:
-    """What a stream that arrives in these reads comes to."""
+    """Return the outcome of a stream that arrives in these reads."""
     answer = Aggregator()
     try:
         for chunk in chunks_of(codec, reads):
             answer.add(chunk)
-    except Exception as error:  # noqa: BLE001  # any is an outcome
+    except Exception as error:  # noqa: BLE001  # every error is an outcome
         return Outcome(answer.response(), error)
     return Outcome(answer.response())
 
 
 def check_cuts(codec: Codec, stream: bytes, name: str = "the stream") -> Outcome:
-    """Check that a stream comes to the same however its bytes are cut into reads; what it comes to.
+    """Check that a stream has the same outcome however its bytes are cut into reads, and return that outcome.
 
     Raises:
-        AssertionError: it does not; the message says at which byte.
+        AssertionError: an outcome differs; the message says at which byte.
     """
     whole = outcome_of(codec, [stream])
     for reads, how in _recuts(codec, stream):
         got = outcome_of(codec, reads)
         if got != whole:
-            raise AssertionError(f"{name} comes to {got} {how}, and to {whole} read at once")
+            raise AssertionError(
+                f"{name}: expected the same outcome however it is read, got {whole} read at once and {got} {how}"
+            )
     return whole
 
 
 def _recuts(codec: Codec, data: bytes) -> Iterator[tuple[list[bytes], str]]:
-    """The stream in other reads, save for those of two that come to the very same events.
+    """Yield the stream in other reads, except for pairs of reads that give the very same events.
 
-    A decoder sees nothing but events; and framings are so much faster that a stream can be cut at each of its bytes.
+    A decoder sees only events, and framings are so much faster that a stream can be cut at each of its bytes.
     """
     yield [data[n : n + 1] for n in range(len(data))], "read byte by byte"
     chooser = random.Random(len(data))  # noqa: S311  # not for secrets: the same cuts each time
@@ -113,14 +116,14 @@ def _recuts(codec: Codec, data: bytes) -> Iterator[tuple[list[bytes], str]]:
 
 
 def _events(codec: Codec, reads: Iterable[bytes]) -> tuple[list[Event], str | None]:
-    """The events of a stream, and the error that ended it."""
+    """Return the events of a stream, and the error that ended it."""
     framing = make_framing(codec.framing)
     events: list[Event] = []
     try:
         for read in reads:
             events += framing.feed(read)
         events += framing.close()
-    except Exception as error:  # noqa: BLE001  # compared by what it says
+    except Exception as error:  # noqa: BLE001  # compared by its message
         return events, _describe(error)
     return events, None
 
@@ -134,11 +137,11 @@ def _check_ends(codec: Codec, stream: bytes, name: str, whole: Response) -> None
         got = outcome_of(codec, [stream[:end]])
         if got.failure is None and _said(got.response) != _said(whole):
             raise AssertionError(
-                f"{name} ended at byte {end} passes as a whole answer, {got}; "
-                "end() has to raise StreamProtocolError unless the dialect's end mark has come"
+                f"the codec {type(codec).__name__} breaks law 11 ({LAWS[11]}): expected an error when {name} ends at "
+                f"byte {end}, got {got}. end() has to raise StreamProtocolError unless the dialect's end mark has arrived"
             )
 
 
 def _said(response: Response) -> tuple[object, ...]:
-    """What makes an answer whole: not its usage, which services send last."""
+    """Return the parts that make an answer whole. Usage is not among them, because services send it last."""
     return response.text, response.reasoning, response.tool_calls, response.finish_reason

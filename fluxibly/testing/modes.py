@@ -1,4 +1,4 @@
-"""One call, run in a mode: sync or async, whole or streamed, on asyncio or trio."""
+"""A call that is made in a mode: sync or async, whole or streamed, on asyncio or trio."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 @attrs.frozen
 class Mode:
-    """How a call is made. `backend` is None for sync."""
+    """The way in which a call is made. `backend` is None for sync."""
 
     streaming: bool
     backend: Literal["asyncio", "trio"] | None = None
@@ -35,23 +35,23 @@ BACKENDS: tuple[Literal["asyncio", "trio"], ...] = ("asyncio", "trio") if find_s
 MODES: tuple[Mode, ...] = tuple(
     Mode(streaming, backend) for streaming in (False, True) for backend in (None, *BACKENDS)
 )
-"""All modes; those on trio only where it is installed."""
+"""All modes; the modes on trio only if trio is installed."""
 
 
 @attrs.define
 class Ran:
-    """What came of a call: a `response` or an `error`, or neither if the consumer stopped early."""
+    """The result of a call: a `response` or an `error`, or neither if the consumer stopped early."""
 
     events: list[Chunk | Restart] = attrs.field(factory=list[Chunk | Restart])
-    """What a stream delivered."""
+    """The events that a stream delivered."""
     response: Response | None = None
     error: BaseException | None = None
     leaks: list[str] = attrs.field(factory=list[str])
-    """Context variables that were not as before, each once."""
+    """The names of context variables that the call changed, each once."""
 
     @property
     def text(self) -> str:
-        """The joined texts of what was delivered, since the last `Restart`."""
+        """The joined texts of the delivered chunks since the last `Restart`."""
         texts: list[str] = []
         for event in self.events:
             if isinstance(event, Restart):
@@ -72,12 +72,12 @@ def run(
     restarts: bool = False,
     watch: Callable[[Chunk | Restart], object] | None = None,
 ) -> Ran:
-    """Make a call and tell what came of it, also if that is a BaseException. `provider` must suit the mode.
+    """Make a call and return its result, even if that is a BaseException. `provider` must suit the mode.
 
     Args:
-        stop_after: close a stream after as many events.
-        restarts: take `Restart` events.
-        watch: gets each event as it comes.
+        stop_after: the number of events after which to close a stream.
+        restarts: whether the consumer takes `Restart` events.
+        watch: a function that gets each event as it arrives.
     """
     clock = clock or VirtualClock()
     ran = Ran()
@@ -127,7 +127,7 @@ def run(
         before = dict(copy_context())
         try:
             await acall()
-        except BaseException as error:  # noqa: BLE001  # what the caller gets is what is looked at
+        except BaseException as error:  # noqa: BLE001  # whatever the caller gets is the result
             ran.error = error
         look()
 
@@ -143,7 +143,7 @@ def run(
 
 
 def run_async(function: Callable[[], Awaitable[T]], backend: str = "asyncio") -> T:
-    """Run a coroutine function to its end; inside of a running event loop, in a thread of its own."""
+    """Run a coroutine function to its end; if an event loop is running, in a thread of its own."""
     import anyio
 
     try:

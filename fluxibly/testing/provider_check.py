@@ -1,4 +1,4 @@
-"""`check_provider`: a user's own provider held to the laws."""
+"""`check_provider`: the check of the laws for a user's own provider."""
 
 from __future__ import annotations
 
@@ -9,25 +9,27 @@ from typing import Any
 
 from fluxibly.pipeline import AsyncPipeline, Pipeline
 from fluxibly.provider import check, is_async
+from fluxibly.testing._trial import LAWS
 from fluxibly.testing.modes import BACKENDS, Mode, Ran, run, run_async
 from fluxibly.types import Request, Response
 
 AT_ONCE = 4
-"""Calls that are made at the same time."""
+"""The number of calls that are made at the same time."""
 
 
 def check_provider(provider: Any, request: Request | None = None, *, failing: Sequence[Request] = ()) -> None:
-    """Hold a provider, sync or async, to the laws: it is asked a few times, whole and streamed, also at the same time.
+    """Check that a provider, sync or async, keeps the laws: call it whole and streamed, and several times at once.
 
-    What is compared between calls is compared only if the provider answers the same request alike twice in a row.
+    Calls are compared only if the provider gives the same answer to the same request twice in a row.
 
     Args:
-        provider: an instance. It is not closed.
-        request: what to ask; by default a short greeting.
-        failing: requests that it has to answer with an error, the same one whole and streamed.
+        provider: an instance. The check does not close it.
+        request: the request to send; by default, a short greeting.
+        failing: requests that have to fail, with the same error whole and streamed.
 
     Raises:
-        AssertionError: it breaks a law; the message says which, in what mode, and what to write instead.
+        AssertionError: the provider breaks a law. The message states the law, what was expected, what happened, in which
+            mode, and what to write instead.
     """
     check(provider)
     _Checker(provider, request or Request(model="m", messages="Say hello, please")).check(failing)
@@ -42,7 +44,7 @@ class _Checker:
         self.backends = BACKENDS if is_async(provider) else (None,)
 
     def fail(self, law: int, what: str, where: object, advice: str) -> AssertionError:
-        return AssertionError(f"the provider {self.name} breaks law {law}: {what} (in {where}). {advice}")
+        return AssertionError(f"the provider {self.name} breaks law {law} ({LAWS[law]}): {what} (in {where}). {advice}")
 
     def check(self, failing: Sequence[Request]) -> None:
         whole = [self.run(Mode(streaming=False, backend=backend)) for backend in self.backends * 2]
@@ -55,16 +57,21 @@ class _Checker:
             self.check_failure(request)
 
     def run(self, mode: Mode, *, stop_after: int | None = None) -> Ran:
-        """A call that has to succeed."""
+        """Make a call that has to succeed."""
         before = copy.deepcopy((self.request.metadata, self.request.extra, self.request.headers))
         ran = run(mode, self.provider, [], self.request, stop_after=stop_after)
         if ran.error is not None:
             raise AssertionError(
-                f"the provider {self.name} raised {type(ran.error).__name__}: {ran.error} (in {mode}). "
-                "Give check_provider a request that it can answer"
+                f"the provider {self.name}: expected an answer, got {type(ran.error).__name__}: {ran.error} (in {mode}). "
+                "Pass check_provider a request that the provider can answer"
             ) from ran.error
         if before != (self.request.metadata, self.request.extra, self.request.headers):
-            raise self.fail(7, "it changes the request that it was given", mode, "Copy what you need of it")
+            raise self.fail(
+                7,
+                "expected the request unchanged, got other metadata, extra or headers",
+                mode,
+                "Copy metadata, extra and headers before you change them",
+            )
         return ran
 
     def check_streams(self, whole: Response | None) -> None:
@@ -74,34 +81,34 @@ class _Checker:
             if whole is not None and ran.response != whole:
                 raise self.fail(
                     1,
-                    f"complete() gives {whole!r} and the chunks of stream() come to {ran.response!r}",
+                    f"expected the same response from complete() and stream(), got {whole!r} and {ran.response!r}",
                     mode,
-                    "Give the same both ways, finish reason and usage included",
+                    "Return the same from both methods, finish reason and usage included",
                 )
             for stop_after in (0, 1):
                 self.releases(mode, stop_after)
 
     def releases(self, mode: Mode, stop_after: int) -> None:
-        """Law 2: closing its stream early works, and leaves it usable."""
+        """Check law 2: closing a stream early works, and leaves the provider usable."""
         error = run(mode, self.provider, [], self.request, stop_after=stop_after).error
         if error is not None:
             raise self.fail(
                 2,
-                f"closing its stream after {stop_after} chunks raises {error!r}",
+                f"expected its stream to close after {stop_after} chunks, got {error!r}",
                 mode,
-                "Release in a `finally`, and neither yield nor raise there",
+                "Release resources in a `finally`, and neither yield nor raise there",
             ) from error
 
     def keeps_calls_apart(self, response: Response | None) -> None:
-        """Law 8: several calls at once each get what one alone gets."""
+        """Check law 8: each of several concurrent calls gets the same response as a call alone."""
         for backend in self.backends:
             answers = self.threads() if backend is None else run_async(self.tasks, backend)
             if any(answer != response for answer in answers):
                 raise self.fail(
                     8,
-                    f"{AT_ONCE} calls at once do not get what one alone gets",
+                    f"expected the same response for {AT_ONCE} concurrent calls as for a call alone, got other responses",
                     "threads" if backend is None else f"tasks on {backend}",
-                    "Keep nothing of a call on the provider itself",
+                    "Keep the state of a call in local variables, not on the provider",
                 )
 
     def threads(self) -> list[Response]:
@@ -139,7 +146,7 @@ class _Checker:
         return answers
 
     def check_failure(self, request: Request) -> None:
-        """Law 11: an error is an error, whole and streamed."""
+        """Check laws 1 and 11: a request that has to fail raises the same error, whole and streamed."""
         errors: list[str] = []
         for backend in self.backends:
             for streaming in (False, True) if self.streams else (False,):
@@ -148,16 +155,16 @@ class _Checker:
                 if ran.error is None:
                     raise self.fail(
                         11,
-                        f"it answers {ran.response!r} , expected an error",
+                        f"expected an error, got {ran.response!r}",
                         mode,
-                        "Raise ProviderError or its kind",
+                        "Raise ProviderError or a subclass",
                     )
                 cause = ran.error.__cause__ if ran.events and ran.error.__cause__ is not None else ran.error
                 errors.append(f"{type(cause).__name__}: {cause}")
                 if errors[-1] != errors[0]:
                     raise self.fail(
                         1,
-                        f"it raises {errors[0]!r} and {errors[-1]!r} for one request",
+                        f"expected the same error for one request in all modes, got {errors[0]!r} and {errors[-1]!r}",
                         mode,
-                        "Raise the same both ways",
+                        "Raise the same error from complete() and stream()",
                     )

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 class VirtualClock:
     """A `fluxibly.pipeline.Clock` for tests: `Pipeline(provider, middleware, clock=VirtualClock())`.
 
-    Its time starts at 0 and moves on at once by each sleep, so that nothing waits. `sleeps` has each one's seconds.
+    Its time starts at 0, and each sleep advances it at once, so that nothing waits. `sleeps` lists the seconds of each
+    sleep.
     """
 
     def __init__(self) -> None:
@@ -30,22 +31,22 @@ class VirtualClock:
         self._lock = threading.Lock()
 
     def now(self) -> float:
-        """The time, in seconds."""
+        """Return the time, in seconds."""
         return self._time
 
     def advance(self, seconds: float) -> None:
-        """Let time pass without noting a sleep."""
+        """Let time pass without recording a sleep."""
         with self._lock:
             self._time += seconds
 
     def sleep(self, seconds: float, /) -> None:
-        """Note a sleep and let its time pass."""
+        """Record a sleep and let its time pass."""
         with self._lock:
             self.sleeps.append(seconds)
             self._time += seconds
 
     async def asleep(self, seconds: float, /) -> None:
-        """`sleep`, for async pipelines. Other tasks get a turn, and a cancellation is noticed."""
+        """Do as `sleep`, for async pipelines. Other tasks get a turn, and a cancellation is noticed."""
         from anyio.lowlevel import checkpoint
 
         await checkpoint()
@@ -54,29 +55,29 @@ class VirtualClock:
 
 @attrs.frozen
 class Delay:
-    """In a script: time passes, on the provider's clock. Without a clock it is skipped."""
+    """A step of a script: time passes on the provider's clock. Without a clock, the step is skipped."""
 
     seconds: float
 
 
 @attrs.frozen
 class Cut:
-    """In a script: the connection ends before the answer does, which is a `StreamProtocolError`."""
+    """A step of a script: the connection ends before the answer does, which raises `StreamProtocolError`."""
 
 
 Step: TypeAlias = str | Chunk | BaseException | Delay | Cut
 Answer: TypeAlias = str | Response | BaseException | Sequence[Step]
-"""What a scripted provider gives: a text, a response, an error to raise, or a stream script, step by step."""
+"""An answer of a scripted provider: a text, a response, an error to raise, or the steps of a stream."""
 
 INFO = ProviderInfo(name="ScriptedProvider", framework="scripted", telemetry_name="scripted", in_process=True)
 
 
 class _Scripted:
-    """The script, and what was asked.
+    """The script, and the calls that were made.
 
     Attributes:
-        requests: what the provider got, in order.
-        opened, closed: how many streams were begun and released; equal when none is held.
+        requests: the requests that the provider got, in order.
+        opened, closed: how many streams were opened and closed; equal when no stream is open.
         shut: whether the provider was closed.
 
     """
@@ -93,28 +94,28 @@ class _Scripted:
 
     @property
     def left(self) -> int:
-        """How many answers were not taken."""
+        """The number of answers that were not taken."""
         return len(self._answers)
 
     def _next_steps(self, request: Request) -> Iterator[Step]:
-        """The next answer as a stream script."""
+        """Return the steps of the next answer."""
         with self._lock:
             self.requests.append(request)
             if not self._answers:
                 raise AssertionError(
-                    f"{type(self).__name__} was asked {len(self.requests)} times and has only "
-                    f"{len(self.requests) - 1} answers; give it one for each call, retries included"
+                    f"{type(self).__name__}: expected an answer for each call, got {len(self.requests)} calls and "
+                    f"{len(self.requests) - 1} answers; add an answer for each call, retries included"
                 )
             answer = self._answers.popleft()
         return iter(to_steps(answer))
 
     def _take(self, step: Step) -> Chunk | str:
-        """A step's chunk; raises what a step raises."""
+        """Return a step's chunk, or raise its error."""
         if isinstance(step, BaseException):
             raise step
         if isinstance(step, Cut):
             raise StreamProtocolError("the scripted stream was cut off before its end", provider=self.info.name)
-        return step  # type: ignore[return-value]  # no Delay comes here; rubbish is passed on, to see what it does
+        return step  # type: ignore[return-value]  # never a Delay; other values pass, so that tests can try wrong types
 
     def _count(self, *, opened: int = 0, closed: int = 0) -> None:
         with self._lock:
@@ -131,19 +132,19 @@ class ScriptedProvider(_Scripted):
         assert len(provider.requests) == 2
 
     An answer is a str (streamed word by word), a `Response`, an exception, or a list of steps: texts, chunks,
-    exceptions, `Delay(seconds)` and `Cut()`. A whole call gets what the same steps come to. Pass the pipeline's
-    `clock` for delays to count.
+    exceptions, `Delay(seconds)` and `Cut()`. A whole call gets the response that the same steps add up to. Pass the
+    pipeline's `clock`, so that delays count.
     """
 
     def complete(self, request: Request) -> Response:
-        """The next answer, whole."""
+        """Return the next answer, whole."""
         answer = Aggregator()
         for item in self._items(self._next_steps(request)):
             answer.add(Chunk(item) if isinstance(item, str) else item)
         return answer.response()
 
     def stream(self, request: Request) -> Generator[Chunk | str, None, None]:
-        """The next answer, step by step."""
+        """Yield the next answer, step by step."""
         self._count(opened=1)
         try:
             yield from self._items(self._next_steps(request))
@@ -158,7 +159,7 @@ class ScriptedProvider(_Scripted):
                 self._clock.sleep(step.seconds)
 
     def close(self) -> None:
-        """Note that the provider was closed."""
+        """Record that the provider was closed."""
         self.shut = True
 
 
@@ -166,7 +167,7 @@ class AsyncScriptedProvider(_Scripted):
     """`ScriptedProvider` as an `AsyncProvider`."""
 
     async def complete(self, request: Request) -> Response:
-        """The next answer, whole."""
+        """Return the next answer, whole."""
         answer = Aggregator()
         for step in self._next_steps(request):
             if isinstance(step, Delay):
@@ -177,7 +178,7 @@ class AsyncScriptedProvider(_Scripted):
         return answer.response()
 
     async def stream(self, request: Request) -> AsyncGenerator[Chunk | str, None]:
-        """The next answer, step by step."""
+        """Yield the next answer, step by step."""
         self._count(opened=1)
         try:
             for step in self._next_steps(request):
@@ -193,12 +194,12 @@ class AsyncScriptedProvider(_Scripted):
             await self._clock.asleep(delay.seconds)
 
     async def aclose(self) -> None:
-        """Note that the provider was closed."""
+        """Record that the provider was closed."""
         self.shut = True
 
 
 def to_steps(answer: Answer) -> Sequence[Step]:
-    """An answer as a stream script."""
+    """Return the steps of an answer as a stream."""
     if isinstance(answer, str):
         return [*_words(answer)]
     if isinstance(answer, Response):

@@ -1,4 +1,4 @@
-"""The command line as its users run it: in a process of its own, behind a pipe or at a terminal."""
+"""The command line as users run it: in a process of its own, behind a pipe or at a terminal."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ pytest.importorskip("typer")
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """This process's, without what would change the results."""
+    """Return this process's environment, without the variables that would change the results."""
     kept = {name: value for name, value in os.environ.items() if not KEYS.search(name)}
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH", ""))))
     return {**kept, "PYTHONPATH": path, "PYTHONUTF8": "1", **changes}
@@ -38,7 +38,7 @@ def environment(**changes: str) -> dict[str, str]:
 def fluxibly(
     *arguments: str, given: str = "", before: str = "", env: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command with its output in pipes. `before` is code to run first, which may register a framework."""
+    """Run a command with its output in pipes. `before` is code that runs first; it may register a framework."""
     return subprocess.run(
         [sys.executable, "-c", f"{before}\n{START}", *arguments],
         input=given,
@@ -50,7 +50,7 @@ def fluxibly(
 
 
 def check_mistake(result: subprocess.CompletedProcess[str], says: str, status: int = 2) -> None:
-    """One line on standard error, nothing else."""
+    """Check that a mistake is one line on standard error, and nothing else."""
     assert (result.returncode, result.stdout) == (status, "")
     assert result.stderr.startswith("fluxibly: ")
     assert result.stderr.count("\n") == 1
@@ -59,7 +59,7 @@ def check_mistake(result: subprocess.CompletedProcess[str], says: str, status: i
 
 @pytest.fixture
 def misuse(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Callable[..., None]]:
-    """Checks a mistake in this process, which is faster; the logger is put back as it was."""
+    """Return a function that checks a mistake in this process, which is faster. The loggers are restored."""
     from fluxibly.cli.app import run
 
     loggers = [logging.getLogger("fluxibly"), logging.getLogger("opentelemetry")]
@@ -81,12 +81,12 @@ def misuse(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -
 
 @pytest.fixture
 def yaml(tmp_path: Path) -> Path:
-    """A configuration file to be filled."""
+    """Return the path of a configuration file, which the test writes."""
     return tmp_path / "framework.yaml"
 
 
 def test_help() -> None:
-    """Without a command there is help, which names them all."""
+    """Without a command, the help is printed, which names every command."""
     result = fluxibly()
     assert result.returncode == 0
     for command in ("chat", "explain", "frameworks", "doctor", "trace"):
@@ -94,39 +94,39 @@ def test_help() -> None:
 
 
 def test_version() -> None:
-    """--version says it."""
+    """--version prints the version."""
     result = fluxibly("--version")
     assert result.returncode == 0
     assert result.stdout.startswith("fluxibly ")
 
 
 def test_answer_in_a_pipe() -> None:
-    """Piped output is just the text."""
+    """Piped output is the text alone."""
     result = fluxibly("chat", "--framework", "echo", "one two  three")
     assert (result.returncode, result.stdout, result.stderr) == (0, "one two  three\n", "")
 
 
 def test_answer_that_is_not_streamed() -> None:
-    """--no-stream gives the same."""
+    """--no-stream prints the same answer."""
     result = fluxibly("chat", "--framework", "echo", "--no-stream", "one two")
     assert (result.returncode, result.stdout, result.stderr) == (0, "one two\n", "")
 
 
 def test_prompt_from_standard_input() -> None:
-    """- reads the prompt from standard input."""
+    """The prompt - is read from standard input."""
     result = fluxibly("chat", "--framework", "echo", "-", given="caffè\nlatte\n")
     assert (result.returncode, result.stdout) == (0, "caffè\nlatte\n")
 
 
 def test_huge_prompt() -> None:
-    """A prompt of 10 MB goes through."""
+    """A prompt of 10 MB is answered."""
     prompt = "word " * 2_000_000
     result = fluxibly("chat", "--framework", "echo", "--no-stream", "-", given=prompt)
     assert (result.returncode, len(result.stdout)) == (0, len(prompt) + 1)
 
 
 def test_json() -> None:
-    """--json prints the response, with keys that are always there."""
+    """--json prints the response, with keys that are always present."""
     result = fluxibly("chat", "--framework", "echo", "--json", "one two")
     response = json.loads(result.stdout)
     assert response["text"] == "one two"
@@ -138,7 +138,7 @@ def test_json() -> None:
 
 
 def test_log_level() -> None:
-    """Logs go to standard error, at the level asked for."""
+    """Logs go to standard error, at the requested level."""
     result = fluxibly("chat", "--framework", "echo", "--log-level", "info", "one")
     assert result.stdout == "one\n"
     lines = result.stderr.splitlines()
@@ -149,7 +149,7 @@ def test_log_level() -> None:
 
 
 def test_configuration_file(yaml: Path) -> None:
-    """--config gives the provider and the stack; --model wins over it."""
+    """--config gives the provider and the stack; --model overrides its model."""
     yaml.write_text("llm: {framework: echo, model: mine, middleware: [logging]}")
     result = fluxibly("chat", "--config", str(yaml), "--log-level", "info", "x")
     assert "model=mine" in result.stderr
@@ -158,7 +158,7 @@ def test_configuration_file(yaml: Path) -> None:
 
 
 def test_key_stays_with_its_service(yaml: Path) -> None:
-    """Another framework does not get the file's key and address."""
+    """Another framework does not get the key and the address of the file."""
     yaml.write_text("llm: {framework: openai, model: m, api_key: sk-secret, api_base: 'http://127.0.0.1:9'}")
     result = fluxibly("chat", "--config", str(yaml), "--framework", "groq", "--model", "m", "x")
     check_mistake(result, "GROQ_API_KEY")
@@ -166,7 +166,7 @@ def test_key_stays_with_its_service(yaml: Path) -> None:
 
 
 def test_explain(yaml: Path) -> None:
-    """The stack is printed outermost first, with settings."""
+    """The stack is printed outermost first, with its settings."""
     yaml.write_text("llm: {framework: echo, model: m, middleware: [timing, retry: {max_retries: 5}]}")
     result = fluxibly("explain", "--config", str(yaml))
     lines = result.stdout.splitlines()
@@ -180,7 +180,7 @@ def test_explain(yaml: Path) -> None:
 
 
 def test_frameworks() -> None:
-    """Each framework is told with what is missing."""
+    """Each framework is listed with the package or key that is missing."""
     lines = fluxibly("frameworks", env={"GROQ_API_KEY": "x"}).stdout.splitlines()
     found = {line.split()[0]: line.split(maxsplit=1)[1] for line in lines}
     assert found["echo"] == "ready"
@@ -189,7 +189,7 @@ def test_frameworks() -> None:
 
 
 def test_doctor() -> None:
-    """It tells of versions and frameworks; what is merely not set up is no failure, unless it was asked for."""
+    """`doctor` lists versions and frameworks. A framework that is not set up fails only if the user asked for it."""
     result = fluxibly("doctor")
     assert result.returncode == 0
     assert re.search(r"^framework +openai +not set up +set OPENAI_API_KEY$", result.stdout, re.MULTILINE)
@@ -200,7 +200,7 @@ def test_doctor() -> None:
 
 @pytest.mark.model
 def test_doctor_asks_the_server(local_server: str, yaml: Path) -> None:
-    """A server that is there is asked; one that is not is told with what to do."""
+    """`doctor` sends a request to the server; if the server does not answer, it says what to do."""
     yaml.write_text(f"llm: {{framework: llamacpp, model: smollm2, api_base: '{local_server}/v1'}}")
     result = fluxibly("doctor", "--config", str(yaml))
     assert result.returncode == 0
@@ -228,7 +228,7 @@ def test_trace(tmp_path: Path) -> None:
 
 @contextmanager
 def collector(status: int = 200) -> Iterator[tuple[str, list[tuple[str, bytes]]]]:
-    """A backend that answers so: its address, and the paths and bodies that it got."""
+    """Run a backend that answers with `status`; yield its address, and the paths and bodies that it got."""
     got: list[tuple[str, bytes]] = []
 
     class Collector(BaseHTTPRequestHandler):
@@ -252,7 +252,7 @@ def collector(status: int = 200) -> Iterator[tuple[str, list[tuple[str, bytes]]]
 
 
 def test_collector_that_refuses() -> None:
-    """What a backend answers to spans that it does not take is told in the one line."""
+    """If a backend refuses the spans, one line on standard error has the status that it answered."""
     with collector(422) as (address, _):
         result = fluxibly("chat", "--framework", "echo", "--otlp", address, "one")
     assert (result.returncode, result.stdout) == (0, "one\n")
@@ -263,7 +263,7 @@ def test_collector_that_refuses() -> None:
 
 @pytest.mark.parametrize("path", ["", "/", "/mine/v1/traces"])
 def test_collector(path: str) -> None:
-    """--otlp sends the spans to a backend, at OTLP's own path unless there is another."""
+    """--otlp sends the spans to a backend, at OTLP's default path unless the URL has another."""
     with collector() as (address, got):
         result = fluxibly("chat", "--framework", "echo", "--otlp", address + path, "one")
     assert (result.returncode, result.stdout, result.stderr) == (0, "one\n", "")
@@ -272,7 +272,7 @@ def test_collector(path: str) -> None:
 
 
 def test_dead_collector() -> None:
-    """A backend that is not there changes neither the answer nor the status, and is told in one line."""
+    """A backend that does not answer changes neither the answer nor the status, and is reported in one line."""
     result = fluxibly("chat", "--framework", "echo", "--otlp", "http://127.0.0.1:9", "one")
     assert (result.returncode, result.stdout) == (0, "one\n")
     assert result.stderr.startswith("fluxibly: the spans did not reach http://127.0.0.1:9/v1/traces")
@@ -319,7 +319,10 @@ def test_mistakes(arguments: tuple[str, ...], says: str, misuse: Callable[..., N
         ("lm: {framework: echo, model: m}", "has no section `llm:`; did you mean 'lm'?"),
         ("llm: {framework: echo}", "llm.model: is required"),
         ("llm: {framework: echo, model: m, temperature: 3}", "llm.temperature: expected a number from 0 to 2, got 3"),
-        ("llm: {framework: echo, model: m, max_tokens: many}", "llm.max_tokens: expected a whole number from 1 up, got 'many'"),
+        (
+            "llm: {framework: echo, model: m, max_tokens: many}",
+            "llm.max_tokens: expected a whole number from 1 up, got 'many'",
+        ),
         ("llm: {framework: echo, model: m, temprature: 1}", "did you mean 'temperature'?"),
         ("llm: {framework: echo, model: '${FLUXIBLY_NO_SUCH}'}", "FLUXIBLY_NO_SUCH is not set"),
         ("llm: {framework: echo, model: m, middleware: [loging]}", "did you mean 'logging'?"),
@@ -328,25 +331,25 @@ def test_mistakes(arguments: tuple[str, ...], says: str, misuse: Callable[..., N
     ],
 )
 def test_mistakes_in_a_file(yaml: Path, text: str, says: str, misuse: Callable[..., None]) -> None:
-    """So is a mistake in the configuration, however many there are."""
+    """A configuration file with mistakes, however many, is one line on standard error and exit status 2."""
     yaml.write_text(text)
     misuse("chat", "--config", str(yaml), "x", says=says)
 
 
-def test_trace_that_is_no_text(tmp_path: Path, misuse: Callable[..., None]) -> None:
-    """So is a file of spans that is something else; it is named."""
+def test_trace_that_is_not_text(tmp_path: Path, misuse: Callable[..., None]) -> None:
+    """A file that is not text is a mistake; the message names the file."""
     file = tmp_path / "spans.jsonl"
     file.write_bytes(b"\xff\xfe")
     misuse("trace", str(file), says=f"{file}: this is not OTLP JSON")
 
 
 def test_file_that_is_a_folder(tmp_path: Path, misuse: Callable[..., None]) -> None:
-    """So is a file that cannot be read."""
+    """A file that cannot be read is a mistake."""
     misuse("chat", "--config", str(tmp_path), "x", says="Is a directory")
 
 
 def test_exit_status() -> None:
-    """The console script's status is that of the command."""
+    """The console script exits with the status of the command."""
     check_mistake(fluxibly("chat"), "there is no prompt")
 
 
@@ -362,7 +365,7 @@ MINE = ("chat", "x", "--framework", "mine", "--model", "m")
 
 
 def test_provider_without_stream() -> None:
-    """A provider that cannot stream is told with what to do instead."""
+    """If a provider cannot stream, the message suggests --no-stream."""
     before = PROVIDER.format(stream="")
     check_mistake(fluxibly(*MINE, before=before), "try --no-stream")
     assert fluxibly(*MINE, "--no-stream", before=before).stdout == "whole\n"
@@ -371,18 +374,18 @@ def test_provider_without_stream() -> None:
 @pytest.mark.parametrize(
     ("stream", "says"),
     [
-        ("def stream(self, request): yield 1", "yielded a int"),
+        ("def stream(self, request): yield 1", "yielded an int"),
         ("def stream(self, request): raise ProviderError('no\\nluck')", "fluxibly: no luck\n"),
         ("def stream(self, request): raise KeyError('mine')", "KeyError: 'mine'"),
     ],
 )
 def test_provider_that_fails(stream: str, says: str) -> None:
-    """A provider's failure is one line and exit status 1, whatever it raised."""
+    """A provider's failure is one line and exit status 1, whatever the provider raised."""
     check_mistake(fluxibly(*MINE, before=PROVIDER.format(stream=stream)), says, status=1)
 
 
 def test_prompt_that_is_too_long() -> None:
-    """It is a mistake of the user's, whoever finds it."""
+    """A prompt that is too long is the user's mistake, even if the provider finds it."""
     before = "from fluxibly.errors import ContextLengthExceeded\n" + PROVIDER.format(
         stream="def stream(self, request): raise ContextLengthExceeded('too long')"
     )
@@ -390,7 +393,7 @@ def test_prompt_that_is_too_long() -> None:
 
 
 def test_answer_that_was_cut_off() -> None:
-    """In a pipe, where no figures tell of it, a line on standard error does."""
+    """In a pipe, which shows no figures, a line on standard error reports the cut."""
     before = PROVIDER.format(stream="def stream(self, request): yield Chunk('one two', finish_reason='length')")
     result = fluxibly(*MINE, before=before)
     assert (result.returncode, result.stdout) == (0, "one two\n")
@@ -399,7 +402,7 @@ def test_answer_that_was_cut_off() -> None:
 
 
 def test_failure_after_output() -> None:
-    """What had come stays; the failure is told after it."""
+    """Output that has arrived stays; the failure is reported after it."""
     before = PROVIDER.format(stream="def stream(self, request): yield 'half'; raise ProviderError('cut')")
     result = fluxibly(*MINE, before=before)
     assert (result.returncode, result.stdout) == (1, "half\n")
@@ -407,7 +410,7 @@ def test_failure_after_output() -> None:
 
 
 def test_failure_of_the_network(yaml: Path) -> None:
-    """A server that is not there is a failure, not a mistake; the key does not show."""
+    """A server that does not answer is a failure, not a mistake; the message does not contain the key."""
     yaml.write_text(
         "llm: {framework: openai, model: m, api_key: sk-secret, api_base: 'http://127.0.0.1:9', max_retries: 0}"
     )
@@ -417,7 +420,7 @@ def test_failure_of_the_network(yaml: Path) -> None:
 
 
 def test_without_the_extra() -> None:
-    """Without the extra `cli` there is one line that says what to install."""
+    """Without the extra `cli`, one line names the packages to install."""
     result = fluxibly("chat", "x", before="import sys; sys.modules['typer'] = None")
     check_mistake(result, "pip install rich typer xllamacpp")
     assert "fluxibly[" not in result.stderr
@@ -437,7 +440,7 @@ def test_without_the_extra() -> None:
     ],
 )
 def test_all_that_a_command_needs_is_named_at_once(arguments: list[str], packages: str) -> None:
-    """Not one package after the other."""
+    """The first message names all missing packages, not only the first."""
     before = (
         "import sys; sys.modules['typer'] = None\nimport importlib.metadata as m\n"
         "def gone(name): raise m.PackageNotFoundError(name)\nm.version = gone"
@@ -446,7 +449,7 @@ def test_all_that_a_command_needs_is_named_at_once(arguments: list[str], package
 
 
 def test_a_chat_names_what_its_framework_and_its_spans_need() -> None:
-    """Both in one line."""
+    """One line names the packages for the framework and for the spans."""
     before = (
         "import importlib.util as u; f = u.find_spec; import importlib.metadata as m; v = m.version\n"
         "u.find_spec = lambda n, *a: None if n.startswith(('xllamacpp', 'opentelemetry.sdk')) else f(n, *a)\n"
@@ -458,13 +461,13 @@ def test_a_chat_names_what_its_framework_and_its_spans_need() -> None:
 
 
 def test_without_xllamacpp() -> None:
-    """Without the extra `local` likewise."""
+    """Without the extra `local`, one line names its package."""
     before = "import importlib.util as u; f = u.find_spec; u.find_spec = lambda n, *a: None if n == 'xllamacpp' else f(n, *a)"
     check_mistake(fluxibly("chat", "x", before=before), "needs packages that are not installed: pip install xllamacpp")
 
 
 def test_reader_that_leaves() -> None:
-    """When nobody reads the output any more there is no traceback."""
+    """If the reader closes the pipe, no traceback is printed."""
     process = subprocess.Popen(
         [sys.executable, "-c", START, "chat", "--framework", "echo", "-"],
         stdin=subprocess.PIPE,
@@ -481,7 +484,7 @@ def test_reader_that_leaves() -> None:
 
 @pytest.mark.model
 def test_local_model(gguf: Path) -> None:
-    """The local model, by its path, answers in a pipe."""
+    """The local model, given by its path, answers in a pipe."""
     result = fluxibly("chat", "--model", str(gguf), "--json", QUESTION)
     response = json.loads(result.stdout)
     assert result.stderr == ""
@@ -499,7 +502,7 @@ class Terminal:
     read: int = 0
 
     def wait_for(self, text: str) -> str:
-        """What is shown up to `text` and with it, since the last call."""
+        """Return the output since the last call, up to and including `text`."""
         deadline = time.monotonic() + 60
         while text not in self.shown[self.read :]:
             more = self.more(deadline)
@@ -512,14 +515,14 @@ class Terminal:
         ready, _, _ = select.select([self.fd], [], [], max(0.0, deadline - time.monotonic()))
         try:
             return os.read(self.fd, 4096).decode("utf-8", "replace") if ready else ""
-        except OSError:  # Linux, when the other side has closed
+        except OSError:  # raised by Linux when the other side has closed
             return ""
 
     def type(self, keys: str) -> None:
         os.write(self.fd, keys.encode())
 
     def end(self) -> int:
-        """Read to the end; the exit status."""
+        """Read to the end, and return the exit status."""
         deadline = time.monotonic() + 60
         while more := self.more(deadline):
             self.shown += more
@@ -529,7 +532,7 @@ class Terminal:
 
 @pytest.fixture
 def terminal() -> Iterator[Callable[..., Terminal]]:
-    """Starts a command at a terminal, and sees to its end."""
+    """Return a function that starts a command at a terminal. The command is killed after the test."""
     pty = pytest.importorskip("pty")
     begun: list[Terminal] = []
 
@@ -546,7 +549,7 @@ def terminal() -> Iterator[Callable[..., Terminal]]:
         )
         os.close(child)
         begun.append(Terminal(process.pid, parent))
-        process.returncode = 0  # the terminal waits for it
+        process.returncode = 0  # `Terminal` waits for the process
         return begun[-1]
 
     yield start
@@ -561,7 +564,7 @@ ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
 def test_answer_at_a_terminal(terminal: Callable[..., Terminal]) -> None:
-    """A person sees the answer, its log lines, its figures and its spans."""
+    """At a terminal, the answer is shown with its log lines, its figures and its spans."""
     chat = terminal("chat", "--framework", "echo", "one two three")
     assert chat.end() == 0
     lines = [line.rstrip() for line in ANSI.sub("", chat.shown).splitlines()]
@@ -576,7 +579,7 @@ def test_answer_at_a_terminal(terminal: Callable[..., Terminal]) -> None:
 
 
 def test_control_characters_at_a_terminal(terminal: Callable[..., Terminal]) -> None:
-    """An answer cannot move the cursor or colour the terminal; in a pipe it is left as it is."""
+    """An answer cannot move the cursor or colour the terminal; in a pipe, the answer is unchanged."""
     stream = r"def stream(self, request): yield 'a\x1b[31mb\x9bc'"
     chat = terminal(*MINE, before=PROVIDER.format(stream=stream))
     assert chat.end() == 0
@@ -585,7 +588,7 @@ def test_control_characters_at_a_terminal(terminal: Callable[..., Terminal]) -> 
 
 
 def test_conversation(terminal: Callable[..., Terminal]) -> None:
-    """Without a prompt there is a chat, which remembers; Ctrl-D ends it."""
+    """Without a prompt, a conversation starts, which remembers earlier turns; Ctrl-D ends it."""
     stream = "def stream(self, request): yield '/'.join(m.text for m in request.messages)"
     chat = terminal(
         "chat", "--framework", "mine", "--model", "m", "--system", "S", before=PROVIDER.format(stream=stream)
@@ -605,7 +608,7 @@ def test_conversation(terminal: Callable[..., Terminal]) -> None:
 
 
 def test_failure_in_a_conversation(terminal: Callable[..., Terminal]) -> None:
-    """A failure is told in a line, and the chat goes on without that question; when it is too long it begins anew."""
+    """A failure is one line, and the chat goes on without the question; a conversation that is too long begins anew."""
     stream = """def stream(self, request):
         from fluxibly.errors import ContextLengthExceeded
         last = request.messages[-1].text
@@ -634,12 +637,12 @@ def test_failure_in_a_conversation(terminal: Callable[..., Terminal]) -> None:
 
 
 LONG = "Count from one to one thousand. One, two, three,"
-"""With temperature 0 the answer to this does not end by itself."""
+"""A prompt whose answer, with temperature 0, does not end by itself."""
 
 
 @pytest.fixture
 def local(yaml: Path, gguf: Path) -> Path:
-    """A configuration of the local model."""
+    """Return the path of a configuration file for the local model."""
     yaml.write_text(f"llm: {{framework: local, model: {gguf}, temperature: 0, additional_params: {{n_threads: 1}}}}")
     return yaml
 
@@ -653,7 +656,7 @@ def wait_for_text(chat: Terminal) -> None:
 
 @pytest.mark.model
 def test_interrupted_answer(terminal: Callable[..., Terminal], local: Path) -> None:
-    """Ctrl-C stops the answer and not the program; at the prompt it only takes a new line."""
+    """Ctrl-C stops the answer, not the program; at the prompt, it only starts a new line."""
     chat = terminal("chat", "--config", str(local))
     chat.wait_for("> ")
     chat.type(LONG + "\n")
@@ -661,7 +664,7 @@ def test_interrupted_answer(terminal: Callable[..., Terminal], local: Path) -> N
     chat.type("\x03")
     chat.wait_for("(stopped)")
     chat.wait_for("> ")
-    chat.type("\x03\n")  # readline may miss a signal that comes while it prepares to wait, and wakes at the newline
+    chat.type("\x03\n")  # readline may miss a signal while it prepares to wait; the newline wakes it
     chat.wait_for("> ")
     chat.type("\x04")
     assert chat.end() == 0
@@ -669,7 +672,7 @@ def test_interrupted_answer(terminal: Callable[..., Terminal], local: Path) -> N
 
 @pytest.mark.model
 def test_interrupted_question(terminal: Callable[..., Terminal], local: Path) -> None:
-    """Ctrl-C during the only answer ends the program, as shells expect, without a traceback."""
+    """Ctrl-C during a single answer ends the program with status 130, as shells expect, without a traceback."""
     chat = terminal("chat", "--config", str(local), LONG)
     wait_for_text(chat)
     chat.type("\x03")

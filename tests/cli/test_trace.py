@@ -23,7 +23,7 @@ from fluxibly.types import Image, Message, Request, Response, ToolCall, Usage
 
 @pytest.fixture
 def path(tmp_path):
-    """A file of five calls: a tool call, a retried one, a stream with a stall, one given up, and one that failed."""
+    """Write a file of five calls: a tool call, a retried call, a stream with a stall, an abandoned stream, a failure."""
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 
@@ -70,7 +70,7 @@ def terminal(path, width=140):
 
 
 def test_the_terminal_shows_each_span_with_a_bar(path):
-    """Names, outcomes, times, tokens and errors, in the order of the calls."""
+    """The terminal shows names, outcomes, times, tokens and errors, in the order of the calls."""
     text = terminal(path)
     assert text.count("chat m-1") == 5
     assert text.count("attempt 1") == 5
@@ -85,13 +85,13 @@ def test_the_terminal_shows_each_span_with_a_bar(path):
 
 
 @pytest.mark.parametrize("width", [40, 80, 250])
-def test_any_width_will_do(path, width):
+def test_the_waterfall_fits_any_width(path, width):
     """No line is wider than the terminal."""
     assert all(len(line) <= width for line in terminal(path, width).splitlines())
 
 
 class Page(HTMLParser):
-    """Checks that tags close in order, and gathers what a page would fetch."""
+    """A parser that checks that tags close in order, and collects the addresses that a page would fetch."""
 
     VOID = {"meta", "img"}
 
@@ -119,7 +119,7 @@ class Page(HTMLParser):
 
 
 def test_the_page_is_whole_and_fetches_nothing(path):
-    """One page, well formed, without scripts or addresses; only images of the conversation, inline."""
+    """The page is well formed and has no scripts or addresses; images of the conversation are inline."""
     html = trace_html.render(path)
     page = Page()
     page.feed(html)
@@ -132,7 +132,7 @@ def test_the_page_is_whole_and_fetches_nothing(path):
 
 
 def test_the_page_shows_messages_errors_and_arrivals(path):
-    """Texts are escaped; the stall is marked; what was cut off says so."""
+    """Texts are escaped, the stall is marked, and an answer that was cut off says so."""
     html = trace_html.render(path)
     page = Page()
     page.feed(html)
@@ -162,30 +162,30 @@ POINTS = [(2.0, 2.0, 5), (2.1, 0.1, 9), (6.0, 3.9, 12), (9.0, 0.1, 20), (9.1, 0.
 
 
 def labels(drawn):
-    """The texts above a plot."""
+    """Return the texts above a plot."""
     return re.findall(r'<span class="(?:first|stall|reader|pause)"[^>]*>([^<]*)', drawn)
 
 
 def test_a_plot_marks_the_first_chunk_stalls_and_the_reader():
-    """Short waits are not marked."""
+    """The plot marks long waits, and leaves short waits unmarked."""
     drawn = plot(POINTS, 9.1)
     assert sorted(labels(drawn)) == ["first chunk at 2.00 s", "reader 2.90 s", "stall 3.90 s"]
     assert drawn.count("<rect") == 3
 
 
-def test_a_plot_of_a_stalled_stream_marks_what_it_waited_for_in_vain():
-    """From the last chunk to the end; of another stream, that time is not marked."""
+def test_a_plot_of_a_stalled_stream_marks_the_final_wait():
+    """The time from the last chunk to the end is marked for a stalled stream only."""
     assert "stall 20.0 s" not in str(labels(plot(POINTS, 29.1)))
     assert "stall 20.00 s" in labels(plot(POINTS, 29.1, stalled=True))
 
 
-def test_a_plot_of_some_of_the_chunks_blames_nobody_for_a_pause():
-    """What came in it is not known: the chunk that was waited for may be one that was left out."""
+def test_a_plot_without_all_chunks_does_not_blame_the_reader_for_a_pause():
+    """A gap is a "pause" if chunks were left out: the missing chunk may have arrived in it."""
     assert sorted(labels(plot(POINTS, 9.1, thinned=True))) == ["first chunk at 2.00 s", "pause 2.90 s", "stall 3.90 s"]
 
 
-def test_labels_of_a_plot_do_not_meet():
-    """The longest waits have theirs; all have a mark that tells."""
+def test_labels_of_a_plot_do_not_overlap():
+    """The longest waits have labels, and all waits have marks with tooltips."""
     points = [(second + 0.9, 0.9, second) for second in range(19)]
     points += [(19.6 + step / 100, 0.001, 20) for step in range(30)]
     drawn = plot(points, 20)
@@ -194,8 +194,8 @@ def test_labels_of_a_plot_do_not_meet():
 
 
 @pytest.mark.parametrize("whole", [3e-6, 1e-3, 0.0999, 0.6849, 0.999, 1.0, 1.83, 4.2, 59.9, 100, 3700])
-def test_a_time_axis_has_a_few_round_times_of_one_unit(whole):
-    """None past the end, evenly apart, and no two alike."""
+def test_a_time_axis_has_a_few_round_times_in_the_same_unit(whole):
+    """The times are evenly spaced, their labels are distinct, and none lies past the end."""
     found = ticks(whole)
     assert 3 <= len(found) <= 6
     assert found[0] == (0, "0")
@@ -205,13 +205,13 @@ def test_a_time_axis_has_a_few_round_times_of_one_unit(whole):
     assert all(float(text.split(" ")[0].replace(",", "")) for _, text in found[1:])
 
 
-def test_a_plot_of_one_chunk_is_a_plot():
-    """Also if it came at once and had no text."""
+def test_a_single_chunk_can_be_plotted():
+    """A chunk can be plotted even if it arrived at once and has no text."""
     assert "<svg" in plot([(0.0, 0.0, 0)], 0.0)
 
 
 def spoken(tmp_path, asked, answers):
-    """The page of a call with these messages."""
+    """Return the page of a call with these messages."""
     attributes = {
         "gen_ai.operation.name": "chat",
         "gen_ai.input.messages": json.dumps(asked),
@@ -235,7 +235,7 @@ def spoken(tmp_path, asked, answers):
 
 
 def test_long_tool_calls_have_a_line_for_each_member(tmp_path):
-    """Short ones stay on theirs; so do texts that are no JSON."""
+    """Short tool calls stay on one line, and so do texts that are not JSON."""
     given = {"from": "OSL", "filters": {"stops": 0, "carriers": ["one", "two"]}, "query": "words " * 12}
     parts = [
         {"type": "tool_call", "id": "a", "name": "far", "arguments": given},
@@ -249,7 +249,7 @@ def test_long_tool_calls_have_a_line_for_each_member(tmp_path):
 
 
 def test_several_choices_are_numbered_and_texts_have_their_own_direction(tmp_path):
-    """Why one ended is told in words; one without any text says so."""
+    """A choice says in words why it ended, or that it has no text."""
     said = {"role": "assistant", "parts": [{"type": "text", "content": "שלום"}], "finish_reason": "length"}
     html, text = spoken(tmp_path, [], [said, {"role": "assistant", "parts": [], "finish_reason": "stop"}])
     assert "assistant · choice 1 of 2 · cut at the length limit" in text
@@ -257,8 +257,8 @@ def test_several_choices_are_numbered_and_texts_have_their_own_direction(tmp_pat
     assert '<p class="text" dir="auto">שלום</p>' in html
 
 
-def test_attributes_stand_by_span_and_numbers_are_short(tmp_path):
-    """A span without any has no table; content stands among the messages alone."""
+def test_attributes_are_listed_by_span_and_numbers_are_short(tmp_path):
+    """A span without attributes has no table; content is shown only among the messages."""
     html, text = spoken(tmp_path, [{"role": "user", "parts": [{"type": "text", "content": "Hi there"}]}], [])
     assert text.count("Hi there") == 1
     assert "<th>gen_ai.operation.name</th><td>chat</td>" in html
@@ -274,7 +274,7 @@ def test_attributes_stand_by_span_and_numbers_are_short(tmp_path):
 
 
 def luminance(colour):
-    """Of #rrggbb, by WCAG 2."""
+    """Return the relative luminance of #rrggbb, as defined by WCAG 2."""
     parts = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
     red, green, blue = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
@@ -286,8 +286,8 @@ def contrast(one, other):
 
 
 @pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
-def test_texts_of_the_page_can_be_told_from_what_is_behind_them(scheme):
-    """At least 4.5 to 1, which WCAG 2.1 asks for (1.4.3)."""
+def test_texts_of_the_page_have_enough_contrast(scheme):
+    """The contrast of text and background is at least 4.5 to 1, as WCAG 2.1 requires (1.4.3)."""
     style = files("fluxibly.cli.trace").joinpath("page.css").read_text()
     colours = dict(re.findall(r"--(\w+): (#\w{6})", re.findall(r":root {(.*?)}", style, re.DOTALL)[scheme]))
     behind = ("paper", "card", "user", "assistant", "system", "tool", "wash")
@@ -298,8 +298,8 @@ def test_texts_of_the_page_can_be_told_from_what_is_behind_them(scheme):
     assert {name for name in outcomes if contrast(colours[name], on_badge) < 4.5} == set()
 
 
-def test_spans_of_others_are_shown_too(tmp_path):
-    """A file of some collector: unknown parents are roots, and values of every type are read."""
+def test_spans_of_other_programs_are_shown(tmp_path):
+    """In another collector's file, spans with unknown parents are roots, and values of every type are read."""
     span = {
         "traceId": "ab" * 16,
         "spanId": "cd" * 8,
@@ -323,8 +323,8 @@ def test_spans_of_others_are_shown_too(tmp_path):
     assert "GET" in trace_html.render(path)
 
 
-def test_a_last_line_cut_short_is_left_out(path):
-    """A program that was killed leaves one."""
+def test_a_last_line_that_is_cut_short_is_left_out(path):
+    """A program that was killed may leave an incomplete last line, which is ignored."""
     whole = len(trace_file.read(path))
     with path.open("a") as file:
         file.write('{"resourceSpans": [{"sco')
@@ -334,7 +334,7 @@ def test_a_last_line_cut_short_is_left_out(path):
 @pytest.mark.parametrize(
     "text", ["hello\n", "[1]\n", '{"a": 1}\n', '{"resourceSpans": [{"scopeSpans": [{"spans": [{}]}]}]}\n']
 )
-def test_what_is_no_trace_is_refused_by_line(tmp_path, text):
+def test_a_file_that_is_not_a_trace_is_refused(tmp_path, text):
     """The error names the file and the line."""
     path = tmp_path / "x.jsonl"
     path.write_text(text)
@@ -343,7 +343,7 @@ def test_what_is_no_trace_is_refused_by_line(tmp_path, text):
 
 
 def test_a_file_without_spans_says_how_to_get_some(tmp_path):
-    """Empty, it is no trace."""
+    """The error for an empty file says that it has no spans."""
     path = tmp_path / "x.jsonl"
     path.write_text("")
     with pytest.raises(ValueError, match="has no spans in it"):
@@ -351,7 +351,7 @@ def test_a_file_without_spans_says_how_to_get_some(tmp_path):
 
 
 def test_json_that_is_nested_too_deeply_is_shown_as_it_is():
-    """As text, and as data: no page fails for it."""
+    """Deeply nested JSON, as text or as data, does not fail the page."""
     deep = []
     for _ in range(600):
         deep = [deep]

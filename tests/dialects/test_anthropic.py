@@ -1,4 +1,4 @@
-"""Anthropic's dialect: requests, whole answers, streams, errors, and the official client as a second reader."""
+"""Anthropic's dialect: requests, whole responses, streams, errors, and the official client as a second reader."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def block_start(index: int, kind: str, **fields: Any) -> dict[str, Any]:
 
 
 def test_plain_request() -> None:
-    """The path, the required max_tokens, and nothing that was not asked for."""
+    """A plain request has its path and the required max_tokens, and nothing that was not requested."""
     encoded = CODEC.encode(Request(model="claude-haiku-4-5", messages="Hi"), stream=False)
     assert encoded.path == "/messages"
     assert json.loads(encoded.body) == {
@@ -55,7 +55,7 @@ def test_plain_request() -> None:
 
 
 def test_parameters() -> None:
-    """Each parameter under the dialect's name."""
+    """Each parameter is sent under the dialect's name."""
     body = body_of(
         stream=True,
         temperature=0.5,
@@ -91,7 +91,7 @@ def test_parameters() -> None:
     [("auto", {"type": "auto"}), ("none", {"type": "none"}), ("weather", {"type": "tool", "name": "weather"})],
 )
 def test_tool_choice(choice: str, sent: dict[str, str]) -> None:
-    """A tool choice that is none of the words is a tool's name."""
+    """A tool choice other than the keywords is a tool's name."""
     assert body_of(tools=[WEATHER], tool_choice=choice)["tool_choice"] == sent
 
 
@@ -107,14 +107,14 @@ def test_tool_choice(choice: str, sent: dict[str, str]) -> None:
     ],
 )
 def test_refused_parameters(name: str, value: object) -> None:
-    """What the dialect cannot take is an error that names it, not dropped."""
+    """An unsupported parameter raises an error that names it, rather than being dropped."""
     with pytest.raises(BadRequest, match=name) as caught:
         body_of(**{name: value})
     assert not caught.value.retryable
 
 
 def test_extra_wins() -> None:
-    """`extra` replaces what is there; only objects that hold parameters are merged."""
+    """`extra` replaces values in the body; only objects that hold parameters are merged."""
     body = body_of(
         temperature=0.5,
         response_format={"type": "object"},
@@ -125,8 +125,8 @@ def test_extra_wins() -> None:
     assert body["output_config"] == {"effort": "low", "format": {"type": "json_schema", "schema": {"type": "object"}}}
 
 
-def test_extra_that_is_no_json() -> None:
-    """What JSON cannot hold is refused before anything is sent, without quoting the prompt."""
+def test_values_that_json_cannot_represent() -> None:
+    """A value that JSON cannot represent is rejected before the request is sent, without quoting the prompt."""
     with pytest.raises(BadRequest, match="object"):
         body_of(extra={"thing": object()})
     with pytest.raises(BadRequest, match="surrogate") as caught:
@@ -135,7 +135,7 @@ def test_extra_that_is_no_json() -> None:
 
 
 def test_thinking_by_budget() -> None:
-    """Models before 4.6 take a budget, for which max_tokens has to leave room."""
+    """Models before 4.6 take a budget, and max_tokens must leave room for it."""
     body = body_of(model="claude-haiku-4-5-20251001", reasoning_effort="low")
     assert body["thinking"] == {"type": "enabled", "budget_tokens": 2048}
     assert body["max_tokens"] == 2048 + 4096
@@ -153,7 +153,7 @@ def test_thinking_by_effort(model: str) -> None:
 
 @pytest.mark.parametrize("model", ["claude-opus-4-20250514", "claude-3-7-sonnet-latest", "claude-opus-4-5", "smollm2"])
 def test_models_that_take_budgets(model: str) -> None:
-    """Older models, and those of other makers, take a budget."""
+    """Older models, and models of other makers, take a budget."""
     assert body_of(model=model, reasoning_effort="minimal")["thinking"]["budget_tokens"] == 1024
 
 
@@ -163,7 +163,7 @@ def test_thinking_off() -> None:
 
 
 def test_system_messages() -> None:
-    """System texts are a field of their own."""
+    """System messages are sent in a separate field."""
     body = body_of(messages=[Message.system("Be brief."), Message.user("Hi"), Message.system("Rhyme.")])
     assert body["system"] == "Be brief.\n\nRhyme."
     assert [turn["role"] for turn in body["messages"]] == ["user"]
@@ -174,7 +174,7 @@ def test_system_messages() -> None:
 
 
 def test_images() -> None:
-    """By address, as bytes, and as a data URL."""
+    """Images are sent by URL, as bytes, and as data URLs."""
     message = Message.user(
         [
             "What is it?",
@@ -194,7 +194,7 @@ def test_images() -> None:
 
 
 def test_tool_conversation() -> None:
-    """Calls, signed reasoning and results go back; the results of one turn, and what the user adds, are one turn."""
+    """Calls, signed reasoning and results are sent back; results share a turn with the user's next message."""
     calls = [ToolCall("toolu_1", "weather", {"city": "Rome"}), ToolCall("functions.now:0", "now")]
     thinking = {"type": "thinking", "thinking": "Hm.", "signature": "s1g"}
     redacted = {"type": "redacted_thinking", "data": "xyz"}
@@ -241,7 +241,7 @@ def test_tool_conversation() -> None:
 
 
 def test_calls_of_other_services() -> None:
-    """Ids that services without any of their own repeat from turn to turn are sent once each; results find theirs."""
+    """Ids that repeat from turn to turn become unique, and each result keeps the id of its call."""
     turns = [Message.user("Hi")]
     for call_id in ("call_0", "call_0", "call_0_1", "a.b", "a_b", ""):
         call = ToolCall(call_id, "now")
@@ -255,7 +255,7 @@ def test_calls_of_other_services() -> None:
 
 
 def test_reasoning_of_other_dialects_stays_behind() -> None:
-    """A block of another service, or one without proof, would be refused; a bare signature is sent."""
+    """Blocks of other services or without proof of origin, which would be rejected, are not sent; signed blocks are."""
     message = Message(
         "assistant",
         "Hi",
@@ -273,7 +273,7 @@ def test_reasoning_of_other_dialects_stays_behind() -> None:
 
 
 def test_empty_texts_are_not_sent() -> None:
-    """The service refuses empty blocks and empty turns."""
+    """Empty blocks and empty turns, which the service rejects, are not sent."""
     body = body_of(messages=[Message.user(["Hi", Text("")]), Message.assistant(""), Message.user("again")])
     assert body["messages"] == [
         {"role": "user", "content": [{"type": "text", "text": "Hi"}, {"type": "text", "text": "again"}]}
@@ -281,13 +281,13 @@ def test_empty_texts_are_not_sent() -> None:
 
 
 def test_broken_arguments_go_back() -> None:
-    """Arguments that are no object still go back as one, so that the model sees what it wrote."""
+    """Arguments that are not an object are wrapped in an object, so that the model sees its own output."""
     call = ToolCall("toolu_1", "weather", raw_arguments='{"city": ')
     body = body_of(messages=[Message.user("x"), Message.assistant("", tool_calls=[call]), Message.tool("bad", call)])
     assert body["messages"][1]["content"][0]["input"] == {"INVALID_JSON": '{"city": '}
 
 
-# Whole answers
+# Whole responses
 
 WHOLE: dict[str, Any] = {
     "id": "msg_1",
@@ -315,7 +315,7 @@ WHOLE: dict[str, Any] = {
 
 
 def test_whole_answer() -> None:
-    """Text, reasoning, tool calls, reason, usage, id, model and the body as it came."""
+    """A whole response has its text, reasoning, tool calls, finish reason, usage, id, model and raw body."""
     response = CODEC.decode(b"\n\n  " + json.dumps(WHOLE).encode())
     assert response.text == "Let me look."
     assert response.reasoning == "Hm."
@@ -329,7 +329,7 @@ def test_whole_answer() -> None:
 
 
 def test_whole_answer_goes_back() -> None:
-    """What was decoded, encoded again, is the same blocks."""
+    """A decoded response is encoded to the same blocks."""
     response = CODEC.decode(json.dumps(WHOLE).encode())
     body = body_of(
         messages=[Message.user("x"), Message.assistant(response), Message.tool("ok", response.tool_calls[0])]
@@ -352,7 +352,7 @@ def test_whole_answer_goes_back() -> None:
     ],
 )
 def test_finish_reasons(raw: str, reason: str) -> None:
-    """One vocabulary, and a reason outside of it as it is; alike in both modes."""
+    """Known finish reasons are normalized and others are passed on, alike in both modes."""
     whole = CODEC.decode(json.dumps({**WHOLE, "stop_reason": raw}).encode())
     stream = streamed(CODEC, sse(start(), *text_block("a"), *finish(raw)))
     assert (whole.finish_reason, whole.raw_finish_reason) == (reason, raw)
@@ -361,13 +361,13 @@ def test_finish_reasons(raw: str, reason: str) -> None:
 
 @pytest.mark.parametrize("body", [b"", b"<html>busy</html>", b"{}", b"[]", b"null", b'{"content": null}', b'{"content'])
 def test_not_an_answer(body: bytes) -> None:
-    """What is no message never passes as an empty one."""
+    """A body that is not a message never passes as an empty message."""
     with pytest.raises(StreamProtocolError):
         CODEC.decode(body)
 
 
 def test_error_in_a_200() -> None:
-    """A body that is an error raises it."""
+    """An error in the body of a 200 is raised."""
     with pytest.raises(Overloaded, match="Overloaded"):
         CODEC.decode(b'{"type":"error","error":{"type":"overloaded_error","message":"Overloaded"}}')
 
@@ -376,7 +376,7 @@ def test_error_in_a_200() -> None:
 
 
 def test_recorded_parallel_tool_calls() -> None:
-    """Two tool calls in one stream, wherever the reads cut it."""
+    """A stream with two tool calls decodes the same wherever its reads are cut."""
     body = load("27-").body
     response = streamed(CODEC, body)
     assert response.tool_calls == (
@@ -390,7 +390,7 @@ def test_recorded_parallel_tool_calls() -> None:
 
 
 def test_recorded_thinking() -> None:
-    """Thinking with its signature, and UTF-8 in text, wherever the reads cut it."""
+    """Signed thinking and UTF-8 text decode the same wherever the reads are cut."""
     body = load("28-").body
     response = streamed(CODEC, body)
     assert response.reasoning.startswith("The user wants two names")
@@ -404,7 +404,7 @@ def test_recorded_thinking() -> None:
 
 
 def test_recorded_requests_are_made_again() -> None:
-    """What the recorded clients sent is what the codec makes of the same call."""
+    """The codec encodes the recorded call as the recorded client did."""
     sent = load("28-").request
     assert sent == {
         **body_of(stream=True, model=sent["model"], messages="Two names for a pet pelican, be brief", temperature=1.0),
@@ -414,7 +414,7 @@ def test_recorded_requests_are_made_again() -> None:
 
 
 def test_usage_is_cumulative() -> None:
-    """Later counts replace earlier ones, and what they leave out stays."""
+    """Later counts replace earlier counts, and counts that later events omit stay."""
     response = streamed(
         CODEC,
         sse(
@@ -428,7 +428,7 @@ def test_usage_is_cumulative() -> None:
 
 
 def test_tool_calls_without_deltas() -> None:
-    """A call without arguments, and one whose input came whole with its start."""
+    """A call may have no arguments, or its whole input in the start event."""
     response = streamed(
         CODEC,
         sse(
@@ -446,8 +446,8 @@ def test_tool_calls_without_deltas() -> None:
     ]
 
 
-def test_what_is_passed_over() -> None:
-    """Pings, comments, unknown events, blocks and deltas, citations, and a [DONE] after the end."""
+def test_ignored_events() -> None:
+    """Pings, comments, unknown events, blocks and deltas, citations, and a [DONE] after the end are ignored."""
     body = b": ping - now\n\n" + sse(
         {"type": "ping"},
         start(),
@@ -469,7 +469,7 @@ def test_what_is_passed_over() -> None:
 
 
 def test_done_mark_without_message_stop() -> None:
-    """[DONE] ends a stream that has its stop reason, and no other."""
+    """[DONE] ends a stream only after its stop reason."""
     events = [start(), *text_block("Hi"), finish("end_turn")[0]]
     assert streamed(CODEC, sse(*events, "[DONE]")).text == "Hi"
     partial, error = interrupted(CODEC, sse(*events[:-1], "[DONE]"))
@@ -479,7 +479,7 @@ def test_done_mark_without_message_stop() -> None:
 
 @pytest.mark.parametrize("kept", [0, 1, 3, -1])
 def test_truncated_stream(kept: int) -> None:
-    """A stream without message_stop was cut off, wherever."""
+    """A stream without message_stop was cut off, wherever it ends."""
     events = [start(), *text_block("one ", "two"), *finish("end_turn")][:kept]
     partial, error = interrupted(CODEC, sse(*events))
     assert isinstance(error, StreamProtocolError)
@@ -488,7 +488,7 @@ def test_truncated_stream(kept: int) -> None:
 
 
 def test_tool_call_cut_off_by_the_length_limit() -> None:
-    """It has no block stop; the call says that its arguments are broken."""
+    """A truncated tool call has no block stop, and reports that its arguments are broken."""
     response = streamed(
         CODEC,
         sse(
@@ -504,7 +504,7 @@ def test_tool_call_cut_off_by_the_length_limit() -> None:
 
 
 def test_redacted_thinking_in_a_stream() -> None:
-    """A redacted block comes whole with its start, and goes back as it came."""
+    """A redacted block arrives whole in its start event, and is sent back unchanged."""
     block = {"type": "redacted_thinking", "data": "EmwK"}
     response = streamed(
         CODEC,
@@ -525,7 +525,7 @@ def test_redacted_thinking_in_a_stream() -> None:
 
 @pytest.mark.parametrize("before", [0, 1, 3])
 def test_error_event(before: int) -> None:
-    """An error in the middle of a stream, or as its first and only event, is raised; what came before it is kept."""
+    """An error event is raised, in the middle of a stream or as its only event; earlier output is kept."""
     error = {"type": "error", "error": {"type": "overloaded_error", "message": "Overloaded"}, "request_id": "req_9"}
     partial, raised = interrupted(CODEC, sse(*[start(), *text_block("one ", "two")][:before], error))
     assert isinstance(raised, Overloaded)
@@ -534,7 +534,7 @@ def test_error_event(before: int) -> None:
 
 
 def test_the_law_of_whole_answers() -> None:
-    """Streams cut anywhere come to the same, and ended anywhere to an error."""
+    """Streams cut anywhere give the same response, and streams that end anywhere too early give an error."""
     check_codec(CODEC, [load("27-").body, load("28-").body])
 
 
@@ -558,7 +558,7 @@ def test_the_law_of_whole_answers() -> None:
     ],
 )
 def test_errors(status: int, kind: str, message: str, error: type[ProviderError], retryable: bool) -> None:
-    """The service's error types, each as its class."""
+    """Each error type of the service becomes its error class."""
     body = json.dumps({"type": "error", "error": {"type": kind, "message": message}}).encode()
     raised = CODEC.decode_error(status, {"retry-after": "7", "request-id": "req_1"}, body)
     assert type(raised) is error
@@ -568,18 +568,15 @@ def test_errors(status: int, kind: str, message: str, error: type[ProviderError]
 
 
 def test_error_of_llama_cpp() -> None:
-    """llama.cpp answers in its own shape on this path too."""
+    """llama.cpp sends its own shape of errors on this path too."""
     body = b'{"error":{"code":400,"message":"request (900 tokens) is too big","type":"exceed_context_size_error"}}'
     assert type(CODEC.decode_error(400, {}, body)) is ContextLengthExceeded
 
 
 @pytest.mark.parametrize("body", [b"", b"Bad Gateway", b"<html><title>502</title></html>", b"[1]", b"null"])
 def test_errors_in_no_known_shape(body: bytes) -> None:
-    """Whatever a proxy sends, the status decides."""
+    """The status decides the class, whatever body a proxy sends."""
     assert type(CODEC.decode_error(502, {}, body)) is ServerError
-
-
-# Anything at all
 
 
 # The official client reads the same bytes
@@ -587,7 +584,7 @@ def test_errors_in_no_known_shape(body: bytes) -> None:
 
 @pytest.mark.parametrize("name", ["27-", "28-"])
 def test_the_official_client_agrees(name: str) -> None:
-    """Text, tool calls, reasoning and usage are what the `anthropic` package reads."""
+    """The `anthropic` package reads the same text, tool calls, reasoning and usage."""
     anthropic = pytest.importorskip("anthropic")
     body = load(name).body
     prompt = [{"role": "user", "content": "Hi"}]
@@ -612,7 +609,7 @@ def test_the_official_client_agrees(name: str) -> None:
 
 
 def test_the_official_client_agrees_about_whole_answers() -> None:
-    """The same for an answer that is not streamed."""
+    """The `anthropic` package reads the same whole response."""
     anthropic = pytest.importorskip("anthropic")
     with (
         serving(json.dumps(WHOLE).encode(), "application/json") as address,

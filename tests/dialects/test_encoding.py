@@ -1,4 +1,4 @@
-"""What the dialects share: JSON of any shape, and what cannot be sent."""
+"""Helpers that the dialects share: JSON of any shape, and requests that cannot be sent."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ ANSWERS: list[tuple[Codec, str]] = [
 
 
 def name_of(codec: object) -> str:
-    """For the ids of tests."""
+    """Return a codec's class name, for the ids of tests."""
     return type(codec).__name__
 
 
 def test_arguments_nested_too_deeply() -> None:
-    """The error says so."""
+    """Arguments nested too deeply raise an error that says so."""
     value: dict[str, object] = {}
     for _ in range(5_000):
         value = {"a": value}
@@ -57,19 +57,19 @@ def test_arguments_nested_too_deeply() -> None:
 @pytest.mark.parametrize(("codec", "answer"), ANSWERS, ids=name_of)
 @pytest.mark.parametrize("sent", ['{"a": 1}', '"{\\"a\\": 1}"'])
 def test_arguments_as_an_object_or_as_text(codec: Codec, answer: str, sent: str) -> None:
-    """Servers that nearly speak a dialect send either."""
+    """Arguments may be an object or JSON text, because servers send either."""
     (call,) = codec.decode((answer % sent).encode()).tool_calls
     assert (call.arguments, call.error) == ({"a": 1}, None)
 
 
 def test_mappings_of_any_kind_are_json() -> None:
-    """A schema may be no dict."""
+    """A schema may be a mapping other than a dict."""
     request = Request(model="m", messages="Hi")
     assert encoding.write_json({"schema": MappingProxyType({"a": 1})}, request) == b'{"schema":{"a":1}}'
 
 
 def test_the_request_stays_as_it_was() -> None:
-    """Merging `extra` changes no object of the caller's."""
+    """Merging `extra` does not change the caller's objects."""
     options = {"b": 2}
     request = Request(model="m", messages="Hi", extra={"options": options})
     assert encoding.write_json({"options": {"a": 1}}, request, containers=("options",)) == b'{"options":{"a":1,"b":2}}'
@@ -77,9 +77,9 @@ def test_the_request_stays_as_it_was() -> None:
 
 
 def test_refusals_name_the_parameter_and_the_way_out() -> None:
-    """One choice is what every service gives."""
+    """The error names the parameter and suggests `extra`; `n=1` is accepted everywhere."""
     encoding.reject_unsupported(Request(model="m", messages="Hi", n=1), "X", ("n", "seed"))
-    with pytest.raises(BadRequest, match=r"X takes no seed; .* extra="):
+    with pytest.raises(BadRequest, match=r"X does not support seed; .* extra="):
         encoding.reject_unsupported(Request(model="m", messages="Hi", seed=0), "X", ("n", "seed"))
 
 
@@ -91,12 +91,15 @@ def test_refusals_name_the_parameter_and_the_way_out() -> None:
             {"tool_choice": {"type": "function"}},
             "tool_choice: expected 'auto', 'none', 'required' or a tool's name, got a dict",
         ),
-        ({"response_format": "xml"}, "response_format: expected 'text', 'json' or a JSON Schema (a mapping), got 'xml'"),
+        (
+            {"response_format": "xml"},
+            "response_format: expected 'text', 'json' or a JSON Schema (a mapping), got 'xml'",
+        ),
         ({"response_format": 5}, "response_format: expected 'text', 'json' or a JSON Schema (a mapping), got 5"),
     ],
 )
 def test_values_that_no_dialect_takes(codec: Codec, fields: dict[str, Any], due: str) -> None:
-    """They are told with what is due."""
+    """The error states the expected values."""
     with pytest.raises(BadRequest) as caught:
         codec.encode(Request(model="m", messages="Hi", **fields), stream=False)
     assert due in str(caught.value)
@@ -106,7 +109,7 @@ def test_values_that_no_dialect_takes(codec: Codec, fields: dict[str, Any], due:
     "url", ["data:image/png;base64,QQ==", "data:image/png;charset=x;base64,QQ==", "data:image/png,A"]
 )
 def test_data_urls(url: str) -> None:
-    """In base64 or percent-encoded."""
+    """Data URLs may use base64 or percent encoding."""
     assert encoding.image_data(Image(url=url)) == ("image/png", "QQ==")
 
 
@@ -127,7 +130,7 @@ def test_data_urls(url: str) -> None:
     ids=str,
 )
 def test_an_error_in_a_200(codec: Codec, answer: object, kind: type[ProviderError], said: str) -> None:
-    """Of any shape, in any dialect, as a whole body, as an event, and as bare JSON in a stream."""
+    """An error of any shape is raised in every dialect, as a whole body, as an event, and as bare JSON in a stream."""
     body = json.dumps(answer).encode()
     event = body if codec.framing == "ndjson" else b"data: " + body + b"\n\n"
     found = [interrupted(codec, event)[1], interrupted(codec, body)[1]]
@@ -142,14 +145,14 @@ def test_an_error_in_a_200(codec: Codec, answer: object, kind: type[ProviderErro
 @pytest.mark.parametrize("codec", [OpenAICodec(), ResponsesCodec(), AnthropicCodec()], ids=name_of)
 @pytest.mark.parametrize("data", ['{"message": "busy"}', "busy", '{"type": "error"}', '{"type": "busy"}'])
 def test_an_event_named_error(codec: Codec, data: str) -> None:
-    """It is one, whatever stands in it."""
+    """An event named `error` is an error, whatever its data."""
     _, error = interrupted(codec, f"event: error\ndata: {data}\n\n".encode())
     assert type(error) is ServerError
     assert re.search("busy|error", str(error))
 
 
 def test_sums_of_what_is_known() -> None:
-    """Nothing known is not nought."""
+    """The sum of unknown counts is None rather than 0."""
     assert (json_values.sum_known(None, None), json_values.sum_known(0, None), json_values.sum_known(1, 2)) == (
         None,
         0,
@@ -159,6 +162,6 @@ def test_sums_of_what_is_known() -> None:
 
 
 def test_arguments_that_are_sent_back() -> None:
-    """A text that is no object goes in one."""
+    """Text that is not an object is wrapped in an object."""
     assert encoding.sent_arguments(ToolCall("a", "f", raw_arguments="[1]")) == {"INVALID_JSON": "[1]"}
     assert encoding.sent_arguments(ToolCall("a", "f", {"x": 1})) == {"x": 1}

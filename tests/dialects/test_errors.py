@@ -1,4 +1,4 @@
-"""Errors as services report them: their class, whether and when to try again, and what the message says."""
+"""Errors as services report them: their class, whether and when to retry, and their message."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def error(status: int, body: object, headers: dict[str, str] | None = None) -> P
     ],
 )
 def test_the_class_of_an_error(status: int, body: object, kind: type[ProviderError], retryable: bool) -> None:
-    """By the service's own words first, then by its status."""
+    """The service's own codes decide the class first, then its status."""
     found = error(status, body)
     assert type(found) is kind
     assert (found.retryable, found.status) == (retryable, status)
@@ -119,7 +119,7 @@ def test_the_class_of_an_error(status: int, body: object, kind: type[ProviderErr
     ],
 )
 def test_the_shapes_of_errors(body: object, code: str | None, says: str) -> None:
-    """All that services send; the message quotes it, and says who and what to do."""
+    """Every shape of error body is read; the message names the service, quotes its message and gives advice."""
     found = error(400, body)
     assert found.code == code
     assert str(found).startswith("Acme answered 400")
@@ -131,14 +131,14 @@ def test_the_shapes_of_errors(body: object, code: str | None, says: str) -> None
     "payload",
     [None, 3, "text", [], {}, {"error": None}, {"error": ""}, {"choices": [], "message": "x"}, {"detail": None}],
 )
-def test_what_is_no_error(payload: object) -> None:
-    """Bodies that report nothing."""
+def test_bodies_without_an_error(payload: object) -> None:
+    """Bodies that do not report an error are not errors."""
     assert read_report(payload) is None
     assert error_of_payload(payload) is None
 
 
 def test_an_error_without_a_status() -> None:
-    """In a stream the body's own code is the status, whatever its type; without one the words decide."""
+    """In a stream, a numeric code of any type serves as the status; otherwise the service's codes decide."""
     assert type(error_of_payload({"error": {"code": "429", "message": "slow"}})) is errors.RateLimitError
     assert type(error_of_payload({"error": {"status_code": 400, "code": "tool_use_failed"}})) is errors.BadRequest
     assert type(error_of_payload({"error": {"type": "overloaded_error"}})) is errors.Overloaded
@@ -148,7 +148,7 @@ def test_an_error_without_a_status() -> None:
 
 
 def test_what_an_error_keeps() -> None:
-    """An excerpt of the body, the request's id, and no more of the message than fits a log line."""
+    """An error keeps an excerpt of the body and the request's id, and shortens the message to fit a log line."""
     found = error(400, {"error": {"message": "x" * 10_000}}, {"x-request-id": "req_1"})
     assert found.request_id == "req_1"
     assert found.body is not None
@@ -158,7 +158,7 @@ def test_what_an_error_keeps() -> None:
 
 
 def test_a_service_says_itself_whether_to_retry() -> None:
-    """`x-should-retry` wins over the class."""
+    """`x-should-retry` takes precedence over the class."""
     assert error(400, b"", {"x-should-retry": "true"}).retryable
     assert not error(503, b"", {"x-should-retry": "false"}).retryable
     assert error(503, b"", {"x-should-retry": "perhaps"}).retryable
@@ -192,7 +192,7 @@ def test_a_service_says_itself_whether_to_retry() -> None:
     ],
 )  # fmt: skip
 def test_retry_hints_in_headers(headers: dict[str, str], seconds: float | None) -> None:
-    """Seconds, milliseconds, an HTTP date by the server's clock, and the reset of a limit that is used up."""
+    """Headers give seconds, milliseconds, an HTTP date by the server's clock, or the reset of an exhausted limit."""
     found = retry_after_of(headers, None, "", now=NOW)
     assert found == (None if seconds is None else pytest.approx(seconds))
 
@@ -216,7 +216,7 @@ def test_retry_hints_in_headers(headers: dict[str, str], seconds: float | None) 
     ],
 )
 def test_retry_hints_in_bodies(payload: object, message: str, seconds: float | None) -> None:
-    """Google's RetryInfo, headers that OpenRouter quotes, and words."""
+    """Bodies give Google's RetryInfo, headers that OpenRouter quotes, or a delay in the message."""
     found = retry_after_of({}, payload, message, now=NOW)
     assert found == (None if seconds is None else pytest.approx(seconds))
 
@@ -225,7 +225,7 @@ def test_retry_hints_in_bodies(payload: object, message: str, seconds: float | N
     ("text", "seconds"), [("1d2h3m4s", 93_784), ("12", 12), ("5ms", 0.005), ("", None), ("x", None)]
 )
 def test_durations(text: str, seconds: float | None) -> None:
-    """In the words of Go, which most services use."""
+    """Durations are written as in Go, as most services do."""
     assert duration(text) == seconds
 
 
@@ -242,7 +242,7 @@ def test_durations(text: str, seconds: float | None) -> None:
 def test_recorded_errors(
     name: str, kind: type[ProviderError], retryable: bool, retry_after: float | None, code: str | None
 ) -> None:
-    """OpenRouter's 429, llama.cpp's 500, Gemini's wrong key and exhausted limit, Ollama's missing model."""
+    """Recorded: OpenRouter's 429, llama.cpp's 500, Gemini's invalid key and exhausted limit, Ollama's missing model."""
     recording = load(name)
     found = error_of_response(recording.status, recording.headers, recording.body, service="Acme")
     assert type(found) is kind
@@ -270,7 +270,7 @@ JSON = st.recursive(
     JSON.map(lambda value: json.dumps(value).encode()) | st.binary(max_size=50),
 )
 def test_any_answer_is_an_error_of_ours(status: int, headers: dict[str, Any], body: bytes) -> None:
-    """Of any shape; and a hint is a number of seconds that one can sleep."""
+    """A response of any shape becomes a ProviderError, whose retry hint is a number of seconds that can be slept."""
     found = error_of_response(status, headers, body)
     assert isinstance(found, ProviderError)
     assert found.retry_after is None or 0 <= found.retry_after < float("inf")

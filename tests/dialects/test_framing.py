@@ -19,7 +19,7 @@ def read(framing: Framing, *reads: bytes, limit: int = 1_000_000) -> list[Event]
 
 
 def recut(framing: Framing, body: bytes, limit: int = 1_000_000) -> list[Event]:
-    """The events of a body, after a check that every cut gives the same."""
+    """Return the events of a body, after a check that every cut gives the same events."""
     expected = read(framing, body, limit=limit)
     for place in range(len(body) + 1):
         assert read(framing, body[:place], body[place:], limit=limit) == expected, place
@@ -55,7 +55,7 @@ def recut(framing: Framing, body: bytes, limit: int = 1_000_000) -> list[Event]:
     ],
 )
 def test_sse_follows_the_specification(body: bytes, events: list[Event]) -> None:
-    """Each rule of the WHATWG's section on interpreting an event stream, at every cut."""
+    """Every rule of WHATWG's section on interpreting an event stream holds, wherever the reads are cut."""
     assert recut("sse", body) == events
 
 
@@ -72,7 +72,7 @@ def test_sse_follows_the_specification(body: bytes, events: list[Event]) -> None
     ],
 )
 def test_json_outside_of_any_field_is_an_event(body: bytes, events: list[Event]) -> None:
-    """Services send errors without `data:`, after events or instead of them; the codec gets to see them."""
+    """The codec sees errors that services send without `data:`, after events or instead of them."""
     assert recut("sse", body) == events
 
 
@@ -84,7 +84,7 @@ LINES = st.sampled_from(
 @settings(deadline=None)
 @given(st.lists(st.tuples(LINES, st.sampled_from([b"\n", b"\r", b"\r\n"]))), st.lists(st.integers(0, 200)))
 def test_any_sse_is_the_same_however_cut(lines: list[tuple[bytes, bytes]], places: list[int]) -> None:
-    """Random lines with random ends, cut at random places."""
+    """Random lines with random ends give the same events, whatever the cuts and the line ends."""
     body = b"".join(line + end for line, end in lines)
     edges = [0, *sorted(place for place in places if place < len(body)), len(body)]
     reads = [body[a:b] for a, b in zip(edges, edges[1:], strict=False)]
@@ -101,7 +101,7 @@ def test_any_sse_is_the_same_however_cut(lines: list[tuple[bytes, bytes]], place
     ],
 )
 def test_ndjson_is_an_event_a_line(body: bytes, events: list[Event]) -> None:
-    """Blank lines are none, and the last line needs no end."""
+    """Each line is an event. Blank lines are skipped, and the last line may be unterminated."""
     assert recut("ndjson", body) == events
 
 
@@ -118,7 +118,7 @@ def test_ndjson_is_an_event_a_line(body: bytes, events: list[Event]) -> None:
 )
 @pytest.mark.parametrize("step", [1, 7, 10_000])
 def test_a_line_or_event_over_the_limit_is_an_error(framing: Framing, first: bytes, body: bytes, step: int) -> None:
-    """What came before it is delivered, and the error is not worth a retry."""
+    """Events before an oversized line or event are delivered, and the error is not retryable."""
     stream = make_framing(framing, limit=100)
     events: list[Event] = []
     whole = first + body
@@ -132,7 +132,7 @@ def test_a_line_or_event_over_the_limit_is_an_error(framing: Framing, first: byt
 
 @pytest.mark.parametrize(("framing", "first"), [("sse", b"data: a\n\n"), ("ndjson", b"{}\n")])
 def test_an_error_stays(framing: Framing, first: bytes) -> None:
-    """What comes after it is not read: every later call raises it again."""
+    """After an error, every later call raises it again, and no more data is read."""
     stream = make_framing(framing, limit=20)
     assert len(stream.feed(first + b'{"a": "' + b"x" * 20 + b'"}\n')) == 1
     for _ in range(2):
@@ -143,13 +143,13 @@ def test_an_error_stays(framing: Framing, first: bytes) -> None:
 
 
 def test_events_up_to_the_limit_pass() -> None:
-    """The limit is for one line or event, not for the stream."""
+    """The limit applies to each line or event rather than to the stream."""
     body = (b"data: " + b"x" * 94 + b"\n\n") * 50
     assert read("sse", body, limit=100) == [Event(b"x" * 94)] * 50
 
 
 def test_a_long_event_in_small_reads_costs_its_length() -> None:
-    """A megabyte in reads of ten bytes takes memory for itself, not for a copy a read."""
+    """A megabyte in small reads takes memory for itself rather than for a copy per read."""
     body = b"data: " + b"x" * 1_000_000 + b"\n\n"
     stream = make_framing("sse")
     tracemalloc.start()
@@ -163,7 +163,7 @@ def test_a_long_event_in_small_reads_costs_its_length() -> None:
 @settings(deadline=None)
 @given(st.sampled_from(["sse", "ndjson"]), st.lists(st.binary(max_size=40), max_size=10))
 def test_random_bytes_give_events_or_an_error(framing: Framing, reads: list[bytes]) -> None:
-    """No other exception than ours, and no difference between cuts."""
+    """Random bytes raise only fluxibly's exception, and the result does not depend on the cuts."""
 
     def outcome(*reads: bytes) -> object:
         stream = make_framing(framing)

@@ -1,4 +1,4 @@
-"""Anything at all, read by every codec, is an answer or one of our errors, however it is cut.
+"""Fuzzing: every codec turns any input into a response or a fluxibly error, however the input is cut.
 
 `FLUXIBLY_FUZZ=100` in the environment tries a hundred times as many examples.
 """
@@ -36,12 +36,12 @@ fuzz = settings(
 )
 
 
-# What is damaged: of each dialect a stream and a whole answer with all that it knows
+# Samples to damage: for each dialect, a stream and a whole response with every feature
 
 
 @attrs.frozen
 class Dialect:
-    """A codec, the events of a stream, a whole answer, and the numbers of its recorded streams."""
+    """A codec, the events of a stream, a whole response, and the numbers of recorded streams."""
 
     codec: Codec
     events: list[Any]
@@ -193,7 +193,7 @@ def read_by(codec: Codec, data: bytes) -> Outcome:
 @fuzz
 @given(body=st.binary(max_size=200))
 def test_random_bytes(dialect: Dialect, body: bytes) -> None:
-    """Rubbish, bare and as the data of an event."""
+    """Random bytes give a response or an error, bare and as the data of an event."""
     read_by(dialect.codec, body)
     read_by(dialect.codec, b"data: " + body + b"\n\n")
 
@@ -203,7 +203,7 @@ BREAKERS = (b"null", b"{}", b"[]", b"-1", b'"', b"\n\n", b"\r", b"\xff", b"\xef\
 
 
 def damaged(body: bytes, chance: random.Random) -> bytes:
-    """The body with some bytes changed, doubled, cut out or swapped for what may break a reader."""
+    """Return the body with some bytes changed, doubled, cut out, or replaced by bytes that may break a reader."""
     data = bytearray(body)
     for _ in range(chance.randint(1, 8)):
         at = chance.randrange(len(data) + 1)
@@ -223,7 +223,7 @@ def damaged(body: bytes, chance: random.Random) -> bytes:
 @fuzz
 @given(seed=st.integers(0, 2**32))
 def test_damaged_bytes(dialect: Dialect, seed: int) -> None:
-    """Streams, recorded ones too where there are any, and whole bodies, with bytes changed."""
+    """Streams (recorded streams too, if available) and whole bodies with changed bytes give a response or an error."""
     chance = random.Random(seed)
     recorded = [load(name).body[:3_000] for name in dialect.recorded if FOLDER.is_dir()]
     body = chance.choice([dialect.stream(dialect.events), json.dumps(dialect.answer).encode(), *recorded])
@@ -235,7 +235,7 @@ ODD: tuple[Any, ...] = (None, True, 0, -1, 2**70, 1.5, float("nan"), "", "x", "\
 
 
 def nodes(value: Any) -> Iterator[tuple[Any, Any]]:
-    """Where each value in JSON stands: its object or array, and its key or index there."""
+    """Yield the position of each value in JSON: its object or array, and its key or index in it."""
     inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, item in inside:
         yield value, key
@@ -243,8 +243,8 @@ def nodes(value: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def distorted(value: Any, chance: random.Random) -> Any:
-    """The value with some of what is in it gone, or of another type, or put where something else stood."""
-    value = [json.loads(json.dumps(value))]  # nothing in it stands in two places
+    """Return the value with some of its parts removed, changed to another type, or moved over other parts."""
+    value = [json.loads(json.dumps(value))]  # so that no two places share an object
     for _ in range(chance.randint(1, 4)):
         places = list(nodes(value))
         holder, key = chance.choice(places)
@@ -265,7 +265,7 @@ def distorted(value: Any, chance: random.Random) -> Any:
 @fuzz
 @given(seed=st.integers(0, 2**32))
 def test_odd_values(dialect: Dialect, seed: int) -> None:
-    """Events and whole answers whose fields are missing, or of unexpected types."""
+    """Events and whole responses with missing fields or unexpected types give a response or an error."""
     chance = random.Random(seed)
     events = distorted(chance.sample(dialect.events, chance.randint(1, len(dialect.events))), chance)
     read_by(dialect.codec, dialect.stream(events if isinstance(events, list) else [events]))
@@ -275,14 +275,14 @@ def test_odd_values(dialect: Dialect, seed: int) -> None:
 @dialects
 @pytest.mark.parametrize("depth", [50, 900, 5_000])
 @pytest.mark.parametrize(("opening", "closing"), [("[", "]"), ('{"thinking":', "}"), ('{"error":', "}")])
-def test_what_is_nested_deeply(dialect: Dialect, depth: int, opening: str, closing: str) -> None:
-    """In the place of each value of an answer in turn, and past where the interpreter gives up."""
+def test_deep_nesting(dialect: Dialect, depth: int, opening: str, closing: str) -> None:
+    """Deep nesting in place of any value gives a response or an error, even beyond the interpreter's limit."""
     _read_nested(dialect, opening * depth + "1" * (closing == "}") + closing * depth)
 
 
 @pytest.mark.parametrize("name", ["chat", "responses", "anthropic", "gemini", "ollama"])
 def test_nesting_at_the_edge(name: str) -> None:
-    """To depths that can just be read, but not written again."""
+    """Depths that can just be read, but not written again, give a response or an error."""
     for depth in range(900, 1000, 2):
         _read_nested(DIALECTS[name], '{"a":' * depth + "1" + "}" * depth)
 
@@ -298,7 +298,7 @@ def _read_nested(dialect: Dialect, deep: str) -> None:
 
 
 def _with_in_turn(value: Any, text: str) -> Iterator[str]:
-    """JSON of the value with some JSON text in the place of each value in it, in turn."""
+    """Yield the value as JSON, with `text` instead of each value in it, in turn."""
     for n in range(len(list(nodes(value)))):
         changed = json.loads(json.dumps(value))
         holder, key = list(nodes(changed))[n]
@@ -308,6 +308,6 @@ def _with_in_turn(value: Any, text: str) -> Iterator[str]:
 
 @dialects
 def test_the_samples(dialect: Dialect) -> None:
-    """What is damaged here is read well when it is not."""
+    """The undamaged samples decode without errors."""
     assert dialect.codec.decode(json.dumps(dialect.answer).encode()).tool_calls
     assert outcome_of(dialect.codec, [dialect.stream(dialect.events)]).response.text

@@ -1,4 +1,4 @@
-"""Gemini's dialect: requests, whole answers, streams in both framings, and errors."""
+"""Gemini's dialect: requests, whole responses, streams in both framings, and errors."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def body_of(**fields: Any) -> dict[str, Any]:
 
 
 def test_paths() -> None:
-    """The model and the method are in the path, the key is not."""
+    """The path has the model and the method, and not the key."""
     request = Request(model="gemini-3-pro", messages="Hi")
     assert CODEC.encode(request, stream=False).path == "/models/gemini-3-pro:generateContent"
     assert CODEC.encode(request, stream=True).path == "/models/gemini-3-pro:streamGenerateContent?alt=sse"
@@ -50,12 +50,12 @@ def test_paths() -> None:
 
 
 def test_plain_request() -> None:
-    """Nothing that was not asked for."""
+    """A plain request has nothing that was not requested."""
     assert body_of() == {"contents": [{"role": "user", "parts": [{"text": "Hi"}]}]}
 
 
 def test_parameters() -> None:
-    """Each parameter under the dialect's name."""
+    """Each parameter is sent under the dialect's name."""
     body = body_of(
         messages=[Message.system("Be brief."), Message.user("Hi"), Message.system("Rhyme.")],
         **PARAMETERS,
@@ -107,18 +107,18 @@ def test_parameters() -> None:
     ],
 )
 def test_tool_choice(choice: str, config: dict[str, Any]) -> None:
-    """A tool choice that is none of the words is a tool's name."""
+    """A tool choice other than the keywords is a tool's name."""
     assert body_of(tools=[WEATHER], tool_choice=choice)["toolConfig"] == {"functionCallingConfig": config}
 
 
 def test_strict_tools() -> None:
-    """A strict tool asks for calls that are checked against the schemas."""
+    """A strict tool requests calls that are validated against the schemas."""
     assert body_of(tools=[Tool("now", strict=True)])["toolConfig"] == {"functionCallingConfig": {"mode": "VALIDATED"}}
 
 
 @pytest.mark.parametrize(("wanted", "kind"), [("json", "application/json"), ("text", "text/plain")])
 def test_response_formats(wanted: str, kind: str) -> None:
-    """JSON without a schema, and text."""
+    """The response format may be JSON without a schema, or text."""
     assert body_of(response_format=wanted)["generationConfig"] == {"responseMimeType": kind}
 
 
@@ -132,25 +132,25 @@ def test_response_formats(wanted: str, kind: str) -> None:
     ],
 )
 def test_reasoning_effort(model: str, effort: str, config: dict[str, Any]) -> None:
-    """A budget before Gemini 3, a level since."""
+    """Models before Gemini 3 take a budget, and later models a level."""
     assert body_of(model=model, reasoning_effort=effort)["generationConfig"] == {"thinkingConfig": config}
 
 
 @pytest.mark.parametrize(("model", "effort"), [("gemini-2.5-pro", "enormous"), ("gemini-3-pro", "none")])
 def test_refused_efforts(model: str, effort: str) -> None:
-    """An effort that the model cannot take is an error that lists those that it can."""
-    with pytest.raises(BadRequest, match="reasoning_effort .*minimal, low, medium, high"):
+    """An unsupported effort raises an error that lists the supported efforts."""
+    with pytest.raises(BadRequest, match="reasoning_effort: .*minimal, low, medium, high"):
         body_of(model=model, reasoning_effort=effort)
 
 
 def test_extra_wins() -> None:
-    """`extra` is merged into the objects that hold parameters, and replaces all else."""
+    """`extra` is merged into the objects that hold parameters, and replaces everything else."""
     body = body_of(temperature=0.5, extra={"generationConfig": {"topK": 1}, "safetySettings": [], "contents": []})
     assert body == {"contents": [], "generationConfig": {"temperature": 0.5, "topK": 1}, "safetySettings": []}
 
 
 def test_images() -> None:
-    """As bytes, as a data URL and by address."""
+    """Images are sent as bytes, as data URLs and by URL."""
     images = [
         PNG,
         Image(url="data:image/gif;base64,R0lG"),
@@ -167,7 +167,7 @@ def test_images() -> None:
 
 
 def test_messages_that_cannot_be_sent() -> None:
-    """An image in a system message, a conversation without a turn, a result without its tool's name."""
+    """An image in a system message, a conversation without turns, and a result without its tool's name are errors."""
     with pytest.raises(BadRequest, match="system message"):
         body_of(messages=[Message("system", PNG), Message.user("Hi")])
     with pytest.raises(BadRequest, match="besides the system"):
@@ -177,7 +177,7 @@ def test_messages_that_cannot_be_sent() -> None:
 
 
 def test_tool_conversation() -> None:
-    """Calls go back with ids and signatures, results with their tools' names, those of one turn together."""
+    """Calls are sent back with ids and signatures, results with their tools' names; results share a turn."""
     calls = [
         ToolCall("8hd01vsf", "weather", {"city": "Rome"}, signature="sig"),
         ToolCall("call_1", "now", {}),
@@ -222,7 +222,7 @@ def test_tool_conversation() -> None:
 
 
 def test_the_names_of_results() -> None:
-    """A result that has an id alone belongs to the last call of that id: services without ids number them anew."""
+    """A result with only an id belongs to the last call with that id, because generated ids repeat in each turn."""
     turns = [Message.user("x")]
     for name in ("first", "second"):
         turns += [Message.assistant("", tool_calls=[ToolCall("call_0", name)]), Message.tool("1", "call_0")]
@@ -231,7 +231,7 @@ def test_the_names_of_results() -> None:
 
 
 def test_calls_of_other_models() -> None:
-    """Gemini 3 refuses a turn whose first call has no signature, so it gets Google's stand-in for one."""
+    """An unsigned first call gets Google's stand-in signature, because Gemini 3 rejects the turn without it."""
     messages = [
         Message.user("x"),
         Message.assistant("", tool_calls=[ToolCall("toolu_1", "a"), ToolCall("toolu_2", "b")]),
@@ -246,16 +246,16 @@ def test_calls_of_other_models() -> None:
 
 
 def test_reasoning_of_other_dialects_stays_behind() -> None:
-    """Only the dialect that made a signed part reads it."""
+    """Signed parts of other dialects are not sent."""
     message = Message("assistant", "Hi", reasoning=[Reasoning(text="a", signature="s", raw={"type": "thinking"})])
     assert body_of(messages=[Message.user("x"), message])["contents"][1]["parts"] == [{"text": "Hi"}]
 
 
-# Whole answers
+# Whole responses
 
 
 def test_whole_answer() -> None:
-    """Text, thoughts, calls with signatures, reason, usage, id, model and the body as it came."""
+    """A whole response has its text, thoughts, signed calls, finish reason, usage, id, model and raw body."""
     response = CODEC.decode(b"\n " + json.dumps(WHOLE).encode())
     assert (response.text, response.reasoning) == ("Let me look.", "Hm.So.")
     assert response.tool_calls == (ToolCall("call_0", "weather", {"city": "Zürich"}, signature="t3"),)
@@ -265,7 +265,7 @@ def test_whole_answer() -> None:
 
 
 def test_whole_answer_goes_back() -> None:
-    """Signatures go back where they stood; thoughts without one, which count as input, do not."""
+    """Signatures are sent back in place; unsigned thoughts, which would count as input, are not sent."""
     response = CODEC.decode(json.dumps(WHOLE).encode())
     body = body_of(messages=[Message.user("x"), Message.assistant(response)])
     assert body["contents"][1]["parts"] == [
@@ -277,7 +277,7 @@ def test_whole_answer_goes_back() -> None:
 
 
 def test_a_signature_on_an_empty_text() -> None:
-    """Streams end with one; it goes back as it came, after the text."""
+    """The signed empty text at the end of a stream is sent back unchanged, after the text."""
     response = streamed(
         CODEC, sse(answer({"text": "Hi"}), answer({"text": "", "thoughtSignature": "t"}, reason="STOP"))
     )
@@ -298,13 +298,13 @@ def test_a_signature_on_an_empty_text() -> None:
     ],
 )
 def test_finish_reasons(raw: str, reason: str) -> None:
-    """One vocabulary, and a reason outside of it as it is; alike in both modes."""
+    """Known finish reasons are normalized and others are passed on, alike in both modes."""
     for response in (CODEC.decode(json.dumps(answer(reason=raw)).encode()), streamed(CODEC, sse(answer(reason=raw)))):
         assert (response.finish_reason, response.raw_finish_reason) == (reason, raw)
 
 
 def test_several_candidates() -> None:
-    """The candidates after the first are alternatives, also where they interleave in a stream."""
+    """The candidates after the first are alternatives, even if they interleave in a stream."""
     whole = {"candidates": [answer({"text": t}, reason="STOP", index=i)["candidates"][0] for i, t in enumerate("ab")]}
     stream = sse(
         answer({"text": "b1"}, index=1),
@@ -322,7 +322,7 @@ def test_several_candidates() -> None:
 
 @pytest.mark.parametrize("feedback", [{"blockReason": "SAFETY"}, {"blockReason": "OTHER", "blockReasonMessage": "No."}])
 def test_blocked_prompt(feedback: dict[str, str]) -> None:
-    """A prompt that the filter refused has no answer, in either mode."""
+    """A prompt that the filter blocked raises ContentFiltered in both modes."""
     body = {"promptFeedback": feedback, "usageMetadata": {"promptTokenCount": 3}}
     with pytest.raises(ContentFiltered, match=feedback["blockReason"]) as caught:
         CODEC.decode(json.dumps(body).encode())
@@ -335,7 +335,7 @@ def test_blocked_prompt(feedback: dict[str, str]) -> None:
     "body", [b"", b"<html>busy</html>", b"{}", b"[]", b"null", b'{"usageMetadata": {}}', b'{"cand']
 )
 def test_not_an_answer(body: bytes) -> None:
-    """What has no candidate never passes as an empty answer."""
+    """A body without a candidate never passes as an empty response."""
     with pytest.raises(StreamProtocolError):
         CODEC.decode(body)
 
@@ -344,7 +344,7 @@ def test_not_an_answer(body: bytes) -> None:
 
 
 def test_recorded_parallel_tool_calls() -> None:
-    """Two calls, one with a thought signature, wherever the reads cut the stream."""
+    """Two calls, the first signed, decode the same wherever the reads are cut."""
     body = load("32-").body
     response = streamed(CODEC, body)
     assert [(call.id, call.name, call.arguments) for call in response.tool_calls] == [
@@ -360,7 +360,7 @@ def test_recorded_parallel_tool_calls() -> None:
 
 
 def test_recorded_calls_go_back() -> None:
-    """The recorded calls, put back into the conversation, are the parts that came."""
+    """The recorded calls are sent back as the parts that arrived."""
     events = [json.loads(line[6:]) for line in load("32-").body.decode().splitlines() if line]
     came = [event["candidates"][0]["content"]["parts"][0] for event in events[:2]]
     response = streamed(CODEC, load("32-").body)
@@ -371,7 +371,7 @@ def test_recorded_calls_go_back() -> None:
 
 
 def test_json_array() -> None:
-    """A stream that came as one JSON array, as the service sends it where nobody asked for events."""
+    """A JSON array of events, which the service sends without `alt=sse`, decodes like the stream."""
     events = [
         answer({"text": "Hé ["}),
         answer({"text": '"}],\\'}),
@@ -383,7 +383,7 @@ def test_json_array() -> None:
 
 
 def test_chunks_are_pieces_of_the_answer() -> None:
-    """Usage in every event makes no chunk of its own, and the last counts."""
+    """Usage in every event does not make separate chunks, and the last usage counts."""
     usages = [{"promptTokenCount": 3}, {"promptTokenCount": 3, "candidatesTokenCount": 1}, {"candidatesTokenCount": 2}]
     body = sse(
         answer(usageMetadata=usages[0]),
@@ -396,7 +396,7 @@ def test_chunks_are_pieces_of_the_answer() -> None:
 
 
 def test_finish_reason_in_every_event() -> None:
-    """Older models say STOP all along; with a call in between it is a tool call."""
+    """Older models send STOP in every event; with a call, the finish reason is tool_call."""
     body = sse(answer({"text": "a"}, reason="STOP"), answer({"functionCall": {"name": "f", "args": None}}))
     response = streamed(CODEC, body)
     assert (response.finish_reason, response.tool_calls) == ("tool_call", (ToolCall("call_0", "f"),))
@@ -422,7 +422,7 @@ ERROR = {"error": {"code": 503, "message": "The model is overloaded.", "status":
 )
 @pytest.mark.parametrize("before", [b"", sse(answer({"text": "one"}))])
 def test_error_in_a_stream(error: bytes, before: bytes) -> None:
-    """With `data:` or without, after events or alone; what came before it is kept."""
+    """An error is raised with `data:` or without, after events or alone; earlier output is kept."""
     partial, raised = interrupted(CODEC, before + error)
     assert isinstance(raised, Overloaded)
     assert raised.retryable
@@ -430,20 +430,20 @@ def test_error_in_a_stream(error: bytes, before: bytes) -> None:
 
 
 def test_error_beside_candidates() -> None:
-    """It is still an error."""
+    """An error next to candidates is still an error."""
     _, raised = interrupted(CODEC, sse({**answer({"text": "one"}), **ERROR}))
     assert isinstance(raised, Overloaded)
 
 
 def test_error_in_an_array() -> None:
-    """An error as an element, or instead of the array."""
+    """An error is raised as an element of the array, or instead of the array."""
     for body in (json.dumps([answer({"text": "one"}), ERROR]), json.dumps(ERROR), json.dumps([ERROR])):
         with pytest.raises(Overloaded):
             CODEC.decode(body.encode())
 
 
 def test_the_law_of_whole_answers() -> None:
-    """Streams cut anywhere come to the same, and ended anywhere to an error."""
+    """Streams cut anywhere give the same response, and streams that end anywhere too early give an error."""
     check_codec(CODEC, [load("32-").body])
 
 
@@ -451,7 +451,7 @@ def test_the_law_of_whole_answers() -> None:
 
 
 def test_recorded_invalid_key() -> None:
-    """A wrong key is a 400, as plain JSON though the content type is that of a stream."""
+    """An invalid key is a 400 with plain JSON, although the content type is that of a stream."""
     recorded = load("36-")
     error = CODEC.decode_error(recorded.status, recorded.headers, recorded.body)
     assert type(error) is AuthenticationError
@@ -459,7 +459,7 @@ def test_recorded_invalid_key() -> None:
 
 
 def test_recorded_rate_limit() -> None:
-    """A minute's quota comes back, when RetryInfo says."""
+    """A quota per minute recovers after the delay in RetryInfo."""
     error = CODEC.decode_error(429, {}, load("37-").body)
     assert type(error) is RateLimitError
     assert (error.retry_after, error.retryable, error.code) == (48.0, True, "RESOURCE_EXHAUSTED")
@@ -472,7 +472,7 @@ def failure(code: int, status: str, message: str = "No.", details: list[Any] | N
 
 
 def test_quota_of_a_day() -> None:
-    """Waiting for a day's quota is no retry."""
+    """An exhausted quota per day is not retryable."""
     details = [
         {"@type": "QuotaFailure", "violations": [{"quotaId": "GenerateRequestsPerDayPerProjectPerModel-FreeTier"}]}
     ]
@@ -499,7 +499,7 @@ def test_quota_of_a_day() -> None:
     ],
 )
 def test_errors(code: int, status: str, message: str, kind: type[ProviderError]) -> None:
-    """Google's statuses, each as its class; the body may be wrapped in an array."""
+    """Each of Google's statuses becomes its error class; the body may be wrapped in an array."""
     body = failure(code, status, message)
     for given_body in (body, b"[" + body + b"]"):
         error = CODEC.decode_error(code, {}, given_body)
@@ -508,6 +508,6 @@ def test_errors(code: int, status: str, message: str, kind: type[ProviderError])
 
 
 def test_responses_are_alike_in_both_modes() -> None:
-    """The whole body, read as the only event of a stream, is the same response."""
+    """A whole body decodes to the same response as the only event of a stream."""
     whole: Response = CODEC.decode(json.dumps(WHOLE).encode())
     assert streamed(CODEC, sse(WHOLE)) == whole

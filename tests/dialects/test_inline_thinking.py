@@ -1,4 +1,4 @@
-"""Reasoning that a model writes into its answer."""
+"""Inline reasoning, which a model writes into its answer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fluxibly.providers.dialects.openai_chat import OpenAICodec
 
 
 def parted(pieces: list[str]) -> tuple[str, str]:
-    """The text and the reasoning that the pieces come to."""
+    """Return the text and the reasoning of the pieces."""
     inline = InlineThinking()
     said = [*map(inline.split, pieces), inline.rest()]
     return "".join(text for text, _ in said), "".join(thought for _, thought in said)
@@ -42,14 +42,14 @@ def parted(pieces: list[str]) -> tuple[str, str]:
     ],
 )
 def test_only_what_begins_an_answer_is_reasoning(whole: str, text: str, thought: str) -> None:
-    """Whole and character by character, the result is the same."""
+    """Only tags at the beginning mark reasoning, whether text arrives whole or character by character."""
     assert parted([whole]) == (text, thought)
     assert parted(list(whole)) == (text, thought)
 
 
 @given(st.lists(st.sampled_from(["<think>", "</think>", "<", "/", "think>", "a", " ", "\n"])), st.data())
 def test_indifferent_to_cuts(tokens: list[str], data: st.DataObject) -> None:
-    """Any text, cut anywhere."""
+    """Text cut anywhere gives the same result."""
     whole = "".join(tokens)[:LEADING]
     cuts = sorted(data.draw(st.lists(st.integers(0, len(whole)))))
     pieces = [whole[start:end] for start, end in zip([0, *cuts], [*cuts, len(whole)], strict=True)]
@@ -70,7 +70,7 @@ def ollama_line(text: str, done: bool = False) -> bytes:
 
 
 def test_whole_answers() -> None:
-    """Both dialects whose models do so."""
+    """Whole responses of both dialects are split."""
     for response in (
         OpenAICodec().decode(openai_answer("<think>Hm.</think>Paris.")),
         OllamaCodec().decode(ollama_line("<think>Hm.</think>Paris.", done=True)),
@@ -80,7 +80,7 @@ def test_whole_answers() -> None:
 
 @pytest.mark.parametrize("end", ["Paris.", "<", ""])
 def test_streams(end: str) -> None:
-    """Text that may have become a tag is not lost at the end."""
+    """Text that could have become a tag is not lost at the end of a stream."""
     openai, ollama = OpenAICodec().decoder(), OllamaCodec().decoder()
     told = [
         [*openai.decode_event(openai_event("<thi")), *openai.decode_event(openai_event("nk>Hm.</think>\n"))],
@@ -97,7 +97,7 @@ def test_streams(end: str) -> None:
 
 
 def test_an_answer_of_a_piece_of_a_tag() -> None:
-    """It is told at the end."""
+    """An answer that is only the beginning of a tag arrives at the end of the stream."""
     decoder = OpenAICodec().decoder()
     chunks = [*decoder.decode_event(openai_event("<", "stop")), *decoder.end()]
     assert "".join(chunk.text for chunk in chunks) == "<"

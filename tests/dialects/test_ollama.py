@@ -1,4 +1,4 @@
-"""Ollama's own dialects: requests, whole answers, streams, errors, and the official client as a second reader."""
+"""Ollama's own dialects: requests, whole responses, streams, errors, and the official client as a second reader."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ CALLS = [
 
 
 def test_plain_request() -> None:
-    """Nothing that was not asked for; `stream` is always said, for without it the service streams."""
+    """A plain request has nothing that was not requested, except `stream`, because the service streams by default."""
     encoded = CHAT.encode(Request(model="qwen3", messages="Hi"), stream=False)
     assert encoded.path == "/api/chat"
     assert json.loads(encoded.body) == {
@@ -55,7 +55,7 @@ def test_plain_request() -> None:
 
 
 def test_parameters() -> None:
-    """Each parameter under the dialect's name."""
+    """Each parameter is sent under the dialect's name."""
     body = body_of(
         stream=True,
         messages=[Message.system("Be brief."), Message.user(["What?", PNG])],
@@ -100,7 +100,7 @@ def test_parameters() -> None:
 
 
 def test_other_words() -> None:
-    """JSON without a schema, no thinking, no tools."""
+    """JSON without a schema, thinking off and tools off have their own encodings."""
     body = body_of(response_format="json", reasoning_effort="none", tools=[WEATHER], tool_choice="none")
     assert (body["format"], body["think"], "tools" in body) == ("json", False, False)
     assert "format" not in body_of(response_format="text")
@@ -119,21 +119,21 @@ def test_other_words() -> None:
     ],
 )
 def test_refused_parameters(name: str, fields: dict[str, Any]) -> None:
-    """What the dialect cannot take is an error that names it, not dropped."""
+    """An unsupported parameter raises an error that names it, rather than being dropped."""
     with pytest.raises(BadRequest, match=name) as caught:
         body_of(**fields)
     assert not caught.value.retryable
 
 
 def test_extra_wins() -> None:
-    """`extra` is merged into the options, and replaces all else."""
+    """`extra` is merged into the options, and replaces everything else."""
     body = body_of(temperature=0.5, extra={"options": {"num_ctx": 8192}, "keep_alive": "5m", "stream": True})
     assert body["options"] == {"temperature": 0.5, "num_ctx": 8192}
     assert (body["keep_alive"], body["stream"]) == ("5m", True)
 
 
 def test_generate() -> None:
-    """One message with its system text, images and options."""
+    """`/api/generate` takes a single message with its system text, images and options."""
     encoded = GENERATE.encode(
         Request(model="llava", messages=[Message.system("Be brief."), Message.user(["What?", PNG])], max_tokens=5),
         stream=True,
@@ -158,14 +158,14 @@ def test_generate() -> None:
         {"messages": [Message.system("alone")]},
     ],
 )
-def test_what_generate_cannot_take(fields: dict[str, Any]) -> None:
-    """It has no conversation and no tools; the error names the framework that has."""
+def test_requests_that_generate_does_not_support(fields: dict[str, Any]) -> None:
+    """`/api/generate` rejects conversations and tools; the error names the framework that supports them."""
     with pytest.raises(BadRequest, match="use the framework ollama"):
         body_of(GENERATE, **fields)
 
 
 def test_tool_conversation() -> None:
-    """Calls go back with their arguments as objects, results with their tools' names, thinking where it was ours."""
+    """Calls are sent back with objects as arguments, results with their tools' names, and Ollama's own thinking."""
     response = streamed(CHAT, ndjson(line(thinking="Hm."), line(tool_calls=CALLS), last()))
     messages = [Message.user("Weather?"), Message.assistant(response), Message.tool("sunny", response.tool_calls[0])]
     assert body_of(messages=messages)["messages"][1:] == [
@@ -183,16 +183,16 @@ def test_tool_conversation() -> None:
 
 
 def test_reasoning_of_other_dialects_stays_behind() -> None:
-    """Only the dialect that made a part reads it."""
+    """Reasoning of other dialects is not sent."""
     message = Message("assistant", "Hi", reasoning=[Reasoning(text="a", raw={"type": "thinking", "thinking": "a"})])
     assert body_of(messages=[Message.user("x"), message])["messages"][1] == {"role": "assistant", "content": "Hi"}
 
 
-# Whole answers
+# Whole responses
 
 
 def test_whole_answer() -> None:
-    """Text, thinking, calls with ids made up where there are none, reason, usage, model and the body as it came."""
+    """A whole response has text, thinking, calls (with generated ids if missing), finish reason, usage and raw body."""
     whole = last(content="Let me look.", thinking="Hm.", tool_calls=CALLS)
     response = CHAT.decode(ndjson(whole))
     assert (response.text, response.reasoning, response.model) == ("Let me look.", "Hm.", "qwen3")
@@ -207,7 +207,7 @@ def test_whole_answer() -> None:
 
 
 def test_whole_answer_of_generate() -> None:
-    """The text is in `response`."""
+    """The text of `/api/generate` is in `response`."""
     whole = {"model": "m", "response": "Hi", "thinking": "Hm.", "done": True, "done_reason": "length", "context": [1]}
     response = GENERATE.decode(json.dumps(whole).encode())
     assert (response.text, response.reasoning, response.finish_reason, response.usage) == ("Hi", "Hm.", "length", None)
@@ -215,20 +215,20 @@ def test_whole_answer_of_generate() -> None:
 
 @pytest.mark.parametrize(("raw", "reason"), [("stop", "stop"), ("length", "length"), ("load", "load"), (None, "stop")])
 def test_finish_reasons(raw: str | None, reason: str) -> None:
-    """One vocabulary, and a reason outside of it as it is; old versions say none."""
+    """Known finish reasons are normalized and others are passed on; old versions omit the reason."""
     response = streamed(CHAT, ndjson(line("a"), last(raw)))
     assert (response.finish_reason, response.raw_finish_reason) == (reason, raw)
 
 
 @pytest.mark.parametrize("body", [b"", b"<html>busy</html>", b"{}", b"[]", b"null", b'{"message": null}', b'{"mess'])
 def test_not_an_answer(body: bytes) -> None:
-    """What has neither message nor response never passes as an empty answer."""
+    """A body with neither message nor response never passes as an empty response."""
     with pytest.raises(StreamProtocolError):
         CHAT.decode(body)
 
 
 def test_unfinished_whole_answer() -> None:
-    """A single line of a stream is no whole answer."""
+    """A single line of a stream does not pass as a whole response."""
     with pytest.raises(StreamProtocolError, match="done"):
         CHAT.decode(ndjson(line("a")))
 
@@ -237,7 +237,7 @@ def test_unfinished_whole_answer() -> None:
 
 
 def test_stream() -> None:
-    """Wherever the reads cut it, with CRLF, blank lines and without the last line end."""
+    """A stream decodes the same wherever reads are cut, with CRLF and blank lines, and without the last line end."""
     lines = [
         line("Hé"),
         line("llo "),
@@ -256,7 +256,7 @@ def test_stream() -> None:
 
 
 def test_stream_of_generate() -> None:
-    """The same, with the text in `response`."""
+    """A stream of `/api/generate` has its text in `response`."""
     lines = [{"model": "m", "response": text, "done": False} for text in ("a", "b")]
     body = ndjson(*lines, {"model": "m", "response": "", "done": True, "done_reason": "stop", "eval_count": 2})
     response = streamed(GENERATE, body)
@@ -264,7 +264,7 @@ def test_stream_of_generate() -> None:
 
 
 def test_chunks_are_pieces_of_the_answer() -> None:
-    """Lines without any text make no chunk, save the last."""
+    """Lines without text do not make chunks, except for the last line."""
     chunks = list(chunks_of(CHAT, [ndjson(line(""), line("a"), line(""), last())]))
     assert [(chunk.text, chunk.model, chunk.finish_reason) for chunk in chunks] == [
         ("a", "qwen3", None),
@@ -273,7 +273,7 @@ def test_chunks_are_pieces_of_the_answer() -> None:
 
 
 def test_truncated_stream() -> None:
-    """A stream without `done` was cut off, between lines or inside of one."""
+    """A stream without `done` was cut off, between lines or inside a line."""
     body = ndjson(line("one "), line("two"), last())
     for end in (0, len(ndjson(line("one "))), len(body) - 40):
         partial, error = interrupted(CHAT, body[:end])
@@ -283,7 +283,7 @@ def test_truncated_stream() -> None:
 
 @pytest.mark.parametrize("before", [[], [line("one")]])
 def test_error_line(before: list[dict[str, Any]]) -> None:
-    """An error in the middle of a stream, or as its first line; what came before it is kept."""
+    """An error is raised, in the middle of a stream or as its first line; earlier output is kept."""
     partial, error = interrupted(CHAT, ndjson(*before, {"error": "an error was encountered while running the model"}))
     assert type(error) is ServerError
     assert error.retryable
@@ -292,7 +292,7 @@ def test_error_line(before: list[dict[str, Any]]) -> None:
 
 
 def test_the_law_of_whole_answers() -> None:
-    """Streams cut anywhere come to the same, and ended anywhere to an error."""
+    """Streams cut anywhere give the same response, and streams that end anywhere too early give an error."""
     check_codec(CHAT, [ndjson(line("Hé"), line("llo", thinking="Hm."), line("", tool_calls=CALLS), last())])
 
 
@@ -300,7 +300,7 @@ def test_the_law_of_whole_answers() -> None:
 
 
 def test_recorded_missing_model() -> None:
-    """The error says how to get the model."""
+    """The error for a missing model says how to get it."""
     error = CHAT.decode_error(load("39-").status, {}, load("39-").body)
     assert type(error) is NotFound
     assert "ollama pull nonexistent-model:latest" in str(error)
@@ -320,7 +320,7 @@ def test_recorded_missing_model() -> None:
     ],
 )
 def test_errors(status: int, said: str, kind: type[ProviderError], retryable: bool) -> None:
-    """The status decides, save for what no retry mends."""
+    """The status decides the class, except for failures that a retry cannot fix."""
     error = CHAT.decode_error(status, {}, json.dumps({"error": said}).encode())
     assert (type(error), error.retryable, error.status) == (kind, retryable, status)
     assert " ".join(said.split()) in str(error)
@@ -328,7 +328,7 @@ def test_errors(status: int, said: str, kind: type[ProviderError], retryable: bo
 
 @pytest.mark.parametrize("body", [b"", b"404 page not found", b"<html></html>", b"[1]", b"null"])
 def test_errors_in_no_known_shape(body: bytes) -> None:
-    """Whatever a proxy sends, the status decides."""
+    """The status decides the class, whatever body a proxy sends."""
     assert type(CHAT.decode_error(404, {}, body)) is NotFound
 
 
@@ -336,7 +336,7 @@ def test_errors_in_no_known_shape(body: bytes) -> None:
 
 
 def test_the_official_client_agrees() -> None:
-    """Text, thinking, tool calls and usage are what the `ollama` package reads, whole and streamed."""
+    """The `ollama` package reads the same text, thinking, tool calls and usage, whole and streamed."""
     ollama = pytest.importorskip("ollama")
     prompt = [{"role": "user", "content": "Hi"}]
     body = ndjson(line("Hé"), line("llo", thinking="Hm."), line("", tool_calls=CALLS), last("length"))
@@ -360,7 +360,7 @@ def test_the_official_client_agrees() -> None:
 
 
 def test_the_official_client_agrees_about_generate() -> None:
-    """The same for /api/generate."""
+    """The `ollama` package reads the same response from /api/generate."""
     ollama = pytest.importorskip("ollama")
     body = ndjson(
         {"model": "m", "response": "a", "done": False},
@@ -375,7 +375,7 @@ def test_the_official_client_agrees_about_generate() -> None:
 
 @pytest.mark.parametrize("tools", [[], [WEATHER]])
 def test_the_official_client_sends_the_same(tools: list[Tool]) -> None:
-    """The official client's own request model takes ours, and says the same."""
+    """The official client's request model accepts our request, and keeps its values."""
     ollama = pytest.importorskip("ollama")
     body = body_of(messages=[Message.user(["What?", PNG])], temperature=0.5, tools=tools, reasoning_effort="low")
     theirs = ollama._types.ChatRequest(**body).model_dump(exclude_none=True)

@@ -1,4 +1,4 @@
-"""OpenAI's chat dialect: what is sent, and what services send back."""
+"""OpenAI's chat dialect: requests, and the responses of services."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ STOP = chunk(choice(0, "stop"))
 
 
 def test_a_request_with_everything() -> None:
-    """Each parameter under the dialect's name; `extra` wins last; `metadata` and `headers` are not in the body."""
+    """Each parameter has the dialect's name; `extra` takes precedence; `metadata` and `headers` are not in the body."""
     request = Request(
         model="gpt-4o",
         messages=[Message.system("Be brief."), Message.user("Hi")],
@@ -103,12 +103,12 @@ def test_a_request_with_everything() -> None:
 
 
 def test_a_request_with_nothing() -> None:
-    """What is not set is not sent."""
+    """Unset parameters are not sent."""
     assert sent(Request(model="m", messages="Hi")) == {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}
 
 
 def test_messages_of_every_kind() -> None:
-    """Parts, images by URL and by bytes, tool calls and their results."""
+    """Messages may have parts, images by URL and by bytes, tool calls and their results."""
     call = ToolCall("call_1", "add", {"a": 1})
     messages = [
         Message.user([Text("Look: "), "this"]),
@@ -139,7 +139,7 @@ def test_messages_of_every_kind() -> None:
 
 
 def test_names_and_plain_text() -> None:
-    """Who speaks is said of all but tools; "text" is a response format too."""
+    """Names are sent except for tools; "text" is a response format too."""
     messages = [Message("user", "Hi", name="ann"), Message.tool("3", "call_1", name="add")]
     body = sent(Request(model="m", messages=messages, response_format="text"))
     assert [message.get("name") for message in body["messages"]] == ["ann", None]
@@ -147,7 +147,7 @@ def test_names_and_plain_text() -> None:
 
 
 def test_a_tool_is_chosen_by_name() -> None:
-    """A word that is not one of the dialect's is the name of a tool."""
+    """A tool choice other than the dialect's keywords is a tool's name."""
     request = Request(model="m", messages="Hi", tool_choice="add")
     assert sent(request)["tool_choice"] == {"type": "function", "function": {"name": "add"}}
 
@@ -163,7 +163,7 @@ def test_a_tool_is_chosen_by_name() -> None:
     ],
 )
 def test_a_json_schema_is_strict_where_it_can_be(schema: dict[str, Any], strict: bool) -> None:
-    """OpenAI refuses `strict` for schemas with open objects or optional properties."""
+    """Schemas with open objects or optional properties are not sent as strict, because OpenAI rejects them."""
     body = sent(Request(model="m", messages="Hi", response_format={"title": "My answer!", **schema}))
     wanted = {"name": "My_answer_", "schema": {"title": "My answer!", **schema}, "strict": strict}
     assert body["response_format"] == {"type": "json_schema", "json_schema": wanted}
@@ -182,13 +182,13 @@ def test_a_json_schema_is_strict_where_it_can_be(schema: dict[str, Any], strict:
     ],
 )
 def test_the_name_of_max_tokens(quirk: Any, model: str, name: str) -> None:
-    """OpenAI's reasoning models refuse `max_tokens`; other servers know nothing else."""
+    """The name depends on the service and the model: OpenAI's reasoning models reject `max_tokens`."""
     body = sent(Request(model=model, messages="Hi", max_tokens=5), OpenAICodec(Quirks(max_tokens=quirk)))
     assert {key: value for key, value in body.items() if "tokens" in key} == {name: 5}
 
 
 def test_quirks_of_services() -> None:
-    """Mistral's own names, and no stream options where they are refused."""
+    """Mistral gets its own parameter names, without the stream options that it rejects."""
     mistral = OpenAICodec(Quirks(**SERVICES["mistral"].quirks))
     body = sent(Request(model="m", messages="Hi", seed=3), mistral, stream=True)
     assert body["random_seed"] == 3
@@ -199,8 +199,8 @@ def test_quirks_of_services() -> None:
     )
 
 
-def test_top_k_where_there_is_none() -> None:
-    """It is refused before anything is sent, unless the user insists."""
+def test_top_k_without_support() -> None:
+    """Unsupported `top_k` is rejected before the request is sent, unless the user passes it in `extra`."""
     with pytest.raises(errors.BadRequest, match="top_k") as caught:
         CODEC.encode(Request(model="m", messages="Hi", top_k=3), stream=False)
     assert not caught.value.retryable
@@ -208,7 +208,7 @@ def test_top_k_where_there_is_none() -> None:
 
 
 def test_calls_of_other_services() -> None:
-    """Mistral takes ids of nine letters and digits alone: its own go back as they are, others get one that it takes."""
+    """Mistral only accepts ids of nine letters and digits: its own ids stay unchanged, other ids are replaced."""
     mistral = OpenAICodec(Quirks(**SERVICES["mistral"].quirks))
     calls = [ToolCall("D681PevKs", "add"), ToolCall("call_1", "add"), ToolCall("call_2", "add")]
     results = [Message.tool("3", call) for call in calls]
@@ -224,16 +224,24 @@ def test_calls_of_other_services() -> None:
 @pytest.mark.parametrize(
     ("preset", "parameter", "says"),
     [
-        ("groq", {"n": 2}, "Groq takes no n;"),
-        ("deepseek", {"n": 2}, "DeepSeek takes no n;"),
-        ("deepseek", {"seed": 1}, "DeepSeek takes no seed;"),
-        ("deepseek", {"response_format": {"type": "object"}}, "response_format 'text' or 'json', not a JSON Schema"),
-        ("perplexity", {"response_format": "json"}, "response_format 'text' or a JSON Schema, not 'json'"),
-        ("perplexity", {"seed": 1}, "Perplexity takes no seed;"),
+        ("groq", {"n": 2}, "Groq does not support n;"),
+        ("deepseek", {"n": 2}, "DeepSeek does not support n;"),
+        ("deepseek", {"seed": 1}, "DeepSeek does not support seed;"),
+        (
+            "deepseek",
+            {"response_format": {"type": "object"}},
+            "response_format: expected 'text' or 'json' for DeepSeek, got a JSON Schema",
+        ),
+        (
+            "perplexity",
+            {"response_format": "json"},
+            "response_format: expected 'text' or a JSON Schema for Perplexity, got 'json'",
+        ),
+        ("perplexity", {"seed": 1}, "Perplexity does not support seed;"),
     ],
 )
-def test_what_a_service_does_not_take(preset: str, parameter: dict[str, Any], says: str) -> None:
-    """It is refused with what is due, and not sent to be passed over in silence; what it does take is sent."""
+def test_parameters_that_a_service_does_not_support(preset: str, parameter: dict[str, Any], says: str) -> None:
+    """An unsupported parameter is rejected rather than silently ignored; a supported parameter is sent."""
     codec = OpenAICodec(Quirks(**SERVICES[preset].quirks), SERVICES[preset].title)
     with pytest.raises(errors.BadRequest, match=says) as caught:
         codec.encode(Request(model="m", messages="Hi", **parameter), stream=False)
@@ -244,7 +252,7 @@ def test_what_a_service_does_not_take(preset: str, parameter: dict[str, Any], sa
 
 
 def test_what_json_cannot_hold_is_a_bad_request() -> None:
-    """An object in `extra`, or half a surrogate pair in a message; the message quotes neither."""
+    """An object in `extra` and a lone surrogate in a message are rejected, without quoting the prompt."""
     for request in (
         Request(model="m", messages="Hi", extra={"x": object()}),
         Request(model="m", messages="secret \ud83d"),
@@ -259,13 +267,13 @@ def test_what_json_cannot_hold_is_a_bad_request() -> None:
 
 @pytest.mark.parametrize("name", CHAT_STREAMS)
 def test_recorded_streams_are_the_same_however_cut(name: str) -> None:
-    """Every recorded chat stream, cut at every byte."""
+    """Every recorded chat stream decodes the same, cut at every byte."""
     outcome = check_cuts(CODEC, load(name).body)
     assert outcome.response.has_output or outcome.response.finish_reason
 
 
 def test_recorded_parallel_tool_calls() -> None:
-    """OpenAI: two calls by index, usage in a last chunk without choices."""
+    """OpenAI sends two calls by index, and usage in a last chunk without choices."""
     response = outcome_of(CODEC, [load("01-").body]).response
     assert [(call.name, call.arguments) for call in response.tool_calls] == [
         ("add", {"a": 2, "b": 3}),
@@ -278,14 +286,14 @@ def test_recorded_parallel_tool_calls() -> None:
 
 
 def test_recorded_refusal() -> None:
-    """A refusal is text that is told by its finish reason; the service's own word is kept."""
+    """A refusal is text with the finish reason content_filter; the service's raw reason is kept."""
     response = outcome_of(CODEC, [load("02-").body]).response
     assert response.text == "I'm sorry, I can't assist with that request."
     assert (response.finish_reason, response.raw_finish_reason) == ("content_filter", "stop")
 
 
 def test_recorded_text_with_logprobs() -> None:
-    """What nobody asked about is passed over."""
+    """Data that was not requested is ignored."""
     outcome = outcome_of(CODEC, [load("04-").body])
     assert outcome.error is None
     assert outcome.response.text.startswith("Why did the OpenTelemetry developer")
@@ -293,7 +301,7 @@ def test_recorded_text_with_logprobs() -> None:
 
 
 def test_recorded_azure_filter_results() -> None:
-    """A first chunk without choices, id and model."""
+    """Azure sends a first chunk without choices, id and model."""
     response = outcome_of(CODEC, [load("05-").body]).response
     assert (response.finish_reason, response.model) == ("length", "gpt-5-nano-2025-08-07")
     assert response.usage is not None
@@ -301,7 +309,7 @@ def test_recorded_azure_filter_results() -> None:
 
 
 def test_recorded_reasoning_details_go_back_as_they_came() -> None:
-    """OpenRouter: fragments of a signed block join, and the next request has them."""
+    """OpenRouter's fragments of a signed block are joined, and the next request has the block."""
     response = outcome_of(CODEC, [load("15-").body]).response
     (part,) = response.reasoning_parts
     assert part.text == response.reasoning
@@ -320,7 +328,7 @@ def test_recorded_reasoning_details_go_back_as_they_came() -> None:
 
 
 def test_recorded_error_in_the_middle_of_a_stream() -> None:
-    """Groq's `event: error`: what came before it is kept."""
+    """Output before Groq's `event: error` is kept."""
     outcome = outcome_of(CODEC, [load("16-").body])
     assert outcome.error is not None
     assert outcome.error.startswith("BadRequest: OpenAI answered 400 tool_use_failed: Tool call validation failed")
@@ -328,14 +336,14 @@ def test_recorded_error_in_the_middle_of_a_stream() -> None:
 
 
 def test_recorded_groq_usage() -> None:
-    """A whole call in one chunk, and usage in the finish chunk."""
+    """Groq sends a whole call in a single chunk, and usage with the finish reason."""
     response = outcome_of(CODEC, [load("18-").body]).response
     assert response.tool_calls[0].arguments["name"] == "Alice Johnson"
     assert response.usage == Usage(input_tokens=168, output_tokens=33)
 
 
 def test_recorded_content_lists() -> None:
-    """Mistral: thinking and text in lists of parts, and strings, in one stream."""
+    """Mistral mixes thinking and text in lists of parts with strings in the same stream."""
     response = outcome_of(CODEC, [load("21-").body]).response
     assert response.text == "144"
     assert response.reasoning.startswith("The user is asking")
@@ -343,7 +351,7 @@ def test_recorded_content_lists() -> None:
 
 
 def test_recorded_think_tags() -> None:
-    """vLLM without a reasoning parser: what the model wrote between the tags is reasoning; null arguments are none yet."""
+    """vLLM without a reasoning parser: text between the tags is reasoning, and null arguments are empty so far."""
     response = outcome_of(CODEC, [load("25-").body]).response
     assert response.text == ""
     assert response.reasoning.startswith("Okay, the user is asking")
@@ -352,7 +360,7 @@ def test_recorded_think_tags() -> None:
 
 
 def test_recorded_body_after_blank_lines() -> None:
-    """OpenRouter pads a body while it waits."""
+    """Padding of a body, which OpenRouter sends while it waits, is ignored."""
     response = CODEC.decode(load("14-").body)
     assert response == Response(
         "Hello! How are you doing today?",
@@ -369,7 +377,7 @@ def test_recorded_body_after_blank_lines() -> None:
 
 
 def test_a_whole_body() -> None:
-    """Tool calls, reasoning and several choices; `raw` is the body."""
+    """A whole body may have tool calls, reasoning and several choices; `raw` is the body."""
     body = {
         "id": "x",
         "model": "m",
@@ -418,7 +426,7 @@ def test_a_whole_body() -> None:
     ],
 )
 def test_an_error_in_a_200(body: object, kind: type[Exception], retryable: bool) -> None:
-    """It is raised as it would be with its own status."""
+    """An error in a 200 is raised as it would be with its own status."""
     with pytest.raises(errors.ProviderError) as caught:
         CODEC.decode(json.dumps(body).encode())
     assert type(caught.value) is kind
@@ -430,14 +438,14 @@ def test_an_error_in_a_200(body: object, kind: type[Exception], retryable: bool)
     [b"", b"<html>nope</html>", b'{"choices": []}', b"{}", b"[]", b"null", b'"text"', b'{"choices": [null]}',
      b'{"choices": [{}]}', b'{"choices": 3}', b'{"choices": [{"message": {"content": "cut', b"[" * 100_000],
 )  # fmt: skip
-def test_what_is_no_answer_never_passes_for_one(body: bytes) -> None:
-    """Rubbish, nothing, and a body that was cut off."""
+def test_invalid_bodies_never_pass_as_responses(body: bytes) -> None:
+    """Rubbish, empty bodies, and truncated bodies are errors."""
     with pytest.raises(StreamProtocolError):
         CODEC.decode(body)
 
 
 def test_json_that_the_specification_forbids() -> None:
-    """NaN from a server in Python, half a surrogate pair, a byte-order mark, bytes that are no UTF-8."""
+    """NaN from a Python server, a lone surrogate, a byte-order mark and invalid UTF-8 are accepted."""
     body = b'\xef\xbb\xbf{"choices": [{"message": {"content": "a\\ud83d"}, "logprobs": {"x": NaN, "y": -Infinity}}]}'
     assert CODEC.decode(body).text == "a\N{REPLACEMENT CHARACTER}"
     assert CODEC.decode(b'{"choices": [{"message": {"content": "a\xff"}}]}').text == "a\N{REPLACEMENT CHARACTER}"
@@ -447,7 +455,7 @@ def test_json_that_the_specification_forbids() -> None:
 
 
 def test_chunks_are_pieces_of_the_answer() -> None:
-    """What is no output waits for the next chunk, or the last, so that the first chunk is the first text."""
+    """Metadata waits for the next chunk with output, or for the last chunk, so that the first chunk has text."""
     decoder = CODEC.decoder()
     events = [
         chunk(choice(role="assistant", content=""), id="x", model="m"),
@@ -472,7 +480,7 @@ def test_chunks_are_pieces_of_the_answer() -> None:
 
 
 def test_the_end_of_a_stream() -> None:
-    """A finish reason or [DONE] is an end; without either the answer was cut off, and what came is kept."""
+    """A finish reason or [DONE] ends a stream; without either, it was cut off, and earlier output is kept."""
     text = chunk(choice(content="Hi"))
     assert streamed(text, chunk(choice(0, "stop")), done=False) == Outcome(
         Response("Hi", finish_reason="stop", raw_finish_reason="stop")
@@ -489,7 +497,7 @@ def test_the_end_of_a_stream() -> None:
 
 
 def test_an_event_that_was_cut_off() -> None:
-    """Half of an event, at the end of the bytes, is no answer either."""
+    """Half an event at the end of the bytes is an error, and earlier output is kept."""
     outcome = outcome_of(CODEC, [sse(chunk(choice(content="Hi")), chunk(choice(0, "stop")))[:-40]])
     assert outcome.response.text == "Hi"
     assert str(outcome.error).startswith("StreamProtocolError")
@@ -529,7 +537,7 @@ def test_an_event_that_was_cut_off() -> None:
     ],
 )  # fmt: skip
 def test_usage_anywhere(events: list[object], usage: Usage | None) -> None:
-    """In a last chunk, with or after the finish reason, in every chunk, in x_groq; xAI counts reasoning apart."""
+    """Usage may be in any chunk, or in x_groq; xAI counts reasoning separately."""
     assert streamed(*events).response.usage == usage
 
 
@@ -547,13 +555,13 @@ def test_usage_anywhere(events: list[object], usage: Usage | None) -> None:
     ],
 )
 def test_finish_reasons(raw: str, finish: str) -> None:
-    """In our words where they fit, and the service's own beside it; it may repeat, or be empty."""
+    """Known finish reasons are normalized, and the raw reason is kept; a reason may repeat, or be empty."""
     response = streamed(chunk(choice(0, "", content="a")), chunk(choice(0, raw)), chunk(choice(0, raw))).response
     assert (response.finish_reason, response.raw_finish_reason) == (finish, raw)
 
 
 def test_stop_after_tool_calls() -> None:
-    """There are servers whose finish reason for tool calls is "stop"."""
+    """The finish reason after tool calls is tool_call, even if a server sends "stop"."""
     call = {"index": 0, "id": "a", "function": {"name": "f", "arguments": "{}"}}
     response = streamed(chunk(choice(tool_calls=[call])), STOP).response
     assert (response.finish_reason, response.raw_finish_reason) == ("tool_call", "stop")
@@ -581,7 +589,7 @@ def _fragment(
     ],
 )  # fmt: skip
 def test_fragments_of_tool_calls(fragments: list[list[dict[str, Any]]]) -> None:
-    """Joined by index where there is one, else by id, else by order; without deltas there are no arguments."""
+    """Fragments are joined by index, else by id, else by order; without deltas, arguments are empty."""
     events = [chunk(choice(content=None, tool_calls=some)) for some in fragments]
     response = streamed(*events, chunk(choice(0, "tool_calls"))).response
     assert [(call.id, call.name, call.arguments) for call in response.tool_calls] == [
@@ -593,7 +601,7 @@ def test_fragments_of_tool_calls(fragments: list[list[dict[str, Any]]]) -> None:
 
 @pytest.mark.parametrize("name", ["reasoning", "reasoning_content"])
 def test_reasoning_by_either_name(name: str) -> None:
-    """And a service that sends both says it once."""
+    """Reasoning is read by either name, and once if a service sends both."""
     response = streamed(
         chunk(choice(**{name: "Let me "})), chunk(choice(reasoning="see.", reasoning_content="see.")), STOP
     ).response
@@ -602,7 +610,7 @@ def test_reasoning_by_either_name(name: str) -> None:
 
 
 def test_reasoning_content_goes_back_with_tool_calls() -> None:
-    """DeepSeek wants it with the calls it led to, and refuses it elsewhere; other services never get it."""
+    """DeepSeek gets reasoning back only with the calls that it led to; other services never get it."""
     call = {"index": 0, "id": "a", "function": {"name": "f", "arguments": "{}"}}
     response = streamed(chunk(choice(reasoning_content="Hm.", tool_calls=[call])), STOP).response
     assert response.reasoning_parts == (Reasoning(text="Hm.", raw={"reasoning_content": "Hm."}),)
@@ -614,7 +622,7 @@ def test_reasoning_content_goes_back_with_tool_calls() -> None:
 
 
 def test_content_of_any_kind() -> None:
-    """Strings, null, lists of parts, and parts that nobody knows, in one stream."""
+    """Content may be strings, null, lists of parts, and unknown parts, in the same stream."""
     response = streamed(
         chunk(choice(content="a")),
         chunk(choice(content=None)),
@@ -627,7 +635,7 @@ def test_content_of_any_kind() -> None:
 
 
 def test_messages_in_a_stream() -> None:
-    """Perplexity repeats the message beside each delta; a server that does not stream sends it alone."""
+    """A message that Perplexity repeats with each delta is ignored; without deltas, the message counts."""
     events = [
         chunk({**choice(content=word), "message": {"content": so_far}}) for word, so_far in (("a", "a"), ("b", "ab"))
     ]
@@ -637,7 +645,7 @@ def test_messages_in_a_stream() -> None:
 
 
 def test_choices_interleave() -> None:
-    """By index; without one by place. The first is the response, the others its alternatives."""
+    """Choices are sorted by index, or else by position. The first is the response, the others are alternatives."""
     response = streamed(
         chunk(choice(1, content="B")),
         chunk(choice(0, content="A")),
@@ -653,7 +661,7 @@ def test_choices_interleave() -> None:
 
 
 def test_each_choice_has_its_own_reasoning() -> None:
-    """The blocks of one do not mix with those of another."""
+    """Reasoning blocks of different choices do not mix."""
     events = [
         chunk(choice(n, reasoning_details=[{"type": "reasoning.text", "text": text}])) for n, text in enumerate("ab")
     ]
@@ -663,14 +671,14 @@ def test_each_choice_has_its_own_reasoning() -> None:
 
 
 def test_the_older_completions_dialect_is_read() -> None:
-    """A choice whose text is in `text`, which some servers send."""
+    """A choice may have its text in `text`, as some servers send it."""
     assert (
         streamed(chunk({"index": 0, "text": "a"}), chunk({"text": "b", "finish_reason": "stop"})).response.text == "ab"
     )
 
 
 def test_choices_without_anything() -> None:
-    """A choice that lacks delta and message, and null where a choice should be."""
+    """A choice without delta and message, and null instead of a choice, are ignored."""
     assert streamed({"choices": [{"index": 0}]}, {"choices": [None]}, STOP).response.text == ""
 
 
@@ -687,7 +695,7 @@ def test_choices_without_anything() -> None:
     ],
 )  # fmt: skip
 def test_errors_in_a_stream(events: list[object], kind: str, text: str) -> None:
-    """First or later, with choices or without; what came before, and with it, is kept."""
+    """Errors are raised early or late, with choices or without; output before and with the error is kept."""
     outcome = streamed(*events)
     assert str(outcome.error).startswith(f"{kind}: OpenAI answered")
     assert outcome.response.text == text
@@ -702,7 +710,7 @@ def test_errors_in_a_stream(events: list[object], kind: str, text: str) -> None:
     ],
 )
 def test_an_event_named_error(data: str, message: str) -> None:
-    """It is one, whatever stands in it."""
+    """An event named `error` is an error, whatever its data."""
     outcome = check_cuts(
         CODEC, sse(chunk(choice(content="a")), done=False) + f"event: error\ndata: {data}\n\n".encode()
     )
@@ -711,7 +719,7 @@ def test_an_event_named_error(data: str, message: str) -> None:
 
 
 def test_bare_json_in_a_stream() -> None:
-    """An error without `data:`, after events or instead of them."""
+    """Bare JSON is an error, after events or instead of them."""
     error = b'{\n  "error": {"code": 429, "status": "RESOURCE_EXHAUSTED", "message": "slow down"}\n}\n'
     assert str(check_cuts(CODEC, error).error).startswith("RateLimitError: OpenAI answered 429 RESOURCE_EXHAUSTED")
     late = check_cuts(CODEC, sse(chunk(choice(content="a")), done=False) + error)
@@ -720,7 +728,7 @@ def test_bare_json_in_a_stream() -> None:
 
 
 def test_unknown_events_are_passed_over() -> None:
-    """Objects without choices, numbers of types, and what comes after the end."""
+    """Objects without choices, and events after the end, are ignored."""
     body = sse({"object": "ping"}, {"choices": None}, chunk(choice(content="a")), STOP) + sse(
         chunk(choice(content="b"))
     )

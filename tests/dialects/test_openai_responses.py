@@ -1,4 +1,4 @@
-"""OpenAI's Responses API: what is sent, whole responses, and streams of events."""
+"""OpenAI's Responses API: requests, whole responses, and streams of events."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def sent(request: Request, *, stream: bool = False) -> dict[str, Any]:
 
 
 def test_a_request_with_everything() -> None:
-    """Each parameter under this API's name; nothing is stored there, so encrypted reasoning is asked for."""
+    """Each parameter has this API's name; encrypted reasoning is requested, because nothing is stored."""
     request = Request(
         model="gpt-5",
         messages=[
@@ -109,7 +109,7 @@ def test_a_request_with_everything() -> None:
 
 
 def test_a_request_to_a_model_that_does_not_reason() -> None:
-    """It refuses to be asked for encrypted reasoning."""
+    """Encrypted reasoning is not requested from models that do not reason, because they reject the request."""
     request = Request(model="gpt-4o", messages="Hi", response_format="json", tool_choice="none")
     assert sent(request) == {
         "model": "gpt-4o",
@@ -123,14 +123,14 @@ def test_a_request_to_a_model_that_does_not_reason() -> None:
 @pytest.mark.parametrize(
     "parameter", [{"top_k": 3}, {"seed": 1}, {"n": 2}, {"stop": "END"}, {"frequency_penalty": 0.5}]
 )
-def test_what_this_api_does_not_have(parameter: dict[str, Any]) -> None:
-    """Refused before anything is sent."""
+def test_parameters_that_this_api_does_not_support(parameter: dict[str, Any]) -> None:
+    """Unsupported parameters are rejected before the request is sent."""
     with pytest.raises(errors.BadRequest, match=next(iter(parameter))):
         CODEC.encode(Request(model="m", messages="Hi", **parameter), stream=False)
 
 
 def test_a_whole_response() -> None:
-    """Reasoning, text and tool calls; the reasoning goes back, without its status."""
+    """A whole response has reasoning, text and tool calls; reasoning is sent back without its status."""
     response = CODEC.decode(json.dumps(answer(REASONING, MESSAGE, CALL)).encode())
     assert response == Response(
         "Hello",
@@ -155,7 +155,7 @@ def test_a_whole_response() -> None:
 
 
 def test_reasoning_that_is_not_encrypted_does_not_go_back() -> None:
-    """Its id means nothing to a service that stored nothing."""
+    """Unencrypted reasoning is not sent back, because its id is useless if the service stored nothing."""
     bare = {key: value for key, value in REASONING.items() if key != "encrypted_content"}
     response = CODEC.decode(json.dumps(answer(bare, MESSAGE)).encode())
     assert response.reasoning == "I think."
@@ -182,7 +182,7 @@ def test_reasoning_that_is_not_encrypted_does_not_go_back() -> None:
     ],
 )
 def test_finish_reasons(fields: dict[str, Any], finish: str, raw: str) -> None:
-    """Why a response ended, whole and streamed alike."""
+    """The finish reason is the same for whole and streamed responses."""
     body = answer(MESSAGE, **fields)
     whole = CODEC.decode(json.dumps(body).encode())
     assert (whole.finish_reason, whole.raw_finish_reason) == (finish, raw)
@@ -191,7 +191,7 @@ def test_finish_reasons(fields: dict[str, Any], finish: str, raw: str) -> None:
 
 
 def test_a_refusal() -> None:
-    """Its text is the answer's, and the finish reason tells."""
+    """A refusal is text with the finish reason content_filter."""
     refusal = {"type": "message", "content": [{"type": "refusal", "refusal": "No."}]}
     whole = CODEC.decode(json.dumps(answer(refusal)).encode())
     assert (whole.text, whole.finish_reason) == ("No.", "content_filter")
@@ -224,12 +224,12 @@ FULL = (
 
 
 def test_a_stream_comes_to_the_whole_response() -> None:
-    """Text, reasoning and tool calls by their deltas are what the same response has as a body."""
+    """The deltas of text, reasoning and tool calls add up to the whole response."""
     assert streamed(*FULL) == Outcome(CODEC.decode(json.dumps(answer(REASONING, MESSAGE, CALL)).encode()))
 
 
 def test_reasoning_without_deltas() -> None:
-    """It is told by the item that is done, once; also beside an item whose deltas came."""
+    """Reasoning without deltas comes from the finished item, once, even next to an item with deltas."""
     late = {**REASONING, "summary": [{"type": "summary_text", "text": " Again."}]}
     response = streamed(
         {"type": "response.reasoning_summary_text.delta", "delta": "I think."},
@@ -242,7 +242,7 @@ def test_reasoning_without_deltas() -> None:
 
 
 def test_a_tool_call_without_deltas() -> None:
-    """It is told by the item that is done, or by the one that is added."""
+    """A tool call without deltas comes from the finished item, or from the added item."""
     done = {"type": "response.completed", "response": answer(CALL)}
     for told in (
         [{"type": "response.output_item.done", "output_index": 0, "item": CALL}],
@@ -265,32 +265,32 @@ def test_a_tool_call_without_deltas() -> None:
     ],
 )  # fmt: skip
 def test_errors_in_a_stream(event: dict[str, Any], kind: str) -> None:
-    """An error event, and a response that failed; what came before is kept."""
+    """Error events and failed responses raise errors; earlier output is kept."""
     outcome = streamed(*FULL[:7], event)
     assert str(outcome.error).startswith(f"{kind}: OpenAI answered")
     assert outcome.response.text == "Hel"
 
 
 def test_an_event_named_error() -> None:
-    """It is one, whatever stands in it; and so is an event that does not say what it is."""
+    """An event named `error` is an error, whatever its data, and so is an event without a type."""
     outcome = check_cuts(CODEC, events(*FULL[:7]) + b"event: error\ndata: broken\n\n")
     assert str(outcome.error).startswith("ServerError: OpenAI answered with an error: broken.")
     assert str(check_cuts(CODEC, b'data: {"a": 1}\n\n').error).startswith("StreamProtocolError")
 
 
-def test_an_answer_that_is_no_200() -> None:
-    """Read as everywhere."""
+def test_an_error_status() -> None:
+    """A non-2xx response becomes its error class."""
     assert type(CODEC.decode_error(401, {}, b'{"error": {"message": "no"}}')) is errors.AuthenticationError
 
 
 def test_bare_json_is_an_error() -> None:
-    """Instead of a stream."""
+    """Bare JSON instead of a stream is an error."""
     outcome = check_cuts(CODEC, b'{"error": {"message": "no", "type": "invalid_request_error"}}')
     assert str(outcome.error).startswith("BadRequest")
 
 
 def test_a_stream_that_was_cut_off() -> None:
-    """It has no event that completes the response."""
+    """A stream without the event that completes the response was cut off."""
     outcome = streamed(*FULL[:8])
     assert str(outcome.error).startswith("StreamProtocolError")
     assert outcome.response.text == "Hello"
@@ -298,14 +298,14 @@ def test_a_stream_that_was_cut_off() -> None:
 
 
 @pytest.mark.parametrize("body", [b"", b"{}", b"[]", b"<html>", b'{"output": 3}', b'{"status": "completed"}'])
-def test_what_is_no_answer_never_passes_for_one(body: bytes) -> None:
-    """Rubbish and nothing."""
+def test_invalid_bodies_never_pass_as_responses(body: bytes) -> None:
+    """Rubbish and empty bodies are errors."""
     with pytest.raises(StreamProtocolError):
         CODEC.decode(body)
 
 
 def test_a_whole_response_that_failed() -> None:
-    """It is raised, though its status was 200."""
+    """A failed response is raised, although its status is 200."""
     body = answer(status="failed", error={"code": "server_error", "message": "broken"})
     with pytest.raises(errors.ServerError, match="broken") as caught:
         CODEC.decode(json.dumps(body).encode())

@@ -46,8 +46,8 @@ def model(request: pytest.FixtureRequest) -> str:
 # Answers
 
 
-def test_answers_have_the_services_own_words(server: Canned, model: str, mode: str) -> None:
-    """Its finish reason, its count of reasoning tokens and its name for the model."""
+def test_answers_keep_the_services_values(server: Canned, model: str, mode: str) -> None:
+    """An answer has the service's own finish reason, count of reasoning tokens and name for the model."""
     response = call(mode, config(server, model))
     assert response.raw_finish_reason == ("end_turn" if "claude" in model else "stop")
     assert response.usage.reasoning_tokens == (None if "claude" in model else 2)
@@ -55,7 +55,7 @@ def test_answers_have_the_services_own_words(server: Canned, model: str, mode: s
 
 
 def test_whole_answers_have_ids_headers_and_langchains_message(server: Canned) -> None:
-    """What only a whole answer tells."""
+    """Only a whole answer has an id, a request id, rate limits and LangChain's message in `raw`."""
     response = call("sync", config(server, "gpt-4o"))
     assert (response.id, response.request_id) == ("chatcmpl-1", "req-1")
     assert response.rate_limits == {"x-ratelimit-remaining-requests": "7"}
@@ -63,7 +63,7 @@ def test_whole_answers_have_ids_headers_and_langchains_message(server: Canned) -
 
 
 def test_a_conversation_with_tools_goes_back(server: Canned, model: str) -> None:
-    """The model's call and the tool's result, in each service's own words."""
+    """The model's call and the tool's result go back in each service's own format."""
     settings = config(server, model)
     response = call("sync", settings, tools=[WEATHER])
     messages = [
@@ -90,7 +90,7 @@ def test_a_conversation_with_tools_goes_back(server: Canned, model: str) -> None
 
 
 def test_parameters_reach_openai(server: Canned, mode: str) -> None:
-    """Each on the wire, per call, under its own name."""
+    """Each parameter of a call is in OpenAI's body under OpenAI's name."""
     call(
         mode,
         config(server, "openai/gpt-4o"),
@@ -122,7 +122,7 @@ def test_parameters_reach_openai(server: Canned, mode: str) -> None:
 
 
 def test_parameters_reach_anthropic(server: Canned, mode: str) -> None:
-    """Each on the wire, per call, under its own name."""
+    """Each parameter of a call is in Anthropic's body under Anthropic's name."""
     call(
         mode,
         config(server, "anthropic/claude-test"),
@@ -146,14 +146,14 @@ def test_parameters_reach_anthropic(server: Canned, mode: str) -> None:
     assert server.last.headers["traceparent"] == "00-abc"
 
 
-def test_what_is_not_set_is_not_sent(server: Canned) -> None:
-    """Some models refuse parameters that others take."""
+def test_unset_parameters_are_not_sent(server: Canned) -> None:
+    """Parameters that are not set are not sent, because some models refuse parameters that others accept."""
     call("sync", config(server, "gpt-4o"))
     assert set(server.last.body) == {"model", "messages", "stream"}
 
 
 def test_images_reach_the_service(server: Canned, model: str) -> None:
-    """By URL and as bytes."""
+    """Images are sent by URL and as bytes."""
     parts = ["look: ", Image(url="https://example.org/a.png"), Image(data=b"\x89PNG", media_type="image/png")]
     call("sync", config(server, model), messages=[Message.user(parts)])
     content = server.last.body["messages"][0]["content"]
@@ -177,8 +177,8 @@ def test_images_reach_the_service(server: Canned, model: str) -> None:
         ({"model": "claude-test", "response_format": "json"}, "schema"),
     ],
 )
-def test_what_cannot_be_passed_on_is_an_error(server: Canned, changes: dict[str, Any], names: str) -> None:
-    """Never dropped; nothing is sent."""
+def test_unsupported_parameters_are_errors(server: Canned, changes: dict[str, Any], names: str) -> None:
+    """A parameter that cannot be passed on is never dropped: it is an error, and nothing is sent."""
     settings = config(server, changes.pop("model", "gpt-4o"))
     error = failure("sync", settings, **changes)
     assert isinstance(error, errors.BadRequest)
@@ -202,7 +202,7 @@ def test_what_cannot_be_passed_on_is_an_error(server: Canned, changes: dict[str,
     ],
 )
 def test_names_of_models(name: str, parts: tuple[str | None, str]) -> None:
-    """As LangChain writes them, and with the prefixes of others."""
+    """Models may have LangChain's names, or the prefixes of other frameworks."""
     assert split_model(name) == parts
 
 
@@ -225,7 +225,7 @@ STATUSES: list[tuple[int, dict[str, Any], type[ProviderError]]] = [
 def test_errors_become_ours_after_one_attempt(
     server: Canned, model: str, status: int, body: dict[str, Any], kind: type[ProviderError]
 ) -> None:
-    """With the status, the service's hint, its request id, and without the key."""
+    """The error has the status, the retry hint and the request id, but not the key."""
     server.fail = (status, json.dumps(body), {"retry-after": "3"})
     error = failure("sync", config(server, model))
     assert type(error) is kind
@@ -234,42 +234,42 @@ def test_errors_become_ours_after_one_attempt(
     assert len(server.seen) == 1
 
 
-def test_an_error_in_a_stream_keeps_what_came_before(server: Canned, model: str, stream_mode: str) -> None:
-    """As the cause of StreamInterrupted."""
+def test_an_error_in_a_stream_keeps_the_output_before_it(server: Canned, model: str, stream_mode: str) -> None:
+    """The error in a stream is the cause of StreamInterrupted."""
     server.stream_error = {"type": "error", "error": {"type": "overloaded_error", "message": "busy"}}
     error = failure(stream_mode, config(server, model), messages="a b c")
     assert isinstance(error, errors.Overloaded)
 
 
 @pytest.mark.parametrize("how", ["cut", "drop"])
-def test_a_stream_without_its_end_is_no_answer(server: Canned, model: str, stream_mode: str, how: str) -> None:
-    """Whether the connection ends properly or not."""
+def test_a_stream_without_its_end_is_an_error(server: Canned, model: str, stream_mode: str, how: str) -> None:
+    """A stream without its end is an error, whether the connection closes properly or not."""
     setattr(server, how, True)
     error = failure(stream_mode, config(server, model), messages="a b c")
     assert isinstance(error, errors.StreamProtocolError)
 
 
 @pytest.mark.parametrize("body", ["<html>no</html>", "{}", "[1]", '{"choices": []}', '{"choices": null}', "", "null"])
-def test_rubbish_is_no_answer(server: Canned, model: str, body: str) -> None:
-    """One of our errors, and not whatever LangChain stumbles over."""
+def test_rubbish_is_an_error(server: Canned, model: str, body: str) -> None:
+    """A body that is not an answer raises an error of fluxibly's, not an exception of LangChain's."""
     server.body = body
     with pytest.raises(ProviderError):
         call("sync", config(server, model))
 
 
 def test_an_error_inside_of_a_200(server: Canned) -> None:
-    """OpenRouter's way to say that somebody else failed."""
+    """OpenRouter reports the failure of another service in a 200 response."""
     server.body = '{"error": {"message": "upstream is down", "code": 502}}'
     error = failure("sync", config(server, "gpt-4o"))
     assert isinstance(error, errors.ServerError)
     assert "upstream is down" in str(error)
 
 
-# Streams given up
+# Abandoned streams
 
 
 def test_closing_from_another_thread_ends_a_read(server: Canned) -> None:
-    """The reader gets out of its wait."""
+    """Closing a stream ends the read of another thread."""
     server.stall_after = True
     pipeline = Pipeline(LangChainProvider(config(server, "gpt-4o")))
     stream = pipeline.stream(Request(model="gpt-4o", messages="a b"))
@@ -293,11 +293,11 @@ def test_closing_from_another_thread_ends_a_read(server: Canned) -> None:
     assert server.gone.wait(10)
 
 
-# Chat models that exist already
+# Existing chat models
 
 
 class Plain(BaseChatModel):
-    """A chat model of a user's own: it has a temperature, takes keywords, and cannot stream."""
+    """A user's own chat model: it has a temperature, accepts keywords, and cannot stream."""
 
     temperature: float = 1.0
 
@@ -320,7 +320,7 @@ def wrapped(mode: str, chat_model: BaseChatModel, **request: Any) -> Any:
 
 
 def test_an_existing_chat_model_can_be_wrapped(mode: str) -> None:
-    """Parameters reach its fields for this call, or its keywords."""
+    """Parameters set its fields for the call, or become keywords."""
     chat_model = Plain()
     response = wrapped(mode, chat_model, temperature=0.5, stop=["END"], seed=3, extra={"odd": 1})
     assert response.text == "hi 0.5 ['END'] [('odd', 1), ('seed', 3)]"
@@ -328,7 +328,7 @@ def test_an_existing_chat_model_can_be_wrapped(mode: str) -> None:
 
 
 def test_a_wrapped_model_streams_if_it_can() -> None:
-    """LangChain's own fake does, a character at a time."""
+    """LangChain's own fake model streams a character at a time."""
     pipeline = Pipeline(LangChainProvider.wrap(FakeListChatModel(responses=["abc"])))
     with pipeline.stream(Request(model="any", messages="hi")) as stream:
         assert [chunk.text for chunk in stream] == ["a", "b", "c"]
@@ -336,7 +336,7 @@ def test_a_wrapped_model_streams_if_it_can() -> None:
 
 @pytest.mark.parametrize("mode", ["sync", "sync stream", "trio"])  # LangChain has no way to close its async clients
 def test_a_wrapped_model_of_openai_takes_overrides(server: Canned, mode: str) -> None:
-    """And keeps its own settings otherwise."""
+    """A wrapped model accepts overrides and otherwise keeps its own settings."""
     from langchain_openai import ChatOpenAI
 
     chat_model = ChatOpenAI(
@@ -346,15 +346,15 @@ def test_a_wrapped_model_of_openai_takes_overrides(server: Canned, mode: str) ->
     assert (server.last.body["temperature"], server.last.body["seed"]) == (0.1, 5)
 
 
-def test_tools_for_a_model_that_takes_none() -> None:
-    """Said as it is."""
-    with pytest.raises(errors.BadRequest, match="Plain takes no tools"):
+def test_tools_for_a_model_without_tool_support() -> None:
+    """Tools for a chat model without tool support are an error that says so."""
+    with pytest.raises(errors.BadRequest, match="Plain does not support tools"):
         wrapped("sync", Plain(), tools=[WEATHER])
 
 
 def test_only_chat_models_can_be_wrapped() -> None:
-    """The error names what came instead."""
-    with pytest.raises(TypeError, match="not a str"):
+    """The error for any other object names its type."""
+    with pytest.raises(TypeError, match=r"expected a LangChain chat model \(a BaseChatModel\), got a str"):
         LangChainProvider.wrap("gpt-4o")  # type: ignore[arg-type]
 
 
@@ -362,26 +362,26 @@ def test_only_chat_models_can_be_wrapped() -> None:
 
 
 def test_a_model_that_langchain_does_not_know() -> None:
-    """The error repeats what LangChain says of it."""
-    with pytest.raises(errors.ConfigError, match="LangChain cannot make the model 'nobodys-model'"):
+    """The error for an unknown model repeats LangChain's own message."""
+    with pytest.raises(errors.ConfigError, match="LangChain cannot create the model 'nobodys-model'"):
         LangChainProvider(LLMConfig(framework="langchain", model="nobodys-model", api_key=KEY))
 
 
 def test_an_integration_that_is_not_installed() -> None:
-    """The error names the package to install."""
+    """The error for a missing integration names the package to install."""
     with pytest.raises(errors.ConfigError, match="langchain-upstage|langchain_upstage"):
         LangChainProvider(LLMConfig(framework="langchain", model="upstage:solar", api_key=KEY))
 
 
 def test_a_missing_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Noticed when the provider is made."""
+    """A missing key is reported when the provider is created."""
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with pytest.raises(errors.AuthenticationError, match="api_key"):
         LangChainProvider(LLMConfig(framework="langchain", model="gpt-4o"))
 
 
 def test_without_the_extra_the_error_says_what_to_install() -> None:
-    """In a process that has no LangChain."""
+    """In a process without LangChain the error names the packages to install."""
     code = (
         "import sys; sys.modules['langchain_core'] = None\n"
         "try:\n    import fluxibly.providers.langchain\n"

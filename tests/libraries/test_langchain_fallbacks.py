@@ -1,4 +1,4 @@
-"""Who answered, where a LangChain chat model turns to another: the real integrations against local servers."""
+"""The service that answered when a LangChain chat model falls back to another, with the real integrations."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from support.libraries import KEY, LANGCHAIN, MODES
 from fluxibly import Request, errors
 
 SYNC_MODELS = tuple(mode for mode in MODES if not mode.startswith("asyncio"))
-"""Where no client of LangChain's own is asynchronous: it has no way to close those."""
+"""The modes without LangChain's own asynchronous clients, which LangChain cannot close."""
 BUSY = (503, '{"error": {"message": "busy"}}', {})
 
 
 class Delegating(BaseChatModel):
-    """A chat model of a user's own, that has others answer."""
+    """A user's own chat model that delegates to others."""
 
     asked: Any
 
@@ -45,7 +45,7 @@ class Delegating(BaseChatModel):
 
 
 class Anyone(BaseChatModel):
-    """A chat model whose messages name the service that they came from, or do not."""
+    """A chat model whose messages may name the service that they came from."""
 
     metadata_of_answers: dict[str, Any] = {}
 
@@ -71,7 +71,7 @@ def wrapped(mode: str, chat_model: BaseChatModel, calls: int = 1) -> Told:
 
 
 def fallback(server: Canned, other: Canned) -> Delegating:
-    """A model of OpenAI's, and one of Anthropic's in its place."""
+    """Return an OpenAI model with an Anthropic model as its fallback."""
     first = ChatOpenAI(model="gpt-4o", api_key=KEY, base_url=server.url + "/v1", max_retries=0)
     second = ChatAnthropic(model="claude-test", api_key=KEY, base_url=other.url, max_retries=0)
     return Delegating(asked=first.with_fallbacks([second]))
@@ -80,7 +80,7 @@ def fallback(server: Canned, other: Canned) -> Delegating:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("fails", [False, True])
 def test_the_service_that_answered_is_named(server: Canned, other: Canned, mode: str, fails: bool) -> None:
-    """On the call's span, the attempt's and the measurements, with its word for the model and no address."""
+    """The spans of call and attempt and the metrics have the service and its name for the model, but no address."""
     server.fail = BUSY if fails else None
     told = wrapped(mode, fallback(server, other))
     service, model = ("anthropic", "claude-test-0613") if fails else ("openai", "gpt-4o-0613")
@@ -90,14 +90,14 @@ def test_the_service_that_answered_is_named(server: Canned, other: Canned, mode:
     assert (measured["gen_ai.provider.name"], measured["gen_ai.response.model"]) == (service, model)
     assert told.attempts == [(service, model)]
     assert "server.address" not in span
-    # LangChain does not say what it asked for, so that is what the caller did
+    # LangChain does not report the requested model, so the caller's value stays
     assert span["gen_ai.request.model"] == measured["gen_ai.request.model"] == "any"
     assert "fluxibly.requested_model" not in span
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_service_is_described_once(server: Canned, other: Canned, mode: str) -> None:
-    """All calls that it answers have the same object."""
+    """All calls that a service answers share the same description."""
     server.fail = BUSY
     first, second = wrapped(mode, fallback(server, other), calls=2).records
     assert first.provider is second.provider
@@ -117,8 +117,8 @@ NAMES = [
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("metadata", "name"), NAMES)
-def test_names_are_those_of_the_conventions_and_never_made_up(mode: str, metadata: dict[str, Any], name: str) -> None:
-    """Where a model tells nothing, the provider stays the very same."""
+def test_names_follow_the_conventions_and_are_never_made_up(mode: str, metadata: dict[str, Any], name: str) -> None:
+    """A service is named as in the conventions. If a model does not name its service, the provider stays the same."""
     told = wrapped(mode, Anyone(metadata_of_answers=metadata))
     assert told.span["gen_ai.provider.name"] == told.measured["gen_ai.provider.name"] == name
     assert told.attempts[0][0] == name
@@ -128,7 +128,7 @@ def test_names_are_those_of_the_conventions_and_never_made_up(mode: str, metadat
 def test_an_integration_that_stands_on_anothers_keeps_its_name(
     server: Canned, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Azure's messages say "openai", since that is whose form they have."""
+    """Azure keeps its name, although its messages say "openai" because they have OpenAI's format."""
     monkeypatch.setenv("OPENAI_API_VERSION", "2024-10-21")
     monkeypatch.setenv("AZURE_OPENAI_API_KEY", KEY)
     monkeypatch.setenv("AZURE_OPENAI_ENDPOINT", server.url)
@@ -141,7 +141,7 @@ def test_an_integration_that_stands_on_anothers_keeps_its_name(
 
 @pytest.mark.parametrize("mode", MODES)
 def test_the_configured_service_is_the_very_same_object(server: Canned, mode: str) -> None:
-    """With its address; nothing of the call's is changed."""
+    """Calls that the configured service answers keep the provider's own description, with its address."""
     settings = LANGCHAIN.config(server, "anthropic:claude-test")
     provider = LANGCHAIN.providers[not mode.startswith("sync")](settings)
     told = tell(mode, provider, Request(model=settings.model, messages="hello there"), calls=2)
@@ -152,7 +152,7 @@ def test_the_configured_service_is_the_very_same_object(server: Canned, mode: st
 def test_a_middleware_that_asks_another_service_and_comes_back(
     server: Canned, other: Canned, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each attempt names whom it asked, and the call who answered, with the address that is its own."""
+    """Each attempt names the service that it asked. The call names the service that answered, with its own address."""
     monkeypatch.setenv("ANTHROPIC_API_KEY", "sk-other")
     monkeypatch.setenv("ANTHROPIC_BASE_URL", other.url)
     other.fail = BUSY

@@ -1,4 +1,4 @@
-"""What the frameworks `langchain` and `litellm` promise alike, on the real libraries, against a local server."""
+"""Behaviour that the frameworks `langchain` and `litellm` share, with the real libraries against a local server."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ stream_modes = pytest.mark.parametrize("mode", STREAM_MODES)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """`case` is each library with each model, `claude` each with its Anthropic model."""
+    """Parametrize `case` with each library and model, and `claude` with each library and its Anthropic model."""
     for name, part in (("case", ""), ("claude", "claude")):
         if name in metafunc.fixturenames:
             metafunc.parametrize(name, cases(part))
@@ -41,7 +41,7 @@ def failure(server: Canned, case: Case, mode: str, timeout: Any = 60, **request:
 
 @all_modes
 def test_an_answer_is_the_same_in_all_modes(server: Canned, case: Case, mode: str) -> None:
-    """Text, usage and finish reason; the key and the model's name go out once."""
+    """Text, usage and finish reason are the same in all modes. The key and the model's name are sent once."""
     response = call(server, case, mode)
     assert response.text == "You said: hello there"
     assert response.finish_reason == "stop"
@@ -52,7 +52,7 @@ def test_an_answer_is_the_same_in_all_modes(server: Canned, case: Case, mode: st
 
 
 def test_chunks_come_as_the_words_do(server: Canned, case: Case) -> None:
-    """One for each piece of text, and a last one with what is no text."""
+    """Each piece of text has its own chunk, and a last chunk has the metadata."""
     provider = case.library.providers[0](case.config(server))
     with Pipeline(provider) as pipeline, pipeline.stream(Request(model=case.model, messages="a b c")) as stream:
         chunks = list(stream)
@@ -62,7 +62,7 @@ def test_chunks_come_as_the_words_do(server: Canned, case: Case) -> None:
 
 @all_modes
 def test_tool_calls_come_whole(server: Canned, case: Case, mode: str) -> None:
-    """Joined from their fragments in streams."""
+    """A tool call is complete in all modes; a stream's fragments are joined."""
     response = call(server, case, mode, tools=[WEATHER])
     (tool_call,) = response.tool_calls
     assert (tool_call.name, tool_call.arguments) == ("weather", {"city": "Oslo"})
@@ -72,7 +72,7 @@ def test_tool_calls_come_whole(server: Canned, case: Case, mode: str) -> None:
 
 @all_modes
 def test_signed_reasoning_goes_back_unchanged(server: Canned, claude: Case, mode: str) -> None:
-    """Read in all modes, kept with its signature, and sent with the next turn."""
+    """Signed reasoning is read in all modes, kept with its signature, and sent with the next turn."""
     thinking = {"thinking": {"type": "enabled", "budget_tokens": 1024}}
     response = call(server, claude, mode, tools=[WEATHER], extra=thinking)
     assert response.reasoning == "Let me see."
@@ -90,7 +90,7 @@ def test_signed_reasoning_goes_back_unchanged(server: Canned, claude: Case, mode
 def test_a_fallback_to_another_service_does_not_get_the_key(
     server: Canned, case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`Request.model` may name any model; the key and the address are for the configured service."""
+    """`Request.model` may name any model, but the key and the address are only for the configured service."""
     (other,) = set(case.library.models) - {case.model}
     name = "ANTHROPIC" if "claude" in other else "OPENAI"
     monkeypatch.setenv(f"{name}_API_KEY", "sk-other")
@@ -105,14 +105,14 @@ def test_a_fallback_to_another_service_does_not_get_the_key(
 
 @pytest.mark.parametrize("key", ["sk-abc\n", "sk-äbc", " sk-abc"])
 def test_a_malformed_key_is_refused_and_not_shown(server: Canned, case: Case, key: str) -> None:
-    """Before anything is sent."""
+    """A malformed key is refused before anything is sent, and the error does not show the key."""
     with pytest.raises(errors.AuthenticationError) as caught:
         case.library.providers[0](case.config(server, api_key=key))
     assert key.strip() not in str(caught.value)
 
 
-def test_who_it_is(server: Canned, case: Case) -> None:
-    """The same in all modes, for logs and spans."""
+def test_provider_info(server: Canned, case: Case) -> None:
+    """The description of the provider, for logs and spans, is the same in all modes."""
     info, async_info = (provider(case.config(server)).info for provider in case.library.providers)
     assert info == async_info
     assert (info.name, info.framework) == (case.library.class_name, case.library.framework)
@@ -142,7 +142,7 @@ STATUSES: list[tuple[int, dict[str, Any], type[ProviderError]]] = [
 def test_errors_become_ours_after_one_attempt(
     server: Canned, case: Case, status: int, body: dict[str, Any], kind: type[ProviderError]
 ) -> None:
-    """With the status and the service's hint, and without the key."""
+    """The error has the status and the retry hint, but not the key."""
     server.fail = (status, json.dumps(body), {"retry-after": "3"})
     error = failure(server, case, "sync")
     assert type(error) is kind
@@ -154,15 +154,15 @@ def test_errors_become_ours_after_one_attempt(
 @all_modes
 @pytest.mark.parametrize("status", [429, 500])
 def test_no_mode_retries_by_itself(server: Canned, case: Case, mode: str, status: int) -> None:
-    """Retrying is for the middleware of that name."""
+    """Only the middleware `Retry` retries."""
     server.fail = (status, '{"error": {"message": "no"}}', {})
     assert failure(server, case, mode).retryable
     assert len(server.seen) == 1
 
 
 @all_modes
-def test_no_connection_is_an_error_that_may_be_tried_again(case: Case, mode: str) -> None:
-    """Nothing listens there."""
+def test_a_refused_connection_is_retryable(case: Case, mode: str) -> None:
+    """A port without a listener causes a retryable error."""
     with canned_server() as gone:
         pass
     assert failure(gone, case, mode).retryable
@@ -170,7 +170,7 @@ def test_no_connection_is_an_error_that_may_be_tried_again(case: Case, mode: str
 
 @all_modes
 def test_a_silent_server_runs_into_the_time_limit(server: Canned, case: Case, mode: str) -> None:
-    """Whichever limit it is, it is a RequestTimeout."""
+    """A silent server causes a RequestTimeout, whichever limit applies."""
     server.stall = True
     assert isinstance(failure(server, case, mode, timeout=0.2), errors.RequestTimeout)
 
@@ -183,19 +183,19 @@ def test_a_silent_server_runs_into_the_time_limit(server: Canned, case: Case, mo
 def test_keep_alives_do_not_outlast_the_limits(
     server: Canned, case: Case, mode: str, limits: Timeouts, phase: str
 ) -> None:
-    """A server that trickles comments says nothing."""
+    """A server that sends only comments runs into the time limits."""
     server.stall_after = True
     error = failure(server, case, mode, timeout=limits, messages="a b c")
     assert isinstance(error, errors.RequestTimeout)
     assert error.phase == phase
-    assert server.gone.wait(10), "the connection was not given up"
+    assert server.gone.wait(10), "the connection was not closed"
 
 
 # Connections
 
 
-def test_a_stream_given_up_lets_go_of_its_connection(server: Canned, case: Case) -> None:
-    """Synchronously, from the consumer's own thread."""
+def test_an_abandoned_stream_releases_its_connection(server: Canned, case: Case) -> None:
+    """Leaving a stream in the consumer's own thread closes its connection."""
     server.stall_after = True
     with Pipeline(case.library.providers[0](case.config(server))) as pipeline:
         with pipeline.stream(Request(model=case.model, messages="a b")) as stream:
@@ -203,8 +203,8 @@ def test_a_stream_given_up_lets_go_of_its_connection(server: Canned, case: Case)
         assert server.gone.wait(10)
 
 
-def test_a_stream_that_stalls_lets_go_of_its_connection(server: Canned, case: Case) -> None:
-    """Though the library goes on reading keep-alives, and the provider lives on."""
+def test_a_stalled_stream_releases_its_connection(server: Canned, case: Case) -> None:
+    """A stalled stream closes its connection, although the library still reads keep-alives and the provider is open."""
     server.stall_after = True
     limits = Timeouts(connect=5, first_byte=5, idle=0.2)
     with Pipeline(case.library.providers[0](case.config(server, timeout=limits))) as pipeline:
@@ -213,8 +213,8 @@ def test_a_stream_that_stalls_lets_go_of_its_connection(server: Canned, case: Ca
         assert server.gone.wait(10)
 
 
-def test_an_async_stream_given_up_lets_go_of_its_connection(server: Canned, case: Case) -> None:
-    """Asynchronously."""
+def test_an_abandoned_async_stream_releases_its_connection(server: Canned, case: Case) -> None:
+    """Leaving an asynchronous stream closes its connection."""
     server.stall_after = True
 
     async def run() -> None:
@@ -230,14 +230,14 @@ def test_an_async_stream_given_up_lets_go_of_its_connection(server: Canned, case
 
 @all_modes
 def test_connections_close_with_the_provider(server: Canned, case: Case, mode: str) -> None:
-    """While the process, and the library's own clients, live on."""
+    """Closing the provider closes its connections, while the process and the library's own clients live on."""
     call(server, case, mode)
     assert server.none_open(10)
 
 
 @pytest.mark.parametrize("streamed", [False, True])
 def test_connections_close_with_the_event_loop(server: Canned, case: Case, streamed: bool) -> None:
-    """An async provider serves several loops; it holds nothing of one that has ended, closed or not."""
+    """An async provider serves several loops and keeps no connection of an ended loop, whether it was closed or not."""
     provider = case.library.providers[1](case.config(server))
     request = Request(model=case.model, messages="hello")
 
@@ -256,7 +256,7 @@ def test_connections_close_with_the_event_loop(server: Canned, case: Case, strea
 
 
 def test_closing_one_provider_leaves_the_streams_of_another(server: Canned, case: Case) -> None:
-    """Even where the library has one client for both."""
+    """Closing a provider does not break another's streams, even if the library has a shared client for both."""
     request = Request(model=case.model, messages="a b c")
 
     async def run() -> None:
@@ -278,7 +278,7 @@ def test_closing_one_provider_leaves_the_streams_of_another(server: Canned, case
 @pytest.mark.model
 @pytest.mark.parametrize("mode", REAL_MODES, ids=str)
 def test_a_real_model(local_server: str, case: Case, mode: Mode) -> None:
-    """A conversation with a system text, in every mode, through the library's OpenAI and Anthropic clients."""
+    """A conversation with a system message works in every mode, through the library's OpenAI and Anthropic clients."""
     service = case.model.partition(case.library.prefix)[0]
     config = LLMConfig(
         framework=case.library.framework,
@@ -298,7 +298,7 @@ def test_a_real_model(local_server: str, case: Case, mode: Mode) -> None:
     assert response.text
     assert response.finish_reason in ("stop", "length")
     assert response.usage is not None
-    # langchain-anthropic reads a stream's counts from its last event, where llama.cpp leaves out the prompt's
+    # langchain-anthropic reads a stream's usage from the last event, where llama.cpp omits the prompt's tokens
     if not (mode.streaming and case.library is LANGCHAIN and service == "anthropic"):
         assert (response.usage.input_tokens or 0) > 10
     assert 0 < (response.usage.output_tokens or 0) <= 12

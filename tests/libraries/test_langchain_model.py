@@ -1,4 +1,4 @@
-"""fluxibly from inside of LangChain: `as_chat_model`."""
+"""`as_chat_model`: fluxibly as a LangChain chat model."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ USAGE = Usage(input_tokens=7, output_tokens=3, cached_tokens=2, reasoning_tokens
 
 
 class Scripted:
-    """A provider that answers from a script, and keeps what it was asked."""
+    """A provider that answers from a script and keeps the requests."""
 
     def __init__(self, *chunks: Chunk) -> None:
         self.chunks = chunks or (
@@ -60,7 +60,7 @@ class Scripted:
 
 
 class Replay:
-    """A provider whose stream is at hand."""
+    """A provider that replays an existing stream."""
 
     def __init__(self, chunks: Any) -> None:
         self.chunks = chunks
@@ -83,7 +83,7 @@ def weather(city: str) -> str:
 
 
 def test_a_chain_runs_on_an_llm_with_its_middleware() -> None:
-    """prompt | model | parser, whole and streamed, through the stack."""
+    """prompt | model | parser runs through the middleware, whole and streamed."""
     seen: list[str] = []
 
     def spy(request: Request, call_next: CallNext) -> Flow[Response]:
@@ -100,7 +100,7 @@ def test_a_chain_runs_on_an_llm_with_its_middleware() -> None:
 
 @pytest.mark.parametrize("how", ["thread", "async"])
 def test_a_chain_runs_asynchronously(how: str) -> None:
-    """On an AsyncLLM, and on an LLM in a thread."""
+    """A chain runs asynchronously on an AsyncLLM, and on an LLM in a thread."""
     config = LLMConfig(framework="echo", model="parrot")
     llm = LLM(config, middleware=[]) if how == "thread" else AsyncLLM(config, middleware=[])
     chain = ChatPromptTemplate([("human", "Say {word} twice")]) | as_chat_model(llm) | StrOutputParser()
@@ -113,16 +113,16 @@ def test_a_chain_runs_asynchronously(how: str) -> None:
 
 
 def test_an_async_llm_cannot_be_invoked() -> None:
-    """The error says what to do instead."""
+    """The error for a synchronous call on an AsyncLLM names the asynchronous methods."""
     model = as_chat_model(AsyncLLM(LLMConfig(framework="echo", model="parrot"), middleware=[]))
-    with pytest.raises(TypeError, match="AsyncLLM, which is asynchronous: use ainvoke"):
+    with pytest.raises(TypeError, match="runs on an AsyncLLM, which is asynchronous: use ainvoke"):
         model.invoke("hi")
     with pytest.raises(TypeError, match="use ainvoke, astream"):
         list(model.stream("hi"))
 
 
 def test_a_whole_answer_is_a_message_with_everything() -> None:
-    """Usage, metadata and reasoning, where LangChain's users look for them."""
+    """A message has usage, metadata and reasoning where LangChain's users look for them."""
     message = as_chat_model(Pipeline(Scripted()), model="m").invoke("hi")
     assert isinstance(message, AIMessage)
     assert message.content == "Hello"
@@ -139,7 +139,7 @@ def test_a_whole_answer_is_a_message_with_everything() -> None:
 
 
 def test_a_streamed_answer_adds_up_to_the_whole_one() -> None:
-    """LangChain joins the chunks itself."""
+    """The chunks, which LangChain joins itself, add up to the whole message."""
     model = as_chat_model(Pipeline(Scripted()), model="m")
     joined: AIMessageChunk | None = None
     for chunk in model.stream("hi"):
@@ -175,7 +175,7 @@ def test_a_streamed_answer_adds_up_to_the_whole_one() -> None:
     ids=["by index", "by id", "all numbered 0"],
 )
 def test_tool_calls_come_through(fragments: tuple[ToolCallDelta, ...]) -> None:
-    """Whole and in fragments, however the service numbers them."""
+    """Tool calls come through whole and in fragments, regardless of the service's numbers."""
     provider = Scripted(*calls(*fragments))
     model = as_chat_model(Pipeline(provider), model="m").bind_tools([weather], tool_choice="any")
     whole = model.invoke("hi")
@@ -193,8 +193,8 @@ def test_tool_calls_come_through(fragments: tuple[ToolCallDelta, ...]) -> None:
     assert request.tool_choice == "required"
 
 
-def test_a_broken_tool_call_is_an_invalid_one() -> None:
-    """With the model's own text."""
+def test_a_broken_tool_call_is_invalid() -> None:
+    """A tool call with broken arguments is an invalid tool call with the model's own text."""
     provider = Scripted(*calls(ToolCallDelta(index=0, id="a", name="weather", arguments='{"city')))
     message = as_chat_model(Pipeline(provider), model="m").invoke("hi")
     assert isinstance(message, AIMessage)
@@ -203,7 +203,7 @@ def test_a_broken_tool_call_is_an_invalid_one() -> None:
 
 
 def test_a_conversation_comes_through() -> None:
-    """Each kind of message, with images and what has to go back to the service."""
+    """Each kind of message comes through, with images and with the data that must go back to the service."""
     signed = Reasoning(text="hm", signature="c2ln", raw={"type": "thinking", "signature": "c2ln"})
     first = Scripted(
         Chunk(tool_calls=(ToolCallDelta(index=0, id="a", name="weather", arguments="{}", signature="s"),)),
@@ -234,15 +234,15 @@ def test_a_conversation_comes_through() -> None:
         assert (result.role, result.text, result.tool_call_id) == ("tool", "sunny", "a")
 
 
-def test_what_a_prompt_cannot_hold_is_an_error() -> None:
-    """Rather than left out."""
+def test_unsupported_content_is_an_error() -> None:
+    """Content that a prompt cannot hold is an error rather than left out."""
     model = as_chat_model(Pipeline(Scripted()), model="m")
-    with pytest.raises(ValueError, match="text and images"):
+    with pytest.raises(ValueError, match="expected text or images"):
         model.invoke([HumanMessage([{"type": "audio", "base64": "AAAA", "mime_type": "audio/wav"}])])
 
 
 def test_keywords_reach_the_request() -> None:
-    """Bound and at the call; stop has its own place in LangChain."""
+    """Bound keywords and keywords of the call reach the request. `stop` is a separate parameter in LangChain."""
     provider = Scripted()
     model = as_chat_model(Pipeline(provider), model="m").bind(temperature=0.3, extra={"odd": 1})
     model.invoke("hi", stop=["END"], max_tokens=9, response_format={"type": "json_object"})
@@ -252,7 +252,7 @@ def test_keywords_reach_the_request() -> None:
 
 
 def test_an_unknown_keyword_is_named() -> None:
-    """As LLM does."""
+    """An unknown keyword raises the same error as in an LLM."""
     model = as_chat_model(LLM(LLMConfig(framework="echo", model="parrot"), middleware=[]))
     with pytest.raises(TypeError, match="temperature"):
         model.invoke("hi", temprature=1)
@@ -265,14 +265,14 @@ class City(BaseModel):
 
 
 def test_structured_output_works() -> None:
-    """LangChain's own, which asks for a call of a tool named after the class."""
+    """LangChain's own structured output, which requests a call to a tool named after the class, works."""
     provider = Scripted(*calls(ToolCallDelta(index=0, id="a", name="City", arguments='{"name": "Oslo"}')))
     model = as_chat_model(Pipeline(provider), model="m").with_structured_output(City)
     assert model.invoke("hi") == City(name="Oslo")
 
 
 def test_errors_reach_langchain_as_they_are() -> None:
-    """So that `with_fallbacks` and its like can tell them."""
+    """Errors reach LangChain unchanged, so that `with_fallbacks` and similar methods can handle them."""
 
     class Failing:
         def complete(self, request: Request) -> str:
@@ -286,7 +286,7 @@ def test_errors_reach_langchain_as_they_are() -> None:
 
 
 def test_an_async_pipeline_streams_too() -> None:
-    """With the same pieces."""
+    """An AsyncPipeline streams the same pieces as a Pipeline."""
 
     async def run() -> None:
         model = as_chat_model(AsyncPipeline(Scripted()), model="m")
@@ -296,9 +296,9 @@ def test_an_async_pipeline_streams_too() -> None:
     anyio.run(run)
 
 
-def test_what_cannot_be_a_chat_model() -> None:
-    """The error says what can."""
-    with pytest.raises(TypeError, match="not a str"):
+def test_invalid_objects_for_as_chat_model() -> None:
+    """The error for an invalid object names the valid types."""
+    with pytest.raises(TypeError, match="expected an LLM, AsyncLLM, Pipeline or AsyncPipeline, got a str"):
         as_chat_model("gpt-4o")
-    with pytest.raises(TypeError, match="needs model="):
+    with pytest.raises(TypeError, match="needs model= for a Pipeline"):
         as_chat_model(Pipeline(Scripted()))

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-if importlib.util.find_spec("litellm") is None:  # to import it here would fetch its price map from the network
+if importlib.util.find_spec("litellm") is None:  # importing it here would fetch its price map from the network
     pytest.skip("needs LiteLLM", allow_module_level=True)
 
 from support.canned_server import Canned
@@ -40,14 +40,14 @@ def model(request: pytest.FixtureRequest) -> str:
 
 
 def test_answers_have_their_ids(server: Canned, model: str, mode: str) -> None:
-    """Streamed or not; the request's is from the headers."""
+    """An answer, streamed or not, has its id and the request id from the headers."""
     response = call(mode, config(server, model))
     assert response.id
     assert response.request_id == "req-1"
 
 
 def test_tool_calls_and_their_results(server: Canned, model: str, mode: str) -> None:
-    """The model's call, and the conversation that goes on with its result."""
+    """The model's call is read, and the conversation continues with the tool's result."""
     settings = config(server, model)
     response = call(mode, settings, tools=[WEATHER])
     (tool_call,) = response.tool_calls
@@ -61,7 +61,7 @@ def test_tool_calls_and_their_results(server: Canned, model: str, mode: str) -> 
 
 
 def test_parameters_reach_openai(server: Canned, mode: str) -> None:
-    """Each on the wire, per call, under its own name."""
+    """Each parameter of a call is in OpenAI's body under OpenAI's name."""
     call(
         mode,
         config(server, "openai/gpt-4o"),
@@ -89,7 +89,7 @@ def test_parameters_reach_openai(server: Canned, mode: str) -> None:
 
 
 def test_parameters_reach_anthropic(server: Canned) -> None:
-    """LiteLLM puts them into Anthropic's words."""
+    """LiteLLM translates the parameters to Anthropic's format."""
     messages = [Message.system("be brief"), Message.user("hello")]
     call(
         "sync",
@@ -108,13 +108,13 @@ def test_parameters_reach_anthropic(server: Canned) -> None:
 
 
 def test_several_choices(server: Canned) -> None:
-    """`n` is LiteLLM's to pass on."""
+    """LiteLLM passes on `n`."""
     call("sync", config(server, "openai/gpt-4o"), n=2)
     assert server.last.body["n"] == 2
 
 
-def test_what_the_service_has_no_word_for_is_an_error(server: Canned) -> None:
-    """LiteLLM says so, unless its own global switch is set."""
+def test_unsupported_parameters_are_errors(server: Canned) -> None:
+    """LiteLLM refuses parameters that the service does not support, unless LiteLLM's own global switch is set."""
     error = failure("sync", config(server, "anthropic/claude-sonnet-4-5"), seed=3)
     assert isinstance(error, errors.BadRequest)
     assert "seed" in str(error)
@@ -122,24 +122,24 @@ def test_what_the_service_has_no_word_for_is_an_error(server: Canned) -> None:
 
 
 @pytest.mark.parametrize("how", ["cut", "drop"])
-def test_a_stream_without_its_end_is_no_answer(server: Canned, model: str, stream_mode: str, how: str) -> None:
-    """LiteLLM makes up a finish reason for it, which is not believed."""
+def test_a_stream_without_its_end_is_an_error(server: Canned, model: str, stream_mode: str, how: str) -> None:
+    """A stream without its end is an error: the finish reason that LiteLLM makes up is not accepted."""
     setattr(server, how, True)
     error = failure(stream_mode, config(server, model), messages="a b c d")
     assert isinstance(error, (errors.StreamProtocolError, errors.ConnectionFailed))
 
 
-def test_an_error_in_a_stream_keeps_what_came_before(server: Canned, stream_mode: str) -> None:
-    """As the cause of StreamInterrupted."""
+def test_an_error_in_a_stream_keeps_the_output_before_it(server: Canned, stream_mode: str) -> None:
+    """The error in a stream is the cause of StreamInterrupted."""
     server.stream_error = {"error": {"type": "server_error", "message": "busy"}}
     error = failure(stream_mode, config(server, "openai/gpt-4o"), messages="a b c d")
-    # LiteLLM calls it a failed connection, and says no more than the message
+    # LiteLLM reports a failed connection, and keeps only the message
     assert isinstance(error, (errors.ServerError, errors.ConnectionFailed))
     assert "busy" in str(error)
 
 
 def test_a_model_that_litellm_does_not_know() -> None:
-    """Noticed when the provider is made; the error says how to write it."""
+    """An unknown model is reported when the provider is created, with the expected format of the name."""
     with pytest.raises(errors.ConfigError, match="provider/model"):
         LiteLLMProvider(LLMConfig(framework="litellm", model="nobodys-model"))
 
@@ -160,8 +160,8 @@ print(dict(os.environ) == before, litellm.drop_params, litellm.api_key, litellm.
 """
 
 
-def test_the_import_keeps_off_the_network_and_leaves_the_environment_as_it_was(tmp_path: Any) -> None:
-    """And none of LiteLLM's globals is set."""
+def test_the_import_uses_no_network_and_does_not_change_the_environment(tmp_path: Any) -> None:
+    """The import uses no network and does not change the environment or LiteLLM's globals."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("LITELLM")}
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     done = subprocess.run(
@@ -172,7 +172,7 @@ def test_the_import_keeps_off_the_network_and_leaves_the_environment_as_it_was(t
 
 
 def test_without_the_extra_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As it would be with no LiteLLM installed."""
+    """Without LiteLLM the error names the package to install."""
     monkeypatch.setitem(sys.modules, "litellm", None)
     with pytest.raises(errors.ConfigError, match=r"pip install 'litellm\[mcp\]'"):
         LiteLLMProvider(LLMConfig(framework="litellm", model="openai/gpt-4o"))

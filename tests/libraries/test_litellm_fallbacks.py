@@ -1,4 +1,4 @@
-"""Who answered, where LiteLLM itself turns to another service: the real LiteLLM against local servers."""
+"""The service that answered when LiteLLM itself falls back to another, with the real LiteLLM against local servers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-if importlib.util.find_spec("litellm") is None:  # to import it here would fetch its price map from the network
+if importlib.util.find_spec("litellm") is None:  # importing it here would fetch its price map from the network
     pytest.skip("needs LiteLLM", allow_module_level=True)
 
 from support.answering import Told, tell
@@ -23,19 +23,19 @@ BUSY = (503, '{"error": {"message": "busy"}}', {})
 TOO_LONG = (400, '{"error": {"message": "This model\'s maximum context length is 8 tokens."}}', {})
 CLAUDE = "anthropic/claude-sonnet-4-5"
 FALLBACK_MODES = ("sync", "asyncio", "asyncio stream", "trio")
-"""LiteLLM's `fallbacks` give an asynchronous stream, whoever asks."""
+"""The modes that support LiteLLM's `fallbacks`, whose streams are always asynchronous."""
 
 
 @pytest.fixture(autouse=True)
 def no_leftovers() -> Iterator[None]:
-    """LiteLLM's are gone before the next test, which may not expect a warning of them."""
+    """Collect LiteLLM's left-over objects before the next test, which may not expect their warnings."""
     yield
     gc.collect()
 
 
 @pytest.fixture(autouse=True)
 def keys(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of the services that no configuration is about."""
+    """Set the keys of the services that are not configured."""
     for name in ("ANTHROPIC", "DEEPSEEK", "OPENAI"):
         monkeypatch.setenv(f"{name}_API_KEY", f"sk-{name.lower()}")
 
@@ -56,7 +56,7 @@ def claude_at(server: Canned) -> dict[str, Any]:
 
 @pytest.mark.parametrize("mode", FALLBACK_MODES)
 def test_the_service_and_the_model_that_answered_are_named(server: Canned, other: Canned, mode: str) -> None:
-    """On the call's span, the attempt's and the measurements, after the second of LiteLLM's `fallbacks`."""
+    """After LiteLLM's second fallback, the spans of call and attempt and the metrics name its service and model."""
     server.fail = BUSY
     fallbacks = ["openai/gpt-4o-mini", claude_at(other)]
     told = ask(mode, LITELLM.config(server, "openai/gpt-4o"), extra={"fallbacks": fallbacks})
@@ -76,7 +76,7 @@ def test_the_service_and_the_model_that_answered_are_named(server: Canned, other
 
 @pytest.mark.parametrize("mode", FALLBACK_MODES)
 def test_the_same_service_elsewhere_has_its_own_address(server: Canned, other: Canned, mode: str) -> None:
-    """As with two deployments of one model."""
+    """A second deployment of the same model has its own address."""
     server.fail = BUSY
     there = {"api_base": other.url + "/v1"}
     told = ask(mode, LITELLM.config(server, "openai/gpt-4o"), extra={"fallbacks": [there]})
@@ -86,7 +86,7 @@ def test_the_same_service_elsewhere_has_its_own_address(server: Canned, other: C
 
 @pytest.mark.parametrize("mode", FALLBACK_MODES)
 def test_another_model_of_the_configured_service(server: Canned, mode: str) -> None:
-    """The provider is the configured one, the model the one that answered."""
+    """A fallback to another model of the configured service keeps the provider and changes the model."""
     server.fail = BUSY
     server.fail_only = "gpt-4o"
     told = ask(mode, LITELLM.config(server, "openai/gpt-4o"), extra={"fallbacks": ["openai/gpt-4o-mini"]})
@@ -95,8 +95,8 @@ def test_another_model_of_the_configured_service(server: Canned, mode: str) -> N
 
 
 @pytest.mark.parametrize("mode", FALLBACK_MODES)
-def test_one_that_answered_at_once_is_the_configured_one(server: Canned, other: Canned, mode: str) -> None:
-    """The very same object; the fallback was not needed."""
+def test_without_a_fallback_the_configured_service_is_named(server: Canned, other: Canned, mode: str) -> None:
+    """If the first model answers, the configured service is named and the fallback is not asked."""
     told = ask(mode, LITELLM.config(server, "openai/gpt-4o"), extra={"fallbacks": [claude_at(other)]})
     assert (told.span["gen_ai.provider.name"], told.span["server.port"]) == ("openai", port(server))
     assert other.seen == []
@@ -104,7 +104,7 @@ def test_one_that_answered_at_once_is_the_configured_one(server: Canned, other: 
 
 @pytest.mark.parametrize("mode", FALLBACK_MODES)
 def test_a_service_is_described_once(server: Canned, other: Canned, mode: str) -> None:
-    """All calls that it answers have the same object."""
+    """All calls that a service answers share the same description."""
     server.fail = BUSY
     told = ask(mode, LITELLM.config(server, "openai/gpt-4o"), extra={"fallbacks": [claude_at(other)]}, calls=2)
     first, second = told.records
@@ -116,7 +116,7 @@ def test_a_service_is_described_once(server: Canned, other: Canned, mode: str) -
 def test_a_fallback_for_prompts_that_are_too_long(
     server: Canned, other: Canned, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """To another service, which LiteLLM names; its address is not known."""
+    """A fallback for long prompts to another service is named as LiteLLM names it. Its address is not known."""
     monkeypatch.setenv("OPENAI_BASE_URL", server.url + "/v1")
     monkeypatch.setenv("DEEPSEEK_API_BASE", other.url + "/v1")
     server.fail = TOO_LONG
@@ -134,7 +134,7 @@ def test_a_fallback_for_prompts_that_are_too_long(
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_fallback_for_long_prompts_that_was_not_needed(server: Canned, mode: str) -> None:
-    """The configured service is named, by the very same object."""
+    """If the fallback was not needed, the configured service is named, with its address."""
     fallbacks = {"context_window_fallback_dict": {"openai/gpt-4o": "deepseek/deepseek-chat"}}
     told = ask(mode, LITELLM.config(server, "openai/gpt-4o"), extra=fallbacks)
     assert (told.span["gen_ai.provider.name"], told.span["server.port"]) == ("openai", port(server))
@@ -143,7 +143,7 @@ def test_a_fallback_for_long_prompts_that_was_not_needed(server: Canned, mode: s
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_fallback_for_long_prompts_that_would_get_the_key(mode: str) -> None:
-    """It is refused before anything is sent, if it is at another service."""
+    """A fallback for long prompts at another service is refused before anything is sent."""
     config = LLMConfig(framework="litellm", model="openai/gpt-4o", api_key="sk-configured")
     with pytest.raises(
         errors.BadRequest, match="'deepseek/deepseek-chat', which is at another service: use `fallbacks`"
@@ -155,7 +155,7 @@ def test_a_fallback_for_long_prompts_that_would_get_the_key(mode: str) -> None:
 def test_a_middleware_that_asks_another_service_and_comes_back(
     server: Canned, other: Canned, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each attempt names whom it asked, and the call who answered."""
+    """Each attempt names the service that it asked. The call names the service that answered."""
     monkeypatch.setenv("ANTHROPIC_BASE_URL", other.url)
     other.fail = BUSY
 
@@ -173,10 +173,10 @@ def test_a_middleware_that_asks_another_service_and_comes_back(
 
 @pytest.mark.parametrize("mode", FALLBACK_MODES)
 @pytest.mark.parametrize("fallback", [CLAUDE, {"model": CLAUDE}])
-def test_the_key_does_not_travel_to_another_service(
+def test_the_key_is_not_sent_to_another_service(
     server: Canned, other: Canned, mode: str, fallback: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nor is the configured address asked, or told, for it; another model of the configured service gets both."""
+    """A fallback to another service gets neither key nor address. Another model of the same service gets both."""
     monkeypatch.setenv("ANTHROPIC_BASE_URL", other.url)
     server.fail = BUSY
     settings = LITELLM.config(server, "openai/gpt-4o")
@@ -190,7 +190,7 @@ def test_the_key_does_not_travel_to_another_service(
 
 @pytest.mark.parametrize("mode", ["sync stream", "trio stream"])
 def test_fallbacks_that_litellm_cannot_stream_are_refused(server: Canned, other: Canned, mode: str) -> None:
-    """Before anything is sent; the error says what to use instead."""
+    """Fallbacks in a synchronous stream are refused before anything is sent. The error names the alternatives."""
     fallbacks = {"fallbacks": [claude_at(other)]}
     with pytest.raises(errors.BadRequest, match="asyncio"):
         ask(mode, LITELLM.config(server, "openai/gpt-4o"), extra=fallbacks)
@@ -202,7 +202,7 @@ def test_fallbacks_that_litellm_cannot_stream_are_refused(server: Canned, other:
 def test_when_none_of_the_fallbacks_answers(
     server: Canned, other: Canned, mode: str, status: int, retryable: bool
 ) -> None:
-    """The error is ours and says what the last one did; it has no key, and no advice about LiteLLM's settings."""
+    """The error is fluxibly's, with the last fallback's message, but without the key or LiteLLM's own advice."""
     server.fail = BUSY
     other.fail = (status, f'{{"error": {{"message": "no good: {KEY}"}}}}', {})
     settings = LITELLM.config(server, "openai/gpt-4o")

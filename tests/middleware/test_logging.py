@@ -1,4 +1,4 @@
-"""Logging: the lines of the contract, word for word, in all modes."""
+"""The log lines of `Logging`, which are a contract word for word, in all modes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def stream_mode(request):
 
 @pytest.fixture
 def lines(caplog):
-    """The lines logged so far, at DEBUG and up: `lines()`."""
+    """A function that returns the lines logged so far, from DEBUG up."""
     caplog.set_level(logging.DEBUG, logger="fluxibly")
     return lambda: [(record.levelname, record.getMessage()) for record in caplog.records]
 
@@ -42,7 +42,7 @@ def lines(caplog):
 class TestLines:
     @pytest.mark.parametrize("mode", WHOLE, ids=str)
     def test_a_whole_call(self, mode, lines):
-        """Start and completion at INFO, previews at DEBUG."""
+        """The start and completion are logged at INFO, and previews at DEBUG."""
         call(mode, Logging(), ["The capital ", Delay(1.2345), "is Paris."])
         assert lines() == [
             ("INFO", f"LLM request started | {NAME}"),
@@ -57,7 +57,7 @@ class TestLines:
         ]
 
     def test_a_stream(self, stream_mode, lines):
-        """Start and completion at INFO, chunk sizes at DEBUG."""
+        """The start and completion are logged at INFO, and chunk sizes at DEBUG."""
         call(stream_mode, Logging(), ["The capital ", Delay(3.449), "is", " Paris."])
         assert lines() == [
             ("INFO", f"LLM streaming request started | {NAME}"),
@@ -67,7 +67,7 @@ class TestLines:
 
     @pytest.mark.parametrize("mode", WHOLE, ids=str)
     def test_a_whole_call_that_fails(self, mode, lines):
-        """The error's type and message at ERROR."""
+        """The error's type and message are logged at ERROR."""
         call(mode, Logging(), [Delay(0.5), RateLimitError("slow down")])
         assert lines()[1:] == [
             (
@@ -77,7 +77,7 @@ class TestLines:
         ]
 
     def test_a_stream_that_fails_after_output(self, stream_mode, lines):
-        """StreamInterrupted is named by its cause, with what was received before it."""
+        """The line names the cause of StreamInterrupted, and counts the chunks received before it."""
         call(stream_mode, Logging(), ["one ", "two ", Delay(0.25), ServerError("went away")])
         assert lines()[1:] == [
             (
@@ -90,7 +90,7 @@ class TestLines:
         ]
 
     def test_a_stream_that_fails_before_output(self, stream_mode, lines):
-        """No chunks were received then."""
+        """The line counts no received chunks."""
         call(stream_mode, Logging(), [RateLimitError("slow down")])
         assert lines()[1:] == [
             (
@@ -103,7 +103,7 @@ class TestLines:
         ]
 
     def test_a_stream_that_is_cut_off(self, stream_mode, lines):
-        """A truncated stream has failed."""
+        """A truncated stream is logged as a failure."""
         call(stream_mode, Logging(), ["one ", Cut()])
         assert lines()[1][1].startswith(
             "LLM streaming failed | elapsed_time=0.00s, error_type=StreamProtocolError, error_message="
@@ -111,7 +111,7 @@ class TestLines:
         assert lines()[1][1].endswith(", chunks_received=1")
 
     def test_a_stream_that_stalls(self, stream_mode, lines, caplog):
-        """An idle timeout is a failure; the record tells that it stalled."""
+        """An idle timeout is a failure, and the record's outcome is `stalled`."""
         call(stream_mode, Logging(), ["one ", Delay(60), StreamStalled("nothing came for 60 s")])
         assert lines()[1] == (
             "ERROR",
@@ -124,7 +124,7 @@ class TestLines:
 
     @pytest.mark.parametrize(("stop_after", "count", "length"), [(0, 0, 0), (2, 2, 7)])
     def test_an_abandoned_stream(self, stream_mode, lines, stop_after, count, length):
-        """A consumer that stops early is no failure."""
+        """A consumer that stops early is not a failure."""
         call(stream_mode, Logging(), ["one", Delay(1), " two", " three"], stop_after=stop_after)
         elapsed = 1 if stop_after else 0
         assert lines()[1:] == [
@@ -136,7 +136,7 @@ class TestLines:
 
     @pytest.mark.parametrize("mode", STREAMS, ids=str)
     def test_a_response_that_was_not_streamed(self, mode, lines):
-        """What a cache gives reaches the consumer as one chunk, and is logged as that."""
+        """A cached response reaches the consumer as one chunk, and is logged as one chunk."""
 
         def cached(request, call_next):
             yield from ()
@@ -150,7 +150,7 @@ class TestLines:
 
     @pytest.mark.parametrize("mode", STREAMS, ids=str)
     def test_a_stream_without_chunks(self, mode, lines):
-        """Nothing is divided by zero."""
+        """The average chunk size of an empty stream is 0."""
         call(mode, Logging(), [])
         assert lines()[1:] == [
             ("INFO", "LLM streaming completed | elapsed_time=0.00s, total_chunks=0, total_length=0"),
@@ -159,20 +159,20 @@ class TestLines:
 
     @pytest.mark.parametrize("mode", WHOLE, ids=str)
     def test_an_interrupted_call(self, mode, lines, caplog):
-        """Ctrl-C is a cancellation, not a failure."""
+        """Ctrl-C is a cancellation rather than a failure."""
         ran = call(mode, Logging(), [Delay(2), KeyboardInterrupt()]).ran
         assert isinstance(ran.error, KeyboardInterrupt)
         assert lines()[1:] == [("INFO", "LLM request cancelled | elapsed_time=2.00s")]
         assert caplog.records[-1].outcome == "cancelled"
 
     def test_an_interrupted_stream(self, stream_mode, lines):
-        """A stream that is cancelled tells how far it came."""
+        """The line of a cancelled stream counts the chunks and characters so far."""
         call(stream_mode, Logging(), ["one", KeyboardInterrupt()])
         assert lines()[1:] == [("INFO", "LLM streaming cancelled | elapsed_time=0.00s, total_chunks=1, total_length=3")]
 
     @pytest.mark.parametrize("backend", BACKENDS)
     def test_a_cancelled_task(self, backend, lines):
-        """A task cancelled in the call's await is logged as cancelled, on asyncio and trio."""
+        """A task that is cancelled while it awaits the call is logged as cancelled, on asyncio and trio."""
 
         class Slow:
             async def complete(self, request):
@@ -187,7 +187,7 @@ class TestLines:
 
     @pytest.mark.parametrize("backend", BACKENDS)
     def test_a_cancelled_read(self, backend, lines):
-        """A task cancelled while it waits for a chunk, likewise."""
+        """A task that is cancelled while it waits for a chunk is logged as cancelled, on asyncio and trio."""
 
         class Slow:
             async def complete(self, request):
@@ -207,13 +207,13 @@ class TestLines:
         assert lines()[1:] == [("INFO", "LLM streaming cancelled | elapsed_time=0.00s, total_chunks=1, total_length=3")]
 
     def test_started_is_logged_when_the_stream_is_made(self, lines):
-        """Not at its first chunk."""
+        """The start is logged before the first chunk is read."""
         stream = Pipeline(ScriptedProvider("a"), [Logging()]).stream(REQUEST)
         assert lines() == [("INFO", f"LLM streaming request started | {NAME}")]
         stream.close()
 
     def test_prompt_length_is_of_all_messages(self, mode, lines):
-        """Each text of each message counts, by characters."""
+        """The prompt's length is the number of characters in all texts of all messages."""
         messages = [Message.system("Be brief."), Message.user(["é", "☃☃"])]
         call(mode, Logging(), "ok", request=Request(model="m", messages=messages))
         assert lines()[0][1].endswith("prompt_length=12")
@@ -221,7 +221,7 @@ class TestLines:
 
 class TestRecords:
     def test_every_value_is_on_the_record(self, mode, caplog):
-        """Under the name it has in the line; the provider's as `provider_name`."""
+        """The record has each value under its name in the line, and the provider's name as `provider_name`."""
         caplog.set_level(logging.DEBUG, logger="fluxibly")
         call(mode, Logging(), ["Par", Delay(2), "is"])
         started, completed, details = caplog.records
@@ -238,15 +238,15 @@ class TestRecords:
             assert (details.prompt_preview, details.response_preview) == ("What is the capital of France?", "Paris")
             assert details.elapsed_time == 2
 
-    def test_a_failure_s_values(self, mode, caplog):
-        """Type, message, outcome, and for streams the chunks."""
+    def test_the_values_of_a_failure(self, mode, caplog):
+        """The record has the error's type, message and outcome, and for streams the number of chunks."""
         call(mode, Logging(), [ServerError("down")])
         record = caplog.records[-1]
         assert (record.error_type, record.error_message, record.outcome) == ("ServerError", "down", "failed")
         assert getattr(record, "chunks_received", None) == (0 if mode.streaming else None)
 
     def test_no_content_above_debug(self, mode, caplog):
-        """At INFO, neither prompt nor answer is in any line or value."""
+        """At INFO, no line or value contains the prompt or the answer."""
         caplog.set_level(logging.INFO, logger="fluxibly")
         call(mode, Logging(), ["The capital ", "is Paris."])
         assert [record.levelname for record in caplog.records] == ["INFO", "INFO"]
@@ -254,15 +254,15 @@ class TestRecords:
             assert "capital" not in str(vars(record))
 
     def test_echoed_prompts_are_masked(self, mode, caplog):
-        """A server's error that quotes the prompt, as it is or JSON-escaped, is logged without it."""
+        """The prompt is masked in a server's error that quotes it, verbatim or JSON-escaped."""
         request = Request(model="m", messages='My "secret" diary\nsays things')
         error = ServerError('cannot do "My \\"secret\\" diary\\nsays things", nor My "secret" diary')
         call(mode, Logging(), [error], request=request)
         assert "diary" not in str(vars(caplog.records[-1]))
         assert "cannot do" in caplog.records[-1].getMessage()
 
-    def test_what_middleware_added_is_masked_too(self, mode, caplog):
-        """Logging is outermost, but knows what was sent in the end."""
+    def test_messages_that_middleware_added_are_masked_too(self, mode, caplog):
+        """Logging is the outermost layer, but it masks the messages that were finally sent."""
 
         def retrieve(request, call_next):
             return (
@@ -273,7 +273,7 @@ class TestRecords:
         assert 'error_message="bad input: […]"' in caplog.records[-1].getMessage()
 
     def test_a_rejected_answer_is_masked(self, mode, caplog):
-        """What Validation quotes of an answer stays out of the logs."""
+        """An answer that Validation quotes in its error stays out of the logs."""
         validation = Validation(check=lambda response: f"do not say: {response.text}", max_retries=0)
         ran = call(mode, [Logging(), validation], "the patient has measles").ran
         invalid = ran.error.__cause__ if mode.streaming else ran.error
@@ -282,7 +282,7 @@ class TestRecords:
         assert "measles" not in caplog.records[-1].getMessage()
 
     def test_an_exception_that_cannot_be_shown(self, mode, caplog):
-        """Its type is logged, and the caller gets it."""
+        """The exception's type is logged, and the exception reaches the caller."""
 
         class Odd(Exception):
             def __str__(self):
@@ -299,7 +299,7 @@ class TestPreviews:
         [("x" * 100, "x" * 100), ("x" * 101, "x" * 100 + "..."), ("é" * 250, "é" * 100 + "..."), ("short", "short")],
     )
     def test_a_hundred_characters(self, lines, text, preview):
-        """`...` only if something was cut."""
+        """A preview ends in `...` only if it was cut."""
         Pipeline(ScriptedProvider(text), [Logging()], clock=VirtualClock()).complete(Request(model="m", messages=text))
         assert lines()[-1] == (
             "DEBUG",
@@ -318,7 +318,7 @@ class TestPreviews:
             assert "\x1b" not in record.getMessage()
 
     def test_percent_signs_are_text(self, lines):
-        """A template is never made of content."""
+        """Content is never part of a log template."""
         request = Request(model="50%s", messages="100%d %(x)s")
         Pipeline(ScriptedProvider("%s"), [Logging()], clock=VirtualClock()).complete(request)
         assert 'prompt_preview="100%d %(x)s", response_preview="%s"' in lines()[-1][1]
@@ -326,7 +326,7 @@ class TestPreviews:
 
 class TestHandlers:
     def test_a_handler_that_raises_changes_nothing(self, mode, capsys):
-        """The call goes on, and standard error tells of it once."""
+        """The call continues, and the failure is reported once on standard error."""
 
         class Broken(logging.Handler):
             def emit(self, record):
@@ -346,8 +346,8 @@ class TestHandlers:
             "fluxibly: a log handler raised OSError; the call went on without its log line\n"
         )
 
-    def test_switched_off_nothing_is_read_or_logged(self, caplog):
-        """Above ERROR the middleware passes everything on, and does not even look at the clock."""
+    def test_disabled_logging_reads_and_logs_nothing(self, caplog):
+        """At a level above ERROR, the middleware passes everything on without even reading the clock."""
         caplog.set_level(logging.CRITICAL, logger="fluxibly")
         looks = []
 
@@ -365,7 +365,7 @@ class TestHandlers:
         assert caplog.records == []
 
     def test_at_error_only_failures_are_logged(self, mode, caplog):
-        """No start, no completion, no abandonment."""
+        """At ERROR, neither starts nor completions are logged."""
         caplog.set_level(logging.ERROR, logger="fluxibly")
         call(mode, Logging(), "fine")
         assert caplog.records == []
@@ -374,7 +374,7 @@ class TestHandlers:
 
 
 def test_waits_of_layers_within_are_in_the_elapsed_time(mode, lines):
-    """Logging outside of Retry has one start and one end, and all the time between."""
+    """Logging outside of Retry logs one start and one end, and measures all the time in between."""
 
     def slow(request, call_next):
         yield from sleep(1)
@@ -386,8 +386,8 @@ def test_waits_of_layers_within_are_in_the_elapsed_time(mode, lines):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_sync_provider_in_an_async_pipeline_is_named_alike(backend, lines):
-    """The name in the logs is the provider's class, whatever wraps it."""
+def test_a_sync_provider_in_an_async_pipeline_has_the_same_name(backend, lines):
+    """The name in the logs is that of the provider's class, even if the provider is wrapped."""
 
     class Parrot:
         def complete(self, request):
@@ -401,7 +401,7 @@ def test_a_sync_provider_in_an_async_pipeline_is_named_alike(backend, lines):
 
 
 def test_the_log_is_the_same_in_sync_and_async(lines, caplog):
-    """Modes agree, to the character."""
+    """The lines are identical in all modes."""
     told = {}
     for mode in MODES:
         caplog.clear()
@@ -414,7 +414,7 @@ def test_the_log_is_the_same_in_sync_and_async(lines, caplog):
 
 
 def test_records_know_where_they_come_from(caplog: pytest.LogCaptureFixture) -> None:
-    """For formatters that show the module or the line."""
+    """Records have their module, function and line, for formatters that show them."""
     caplog.set_level("INFO", logger="fluxibly")
     call(MODES[0], [Logging()], "x")
     for record in caplog.records:

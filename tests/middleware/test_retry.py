@@ -1,4 +1,4 @@
-"""Retry: what is tried again, when, and what never is, in all modes."""
+"""`Retry`: the errors that are retried, the waits, and the errors that are never retried, in all modes."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class TestAttempts:
 
     @pytest.mark.parametrize("retries", [0, 1, 3])
     def test_retries_count_after_the_first_attempt(self, mode, retries):
-        """After the last one its error is raised, as it is."""
+        """After the last retry, its error is raised unchanged."""
         errors = [ServerError(f"down {n}") for n in range(retries + 1)]
         made = call(mode, Retry(max_retries=retries), *errors)
         assert made.ran.error is errors[-1]
@@ -69,8 +69,8 @@ class TestAttempts:
     @pytest.mark.parametrize(
         "error", [AuthenticationError, BadRequest, QuotaExceeded, ValueError, ProviderError], ids=lambda e: e.__name__
     )
-    def test_others_are_raised_at_once(self, mode, error):
-        """What trying again does not help, and what is no provider's error at all."""
+    def test_other_errors_are_raised_at_once(self, mode, error):
+        """Neither permanent provider errors nor errors of other kinds are retried."""
         made = call(mode, Retry(), error("no"))
         assert type(made.ran.error) is error
         assert made.record.attempts == 1
@@ -85,23 +85,23 @@ class TestAttempts:
         ],
         ids=lambda e: type(e).__name__,
     )
-    def test_what_is_marked_retryable(self, mode, error):
-        """A provider of the user's own marks its errors itself."""
+    def test_errors_that_are_marked_retryable(self, mode, error):
+        """A custom provider can mark its own errors as retryable."""
         assert call(mode, Retry(), error, "fine").response.text == "fine"
 
     def test_a_retryable_class_can_be_marked_final(self, mode):
-        """`retryable=False` wins over the class."""
+        """`retryable=False` overrides the class."""
         assert call(mode, Retry(), ServerError("never", retryable=False)).record.attempts == 1
 
     def test_each_attempt_sends_the_same_request(self, mode):
-        """Nothing is added to it."""
+        """Retry adds nothing to the request."""
         made = call(mode, Retry(), down(), "fine")
         first, second = made.provider.requests
         assert first.messages == second.messages == REQUEST.messages
         assert first.call is second.call
 
     def test_an_interrupt_is_never_tried_again(self, mode):
-        """KeyboardInterrupt passes."""
+        """KeyboardInterrupt reaches the caller at once."""
         made = call(mode, Retry(), KeyboardInterrupt())
         assert isinstance(made.ran.error, KeyboardInterrupt)
         assert made.record.attempts == 1
@@ -109,12 +109,12 @@ class TestAttempts:
 
 class TestWaits:
     def test_backoff_is_exponential_with_a_cap(self, mode):
-        """The upper ends of the waits double until `max_delay`."""
+        """The upper bound of the wait doubles until it reaches `max_delay`."""
         retry = Retry(max_retries=6, base_delay=0.5, max_delay=5, uniform=lambda low, high: high)
         assert call(mode, retry, *[down() for _ in range(6)], "fine").clock.sleeps == [0.5, 1, 2, 4, 5, 5]
 
     def test_jitter_is_full(self, mode):
-        """The waits are drawn between zero and that upper end."""
+        """Each wait is drawn between zero and the upper bound."""
         asked = []
 
         def uniform(low, high):
@@ -127,34 +127,34 @@ class TestWaits:
 
     @given(st.integers(0, 5000), st.floats(0, 1e6), st.floats(0, 1e6))
     def test_waits_stay_within_bounds(self, attempt, base, cap):
-        """Also after very many attempts: no overflow, no negative wait."""
+        """Even after very many attempts, no wait overflows or is negative."""
         wait = Retry(max_retries=10_000, base_delay=base, max_delay=cap).wait(attempt, down(), 0.0)
         assert wait is not None
         assert 0 <= wait <= min(cap, base * 2.0 ** min(attempt, 60))
 
     def test_real_jitter_differs(self):
-        """Two waits are hardly ever the same."""
+        """Two waits are almost never the same."""
         assert len({Retry().wait(0, down(), 0.0) for _ in range(20)}) > 1
 
     def test_retry_after_is_the_wait(self, mode):
-        """The service's own time replaces the backoff."""
+        """The wait that the service asks for replaces the backoff."""
         made = call(mode, Retry(), RateLimitError("slow", retry_after=17.5), Overloaded("busy", retry_after=0), "fine")
         assert made.clock.sleeps == [17.5, 0]
 
     @pytest.mark.parametrize(("seconds", "attempts"), [(59.9, 2), (60, 2), (60.1, 1), (math.inf, 1), (math.nan, 1)])
     def test_retry_after_has_a_limit(self, mode, seconds, attempts):
-        """A longer wait than `max_retry_after` is not waited for: the error says how long."""
+        """If the service asks for more than `max_retry_after`, the error is raised at once, with the requested wait."""
         error = RateLimitError("slow", retry_after=seconds)
         made = call(mode, Retry(max_retry_after=60), error, "fine")
         assert made.record.attempts == attempts
         assert made.ran.error is (None if attempts == 2 else error)
 
-    def test_a_negative_retry_after_is_none(self, mode):
-        """A date in the past means now."""
+    def test_a_negative_retry_after_means_no_wait(self, mode):
+        """A date in the past means that the next attempt begins now."""
         assert call(mode, Retry(), RateLimitError("slow", retry_after=-5), "fine").clock.sleeps == [0]
 
     def test_total_time(self, mode):
-        """No attempt begins later than `total_time` after the first one began."""
+        """No attempt begins later than `total_time` after the start of the first attempt."""
         retry = Retry(max_retries=9, base_delay=4, max_delay=4, total_time=20, uniform=lambda low, high: high)
         made = call(mode, retry, *[[Delay(3), down()] for _ in range(9)])
         assert isinstance(made.ran.error, ServerError)
@@ -163,7 +163,7 @@ class TestWaits:
 
     @pytest.mark.parametrize("backend", BACKENDS)
     def test_a_cancellation_ends_the_wait(self, backend):
-        """A cancelled task does not wait on, nor ask again."""
+        """A cancelled task neither finishes the wait nor sends another request."""
         provider = AsyncScriptedProvider(RateLimitError("slow", retry_after=50), "fine")
 
         async def main():
@@ -177,7 +177,7 @@ class TestWaits:
 
 class TestLog:
     def test_each_failed_attempt_is_a_warning(self, mode, caplog):
-        """With the attempt, the wait and the reason; the last failure is not Retry's to log."""
+        """The warning has the attempt, the wait and the error. Retry does not log the last failure."""
         made = call(mode, Retry(max_retries=1, base_delay=0.25, uniform=max), down(), RateLimitError("slow"))
         assert isinstance(made.ran.error, RateLimitError)
         (record,) = caplog.records
@@ -193,14 +193,14 @@ class TestLog:
         )
 
     def test_the_prompt_is_masked(self, mode, caplog):
-        """What the service quotes of the request is left out."""
+        """The part of the prompt that the service quotes is left out of the warning."""
         call(mode, Retry(), ServerError("cannot answer: What is the capital of France?"), "fine")
         assert "capital" not in caplog.records[0].getMessage()
 
 
 class TestStreams:
     def test_nothing_is_sent_again_after_output(self, stream_mode):
-        """The error is StreamInterrupted, with what was received and the cause."""
+        """The error is StreamInterrupted, with the partial response and the cause."""
         cause = down()
         made = call(stream_mode, Retry(), ["Hel", "lo", cause], "again")
         assert isinstance(made.ran.error, StreamInterrupted)
@@ -210,25 +210,25 @@ class TestStreams:
 
     @pytest.mark.parametrize("chunk", [Chunk(), Chunk(model="m-2"), Chunk(finish_reason="stop")], ids=repr)
     def test_chunks_without_output_can_be_retried(self, stream_mode, chunk):
-        """Output is text, reasoning or a part of a tool call; nothing else is."""
+        """Output is text, reasoning or a part of a tool call, and nothing else."""
         made = call(stream_mode, Retry(), [chunk, down()], ["fine"])
         assert made.response.text == "fine"
         assert made.record.attempts == 2
 
     def test_reasoning_is_output(self, stream_mode):
-        """It cannot be taken back either."""
+        """Reasoning that has gone out cannot be taken back either."""
         made = call(stream_mode, Retry(), [Chunk(reasoning="hm"), down()], ["again"])
         assert isinstance(made.ran.error, StreamInterrupted)
         assert made.record.attempts == 1
 
-    def test_inside_a_hold_back_a_failure_is_retried_whole(self, stream_mode):
-        """Retry outside of the layer that holds back: nothing had gone past it."""
+    def test_outside_of_a_hold_back_a_failure_is_retried(self, stream_mode):
+        """Nothing has gone past Retry if an inner layer holds the stream back."""
         made = call(stream_mode, [Retry(), holding], ["Hel", down()], ["Hel", Cut()], ["Bye"])
         assert made.response.text == made.ran.text == "Bye"
         assert made.record.attempts == 3
 
     def test_a_whole_call_has_no_output_to_lose(self):
-        """The same failure midway is retried in a call that is not streamed."""
+        """In a call that is not streamed, a failure halfway through is retried."""
         provider = ScriptedProvider(["Hel", down()], "fine")
         assert Pipeline(provider, [Retry()], clock=VirtualClock()).complete(REQUEST).text == "fine"
 
@@ -236,47 +236,47 @@ class TestStreams:
 class TestRestart:
     RETRY = Retry(on_interrupt="restart", base_delay=1, uniform=max)
 
-    def test_a_consumer_that_takes_restarts_gets_one(self, stream_mode):
-        """What came before it is void; the response is the new answer."""
+    def test_a_consumer_that_accepts_restarts_gets_a_restart(self, stream_mode):
+        """The chunks before the Restart are void, and the response is the new answer."""
         made = call(stream_mode, self.RETRY, ["Hel", "lo", down()], ["Bye"], restarts=True)
         assert made.ran.events == [Chunk("Hel"), Chunk("lo"), Restart("ServerError"), Chunk("Bye")]
         assert made.response.text == made.ran.text == "Bye"
         assert (made.record.chunks, made.record.characters) == (1, 3)
         assert made.clock.sleeps == [1]
 
-    def test_others_get_the_interruption(self, stream_mode):
-        """Without `restarts=True` nothing is sent again."""
+    def test_other_consumers_get_the_interruption(self, stream_mode):
+        """Without `restarts=True`, nothing is sent again."""
         made = call(stream_mode, self.RETRY, ["Hel", down()], ["Bye"])
         assert isinstance(made.ran.error, StreamInterrupted)
         assert made.record.attempts == 1
 
-    def test_an_outer_hold_back_takes_it(self, stream_mode):
-        """It throws away what it held, and the consumer sees only the new answer."""
+    def test_an_outer_hold_back_accepts_the_restart(self, stream_mode):
+        """The hold-back discards the chunks that it held, and the consumer sees only the new answer."""
         made = call(stream_mode, [holding, self.RETRY], ["Hel", down()], ["Bye"])
         assert made.ran.events == [Chunk("Bye")]
         assert made.response.text == "Bye"
 
     def test_restarts_are_bounded_as_retries_are(self, stream_mode):
-        """After the last the interruption is raised, with what came since the last Restart."""
+        """After the last retry, the interruption is raised, with the chunks since the last Restart."""
         retry = Retry(on_interrupt="restart", max_retries=2)
         made = call(stream_mode, retry, ["a", down()], ["b", down()], ["c", down()], ["d"], restarts=True)
         assert isinstance(made.ran.error, StreamInterrupted)
         assert made.ran.error.partial.text == made.ran.text == "c"
         assert made.record.attempts == 3
 
-    def test_what_is_not_retryable_is_not_restarted(self, stream_mode):
-        """The cause decides."""
+    def test_a_permanent_error_is_not_restarted(self, stream_mode):
+        """The cause decides whether an interrupted stream is restarted."""
         made = call(stream_mode, self.RETRY, ["a", BadRequest("no")], ["b"], restarts=True)
         assert isinstance(root_cause(made.ran.error), BadRequest)
         assert made.record.attempts == 1
 
     def test_without_on_interrupt_a_consumer_gets_no_restart(self, stream_mode):
-        """Both sides have to want it."""
+        """Both `Retry` and the consumer must opt in to restarts."""
         made = call(stream_mode, Retry(), ["a", down()], ["b"], restarts=True)
         assert isinstance(made.ran.error, StreamInterrupted)
 
     def test_forward_stream_never_restarts(self):
-        """A consumer of plain texts could not tell."""
+        """A consumer of plain texts could not see the Restart."""
         provider = ScriptedProvider(["a", down()], ["b"])
         texts = Pipeline(provider, [self.RETRY], clock=VirtualClock()).stream(REQUEST).texts()
         assert next(texts) == "a"
@@ -284,8 +284,8 @@ class TestRestart:
             next(texts)
         assert len(provider.requests) == 1
 
-    def test_an_error_of_an_inner_layer_after_output_is_no_interruption(self, stream_mode):
-        """What a layer within raises after the answer went past, though retryable, is raised as it is."""
+    def test_an_error_of_an_inner_layer_after_output_is_not_retried(self, stream_mode):
+        """An inner layer's error after output is raised unchanged, even if it is retryable."""
 
         def refuses(request, call_next):
             yield from call_next(request)
@@ -311,14 +311,14 @@ class TestSettings:
         ],
         ids=str,
     )
-    def test_bad_ones_are_refused(self, settings, problem):
-        """When it is made, with the name and the range."""
+    def test_bad_settings_are_refused(self, settings, problem):
+        """The constructor raises an error with the setting's name and range."""
         with pytest.raises(ValueError) as caught:
             Retry(**settings)
         assert problem in str(caught.value)
 
     def test_the_repr_is_its_configuration(self):
-        """So that `repr(pipeline)` can be read."""
+        """The repr shows all settings, so that `repr(pipeline)` is readable."""
         assert repr(Retry(max_retries=5)) == (
             "Retry(max_retries=5, base_delay=0.5, max_delay=8.0, max_retry_after=60.0, total_time=None, "
             "on_interrupt='raise')"

@@ -1,4 +1,4 @@
-"""StreamMeter: what it measures of a stream, exactly, by a clock that only moves when told to."""
+"""The exact measurements of `StreamMeter`, with a clock that moves only when a test advances it."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def mode(request):
 
 
 def near(value):
-    """Percentiles are right to within 2.5 %."""
+    """Return an approximation of `value`, because percentiles are accurate to within 2.5 %."""
     return pytest.approx(value, rel=0.025)
 
 
 class TestStatistics:
     def test_a_stream(self, mode):
-        """Chunks, characters, waits and rates."""
+        """A stream's statistics have its chunks, characters, waits and rates."""
         script = [
             Delay(0.5),
             "Hello",
@@ -59,7 +59,7 @@ class TestStatistics:
         assert stats.gap_p95 == stats.gap_p99 == near(0.4)
 
     def test_one_chunk_has_no_gaps(self, mode):
-        """And no rate."""
+        """A stream of one chunk has neither gaps nor rates."""
         stats = call(mode, StreamMeter(), [Delay(2), "all"]).response.stats
         assert stats == StreamStats(chunks=1, characters=3, time_to_first_chunk=2, longest_stall=2)
         assert stats.characters_per_second is None
@@ -70,14 +70,14 @@ class TestStatistics:
         assert call(mode, StreamMeter(), []).response.stats == StreamStats(longest_stall=0.0)
 
     def test_chunks_at_once(self, mode):
-        """Gaps of no time are zero, not a microsecond."""
+        """Gaps between simultaneous chunks are zero rather than a microsecond."""
         stats = call(mode, StreamMeter(), ["a", "b", "c"]).response.stats
         assert (stats.gap_p50, stats.gap_p99, stats.gap_max, stats.streaming_time) == (0, 0, 0, 0)
 
     @settings(max_examples=30, deadline=None)
     @given(st.lists(st.floats(1e-5, 100), min_size=1, max_size=60))
     def test_percentiles_are_near(self, gaps):
-        """Whatever the gaps, each percentile is within 2.5 % of the exact one (nearest rank)."""
+        """For any gaps, each percentile is within 2.5 % of the exact percentile (nearest rank)."""
         script = ["x"]
         for gap in gaps:
             script += [Delay(gap), "x"]
@@ -90,13 +90,13 @@ class TestStatistics:
             assert found == pytest.approx(exact[math.ceil(share * len(gaps)) - 1], rel=0.0251)
         assert stats.gap_max == pytest.approx(exact[-1])
 
-    def test_a_retry_s_wait_counts_to_the_first_chunk(self, mode):
-        """It is what the consumer waits for; the stall is that of the attempt which answered."""
+    def test_the_wait_of_a_retry_counts_towards_the_first_chunk(self, mode):
+        """The consumer waits for the whole time. The longest stall is that of the attempt that answered."""
         retry = Retry(base_delay=4, uniform=max)
         stats = call(mode, [StreamMeter(), retry], [Delay(1), ServerError("down")], [Delay(2), "ok"]).response.stats
         assert (stats.time_to_first_chunk, stats.chunks, stats.longest_stall) == (7, 1, 2)
 
-    def test_what_comes_before_the_request_does_not_count(self, mode):
+    def test_time_before_the_request_does_not_count(self, mode):
         """The time to the first chunk begins when the request is sent."""
 
         def slow(request, call_next):
@@ -119,7 +119,7 @@ class TestStatistics:
         assert (stats.chunks, stats.characters, stats.gap_max, stats.streaming_time) == (2, 4, 1, 1)
 
     def test_an_outer_hold_back(self, mode):
-        """The meter measures what comes past it, however late that is delivered."""
+        """The meter measures when chunks pass it, even if they are delivered later."""
 
         def hold(request, call_next):
             return (yield from hold_back(call_next(request)))
@@ -130,7 +130,7 @@ class TestStatistics:
 
 class TestConsumer:
     def test_its_time_is_left_out(self):
-        """A slow consumer makes no gaps, also before its first read."""
+        """A slow consumer causes no gaps, even before its first read."""
         clock = VirtualClock()
         provider = ScriptedProvider(["a", Delay(1), "b", "c"], clock=clock)
         stream = Pipeline(provider, [StreamMeter()], clock=clock).stream(REQUEST)
@@ -143,7 +143,7 @@ class TestConsumer:
 
     @pytest.mark.parametrize("backend", BACKENDS)
     def test_its_time_is_left_out_in_async_streams(self, backend):
-        """Likewise."""
+        """A slow consumer causes no gaps in async streams either."""
 
         async def main():
             clock = VirtualClock()
@@ -159,47 +159,47 @@ class TestConsumer:
 
 class TestRecord:
     def test_a_failed_stream_has_statistics(self, mode):
-        """On the call's record: there is no response to put them on."""
+        """The statistics are on the call's record, because there is no response."""
         made = call(mode, StreamMeter(), ["one", Delay(3), "two", ServerError("down")])
         stats = made.record.stats
         assert (stats.chunks, stats.characters, stats.gap_max) == (2, 6, 3)
 
     def test_the_wait_that_an_error_ended_is_a_stall(self, mode):
-        """It is no gap, since no chunk ended it."""
+        """The wait is not a gap, because it did not end with a chunk."""
         made = call(mode, StreamMeter(), ["one", Delay(1), "two", Delay(3), ServerError("down")])
         stats = made.record.stats
         assert (stats.gap_max, stats.streaming_time, stats.longest_stall) == (1, 1, 3)
 
-    def test_so_has_an_abandoned_one(self, mode):
-        """As far as it was read."""
+    def test_an_abandoned_stream_has_statistics(self, mode):
+        """The statistics cover the chunks that were read."""
         made = call(mode, StreamMeter(), ["one", Delay(3), "two", "three"], stop_after=2)
         assert (made.record.stats.chunks, made.record.stats.characters) == (2, 6)
 
-    def test_one_that_failed_at_once_has_none(self, mode):
-        """Nothing was measured."""
+    def test_a_stream_that_failed_at_once_has_no_statistics(self, mode):
+        """Without a chunk, there is nothing to measure."""
         assert call(mode, StreamMeter(), ServerError("down")).record.stats is None
 
     def test_tokens_of_a_failed_stream(self, mode):
-        """As far as the service had told."""
+        """The tokens are those that the service had reported before the failure."""
         made = call(mode, StreamMeter(), [Chunk("one", usage=Usage(output_tokens=1)), ServerError("down")])
         assert made.record.stats.tokens == 1
 
-    def test_a_failed_attempt_s_are_not_kept(self, mode):
-        """With the meter inside of Retry, the last attempt counts."""
+    def test_statistics_of_a_failed_attempt_are_not_kept(self, mode):
+        """With the meter inside of Retry, only the last attempt counts."""
         made = call(
             mode, [Retry(base_delay=0), StreamMeter()], [Chunk(), ServerError("down")], ServerError("b"), ["ok"]
         )
         assert made.response.stats.characters == 2
 
     @pytest.mark.parametrize("mode", [mode for mode in MODES if not mode.streaming], ids=str)
-    def test_whole_responses_have_none(self, mode):
-        """There is nothing to measure."""
+    def test_whole_responses_have_no_statistics(self, mode):
+        """Without a stream, there is nothing to measure."""
         made = call(mode, StreamMeter(), "whole")
         assert made.response.stats is None
         assert made.record.stats is None
 
     def test_an_answer_that_was_not_streamed_is_one_chunk(self, mode):
-        """A cache hit takes no time, whatever the clock shows."""
+        """A cache hit counts as one chunk, which arrives when the cache answers."""
 
         def cached(request, call_next):
             yield from ()
@@ -214,14 +214,14 @@ class TestRecord:
         assert stats.time_to_first_chunk == stats.longest_stall == 1000
 
     def test_events_are_untouched(self, mode):
-        """It looks on: the consumer gets the provider's very chunks."""
+        """The consumer gets the same chunk objects that the provider yielded."""
         chunks = [Chunk("a"), Chunk(reasoning="hm"), Chunk("b", finish_reason="stop")]
         events = call(mode, StreamMeter(), chunks).ran.events
         assert [id(event) for event in events] == [id(chunk) for chunk in chunks]
 
 
 def test_memory_is_constant():
-    """Fifty thousand chunks take no more of it than a thousand."""
+    """Fifty thousand chunks take no more memory than a thousand."""
 
     class Endless:
         def stream(self, request):

@@ -1,4 +1,4 @@
-"""Timing: calls, attempts and layers, by a clock that only moves when told to."""
+"""`Timing` of calls, attempts and layers, with a clock that moves only when a test advances it."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def retry():
 
 
 def test_call_and_attempts(mode):
-    """Each attempt's own time; the call's has the waits too."""
+    """Each attempt has its own time. The call's time includes the waits."""
     made = call(mode, [Timing(), retry()], [Delay(0.5), ServerError("down")], [Delay(1), "a", Delay(0.25), "b"])
     assert made.record.timings == {"call": 3.75, "attempt.0": 0.5, "attempt.1": 1.25}
 
 
 def test_a_failed_call(mode):
-    """Its times are there all the same."""
+    """A failed call has its times too."""
     made = call(mode, [Timing(), Retry(max_retries=0)], [Delay(1), "a", Delay(2), ServerError("down")])
     assert isinstance(made.ran.error, StreamInterrupted if mode.streaming else ServerError)
     assert made.record.timings == {"call": 3, "attempt.0": 3}
@@ -39,13 +39,13 @@ def test_a_failed_call(mode):
 
 @pytest.mark.parametrize("mode", [mode for mode in MODES if mode.streaming], ids=str)
 def test_an_abandoned_stream(mode):
-    """Up to where it was given up."""
+    """The times of an abandoned stream end when it is abandoned."""
     made = call(mode, Timing(), ["a", Delay(2), "b", Delay(4), "c"], stop_after=2)
     assert made.record.timings == {"call": 2, "attempt.0": 2}
 
 
-def test_a_call_that_asks_nobody(mode):
-    """Has no attempts."""
+def test_a_call_that_reaches_no_provider(mode):
+    """Such a call has no attempts."""
 
     def cached(request, call_next):
         yield from sleep(1)
@@ -56,7 +56,7 @@ def test_a_call_that_asks_nobody(mode):
 
 
 def test_record_gets_the_timings(mode):
-    """Once a call, also of one that failed."""
+    """`record` is called once per call, even if the call failed."""
     seen = []
     timing = Timing(record=lambda timings: seen.append(dict(timings)))
     call(mode, timing, [Delay(1), "a"])
@@ -65,7 +65,7 @@ def test_record_gets_the_timings(mode):
 
 
 def test_a_record_that_raises_changes_nothing(mode, capsys):
-    """Neither a result nor an error, and standard error tells of it once."""
+    """Results and errors are unchanged, and the failure is reported once on standard error."""
 
     def record(timings):
         raise ValueError("no room")
@@ -79,8 +79,8 @@ def test_a_record_that_raises_changes_nothing(mode, capsys):
 
 
 class TestLayers:
-    def test_each_layer_s_own_time(self, mode):
-        """Without that of the layers below it, of the provider, and of waits."""
+    def test_each_layer_has_its_own_time(self, mode):
+        """A layer's time excludes the layers below it, the provider and waits."""
 
         def outer(request, call_next):
             clock.advance(1)
@@ -104,14 +104,14 @@ class TestLayers:
             return (yield from call_next(request))
 
         made = call(mode, [find_clock, Timing(layers=True), outer, inner], [Delay(5000), "a", Delay(1), "b"])
-        name = "TestLayers.test_each_layer_s_own_time.<locals>."
+        name = "TestLayers.test_each_layer_has_its_own_time.<locals>."
         layers = {key: value for key, value in made.record.timings.items() if key.startswith("layer.")}
         assert layers == {f"layer.{name}outer": 3, f"layer.{name}inner": 30}
         assert made.record.timings["call"] == 3 + 30 + 1000 + 5001
 
     @pytest.mark.parametrize("mode", [mode for mode in MODES if mode.streaming], ids=str)
     def test_each_chunk_is_charged_to_the_layer_that_works_on_it(self, mode):
-        """And what the consumer takes to nobody."""
+        """The consumer's own time is not charged to any layer."""
         clock = None
 
         def slow(request, call_next):
@@ -130,7 +130,7 @@ class TestLayers:
         assert list(layers)[1] == "layer.StreamMeter"
 
     def test_layers_of_one_name_are_added_up(self, mode):
-        """Two of a class count together."""
+        """Two layers of the same class share one time."""
 
         class Layer:
             def __call__(self, request, call_next):
@@ -142,7 +142,7 @@ class TestLayers:
         assert value == 2
 
     def test_it_changes_nothing(self, mode):
-        """Errors, retries and closings go through as without it."""
+        """Errors, retries and closing work as they do without `Timing`."""
         made = call(mode, [Timing(layers=True), retry()], ["a", ServerError("down")], "b")
         plain = call(mode, [retry()], ["a", ServerError("down")], "b")
         assert made.ran.response == plain.ran.response
@@ -151,7 +151,7 @@ class TestLayers:
 
 
 def test_one_instance_serves_many_calls():
-    """The times are on each call's record."""
+    """Each call's record has its own times."""
     clock = VirtualClock()
     seen = []
     provider = ScriptedProvider([Delay(1), "a"], [Delay(2), "b"], clock=clock)

@@ -1,4 +1,4 @@
-"""The framework anthropic: where its requests go, and real servers that speak its dialect."""
+"""The framework anthropic: the address of its requests, and real servers that speak its dialect."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ KEY = "sk-ant-test-0123456789"
     ],
 )
 def test_where_requests_go(api_base: str | None, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The address, with the version or without, and the headers of the service."""
+    """`api_base` works with or without the version, and requests have the service's headers."""
     monkeypatch.setenv("ANTHROPIC_API_KEY", KEY)
     seen: list[httpx.Request] = []
 
@@ -56,7 +56,7 @@ def test_where_requests_go(api_base: str | None, url: str, monkeypatch: pytest.M
 
 
 def test_missing_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The error names the environment variable."""
+    """The error for a missing key names the environment variable."""
     monkeypatch.delenv("ANTHROPIC_API_KEY", raising=False)
     with pytest.raises(AuthenticationError, match="ANTHROPIC_API_KEY"):
         AnthropicProvider(LLMConfig(framework="anthropic", model="claude-haiku-4-5"))
@@ -75,7 +75,7 @@ def llama(local_server: str) -> LLMConfig:
 @pytest.mark.model
 @pytest.mark.parametrize("mode", MODES, ids=str)
 def test_a_real_model(llama: LLMConfig, mode: Mode) -> None:
-    """A conversation with a system text, in every mode."""
+    """A real model answers a conversation with a system message, in every mode."""
     messages = [
         Message.system("Answer in one word."),
         Message.user("Say hello."),
@@ -101,7 +101,7 @@ def test_modes_agree_on_a_real_model(llama: LLMConfig) -> None:
 @pytest.mark.model
 @pytest.mark.parametrize("mode", [MODES[0], MODES[-1]], ids=str)
 def test_errors_of_a_real_server(llama: LLMConfig, mode: Mode) -> None:
-    """A prompt over the context, a wrong parameter, and llama.cpp's 500 for what it cannot do: none worth a retry."""
+    """Overlong prompts, wrong parameters and llama.cpp's 500 for unsupported requests raise non-retryable errors."""
     with pytest.raises(ContextLengthExceeded):
         ask(llama, mode, "word " * 4000)
     with pytest.raises(BadRequest):
@@ -111,12 +111,12 @@ def test_errors_of_a_real_server(llama: LLMConfig, mode: Mode) -> None:
     assert not caught.value.retryable
 
 
-# llm-katan, which has Anthropic's errors
+# llm-katan, which imitates Anthropic's errors
 
 
 @pytest.fixture(scope="module")
 def katan(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a mock of Anthropic's service, which refuses all requests after the third."""
+    """Run a mock of Anthropic's service, which rejects all requests after the third, and yield its address."""
     program = shutil.which("llm-katan", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
     if program is None:
         pytest.skip("llm-katan is not installed; it is in the extra dev")
@@ -156,7 +156,7 @@ def wait_for(port: int, process: subprocess.Popen[bytes]) -> None:
 
 
 def test_a_mock_of_the_service(katan: str) -> None:
-    """A wrong key, three answers (whole and streamed), and then its rate limit."""
+    """The mock rejects a wrong key, answers three requests (whole and streamed), and then limits the rate."""
     wrong = "sk-ant-wrong-9876543210"
     config = LLMConfig(framework="anthropic", model="m", api_base=katan, api_key=KEY)
     refused = LLMConfig(framework="anthropic", model="m", api_base=katan, api_key=wrong)

@@ -12,7 +12,7 @@ CONFIG = LLMConfig(framework="echo", model="parrot")
 
 
 def test_the_last_user_message_comes_back() -> None:
-    """Whatever else was said; words are counted as tokens."""
+    """The last user message comes back, whatever the other messages are; words count as tokens."""
     messages = [Message.user("one"), Message.assistant("two"), Message.user("three  four\n"), Message.system("five")]
     response = Pipeline(EchoProvider(CONFIG)).complete(Request(model="parrot", messages=messages))
     assert response.text == "three  four\n"
@@ -23,7 +23,7 @@ def test_the_last_user_message_comes_back() -> None:
 
 @pytest.mark.parametrize("text", ["one two  three\n\nfour ", "  leading", "\n \n", "x"])
 def test_a_stream_comes_word_by_word_and_adds_up(text: str) -> None:
-    """White space is kept, wherever it is."""
+    """White space is kept everywhere."""
     with Pipeline(EchoProvider(CONFIG)).stream(Request(model="m", messages=text)) as stream:
         chunks = [chunk.text for chunk in stream]
     assert "".join(chunks) == text == stream.response.text
@@ -31,21 +31,21 @@ def test_a_stream_comes_word_by_word_and_adds_up(text: str) -> None:
 
 
 def test_max_tokens_cuts_after_so_many_words() -> None:
-    """And the finish reason says so."""
+    """An answer cut at `max_tokens` has the finish reason "length"."""
     response = Pipeline(EchoProvider(CONFIG)).complete(Request(model="m", messages="a b c d", max_tokens=2))
     assert response.text == "a b "
     assert response.finish_reason == "length"
 
 
 def test_without_a_user_message_the_answer_is_empty() -> None:
-    """It is an answer all the same."""
+    """An empty answer is still a complete response."""
     response = Pipeline(EchoProvider(CONFIG)).complete(Request(model="m", messages=[Message.system("be brief")]))
     assert (response.text, response.finish_reason) == ("", "stop")
 
 
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
 def test_the_async_provider_says_the_same(backend: str) -> None:
-    """Whole and streamed."""
+    """The async provider gives the same responses as the sync provider, whole and streamed."""
     request = Request(model="m", messages="hello there you", max_tokens=2)
 
     async def run() -> None:
@@ -61,7 +61,7 @@ def test_the_async_provider_says_the_same(backend: str) -> None:
 
 
 def test_it_is_found_by_its_name() -> None:
-    """With the default stack around it, sync and async."""
+    """The framework name finds the provider, with the default stack, sync and async."""
     assert LLM(CONFIG).forward("hello") == "hello"
 
     async def run() -> None:

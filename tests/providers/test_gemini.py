@@ -1,4 +1,4 @@
-"""The framework gemini: where its requests go, and with which key."""
+"""The framework gemini: the address and the key of its requests."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ KEY = "AIza-test-0123456789"
 
 
 def request_of(config: LLMConfig) -> httpx.Request:
-    """The HTTP request that a call makes."""
+    """Return the HTTP request that a call makes."""
     seen: list[httpx.Request] = []
 
     def answer(request: httpx.Request) -> httpx.Response:
@@ -31,7 +31,7 @@ def request_of(config: LLMConfig) -> httpx.Request:
 
 
 def streaming(status: int, content_type: str, body: bytes) -> str:
-    """The text of a stream that is answered so."""
+    """Return the text of a stream that gets this HTTP response."""
     transport = httpx.MockTransport(
         lambda _: httpx.Response(status, content=body, headers={"content-type": content_type})
     )
@@ -41,20 +41,20 @@ def streaming(status: int, content_type: str, body: bytes) -> str:
 
 
 def test_error_under_the_content_type_of_a_stream() -> None:
-    """The recorded 400: plain JSON that says it is a stream of events."""
+    """The recorded 400 is plain JSON with the content type of a stream, and raises its error."""
     recorded = load("36-")
     with pytest.raises(AuthenticationError, match="API key not valid"):
         streaming(recorded.status, recorded.headers["content-type"], recorded.body)
 
 
 def test_stream_that_comes_as_an_array() -> None:
-    """A server that knows no `alt=sse` answers with one JSON array."""
+    """A JSON array, from a server that does not support `alt=sse`, is read as a stream."""
     body = json.dumps([answer({"text": "Hel"}), answer({"text": "lo"}, reason="STOP")], indent=2).encode()
     assert streaming(200, "application/json; charset=UTF-8", body) == "Hello"
 
 
 def test_stream_with_an_error_at_its_end() -> None:
-    """A bare JSON error after the events, under status 200; what came before it is kept."""
+    """A bare JSON error after the events, with status 200, interrupts the stream; earlier output is kept."""
     error = {"error": {"code": 503, "message": "overloaded", "status": "UNAVAILABLE"}}
     with pytest.raises(StreamInterrupted) as caught:
         streaming(200, "text/event-stream", sse(answer({"text": "Hel"})) + json.dumps(error, indent=1).encode())
@@ -72,7 +72,7 @@ def test_stream_with_an_error_at_its_end() -> None:
     ],
 )
 def test_where_requests_go(api_base: str | None, base: str) -> None:
-    """The address, with a version or without; the key is in a header and not in the URL."""
+    """`api_base` works with or without a version; the key is in a header rather than in the URL."""
     config = LLMConfig(framework="gemini", model="gemini-2.5-flash", api_base=api_base, api_key=KEY)
     request = request_of(config)
     assert str(request.url) == f"{base}/models/gemini-2.5-flash:generateContent"
@@ -86,7 +86,7 @@ def test_where_requests_go(api_base: str | None, base: str) -> None:
 def test_keys_from_the_environment(
     gemini: str | None, google: str | None, used: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """GEMINI_API_KEY, or else GOOGLE_API_KEY."""
+    """The key comes from GEMINI_API_KEY, or else from GOOGLE_API_KEY."""
     for name, value in (("GEMINI_API_KEY", gemini), ("GOOGLE_API_KEY", google)):
         monkeypatch.delenv(name, raising=False)
         if value is not None:
@@ -95,7 +95,7 @@ def test_keys_from_the_environment(
 
 
 def test_missing_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The error names the environment variable."""
+    """The error for a missing key names the environment variable."""
     monkeypatch.delenv("GEMINI_API_KEY", raising=False)
     monkeypatch.delenv("GOOGLE_API_KEY", raising=False)
     with pytest.raises(AuthenticationError, match="GEMINI_API_KEY"):

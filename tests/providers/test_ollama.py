@@ -1,4 +1,4 @@
-"""The frameworks ollama and ollama-generate: where their requests go, and the real server."""
+"""The frameworks ollama and ollama-generate: the address of their requests, and the real server."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ RUN = Path(os.environ.get("FLUXIBLY_OLLAMA_RUN") or Path(__file__).parents[3] / 
 
 
 def request_of(provider: type[OllamaProvider | OllamaGenerateProvider], **settings: str) -> httpx.Request:
-    """The HTTP request that a call makes."""
+    """Return the HTTP request that a call makes."""
     seen: list[httpx.Request] = []
 
     def answer(request: httpx.Request) -> httpx.Response:
@@ -44,7 +44,7 @@ def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_where_requests_go() -> None:
-    """The local server, without a key."""
+    """Requests go to the local server by default, without a key."""
     request = request_of(OllamaProvider)
     assert str(request.url) == "http://127.0.0.1:11434/api/chat"
     assert "authorization" not in request.headers
@@ -53,14 +53,14 @@ def test_where_requests_go() -> None:
 
 @pytest.mark.parametrize("path", ["", "/", "/api", "/v1/"])
 def test_api_base(path: str) -> None:
-    """The server's root, also where it is given as the base of one of its APIs."""
+    """`api_base` may be the server's root, or the base path of any of its APIs."""
     request = request_of(OllamaProvider, api_base=f"http://gpu.test:9000{path}", api_key="k")
     assert str(request.url) == "http://gpu.test:9000/api/chat"
     assert request.headers["authorization"] == "Bearer k"
 
 
 def test_host_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """OLLAMA_HOST counts unless `api_base` is given."""
+    """OLLAMA_HOST applies unless `api_base` is set."""
     monkeypatch.setenv("OLLAMA_HOST", "gpu.test:9000")
     assert str(request_of(OllamaProvider).url) == "http://gpu.test:9000/api/chat"
     assert request_of(OllamaProvider, api_base="http://other.test").url.host == "other.test"
@@ -81,19 +81,19 @@ def test_host_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_host_urls(host: str, url: str) -> None:
-    """As Ollama's own programs read the variable."""
+    """Values of OLLAMA_HOST are read as Ollama's own programs read them."""
     assert host_url(host) == url
 
 
 @pytest.mark.parametrize("host", ["ftp://example.test", "example.test:port", "http://[::1"])
-def test_hosts_that_are_none(host: str) -> None:
-    """The error names the variable."""
+def test_invalid_hosts(host: str) -> None:
+    """The error for an invalid host names the variable."""
     with pytest.raises(ConfigError, match="OLLAMA_HOST"):
         host_url(host)
 
 
 def test_hosts_as_the_official_client_reads_them() -> None:
-    """The `ollama` package reads the same server out of the variable."""
+    """The `ollama` package reads the same server from the variable."""
     ollama_client = pytest.importorskip("ollama._client")
     for host in (
         "example.test",
@@ -111,9 +111,9 @@ def test_hosts_as_the_official_client_reads_them() -> None:
 
 @pytest.fixture(scope="module")
 def server(gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a real Ollama server with the model `smollm2`."""
+    """Run a real Ollama server with the model `smollm2`, and yield its address."""
     if not RUN.exists():
-        pytest.skip(f"no script that runs Ollama: {RUN} does not exist; FLUXIBLY_OLLAMA_RUN names another")
+        pytest.skip(f"the script {RUN}, which runs Ollama, does not exist; set FLUXIBLY_OLLAMA_RUN to another script")
     folder = tmp_path_factory.mktemp("ollama")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -136,7 +136,7 @@ def server(gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str
 @pytest.mark.parametrize("framework", ["ollama", "ollama-generate"])
 @pytest.mark.parametrize("mode", MODES, ids=str)
 def test_the_real_server(server: str, framework: str, mode: Mode) -> None:
-    """Both endpoints in every mode."""
+    """Both endpoints of the real server answer in every mode."""
     config = LLMConfig(framework=framework, model="smollm2", api_base=server, max_tokens=12, temperature=0)
     response = ask(config, mode, [Message.system("Be brief."), Message.user("Count to fifty.")], seed=1)
     assert response.text
@@ -150,7 +150,7 @@ def test_the_real_server(server: str, framework: str, mode: Mode) -> None:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("mode", [MODES[0], MODES[-1]], ids=str)
 def test_a_missing_model(server: str, mode: Mode) -> None:
-    """The error says how to get it."""
+    """The error for a missing model says how to get it."""
     with pytest.raises(NotFound, match="ollama pull nothing"):
         ask(LLMConfig(framework="ollama", model="nothing", api_base=server), mode, "Hi")
 
@@ -158,7 +158,7 @@ def test_a_missing_model(server: str, mode: Mode) -> None:
 @pytest.mark.ollama
 @pytest.mark.timeout(600)
 def test_json_from_the_real_server(server: str) -> None:
-    """A JSON Schema binds the answer."""
+    """The real server's answer follows a JSON Schema."""
     schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
     config = LLMConfig(framework="ollama", model="smollm2", api_base=server, max_tokens=40, temperature=0)
     response = ask(config, MODES[0], "Say a number as JSON.", response_format=schema)

@@ -1,4 +1,4 @@
-"""The providers of OpenAI's dialects: where they send, with which key, under which name."""
+"""The providers of OpenAI's dialects: the address, the key and the name of each."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ BASE = "https://example.test/base"
 
 @pytest.fixture(autouse=True)
 def _no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The environment of whoever runs the tests has no say."""
+    """Remove the keys of the user who runs the tests from the environment."""
     for row in SERVICES.values():
         monkeypatch.delenv(row.env_var, raising=False)
     monkeypatch.delenv("OPENAI_API_VERSION", raising=False)
 
 
 class Server:
-    """Answers every request alike, and keeps them."""
+    """A mock server that answers every request alike, and keeps the requests."""
 
     def __init__(self) -> None:
         self.requests: list[httpx.Request] = []
@@ -52,7 +52,7 @@ def config(framework: str, **fields: Any) -> LLMConfig:
 
 
 def ask(framework: str, *, max_tokens: int | None = None, model: str = "some/model", **fields: Any) -> httpx.Request:
-    """The request that a framework's provider sends."""
+    """Return the request that a framework's provider sends."""
     server = Server()
     provider = OpenAIProvider(config(framework, **fields), transport=httpx.MockTransport(server))
     with Pipeline(provider) as pipeline:
@@ -62,7 +62,7 @@ def ask(framework: str, *, max_tokens: int | None = None, model: str = "some/mod
 
 @pytest.mark.parametrize("framework", SERVICES)
 def test_a_provider_is_named_after_its_service(framework: str) -> None:
-    """The synchronous one and its asynchronous twin say the same of themselves."""
+    """The sync and async providers of a service have the same info, named after the service."""
     settings = config(framework, api_key="k", api_base=BASE)
     info = OpenAIProvider(settings).info
     assert info == AsyncOpenAIProvider(settings).info
@@ -72,7 +72,7 @@ def test_a_provider_is_named_after_its_service(framework: str) -> None:
 
 
 def test_a_class_of_the_users_own_keeps_its_name() -> None:
-    """Under a framework of its own it is OpenAI's dialect; logs name the class."""
+    """A user's own class speaks OpenAI's dialect under its own framework; logs name the class."""
 
     class MineProvider(OpenAIProvider):
         pass
@@ -83,7 +83,7 @@ def test_a_class_of_the_users_own_keeps_its_name() -> None:
 
 @pytest.mark.parametrize("framework", sorted(set(SERVICES) - {"azure"}))
 def test_where_each_preset_sends(framework: str) -> None:
-    """To its service, below its base URL, with the key as a bearer token."""
+    """Each preset sends below its service's base URL, with the key as a bearer token."""
     row = SERVICES[framework]
     request = ask(framework, api_key="k-1")
     assert str(request.url) == f"{row.base_url}{row.quirks.get('path', '/chat/completions')}"
@@ -111,7 +111,7 @@ def test_where_each_preset_sends(framework: str) -> None:
     ],
 )
 def test_azure(api_base: str, url: str) -> None:
-    """The deployment is in the path, the version in the query, the key in a header of its own."""
+    """The deployment is in the path, the version in the query, and the key in Azure's own header."""
     request = ask("azure", api_base=api_base, api_key="k-1")
     assert str(request.url) == f"https://me.openai.azure.com{url}"
     assert request.headers["api-key"] == "k-1"
@@ -119,7 +119,7 @@ def test_azure(api_base: str, url: str) -> None:
 
 
 def test_azure_takes_the_version_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As OpenAI's own client does; and it has no address of its own."""
+    """OPENAI_API_VERSION sets the version, as for OpenAI's own client; Azure requires `api_base`."""
     monkeypatch.setenv("OPENAI_API_VERSION", "2031-01-01")
     assert ask("azure", api_base="https://me.openai.azure.com", api_key="k").url.params["api-version"] == "2031-01-01"
     with pytest.raises(ConfigError, match="api_base"):
@@ -127,7 +127,7 @@ def test_azure_takes_the_version_from_the_environment(monkeypatch: pytest.Monkey
 
 
 def test_keys(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From the environment; missing where a service needs one; not needed on this machine or at a server of one's own."""
+    """Keys come from the environment. A missing key is an error, except for local servers and a user's own server."""
     with pytest.raises(AuthenticationError, match="GROQ_API_KEY"):
         OpenAIProvider(config("groq"))
     with pytest.raises(AuthenticationError, match="OPENAI_API_KEY"):
@@ -148,13 +148,13 @@ def test_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_max_tokens_at_openai_and_elsewhere(api_base: str | None, model: str, name: str) -> None:
-    """OpenAI has renamed it; compatible servers have not."""
+    """OpenAI has renamed `max_tokens`; compatible servers have not."""
     body = json.loads(ask("openai", api_base=api_base, api_key="k", model=model, max_tokens=5).content)
     assert body[name] == 5
 
 
 def test_the_asynchronous_twin_asks_alike() -> None:
-    """It sends the same request and gives the same response."""
+    """The async provider sends the same request and returns the same response."""
     server = Server()
 
     async def main() -> Response:
@@ -168,7 +168,7 @@ def test_the_asynchronous_twin_asks_alike() -> None:
 
 
 def test_an_error_says_who_and_what() -> None:
-    """The class, the service, the model, the request's id and what to do."""
+    """An error has its class, the service, the model, the request's id and advice."""
 
     def refuse(request: httpx.Request) -> httpx.Response:
         error = {"error": {"message": "The model `x` does not exist", "code": "model_not_found"}}
@@ -186,7 +186,7 @@ def test_an_error_says_who_and_what() -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_the_headers_of_a_200_are_hints_for_its_error(stream: bool) -> None:
-    """When to try again, and the request's id, stand there alone; the error is in the body, or in the stream."""
+    """The retry delay and the request's id come from the headers; the error is in the body, or in the stream."""
 
     def answer(request: httpx.Request) -> httpx.Response:
         error = json.dumps({"error": {"code": 429, "message": "slow down"}})
@@ -212,7 +212,7 @@ def test_the_headers_of_a_200_are_hints_for_its_error(stream: bool) -> None:
 
 
 def test_an_error_of_a_server_of_ones_own_does_not_blame_openai() -> None:
-    """It names the host that was asked."""
+    """An error of a user's own server names its host rather than OpenAI."""
     transport = httpx.MockTransport(lambda _: httpx.Response(500))
     provider = OpenAIProvider(config("openai", api_base=BASE), transport=transport)
     with pytest.raises(ServerError, match="example.test answered 500: an empty body"), Pipeline(provider) as pipeline:

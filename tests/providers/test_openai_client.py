@@ -1,4 +1,4 @@
-"""The official `openai` client reads the same bytes, and says the same."""
+"""The official `openai` client reads the same bytes as fluxibly, with the same result."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ HELLO: list[Any] = [{"role": "user", "content": "Hi"}]
 
 @contextmanager
 def client_of(body: bytes, content_type: str = "text/event-stream") -> Iterator[Any]:
-    """The official client at a server that answers with these bytes."""
+    """Yield the official client, connected to a server that answers with these bytes."""
     with (
         serving(body, content_type) as address,
         openai.OpenAI(api_key="k", base_url=address, max_retries=0) as client,
@@ -33,7 +33,7 @@ def client_of(body: bytes, content_type: str = "text/event-stream") -> Iterator[
 
 
 def counted(usage: Any) -> tuple[int | None, ...]:
-    """What the official client counts: tokens in and out, from the cache and for reasoning."""
+    """Return the official client's counts: tokens in and out, from the cache and for reasoning."""
     if usage is None:
         return (None,) * 4
     given, made = usage.prompt_tokens_details, usage.completion_tokens_details
@@ -42,14 +42,14 @@ def counted(usage: Any) -> tuple[int | None, ...]:
 
 
 def ours_counted(usage: Usage | None) -> tuple[int | None, ...]:
-    """The same of ours."""
+    """Return the same counts of fluxibly's usage."""
     usage = usage or Usage()
     return usage.input_tokens, usage.output_tokens, usage.cached_tokens, usage.reasoning_tokens
 
 
 @pytest.mark.parametrize("name", ["01-", "02-", "04-", "05-", "15-", "18-", "25-"])
 def test_streams(name: str) -> None:
-    """Text, tool calls, finish reason, ids and usage of the recorded streams whose content is text."""
+    """Recorded streams with text content have the same text, tool calls, finish reason, ids and usage."""
     body = load(name).body
     with client_of(body) as client, client.chat.completions.create(model="m", messages=HELLO, stream=True) as stream:
         chunks = list(stream)
@@ -61,7 +61,7 @@ def test_streams(name: str) -> None:
         calls[fragment.index] = [had + (new or "") for had, new in zip(call, found, strict=True)]
     ours = streamed(CHAT, body)
     text = "".join((choice.delta.content or "") + (choice.delta.refusal or "") for choice in choices)
-    if name == "25-":  # the client leaves what the model thought in its text
+    if name == "25-":  # the client leaves the model's reasoning in its text
         assert text == f"<think>\n{ours.reasoning}</think>\n\n{ours.text}"
     else:
         assert ours.text == text
@@ -72,7 +72,7 @@ def test_streams(name: str) -> None:
 
 
 def test_a_whole_answer() -> None:
-    """The same for a body, which is padded here."""
+    """A whole body, padded in the recording, has the same text, finish reason, ids and usage."""
     body = load("14-").body
     with client_of(body, "application/json") as client:
         theirs = client.chat.completions.create(model="m", messages=HELLO)
@@ -84,7 +84,7 @@ def test_a_whole_answer() -> None:
 
 
 def test_an_error_in_a_stream() -> None:
-    """It fails for both, with the same words, after the same text."""
+    """Both clients raise an error with the same message after the same text."""
     body = load("16-").body
     texts: list[str] = []
     with (
@@ -127,7 +127,7 @@ RESPONSE = {
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_responses(stream: bool) -> None:
-    """The Responses API, whole and streamed."""
+    """Responses of the Responses API are the same, whole and streamed."""
     whole = json.dumps(RESPONSE).encode()
     done = sse(
         {"type": "response.output_text.delta", "item_id": "msg_1", "output_index": 1, "content_index": 0,
@@ -156,7 +156,7 @@ def test_responses(stream: bool) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_requests(stream: bool) -> None:
-    """What we send is what the client's own types describe."""
+    """Our request body is valid by the client's own types."""
     from openai.types.chat.completion_create_params import (
         CompletionCreateParamsNonStreaming as Whole,
         CompletionCreateParamsStreaming as Streaming,

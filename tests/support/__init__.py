@@ -1,1 +1,1 @@
-"""What tests share: calls in every mode, servers that misbehave, recorded exchanges, strategies, and what spans say."""
+"""Helpers for tests: calls in every mode, misbehaving servers, recorded exchanges, strategies, readers of spans."""

@@ -1,4 +1,4 @@
-"""What telemetry says of who answered a call, for the tests of LangChain and LiteLLM."""
+"""The provider and model that telemetry names for a call, for the tests of LangChain and LiteLLM."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from support.tracing_tools import Recorder
 
 @attrs.define
 class Told:
-    """A call's span, the spans of its attempts, the attributes of its measured duration, and its record."""
+    """The telemetry of a call: its span, its attempts' spans, the attributes of its duration, and its record."""
 
     recorder: Recorder = attrs.Factory(Recorder)
     meters: Meters = attrs.Factory(Meters)
@@ -27,7 +27,7 @@ class Told:
 
     @property
     def attempts(self) -> list[tuple[Any, Any]]:
-        """The provider and the response's model of each."""
+        """The provider and the response's model of each attempt."""
         names = ("fluxibly.attempt.provider", "fluxibly.attempt.response_model")
         return [tuple(span.attributes.get(name) for name in names) for span in self.recorder.attempts]
 
@@ -45,7 +45,7 @@ class Told:
 
 
 def tell(mode: str, provider: Any, request: Request, *inner: Any, calls: int = 1) -> Told:
-    """Make a call in a mode of `libraries.MODES`, more than once if need be, and see what is told of it."""
+    """Make one or several calls in a mode of `libraries.MODES`, and return their telemetry."""
     backend, _, streamed = mode.partition(" ")
     told = Told()
     if backend == "sync":

@@ -1,4 +1,4 @@
-"""What the tests of the built-in middleware share: a call in a mode, with its script, its clock and its record."""
+"""Helpers for the tests of the built-in middleware: a call in a mode, with its script, clock and record."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ REQUEST = Request(model="m-1", messages="What is the capital of France?")
 
 @attrs.frozen
 class Call:
-    """A call that was made: what came of it, and what it left behind."""
+    """A finished call: its result, provider, clock and record."""
 
     ran: Ran
     provider: ScriptedProvider | AsyncScriptedProvider
@@ -24,7 +24,7 @@ class Call:
 
     @property
     def response(self) -> Response:
-        """The response; an error is raised."""
+        """The response. If the call failed, this raises its error."""
         if self.ran.error is not None:
             raise self.ran.error
         assert self.ran.response is not None
@@ -32,12 +32,12 @@ class Call:
 
 
 def scripted(mode: Mode, *answers: Any, clock: VirtualClock | None = None) -> Any:
-    """A scripted provider for a mode."""
+    """Return a scripted provider for a mode."""
     return (AsyncScriptedProvider if mode.backend else ScriptedProvider)(*answers, clock=clock)
 
 
 def call(mode: Mode, middleware: Any, *answers: Any, request: Request = REQUEST, **options: Any) -> Call:
-    """Call a middleware, or several, in a mode, against a script."""
+    """Make a call in a mode, through one or several middleware, to a scripted provider."""
     clock = VirtualClock()
     provider = scripted(mode, *answers, clock=clock)
     records: list[CallRecord] = []

@@ -1,4 +1,4 @@
-"""What the tests of codecs share: streams through a codec without HTTP, and a server of fixed bytes."""
+"""Helpers for tests of codecs: streams through a codec without HTTP, and a server of fixed bytes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ PNG = Image(data=b"\x89PNG", media_type="image/png")
 
 
 def ask(config: LLMConfig, mode: Mode, prompt: Any, **overrides: Any) -> Response:
-    """The response to a call in a mode, without middleware; a stream's texts have to add up to it."""
+    """Return the response to a call in a mode, without middleware, and check that a stream's texts add up to it."""
 
     async def ask_async() -> Response:
         async with AsyncLLM(config, middleware=[]) as llm:
@@ -59,7 +59,7 @@ def _checked(response: Response | None, texts: list[str]) -> Response:
 
 
 def streamed(codec: Codec, *reads: bytes) -> Response:
-    """The response that a stream comes to; its failure is raised."""
+    """Return the response of a stream, or raise its failure."""
     outcome = outcome_of(codec, reads)
     if outcome.failure is not None:
         raise outcome.failure
@@ -67,21 +67,21 @@ def streamed(codec: Codec, *reads: bytes) -> Response:
 
 
 def recut(codec: Codec, stream: bytes) -> Response:
-    """The response that a stream comes to, wherever its reads are cut."""
+    """Return the response of a stream, and check that it is the same wherever the reads are cut."""
     outcome = check_cuts(codec, stream)
     assert outcome.failure is None, outcome
     return outcome.response
 
 
 def interrupted(codec: Codec, *reads: bytes) -> tuple[Response, FluxiblyError]:
-    """What had arrived of a stream that fails, and its error."""
+    """Return the partial response of a stream that fails, and its error."""
     outcome = outcome_of(codec, reads)
     assert isinstance(outcome.failure, FluxiblyError), outcome
     return outcome.response, outcome.failure
 
 
 def sse(*events: object, done: bool = False) -> bytes:
-    """Server-sent events with these data, named after their `type` as Anthropic does; with `[DONE]` if `done`."""
+    """Return server-sent events with this data, named after their `type` as Anthropic does; with `[DONE]` if `done`."""
     blocks: list[str] = []
     for event in [*events, *["[DONE]"] * done]:
         data = event if isinstance(event, str) else json.dumps(event)
@@ -92,16 +92,16 @@ def sse(*events: object, done: bool = False) -> bytes:
 
 @contextlib.contextmanager
 def serving(body: bytes, content_type: str) -> Iterator[str]:
-    """A server on loopback that answers every POST with `body`, for clients of any make; yields its address."""
+    """Run a loopback server that answers every POST with `body`, for any client, and yield its address."""
     with answering(content_type, body) as (address, _):
         yield address
 
 
 @contextlib.contextmanager
 def answering(content_type: str, *bodies: bytes) -> Iterator[tuple[str, list[tuple[str, Any]]]]:
-    """A server on loopback that answers each POST with the next body, and from then on with the last.
+    """Run a loopback server that answers each POST with the next body, and repeats the last body.
 
-    Yields its address, and the paths and decoded bodies of what it was asked.
+    Yields its address, and a list of the paths and decoded bodies of its requests.
     """
     asked: list[tuple[str, Any]] = []
 
@@ -116,7 +116,7 @@ def answering(content_type: str, *bodies: bytes) -> Iterator[tuple[str, list[tup
             self.wfile.write(body)
 
         def log_message(self, *_: object) -> None:
-            """Say nothing."""
+            """Do not log requests."""
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
         thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01})

@@ -1,4 +1,4 @@
-"""Answers of Gemini's."""
+"""Responses of Gemini."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tests of LangChain and LiteLLM share: calls through either, on the real libraries, to the canned server."""
+"""Helpers for the tests of LangChain and LiteLLM: calls through the real libraries to the canned server."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ MODES = ("sync", "sync stream", "asyncio", "asyncio stream", "trio", "trio strea
 STREAM_MODES = tuple(mode for mode in MODES if "stream" in mode)
 
 LITELLM_WARNS = [
-    # LiteLLM's own types, when pydantic builds their validators at the first call, and when they are dumped
+    # pydantic warns of LiteLLM's own types when it builds their validators at the first call, and when it dumps them
     pytest.mark.filterwarnings("ignore:Item '.*' on TypedDict class:UserWarning"),
     pytest.mark.filterwarnings("ignore:Pydantic serializer warnings:UserWarning"),
-    # its streams, which look at fields of its own that pydantic is to drop
+    # LiteLLM's streams read fields of its own that pydantic deprecates
     pytest.mark.filterwarnings("ignore:Accessing the 'model_:DeprecationWarning"),
 ]
 
 
 def ask(mode: str, provider: Any, async_provider: Any, request: Any) -> Any:
-    """The response to a request in one of the modes; `provider` and `async_provider` make the providers."""
+    """Return the response to a request in a mode of `MODES`; `provider` and `async_provider` create the providers."""
     backend, _, streamed = mode.partition(" ")
     if backend == "sync":
         pipeline = Pipeline(provider())
@@ -58,7 +58,7 @@ def ask(mode: str, provider: Any, async_provider: Any, request: Any) -> Any:
 
 @attrs.frozen
 class Library:
-    """A framework that stands on another library. It is imported when it is used: that takes seconds."""
+    """A framework that builds on another library. It is imported on first use, because the import takes seconds."""
 
     framework: str
     prefix: str
@@ -67,7 +67,7 @@ class Library:
 
     @property
     def providers(self) -> tuple[Any, Any]:
-        """The two classes, for sync and async."""
+        """The synchronous and the asynchronous provider class."""
         module = importlib.import_module(f"fluxibly.providers.{self.framework}")
         return getattr(module, self.class_name), getattr(module, "Async" + self.class_name)
 
@@ -76,13 +76,13 @@ class Library:
         return LLMConfig(**{"framework": self.framework, "model": model, "api_key": KEY, "api_base": base, **settings})
 
     def call(self, mode: str, settings: LLMConfig, **request: Any) -> Any:
-        """The response in a mode; the providers are closed."""
+        """Return the response in a mode, and close the providers."""
         asked = Request(**{"model": settings.model, "messages": "hello there", **request})
         provider, async_provider = self.providers
         return ask(mode, lambda: provider(settings), lambda: async_provider(settings), asked)
 
     def failure(self, mode: str, settings: LLMConfig, **request: Any) -> BaseException:
-        """The provider's error, and the assurance that the key is in none of what is printed of it."""
+        """Return the provider's error after checking that neither its traceback nor its attributes contain the key."""
         with pytest.raises((ProviderError, StreamInterrupted)) as caught:
             self.call(mode, settings, **request)
         assert KEY not in "".join(traceback.format_exception(caught.value))
@@ -96,7 +96,7 @@ LITELLM = Library("litellm", "/", "LiteLLMProvider", ("openai/gpt-4o", "anthropi
 
 @attrs.frozen
 class Case:
-    """A library with one of its models."""
+    """A library and a model."""
 
     library: Library
     model: str
@@ -109,7 +109,7 @@ class Case:
 
 
 def cases(part: str) -> list[Any]:
-    """Each library with each model that has `part` in its name; skipped where the library is not installed."""
+    """Return each library with each model whose name contains `part`, skipped if the library is not installed."""
     needs = {"langchain": ("langchain", "langchain_openai", "langchain_anthropic"), "litellm": ("litellm",)}
     found: list[Any] = []
     for library in (LANGCHAIN, LITELLM):
@@ -122,6 +122,6 @@ def cases(part: str) -> list[Any]:
 
 
 def sent_key(server: Canned) -> str:
-    """The key of the last request, in OpenAI's header or in Anthropic's."""
+    """Return the key of the last request, from OpenAI's header or Anthropic's."""
     headers = server.last.headers
     return headers.get("authorization", headers.get("x-api-key", "")).removeprefix("Bearer ")

@@ -1,4 +1,4 @@
-"""A stand-in for the packaged model, and a process of its own that fetches it."""
+"""A stand-in for the packaged model, and the function with which a separate process fetches it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A meter provider for tests, and the attributes of what calls of `tracing_tools` measure."""
+"""A meter provider for tests, and the attributes that calls of `tracing_tools` are measured with."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WHO = {
 
 
 class Meters:
-    """A meter provider, and what it was given."""
+    """A meter provider, and a reader of its metrics."""
 
     def __init__(self) -> None:
         self.reader = InMemoryMetricReader()
@@ -28,12 +28,12 @@ class Meters:
         return Metrics(meter_provider=self.provider, **options)
 
     def read(self):
-        """The metrics by name."""
+        """Return the metrics by name."""
         data = self.reader.get_metrics_data()
         if data is None:
             return {}
         return {m.name: m for r in data.resource_metrics for scope in r.scope_metrics for m in scope.metrics}
 
     def points(self):
-        """The data points by the metric's name."""
+        """Return the data points by the metric's name."""
         return {name: list(metric.data.data_points) for name, metric in self.read().items()}

@@ -18,7 +18,7 @@ FOLDER = Path(os.environ.get("FLUXIBLY_RECORDED") or Path(__file__).parents[3] /
 
 @attrs.frozen
 class Recording:
-    """One recorded exchange. `body` is decompressed; `headers` have lower-case names."""
+    """A recorded exchange. `body` is decompressed; `headers` have lower-case names."""
 
     name: str
     dialect: str
@@ -31,7 +31,7 @@ class Recording:
 
 @cache
 def load(name: str) -> Recording:
-    """The recording whose file's name begins with `name` ("16-"); skips the test where there are none."""
+    """Return the recording whose file name begins with `name` ("16-"), or skip the test if there is no such file."""
     found = sorted(FOLDER.glob(f"{name}*.json"))
     if not found:
         pytest.skip(f"no recorded exchange {name} in the folder that FLUXIBLY_RECORDED names")

@@ -1,4 +1,4 @@
-"""An SDK that keeps what it is given, for the tests of traces and metrics."""
+"""An SDK that keeps its spans and events in memory, for the tests of traces and metrics."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CHAT = (Message.system("Be terse."), Message.user("What is the meaning of life?"
 
 
 class Remote(ScriptedProvider):
-    """A scripted provider that passes for one over HTTP."""
+    """A scripted provider that looks like a provider over HTTP."""
 
     info = INFO
 
@@ -41,12 +41,12 @@ class AsyncRemote(AsyncScriptedProvider):
 
 
 def remote(mode: Mode, *answers: Any, **options: Any) -> Any:
-    """A scripted provider for the mode."""
+    """Return a scripted provider for the mode."""
     return (Remote if mode.backend is None else AsyncRemote)(*answers, **options)
 
 
 class Counting(SpanProcessor):
-    """Counts which spans were started and ended."""
+    """A span processor that records which spans were started and ended."""
 
     def __init__(self) -> None:
         self.started: list[int] = []
@@ -60,7 +60,7 @@ class Counting(SpanProcessor):
 
 
 class Recorder:
-    """A tracer provider and a logger provider with what came out of them."""
+    """A tracer provider and a logger provider, with the spans and events that they exported."""
 
     def __init__(self, **options: Any) -> None:
         self.exporter = InMemorySpanExporter()
@@ -81,13 +81,13 @@ class Recorder:
 
     @property
     def call(self) -> ReadableSpan:
-        """The one span of a call."""
+        """The only span of a call."""
         (found,) = [span for span in self.spans if span.name.startswith("chat ")]
         return found
 
     @property
     def attempts(self) -> list[ReadableSpan]:
-        """The spans of attempts, by their number."""
+        """The spans of the attempts, in order of their index."""
         found = [span for span in self.spans if span.name == "fluxibly.attempt"]
         return sorted(found, key=lambda span: span.attributes["fluxibly.attempt.index"])
 
@@ -97,7 +97,7 @@ class Recorder:
 
 
 def everything(spans: list[ReadableSpan]) -> str:
-    """All that spans say, as a text to search in."""
+    """Return the whole content of the spans as a text to search in."""
     return " ".join(
         json.dumps([span.name, dict(span.attributes or {}), span.status.description, [*map(_event, span.events)]])
         for span in spans
@@ -113,7 +113,7 @@ def failed(span: ReadableSpan) -> bool:
 
 
 def fall_back(request, call_next):
-    """A fallback to another model."""
+    """Fall back to another model."""
     try:
         return (yield from call_next(request))
     except Overloaded:
@@ -121,7 +121,7 @@ def fall_back(request, call_next):
 
 
 def cached(request, call_next):
-    """A cache that always hits."""
+    """Answer from a cache that always hits."""
     request.call.cache_hit = True
     yield from ()
     return ANSWER

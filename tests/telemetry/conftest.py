@@ -1,4 +1,4 @@
-"""Fixtures of the tests of spans."""
+"""Fixtures for the tests of spans."""
 
 from __future__ import annotations
 
@@ -16,6 +16,6 @@ def recorder():
 
 @pytest.fixture
 def no_complaints(caplog):
-    """OpenTelemetry never logs that a context could not be detached."""
+    """Check that OpenTelemetry never logs that a context could not be detached."""
     yield
     assert not [record for record in caplog.records if "detach" in record.getMessage()]

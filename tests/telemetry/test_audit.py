@@ -1,4 +1,4 @@
-"""What traces, metrics and logs hold at their edges: odd values, odd texts, and what `setup` is given."""
+"""Edge cases of traces, metrics and logs: odd values, odd texts, and the arguments of `setup`."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def ask(recorder, answer, request=REQUEST, **options):
 
 
 @pytest.mark.parametrize("returned", [None, 5, b"bytes"])
-def test_a_redact_that_returns_no_text_shows_nothing(returned, recorder, capsys):
-    """As if it had raised: neither in the content nor in an error's message, and that is told once."""
+def test_a_redact_that_does_not_return_a_text_hides_everything(returned, recorder, capsys):
+    """Neither the content nor an error's message is recorded, as if `redact` had raised. This is reported once."""
     ask(recorder, ANSWER, capture="both", redact=lambda text: returned)
     assert "gen_ai.input.messages" not in recorder.call.attributes
     assert recorder.events == []
@@ -58,7 +58,7 @@ def test_a_redact_that_returns_no_text_shows_nothing(returned, recorder, capsys)
 
 
 def test_redact_sees_the_names_of_arguments(recorder):
-    """A model writes them; a tool's own schema stays one."""
+    """`redact` gets the names of arguments, because a model writes them. A tool's schema stays a schema."""
     tool = Tool("look", parameters={"type": "object", "properties": {}})
     call = ToolCall("1", "look", {"people": {"Jo Doe": [{"Jo Doe": 1}]}})
     request = Request(model="m-1", messages="Hi", tools=[tool])
@@ -70,7 +70,7 @@ def test_redact_sees_the_names_of_arguments(recorder):
 
 
 def test_the_address_of_an_image_is_content(recorder, caplog):
-    """A service that quotes it makes it known neither to logs nor to spans."""
+    """If a service quotes the address in an error message, neither logs nor spans contain it."""
     url = "https://files.test/of-jo-doe/passport.png?signature=0123456789"
     request = Request(model="m-1", messages=[Message.user(["What is this?", Image(url=url)])])
     with caplog.at_level(logging.INFO, "fluxibly"), pytest.raises(BadRequest):
@@ -80,7 +80,7 @@ def test_the_address_of_an_image_is_content(recorder, caplog):
 
 
 def test_half_a_character_in_an_error_is_exported_and_logged(recorder, tmp_path):
-    """Else an exporter would refuse all spans of its batch, and a log file the line."""
+    """Half of a surrogate pair is escaped, or an exporter would reject its whole batch, and a log file the line."""
     handler = logging.FileHandler(path := tmp_path / "log", encoding="utf-8")
     logger = logging.getLogger("fluxibly")
     logger.addHandler(handler)
@@ -95,8 +95,8 @@ def test_half_a_character_in_an_error_is_exported_and_logged(recorder, tmp_path)
     assert 'error_message="bad \\ud83d thing"' in path.read_text()
 
 
-def test_what_is_no_json_harms_no_event(recorder, caplog):
-    """An exporter drops the whole attribute for an object or half of a character in it, with an error in the log."""
+def test_values_that_are_not_json_do_not_break_an_event(recorder, caplog):
+    """An exporter would drop an attribute with an object or half of a character in it, and log an error."""
     tool = Tool("look", parameters={"type": "object", "default": object})
     request = Request(model="m-1", messages="Hi \ud800", tools=[tool])
     ask(recorder, Response("a\ud83d"), request, capture="event")
@@ -107,7 +107,7 @@ def test_what_is_no_json_harms_no_event(recorder, caplog):
     assert [record for record in caplog.records if record.name.startswith("opentelemetry")] == []
 
 
-def test_messages_are_json_with_half_a_character_and_no_number_in_them(recorder):
+def test_messages_with_half_a_character_or_nan_are_valid_json(recorder):
     """A model may write both into a tool's arguments."""
     call = ToolCall("1", "look", raw_arguments='{"word": "\\ud800", "weight": NaN, "width": 1e999}')
     ask(recorder, Response(tool_calls=[call]), capture="span")
@@ -116,7 +116,7 @@ def test_messages_are_json_with_half_a_character_and_no_number_in_them(recorder)
 
 
 def _record(recorder):
-    """The one event as OTLP has it."""
+    """Return the only event as OTLP encodes it."""
     encoded = encode_logs(recorder.log_exporter.get_finished_logs())
     return encoded.resource_logs[0].scope_logs[0].log_records[0]
 
@@ -124,8 +124,8 @@ def _record(recorder):
 # Values
 
 
-def test_a_parameter_has_one_type_whatever_it_was_written_as(recorder):
-    """Backends take the type of a name from its first value, and then refuse others: 1 is sent as 1.0."""
+def test_a_parameter_has_the_same_type_for_int_and_float(recorder):
+    """Backends take an attribute's type from its first value and then reject other types, so 1 is sent as 1.0."""
     request = Request(
         model="m-1", messages="Hi", temperature=1, top_p=1, frequency_penalty=0, presence_penalty=2, top_k=5
     )
@@ -144,14 +144,14 @@ def test_a_parameter_has_one_type_whatever_it_was_written_as(recorder):
 
 
 @pytest.mark.parametrize("address", ["", "127.0.0.1:4318", "grpc://127.0.0.1:4317"])
-def test_an_address_that_is_none_is_refused(address):
-    """Before anything is set up."""
+def test_an_invalid_address_is_refused(address):
+    """`setup` checks the address before it sets up anything."""
     with pytest.raises(ValueError, match="http:// or https:// URL"):
         telemetry.setup(otlp=address)
 
 
 def test_signals_are_for_the_backend_alone(tmp_path):
-    """Spans go to the file in any case; to shut down twice is not even a warning."""
+    """Spans go to the file regardless of `signals`. A second shutdown does not even warn."""
     path = tmp_path / "trace.jsonl"
     code = f"""
 from fluxibly.telemetry import setup
@@ -166,11 +166,11 @@ telemetry.shutdown()
     assert json.loads(path.read_text())["resourceSpans"][0]["scopeSpans"][0]["spans"][0]["name"] == "s"
 
 
-# Files of others
+# Files by other programs
 
 
 def _span(*attributes, **fields):
-    """A span as OTLP's JSON has it."""
+    """Return a span as OTLP JSON."""
     span = {"traceId": "a" * 32, "spanId": "b" * 16, "name": "n", "startTimeUnixNano": "5", "endTimeUnixNano": "9"}
     pairs = [{"key": key, "value": value} for key, value in attributes]
     return {
@@ -204,7 +204,7 @@ SPANS = [
 
 @pytest.mark.parametrize("spans", SPANS, ids=range(len(SPANS)))
 def test_spans_that_others_wrote_or_damaged_are_shown(spans, tmp_path):
-    """In the terminal and as a page: what cannot be read is left out."""
+    """The terminal view and the page show the spans, and leave out unreadable parts."""
     path = tmp_path / "trace.jsonl"
     path.write_text(json.dumps({"resourceSpans": [{"scopeSpans": [{"spans": spans}]}]}))
     assert sum(1 for root in trace_file.read(path) for _ in root.walk()) == len(spans)
@@ -222,16 +222,16 @@ def test_spans_that_others_wrote_or_damaged_are_shown(spans, tmp_path):
     ],
     ids=["nested", "late"],
 )
-def test_what_no_trace_can_be_is_refused_by_line(text, tmp_path):
-    """As any other line that is not OTLP JSON."""
+def test_a_line_that_cannot_be_a_trace_is_refused_with_its_number(text, tmp_path):
+    """The error is that of any other line that is not OTLP JSON."""
     path = tmp_path / "trace.jsonl"
     path.write_text(text)
     with pytest.raises(ValueError, match=r"trace\.jsonl, line 1: this is not OTLP JSON"):
         trace_file.read(path)
 
 
-def test_a_trace_drives_no_terminal(tmp_path):
-    """A model's name or a service's message may hold control characters."""
+def test_control_characters_in_a_trace_do_not_reach_the_terminal(tmp_path):
+    """A model's name or a service's message may contain control characters."""
     path = tmp_path / "trace.jsonl"
     odd = "\x1b]0;title\x07\x9b2J"
     span = _span(("fluxibly.requested_model", {"stringValue": odd}), name=odd, status={"code": 2, "message": odd})
@@ -248,7 +248,7 @@ def test_a_trace_drives_no_terminal(tmp_path):
 
 @pytest.mark.parametrize("sdk", ["set up", "missing"])
 def test_a_propagator_that_is_not_installed_fails_no_call(sdk):
-    """OTEL_PROPAGATORS may name one: OpenTelemetry's own import raises then. Spans are recorded all the same."""
+    """If OTEL_PROPAGATORS names a missing propagator, OpenTelemetry's import raises. Spans are still recorded."""
     code = f"""
 from opentelemetry import trace
 from opentelemetry.sdk.trace import TracerProvider
@@ -275,8 +275,8 @@ print(len(exporter.get_finished_spans()))
     assert ran.stderr.count("b3-not-installed") == 1
 
 
-def test_a_propagator_of_the_users_own_is_asked(recorder):
-    """One that takes traces in and sends none out, say, made of the usual one and with its fields."""
+def test_a_propagator_of_the_users_own_is_used(recorder):
+    """A subclass of the usual propagator may, for example, accept traces but send none."""
 
     class Inward(TraceContextTextMapPropagator):
         def inject(self, carrier, context=None, setter=None):
@@ -292,8 +292,8 @@ def test_a_propagator_of_the_users_own_is_asked(recorder):
     assert provider.requests[0].headers == {}
 
 
-def test_a_reason_that_was_told_stays_when_a_layer_fails_after_it(recorder):
-    """The answer was whole; what came of it was not."""
+def test_a_reported_finish_reason_stays_when_a_layer_fails_after_it(recorder):
+    """The service's answer was complete, even though the call failed."""
 
     def refuse(request, call_next):
         yield from call_next(request)
@@ -305,8 +305,8 @@ def test_a_reason_that_was_told_stays_when_a_layer_fails_after_it(recorder):
     assert recorder.call.attributes["gen_ai.response.finish_reasons"] == ("stop",)
 
 
-def test_a_reason_that_was_told_stays_when_a_layers_own_end_is_not_waited_for(recorder):
-    """The consumer leaves at a chunk that a layer added after the last of the service's."""
+def test_a_reported_finish_reason_stays_when_the_consumer_leaves_after_it(recorder):
+    """The consumer leaves at a chunk that a layer added after the service's last chunk."""
 
     def sign(request, call_next):
         return (yield from map_chunks(call_next(request), lambda chunk: chunk, at_end=lambda: Chunk("signed")))
@@ -321,7 +321,7 @@ def test_a_reason_that_was_told_stays_when_a_layers_own_end_is_not_waited_for(re
 
 
 def test_a_propagator_that_raises_leaves_the_span_current(capsys):
-    """What is called within stays unsampled, as its parent is; it is reported once."""
+    """Inner calls stay unsampled like their parent. The propagator's failure is reported once."""
     forget_reports()
 
     class Broken(TraceContextTextMapPropagator):
@@ -350,7 +350,7 @@ def test_a_propagator_that_raises_leaves_the_span_current(capsys):
 
 @pytest.mark.parametrize("address", [None, "other.test"])
 def test_a_provider_that_turned_to_another_service(recorder, address):
-    """Call and attempt name the other's model; of a server whose address nobody knows, none is claimed."""
+    """The call and the attempt name the other service and model. If its address is unknown, the span has none."""
     other = ProviderInfo(telemetry_name="anthropic", server_address=address, server_port=address and 8443)
 
     class Turning(Remote):

@@ -1,4 +1,4 @@
-"""Phoenix and MLflow, for real: spans exported to them and read back. Each installs 850 MB: run with `-m backends`."""
+"""Spans exported to real Phoenix and MLflow servers and read back. Each installs 850 MB, so run with `-m backends`."""
 
 from __future__ import annotations
 
@@ -68,13 +68,13 @@ telemetry.shutdown()
 
 @pytest.fixture(autouse=True, scope="module")
 def asked_for(request: pytest.FixtureRequest) -> None:
-    """They are too large to run unasked."""
+    """Skip these tests unless they are selected, because the backends are large."""
     if "backends" not in request.config.option.markexpr:
         pytest.skip("run with -m backends")
 
 
 def environment(package: str) -> Path:
-    """The folder of the package's own environment; it is made, or found in the user's cache."""
+    """Return the folder of the package's own environment, from the user's cache if it is there."""
     home = Path.home() / ".cache" / "fluxibly-backends" / package
     if not (home / "complete").exists():
         venv.create(home, with_pip=True, clear=True)
@@ -84,7 +84,7 @@ def environment(package: str) -> Path:
 
 
 def serve(command: list[str | Path], path: str, **variables: str):
-    """Run a server until the test is over; yields its address."""
+    """Run a server until the test ends, and yield its address."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -129,12 +129,12 @@ def mlflow(tmp_path_factory):
         "/health",
         MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false",
         MLFLOW_DISABLE_TELEMETRY="true",
-        MLFLOW_MODEL_CATALOG_URI="",  # or it asks GitHub for each provider's prices while a span waits to be taken
+        MLFLOW_MODEL_CATALOG_URI="",  # otherwise it fetches prices from GitHub for each provider while spans wait
     )
 
 
 def follow_the_readme(server: str, address: str) -> subprocess.CompletedProcess[str]:
-    """Type what the README says to type once this server is up, with its address here, and `echo` for the model."""
+    """Run the README's commands for this server, with the address of the test server and the `echo` framework."""
     (block,) = (code for code in blocks("text") if server in code)
     install, start, *lines = block.splitlines()
     assert install.startswith("pip install")
@@ -155,7 +155,7 @@ def spans_of(phoenix: str) -> list[dict]:
 
 
 def test_phoenix_shows_the_conversation_the_tree_and_the_tokens_once(phoenix):
-    """Calls are its LLM spans, attempts are not, and the bubbles have the texts and the tools."""
+    """Phoenix shows calls as LLM spans, but not attempts. The bubbles have the texts and the tools."""
     calls, attempts = [], []
     for _ in range(60):
         spans = spans_of(phoenix)
@@ -189,7 +189,7 @@ def test_phoenix_shows_the_conversation_the_tree_and_the_tokens_once(phoenix):
 
 
 def test_phoenix_shows_a_chat_of_the_readmes(phoenix):
-    """What one types there is a bubble in Phoenix, with the answer and its tokens."""
+    """The README's chat is a bubble in Phoenix, with the answer and its tokens."""
     done = follow_the_readme("phoenix", phoenix)
     assert done.returncode == 0
     assert done.stderr == ""
@@ -232,7 +232,7 @@ def traces_of(mlflow: str) -> list[dict]:
 
 
 def test_mlflow_shows_the_conversation_the_tree_and_the_tokens_once(mlflow):
-    """A trace a call, with its tokens, its messages and its attempts."""
+    """MLflow shows one trace for each call, with its tokens, its messages and its attempts."""
     traces = []
     for _ in range(20):
         traces = [trace for trace in traces_of(mlflow) if trace["spans"][0][0].startswith("chat gpt")]
@@ -255,7 +255,7 @@ def test_mlflow_shows_the_conversation_the_tree_and_the_tokens_once(mlflow):
 
 
 def test_mlflow_shows_a_chat_of_the_readmes(mlflow):
-    """What one types there is a trace in MLflow, with the question, the answer and its tokens."""
+    """The README's chat is a trace in MLflow, with the question, the answer and its tokens."""
     done = follow_the_readme("mlflow", mlflow)
     assert done.returncode == 0
     assert done.stderr == ""

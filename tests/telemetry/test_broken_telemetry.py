@@ -1,4 +1,4 @@
-"""Processors, exporters, samplers and redact functions that raise change no result."""
+"""Processors, exporters, samplers and redact functions that raise. None of them changes a result."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from fluxibly.testing.modes import run
 pytestmark = pytest.mark.usefixtures("no_complaints")
 
 
-# Telemetry that breaks
+# Broken telemetry
 
 
 class Raising(SpanProcessor):
-    """Breaks at a step."""
+    """A span processor that raises at a step."""
 
     def __init__(self, step):
         self.step = step
@@ -40,7 +40,7 @@ class Raising(SpanProcessor):
 @modes
 @pytest.mark.parametrize("step", ["start", "end"])
 def test_a_span_processor_that_raises_changes_no_result(mode, step, recorder, capsys):
-    """It is reported once, and the context is clean."""
+    """The failure is reported once, and the context is clean."""
     recorder.tracer_provider.add_span_processor(Raising(step))
     for _ in range(2):
         ran = run(mode, remote(mode, Overloaded("full"), ANSWER), [recorder.tracing(), Retry(max_retries=1)], REQUEST)
@@ -51,7 +51,7 @@ def test_a_span_processor_that_raises_changes_no_result(mode, step, recorder, ca
 
 
 def test_an_exporter_that_raises_changes_no_result(recorder, caplog):
-    """The SDK logs that itself."""
+    """The SDK logs the exporter's exception itself."""
 
     class Broken(SpanExporter):
         def export(self, spans):
@@ -62,8 +62,8 @@ def test_an_exporter_that_raises_changes_no_result(recorder, caplog):
         assert Pipeline(Remote(ANSWER), [recorder.tracing()]).complete(REQUEST).text == "forty two"
 
 
-def test_a_redact_that_raises_shows_nothing(recorder, capsys):
-    """Neither content nor the error's message; it is reported once."""
+def test_a_redact_that_raises_hides_everything(recorder, capsys):
+    """Neither the content nor the error's message is recorded. The failure is reported once."""
 
     def redact(text):
         raise RuntimeError("broken")
@@ -79,7 +79,7 @@ def test_a_redact_that_raises_shows_nothing(recorder, capsys):
 
 
 def test_a_sampler_that_raises_changes_no_result(capsys):
-    """The call goes on without a span."""
+    """The call continues without a span."""
 
     class Broken(Sampler):
         def should_sample(self, *args, **kwargs) -> SamplingResult:

@@ -1,4 +1,4 @@
-"""What was said, in spans and events: who wants it, and what may leave."""
+"""The content of calls in spans and events: when it is captured, and how it is redacted."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ CONTENT = {
 @modes
 @pytest.mark.parametrize("capture", ["none", "span", "event", "both"])
 def test_content_goes_where_the_user_wants_it(mode, capture, recorder):
-    """JSON strings on spans, structured values in the event, and by default nothing anywhere."""
+    """Spans have JSON strings, and the event has structured values. By default, content is recorded nowhere."""
     run(mode, remote(mode, ANSWER), [recorder.tracing(capture=capture)], CONVERSATION)
     on_span = {key: json.loads(recorder.call.attributes[key]) for key in CONTENT if key in recorder.call.attributes}
     assert on_span == (CONTENT if capture in ("span", "both") else {})
@@ -86,7 +86,7 @@ def test_content_goes_where_the_user_wants_it(mode, capture, recorder):
     [("NO_CONTENT", "none"), ("SPAN_ONLY", "span"), ("event_only", "event"), ("SPAN_AND_EVENT", "both"), ("", "none")],
 )
 def test_the_standard_variable_decides_too(value, mode, monkeypatch, recorder):
-    """The variable is the default, and the parameter wins."""
+    """The variable sets the default, and the parameter overrides it."""
     monkeypatch.setenv("OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT", value)
     Pipeline(Remote(ANSWER), [recorder.tracing()]).complete(REQUEST)
     assert ("gen_ai.input.messages" in recorder.call.attributes) == (mode in ("span", "both"))
@@ -96,23 +96,26 @@ def test_the_standard_variable_decides_too(value, mode, monkeypatch, recorder):
     assert "gen_ai.input.messages" not in recorder.call.attributes
 
 
-def test_a_bad_value_of_the_variable_is_told_once_and_captures_nothing(monkeypatch, capsys, recorder):
-    """It is not taken for consent."""
+def test_a_bad_value_of_the_variable_is_reported_once_and_captures_nothing(monkeypatch, capsys, recorder):
+    """A bad value is not taken for consent."""
     monkeypatch.setenv("OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT", "true")
     for _ in range(2):
         Pipeline(Remote(ANSWER), [recorder.tracing()]).complete(REQUEST)
     assert "meaning" not in everything(recorder.spans)
-    assert capsys.readouterr().err.count("'true' is not one of NO_CONTENT, SPAN_ONLY") == 1
+    assert (
+        capsys.readouterr().err.count("expected one of NO_CONTENT, SPAN_ONLY, EVENT_ONLY, SPAN_AND_EVENT, got 'true'")
+        == 1
+    )
 
 
 def test_a_bad_parameter_is_an_error():
-    """It names what is valid."""
-    with pytest.raises(ValueError, match="one of none, span, event, both, not 'all'"):
+    """The error names the valid values."""
+    with pytest.raises(ValueError, match="expected one of 'none', 'span', 'event', 'both', got 'all'"):
         Tracing(capture="all")
 
 
 def test_redact_sees_every_text(recorder):
-    """Messages, tool arguments, images and error messages; what it returns is what leaves."""
+    """`redact` gets messages, tool arguments, images and error messages. Only its results are recorded."""
     seen = []
 
     def redact(text):
@@ -132,7 +135,7 @@ def test_redact_sees_every_text(recorder):
 
 
 def test_content_is_what_was_sent(recorder):
-    """A middleware that takes names out of the prompt takes them out of the trace as well."""
+    """A middleware that removes names from the prompt also removes them from the trace."""
 
     def anonymise(request, call_next):
         return (yield from call_next(request.evolve(messages="I am ***")))

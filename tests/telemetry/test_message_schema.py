@@ -1,4 +1,4 @@
-"""What is captured conforms to the JSON schemas of OpenTelemetry's `gen_ai.*` messages, as far as they ask for anything."""
+"""Conformance of captured content to all requirements of the JSON schemas of OpenTelemetry's `gen_ai.*` messages."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PARTS = {
     "blob": {**MEDIA, "content": {**STRING, "contentEncoding": "base64"}},
     "uri": {**MEDIA, "uri": STRING},
 }
-"""The kinds of parts that there are here, with what each must have; nothing else is in them."""
+"""The kinds of parts in these tests, with the fields that each must have. No other fields are allowed."""
 
 
 def only(properties: dict) -> dict:
@@ -73,14 +73,14 @@ ANSWERS = {
     "plain": ANSWER,
     "without a reason": Response("hm"),
     "tools": Response("", tool_calls=[ToolCall("c1", "look", {"n": 1})], finish_reason="tool_call"),
-    "a reason for tools that nobody told": Response("", tool_calls=[ToolCall("c1", "look", raw_arguments="{")]),
+    "tools without a reason": Response("", tool_calls=[ToolCall("c1", "look", raw_arguments="{")]),
     "reasoning": Response("b", reasoning="why", finish_reason="length"),
     "alternatives": Response("a", finish_reason="stop", alternatives=[Response("b", finish_reason="length")]),
 }
 
 
 def captured(recorder: Recorder) -> dict:
-    """The content of the one call; the same on its span and in its event."""
+    """Return the content of the only call, and check that its span and its event have the same content."""
     (event,) = recorder.events
     on_span = {key: json.loads(recorder.call.attributes[key]) for key in SCHEMAS if key in recorder.call.attributes}
     assert on_span == {
@@ -93,8 +93,8 @@ def captured(recorder: Recorder) -> dict:
 
 @pytest.mark.parametrize("mode", MODES, ids=str)
 @pytest.mark.parametrize("answer", ANSWERS.values(), ids=ANSWERS)
-def test_what_is_captured_conforms(answer, mode):
-    """Every message, part and tool; a reason in every answer."""
+def test_captured_content_conforms(answer, mode):
+    """Every message, part and tool conforms, and every answer has a finish reason."""
     recorder = Recorder()
     run(mode, remote(mode, answer), [recorder.tracing(capture="both")], REQUEST)
     content = captured(recorder)
@@ -107,7 +107,7 @@ def test_what_is_captured_conforms(answer, mode):
 @pytest.mark.parametrize("mode", [mode for mode in MODES if mode.streaming], ids=str)
 @pytest.mark.parametrize("script", [["a", "b", "c"], ["a", Overloaded("full")]], ids=["given up", "cut"])
 def test_part_of_an_answer_conforms_too(script, mode):
-    """Its reason is `error`."""
+    """The finish reason of a partial answer is `error`."""
     recorder = Recorder()
     run(mode, remote(mode, script), [recorder.tracing(capture="both")], REQUEST, stop_after=2)
     (message,) = captured(recorder)["gen_ai.output.messages"]

@@ -1,4 +1,4 @@
-"""Metrics: names, units, boundaries and attributes, in all modes."""
+"""The names, units, boundaries and attributes of metrics, in all modes."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def meters():
 
 @modes
 def test_names_units_boundaries_and_attributes(mode, meters):
-    """A call's duration and tokens, and for a stream its first chunk and the mean wait for the others."""
+    """A call has a duration and tokens. A stream also has a time to first chunk and a mean wait for the others."""
     clock = VirtualClock()
     usage = Usage(input_tokens=7, output_tokens=2)
     last = Chunk("c", finish_reason="stop", usage=usage, model="m-1-2026")
@@ -84,8 +84,8 @@ def test_names_units_boundaries_and_attributes(mode, meters):
 
 
 @streams
-def test_what_the_consumer_took_is_not_the_streams(mode, meters):
-    """The mean wait leaves it out."""
+def test_the_consumers_own_time_is_not_the_streams(mode, meters):
+    """The mean wait excludes the time that the consumer took."""
     clock = VirtualClock()
     script = [Delay(2), "a", Delay(1), "b", Delay(1), "c"]
     run(
@@ -101,7 +101,7 @@ def test_what_the_consumer_took_is_not_the_streams(mode, meters):
 
 @modes
 def test_failures_have_a_type_and_count_once(mode, meters):
-    """Retries are one call; its error's type is on the duration."""
+    """All attempts are one call. The duration has the error's type."""
     provider = remote(mode, RateLimitError("slow", code="rate_limit"), RateLimitError("slow", code="rate_limit"))
     run(mode, provider, [meters.metrics(), Retry(max_retries=1)], REQUEST)
     points = meters.points()
@@ -116,7 +116,7 @@ def test_failures_have_a_type_and_count_once(mode, meters):
 
 @streams
 def test_a_stream_given_up_is_measured_too(mode, meters):
-    """Its outcome is `abandoned`, it is no error, and the tokens that were told are counted."""
+    """The outcome is `abandoned` without an error, and the reported tokens are counted."""
     script = [Chunk("a", usage=Usage(input_tokens=7)), "b", "c"]
     run(mode, remote(mode, script), [meters.metrics(), StreamMeter()], REQUEST, stop_after=2)
     points = meters.points()
@@ -128,7 +128,7 @@ def test_a_stream_given_up_is_measured_too(mode, meters):
 
 @streams
 def test_a_stall_is_measured_as_such(mode, meters):
-    """It is an error, and an outcome of its own."""
+    """A stall is an error with its own outcome."""
     run(mode, remote(mode, ["a", StreamStalled("nothing came")]), [meters.metrics()], REQUEST)
     attributes = meters.points()[DURATION][0].attributes
     assert (attributes["fluxibly.outcome"], attributes["error.type"]) == ("stalled", "StreamStalled")
@@ -137,7 +137,7 @@ def test_a_stall_is_measured_as_such(mode, meters):
 @pytest.mark.parametrize("streaming", [False, True], ids=["whole", "stream"])
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
 def test_a_cancelled_call_is_measured_too(backend, streaming, meters):
-    """Named as the span names it, with what had come; what is for streams only is in streams only."""
+    """The metrics name the error as the span does, and count the usage so far. Only streams have stream metrics."""
 
     class Slow(AsyncRemote):
         async def complete(self, request):
@@ -168,7 +168,7 @@ def test_a_cancelled_call_is_measured_too(backend, streaming, meters):
 
 @modes
 def test_a_cache_hit_counts_no_tokens(mode, meters):
-    """The tokens of the first answer were counted when it was made."""
+    """The tokens of the cached answer were counted when the model generated it."""
 
     def cached(request, call_next):
         request.call.cache_hit = True
@@ -181,14 +181,14 @@ def test_a_cache_hit_counts_no_tokens(mode, meters):
 
 @modes
 def test_without_counts_there_is_no_token_metric(mode, meters):
-    """What is not known is not recorded as zero."""
+    """Unknown counts are not recorded as zero."""
     run(mode, remote(mode, Response("a"), Response("b", usage=Usage(output_tokens=0))), [meters.metrics()], REQUEST)
     assert TOKENS not in meters.points()
 
 
 @modes
 def test_after_a_fallback_the_model_that_answered_is_named(mode, meters):
-    """Like the span."""
+    """The metrics name the same model as the span."""
 
     def fall_back(request, call_next):
         try:
@@ -205,7 +205,7 @@ def test_durations_agree_with_spans(mode, meters):
     """The histogram and the span measure the same call."""
     recorder = Recorder()
     stack = [recorder.tracing(), meters.metrics()]
-    run(mode, remote(mode, ANSWER), stack, REQUEST, clock=RealClock())  # the first imports what it needs
+    run(mode, remote(mode, ANSWER), stack, REQUEST, clock=RealClock())  # the first call imports its modules
     first = meters.points()[DURATION][0].sum
     recorder.exporter.clear()
     run(mode, remote(mode, ANSWER), stack, REQUEST, clock=RealClock())
@@ -214,14 +214,14 @@ def test_durations_agree_with_spans(mode, meters):
 
 
 class RealClock(VirtualClock):
-    """Time as it is; nothing sleeps."""
+    """A clock that shows the real time, and does not sleep."""
 
     def now(self) -> float:
         return time.perf_counter()
 
 
 def test_a_meter_that_raises_changes_no_result(capsys, meters):
-    """It is reported once."""
+    """The failure is reported once."""
 
     class Broken:
         def get_meter(self, *args, **kwargs):
@@ -235,7 +235,7 @@ def test_a_meter_that_raises_changes_no_result(capsys, meters):
 
 
 def test_an_sdk_that_is_set_up_later_is_noticed():
-    """The same `Metrics` works from then on."""
+    """The same `Metrics` works as soon as there is an SDK."""
     script = """
 from opentelemetry import metrics
 from fluxibly.middleware import Metrics
@@ -257,16 +257,16 @@ print(reader.get_metrics_data().resource_metrics[0].scope_metrics[0].metrics[0].
 
 
 class TestWaiting:
-    """What is measured waits until the SDK collects, and nobody who collects can tell."""
+    """Measurements wait until the SDK collects, and a reader cannot see any difference."""
 
     @pytest.fixture
     def call(self, meters):
-        """Makes a call with a `Metrics` of its own on the one provider."""
+        """A function that makes a call with a new `Metrics` on the shared meter provider."""
         mode = MODES[0]
         return lambda *outer: run(mode, remote(mode, ANSWER), [*outer, meters.metrics()], REQUEST)
 
     def counts(self, reader):
-        """How often each metric was recorded."""
+        """Return how often each metric was recorded."""
         found: dict[str, int] = {}
         for resource in reader.get_metrics_data().resource_metrics:
             for metric in resource.scope_metrics[0].metrics:
@@ -274,13 +274,13 @@ class TestWaiting:
         return found
 
     def test_a_reader_sees_every_call_that_has_ended(self, meters, call):
-        """Several `Metrics` on one provider included, and nothing but the histograms is exported."""
+        """This includes several `Metrics` on one provider. Only the histograms are exported."""
         for calls in (1, 2, 3):
             call()
             assert self.counts(meters.reader) == {DURATION: calls, TOKENS: 2 * calls}
 
-    def test_what_does_not_fit_is_recorded_at_once(self, meters, call, monkeypatch):
-        """Memory is bounded where nobody collects."""
+    def test_measurements_are_recorded_at_once_when_the_queue_is_full(self, meters, call, monkeypatch):
+        """Memory is bounded even if no reader collects."""
         monkeypatch.setattr(instruments, "WAITING", 3)
         for _ in range(8):
             call()
@@ -288,7 +288,7 @@ class TestWaiting:
         assert self.counts(meters.reader)[DURATION] == 8
 
     def test_more_kinds_of_calls_than_are_kept(self, meters, call, monkeypatch):
-        """Those are recorded at once."""
+        """Calls of the other kinds are recorded at once."""
         monkeypatch.setattr(instruments, "KINDS", 2)
 
         def asks_for(model):
@@ -301,7 +301,7 @@ class TestWaiting:
         assert counts == {"a": 2, "b": 2, "c": 2, "d": 2}
 
     def test_each_reader_sees_all(self):
-        """Whichever collects first."""
+        """The order in which the readers collect does not matter."""
         readers = InMemoryMetricReader(), InMemoryMetricReader()
         metrics = Metrics(meter_provider=MeterProvider(readers, shutdown_on_exit=False))
         mode = MODES[0]
@@ -310,7 +310,7 @@ class TestWaiting:
         assert [self.counts(reader)[DURATION] for reader in readers] == [3, 3]
 
     def test_readers_of_differences_see_each_call_once(self):
-        """Each reader in its own time, and a difference spans no more than it says."""
+        """Readers collect independently, and a delta covers only the calls within its time span."""
         delta = {Histogram: AggregationTemporality.DELTA}
         readers = InMemoryMetricReader(delta), InMemoryMetricReader(delta)
         metrics = Metrics(meter_provider=MeterProvider(readers, shutdown_on_exit=False))
@@ -328,7 +328,7 @@ class TestWaiting:
         assert self.counts(readers[1])[DURATION] == 6
 
     def test_views_may_drop_all_but_what_they_name(self):
-        """What makes the measurements be recorded is no instrument that a view could keep from it."""
+        """The SDK runs the callback that records measurements even if a view drops its instrument."""
         reader = InMemoryMetricReader()
         views = [
             View(instrument_name=TOKENS, attribute_keys={"gen_ai.token.type"}),
@@ -345,7 +345,7 @@ class TestWaiting:
         assert counts == {TOKENS: {"input": 3, "output": 3}}
 
     def test_a_process_that_ends_without_a_shutdown_loses_nothing(self):
-        """The SDK's own hook collects."""
+        """The SDK's own exit hook collects the waiting measurements."""
         script = """
 from opentelemetry import metrics
 from opentelemetry.sdk.metrics import MeterProvider
@@ -371,8 +371,8 @@ for _ in range(3):
         ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=60)
         assert (ran.stdout, ran.stderr) == (f"{DURATION} 3\n", "")
 
-    def test_a_flush_has_what_waits(self):
-        """As a function in the cloud does before it is frozen."""
+    def test_a_flush_exports_waiting_measurements(self):
+        """A cloud function flushes before it is frozen."""
         exported = []
 
         class Reader(PeriodicExportingMetricReader):
@@ -389,7 +389,7 @@ for _ in range(3):
         provider.shutdown()
 
     def test_a_provider_that_is_let_go_is_freed(self):
-        """Nothing here keeps it."""
+        """No recorder or cache keeps the provider alive."""
         provider = MeterProvider([InMemoryMetricReader()], shutdown_on_exit=False)
         mode = MODES[0]
         run(mode, remote(mode, ANSWER), [Metrics(meter_provider=provider)], REQUEST)
@@ -399,15 +399,15 @@ for _ in range(3):
         assert gone() is None
 
     def test_a_histogram_begins_with_its_first_call(self, meters, call):
-        """And not when somebody first collects."""
+        """The histogram does not begin with the first collection."""
         call()
         after_first = time.time_ns()
         call()
         (point,) = meters.points()[DURATION]
         assert point.start_time_unix_nano <= after_first
 
-    def test_shutting_down_exports_what_waits(self):
-        """As a program does at its end."""
+    def test_shutting_down_exports_waiting_measurements(self):
+        """A program shuts the provider down when it ends."""
         exported: list[int] = []
 
         class Keeping(MetricExporter):
@@ -430,8 +430,8 @@ for _ in range(3):
         provider.shutdown()
         assert exported == [3]
 
-    def test_threads_that_call_and_one_that_collects(self, meters):
-        """Nothing is lost or counted twice."""
+    def test_several_threads_call_while_another_collects(self, meters):
+        """No measurement is lost or counted twice."""
         pipeline = Pipeline(Remote(*[ANSWER] * 400), [meters.metrics()])
 
         def work():
@@ -448,7 +448,7 @@ for _ in range(3):
         assert self.counts(meters.reader) == {DURATION: 400, TOKENS: 800}
 
     def test_exemplars_name_the_span_of_their_call(self, meters):
-        """Though that span has long ended when the SDK collects."""
+        """The exemplars are right even though the span has ended long before the SDK collects."""
         recorder = Recorder()
         mode = MODES[0]
         for _ in range(2):
@@ -459,7 +459,7 @@ for _ in range(3):
         assert {exemplar.span_id for exemplar in exemplars} <= spans
 
     def test_a_histogram_that_raises_breaks_no_collection(self, meters, call, capsys, monkeypatch):
-        """It is reported once, and what else waits is recorded."""
+        """The failure is reported once, and the other waiting measurements are recorded."""
         call()
         recorder = instruments.recorder_of(meters.provider, semconv.RELEASED)
 
@@ -476,8 +476,8 @@ for _ in range(3):
         assert self.counts(meters.reader)[DURATION] == 2
         assert capsys.readouterr().err.count("metrics failed with RuntimeError") == 1
 
-    def test_a_provider_of_another_make_gets_all_at_once(self, meters):
-        """Nobody knows whether it collects."""
+    def test_a_provider_that_is_not_the_sdks_gets_measurements_at_once(self, meters):
+        """It is unknown whether such a provider collects."""
         recorded: list[float] = []
 
         class Meter(NoOpMeter):
@@ -498,7 +498,7 @@ for _ in range(3):
 
     @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
     def test_a_forked_process_goes_on_measuring(self):
-        """With what waited when it was forked, as the SDK keeps what it had collected."""
+        """The child keeps the measurements that waited at the fork, just as the SDK keeps its own."""
         script = """
 import os
 from opentelemetry.sdk.metrics import MeterProvider

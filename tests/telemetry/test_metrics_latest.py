@@ -1,4 +1,4 @@
-"""Metrics under the names of the conventions' edition that is not released yet."""
+"""Metrics under the names of the unreleased edition of the conventions."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ def meters():
 
 
 def counted(meters):
-    """The sums of the counters, by the kind of token."""
+    """Return the sums of the counters by the kind of token."""
     points = meters.points()
     return {kind: sum(point.value for point in points[f"{INFERENCE}usage.{kind}"]) for kind in KINDS}
 
 
 @modes
 def test_names_units_kinds_and_attributes(mode, meters):
-    """Durations are renamed; tokens are counters by kind and two histograms."""
+    """Durations have new names. Tokens have a counter for each kind, and two histograms."""
     clock = VirtualClock()
     script = [Delay(2), "a", Delay(1), Chunk("c", finish_reason="stop", usage=USAGE, model="m-1-2026")]
     stack = [meters.metrics(conventions="latest"), StreamMeter()]
@@ -71,7 +71,7 @@ def test_names_units_kinds_and_attributes(mode, meters):
 
 @modes
 def test_a_failed_call_counts_no_tokens(mode, meters):
-    """The counters get a 0, the histograms nothing, and the duration its error's type."""
+    """The counters get a 0, the histograms get nothing, and the duration has the error's type."""
     run(mode, remote(mode, Overloaded("busy", status=529)), [meters.metrics(conventions="latest")], REQUEST)
     assert set(counted(meters).values()) == {0}
     points = meters.points()
@@ -79,8 +79,8 @@ def test_a_failed_call_counts_no_tokens(mode, meters):
     assert points[INFERENCE + "duration"][0].attributes["error.type"] == "Overloaded"
 
 
-def test_tokens_of_a_call_that_failed_after_they_were_told(meters):
-    """They were spent, so the counters have them."""
+def test_tokens_of_a_call_that_failed_after_they_were_reported(meters):
+    """The counters have these tokens, because they were spent."""
     script = ["a", Chunk("b", usage=USAGE), Overloaded("busy", status=529)]
     with pytest.raises(StreamInterrupted):
         list(Pipeline(ScriptedProvider(script), [meters.metrics(conventions="latest")]).stream(REQUEST))
@@ -89,24 +89,24 @@ def test_tokens_of_a_call_that_failed_after_they_were_told(meters):
 
 
 @modes
-def test_a_completed_call_whose_tokens_nobody_told(mode, meters):
-    """It counts as 0, in the histograms too."""
+def test_a_completed_call_without_reported_tokens(mode, meters):
+    """The call counts as 0, in the histograms too."""
     run(mode, remote(mode, ["a", "b"]), [meters.metrics(conventions="latest")], REQUEST)
     assert set(counted(meters).values()) == {0}
     points = meters.points()
     assert [(points[name][0].count, points[name][0].sum) for name in PER_CALL] == [(1, 0)] * 2
 
 
-def test_an_abandoned_stream_whose_tokens_nobody_told(meters):
-    """Nobody knows what it would have come to: no histogram has it."""
+def test_an_abandoned_stream_without_reported_tokens(meters):
+    """The histograms leave the stream out, because its total is unknown."""
     with Pipeline(ScriptedProvider(["a", "b"]), [meters.metrics(conventions="latest")]).stream(REQUEST) as stream:
         next(stream)
     assert set(counted(meters).values()) == {0}
     assert not PER_CALL & meters.points().keys()
 
 
-def test_what_was_never_sent_counts_no_tokens(meters):
-    """A cache hit, and a call that a layer refused."""
+def test_a_request_that_was_never_sent_counts_no_tokens(meters):
+    """Neither a cache hit nor a call that a layer refused counts tokens."""
 
     def cache(request, call_next):
         request.call.cache_hit = True
@@ -126,8 +126,8 @@ def test_what_was_never_sent_counts_no_tokens(meters):
     assert meters.points().keys() == {INFERENCE + "duration"}
 
 
-def test_tokens_are_counted_once_however_often_it_was_tried(meters):
-    """Those of the attempt that answered."""
+def test_tokens_are_counted_once_regardless_of_retries(meters):
+    """Only the tokens of the attempt that answered are counted."""
     answer = Response("a", usage=USAGE, finish_reason="stop")
     provider = ScriptedProvider(RateLimitError("slow"), answer, clock=VirtualClock())
     stack = [meters.metrics(conventions="latest"), Retry(max_retries=1)]
@@ -136,7 +136,7 @@ def test_tokens_are_counted_once_however_often_it_was_tried(meters):
 
 
 def test_both_editions_at_once(meters):
-    """Two layers, one for each: neither loses what waits for the other's collection."""
+    """With one layer for each edition, neither loses measurements when the other is collected."""
     stack = [meters.metrics(), meters.metrics(conventions="latest")]
     pipeline = Pipeline(ScriptedProvider(*[Response("a", usage=USAGE, finish_reason="stop")] * 5), stack)
     for _ in range(5):
@@ -151,8 +151,8 @@ def test_both_editions_at_once(meters):
     assert not any(name.startswith("fluxibly.") for name in points)
 
 
-def test_chosen_in_yaml(tmp_path):
-    """As a setting of the middleware; another value is refused with what is due."""
+def test_the_edition_can_be_set_in_yaml(tmp_path):
+    """It is a setting of the middleware. The error for an invalid value names the valid values."""
     path = tmp_path / "llm.yaml"
     text = "llm:\n  framework: echo\n  model: m\n  middleware:\n    - metrics: {conventions: %s}\n"
     path.write_text(text % "latest")
@@ -163,7 +163,7 @@ def test_chosen_in_yaml(tmp_path):
         LLM.from_yaml(str(path))
 
 
-def test_a_value_that_is_neither(meters):
-    """It names the two."""
+def test_an_invalid_edition_is_refused(meters):
+    """The error names the two valid values."""
     with pytest.raises(ValueError, match="released.*latest"):
         meters.metrics(conventions="unreleased")

@@ -1,4 +1,4 @@
-"""The SDK in one line: to a file, to the console, and over OTLP/HTTP to a real receiver."""
+"""SDK setup in one line: to a file, to the console, and over OTLP/HTTP to a real receiver."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ list(pipeline.stream(request))
 
 
 def script(setup: str, tracing: str = "", then: str = "") -> subprocess.CompletedProcess[str]:
-    """Make two calls in a process of its own: an SDK is set up but once in each."""
+    """Make two calls in a new process, because a process can set up an SDK only once."""
     code = CALLS.format(setup=setup, tracing=tracing) + then
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=100)
 
 
 def test_spans_in_a_file_are_otlp_json(tmp_path):
-    """One export a line, ids in hex, and numbers as OTLP's JSON has them; the reader makes trees of it."""
+    """Each line is one export, with ids in hex and numbers in OTLP's JSON format. The reader builds trees from them."""
     path = tmp_path / "trace.jsonl"
     ran = script(f"file={str(path)!r}", "capture='span'")
     assert ran.returncode == 0, ran.stderr
@@ -61,7 +61,7 @@ def test_spans_in_a_file_are_otlp_json(tmp_path):
 
 
 def test_spans_on_the_console_leave_standard_output_alone():
-    """They go to standard error."""
+    """The spans go to standard error."""
     ran = script("console=True")
     assert ran.returncode == 0
     assert ran.stdout == ""
@@ -69,7 +69,7 @@ def test_spans_on_the_console_leave_standard_output_alone():
 
 
 def test_the_environment_names_the_service(tmp_path, monkeypatch):
-    """OTEL_SERVICE_NAME wins, as users expect of an SDK."""
+    """OTEL_SERVICE_NAME overrides the parameter, as users expect of an SDK."""
     monkeypatch.setenv("OTEL_SERVICE_NAME", "mine")
     path = tmp_path / "trace.jsonl"
     script(f"file={str(path)!r}")
@@ -77,27 +77,27 @@ def test_the_environment_names_the_service(tmp_path, monkeypatch):
 
 
 def test_a_second_setup_is_refused():
-    """The global provider is set but once; the error says what to do."""
+    """The global provider can be set only once. The error says how to add an exporter to it."""
     ran = script("console=True", then="setup(console=True)")
-    assert "RuntimeError: a tracer provider is set up already" in ran.stderr
+    assert "RuntimeError: a tracer provider is already set up" in ran.stderr
     assert "add_span_processor" in ran.stderr
 
 
 def test_a_destination_is_needed():
-    """Without one, the error names them."""
+    """Without a destination, the error lists the possible destinations."""
     with pytest.raises(ValueError, match="otlp='http.*file=.*console=True"):
         telemetry.setup()
 
 
 def test_an_unknown_signal_is_refused():
-    """The error names what there is."""
-    with pytest.raises(ValueError, match="traces, metrics and events, not spans"):
+    """The error names the valid signals."""
+    with pytest.raises(ValueError, match="expected 'traces', 'metrics' or 'events', got 'spans'"):
         telemetry.setup(console=True, signals=("spans",))
 
 
 @pytest.mark.parametrize("missing", ["opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.http.trace_exporter"])
 def test_without_the_extra_the_error_names_it(missing):
-    """By its packages: a distribution of our name on the index is another's."""
+    """The error lists the packages of the extra, because `fluxibly` on the index belongs to another project."""
     code = f"""
 import sys
 sys.modules[{missing!r}] = sys.modules[{missing + ".resources"!r}] = None
@@ -109,8 +109,8 @@ setup(otlp="http://127.0.0.1:1")
     assert "pip install opentelemetry-sdk opentelemetry-exporter-otlp-proto-http" in ran.stderr
 
 
-def test_a_file_that_cannot_be_written_is_told_at_once(tmp_path):
-    """Not at the first call."""
+def test_a_file_that_cannot_be_written_is_reported_at_once(tmp_path):
+    """The error comes from `setup` rather than from the first call."""
     ran = script(f"file={str(tmp_path / 'none' / 'trace.jsonl')!r}")
     assert "FileNotFoundError" in ran.stderr
 
@@ -123,7 +123,7 @@ def free_port() -> int:
 
 @pytest.fixture
 def receiver(tmp_path):
-    """A real OTLP/HTTP receiver, which prints what it gets as JSON, one message a line."""
+    """A real OTLP/HTTP receiver, which prints each message as one line of JSON."""
     pytest.importorskip("oteltap")
     port = free_port()
     out = tmp_path / "received.ndjson"
@@ -141,7 +141,7 @@ def receiver(tmp_path):
 
 
 def received(out: Path, wanted: str) -> str:
-    """What has come, once `wanted` is in it."""
+    """Wait until the receiver has printed `wanted`, and return its whole output."""
     for _ in range(200):
         if wanted in out.read_text():
             break
@@ -150,7 +150,7 @@ def received(out: Path, wanted: str) -> str:
 
 
 def test_a_real_receiver_gets_spans_metrics_and_events(receiver):
-    """Over OTLP/HTTP: the tree, the usage once a call, the histograms, and the content in events alone."""
+    """The receiver gets the tree of spans, the usage once per call, the histograms, and the content only in events."""
     address, out = receiver
     ran = script(
         f"otlp={address!r}, signals=('traces', 'metrics', 'events')", "capture='event'", "telemetry.shutdown()"
@@ -168,7 +168,7 @@ def test_a_real_receiver_gets_spans_metrics_and_events(receiver):
 
 
 def test_a_dead_collector_slows_no_call_and_changes_no_result():
-    """Calls go on; the SDK logs what it could not send."""
+    """Calls continue, and the SDK logs that it could not export."""
     then = """
 import time
 start = time.perf_counter()

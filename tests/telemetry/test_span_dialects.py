@@ -1,4 +1,4 @@
-"""What spans say of each service: its well-known name, its tokens, and its reasons, in the one spelling there is."""
+"""The attributes of spans for each service: its well-known name, its tokens, and its normalised finish reasons."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ NAMES = {
     "ollama": ("ollama", "127.0.0.1", 11434),
     "vllm": ("vllm", "localhost", 8000),
 }
-"""`gen_ai.provider.name` by the framework: the value of the semantic conventions where there is one."""
+"""By framework: `gen_ai.provider.name` (the value of the semantic conventions if they define it), address and port."""
 OPENAI = {
     "id": "r-1",
     "model": "m-2026",
@@ -100,7 +100,7 @@ DIALECTS = {
 
 @pytest.mark.parametrize("framework", NAMES)
 def test_a_service_has_its_well_known_name_and_its_address(framework):
-    """The port too, though the address does not name it."""
+    """The span has the port even if the address does not contain it."""
     base = "https://mine.openai.azure.com" if framework == "azure" else None
     config = LLMConfig(framework=framework, model="m", api_key="sk-1234567890", api_base=base)
     info = make_provider(config, asynchronous=False).info
@@ -109,8 +109,8 @@ def test_a_service_has_its_well_known_name_and_its_address(framework):
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
-def test_tokens_and_reasons_have_one_meaning(dialect):
-    """Input includes what was cached, output what was reasoned; what was not counted is absent."""
+def test_tokens_and_reasons_mean_the_same_for_every_service(dialect):
+    """Input includes cached tokens, output includes reasoning tokens, and unreported counts are absent."""
     kind, body, reason, parts = DIALECTS[dialect]
     transport = httpx.MockTransport(lambda request: httpx.Response(200, content=json.dumps(body)))
     config = LLMConfig(framework=dialect, model="m", api_key="sk-1234567890")

@@ -1,4 +1,4 @@
-"""How spans end: once, whoever ends the call and from wherever, with what had come by then."""
+"""The end of spans: exactly once, regardless of who ends the call and where, with the data that had arrived by then."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ FINISH_REASONS = "gen_ai.response.finish_reasons"
 
 @pytest.fixture
 def recorder(caplog):
-    """OpenTelemetry never logs that a context could not be detached."""
+    """A recorder. At the end, OpenTelemetry has logged nothing, and no span is current."""
     forget_reports()
     yield Recorder()
     assert not [record for record in caplog.records if record.name.startswith("opentelemetry")]
@@ -38,18 +38,18 @@ def recorder(caplog):
 
 
 def check_ended(recorder, outcome, spans=2):
-    """Every span has ended, once, with the outcome."""
+    """Check that every span has ended exactly once, with the outcome."""
     assert sorted(recorder.counting.started) == sorted(recorder.counting.ended)
     assert [span.attributes["fluxibly.outcome"] for span in recorder.spans] == [outcome] * spans
 
 
-# Reasons
+# Finish reasons
 
 
 @streams
 @pytest.mark.parametrize("end", [None, Overloaded("full")], ids=["given up", "cut"])
-def test_an_answer_that_has_begun_has_a_reason_to_end(mode, end, recorder):
-    """It is `error`, where the service told none."""
+def test_an_answer_that_has_begun_has_a_finish_reason(mode, end, recorder):
+    """The finish reason is `error` if the service reported none."""
     script = ["a", "b", "c"] if end is None else ["a", end]
     run(mode, remote(mode, script), [recorder.tracing()], REQUEST, stop_after=2)
     assert recorder.call.attributes[FINISH_REASONS] == ("error",)
@@ -57,8 +57,8 @@ def test_an_answer_that_has_begun_has_a_reason_to_end(mode, end, recorder):
 
 @streams
 @pytest.mark.parametrize("capture", ["none", "span"])
-def test_a_reason_that_was_told_stays(mode, capture, recorder):
-    """Also if the stream is given up right after, and whether content is captured or not."""
+def test_a_reported_finish_reason_stays(mode, capture, recorder):
+    """The reason stays even if the stream is abandoned right after it, whether or not content is captured."""
     script = ["a", Chunk(finish_reason="length"), Chunk(usage=Usage(output_tokens=1)), "z"]
     run(mode, remote(mode, script), [recorder.tracing(capture=capture)], REQUEST, stop_after=3)
     check_ended(recorder, "abandoned")
@@ -66,8 +66,8 @@ def test_a_reason_that_was_told_stays(mode, capture, recorder):
 
 
 @streams
-def test_the_reason_of_an_attempt_before_is_not_that_of_the_last(mode, recorder):
-    """Each attempt has its own."""
+def test_the_finish_reason_of_an_earlier_attempt_is_not_that_of_the_last(mode, recorder):
+    """Each attempt has its own finish reason."""
     first, second = [Chunk(finish_reason="length"), Overloaded("full")], ["a", "b"]
     stack = [recorder.tracing(), Retry(max_retries=1, base_delay=0)]
     run(mode, remote(mode, first, second), stack, REQUEST, stop_after=2)
@@ -76,20 +76,20 @@ def test_the_reason_of_an_attempt_before_is_not_that_of_the_last(mode, recorder)
 
 
 @modes
-def test_where_nothing_came_there_is_no_reason(mode, recorder):
-    """Nothing was generated."""
+def test_a_call_without_output_has_no_finish_reason(mode, recorder):
+    """The service generated nothing."""
     run(mode, remote(mode, ConnectionFailed("refused")), [recorder.tracing()], REQUEST)
     check_ended(recorder, "failed")
     assert FINISH_REASONS not in recorder.call.attributes
 
 
-# Who ends it
+# Who ends the call
 
 
 @backends
 @pytest.mark.parametrize("reading", [False, True], ids=["idle", "during a read"])
 def test_a_stream_closed_by_another_task(backend, reading, recorder):
-    """It is abandoned, and nobody's context is touched."""
+    """The stream is abandoned, and no task's context changes."""
 
     class Slow(AsyncRemote):
         async def stream(self, request):
@@ -124,8 +124,8 @@ def test_a_stream_closed_by_another_task(backend, reading, recorder):
 
 
 @backends
-def test_a_cancelled_stream_tells_what_had_come(backend, recorder):
-    """Chunks, characters and usage."""
+def test_a_cancelled_stream_records_what_had_arrived(backend, recorder):
+    """The span has the chunks, characters and usage so far."""
 
     class Slow(AsyncRemote):
         async def stream(self, request):
@@ -156,7 +156,7 @@ def test_a_cancelled_stream_tells_what_had_come(backend, recorder):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("held", ["as it is", "in a ring"])
 def test_a_stream_that_is_open_when_the_process_ends(held):
-    """Its spans are exported, and its duration recorded: it ends before the SDK shuts down. A fork's exit ends nothing."""
+    """The stream ends before the SDK shuts down, with spans and duration. The exit of a forked process ends nothing."""
     ran = subprocess.run([sys.executable, "-c", AT_EXIT, held], capture_output=True, text=True, check=False, timeout=60)
     assert ran.stderr == ""
     assert ran.stdout.splitlines() == ["forked", "fluxibly.attempt abandoned", "chat m abandoned", "measured 1"]
@@ -210,7 +210,7 @@ if sys.argv[1] == "in a ring":
 
 
 class Router(Remote):
-    """Asks one of two others, and says which."""
+    """A provider that passes requests on to another provider, and records which."""
 
     def complete(self, request: Request) -> Response:
         request.call.provider = OTHER
@@ -221,7 +221,7 @@ OTHER = ProviderInfo(telemetry_name="anthropic", server_address="other.test", se
 
 
 def test_the_provider_that_answered_is_named(recorder):
-    """On the call's span and on the attempt's, though the model is the one asked for."""
+    """The spans of the call and of the attempt name the provider that answered, even with the requested model."""
     Pipeline(Router(ANSWER), [recorder.tracing()]).complete(REQUEST)
     given = recorder.call.attributes
     assert (given["gen_ai.provider.name"], given["server.address"], given["server.port"]) == (
@@ -233,7 +233,7 @@ def test_the_provider_that_answered_is_named(recorder):
 
 
 def test_a_fallback_to_another_provider_names_it_and_its_model(recorder):
-    """The attempts tell them apart."""
+    """Each attempt names its own provider."""
 
     class Either(Remote):
         def complete(self, request):
@@ -258,7 +258,7 @@ def test_a_fallback_to_another_provider_names_it_and_its_model(recorder):
 
 @streams
 def test_an_answer_that_was_not_streamed_is_one_chunk(mode, recorder, caplog):
-    """Like in the log, and as the consumer gets it."""
+    """The span counts one chunk, as the log does and as the consumer receives it."""
 
     def cached(request, call_next):
         request.call.cache_hit = True
@@ -273,11 +273,11 @@ def test_an_answer_that_was_not_streamed_is_one_chunk(mode, recorder, caplog):
     assert (caplog.records[-1].total_chunks, caplog.records[-1].total_length) == (1, 9)
 
 
-# What breaks, and what is not wanted
+# Failures, and calls that are not recorded
 
 
-def test_a_span_that_began_ends_though_the_rest_fails(recorder, capsys, monkeypatch):
-    """It is reported, and the call goes on."""
+def test_a_span_that_began_ends_even_if_the_rest_fails(recorder, capsys, monkeypatch):
+    """The failure is reported, and the call continues."""
     monkeypatch.setattr(call_trace, "_claimed", lambda context: 1 / 0)
     assert Pipeline(Remote(ANSWER), [recorder.tracing()]).complete(REQUEST).text == "forty two"
     assert recorder.counting.started == recorder.counting.ended
@@ -286,7 +286,7 @@ def test_a_span_that_began_ends_though_the_rest_fails(recorder, capsys, monkeypa
 
 
 def test_other_instrumentations_that_changed_do_no_harm(recorder, capsys, monkeypatch):
-    """They may ask for something that this release does not know of; our spans are made all the same."""
+    """A new release of theirs may require unknown arguments. The call's spans are still recorded."""
     theirs = types.SimpleNamespace(InferenceData=lambda needed: needed, CLIENT_INFERENCE_CONTEXT_KEY="theirs")
     monkeypatch.setitem(sys.modules, "opentelemetry.util.genai.invocation", theirs)
     Pipeline(Remote(ANSWER), [recorder.tracing()]).complete(REQUEST)
@@ -295,8 +295,8 @@ def test_other_instrumentations_that_changed_do_no_harm(recorder, capsys, monkey
 
 
 @modes
-def test_what_is_not_recorded_is_not_serialised(mode):
-    """Of a call that is sampled off, no text is looked at."""
+def test_an_unsampled_call_is_not_serialised(mode):
+    """Tracing does not look at any text of an unsampled call."""
     seen = []
     recorder = Recorder(sampler=ALWAYS_OFF)
     script = ["a", Delay(1), "b"] if mode.streaming else ANSWER

@@ -1,4 +1,4 @@
-"""The laws of spans, over random stacks, scripts, faults and consumers, in all modes."""
+"""Properties of spans, checked with random stacks, scripts, faults and consumers, in all modes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ OUTCOMES = {"completed", "failed", "abandoned", "cancelled", "stalled"}
 
 
 class Watching(logging.Handler):
-    """Keeps what OpenTelemetry complains of."""
+    """A handler that fails the test if OpenTelemetry logs anything."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class Watching(logging.Handler):
 
 
 class Meters:
-    """Metrics that are compared with spans."""
+    """A meter provider whose metrics are compared with spans."""
 
     def __init__(self) -> None:
         self.reader = InMemoryMetricReader()
@@ -63,7 +63,7 @@ class Meters:
         return [(metric.name, point) for metric in found for point in metric.data.data_points]
 
     def check(self, calls: list[Any]) -> None:
-        """They tell of the same outcomes and tokens as the spans of calls do."""
+        """Check that the metrics have the same outcomes and tokens as the spans of calls."""
         outcomes, tokens = Counter(), Counter()
         for name, point in self.points():
             if name == "gen_ai.client.operation.duration":
@@ -77,9 +77,9 @@ class Meters:
 
 
 def check_spans(recorder):
-    """As many spans ended as started, each once; calls, and below each its own attempts. Returns the calls.
+    """Check that every span ended exactly once, and that attempts are children of their calls. Return the calls.
 
-    An attempt that its consumer gave up unread, or that was refused after output, never reached the provider.
+    An attempt that its consumer abandoned unread, or that was refused after output, never reached the provider.
     """
     started, ended = recorder.counting.started, recorder.counting.ended
     assert len(ended) == len({*ended}) == len(started)
@@ -112,8 +112,8 @@ def check_spans(recorder):
     st.booleans(),
     st.sampled_from(["none", "both"]),
 )
-def test_whatever_happens_spans_end_once(mode, outer, inner, answers, stop_after, restarts, capture):
-    """Spans end exactly once, parents are right, and the consumer's context is as before."""
+def test_spans_always_end_exactly_once(mode, outer, inner, answers, stop_after, restarts, capture):
+    """Spans end exactly once, have the right parents, and leave the consumer's context unchanged."""
     recorder, meters = Recorder(), Meters()
     clock = VirtualClock()
     kind = ScriptedProvider if mode.backend is None else AsyncScriptedProvider
@@ -136,7 +136,7 @@ def test_whatever_happens_spans_end_once(mode, outer, inner, answers, stop_after
 
 
 class Interleaved(RuleBasedStateMachine):
-    """Streams and calls in any turns, within spans of the user's, ended in every way there is."""
+    """Interleaved streams and calls within spans of the user, which end in every possible way."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -149,7 +149,7 @@ class Interleaved(RuleBasedStateMachine):
         self.parents: list[Any] = []
 
     def pipeline(self, kinds, answers, capture="none"):
-        """A pipeline, and a request that its span is known by."""
+        """Return a pipeline, and a request whose conversation id identifies its span."""
         provider = ScriptedProvider(*[answer.make() for answer in answers])
         stack = [self.recorder.tracing(capture=capture), self.meters.metrics, *s.build(kinds, [])]
         request = REQUEST.evolve(metadata={"conversation_id": str(len(self.parents))})
@@ -162,26 +162,26 @@ class Interleaved(RuleBasedStateMachine):
     @rule()
     @precondition(lambda self: len(self.users) < 4)
     def enter(self):
-        """A span of the user's begins."""
+        """Begin a span of the user."""
         self.users.append(self.within.enter_context(self.tracer.start_as_current_span("mine")))
 
     @rule(kinds=s.stacks, answers=s.any_answers)
     def call(self, kinds, answers):
-        """A call that is not streamed."""
+        """Make a call that is not streamed."""
         pipeline, request = self.pipeline(kinds, answers)
         with suppress(Exception):
             pipeline.complete(request)
 
     @rule(kinds=s.stacks, answers=s.any_answers, capture=st.sampled_from(["none", "both"]), restarts=st.booleans())
     def begin(self, kinds, answers, capture, restarts):
-        """A stream."""
+        """Open a stream."""
         pipeline, request = self.pipeline(kinds, answers, capture)
         self.streams[len(self.parents)] = pipeline.stream(request, restarts=restarts)
 
     @rule(data=st.data(), times=st.integers(1, 6))
     @precondition(lambda self: self.streams)
     def read(self, data, times):
-        """Some of a stream, perhaps to its end."""
+        """Read part of a stream, perhaps to its end."""
         stream = self.streams[self.some(data)]
         with suppress(Exception):
             for _ in range(times):
@@ -190,7 +190,7 @@ class Interleaved(RuleBasedStateMachine):
     @rule(data=st.data(), how=st.sampled_from(["close", "thread", "drop", "ring", "error", "texts"]))
     @precondition(lambda self: self.streams)
     def end(self, data, how):
-        """The consumer is done with a stream, in whatever state it is."""
+        """End the consumption of a stream in any state."""
         stream = self.streams.pop(self.some(data))
         if how == "close":
             stream.close()
@@ -213,11 +213,11 @@ class Interleaved(RuleBasedStateMachine):
 
     @invariant()
     def the_context_is_the_users(self):
-        """The current span is never one of ours."""
+        """The current span is always the user's."""
         assert trace.get_current_span() is self.users[-1]
 
     def teardown(self):
-        """What was left lying about ends too; then all must be right."""
+        """End the remaining streams, and check all spans and metrics."""
         self.streams.clear()
         gc.collect()
         Pipeline(ScriptedProvider("b"), [], clock=self.clock).complete(REQUEST)
@@ -236,7 +236,7 @@ TestInterleaved = Interleaved.TestCase
 TestInterleaved.settings = settings(many, max_examples=30, stateful_step_count=25)
 
 
-@pytest.mark.filterwarnings("ignore:Async generator:ResourceWarning")  # trio tells of what was dropped
+@pytest.mark.filterwarnings("ignore:Async generator:ResourceWarning")  # trio warns about dropped generators
 @many
 @given(
     s.stacks,
@@ -246,7 +246,7 @@ TestInterleaved.settings = settings(many, max_examples=30, stateful_step_count=2
     st.sampled_from([mode for mode in MODES if mode.streaming and mode.backend]),
 )
 def test_async_streams_end_however_they_are_left(kinds, answers, reads, how, mode):
-    """By another task, by a cancellation within a read, or by nobody at all."""
+    """A stream may be closed by another task, cancelled during a read, or dropped without being closed."""
     recorder, meters = Recorder(), Meters()
 
     class Hanging(AsyncScriptedProvider):

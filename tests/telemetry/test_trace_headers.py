@@ -1,4 +1,4 @@
-"""Trace headers: one `traceparent` an attempt, with and without other instrumentations."""
+"""Trace headers: one `traceparent` for each attempt, with and without other instrumentations."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("no_complaints")
 
 @modes
 def test_every_attempt_carries_its_own_traceparent_once(mode, recorder):
-    """Trace id and parent id are the attempt's; other headers stay, and one of the same name is replaced."""
+    """The trace id and parent id are the attempt's. Other headers stay, and an existing `traceparent` is replaced."""
     provider = remote(mode, Overloaded("full"), ANSWER)
     request = REQUEST.evolve(headers={"X-Mine": "1", "TraceParent": "00-old"})
     run(mode, provider, [recorder.tracing(), Retry(max_retries=1)], request)
@@ -39,7 +39,7 @@ def test_every_attempt_carries_its_own_traceparent_once(mode, recorder):
 
 
 def test_baggage_and_trace_state_go_along(recorder):
-    """The whole of W3C trace context goes out."""
+    """The request carries all W3C trace context headers."""
     state = trace.TraceState([("vendor", "x")])
     ids = trace.SpanContext(1, 2, is_remote=True, trace_flags=trace.TraceFlags(1), trace_state=state)
     provider = Remote(ANSWER, ANSWER)
@@ -54,7 +54,7 @@ def test_baggage_and_trace_state_go_along(recorder):
 
 
 def test_another_propagator_is_respected(recorder):
-    """What the application set up for its headers is used."""
+    """Tracing uses the propagator that the application has set up."""
 
     class Shouting(propagate.textmap.TextMapPropagator):
         fields = {"x-trace"}
@@ -79,9 +79,9 @@ def test_another_propagator_is_respected(recorder):
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
 @pytest.mark.parametrize("streaming", [False, True], ids=["whole", "stream"])
 def test_over_http_there_is_one_traceparent_with_and_without_httpx_instrumentation(streaming, asynchronous):
-    """The instrumentation's span is below the attempt's, and its header takes the place of ours.
+    """The instrumentation's span is a child of the attempt, and its header replaces that of the attempt.
 
-    So it is whether the transport is given, or the provider's own: once httpx is instrumented, it is httpx that sends.
+    This holds for a given transport and for the provider's own, because an instrumented httpx sends all requests.
     """
     pytest.importorskip("opentelemetry.instrumentation.httpx")
     ran = subprocess.run(
@@ -186,8 +186,8 @@ print(json.dumps(told))
 
 
 @modes
-def test_sampled_off_sends_that_on_and_records_nothing(mode):
-    """A span that is not sampled goes on as such in the headers; there are no attempts."""
+def test_an_unsampled_call_sends_its_decision_and_records_nothing(mode):
+    """The headers pass on that the span is not sampled. There are no attempt spans."""
     recorder = Recorder(sampler=ParentBased(ALWAYS_OFF))
     provider = remote(mode, ANSWER)
     ran = run(mode, provider, [recorder.tracing(capture="span")], REQUEST)
@@ -198,8 +198,8 @@ def test_sampled_off_sends_that_on_and_records_nothing(mode):
 
 
 @modes
-def test_without_an_sdk_a_remote_parent_still_goes_on(mode):
-    """A service in the middle, without an SDK, breaks no trace; without a parent nothing is added."""
+def test_without_an_sdk_a_remote_parent_is_still_passed_on(mode):
+    """An intermediate service without an SDK does not break a trace. Without a parent, no header is added."""
     provider = remote(mode, ANSWER, ANSWER)
     run(mode, provider, [Tracing()], REQUEST)
     ids = trace.SpanContext(0xABC, 0xDEF, is_remote=True, trace_flags=trace.TraceFlags(1))
@@ -213,7 +213,7 @@ def test_without_an_sdk_a_remote_parent_still_goes_on(mode):
 
 
 def test_an_sdk_that_is_set_up_later_is_noticed():
-    """The same `Tracing` works from then on. In a process of its own, since the global provider is set but once."""
+    """The same `Tracing` works from then on. This needs a new process, which can set the global provider only once."""
     script = """
 import warnings; warnings.simplefilter("error")
 from fluxibly.middleware import Tracing
@@ -240,7 +240,7 @@ print(len(exporter.get_finished_spans()))
 
 
 def test_without_an_sdk_opentelemetry_is_not_even_imported():
-    """A program without telemetry is spared the tenth of a second that it takes."""
+    """The import takes a tenth of a second, which a program without telemetry does not pay."""
     script = """
 import sys
 from fluxibly.middleware import Metrics, Tracing
@@ -254,8 +254,8 @@ print([m for m in sys.modules if m.startswith("opentelemetry")])
     assert ran.stdout == "[]\n"
 
 
-def test_other_instrumentations_are_told_of_our_span(recorder):
-    """One built on opentelemetry-util-genai makes no second span below ours."""
+def test_other_instrumentations_see_that_the_call_is_traced(recorder):
+    """An instrumentation built on opentelemetry-util-genai does not create a second span for the call."""
     handler = pytest.importorskip("opentelemetry.util.genai.handler")
 
     class Instrumented(Remote):

@@ -1,4 +1,4 @@
-"""Spans of calls and of their attempts: what they say, and when they end."""
+"""Spans of calls and of their attempts: their attributes, and when they end."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ from fluxibly.types import Chunk, Request, Response, Restart, Usage
 pytestmark = pytest.mark.usefixtures("no_complaints")
 
 
-# What a span says
+# Attributes
 
 
 @modes
 def test_a_call_is_a_client_span_with_one_attempt(mode, recorder):
-    """The name, the kind, the attributes and the tree of a plain call; its status stays unset."""
+    """A plain call has a span with the right name, kind, attributes and tree. Its status stays unset."""
     ran = run(mode, remote(mode, ANSWER), [recorder.tracing()], REQUEST)
     assert ran.text == "forty two" if mode.streaming else ran.response.text == "forty two"
     span, (attempt,) = recorder.call, recorder.attempts
@@ -82,14 +82,14 @@ def test_a_call_is_a_client_span_with_one_attempt(mode, recorder):
 
 
 def test_a_model_in_process_has_an_internal_span(recorder):
-    """In process, the span's kind is INTERNAL."""
+    """The span of a provider in the same process has the kind INTERNAL."""
     Pipeline(ScriptedProvider(ANSWER), [recorder.tracing()]).complete(REQUEST)
     assert recorder.call.kind is SpanKind.INTERNAL
     assert "server.address" not in recorder.call.attributes
 
 
 def test_parameters_are_there_when_they_are_given(recorder):
-    """Each parameter has its attribute, and each kind of token."""
+    """Each parameter and each kind of token has its attribute."""
     request = Request(
         model="m-1",
         messages="Hi",
@@ -136,7 +136,7 @@ def test_parameters_are_there_when_they_are_given(recorder):
 
 
 def test_samplers_see_what_is_known_at_the_start():
-    """The attributes that samplers decide by are there when the span starts."""
+    """The span starts with the attributes that samplers need for their decision."""
     seen = []
 
     class Curious(Sampler):
@@ -164,8 +164,8 @@ def test_samplers_see_what_is_known_at_the_start():
 
 
 @modes
-def test_each_attempt_has_a_span_and_usage_is_told_once(mode, recorder):
-    """Two retries are three attempts, of which two failed, below one span that completed."""
+def test_each_attempt_has_a_span_and_usage_is_recorded_once(mode, recorder):
+    """Two retries make three attempts, of which two failed, under one completed span."""
     provider = remote(mode, RateLimitError("slow", code="rate_limit"), Overloaded("full"), ANSWER)
     run(mode, provider, [recorder.tracing(), Retry(max_retries=2)], REQUEST)
     span, attempts = recorder.call, recorder.attempts
@@ -184,7 +184,7 @@ def test_each_attempt_has_a_span_and_usage_is_told_once(mode, recorder):
 
 @modes
 def test_after_a_fallback_the_span_names_the_model_that_answered(mode, recorder):
-    """The span is renamed, and says which model was asked for."""
+    """The span is renamed, and records the requested model."""
     run(mode, remote(mode, Overloaded("full"), "hello"), [recorder.tracing(), fall_back], REQUEST)
     span = recorder.call
     assert span.name == "chat m-2"
@@ -193,8 +193,8 @@ def test_after_a_fallback_the_span_names_the_model_that_answered(mode, recorder)
     assert [attempt.attributes["fluxibly.attempt.model"] for attempt in recorder.attempts] == ["m-1", "m-2"]
 
 
-def test_a_fallback_that_fails_leaves_the_model_asked_for(recorder):
-    """Where nobody answered, the span keeps its name."""
+def test_a_failed_fallback_keeps_the_requested_model(recorder):
+    """If no model answered, the span keeps its name."""
     with pytest.raises(Overloaded):
         Pipeline(Remote(Overloaded("a"), Overloaded("b")), [recorder.tracing(), fall_back]).complete(REQUEST)
     assert recorder.call.name == "chat m-1"
@@ -203,7 +203,7 @@ def test_a_fallback_that_fails_leaves_the_model_asked_for(recorder):
 
 @modes
 def test_a_cache_hit_has_neither_attempts_nor_usage(mode, recorder):
-    """A hit says so, and counts no tokens."""
+    """The span is marked as a cache hit, and counts no tokens."""
     run(mode, remote(mode), [recorder.tracing(), cached], REQUEST)
     assert recorder.attempts == []
     assert recorder.call.attributes["fluxibly.cache.hit"] is True
@@ -211,8 +211,8 @@ def test_a_cache_hit_has_neither_attempts_nor_usage(mode, recorder):
     assert recorder.call.attributes["fluxibly.attempts"] == 0
 
 
-def test_an_answer_that_begins_anew_is_told_from_there(recorder):
-    """After a Restart, content, characters and arrivals are those of the second answer."""
+def test_a_restarted_answer_is_recorded_from_its_restart(recorder):
+    """After a Restart, the content, characters and arrivals are those of the second answer."""
     provider = Remote(["wrong ", Overloaded("full")], ["right"])
     stack = [recorder.tracing(capture="span"), Retry(max_retries=1, base_delay=0, on_interrupt="restart")]
     with Pipeline(provider, stack).stream(REQUEST, restarts=True) as stream:
@@ -229,7 +229,7 @@ def test_an_answer_that_begins_anew_is_told_from_there(recorder):
 
 @modes
 def test_a_layer_that_makes_no_flow_ends_the_span_too(mode, recorder):
-    """Its error comes when the flow is made, before there is one to run."""
+    """The error is raised when the flow is created, before there is a flow to run."""
     ran = run(mode, remote(mode, ANSWER), [recorder.tracing(), lambda request, call_next: None], REQUEST)
     assert isinstance(ran.error, TypeError)
     assert recorder.call.attributes["error.type"] == "TypeError"
@@ -238,7 +238,7 @@ def test_a_layer_that_makes_no_flow_ends_the_span_too(mode, recorder):
 
 @modes
 def test_a_failed_call_says_why_without_quoting_the_prompt(mode, recorder):
-    """Type, masked message and exception event; no stack trace, and nothing of the prompt anywhere."""
+    """The span has the error's type, a masked message and an event, but neither a stack trace nor the prompt."""
     error = ProviderError("refused: 'What is the meaning of life?'", code="policy")
     error.__cause__ = ValueError("What is the meaning of life?")
     ran = run(mode, remote(mode, error), [recorder.tracing()], REQUEST)
@@ -257,8 +257,8 @@ def test_a_failed_call_says_why_without_quoting_the_prompt(mode, recorder):
     assert "meaning" not in everything(recorder.spans)
 
 
-def test_a_code_that_is_no_name_is_not_an_error_type(recorder):
-    """Only a short identifier passes for `error.type`: it has to be of low cardinality."""
+def test_a_code_that_is_not_an_identifier_is_not_an_error_type(recorder):
+    """Only a short identifier can be `error.type`, which must have a low cardinality."""
     error = ProviderError("no", code="Your request abc123 was refused")
     with pytest.raises(ProviderError):
         Pipeline(Remote(error), [recorder.tracing()]).complete(REQUEST)
@@ -267,7 +267,7 @@ def test_a_code_that_is_no_name_is_not_an_error_type(recorder):
 
 @streams
 def test_an_interrupted_stream_names_the_cause(mode, recorder):
-    """`error.type` is the cause's, and what had arrived is told, usage included."""
+    """`error.type` is that of the cause. The span has the partial answer and its usage."""
     script = [Chunk("forty ", usage=Usage(input_tokens=7)), "two", Overloaded("full")]
     ran = run(mode, remote(mode, script), [recorder.tracing(capture="span")], REQUEST)
     assert isinstance(ran.error, StreamInterrupted)
@@ -285,7 +285,7 @@ def test_an_interrupted_stream_names_the_cause(mode, recorder):
 
 @streams
 def test_a_stall_is_an_outcome_of_its_own(mode, recorder):
-    """An idle timeout is `stalled`, and an error."""
+    """An idle timeout has the outcome `stalled`, and is an error."""
     run(mode, remote(mode, ["a", StreamStalled("nothing came")]), [recorder.tracing()], REQUEST)
     assert recorder.call.attributes["fluxibly.outcome"] == "stalled"
     assert recorder.call.attributes["error.type"] == "StreamStalled"
@@ -296,7 +296,7 @@ def test_a_stall_is_an_outcome_of_its_own(mode, recorder):
 
 
 def test_arrivals_are_kept_in_constant_memory(recorder):
-    """A long stream is thinned evenly; times, waits and characters are exact for what is kept."""
+    """The arrivals of a long stream are thinned evenly. The kept times, waits and characters are exact."""
     clock = VirtualClock()
     script = [step for _ in range(1000) for step in (Delay(0.5), "ab")]
     pipeline = Pipeline(Remote(script, clock=clock), [recorder.tracing()], clock=clock)
@@ -313,7 +313,7 @@ def test_arrivals_are_kept_in_constant_memory(recorder):
 
 
 def test_span_times_agree_with_the_call(recorder):
-    """A span is as long as the call was."""
+    """A span is as long as its call."""
     start = time.time_ns()
     response = Pipeline(Remote(ANSWER), [recorder.tracing()]).complete(REQUEST)
     end = time.time_ns()

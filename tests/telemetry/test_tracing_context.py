@@ -1,4 +1,4 @@
-"""Spans of streams that end early, and which span is current for whom."""
+"""Spans of streams that end early, and the current span of consumers and providers."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ pytestmark = pytest.mark.usefixtures("no_complaints")
 
 
 @streams
-def test_a_stream_given_up_is_abandoned_with_what_had_come(mode, recorder):
-    """Break and close leave the status unset, with the outcome, the chunks and the usage so far."""
+def test_a_closed_stream_is_abandoned_with_what_had_arrived(mode, recorder):
+    """After a break and a close, the status is unset. The span has the outcome, the chunks and the usage so far."""
     script = [Chunk("forty ", usage=Usage(input_tokens=7)), "two", " and more"]
     ran = run(mode, remote(mode, script), [recorder.tracing(capture="span")], REQUEST, stop_after=2)
     assert ran.leaks == []
@@ -42,7 +42,7 @@ def test_a_stream_given_up_is_abandoned_with_what_had_come(mode, recorder):
 
 
 def test_a_stream_that_is_dropped_ends_its_spans(recorder):
-    """Also one that only the garbage collector finds: at the next call."""
+    """A stream that only the garbage collector finds ends its spans at the next call."""
     pipeline = Pipeline(Remote(["a", "b"], ["a", "b"], "c"), [recorder.tracing()])
     stream = pipeline.stream(REQUEST)
     next(stream)
@@ -61,7 +61,7 @@ def test_a_stream_that_is_dropped_ends_its_spans(recorder):
 
 
 def test_a_stream_closed_in_another_thread_ends_its_spans_once(recorder):
-    """No context is confused, and the consumer's stays."""
+    """The consumer's context does not change."""
     stream = Pipeline(Remote(["a", "b"]), [recorder.tracing()]).stream(REQUEST)
     next(stream)
     thread = threading.Thread(target=stream.close)
@@ -73,7 +73,7 @@ def test_a_stream_closed_in_another_thread_ends_its_spans_once(recorder):
 
 
 def test_an_exception_of_the_consumer_abandons_the_stream(recorder):
-    """It is the consumer's, not the call's."""
+    """The exception is not an error of the call."""
     with pytest.raises(KeyError), Pipeline(Remote(["a", "b"]), [recorder.tracing()]).stream(REQUEST) as stream:
         next(stream)
         raise KeyError("mine")
@@ -83,7 +83,7 @@ def test_an_exception_of_the_consumer_abandons_the_stream(recorder):
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["whole", "stream"])
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
-def test_a_cancelled_call_is_an_error_named_alike_everywhere(backend, streaming, recorder):
+def test_a_cancelled_call_is_the_same_error_on_asyncio_and_trio(backend, streaming, recorder):
     """`error.type` is CancelledError on trio too."""
 
     class Slow(AsyncRemote):
@@ -118,8 +118,8 @@ def test_a_cancelled_call_is_an_error_named_alike_everywhere(backend, streaming,
     assert len(recorder.spans) == len(recorder.counting.started) == 2
 
 
-def test_a_coroutine_that_nobody_finished_confuses_no_context(recorder):
-    """Closed in another context than it ran in, it still ends its spans, and logs nothing."""
+def test_an_unfinished_coroutine_does_not_change_the_context(recorder):
+    """A coroutine that is closed in a different context still ends its spans, and logs nothing."""
 
     class Waiting:
         def __await__(self):
@@ -141,7 +141,7 @@ def test_a_coroutine_that_nobody_finished_confuses_no_context(recorder):
 
 @modes
 def test_the_consumers_span_stays_current(mode, recorder):
-    """Between chunks, and after the call, the caller's own span is current, and the call is its child."""
+    """The caller's own span is current between chunks and after the call. The call's span is its child."""
     tracer = recorder.tracer_provider.get_tracer("user")
     seen = []
     with tracer.start_as_current_span("mine") as mine:
@@ -159,7 +159,7 @@ def test_the_consumers_span_stays_current(mode, recorder):
 
 @modes
 def test_the_provider_runs_within_the_attempts_span(mode, recorder):
-    """What a provider traces is a child of the attempt, and sleeping between attempts happens in the call's span."""
+    """The spans of a provider are children of the attempt. Inner layers run in the call's span."""
     inside = []
 
     def look(request, call_next):
@@ -181,8 +181,8 @@ def test_the_provider_runs_within_the_attempts_span(mode, recorder):
     assert inside == ["chat m-1", "fluxibly.attempt"]
 
 
-def test_a_hundred_calls_at_once_keep_their_families_apart(recorder):
-    """Every attempt is the child of its own call, and each call that of its own task."""
+def test_a_hundred_concurrent_calls_have_the_right_parents(recorder):
+    """Every attempt is a child of its own call, and every call is a child of its own task's span."""
     tracer = recorder.tracer_provider.get_tracer("user")
 
     class Interleaving(AsyncRemote):

@@ -1,4 +1,4 @@
-"""`fluxibly trace`: a file of spans, read (`file.py`), as a waterfall in the terminal or as a page (`html.py`).
+"""`fluxibly trace`: a file of spans (`file.py`) as a waterfall in the terminal (`terminal.py`) or a page (`html.py`).
 
-`plot.py` draws time axes and arrivals for the page, `page.css` is its style. Imported by `cli` alone.
+`plot.py` draws time axes and arrivals for the page; `page.css` is its style. Only `cli` imports this package.
 """

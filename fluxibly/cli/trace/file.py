@@ -1,4 +1,4 @@
-"""Reads a file of OTLP JSON (one ExportTraceServiceRequest a line) into trees of spans, and says what to call them."""
+"""A reader of OTLP JSON files (one ExportTraceServiceRequest per line): their spans as trees, and facts about them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fluxibly.telemetry import semconv
 ERROR = 2
 """OTLP's `STATUS_CODE_ERROR`."""
 TOO_LATE = 2**64
-"""Nanoseconds since 1970 that OTLP has no room for."""
+"""The first time, in nanoseconds since 1970, that OTLP cannot represent."""
 NUMBERS = (
     semconv.ATTEMPT_INDEX,
     semconv.ATTEMPTS,
@@ -29,16 +29,16 @@ NUMBERS = (
     semconv.STREAM_GAP_P95,
     semconv.STREAM_LONGEST_STALL,
 )
-"""Attributes that the views count with. Where a file of another's has something else there, they are left out."""
+"""Attributes that the views calculate with. A value that is not a number, in another program's file, is left out."""
 CONTENT = (semconv.SYSTEM_INSTRUCTIONS, semconv.INPUT_MESSAGES, semconv.OUTPUT_MESSAGES, semconv.TOOL_DEFINITIONS)
 """Attributes that hold an array of objects, as JSON."""
 _UNSAFE = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)], "\N{REPLACEMENT CHARACTER}")
-"""Control characters, which could drive the terminal; all but tabs and line feeds."""
+"""Control characters, which could control the terminal; all except tabs and line feeds."""
 
 
 @attrs.define
 class TracedSpan:
-    """A span of the file, with its children in the order they began. Times are nanoseconds since 1970."""
+    """A span of the file, with its children in the order in which they began. Times are nanoseconds since 1970."""
 
     name: str
     trace_id: str
@@ -57,27 +57,27 @@ class TracedSpan:
 
     @property
     def outcome(self) -> str:
-        """`fluxibly.outcome`, or for spans of others what their status says."""
+        """`fluxibly.outcome`, or the status of a span that another program wrote."""
         return str(self.attributes.get(semconv.OUTCOME) or ("failed" if self.failed else "completed"))
 
     def walk(self, depth: int = 0) -> Iterator[tuple[int, TracedSpan]]:
-        """The span and all below it, each with its depth."""
+        """Yield the span and all its descendants, each with its depth."""
         waiting = [(depth, self)]
-        while waiting:  # spans may be nested deeper than Python's calls
+        while waiting:  # without recursion, because spans may be nested deeper than Python's limit
             depth, span = waiting.pop()
             yield depth, span
             waiting += [(depth + 1, child) for child in reversed(span.children)]
 
     @property
     def error(self) -> str:
-        """What failed, unless a span below it says the same; "" if nothing did."""
+        """The error of a failed span, or "" if it did not fail or a child has the same error."""
         if not self.failed or any(child.failed and child.message == self.message for child in self.children):
             return ""
         kind = str(self.attributes.get(semconv.ERROR_TYPE, ""))
         return (kind if self.message in ("", kind) else f"{kind}: {self.message}".removeprefix(": ")) or "failed"
 
     def value(self, key: str) -> Any:
-        """An attribute that holds JSON, decoded; None if it is absent or not JSON. Of `CONTENT`, its objects."""
+        """Return an attribute's JSON, decoded, or None if it is absent or not JSON. For `CONTENT`, return only objects."""
         found = self.attributes.get(key)
         if isinstance(found, str):
             found = _decoded(found)
@@ -89,14 +89,14 @@ class TracedSpan:
         points: list[tuple[int, int, int]] = self.value(semconv.STREAM_ARRIVALS) or []
         try:
             return [(at / 1e6, wait / 1e6, int(characters)) for at, wait, characters in points]
-        except (TypeError, ValueError, OverflowError):  # a file of another's
+        except (TypeError, ValueError, OverflowError):  # another program's file
             return []
 
 
 def _decoded(text: str) -> Any:
     try:
         value = json.loads(text)
-        if "\\ud" in text:  # half of a surrogate pair, perhaps, which no page can hold
+        if "\\ud" in text:  # perhaps half a surrogate pair, which a page cannot hold
             value = json.loads(json.dumps(value, ensure_ascii=False).encode(errors="replace"))
     except (ValueError, RecursionError):
         return None
@@ -104,7 +104,7 @@ def _decoded(text: str) -> Any:
 
 
 def _objects(value: Any) -> list[dict[str, Any]]:
-    """The objects in an array, and of their own `parts` likewise."""
+    """Return the objects in an array, each with only the objects in its own `parts`."""
     found = [dict(each) for each in value if is_mapping(each)] if is_list(value) else []
     for each in found:
         if "parts" in each:
@@ -113,7 +113,7 @@ def _objects(value: Any) -> list[dict[str, Any]]:
 
 
 def label(span: TracedSpan) -> str:
-    """What to call a span: an attempt by its number and the model that it asked for."""
+    """Return the displayed name of a span; an attempt is named by its number and its requested model."""
     index = span.attributes.get(semconv.ATTEMPT_INDEX)
     if index is None:
         return span.name
@@ -121,18 +121,18 @@ def label(span: TracedSpan) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A time in the unit that reads best."""
+    """Format a time in the unit that reads best."""
     if seconds < 1e-3:
         return f"{seconds * 1e6:.0f} µs"
     return f"{seconds * 1e3:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"
 
 
 def read(path: str | Path) -> list[TracedSpan]:
-    """The spans without a parent in the file, in the order they began.
+    """Read the spans that have no parent in the file, in the order in which they began.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: a line is no OTLP JSON (the last may be cut short: it is left out), or there is no span in it.
+        ValueError: a line is not OTLP JSON (a last line that is cut short is left out), or the file has no spans.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
@@ -164,7 +164,7 @@ def _trees(spans: Mapping[tuple[str, str], TracedSpan]) -> list[TracedSpan]:
         (roots if parent is None else parent.children).append(span)
     reached = {id(span) for root in roots for _, span in root.walk()}
     for span in ordered:
-        if id(span) not in reached:  # it is below itself, in a file that was damaged
+        if id(span) not in reached:  # in a damaged file, a span can be its own ancestor
             spans[span.trace_id, span.parent_id].children.remove(span)
             roots.append(span)
             reached.update(id(below) for _, below in span.walk())
@@ -193,7 +193,7 @@ def _spans(request: Mapping[str, Any]) -> Iterator[TracedSpan]:
 
 
 def _text(value: object) -> str:
-    """A text that any page and terminal can show."""
+    """Return text that any page and any terminal can show."""
     return str(value).encode(errors="replace").decode().translate(_UNSAFE)
 
 
@@ -224,7 +224,7 @@ def _value(value: Mapping[str, Any]) -> Any:
 
 
 def call_facts(span: TracedSpan) -> list[str]:
-    """What to tell of a call in any view: that it was answered from a cache, the model asked for, attempts, tokens."""
+    """Return the facts about a call that every view shows: cache hit, requested model, attempts, tokens."""
     given = span.attributes
     facts: list[str] = []
     if given.get(semconv.CACHE_HIT):
@@ -239,7 +239,7 @@ def call_facts(span: TracedSpan) -> list[str]:
 
 
 def stream_facts(span: TracedSpan) -> list[str]:
-    """What to tell of a stream in any view: how much came, the wait for its first chunk, and the longest after that."""
+    """Return the facts about a stream that every view shows: size, wait for the first chunk, longest wait after that."""
     given = span.attributes
     if semconv.STREAM_CHUNKS not in given:
         return []
@@ -249,7 +249,7 @@ def stream_facts(span: TracedSpan) -> list[str]:
     if first is not None:
         facts.append(f"time to first chunk {duration(first)}")
     longest = given.get(semconv.STREAM_LONGEST_STALL, 0)
-    if longest > (first or 0) * 1.05:  # else it is the same wait
+    if longest > (first or 0) * 1.05:  # otherwise, it is the same wait
         facts.append(f"longest wait {duration(longest)}")
     return facts
 

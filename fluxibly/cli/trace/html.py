@@ -1,4 +1,4 @@
-"""A trace file as one self-contained page: its calls, their waterfalls, and what was said."""
+"""A trace file as a self-contained HTML page: its calls, their waterfalls, and their messages."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fluxibly.telemetry import semconv
 
 
 def render(path: str | Path) -> str:
-    """The page: each trace's waterfall, its messages where they were captured, and the arrivals of its streams.
+    """Return the page: each trace's waterfall, its messages if they were captured, and the arrivals of its streams.
 
     Raises:
         OSError, ValueError: see `read`.
@@ -61,7 +61,7 @@ def _totals(roots: Iterable[TracedSpan]) -> str:
 
 
 def _outcomes(calls: Iterable[TracedSpan]) -> list[tuple[str, str]]:
-    """How many calls failed, and how many ended in other ways than well, if any did."""
+    """Count the calls that failed, and the calls that were stalled, cancelled or abandoned, if there are any."""
     ended = Counter(call.outcome for call in calls)
     return [
         (str(ended[outcome]), outcome)
@@ -79,7 +79,7 @@ def _trace(root: TracedSpan) -> str:
 
 
 def _details(span: TracedSpan, root: TracedSpan) -> str:
-    """The plot, the messages and the tools of a span; its name too, if it is not the trace's first."""
+    """Return the plot, the messages and the tools of a span, under its name unless it is the root."""
     parts: list[str] = []
     if points := span.arrivals:
         thinned = len(points) < span.attributes.get(semconv.STREAM_CHUNKS, 0)
@@ -166,12 +166,12 @@ _SHORT = 72
 
 
 def conversation(span: TracedSpan) -> str:
-    """What was said in a call, where it was captured; else an empty text."""
+    """Return the messages of a call if they were captured, else an empty str."""
     return "".join(_messages(span))
 
 
 def as_text(value: Any) -> str:
-    """A text as it is, and anything else as JSON in one line."""
+    """Return a str as it is, and any other value as JSON on one line."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
@@ -203,7 +203,7 @@ def _message(message: Mapping[str, Any], tools: Mapping[str, str], choice: str) 
 
 
 def _ending(message: Mapping[str, Any]) -> str:
-    """How the message ended, if that is worth telling."""
+    """Return why the message ended, or "" for an ordinary end."""
     reason = str(message.get("finish_reason") or "stop")
     return {"stop": "", "error": "cut off", "length": "cut at the length limit"}.get(reason, reason.replace("_", " "))
 
@@ -224,21 +224,21 @@ def _part(part: Mapping[str, Any]) -> str:
 
 
 def readable(value: Any) -> str:
-    """JSON on one line if it is short, else indented; also JSON that is given as a text. Other texts as they are."""
+    """Return JSON, or a str that holds JSON, on one line if short and else indented. Return other text as it is."""
     text = as_text(value)
     if len(text) <= _SHORT:
         return text
     try:
         return _indented(json.loads(value) if isinstance(value, str) else value)
-    except (ValueError, RecursionError):  # a text, or JSON that is nested too deeply to lay out
+    except (ValueError, RecursionError):  # plain text, or JSON that is nested too deeply to indent
         return text
 
 
 def _indented(value: Any, margin: str = "") -> str:
-    """JSON with a line for each member; what is short stays on its line.
+    """Return JSON with a line for each member; short values stay on one line.
 
     Raises:
-        RecursionError: it is nested too deeply.
+        RecursionError: the value is nested too deeply.
     """
     text = json.dumps(value, ensure_ascii=False)
     if not isinstance(value, dict | list) or len(margin) + len(text) <= _SHORT:

@@ -1,6 +1,6 @@
 """The plot of a stream's chunks: characters over time, with the stalls marked, as an SVG with labels in HTML.
 
-The drawing is stretched to the width of the page, and its labels are not, so that they can be read at any width.
+The drawing is stretched to the width of the page. Its labels are not, so that they can be read at any width.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import attrs
 from fluxibly.cli.trace.file import duration
 
 Point: TypeAlias = tuple[float, float, int]
-"""Seconds since the call began, seconds that the chunk was waited for, characters so far."""
+"""Seconds since the call began, seconds spent waiting for the chunk, characters so far."""
 
 WIDTH, HEIGHT = 1000, 160
 NOTABLE = 0.04
-"""The share of the whole time from which a wait is marked."""
+"""The smallest share of the whole time for which a wait is marked."""
 LABEL = 24.0
 """The width of a band's label on a narrow page, in percent."""
 
@@ -36,13 +36,13 @@ class Band:
 
 
 def plot(points: Sequence[Point], seconds: float, *, stalled: bool = False, thinned: bool = False) -> str:
-    """The arrivals of a stream that took so many seconds in all.
+    """Draw the arrivals of a stream.
 
     Args:
-        points: the chunks, at least one.
+        points: the chunks; there must be at least one chunk.
         seconds: how long the call took.
-        stalled: the stream ended because nothing more came.
-        thinned: these are not all chunks, so that a long time between two of them may be of either side.
+        stalled: whether the stream ended because no further chunk arrived.
+        thinned: whether some chunks are left out. Then a long gap may be due to the provider or to the reader.
     """
     whole = max(seconds, points[-1][0], 1e-6)
     most = max(points[-1][2], 1)
@@ -69,7 +69,7 @@ def plot(points: Sequence[Point], seconds: float, *, stalled: bool = False, thin
 
 
 def _bands(points: Sequence[Point], whole: float, *, stalled: bool, thinned: bool) -> Iterator[Band]:
-    """What to mark: the wait for the first chunk, stalls, and the times that the reader took."""
+    """Yield the bands to mark: the wait for the first chunk, stalls, and the time that the reader took."""
     first, last = points[0][0], points[-1][0]
     if first >= NOTABLE * whole:
         yield Band("first", 0.0, first, f"first chunk at {duration(first)}")
@@ -86,7 +86,7 @@ def _bands(points: Sequence[Point], whole: float, *, stalled: bool, thinned: boo
 
 
 def _labels(bands: Sequence[Band], whole: float) -> str:
-    """The labels of the longest bands that have room, none over another; the others' show on pointing at them."""
+    """Return the labels of the longest bands that fit without overlap. The other labels show as tooltips."""
     placed: list[float] = []
     labels: list[str] = []
     for band in sorted(bands, key=lambda band: band.start - band.end):
@@ -102,7 +102,7 @@ def _labels(bands: Sequence[Band], whole: float) -> str:
 
 
 def ticks(whole: float) -> list[tuple[float, str]]:
-    """At most six round times from 0 to the whole (seconds), each with its label; all have one unit."""
+    """Return at most six round times from 0 to `whole` (seconds), each with its label; all labels have the same unit."""
     step = 10 ** math.floor(math.log10(whole))
     step = next(step * part for part in (0.2, 0.5, 1, 2) if whole / (step * part) <= 5.5)
     for unit, scale in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)):
@@ -116,7 +116,7 @@ def ticks(whole: float) -> list[tuple[float, str]]:
 
 
 def axis(whole: float) -> str:
-    """The labels of a time axis, as wide as what they are put in."""
+    """Return the labels of a time axis, as wide as the element around them."""
     return "".join(
         f'<span style="left:{(place := 100 * at / whole):.2f}%" class="{_anchor(place)}">{text}</span>'
         for at, text in ticks(whole)
@@ -128,5 +128,5 @@ def _anchor(place: float) -> str:
 
 
 def lines(whole: float) -> str:
-    """The lines of a time axis."""
+    """Return the lines of a time axis."""
     return "".join(f'<i style="left:{100 * at / whole:.2f}%"></i>' for at, _ in ticks(whole))

@@ -22,7 +22,7 @@ TIMES = 8
 
 
 def render(path: str | Path) -> RenderableType:
-    """All traces of the file: a line with a bar for each span, and under it what there is to tell of it.
+    """Return all traces of the file: a line with a bar for each span, with its error and its facts underneath.
 
     Raises:
         OSError, ValueError: see `read`.
@@ -52,7 +52,7 @@ def _branch(depth: int) -> str:
 
 
 class Row:
-    """The line of a span: columns of one width in all traces, however wide the terminal."""
+    """The line of a span. Its columns have the same widths in all traces, however wide the terminal is."""
 
     def __init__(self, span: TracedSpan, depth: int, names: int, bar: Bar) -> None:
         self.span, self.depth, self.names, self.bar = span, depth, names, bar
@@ -73,7 +73,7 @@ class Row:
 
 
 class Facts:
-    """Short texts with dots between them; a line ends between two of them, if it can."""
+    """Short texts with dots between them. Lines break between texts where possible."""
 
     def __init__(self, facts: Sequence[str]) -> None:
         self.facts = facts
@@ -90,7 +90,7 @@ class Facts:
 
 
 class Bar:
-    """A stretch of time within a whole, drawn as wide as the column."""
+    """A stretch of time within a trace, drawn as wide as the column."""
 
     def __init__(self, start: int, end: int, whole: int, colour: str) -> None:
         self.start, self.end, self.whole, self.colour = start, end, whole, colour

@@ -1,6 +1,7 @@
-"""What the providers that stand on another library (LangChain, LiteLLM) share.
+"""The shared parts of the providers that build on another library (LangChain, LiteLLM).
 
-Such a library sends the requests itself. `calls.py` holds the limits of `Timeouts` from outside and reads what a
-configuration means to it; `loops.py` closes what belongs to an event loop along with it; `services.py` describes who
-answers; `errors.py` makes its exceptions ours. Imports: `dialects`, `config`, data. Imported by: `langchain`, `litellm`.
+These libraries send the requests themselves. `calls.py` enforces the limits of `Timeouts` from outside and reads the
+configuration for a library; `loops.py` closes resources together with their event loop; `services.py` describes the
+service that answers; `errors.py` converts a library's exceptions to fluxibly's. Imports: `dialects`, `config`, data.
+Imported by: `langchain`, `litellm`.
 """

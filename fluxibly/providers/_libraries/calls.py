@@ -1,7 +1,7 @@
-"""Calls of a library that stands between us and the service, each within its time; and what a configuration means to it.
+"""Calls to a library that sends the requests itself, with time limits, and the configuration for the library.
 
-A synchronous call runs in a thread of its own, which its caller stops waiting for when the time is up; the thread ends
-when the library returns. An asynchronous one is cancelled.
+A synchronous call runs in its own thread. When the time is up the caller stops waiting, and the thread ends when the
+library returns. An asynchronous call is cancelled.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fluxibly.types import ProviderInfo
 
 
 class LibraryTimeout(Exception):  # it never leaves the providers
-    """A limit of ours has passed; `phase` says which."""
+    """An expired time limit of fluxibly. `phase` names the limit."""
 
     def __init__(self, phase: Phase, seconds: float) -> None:
         super().__init__(phase, seconds)
@@ -34,7 +34,7 @@ class LibraryTimeout(Exception):  # it never leaves the providers
 
 @attrs.frozen(kw_only=True)
 class LibraryLimits:
-    """How long to wait for a library, in seconds: for a whole call, a stream's first chunk, each next, and all of it."""
+    """The time limits for a library, in seconds: whole call, first chunk of a stream, each next chunk, whole stream."""
 
     call: float | None = None
     first: float | None = None
@@ -49,7 +49,7 @@ class LibraryLimits:
         return cls(call=limits.total, first=first, idle=limits.idle, stream=stream)
 
     def next(self, *, first: bool, started: float) -> tuple[float | None, LibraryTimeout]:
-        """How long a stream's next chunk may take, and what to raise after that."""
+        """Return how long a stream's next chunk may take, and the exception to raise after that."""
         step = self.first if first else self.idle
         phase: Phase = "first_byte" if first else "idle"
         if self.stream is not None:
@@ -60,30 +60,30 @@ class LibraryLimits:
 
 
 def read_timeout(timeouts: Timeouts) -> float | None:
-    """For an HTTP client with one limit on reads: it has to be the longer of those on the first byte and on idling."""
+    """Return the limit for an HTTP client with a single read timeout: the longer of `first_byte` and `idle`."""
     if timeouts.first_byte is None or timeouts.idle is None:
         return None
     return max(timeouts.first_byte, timeouts.idle)
 
 
 def checked_key(config: LLMConfig) -> str | None:
-    """The configuration's API key, if there is one.
+    """Return the configuration's API key, or None if it has no key.
 
     Raises:
-        AuthenticationError: it cannot be sent in a header. The message does not show it.
+        AuthenticationError: the key cannot be sent in a header. The message does not show the key.
     """
     key = None if config.api_key is None else config.api_key.reveal()
     if key is not None and (not key.isascii() or not key.isprintable() or key != key.strip()):
         raise AuthenticationError(
-            "the API key in api_key has white space around it, control characters (a newline, perhaps) or characters "
-            "outside of ASCII",
+            "api_key: expected printable ASCII without surrounding white space, got a key with surrounding white "
+            "space, control characters (such as a newline) or non-ASCII characters",
             provider=config.framework,
         )
     return key or None
 
 
 def info_of(config: LLMConfig | None, *, name: str, framework: str, telemetry_name: str) -> ProviderInfo:
-    """Who a provider is. The server is told only if the configuration names one."""
+    """Return the description of a provider. It includes the server only if the configuration names a server."""
     address, port = server_of(config.api_base if config is not None else None)
     return ProviderInfo(
         name=name,
@@ -99,7 +99,7 @@ _END: Final = object()
 
 
 class _Worker:
-    """A thread that makes one call at a time, for an owner that can stop waiting for it."""
+    """A thread that makes a single call at a time. Its owner can stop waiting for a call."""
 
     def __init__(self) -> None:
         self._calls: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
@@ -133,11 +133,11 @@ class _Worker:
         return value
 
     def abort(self) -> None:
-        """Have `run`, in another thread, return."""
+        """End a `run` in another thread."""
         self._answers.put(None)
 
     def stop(self, last: Callable[[], object]) -> None:
-        """Make a last call, as soon as the one under way has returned, and end. Waits if none is under way."""
+        """Make a last call after the current call has returned, and end. Wait only if no call is running."""
         if self.busy:
             self._calls.put(last)
             self._calls.put(None)
@@ -149,10 +149,10 @@ class _Worker:
 
 
 def call_within(call: Callable[[], T], seconds: float | None) -> T:
-    """What `call` returns.
+    """Return the result of `call`.
 
     Raises:
-        TimeIsUp: it took longer than `seconds`.
+        LibraryTimeout: `call` took longer than `seconds`.
     """
     if seconds is None:
         return call()
@@ -168,7 +168,7 @@ def _nothing() -> None:
 
 
 class OpenStream(NamedTuple):
-    """A library's stream: its items, what releases it, and what ends a read of it from another thread."""
+    """A library's stream: its items, a function that releases it, and a function that ends a read in another thread."""
 
     items: Iterator[Any]
     close: Callable[[], object]
@@ -176,14 +176,14 @@ class OpenStream(NamedTuple):
 
 
 class LibraryStream(Generic[T]):
-    """The items of a library's own iterator, each within its time. `close` releases what it holds.
+    """The items of a library's own iterator, each with a time limit. `close` releases the library's stream.
 
     Args:
-        open_stream: begins the call.
-        limits: how long to wait.
-        convert: makes of an item what is given on; None is not.
-        at_end: makes what comes after the last item.
-        explain: makes ours of an exception; it is told whether an item had come.
+        open_stream: starts the call.
+        limits: the time limits.
+        convert: converts an item to a value of this stream; None is skipped.
+        at_end: returns the value after the last item; None is skipped.
+        explain: converts an exception to fluxibly's. The second argument says whether an item had arrived.
     """
 
     def __init__(
@@ -225,7 +225,7 @@ class LibraryStream(Generic[T]):
             item = self._worker.run(self._read, seconds, late)
             self._over = item is _END
             value = self._at_end() if self._over else self._convert(item)
-        except Exception as error:  # noqa: BLE001  # raised below, without the library's own as its context
+        except Exception as error:  # noqa: BLE001  # raised below, without the library's exception as its context
             failure = self._explain(error, not self._first)
         else:
             self._first = False
@@ -243,26 +243,26 @@ class LibraryStream(Generic[T]):
             self._opened.close()
 
     def abort(self) -> None:
-        """End a read that is under way in another thread."""
+        """End a read in another thread."""
         if self._worker is not None:
             self._worker.abort()
 
     def close(self) -> None:
-        """Release the library's stream; one that is being read is cut, and released when that read returns."""
+        """Release the library's stream. During a read, cut its connection, and release it when the read returns."""
         self._over = True
         worker, self._worker = self._worker, None
         if worker is None:
             return
         if worker.busy and self._opened is not None:
-            self._opened.cut()  # a server that sends keep-alives would hold that read for ever
+            self._opened.cut()  # keep-alives from the server would block that read forever
         worker.stop(self._release)
 
 
 async def acall_within(call: Awaitable[T], seconds: float | None) -> T:
-    """What `call` returns. asyncio only.
+    """Return the result of `call`. asyncio only.
 
     Raises:
-        TimeIsUp: it took longer than `seconds`.
+        LibraryTimeout: `call` took longer than `seconds`.
     """
     limit = asyncio.timeout(seconds)
     try:
@@ -281,7 +281,7 @@ async def library_stream(
     at_end: Callable[[], T | None],
     explain: Callable[[Exception, bool], Exception],
 ) -> AsyncGenerator[T]:
-    """`LibraryStream` for an async iterator. asyncio only."""
+    """Yield the items of an async iterator like `LibraryStream`. asyncio only."""
     source: AsyncIterator[Any] | None = None
     started, first = time.monotonic(), True
     failure: Exception | None = None
@@ -292,7 +292,7 @@ async def library_stream(
                 source, item = await _astep(source, open_stream, seconds, late)
                 over = item is _END
                 value = at_end() if over else convert(item)
-            except Exception as error:  # noqa: BLE001  # raised below, without the library's own as its context
+            except Exception as error:  # noqa: BLE001  # raised below, without the library's exception as its context
                 failure = explain(error, not first)
                 break
             first = False
@@ -326,6 +326,6 @@ async def _astep(
 async def _arelease(source: object) -> None:
     aclose = getattr(source, "aclose", None)
     if aclose is not None:
-        # Also where this task is being cancelled, but then not for long.
+        # A cancelled task must release the stream too, but not wait for long.
         with anyio.move_on_after(1, shield=True):
             await aclose()

@@ -1,7 +1,7 @@
-"""The exceptions of other libraries (openai, anthropic, httpx, LangChain, LiteLLM) as ours.
+"""The exceptions of other libraries (openai, anthropic, httpx, LangChain, LiteLLM) as fluxibly's errors.
 
-They are told by what they carry (a status, a response, a decoded body) and by the names of their classes, so that
-none of these libraries has to be imported. Ours are never chained to theirs, which may quote an API key.
+They are recognized by their attributes (a status, a response, a decoded body) and by the names of their classes, so
+that no library has to be imported. fluxibly's errors are never chained to them, because they may quote an API key.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ _WORDS: Final = {
     "ContextWindowExceededError": "context_length_exceeded",
 }
 _NO_FALLBACK: Final = ". All fallback attempts failed"
-"""How LiteLLM ends what it says of the last of its `fallbacks`; nothing else is left of that one's error."""
+"""The end of LiteLLM's message about the last of its `fallbacks`. Only that message is left of the fallback's error."""
 _MAY_PASS: Final = re.compile(
-    r"(litellm\.APIConnectionError: )*"  # a synchronous call's, around whatever it was
+    r"(litellm\.APIConnectionError: )*"  # a synchronous call wraps every error in it
     r"litellm\.(RateLimitError|ServiceUnavailableError|InternalServerError|BadGatewayError|Timeout|APIConnectionError)\b"
     r"(?!: litellm\.)"
 )
@@ -47,16 +47,17 @@ _NOTHING_CAME: Final = ("No generation", "Unexpected response type", "Response m
 
 @attrs.frozen(kw_only=True)
 class ErrorTranslator:
-    """Makes our errors of a library's. `library` is its name, `framework` ours for it."""
+    """A translator of a library's exceptions. `library` is the library's name, `framework` fluxibly's name for it."""
 
     library: str
     framework: str
     secrets: tuple[str, ...] = ()
 
     def __call__(self, error: Exception, model: str, *, streamed: bool = False) -> Exception:
-        """What the caller gets for `error`. `streamed` says whether some of a stream had come.
+        """Return the exception that the caller gets for `error`. `streamed` says whether part of a stream had arrived.
 
-        An exception that is none of these libraries' (a user's own chat model may raise anything) is passed on as it is.
+        An exception of no known library (a user's own chat model may raise anything) is returned unchanged, unless it
+        quotes a secret.
         """
         ours = _translated(error, self.library, streamed=streamed)
         if ours is None:
@@ -81,11 +82,11 @@ def _translated(error: Exception, library: str, *, streamed: bool) -> Exception 
     if isinstance(error, LibraryTimeout):
         return _late(error.phase, f"{error.seconds:g} s", library, streamed=streamed)
     while isinstance(inner := getattr(error, "original_exception", None), Exception):
-        error = inner  # LiteLLM's MidStreamFallbackError tells nothing of its own
+        error = inner  # LiteLLM's MidStreamFallbackError adds no information
     last, none_answered, _ = str(error).partition(_NO_FALLBACK)
     if none_answered:
         return ProviderError(
-            f"neither the model nor a fallback given to {library} answered; the last failed with: {last}",
+            f"neither the model nor any of the fallbacks of {library} answered; the last error was: {last}",
             retryable=_MAY_PASS.match(last) is not None,
         )
     reasons = list(_reasons(error))
@@ -95,10 +96,13 @@ def _translated(error: Exception, library: str, *, streamed: bool) -> Exception 
         phase: Phase = "connect" if "ConnectTimeout" in names else "idle" if streamed else "first_byte"
         return _late(phase, "the configured time", library, streamed=streamed)
     if "RemoteProtocolError" in names and (streamed or "incomplete" in _texts(reasons)):
-        return errors.StreamProtocolError(f"the answer to {library} was cut off: the connection ended before it did")
+        return errors.StreamProtocolError(
+            f"the answer to {library} was cut off: the connection closed before it was complete"
+        )
     if own_names & _CONNECTIONS:
         return errors.ConnectionFailed(
-            f"{library} could not reach the service, or lost it: {_innermost(error)}. Check the network and api_base."
+            f"{library} could not reach the service, or lost the connection: {_innermost(error)}. "
+            "Check the network and api_base."
         )
     for reason in reasons:
         reported = _reported(reason, names, library)
@@ -116,14 +120,14 @@ def _late(phase: Phase, limit: str, library: str, *, streamed: bool) -> Provider
         "total": "the call took longer",
     }[phase]
     late = kind(
-        f"{what} than {limit} (the {phase} timeout, through {library}); try again, or raise the config's timeout"
+        f"{what} than {limit} (the {phase} timeout, through {library}); try again, or increase the config's timeout"
     )
     late.phase = phase
     return late
 
 
 def _reasons(error: BaseException) -> Iterator[BaseException]:
-    """An exception and what it came of, the outermost first."""
+    """Yield an exception and its causes, the outermost first."""
     seen: set[int] = set()
     reason: object = error
     while isinstance(reason, BaseException) and id(reason) not in seen:
@@ -137,14 +141,14 @@ def _texts(reasons: Iterable[BaseException]) -> str:
 
 
 def _innermost(error: BaseException) -> str:
-    """What an exception says it was raised from, or itself."""
+    """Return the type and the message of an exception's first cause, or of the exception itself."""
     while error.__cause__ is not None and str(error.__cause__):
         error = error.__cause__
     return f"{type(error).__name__}: {error}"
 
 
 def _reported(error: BaseException, names: Iterable[str], library: str) -> ProviderError | None:
-    """The error of an exception that says what a service answered."""
+    """Return the error for an exception that carries a service's answer."""
     status: object = getattr(error, "status_code", None)
     body: object = getattr(error, "body", None)
     word = next((_WORDS[name] for name in names if name in _WORDS), None)
@@ -160,7 +164,7 @@ def _reported(error: BaseException, names: Iterable[str], library: str) -> Provi
         report = Report(message=str(error), status=status, code=words[0] if words else None, words=tuple(words))
         return error_of(report, status=status, headers=headers, service=f"the service (through {library})")
     if body is None and isinstance(error, ValueError) and error.args and isinstance(error.args[0], dict):
-        body = cast("object", error.args[0])  # langchain-openai, for an error in a 200
+        body = cast("object", error.args[0])  # langchain-openai raises this for an error in a 200 response
     if body:
         whole = cast("dict[str, Any]", body) if isinstance(body, dict) else {}
         payload: dict[str, Any] = whole if "error" in whole else {"error": body}
@@ -180,19 +184,19 @@ def _headers(headers: object) -> dict[str, str]:
 
 
 def _content(response: Any) -> bytes:
-    """The body of an httpx response, if it was read."""
+    """Return the body of an httpx response, or no bytes if it was not read."""
     try:
         content: object = response.content
-    except Exception:  # noqa: BLE001  # httpx.ResponseNotRead, or no httpx response at all
+    except Exception:  # noqa: BLE001  # httpx.ResponseNotRead, or not an httpx response
         return b""
     return content if isinstance(content, bytes) else b""
 
 
 def _misused(error: Exception, names: set[str], library: str) -> Exception | None:
-    """What the library itself could not do: read an answer, or send a request."""
+    """Return the error for a failure of the library itself: to read an answer, or to send a request."""
     text = str(error)
     if isinstance(error, TypeError) and "unexpected keyword argument" in text:
-        return errors.BadRequest(f"{library} cannot pass this on: {text}")
+        return errors.BadRequest(f"{library} cannot pass on a parameter: {text}")
     if names & _UNREADABLE or isinstance(error, TypeError) or text.startswith(_NOTHING_CAME):
         return errors.StreamProtocolError(
             f"{library} could not read the service's answer ({type(error).__name__}): {text[:500]}"

@@ -1,8 +1,8 @@
-"""What another library ties to an event loop, closed together with it.
+"""Resources that another library ties to an event loop, closed together with the loop.
 
-Connections of asyncio can be closed in their own loop alone, and a loop that has ended runs nothing more. But at its
-end (`asyncio.run`, `asyncio.Runner`, servers) a loop closes the asynchronous generators that were begun in it; so a
-generator that waits for nothing else is how to be told.
+asyncio's connections can be closed only in their own loop, and a loop that has ended runs nothing more. But at its end
+(`asyncio.run`, `asyncio.Runner`, servers) a loop closes the asynchronous generators that were started in it. So a
+generator that waits for nothing else learns when its loop ends.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 def on_asyncio() -> bool:
-    """Whether asyncio runs here. The libraries know of no other event loop: on trio they are called in threads."""
+    """Whether asyncio runs here. The libraries support no other event loop: on trio they are called in threads."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:
@@ -25,12 +25,12 @@ def on_asyncio() -> bool:
 
 
 class PerLoop(Generic[T]):
-    """A value for each event loop, closed when the loop ends, when it is asked for, or once nobody holds this.
+    """A value for each event loop, closed when the loop ends, by `aclose`, or when this object is garbage-collected.
 
     Args:
-        make: makes the value of the running loop.
-        close: releases it, in its loop. A loop that was closed without being shut down leaves that to the garbage
-            collector.
+        make: creates the value of the running loop.
+        close: releases the value, in its loop. If a loop is closed without being shut down, the garbage collector
+            releases the value.
     """
 
     def __init__(self, make: Callable[[], T], close: Callable[[T], Awaitable[None]]) -> None:
@@ -39,7 +39,7 @@ class PerLoop(Generic[T]):
         self._held: dict[asyncio.AbstractEventLoop, tuple[T, AsyncGenerator[None]]] = {}
 
     def get(self) -> T:
-        """The value of the running loop."""
+        """Return the value of the running loop."""
         loop = asyncio.get_running_loop()
         held = self._held.get(loop)
         if held is None:
@@ -50,7 +50,7 @@ class PerLoop(Generic[T]):
         return held[0]
 
     async def aclose(self) -> None:
-        """Close the running loop's value, if there is one."""
+        """Close the running loop's value, if it has a value."""
         held = self._held.get(asyncio.get_running_loop())
         if held is not None:
             await held[1].aclose()
@@ -70,7 +70,7 @@ async def _closing(
 
 
 def _begun(generator: AsyncGenerator[None]) -> AsyncGenerator[None]:
-    """The generator, at its first `yield`; the running loop knows of it from here on."""
+    """Return the generator after running it to its first `yield`. From then on the running loop knows the generator."""
     with contextlib.suppress(StopIteration):
         generator.asend(None).send(None)
     return generator

@@ -1,4 +1,4 @@
-"""Which service answers a call of a library's: the configured one, or another that the library turned to."""
+"""The services that can answer a call of a library: the configured service, or another that the library turned to."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fluxibly.types import CallRecord, ProviderInfo
 
 
 def server_of(base: object) -> tuple[str | None, int | None]:
-    """Host and port of a base URL, as far as it tells them."""
+    """Return the host and the port of a base URL; each is None if the URL does not have it."""
     try:
         address = urlsplit(base if isinstance(base, str) else "")
         return address.hostname, address.port or {"https": 443, "http": 80}.get(address.scheme)
@@ -19,9 +19,9 @@ def server_of(base: object) -> tuple[str | None, int | None]:
 
 
 class Services:
-    """The services that one provider gets its answers from, `own` the configured one.
+    """The services that answer a provider's calls. `own` is the configured service.
 
-    Each is described by one object for as long as the provider lives: telemetry tells them apart by identity.
+    Each service has a single description for as long as the provider lives: telemetry distinguishes them by identity.
     """
 
     def __init__(self, own: ProviderInfo) -> None:
@@ -29,7 +29,7 @@ class Services:
         self._others: dict[tuple[str, str | None, int | None], ProviderInfo] = {}
 
     def at(self, name: str, base: object) -> ProviderInfo:
-        """The service of that name in telemetry, at a base URL; None if that is not known."""
+        """Return the service with this telemetry name at a base URL. The URL is None if it is not known."""
         address, port = server_of(base)
         own = self.own
         if (name, address, port) == (own.telemetry_name, own.server_address, own.server_port):
@@ -41,13 +41,13 @@ class Services:
         return known
 
     def named(self, name: str) -> ProviderInfo:
-        """The service of that name in telemetry: the configured one if it is its, else one whose address is not known."""
+        """Return the configured service if it has this telemetry name, else a service without an address."""
         return self.own if name == self.own.telemetry_name else self.at(name, None)
 
     def tell(self, call: CallRecord, service: ProviderInfo) -> None:
-        """Tell the call that `service` answers, or is being asked.
+        """Record on the call that `service` answers, or is being asked.
 
-        What somebody around this provider said of it stays, as long as it is the configured service.
+        A service recorded by code around this provider stays, as long as `service` is the configured service.
         """
         if service is not self.own or any(call.provider is other for other in self._others.values()):
             call.provider = service

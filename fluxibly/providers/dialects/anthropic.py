@@ -1,4 +1,4 @@
-"""Anthropic's dialect, the Messages API, as a pure codec. https://docs.claude.com/en/api/messages"""
+"""Pure codec for Anthropic's dialect, the Messages API. https://docs.claude.com/en/api/messages"""
 
 from __future__ import annotations
 
@@ -41,7 +41,18 @@ if TYPE_CHECKING:
     from fluxibly.errors import ProviderError
 
 
-# Answers
+NAME = "Anthropic"
+DEFAULT_MAX_TOKENS = 4096
+"""Sent when the request has no `max_tokens`, which this dialect requires. Every Claude model accepts this value."""
+DEFAULT_MAX_TOKENS_THINKING = 16_384
+"""Sent instead when the model decides how much to think, because thinking tokens count toward the limit."""
+BUDGETS = {"minimal": 1024, "low": 2048, "medium": 8192, "high": 16_384, "xhigh": 24_576, "max": 32_768}
+"""Thinking budgets in tokens, for models that take a budget rather than an effort. The minimum is 1,024."""
+ADAPTIVE_SINCE = (4, 6)
+"""The first Claude version whose models take an effort and decide themselves how much to think."""
+
+
+# Responses
 
 
 FINISH_REASONS = {
@@ -52,12 +63,12 @@ FINISH_REASONS = {
     "tool_use": "tool_call",
     "refusal": "content_filter",
 }
-"""Others, such as pause_turn (the service wants to be asked to go on), are passed on as they are."""
+"""Other reasons are passed on unchanged, such as pause_turn (the client should ask the service to continue)."""
 
 
 @attrs.frozen
 class AnthropicCodec:
-    """The dialect of `POST /v1/messages`, which llama.cpp, vLLM and others serve too."""
+    """Codec for `POST /v1/messages`, which llama.cpp, vLLM and others serve too."""
 
     @property
     def framing(self) -> Framing:
@@ -73,7 +84,7 @@ class AnthropicCodec:
         if message.get("type") == "error":
             raise error_of_event(body, service=NAME)
         if message.get("error") or not isinstance(message.get("content"), list):
-            raise not_an_answer(raw, body, NAME, "content")
+            raise not_an_answer(raw, body, NAME, "'content'")
         blocks = [as_object(block) for block in as_array(message["content"])]
         reasoning = [_reasoning(block) for block in blocks if block.get("type") in ("thinking", "redacted_thinking")]
         reason = as_text(message.get("stop_reason")) or None
@@ -106,11 +117,11 @@ class AnthropicCodec:
 
 @attrs.define
 class _Block:
-    """A content block that is on its way: its fields as they began, and what the deltas brought since."""
+    """A content block in progress: its initial fields, and the data of the deltas since."""
 
     fields: dict[str, Any]
     call: int
-    """Which tool call it is, if it is one."""
+    """The index of the tool call, if the block is a tool call."""
     texts: list[str] = attrs.Factory(list[str])
     signature: str | None = None
 
@@ -120,7 +131,7 @@ class _Block:
 
 
 class AnthropicDecoder:
-    """The state of one stream: the blocks that have begun and not ended, and the usage so far."""
+    """State of a stream: the content blocks in progress, and the usage so far."""
 
     __slots__ = ("_blocks", "_calls", "_done", "_held", "_reason", "_usage")
 
@@ -139,7 +150,7 @@ class AnthropicDecoder:
     def decode_event(self, event: Event, /) -> Iterable[Chunk]:
         if (
             event.data[:1] == b"[" and event.data.strip() == b"[DONE]"
-        ):  # not of this dialect, but servers of several dialects send it
+        ):  # not part of this dialect, but servers that speak several dialects send it
             self._done = self._reason is not None
             return self._held.flush() if self._done else ()
         if event.name == "error":
@@ -165,7 +176,7 @@ class AnthropicDecoder:
             case "error":
                 raise error_of_event(event.data, service=NAME)
             case kind:
-                # one of no known type is passed over, unless it is an error as proxies send it
+                # Unknown events are ignored unless they carry an error, as proxies send them.
                 reported = error_of_payload(raw, body=event.data, service=NAME)
                 if reported is not None and (kind is None or data.get("error")):
                     raise reported
@@ -213,7 +224,7 @@ class AnthropicDecoder:
         if block is None:
             return ()
         if block.type == "tool_use" and not block.texts and block.fields.get("input"):
-            # The whole input came with the start; beside deltas, it would say everything twice.
+            # The start event carried the whole input. If deltas came too, sending both would duplicate it.
             arguments = arguments_text(block.fields["input"])
             return self._held.emit(tool_calls=(ToolCallDelta(index=block.call, arguments=arguments),))
         if block.type in ("thinking", "redacted_thinking"):
@@ -232,7 +243,7 @@ class AnthropicDecoder:
         self._count(data)
 
     def _count(self, holder: dict[str, Any]) -> None:
-        """Take in the usage of an event. It is cumulative, but later events may leave out what earlier ones said."""
+        """Update the usage from an event. Usage is cumulative, but later events may omit counts of earlier events."""
         news = {name: value for name, value in as_object(holder.get("usage")).items() if value is not None}
         if news:
             self._usage.update(news)
@@ -244,7 +255,7 @@ def _index(data: dict[str, Any]) -> int:
 
 
 def _shown(block: dict[str, Any]) -> tuple[str, str]:
-    """The text and the reasoning of a block."""
+    """Return the text and the reasoning of a block."""
     kind = block.get("type")
     return (
         as_text(block.get("text")) if kind == "text" else "",
@@ -257,7 +268,7 @@ def _reasoning(block: dict[str, Any]) -> Reasoning:
 
 
 def _usage(counts: dict[str, Any]) -> Usage | None:
-    """Usage in OpenTelemetry's sense: the service's `input_tokens` leave out what the prompt cache read and wrote."""
+    """Return usage in OpenTelemetry's sense: the service's `input_tokens` exclude prompt cache reads and writes."""
     if not counts:
         return None
     read, written = as_count(counts.get("cache_read_input_tokens")), as_count(counts.get("cache_creation_input_tokens"))
@@ -273,24 +284,14 @@ def _usage(counts: dict[str, Any]) -> Usage | None:
 # Requests
 
 
-NAME = "Anthropic"
-DEFAULT_MAX_TOKENS = 4096
-"""Sent where the request has no `max_tokens`, which this dialect requires. Every Claude model takes as much."""
-DEFAULT_MAX_TOKENS_THINKING = 16_384
-"""The same where the model thinks as much as it likes, since its thinking counts."""
-BUDGETS = {"minimal": 1024, "low": 2048, "medium": 8192, "high": 16_384, "xhigh": 24_576, "max": 32_768}
-"""Tokens to think with, for models that take a budget and know no words for the effort; 1,024 is the least."""
-ADAPTIVE_SINCE = (4, 6)
-"""The Claude version from which models take an effort, and decide themselves how much to think."""
-
 _VERSION = re.compile(r"claude-(?:[a-z]+-)?(\d{1,2})(?:[-.](\d{1,2}))?(?!\d)")
 
 
 def encode_body(request: Request, *, stream: bool) -> dict[str, Any]:
-    """The body, without `extra`.
+    """Return the request body, without `extra`.
 
     Raises:
-        BadRequest: a parameter is one that the dialect cannot take.
+        BadRequest: the dialect does not support a parameter or its value.
 
     """
     reject_unsupported(request, NAME, ("seed", "frequency_penalty", "presence_penalty", "n"))
@@ -317,7 +318,7 @@ def encode_body(request: Request, *, stream: bool) -> dict[str, Any]:
 
 
 def _turns(request: Request) -> list[dict[str, Any]]:
-    """The conversation. Neighbours of one role become one turn: the results of several tools have to."""
+    """Return the conversation. Adjacent messages of a role share a turn, as the results of several tools must."""
     turns: list[dict[str, Any]] = []
     ids = _CallIds()
     for message in request.messages:
@@ -327,10 +328,10 @@ def _turns(request: Request) -> list[dict[str, Any]]:
         blocks = _blocks(message, ids)
         if turns and turns[-1]["role"] == role:
             turns[-1]["content"] += blocks
-        elif blocks:  # an answer without content is no turn: the service refuses it
+        elif blocks:  # the service rejects a turn without content
             turns.append({"role": role, "content": blocks})
     if not turns:
-        raise bad_request(request, f"{NAME} needs a message besides the system's, with something in it")
+        raise bad_request(request, f"expected a non-empty message besides the system messages for {NAME}, got none")
     return turns
 
 
@@ -347,18 +348,19 @@ def _blocks(message: Message, ids: _CallIds) -> list[dict[str, Any]]:
 
 
 class _CallIds:
-    """The ids of a conversation's tool calls, as the service takes them.
+    """A mapping from a conversation's tool call ids to ids that the service accepts.
 
-    One of another service may have more characters, or stand for a call in each turn, where this one takes it once.
+    Ids from other services may contain other characters, or repeat from turn to turn. This service accepts each id
+    only once.
     """
 
     def __init__(self) -> None:
         self._sent: dict[str, str] = {}
-        """What the last call of each id is sent as."""
+        """The id sent for the last call with each original id."""
         self._used: set[str] = set()
 
     def new(self, call_id: str) -> str:
-        """The id of a call."""
+        """Return the id to send for a new call."""
         plain = sent = self._plain(call_id)
         number = len(self._used)
         while sent in self._used:
@@ -369,7 +371,7 @@ class _CallIds:
         return sent
 
     def of(self, call_id: str) -> str:
-        """The id of the call that a result is for: the last one."""
+        """Return the id to send for a result: that of the last call with `call_id`."""
         return self._sent.get(call_id) or self._plain(call_id)
 
     def _plain(self, call_id: str) -> str:
@@ -377,7 +379,7 @@ class _CallIds:
 
 
 def _thinking_block(reasoning: Reasoning) -> dict[str, Any] | None:
-    """A block as the service sent it; None for reasoning of another dialect, or without proof that it is genuine."""
+    """Return a block as the service sent it; None for reasoning of another dialect, or without proof of origin."""
     if reasoning.raw is not None:
         return dict(reasoning.raw) if reasoning.raw.get("type") in ("thinking", "redacted_thinking") else None
     if reasoning.signature is None:
@@ -414,16 +416,16 @@ def _tool_choice(choice: str) -> dict[str, Any]:
 
 
 def _format(request: Request) -> dict[str, Any]:
-    """What of `output_config` comes from `response_format`."""
+    """Return the part of `output_config` that comes from `response_format`."""
     if isinstance(request.response_format, Mapping):
         return {"format": {"type": "json_schema", "schema": request.response_format}}
     if request.response_format == "json":
-        raise bad_request(request, f"{NAME} takes response_format as a JSON Schema or 'text', not 'json'")
+        raise bad_request(request, f"response_format: expected a JSON Schema or 'text' for {NAME}, got 'json'")
     return {}
 
 
 def _reason(request: Request, body: dict[str, Any]) -> dict[str, Any]:
-    """Set `thinking` and `max_tokens`; what is returned of the reasoning effort belongs into `output_config`."""
+    """Set `thinking` and `max_tokens`, and return the part of `output_config` for the reasoning effort."""
     effort = request.reasoning_effort
     if effort is None or effort == "none":
         body["max_tokens"] = DEFAULT_MAX_TOKENS if request.max_tokens is None else request.max_tokens
@@ -437,12 +439,12 @@ def _reason(request: Request, body: dict[str, Any]) -> dict[str, Any]:
     budget = BUDGETS.get(effort)
     if budget is None:
         known = ", ".join(["none", *BUDGETS])
-        raise bad_request(request, f"{NAME} takes as reasoning_effort {known}, not {effort!r}")
+        raise bad_request(request, f"reasoning_effort: expected one of {known} for {NAME}, got {effort!r}")
     if request.max_tokens is not None and request.max_tokens <= budget:
         raise bad_request(
             request,
-            f"reasoning_effort={effort!r} is {budget} tokens of thinking, which max_tokens={request.max_tokens} includes "
-            "and does not hold: raise max_tokens or lower the effort",
+            f"expected max_tokens above {budget} (it includes the thinking budget of reasoning_effort={effort!r}), "
+            f"got {request.max_tokens}: raise max_tokens or lower the effort",
         )
     body["max_tokens"] = request.max_tokens or budget + DEFAULT_MAX_TOKENS
     body["thinking"] = {"type": "enabled", "budget_tokens": budget}
@@ -450,6 +452,6 @@ def _reason(request: Request, body: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_adaptive(model: str) -> bool:
-    """Whether a model takes an effort. Other makers' models, which speak this dialect too, take a budget."""
+    """Whether a model takes an effort. Models of other makers that speak this dialect take a budget."""
     version = _VERSION.search(model)
     return version is not None and (int(version[1]), int(version[2] or 0)) >= ADAPTIVE_SINCE

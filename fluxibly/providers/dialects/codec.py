@@ -1,4 +1,4 @@
-"""What a dialect is: a pure codec between requests and bytes. The shells in `http.py` do all the I/O."""
+"""The protocol of dialects: pure codecs between requests and bytes. The client in `http/` does all the I/O."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Framing: TypeAlias = Literal["sse", "ndjson"]
 
 @attrs.frozen
 class Encoded:
-    """A request on the wire. `path` is joined to the base URL; `body` is JSON."""
+    """An encoded request. `path` is joined to the base URL; `body` is JSON."""
 
     path: str
     body: bytes
@@ -24,9 +24,9 @@ class Encoded:
 
 
 class Event(msgspec.Struct, frozen=True, gc=False):
-    """One event of a framed stream: its data as bytes, and for SSE its `event:` name ("" if there was none).
+    """An event of a framed stream: its data as bytes, and for SSE its `event:` name ("" if there was no name).
 
-    One is made for every few characters of a stream: a msgspec struct costs a seventh of a frozen attrs class.
+    A stream creates an event for every few characters. A msgspec struct costs a seventh of a frozen attrs class.
     """
 
     data: bytes
@@ -34,31 +34,31 @@ class Event(msgspec.Struct, frozen=True, gc=False):
 
 
 class StreamDecoder(Protocol):
-    """The state of one stream. Chunks carry only what is new; model and id, say, are set on the first alone."""
+    """The decoder of a stream. Chunks carry only new data; for example, only the first chunk has a model and an id."""
 
     def decode_event(self, event: Event, /) -> Iterable[Chunk]:
-        """The chunks of an event. Raises ProviderError for an event that is an error."""
+        """Return the chunks of an event. Raises ProviderError if the event is an error."""
         ...
 
     @property
     def done(self) -> bool:
-        """Whether the dialect's end mark has come, so that nothing more need be read."""
+        """Whether the dialect's end marker has arrived, so that reading can stop."""
         ...
 
     def end(self) -> Iterable[Chunk]:
-        """The stream's bytes are over: last chunks, or StreamProtocolError if it was cut off."""
+        """Return the last chunks at the end of the bytes. Raises StreamProtocolError if the stream was cut off."""
         ...
 
 
 @attrs.frozen(kw_only=True)
 class Service:
-    """Where a dialect is spoken: what the shells need to know of a service besides its codec."""
+    """The endpoint of a service: the settings that an HTTP provider needs besides the codec."""
 
     framework: str
     telemetry_name: str
     """`gen_ai.provider.name` of the OpenTelemetry semantic conventions."""
     base_url: str | None
-    """None: the user has to give `api_base`."""
+    """None: the user must set `api_base`."""
     env_var: str | None = None
     """The environment variable with the API key."""
     key_required: bool = True
@@ -69,19 +69,19 @@ class Service:
 
 
 class Codec(Protocol):
-    """A dialect. Instances are immutable and shared by all calls; `framing` is that of its streams."""
+    """The codec of a dialect. Instances are immutable and shared by all calls. `framing` applies to its streams."""
 
     @property
     def framing(self) -> Framing: ...
     def encode(self, request: Request, /, *, stream: bool) -> Encoded:
-        """The request on the wire. Raises BadRequest (not retryable) for a parameter that the dialect cannot take."""
+        """Encode a request. Raises BadRequest (not retryable) for a parameter that the dialect does not support."""
         ...
 
     def decode(self, body: bytes, /) -> Response:
-        """The response of a whole body. Raises ProviderError for an error in a 200, StreamProtocolError for rubbish."""
+        """Decode a whole body. Raises ProviderError for an error in a 200, StreamProtocolError for an invalid body."""
         ...
 
     def decoder(self) -> StreamDecoder: ...
     def decode_error(self, status: int, headers: Mapping[str, str], body: bytes, /) -> ProviderError:
-        """The error of a non-2xx answer. `headers` have lower-case names."""
+        """Return the error of a non-2xx response. `headers` have lower-case names."""
         ...

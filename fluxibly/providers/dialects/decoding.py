@@ -1,7 +1,7 @@
-"""What the decoders of dialects share.
+"""Helpers that the decoders of all dialects share.
 
-What an event brings that is no output waits for a chunk that has some (`PendingFields`); reasoning that a model writes into its
-answer is parted from it (`InlineThinking`); and an answer that is cut off or none has its error.
+`PendingFields` holds metadata until the next chunk that has output. `InlineThinking` separates the reasoning that a
+model writes into its answer. `not_an_answer` and `cut_off` build the errors for invalid and truncated responses.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from fluxibly.types import Chunk
 
 
 class PendingFields:
-    """What of a stream is no output (id, model, finish reason, usage, signed reasoning), until the next chunk.
+    """Metadata of a stream (id, model, finish reason, usage, signed reasoning), held until the next chunk with output.
 
-    A chunk is then a piece of the answer, so that counts, gaps and the time to the first one mean what they say.
+    Each chunk is then a piece of the answer. This keeps chunk counts, gaps and the time to first chunk meaningful.
     """
 
     __slots__ = ("_fields",)
@@ -27,7 +27,7 @@ class PendingFields:
         self._fields: dict[str, Any] = {}
 
     def add(self, **fields: Any) -> None:
-        """Hold these; what is None says nothing, and signed reasoning adds up."""
+        """Hold fields for the next chunk. None values are ignored; signed reasoning accumulates."""
         for name, value in fields.items():
             if name == "reasoning_parts":
                 self._fields[name] = self._fields.get(name, ()) + value
@@ -35,29 +35,29 @@ class PendingFields:
                 self._fields[name] = value
 
     def emit(self, text: str = "", **output: Any) -> tuple[Chunk]:
-        """A chunk of output, with what was held."""
+        """Return a chunk of output, with the held fields."""
         if self._fields:
             output |= self._fields
             self._fields = {}
         return (Chunk(text, **output),)
 
     def flush(self) -> tuple[Chunk, ...]:
-        """The last chunk, if something is held."""
+        """Return the held fields as a last chunk, if there are any."""
         return self.emit() if self._fields else ()
 
 
 OPEN: Final = "<think>"
 CLOSE: Final = "</think>"
 LEADING: Final = 100
-"""Characters of white space that may stand before the opening tag."""
+"""Maximum number of white-space characters before the opening tag."""
 
 
 class InlineThinking:
-    """Parts an answer's text, piece by piece, into what is said and what was thought.
+    """A splitter that separates a streamed answer into text and reasoning, piece by piece.
 
-    Only what stands between `<think>` and `</think>` at the very beginning is reasoning: further on, the tags are part
-    of the answer. White space before the answer, the tags' own included, is dropped, and at the beginning of the
-    reasoning; wherever the pieces are cut, the result is the same. Reasoning that is not closed goes on to the end.
+    Only text between `<think>` and `</think>` at the very beginning is reasoning. Later tags are part of the answer.
+    White space around the opening tag and after the closing tag is dropped. The result does not depend on where the
+    pieces are cut. Reasoning without a closing tag extends to the end.
     """
 
     __slots__ = ("_held", "_stage", "over")
@@ -65,12 +65,12 @@ class InlineThinking:
     def __init__(self) -> None:
         self._stage: Literal["before", "opened", "inside", "after"] = "before"
         self._held: str = ""
-        """The end of what came, which may be a part of a tag."""
+        """The end of the input so far, which may be part of a tag."""
         self.over = False
-        """Whether all that comes from here on is text."""
+        """Whether all further input is text."""
 
     def split(self, piece: str) -> tuple[str, str]:
-        """The text and the reasoning that are certain with this piece."""
+        """Return the text and the reasoning that are certain after this piece."""
         if self.over:
             return piece, ""
         held = self._held + piece
@@ -102,33 +102,33 @@ class InlineThinking:
         return text, thought
 
     def rest(self) -> tuple[str, str]:
-        """The text and the reasoning that were held back, when nothing more comes."""
+        """Return the text and the reasoning that were held back, at the end of the input."""
         held, self._held = self._held, ""
         return ("", held) if self._stage == "inside" else (held, "")
 
 
 def _begun(text: str) -> int:
-    """How many characters at the end of a text may be the beginning of the closing tag."""
+    """Return how many characters at the end of a text may begin the closing tag."""
     return next((n for n in range(len(CLOSE) - 1, 0, -1) if text.endswith(CLOSE[:n])), 0)
 
 
 def not_an_answer(payload: object, body: bytes, service: str, lacks: str) -> ProviderError:
-    """The error for JSON that is no answer of the dialect: the one that it reports, if it reports one."""
+    """Return the error for JSON that is not a response of the dialect: the error that the JSON reports, if any."""
     return error_of_payload(payload, body=body, service=service) or StreamProtocolError(
-        f"{service} sent JSON that is no answer of its dialect: it has no {lacks}", body=excerpt(body)
+        f"expected a response with {lacks} from {service}, got other JSON", body=excerpt(body)
     )
 
 
 def cut_off(service: str, lacks: str) -> StreamProtocolError:
-    """The error for a stream that ended too soon."""
+    """Return the error for a stream that ended too early."""
     return StreamProtocolError(f"{service}'s stream was cut off: it ended without {lacks}")
 
 
 def to_json(value: object) -> str:
-    """JSON text as a model would write it, for the arguments of a tool call that came as an object.
+    """Return JSON text as a model would write it, for tool call arguments that came as an object.
 
     Raises:
-        StreamProtocolError: it is nested too deeply, though not by so much that it could not be read.
+        StreamProtocolError: the value is nested too deeply to be written, though it could be read.
     """
     try:
         return json.dumps(value, ensure_ascii=False)
@@ -137,5 +137,5 @@ def to_json(value: object) -> str:
 
 
 def arguments_text(value: Any) -> str:
-    """The arguments of a tool call as JSON text. They come as an object, or as such text."""
+    """Return the arguments of a tool call as JSON text. Services send an object or JSON text."""
     return value if isinstance(value, str) else to_json(as_object(value))

@@ -1,4 +1,4 @@
-"""What the writers of requests share: requests as JSON, and errors for what a dialect cannot express."""
+"""Helpers that the encoders of all dialects share: requests as JSON, and errors for unsupported requests."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from urllib.parse import unquote_to_bytes
 
 import msgspec
 
-from fluxibly._checks import problem
+from fluxibly._checks import kind_of, problem
 from fluxibly.errors import BadRequest
 from fluxibly.types import Image, Message, Request, Text, ToolCall
 
 
 def bad_request(request: Request, message: str) -> BadRequest:
-    """The error for a request that the dialect cannot express; nothing was sent."""
+    """Return the error for a request that the dialect cannot express. The request was not sent."""
     return BadRequest(f"{message} (model {request.model})", model=request.model)
 
 
 def reject_unsupported(request: Request, service: str, names: Iterable[str]) -> None:
-    """Raise BadRequest if a parameter that the dialect has no word for is set, or one has a value that none takes."""
+    """Raise BadRequest if the request sets a parameter in `names`, or a value that no dialect supports."""
     choice, wanted = request.tool_choice, request.response_format
     if choice is not None and not isinstance(choice, str):  # pyright: ignore[reportUnnecessaryIsInstance]  # callers may be untyped
         raise bad_request(request, problem("tool_choice", "'auto', 'none', 'required' or a tool's name", choice))
@@ -31,17 +31,18 @@ def reject_unsupported(request: Request, service: str, names: Iterable[str]) -> 
         value = getattr(request, name)
         if value is not None and not (name == "n" and value == 1):
             raise bad_request(
-                request, f"{service} takes no {name}; leave it out, or pass what your server takes in extra="
+                request, f"{service} does not support {name}; leave it out, or use extra= if your server supports it"
             )
 
 
 def write_json(body: dict[str, Any], request: Request, *, containers: Iterable[str] = ()) -> bytes:
-    """The body of a request, with `request.extra` merged in.
+    """Return the body of a request as JSON, with `request.extra` merged in.
 
-    What is in `extra` replaces what is there; only the objects named `containers`, which hold parameters, are merged.
+    Values in `extra` replace those in the body. Only the objects named in `containers`, which hold parameters, are
+    merged.
 
     Raises:
-        BadRequest: there is something in it that JSON cannot hold.
+        BadRequest: the body contains a value that JSON cannot represent.
     """
     for name, value in request.extra.items():
         if name in containers and isinstance(value, Mapping):
@@ -52,27 +53,27 @@ def write_json(body: dict[str, Any], request: Request, *, containers: Iterable[s
         return msgspec.json.encode(body, enc_hook=_plain)
     except (TypeError, ValueError, RecursionError) as error:
         # A UnicodeEncodeError would quote the whole prompt in its arguments, so it is not chained.
-        what = "a lone surrogate, half of a character," if isinstance(error, UnicodeError) else str(error)
+        what = "it contains a lone surrogate (half a character)" if isinstance(error, UnicodeError) else str(error)
         raise bad_request(request, f"the request cannot be written as JSON: {what}") from None
 
 
 def _plain(value: object) -> object:
     if isinstance(value, Mapping):
         return dict(cast("Mapping[str, Any]", value))
-    raise TypeError(f"there is a {type(value).__name__} in it")
+    raise TypeError(f"it contains {kind_of(value)}")
 
 
 def system_text(request: Request, service: str) -> str:
-    """The text of all system messages, for dialects that keep it apart from the conversation."""
+    """Return the text of all system messages, for dialects that keep it separate from the conversation."""
     systems = [message for message in request.messages if message.role == "system"]
     for message in systems:
         if any(not isinstance(part, Text) for part in message.content):
-            raise bad_request(request, f"{service} takes text alone in a system message, and there is an image")
+            raise bad_request(request, f"expected only text in a system message for {service}, got an image")
     return "\n\n".join([message.text for message in systems if message.text])
 
 
 def image_data(image: Image) -> tuple[str, str] | None:
-    """An image's media type and its bytes as base64, if it comes as bytes or as a data URL."""
+    """Return an image's media type and base64 data; None unless the image is given as bytes or as a data URL."""
     if image.data is not None:
         return image.media_type or "image/png", base64.b64encode(image.data).decode("ascii")
     url = image.url or ""
@@ -86,20 +87,20 @@ def image_data(image: Image) -> tuple[str, str] | None:
 
 
 def sent_arguments(call: ToolCall) -> dict[str, Any]:
-    """A tool call's arguments, for dialects that take an object: also where the model's text was none."""
+    """Return a tool call's arguments as an object. Text that is not a JSON object goes under `INVALID_JSON`."""
     return {"INVALID_JSON": call.raw_arguments} if call.error else dict(call.arguments)
 
 
 def tool_name(message: Message, request: Request, service: str) -> str:
-    """The name of the tool that a tool message answers for: its own, or that of the last call with its id."""
+    """Return the tool's name for a tool message: the message's own, or the name in the last call with its id."""
     if message.name:
         return message.name
     earlier = list(takewhile(lambda other: other is not message, request.messages))
-    for other in reversed(earlier):  # made-up ids may repeat from turn to turn
+    for other in reversed(earlier):  # generated ids may repeat from turn to turn
         for call in other.tool_calls:
             if call.id == message.tool_call_id:
                 return call.name
     raise bad_request(
         request,
-        f"{service} needs the tool's name with its result: write Message.tool(content, tool_call), or give name=",
+        f"{service} requires the tool's name with its result: use Message.tool(content, tool_call), or pass name=",
     )

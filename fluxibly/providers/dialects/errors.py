@@ -1,6 +1,6 @@
-"""Errors as services report them: what they say, which class that is, whether and when to try again.
+"""Errors as services report them: their message, their class, and whether and when to retry.
 
-A codec gives `error_of` what it has (an HTTP status, headers, a decoded body) and gets the `ProviderError`.
+A codec passes its data (an HTTP status, headers, a decoded body) to `error_of` and gets the `ProviderError`.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from fluxibly.providers.dialects.json_values import as_object, describe, read_js
 
 
 EXCERPT_LENGTH: Final = 2_000
-"""Characters of a service's body that an error keeps."""
+"""Maximum number of characters of a service's body that an error keeps."""
 QUOTE_LENGTH: Final = 500
-"""Characters of a service's words that a message quotes."""
+"""Maximum number of characters of a service's message that an error message quotes."""
 
 
 @attrs.frozen(kw_only=True)
 class Report:
-    """What a service said of an error. `words` are its codes and types in lower case, the most telling first."""
+    """A service's report of an error. `words` are its codes and types in lower case, the most specific first."""
 
     message: str = ""
     code: str | None = None
@@ -45,7 +45,7 @@ def error_of_response(
     service: str = "",
     kind: type[ProviderError] | None = None,
 ) -> ProviderError:
-    """The error of an answer whose status is not 2xx. `headers` have lower-case names; `kind` as for `error_of`."""
+    """Return the error of a non-2xx response. `headers` have lower-case names; `kind` is as for `error_of`."""
     try:
         payload: object = read_json(body)
     except StreamProtocolError:
@@ -57,7 +57,7 @@ def error_of_response(
 
 
 def error_of_payload(payload: object, *, body: bytes = b"", service: str = "") -> ProviderError | None:
-    """The error that a body or an event of a 200 reports; None if it reports none."""
+    """Return the error that a body or an event of a 200 reports; None if it does not report an error."""
     report = read_report(payload)
     if report is None:
         return None
@@ -65,7 +65,7 @@ def error_of_payload(payload: object, *, body: bytes = b"", service: str = "") -
 
 
 def error_of_event(data: bytes, *, service: str = "") -> ProviderError:
-    """The error of a stream's event that is named one, whatever stands in it."""
+    """Return the error of a stream event that is named `error`, whatever its data."""
     try:
         reported = error_of_payload(read_json(data), body=data, service=service)
     except StreamProtocolError:
@@ -84,15 +84,16 @@ def error_of(
     service: str = "",
     kind: type[ProviderError] | None = None,
 ) -> ProviderError:
-    """The `ProviderError` of a report.
+    """Return the `ProviderError` for a report.
 
     Args:
-        status: the HTTP status, or what a body says it would have been.
-        headers: with lower-case names.
+        report: the service's report.
+        status: the HTTP status, or the status that the body of a 200 names.
+        headers: the response headers, with lower-case names.
         payload: the decoded body.
-        excerpt: what the error keeps of the body.
-        service: a name for the message ("OpenRouter").
-        kind: its class, where the dialect knows better than the words that all services use.
+        excerpt: the part of the body that the error keeps.
+        service: the service's name for the message ("OpenRouter").
+        kind: the error's class, if the dialect knows it better than the codes that all services use.
     """
     headers = headers or {}
     kind = kind or class_of(status, report.words, report.message)
@@ -112,17 +113,17 @@ def error_of(
 
 
 def excerpt(body: bytes) -> str | None:
-    """The beginning of a body, for an error to keep; None if there is no body."""
+    """Return the beginning of a body, for an error to keep; None if the body is empty."""
     return body[: 4 * EXCERPT_LENGTH].decode(errors="replace")[:EXCERPT_LENGTH] or None
 
 
 def request_id_of(headers: Mapping[str, str]) -> str | None:
-    """The service's id of a request, which its support asks for."""
+    """Return the service's id of a request, which its support team asks for."""
     return next((headers[name] for name in _REQUEST_ID_HEADERS if headers.get(name)), None)
 
 
 def _id_in(payload: object) -> str | None:
-    """A request's id where it stands beside the error in a body, as Anthropic sends it."""
+    """Return the request's id from a body that has it next to the error, as Anthropic's bodies do."""
     found: object = as_object(payload).get("request_id")
     return found if isinstance(found, str) and found else None
 
@@ -137,11 +138,11 @@ _REQUEST_ID_HEADERS: Final = (
 )
 
 
-# What the service said
+# Reading reports
 
 
 def read_report(payload: object) -> Report | None:
-    """The error in a decoded body or event, in any of the shapes that services use; None if there is none."""
+    """Return the error in a decoded body or event, in any shape that services use; None if there is no error."""
     if isinstance(payload, list):
         payload = next(iter(cast("list[object]", payload)), None)
     if not isinstance(payload, dict):
@@ -172,7 +173,7 @@ def _report(inner: Any, outer: dict[str, Any]) -> Report:
         (fields.get("status_code"), fields.get("code"), fields.get("status"), outer.get("code"), outer.get("status")),
     )
     message = _words_of(inner)
-    upstream: object = as_object(fields.get("metadata")).get("raw")  # OpenRouter's quote of the service behind it
+    upstream: object = as_object(fields.get("metadata")).get("raw")  # OpenRouter quotes the upstream service here
     if isinstance(upstream, str) and upstream not in message:
         message = f"{message}: {upstream}"
     return Report(
@@ -184,7 +185,7 @@ def _report(inner: Any, outer: dict[str, Any]) -> Report:
 
 
 def _words_of(value: object, depth: int = 0) -> str:
-    """The message in an error, which may be text, an object that has it under some name, or a list of either."""
+    """Return the message of an error, which may be text, an object with the message in a field, or a list of these."""
     if isinstance(value, str):
         return value
     if depth > 4:
@@ -214,7 +215,7 @@ def _plain_text(body: bytes) -> str:
     if kind == "an HTML page":
         title = re.search(rb"<title[^>]{0,200}>([^<]{1,200})", body[:10_000], re.IGNORECASE)
         name = f" titled {title[1].decode(errors='replace').strip()!r}" if title else ""
-        return f"an HTML page{name}, as proxies send it"
+        return f"an HTML page{name}, probably from a proxy"
     return kind if kind != "text" else body[: 4 * QUOTE_LENGTH].decode(errors="replace")
 
 
@@ -236,12 +237,12 @@ _NO_MONEY = re.compile(
     r"|spending limit|insufficient (balance|credits|funds)",
     re.IGNORECASE,
 )
-"""Of an account without money: Anthropic says it with a 400, xAI with a 403 or a 429, and no code tells."""
+"""Messages for an account without credit: Anthropic sends a 400, xAI a 403 or a 429, both without a specific code."""
 _UNSUPPORTED = re.compile(
     r"\brequires? (the )?--?\w|not supported|unsupported|does(n't| not) support|not implemented",
     re.IGNORECASE,
 )
-"""llama.cpp's words for a request that it cannot serve; its status is 500."""
+"""llama.cpp's messages for a request that it cannot serve. Their status is 500."""
 
 _WORDS: Final[Mapping[type[ProviderError], str]] = {
     errors.ContextLengthExceeded: "context_length_exceeded exceed_context_size_error model_context_window_exceeded",
@@ -260,7 +261,7 @@ _WORDS: Final[Mapping[type[ProviderError], str]] = {
     errors.RequestTimeout: "timeout timeout_error request_timeout deadline_exceeded",
     errors.BadRequest: "invalid_request_error invalid_request invalid_argument bad_request failed_precondition",
 }
-"""The codes and types of errors that services use, most decisive first."""
+"""The error codes and types that services use, the most decisive first."""
 
 _BY_WORD: Final = {word: kind for kind, words in _WORDS.items() for word in words.split()}
 _RANK: Final = {kind: rank for rank, kind in enumerate(_WORDS)}
@@ -278,7 +279,7 @@ _BY_STATUS: Final[Mapping[int, type[ProviderError]]] = {
     501: errors.BadRequest,
     503: errors.Overloaded,
     504: errors.RequestTimeout,
-    529: errors.Overloaded,  # Anthropic's
+    529: errors.Overloaded,  # Anthropic is overloaded
 }
 
 _DECISIVE: Final[tuple[type[ProviderError], ...]] = (
@@ -286,7 +287,7 @@ _DECISIVE: Final[tuple[type[ProviderError], ...]] = (
     errors.ContentFiltered,
     errors.QuotaExceeded,
 )
-"""Classes that a service's own word chooses whatever the status."""
+"""Classes that a service's code selects whatever the status."""
 
 ADVICE: Final[Mapping[type[ProviderError], str]] = {
     errors.AuthenticationError: "Check the API key: api_key in the config, or the provider's environment variable.",
@@ -296,21 +297,21 @@ ADVICE: Final[Mapping[type[ProviderError], str]] = {
     errors.ContentFiltered: "Rephrase the prompt, or change the service's content filter.",
     errors.RateLimitError: "Try again later, or ask the service for higher limits.",
     errors.QuotaExceeded: "Waiting does not help: check the account's plan, billing and limits.",
-    errors.ServerError: "The failure is the service's; try again.",
+    errors.ServerError: "The service failed; try again.",
     errors.Overloaded: "Try again later.",
     errors.RequestTimeout: "Try again, or ask for a shorter answer.",
     errors.BadRequest: "Change the request's parameters or messages.",
 }
-"""What a user can do about each."""
+"""Advice for the user, by class of error."""
 
 
 def class_of(status: int | None, words: tuple[str, ...], message: str) -> type[ProviderError]:
-    """The class of an error.
+    """Return the class of an error.
 
     Args:
-        status: the HTTP status; None in a stream that does not say.
+        status: the HTTP status; None in a stream that does not report a status.
         words: the service's codes and types, in lower case.
-        message: its message, which alone tells of a full context, or of an empty account, at some services.
+        message: the service's message. At some services, only the message reveals a full context or an empty account.
     """
     by_word = min((_BY_WORD[word] for word in words if word in _BY_WORD), key=_RANK.__getitem__, default=None)
     if by_word is not None and by_word in _DECISIVE:
@@ -324,7 +325,7 @@ def class_of(status: int | None, words: tuple[str, ...], message: str) -> type[P
     if status in _BY_STATUS:
         return _BY_STATUS[status]
     if status < 500:
-        # Gemini says that an API key is wrong with a 400
+        # Gemini reports an invalid API key with a 400
         return by_word if by_word in {errors.AuthenticationError, errors.NotFound} else errors.BadRequest
     if status == 500 and _UNSUPPORTED.search(message):
         return errors.BadRequest
@@ -332,18 +333,18 @@ def class_of(status: int | None, words: tuple[str, ...], message: str) -> type[P
 
 
 def is_retryable(kind: type[ProviderError], status: int | None, headers: Mapping[str, str]) -> bool:
-    """Whether the same request may succeed later: as the service says (`x-should-retry`), else by class and status."""
+    """Whether the same request may succeed later, by the service's `x-should-retry`, else by class and status."""
     said = headers.get("x-should-retry")
     if said in {"true", "false"}:
         return said == "true"
-    return kind.default_retryable or status == 409  # a lock, as OpenAI's own client takes it
+    return kind.default_retryable or status == 409  # a lock conflict, which OpenAI's own client retries too
 
 
-# When to try again
+# Retry delays
 
 
 _EPOCH_SECONDS = 1e9
-"""A reset "time" above this is a moment since 1970, not a wait; above a thousand times it, one in milliseconds."""
+"""A reset "time" above this is seconds since 1970 rather than a wait; above a thousand times this, milliseconds."""
 
 _DURATION = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m(?!s))?(?:(\d+(?:\.\d+)?)s)?(?:(\d+(?:\.\d+)?)ms)?", re.ASCII)
 _TRY_AGAIN_IN = re.compile(
@@ -352,16 +353,17 @@ _TRY_AGAIN_IN = re.compile(
 
 
 def retry_after_of(headers: Mapping[str, str], payload: object, message: str, *, now: float) -> float | None:
-    """Seconds to wait before a retry, as a service asked for; None if it did not.
+    """Return the seconds to wait before a retry, if the service asked for a delay, else None.
 
-    In the order of trust: `retry-after-ms`, `retry-after` (seconds or an HTTP date, RFC 9110 §10.2.3), Google's
+    In order of trust: `retry-after-ms`, `retry-after` (seconds or an HTTP date, RFC 9110 §10.2.3), Google's
     `RetryInfo` in the body, the reset of an exhausted `x-ratelimit-*` or `ratelimit-*`, and "try again in 20s" in the
     message.
 
     Args:
-        headers: with lower-case names.
+        headers: the response headers, with lower-case names.
         payload: the decoded body.
-        now: seconds since 1970, for the dates.
+        message: the service's message.
+        now: the current time in seconds since 1970, for the dates.
     """
     milliseconds = _number(headers.get("retry-after-ms"))
     hints = (
@@ -376,7 +378,7 @@ def retry_after_of(headers: Mapping[str, str], payload: object, message: str, *,
 
 
 def retry_info(payload: object) -> float | None:
-    """Seconds of a `google.rpc.RetryInfo` in the body of an error."""
+    """Return the seconds of a `google.rpc.RetryInfo` in the body of an error; None if there is no RetryInfo."""
     if isinstance(payload, list):
         payload = next(iter(cast("list[object]", payload)), None)
     error = _field(payload, "error")
@@ -389,7 +391,7 @@ def retry_info(payload: object) -> float | None:
 
 
 def duration(text: str) -> float | None:
-    """Seconds of "48s", "6m0s", "1.5s", "20ms", "1d2h", or of a bare number; None if it is none of these."""
+    """Return the seconds of "48s", "6m0s", "1.5s", "20ms", "1d2h", or of a bare number; None for other text."""
     number = _number(text)
     if number is not None:
         return number
@@ -410,12 +412,12 @@ def _retry_after(headers: Mapping[str, str], now: float) -> float | None:
     moment = _date(value)
     if moment is None:
         return None
-    server_now = _date(headers.get("date", ""))  # its clock may differ from ours
+    server_now = _date(headers.get("date", ""))  # the server's clock may differ from the local clock
     return moment - (now if server_now is None else server_now)
 
 
 def _reset(headers: Mapping[str, str], now: float) -> float | None:
-    """The wait until the limits that are used up are reset; where none is said to be, there is no hint."""
+    """Return the wait until the exhausted limits reset; None if the headers do not report an exhausted limit."""
     waits = [
         duration(value)
         for name, value in headers.items()
@@ -428,7 +430,7 @@ def _reset(headers: Mapping[str, str], now: float) -> float | None:
 
 
 def _headers_inside(payload: object) -> Mapping[str, str]:
-    """OpenRouter's 429 may have the headers in the body."""
+    """Return the headers in a body: OpenRouter's 429 may have them there."""
     headers = _field(_field(_field(payload, "error"), "metadata"), "headers")
     if not isinstance(headers, dict):
         return {}

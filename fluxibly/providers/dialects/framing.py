@@ -1,7 +1,7 @@
-"""Bytes of a stream into events: server-sent events and lines of JSON. Pure, and blind to where reads cut.
+"""Framing of streams: bytes to server-sent events or lines of JSON. Pure, and independent of where reads are cut.
 
-Each framing has `feed(data)`, which returns the events that `data` completes, and `close()`, which returns what the
-end of the stream completes. What arrives before an error is returned first; the error is raised by the next call.
+Each framing has `feed(data)`, which returns the events that `data` completes, and `close()`, which returns the events
+that the end of the stream completes. Events before an error are returned first; the next call raises the error.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from fluxibly.errors import StreamProtocolError
 from fluxibly.providers.dialects.codec import Event, Framing
 
 DEFAULT_LIMIT: Final = 16 * 1024 * 1024
-"""Bytes that one line or event may have."""
+"""Maximum number of bytes in a line or an event."""
 
 
 class StreamFraming(Protocol):
-    """The state of one stream's framing."""
+    """The framing of a stream, with its state."""
 
     def feed(self, data: bytes, /) -> list[Event]:
-        """The events that `data` completes.
+        """Return the events that `data` completes.
 
         Raises:
-            StreamProtocolError: a line or an event is over the limit, or the bytes are not of this framing.
+            StreamProtocolError: a line or an event is over the limit, or the bytes do not fit this framing.
         """
         ...
 
     def close(self) -> list[Event]:
-        """The stream's bytes are over: the events that were only waiting for their end."""
+        """End the stream, and return the events that were only waiting for their end."""
         ...
 
 
@@ -38,19 +38,19 @@ class StreamFraming(Protocol):
 
 
 BOM: Final = b"\xef\xbb\xbf"
-"""A byte-order mark in UTF-8, which may begin a stream and is no part of it."""
+"""A byte-order mark in UTF-8, which may precede a stream and is not part of its content."""
 
 
 def too_large(limit: int) -> StreamProtocolError:
-    """The error for a line or an event over the limit, which another try would not make smaller."""
+    """Return the error for a line or an event over the limit. It is not retryable: a retry would hit the limit too."""
     return StreamProtocolError(
-        f"the stream has a line or an event of more than {limit:,} bytes, which is more than is read of one",
+        f"expected lines and events of at most {limit:,} bytes in the stream, got more than {limit:,} bytes",
         retryable=False,
     )
 
 
 class Lines(ABC):
-    """Splits a stream into lines, each ended by CR, LF or CRLF; the last may be unterminated."""
+    """A splitter of a stream into lines that end with CR, LF or CRLF. The last line may be unterminated."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -61,7 +61,7 @@ class Lines(ABC):
         self._failure: StreamProtocolError | None = None
 
     def feed(self, data: bytes, /) -> list[Event]:
-        """The events that `data` completes."""
+        """Return the events that `data` completes."""
         if self._failure is not None:
             raise self._failure
         if self._at_start:
@@ -84,7 +84,7 @@ class Lines(ABC):
         return events if end == len(data) else self._hold(data[end:], events)
 
     def close(self) -> list[Event]:
-        """The events that were waiting for their end."""
+        """Return the events that were waiting for their end."""
         if self._failure is not None:
             raise self._failure
         last = b"".join(self._partial)
@@ -95,11 +95,11 @@ class Lines(ABC):
 
     @abstractmethod
     def _take(self, whole: bytes, events: list[Event]) -> None:
-        """Take whole lines, each ended by LF."""
+        """Take whole lines, each with LF at its end."""
 
     @abstractmethod
     def _take_last(self, last: bytes, events: list[Event]) -> None:
-        """Take the last line, which has no end, or is empty."""
+        """Take the last line, which is unterminated or empty."""
 
     def _hold(self, data: bytes, events: list[Event]) -> list[Event]:
         """Keep the beginning of a line."""
@@ -111,7 +111,7 @@ class Lines(ABC):
         return events
 
     def _fail(self, error: StreamProtocolError, events: list[Event]) -> list[Event]:
-        """Raise an error, or put it by for the next call if there are events to be delivered first."""
+        """Raise an error, or keep it for the next call if there are events to deliver first."""
         self._failure = error
         self._partial.clear()
         if not events:
@@ -129,7 +129,7 @@ class Lines(ABC):
         return data.removeprefix(BOM)
 
     def _with_lf_only(self, data: bytes) -> bytes:
-        """`data` with each line end as LF. A CR ends its line at once; an LF that follows it is dropped."""
+        """Return `data` with every line end as LF. A CR ends its line at once; an LF right after it is dropped."""
         if self._after_cr and data:
             self._after_cr = False
             data = data.removeprefix(b"\n")
@@ -139,7 +139,7 @@ class Lines(ABC):
 
 
 class NDJSON(Lines):
-    """One event a line. Blank lines are skipped."""
+    """Newline-delimited JSON: each line is an event. Blank lines are skipped."""
 
     def _take(self, whole: bytes, events: list[Event]) -> None:
         for line in whole[:-1].split(b"\n"):
@@ -159,10 +159,10 @@ _FIELD_LINE = re.compile(rb"(?:data|event|id|retry)(?::|$)|:")
 
 
 class SSE(Lines):
-    """Server-sent events by the WHATWG rules (HTML, "9.2.6 Interpreting an event stream"), with two liberties.
+    """Server-sent events by the WHATWG rules (HTML, "9.2.6 Interpreting an event stream"), with two exceptions.
 
-    An unterminated last event is delivered, because services leave out the last blank line. JSON that stands there
-    without `data:` is delivered as an event too: services send errors so, in the middle of a stream or instead of it.
+    An unterminated last event is delivered, because services omit the last blank line. JSON without `data:` is also
+    delivered as an event, because services send errors this way, in the middle of a stream or instead of a stream.
     """
 
     def __init__(self, limit: int) -> None:
@@ -171,15 +171,15 @@ class SSE(Lines):
         self._size = 0
         self._name = ""
         self._bare = False
-        """Whether `_data` are lines of JSON without `data:`."""
+        """Whether `_data` holds lines of JSON without `data:`."""
         self._between = False
-        """Whether the last read ended with an event, so that nothing is under way."""
+        """Whether the last read ended with an event, so that no event is in progress."""
 
     def feed(self, data: bytes, /) -> list[Event]:
-        """The events that `data` completes. Whole events with nothing but data, which most are, take a short way."""
+        """Return the events that `data` completes. Whole events with only data, the usual kind, take a fast path."""
         if self._between and data[:6] == b"data: " and data[-2:] == b"\n\n" and len(data) <= self._limit:
             found = data[6:-2].split(b"\n\ndata: ")
-            # each event ends in the two line ends that were counted here, so there is none inside of any
+            # Each event ends with two of the line ends counted here, so no event has a line end inside.
             if data.count(b"\n") == 2 * len(found) and b"\r" not in data:
                 return [Event(each) for each in found]
         events = super().feed(data)
@@ -205,7 +205,7 @@ class SSE(Lines):
                 self._take_line(line, events)
 
     def _take_block(self, block: bytes, events: list[Event]) -> None:
-        """Take an event's lines; often they are its name and its data."""
+        """Take the lines of an event, usually its name and its data."""
         if block[:7] == b"event: ":
             name, _, data = block.partition(b"\n")
             if data[:6] == b"data: " and b"\n" not in data:
@@ -261,7 +261,7 @@ class SSE(Lines):
 
 
 def make_framing(framing: Framing, *, limit: int = DEFAULT_LIMIT) -> StreamFraming:
-    """A framing for one stream. `limit` bounds a line and an event, in bytes."""
+    """Return a framing for a stream. `limit` is the maximum size of a line or an event, in bytes."""
     return _FRAMINGS[framing](limit)
 
 

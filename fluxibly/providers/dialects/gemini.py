@@ -1,4 +1,4 @@
-"""Gemini's dialect, `generateContent` of the Gemini API, as a pure codec. https://ai.google.dev/api/generate-content"""
+"""Pure codec for Gemini's dialect, `generateContent` of the Gemini API. https://ai.google.dev/api/generate-content"""
 
 from __future__ import annotations
 
@@ -38,7 +38,15 @@ from fluxibly.types import (
     parse_arguments,
 )
 
-# Answers
+NAME = "Gemini"
+BUDGETS = {"none": 0, "minimal": 512, "low": 1024, "medium": 8192, "high": 24_576}
+"""Thinking budgets in tokens, for models before Gemini 3, which take a budget rather than an effort."""
+LEVELS = ("minimal", "low", "medium", "high")
+"""Thinking levels of Gemini 3 and later. Not every model supports all levels."""
+NO_SIGNATURE = "skip_thought_signature_validator"
+"""Google's stand-in for the signature of a call by another model, since Gemini 3 rejects calls without a signature."""
+
+# Responses
 
 
 FINISH_REASONS = {
@@ -74,7 +82,7 @@ FINISH_REASONS = {
 
 @attrs.frozen
 class GeminiCodec:
-    """The dialect of `POST /models/{model}:generateContent`. Streams are asked for as server-sent events (`alt=sse`)."""
+    """Codec for `POST /models/{model}:generateContent`. It requests streams as server-sent events (`alt=sse`)."""
 
     @property
     def framing(self) -> Framing:
@@ -94,28 +102,28 @@ class GeminiCodec:
         for chunk in (*decoder.take(raw, body), *decoder.rest()):
             joined.add(chunk)
         if not decoder.answered:
-            raise not_an_answer(raw, body, NAME, "candidates")
+            raise not_an_answer(raw, body, NAME, "'candidates'")
         return joined.response().evolve(raw=raw)
 
     def decoder(self) -> GeminiDecoder:
         return GeminiDecoder()
 
     def decode_error(self, status: int, headers: Mapping[str, str], body: bytes, /) -> ProviderError:
-        # A minute's quota comes back; a day's does not soon, and a quota of none never.
+        # A quota per minute recovers soon; a quota per day does not, and a quota of 0 never does.
         exhausted = status == 429 and (b"PerDay" in body or b'"quotaValue": "0"' in body)
         return error_of_response(status, headers, body, service=NAME, kind=QuotaExceeded if exhausted else None)
 
 
 @attrs.define
 class _Candidate:
-    """What is remembered of one candidate of a stream."""
+    """The state of a candidate in a stream."""
 
     calls: int = 0
     reason: str | None = None
 
 
 class GeminiDecoder:
-    """The state of one stream, whose events are whole answers with what is new. There is no end mark."""
+    """State of a stream. Each event is a whole response with only new content. There is no end marker."""
 
     __slots__ = ("_candidates", "_held", "_named", "_usage")
 
@@ -129,7 +137,7 @@ class GeminiDecoder:
 
     @property
     def answered(self) -> bool:
-        """Whether there was a candidate."""
+        """Whether the response had a candidate."""
         return bool(self._candidates)
 
     def decode_event(self, event: Event, /) -> Iterable[Chunk]:
@@ -141,11 +149,11 @@ class GeminiDecoder:
             raise cut_off(NAME, "a finish reason")
 
     def rest(self) -> Iterable[Chunk]:
-        """What was held."""
+        """Return the held metadata as a last chunk, if there is any."""
         return self._held.flush()
 
     def take(self, payload: object, body: bytes) -> Iterable[Chunk]:
-        """The chunks of an answer, or of a JSON array of them."""
+        """Return the chunks of a response, or of a JSON array of responses."""
         if isinstance(payload, list):
             return (chunk for item in as_array(payload) for chunk in self._take(as_object(item), body))
         return self._take(as_object(payload), body)
@@ -174,7 +182,7 @@ class GeminiDecoder:
         return self._held.emit(text, **output) if text or output else ()
 
     def _raise_error(self, answer: dict[str, Any], body: bytes) -> None:
-        """Raise what an answer says went wrong, if it says so."""
+        """Raise the error that a response reports, if any."""
         error = error_of_payload(answer, body=body, service=NAME)
         if error is not None:
             raise error
@@ -183,7 +191,7 @@ class GeminiDecoder:
             raise _blocked(feedback, body)
 
     def _note(self, answer: dict[str, Any]) -> None:
-        """Note the id and the model once, and the usage: each event repeats it, some with more counts than others."""
+        """Record the id and the model once, and each event's usage: some events have more counts than others."""
         if not self._named:
             self._named = True
             model, response_id = as_text(answer.get("modelVersion")), as_text(answer.get("responseId"))
@@ -196,7 +204,7 @@ class GeminiDecoder:
     def _candidate(
         self, candidate: dict[str, Any], state: _Candidate, held: PendingFields
     ) -> tuple[str, dict[str, Any]]:
-        """The text of a candidate's news and its other output; what is none goes into `held`."""
+        """Return the new text and the other new output of a candidate. Its metadata goes into `held`."""
         texts: list[str] = []
         thoughts: list[str] = []
         calls: list[ToolCallDelta] = []
@@ -228,7 +236,7 @@ class GeminiDecoder:
 
 
 def _call(call: dict[str, Any], index: int, signature: str | None) -> ToolCallDelta:
-    """A tool call, which comes whole."""
+    """Return a tool call, which arrives whole."""
     return ToolCallDelta(
         index=index,
         id=as_text(call.get("id")) or f"call_{index}",
@@ -250,7 +258,7 @@ def _blocked(feedback: dict[str, Any], body: bytes) -> ContentFiltered:
 
 
 def _usage(counts: dict[str, Any]) -> Usage:
-    """Usage in OpenTelemetry's sense: the service counts thoughts, and prompts of its own tools, apart."""
+    """Return usage in OpenTelemetry's sense: the service counts thoughts and its own tools' prompts separately."""
     thoughts = as_count(counts.get("thoughtsTokenCount"))
     return Usage(
         input_tokens=sum_known(
@@ -264,14 +272,6 @@ def _usage(counts: dict[str, Any]) -> Usage:
 
 # Requests
 
-
-NAME = "Gemini"
-BUDGETS = {"none": 0, "minimal": 512, "low": 1024, "medium": 8192, "high": 24_576}
-"""Tokens to think with, for models before Gemini 3, which take a budget and no words for the effort."""
-LEVELS = ("minimal", "low", "medium", "high")
-"""What Gemini 3 and later take; not every model takes all."""
-NO_SIGNATURE = "skip_thought_signature_validator"
-"""What Google says to send with a call that another model made, since Gemini 3 refuses calls without a signature."""
 
 _PARAMETERS = {
     "temperature": "temperature",
@@ -288,10 +288,10 @@ _MADE_UP_ID = re.compile(r"call_\d{1,4}")
 
 
 def encode_body(request: Request) -> dict[str, Any]:
-    """The body, without `extra`.
+    """Return the request body, without `extra`.
 
     Raises:
-        BadRequest: a parameter is one that the dialect cannot take.
+        BadRequest: the dialect does not support a parameter or its value.
     """
     reject_unsupported(request, NAME, ())
     body: dict[str, Any] = {"contents": _contents(request)}
@@ -313,7 +313,7 @@ def encode_body(request: Request) -> dict[str, Any]:
 
 
 def _contents(request: Request) -> list[dict[str, Any]]:
-    """The conversation. The results of one turn's calls are one turn: the service counts them against the calls."""
+    """Return the conversation. Results of a turn's calls share a turn, because the service compares their counts."""
     contents: list[dict[str, Any]] = []
     after_result = False
     for message in request.messages:
@@ -328,11 +328,11 @@ def _contents(request: Request) -> list[dict[str, Any]]:
             parts = [*_parts(message)]
         if is_result and after_result:
             contents[-1]["parts"] += parts
-        elif parts:  # the service refuses turns without any
+        elif parts:  # the service rejects turns without parts
             contents.append({"role": "model" if message.role == "assistant" else "user", "parts": parts})
         after_result = is_result
     if not contents:
-        raise bad_request(request, f"{NAME} needs a message besides the system's, with something in it")
+        raise bad_request(request, f"expected a non-empty message besides the system messages for {NAME}, got none")
     return contents
 
 
@@ -353,7 +353,7 @@ def _image(image: Image) -> dict[str, Any]:
 
 
 def _answer(message: Message, request: Request) -> list[dict[str, Any]]:
-    """What the model said, with its signatures where they were: on thoughts, on texts and on calls."""
+    """Return the parts of a model's turn, with signatures where they were: on thoughts, on texts and on calls."""
     raws = [dict(part.raw) for part in message.reasoning if part.raw is not None and "thoughtSignature" in part.raw]
     parts = [raw for raw in raws if raw.get("thought")]
     texts = list(_parts(message))
@@ -371,7 +371,7 @@ def _answer(message: Message, request: Request) -> list[dict[str, Any]]:
 
 
 def _signed_text(texts: list[dict[str, Any]], raw: dict[str, Any]) -> list[dict[str, Any]]:
-    """The part with a signature that stood on text: cut off the text's end again, where it is its end."""
+    """Return the parts for a signature on text. If the last of `texts` ends with the signed text, split it off."""
     said = as_text(raw.get("text"))
     if said and texts and "thoughtSignature" not in texts[-1] and as_text(texts[-1].get("text")).endswith(said):
         rest = texts.pop()["text"][: -len(said)]
@@ -380,7 +380,7 @@ def _signed_text(texts: list[dict[str, Any]], raw: dict[str, Any]) -> list[dict[
 
 
 def _id_of(call_id: str | None) -> dict[str, str]:
-    """A call's id, unless it was made up because the service gave none."""
+    """Return a call's id, unless the decoder generated it because the service sent no id."""
     return {} if not call_id or _MADE_UP_ID.fullmatch(call_id) else {"id": call_id}
 
 
@@ -397,7 +397,7 @@ def _result(message: Message, request: Request) -> dict[str, Any]:
 
 
 def _as_object(text: str) -> dict[str, Any]:
-    """A tool's result as the object that the service wants; a text that is none goes under `output`."""
+    """Return a tool's result as the object that the service expects. Text that is not an object goes under `output`."""
     if text.lstrip().startswith("{"):
         arguments, problem = parse_arguments(text)
         if problem is None:
@@ -433,7 +433,7 @@ def _format(request: Request) -> dict[str, Any]:
 
 
 def _generation(model: str) -> int:
-    """A Gemini model's generation. A name without one ("gemini-flash-latest") is a new model's."""
+    """Return a Gemini model's generation. A name without a number ("gemini-flash-latest") belongs to a new model."""
     found = _GENERATION.search(model)
     return int(found[1]) if found else 3
 
@@ -445,6 +445,6 @@ def _thinking(request: Request) -> dict[str, Any]:
     by_budget = _generation(request.model) < 3
     known: Iterable[str] = BUDGETS if by_budget else LEVELS
     if effort not in known:
-        raise bad_request(request, f"{NAME} takes as reasoning_effort {', '.join(known)}, not {effort!r}")
+        raise bad_request(request, f"reasoning_effort: expected one of {', '.join(known)} for {NAME}, got {effort!r}")
     config: dict[str, Any] = {"thinkingBudget": BUDGETS[effort]} if by_budget else {"thinkingLevel": effort}
     return {"thinkingConfig": config | ({"includeThoughts": True} if effort != "none" else {})}

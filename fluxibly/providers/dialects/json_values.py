@@ -1,4 +1,4 @@
-"""JSON as services really send it: with a byte-order mark, padding, `NaN`, or half a surrogate pair, and of any shape."""
+"""Lenient JSON, as services really send it: byte-order marks, padding, `NaN`, lone surrogates, and any shape."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ _decode = msgspec.json.Decoder().decode
 
 
 def read_json(data: bytes) -> Any:
-    """The value of a JSON text.
+    """Return the value of a JSON text.
 
-    What the specification forbids but Python and JavaScript servers send is read too: `NaN` and `Infinity`, and lone
-    surrogates, which become U+FFFD.
+    Accepts values that the specification forbids but Python and JavaScript servers send: `NaN` and `Infinity`, and
+    lone surrogates, which become U+FFFD.
 
     Raises:
-        StreamProtocolError: it is not JSON.
+        StreamProtocolError: the text is not JSON.
     """
     try:
         return _decode(data)
@@ -48,7 +48,7 @@ def _without_lone_surrogates(value: object) -> object:
 
 
 def describe(data: bytes) -> str:
-    """What a text that is not JSON seems to be, in words that quote nothing of it."""
+    """Describe a text that is not JSON, without quoting it."""
     start = data[:256].lstrip().lower()
     if not start:
         return "an empty body" if not data else "white space"
@@ -57,30 +57,30 @@ def describe(data: bytes) -> str:
     return "text"
 
 
-# What stands in it may be of any type: these give what is due, or nothing
+# JSON values may be of any type: these functions return the expected type, or an empty value.
 
 
 def as_object(value: Any) -> dict[str, Any]:
-    """`value` if it is a JSON object, else an empty one."""
+    """Return `value` if it is a JSON object, else an empty object."""
     return value if type(value) is dict else {}  # pyright: ignore[reportUnknownVariableType]  # JSON's keys are str
 
 
 def as_array(value: Any) -> list[Any]:
-    """`value` if it is a JSON array, else an empty one."""
-    return value if type(value) is list else []  # pyright: ignore[reportUnknownVariableType]  # of anything
+    """Return `value` if it is a JSON array, else an empty array."""
+    return value if type(value) is list else []  # pyright: ignore[reportUnknownVariableType]  # of any type
 
 
 def as_text(value: object) -> str:
-    """`value` if it is a string, else an empty one."""
+    """Return `value` if it is a string, else an empty string."""
     return value if isinstance(value, str) else ""
 
 
 def as_count(value: object) -> int | None:
-    """`value` if it is a number of things, else None."""
+    """Return `value` if it is a count (an integer from 0), else None."""
     return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
 
 
 def sum_known(*counts: int | None) -> int | None:
-    """The sum of what is known; None if nothing is."""
+    """Return the sum of the known counts; None if no count is known."""
     known = [number for number in counts if number is not None]
     return sum(known) if known else None

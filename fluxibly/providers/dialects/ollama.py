@@ -1,4 +1,7 @@
-"""Ollama's own dialects, `/api/chat` and `/api/generate`, as a pure codec. https://github.com/ollama/ollama/blob/main/docs/api.md"""
+"""Pure codec for Ollama's own dialects, `/api/chat` and `/api/generate`.
+
+https://github.com/ollama/ollama/blob/main/docs/api.md
+"""
 
 from __future__ import annotations
 
@@ -29,18 +32,23 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
 
-# Answers
+NAME = "Ollama"
+EFFORTS = ("low", "medium", "high")
+"""Effort levels of the models that support levels (gpt-oss). For other models, any level turns thinking on."""
+
+
+# Responses
 
 
 FINISH_REASONS = {"stop": "stop", "length": "length"}
-"""Others, such as load (the model was loaded, and nothing asked of it), are passed on as they are."""
+"""Other reasons are passed on unchanged, such as load (the request only loaded the model)."""
 
 _MISSING = re.compile(r"model ['\"]?([^'\"\s]+)['\"]? (?:not found|does not exist)|pull model manifest")
 
 
 @attrs.frozen(kw_only=True)
 class OllamaCodec:
-    """The dialect of `POST /api/chat`, or of `POST /api/generate`, which takes one message and no tools."""
+    """Codec for `POST /api/chat`, or for `POST /api/generate`, which takes a single message and no tools."""
 
     endpoint: Literal["chat", "generate"] = attrs.field(
         default="chat", validator=attrs.validators.in_(("chat", "generate"))
@@ -62,9 +70,9 @@ class OllamaCodec:
             joined.add(chunk)
         answer = as_object(raw)
         if not isinstance(answer.get("message"), dict) and not isinstance(answer.get("response"), str):
-            raise not_an_answer(raw, body, NAME, "message or response")
+            raise not_an_answer(raw, body, NAME, "'message' or 'response'")
         if answer.get("done") is False:
-            raise cut_off(NAME, "done")
+            raise cut_off(NAME, "'done': true")
         return joined.response().evolve(raw=raw)
 
     def decoder(self) -> OllamaDecoder:
@@ -80,7 +88,7 @@ class OllamaCodec:
 
 
 class OllamaDecoder:
-    """The state of one stream. Each line is an answer with what is new; the last says `done`, and how long it took."""
+    """State of a stream. Each line is a response with only new content; the last line has `done` and the durations."""
 
     __slots__ = ("_calls", "_held", "_inline", "_named", "_thinking", "done")
 
@@ -98,10 +106,10 @@ class OllamaDecoder:
     def end(self) -> Iterable[Chunk]:
         if not self.done:
             yield from self._held.flush()
-            raise cut_off(NAME, "done")
+            raise cut_off(NAME, "'done': true")
 
     def take(self, payload: object, body: bytes) -> Iterable[Chunk]:
-        """The chunks of one line, or of a whole answer."""
+        """Return the chunks of a line, or of a whole response."""
         answer = as_object(payload)
         if answer.get("error") or not (isinstance(answer.get("message"), dict) or "response" in answer):
             report = read_report(payload)
@@ -136,15 +144,15 @@ class OllamaDecoder:
         if self._thinking:
             thinking = "".join(self._thinking)
             self._held.add(reasoning_parts=(Reasoning(text=thinking, raw={"thinking": thinking}),))
-        reason = as_text(answer.get("done_reason")) or None  # versions before 0.1.40 say none
+        reason = as_text(answer.get("done_reason")) or None  # versions before 0.1.40 omit it
         finish = FINISH_REASONS.get(reason or "stop", reason)
         if finish == "stop" and self._calls:
-            finish = "tool_call"  # the service says "stop" for calls too
+            finish = "tool_call"  # the service reports "stop" for tool calls too
         self._held.add(finish_reason=finish, raw_finish_reason=reason, usage=_usage(answer))
 
 
 def _call(call: dict[str, Any], index: int) -> ToolCallDelta:
-    """A tool call, which comes whole, its arguments as an object; only newer versions give it an id."""
+    """Return a tool call, which arrives whole with an object as arguments. Only newer versions send an id."""
     function = as_object(call.get("function"))
     return ToolCallDelta(
         index=index,
@@ -162,12 +170,15 @@ def _usage(answer: dict[str, Any]) -> Usage | None:
 def _error(
     report: Report, payload: object, body: bytes, status: int | None, headers: Mapping[str, str]
 ) -> ProviderError:
-    """The error of a report. The service's words are all there is to tell by: it sends no codes."""
+    """Return the error of a report. Only the message distinguishes errors, because the service sends no codes."""
     missing = _MISSING.search(report.message) if status in (None, 404) else None
     if missing:
         pull = f"get it with: ollama pull {missing[1]}" if missing[1] else "check its name at ollama.com/library"
         return NotFound(
-            f"{NAME} has no such model ({report.message}); {pull}", status=status, code=report.code, body=excerpt(body)
+            f"{NAME} does not have the model ({report.message}); {pull}",
+            status=status,
+            code=report.code,
+            body=excerpt(body),
         )
     error = error_of(report, status=status, headers=headers, payload=payload, excerpt=excerpt(body), service=NAME)
     if isinstance(error, ServerError) and "more system memory" in report.message:
@@ -177,10 +188,6 @@ def _error(
 
 # Requests
 
-
-NAME = "Ollama"
-EFFORTS = ("low", "medium", "high")
-"""What models that know grades of effort take (gpt-oss); for others any of them is "yes"."""
 
 _OPTIONS = {
     "temperature": "temperature",
@@ -194,13 +201,13 @@ _OPTIONS = {
 
 
 def encode_body(request: Request, *, stream: bool, chat: bool) -> dict[str, Any]:
-    """The body, without `extra`.
+    """Return the request body, without `extra`.
 
     Raises:
-        BadRequest: a parameter is one that the dialect cannot take.
+        BadRequest: the dialect does not support a parameter or its value.
     """
     reject_unsupported(request, NAME, ("n",))
-    body: dict[str, Any] = {"model": request.model, "stream": stream}  # without it, answers are streamed
+    body: dict[str, Any] = {"model": request.model, "stream": stream}  # the service streams by default
     if chat:
         body["messages"] = [_message(message, request) for message in request.messages]
         body |= _tools(request)
@@ -217,7 +224,7 @@ def encode_body(request: Request, *, stream: bool, chat: bool) -> dict[str, Any]
     if effort is not None:
         if effort not in ("none", *EFFORTS):
             known = ", ".join(["none", *EFFORTS])
-            raise bad_request(request, f"{NAME} takes as reasoning_effort {known}, not {effort!r}")
+            raise bad_request(request, f"reasoning_effort: expected one of {known} for {NAME}, got {effort!r}")
         body["think"] = False if effort == "none" else effort
     return body
 
@@ -248,7 +255,8 @@ def _images(message: Message, request: Request) -> list[str]:
             data = image_data(part)
             if data is None:
                 raise bad_request(
-                    request, f"{NAME} fetches no images: give an Image as data= with media_type=, not as url="
+                    request,
+                    f"expected an Image with data= and media_type= for {NAME}, got a url=, which it does not fetch",
                 )
             encoded.append(data[1])
     return encoded
@@ -256,27 +264,29 @@ def _images(message: Message, request: Request) -> list[str]:
 
 def _tools(request: Request) -> dict[str, Any]:
     if request.tool_choice not in (None, "auto", "none"):
-        raise bad_request(request, f"{NAME} takes as tool_choice auto or none, not {request.tool_choice!r}")
+        raise bad_request(request, f"tool_choice: expected 'auto' or 'none' for {NAME}, got {request.tool_choice!r}")
     if not request.tools or request.tool_choice == "none":
-        return {}  # a model that gets no tools calls none
+        return {}  # without tools, the model cannot call any
     return {"tools": [_tool(tool, request) for tool in request.tools]}
 
 
 def _tool(tool: Tool, request: Request) -> dict[str, Any]:
     if tool.strict:
-        raise bad_request(request, f"{NAME} takes no strict tools, as {tool.name} is; leave strict out")
+        raise bad_request(
+            request, f"{NAME} does not support strict tools, got strict=True for {tool.name}; leave strict out"
+        )
     function = {"name": tool.name, "description": tool.description, "parameters": tool.parameters}
     return {"type": "function", "function": function}
 
 
 def _prompt(request: Request) -> dict[str, Any]:
-    """The prompt of `/api/generate`, which knows no conversation and no tools."""
+    """Return the prompt of `/api/generate`, which supports neither conversations nor tools."""
     where = "/api/generate (framework ollama-generate)"
     if request.tools or request.tool_choice is not None:
-        raise bad_request(request, f"{NAME}'s {where} takes no tools; use the framework ollama")
+        raise bad_request(request, f"{NAME}'s {where} does not support tools; use the framework ollama")
     turns = [message for message in request.messages if message.role != "system"]
     if len(turns) != 1 or turns[0].role != "user":
-        raise bad_request(request, f"{NAME}'s {where} takes one user message; use the framework ollama")
+        raise bad_request(request, f"{NAME}'s {where} supports only a single user message; use the framework ollama")
     body: dict[str, Any] = {"prompt": turns[0].text}
     system = system_text(request, NAME)
     if system:

@@ -1,4 +1,4 @@
-"""OpenAI's chat completions, as OpenAI and the services that nearly speak it send them, as a pure codec."""
+"""Pure codec for OpenAI's chat completions, as sent by OpenAI and by services whose dialect is nearly the same."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from fluxibly.providers.dialects.openai_parts import (
 from fluxibly.providers.dialects.openai_request import Quirks, chat_body
 from fluxibly.types import Chunk, Reasoning, Request, Response
 
-# One choice
+# Choices
 
 
 class Delta(msgspec.Struct):
-    """What a choice says. `Any` stands where services send more than one type; other fields are not even read."""
+    """The content of a choice. `Any` marks fields that services send in several types. Other fields are not decoded."""
 
     content: Any = None
     reasoning: Any = None
@@ -45,7 +45,7 @@ class Choice(msgspec.Struct):
     delta: Delta | None = None
     message: Delta | None = None
     text: Any = None
-    """Where a server answers as the older completions API does."""
+    """The text, if a server responds as the older completions API does."""
     index: Any = None
     finish_reason: Any = None
     usage: Any = None
@@ -56,7 +56,7 @@ _NOTHING: Final = Delta()
 
 
 class ChoiceState:
-    """What is remembered of one choice of a stream."""
+    """The state of a choice in a stream."""
 
     __slots__ = ("begun", "details", "finished", "inline", "refused", "spoke", "thought", "tools")
 
@@ -71,11 +71,11 @@ class ChoiceState:
         self.inline = InlineThinking()
 
     def take(self, choice: Choice, fields: dict[str, Any]) -> str:
-        """The text of an event's choice; what else it has goes into `fields`, which become a chunk's."""
+        """Return the text of an event's choice. Its other data goes into `fields`, which become fields of a chunk."""
         self.begun = True
         delta = choice.delta
         if delta is None:
-            # Perplexity repeats the whole message beside each delta; it counts only where nothing else was said
+            # Perplexity repeats the whole message with each delta; the message counts only if no delta had content.
             delta = choice.message if choice.message is not None and not self.spoke else _NOTHING
         text, reasoning = delta.content, delta.reasoning or delta.reasoning_content
         if type(text) is not str:
@@ -92,7 +92,7 @@ class ChoiceState:
         return text
 
     def _take_more(self, delta: Delta, reasoning: object, fields: dict[str, Any]) -> str:
-        """Take what a delta has beside its content; the text of a refusal, which is an answer as well."""
+        """Take the rest of a delta besides its content. Return the text of a refusal, which is an answer as well."""
         if delta.tool_calls:
             calls = tool_call_deltas(delta.tool_calls)
             if calls:
@@ -112,7 +112,7 @@ class ChoiceState:
         return ""
 
     def rest(self, fields: dict[str, Any]) -> str:
-        """What is left to say at the end."""
+        """Return the text that was held back until the end. Reasoning goes into `fields`."""
         parts = self.parts()
         if parts:
             fields["reasoning_parts"] = parts
@@ -127,7 +127,7 @@ class ChoiceState:
         fields["raw_finish_reason"] = reason
 
     def parts(self) -> tuple[Reasoning, ...]:
-        """The reasoning that has to go back to the service."""
+        """Return the reasoning that must be sent back to the service."""
         if self.details is not None:
             return self.details.parts()
         if self.thought and self.tools:
@@ -137,7 +137,7 @@ class ChoiceState:
 
 
 def _with_thought(parted: tuple[str, str], fields: dict[str, Any]) -> str:
-    """The text of what `InlineThinking` parted; the reasoning goes into `fields`."""
+    """Return the text that `InlineThinking` separated. The reasoning goes into `fields`."""
     text, thought = parted
     if thought:
         fields["reasoning"] = fields.get("reasoning", "") + thought
@@ -148,7 +148,7 @@ def _with_thought(parted: tuple[str, str], fields: dict[str, Any]) -> str:
 
 
 class Body(msgspec.Struct):
-    """A whole answer or one event of a stream."""
+    """A whole response or an event of a stream."""
 
     choices: list[Choice | None] | None = None
     id: Any = None
@@ -163,10 +163,10 @@ _EMPTY: Final[tuple[Chunk, ...]] = ()
 
 
 def to_body(raw: object, data: bytes, service: str) -> Body:
-    """Decoded JSON as a `Body`.
+    """Return decoded JSON as a `Body`.
 
     Raises:
-        ProviderError: it is an error, or no chat completion.
+        ProviderError: the JSON is an error, or is not a chat completion.
     """
     try:
         return msgspec.convert(raw, Body)
@@ -175,15 +175,15 @@ def to_body(raw: object, data: bytes, service: str) -> Body:
         if reported is not None:
             raise reported from None
         raise StreamProtocolError(
-            f"{service} sent JSON that is no chat completion: {error}", body=excerpt(data)
+            f"expected a chat completion from {service}, got other JSON: {error}", body=excerpt(data)
         ) from None
 
 
 class ChatDecoder:
-    """The state of one stream of chat completion chunks.
+    """State of a stream of chat completion chunks.
 
-    What is no output (id, model, finish reason, usage) is held for the next chunk that has some, or for the last one:
-    a chunk is a piece of the answer, so that counts, gaps and the time to the first one mean what they say.
+    Metadata (id, model, finish reason, usage) waits for the next chunk that has output, or for the last chunk. Each
+    chunk is then a piece of the answer, which keeps chunk counts, gaps and the time to first chunk meaningful.
     """
 
     def __init__(self, service: str) -> None:
@@ -196,11 +196,11 @@ class ChatDecoder:
         self.done = False
 
     def decode_event(self, event: Event, /) -> Iterable[Chunk]:
-        """The chunks of an event.
+        """Return the chunks of an event.
 
         Raises:
-            ProviderError: for an event that is an error.
-            StreamProtocolError: for one that is not JSON.
+            ProviderError: the event is an error.
+            StreamProtocolError: the event is not JSON.
         """
         data = event.data
         if self.done or not data:
@@ -217,7 +217,7 @@ class ChatDecoder:
         return self.take(body, data)
 
     def end(self) -> Iterable[Chunk]:
-        """The last chunks, when the stream's bytes are over.
+        """Return the last chunks, at the end of the stream's bytes.
 
         Raises:
             StreamProtocolError: the stream was cut off.
@@ -230,7 +230,7 @@ class ChatDecoder:
 
     def _last(self) -> Iterable[Chunk]:
         if not self._choices:
-            raise cut_off(self._service, "an answer in it")
+            raise cut_off(self._service, "an answer")
         fields, self._held = self._held, {}
         text = self._first.rest(fields)
         others: list[tuple[int, Chunk]] = []
@@ -245,11 +245,11 @@ class ChatDecoder:
         return (Chunk(text, **fields),) if text or fields else _EMPTY
 
     def take_whole(self, body: Body, data: bytes) -> Iterable[Chunk]:
-        """The chunks of an answer that is no stream."""
+        """Return the chunks of a response that is not streamed."""
         return (*self.take(body, data), *self._last())
 
     def take(self, body: Body, data: bytes) -> Iterable[Chunk]:
-        """The chunks of a decoded event."""
+        """Return the chunks of a decoded event."""
         choices = body.choices
         if body.error or not choices:
             return self._take_other(body, data)
@@ -292,7 +292,7 @@ class ChatDecoder:
         return self._fail_after(chunk, {"error": failure}, data) if failure else (chunk,)
 
     def _take_other(self, body: Body, data: bytes) -> Iterable[Chunk]:
-        """An event without choices, or with an error."""
+        """Take an event without choices, or with an error."""
         error = body.error
         if error and body.choices:
             body.error = None
@@ -311,17 +311,17 @@ class ChatDecoder:
         return _EMPTY
 
     def _fail_after(self, chunk: Chunk, payload: object, data: bytes) -> Generator[Chunk]:
-        """What came in the same event as an error, then the error."""
+        """Yield the output that came in the same event as an error, then raise the error."""
         if chunk.has_output or chunk.alternatives:
             yield chunk
         self._raise(payload, data)
 
     def _raise(self, payload: object, data: bytes) -> NoReturn:
         error = error_of_payload(payload, body=data, service=self._service)
-        raise error or StreamProtocolError(f"{self._service} sent an error without a word on what it is")
+        raise error or StreamProtocolError(f"{self._service} sent an error without a message")
 
     def _note(self, body: Body, choice: Choice, fields: dict[str, Any]) -> None:
-        """Note the usage, where there is one, and the id and the model, where they are new."""
+        """Record the usage, if there is any, and the id and the model, if they are new."""
         found = body.id
         if found != self._id and isinstance(found, str) and found:
             fields["id"] = self._id = found
@@ -340,7 +340,7 @@ class ChatDecoder:
 
 @attrs.frozen
 class OpenAICodec:
-    """The codec of one service's chat completions. `service` is its name for error messages."""
+    """Codec for the chat completions of a service. `service` is its name in error messages."""
 
     quirks: Quirks = attrs.field(factory=Quirks)
     service: str = "OpenAI"
@@ -350,10 +350,10 @@ class OpenAICodec:
         return "sse"
 
     def encode(self, request: Request, /, *, stream: bool) -> Encoded:
-        """The request on the wire.
+        """Encode a request.
 
         Raises:
-            BadRequest: for a parameter that the service does not have, or that cannot be written as JSON.
+            BadRequest: the service does not support a parameter, or a value cannot be written as JSON.
         """
         body = chat_body(request, self.quirks, stream=stream, service=self.service)
         path = self.quirks.path
@@ -362,27 +362,27 @@ class OpenAICodec:
         return Encoded(path, write_json(body, request))
 
     def decode(self, body: bytes, /) -> Response:
-        """The response of a whole body.
+        """Decode a whole body.
 
         Raises:
-            ProviderError: for an error in a 200.
-            StreamProtocolError: for what is no answer.
+            ProviderError: the body of a 200 is an error.
+            StreamProtocolError: the body is not a chat completion.
         """
         raw = read_json(body)
         found = to_body(raw, body, self.service)
         if not found.error and not any(map(_says_something, found.choices or ())):
-            raise not_an_answer(raw, body, self.service, "message in its choices")
+            raise not_an_answer(raw, body, self.service, "a message in 'choices'")
         joined = Aggregator()
         for chunk in ChatDecoder(self.service).take_whole(found, body):
             joined.add(chunk)
         return joined.response().evolve(raw=raw)
 
     def decoder(self) -> ChatDecoder:
-        """The state of a stream."""
+        """Return a decoder for a stream."""
         return ChatDecoder(self.service)
 
     def decode_error(self, status: int, headers: Mapping[str, str], body: bytes, /) -> ProviderError:
-        """The error of an answer that is not a 2xx."""
+        """Return the error of a non-2xx response."""
         return error_of_response(status, headers, body, service=self.service)
 
 

@@ -1,4 +1,4 @@
-"""The pieces of OpenAI-like answers in fluxibly's words: content, tool calls, reasoning, usage, finish reasons."""
+"""Parts of OpenAI-like responses as fluxibly's types: content, tool calls, reasoning, usage, finish reasons."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ _FINISH_REASONS: Final[Mapping[str, str]] = {
 
 
 def finish_reason_of(raw: str) -> str:
-    """A service's finish reason in `FINISH_REASONS`' words; one that fits none is passed on as it is."""
+    """Return a service's finish reason in the terms of `FINISH_REASONS`. Unknown reasons are passed on unchanged."""
     return _FINISH_REASONS.get(raw.lower(), raw)
 
 
 def content_of(content: object) -> tuple[str, str]:
-    """The text and the reasoning of a `content`, which is a string, null, or a list of parts."""
+    """Return the text and the reasoning of a `content`, which is a string, null, or a list of parts."""
     if isinstance(content, str):
         return content, ""
     texts: list[str] = []
@@ -54,16 +54,16 @@ def content_of(content: object) -> tuple[str, str]:
 
 
 def _parts(value: object) -> list[object]:
-    """The parts of what may be one, several or none."""
+    """Return a list of parts from a value that may be a list, a single part or None."""
     if value is None:
         return []
     return cast("list[object]", value) if isinstance(value, list) else [value]
 
 
 def tool_call_deltas(calls: object) -> tuple[ToolCallDelta, ...]:
-    """The fragments of tool calls in a delta, or the calls of a message.
+    """Return the fragments of tool calls in a delta, or the calls of a message.
 
-    A negative `index` is none, an empty id or name is none, and arguments may be null, text or an object.
+    A negative `index` and an empty id or name count as missing. Arguments may be null, text or an object.
     """
     deltas: list[ToolCallDelta] = []
     for call in _parts(calls):
@@ -84,7 +84,7 @@ def tool_call_deltas(calls: object) -> tuple[ToolCallDelta, ...]:
 
 
 def word_of(value: object) -> str | None:
-    """An id, a name or a reason, for which there are services that send numbers; "" says nothing."""
+    """Return an id, a name or a reason as text, because some services send numbers. "" counts as missing."""
     return str(value) if isinstance(value, (str, int)) and value != "" else None
 
 
@@ -95,9 +95,9 @@ def _arguments(value: object) -> str:
 
 
 class Details:
-    """OpenRouter's `reasoning_details` of one choice: fragments joined into blocks that go back as they came.
+    """OpenRouter's `reasoning_details` of a choice: fragments joined into blocks, which are sent back unchanged.
 
-    A fragment goes on the block before it if it has its type and index; each block may have text, a summary or data,
+    A fragment continues the previous block if they share type and index. Each block may have text, a summary or data,
     and a signature, which comes last.
     """
 
@@ -107,7 +107,7 @@ class Details:
         self._blocks: list[dict[str, Any]] = []
 
     def add(self, details: object) -> str:
-        """Take fragments in; what can be read of them."""
+        """Add fragments, and return their readable text."""
         said: list[str] = []
         for detail in cast("list[object]", details) if isinstance(details, list) else []:
             if isinstance(detail, dict):
@@ -128,7 +128,7 @@ class Details:
                 last[key] = value
 
     def parts(self) -> tuple[Reasoning, ...]:
-        """The blocks so far."""
+        """Return the blocks so far."""
         return tuple(
             Reasoning(
                 text=next((block[key] for key in ("text", "summary") if isinstance(block.get(key), str)), ""),
@@ -140,7 +140,7 @@ class Details:
 
 
 def usage_of(usage: object) -> Usage | None:
-    """The tokens of an OpenAI-like `usage`, of chat completions or of Responses; None if it counts none."""
+    """Return the tokens of an OpenAI-like `usage`, of chat completions or of Responses; None without token counts."""
     if not isinstance(usage, dict):
         return None
     fields = cast("dict[str, Any]", usage)
@@ -158,7 +158,7 @@ def usage_of(usage: object) -> Usage | None:
     if isinstance(made, dict):
         reasoning = _count(cast("dict[str, Any]", made).get("reasoning_tokens"))
         if reasoning and output is not None and get("total_tokens") == (given or 0) + output + reasoning:
-            output += reasoning  # xAI counts them apart
+            output += reasoning  # xAI counts reasoning tokens separately
     if given is None and output is None:
         return None
     return Usage(
@@ -171,7 +171,7 @@ def usage_of(usage: object) -> Usage | None:
 
 
 def _count(value: object) -> int | None:
-    """`value` as a number of tokens, if it is one; there are services that send floats."""
+    """Return `value` as a number of tokens, if it is a number. Some services send floats."""
     if type(value) is int:
         return value if value >= 0 else None
     return int(value) if isinstance(value, float) and 0 <= value < 1e15 else None

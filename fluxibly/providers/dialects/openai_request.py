@@ -1,4 +1,4 @@
-"""Requests in the words of OpenAI's chat completions API, and in those of the services that nearly speak it."""
+"""Requests of OpenAI's chat completions API, and of services whose dialect is nearly the same."""
 
 from __future__ import annotations
 
@@ -14,40 +14,40 @@ from fluxibly.providers.dialects.encoding import bad_request, reject_unsupported
 from fluxibly.types import Image, Message, Request, Tool
 
 _REASONING_MODEL: Final = re.compile(r"(?:.*/)?(?:o\d|gpt-5)")
-"""OpenAI's models that reason. They refuse `max_tokens`."""
+"""OpenAI's reasoning models. They reject `max_tokens`."""
 
 _SHORT_CALL_ID: Final = re.compile(r"[a-zA-Z0-9]{9}")
 
 
 @attrs.frozen(kw_only=True)
 class Quirks:
-    """Where a service's chat dialect differs from OpenAI's."""
+    """Differences of a service's chat dialect from OpenAI's."""
 
     path: str = "/chat/completions"
-    """`{model}` in it stands for the model's name."""
+    """The path of requests. `{model}` in the path stands for the model's name."""
     max_tokens: Literal["max_tokens", "max_completion_tokens", "by model"] = "max_tokens"
-    """The name of that parameter; "by model" asks the newer name of OpenAI's reasoning models alone."""
+    """The name of the parameter. "by model" uses the newer name only for OpenAI's reasoning models."""
     seed: str = "seed"
-    """The name of that parameter."""
+    """The name of the parameter."""
     stream_usage: bool = True
-    """Whether it takes `stream_options.include_usage`."""
+    """Whether the service accepts `stream_options.include_usage`."""
     top_k: bool = False
-    """Whether it takes `top_k`."""
+    """Whether the service accepts `top_k`."""
     lacks: tuple[str, ...] = ()
-    """Other parameters that it does not have: those that it would pass over in silence, or refuse."""
+    """Other unsupported parameters, which the service would silently ignore or reject."""
     formats: tuple[str, ...] = ("text", "json", "schema")
-    """What it takes as `response_format`."""
+    """The supported kinds of `response_format`."""
     short_call_ids: bool = False
-    """Whether the id of a tool call has to be nine letters and digits, as its own are."""
+    """Whether the id of a tool call must be nine letters and digits, as the service's own ids are."""
     returns_reasoning: bool = False
-    """Whether the `reasoning_content` of a turn with tool calls has to go back with it."""
+    """Whether the `reasoning_content` of a turn with tool calls must be sent back with the turn."""
 
 
 def chat_body(request: Request, quirks: Quirks, *, stream: bool, service: str) -> dict[str, Any]:
-    """The body of a chat completions request, without its `extra`.
+    """Return the body of a chat completions request, without `extra`.
 
     Raises:
-        BadRequest: the service has no such parameter, or does not take its value.
+        BadRequest: the service does not support a parameter or its value.
     """
     reject_unsupported(request, service, quirks.lacks if quirks.top_k else ("top_k", *quirks.lacks))
     body: dict[str, Any] = {"model": request.model, "messages": [message_of(m, quirks) for m in request.messages]}
@@ -77,7 +77,7 @@ def chat_body(request: Request, quirks: Quirks, *, stream: bool, service: str) -
 
 
 def is_reasoning_model(model: str) -> bool:
-    """Whether a model's name is that of an OpenAI model which reasons, and so takes other parameters."""
+    """Whether a model's name is that of an OpenAI reasoning model, which takes different parameters."""
     return _REASONING_MODEL.match(model) is not None
 
 
@@ -88,7 +88,7 @@ def _max_tokens_name(model: str, quirks: Quirks) -> str:
 
 
 def message_of(message: Message, quirks: Quirks) -> dict[str, Any]:
-    """A message in the dialect. Text alone is a string, which all services take; with images it is a list."""
+    """Return a message in the dialect. Text alone is a string, which all services accept; with images it is a list."""
     body: dict[str, Any] = {"role": message.role}
     content = message.content
     if len(content) == 1 and not isinstance(content[0], Image):
@@ -122,7 +122,7 @@ def message_of(message: Message, quirks: Quirks) -> dict[str, Any]:
 
 
 def _call_id(call_id: str, quirks: Quirks) -> str:
-    """A tool call's id as the service takes it; one of another service is replaced by nine digits of its hash."""
+    """Return a tool call's id as the service accepts it. Another service's id becomes nine hex digits of its hash."""
     if not quirks.short_call_ids or _SHORT_CALL_ID.fullmatch(call_id):
         return call_id
     return sha256(call_id.encode(errors="replace")).hexdigest()[:9]
@@ -139,7 +139,7 @@ def _add_reasoning(message: Message, body: dict[str, Any], quirks: Quirks) -> No
 
 
 def image_of(image: Image) -> dict[str, Any]:
-    """An image as the dialect's `image_url`."""
+    """Return an image as the dialect's `image_url`."""
     body: dict[str, Any] = {"url": image_url(image)}
     if image.detail is not None:
         body["detail"] = image.detail
@@ -147,14 +147,14 @@ def image_of(image: Image) -> dict[str, Any]:
 
 
 def image_url(image: Image) -> str:
-    """The URL of an image; a data URL for one given as bytes (RFC 2397)."""
+    """Return the URL of an image; a data URL (RFC 2397) if the image is given as bytes."""
     if image.url is not None:
         return image.url
     return f"data:{image.media_type};base64,{b64encode(image.data or b'').decode()}"
 
 
 def function_of(tool: Tool) -> dict[str, Any]:
-    """A tool as the dialect's `function`."""
+    """Return a tool as the dialect's `function`."""
     body: dict[str, Any] = {"name": tool.name, "parameters": tool.parameters}
     if tool.description:
         body["description"] = tool.description
@@ -174,7 +174,7 @@ def _response_format(request: Request, quirks: Quirks, service: str) -> Mapping[
     if wanted not in quirks.formats and not (isinstance(wanted, Mapping) and "schema" in quirks.formats):
         known = " or ".join("a JSON Schema" if each == "schema" else repr(each) for each in quirks.formats)
         found = "a JSON Schema" if isinstance(wanted, Mapping) else repr(wanted)
-        raise bad_request(request, f"{service} takes as response_format {known}, not {found}")
+        raise bad_request(request, f"response_format: expected {known} for {service}, got {found}")
     if wanted == "text":
         return {"type": "text"}
     if wanted == "json":
@@ -183,13 +183,13 @@ def _response_format(request: Request, quirks: Quirks, service: str) -> Mapping[
 
 
 def named_schema(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """A JSON Schema with the name that OpenAI asks for, and `strict` where it keeps to what strict mode takes."""
+    """Return a JSON Schema with the name that OpenAI requires, and `strict` if the schema fits strict mode."""
     title = re.sub(r"[^a-zA-Z0-9_-]+", "_", str(schema.get("title") or "response"))[:64]
     return {"name": title, "schema": schema, "strict": _is_strict(schema)}
 
 
 def _is_strict(schema: object) -> bool:
-    """Whether each object in the schema is closed and requires all its properties, as OpenAI's strict mode asks."""
+    """Whether each object in the schema is closed and requires all its properties, as OpenAI's strict mode demands."""
     if isinstance(schema, Mapping):
         fields = cast("Mapping[str, Any]", schema)
         if fields.get("type") == "object" or "properties" in fields:

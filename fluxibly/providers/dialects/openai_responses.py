@@ -1,7 +1,7 @@
-"""OpenAI's Responses API as a pure codec. https://platform.openai.com/docs/api-reference/responses
+"""Pure codec for OpenAI's Responses API. https://platform.openai.com/docs/api-reference/responses
 
-Nothing is stored at the service (`store: false`): each request carries the whole conversation, and the model's
-encrypted reasoning goes back with it.
+The service stores nothing (`store: false`): each request carries the whole conversation, including the model's
+encrypted reasoning.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from fluxibly.providers.dialects.openai_parts import finish_reason_of, usage_of
 from fluxibly.providers.dialects.openai_request import Quirks, function_of, image_url, is_reasoning_model, named_schema
 from fluxibly.types import Chunk, Image, Message, Reasoning, Request, Response, ToolCall, ToolCallDelta
 
-# Answers
+# Responses
 
 
 _FAILED: Final = frozenset({"failed", "cancelled"})
@@ -36,7 +36,7 @@ _FAILED: Final = frozenset({"failed", "cancelled"})
 
 @attrs.frozen
 class ResponsesCodec:
-    """The codec of the Responses API. `service` is the server's name for error messages."""
+    """Codec for the Responses API. `service` is the server's name in error messages."""
 
     quirks: Quirks = attrs.field(factory=lambda: Quirks(path="/responses"))
     service: str = "OpenAI"
@@ -46,10 +46,10 @@ class ResponsesCodec:
         return "sse"
 
     def encode(self, request: Request, /, *, stream: bool) -> Encoded:
-        """The request on the wire.
+        """Encode a request.
 
         Raises:
-            BadRequest: for a parameter that this API does not have, or that cannot be written as JSON.
+            BadRequest: the API does not support a parameter, or a value cannot be written as JSON.
         """
         body = responses_body(request, f"{self.service}'s Responses API")
         if stream:
@@ -57,36 +57,36 @@ class ResponsesCodec:
         return Encoded(self.quirks.path, write_json(body, request))
 
     def decode(self, body: bytes, /) -> Response:
-        """The response of a whole body.
+        """Decode a whole body.
 
         Raises:
-            ProviderError: for an error in a 200, or a response that failed.
-            StreamProtocolError: for what is no answer.
+            ProviderError: the body of a 200 is an error, or the response failed.
+            StreamProtocolError: the body is not a response.
         """
         raw = read_json(body)
         answer = as_object(raw)
         _raise_failure(answer, raw, body, self.service)
         if not isinstance(answer.get("output"), list):
-            raise not_an_answer(raw, body, self.service, "output")
+            raise not_an_answer(raw, body, self.service, "'output'")
         return _response(answer, raw)
 
     def decoder(self) -> ResponsesDecoder:
-        """The state of a stream."""
+        """Return a decoder for a stream."""
         return ResponsesDecoder(self.service)
 
     def decode_error(self, status: int, headers: Mapping[str, str], body: bytes, /) -> ProviderError:
-        """The error of an answer that is not a 2xx."""
+        """Return the error of a non-2xx response."""
         return error_of_response(status, headers, body, service=self.service)
 
 
 def _raise_failure(answer: dict[str, Any], raw: object, data: bytes, service: str, *, failed: bool = False) -> None:
-    """Raise the error that a response holds, if it failed."""
+    """Raise the error of a response that failed."""
     failed = failed or as_text(answer.get("status")) in _FAILED
     if not (failed or answer.get("error") or "output" not in answer):
         return
     error = error_of_payload(raw, body=data, service=service)
     if error is None and failed:
-        report = Report(message="the response failed, without a reason")
+        report = Report(message="the response failed without a reason")
         error = error_of(report, payload=raw, excerpt=excerpt(data), service=service)
     if error is not None:
         raise error
@@ -129,7 +129,7 @@ def _call(item: dict[str, Any], number: int) -> ToolCall:
 
 
 def _reasoning(item: dict[str, Any]) -> Reasoning:
-    """A reasoning item, which goes back as it is, save for its status, which is not taken back."""
+    """Return a reasoning item. It is sent back unchanged except for its status, which the service does not accept."""
     said = [
         as_text(part.get("text")) for key in ("summary", "content") for part in map(as_object, as_array(item.get(key)))
     ]
@@ -138,7 +138,7 @@ def _reasoning(item: dict[str, Any]) -> Reasoning:
 
 
 def _finish(answer: dict[str, Any], *, called: bool, refused: bool) -> tuple[str | None, str | None]:
-    """The finish reason of a response, in our words and in its own."""
+    """Return the finish reason of a response, in fluxibly's terms and in the service's."""
     status = as_text(answer.get("status"))
     if status == "incomplete":
         reason = as_text(as_object(answer.get("incomplete_details")).get("reason")) or status
@@ -149,24 +149,24 @@ def _finish(answer: dict[str, Any], *, called: bool, refused: bool) -> tuple[str
 
 
 class ResponsesDecoder:
-    """The state of one stream of the Responses API, whose last event holds the whole response."""
+    """State of a stream of the Responses API, whose last event holds the whole response."""
 
     def __init__(self, service: str) -> None:
         self._service = service
         self._calls: dict[int, list[str]] = {}
-        """The fragments of each tool call's arguments, by its place in the output."""
+        """The fragments of each tool call's arguments, by the call's position in the output."""
         self._spoke = False
         self._thought = False
-        """Whether the reasoning of the item under way has come."""
+        """Whether the reasoning of the current item has arrived."""
         self._refused = False
         self.done = False
 
     def decode_event(self, event: Event, /) -> Iterable[Chunk]:
-        """The chunks of an event.
+        """Return the chunks of an event.
 
         Raises:
-            ProviderError: for an error, or a response that failed.
-            StreamProtocolError: for what is not JSON.
+            ProviderError: the event is an error, or the response failed.
+            StreamProtocolError: the event is not JSON.
         """
         data = event.data
         if self.done or not data or data.strip() == b"[DONE]":
@@ -193,12 +193,12 @@ class ResponsesDecoder:
         if kind == "error" or not kind:
             reported = error_of_payload(raw, body=data, service=self._service)
             raise reported or StreamProtocolError(
-                f"{self._service} sent an event that does not say what it is", body=excerpt(data)
+                f"{self._service} sent an event without a usable type or error message", body=excerpt(data)
             )
         return ()
 
     def end(self) -> Iterable[Chunk]:
-        """Nothing more: the last event had it all.
+        """Return no more chunks, because the last event completed the response.
 
         Raises:
             StreamProtocolError: the stream was cut off.
@@ -223,7 +223,7 @@ class ResponsesDecoder:
         return (Chunk(tool_calls=(ToolCallDelta(index=place, arguments=fragment),)),)
 
     def _begin(self, body: dict[str, Any]) -> Iterable[Chunk]:
-        """An item of the output begins; a tool call tells its name and id here."""
+        """Begin an item of the output. The event of a tool call has the call's name and id."""
         item = as_object(body.get("item"))
         if item.get("type") != "function_call":
             return ()
@@ -236,7 +236,7 @@ class ResponsesDecoder:
         return (Chunk(tool_calls=(ToolCallDelta(index=place, id=call.id, name=call.name, arguments=given),)),)
 
     def _finish_item(self, body: dict[str, Any]) -> Iterable[Chunk]:
-        """An item is whole: reasoning is kept to go back, and what has not come in deltas is told now."""
+        """Finish an item: keep reasoning so that it can be sent back, and emit content that no delta carried."""
         item = as_object(body.get("item"))
         if item.get("type") == "reasoning":
             part = _reasoning(item)
@@ -257,7 +257,7 @@ class ResponsesDecoder:
         finish, raw_finish = _finish(answer, called=bool(self._calls), refused=self._refused)
         return (
             Chunk(
-                "" if self._spoke else _response(answer, None).text,  # for servers that send no deltas of it
+                "" if self._spoke else _response(answer, None).text,  # some servers send the text without deltas
                 finish_reason=finish,
                 raw_finish_reason=raw_finish,
                 usage=usage_of(answer.get("usage")),
@@ -280,10 +280,10 @@ _ENCRYPTED: Final = "reasoning.encrypted_content"
 
 
 def responses_body(request: Request, service: str) -> dict[str, Any]:
-    """The body of a request, without its `extra`.
+    """Return the body of a request, without `extra`.
 
     Raises:
-        BadRequest: this API has no such parameter.
+        BadRequest: the API does not support a parameter.
     """
     reject_unsupported(request, service, _NOT_TAKEN)
     if request.stop:
@@ -294,7 +294,7 @@ def responses_body(request: Request, service: str) -> dict[str, Any]:
         "store": False,
     }
     if is_reasoning_model(request.model):
-        body["include"] = [_ENCRYPTED]  # the other models refuse it
+        body["include"] = [_ENCRYPTED]  # other models reject it
     for name, ours in (("temperature", "temperature"), ("top_p", "top_p"), ("max_output_tokens", "max_tokens")):
         value = getattr(request, ours)
         if value is not None:
@@ -319,7 +319,7 @@ def _text_format(wanted: str | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _items(message: Message) -> list[dict[str, Any]]:
-    """The items that a message is here: its reasoning, what it says, and its tool calls are one each."""
+    """Return the items of a message. Reasoning, content and tool calls are separate items."""
     if message.role == "tool":
         return [
             {
@@ -339,13 +339,13 @@ def _items(message: Message) -> list[dict[str, Any]]:
 
 
 def _said(message: Message) -> dict[str, Any]:
-    if message.role == "assistant":  # llama.cpp takes it in no shorter form
+    if message.role == "assistant":  # llama.cpp accepts only this long form
         return {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": message.text}]}
     return {"role": message.role, "content": _contents(message) if _has_image(message) else message.text}
 
 
 def _goes_back(raw: Mapping[str, Any]) -> bool:
-    """Whether a block is reasoning of this dialect, and whole: an id alone means nothing where nothing is stored."""
+    """Whether a block is complete reasoning of this dialect. A bare id is useless, because nothing is stored."""
     return raw.get("type") == "reasoning" and bool(raw.get("encrypted_content") or raw.get("content"))
 
 

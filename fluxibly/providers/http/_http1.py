@@ -1,8 +1,8 @@
-"""HTTP/1.1 (RFC 9112) without sockets: a request as bytes, and answers from bytes.
+"""HTTP/1.1 (RFC 9112) without sockets: a writer of requests and a parser of responses.
 
 httpx's own stack spends two thirds of a local call outside of the socket, and h11 alone 7 to 9 µs for each chunk of a
-stream. What a client needs to read is little: a head, and a body that is measured, chunked, or ends with the
-connection. Whatever is not plainly right is `NotHTTP`, and its connection is not used again.
+stream. A client has to read little: a head, and a body that has a length, is chunked, or ends with the connection. The
+parser raises `NotHTTP` for everything that is not plainly valid, and the connection is not used again.
 """
 
 from __future__ import annotations
@@ -16,21 +16,26 @@ if TYPE_CHECKING:
     from fluxibly.providers.http._exchange import Outgoing
     from fluxibly.providers.http._route import Route
 
+# The limits bound the memory that a response can take up before any of it reaches the consumer.
 MAX_HEAD = 128 * 1024
-"""The most bytes that a head, or the trailers, may have."""
+"""Maximum number of bytes of a head, and of the trailers."""
 MAX_FIELDS = 1000
-"""The most headers that an answer may have."""
+"""Maximum number of headers of a response."""
 MAX_CHUNK_LINE = 16 * 1024
-"""The most bytes that the line before a chunk may have, with its extensions."""
+"""Maximum number of bytes of the line before a chunk, with its extensions."""
 MAX_INTERIM = 16
-"""How many interim answers (1xx) may come before the final one."""
+"""Maximum number of interim responses (1xx) before the final response."""
 
+# The grammar is strict: where a proxy on the way could read the same bytes differently, one response could pass for two.
 _STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9]{2})(?: [^\r\n]*)?\r?\n")
+# Without white space before the colon, a bare CR or a NUL, which parsers are known to read differently (RFC 9112 §5.1).
 _FIELD = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[^\r\n\0]*"
+# A line of the head may end with LF alone, which RFC 9112 §2.2 lets a recipient accept.
 _FIELDS = re.compile(rb"(?:" + _FIELD + rb"\r?\n)*")
 _TRAILER = re.compile(_FIELD)
 _FOLD = re.compile(rb"\r?\n[ \t]+")
 _BLANK = re.compile(rb"\n\r?\n")
+# At most 15 digits, and digits only, because `int` would also accept signs, underscores and white space.
 _SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\r\n]*)?")
 
 
@@ -48,7 +53,7 @@ def request_bytes(outgoing: Outgoing, route: Route) -> bytes:
 
 
 class Answer:
-    """One answer. Feed it with `head` until that returns True, then with `body` until `ended`."""
+    """A parser of one response. Feed it with `head` until `head` returns True, then with `body` until `ended`."""
 
     __slots__ = (
         "_buffer",
@@ -68,10 +73,10 @@ class Answer:
         self._interim = 0
         self._chunked = False
         self._left: int | None = None
-        """Bytes left of a measured body, or of the current chunk; None for a body that ends with the connection."""
+        """Bytes left of a body with a length, or of the current chunk; None for a body that ends with the connection."""
         self._owes_crlf = False
         self._trailer_size: int | None = None
-        """Bytes of trailers so far, once the last chunk has come."""
+        """Bytes of trailers so far; None before the last chunk."""
         self.status = 0
         self.headers: dict[str, str] = {}
         """By lower-case names; repeated ones joined by ", "."""
@@ -87,15 +92,17 @@ class Answer:
     # The head
 
     def head(self, data: bytes) -> bool:
-        """Take bytes in; True when the final head is there. What came of the body waits for `body(b"")`.
+        """Take bytes. Return whether the final head is complete; `body(b"")` then returns the body bytes received so far.
 
         Raises:
-            NotHTTP: this is no head of an HTTP/1.x answer.
+            NotHTTP: the bytes are not the head of an HTTP/1.x response.
         """
+        # The blank line may be split between two reads.
         searched = max(0, len(self._buffer) - 3)
         self._buffer += data
         while True:
             buffer = self._buffer
+            # Checked from the first byte, so that a server of another protocol fails at once, not at a time limit.
             if not b"HTTP/1.".startswith(buffer[:7]):
                 raise NotHTTP("it does not begin with HTTP/1.x")
             blank = _BLANK.search(buffer, searched)
@@ -107,27 +114,30 @@ class Answer:
             self._parse(buffer[: blank.start() + 1])
             if self.status >= 200:
                 return True
+            # A server may send interim responses to any request (RFC 9110 §15.2), so they are skipped.
             self._interim += 1
             self.status = searched = 0
             if self._interim > MAX_INTERIM:
-                raise NotHTTP("it sends interim answers without end")
+                raise NotHTTP(f"it has more than {MAX_INTERIM} interim responses")
 
     def _parse(self, head: bytes) -> None:
         status_line = _STATUS_LINE.match(head)
         if status_line is None:
             raise NotHTTP("its status line is malformed")
         fields = head[status_line.end() :]
+        # A user agent must read a folded line as a space (RFC 9112 §5.2).
         if b"\n " in fields or b"\n\t" in fields:
             fields = _FOLD.sub(b" ", fields)
         if _FIELDS.fullmatch(fields) is None:
-            raise NotHTTP("a header of it is malformed")
+            raise NotHTTP("a header is malformed")
         self.status = int(status_line[2])
+        # The request did not ask for another protocol.
         if self.status == 101:
-            raise NotHTTP("it switches to another protocol")
+            raise NotHTTP("it switches to another protocol, which the request did not ask for")
         headers: dict[str, str] = {}
         lines = fields.decode("latin-1").split("\n")[:-1]
         if len(lines) > MAX_FIELDS:
-            raise NotHTTP(f"it has more than {MAX_FIELDS:,} headers")
+            raise NotHTTP(f"expected at most {MAX_FIELDS:,} headers, got {len(lines):,}")
         for line in lines:
             name, _, value = line.partition(":")
             name = name.lower()
@@ -137,7 +147,9 @@ class Answer:
         self._measure(is_1_1=status_line[1] == b"1")
 
     def _measure(self, *, is_1_1: bool) -> None:
-        """Find out how the body ends (RFC 9112 §6.3)."""
+        """Determine how the body ends (RFC 9112 §6.3)."""
+        # A connection is used again only if the end of the body is beyond doubt: bytes that another parser would count
+        # to this body would otherwise be read as the response to the next request.
         headers = self.headers
         connection = headers.get("connection", "").lower()
         options = {option.strip() for option in connection.split(",")} if connection else ()
@@ -145,28 +157,33 @@ class Answer:
         coding, length = headers.get("transfer-encoding"), headers.get("content-length")
         if self.status in (204, 304):
             self.ended = True
+            # These have no body, whatever their headers say, but a server that announces a body may send it.
             self.reusable = self.reusable and coding is None and length in (None, "0")
         elif coding is not None:
+            # Only "chunked" says where the body ends, and no other coding was asked for.
             if coding.lower() != "chunked":
-                raise NotHTTP(f"its transfer-encoding is {coding!r}")
+                raise NotHTTP(f"expected the transfer-encoding chunked, got {coding!r}")
+            # A length next to chunks, or chunks in HTTP/1.0, are signs of response splitting (RFC 9112 §6.1, §6.3).
             self.reusable = self.reusable and is_1_1 and length is None
             self._chunked = True
             self._left = 0
         elif length is not None:
+            # Equal lengths count as a single length; different lengths are an error (RFC 9112 §6.3).
             lengths = {part.strip() for part in length.split(",")}
             one = lengths.pop()
             if lengths or not (one.isascii() and one.isdigit() and len(one) < 16):
-                raise NotHTTP(f"its content-length is {length!r}")
+                raise NotHTTP(f"expected a valid content-length, got {length!r}")
             headers["content-length"] = one
             self._left = int(one)
             self.ended = self._left == 0
         else:
+            # The end of the connection is the end of the body.
             self.reusable = False
 
     # The body
 
     def body(self, data: bytes) -> bytes:
-        """Take bytes in; returns what they hold of the body, possibly nothing.
+        """Take bytes. Return the part of the body in them, which may be empty.
 
         Raises:
             NotHTTP: the body is malformed.
@@ -176,7 +193,7 @@ class Answer:
             self._buffer = b""
         if self.ended:
             if data:
-                self.reusable = False  # it says more than it announced
+                self.reusable = False  # no request is waiting for these bytes
             return b""
         if self._chunked:
             return self._unchunk(data)
@@ -192,7 +209,8 @@ class Answer:
         return data
 
     def _unchunk(self, data: bytes) -> bytes:
-        """All that is there of the chunks' data (RFC 9112 §7.1): one string, however many chunks it came in."""
+        """Return the data of all chunks in `data` as a single string (RFC 9112 §7.1)."""
+        # A single string, because each call of the consumer costs more than joining a few chunks.
         parts: list[bytes] = []
         at, size, left = 0, len(data), self._left or 0
         while self._trailer_size is None:
@@ -204,21 +222,23 @@ class Answer:
                 if left:
                     break
                 self._owes_crlf = True
+            # The end of the line after a chunk may arrive in a later read than the chunk.
             if self._owes_crlf:
                 if size - at < 2:
                     break
                 if data[at : at + 2] != b"\r\n":
-                    raise NotHTTP("a chunk of it is longer than announced")
+                    raise NotHTTP("a chunk is longer than its announced size")
                 at += 2
                 self._owes_crlf = False
+            # Only CRLF ends a line here: RFC 9112 §2.2 allows LF alone in the head only.
             end = data.find(b"\r\n", at)
             if (size if end < 0 else end) - at > MAX_CHUNK_LINE:
-                raise NotHTTP("the line before a chunk is too long")
+                raise NotHTTP(f"the line before a chunk is longer than {MAX_CHUNK_LINE:,} bytes")
             if end < 0:
                 break
             match = _SIZE.fullmatch(data, at, end)
             if match is None:
-                raise NotHTTP("the size of a chunk is malformed")
+                raise NotHTTP("a chunk size is malformed")
             at = end + 2
             left = int(match[1], 16)
             if not left:
@@ -237,11 +257,11 @@ class Answer:
                     self.reusable = False
                 return end + 2
             if _TRAILER.fullmatch(data, at, end) is None:
-                raise NotHTTP("a trailer of it is malformed")
+                raise NotHTTP("a trailer is malformed")
             self._trailer_size = (self._trailer_size or 0) + end - at
             at = end + 2
         if (self._trailer_size or 0) + len(data) - at > MAX_HEAD:
-            raise NotHTTP("its trailers are too long")
+            raise NotHTTP(f"its trailers are larger than {MAX_HEAD:,} bytes")
         return at
 
     def eof(self) -> None:

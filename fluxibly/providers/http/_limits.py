@@ -1,7 +1,7 @@
-"""The time limits of one attempt, which the HTTP shells hold themselves.
+"""The time limits of an attempt.
 
-A read timeout of a socket, or of httpx, starts anew with every byte, so a server that trickles outlasts it. Here each
-wait asks `left()` first, which knows what remains of the phase and of the total.
+A read timeout of a socket, or of httpx, restarts with every byte, so a server that sends a byte now and then outlasts
+it. Here each wait calls `left()` first, which returns the time that remains of the phase and of the total.
 """
 
 from __future__ import annotations
@@ -15,35 +15,36 @@ if TYPE_CHECKING:
     from fluxibly.errors import Phase
 
 DRAIN_TIME = 0.01
-"""Seconds to wait for the end of a body whose stream is over, so that its connection can be used again."""
+"""Seconds to wait for the rest of a body whose stream has ended, so that its connection can be used again."""
 
 
-class LimitPassed(Exception):  # it is no failure until the shell says which limit it was
-    """A time limit passed; `Limits.passed` says which."""
+class LimitPassed(Exception):  # users get the error that `translated` makes of it
+    """A time limit passed. `Limits.passed` names it."""
 
 
-class Aborted(Exception):  # it was asked for
-    """The attempt was given up from elsewhere."""
+class Aborted(Exception):
+    """Another thread or task has given the attempt up."""
 
 
 class ConnectionLost(Exception):
-    """The other side ended the connection; `silent` if it did so before the first byte of an answer."""
+    """The server ended the connection. `silent`: before the first byte of a response."""
 
     def __init__(self, *, silent: bool) -> None:
         super().__init__("the connection ended")
         self.silent = silent
 
 
-class NotHTTP(Exception):  # it says what came
-    """What came is not HTTP/1.1."""
+class NotHTTP(Exception):
+    """The received bytes are not valid HTTP/1.1. The message says why."""
 
 
 class Limits:
-    """What remains of an attempt's time. It begins when it is made, connecting."""
+    """The remaining time of an attempt. The time runs from the construction, and the first phase is connecting."""
 
     __slots__ = ("_aborted", "_end", "_phase", "_times", "_total", "_total_end", "_wait", "passed", "streaming")
 
     def __init__(self, times: Timeouts, *, total: float | None, streaming: bool = False) -> None:
+        # Monotonic, because the wall clock can be set forwards or back during a call.
         now = monotonic()
         self._times = times
         self.streaming = streaming
@@ -52,41 +53,44 @@ class Limits:
         self._phase: Phase = "connect"
         self._end = None if times.connect is None else now + times.connect
         self.passed: Phase = "connect"
-        """The limit that the last wait ran under."""
+        """The limit that applied to the last wait."""
         self._wait: Callable[[], None] | None = None
         self._aborted = False
 
     def connecting(self) -> None:
-        """A connection begins to be made: its limit runs from now."""
+        """Start the limit on connecting."""
+        # It starts again here, so that a wait for a turn, or a stale connection, does not shorten the time to connect.
         self._phase = "connect"
         self._end = None if self._times.connect is None else monotonic() + self._times.connect
 
     def sent(self) -> None:
-        """The request is on its way: the limit on the answer's head runs from now, however many reads it takes."""
+        """Start the limit on the head of the response, however many reads the head takes."""
         self._phase = "first_byte"
         self._end = None if self._times.first_byte is None else monotonic() + self._times.first_byte
 
     def handed_over(self) -> None:
-        """The request goes to a transport that connects, sends and waits in one: the limits on that run together."""
+        """Start the limits on connecting and on the head of the response together."""
+        # An httpx transport connects, sends and waits in one call, so its phases cannot be timed apart.
         connect, first_byte = self._times.connect, self._times.first_byte
         self._phase = "first_byte"
         self._end = None if connect is None or first_byte is None else monotonic() + connect + first_byte
 
     def answered(self) -> None:
-        """The head is there: from now each read may take the idle limit."""
+        """Start the idle limit, which applies to each read of the body on its own."""
         self._phase = "idle"
 
     def refused(self) -> None:
-        """The answer is an error: its body has to come within the idle limit, however it trickles."""
+        """Apply the idle limit to the whole body, because the response is an error."""
+        # The caller waits for the error, which a body that arrives byte by byte must not hold back.
         if self._times.idle is not None:
             end = monotonic() + self._times.idle
             self._total_end = end if self._total_end is None else min(self._total_end, end)
 
     def left(self) -> float | None:
-        """Seconds that the next wait may take; None for no limit.
+        """Return the seconds that the next wait may take; None means no limit.
 
         Raises:
-            LimitPassed: nothing is left.
+            LimitPassed: no time is left.
         """
         phase = self._phase
         self.passed = phase
@@ -103,34 +107,37 @@ class Limits:
         return left
 
     def value(self) -> float | None:
-        """The limit that passed, in seconds."""
+        """Return the limit that passed, in seconds."""
         if self.passed == "total":
             return self._total if self._total is not None else self._times.idle
         return getattr(self._times, self.passed)  # type: ignore[no-any-return]  # a float or None, by its name
 
     def waits(self, end_wait: Callable[[], None] | None) -> None:
-        """Say how the waits from now on are ended from elsewhere; None if they cannot be.
+        """Set the function with which `abort` ends the waits from now on; None if they cannot be ended.
 
         Raises:
-            Aborted: they are to end at once.
+            Aborted: `abort` was called.
         """
+        # This sets the function, then reads the flag; `abort` sets the flag, then reads the function. So at least one of
+        # the two always sees the other.
         self._wait = end_wait
         if self._aborted:
             raise Aborted
 
     def waited(self) -> None:
-        """There is nothing to end from elsewhere any more: the connection may be another call's from now on."""
+        """Forget the function of `waits`."""
+        # The attempt's connection may serve another call from now on, which an abort must not end.
         self._wait = None
 
     def abort(self) -> None:
-        """End the wait that is under way in another thread or task, and all later ones."""
+        """End the wait under way in another thread or task, and all later waits."""
         self._aborted = True
         end_wait = self._wait
         if end_wait is not None:
             end_wait()
 
     def for_httpx(self) -> dict[str, float | None]:
-        """The `timeout` extension of an httpx request."""
+        """Return the `timeout` extension of an httpx request."""
         times, total = self._times, self._total
         first_byte = _least(times.first_byte, total)
         connect = _least(times.connect, total)

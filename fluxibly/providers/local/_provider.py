@@ -1,7 +1,7 @@
-"""The framework `local`: a model that runs in this process, without a key or a network (llama.cpp, by xllamacpp).
+"""The framework `local`: a model in this process, without a key or a network (llama.cpp through xllamacpp).
 
-It speaks OpenAI's dialect, so the codec is OpenAI's. Every answer is generated as a stream, a whole response too: then
-Ctrl-C, a time limit or a cancellation ends it at the next token instead of at the last one.
+llama.cpp speaks OpenAI's dialect, so the codec is OpenAI's. Every answer is generated as a stream, even a whole
+response: then Ctrl-C, a time limit or a cancellation ends it at the next token rather than the last.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ class LocalProvider:
     """A model in this process.
 
     The configuration's `model` is "smollm2" (fetched once, 93 MB) or the path of a GGUF file; `additional_params` may
-    have the keys of `Settings`. It is loaded at the first call and shared with all providers of the same model and
-    settings; `close` lets go of it. Safe for use from many threads: their calls wait for each other.
+    have the keys of `Settings`. The model is loaded at the first call and shared with all providers of the same model
+    and settings; `close` releases it. A provider is safe to use from many threads: their calls wait for each other.
 
     Raises:
-        ConfigError: xllamacpp is not installed, a setting is wrong, or there is no such model.
+        ConfigError: xllamacpp is not installed, a setting is invalid, or the model does not exist.
 
     """
 
@@ -64,46 +64,46 @@ class LocalProvider:
         self._lock = threading.Lock()
 
     def complete(self, request: Request) -> Response:
-        """The whole answer. `raw` has llama.cpp's own timings.
+        """Return the whole answer. `raw` has llama.cpp's own timings.
 
         Raises:
-            BadRequest: the model cannot do what is asked.
+            BadRequest: the model does not support the request.
             ProviderError: the model could not be loaded or failed; RequestTimeout: a time limit passed.
 
         """
         return self.whole(request).joined()
 
     def stream(self, request: Request) -> LocalStream:
-        """The answer as it is generated; errors as for `complete`, at the first read."""
+        """Return the answer as a stream while it is generated; errors as for `complete`, at the first read."""
         return LocalStream(self, request, attrs.evolve(self._timeouts, total=self._stream_total))
 
     def whole(self, request: Request) -> LocalStream:
-        """An answer that is not to be streamed, which has a time limit in all."""
+        """Return an answer that is not streamed to the caller, and so has a limit on its total time."""
         return LocalStream(self, request, self._timeouts)
 
     def generation(self, request: Request) -> Generation:
-        """Begin to generate the answer."""
+        """Start to generate the answer, and return its generation."""
         generation = Generation(self._load(), self.body(request))
         generation.start()
         return generation
 
     def body(self, request: Request) -> dict[str, Any]:
-        """What llama.cpp is asked."""
+        """Return the body of the request to llama.cpp."""
         if request.tools and not self._settings.takes_tools:
             raise BadRequest(
-                f"tools: the chat template {self._settings.chat_template!r} of the local model {self._alias} has no "
-                "place for them; for a model that knows tools set additional_params: {chat_template: model}",
+                f"tools: the chat template {self._settings.chat_template!r} of the local model {self._alias} does not "
+                "support tools; if the model does, set additional_params: {chat_template: model}",
                 provider="local",
                 model=self._alias,
             )
         extra = {name: value for name, value in request.extra.items() if name not in SETTINGS}
         encoded = self._codec.encode(request.evolve(extra=extra), stream=True)
         body: dict[str, Any] = msgspec.json.decode(encoded.body)
-        body["return_progress"] = True  # events while a long prompt is processed, so that it can be given up
+        body["return_progress"] = True  # sends events during a long prompt, so that it can be cancelled
         return body
 
     def failure(self, error: Mapping[str, Any]) -> ProviderError:
-        """llama.cpp's error as ours."""
+        """Return llama.cpp's error as fluxibly's."""
         status = error.get("code")
         body = msgspec.json.encode({"error": error})
         failure = self._codec.decode_error(status if isinstance(status, int) else 500, {}, body)
@@ -111,21 +111,23 @@ class LocalProvider:
         return failure
 
     def refusal(self, error: Exception) -> BadRequest:
-        """The library's exception for a request that it refuses, as ours."""
+        """Return the error for a request that the library refuses with an exception."""
         return BadRequest(
             f"the local model {self._alias} refuses the request: {error}", provider="local", model=self._alias
         )
 
     def late(self, limit: float, phase: str) -> RequestTimeout:
-        """The error for a time limit that passed."""
-        what = {"idle": "nothing more came", "first_byte": "nothing came"}.get(phase, "the answer was not whole")
-        text = f"the local model {self._alias}: {what} within {limit:g} s; raise `timeout`, or ask for less"
+        """Return the error for a time limit that passed."""
+        what = {"idle": "no further output came", "first_byte": "no output came"}.get(
+            phase, "the answer was not complete"
+        )
+        text = f"the local model {self._alias}: {what} within {limit:g} s; increase `timeout`, or request less"
         error = (StreamStalled if phase == "idle" else RequestTimeout)(text, provider="local", model=self._alias)
         error.phase = phase  # type: ignore[assignment]  # one of the phases
         return error
 
     def decoder(self) -> ChatDecoder:
-        """The state of decoding one answer."""
+        """Return a decoder for a single answer."""
         return self._codec.decoder()
 
     def _load(self) -> Engine:
@@ -136,20 +138,20 @@ class LocalProvider:
             return engine
 
     def close(self) -> None:
-        """Let go of the model, whose memory is freed with its last user. A later call loads it again."""
+        """Release the model. Its memory is freed with its last user, and a later call loads it again."""
         with self._lock:
             self._engine = None
 
 
 class LocalStream:
-    """An answer as an iterator of chunks. Generation begins at the first read.
+    """An answer as an iterator of chunks. The generation starts at the first read.
 
-    `close`, from the reader, and `abort`, from anywhere, stop it.
+    `close` (for the reader) and `abort` (from any thread) stop it.
     """
 
     def __init__(self, provider: LocalProvider, request: Request, timeouts: Timeouts) -> None:
         self.timings: Mapping[str, Any] | None = None
-        """llama.cpp's own timings, once the answer is whole."""
+        """llama.cpp's own timings, once the answer is complete."""
         self._provider = provider
         self._request = request
         self._timeouts = timeouts
@@ -172,7 +174,7 @@ class LocalStream:
         return self._chunks.popleft()
 
     def joined(self) -> Response:
-        """Read all of it, as one response."""
+        """Read the whole answer and return it as a response."""
         try:
             answer = Aggregator()
             for chunk in self:
@@ -182,12 +184,12 @@ class LocalStream:
             self.close()
 
     def close(self) -> None:
-        """Give the answer up, if it is not whole."""
+        """Stop the generation, if the answer is not complete."""
         self._over = True
         self.abort()
 
     def abort(self) -> None:
-        """Stop the generation; a read under way elsewhere ends at once."""
+        """Stop the generation. A read in another thread ends at once."""
         self._stopped = True
         if self._generation is not None:
             self._generation.stop()
@@ -210,7 +212,7 @@ class LocalStream:
 
     def _begin(self) -> Generation:
         generation = self._generation = self._provider.generation(self._request)
-        if self._stopped:  # while the model was being loaded
+        if self._stopped:  # stopped while the model was being loaded
             generation.stop()
         if self._timeouts.total is not None:
             self._deadline = time.monotonic() + self._timeouts.total
@@ -238,7 +240,7 @@ class LocalStream:
 
 
 class AsyncLocalProvider(Threaded):
-    """`LocalProvider` for async pipelines: it is waited for in worker threads, and a cancelled call stops generating."""
+    """`LocalProvider` for async pipelines. Worker threads wait for answers, and a cancelled call stops generating."""
 
     def __init__(self, config: LLMConfig) -> None:
         self._local = LocalProvider(config)
@@ -246,7 +248,7 @@ class AsyncLocalProvider(Threaded):
         self.info = self._local.info
 
     async def complete(self, request: Request) -> Response:
-        """See `LocalProvider.complete`."""
+        """Return the whole answer; see `LocalProvider.complete`."""
         answer = self._local.whole(request)
         try:
             return await in_thread(answer.joined)
