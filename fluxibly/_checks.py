@@ -1,6 +1,6 @@
-"""Checks of what callers pass, whatever its annotation says, and words for what is wrong with it.
+"""Checks of the values that callers pass, whatever their annotations say, and the words for what is wrong with them.
 
-Type checkers are told what JSON and YAML give: values of any type.
+The predicates take `object`: JSON, YAML and untyped callers give values of any type.
 """
 
 from __future__ import annotations
@@ -27,28 +27,28 @@ def is_list(value: object) -> TypeGuard[list[Any]]:
 
 
 def is_whole(value: object) -> TypeGuard[int]:
-    """Whether `value` is a whole number; True and False are none."""
+    """Whether `value` is a whole number. True and False are not."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Whether `value` is a finite number; True and False are none."""
+    """Whether `value` is a finite number. True and False are not."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def kind_of(value: object) -> str:
-    """A value's kind, for an error message."""
+    """Name the type of a value for an error message, with its article."""
     name = type(value).__name__
     return "None" if value is None else f"{'an' if name[0] in 'AEIOUaeiou' else 'a'} {name}"
 
 
 def problem(name: str, expected: str, value: object) -> str:
-    """What is wrong with the setting `name`, in the words of every check here."""
+    """Word what is wrong with the setting `name`. All checks use these words."""
     got = reprlib.repr(value) if value is None or isinstance(value, (str, int, float)) else kind_of(value)
     return f"{name}: expected {expected}, got {got}"
 
 
-# The checks: each returns what is wrong with a value, or None. None is a value like any other to them.
+# Each check returns what is wrong with a value, or None. The caller decides whether None is a valid value.
 
 
 def number(
@@ -60,7 +60,7 @@ def number(
     above: float | None = None,
     unit: str = "",
 ) -> str | None:
-    """Check a finite number from `low` to `high`, or greater than `above`. `unit` is its name, for the message."""
+    """Check a finite number from `low` to `high`, or greater than `above`. The message names its `unit`."""
     if (
         is_number(value)
         and (low is None or value >= low)
@@ -86,34 +86,33 @@ def _range(low: float | None, high: float | None) -> str:
 
 
 def text(name: str, value: object, *, empty: bool = False) -> str | None:
-    """Check a str that holds more than white space, or with `empty` any str."""
+    """Check a str with more than white space in it; with `empty`, any str."""
     if isinstance(value, str) and (empty or value.strip()):
         return None
     return problem(name, "a str" if empty else "a non-empty str", value)
 
 
-def mapping(name: str, value: object, *, values: type = object) -> str | None:
-    """Check a mapping of str to `values`."""
+def mapping(name: str, value: object, *, keys: type = object, values: type = object) -> str | None:
+    """Check a mapping of `keys` to `values`."""
+    # Never the value itself: it may hold an API key.
     if not is_mapping(value):
-        return problem(name, "a mapping (in YAML, a table)", value)
+        return f"{name}: expected a mapping (in YAML, a table), got {kind_of(value)}"
     for key, each in value.items():
-        if not isinstance(key, str):
-            return problem(name, "str as keys", key)
+        if not isinstance(key, keys):
+            return f"{name}: expected {keys.__name__} as keys, got {kind_of(key)}"
         if not isinstance(each, values):
-            return (
-                f"{name}.{key}: expected a {values.__name__}, got {kind_of(each)}"  # never the value: it may be a key
-            )
+            return f"{name}.{key}: expected a {values.__name__}, got {kind_of(each)}"
     return None
 
 
 def one_of(name: str, value: object, choices: Iterable[str]) -> str | None:
-    """Check one of a few strings."""
+    """Check that a value is one of a few strings."""
     choices = tuple(choices)
     return None if value in choices else problem(name, f"one of {', '.join(map(repr, choices))}", value)
 
 
 def validator(check: Callable[..., str | None], *bounds: Any, **options: Any) -> Any:
-    """A check as a validator of attrs: `attrs.field(validator=validator(whole, 0))`. It raises a ValueError."""
+    """Make an attrs validator of a check: `attrs.field(validator=validator(whole, 0))`. It raises a ValueError."""
 
     def validate(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
         found = check(attribute.name, value, *bounds, **options)
@@ -127,12 +126,12 @@ _SECRET = re.compile("key|token|secret|password|credential|auth|cookie|header", 
 
 
 def repr_without_secrets(settings: object) -> str:
-    """`repr` of settings, without the texts in headers and under other names that secrets have."""
+    """Return the `repr` of settings, with the texts under names like `api_key` or `headers` masked."""
     return repr(_without_secrets(settings, secret=False))
 
 
 def repr_of_headers(headers: object) -> str:
-    """`repr` of headers, without what they say."""
+    """Return the `repr` of headers, with their values masked."""
     return repr(_without_secrets(headers, secret=True))
 
 
@@ -151,7 +150,7 @@ T = TypeVar("T")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?`, or nothing if no known name is near."""
+    """Return `; did you mean 'x'?`, or an empty string if no known name is near."""
     import difflib  # late, for the sake of `import fluxibly`
 
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
@@ -159,7 +158,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def suggests_names(cls: type[T]) -> type[T]:
-    """A class whose TypeError for an unknown keyword names the nearest that it knows (Python's own does from 3.13)."""
+    """Make the TypeError for an unknown keyword name the nearest known keyword, as Python itself does from 3.13."""
     init: Any = cls.__init__
     names = [name for name in init.__annotations__ if name != "return"]
 

@@ -53,7 +53,9 @@ def error_message(error: BaseException, requests: Iterable[Request]) -> str:
     quoted = [Message.assistant(answer) for answer in answers]
     for request in requests:
         text = mask_request(text, request, quoted)
-    return text.encode(errors="backslashreplace").decode()  # exporters would lose the batch over half of a surrogate pair
+    return text.encode(
+        errors="backslashreplace"
+    ).decode()  # exporters would lose the batch over half of a surrogate pair
 
 
 def as_text(error: BaseException) -> str:
@@ -67,8 +69,8 @@ def as_text(error: BaseException) -> str:
 def mask_request(text: str, request: Request, quoted: Iterable[Message] = ()) -> str:
     """Return `text` with every run of 12 characters or more replaced that it shares with the request's texts.
 
-    The request's texts are those of its messages, of the messages that the last attempt sent (middleware may have added
-    some) and of the `quoted` messages. A `text` of over 2,000 characters is first cut to that length.
+    The request's texts are the texts of its messages, of the messages that the last attempt sent (middleware may have
+    added some) and of the `quoted` messages. A `text` of over 2,000 characters is first cut to that length.
     """
     if len(text) > LONGEST:
         text = text[:LONGEST] + "…"

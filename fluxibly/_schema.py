@@ -77,9 +77,9 @@ def _structured(value: object, schema: type[Any]) -> Any:
 def _problem(error: BaseException, kind: type | None) -> str:
     from cattrs.v import format_exception
 
-    told = format_exception(error, kind)
+    formatted = format_exception(error, kind)
     # cattrs reports only that a class's own validator failed, without the validator's message.
-    return f"{told}: {error}" if kind is None and isinstance(error, ValueError) else told
+    return f"{formatted}: {error}" if kind is None and isinstance(error, ValueError) else formatted
 
 
 @cache

@@ -25,7 +25,7 @@ class Aggregator:
 
     def __init__(self) -> None:
         self.texts: list[str] = []
-        """The texts of the chunks. To append its text here is enough for a chunk that is `text_only`."""
+        """The texts of the chunks. For a `text_only` chunk it is enough to append its text here."""
         self._reasoning: list[str] = []
         self._reasoning_parts: list[Reasoning] = []
         self._calls: list[_Call] = []

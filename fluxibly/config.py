@@ -1,4 +1,4 @@
-"""Configuration: `LLMConfig`, and how it is read from YAML and the environment."""
+"""Configuration: `LLMConfig`, read from code, YAML and the environment."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ _ADDRESS = re.compile(
 
 
 class Secret:
-    """An API key that shows itself only when asked: `reveal()`. It compares equal to the str it holds."""
+    """An API key that only `reveal()` shows. It is equal to the str that it holds."""
 
     __slots__ = ("_value",)
 
     def __init__(self, value: str) -> None:
         if not isinstance(value, str):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(f"a Secret holds a str, not a {type(value).__name__}")
+            raise TypeError(f"Secret: expected a str, got {kind_of(value)}")
         self._value = value
 
     def reveal(self) -> str:
-        """The key itself."""
+        """Return the key itself."""
         return self._value
 
     def __repr__(self) -> str:
@@ -68,13 +68,16 @@ class Secret:
 @suggests_names
 @attrs.frozen(repr=False, eq=False)
 class Timeouts(Value):
-    """Time limits in seconds, each on its own; None is no limit.
+    """Time limits in seconds. None means no limit.
 
     Args:
-        connect: to connect, TLS included.
-        first_byte: from the request's last byte to the answer's first.
-        idle: between two reads of an answer's body.
-        total: for a whole attempt, connecting to last byte. A stream has none unless it is given here.
+        connect: for connecting, TLS included.
+        first_byte: from the last byte of the request to the first byte of the answer.
+        idle: between two reads of the body.
+        total: for a whole attempt, from connecting to the last byte. A stream has a total only if it is given here.
+
+    Raises:
+        ConfigError: a limit is not a number above 0.
     """
 
     connect: float | None = None
@@ -101,12 +104,12 @@ def _secret(value: Secret | str | None) -> Secret | None:
 
 
 def _copied(value: Any) -> Any:
-    """A copy of a table or a list, so that a change to the caller's own is none of the configuration."""
+    """Copy a mapping or a list, so that the caller can change its own without changing the configuration."""
     return dict(value) if is_mapping(value) else list(value) if is_list(value) else value
 
 
 def _without_login(url: object) -> str:
-    """An address for `repr`, without a password that it may hold."""
+    """Return the `repr` of an address, with a user name and password in it masked."""
     return re.sub("//[^/@]*@", "//***@", repr(url))
 
 
@@ -115,14 +118,24 @@ def _without_login(url: object) -> str:
 class LLMConfig(Value):
     """Which model to call, and how.
 
-    Parameters that are None are not sent. `timeout` is in seconds: a number bounds connecting, the first byte, the
-    idle time between chunks, and each whole attempt of a call that is not streamed (see `Timeouts` to set each).
-    `max_retries` counts those after the first attempt. `additional_params` go into the provider's request body as they
-    are. `middleware` None is the default stack. `api_key` None is the provider's environment variable.
+    Args:
+        framework: the provider, by its registered name.
+        model: the model, by the provider's name for it.
+        temperature: from 0 to 2. This and every other parameter that is None is not sent.
+        max_tokens: a whole number from 1 up.
+        top_p: from 0 to 1.
+        frequency_penalty, presence_penalty: from -2 to 2.
+        api_key: None takes the provider's environment variable.
+        api_base: the base URL of the service; None takes the provider's own.
+        timeout: seconds. A number bounds connecting, the first byte, the idle time between chunks, and each whole attempt
+            of a call that is not streamed. `Timeouts` sets each limit.
+        max_retries: the retries after the first attempt.
+        additional_params: fields of the provider's request body, sent as they are.
+        middleware: the stack, outermost first; None is the default stack.
 
     Raises:
-        ConfigError: it lists all that is wrong, each with its path and range.
-        TypeError: there is no such setting; the nearest is named.
+        ConfigError: it lists every problem, with its path and range.
+        TypeError: an unknown setting; the message names the nearest known setting.
     """
 
     framework: str
@@ -148,25 +161,25 @@ class LLMConfig(Value):
 
     @property
     def timeouts(self) -> Timeouts:
-        """`timeout` with each limit spelled out; `total` is for calls that are not streamed."""
+        """Spell out each limit of `timeout`. `total` is for calls that are not streamed."""
         if isinstance(self.timeout, Timeouts):
             return self.timeout
         return Timeouts(self.timeout, self.timeout, self.timeout, self.timeout)
 
     @classmethod
     def from_mapping(cls, settings: Mapping[str, Any], *, path: str = "") -> LLMConfig:
-        """A configuration out of plain data, as YAML and JSON have it. `path` goes before the names in messages.
+        """Make a configuration from plain data, as YAML and JSON have it. `path` precedes the names in messages.
 
-        Numbers may be given as strings (they are, where they come from environment variables).
+        Numbers may be strings, because environment variables are.
 
         Raises:
-            ConfigError: it lists all that is wrong.
+            ConfigError: it lists every problem.
         """
         if not is_mapping(settings):
             raise ConfigError(
                 problem(path.rstrip(".") or "the configuration", "a mapping (in YAML, a table)", settings)
             )
-        # An empty string is an optional variable that is not set: `${VAR:-}`.
+        # `${VAR:-}` becomes an empty string where the variable is not set.
         given = {name: value for name, value in settings.items() if value is not None and value != ""}
         names = [field.name for field in attrs.fields(cls)]
         problems = _unknown(settings, names)
@@ -190,9 +203,9 @@ class LLMConfig(Value):
 
     @classmethod
     def from_yaml(cls, file: str | Path, *, section: str = "llm") -> LLMConfig:
-        """The configuration in a section of a YAML file.
+        """Read the configuration from a section of a YAML file.
 
-        `${VAR}` and `${VAR:-default}` in strings are replaced by environment variables, after parsing.
+        Environment variables replace `${VAR}` and `${VAR:-default}` in strings, after parsing.
 
         Raises:
             ConfigError: the file cannot be read or parsed, lacks the section, or holds bad settings.
@@ -215,7 +228,7 @@ PARAMETERS: Mapping[str, Callable[[str, object], str | None]] = {
     "tool_choice": partial(text, empty=True),
     "reasoning_effort": partial(text, empty=True),
     "extra": mapping,
-    "headers": partial(mapping, values=str),
+    "headers": partial(mapping, keys=str, values=str),
     "metadata": mapping,
 }
 """The check of each parameter that a configuration or a call may have."""
@@ -230,14 +243,14 @@ def _unknown(settings: Mapping[Any, Any], names: Sequence[str], path: str = "") 
 
 
 def _problems(config: LLMConfig) -> list[str]:
-    """Everything that is wrong with a configuration."""
+    """List the problems of a configuration."""
     timeout, key, base, layers = config.timeout, config.api_key, config.api_base, config.middleware
     found = [
         text("framework", config.framework),
         *parameter_problems({name: getattr(config, name) for name in PARAMETERS if hasattr(config, name)}),
         None if isinstance(timeout, Timeouts) else _seconds("timeout", timeout),
         whole("max_retries", config.max_retries, 0),
-        mapping("additional_params", config.additional_params),
+        mapping("additional_params", config.additional_params, keys=str),
     ]
     if key is not None and not isinstance(key, Secret):  # pyright: ignore[reportUnnecessaryIsInstance]  # callers may be untyped
         found.append(f"api_key: expected a str, got {kind_of(key)}")  # never the value: it may be a key all the same
@@ -249,13 +262,13 @@ def _problems(config: LLMConfig) -> list[str]:
 
 
 def _is_address(url: str) -> bool:
-    """Whether a URL can be reached at all: sockets would take a port over 65535 for another one."""
+    """Whether a URL is an http(s) address with a valid port. Sockets would take a port over 65535 for another port."""
     match = _ADDRESS.fullmatch(url)
     return match is not None and (not match["port"] or 0 < int(match["port"]) < 65536)
 
 
 def parameter_problems(parameters: Mapping[str, object]) -> list[str]:
-    """What is wrong with the parameters of a configuration or a call. None is right for all but `model`."""
+    """List the problems of the parameters of a configuration or a call. None is valid for all but `model`."""
     return [
         found
         for name, value in parameters.items()

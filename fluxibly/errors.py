@@ -41,7 +41,7 @@ class FrameworkNotRegistered(FluxiblyError, ValueError):
 
 
 class ProviderError(FluxiblyError):
-    """A provider could not answer. Raise it (or a subclass) from a provider of your own.
+    """A provider could not answer. Raise it (or a subclass) from your own provider.
 
     Args:
         message: what happened.

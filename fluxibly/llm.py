@@ -51,7 +51,7 @@ Prompt: TypeAlias = str | Message | Sequence[Message]
 
 
 _OVERRIDES = frozenset(field.name for field in attrs.fields(Request)) - {"messages", "call"}
-"""The names in `Overrides`. A TypedDict costs too much to make at each import."""
+"""The names in `Overrides`, read from `Request`, because making a TypedDict at each import costs too much."""
 _FROM_CONFIG = ("model", "temperature", "max_tokens", "top_p", "frequency_penalty", "presence_penalty")
 
 

@@ -113,7 +113,7 @@ class Threaded:
 
 
 class _Reader:
-    """A reader of a provider's stream. Each step runs in the same context, and the last thread in it closes the stream."""
+    """A reader of a provider's stream. Each step runs in the same context, and the last thread in it closes it."""
 
     def __init__(self, provider: Any, request: Request, context: Context) -> None:
         self.provider = provider

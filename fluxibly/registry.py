@@ -1,4 +1,4 @@
-"""Frameworks and middleware by name: the built-in ones, those of other packages (entry points), and the user's own."""
+"""Frameworks and middleware by name: built in, from other packages (entry points), and registered by the user."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
-from fluxibly._checks import did_you_mean, is_mapping
+from fluxibly._checks import did_you_mean, is_mapping, kind_of
 from fluxibly._extras import pip_install
 from fluxibly.errors import ConfigError, FrameworkNotRegistered
 from fluxibly.flow import Middleware
@@ -22,7 +22,7 @@ MiddlewareFactory: TypeAlias = Callable[..., Middleware]
 
 
 class Framework(NamedTuple):
-    """A way to make providers. `module` is loaded at first use; the classes in it take an `LLMConfig`."""
+    """A factory of providers. `module` is loaded at first use; its provider classes take an `LLMConfig`."""
 
     name: str
     module: str = ""
@@ -31,27 +31,27 @@ class Framework(NamedTuple):
     sync: ProviderFactory | None = None
     asynchronous: ProviderFactory | None = None
     extra: str | None = None
-    """The extra that it needs, a key of `EXTRAS`."""
+    """The extra that the framework needs: a key of `EXTRAS`."""
     needs: str | None = None
     """The module that the extra installs."""
     env_var: str | None = None
-    """The environment variable with its API key; None where it needs no key, or has it from elsewhere."""
+    """The environment variable with the API key; None if the framework needs no key, or finds it elsewhere."""
 
     @property
     def installed(self) -> bool:
-        """Whether what it needs can be imported."""
+        """Whether the module that the framework needs can be imported."""
         return self.needs is None or importlib.util.find_spec(self.needs) is not None
 
     @property
     def to_install(self) -> str:
-        """The command that installs what it needs and lacks."""
+        """The command that installs the missing packages."""
         return pip_install(*([] if self.extra is None else [self.extra]))
 
     def factory(self, *, asynchronous: bool) -> ProviderFactory:
-        """What makes the provider.
+        """Return the class or function that makes the provider.
 
         Raises:
-            ConfigError: packages that it needs are not installed.
+            ConfigError: packages that the framework needs are not installed.
         """
         if not self.installed:
             raise ConfigError(f"the framework {self.name!r} needs packages that are not installed: {self.to_install}")
@@ -113,14 +113,15 @@ _middleware: dict[str, MiddlewareFactory] = {}
 def register_llm_framework(
     name: str, provider: ProviderFactory, *, async_provider: ProviderFactory | None = None, replace: bool = False
 ) -> None:
-    """Make a framework known, so that `LLMConfig(framework=name)` finds it.
+    """Register a framework, so that `LLMConfig(framework=name)` finds it.
 
     Args:
-        name: what configurations call it.
-        provider: the class of a `Provider` (or any callable that makes one), which takes the `LLMConfig`.
-        async_provider: likewise for an `AsyncProvider`; without it `AsyncLLM` runs `provider` in worker threads,
-            unless that is asynchronous itself.
-        replace: take the name over if it is in use. (The same class defined again, as notebooks do, always may.)
+        name: the name for configurations.
+        provider: a class or function that takes the `LLMConfig` and returns a `Provider`.
+        async_provider: the same for an `AsyncProvider`. Without it `AsyncLLM` runs `provider` in worker threads, unless
+            that provider is asynchronous itself.
+        replace: take over a name that is in use. (A class may always replace an earlier definition of itself, as
+            notebooks do.)
 
     Raises:
         ValueError: the name is in use, or empty.
@@ -139,13 +140,13 @@ def register_llm_framework(
 
 
 def register_middleware(name: str, factory: MiddlewareFactory, *, replace: bool = False) -> None:
-    """Make a middleware known, so that YAML can name it.
+    """Register a middleware, so that YAML can name it.
 
     Args:
-        name: what configurations call it.
-        factory: a class (or any callable that makes a middleware), which takes its settings as keywords; or a
-            generator function that is the middleware itself.
-        replace: take the name over if it is in use.
+        name: the name for configurations.
+        factory: a class or function that takes the settings as keywords and returns a middleware; or a generator function
+            that is the middleware itself.
+        replace: take over a name that is in use.
 
     Raises:
         ValueError: the name is in use, or empty.
@@ -164,13 +165,13 @@ def register_middleware(name: str, factory: MiddlewareFactory, *, replace: bool 
 
 def _check(name: object, factory: object, what: str) -> None:
     if not isinstance(name, str) or not name.strip():
-        raise ValueError(f"a {what} needs a name (a non-empty str), not {name!r}")
+        raise ValueError(f"{what} name: expected a non-empty str, got {name!r}")
     if not callable(factory):
-        raise TypeError(f"register a class or another callable for the {what} {name!r}, not {factory!r}")
+        raise TypeError(f"the {what} {name!r}: expected a class or another callable, got {kind_of(factory)}")
 
 
 def _same(old: object, new: object) -> bool:
-    """Whether one is the other, or the other defined again."""
+    """Whether two classes are the same, or the second is a new definition of the first."""
     if old is new:
         return True
     names = [(getattr(x, "__module__", None), getattr(x, "__qualname__", None)) for x in (old, new)]
@@ -185,26 +186,26 @@ def _entry_points(kind: str) -> Mapping[str, EntryPoint]:
 
 
 def frameworks() -> Mapping[str, Framework]:
-    """All frameworks that can be named, by name."""
+    """Return all frameworks, by name."""
     others = {name: Framework(name=name, module=point.value) for name, point in _entry_points("frameworks").items()}
     return dict(sorted({**others, **_built_in_frameworks(), **_frameworks}.items()))
 
 
 def make_provider(config: Any, *, asynchronous: bool) -> Any:
-    """The provider that an `LLMConfig` names.
+    """Make the provider that an `LLMConfig` names.
 
     Raises:
-        FrameworkNotRegistered: nobody registered that name.
-        ConfigError: packages that it needs are not installed, or it refuses the configuration.
+        FrameworkNotRegistered: no framework has that name.
+        ConfigError: packages are missing, or the provider rejects the configuration.
     """
     return find_framework(config.framework).factory(asynchronous=asynchronous)(config)
 
 
 def find_framework(name: str) -> Framework:
-    """The framework of this name.
+    """Find a framework by its name.
 
     Raises:
-        FrameworkNotRegistered: there is none.
+        FrameworkNotRegistered: no framework has that name.
     """
     found = _frameworks.get(name) or _built_in_frameworks().get(name)
     if found is not None:
@@ -219,10 +220,10 @@ def find_framework(name: str) -> Framework:
 
 
 def make_middleware(items: Sequence[Any]) -> tuple[Middleware, ...]:
-    """The stack that a configuration lists: names, tables of one name and its settings, and middleware objects.
+    """Make the stack that a configuration lists: names, tables of a name and its settings, and middleware objects.
 
     Raises:
-        ConfigError: an unknown name, or settings that it does not take.
+        ConfigError: an unknown name, or unknown settings.
     """
     return tuple(_make(item, f"middleware[{index}]") for index, item in enumerate(items))
 
@@ -234,7 +235,7 @@ def _make(item: Any, path: str) -> Middleware:
     elif is_mapping(item):
         if len(item) != 1:
             raise ConfigError(
-                f"{path}: a middleware with settings is a table of one name, e.g. - retry: {{max_retries: 5}}"
+                f"{path}: expected a table of one name and its settings, e.g. - retry: {{max_retries: 5}}"
             )
         ((name, settings),) = item.items()
         settings = {} if settings is None else settings
@@ -243,11 +244,11 @@ def _make(item: Any, path: str) -> Middleware:
     elif callable(item):
         return item  # type: ignore[no-any-return]  # a middleware object; the pipeline checks it
     else:
-        raise ConfigError(f"{path}: a middleware is a name or a table of one name, not {item!r}")
+        raise ConfigError(f"{path}: expected the name of a middleware or a table of one name, got {kind_of(item)}")
     factory = _find_middleware(str(name), path)
     if _is_middleware_function(factory):
         if settings:
-            raise ConfigError(f"{path}.{name}: this middleware is a function and takes no settings")
+            raise ConfigError(f"{path}.{name}: this middleware is a function without settings")
         return factory  # type: ignore[return-value]
     try:
         return factory(**settings)
@@ -259,7 +260,7 @@ def _make(item: Any, path: str) -> Middleware:
 
 
 def _unknown_setting(factory: MiddlewareFactory, settings: Mapping[str, Any]) -> str | None:
-    """What to say of the first setting that a middleware does not take."""
+    """Word the first setting that a middleware does not have."""
     import inspect
 
     parameters = inspect.signature(factory).parameters

@@ -15,21 +15,21 @@ from support.canned_server import Canned, canned_server
 if TYPE_CHECKING:
     from support.tiny import Caller
 
-# Where a build must not fail by chance: the same examples each time. Elsewhere each run tries others. A slow machine is
-# no failure in either.
+# In CI each run tries the same examples, because a build must not fail by chance. Elsewhere each run tries others.
+# Slowness is not a failure in either.
 settings.register_profile("ours", derandomize=bool(os.environ.get("CI")), deadline=None)
 settings.load_profile("ours")
 
 
 @pytest.fixture(params=["asyncio", "trio"])
 def anyio_backend(request: pytest.FixtureRequest) -> str:
-    """Async tests run on both."""
+    """The event loop of an async test: each test runs on both."""
     return str(request.param)
 
 
 @pytest.fixture(scope="module")
 def quick_collector() -> Iterator[None]:
-    """For tests that run the garbage collector many times: it passes over what there was before, all the libraries."""
+    """Let the garbage collector skip all objects made so far (the libraries), for tests that run it many times."""
     gc.collect()
     gc.freeze()
     yield
@@ -38,7 +38,7 @@ def quick_collector() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def no_proxies() -> Iterator[None]:
-    """What the environment says of proxies is not for servers on loopback."""
+    """Remove the proxies from the environment, because the tests' servers are on loopback."""
     with pytest.MonkeyPatch.context() as environment:
         for name in list(os.environ):
             if name.lower().endswith("_proxy"):
@@ -48,7 +48,7 @@ def no_proxies() -> Iterator[None]:
 
 @pytest.fixture(params=["sync", "asyncio", "trio"])
 def caller(request: pytest.FixtureRequest) -> Caller:
-    """Calls the HTTP shells: the one for threads, and the other on both event loops."""
+    """A caller of the HTTP shells: of the sync shell in threads, or of the async shell on both event loops."""
     from support.tiny import Caller
 
     return Caller(request.param)
@@ -63,14 +63,14 @@ def server() -> Iterator[Canned]:
 
 @pytest.fixture
 def other() -> Iterator[Canned]:
-    """Another service, which such a library may turn to."""
+    """A second service, which LangChain or LiteLLM may fall back to."""
     with canned_server() as canned:
         yield canned
 
 
 @pytest.fixture(scope="session")
 def gguf() -> Path:
-    """The small model's file, fetched into the user's cache folder on the first run."""
+    """The small model's file, which the first run downloads into the user's cache folder."""
     from fluxibly.errors import ProviderError
     from fluxibly.providers.local import model_path
 
@@ -82,7 +82,7 @@ def gguf() -> Path:
 
 @pytest.fixture(scope="session")
 def local_server(gguf: Path) -> Iterator[str]:
-    """llama.cpp's own HTTP server with the small model; yields its address, without a path. Any API key will do."""
+    """The address, without a path, of llama.cpp's own HTTP server with the small model. It accepts any API key."""
     xllamacpp = pytest.importorskip("xllamacpp")
     params = xllamacpp.CommonParams()
     params.model.path = str(gguf)
@@ -98,7 +98,7 @@ def local_server(gguf: Path) -> Iterator[str]:
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
     params.endpoint_metrics = True
     server = xllamacpp.Server(params)
-    server.handle_metrics()  # freed before its thread answers for the first time, it would hang
+    server.handle_metrics()  # a server that is freed before its thread answers for the first time hangs
     yield server.listening_address
     del server
     gc.collect()
@@ -106,6 +106,6 @@ def local_server(gguf: Path) -> Iterator[str]:
 
 @pytest.fixture
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However busy the machine, the end of a stream's body is waited for, so that its connection is used again."""
+    """Wait for the end of a stream's body however slow the test is, so that its connection is reused."""
     for module in ("_pool", "_httpx"):
         monkeypatch.setattr(f"fluxibly.providers.http.{module}.DRAIN_TIME", 5.0)

@@ -23,7 +23,7 @@ MODULES = {
 DATA = "data"
 SIDE = "side"
 ROOMS = {
-    "types messages errors aggregate provider _checks _extras _values": DATA,
+    "types messages errors aggregate provider _checks _extras _values _states": DATA,
     "_masking _logs _abandoned _schema _yaml": SIDE,
     "config": "config",
     "flow": "flow",
@@ -222,14 +222,14 @@ class TestExports:
     def test_type_checkers_see_the_same_names(self):
         """The names imported for type checkers only equal the names that are looked up late, in the same modules."""
         tree = ast.parse((ROOT / "__init__.py").read_text(encoding="utf-8"))
-        told = {
+        typed = {
             (alias.name, node.module)
             for node in ast.walk(tree)
             if isinstance(node, ast.ImportFrom)
             for alias in node.names
             if str(node.module).startswith("fluxibly.")
         }
-        assert told == {(name, f"fluxibly.{module}") for name, module in fluxibly._MODULE_OF.items()}
+        assert typed == {(name, f"fluxibly.{module}") for name, module in fluxibly._MODULE_OF.items()}
         assert set(fluxibly._MODULE_OF) == set(fluxibly.__all__)
 
     @pytest.mark.parametrize(
@@ -267,4 +267,4 @@ class TestExports:
         import fluxibly.testing
 
         with pytest.raises(AttributeError, match="no attribute 'nothing'"):
-            fluxibly.testing.nothing
+            fluxibly.testing.nothing  # noqa: B018  # the look-up raises

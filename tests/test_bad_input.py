@@ -28,7 +28,7 @@ def _registry(monkeypatch):
     monkeypatch.setattr("fluxibly.registry._frameworks", {})
 
 
-def told(error):
+def message_of(error):
     """Return an error's message with the notes that explain it."""
     return "\n".join([str(error), *getattr(error, "__notes__", [])])
 
@@ -84,7 +84,7 @@ class TestConfiguration:
     def test_values_that_are_not_a_configuration(self):
         """A dict, a model's name or None instead of an LLMConfig is a TypeError."""
         for wrong in ({"framework": "echo"}, "gpt-4o", None):
-            with pytest.raises(TypeError, match="LLM takes an LLMConfig, not a"):
+            with pytest.raises(TypeError, match="LLM: expected an LLMConfig, got "):
                 LLM(wrong)
 
     def test_an_unknown_keyword(self):
@@ -95,7 +95,7 @@ class TestConfiguration:
     @pytest.mark.parametrize("wrong", ["logging", Logging(), 5])
     def test_a_stack_that_is_not_a_list(self, wrong):
         """A middleware alone is not a stack, and a name is not a list of letters."""
-        with pytest.raises(TypeError, match=r"middleware is a list, like \[Logging\(\), Retry\(\)\], not a"):
+        with pytest.raises(TypeError, match=r"middleware: expected a list, like \[Logging\(\), Retry\(\)\], got a"):
             LLM(ECHO, middleware=wrong)
 
     def test_an_extra_that_is_not_installed(self, monkeypatch):
@@ -121,12 +121,12 @@ class TestPrompts:
         [
             ("", ValueError, "the prompt is empty; give a non-empty string or a sequence of Message"),
             ([], ValueError, "the prompt has no messages"),
-            (None, TypeError, "a prompt is a str or a sequence of Message, not None"),
-            (5, TypeError, "not an int"),
-            (b"hi", TypeError, "not a bytes"),
-            ({"role": "user", "content": "hi"}, TypeError, "not a dict"),
-            (["hi"], TypeError, "but has a str in it; write Message.user(...)"),
-            ([{"role": "user"}], TypeError, "but has a dict in it"),
+            (None, TypeError, "the prompt: expected a str or a sequence of Message, got None"),
+            (5, TypeError, "got an int"),
+            (b"hi", TypeError, "got a bytes"),
+            ({"role": "user", "content": "hi"}, TypeError, "got a dict"),
+            (["hi"], TypeError, "got a str in the sequence; write Message.user(...)"),
+            ([{"role": "user"}], TypeError, "got a dict in the sequence"),
         ],
         ids=repr,
     )
@@ -149,14 +149,14 @@ class TestPrompts:
     @pytest.mark.parametrize("role", ["bot", "", None, "User"])
     def test_a_wrong_role(self, role):
         """The error names the valid roles."""
-        with pytest.raises(ValueError) as caught:
+        with pytest.raises(ValueError, match="a message's role is one of") as caught:
             Message(role, "hi")
-        assert str(caught.value) == f"a message's role is one of system, user, assistant, tool, not {role!r}"
+        assert str(caught.value) == f"a message's role: expected one of system, user, assistant, tool, got {role!r}"
 
     @pytest.mark.parametrize("content", [5, None, [5], {"text": 1}.values()], ids=str)
     def test_wrong_content(self, content):
         """The error names the accepted types of content."""
-        with pytest.raises(TypeError, match="is a str, Text"):
+        with pytest.raises(TypeError, match="expected a str, Text"):
             Message.user(content)
 
     def test_a_pipeline_takes_requests(self, mode):
@@ -175,8 +175,8 @@ class TestMiddleware:
 
         error = call(mode, direct, "x").ran.error
         assert isinstance(error, TypeError)
-        assert "direct returned a function, expected a generator; write it as a generator function" in told(error)
-        assert "return (yield from call_next(request))" in told(error)
+        assert "direct returned a function, expected a generator; write it as a generator function" in message_of(error)
+        assert "return (yield from call_next(request))" in message_of(error)
 
     def test_async_def(self, mode):
         """A middleware that is a coroutine function is named."""
@@ -184,7 +184,7 @@ class TestMiddleware:
         async def asynchronous(request, call_next):
             return None
 
-        assert "asynchronous returned a coroutine" in told(call(mode, asynchronous, "x").ran.error)
+        assert "asynchronous returned a coroutine" in message_of(call(mode, asynchronous, "x").ran.error)
 
     def test_async_generator(self, mode):
         """A middleware that is an async generator function is named."""
@@ -192,7 +192,7 @@ class TestMiddleware:
         async def asynchronous(request, call_next):
             yield 1
 
-        assert "asynchronous returned an async_generator" in told(call(mode, asynchronous, "x").ran.error)
+        assert "asynchronous returned an async_generator" in message_of(call(mode, asynchronous, "x").ran.error)
 
     def test_a_middleware_that_returns_none(self, mode):
         """A middleware that forgets its `return` is named, with the line to write."""
@@ -202,8 +202,8 @@ class TestMiddleware:
 
         error = root_cause(call(mode, forgetful, "x").ran.error)
         assert isinstance(error, TypeError)
-        assert "forgetful returned None, expected a Response" in told(error)
-        assert "return (yield from call_next(request))" in told(error)
+        assert "forgetful returned None, expected a Response" in message_of(error)
+        assert "return (yield from call_next(request))" in message_of(error)
 
     def test_a_middleware_that_returns_text(self, mode):
         """The middleware is named, not the built-in layer that fails on its text, nor the outermost layer."""
@@ -215,8 +215,8 @@ class TestMiddleware:
         for stack in ([Logging(), texter], [Logging(), Validation(), StreamMeter(), texter]):
             error = root_cause(call(mode, stack, "x").ran.error)
             assert isinstance(error, (TypeError, AttributeError))
-            assert "the middleware" in told(error)
-            assert "texter returned a str, expected a Response" in told(error)
+            assert "the middleware" in message_of(error)
+            assert "texter returned a str, expected a Response" in message_of(error)
 
     def test_a_middleware_of_several_that_returns_text(self, mode):
         """Every middleware that may have returned the text is named."""
@@ -228,8 +228,8 @@ class TestMiddleware:
             return (yield from call_next(request)).text
 
         error = root_cause(call(mode, [innocent, texter], "x").ran.error)
-        assert "innocent" in told(error)
-        assert "texter returned a str" in told(error)
+        assert "innocent" in message_of(error)
+        assert "texter returned a str" in message_of(error)
 
     def test_a_middleware_that_does_not_send_a_request(self, mode):
         """The error says that `call_next` takes a Request."""
@@ -239,7 +239,7 @@ class TestMiddleware:
 
         for stack in ([prompting], [prompting, Logging(), Retry()]):
             error = root_cause(call(mode, stack, "x").ran.error)
-            assert "call_next takes a Request, not a str" in told(error)
+            assert "call_next: expected a Request, got a str" in message_of(error)
 
     def test_a_middleware_that_returns_none_under_others(self, mode):
         """The note names the middleware, whichever layer fails on its None."""
@@ -248,7 +248,7 @@ class TestMiddleware:
             yield from call_next(request)
 
         error = root_cause(call(mode, [Logging(), Retry(), forgetful], "x").ran.error)
-        assert "forgetful" in told(error)
+        assert "forgetful" in message_of(error)
 
     @pytest.mark.parametrize("rubbish", [5, None, "text", object()], ids=["int", "None", "str", "object"])
     def test_a_middleware_that_yields_a_wrong_value(self, mode, rubbish):
@@ -260,15 +260,15 @@ class TestMiddleware:
 
         error = root_cause(call(mode, [Logging(), odd], "x").ran.error)
         assert isinstance(error, TypeError)
-        assert "odd yielded " in told(error)
-        assert "it may yield only from call_next(request), sleep(...), perform(...)" in told(error)
+        assert "odd yielded " in message_of(error)
+        assert "it may yield only from call_next(request), sleep(...), perform(...)" in message_of(error)
 
     @pytest.mark.parametrize(
         ("layer", "problem"),
         [
-            (5, "not 5"),
+            (5, "got "),
             (Retry, "Retry is a class: write Retry()"),
-            (None, "not None"),
+            (None, "got None"),
         ],
     )
     def test_a_layer_that_is_not_a_middleware(self, layer, problem):
@@ -292,7 +292,10 @@ class TestProviders:
             made = call(mode, [Logging(), Retry()], script)
             error = root_cause(made.ran.error)
             assert isinstance(error, TypeError)
-            assert str(error) == f"the provider ScriptedProvider yielded {kind}; its stream() yields Chunk or str"
+            assert (
+                str(error)
+                == f"the provider ScriptedProvider yielded {kind}, expected a Chunk or a str from its stream()"
+            )
             assert made.record.attempts == 1
 
     @pytest.mark.parametrize("mode", [mode for mode in MODES if not mode.streaming], ids=str)
@@ -305,7 +308,9 @@ class TestProviders:
 
         error = run(mode, Confused(), [Logging()], REQUEST, clock=VirtualClock()).error
         assert isinstance(error, TypeError)
-        assert str(error) == ("the provider Confused returned a generator; its complete() returns a Response or a str")
+        assert str(error) == (
+            "the provider Confused returned a generator, expected a Response or a str from its complete()"
+        )
 
     @pytest.mark.parametrize("mode", [mode for mode in MODES if not mode.streaming], ids=str)
     def test_a_provider_that_returns_a_number(self, mode):
@@ -323,7 +328,7 @@ class TestProviders:
         error = run(mode, provider, [Logging()], REQUEST, clock=VirtualClock()).error
         assert isinstance(error, TypeError)
         assert str(error) == (
-            f"the provider {type(provider).__name__} returned an int; its complete() returns a Response or a str"
+            f"the provider {type(provider).__name__} returned an int, expected a Response or a str from its complete()"
         )
 
     @pytest.mark.parametrize(
@@ -348,12 +353,12 @@ class TestProviders:
             def __init__(self, config=None):
                 pass
 
-        with pytest.raises(TypeError, match="a provider has a method complete"):
+        with pytest.raises(TypeError, match="expected a provider with a method complete"):
             Pipeline(Nothing())
         with pytest.raises(TypeError, match=r"Nothing is a class: write Nothing\(\)"):
             Pipeline(Nothing)
         register_llm_framework("nothing", Nothing)
-        with pytest.raises(TypeError, match="a provider has a method complete"):
+        with pytest.raises(TypeError, match="expected a provider with a method complete"):
             LLM(LLMConfig(framework="nothing", model="m"))
 
     def test_an_async_provider_in_a_sync_pipeline(self):

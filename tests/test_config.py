@@ -1,4 +1,4 @@
-"""LLMConfig: ranges and types, all problems at once; YAML files and variables in them; keys that stay secret."""
+"""LLMConfig: ranges and types, all problems at once; YAML files with variables; keys that stay secret."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def config(**settings):
 
 @pytest.fixture
 def file(tmp_path):
-    """A YAML file of the given text: `file(text)`."""
+    """A function that writes a text to a YAML file and returns its path: `file(text)`."""
 
     def write(text, **options):
         path = tmp_path / "framework.yaml"
@@ -34,7 +34,7 @@ def file(tmp_path):
 
 class TestValues:
     def test_defaults(self):
-        """What is not given is not sent; the rest is as documented."""
+        """Request parameters default to None, which is not sent; the other defaults are as documented."""
         assert attrs.asdict(config()) == {
             "framework": "echo",
             "model": "m",
@@ -76,7 +76,7 @@ class TestValues:
         ids=lambda value: value if isinstance(value, str) else "",
     )
     def test_ranges(self, name, good, bad, range_):
-        """What is out of range is told with its name and the range."""
+        """The error for a value out of range names the setting and the range."""
         for value in good:
             config(**{name: value})
         for value in bad:
@@ -86,7 +86,7 @@ class TestValues:
             assert range_ in str(caught.value)
 
     def test_all_problems_at_once(self):
-        """One error lists them, in its text and as `problems`."""
+        """A single error lists all problems, in its message and as `problems`."""
         with pytest.raises(ConfigError) as caught:
             config(temperature=3, max_tokens="many", top_p=2, timeout=-1)
         assert caught.value.problems == (
@@ -99,18 +99,18 @@ class TestValues:
         assert isinstance(caught.value, ValueError)
 
     def test_a_huge_value_makes_no_huge_message(self):
-        """It is shortened."""
+        """The message shortens a huge value."""
         with pytest.raises(ConfigError) as caught:
             config(temperature="x" * 10_000_000, api_base="y" * 10_000_000)
         assert len(str(caught.value)) < 1000
 
     def test_a_missing_model(self):
-        """Python's own error names it."""
+        """Python's own error names the missing argument."""
         with pytest.raises(TypeError, match="'model'"):
             LLMConfig(framework="echo")
 
     def test_timeouts(self):
-        """A number stands for each limit; `Timeouts` sets each on its own."""
+        """A number sets every limit; `Timeouts` sets each limit separately."""
         assert config(timeout=5).timeouts == Timeouts(5, 5, 5, 5)
         assert config(timeout=Timeouts(connect=1)).timeouts == Timeouts(1, None, None, None)
         with pytest.raises(ConfigError) as caught:
@@ -122,7 +122,7 @@ class TestValues:
         ]
 
     def test_it_is_immutable(self):
-        """Neither its fields nor what it was made of can change it."""
+        """A configuration cannot be changed through its fields or through the objects that it was made from."""
         params, layers = {"a": 1}, ["logging"]
         made = config(additional_params=params, middleware=layers)
         with pytest.raises(attrs.exceptions.FrozenInstanceError):
@@ -133,7 +133,7 @@ class TestValues:
         assert made.middleware == ["logging"]
 
     def test_it_can_be_pickled_and_copied(self):
-        """For worker processes; the key goes with it."""
+        """A configuration can be pickled for worker processes, and copied; the key stays in it."""
         made = config(api_key=KEY, timeout=Timeouts(idle=3), additional_params={"a": 1})
         for again in (pickle.loads(pickle.dumps(made)), copy.deepcopy(made), attrs.evolve(made)):
             assert again == made
@@ -142,7 +142,7 @@ class TestValues:
 
 class TestSecret:
     def test_it_shows_itself_only_when_asked(self):
-        """In no repr, str or format."""
+        """A key appears in no repr, str or format; only `reveal` returns it."""
         made = config(api_key=KEY)
         for text in (repr(made), str(made), f"{made}", f"{made.api_key}", f"{made.api_key!r}", f"{made.api_key}"):
             assert KEY not in text
@@ -153,7 +153,7 @@ class TestSecret:
         assert KEY not in str(caught.value)
 
     def test_it_is_in_no_error(self, file):
-        """Also if everything else is wrong."""
+        """A key appears in no error, whatever else is wrong."""
         with pytest.raises(ConfigError) as caught:
             config(api_key=KEY, temperature=5, api_base="nowhere")
         assert KEY not in "".join(traceback.format_exception(caught.value))
@@ -162,32 +162,32 @@ class TestSecret:
         assert KEY not in "".join(traceback.format_exception(caught.value))
 
     def test_equality(self):
-        """It equals the str it holds, and a Secret of it."""
+        """A Secret equals the str that it holds, and a Secret with the same str."""
         assert Secret(KEY) == KEY
         assert Secret(KEY) == Secret(KEY)
         assert Secret(KEY) != "other"
         assert Secret(KEY) != 5
         assert hash(Secret(KEY)) == hash(KEY)
         assert not Secret("")
-        with pytest.raises(TypeError, match="a Secret holds a str, not a int"):
+        with pytest.raises(TypeError, match="Secret: expected a str, got an int"):
             Secret(5)
 
     def test_a_password_in_an_address_is_not_shown(self):
-        """`repr` leaves it out."""
+        """`repr` hides the password in an address."""
         assert "hunter2" not in repr(config(api_base="http://me:hunter2@host/v1"))
         assert "//***@host/v1" in repr(config(api_base="http://me:hunter2@host/v1"))
 
 
 class TestYaml:
     def test_a_key_among_the_additional_parameters(self):
-        """`repr` shows the parameter and not what it says."""
+        """`repr` hides the values of secrets among the additional parameters."""
         made = config(additional_params={"headers": {"Authorization": KEY}, "api_key": KEY, "logit_bias": {"1": 2}})
         assert KEY not in repr(made)
         assert "'logit_bias': {'1': 2}" in repr(made)
         assert made.additional_params["api_key"] == KEY
 
     def test_a_file(self, file):
-        """The section `llm:`, nested tables and lists included."""
+        """The section `llm:` is read, including nested tables and lists."""
         made = LLMConfig.from_yaml(
             file("""
 llm:
@@ -210,19 +210,19 @@ other: {ignored: true}
         )
 
     def test_another_section(self, file):
-        """By name."""
+        """`section` names another section to read."""
         assert LLMConfig.from_yaml(file("small: {framework: echo, model: s}"), section="small").model == "s"
 
     def test_a_path_may_be_a_string(self, file):
-        """As `LLM.from_yaml("config/framework.yaml")` has it."""
+        """The path may be a str, as in `LLM.from_yaml("config/framework.yaml")`."""
         assert LLM.from_yaml(str(file("llm: {framework: echo, model: m}"))).forward("Hello") == "Hello"
 
     def test_nothing_is_the_default(self, file):
-        """`temperature:` without a value."""
+        """A setting without a value, as `temperature:`, keeps its default."""
         assert LLMConfig.from_yaml(file("llm: {framework: echo, model: m, timeout: , top_p: null}")) == config()
 
     def test_all_problems_with_their_paths(self, file):
-        """Unknown names with the nearest, missing ones, wrong values, in one error."""
+        """A single error lists unknown settings with the nearest name, missing settings and wrong values."""
         with pytest.raises(ConfigError) as caught:
             LLMConfig.from_yaml(
                 file("llm: {framework: echo, temprature: 1, top_p: 3, timeout: {conect: 1, idle: -1, total: x}, 5: x}")
@@ -260,7 +260,7 @@ other: {ignored: true}
         ids=lambda value: repr(value)[:40],
     )
     def test_bad_files(self, file, text, problem):
-        """One line that names the file and what is wrong with it."""
+        """The error is a single line that names the file and the problem."""
         path = file(text)
         with pytest.raises(ConfigError) as caught:
             LLMConfig.from_yaml(path)
@@ -269,7 +269,7 @@ other: {ignored: true}
         assert "\n" not in str(caught.value)
 
     def test_files_that_cannot_be_read(self, tmp_path):
-        """Missing, or a folder."""
+        """The error for a missing file, a folder or an impossible path names the reason."""
         with pytest.raises(ConfigError, match="cannot read .*nowhere.yaml: No such file or directory"):
             LLMConfig.from_yaml(tmp_path / "nowhere.yaml")
         with pytest.raises(ConfigError, match="cannot read .*: Is a directory"):
@@ -278,19 +278,19 @@ other: {ignored: true}
             LLMConfig.from_yaml("a\0b")
 
     def test_a_byte_order_mark(self, file):
-        """Windows editors write one."""
+        """A byte order mark, which Windows editors write, is skipped."""
         assert LLMConfig.from_yaml(file(b"\xef\xbb\xbfllm: {framework: echo, model: m}")) == config()
 
     def test_aliases_that_multiply(self, file):
-        """A small file whose aliases make billions of values is read at once."""
+        """A small file whose aliases make billions of values is read quickly."""
         lines = ["a0: &a0 [x, x]", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 30))]
         made = LLMConfig.from_yaml(
             file("\n".join([*lines, "llm: {framework: echo, model: m, additional_params: {b: *a29}}"]))
         )
         assert len(made.additional_params["b"]) == 10
 
-    def test_a_mapping_is_due(self):
-        """Also from code."""
+    def test_a_configuration_that_is_not_a_mapping(self):
+        """`from_mapping` refuses a value that is not a mapping."""
         with pytest.raises(ConfigError, match="the configuration: expected a mapping"):
             LLMConfig.from_mapping(["a"])
 
@@ -320,19 +320,19 @@ class TestVariables:
         ],
     )
     def test_forms(self, file, text, value):
-        """What is set, what has a default, and what only looks like a variable; values are not expanded again."""
+        """Variables and defaults are replaced, other text with `$` is not, and values are not expanded again."""
         made = LLMConfig.from_yaml(file(f"llm: {{framework: echo, model: '{text}'}}"))
         assert made.model == value
 
     def test_in_lists_and_tables(self, file):
-        """At any depth, but not in names."""
+        """Variables are replaced at any depth of a value, but not in keys."""
         made = LLMConfig.from_yaml(
             file("llm: {framework: echo, model: m, additional_params: {a: [x, {b: '${SET}'}], '${SET}': 1}}")
         )
         assert made.additional_params == {"a": ["x", {"b": "value"}], "${SET}": 1}
 
     def test_numbers(self, file):
-        """Variables are strings; where a number is due they are read as one."""
+        """A variable in a numeric setting is converted into a number."""
         made = LLMConfig.from_yaml(
             file(
                 "llm: {framework: echo, model: m, temperature: '${UNSET:-0.5}', max_tokens: '${NUMBER}', "
@@ -347,8 +347,8 @@ class TestVariables:
             "llm.timeout: expected a number of seconds above 0, got nan",
         )
 
-    def test_an_empty_one_is_not_given(self, file):
-        """An optional setting keeps its default."""
+    def test_an_empty_variable_is_not_given(self, file):
+        """An optional setting with an empty variable keeps its default."""
         made = LLMConfig.from_yaml(
             file(
                 "llm: {framework: echo, model: m, api_base: '${UNSET:-}', temperature: '${EMPTY}', api_key: '${EMPTY}'}"
@@ -356,8 +356,8 @@ class TestVariables:
         )
         assert made == config()
 
-    def test_unset_ones(self, file):
-        """An error that lists them all, each with its path."""
+    def test_unset_variables(self, file):
+        """A single error lists all unset variables, each with its path."""
         with pytest.raises(ConfigError) as caught:
             LLMConfig.from_yaml(
                 file("llm: {framework: '${UNSET}', middleware: [{retry: {max_retries: '${NOT_SET}'}}]}")
@@ -372,12 +372,12 @@ class TestVariables:
 
     @pytest.mark.parametrize("text", ["${}", "${SET", "${1X}", "${SET:?no}", "${UNSET:-${SET}}", "${A B}"])
     def test_other_forms_are_refused(self, file, text):
-        """Rather than sent to a service as they stand."""
-        with pytest.raises(ConfigError, match=r"is not understood; write \$\{VAR\} or \$\{VAR:-default\}"):
+        """Other forms of `${…}` are refused rather than sent to a service unchanged."""
+        with pytest.raises(ConfigError, match=r"expected \$\{VAR\} or \$\{VAR:-default\}, got "):
             LLMConfig.from_yaml(file(f"llm: {{framework: echo, model: '{text}'}}"))
 
     def test_the_key_from_the_environment(self, file, monkeypatch):
-        """As the usual file has it."""
+        """A key may come from an environment variable, and does not appear in the repr."""
         monkeypatch.setenv("MY_KEY", KEY)
         made = LLMConfig.from_yaml(file("llm: {framework: echo, model: m, api_key: '${MY_KEY}'}"))
         assert made.api_key == KEY

@@ -1,4 +1,4 @@
-"""Errors: what their classes say by default, and that they survive a process boundary."""
+"""Errors: the defaults of their classes, and copies across a process boundary."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ RETRYABLE = {
 
 
 def test_what_is_retryable():
-    """By class, unless the one who raises says otherwise."""
+    """The class decides whether an error is retryable, unless the code that raises it says otherwise."""
     assert {kind.__name__ for kind in PROVIDER_ERRORS if kind("x").retryable} == RETRYABLE
     assert ProviderError("x", retryable=True).retryable
     assert not ServerError("x", retryable=False).retryable
 
 
 def test_roots():
-    """All are FluxiblyErrors, and some are the standard library's kind too."""
+    """All errors are FluxiblyErrors, and some are also errors of the standard library."""
     mine = [e for e in vars(errors).values() if isinstance(e, type) and issubclass(e, Exception)]
     assert all(issubclass(kind, FluxiblyError) for kind in mine)
     assert issubclass(ConfigError, ValueError)
@@ -54,7 +54,7 @@ def test_roots():
 @pytest.mark.parametrize("kind", PROVIDER_ERRORS)
 @pytest.mark.parametrize("through", [copy.copy, lambda error: pickle.loads(pickle.dumps(error))])
 def test_provider_errors_can_be_copied(kind, through):
-    """With all that they know."""
+    """A copy of a provider error keeps all attributes."""
     error = kind("down", retry_after=2.0, status=503, code="c", provider="p", model="m", request_id="r", body="b")
     again = through(error)
     assert type(again) is kind
@@ -63,7 +63,7 @@ def test_provider_errors_can_be_copied(kind, through):
 
 
 def test_others_can_be_copied():
-    """Those with arguments of their own, too."""
+    """A copy of an error with its own arguments keeps them."""
     interrupted = pickle.loads(pickle.dumps(StreamInterrupted("cut", partial=Response("half"))))
     assert (str(interrupted), interrupted.partial.text) == ("cut", "half")
     invalid = pickle.loads(pickle.dumps(ResponseInvalid("bad", response=Response("x"), problem="p")))
@@ -73,13 +73,13 @@ def test_others_can_be_copied():
 
 
 def test_defaults_of_messages():
-    """A single problem is the message; an invalid answer's problem too."""
+    """By default the message is the problem of a ConfigError and of a ResponseInvalid."""
     assert ConfigError("bad").problems == ("bad",)
     assert ResponseInvalid("bad", response=Response()).problem == "bad"
 
 
 def test_root_cause():
-    """The error behind interruptions, however many; an interruption without one is itself."""
+    """The root cause is the error behind all interruptions; an interruption without a cause is its own root cause."""
     cause = ServerError("down")
     inner = StreamInterrupted("x", partial=Response())
     inner.__cause__ = cause

@@ -1,4 +1,4 @@
-"""The laws, over random stacks, scripts and faults, in all modes."""
+"""The laws, checked with random stacks, scripts and faults in all modes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ many = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 class Lines(logging.Handler):
-    """The log lines of fluxibly, while entered."""
+    """A handler that collects the log lines of fluxibly while it is entered."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class Lines(logging.Handler):
 
 
 class Sends:
-    """Notes each request that the provider gets, among what the consumer gets."""
+    """A provider that records each request, in order with the events that the consumer gets."""
 
     def _next_steps(self, request):
         self.order.append("send")
@@ -68,7 +68,7 @@ class Async(Sends, AsyncScriptedProvider):
 
 
 class Case:
-    """One run: its outcome, what the middleware did and logged, and what the provider saw."""
+    """A run: its outcome, the actions and log lines of the middleware, and the requests to the provider."""
 
     def __init__(self, mode: Mode, kinds, answers, *, threaded: bool = False, **options) -> None:
         self.mode = mode
@@ -91,14 +91,14 @@ class Case:
         self.lines = lines.lines
 
     def outcome(self, *, unwrap: bool = True):
-        """The response, or the error as type and text."""
+        """Return the response, or the error as its type and text."""
         if self.ran.error is None:
             return self.ran.response
         error = root_cause(self.ran.error) if unwrap else self.ran.error
         return type(error), str(error)
 
     def check_ends(self) -> None:
-        """Law 2: everything that began has ended, once."""
+        """Check law 2: everything that began has ended, once."""
         assert self.provider.opened == self.provider.closed
         starts = sorted(line.split()[0] for line in self.log if " start" in line)
         ends = sorted(line.split()[0] for line in self.log if line.endswith(" end"))
@@ -109,7 +109,7 @@ class Case:
 @many
 @given(s.stacks, s.clean_answers)
 def test_modes_agree(kinds, answers):
-    """Law 1: without failures after output, all modes come to the same, and so do the middleware's events."""
+    """Law 1: without failures after output, all modes have the same outcome and the same events in the middleware."""
     cases = [Case(mode, kinds, answers) for mode in MODES]
     first = cases[0]
     for case in cases[1:]:
@@ -140,7 +140,7 @@ def test_modes_agree_about_failures(kinds, answers, restarts):
 @many
 @given(s.stacks.filter(lambda kinds: not set(kinds) & set(s.HANDLING)), s.any_answers)
 def test_streams_wrap_the_error_of_the_whole_call(kinds, answers):
-    """Law 1: where nobody handles errors, a stream's root cause is the whole call's error."""
+    """Law 1: if no middleware handles errors, a stream's root cause is the whole call's error."""
     cases = [Case(mode, kinds, answers) for mode in MODES]
     for case in cases[1:]:
         assert case.outcome() == cases[0].outcome(), case.mode
@@ -148,7 +148,7 @@ def test_streams_wrap_the_error_of_the_whole_call(kinds, answers):
 
 
 def check_stream(case: Case) -> None:
-    """Laws 3 and 4 for a stream that was read to its end."""
+    """Check laws 3 and 4 for a stream that was read to its end."""
     ran = case.ran
     if not case.mode.streaming:
         return
@@ -161,7 +161,7 @@ def check_stream(case: Case) -> None:
         else:
             output = False if isinstance(event, Restart) else output or event.has_output
     if ran.error is not None:
-        # Output that a layer further out dropped has gone past the one that asked again, too.
+        # Output that an outer layer dropped had also passed the layer that asked again.
         refused = "asked ScriptedProvider again" in str(ran.error)
         assert isinstance(ran.error, StreamInterrupted) == (output or refused), ran.error
     if isinstance(ran.error, StreamInterrupted):
@@ -180,7 +180,7 @@ def test_early_stops(kinds, answers, stop_after, mode):
 @many
 @given(s.stacks, s.any_answers, st.integers(0, 4), st.sampled_from(["error", "break", "drop", "cycle"]))
 def test_streams_given_up(kinds, answers, reads, how):
-    """Law 2: so does one that raises, one that breaks off, and one that forgets its stream, found by the collector."""
+    """Law 2: a consumer that raises, breaks off or drops its stream ends every flow, even through the collector."""
     log: list[str] = []
     provider = ScriptedProvider(*(answer.make() for answer in answers))
     pipeline = Pipeline(provider, s.build(kinds, log), clock=VirtualClock())
@@ -266,7 +266,7 @@ class Records(Lines):
 @many
 @given(s.stacks, confidential, st.sampled_from(MODES))
 def test_content_stays_inside(kinds, answers, mode):
-    """Law 9: no part of a prompt appears above DEBUG, in message or record, whatever quotes it."""
+    """Law 9: no part of a prompt appears above DEBUG in a message or record, whatever quotes the prompt."""
     provider = (AsyncScriptedProvider if mode.backend else ScriptedProvider)(*(answer.make() for answer in answers))
     request = Request(model="m", messages=PROMPT)
     with Records() as records:
@@ -284,7 +284,7 @@ def test_content_stays_inside(kinds, answers, mode):
     st.sampled_from(MODES),
 )
 def test_an_answer_is_whole_or_an_error(kinds, answer, mode):
-    """Law 11: what was cut off or failed never passes as an answer, where nobody asks again."""
+    """Law 11: an answer that was cut off or failed is an error, if no middleware asks again."""
     case = Case(mode, kinds, [answer])
     assert case.ran.response is None
     assert case.ran.error is not None
@@ -294,7 +294,7 @@ def test_an_answer_is_whole_or_an_error(kinds, answer, mode):
 @many
 @given(s.stacks, s.any_answers, st.booleans(), st.sampled_from([m for m in MODES if m.backend]))
 def test_sync_providers_in_async_pipelines(kinds, answers, restarts, mode):
-    """Law 1: a sync provider in worker threads comes to the same as in a sync pipeline."""
+    """Law 1: a sync provider has the same outcome in worker threads as in a sync pipeline."""
     case = Case(mode, kinds, answers, restarts=restarts, threaded=True)
     plain = Case(Mode(mode.streaming), kinds, answers, restarts=restarts)
     assert case.outcome(unwrap=False) == plain.outcome(unwrap=False)
@@ -306,7 +306,7 @@ def test_sync_providers_in_async_pipelines(kinds, answers, restarts, mode):
 @many
 @given(s.stacks, s.interrupted_answers, st.sampled_from(MODES))
 def test_interrupts_pass(kinds, answers, mode):
-    """Law 6: what is no Exception reaches the caller as it is, from wherever it comes, and everything ends."""
+    """Law 6: a BaseException that is not an Exception reaches the caller unchanged from anywhere, and all flows end."""
     case = Case(mode, kinds, answers)
     case.check_ends()
     raised = [step for step in case.provider.raised if not isinstance(step, Exception)]
@@ -319,7 +319,7 @@ def test_interrupts_pass(kinds, answers, mode):
 @many
 @given(s.stacks, s.any_answers, st.integers(0, 5), st.sampled_from([m for m in MODES if m.backend]))
 def test_cancellations_pass(kinds, answers, after, mode):
-    """Laws 2 and 6: a cancellation at any await of the provider ends every flow, and the scope gets its own."""
+    """Laws 2 and 6: a cancellation at any await of the provider ends every flow, and reaches its cancel scope."""
     log: list[str] = []
 
     class Cancels(AsyncScriptedProvider):
@@ -374,7 +374,7 @@ def test_cancellations_pass(kinds, answers, after, mode):
 @many
 @given(s.stacks, s.clean_answers, s.clean_answers, st.data())
 def test_calls_keep_apart(kinds, one, two, data):
-    """Laws 5 and 8: streams of one stack, read in any turns, each come to what they are alone."""
+    """Laws 5 and 8: streams of the same stack, read in any turns, have the same outcomes as alone."""
     alone = [Case(Mode(streaming=True), kinds, answers) for answers in (one, two)]
     log: list[str] = []
     stack = s.build(kinds, log)
@@ -405,7 +405,7 @@ def test_calls_keep_apart(kinds, one, two, data):
 @many
 @given(s.stacks, s.any_answers, st.sampled_from(MODES))
 def test_a_raising_log_handler_changes_nothing(kinds, answers, mode):
-    """Law 10: with a handler that raises, the outcome is the same."""
+    """Law 10: a log handler that raises does not change the outcome."""
 
     class Raises(logging.Handler):
         def emit(self, record):

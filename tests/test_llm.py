@@ -1,4 +1,4 @@
-"""LLM and AsyncLLM: the public surface, as the README writes it."""
+"""LLM and AsyncLLM: the public interface, as in the README."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _registries(monkeypatch):
 
 
 def scripted(*answers, **settings):
-    """A configuration whose provider follows a script; and the providers that were made of it."""
+    """Return a configuration whose provider follows a script, and the list of providers that are made from it."""
     made = []
 
     def provider(config):
@@ -64,7 +64,7 @@ def scripted(*answers, **settings):
 
 class TestCalls:
     def test_sync(self):
-        """A string, an iterator of strings, a Response, a Stream."""
+        """The four methods return a str, an iterator of str, a Response and a Stream."""
         llm = LLM(config=ECHO)
         assert llm.forward("Hello there", temperature=0.2) == "Hello there"
         assert list(llm.forward_stream("Count to three")) == ["Count ", "to ", "three"]
@@ -78,7 +78,7 @@ class TestCalls:
         assert stream.response.stats.chunks == 3
 
     def test_async(self, backend):
-        """The same, awaited."""
+        """The methods of AsyncLLM return the same, awaited."""
 
         async def main():
             async with AsyncLLM(ECHO) as llm:
@@ -94,7 +94,7 @@ class TestCalls:
         anyio.run(main, backend=backend)
 
     def test_the_same_objects_everywhere(self):
-        """`fluxibly.llm` promises LLM and LLMConfig too."""
+        """`fluxibly.llm` exports the same LLM and LLMConfig as `fluxibly`."""
         assert fluxibly.llm.LLM is fluxibly.LLM
         assert fluxibly.llm.LLMConfig is fluxibly.LLMConfig
 
@@ -102,13 +102,13 @@ class TestCalls:
         "prompt", ["hi", Message.user("hi"), [Message.user("hi")], (Message.user("hi"),)], ids=repr
     )
     def test_prompts(self, prompt):
-        """A string, a message, a sequence of them."""
+        """A prompt is a str, a message or a sequence of messages."""
         config, made = scripted("ok")
         assert LLM(config).forward(prompt) == "ok"
         assert made[0].requests[0].messages == (Message.user("hi"),)
 
     def test_a_provider_of_ten_lines(self, backend):
-        """Returning and yielding plain strings, it gets the whole default stack; also under AsyncLLM."""
+        """A provider that returns and yields strings has the whole default stack, with LLM and with AsyncLLM."""
 
         class Parrot:
             def __init__(self, config):
@@ -143,15 +143,15 @@ class TestCalls:
 
 class TestSettings:
     def test_of_the_configuration(self):
-        """They are in the request; what is None is not."""
+        """The request has the settings of the configuration, and None for every other setting."""
         config, made = scripted("ok", temperature=0.1, top_p=0.5, additional_params={"top_k": 4})
         LLM(config).forward("hi")
         (request,) = made[0].requests
         assert (request.model, request.temperature, request.top_p, request.max_tokens) == ("m", 0.1, 0.5, None)
         assert request.extra == {"top_k": 4}
 
-    def test_of_a_call_win(self):
-        """Also None, which then is not sent; for this call only."""
+    def test_of_a_call_take_precedence(self):
+        """The settings of a call apply to that call only; None means that a parameter is not sent."""
         config, made = scripted("ok", "ok", temperature=0.1, max_tokens=5)
         llm = LLM(config)
         llm.forward("hi", temperature=None, max_tokens=9, model="other", stop="x", seed=1)
@@ -167,7 +167,7 @@ class TestSettings:
         assert (second.temperature, second.max_tokens, second.model, second.stop) == (0.1, 5, "m", ())
 
     def test_extra_is_merged_over_additional_params(self):
-        """The call wins, and the configuration is not changed."""
+        """The call's `extra` takes precedence, and the configuration stays unchanged."""
         config, made = scripted("ok", "ok", additional_params={"a": 1, "b": 1})
         llm = LLM(config)
         llm.forward("hi", extra={"b": 2, "c": 3})
@@ -175,13 +175,13 @@ class TestSettings:
         assert made[0].requests[0].extra == {"a": 1, "b": 2, "c": 3}
         assert made[0].requests[1].extra == config.additional_params == {"a": 1, "b": 1}
 
-    def test_an_unknown_one_is_a_type_error_with_the_nearest(self, backend):
-        """Raised at the call, in every way to make one."""
+    def test_an_unknown_setting_is_a_type_error_with_the_nearest_name(self, backend):
+        """Every method raises the error at the call."""
         llm = LLM(ECHO)
         for call in (llm.forward, llm.complete, llm.stream, llm.forward_stream, AsyncLLM(ECHO).forward_stream):
-            with pytest.raises(TypeError, match="takes no 'temprature'; did you mean 'temperature'"):
+            with pytest.raises(TypeError, match="a call has no setting 'temprature'; did you mean 'temperature'"):
                 call("hi", temprature=1)
-        with pytest.raises(TypeError, match="provider parameters go in extra="):
+        with pytest.raises(TypeError, match="pass provider parameters in extra="):
             llm.forward("hi", presence=1)
 
         async def main():
@@ -191,18 +191,18 @@ class TestSettings:
         anyio.run(main, backend=backend)
 
     def test_out_of_range(self):
-        """All that is wrong in one error, at the call."""
+        """A single error at the call lists all values out of range."""
         with pytest.raises(ConfigError) as caught:
             LLM(ECHO).forward_stream("hi", temperature=3, max_tokens=0, model="", extra="x")
         assert caught.value.problems == (
             "temperature: expected a number from 0 to 2, got 3",
             "max_tokens: expected a whole number from 1 up, got 0",
             "model: expected a non-empty str, got ''",
-            "extra: expected a mapping (in YAML, a table), got 'x'",
+            "extra: expected a mapping (in YAML, a table), got a str",
         )
 
     def test_of_the_wrong_kind(self):
-        """What has no range has a type."""
+        """A setting without a range is checked for its type."""
         with pytest.raises(ConfigError) as caught:
             LLM(ECHO).forward("hi", seed="a", n=0, top_k=1.5, tool_choice=5, reasoning_effort=5, headers={"a": 5})
         assert caught.value.problems == (
@@ -215,20 +215,20 @@ class TestSettings:
         )
 
     def test_restarts_are_for_streams(self):
-        """The keyword of `stream` elsewhere."""
-        with pytest.raises(TypeError, match="takes no 'restarts'; it is for stream"):
+        """Methods other than `stream` refuse `restarts`."""
+        with pytest.raises(TypeError, match=r"no setting 'restarts'; only stream\(\) takes it"):
             LLM(ECHO).forward("hi", restarts=True)
 
 
 class TestStacks:
     def test_the_default(self):
-        """Outermost first."""
+        """The default stack has these middleware, outermost first."""
         kinds = [type(layer) for layer in LLM(ECHO).pipeline.middleware]
         assert kinds == [Logging, Tracing, Metrics, Timing, StreamMeter, Validation, Retry]
         assert LLM(attrs.evolve(ECHO, max_retries=7)).pipeline.middleware[-1] == Retry(max_retries=7)
 
-    def test_of_ones_own(self):
-        """The first is outermost."""
+    def test_a_custom_stack(self):
+        """The first middleware is outermost."""
         log = []
 
         def layer(name):
@@ -242,11 +242,11 @@ class TestStacks:
         assert log == ["a", "b"]
 
     def test_none_at_all(self):
-        """An empty list is no default stack."""
+        """An empty list means an empty stack, not the default stack."""
         assert LLM(ECHO, middleware=[]).pipeline.middleware == ()
 
     def test_of_the_configuration(self):
-        """Names, with settings or without; those of the call to `LLM` win."""
+        """A configuration names middleware with or without settings; a stack passed to `LLM` takes precedence."""
         register_middleware("quiet", lambda **settings: Validation(**settings))
         config = LLMConfig(
             framework="echo",
@@ -257,14 +257,14 @@ class TestStacks:
         assert LLM(config, [Timing()]).pipeline.middleware == (Timing(),)
 
     def test_from_yaml(self, tmp_path):
-        """The section `llm:`, its stack included."""
+        """`from_yaml` reads the section `llm:`, including its stack."""
         file = tmp_path / "framework.yaml"
         file.write_text("llm: {framework: echo, model: m, middleware: [logging, retry: {max_retries: 1}]}")
         assert LLM.from_yaml(file).pipeline.middleware == (Logging(), Retry(max_retries=1))
         assert AsyncLLM.from_yaml(str(file), middleware=[]).pipeline.middleware == ()
 
     def test_the_repr_is_the_configuration_without_the_key(self):
-        """It reads as what would run."""
+        """The repr shows the model and the stack that would run, without the key."""
         config = attrs.evolve(ECHO, api_key="sk-secret-0123456789")
         llm = LLM(config, [Logging(), StreamMeter()])
         assert repr(llm) == "LLM('echo', 'm', middleware=[Logging(), StreamMeter()])"
@@ -278,7 +278,7 @@ class TestStacks:
 
 class TestStreams:
     def test_without_stream_the_error_says_so_at_the_call(self):
-        """NotImplementedError, for the sync and the async LLM."""
+        """A provider without `stream` raises NotImplementedError at the call, in LLM and AsyncLLM."""
 
         class Whole:
             def __init__(self, config):
@@ -296,7 +296,7 @@ class TestStreams:
         assert LLM(config).forward("hi") == "ok"
 
     def test_forward_stream_starts_at_the_call(self, caplog):
-        """ "started" is logged then, and nothing is sent; closed unread it ends as abandoned."""
+        """The call logs "started" and sends nothing; a stream that is closed unread ends as abandoned."""
         caplog.set_level(logging.INFO, logger="fluxibly")
         config, made = scripted("a b")
         texts = LLM(config).forward_stream("hi")
@@ -324,7 +324,7 @@ class TestStreams:
         assert (made[0].opened, made[0].closed) == (1, 1)
 
     def test_leaving_early_in_async(self, backend, caplog):
-        """Closed unread, or after a text."""
+        """An async stream that is closed unread, or after a text, is logged as abandoned."""
         caplog.set_level(logging.INFO, logger="fluxibly")
         config, made = scripted("a b c")
 
@@ -342,12 +342,12 @@ class TestStreams:
         assert (made[1].opened, made[1].closed) == (1, 1)
 
     def test_texts_that_are_empty_are_left_out(self):
-        """A chunk of reasoning or usage has none."""
+        """`forward_stream` leaves out the empty texts of chunks with only reasoning or a finish reason."""
         config, _ = scripted([Chunk(reasoning="hm"), "a", Chunk(finish_reason="stop")])
         assert list(LLM(config).forward_stream("hi")) == ["a"]
 
     def test_errors_come_at_the_first_iteration(self):
-        """Those of the provider, as they are before output, and after it as StreamInterrupted."""
+        """A provider's error comes unchanged before output, and as StreamInterrupted after output."""
         config, _ = scripted(ProviderError("no"), ["a", LookupError("odd")])
         llm = LLM(config, [])
         texts = llm.forward_stream("hi")
@@ -361,7 +361,7 @@ class TestStreams:
         assert caught.value.partial.text == "a"
 
     def test_restarts(self):
-        """For a consumer that asks for them."""
+        """A consumer that asks for restarts gets them as events."""
         config, _ = scripted(["a", ServerError("down")], ["b"])
         llm = LLM(config, [Retry(on_interrupt="restart", base_delay=0)])
         with llm.stream("hi", restarts=True) as stream:
@@ -371,7 +371,7 @@ class TestStreams:
 
 class TestClosing:
     def test_close(self):
-        """It closes the provider; twice is fine; a call after it is an error."""
+        """`close` closes the provider and may be called twice; a later call is an error."""
         config, made = scripted("ok")
         with LLM(config) as llm:
             pass
@@ -382,7 +382,7 @@ class TestClosing:
                 call("hi")
 
     def test_aclose(self, backend):
-        """Likewise."""
+        """`aclose` closes the provider and may be called twice."""
         config, made = scripted("ok")
 
         async def main():

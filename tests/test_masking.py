@@ -1,4 +1,4 @@
-"""Masking: no key, and no run of a prompt, comes through to a log or a span."""
+"""Masking: no key and no run of a prompt reaches a log or a span."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def asking(*contents):
 
 
 def shared(text, content):
-    """The runs of 12 characters that both have."""
+    """Return the runs of 12 characters that both texts contain."""
     runs = {content[at : at + RUN] for at in range(len(content) - RUN + 1)}
     return [text[at : at + RUN] for at in range(len(text) - RUN + 1) if text[at : at + RUN] in runs]
 
@@ -29,7 +29,7 @@ def shared(text, content):
 class TestRequests:
     @given(texts, texts, texts, st.integers(0, 50), st.integers(0, 60), echoes)
     def test_no_shared_run_survives(self, before, content, after, start, length, echo):
-        """Whatever part of a prompt a server echoes, and however it escapes it."""
+        """Every part of a prompt that a server echoes is masked, however the server escapes it."""
         echoed = echo(content[start : start + length])
         masked = mask_request(before + echoed + after, asking(content))
         assert shared(masked, content) == []
@@ -39,24 +39,24 @@ class TestRequests:
 
     @given(texts, texts)
     def test_what_is_not_shared_stays(self, text, content):
-        """A message that quotes nothing is left as it is."""
+        """A message that quotes nothing stays unchanged."""
         if not any(shared(text, form) for form in (content, json.dumps(content), repr(content))) and not any(
             shared(text, form) for form in (json.dumps(content, ensure_ascii=False),)
         ):
             assert mask_request(text, asking(content)) == text
 
     def test_only_the_run_is_cut(self):
-        """What the server says around it can be read."""
+        """The server's words around a quote stay readable."""
         request = asking("Please tell me all about Ann and her illness.")
         text = "400: 'tell me all about Ann, is not allowed (code 7)"
         assert mask_request(text, request) == "400: '[…], is not allowed (code 7)"
 
     def test_short_quotes_stay(self):
-        """A word that both have says little."""
+        """A word that both texts contain is too short to be masked."""
         assert mask_request("unknown model 'small'", asking("a small one")) == "unknown model 'small'"
 
     def test_tool_calls_and_reasoning_are_content(self):
-        """Of whatever message in the conversation."""
+        """The tool calls and the reasoning of every message in the conversation are masked."""
         answer = Message(
             "assistant",
             tool_calls=[ToolCall("1", "look", {"patient": "Ann Smith-Jones"})],
@@ -67,18 +67,18 @@ class TestRequests:
         assert mask_request(text, request) == "cannot take […], nor […]"
 
     def test_long_messages_are_cut(self):
-        """To 2,000 characters."""
+        """A message is cut to 2,000 characters."""
         assert mask_request("x" * 5_000, asking("y")) == "x" * 2_000 + "…"
 
     @pytest.mark.parametrize("content", ["lorem ipsum " * 900_000, "a" * 10_000_000], ids=["words", "one letter"])
     def test_a_prompt_of_ten_megabytes(self, content):
-        """Is masked too, in bounded time."""
+        """A prompt of ten megabytes is masked in bounded time."""
         assert content[:40] not in mask_request(f"no: {content[:1900]}", asking(content))
 
 
 class TestErrors:
     def test_the_answer_is_content_too(self):
-        """What validation quotes of it, and what a broken stream had brought."""
+        """Quotes from an answer are masked, in validation errors and in errors of an interrupted stream."""
         response = Response("the patient has measles")
         invalid = ResponseInvalid("'the patient has measles' is too long", response=response)
         assert "measles" not in error_message(invalid, [asking("hi")])
@@ -88,7 +88,7 @@ class TestErrors:
         assert error_message(stopped, [asking("hi")]) == "after '[…]'"
 
     def test_each_request_is_masked(self):
-        """Of a call whose middleware changed the prompt."""
+        """Every request of a call whose middleware changed the prompt is masked."""
         error = ServerError("cannot do: one long prompt, quite different words.")
         assert (
             error_message(error, [asking("one long prompt"), asking("quite different words")]) == "cannot do: […], […]."
@@ -110,7 +110,7 @@ class TestSecrets:
         ],
     )
     def test_however_it_is_written(self, written):
-        """Plain, as JSON, as Python's repr of a str or of bytes, in a URL."""
+        """A key is masked if it is plain, in JSON, in a Python repr of a str or of bytes, or in a URL."""
         masked = mask_secrets(f"wrong key {written}, sorry", [self.SECRET])
         assert "key+" not in masked
         assert "key%2B" not in masked
@@ -118,14 +118,14 @@ class TestSecrets:
         assert masked.endswith(", sorry")
 
     def test_without_the_line_end_it_was_read_with(self):
-        """A key from a file may have one that the server does not echo."""
+        """A key from a file is masked even if the server echoes it without the line end."""
         assert mask_secrets("bad key sk-123", ["sk-123\n"]) == "bad key ***"
         assert mask_secrets(repr(b"Bearer sk-123\n"), ["sk-123\n"]) == "b'Bearer ***'"
 
-    def test_one_that_holds_another(self):
-        """The longer one goes first."""
+    def test_a_secret_that_contains_another(self):
+        """The longer secret is replaced first."""
         assert mask_secrets("key sk-1-extra", ["sk-1", "sk-1-extra"]) == "key ***"
 
-    def test_empty_ones_are_none(self):
-        """Nothing is masked for them."""
+    def test_empty_secrets_are_ignored(self):
+        """An empty secret masks nothing."""
         assert mask_secrets("a text", ["", " \n"]) == "a text"

@@ -1,4 +1,4 @@
-"""Frameworks and middleware by name."""
+"""The registration of frameworks and middleware by name."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Parrot:
 
 
 def test_a_registered_class_is_made_with_the_configuration():
-    """The provider's class gets the LLMConfig."""
+    """A registered class is called with the LLMConfig."""
     register_llm_framework("parrot", Parrot)
     with LLM(LLMConfig(framework="parrot", model="m")) as llm:
         assert llm.forward("Hello") == "Hello"
@@ -33,13 +33,13 @@ def test_a_registered_class_is_made_with_the_configuration():
 
 
 def test_any_callable_can_be_registered():
-    """A function that makes a provider will do."""
+    """A function that returns a provider may be registered instead of a class."""
     register_llm_framework("made", lambda config: Parrot(config))
     assert LLM(LLMConfig(framework="made", model="m")).forward("x") == "x"
 
 
 def test_an_unknown_framework_names_the_known_and_the_nearest():
-    """The error has the contract's wording, and a suggestion."""
+    """The error has the wording of the contract, with a suggestion."""
     with pytest.raises(FrameworkNotRegistered) as caught:
         LLM(LLMConfig(framework="opnai", model="m"))
     assert str(caught.value).startswith("LLM framework 'opnai' not registered. Available frameworks: [")
@@ -48,7 +48,7 @@ def test_an_unknown_framework_names_the_known_and_the_nearest():
 
 
 def test_a_name_in_use_is_refused_unless_replaced():
-    """Also a built-in one; `replace=True` takes it over."""
+    """A name in use is refused, even if it is built in; `replace=True` replaces it."""
     register_llm_framework("mine", Parrot)
 
     class Other(Parrot):
@@ -63,7 +63,7 @@ def test_a_name_in_use_is_refused_unless_replaced():
 
 
 def test_the_same_class_defined_again_may_register_again():
-    """As running a notebook's cell twice does."""
+    """A class that is defined again may be registered again, as when a notebook cell runs twice."""
 
     def define():
         class Cell:
@@ -80,28 +80,28 @@ def test_the_same_class_defined_again_may_register_again():
 
 @pytest.mark.parametrize("name", ["", "  ", None])
 def test_an_empty_name_is_refused(name):
-    """For frameworks and middleware alike."""
-    with pytest.raises(ValueError, match="needs a name"):
+    """An empty name is refused for frameworks and for middleware."""
+    with pytest.raises(ValueError, match="name: expected a non-empty str"):
         register_llm_framework(name, Parrot)
-    with pytest.raises(ValueError, match="needs a name"):
+    with pytest.raises(ValueError, match="name: expected a non-empty str"):
         register_middleware(name, Logging)
 
 
 def test_what_cannot_be_called_is_refused():
-    """Registering an object in place of its class."""
-    with pytest.raises(TypeError, match="register a class"):
+    """An object that cannot be called is refused instead of a class."""
+    with pytest.raises(TypeError, match="expected a class or another callable"):
         register_llm_framework("x", 3)
 
 
 def test_a_missing_extra_names_the_install_command(monkeypatch):
-    """Before anything is imported."""
+    """The error for a missing extra names the install command, before anything is imported."""
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'litellm\[mcp\]'"):
         LLM(LLMConfig(framework="litellm", model="m"))
 
 
 def test_the_listed_keys_are_those_of_the_providers(monkeypatch):
-    """The environment variable that a framework is listed with is the one that its provider asks for."""
+    """The environment variable that a framework is listed with is the variable that its provider reads."""
     for framework in frameworks().values():
         if framework.env_var is None or not framework.installed:
             continue
@@ -113,7 +113,7 @@ def test_the_listed_keys_are_those_of_the_providers(monkeypatch):
 
 
 def test_every_built_in_framework_has_its_classes():
-    """Sync and async, by the names in the table."""
+    """Every installed framework has the sync and async classes that the table names."""
     for framework in frameworks().values():
         if framework.installed:
             assert callable(framework.factory(asynchronous=False))
@@ -121,7 +121,7 @@ def test_every_built_in_framework_has_its_classes():
 
 
 def test_middleware_by_name_with_settings():
-    """As YAML gives it: names, tables of one name, and objects."""
+    """A stack may hold names, tables with a single name, and objects."""
     layer = Retry(max_retries=1)
     stack = make_middleware(["logging", {"retry": {"max_retries": 5}}, {"timing": None}, layer])
     assert isinstance(stack[0], Logging)
@@ -137,19 +137,19 @@ def test_middleware_by_name_with_settings():
         ({"retry": {"max_retries": -1}}, "whole number"),
         ({"retry": 3}, "table of settings"),
         ({"retry": {}, "logging": {}}, "table of one name"),
-        (3, "a name or a table"),
+        (3, "expected the name of a middleware or a table"),
         ({"os.system": {}}, "not registered"),
     ],
 )
 def test_bad_middleware_in_a_configuration(item, message):
-    """Each is a ConfigError with the item's place."""
+    """Each wrong item is a ConfigError that names the item's place."""
     with pytest.raises(ConfigError, match=message) as caught:
         make_middleware([item])
     assert str(caught.value).startswith("middleware[0]")
 
 
 def test_a_registered_middleware_function_is_used_as_it_is():
-    """A generator function is the middleware, not a factory of one."""
+    """A generator function is the middleware itself, not a factory."""
 
     def shout(request, call_next):
         response = yield from call_next(request)
@@ -162,7 +162,7 @@ def test_a_registered_middleware_function_is_used_as_it_is():
 
 
 def test_entry_points_are_found(monkeypatch):
-    """Other packages' frameworks and middleware are there without an import of theirs beforehand."""
+    """The frameworks and middleware of other packages are found without importing the packages first."""
     from importlib.metadata import EntryPoint
 
     points = {

@@ -178,7 +178,7 @@ def differs_by_chunk(request, call_next):
 def swallows_everything(request, call_next):
     try:
         return (yield from call_next(request))
-    except BaseException:
+    except BaseException:  # noqa: BLE001  # the mistake under test
         return Response("never mind")
 
 
@@ -214,7 +214,7 @@ def yields_when_closed(request, call_next):
 def retries_whatever(request, call_next):
     try:
         return (yield from call_next(request))
-    except Exception:
+    except Exception:  # noqa: BLE001  # the mistake under test
         return (yield from call_next(request))
 
 
@@ -350,7 +350,7 @@ class TestByHand:
         assert call.sent is None
         assert call.sleeps == 2
         with pytest.raises(AssertionError, match=r"expected a finished call, got a call that waits for Sleep"):
-            call.response
+            call.response  # noqa: B018  # the look-up raises
         call.go_on()
         assert call.sleeps is None
         call.answer("hello")
@@ -368,7 +368,7 @@ class TestByHand:
         def greedy(request, call_next):
             try:
                 return (yield from call_next(request))
-            except BaseException:
+            except BaseException:  # noqa: BLE001  # the mistake under test
                 return Response("never mind")
 
         call = ByHand(greedy, REQUEST)
@@ -581,7 +581,7 @@ class TestCheckProvider:
                     raise LookupError("another error")
                 yield from self.reply(request)
 
-        with pytest.raises(AssertionError, match="law 1 .*got 'ServerError: failed on request' and 'LookupError"):
+        with pytest.raises(AssertionError, match=r"law 1 .*got 'ServerError: failed on request' and 'LookupError"):
             check_provider(Partly(), failing=[FAILING])
 
 
@@ -624,7 +624,7 @@ class TestCheckCodec:
             def decoder(self):
                 return Decoder()
 
-        with pytest.raises(AssertionError, match="law 11 .*expected an error when stream 0 ends at byte 0, got"):
+        with pytest.raises(AssertionError, match=r"law 11 .*expected an error when stream 0 ends at byte 0, got"):
             check_codec(Trusting(), [b"data: a\n\ndata: b\n\n"])
 
     def test_finds_a_dependence_on_reads(self):
@@ -646,5 +646,5 @@ class TestCheckCodec:
             def decoder(self):
                 return Decoder()
 
-        with pytest.raises(AssertionError, match="got .* read at once and .* read byte by byte"):
+        with pytest.raises(AssertionError, match=r"got .* read at once and .* read byte by byte"):
             check_codec(Odd(), [b"1\n2\n"])

@@ -1,4 +1,4 @@
-"""The data: what can be said in short, what is refused, and that chunks add up to responses."""
+"""The data classes: short forms, refused values, and chunks that add up to responses."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def joined(*chunks):
 
 class TestMessages:
     def test_short_forms(self):
-        """A constructor a role."""
+        """Each role has a constructor."""
         assert Message.system("be brief").role == "system"
         assert Message.user("hi").content == (Text("hi"),)
         assert Message.assistant("yes").role == "assistant"
@@ -47,7 +47,7 @@ class TestMessages:
         assert attrs.asdict(Message.tool("42", call), recurse=False)["name"] == "look"
 
     def test_parts(self):
-        """Text and images in order; `text` is the text of all."""
+        """Text and images stay in order, and `text` joins all texts."""
         image = Image(data=b"png", media_type="image/png")
         message = Message.user(["what is ", image, Text("this?")])
         assert message.content == (Text("what is "), image, Text("this?"))
@@ -55,7 +55,7 @@ class TestMessages:
         assert "png'" not in repr(image).replace("image/png", "")
 
     def test_an_answer_goes_back(self):
-        """A response as an assistant's message keeps its tool calls and the reasoning that must go back."""
+        """An assistant's message from a response keeps the tool calls and the reasoning that must be sent back."""
         response = Response("a", tool_calls=[ToolCall("1", "f")], reasoning_parts=[Reasoning(text="hm", signature="s")])
         message = Message.assistant(response)
         assert (message.text, message.tool_calls, message.reasoning) == (
@@ -67,52 +67,68 @@ class TestMessages:
     @pytest.mark.parametrize(
         ("make", "error", "message"),
         [
-            (lambda: Message("robot", "hi"), ValueError, "role is one of system, user, assistant, tool, not 'robot'"),
-            (lambda: Message.user(3), TypeError, "content is a str, Text, Image or a sequence of these, not an? int"),
-            (lambda: Message.user(["a", 3]), TypeError, "a part of a message is a str, Text or Image, not an? int"),
-            (lambda: Image(), ValueError, "either url= or data="),
-            (lambda: Image(url="u", data=b"d"), ValueError, "either url= or data="),
+            (
+                lambda: Message("robot", "hi"),
+                ValueError,
+                "role: expected one of system, user, assistant, tool, got 'robot'",
+            ),
+            (lambda: Message.user(3), TypeError, "content: expected a str, Text, Image or a sequence .*, got an int"),
+            (lambda: Message.user(["a", 3]), TypeError, "expected a str, Text or Image as a part, got an int"),
+            (lambda: Image(), ValueError, "expected either url= or data=, got neither"),
+            (lambda: Image(url="u", data=b"d"), ValueError, "expected either url= or data=, got both"),
             (lambda: Image(data=b"d"), ValueError, "needs media_type="),
-            (lambda: Image(url=3), TypeError, "an Image's url= is a str, not an? int"),
-            (lambda: Image(data="cG5n", media_type="image/png"), TypeError, "is bytes, not a str; decode base64 first"),
-            (lambda: Message.user({"type": "text"}), TypeError, "content is a str, .* not a dict"),
-            (lambda: Message.tool({"degrees": 20}, "call-1"), TypeError, "content is a str, .* not a dict"),
-            (lambda: Message.user(b"hi"), TypeError, "content is a str, .* not a bytes"),
-            (lambda: Message.tool("20", 1), TypeError, "needs the ToolCall that it answers, or its id, not an? int"),
-            (lambda: Message.assistant("", tool_calls=3), TypeError, "a sequence of ToolCall, not an? int"),
+            (lambda: Image(url=3), TypeError, "an Image's url: expected a str, got an int"),
+            (lambda: Image(data="cG5n", media_type="image/png"), TypeError, "bytes, got a str; decode base64 first"),
+            (lambda: Message.user({"type": "text"}), TypeError, "content: expected a str, .*, got a dict"),
+            (lambda: Message.tool({"degrees": 20}, "call-1"), TypeError, "content: expected a str, .*, got a dict"),
+            (lambda: Message.user(b"hi"), TypeError, "content: expected a str, .*, got a bytes"),
+            (lambda: Message.tool("20", 1), TypeError, "the ToolCall that it answers, or its id, got an int"),
+            (lambda: Message.assistant("", tool_calls=3), TypeError, "a sequence of ToolCall, got an int"),
             (
                 lambda: Message.assistant("", tool_calls=[{"id": "1"}]),
                 TypeError,
-                "tool_calls are a sequence of ToolCall, but there is a dict in it",
+                "tool_calls: expected a sequence of ToolCall, got a dict in the sequence",
             ),
-            (lambda: Message("assistant", reasoning=["hm"]), TypeError, "a sequence of Reasoning, but there is a str"),
+            (lambda: Message("assistant", reasoning=["hm"]), TypeError, "a sequence of Reasoning, got a str"),
             (lambda: Request(model="m", messages=""), ValueError, "the prompt is empty"),
             (
                 lambda: Request(model="m", messages="hi", stop=5),
                 TypeError,
-                "stop is a str or a sequence .* not an? int",
+                "stop: expected a str or a sequence .*, got an int",
             ),
-            (lambda: Request(model="m", messages="hi", stop=["a", 5]), TypeError, "stop .* there is an? int in it"),
-            (lambda: Request(model="m", messages="hi").evolve(stop=0), TypeError, "stop is a str or a sequence"),
+            (
+                lambda: Request(model="m", messages="hi", stop=["a", 5]),
+                TypeError,
+                "stop: .*, got an int in the sequence",
+            ),
+            (lambda: Request(model="m", messages="hi").evolve(stop=0), TypeError, "stop: expected a str or a sequence"),
             (
                 lambda: Request(model="m", messages="hi", tools=3),
                 TypeError,
-                "tools is a sequence of Tool .* not an? int",
+                "tools: expected a sequence of Tool .*, got an int",
             ),
-            (lambda: Request(model="m", messages="hi", tools=Tool("a")), TypeError, "tools is a .* not a Tool"),
-            (lambda: Request(model="m", messages="hi", tools={"name": "a"}), TypeError, "tools is a .* not a dict"),
+            (lambda: Request(model="m", messages="hi", tools=Tool("a")), TypeError, "tools: expected .*, got a Tool"),
+            (
+                lambda: Request(model="m", messages="hi", tools={"name": "a"}),
+                TypeError,
+                "tools: expected .*, got a dict",
+            ),
             (lambda: Request(model="m", messages=[]), ValueError, "the prompt has no messages"),
-            (lambda: Request(model="m", messages=3), TypeError, "a prompt is a str or a sequence of Message"),
+            (lambda: Request(model="m", messages=3), TypeError, "the prompt: expected a str or a sequence of Message"),
             (
                 lambda: Request(model="m", messages=None),
                 TypeError,
-                "a prompt is a str or a sequence of Message, not None",
+                "the prompt: expected a str or a sequence of Message, got None",
             ),
-            (lambda: Request(model="m", messages=["hi"]), TypeError, r"has an? str in it; write Message.user\(...\)"),
-            (lambda: Request(model="m", messages={"a": 1}), TypeError, "a prompt is a str or a sequence"),
-            (lambda: Tool(len), TypeError, "a Tool's name is a str, not a builtin"),
-            (lambda: Tool("f", "", "{}"), TypeError, r"parameters are a JSON Schema \(a mapping\), not a str"),
-            (lambda: Request(model="m", messages="hi", tools=[3]), TypeError, "a tool is a Tool or a mapping"),
+            (
+                lambda: Request(model="m", messages=["hi"]),
+                TypeError,
+                r"a str in the sequence; write Message.user\(...\)",
+            ),
+            (lambda: Request(model="m", messages={"a": 1}), TypeError, "the prompt: expected a str or a sequence"),
+            (lambda: Tool(len), TypeError, "a Tool's name: expected a str, got a builtin"),
+            (lambda: Tool("f", "", "{}"), TypeError, r"parameters: expected a JSON Schema \(a mapping\), got a str"),
+            (lambda: Request(model="m", messages="hi", tools=[3]), TypeError, "a tool: expected a Tool or a mapping"),
             (lambda: Request(model="m", messages="hi", tools=[{}]), ValueError, "needs a 'name'"),
             (
                 lambda: Request(model="m", messages="hi").evolve(temp=1),
@@ -123,7 +139,7 @@ class TestMessages:
         ],
     )
     def test_refusals(self, make, error, message):
-        """What is wrong is told when it is made."""
+        """A wrong value is refused when the object is made."""
         with pytest.raises(error, match=message):
             make()
 
@@ -141,7 +157,7 @@ class TestMessages:
         ids=str,
     )
     def test_an_empty_prompt(self, messages):
-        """A user who asks nothing now, or nothing said at all, is refused as an empty string is."""
+        """A prompt is empty if its last message is an empty message of a user, or if no message has content."""
         for make in (lambda: Request(model="m", messages=messages), lambda: REQUEST.evolve(messages=messages)):
             with pytest.raises(ValueError) as caught:
                 make()
@@ -160,24 +176,28 @@ class TestMessages:
         ids=str,
     )
     def test_a_prompt_without_much_text(self, messages):
-        """An image, calls of tools, their empty results and signed reasoning are something."""
+        """Images, tool calls, their empty results and signed reasoning count as content."""
         assert Request(model="m", messages=messages).messages == tuple(messages)
 
 
 class TestToolCalls:
     def test_arguments_both_ways(self):
-        """Either form gives the other."""
+        """Each form of the arguments is derived from the other."""
         assert ToolCall("1", "f", {"a": "ü"}).raw_arguments == '{"a": "ü"}'
         assert ToolCall("1", "f", raw_arguments='{"a": 1}').arguments == {"a": 1}
         assert ToolCall("1", "f", raw_arguments="  ").error is None
 
     @pytest.mark.parametrize(
         ("raw", "error"),
-        [("{", "not JSON"), ("[1]", "a JSON list, not an object"), ("[" * 100_000, "nested too deeply|not JSON")],
+        [
+            ("{", "not JSON"),
+            ("[1]", "expected a JSON object, got a list"),
+            ("[" * 100_000, "nested too deeply|not JSON"),
+        ],
         ids=["cut", "list", "deep"],
     )
-    def test_what_is_no_object(self, raw, error):
-        """The text stays as it is, and `error` says what is wrong with it."""
+    def test_arguments_that_are_not_an_object(self, raw, error):
+        """The text stays unchanged, and `error` says what is wrong with it."""
         call = ToolCall("1", "f", raw_arguments=raw)
         assert call.arguments == {}
         assert call.raw_arguments == raw
@@ -186,17 +206,23 @@ class TestToolCalls:
     @pytest.mark.parametrize(
         ("make", "message"),
         [
-            (lambda: ToolCall("1", "f", '{"a": 1}'), "arguments are a mapping, not a str; text is raw_arguments="),
-            (lambda: ToolCall("1", "f", raw_arguments={"a": 1}), "raw_arguments are a str, not a dict; use arguments="),
+            (
+                lambda: ToolCall("1", "f", '{"a": 1}'),
+                "arguments: expected a mapping, got a str; pass text as raw_arguments=",
+            ),
+            (
+                lambda: ToolCall("1", "f", raw_arguments={"a": 1}),
+                "raw_arguments: expected a str, got a dict; pass a mapping as arguments=",
+            ),
         ],
     )
     def test_arguments_in_the_wrong_place(self, make, message):
-        """Text and mapping have a name each."""
+        """Text as `arguments` and a mapping as `raw_arguments` are refused."""
         with pytest.raises(TypeError, match=message):
             make()
 
     def test_tools_of_mappings(self):
-        """OpenAI's and Anthropic's forms are understood."""
+        """Mappings in OpenAI's and in Anthropic's form are accepted as tools."""
         schema = {"type": "object", "properties": {"a": {}}}
         request = Request(
             model="m",
@@ -212,7 +238,7 @@ class TestToolCalls:
 
 class TestRequests:
     def test_evolve_shares_the_record(self):
-        """And converts what it is given."""
+        """`evolve` shares the call's record and converts the changes."""
         request = Request(model="m", messages="hi", stop="end")
         other = request.evolve(messages="ho", temperature=0.5, stop=["a", "b"])
         assert other.call is request.call
@@ -221,18 +247,18 @@ class TestRequests:
         assert (request.temperature, request.stop) == (None, ("end",))
 
     def test_requests_cannot_be_changed(self):
-        """Nor can responses and messages."""
+        """Requests, responses and messages are immutable."""
         for thing in Request(model="m", messages="hi"), Response("x"), Message.user("hi"):
             with pytest.raises(attrs.exceptions.FrozenInstanceError):
                 thing.model = "other"
 
     def test_prompt_length(self):
-        """Counts the characters of all texts."""
+        """`prompt_length` counts the characters of all texts."""
         messages = [Message.system("abc"), Message.user(["de", Image(url="http://x"), "f"])]
         assert Request(model="m", messages=messages).prompt_length == 6
 
     def test_records_are_apart(self):
-        """What is written to one call's record is not in another's."""
+        """The records of two calls share no data."""
         one, two = CallRecord(), CallRecord()
         one.notes["a"] = 1
         one.timings["b"] = 2.0
@@ -242,13 +268,13 @@ class TestRequests:
 
 class TestNumbers:
     def test_usage(self):
-        """The total is known if any part is."""
+        """The total is known if either count is known."""
         assert Usage().total_tokens is None
         assert Usage(output_tokens=3).total_tokens == 3
         assert Usage(input_tokens=2, output_tokens=3).total_tokens == 5
 
     def test_stream_stats(self):
-        """Rates are None where no time passed or nothing was counted."""
+        """Rates are None if no time passed or no tokens were counted."""
         stats = StreamStats(chunks=4, characters=20, streaming_time=2.0, tokens=6)
         assert stats.average_chunk_size == 5.0
         assert stats.characters_per_second == 10.0
@@ -289,13 +315,13 @@ class TestAggregation:
     @settings(deadline=None)
     @given(responses)
     def test_a_response_as_one_chunk(self, response):
-        """A response made a chunk and joined again is that response."""
+        """A response that is turned into a chunk and aggregated again is the same response."""
         assert joined(as_chunk(response)) == response
 
     @settings(deadline=None)
     @given(st.lists(st.text()), st.lists(st.text()))
     def test_texts_add_up(self, texts, reasoning):
-        """Texts and reasoning are each joined in order, whatever lies between."""
+        """Texts and reasoning are each joined in order, whatever chunks lie between."""
         response = joined(*map(Chunk, texts), Chunk(), *(Chunk(reasoning=r) for r in reasoning))
         assert response.text == "".join(texts)
         assert response.reasoning == "".join(reasoning)
@@ -303,7 +329,7 @@ class TestAggregation:
     @settings(deadline=None)
     @given(st.data())
     def test_tool_calls_in_fragments(self, data):
-        """Calls cut anywhere and interleaved by index are whole again."""
+        """Tool calls that are cut anywhere and interleaved by index are joined again."""
         calls = data.draw(st.lists(st.text(alphabet="{}a", max_size=5), min_size=1, max_size=3))
         pieces = [
             [ToolCallDelta(index=n, id=f"c{n}", name="f"), *(ToolCallDelta(index=n, arguments=x) for x in text)]
@@ -317,7 +343,7 @@ class TestAggregation:
         assert got == {f"c{n}": text or "{}" for n, text in enumerate(calls)}
 
     def test_fragments_without_an_index(self):
-        """They go on the call of their id, else the last."""
+        """A fragment without an index continues the call with its id, else the last call."""
         response = joined(
             Chunk(tool_calls=(ToolCallDelta(id="a", name="f", arguments="{"), ToolCallDelta(id="b", name="g"))),
             Chunk(tool_calls=(ToolCallDelta(id="a", arguments="}"), ToolCallDelta(arguments="{ }"))),
@@ -325,7 +351,7 @@ class TestAggregation:
         assert [(c.id, c.raw_arguments) for c in response.tool_calls] == [("a", "{}"), ("b", "{ }")]
 
     def test_calls_that_are_all_numbered_0(self):
-        """A new id with a new name begins a new call."""
+        """A fragment with a new id and a name begins a new call, whatever its index."""
         response = joined(
             Chunk(tool_calls=(ToolCallDelta(index=0, id="a", name="f", arguments="{}"),)),
             Chunk(tool_calls=(ToolCallDelta(index=0, id="b", name="g", arguments="{}"),)),
@@ -333,7 +359,7 @@ class TestAggregation:
         assert [c.name for c in response.tool_calls] == ["f", "g"]
 
     def test_the_last_word_counts(self):
-        """Of finish reason, usage, model and id; what is empty later changes nothing."""
+        """The last finish reason, usage, model and id count; a later empty value changes nothing."""
         response = joined(
             Chunk(finish_reason="length", model="a", usage=Usage(input_tokens=1)),
             Chunk(finish_reason="stop", usage=Usage(input_tokens=2), raw_finish_reason="END", id="i"),
@@ -344,7 +370,7 @@ class TestAggregation:
         )
 
     def test_choices(self):
-        """Pieces of other choices are put together apart."""
+        """The pieces of each choice are joined separately."""
         response = joined(
             Chunk("a", alternatives=((1, Chunk("x")),)), Chunk("b", alternatives=((2, Chunk("z")), (1, Chunk("y"))))
         )
@@ -361,19 +387,19 @@ class TestAggregation:
         ],
     )
     def test_what_output_is(self, chunk, output):
-        """Text, reasoning and parts of tool calls cannot be taken back."""
+        """Text, reasoning and parts of tool calls are output; metadata is not."""
         assert chunk.has_output == output
         answer = Aggregator()
         answer.add(chunk)
         assert answer.has_output == output
 
     def test_str(self):
-        """The text of a chunk or a response is its str."""
+        """The str of a chunk or a response is its text."""
         assert str(Chunk("a")) == str(Response("a")) == "a"
 
 
 def test_a_requests_repr_has_no_secrets():
-    """Headers are named only, and so is what stands under a secret's name in `extra`; the rest is shown."""
+    """The repr hides the values of headers and of secrets in `extra`, and shows every other value."""
     request = Request(
         model="m",
         messages="hi",

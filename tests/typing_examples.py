@@ -43,7 +43,7 @@ from fluxibly import (
 )
 from fluxibly.config import Timeouts
 from fluxibly.flow import hold_back
-from fluxibly.llm import LLM as SameLLM
+from fluxibly.llm import LLM as SameLLM  # noqa: N811  # LLM is a class
 from fluxibly.middleware import Logging, Metrics, Retry, StreamMeter, Timing, Tracing, Validation
 from fluxibly.testing import AsyncScriptedProvider, ScriptedProvider, VirtualClock
 
@@ -168,7 +168,7 @@ def sync_calls(config: LLMConfig) -> None:
         for event in events:
             assert_type(event, Chunk | Restart)
             if isinstance(event, Restart):
-                print("from the beginning:", event.reason)
+                print("from the beginning:", event.reason)  # noqa: T201  # as a user would write it
     llm.close()
 
 
@@ -189,13 +189,13 @@ def stacks(config: LLMConfig, file: Path) -> None:
         Logging(),
         Tracing(capture="none"),
         Metrics(),
-        Timing(layers=True, record=lambda timings: print(*timings)),
+        Timing(layers=True, record=lambda timings: print(*timings)),  # noqa: T201  # as a user would write it
         StreamMeter(),
         timing,
         Validation(empty="retry", check=lambda response: None if response.text else "Say something."),
         Retry(max_retries=5, on_interrupt="restart"),
     ]
-    print(LLM(config, stack))
+    print(LLM(config, stack))  # noqa: T201  # as a user would write it
     LLM(config, middleware=[Logging(), Tracing(), timing, Retry(max_retries=5), StreamMeter()]).close()
     SameLLM.from_yaml(file).close()
     assert_type(AsyncLLM.from_yaml(str(file)), AsyncLLM)

@@ -1,4 +1,4 @@
-"""The steps that raise an error in a flow and close a flow, whatever the middleware in it do."""
+"""Raising an error in a flow, and closing a flow, whatever the middleware in it do."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def throw(flow: Flow[Response], error: BaseException) -> Effect:
             close(flow)
             raise error
         did = "yielded again"
-        # A cancellation or a Ctrl-C belongs to the caller, so the flow must let it pass and any other end is a fault.
+        # A cancellation or a Ctrl-C belongs to the caller, so a flow that does anything but let it pass is at fault.
         try:
             flow.throw(error)
         except StopIteration:
@@ -39,8 +39,8 @@ def throw(flow: Flow[Response], error: BaseException) -> Effect:
             if raised is error:
                 raise
             did = f"raised {type(raised).__name__}"
-        _tell(error, _catcher(error), did)
-        # A flow that yielded again still waits, and its `finally` blocks have to run before the error goes on.
+        _report(error, _catcher(error), did)
+        # A flow that yielded again is still suspended, and its `finally` blocks have to run before the error goes on.
         close(flow)
         raise error
     finally:
@@ -49,7 +49,7 @@ def throw(flow: Flow[Response], error: BaseException) -> Effect:
 
 def _wrapped(stop: StopIteration) -> RuntimeError:
     """Return the error to throw instead of a StopIteration."""
-    error = RuntimeError("a provider, or what a middleware performs, raised StopIteration")
+    error = RuntimeError("a provider, or a function that a middleware performs, raised StopIteration")
     error.__cause__ = stop
     return error
 
@@ -61,14 +61,14 @@ def close(flow: Flow[Response]) -> None:
     try:
         flow.close()
     except RuntimeError as error:
-        # A layer that is still suspended yielded, so it ignored the GeneratorExit; any other RuntimeError is its own.
+        # A layer that yielded is still suspended; if no layer is, the RuntimeError is an error of the middleware's own.
         alive = [layer for layer in layers if layer.gi_frame is not None and layer.gi_suspended]
         if "ignored GeneratorExit" not in str(error) or not alive:
             raise
-        _tell(None, alive[-1].__qualname__, "yielded again")
+        _report(None, alive[-1].__qualname__, "yielded again")
 
 
-def _tell(error: BaseException | None, layer: str, did: str) -> None:
+def _report(error: BaseException | None, layer: str, did: str) -> None:
     name = "GeneratorExit" if error is None else type(error).__name__
     text = f"the middleware {layer} {did} after {name}; it must let it pass"
     if error is not None:
@@ -79,7 +79,7 @@ def _tell(error: BaseException | None, layer: str, did: str) -> None:
 
 
 def _catcher(error: BaseException) -> str:
-    """Return the name of the function that caught a thrown error: the outermost frame of a user's in its traceback."""
+    """Return the function that caught a thrown error: the outermost frame in its traceback that is not fluxibly's."""
     trace = error.__traceback__
     while trace is not None:
         module = trace.tb_frame.f_globals.get("__name__", "")

@@ -8,34 +8,23 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Coroutine, Generator, Mapping
+from collections.abc import Callable, Coroutine, Generator
 from contextvars import Context, copy_context
 from types import coroutine
-from typing import Any, Final, Literal, TypeAlias, TypeVar
+from typing import Any, Final, Literal, TypeVar
 
 from fluxibly import _abandoned
 from fluxibly._drivers import stepping
 from fluxibly._drivers.diagnosis import explain
 from fluxibly._drivers.stack import AsyncStack, SyncStack
+from fluxibly._states import TRANSITIONS, State
 from fluxibly.aggregate import as_chunk
 from fluxibly.errors import StreamInterrupted, interrupted
 from fluxibly.flow.combinators import resend_refused
 from fluxibly.flow.effects import END, PULL, Effect, Flow, More, Send, Sleep, Source
 from fluxibly.types import Chunk, Request, Response, Restart
 
-State: TypeAlias = Literal["new", "idle", "reading", "closing", "ended"]
-"""`new`: nothing was read. `idle`: between two reads. `reading`: a read is under way. `closing`: the consumer has given the
-stream up, but a read is still under way. `ended`: flow and provider are closed, or are being closed by whoever ended it."""
-
 CLOSING: Final = "closing"
-TRANSITIONS: Final[Mapping[State, frozenset[State]]] = {
-    "new": frozenset({"reading", "closing", "ended"}),
-    "idle": frozenset({"reading", "closing", "ended"}),
-    "reading": frozenset({"idle", "closing", "ended"}),
-    "closing": frozenset({"ended"}),
-    "ended": frozenset(),
-}
-"""The states that may follow each state."""
 
 
 class StreamDriver:
@@ -88,6 +77,12 @@ class StreamDriver:
     def ended(self) -> bool:
         """Whether flow and provider are closed."""
         return self.stage == "ended"
+
+    def begin_reading(self) -> bool:
+        """Note the first read. Return False if nothing can be read any more."""
+        if self.stage == "new":
+            self.stage = "open"
+        return self.stage == "open"
 
     def begin_closing(self) -> bool:
         """Note that the consumer gives the stream up. Return False if it is over, or if another close is under way."""
@@ -392,14 +387,11 @@ class AsyncStreamDriver(StreamDriver):
         finally:
             await self.release()
 
-    async def read(self) -> Chunk | Restart | None:
-        """Return the next event for the consumer, or None at the end. One task reads at a time."""
-        self.stage = "open"
-        if not on_trio():
-            return await in_context(self.context, self.advance(), self)
+    async def read_on_trio(self) -> Chunk | Restart | None:
+        """Run `advance` in a scope, so that `abort` can cancel this read and nothing else."""
         import trio
 
-        with trio.CancelScope() as self.scope:  # so that `abort` can cancel this read and nothing else
+        with trio.CancelScope() as self.scope:
             return await in_context(self.context, self.advance(), self)
         return None  # the read was cancelled while it released the provider's stream
 

@@ -41,8 +41,8 @@ def stack_rows(config: LLMConfig) -> Iterator[tuple[str, str, str]]:
     for number, layer in enumerate(stack, 1):
         yield str(number), layer_name(layer), _settings(layer)
     settings = {name: getattr(config, name) for name in ("framework", "model", "temperature", "max_tokens")}
-    told = ", ".join(f"{name}={value}" for name, value in settings.items() if value is not None)
-    yield str(len(stack) + 1), "(provider)", told
+    shown = ", ".join(f"{name}={value}" for name, value in settings.items() if value is not None)
+    yield str(len(stack) + 1), "(provider)", shown
 
 
 def _settings(layer: object) -> str:

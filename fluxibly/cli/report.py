@@ -76,9 +76,9 @@ def _line(span: ReadableSpan) -> Text:
     line = Text(_name(span.name, attributes))
     if span.start_time is not None and span.end_time is not None:
         line.append(f"  {duration((span.end_time - span.start_time) / 1e9)}", "cyan")
-    told = attributes.get(semconv.ERROR_TYPE) or attributes.get(semconv.OUTCOME)
-    if told is not None:
-        line.append(f"  {told}", "red" if span.status.status_code is StatusCode.ERROR else "dim")
+    outcome = attributes.get(semconv.ERROR_TYPE) or attributes.get(semconv.OUTCOME)
+    if outcome is not None:
+        line.append(f"  {outcome}", "red" if span.status.status_code is StatusCode.ERROR else "dim")
     return line
 
 

@@ -1,4 +1,4 @@
-"""The combinators `map_chunks` and `hold_back`, and the loop beneath them that steps an inner flow."""
+"""The combinators `map_chunks` and `hold_back`, and their loop, which steps an inner flow and sees its effects."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class Relay:
     """Once true, the inner flow runs on without this loop, and further chunks cost nothing extra."""
 
     def see(self, effect: Effect) -> Seen:
-        """Return the effects that go outward instead of `effect`: the effect itself, or a sequence, which may be empty.
+        """Return what goes outward for `effect`: the effect itself, or a sequence of effects, which may be empty.
 
-        True accepts a `Restart` without passing it on. A `StreamInterrupted` is raised in the inner flow, and the
-        effect does not go outward.
+        True accepts a `Restart` without passing it on. A `StreamInterrupted` is raised in the inner flow, and nothing
+        goes outward.
         """
         return effect
 
@@ -46,7 +46,7 @@ class Relay:
                 return result
             finally:
                 outcome = error = None  # the error refers to this frame
-            # `see` runs users' functions, and the layers within have to end before an error of theirs goes outward.
+            # `see` runs a user's function, and the inner layers have to end before the function's error goes outward.
             try:
                 outgoing = self.see(effect)
             except BaseException:
@@ -60,10 +60,10 @@ class Relay:
                 elif outgoing is True:
                     outcome = True
                 else:
-                    # The outcome of the last effect answers the inner flow, so an effect with an answer stands last.
+                    # Only a chunk is replaced by other effects, and no flow reads the outcome of a chunk.
                     for each in outgoing:  # type: ignore[union-attr]  # an Effect is always `effect` itself
                         outcome = yield each
-            # A flow that is closed must not yield again, and a GeneratorExit thrown into it would let it do so.
+            # A flow that is being closed must not yield again, which `close` enforces and `throw` would not.
             except GeneratorExit:
                 flow.close()
                 raise
@@ -135,7 +135,7 @@ def map_chunks(
             raise mapper.error(error)
     finally:
         del error  # it refers to this frame
-    # Pieces of a whole response are not yielded, because its caller takes the response alone.
+    # A flow without chunks delivers its answer by its return value alone, so no piece of that answer is yielded.
     streamed = mapper.streamed
     if not streamed:
         mapper.pass_on(as_chunk(response))
@@ -187,7 +187,7 @@ class _Mapper(Relay):
             self.streamed = True
             pieces = self.pass_on(effect.chunk)
             return effect if pieces is effect.chunk else list(map(More, pieces))  # type: ignore[arg-type]
-        # Output that `fn` has taken, even if it keeps it for the end, would be mixed with that of a second answer.
+        # Output that `fn` has received, even if it is kept for the end, would be mixed with a second answer's output.
         if isinstance(effect, Send) and self.taken:
             return resend_refused(effect.request, self.answer.response())
         return effect
@@ -241,7 +241,7 @@ class _Mapper(Relay):
 
     def error(self, stopped: StreamInterrupted) -> BaseException:
         """Return the error to raise for an interrupted stream. Its `partial` is only what was let out."""
-        # While nothing has been let out an outer `Retry` may try again, and it does so only for the cause itself.
+        # No output has been let out, so the cause itself is raised, which an outer `Retry` may retry.
         if not self.output and stopped.__cause__ is not None:
             return stopped.__cause__
         if not self.changed:
@@ -254,7 +254,7 @@ class _Mapper(Relay):
 def _caught(flow: Flow[Response]) -> Flow[tuple[Response, StreamInterrupted | None]]:
     """Run a flow and return its response, or its partial response and its interruption.
 
-    The caller raises the interruption's cause outside of this `except`, where the cause would become its own context.
+    The caller may raise the interruption's cause. Raised within this `except`, the cause would become its own context.
     """
     try:
         return (yield from flow), None
@@ -287,7 +287,7 @@ def hold_back(
     response, error = yield from _caught(holder.over(flow))
     try:
         if error is not None:
-            # While nothing has gone out an outer `Retry` may try again, and it does so only for the cause itself.
+            # Nothing has been released, so the cause itself is raised, which an outer `Retry` may retry.
             if not holder.done:
                 if error.__cause__ is not None:
                     raise error.__cause__
@@ -318,15 +318,15 @@ class _Holder(Relay):
             if self.until is not None:
                 self.text += self.held[-1].text
                 self.done = self.until(self.text)
-            abandon: list[Effect] = []
+            released: list[Effect] = []
             if self.done:
-                abandon.extend(map(More, self.held))
+                released.extend(map(More, self.held))
                 self.held.clear()
             # A chunk makes the driver read the next, so PULL, which reads but delivers nothing, replaces a held chunk.
             if isinstance(effect, Chunk):
-                abandon.append(PULL)
-            return abandon
-        # The held output of the first answer would go out together with that of a second answer.
+                released.append(PULL)
+            return released
+        # The held output of the first answer would go out together with a second answer's output.
         if isinstance(effect, Send) and any(chunk.has_output for chunk in self.held):
             answer = Aggregator()
             for chunk in self.held:

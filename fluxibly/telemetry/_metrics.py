@@ -104,10 +104,10 @@ class _Attributes:
 _Measured: TypeAlias = tuple[_Attributes, float, Usage | None, float | None, float | None, SpanContext]
 """Attributes, duration, usage, time to the first chunk, mean wait for the later chunks, current span."""
 
-_UNTOLD = Usage()
-_NONE = Usage(input_tokens=0, output_tokens=0)
-"""The usage that is recorded under the latest names if the service reported none: `_NONE` for a completed call,
-`_UNTOLD` for any other. By the latest conventions, the counters get a 0 from every such call, and the histograms only
+_UNKNOWN_USAGE = Usage()
+_NO_USAGE = Usage(input_tokens=0, output_tokens=0)
+"""The usage that is recorded under the latest names if the service reported none: `_NO_USAGE` for a completed call,
+`_UNKNOWN_USAGE` for any other. By the latest conventions, the counters get a 0 from every such call, and the histograms only
 from calls that did not fail."""
 
 
@@ -142,7 +142,7 @@ class MetricRecorder:
                 self.kinds[kind] = attributes
         usage = None if call.cache_hit else call.usage
         if usage is None and self.names is semconv.LATEST and call.attempts and not call.cache_hit:
-            usage = _NONE if error is None else _UNTOLD
+            usage = _NO_USAGE if error is None else _UNKNOWN_USAGE
         first = mean = None
         if call.streaming:
             first = time_to_first_chunk(call)

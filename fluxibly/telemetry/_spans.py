@@ -129,7 +129,7 @@ class CallTrace:
                 attributes[semconv.ATTEMPT_RESPONSE_MODEL] = response.model
             if error is None and self.request.call.sent_model != self.sent.model:  # a router may replace the model too
                 attributes[semconv.ATTEMPT_MODEL] = self.request.call.sent_model
-            self._tell(span, attributes, error, outcome_of(error), (self.sent,))
+            self._set_outcome(span, attributes, error, outcome_of(error), (self.sent,))
         finally:
             span.end()
 
@@ -190,7 +190,7 @@ class CallTrace:
             attributes |= {semconv.REQUEST_MODEL: model, semconv.REQUESTED_MODEL: request.model}
             span.update_name(f"{semconv.CHAT} {model}")
         requests = (request,) if self.sent.messages is request.messages else (request, self.sent)
-        self._tell(span, attributes, error, outcome, requests)
+        self._set_outcome(span, attributes, error, outcome, requests)
         if self.capturing.mode != "none":
             self._capture(request_attributes(self.request) | attributes, partial, whole=error is None)
 
@@ -198,7 +198,7 @@ class CallTrace:
         captured = Captured(self.sent, answer, whole=whole)
         self.capturing.record(captured, self.span, self.current.context, attributes)
 
-    def _tell(
+    def _set_outcome(
         self,
         span: Span,
         attributes: dict[str, Any],

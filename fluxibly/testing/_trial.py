@@ -97,7 +97,7 @@ class Trial:
         return type(cause), str(cause)
 
     @property
-    def told(self) -> str:
+    def summary(self) -> str:
         """The outcome, for a message."""
         return repr(self.ran.response if self.ran.error is None else root_cause(self.ran.error))
 

@@ -167,7 +167,7 @@ class _Checker:
                 advice = "The function given to map_chunks has to produce the same text wherever the chunks are cut"
             raise self.fail(
                 1,
-                f"expected the same result in all modes, got {one.told} ({one.mode}) and {other.told} ({other.mode})",
+                f"expected the same result in all modes, got {one.summary} ({one.mode}) and {other.summary} ({other.mode})",
                 scenario.name,
                 advice,
             )

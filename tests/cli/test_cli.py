@@ -46,6 +46,7 @@ def fluxibly(
         encoding="utf-8",
         env=environment(**(env or {})),
         timeout=100,
+        check=False,
     )
 
 

@@ -93,7 +93,7 @@ def test_the_waterfall_fits_any_width(path, width):
 class Page(HTMLParser):
     """A parser that checks that tags close in order, and collects the addresses that a page would fetch."""
 
-    VOID = {"meta", "img"}
+    VOID = frozenset({"meta", "img"})
 
     def __init__(self) -> None:
         super().__init__()
@@ -263,13 +263,13 @@ def test_attributes_are_listed_by_span_and_numbers_are_short(tmp_path):
     assert text.count("Hi there") == 1
     assert "<th>gen_ai.operation.name</th><td>chat</td>" in html
     path = tmp_path / "said.jsonl"
-    told = json.loads(path.read_text())
-    (span,) = told["resourceSpans"][0]["scopeSpans"][0]["spans"]
+    trace = json.loads(path.read_text())
+    (span,) = trace["resourceSpans"][0]["scopeSpans"][0]["spans"]
     span["attributes"] = [{"key": "gap", "value": {"doubleValue": 0.012593004832933087}}]
-    path.write_text(json.dumps(told))
+    path.write_text(json.dumps(trace))
     assert "<th>gap</th><td>0.012593</td>" in trace_html.render(path)
     span["attributes"] = []
-    path.write_text(json.dumps(told))
+    path.write_text(json.dumps(trace))
     assert "Attributes" not in trace_html.render(path)
 
 
@@ -338,7 +338,7 @@ def test_a_file_that_is_not_a_trace_is_refused(tmp_path, text):
     """The error names the file and the line."""
     path = tmp_path / "x.jsonl"
     path.write_text(text)
-    with pytest.raises(ValueError, match="x.jsonl, line 1: this is not OTLP JSON"):
+    with pytest.raises(ValueError, match=r"x\.jsonl, line 1: this is not OTLP JSON"):
         trace_file.read(path)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tracemalloc
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -87,7 +88,7 @@ def test_any_sse_is_the_same_however_cut(lines: list[tuple[bytes, bytes]], place
     """Random lines with random ends give the same events, whatever the cuts and the line ends."""
     body = b"".join(line + end for line, end in lines)
     edges = [0, *sorted(place for place in places if place < len(body)), len(body)]
-    reads = [body[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    reads = [body[a:b] for a, b in pairwise(edges)]
     assert read("sse", *reads) == read("sse", body) == read("sse", body.replace(b"\r\n", b"\n").replace(b"\r", b"\n"))
 
 
@@ -122,10 +123,14 @@ def test_a_line_or_event_over_the_limit_is_an_error(framing: Framing, first: byt
     stream = make_framing(framing, limit=100)
     events: list[Event] = []
     whole = first + body
-    with pytest.raises(StreamProtocolError, match="more than 100 bytes") as caught:
+
+    def read_all() -> None:
         for i in range(0, len(whole), step):
-            events += stream.feed(whole[i : i + step])
-        events += stream.close()
+            events.extend(stream.feed(whole[i : i + step]))
+        events.extend(stream.close())
+
+    with pytest.raises(StreamProtocolError, match="more than 100 bytes") as caught:
+        read_all()
     assert not caught.value.retryable
     assert len(events) == 1
 

@@ -139,7 +139,7 @@ def test_reasoning_effort(model: str, effort: str, config: dict[str, Any]) -> No
 @pytest.mark.parametrize(("model", "effort"), [("gemini-2.5-pro", "enormous"), ("gemini-3-pro", "none")])
 def test_refused_efforts(model: str, effort: str) -> None:
     """An unsupported effort raises an error that lists the supported efforts."""
-    with pytest.raises(BadRequest, match="reasoning_effort: .*minimal, low, medium, high"):
+    with pytest.raises(BadRequest, match=r"reasoning_effort: .*minimal, low, medium, high"):
         body_of(model=model, reasoning_effort=effort)
 
 

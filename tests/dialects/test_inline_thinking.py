@@ -82,16 +82,16 @@ def test_whole_answers() -> None:
 def test_streams(end: str) -> None:
     """Text that could have become a tag is not lost at the end of a stream."""
     openai, ollama = OpenAICodec().decoder(), OllamaCodec().decoder()
-    told = [
+    chunks_of = [
         [*openai.decode_event(openai_event("<thi")), *openai.decode_event(openai_event("nk>Hm.</think>\n"))],
         [
             *ollama.decode_event(Event(ollama_line("<thi"))),
             *ollama.decode_event(Event(ollama_line("nk>Hm.</think>\n"))),
         ],
     ]
-    told[0] += [*openai.decode_event(openai_event(end, "stop")), *openai.end()]
-    told[1] += [*ollama.decode_event(Event(ollama_line(end, done=True))), *ollama.end()]
-    for chunks in told:
+    chunks_of[0] += [*openai.decode_event(openai_event(end, "stop")), *openai.end()]
+    chunks_of[1] += [*ollama.decode_event(Event(ollama_line(end, done=True))), *ollama.end()]
+    for chunks in chunks_of:
         assert ("".join(c.text for c in chunks), "".join(c.reasoning for c in chunks)) == (end, "Hm.")
         assert chunks[-1].finish_reason == "stop"
 

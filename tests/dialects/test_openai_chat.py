@@ -351,7 +351,7 @@ def test_recorded_content_lists() -> None:
 
 
 def test_recorded_think_tags() -> None:
-    """vLLM without a reasoning parser: text between the tags is reasoning, and null arguments are empty so far."""
+    """From vLLM without a reasoning parser: text between the tags is reasoning, and null arguments are empty so far."""
     response = outcome_of(CODEC, [load("25-").body]).response
     assert response.text == ""
     assert response.reasoning.startswith("Okay, the user is asking")

@@ -244,14 +244,14 @@ def test_reasoning_without_deltas() -> None:
 def test_a_tool_call_without_deltas() -> None:
     """A tool call without deltas comes from the finished item, or from the added item."""
     done = {"type": "response.completed", "response": answer(CALL)}
-    for told in (
+    for given in (
         [{"type": "response.output_item.done", "output_index": 0, "item": CALL}],
         [{"type": "response.output_item.added", "output_index": 0, "item": CALL},
          {"type": "response.output_item.done", "output_index": 0, "item": CALL}],
         [{"type": "response.output_item.added", "output_index": 0, "item": {**CALL, "arguments": ""}},
          {"type": "response.output_item.done", "output_index": 0, "item": CALL}],
     ):  # fmt: skip
-        assert streamed(*told, done).response.tool_calls == (ToolCall("call_1", "add", {"a": 1}),)
+        assert streamed(*given, done).response.tool_calls == (ToolCall("call_1", "add", {"a": 1}),)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Fixtures of the tests of drivers."""
+"""Fixtures for the tests of the drivers."""
 
 from __future__ import annotations
 

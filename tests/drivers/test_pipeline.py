@@ -1,4 +1,4 @@
-"""Pipelines: whole calls, what middleware and providers may do wrong, sync providers in async pipelines, threads."""
+"""Pipelines: whole calls, mistakes of middleware and providers, sync providers in async pipelines, and threads."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ def scripted(mode, *answers):
 
 
 def raised(ran):
-    """The error of a call; for a stream after output, its cause."""
+    """Return the error of a call, or the cause of an interrupted stream."""
     return ran.error.__cause__ if isinstance(ran.error, StreamInterrupted) else ran.error
 
 
 class TestCalls:
     def test_the_first_middleware_is_outermost(self, mode):
-        """Layers are entered in the order given and left in the other."""
+        """Layers are entered in the given order and left in reverse order."""
         log = []
 
         def layer(name):
@@ -66,7 +66,7 @@ class TestCalls:
         assert log == ["+a", "+b", "-b", "-a"]
 
     def test_a_str_is_a_response(self):
-        """What a provider returns as a str is its response's text."""
+        """A str that a provider returns is the text of the response."""
 
         class Parrot:
             def complete(self, request):
@@ -76,8 +76,8 @@ class TestCalls:
         assert response.text == "hi"
         assert response.elapsed is not None
 
-    def test_each_call_has_a_record_of_its_own(self, mode):
-        """One request can be used many times; the caller's own record stays as it was."""
+    def test_each_call_has_its_own_record(self, mode):
+        """A request can be used many times, and its own record stays unchanged."""
         records = []
 
         def keep(request, call_next):
@@ -121,7 +121,7 @@ class TestCalls:
         assert ran.response.elapsed == 7
 
     def test_perform_runs_the_half_of_its_mode(self, mode):
-        """A sync pipeline calls the function, an async one awaits the coroutine function; errors come back."""
+        """A sync pipeline calls the function, an async pipeline awaits the coroutine function; errors are raised."""
 
         async def aread():
             raise LookupError("async")
@@ -139,7 +139,7 @@ class TestCalls:
         assert run(mode, scripted(mode), [cache], REQUEST).response.text == ("async" if mode.backend else "sync")
 
     def test_perform_without_a_coroutine_function_runs_in_a_thread(self, backend):
-        """So that it cannot block the event loop."""
+        """A function without an async half runs in a worker thread, so that it cannot block the event loop."""
         threads = []
 
         def note(request, call_next):
@@ -153,7 +153,7 @@ class TestCalls:
         assert anyio.run(main, backend=backend) not in threads
 
     def test_a_whole_call_runs_in_the_callers_context(self):
-        """What a provider sets in a context variable is seen by the caller of a whole call."""
+        """The caller of a whole call sees a context variable that the provider set."""
         var = contextvars.ContextVar("var", default=0)
 
         class Sets:
@@ -165,8 +165,8 @@ class TestCalls:
         assert var.get() == 1
         var.set(0)
 
-    def test_an_error_of_a_provider_reaches_the_caller_as_it_is(self, mode):
-        """The same object, whatever its class."""
+    def test_an_error_of_a_provider_reaches_the_caller_unchanged(self, mode):
+        """The caller gets the same exception object, whatever its class."""
         error = LookupError("mine")
         assert run(mode, scripted(mode, error), [], REQUEST).error is error
 
@@ -176,8 +176,8 @@ class TestCalls:
 
 
 class TestMistakes:
-    def test_a_middleware_that_is_no_generator_function(self, mode):
-        """It is named, and told what to write."""
+    def test_a_middleware_that_is_not_a_generator_function(self, mode):
+        """The error names the middleware and the code to write."""
 
         def plain(request, call_next):
             return Response("x")
@@ -188,7 +188,7 @@ class TestMistakes:
         assert "return (yield from call_next(request))" in str(ran.error)
 
     def test_an_async_middleware(self, mode):
-        """A coroutine function is refused likewise, without a warning about a coroutine never awaited."""
+        """A coroutine function is refused too, without a warning about a coroutine that was never awaited."""
 
         async def wrong(request, call_next):
             return Response("x")
@@ -197,7 +197,7 @@ class TestMistakes:
         assert "wrong returned a coroutine, expected a generator" in str(ran.error)
 
     def test_a_middleware_that_returns_none(self, mode):
-        """It is named, also when it is an inner one that an outer one stumbled over."""
+        """The middleware is named, even if an outer middleware fails on its None."""
 
         def forgetful(request, call_next):
             yield from call_next(request)
@@ -214,8 +214,8 @@ class TestMistakes:
 
     @pytest.mark.parametrize("rubbish", [None, 3, "text", object()], ids=["None", "3", "text", "object"])
     @pytest.mark.parametrize("when", ["before", "after"])
-    def test_a_middleware_that_yields_rubbish(self, mode, rubbish, when):
-        """It is named, and told what it may yield."""
+    def test_a_middleware_that_yields_a_wrong_value(self, mode, rubbish, when):
+        """The error names the middleware and the values that it may yield."""
 
         def wild(request, call_next):
             if when == "before":
@@ -230,7 +230,7 @@ class TestMistakes:
         assert "yield only from call_next(request)" in str(raised(ran))
 
     def test_a_middleware_that_calls_without_yield_from(self, mode):
-        """`return call_next(request)` in a generator is told of."""
+        """The error names a generator that ends with `return call_next(request)`."""
 
         def lazy(request, call_next):
             yield from ()
@@ -239,9 +239,9 @@ class TestMistakes:
         ran = run(mode, scripted(mode, "ok"), [lazy], REQUEST)
         assert "lazy returned a generator, expected a Response" in str(raised(ran))
 
-    def test_things_that_are_no_middleware(self):
-        """They are refused when the pipeline is made."""
-        with pytest.raises(TypeError, match="a middleware is a generator function or an object with __call__, not 3"):
+    def test_values_that_are_not_a_middleware(self):
+        """A value that is not a middleware is refused when the pipeline is made."""
+        with pytest.raises(TypeError, match="expected a generator function or an object with __call__, got 3"):
             Pipeline(ScriptedProvider(), [3])
 
         class Layer:
@@ -251,22 +251,22 @@ class TestMistakes:
         with pytest.raises(TypeError, match=r"Layer is a class: write Layer\(\)"):
             Pipeline(ScriptedProvider(), [Layer])
 
-    def test_things_that_are_no_provider(self):
-        """They are refused when the pipeline is made."""
-        with pytest.raises(TypeError, match=r"a provider has a method complete\(request\), which object lacks"):
+    def test_values_that_are_not_a_provider(self):
+        """A value that is not a provider is refused when the pipeline is made."""
+        with pytest.raises(TypeError, match=r"a provider with a method complete\(request\), got an object"):
             Pipeline(object())
         with pytest.raises(TypeError, match=r"write ScriptedProvider\(\)"):
             Pipeline(ScriptedProvider)
         with pytest.raises(TypeError, match="is asynchronous; use AsyncPipeline"):
             Pipeline(AsyncScriptedProvider())
 
-    def test_a_prompt_is_no_request(self):
-        """A Pipeline takes requests."""
+    def test_a_prompt_is_not_a_request(self):
+        """A Pipeline takes a Request, and refuses a prompt."""
         with pytest.raises(TypeError, match="expected a Request, got a str; LLM takes prompts"):
             Pipeline(ScriptedProvider()).complete("hi")
 
-    def test_a_provider_that_returns_or_yields_rubbish(self, mode):
-        """It is named, and told what to give."""
+    def test_a_provider_that_returns_or_yields_a_wrong_value(self, mode):
+        """The error names the provider and the wrong value's type."""
 
         class Wild:
             def complete(self, request):
@@ -288,7 +288,7 @@ class TestMistakes:
         assert ("yielded an int" if mode.streaming else "returned an int") in str(ran.error).replace("a int", "an int")
 
     def test_a_provider_without_stream(self, backend):
-        """Asking it for one is an error at once, which says what else to do."""
+        """Asking for a stream is an error at once, which names the alternatives."""
 
         class Whole:
             def complete(self, request):
@@ -299,8 +299,8 @@ class TestMistakes:
         with pytest.raises(NotImplementedError, match=r"Whole has no stream\(\)"):
             AsyncPipeline(Whole()).stream(REQUEST)
 
-    def test_a_stream_method_that_returns_rubbish(self, mode):
-        """It is told to be a generator."""
+    def test_a_stream_method_that_returns_a_wrong_value(self, mode):
+        """The error says that the method must be a generator."""
 
         class Odd:
             def complete(self, request):
@@ -322,7 +322,7 @@ class TestMistakes:
 class TestBaseExceptions:
     @pytest.mark.parametrize("kind", [KeyboardInterrupt, asyncio.CancelledError, SystemExit])
     def test_they_pass(self, mode, kind):
-        """The caller gets the very exception, after each `finally`."""
+        """The caller gets the same exception object, after each `finally`."""
         ends = []
 
         def watch(request, call_next):
@@ -337,8 +337,8 @@ class TestBaseExceptions:
         assert ends == [True, True]
         assert not hasattr(error, "__notes__")
 
-    def test_one_raised_by_a_middleware_passes(self, mode):
-        """Before and after the call."""
+    def test_a_base_exception_of_a_middleware_passes(self, mode):
+        """A BaseException that a middleware raises after the call reaches the caller."""
         error = KeyboardInterrupt()
 
         def interrupt(request, call_next):
@@ -347,8 +347,8 @@ class TestBaseExceptions:
 
         assert run(mode, scripted(mode, "ok"), [interrupt], REQUEST).error is error
 
-    def test_one_raised_by_a_function_of_map_chunks_passes(self, mode):
-        """The combinator closes the inner flow, and lets it pass."""
+    def test_a_base_exception_of_a_function_of_map_chunks_passes(self, mode):
+        """The combinator closes the inner flow, and lets the exception pass."""
         error, ends = KeyboardInterrupt(), []
 
         def inner(request, call_next):
@@ -369,8 +369,8 @@ class TestBaseExceptions:
         assert provider.opened == provider.closed
 
     @pytest.mark.parametrize("did", ["returned normally", "yielded again", "raised ValueError"])
-    def test_who_swallows_one_is_named(self, mode, did, caplog):
-        """By a note on the exception, which still comes, and by a logged error."""
+    def test_a_middleware_that_swallows_a_base_exception_is_named(self, mode, did, caplog):
+        """A note on the exception, which still reaches the caller, and a logged error name the middleware."""
 
         def greedy(request, call_next):
             try:
@@ -392,8 +392,8 @@ class TestBaseExceptions:
         assert f"greedy {did} after KeyboardInterrupt" in caplog.text
 
     @pytest.mark.parametrize("outside", [[], [Timing(layers=True)]], ids=["alone", "within a loop by hand"])
-    def test_who_yields_when_an_async_call_is_given_up_is_named(self, outside, caplog):
-        """The coroutine of a whole call is closed where it waits, and so is its flow."""
+    def test_a_middleware_that_yields_when_an_async_call_is_abandoned_is_named(self, outside, caplog):
+        """Closing the coroutine of a whole call closes its flow, and a middleware that then yields is named."""
 
         class Waiting:
             async def complete(self, request):
@@ -436,7 +436,7 @@ def instead(request, call_next):
 
 
 class Lost(ServerError):
-    """Knows all of its instances that are still there."""
+    """An error that knows all its instances that are still alive."""
 
     made: ClassVar[list[weakref.ref[BaseException]]] = []
 
@@ -476,14 +476,14 @@ LAYERS = [
 
 
 class NoWaiting(VirtualClock):
-    """Sleeps without an event loop."""
+    """A clock that sleeps without an event loop."""
 
     async def asleep(self, seconds, /):
         self.sleep(seconds)
 
 
 class Down:
-    """Always fails, a stream after its texts."""
+    """A provider that always fails, in a stream after its texts."""
 
     def __init__(self, *texts):
         self.texts = texts
@@ -512,7 +512,7 @@ class TestMemory:
     @pytest.mark.parametrize("streaming", [False, True], ids=["whole", "stream"])
     @pytest.mark.parametrize("sync", [True, False], ids=["sync", "async"])
     def test_a_failed_call_leaves_no_cycle(self, sync, streaming, layer, texts):
-        """Its errors, whose frames hold the request, do not wait for the garbage collector."""
+        """The errors of a failed call, whose frames hold the request, are freed without the garbage collector."""
         clock = NoWaiting()
         pipeline = Pipeline(Down(*texts), [layer], clock=clock)
         apipeline = AsyncPipeline(AsyncDown(*texts), [layer], clock=clock)
@@ -544,7 +544,7 @@ class TestMemory:
 
 class TestClosing:
     def test_closing_closes_the_provider_once(self):
-        """And a call after it is refused."""
+        """Closing closes the provider, a second close does nothing, and a later call is refused."""
         provider = ScriptedProvider("a")
         with Pipeline(provider) as pipeline:
             pipeline.complete(REQUEST)
@@ -556,7 +556,7 @@ class TestClosing:
             pipeline.stream(REQUEST)
 
     def test_closing_an_async_pipeline(self, backend):
-        """The same, awaited; a sync provider's `close` is called too."""
+        """`aclose` closes an async provider, and a sync provider by its `close`."""
 
         async def main():
             for provider in AsyncScriptedProvider("a"), ScriptedProvider("a"):
@@ -600,8 +600,8 @@ class TestSyncProviderInAsyncPipeline:
         assert anyio.run(main, backend=backend) not in threads
         assert seen == ["caller's"]
 
-    def test_a_cancelled_call_lets_go(self, backend):
-        """The caller goes on at once; the thread ends when its call does."""
+    def test_a_cancelled_call_does_not_wait_for_its_thread(self, backend):
+        """The caller of a cancelled call goes on at once, and the thread ends when its own call returns."""
         entered, release, left = threading.Event(), threading.Event(), threading.Event()
 
         class Blocking:
@@ -625,7 +625,7 @@ class TestSyncProviderInAsyncPipeline:
         assert left.wait(10)
 
     def test_a_cancelled_read_is_closed_when_it_returns(self, backend):
-        """The provider's stream is released by the thread that was in it."""
+        """The thread of a cancelled read closes the provider's stream when the read returns."""
         entered, release, closed = threading.Event(), threading.Event(), threading.Event()
 
         class Blocking(ScriptedProvider):
@@ -668,7 +668,7 @@ class TestSyncProviderInAsyncPipeline:
 
 class TestSharing:
     def test_threads_share_a_pipeline(self):
-        """Calls from many threads, whole and streamed, each get an answer of their own."""
+        """Each call from many threads, whole or streamed, gets its own answer."""
 
         class Echo:
             def complete(self, request):
@@ -695,7 +695,7 @@ class TestSharing:
         assert answers == [(f"CALL {n}",) * 2 for n in range(200)]
 
     def test_tasks_share_a_pipeline(self, backend):
-        """The same with tasks."""
+        """Each call from many tasks gets its own answer."""
 
         class Echo:
             async def complete(self, request):
@@ -719,12 +719,12 @@ class TestSharing:
 
 class TestProviders:
     def test_protocols(self):
-        """The scripted providers are what they stand for."""
+        """The scripted providers satisfy the protocols."""
         assert isinstance(ScriptedProvider(), Provider)
         assert isinstance(AsyncScriptedProvider(), AsyncProvider)
 
     def test_info(self):
-        """A provider without `info` is named after its class, with the framework that was given."""
+        """A provider without `info` is named after its class and the given framework."""
 
         class Parrot:
             def complete(self, request):
@@ -735,7 +735,7 @@ class TestProviders:
         assert Pipeline(ScriptedProvider()).info.framework == "scripted"
 
     def test_real_time(self, backend):
-        """Without a clock of its own, a pipeline sleeps in real time."""
+        """A pipeline without a clock argument sleeps in real time."""
 
         def snooze(request, call_next):
             yield from sleep(0)

@@ -17,9 +17,9 @@ from fluxibly.types import Chunk, Response, Restart
 
 class TestReading:
     def test_response_comes_at_the_end(self):
-        """The response is there once the stream was read, and not before."""
+        """The response is available once the stream has been read to its end, and not before."""
         stream = Pipeline(ScriptedProvider("a b")).stream(REQUEST)
-        with pytest.raises(RuntimeError, match="iterate it to its end"):
+        with pytest.raises(RuntimeError, match="iterate over it to its end"):
             stream.response
         assert texts(stream) == ["a", " b"]
         assert stream.response.text == "a b"
@@ -27,7 +27,7 @@ class TestReading:
         assert texts(stream) == []
 
     def test_nothing_is_sent_before_the_first_read(self):
-        """Making a stream starts the flow but asks nobody."""
+        """Making a stream starts the flow, but sends no request."""
         provider, watch = ScriptedProvider("a"), Watch()
         stream = Pipeline(provider, [watch]).stream(REQUEST)
         assert provider.requests == []
@@ -36,7 +36,7 @@ class TestReading:
         assert watch.ends == ["GeneratorExit"]
 
     def test_an_error_of_the_start_comes_at_the_first_read(self):
-        """A middleware that raises before it asks is heard of at the first read, after which the stream is over."""
+        """The first read raises the error of a middleware that fails before its call, and the stream has ended."""
 
         def refuse(request, call_next):
             raise PermissionError("no")
@@ -48,7 +48,7 @@ class TestReading:
         assert texts(stream) == []
 
     def test_a_keyboard_interrupt_at_the_start_comes_at_once(self):
-        """What is no Exception does not wait for the first read."""
+        """A BaseException that is not an Exception does not wait for the first read."""
 
         def interrupt(request, call_next):
             raise KeyboardInterrupt
@@ -58,7 +58,7 @@ class TestReading:
             Pipeline(ScriptedProvider(), [interrupt]).stream(REQUEST)
 
     def test_interleaved_streams_do_not_mix(self):
-        """Two streams of one pipeline, read in turns, keep apart."""
+        """Two streams of one pipeline that are read in turns have separate texts."""
         pipeline = Pipeline(ScriptedProvider("a b c", "x y z"), [Watch()])
         one, two = pipeline.stream(REQUEST), pipeline.stream(REQUEST)
         pairs = list(zip(one, two, strict=True))
@@ -77,20 +77,20 @@ class TestReading:
         assert texts(stream) == ["from the cache"]
         assert stream.response.finish_reason == "stop"
 
-    def test_texts_leaves_out_what_has_none(self):
-        """`texts` gives the strings, without the empty ones."""
+    def test_texts_leaves_out_empty_texts(self):
+        """`texts` yields the texts of the chunks without the empty texts."""
         stream = Pipeline(ScriptedProvider([Chunk("a"), Chunk(), Chunk(finish_reason="stop")])).stream(REQUEST)
         assert list(stream.texts()) == ["a"]
 
     def test_texts_closed_unread_ends_the_flow(self):
-        """The generator is primed, so that closing it at once is an end."""
+        """Closing the generator unread ends the flow, because the generator was started."""
         watch = Watch()
         generator = Pipeline(ScriptedProvider("a"), [watch]).stream(REQUEST).texts()
         generator.close()
         assert watch.ends == ["GeneratorExit"]
 
     def test_async_texts(self, backend):
-        """The same for `async for`; closing the generator, read or unread, ends the flow."""
+        """`texts` works with `async for`; closing the generator, read or unread, ends the flow."""
 
         async def main():
             watch = Watch()
@@ -108,8 +108,8 @@ class TestReading:
 
         anyio.run(main, backend=backend)
 
-    def test_a_failing_provider_is_told_after_output(self):
-        """After output the error is a StreamInterrupted with what there was, and the cause."""
+    def test_a_failure_after_output_is_an_interruption(self):
+        """After output the error is a StreamInterrupted with the partial response and the cause."""
         cause = ServerError("down")
         stream = Pipeline(ScriptedProvider(["a ", "b", cause])).stream(REQUEST)
         with pytest.raises(StreamInterrupted, match="after 3 characters by ServerError: down") as caught:
@@ -118,7 +118,7 @@ class TestReading:
         assert caught.value.__cause__ is cause
 
     def test_an_error_of_the_consumer_is_an_abandonment(self):
-        """An exception in the loop's body ends the flow, and is not changed."""
+        """An exception in the loop's body ends the flow and is not changed."""
         watch, provider = Watch(), ScriptedProvider("a b")
         with pytest.raises(LookupError), Pipeline(provider, [watch]).stream(REQUEST) as stream:
             for _ in stream:
@@ -127,7 +127,7 @@ class TestReading:
         assert (provider.opened, provider.closed) == (1, 1)
 
     def test_asking_again_after_output_is_refused(self):
-        """Nothing is sent twice; what went out is `partial`."""
+        """No second request is sent, and `partial` is the output that went out."""
 
         def again(request, call_next):
             yield from call_next(request)
@@ -139,8 +139,8 @@ class TestReading:
         assert caught.value.partial.text == "a b"
         assert len(provider.requests) == 1
 
-    def test_restarts_are_only_for_those_who_ask(self):
-        """A Restart comes out as an event if it was asked for, and is refused otherwise."""
+    def test_restarts_are_only_for_consumers_that_ask(self):
+        """A Restart is an event for a consumer that asks for restarts, and is refused otherwise."""
 
         def again(request, call_next):
             try:
@@ -169,7 +169,7 @@ class TestReading:
             texts(Pipeline(ScriptedProvider("a"), [forgetful]).stream(REQUEST))
 
     def test_an_async_stream_has_one_reader(self, backend):
-        """A second task that reads the same stream is told so."""
+        """A second task that reads the same stream gets an error."""
 
         async def main():
             class Slow(AsyncScriptedProvider):
@@ -222,7 +222,7 @@ class TestContext:
         assert within == ["provider", "provider"]
 
     def test_a_stream_sees_what_its_caller_had_set(self):
-        """The context is that of where the stream was made."""
+        """A stream runs in a copy of the context in which it was made."""
         var = contextvars.ContextVar("var", default="outside")
         seen = []
 

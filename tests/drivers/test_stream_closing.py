@@ -1,4 +1,4 @@
-"""Streams that are closed or cancelled, by whom and whenever."""
+"""Streams that are closed or cancelled, by any thread or task and at any time."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class TestClosing:
         assert texts(stream) == []
 
     def test_another_thread_may_close_an_idle_stream(self):
-        """Middleware then end in the stream's own context, wherever that is."""
+        """If another thread closes the stream, its middleware still end in the stream's own context."""
         var = contextvars.ContextVar("var", default="outside")
         ends = []
 
@@ -52,7 +52,7 @@ class TestClosing:
         assert provider.closed == 1
 
     def test_another_task_may_close_an_idle_stream(self, backend):
-        """And the provider's stream is closed before `aclose` returns."""
+        """If another task closes the stream, the provider's stream is closed before `aclose` returns."""
         provider, watch = AsyncScriptedProvider("a b"), Watch()
 
         async def main():
@@ -67,7 +67,7 @@ class TestClosing:
         assert watch.ends == ["GeneratorExit"]
 
     def test_closing_during_a_read_ends_the_read(self):
-        """A provider's iterator with an `abort` gives up at once; the reader's loop ends, and all is closed."""
+        """A provider's iterator with an `abort` ends its read at once; the reader's loop ends, and all is closed."""
 
         class Abortable:
             def __init__(self):
@@ -120,7 +120,7 @@ class TestClosing:
         assert watch.ends == ["GeneratorExit"]
 
     def test_closing_during_an_async_read_ends_the_read(self, backend):
-        """A provider's iterator with an `abort` is told by an `aclose` in another task."""
+        """An `aclose` in another task calls the `abort` of the provider's iterator."""
 
         class Abortable:
             def __init__(self):
@@ -172,7 +172,7 @@ class TestClosing:
         assert watch.ends == ["GeneratorExit"]
 
     def test_closing_ends_a_read_of_an_async_generator(self, backend):
-        """One that only waits is cancelled; the reader's task goes on after its loop."""
+        """An async generator that waits is cancelled, and the reader's task goes on after its loop."""
         watch, ends = Watch(), []
 
         class Waiting(AsyncScriptedProvider):
@@ -205,7 +205,7 @@ class TestClosing:
         assert watch.ends == ["GeneratorExit"]
 
     def test_a_cancellation_meanwhile_is_not_lost(self, backend):
-        """A reader that is cancelled and closed at once is cancelled."""
+        """A reader that is cancelled and closed at the same time ends as cancelled."""
         ends = []
 
         class Waiting(AsyncScriptedProvider):
@@ -239,7 +239,7 @@ class TestClosing:
         assert ends == [True]
 
     def test_closing_during_a_wait_sends_nothing_more(self):
-        """A retry's wait in another thread ends in the stream's end, not in another attempt."""
+        """The wait of a retry in another thread ends with the stream, not with another attempt."""
         waiting, go_on = threading.Event(), threading.Event()
 
         class Clock(VirtualClock):
@@ -261,7 +261,7 @@ class TestClosing:
         assert watch.ends == ["GeneratorExit"]
 
     def test_an_async_close_during_a_wait_sends_nothing_more(self, backend):
-        """The same, in another task."""
+        """The wait of a retry in another task ends with the stream, not with another attempt."""
 
         class Clock(VirtualClock):
             async def asleep(self, seconds, /):
@@ -289,7 +289,7 @@ class TestClosing:
         assert watch.ends == ["GeneratorExit"]
 
     def test_reading_while_another_thread_closes(self):
-        """Is the end of the stream, even while the provider takes its time to close."""
+        """A read while another thread closes finds the end of the stream, even if the provider closes slowly."""
         closing, go_on = threading.Event(), threading.Event()
 
         class Slow(ScriptedProvider):
@@ -332,8 +332,8 @@ class TestClosing:
         thread.join(10)
         assert got == ["a"]
 
-    def test_a_failure_to_release_is_heard_of(self):
-        """An error of the provider's own clean-up reaches the one who closes, after the flow has ended."""
+    def test_a_failure_to_release_is_raised(self):
+        """An error of the provider's own clean-up reaches the caller of `close`, after the flow has ended."""
 
         class Clumsy:
             def complete(self, request):
@@ -354,7 +354,7 @@ class TestClosing:
         assert watch.ends == ["GeneratorExit"]
 
     def test_a_middleware_that_yields_in_its_finally_is_named(self, caplog):
-        """Closing goes through all the same."""
+        """A middleware that yields in its `finally` is logged, and the close completes."""
 
         def stubborn(request, call_next):
             try:
@@ -372,7 +372,7 @@ class TestClosing:
 
 class TestCancellation:
     def test_a_cancelled_read_passes_through_the_flow(self, backend):
-        """The flow sees the cancellation, the provider is released, and the scope gets its exception."""
+        """The flow sees the cancellation, the provider is released, and the cancel scope gets its exception."""
         watch = Watch()
         released = []
 
@@ -396,7 +396,7 @@ class TestCancellation:
         assert watch.ends in (["CancelledError"], ["Cancelled"])
 
     def test_asyncio_timeout_works(self):
-        """`asyncio.timeout` around a read ends in its own TimeoutError."""
+        """`asyncio.timeout` around a read raises its own TimeoutError."""
 
         class Waiting(AsyncScriptedProvider):
             async def stream(self, request):
@@ -411,8 +411,8 @@ class TestCancellation:
 
         asyncio.run(main())
 
-    def test_a_middleware_that_swallows_it_is_named(self, caplog):
-        """The caller's timeout works all the same, and the exception has a note."""
+    def test_a_middleware_that_swallows_a_cancellation_is_named(self, caplog):
+        """The caller's timeout still works, and a note on the exception names the middleware."""
 
         def greedy(request, call_next):
             try:

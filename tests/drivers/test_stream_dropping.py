@@ -1,4 +1,4 @@
-"""Streams that nobody closed."""
+"""Streams that the consumer dropped without closing them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fluxibly.testing import AsyncScriptedProvider, ScriptedProvider
 
 class TestDropping:
     def test_a_dropped_stream_ends(self):
-        """The last reference gone, the flow is closed and the provider released."""
+        """When the last reference is gone, the flow is closed and the provider is released."""
         provider, watch = ScriptedProvider("a b"), Watch()
         stream = Pipeline(provider, [watch]).stream(REQUEST)
         next(stream)
@@ -27,7 +27,7 @@ class TestDropping:
         assert (provider.opened, provider.closed) == (1, 1)
 
     def test_breaking_out_of_texts_ends(self):
-        """Leaving a loop over the generator and dropping it is an end."""
+        """Breaking out of a loop over the generator drops the generator and ends the stream."""
         provider, watch = ScriptedProvider("a b"), Watch()
         for _ in Pipeline(provider, [watch]).stream(REQUEST).texts():
             break
@@ -36,7 +36,7 @@ class TestDropping:
 
     @pytest.mark.parametrize("kind", ["stream", "texts"])
     def test_the_collector_only_queues(self, kind):
-        """Found in a cycle while a lock is held that a middleware's `finally` wants, the stream ends at the next call."""
+        """A stream that the collector finds, perhaps while a lock for its `finally` is held, ends at the next call."""
         lock = threading.Lock()
         ends = []
 
@@ -63,8 +63,8 @@ class TestDropping:
         assert ends == [True, True]
         assert provider.opened == provider.closed == 1
 
-    def test_another_thread_may_drop_one_meanwhile(self):
-        """While the collector is at work in one thread, a stream dropped in another ends at once."""
+    def test_another_thread_may_drop_a_stream_meanwhile(self):
+        """While the collector runs in a thread, a stream that another thread drops ends at once."""
         watch = Watch()
         collecting = []
 
@@ -89,14 +89,14 @@ class TestDropping:
         assert not _abandoned.collecting()
 
     def test_no_signal_handler_runs_in_what_the_collector_calls(self):
-        """Else a Ctrl-C that comes there is lost: what the collector calls is no Python function."""
+        """The collector calls no Python function of fluxibly, because a Ctrl-C within it would be lost."""
         ours = [each for each in gc.callbacks if getattr(each, "func", None) is setattr]
         assert len(ours) == 2
         functions = [each for each in gc.callbacks if hasattr(each, "__code__")]
         assert not [each for each in functions if each.__module__.startswith("fluxibly")]
 
-    def test_a_failure_of_what_was_queued_is_logged(self, caplog):
-        """It must not hit the call that happens to come next."""
+    def test_a_failure_of_a_queued_stream_is_logged(self, caplog):
+        """The failure of a queued stream is logged, and does not reach the next call."""
 
         def failing(request, call_next):
             try:
@@ -114,9 +114,9 @@ class TestDropping:
         assert pipeline.complete(REQUEST).text == "c"
         assert "a middleware raised LookupError while a dropped stream was ended" in caplog.text
 
-    @pytest.mark.filterwarnings("ignore:Async generator:ResourceWarning")  # trio tells of what was dropped
+    @pytest.mark.filterwarnings("ignore:Async generator:ResourceWarning")  # trio warns about dropped generators
     def test_an_async_stream_in_a_cycle_is_queued(self, backend):
-        """The same, on an event loop: the flow ends at the next call, and the provider's stream with it."""
+        """On an event loop too, the flow and the provider's stream end at the next call."""
         watch, provider = Watch(), AsyncScriptedProvider("a b", "c")
 
         async def main():
@@ -136,9 +136,9 @@ class TestDropping:
         anyio.run(main, backend=backend)
         assert provider.closed == 1
 
-    @pytest.mark.filterwarnings("ignore:Async generator:ResourceWarning")  # trio tells of what was dropped
+    @pytest.mark.filterwarnings("ignore:Async generator:ResourceWarning")  # trio warns about dropped generators
     def test_a_dropped_async_stream_ends(self, backend):
-        """Its flow at once, and the provider's stream by the event loop."""
+        """The flow of a dropped async stream ends at once, and the event loop ends the provider's stream."""
         watch, provider = Watch(), AsyncScriptedProvider("a b")
 
         async def main():
@@ -153,7 +153,7 @@ class TestDropping:
         assert provider.closed == 1
 
     def test_nothing_is_left_behind(self):
-        """Streams that have ended, in whatever way, are forgotten."""
+        """A stream that has ended in any way leaves no reference behind."""
         before = len(_abandoned._open)
         pipeline = Pipeline(ScriptedProvider("a b", ServerError("x"), "a b"))
         texts(pipeline.stream(REQUEST))
@@ -165,7 +165,7 @@ class TestDropping:
         assert len(_abandoned._open) == before
 
     def test_an_open_stream_is_small(self):
-        """Each takes at most 10 KB beside what the provider's own iterator takes."""
+        """An open stream takes at most 10 KB, besides the memory of the provider's own iterator."""
         pipeline = Pipeline(ScriptedProvider(*["a b c"] * 201), [Watch(), Watch(), Watch()])
         keep = [pipeline.stream(REQUEST)]
         next(keep[0])

@@ -1,4 +1,4 @@
-"""The states of a stream, and the table of what may follow each."""
+"""The states of a stream, and the table of the states that may follow each."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import pytest
 from support.streams import REQUEST, Watch, texts
 
 from fluxibly import AsyncPipeline, Pipeline
-from fluxibly._drivers.streams import TRANSITIONS
+from fluxibly._states import TRANSITIONS
 from fluxibly.errors import ServerError
 from fluxibly.testing import AsyncScriptedProvider, ScriptedProvider
 
 
 class Seen:
-    """A middleware that notes the state of the stream that it is in, at each step."""
+    """A middleware that records the state of its stream at each step."""
 
     def __init__(self) -> None:
         self.driver = None
@@ -49,7 +49,7 @@ def test_the_table_ends_in_ended():
 
 
 def test_a_stream_that_is_read_to_its_end():
-    """It is new, reading within a read, idle between two, and ended."""
+    """A stream is new, reading within a read, idle between two reads, and ended."""
     seen = Seen()
     stream = Pipeline(ScriptedProvider("a b"), [seen]).stream(REQUEST)
     driver = seen.driver = stream._driver
@@ -63,7 +63,7 @@ def test_a_stream_that_is_read_to_its_end():
 
 @pytest.mark.parametrize("reads", [0, 1])
 def test_a_stream_that_is_closed(reads):
-    """Read or not, it ends at once; a second close changes nothing."""
+    """A closed stream ends at once, read or unread; a second close changes nothing."""
     watch = Watch()
     stream = Pipeline(ScriptedProvider("a b"), [watch]).stream(REQUEST)
     for _ in range(reads):
@@ -76,7 +76,7 @@ def test_a_stream_that_is_closed(reads):
 
 
 def test_a_stream_that_fails():
-    """It has ended when the error reaches the consumer."""
+    """A stream that fails has ended when the error reaches the consumer."""
     stream = Pipeline(ScriptedProvider(ServerError("x"))).stream(REQUEST)
     with pytest.raises(ServerError):
         next(stream)
@@ -112,7 +112,7 @@ def test_a_close_during_a_read_leaves_it_closing():
 
 
 def test_many_threads_close_and_read():
-    """However they meet, the flow ends once, and no thread sees an error that is not about a second reader."""
+    """In any order of reads and closes, the flow ends once, and the only error is that of a second reader."""
     for _ in range(200):
         watch = Watch()
         stream = Pipeline(ScriptedProvider("a b c d e f"), [watch]).stream(REQUEST)
@@ -144,7 +144,7 @@ def test_many_threads_close_and_read():
 
 
 def test_an_async_stream(backend):
-    """It passes through the same states."""
+    """An async stream passes through the same states."""
 
     async def main():
         seen = Seen()

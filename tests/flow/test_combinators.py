@@ -50,7 +50,7 @@ def texts(ran):
 
 class TestMapChunks:
     def test_a_change(self, mode):
-        """Chunks and response both have it; what is not output is the provider's."""
+        """A change shows in the chunks and in the response; fields other than output stay the provider's."""
         script = ["ab", Chunk("c", usage=Usage(output_tokens=2), model="m-1", finish_reason="stop")]
         ran = run(mode, scripted(mode, script), [mapping(lambda c: attrs.evolve(c, text=c.text.upper()))], REQUEST)
         assert ran.response == Response("ABC", usage=Usage(output_tokens=2), model="m-1", finish_reason="stop")
@@ -58,7 +58,7 @@ class TestMapChunks:
             assert texts(ran) == ["AB", "C"]
 
     def test_no_change_keeps_the_response(self, mode):
-        """A function that looks on leaves the very response that came from within."""
+        """A function that changes nothing leaves the very response of the inner flow."""
         kept = []
 
         def inner(request, call_next):
@@ -74,7 +74,7 @@ class TestMapChunks:
         assert run(mode, scripted(mode, "a b"), [outer, inner], REQUEST).error is None
 
     def test_dropping_and_multiplying(self, streaming):
-        """None and an empty sequence drop a chunk; a sequence gives several."""
+        """None and an empty sequence drop a chunk; a sequence makes several chunks."""
         made = {"a": None, "b": [], "c": [Chunk("1"), Chunk("2")], "d": (Chunk(x) for x in "345")}
         ran = run(
             streaming, scripted(streaming, ["a", "b", "c", "d", "e"]), [mapping(lambda c: made.get(c.text, c))], REQUEST
@@ -83,13 +83,13 @@ class TestMapChunks:
         assert ran.response.text == "12345e"
 
     def test_everything_dropped(self, mode):
-        """Then the answer is empty, in all modes."""
+        """If every chunk is dropped, the answer is empty in all modes."""
         ran = run(mode, scripted(mode, ["a", "b"]), [mapping(lambda c: None)], REQUEST)
         assert ran.response.text == ""
         assert ran.events == []
 
-    def test_at_end_gives_what_was_kept(self, mode):
-        """After the last chunk of a success, in whole responses too."""
+    def test_at_end_releases_kept_chunks(self, mode):
+        """`at_end` adds chunks after the last chunk of a success, also for a whole response."""
 
         def mw(request, call_next):
             kept = []
@@ -105,7 +105,7 @@ class TestMapChunks:
             assert texts(ran) == ["ab", "!"]
 
     def test_at_end_is_for_successes(self, mode):
-        """After a failure nothing more goes out."""
+        """`at_end` does not run after a failure."""
         called = []
         ran = run(
             mode, scripted(mode, ["a", ServerError("x")]), [mapping(lambda c: c, lambda: called.append(1))], REQUEST
@@ -114,7 +114,7 @@ class TestMapChunks:
         assert called == []
 
     def test_a_short_circuit_passes_through(self, mode):
-        """A cache hit within is seen by an outer guard, as one chunk, and `at_end` runs."""
+        """An outer guard sees an inner cache hit as one chunk, and `at_end` runs."""
 
         def cached(request, call_next):
             yield from ()
@@ -131,7 +131,7 @@ class TestMapChunks:
         assert ran.response == Response("*end", finish_reason="stop")
 
     def test_tool_calls_and_reasoning_pass(self, mode):
-        """What a function leaves alone comes through a change of the text."""
+        """A change of the text leaves tool calls and reasoning as they are."""
         script = [
             Chunk("a", reasoning="why"),
             Chunk(tool_calls=(ToolCallDelta(index=0, id="1", name="f", arguments="{"),)),
@@ -145,7 +145,7 @@ class TestMapChunks:
             assert ran.response.text == "aB"
 
     def test_layers_compose(self, streaming):
-        """An outer one sees what an inner one made."""
+        """An outer layer sees the chunks that an inner layer made."""
         double = mapping(lambda c: [c, c])
         mark = mapping(lambda c: attrs.evolve(c, text=f"<{c.text}>"), lambda: Chunk("."))
         ran = run(streaming, scripted(streaming, ["a"]), [mark, double], REQUEST)
@@ -155,7 +155,7 @@ class TestMapChunks:
 
     @pytest.mark.parametrize("where", ["fn", "at_end"])
     def test_an_error_of_the_function(self, mode, where):
-        """It reaches the caller, and the flow within is closed first."""
+        """The error reaches the caller, after the inner flow is closed."""
         ends = []
 
         def watch(request, call_next):
@@ -178,7 +178,7 @@ class TestMapChunks:
         assert provider.opened == provider.closed
 
     def test_a_stop_iteration_of_the_function(self, mode):
-        """It cannot be taken for the end of a flow."""
+        """A StopIteration of the function becomes a RuntimeError, not the end of a flow."""
 
         def fn(chunk):
             raise StopIteration
@@ -187,14 +187,14 @@ class TestMapChunks:
         assert isinstance(ran.error, RuntimeError)
 
     @pytest.mark.parametrize("rubbish", ["text", 3, [None], {"a": 1}], ids=str)
-    def test_a_function_that_returns_rubbish(self, mode, rubbish):
-        """It is told what to return."""
+    def test_a_function_that_returns_a_wrong_value(self, mode, rubbish):
+        """A function that returns anything but chunks or None raises a TypeError."""
         ran = run(mode, scripted(mode, "a"), [mapping(lambda c: rubbish)], REQUEST)
         error = ran.error
         assert isinstance(error, TypeError)
 
-    def test_memory_stays_constant_for_onlookers(self):
-        """Without a change no text is kept."""
+    def test_memory_stays_constant_without_a_change(self):
+        """A mapper whose function changes nothing keeps no text."""
         from fluxibly.flow.combinators import _Mapper
 
         mapper = _Mapper(lambda c: c, None)
@@ -203,23 +203,23 @@ class TestMapChunks:
         assert mapper.text == 9000
         assert mapper.answer.response() == Response()
 
-    def test_an_interrupted_stream_tells_what_was_let_out(self, streaming):
-        """`partial` has the changed text, and nothing that was held back."""
+    def test_the_partial_response_is_what_was_let_out(self, streaming):
+        """The `partial` of an interrupted stream has the changed text, without chunks that were dropped."""
         kept = mapping(lambda c: attrs.evolve(c, text=c.text.upper()) if c.text != "b" else None)
         ran = run(streaming, scripted(streaming, ["a", "b", "c", ServerError("x")]), [kept], REQUEST)
         assert isinstance(ran.error, StreamInterrupted)
         assert ran.error.partial.text == "AC"
         assert isinstance(ran.error.__cause__, ServerError)
 
-    def test_an_interruption_of_which_nothing_went_out_is_the_providers_error(self, streaming):
-        """So that an outer Retry tries again."""
+    def test_an_interruption_before_any_output_is_the_providers_error(self, streaming):
+        """If no output went out, the provider's error is raised, so that an outer Retry tries again."""
         drop_first = mapping(lambda c: None if c.text == "a" else c)
         provider = scripted(streaming, ["a", ServerError("x")], ["b"])
         ran = run(streaming, provider, [Retry(), drop_first], REQUEST)
         assert ran.response.text == "b"
 
     def test_a_resend_within_is_refused_after_output(self, streaming):
-        """A middleware inside that asks again after its output was let out is told so; nothing is sent."""
+        """An inner middleware that asks again after its output was let out gets an error, and nothing is sent."""
 
         def again(request, call_next):
             yield from call_next(request)
@@ -232,8 +232,8 @@ class TestMapChunks:
         assert ran.error.partial.text == "a"
         assert len(provider.requests) == 1
 
-    def test_a_resend_within_is_refused_after_what_it_swallowed(self, streaming):
-        """A function that keeps everything for the end would otherwise give two answers as one."""
+    def test_a_resend_within_is_refused_after_kept_output(self, streaming):
+        """A resend is refused too if the function keeps all output for the end, which would join two answers."""
 
         def again(request, call_next):
             yield from call_next(request)
@@ -251,7 +251,7 @@ class TestMapChunks:
         assert len(provider.requests) == 1
 
     def test_a_restart_within_begins_anew(self, streaming):
-        """`at_restart` resets what the function remembers, and the response is that since."""
+        """`at_restart` resets the function's state, and the response is the output since the restart."""
 
         def mw(request, call_next):
             seen = []
@@ -270,7 +270,7 @@ class TestMapChunks:
         assert ran.response.text == "1b2c"
 
     def test_a_refused_restart_resets_nothing(self, streaming):
-        """Without a consumer that takes it, the stream is interrupted with all that went out."""
+        """If the consumer does not accept restarts, the stream is interrupted with all its output."""
         resets = []
         mw = mapping(lambda c: attrs.evolve(c, text=c.text * 2), at_restart=lambda: resets.append(1))
         ran = run(streaming, scripted(streaming, ["a", ServerError("x")]), [mw, Retry(on_interrupt="restart")], REQUEST)
@@ -280,14 +280,14 @@ class TestMapChunks:
 
 class TestHoldBack:
     def test_all_goes_out_at_the_end(self, mode):
-        """In the order it came, each chunk by itself."""
+        """The chunks go out at the end, each by itself and in order."""
         ran = run(mode, scripted(mode, ["a", "b", "c"]), [holding()], REQUEST)
         assert ran.response.text == "abc"
         if mode.streaming:
             assert texts(ran) == ["a", "b", "c"]
 
-    def test_until_lets_go(self, streaming):
-        """What was held goes out, and then each chunk as it comes."""
+    def test_until_releases_the_chunks(self, streaming):
+        """The held chunks go out, and then each chunk as it arrives."""
         log = []
 
         def watch(request, call_next):
@@ -303,7 +303,7 @@ class TestHoldBack:
         assert texts(ran) == ["a", "b", "c"]
 
     def test_a_check_that_raises_lets_nothing_out(self, mode):
-        """In a stream the error is its own, not an interruption."""
+        """The check's own error is raised, also in a stream, and no chunk goes out."""
 
         def check(response):
             raise LookupError(response.text)
@@ -313,31 +313,31 @@ class TestHoldBack:
         assert str(ran.error) == "a b"
         assert ran.events == []
 
-    def test_a_failure_of_what_is_held_can_be_retried(self, streaming):
-        """It is the provider's own error, since nothing went out."""
+    def test_a_failure_while_holding_can_be_retried(self, streaming):
+        """The failure is the provider's own error, because nothing went out."""
         provider = scripted(streaming, ["a", ServerError("x")], ["b"])
         ran = run(streaming, provider, [Retry(), holding()], REQUEST)
         assert texts(ran) == ["b"]
         ran = run(streaming, scripted(streaming, ["a", ServerError("x")]), [holding()], REQUEST)
         assert isinstance(ran.error, ServerError)
 
-    def test_a_failure_after_it_let_go_is_an_interruption(self, streaming):
-        """And is not retried."""
+    def test_a_failure_after_the_release_is_an_interruption(self, streaming):
+        """A failure after the release is an interruption and is not retried."""
         provider = scripted(streaming, ["a", "b", ServerError("x")], ["c"])
         ran = run(streaming, provider, [Retry(), holding(lambda text: text == "a")], REQUEST)
         assert isinstance(ran.error, StreamInterrupted)
         assert ran.error.partial.text == "ab"
         assert len(provider.requests) == 1
 
-    def test_a_restart_within_empties_what_is_held(self, streaming):
-        """The consumer need not know of restarts."""
+    def test_a_restart_within_discards_held_chunks(self, streaming):
+        """A restart discards the held chunks, even if the consumer does not accept restarts."""
         provider = scripted(streaming, ["a", ServerError("x")], ["b", "c"])
         ran = run(streaming, provider, [holding(), Retry(on_interrupt="restart")], REQUEST)
         assert texts(ran) == ["b", "c"]
         assert ran.response.text == "bc"
 
     def test_a_resend_within_is_refused_while_held(self, streaming):
-        """What is held of the first answer would go out with the second."""
+        """A resend is refused while output is held, because both answers would go out together."""
 
         def again(request, call_next):
             yield from call_next(request)
@@ -350,7 +350,7 @@ class TestHoldBack:
         assert ran.events == []
 
     def test_sleep_and_other_effects_pass(self, mode):
-        """A wait within is not held."""
+        """An inner wait passes outward at once."""
 
         def snooze(request, call_next):
             response = yield from call_next(request)
@@ -360,7 +360,7 @@ class TestHoldBack:
         assert run(mode, scripted(mode, "a b"), [holding(), snooze], REQUEST).response.text == "a b"
 
     def test_a_short_circuit_is_checked(self, mode):
-        """A whole response from within passes the check too."""
+        """The check runs for an inner cache hit too."""
 
         def cached(request, call_next):
             yield from ()

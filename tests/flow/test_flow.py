@@ -1,4 +1,4 @@
-"""Flows without a driver: what layers cost nothing to say, composition, and the innermost flow."""
+"""Flows without a driver: the verbs, composition, and the innermost flow."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def finish(flow, value=None):
 
 class TestVerbs:
     def test_sleep(self):
-        """Yields the seconds, and returns nothing."""
+        """`sleep` yields the seconds and returns None."""
         flow = sleep(2.5)
         assert next(flow) == Sleep(2.5)
         assert finish(flow) is None
 
     def test_perform(self):
-        """Yields both halves, and returns what the driver sends."""
+        """`perform` yields both functions and returns the value that the driver sends."""
         call, acall = object(), object()
         flow = perform(call, acall)
         assert next(flow) == Perform(call, acall)
@@ -42,7 +42,7 @@ class TestCompose:
         assert compose([]) is send
 
     def test_order(self):
-        """The first is outermost."""
+        """The first middleware is outermost."""
         log = []
 
         def layer(name):
@@ -57,7 +57,7 @@ class TestCompose:
         assert effect == Send(REQUEST)
 
     def test_what_the_innermost_passes_is_sent(self):
-        """A middleware's derived request is the one of the effect."""
+        """The request that a middleware passes on is the request of the effect."""
 
         def warm(request, call_next):
             return (yield from call_next(request.evolve(temperature=1.0)))
@@ -65,7 +65,7 @@ class TestCompose:
         assert next(compose([warm])(REQUEST)).request.temperature == 1.0
 
     def test_layer_name(self):
-        """Functions by their qualified name, objects by their class."""
+        """A function has its qualified name, an object the name of its class."""
 
         class Layer:
             def __call__(self, request, call_next):
@@ -78,7 +78,7 @@ class TestCompose:
 
 class TestSend:
     def test_a_whole_response(self):
-        """It is sent, its end told, and returned; the record knows the model and the usage."""
+        """The flow sends, yields the end of the attempt and returns the response; the record has model and usage."""
         request = Request(model="m", messages="hi")
         request.call.watched = True
         flow = send(request)
@@ -90,13 +90,13 @@ class TestSend:
         assert request.call.usage == Usage(input_tokens=1)
 
     def test_a_str(self):
-        """It becomes a response."""
+        """A str becomes a response."""
         flow = send(REQUEST)
         next(flow)
         assert flow.send("ok").response == Response("ok")
 
     def test_a_stream(self):
-        """Each chunk goes out, the next being in the source when it is resumed."""
+        """Each chunk goes out, and the source holds the next chunk when the flow is resumed."""
         flow = send(REQUEST)
         next(flow)
         source = Source("a")
@@ -108,7 +108,7 @@ class TestSend:
         assert finish(flow) == Response("ab", finish_reason="stop")
 
     def test_an_error_before_output(self):
-        """Its end is told, and it is raised as it is."""
+        """The flow yields the end of the attempt, and raises the error unchanged."""
         error = ServerError("down")
         flow = send(REQUEST)
         next(flow)
@@ -121,7 +121,7 @@ class TestSend:
         ("chunk", "output"), [(Chunk("a"), True), (Chunk(reasoning="hm"), True), (Chunk(model="m-2"), False)]
     )
     def test_an_error_of_a_stream(self, chunk, output):
-        """After output it is an interruption with what there was."""
+        """After output the error becomes an interruption with the partial response."""
         error = ServerError("down")
         flow = send(REQUEST)
         next(flow)
@@ -134,8 +134,8 @@ class TestSend:
             assert caught.value.__cause__ is error
             assert caught.value.partial.text == chunk.text
 
-    def test_an_interrupt_is_no_end(self):
-        """What is no Exception passes at once."""
+    def test_an_interrupt_does_not_end_the_attempt(self):
+        """A BaseException that is not an Exception passes at once, without an end of the attempt."""
         flow = send(REQUEST)
         next(flow)
         with pytest.raises(KeyboardInterrupt):

@@ -1,4 +1,4 @@
-"""Connections of the HTTP shells: threads, tasks, loops, forks and closing, on real sockets."""
+"""The connections of the HTTP providers, on real sockets: threads, tasks, event loops, forks and closing."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ BACKENDS = ["asyncio", "trio"]
 
 
 def endless(peer: Peer, request: Received) -> None:
-    """One event, and then nothing."""
+    """Send an event, and then nothing."""
     peer.begin_stream()
     peer.chunk(event("one"))
     peer.wait_for_end()
@@ -47,7 +47,7 @@ class TestSettings:
         return HTTPProvider(TinyCodec(), SERVICE, config(url, **settings))
 
     def test_info_names_the_server(self) -> None:
-        """The async twin gives the same name, so that logs agree."""
+        """The async provider has the same name, so that logs agree."""
         with self.make("https://api.example.com/v1") as made:
             assert made.info.name == "HTTPProvider"
             assert (made.info.framework, made.info.telemetry_name) == ("tiny", "tiny")
@@ -56,16 +56,16 @@ class TestSettings:
         assert twin.info == made.info
 
     def test_the_repr_shows_no_key(self) -> None:
-        """Nor does anything that it holds."""
+        """The repr of a provider does not show the API key."""
         assert KEY not in repr(self.make())
 
-    def test_there_has_to_be_an_address(self) -> None:
+    def test_a_missing_address(self) -> None:
         """The error names the setting."""
         with pytest.raises(ConfigError, match="api_base"):
             self.make(None)
 
     def test_a_missing_key(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """The error names the environment variable, which is read otherwise."""
+        """The environment variable provides a missing key. If it is unset too, the error names it."""
         monkeypatch.delenv("TINY_API_KEY", raising=False)
         with pytest.raises(AuthenticationError, match="TINY_API_KEY"):
             self.make(key=None)
@@ -77,13 +77,13 @@ class TestSettings:
 
     @pytest.mark.parametrize("key", ["sk-secret\n", " sk-secret", "sk-\nsecret", "sk-sécret", "sk-secret\x00x"])
     def test_a_malformed_key(self, key: str) -> None:
-        """It is refused before any request, and not shown."""
+        """A malformed key is refused before any request, and not shown."""
         with pytest.raises(AuthenticationError) as caught:
             self.make(key=key)
         assert "secret" not in str(caught.value)
 
     def test_paths_and_queries_are_joined(self, caller: Caller) -> None:
-        """The query of api_base goes along."""
+        """The query of `api_base` is part of each request."""
         with serve(whole) as server:
             caller.complete(server.url + "/?api-version=1")
             assert server.requests[0].target == "/v1/chat?api-version=1"
@@ -91,7 +91,7 @@ class TestSettings:
 
 class TestReleasing:
     def test_threads_share_a_pool(self) -> None:
-        """Each call has a connection of its own, and they are used again."""
+        """Each call has its own connection, and later calls use the connections again."""
         barrier = threading.Barrier(8)
         texts: list[str] = []
 
@@ -111,7 +111,7 @@ class TestReleasing:
 
     @pytest.mark.parametrize("backend", BACKENDS)
     def test_tasks_share_a_pool(self, backend: str) -> None:
-        """Two hundred at once, and the answers are not mixed up."""
+        """Two hundred calls at once get their own responses."""
 
         async def main(server: Server) -> None:
             texts: list[str] = []
@@ -131,7 +131,7 @@ class TestReleasing:
             anyio.run(main, server, backend=backend)
 
     def test_a_limited_pool_makes_threads_wait(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """In turn, on the one connection."""
+        """The threads use the only connection in turn."""
         monkeypatch.setattr(_pool, "MAX_CONNECTIONS", 1)
         with serve(whole) as server, provider(server) as shared:
             threads = [threading.Thread(target=shared.complete, args=(ask(str(n)),)) for n in range(8)]
@@ -143,7 +143,7 @@ class TestReleasing:
 
     @pytest.mark.parametrize("backend", BACKENDS)
     def test_a_limited_pool_makes_tasks_wait(self, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Those that are cancelled while they wait are passed over."""
+        """Tasks that are cancelled while they wait are passed over."""
         monkeypatch.setattr(_pool, "MAX_CONNECTIONS", 1)
 
         async def main(server: Server) -> None:
@@ -169,14 +169,14 @@ class TestReleasing:
             anyio.run(main, server, backend=backend)
 
     def test_an_idle_connection_expires(self, caller: Caller, monkeypatch: pytest.MonkeyPatch) -> None:
-        """It is replaced after a while."""
+        """An expired connection is replaced."""
         monkeypatch.setattr(_pool, "KEEP_IDLE", 0.0)
         with serve(whole) as server:
             caller.complete(server.url, times=3)
             assert server.connections == 3
 
     def test_a_stream_that_is_closed_early(self) -> None:
-        """Its connection is closed, and the pool goes on."""
+        """The stream's connection is closed, and the provider remains usable."""
         with serve(endless) as server, provider(server) as made:
             for _ in range(3):
                 stream = made.stream(ask())
@@ -188,7 +188,7 @@ class TestReleasing:
 
     @pytest.mark.parametrize("backend", BACKENDS)
     def test_an_async_stream_that_is_closed_early(self, backend: str) -> None:
-        """The same on an event loop."""
+        """The same holds on an event loop."""
 
         async def main(server: Server) -> None:
             async with async_provider(server) as made:
@@ -204,7 +204,7 @@ class TestReleasing:
             anyio.run(main, server, backend=backend)
 
     def test_a_stream_that_is_dropped(self) -> None:
-        """Its connection is closed with the next call."""
+        """The next call closes the stream's connection."""
 
         def script(peer: Peer, request: Received) -> None:
             (endless if request.json["stream"] else whole)(peer, request)
@@ -217,7 +217,7 @@ class TestReleasing:
     @pytest.mark.parametrize("backend", BACKENDS)
     @pytest.mark.parametrize("method", ["complete", "stream"])
     def test_cancellation(self, backend: str, method: str) -> None:
-        """Within a read: the connection is closed, and the next call has another."""
+        """A cancellation within a read closes the connection. The next call uses a new connection."""
 
         def script(peer: Peer, request: Received) -> None:
             if len(server.requests) > 1:
@@ -252,7 +252,7 @@ class TestReleasing:
 
 @contextlib.contextmanager
 def stuck(where: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The URL of a server that cannot be reached, and does not say so: its name is not found out, say."""
+    """Yield the URL of a server that is never reached, because of the look-up, of connecting, or of a full pool."""
     if where == "connect" and sys.platform != "linux":
         pytest.skip("a full queue of connections is silent on Linux only")
     over = threading.Event()
@@ -288,7 +288,7 @@ class TestEnding:
     @pytest.mark.parametrize("script", [endless, silent])
     @pytest.mark.parametrize("end", ["abort", "close"])
     def test_a_read_in_another_thread_is_ended(self, script: Callable[[Peer, Received], None], end: str) -> None:
-        """Whether the answer has begun or not."""
+        """The read ends whether the response has begun or not."""
         came = threading.Event()
         ended: list[Exception] = []
 
@@ -321,7 +321,7 @@ class TestEnding:
     def test_a_read_in_another_task_is_ended(
         self, backend: str, script: Callable[[Peer, Received], None], end: str
     ) -> None:
-        """The same on an event loop."""
+        """The same holds on an event loop."""
 
         async def main(server: Server) -> None:
             ended: list[Exception] = []
@@ -350,7 +350,7 @@ class TestEnding:
             anyio.run(main, server, backend=backend)
 
     def test_close_ends_open_streams(self) -> None:
-        """Those idle, too; twice is fine, and a call after it is an error."""
+        """Idle streams end too. A second close has no effect, and a later call is an error."""
         with serve(endless) as server:
             made = provider(server)
             stream = made.stream(ask())
@@ -367,7 +367,7 @@ class TestEnding:
 
     @pytest.mark.parametrize("backend", BACKENDS)
     def test_aclose_ends_open_streams(self, backend: str) -> None:
-        """The same on an event loop."""
+        """The same holds on an event loop."""
 
         async def main(server: Server) -> None:
             made = async_provider(server)
@@ -386,16 +386,16 @@ class TestEnding:
 
     @pytest.mark.parametrize("where", ["look-up", "connect", "turn"])
     def test_abort_ends_what_comes_before_the_connection(self, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        """The look-up of a name, connecting, and waiting for a turn, in another thread."""
+        """An abort ends a look-up, connecting, and a wait for a turn, in another thread."""
         waiting = threading.Event()
         ended: list[Exception] = []
 
         def noting(function: Callable[..., Any]) -> Callable[..., Any]:
-            def with_header_facts(*args: Any, **options: Any) -> Any:
+            def noted(*args: Any, **options: Any) -> Any:
                 waiting.set()
                 return function(*args, **options)
 
-            return with_header_facts
+            return noted
 
         def read() -> None:
             try:
@@ -420,7 +420,7 @@ class TestEnding:
     def test_abort_ends_what_comes_before_it_on_a_loop(
         self, where: str, backend: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """The same in another task."""
+        """The same holds in another task."""
 
         async def main(url: str) -> None:
             ended: list[Exception] = []
@@ -447,13 +447,13 @@ class TestEnding:
     def test_what_comes_before_the_connection_is_limited(
         self, caller: Caller, where: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """By the limit on connecting."""
+        """The limit on connecting applies to a look-up, to connecting, and to a wait for a turn."""
         with stuck(where, monkeypatch) as url, pytest.raises(RequestTimeout) as caught:
             caller.complete(url, timeout=Timeouts(connect=0.1))
         assert caught.value.phase == "connect"
 
     def test_closing_ends_a_call_that_waits_for_its_turn(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """It gets an error instead of a connection."""
+        """The call gets an error instead of a connection."""
 
         async def main() -> None:
             made = AsyncHTTPProvider(TinyCodec(), SERVICE, config("http://127.0.0.1:1", timeout=60))
@@ -471,18 +471,18 @@ class TestEnding:
         monkeypatch.setattr(_pool, "MAX_CONNECTIONS", 0)
         anyio.run(main)
 
-    def test_one_provider_on_several_event_loops(self) -> None:
-        """In turn, and on asyncio as on trio."""
+    def test_a_provider_on_several_event_loops(self) -> None:
+        """A provider serves several event loops in turn, of asyncio and of trio."""
         with serve(whole) as server:
             made = async_provider(server)
             for backend in BACKENDS * 2:
                 assert anyio.run(made.complete, ask(backend), backend=backend).text == backend
             anyio.run(made.aclose)
 
-    @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
     @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
     def test_a_fork_shares_no_connection(self) -> None:
-        """The child makes its own, and the parent's stream goes on as if nothing was."""
+        """The child makes its own connections, and the parent's stream continues undisturbed."""
         go_on = threading.Event()
 
         def script(peer: Peer, request: Received) -> None:
@@ -517,10 +517,10 @@ class TestEnding:
             assert made.complete(ask("after")).text == "after"
             assert server.connections == before + 1
 
-    @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
     @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-    def test_a_fork_shares_none_of_httpx_either(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Where somebody has wrapped its transport, the provider sends through that."""
+    def test_a_fork_shares_no_connection_of_httpx(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The same holds for httpx's transport, which the provider uses if a program has wrapped it."""
         method = httpx.HTTPTransport.handle_request
         wrapper = functools.wraps(method)(lambda transport, request: method(transport, request))
         monkeypatch.setattr(httpx.HTTPTransport, "handle_request", wrapper)
@@ -538,7 +538,7 @@ class TestEnding:
             assert server.connections == 2
 
     def test_closing_ends_a_handshake(self) -> None:
-        """Of a call in another thread, whose server does not go on with it."""
+        """A close ends a call in another thread whose server does not continue the handshake."""
         with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as listener:
             made = HTTPProvider(
                 TinyCodec(), SERVICE, config(f"https://127.0.0.1:{listener.getsockname()[1]}", timeout=30)
@@ -554,7 +554,7 @@ class TestEnding:
             thread = threading.Thread(target=call)
             thread.start()
             peer, _ = listener.accept()
-            assert peer.recv(1)  # it has begun
+            assert peer.recv(1)  # the handshake has begun
             made.close()
             thread.join(10)
             peer.close()
@@ -563,7 +563,7 @@ class TestEnding:
 
 class TestBehindAPipeline:
     def test_a_stream_closed_in_another_thread(self) -> None:
-        """The thread that reads sees the end of it, at once and without an error."""
+        """The reading thread sees the end of the stream, at once and without an error."""
         came = threading.Event()
         texts: list[str] = []
 
@@ -585,7 +585,7 @@ class TestBehindAPipeline:
 
     @pytest.mark.parametrize("backend", BACKENDS)
     def test_an_async_stream_that_is_dropped(self, backend: str) -> None:
-        """Its connection is closed though nobody awaited anything."""
+        """The stream's connection is closed without an await."""
 
         async def main(server: Server) -> None:
             async with async_provider(server, timeout=30) as made:
@@ -614,7 +614,7 @@ class TestTransports:
 
     @pytest.mark.parametrize("backend", BACKENDS)
     def test_an_async_mock(self, backend: str) -> None:
-        """Also on an event loop, and for streams."""
+        """`transport=` works on an event loop, and for streams."""
 
         async def main() -> str:
             def answer(request: httpx.Request) -> httpx.Response:
@@ -630,7 +630,7 @@ class TestTransports:
     @pytest.mark.usefixtures("patient")
     @pytest.mark.parametrize("name", ["httpx", "aiohttp"])
     def test_real_ones(self, name: str) -> None:
-        """httpx's own and aiohttp's: whole and streamed, with limits and errors as ever."""
+        """The transports of httpx and aiohttp carry whole and streamed responses, with the usual limits and errors."""
         if name == "aiohttp":
             from httpx_aiohttp import AiohttpTransport as Transport
         else:
@@ -670,8 +670,8 @@ class TestTransports:
 
     @pytest.mark.parametrize("name", ["httpx", "aiohttp"])
     @pytest.mark.parametrize("script", [endless, silent])
-    def test_abort_ends_a_read_over_them(self, name: str, script: Callable[[Peer, Received], None]) -> None:
-        """From another thread, whether the answer has begun or not."""
+    def test_abort_ends_a_read_over_a_transport(self, name: str, script: Callable[[Peer, Received], None]) -> None:
+        """An abort in another thread ends the read whether the response has begun or not."""
         if name == "aiohttp":
             from httpx_aiohttp import AiohttpTransport as Transport
         else:
@@ -700,8 +700,8 @@ class TestTransports:
             asyncio.run(main(server))
 
     @pytest.mark.parametrize("name", ["httpx", "aiohttp"])
-    def test_closing_ends_an_idle_stream_over_them(self, name: str) -> None:
-        """Its connection is closed, and the next read says so."""
+    def test_closing_ends_an_idle_stream_over_a_transport(self, name: str) -> None:
+        """The stream's connection is closed, and the next read reports that."""
         if name == "aiohttp":
             from httpx_aiohttp import AiohttpTransport as Transport
         else:
@@ -719,8 +719,8 @@ class TestTransports:
         with serve(endless) as server:
             asyncio.run(main(server))
 
-    def test_abort_ends_a_read_over_a_sync_one(self) -> None:
-        """From another thread."""
+    def test_abort_ends_a_read_over_a_sync_transport(self) -> None:
+        """An abort in another thread ends the read."""
         came = threading.Event()
         ended: list[Exception] = []
 

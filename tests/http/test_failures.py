@@ -1,4 +1,4 @@
-"""What the HTTP shells add to errors, whichever codec made them: the model, the wait asked for, a masked key."""
+"""The additions of the HTTP providers to any codec's errors: the model, the retry delay, and a masked key."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ HALF = KEY[: len(KEY) // 2]
 
 
 def failing(caller: Caller, method: str, error: object, status: str, **headers: str) -> ProviderError:
-    """The error of an answer with this `error`: a whole one, or an event of a stream if the status is 200 OK."""
+    """Return the error for a response with `error`: in a body, or in an event of a stream if the status is 200 OK."""
 
     def script(peer: Peer, request: Received) -> None:
         if status == "200 OK" and request.json.get("stream"):
@@ -38,7 +38,7 @@ class TestErrors:
     def test_no_half_of_a_key_at_the_end_of_an_excerpt(
         self, caller: Caller, method: str, status: str, start: int
     ) -> None:
-        """The key is masked before the message and the body are cut, and in the code."""
+        """The key is masked in the code, and in the message and the body before these are cut."""
         said = {"message": "x" * start + KEY, "code": f"bad_{KEY}"}
         error = failing(caller, method, said, status)
         assert HALF not in f"{error} {error!r} {error.__dict__}"
@@ -46,11 +46,11 @@ class TestErrors:
         assert error.body
 
     def test_the_headers_say_how_long_to_wait(self, caller: Caller, method: str, status: str) -> None:
-        """Also where the error is inside a 200, whose headers the codec does not see."""
+        """The headers count for an error in a 200 too, although the codec does not see them."""
         assert failing(caller, method, {"message": "busy"}, status, retry_after="7").retry_after == 7
 
     def test_the_message_names_the_model_once(self, caller: Caller, method: str, status: str) -> None:
-        """Unless the service's own words name it already."""
+        """The model is not added to a message that names it."""
         message = str(failing(caller, method, {"message": "busy"}, status))
         assert message.count("tiny-1") == 1
         assert message.startswith("tiny (tiny-1): OpenAI answered ")

@@ -1,4 +1,4 @@
-"""The parser of HTTP/1.1 answers: h11 is the reference, and where reads cut makes no difference."""
+"""The parser of HTTP/1.1 responses. h11 is the reference, and it makes no difference where reads cut the bytes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CHUNKED = OK + b"transfer-encoding: chunked\r\n\r\n"
 
 
 def parse(pieces: list[bytes]) -> tuple[int, dict[str, str], bytes, bool]:
-    """Status, headers, body and whether the connection can be used again; raises as `Answer` does."""
+    """Return the status, the headers, the body, and whether the connection is reusable. Raise as `Answer` does."""
     answer = Answer()
     rest = iter(pieces)
     while not answer.head(piece := next(rest, b"")):
@@ -29,7 +29,7 @@ def parse(pieces: list[bytes]) -> tuple[int, dict[str, str], bytes, bool]:
 
 
 def reference(data: bytes) -> tuple[int, bytes]:
-    """What h11 reads."""
+    """Return the status and the body that h11 reads."""
     connection = h11.Connection(h11.CLIENT)
     connection.send(h11.Request(method="POST", target="/", headers=[("host", "x"), ("content-length", "0")]))
     connection.send(h11.EndOfMessage())
@@ -58,7 +58,7 @@ bodies = st.lists(st.binary(min_size=1, max_size=30), max_size=5)
 
 @st.composite
 def answers(draw: st.DrawFn) -> bytes:
-    """Right answers of every kind."""
+    """Generate valid responses of every kind."""
     parts = draw(bodies)
     head = draw(st.sampled_from([b"", b"HTTP/1.1 100 Continue\r\n\r\n"])) + draw(
         st.sampled_from([OK, b"HTTP/1.1 404 \r\n", b"HTTP/1.0 200 OK\r\n", b"HTTP/1.1 204 No Content\r\n"])
@@ -80,13 +80,13 @@ def answers(draw: st.DrawFn) -> bytes:
 class TestAnswer:
     @given(answers())
     def test_it_reads_what_h11_reads(self, data: bytes) -> None:
-        """The same status and body."""
+        """The status and the body are the same."""
         status, _, body, _ = parse([data])
         assert (status, body) == reference(data)
 
     @given(answers())
     def test_where_reads_cut_makes_no_difference(self, data: bytes) -> None:
-        """Byte by byte, or at any one place."""
+        """The result is the same byte by byte, and with a cut at any place."""
         whole = parse([data])
         assert parse([bytes([byte]) for byte in data]) == whole
         for at in range(1, len(data)):
@@ -95,7 +95,7 @@ class TestAnswer:
     @settings(max_examples=300)
     @given(answers(), st.data())
     def test_mutations(self, data: bytes, draw: st.DataObject) -> None:
-        """A changed byte, or the loss of some, gives one of two errors, or an answer that h11 reads alike or refuses."""
+        """Changed or lost bytes raise an error, or give a response that h11 reads alike or refuses."""
         at = draw.draw(st.integers(0, len(data) - 1))
         mutated = data[:at] + draw.draw(st.binary(max_size=3)) + data[at + draw.draw(st.integers(0, 9)) :]
         try:
@@ -110,7 +110,7 @@ class TestAnswer:
 
     @given(st.binary(max_size=200))
     def test_random_bytes(self, data: bytes) -> None:
-        """They are no answer."""
+        """Random bytes are refused."""
         with pytest.raises((NotHTTP, ConnectionLost)):
             parse([data])
 
@@ -130,7 +130,7 @@ class TestAnswer:
             b"HTTP/1.1 200 O\rK\r\n\r\n",
             b"\r\nHTTP/1.1 200 OK\r\n\r\n",
             b"<html>HTTP/1.1 200 OK\r\n\r\n",
-            # interim answers
+            # interim responses
             b"HTTP/1.1 101 Switching\r\n\r\n",
             b"HTTP/1.1 100 Continue\r\n\r\n" * 20,
             b"HTTP/1.1 103 Early Hints\r\nno colon\r\n\r\n" + OK + b"\r\n",
@@ -186,8 +186,8 @@ class TestAnswer:
             CHUNKED + b"0\r\n" + OK + b"\r\n",
         ],
     )
-    def test_what_is_not_plainly_right_is_refused(self, data: bytes) -> None:
-        """Rather than guessed at."""
+    def test_invalid_responses_are_refused(self, data: bytes) -> None:
+        """The parser does not guess at a response that is not plainly valid."""
         with pytest.raises(NotHTTP):
             parse([data])
 
@@ -211,11 +211,11 @@ class TestAnswer:
         ],
     )
     def test_when_a_connection_is_used_again(self, head: bytes, body: bytes, reusable: bool) -> None:
-        """Only after an answer whose end is beyond doubt."""
+        """A connection is reusable only after a response whose end is beyond doubt."""
         assert parse([OK + head + b"\r\n" + body])[2:] == (b"ab" if b"ab" in body else b"", reusable)
 
     def test_repeated_and_folded_headers(self) -> None:
-        """Repeated ones are joined; a folded one is one line."""
+        """Repeated headers are joined. A folded header becomes a single line."""
         _, headers, _, _ = parse([OK + b"A: 1\r\nB: x\r\n\t y \r\na: 2\r\n\r\n"])
         assert headers == {"a": "1, 2", "b": "x y"}
 
@@ -235,12 +235,12 @@ class TestAnswer:
             ),
         ],
     )
-    def test_old_servers_and_answers_without_a_body(self, data: bytes, reusable: bool) -> None:
-        """HTTP/1.0 has to ask for it; a body where none may be makes the connection unfit."""
+    def test_old_servers_and_responses_without_a_body(self, data: bytes, reusable: bool) -> None:
+        """HTTP/1.0 has to request reuse. A body where HTTP forbids a body prevents reuse."""
         assert parse([data])[3] is reusable
 
     def test_a_huge_chunk_takes_no_memory(self) -> None:
-        """It is handed on as it comes."""
+        """The data of a chunk is returned as it arrives."""
         answer = Answer()
         assert answer.head(CHUNKED)
         assert answer.body(b"fffffffffffffff\r\nabc") == b"abc"
@@ -248,8 +248,8 @@ class TestAnswer:
         with pytest.raises(ConnectionLost):
             answer.eof()
 
-    def test_a_cut_body_is_an_error(self) -> None:
-        """Measured, chunked, or within the head."""
+    def test_a_cut_response_is_an_error(self) -> None:
+        """A response may be cut in a body with a length, in a chunked body, or in the head."""
         for data in (OK + b"content-length: 3\r\n\r\nab", CHUNKED + b"2\r\nab\r\n0\r\n", OK[:-4]):
             with pytest.raises(ConnectionLost) as caught:
                 parse([data])

@@ -1,4 +1,4 @@
-"""A thousand streams at once on one event loop: all are open together, and none of them gathers memory."""
+"""A thousand streams on one event loop. All are open at the same time, and their memory does not grow."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from fluxibly.providers.http import AsyncHTTPProvider
 
 STREAMS = 1_000
 PIECES = 5
-"""Pieces of a round; there are two rounds, with the memory looked at after each."""
+"""Number of pieces in a round. There are two rounds; the memory is measured after each."""
 TEXT = "x" * 1_000
 ALLOWED = 1_000
-"""Bytes that a stream may gain in a round: a fifth of the text that it has delivered in it."""
+"""Number of bytes by which a stream may grow in a round: a fifth of the text that it delivers in a round."""
 
 
 class Meeting:
-    """The server sends the next round when each stream has had the one before."""
+    """The end of a round. The server starts the next round when all streams have received this round."""
 
     def __init__(self) -> None:
         self.arrived = 0
@@ -35,7 +35,7 @@ class Meeting:
 
 
 async def _answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, rounds: list[Meeting]) -> None:
-    """Answer one request with two rounds of pieces."""
+    """Answer a request with two rounds of pieces."""
 
     async def send(text: str) -> None:
         writer.write(b"%x\r\n%b\r\n" % (len(text), text.encode()))
@@ -60,7 +60,7 @@ def _traced() -> int:
 
 
 def test_a_thousand_streams_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All of them come whole, and what they have delivered is not kept."""
+    """All streams arrive whole, and do not keep the chunks that they have delivered."""
     resource = pytest.importorskip("resource")
     if resource.getrlimit(resource.RLIMIT_NOFILE)[0] < 2 * STREAMS + 100:
         pytest.skip("this process may not open enough files (ulimit -n)")

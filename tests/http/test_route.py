@@ -1,4 +1,4 @@
-"""How servers are reached: addresses, proxies from the environment, and TLS, on real sockets."""
+"""The routes to servers, on real sockets: addresses, TLS, and proxies from the environment."""
 
 from __future__ import annotations
 
@@ -49,44 +49,44 @@ class TestAddresses:
             "http://example.com:99999/v1",
         ],
     )
-    def test_what_is_none(self, url: str) -> None:
-        """It is refused with the setting's name, whichever framework it is for."""
+    def test_invalid_addresses(self, url: str) -> None:
+        """An invalid address is refused with the setting's name, for any framework."""
         with pytest.raises(ConfigError, match="api_base"):
             LLMConfig(framework="litellm", model="m", api_base=url)
 
     @pytest.mark.parametrize("url", ["http://u:p@example.com", "http://[nowhere]/", "http://xn--/v1"])
-    def test_what_nobody_can_be_asked_at(self, url: str) -> None:
-        """Nor is a password sent, or one kept where addresses are printed."""
+    def test_unusable_addresses(self, url: str) -> None:
+        """A user name, a password and an invalid host are refused. A password would show in printed addresses."""
         with pytest.raises(ConfigError, match="api_base"):
             HTTPProvider(TinyCodec(), SERVICE, config(url))
 
     @pytest.mark.parametrize(
         "url", ["http://h/v1/chat/completions", "https://h/v1/messages/", "http://h:11434/api/chat"]
     )
-    def test_an_endpoint_is_no_base(self, url: str) -> None:
-        """What services document as their address has an ending that would be added twice."""
-        with pytest.raises(ConfigError, match=r"api_base is the address before /\S+, which is added to it"):
+    def test_an_endpoint_is_not_a_base(self, url: str) -> None:
+        """Services document addresses whose path the codec would append a second time."""
+        with pytest.raises(ConfigError, match=r"api_base: expected the address without /\S+, which is appended to it"):
             HTTPProvider(TinyCodec(), SERVICE, config(url))
 
     @pytest.mark.parametrize("host", ["double..dot", "a" * 64 + ".example", ".example"])
-    def test_a_host_that_none_can_be(self, caller: Caller, host: str) -> None:
-        """It is not found, like any other that does not exist."""
+    def test_an_impossible_host_name(self, caller: Caller, host: str) -> None:
+        """The error is the same as for a host that does not exist."""
         with pytest.raises(ConnectionFailed, match="was not found"):
             caller.complete(f"http://{host}/v1")
 
     @pytest.mark.parametrize("url", ["HTTP://LOCALHOST:{}/v1", "http://127.0.0.1:{}/v1/#there"])
-    def test_other_ways_to_write_one(self, caller: Caller, url: str) -> None:
-        """Capitals, and a slash or a fragment at the end."""
+    def test_spellings_of_an_address(self, caller: Caller, url: str) -> None:
+        """Capitals are accepted, and so are a slash and a fragment at the end."""
         with serve(whole) as server:
             assert caller.complete(url.format(server.port)).text == "hi"
             assert server.requests[0].target == "/v1/chat"
 
     def test_ipv6(self, caller: Caller) -> None:
-        """The host header has its brackets."""
+        """The host header has the brackets of an IPv6 address."""
         try:
             socket.create_server(("::1", 0), family=socket.AF_INET6).close()
         except OSError as error:
-            pytest.skip(f"no IPv6 here: {error}")
+            pytest.skip(f"IPv6 is not available: {error}")
         with serve(whole, host="::1") as server:
             assert caller.complete(f"http://[::1]:{server.port}/v1").text == "hi"
             assert server.requests[0].headers["host"] == f"[::1]:{server.port}"
@@ -94,10 +94,10 @@ class TestAddresses:
 
 class TestTLS:
     @pytest.mark.usefixtures("patient")
-    def test_tls_with_a_certificate_of_ones_own(
+    def test_tls_with_a_private_certificate(
         self, caller: Caller, context: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """SSL_CERT_FILE names who is trusted; whole and streamed, and connections are used again."""
+        """SSL_CERT_FILE sets the trusted certificates. Whole and streamed responses leave the connection reusable."""
         monkeypatch.setenv("SSL_CERT_FILE", str(CERTIFICATE))
 
         def script(peer: Peer, request: Received) -> None:
@@ -115,7 +115,7 @@ class TestTLS:
     def test_a_body_that_ends_with_tls(
         self, caller: Caller, context: ssl.SSLContext, clean: bool, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Without TLS's own end it may have been cut by anybody (RFC 9112, section 9.8)."""
+        """Without TLS's close_notify, the body may have been cut on the way (RFC 9112 §9.8)."""
         monkeypatch.setenv("SSL_CERT_FILE", str(CERTIFICATE))
 
         def script(peer: Peer, request: Received) -> None:
@@ -132,8 +132,8 @@ class TestTLS:
                 with pytest.raises(ConnectionFailed):
                     caller.complete(server.url)
 
-    def test_a_certificate_that_nobody_vouches_for(self, caller: Caller, context: ssl.SSLContext) -> None:
-        """TLS is verified; the error says what to do, and is not worth a retry."""
+    def test_an_untrusted_certificate(self, caller: Caller, context: ssl.SSLContext) -> None:
+        """Certificates are verified. The error names the remedy, and is not retryable."""
         with serve(whole, context) as server:
             with pytest.raises(ConnectionFailed, match="not trusted.*SSL_CERT_FILE") as caught:
                 caller.complete(server.url)
@@ -141,10 +141,10 @@ class TestTLS:
             assert server.requests == []
 
     @pytest.mark.parametrize("content", [None, "no certificate"])
-    def test_certificates_that_cannot_be_read(
+    def test_unreadable_certificates(
         self, caller: Caller, tmp_path: Path, content: str | None, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """The error names the variable, and nothing is tried again."""
+        """The error is a ConfigError, which nothing retries, and it names the variable."""
         path = tmp_path / "trusted.pem"
         if content is not None:
             path.write_text(content)
@@ -155,7 +155,7 @@ class TestTLS:
 
 class TestProxies:
     def test_a_proxy_forwards_plain_http(self, caller: Caller, monkeypatch: pytest.MonkeyPatch) -> None:
-        """It gets the whole URL, and its own password."""
+        """The proxy gets the whole URL and its own password."""
         with serve(whole) as proxy:
             monkeypatch.setenv("http_proxy", f"http://us%2540er:p%40ss@127.0.0.1:{proxy.port}")
             assert caller.complete("http://models.example/v1").text == "hi"
@@ -165,7 +165,7 @@ class TestProxies:
         assert request.headers["proxy-authorization"] == "Basic dXMlNDBlcjpwQHNz"
 
     def test_no_proxy(self, caller: Caller, monkeypatch: pytest.MonkeyPatch) -> None:
-        """The hosts that it names are reached straight."""
+        """The hosts in `no_proxy` are reached directly."""
         monkeypatch.setenv("all_proxy", "http://127.0.0.1:1")
         monkeypatch.setenv("no_proxy", "127.0.0.1")
         with serve(whole) as server:
@@ -174,7 +174,7 @@ class TestProxies:
     def test_a_proxy_tunnels_tls(
         self, caller: Caller, context: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """The proxy sees a CONNECT without the API key; what follows is between us and the server."""
+        """The proxy sees a CONNECT without the API key. The requests go through the tunnel to the server."""
         monkeypatch.setenv("SSL_CERT_FILE", str(CERTIFICATE))
 
         def tunnel(peer: Peer, request: Received) -> None:
@@ -194,27 +194,27 @@ class TestProxies:
         assert [request.target for request in requests] == ["/v1/chat"] * 2
 
     def test_a_proxy_that_refuses(self, caller: Caller, monkeypatch: pytest.MonkeyPatch) -> None:
-        """The error says that it was the proxy."""
+        """The error says that the proxy refused the connection."""
         with serve(lambda peer, request: peer.answer("no", "407 Proxy Authentication Required")) as proxy:
             monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{proxy.port}")
             with pytest.raises(ConnectionFailed, match="the proxy refused.*407"):
                 caller.complete("https://localhost/v1")
 
-    def test_one_that_is_not_there(self, caller: Caller, monkeypatch: pytest.MonkeyPatch) -> None:
-        """The error names the proxy, and not the server."""
+    def test_a_missing_proxy(self, caller: Caller, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The error names the proxy rather than the server."""
         monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
         with pytest.raises(ConnectionFailed, match=r"no connection to the proxy 127\.0\.0\.1:1"):
             caller.complete("http://models.example/v1")
 
     @pytest.mark.parametrize("url", ["http://", "http://a:b:c", "http://127.0.0.1:99999", "socks4://127.0.0.1:1080"])
-    def test_what_is_none(self, caller: Caller, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        """It is refused when the provider is made."""
+    def test_invalid_proxies(self, caller: Caller, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """An invalid or unsupported proxy is refused when the provider is made."""
         monkeypatch.setenv("all_proxy", url)
-        with pytest.raises(ConfigError, match="the proxy that the environment names"):
+        with pytest.raises(ConfigError, match="the proxy that the environment sets"):
             caller.complete("http://models.example/v1")
 
     def test_socks_without_its_package(self, caller: Caller, monkeypatch: pytest.MonkeyPatch) -> None:
-        """The error says what to install."""
+        """The error names the package to install."""
         monkeypatch.setenv("all_proxy", "socks5://127.0.0.1:1080")
         monkeypatch.setitem(sys.modules, "socksio", None)
         with pytest.raises(ConfigError, match=r"httpx\[socks\]"):

@@ -1,4 +1,4 @@
-"""Both HTTP shells against a local server that misbehaves, on real sockets."""
+"""Both HTTP providers against a local server that misbehaves, on real sockets."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ def streamed(peer: Peer, request: Received) -> None:
     peer.chunk("")
 
 
-class TestAnswers:
-    def test_a_whole_answer_has_the_ids_and_limits_of_its_headers(self, caller: Caller) -> None:
-        """The request goes out as the codec said, and what the headers tell is on the response."""
+class TestResponses:
+    def test_a_whole_response_has_the_ids_and_limits_of_its_headers(self, caller: Caller) -> None:
+        """The request is sent as the codec encodes it, and the response has the facts of the headers."""
         with serve(whole) as server:
             response = caller.complete(server.url)
         assert response.text == "hello"
@@ -53,15 +53,15 @@ class TestAnswers:
         assert request.headers["authorization"] == f"Bearer {KEY}"
         assert request.headers["content-type"] == "application/json"
 
-    def test_a_stream_has_them_on_its_first_chunk(self, caller: Caller) -> None:
-        """Only the first chunk carries what the headers tell."""
+    def test_the_first_chunk_has_the_ids_and_limits_of_the_headers(self, caller: Caller) -> None:
+        """Only the first chunk of a stream has the facts of the headers."""
         with serve(streamed) as server:
             assert caller.stream(server.url) == "one two three"
         assert [chunk.request_id for chunk in caller.got] == ["req-1", None, None]
         assert caller.got[0].rate_limits == {"anthropic-ratelimit-tokens-remaining": "7"}
 
     def test_calls_share_a_connection(self, caller: Caller) -> None:
-        """One after the other, whole or streamed, they need one connection."""
+        """Calls one after the other, whole or streamed, need a single connection."""
         with serve(streamed) as server:
             caller.stream(server.url, times=4)
             assert (server.connections, len(server.requests)) == (1, 4)
@@ -69,8 +69,8 @@ class TestAnswers:
             caller.complete(server.url, times=4)
             assert (server.connections, len(server.requests)) == (1, 4)
 
-    def test_an_answer_that_ends_with_the_connection(self, caller: Caller) -> None:
-        """Neither length nor chunks: the end of the connection is the end."""
+    def test_a_response_that_ends_with_the_connection(self, caller: Caller) -> None:
+        """Without a length and without chunks, the end of the connection is the end of the body."""
 
         def script(peer: Peer, request: Received) -> None:
             peer.send(HEAD + b'\r\n{"text": "hello"}')
@@ -80,8 +80,8 @@ class TestAnswers:
             assert caller.complete(server.url, times=2).text == "hello"
 
     @pytest.mark.usefixtures("patient")
-    def test_interim_answers_and_trailers_are_passed_over(self, caller: Caller) -> None:
-        """100 and 103 come before the answer, trailers after it."""
+    def test_interim_responses_and_trailers_are_skipped(self, caller: Caller) -> None:
+        """The responses 100 and 103 before the response are skipped, and so are the trailers after it."""
 
         def script(peer: Peer, request: Received) -> None:
             peer.send(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nlink: x\r\n\r\n")
@@ -94,7 +94,7 @@ class TestAnswers:
             assert server.connections == 1
 
     def test_headers_of_the_request_are_added(self, caller: Caller) -> None:
-        """Trace headers go along, and win over what is sent otherwise."""
+        """The request's headers are sent, and replace the provider's headers of the same name."""
         request = ask(headers={"Traceparent": "00-1-2-01", "User-Agent": "mine"})
         with serve(whole) as server:
             caller.complete(server.url, request=request)
@@ -120,20 +120,20 @@ class TestAnswers:
         ],
     )
     def test_headers_that_are_refused(self, caller: Caller, name: str, value: str) -> None:
-        """One cannot begin another, nor say where the request ends: nothing is sent."""
+        """A header cannot start a second header, and cannot set where the request ends. Nothing is sent."""
         with serve(whole) as server:
             with pytest.raises(BadRequest, match="cannot be se[nt]"):
                 caller.complete(server.url, request=ask(headers={name: value}))
             assert server.connections == 0
 
-    def test_a_header_outside_of_ascii(self, caller: Caller) -> None:
-        """What latin-1 has goes out as such."""
+    def test_a_header_outside_ascii(self, caller: Caller) -> None:
+        """Characters of latin-1 are sent as latin-1."""
         with serve(whole) as server:
             caller.complete(server.url, request=ask(headers={"x-title": " café "}))
             assert server.requests[0].headers["x-title"] == "café"
 
-    def test_json_where_a_stream_was_due(self, caller: Caller) -> None:
-        """A server that does not stream answers whole; it comes as one chunk."""
+    def test_json_instead_of_a_stream(self, caller: Caller) -> None:
+        """The whole response of a server that does not stream arrives as a single chunk."""
 
         def script(peer: Peer, request: Received) -> None:
             peer.answer({"text": "hello"}, content_type="application/json; charset=utf-8")
@@ -142,7 +142,7 @@ class TestAnswers:
             assert caller.stream(server.url) == "hello"
             assert len(caller.got) == 1
 
-    def test_events_that_call_themselves_json(self, caller: Caller) -> None:
+    def test_events_with_the_content_type_of_json(self, caller: Caller) -> None:
         """A wrong content type does not hide the events."""
 
         def script(peer: Peer, request: Received) -> None:
@@ -154,8 +154,8 @@ class TestAnswers:
         with serve(script) as server:
             assert caller.stream(server.url) == "hello"
 
-    def test_what_comes_before_an_error_is_delivered(self, caller: Caller) -> None:
-        """Also when all of it comes in one read."""
+    def test_chunks_before_an_error_are_delivered(self, caller: Caller) -> None:
+        """The chunks are delivered even if they arrive in the same read as the error."""
 
         def script(peer: Peer, request: Received) -> None:
             peer.begin_stream()
@@ -177,7 +177,7 @@ class TestLimits:
 
     @pytest.mark.parametrize("method", ["complete", "stream"])
     def test_no_head(self, caller: Caller, method: str) -> None:
-        """A server that says nothing hits the limit on the first byte."""
+        """A silent server exceeds the limit on the first byte."""
         with (
             serve(lambda peer, request: peer.wait_for_end()) as server,
             pytest.raises(RequestTimeout) as caught,
@@ -185,8 +185,8 @@ class TestLimits:
             getattr(caller, method)(server.url, timeout=Timeouts(first_byte=SHORT))
         self.check(caught, "first_byte")
 
-    def test_a_head_that_trickles(self, caller: Caller) -> None:
-        """The limit holds however many reads the head takes."""
+    def test_a_head_byte_by_byte(self, caller: Caller) -> None:
+        """The limit applies however many reads the head takes."""
         with (
             serve(lambda peer, request: peer.trickle(HEAD + b"x-a: b\r\n" * 100)) as server,
             pytest.raises(RequestTimeout) as caught,
@@ -195,7 +195,7 @@ class TestLimits:
         self.check(caught, "first_byte")
 
     def test_an_idle_stream(self, caller: Caller) -> None:
-        """A stream that stops is told apart, by its own class."""
+        """A stream that stops raises an error of its own class."""
 
         def script(peer: Peer, request: Received) -> None:
             peer.begin_stream()
@@ -208,7 +208,7 @@ class TestLimits:
         assert caller.text == "one"
 
     def test_an_idle_body(self, caller: Caller) -> None:
-        """A whole answer that stops half-way is no stalled stream."""
+        """A whole response that stops half-way is not a stalled stream."""
 
         def script(peer: Peer, request: Received) -> None:
             peer.send(HEAD + b"content-length: 100\r\n\r\n{")
@@ -220,8 +220,8 @@ class TestLimits:
         assert type(caught.value) is RequestTimeout
 
     @pytest.mark.parametrize("method", ["complete", "stream"])
-    def test_a_body_that_trickles(self, caller: Caller, method: str) -> None:
-        """A byte now and then does not stretch the total."""
+    def test_a_body_byte_by_byte(self, caller: Caller, method: str) -> None:
+        """A byte now and then does not extend the total limit."""
 
         def script(peer: Peer, request: Received) -> None:
             peer.begin_stream()
@@ -232,8 +232,8 @@ class TestLimits:
             getattr(caller, method)(server.url, timeout=Timeouts(total=SHORT, idle=5))
         self.check(caught, "total")
 
-    def test_a_number_bounds_a_whole_answer_but_no_stream(self, caller: Caller) -> None:
-        """`timeout=0.2` is the total of a call that is not streamed; a stream may take longer."""
+    def test_a_number_limits_a_whole_response_but_not_a_stream(self, caller: Caller) -> None:
+        """`timeout=0.2` is the total limit of a whole response. A stream may take longer."""
 
         def script(peer: Peer, request: Received) -> None:
             peer.begin_stream()
@@ -248,8 +248,8 @@ class TestLimits:
                 caller.complete(server.url, timeout=SHORT)
         self.check(caught, "total")
 
-    def test_an_error_whose_body_trickles(self, caller: Caller) -> None:
-        """The error comes with as much of the body as came within the idle limit."""
+    def test_an_error_whose_body_comes_byte_by_byte(self, caller: Caller) -> None:
+        """The error has the part of the body that arrived within the idle limit."""
 
         def script(peer: Peer, request: Received) -> None:
             peer.send(b"HTTP/1.1 503 No\r\ncontent-length: 1000\r\n\r\nnot now")
@@ -260,7 +260,7 @@ class TestLimits:
 
     def test_a_slow_handshake(self, caller: Caller) -> None:
         """TLS counts as connecting."""
-        with socket.create_server(("127.0.0.1", 0)) as listener:  # it connects, and says nothing
+        with socket.create_server(("127.0.0.1", 0)) as listener:  # it accepts connections, and sends nothing
             port = listener.getsockname()[1]
             with pytest.raises(RequestTimeout) as caught:
                 caller.complete(f"https://127.0.0.1:{port}", timeout=Timeouts(connect=SHORT))
@@ -270,13 +270,13 @@ class TestLimits:
 class TestCutOff:
     @pytest.mark.parametrize("method", ["complete", "stream"])
     def test_a_wrong_content_length(self, caller: Caller, method: str) -> None:
-        """Fewer bytes than announced are no answer."""
+        """A body shorter than its content-length is an error."""
 
         def script(peer: Peer, request: Received) -> None:
             peer.send(HEAD + b'content-length: 1000\r\n\r\n{"text": "hello"}')
             peer.close()
 
-        with serve(script) as server, pytest.raises(StreamProtocolError, match="in the middle of its answer"):
+        with serve(script) as server, pytest.raises(StreamProtocolError, match="in the middle of its response"):
             getattr(caller, method)(server.url)
 
     @pytest.mark.parametrize("method", ["complete", "stream"])
@@ -288,11 +288,11 @@ class TestCutOff:
             peer.chunk(event("hello") if request.json["stream"] else '{"text": "hello"}')
             peer.close()
 
-        with serve(script) as server, pytest.raises(StreamProtocolError, match="in the middle of its answer"):
+        with serve(script) as server, pytest.raises(StreamProtocolError, match="in the middle of its response"):
             getattr(caller, method)(server.url)
 
     def test_a_reset_within_a_chunk(self, caller: Caller) -> None:
-        """It is a failed connection; what came before is delivered."""
+        """A reset is a failed connection. The chunks before it are delivered."""
         came = threading.Event()
 
         def script(peer: Peer, request: Received) -> None:
@@ -308,10 +308,10 @@ class TestCutOff:
                 caller.stream(server.url)
         assert caller.text == "one"
 
-    def test_a_connection_closed_without_an_answer(self, caller: Caller) -> None:
-        """On a fresh connection that is an error, not a reason to send again."""
+    def test_a_connection_closed_without_a_response(self, caller: Caller) -> None:
+        """On a new connection that is an error, and the request is not sent again."""
         with serve(lambda peer, request: peer.close()) as server:
-            with pytest.raises(ConnectionFailed, match="without an answer"):
+            with pytest.raises(ConnectionFailed, match="without a response"):
                 caller.complete(server.url)
             assert len(server.requests) == 1
 
@@ -327,7 +327,7 @@ class TestCutOff:
             assert (server.connections, len(server.requests)) == (3, 3)
 
     def test_a_connection_closed_under_the_next_request(self, caller: Caller) -> None:
-        """Nothing was sent back: the request goes out once more, on a fresh connection."""
+        """The request is sent again, on a new connection, because no byte of a response had arrived."""
 
         def script(peer: Peer, request: Received) -> None:
             if len(server.requests) == 2:
@@ -340,8 +340,8 @@ class TestCutOff:
             assert (server.connections, len(server.requests)) == (2, 3)
 
     @pytest.mark.parametrize("together", [True, False])
-    def test_what_comes_after_an_answer_answers_nothing(self, caller: Caller, together: bool) -> None:
-        """A second answer, in the same read or later, costs the connection: the next call has another."""
+    def test_a_second_response_is_discarded(self, caller: Caller, together: bool) -> None:
+        """After a second response, in the same read or later, the next call uses another connection."""
         sent = threading.Event()
 
         def script(peer: Peer, request: Received) -> None:
@@ -356,8 +356,8 @@ class TestCutOff:
             assert caller.complete(server.url, times=2).text == "hello"
             assert (server.connections, len(server.requests)) == (2, 2)
 
-    def test_it_is_sent_again_only_once(self, caller: Caller) -> None:
-        """A server that closes the fresh connection as well is at fault."""
+    def test_a_request_is_sent_again_only_once(self, caller: Caller) -> None:
+        """A server that closes the new connection as well causes an error."""
 
         def script(peer: Peer, request: Received) -> None:
             if len(server.requests) > 1:
@@ -370,7 +370,7 @@ class TestCutOff:
                 caller.complete(server.url, times=2)
             assert len(server.requests) == 3
 
-    def test_it_is_not_sent_again_once_something_came(self, caller: Caller) -> None:
+    def test_a_request_is_not_sent_again_after_a_byte_of_a_response(self, caller: Caller) -> None:
         """A reused connection that ends within the head is an error."""
 
         def script(peer: Peer, request: Received) -> None:
@@ -387,7 +387,7 @@ class TestCutOff:
 
 
 class Noting(list[Any]):
-    """A list that sets an event when something is put in."""
+    """A list that sets an event when an item is appended."""
 
     def __init__(self, event: threading.Event) -> None:
         self.event = event
@@ -402,8 +402,8 @@ COMPRESS = {"gzip": gzip.compress, "deflate": zlib.compress, "br": brotli.compre
 
 class TestEncodings:
     @pytest.mark.parametrize("encoding", COMPRESS)
-    def test_a_whole_answer(self, caller: Caller, encoding: str) -> None:
-        """It is asked for and undone."""
+    def test_a_whole_response(self, caller: Caller, encoding: str) -> None:
+        """The encoding is accepted in the request, and the response is decompressed."""
 
         def script(peer: Peer, request: Received) -> None:
             assert encoding in request.headers["accept-encoding"]
@@ -412,8 +412,8 @@ class TestEncodings:
         with serve(script) as server:
             assert caller.complete(server.url).text == "hello"
 
-    def test_a_stream_comes_as_it_is_flushed(self, caller: Caller) -> None:
-        """Each event is delivered before the next one is sent."""
+    def test_a_stream_arrives_as_it_is_flushed(self, caller: Caller) -> None:
+        """Each event is delivered before the server sends the next event."""
         came = threading.Event()
 
         def script(peer: Peer, request: Received) -> None:
@@ -431,7 +431,7 @@ class TestEncodings:
     @pytest.mark.parametrize("encoding", COMPRESS)
     @pytest.mark.parametrize("method", ["complete", "stream"])
     def test_data_that_is_cut_short(self, caller: Caller, method: str, encoding: str) -> None:
-        """A length that is right does not make up for missing data."""
+        """Missing compressed data is an error even if the content-length is right."""
         text = event("hello " * 9) if method == "stream" else '{"text": "hello"}'
         packed = COMPRESS[encoding](text.encode())[:-3]
         with (
@@ -443,7 +443,7 @@ class TestEncodings:
     @pytest.mark.parametrize("encoding", COMPRESS)
     @pytest.mark.parametrize("method", ["complete", "stream"])
     def test_a_bomb(self, caller: Caller, method: str, encoding: str) -> None:
-        """A little that stands for a lot hits the bound."""
+        """A small body that expands to a huge body exceeds the limit."""
         packed = BOMBS[encoding]
         with (
             serve(lambda peer, request: peer.answer(packed, content_encoding=encoding)) as server,
@@ -452,8 +452,8 @@ class TestEncodings:
             getattr(caller, method)(server.url)
 
     @pytest.mark.parametrize("encoding", ["zstd", "gzip, gzip, gzip, gzip", "gzip"])
-    def test_what_cannot_be_undone(self, caller: Caller, encoding: str) -> None:
-        """An encoding that was not asked for, too many, or data that is not what it says."""
+    def test_invalid_encodings(self, caller: Caller, encoding: str) -> None:
+        """An encoding that the request did not accept, too many encodings, and invalid data are errors."""
         with (
             serve(lambda peer, request: peer.answer("garbage", content_encoding=encoding)) as server,
             pytest.raises(StreamProtocolError),
@@ -470,14 +470,14 @@ BOMBS = {
 
 class TestBounds:
     def test_a_line_without_end(self, caller: Caller) -> None:
-        """A gigabyte in one line is given up early."""
+        """The limit on a line ends a gigabyte in a single line early."""
 
         def script(peer: Peer, request: Received) -> None:
             peer.begin_stream()
             peer.chunk("data: ")
             for _ in range(1000):
                 peer.chunk(b"x" * 1_000_000)
-            server.requests.clear()  # never: the client is gone by then
+            server.requests.clear()  # never reached: the client has closed the connection by then
 
         with serve(script) as server:
             with pytest.raises(StreamProtocolError, match="bytes"):
@@ -485,18 +485,18 @@ class TestBounds:
             assert server.requests
 
     def test_a_body_without_end(self, caller: Caller) -> None:
-        """The same for a whole answer."""
+        """The limit on a whole body ends a body without end."""
 
         def script(peer: Peer, request: Received) -> None:
             peer.send(HEAD + b"\r\n")
             for _ in range(1000):
                 peer.send(b"x" * 1_000_000)
 
-        with serve(script) as server, pytest.raises(StreamProtocolError, match="larger than"):
+        with serve(script) as server, pytest.raises(StreamProtocolError, match="at most 67,108,864 bytes"):
             caller.complete(server.url)
 
     def test_a_head_without_end(self, caller: Caller) -> None:
-        """And for the headers."""
+        """The limit on the head ends headers without end."""
 
         def script(peer: Peer, request: Received) -> None:
             peer.send(HEAD)
@@ -507,7 +507,7 @@ class TestBounds:
             caller.complete(server.url)
 
     def test_an_error_without_end(self, caller: Caller) -> None:
-        """Of an error's body a megabyte is enough."""
+        """At most a megabyte of an error's body is read."""
 
         def script(peer: Peer, request: Received) -> None:
             peer.send(b"HTTP/1.1 500 No\r\n\r\n")
@@ -522,7 +522,7 @@ class TestBounds:
 
 class TestErrors:
     def test_the_key_is_masked_where_the_server_echoes_it(self, caller: Caller) -> None:
-        """In the message, in the body, in every form of the exception."""
+        """The key is masked in the message, in the body, and in every form of the exception."""
 
         def script(peer: Peer, request: Received) -> None:
             key = request.headers["authorization"].removeprefix("Bearer ")
@@ -536,7 +536,7 @@ class TestErrors:
             assert (error.status, error.request_id, error.provider, error.model) == (401, "req-9", "tiny", "tiny-1")
 
     def test_the_key_is_masked_within_a_stream(self, caller: Caller) -> None:
-        """An error event may echo it as well."""
+        """The key is masked in the error of an event too."""
 
         def script(peer: Peer, request: Received) -> None:
             peer.begin_stream()
@@ -567,7 +567,7 @@ class TestErrors:
 
     @pytest.mark.parametrize("method", ["complete", "stream"])
     def test_a_redirect_is_not_followed(self, caller: Caller, method: str) -> None:
-        """The key goes nowhere else; the error says where to."""
+        """No other server gets the key. The error names the target of the redirect."""
 
         def script(peer: Peer, request: Received) -> None:
             peer.answer("", "307 Temporary Redirect", location=f"{server.url}/other?key=1")
@@ -580,18 +580,18 @@ class TestErrors:
 
     @pytest.mark.parametrize("method", ["complete", "stream"])
     def test_a_web_page(self, caller: Caller, method: str) -> None:
-        """200 with HTML is no answer."""
+        """A 200 with HTML is an error."""
         with (
             serve(lambda peer, request: peer.answer("<html>", content_type="text/html; charset=utf-8")) as server,
             pytest.raises(StreamProtocolError, match="web page"),
         ):
             getattr(caller, method)(server.url)
 
-    def test_something_else_than_http(self, caller: Caller) -> None:
-        """The first bytes tell."""
+    def test_another_protocol_than_http(self, caller: Caller) -> None:
+        """The first bytes show that the server does not speak HTTP."""
         with (
             serve(lambda peer, request: peer.send(b"SSH-2.0-OpenSSH_9.6\r\n")) as server,
-            pytest.raises(StreamProtocolError, match="not HTTP"),
+            pytest.raises(StreamProtocolError, match="invalid HTTP response: it does not begin with HTTP"),
         ):
             caller.complete(server.url)
 

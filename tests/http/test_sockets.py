@@ -1,4 +1,4 @@
-"""TLS over a socket, with a server whose records the test makes."""
+"""TLS over a socket, with a server that sends the records of the test."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CERTIFICATE = Path(__file__).parents[1] / "data" / "localhost.pem"
 
 
 def speak(sock: socket.socket, records: list[bytes], clean: bool) -> None:
-    """Agree on keys, then send all records, and TLS's end if it is to be clean, in one piece."""
+    """Do the handshake, then send all records in a single piece, with TLS's close_notify if `clean`."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(CERTIFICATE)
     incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
@@ -42,7 +42,7 @@ def speak(sock: socket.socket, records: list[bytes], clean: bool) -> None:
 
 @contextlib.contextmanager
 def connected(records: list[bytes], *, clean: bool = False) -> Iterator[tuple[TLSSocket, socket.socket]]:
-    """Our end, after the handshake, and the server's socket."""
+    """Yield the client's socket, after the handshake, and the server's socket."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
         thread = threading.Thread(target=speak, args=(theirs, records, clean))
@@ -54,21 +54,21 @@ def connected(records: list[bytes], *, clean: bool = False) -> Iterator[tuple[TL
 
 
 class TestTLS:
-    def test_a_record_that_was_read_with_another_is_seen(self) -> None:
-        """It waits in memory, where looking at the socket would not find it."""
+    def test_a_record_in_memory_is_seen(self) -> None:
+        """A record that was received with another waits in memory, where a look at the socket does not find it."""
         with connected([b"one", b"two"]) as (secure, _):
             assert finished(secure.receive(5)) == b"one"
             assert not secure.quiet()
 
-    def test_session_tickets_are_no_answer(self) -> None:
-        """An idle connection that has only these unread is quiet."""
+    def test_session_tickets_are_not_data(self) -> None:
+        """An idle connection with only session tickets unread is quiet."""
         with connected([b"one"]) as (secure, _):
             assert finished(secure.receive(5)) == b"one"
             assert secure.quiet()
 
     @pytest.mark.parametrize("clean", [True, False])
     def test_the_end(self, clean: bool) -> None:
-        """TLS has one of its own; without it, what came may have been cut short."""
+        """Without TLS's close_notify, the end of the connection is an error, because the data may be cut short."""
         with connected([b"one"], clean=clean) as (secure, theirs):
             theirs.close()
             assert finished(secure.receive(5)) == b"one"

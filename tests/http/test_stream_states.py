@@ -49,7 +49,7 @@ class Exchange:
 
 
 class Sender:
-    """A sender of one exchange. It calls `during` while it sends."""
+    """A sender of an exchange. It calls `during` while it sends."""
 
     def __init__(self, exchange: Exchange) -> None:
         self.exchange = exchange
@@ -95,7 +95,7 @@ class Play:
             anyio.run(stream.aclose)
 
     def close_within(self) -> None:
-        """Close the stream within one of its reads, as another thread or task does."""
+        """Close the stream within a read, as another thread or task does."""
         coroutine = self.stream._close()
         with pytest.raises(StopIteration):
             coroutine.send(None)
@@ -130,7 +130,7 @@ class TestTable:
         assert set().union(*TRANSITIONS.values()) <= set(STATES)
 
     def test_a_stream_ends_for_good(self) -> None:
-        """Every state leads to `ended`, which nothing follows. No stream is new again, and no aborted stream is read."""
+        """Every state leads to `ended`, and none leads back to `new`. An aborted stream can only end."""
         assert all("ended" in after for state, after in TRANSITIONS.items() if state != "ended")
         assert TRANSITIONS["ended"] == frozenset()
         assert TRANSITIONS["closing"] == {"ended"}
@@ -345,8 +345,8 @@ class TestAborting:
 
 
 class TestThreads:
-    def test_they_abort_close_and_read(self) -> None:
-        """However they meet, the connection is released once, and a read fails or finds the end."""
+    def test_abort_close_and_read_at_once(self) -> None:
+        """However the threads meet, the connection is released once, and a read fails or finds the end."""
         for n in range(300):
             made = Play(HTTPStream, [event(str(m)) for m in range(5)], 200)
             start = threading.Barrier(4)

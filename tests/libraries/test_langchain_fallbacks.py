@@ -16,7 +16,8 @@ from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage, AIMessageChunk
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 from langchain_openai import ChatOpenAI
-from support.answering import Told, tell
+from pydantic import Field
+from support.answering import Observed, observe
 from support.canned_server import Canned
 from support.libraries import KEY, LANGCHAIN, MODES
 
@@ -47,7 +48,7 @@ class Delegating(BaseChatModel):
 class Anyone(BaseChatModel):
     """A chat model whose messages may name the service that they came from."""
 
-    metadata_of_answers: dict[str, Any] = {}
+    metadata_of_answers: dict[str, Any] = Field(default_factory=dict)
 
     @property
     def _llm_type(self) -> str:
@@ -65,9 +66,9 @@ class Anyone(BaseChatModel):
             yield ChatGenerationChunk(message=message)
 
 
-def wrapped(mode: str, chat_model: BaseChatModel, calls: int = 1) -> Told:
+def wrapped(mode: str, chat_model: BaseChatModel, calls: int = 1) -> Observed:
     provider = LANGCHAIN.providers[not mode.startswith("sync")].wrap(chat_model)
-    return tell(mode, provider, Request(model="any", messages="hello there"), calls=calls)
+    return observe(mode, provider, Request(model="any", messages="hello there"), calls=calls)
 
 
 def fallback(server: Canned, other: Canned) -> Delegating:
@@ -82,13 +83,13 @@ def fallback(server: Canned, other: Canned) -> Delegating:
 def test_the_service_that_answered_is_named(server: Canned, other: Canned, mode: str, fails: bool) -> None:
     """The spans of call and attempt and the metrics have the service and its name for the model, but no address."""
     server.fail = BUSY if fails else None
-    told = wrapped(mode, fallback(server, other))
+    observed = wrapped(mode, fallback(server, other))
     service, model = ("anthropic", "claude-test-0613") if fails else ("openai", "gpt-4o-0613")
     assert len(other.seen) == fails
-    span, measured = told.span, told.measured
+    span, measured = observed.span, observed.measured
     assert (span["gen_ai.provider.name"], span["gen_ai.response.model"]) == (service, model)
     assert (measured["gen_ai.provider.name"], measured["gen_ai.response.model"]) == (service, model)
-    assert told.attempts == [(service, model)]
+    assert observed.attempts == [(service, model)]
     assert "server.address" not in span
     # LangChain does not report the requested model, so the caller's value stays
     assert span["gen_ai.request.model"] == measured["gen_ai.request.model"] == "any"
@@ -119,9 +120,9 @@ NAMES = [
 @pytest.mark.parametrize(("metadata", "name"), NAMES)
 def test_names_follow_the_conventions_and_are_never_made_up(mode: str, metadata: dict[str, Any], name: str) -> None:
     """A service is named as in the conventions. If a model does not name its service, the provider stays the same."""
-    told = wrapped(mode, Anyone(metadata_of_answers=metadata))
-    assert told.span["gen_ai.provider.name"] == told.measured["gen_ai.provider.name"] == name
-    assert told.attempts[0][0] == name
+    observed = wrapped(mode, Anyone(metadata_of_answers=metadata))
+    assert observed.span["gen_ai.provider.name"] == observed.measured["gen_ai.provider.name"] == name
+    assert observed.attempts[0][0] == name
 
 
 @pytest.mark.parametrize("mode", SYNC_MODELS)
@@ -134,9 +135,9 @@ def test_an_integration_that_stands_on_anothers_keeps_its_name(
     monkeypatch.setenv("AZURE_OPENAI_ENDPOINT", server.url)
     settings = LANGCHAIN.config(server, "azure_openai:gpt-4o", api_base=None, api_key=None)
     provider = LANGCHAIN.providers[not mode.startswith("sync")](settings)
-    told = tell(mode, provider, Request(model=settings.model, messages="hello there"))
-    assert told.span["gen_ai.provider.name"] == "azure.ai.openai"
-    assert told.records[0].provider is provider.info
+    observed = observe(mode, provider, Request(model=settings.model, messages="hello there"))
+    assert observed.span["gen_ai.provider.name"] == "azure.ai.openai"
+    assert observed.records[0].provider is provider.info
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -144,8 +145,8 @@ def test_the_configured_service_is_the_very_same_object(server: Canned, mode: st
     """Calls that the configured service answers keep the provider's own description, with its address."""
     settings = LANGCHAIN.config(server, "anthropic:claude-test")
     provider = LANGCHAIN.providers[not mode.startswith("sync")](settings)
-    told = tell(mode, provider, Request(model=settings.model, messages="hello there"), calls=2)
-    assert all(record.provider is provider.info for record in told.records)
+    observed = observe(mode, provider, Request(model=settings.model, messages="hello there"), calls=2)
+    assert all(record.provider is provider.info for record in observed.records)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -167,8 +168,8 @@ def test_a_middleware_that_asks_another_service_and_comes_back(
 
     settings = LANGCHAIN.config(server, "openai:gpt-4o")
     provider = LANGCHAIN.providers[not mode.startswith("sync")](settings)
-    told = tell(mode, provider, Request(model=settings.model, messages="hello there"), there_and_back)
-    assert [name for name, _ in told.attempts] == ["anthropic", "openai"]
+    observed = observe(mode, provider, Request(model=settings.model, messages="hello there"), there_and_back)
+    assert [name for name, _ in observed.attempts] == ["anthropic", "openai"]
     assert (failed_at[0].telemetry_name, failed_at[0].server_address) == ("anthropic", None)
-    assert told.records[0].provider is provider.info
-    assert (told.span["gen_ai.provider.name"], told.measured["gen_ai.provider.name"]) == ("openai", "openai")
+    assert observed.records[0].provider is provider.info
+    assert (observed.span["gen_ai.provider.name"], observed.measured["gen_ai.provider.name"]) == ("openai", "openai")

@@ -83,7 +83,7 @@ def weather(city: str) -> str:
 
 
 def test_a_chain_runs_on_an_llm_with_its_middleware() -> None:
-    """prompt | model | parser runs through the middleware, whole and streamed."""
+    """A chain, prompt | model | parser, runs through the middleware, whole and streamed."""
     seen: list[str] = []
 
     def spy(request: Request, call_next: CallNext) -> Flow[Response]:

@@ -12,7 +12,7 @@ import pytest
 if importlib.util.find_spec("litellm") is None:  # importing it here would fetch its price map from the network
     pytest.skip("needs LiteLLM", allow_module_level=True)
 
-from support.answering import Told, tell
+from support.answering import Observed, observe
 from support.canned_server import Canned
 from support.libraries import KEY, LITELLM, LITELLM_WARNS, MODES, sent_key
 
@@ -40,10 +40,10 @@ def keys(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(f"{name}_API_KEY", f"sk-{name.lower()}")
 
 
-def ask(mode: str, settings: LLMConfig, *inner: Any, calls: int = 1, **request: Any) -> Told:
+def ask(mode: str, settings: LLMConfig, *inner: Any, calls: int = 1, **request: Any) -> Observed:
     provider = LITELLM.providers[not mode.startswith("sync")](settings)
     asked = Request(**{"model": settings.model, "messages": "hello there", **request})
-    return tell(mode, provider, asked, *inner, calls=calls)
+    return observe(mode, provider, asked, *inner, calls=calls)
 
 
 def port(server: Canned) -> int:
@@ -59,16 +59,16 @@ def test_the_service_and_the_model_that_answered_are_named(server: Canned, other
     """After LiteLLM's second fallback, the spans of call and attempt and the metrics name its service and model."""
     server.fail = BUSY
     fallbacks = ["openai/gpt-4o-mini", claude_at(other)]
-    told = ask(mode, LITELLM.config(server, "openai/gpt-4o"), extra={"fallbacks": fallbacks})
+    observed = ask(mode, LITELLM.config(server, "openai/gpt-4o"), extra={"fallbacks": fallbacks})
     assert [seen.body["model"] for seen in server.seen] == ["gpt-4o", "gpt-4o-mini"]
-    span = told.span
+    span = observed.span
     assert (span["gen_ai.provider.name"], span["server.address"]) == ("anthropic", "127.0.0.1")
     assert span["server.port"] == port(other) != port(server)
-    assert told.recorder.call.name == f"chat {CLAUDE}"
+    assert observed.recorder.call.name == f"chat {CLAUDE}"
     assert (span["gen_ai.request.model"], span["fluxibly.requested_model"]) == (CLAUDE, "openai/gpt-4o")
     assert span["gen_ai.response.model"] == "claude-sonnet-4-5-0613"
-    assert told.attempts == [("anthropic", "claude-sonnet-4-5-0613")]
-    measured = told.measured
+    assert observed.attempts == [("anthropic", "claude-sonnet-4-5-0613")]
+    measured = observed.measured
     assert (measured["gen_ai.provider.name"], measured["server.port"]) == ("anthropic", port(other))
     assert measured["gen_ai.request.model"] == CLAUDE
     assert measured["gen_ai.response.model"] == "claude-sonnet-4-5-0613"
@@ -79,9 +79,9 @@ def test_the_same_service_elsewhere_has_its_own_address(server: Canned, other: C
     """A second deployment of the same model has its own address."""
     server.fail = BUSY
     there = {"api_base": other.url + "/v1"}
-    told = ask(mode, LITELLM.config(server, "openai/gpt-4o"), extra={"fallbacks": [there]})
-    assert (told.span["gen_ai.provider.name"], told.span["server.port"]) == ("openai", port(other))
-    assert "fluxibly.requested_model" not in told.span
+    observed = ask(mode, LITELLM.config(server, "openai/gpt-4o"), extra={"fallbacks": [there]})
+    assert (observed.span["gen_ai.provider.name"], observed.span["server.port"]) == ("openai", port(other))
+    assert "fluxibly.requested_model" not in observed.span
 
 
 @pytest.mark.parametrize("mode", FALLBACK_MODES)
@@ -89,16 +89,16 @@ def test_another_model_of_the_configured_service(server: Canned, mode: str) -> N
     """A fallback to another model of the configured service keeps the provider and changes the model."""
     server.fail = BUSY
     server.fail_only = "gpt-4o"
-    told = ask(mode, LITELLM.config(server, "openai/gpt-4o"), extra={"fallbacks": ["openai/gpt-4o-mini"]})
-    assert (told.span["gen_ai.provider.name"], told.span["server.port"]) == ("openai", port(server))
-    assert told.span["gen_ai.request.model"] == "openai/gpt-4o-mini"
+    observed = ask(mode, LITELLM.config(server, "openai/gpt-4o"), extra={"fallbacks": ["openai/gpt-4o-mini"]})
+    assert (observed.span["gen_ai.provider.name"], observed.span["server.port"]) == ("openai", port(server))
+    assert observed.span["gen_ai.request.model"] == "openai/gpt-4o-mini"
 
 
 @pytest.mark.parametrize("mode", FALLBACK_MODES)
 def test_without_a_fallback_the_configured_service_is_named(server: Canned, other: Canned, mode: str) -> None:
     """If the first model answers, the configured service is named and the fallback is not asked."""
-    told = ask(mode, LITELLM.config(server, "openai/gpt-4o"), extra={"fallbacks": [claude_at(other)]})
-    assert (told.span["gen_ai.provider.name"], told.span["server.port"]) == ("openai", port(server))
+    observed = ask(mode, LITELLM.config(server, "openai/gpt-4o"), extra={"fallbacks": [claude_at(other)]})
+    assert (observed.span["gen_ai.provider.name"], observed.span["server.port"]) == ("openai", port(server))
     assert other.seen == []
 
 
@@ -106,8 +106,8 @@ def test_without_a_fallback_the_configured_service_is_named(server: Canned, othe
 def test_a_service_is_described_once(server: Canned, other: Canned, mode: str) -> None:
     """All calls that a service answers share the same description."""
     server.fail = BUSY
-    told = ask(mode, LITELLM.config(server, "openai/gpt-4o"), extra={"fallbacks": [claude_at(other)]}, calls=2)
-    first, second = told.records
+    observed = ask(mode, LITELLM.config(server, "openai/gpt-4o"), extra={"fallbacks": [claude_at(other)]}, calls=2)
+    first, second = observed.records
     assert first.provider is second.provider
     assert first.provider.telemetry_name == "anthropic"
 
@@ -122,23 +122,23 @@ def test_a_fallback_for_prompts_that_are_too_long(
     server.fail = TOO_LONG
     settings = LLMConfig(framework="litellm", model="openai/gpt-4o")
     fallbacks = {"context_window_fallback_dict": {"openai/gpt-4o": "deepseek/deepseek-chat"}}
-    told = ask(mode, settings, extra=fallbacks)
+    observed = ask(mode, settings, extra=fallbacks)
     assert len(other.seen) == len(server.seen) == 1
-    span = told.span
+    span = observed.span
     assert (span["gen_ai.provider.name"], span["gen_ai.request.model"]) == ("deepseek", "deepseek/deepseek-chat")
     assert (span["gen_ai.response.model"], span["fluxibly.requested_model"]) == ("deepseek-chat-0613", "openai/gpt-4o")
     assert "server.address" not in span
-    assert told.attempts == [("deepseek", "deepseek-chat-0613")]
-    assert told.measured["gen_ai.provider.name"] == "deepseek"
+    assert observed.attempts == [("deepseek", "deepseek-chat-0613")]
+    assert observed.measured["gen_ai.provider.name"] == "deepseek"
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_fallback_for_long_prompts_that_was_not_needed(server: Canned, mode: str) -> None:
     """If the fallback was not needed, the configured service is named, with its address."""
     fallbacks = {"context_window_fallback_dict": {"openai/gpt-4o": "deepseek/deepseek-chat"}}
-    told = ask(mode, LITELLM.config(server, "openai/gpt-4o"), extra=fallbacks)
-    assert (told.span["gen_ai.provider.name"], told.span["server.port"]) == ("openai", port(server))
-    assert "fluxibly.requested_model" not in told.span
+    observed = ask(mode, LITELLM.config(server, "openai/gpt-4o"), extra=fallbacks)
+    assert (observed.span["gen_ai.provider.name"], observed.span["server.port"]) == ("openai", port(server))
+    assert "fluxibly.requested_model" not in observed.span
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -165,10 +165,10 @@ def test_a_middleware_that_asks_another_service_and_comes_back(
         except errors.Overloaded:
             return (yield from call_next(request))
 
-    told = ask(mode, LITELLM.config(server, "openai/gpt-4o"), there_and_back)
-    assert [provider for provider, _ in told.attempts] == ["anthropic", "openai"]
-    assert (told.span["gen_ai.provider.name"], told.span["server.port"]) == ("openai", port(server))
-    assert told.measured["gen_ai.provider.name"] == "openai"
+    observed = ask(mode, LITELLM.config(server, "openai/gpt-4o"), there_and_back)
+    assert [provider for provider, _ in observed.attempts] == ["anthropic", "openai"]
+    assert (observed.span["gen_ai.provider.name"], observed.span["server.port"]) == ("openai", port(server))
+    assert observed.measured["gen_ai.provider.name"] == "openai"
 
 
 @pytest.mark.parametrize("mode", FALLBACK_MODES)
@@ -180,12 +180,12 @@ def test_the_key_is_not_sent_to_another_service(
     monkeypatch.setenv("ANTHROPIC_BASE_URL", other.url)
     server.fail = BUSY
     settings = LITELLM.config(server, "openai/gpt-4o")
-    told = ask(mode, settings, extra={"fallbacks": ["openai/gpt-4o-mini", fallback]})
+    observed = ask(mode, settings, extra={"fallbacks": ["openai/gpt-4o-mini", fallback]})
     assert (sent_key(server), sent_key(other)) == (KEY, "sk-anthropic")
     assert (len(server.seen), len(other.seen)) == (2, 1)
-    (record,) = told.records
+    (record,) = observed.records
     assert (record.provider.telemetry_name, record.provider.server_address) == ("anthropic", None)
-    assert "server.address" not in told.measured
+    assert "server.address" not in observed.measured
 
 
 @pytest.mark.parametrize("mode", ["sync stream", "trio stream"])

@@ -402,14 +402,14 @@ def test_a_sync_provider_in_an_async_pipeline_has_the_same_name(backend, lines):
 
 def test_the_log_is_the_same_in_sync_and_async(lines, caplog):
     """The lines are identical in all modes."""
-    told = {}
+    seen = {}
     for mode in MODES:
         caplog.clear()
         clock = VirtualClock()
         provider = scripted(mode, ["a", Delay(1), "b", ServerError("x")], clock=clock)
         run(mode, provider, [Logging()], REQUEST, clock=clock)
-        told.setdefault(mode.streaming, set()).add(tuple(lines()))
-    assert [len(variants) for variants in told.values()] == [1, 1]
+        seen.setdefault(mode.streaming, set()).add(tuple(lines()))
+    assert [len(variants) for variants in seen.values()] == [1, 1]
     assert AsyncScriptedProvider.info == ScriptedProvider.info
 
 

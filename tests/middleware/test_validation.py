@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from typing import Literal
 
@@ -185,7 +186,7 @@ class TestSchemas:
         [
             ("not json", "the answer is not valid JSON: "),
             ("", "the answer is not valid JSON: "),
-            ('{"name": "Ann", "age": NaN}', "the answer is not valid JSON: NaN is no JSON value"),
+            ('{"name": "Ann", "age": NaN}', "the answer is not valid JSON: NaN is not a JSON value"),
             ("[" * 100_000, "the answer is not valid JSON: "),
             ("[1]", "the answer does not fit Person: "),
             ("null", "the answer does not fit Person: "),
@@ -204,14 +205,13 @@ class TestSchemas:
     )
     def test_an_answer_that_does_not_fit_a_class(self, text, problem):
         """The problem names the field and the expected value, so that the model can correct it."""
-        with pytest.raises(ValueError) as caught:
+        with pytest.raises(ValueError, match=re.escape(problem)):
             parse(text, Person)
-        assert problem in str(caught.value)
 
     def test_an_answer_that_does_not_match_a_schema(self):
         """The problem names each mismatch with its path."""
         schema = {"type": "array", "items": SCHEMA}
-        with pytest.raises(ValueError) as caught:
+        with pytest.raises(ValueError, match="does not match the JSON Schema") as caught:
             parse('[{"age": "x"}, {}]', schema)
         assert str(caught.value) == (
             "the answer does not match the JSON Schema: $[0].age: 'x' is not of type 'integer'; "
@@ -293,8 +293,8 @@ class TestSettings:
         [
             ({"type": "objekt"}, "is not a JSON Schema: 'objekt' is not valid"),
             ({"a": {1, 2}}, "is not a JSON Schema: "),
-            ("object", "is a JSON Schema (a mapping) or an attrs class, not 'object'"),
-            (int, "is a JSON Schema (a mapping) or an attrs class, not <class 'int'>"),
+            ("object", "expected a JSON Schema (a mapping) or an attrs class, got 'object'"),
+            (int, "expected a JSON Schema (a mapping) or an attrs class, got <class 'int'>"),
         ],
         ids=str,
     )
@@ -318,7 +318,9 @@ class TestSettings:
         made = call(mode, Validation(schema={"$ref": "http://127.0.0.1:9/schema.json"}), "3")
         error = root_cause(made.ran.error)
         assert isinstance(error, ConfigError)
-        assert str(error) == "Validation(schema=…) refers to 'http://127.0.0.1:9/schema.json', which is not in it"
+        assert (
+            str(error) == "Validation(schema=…) refers to 'http://127.0.0.1:9/schema.json', which is not in the schema"
+        )
 
     def test_without_jsonschema_the_extra_is_named(self, monkeypatch):
         """The error has the command that installs jsonschema."""

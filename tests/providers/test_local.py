@@ -113,7 +113,7 @@ def test_async_cancelled(config: LLMConfig, anyio_backend: str) -> None:
 
                 group.start_soon(read)
         with anyio.fail_after(30):
-            while running():
+            while running():  # noqa: ASYNC110  # nothing that could be awaited tells that a generation has ended
                 await anyio.sleep(0.01)
 
     anyio.run(main, backend=anyio_backend)
@@ -272,12 +272,15 @@ def test_conversation(llm: LLM) -> None:
 def test_refusals(llm: LLM, streaming: bool) -> None:
     """A request that llama.cpp refuses is a BadRequest, however the library reports it, and is not retryable."""
 
+    def call(prompt: str | list[Message], **overrides: Any) -> None:
+        if streaming:
+            list(llm.forward_stream(prompt, **overrides))
+        else:
+            llm.forward(prompt, **overrides)
+
     def ask(prompt: str | list[Message] = "Hi", **overrides: Any) -> ProviderError:
         with pytest.raises(ProviderError) as caught:
-            if streaming:
-                list(llm.forward_stream(prompt, **overrides))
-            else:
-                llm.forward(prompt, **overrides)
+            call(prompt, **overrides)
         assert not caught.value.retryable
         return caught.value
 
@@ -298,7 +301,7 @@ def test_refusals(llm: LLM, streaming: bool) -> None:
 @pytest.mark.model
 def test_time_limits(gguf: Path) -> None:
     """The total time of a whole answer, the first byte and the idle time have limits, each with its own error."""
-    with pytest.raises(RequestTimeout, match="not complete within 0.2 s") as total:
+    with pytest.raises(RequestTimeout, match=r"not complete within 0\.2 s") as total:
         LLM(config_of(gguf, timeout=Timeouts(total=0.2)), middleware=[]).forward(ENDLESS)
     assert total.value.phase == "total"
     with pytest.raises(RequestTimeout, match="no output came within 1e-06 s") as first:

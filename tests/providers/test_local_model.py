@@ -94,7 +94,7 @@ def test_progress_bar(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_wrong_digest(index: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model with the wrong digest is an error, and no file is kept."""
     monkeypatch.setattr(_model, "MODELS", {"smollm2": attrs.evolve(TINY, sha256="0" * 64)})
-    with pytest.raises(ProviderError, match="expected sha256 0{16}…, got .*the file was deleted"):
+    with pytest.raises(ProviderError, match=r"expected sha256 0{16}…, got .*the file was deleted"):
         model_path()
     assert files_in(cache) == ["lock"]
 

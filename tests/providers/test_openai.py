@@ -215,5 +215,5 @@ def test_an_error_of_a_server_of_ones_own_does_not_blame_openai() -> None:
     """An error of a user's own server names its host rather than OpenAI."""
     transport = httpx.MockTransport(lambda _: httpx.Response(500))
     provider = OpenAIProvider(config("openai", api_base=BASE), transport=transport)
-    with pytest.raises(ServerError, match="example.test answered 500: an empty body"), Pipeline(provider) as pipeline:
+    with pytest.raises(ServerError, match=r"example\.test answered 500: an empty body"), Pipeline(provider) as pipeline:
         pipeline.complete(Request(model="some/model", messages="Hello"))

@@ -14,7 +14,7 @@ from support.tracing_tools import Recorder
 
 
 @attrs.define
-class Told:
+class Observed:
     """The telemetry of a call: its span, its attempts' spans, the attributes of its duration, and its record."""
 
     recorder: Recorder = attrs.Factory(Recorder)
@@ -44,22 +44,22 @@ class Told:
         return [self.recorder.tracing(), self.meters.metrics(), note, *inner]
 
 
-def tell(mode: str, provider: Any, request: Request, *inner: Any, calls: int = 1) -> Told:
+def observe(mode: str, provider: Any, request: Request, *inner: Any, calls: int = 1) -> Observed:
     """Make one or several calls in a mode of `libraries.MODES`, and return their telemetry."""
     backend, _, streamed = mode.partition(" ")
-    told = Told()
+    observed = Observed()
     if backend == "sync":
-        with Pipeline(provider, told.stack(*inner)) as pipeline:
+        with Pipeline(provider, observed.stack(*inner)) as pipeline:
             for _ in range(calls):
                 if streamed:
                     with pipeline.stream(request) as stream:
                         list(stream)
                 else:
                     pipeline.complete(request)
-        return told
+        return observed
 
     async def run() -> None:
-        async with AsyncPipeline(provider, told.stack(*inner)) as pipeline:
+        async with AsyncPipeline(provider, observed.stack(*inner)) as pipeline:
             for _ in range(calls):
                 if streamed:
                     async with pipeline.stream(request) as stream:
@@ -69,4 +69,4 @@ def tell(mode: str, provider: Any, request: Request, *inner: Any, calls: int = 1
                     await pipeline.complete(request)
 
     anyio.run(run, backend=backend)
-    return told
+    return observed

@@ -1,4 +1,4 @@
-"""A local HTTP server that speaks OpenAI chat and Anthropic messages: its answers are computed from what it is sent."""
+"""A local HTTP server that speaks OpenAI chat and Anthropic messages. It computes its responses from the requests."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import attrs
 
 @attrs.define
 class Seen:
-    """A request that came in; header names are in lower case."""
+    """A received request. Header names are in lower case."""
 
     path: str
     headers: dict[str, str]
@@ -23,10 +23,11 @@ class Seen:
 
 @attrs.define
 class Canned:
-    """The server's orders, and what it saw. `fail` is (status, body, headers); `cut` ends streams without their end;
+    """The settings of a server, and the requests that it has `seen`.
 
-    `fail_only` is the one model that fails; `stall` holds the answer back, or with `stall_after` the stream after its
-    first words, until the server is closed.
+    `fail` is (status, body, headers), and `fail_only` the only model that fails. `cut` ends the body of a stream before
+    its last event, and `drop` ends the connection there. `stall` holds the response back until the server closes;
+    `stall_after` holds the stream back after its first words.
     """
 
     url: str = ""
@@ -49,20 +50,20 @@ class Canned:
         return self.seen[-1]
 
     def count(self, change: int) -> None:
-        """Note a connection that was opened or closed."""
+        """Count a connection that was opened or closed."""
         with self._changed:
             self._open += change
             self._changed.notify_all()
 
     def none_open(self, seconds: float) -> bool:
-        """Whether there is no connection; waits for that, if it has to."""
+        """Wait until no connection is open. Return whether that happened within `seconds`."""
         with self._changed:
             return self._changed.wait_for(lambda: not self._open, seconds)
 
 
 @contextmanager
 def canned_server() -> Iterator[Canned]:
-    """Serve on a free port of loopback."""
+    """Run a server on a free port of the loopback interface."""
     canned = Canned()
 
     class Handler(_Handler):
@@ -90,7 +91,7 @@ class _Handler(BaseHTTPRequestHandler):
     orders: Canned
     protocol_version = "HTTP/1.1"
 
-    def log_message(self, format: str, *args: Any) -> None:
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002  # the name in the base class
         pass
 
     def setup(self) -> None:
@@ -149,7 +150,7 @@ class _Handler(BaseHTTPRequestHandler):
         for name, data in kept:
             self._event(name, data)
         if orders.stall_after:
-            while not orders.closing.wait(0.02):  # keep-alives, until the client hangs up
+            while not orders.closing.wait(0.02):  # keep-alives, until the client closes the connection
                 self._chunk(b": ping\n\n")
             self.close_connection = True
         if orders.stream_error:
@@ -209,8 +210,8 @@ def _openai(body: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[str, Any]]
     return whole, [*events, ("", "[DONE]")], bool(body.get("stream"))
 
 
-def _call(id: str, name: str, arguments: str) -> dict[str, Any]:
-    return {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
+def _call(call_id: str, name: str, arguments: str) -> dict[str, Any]:
+    return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
 def _anthropic(body: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[str, Any]], bool]:

@@ -1,4 +1,4 @@
-"""A local HTTP server that does what it is told, wrong things above all: raw sockets, one thread a connection."""
+"""A local HTTP server for scripts that break the rules: raw sockets, and a thread for each connection."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ HEAD = b"HTTP/1.1 200 OK\r\n"
 
 @attrs.define
 class Received:
-    """A request that came in. `headers` have lower-case names."""
+    """A received request. `headers` have lower-case names."""
 
     method: str
     target: str
@@ -41,7 +41,7 @@ class Peer:
         self._reader = sock.makefile("rb")
 
     def receive(self) -> Received | None:
-        """The next request; None when the client is gone."""
+        """Return the next request, or None when the client has closed the connection."""
         line = self._reader.readline()
         if not line:
             return None
@@ -65,7 +65,7 @@ class Peer:
             time.sleep(gap)
 
     def answer(self, body: bytes | str | dict[str, Any], status: str = "200 OK", **headers: str) -> None:
-        """Send a whole, right answer."""
+        """Send a whole, valid response."""
         if isinstance(body, dict):
             body = json.dumps(body)
         if isinstance(body, str):
@@ -75,18 +75,18 @@ class Peer:
         self.send(head.encode() + b"\r\n\r\n" + body)
 
     def begin_stream(self, content_type: str = "text/event-stream", **headers: str) -> None:
-        """Send the head of a chunked answer."""
+        """Send the head of a chunked response."""
         lines = [f"{name.replace('_', '-')}: {value}\r\n" for name, value in headers.items()]
         self.send(HEAD + f"content-type: {content_type}\r\ntransfer-encoding: chunked\r\n{''.join(lines)}\r\n".encode())
 
     def chunk(self, data: bytes | str) -> None:
-        """Send one HTTP chunk; an empty one ends the answer."""
+        """Send an HTTP chunk. An empty chunk ends the response."""
         if isinstance(data, str):
             data = data.encode()
         self.send(b"%x\r\n%b\r\n" % (len(data), data))
 
     def wait_for_end(self) -> None:
-        """Wait until the client closes the connection, or the server is over."""
+        """Wait until the client closes the connection, or until the server stops."""
         with contextlib.suppress(OSError, ValueError):
             while not self.server.over.is_set():
                 if select.select([self.sock], [], [], 0.02)[0] and not self.sock.recv(4096):
@@ -107,14 +107,14 @@ Script: TypeAlias = Callable[[Peer, Received], None]
 
 
 class Server:
-    """`url`, the `requests` that came, and how many `connections` were made."""
+    """A running server: its `url`, the `requests` received, and the number of `connections` accepted."""
 
     def __init__(self, script: Script, context: ssl.SSLContext | None, host: str) -> None:
         self.requests: list[Received] = []
         self.connections = 0
         self.over = threading.Event()
         self.closed = threading.Semaphore(0)
-        """Released for each connection that has ended."""
+        """Released once for each connection that has ended."""
         self._script = script
         self._context = context
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -173,7 +173,7 @@ class Server:
 
 @contextlib.contextmanager
 def serve(script: Script, context: ssl.SSLContext | None = None, host: str = "127.0.0.1") -> Iterator[Server]:
-    """A server that runs `script(peer, request)` for each request, until the block ends."""
+    """Run a server that calls `script(peer, request)` for each request, until the block ends."""
     server = Server(script, context, host)
     try:
         yield server

@@ -1,4 +1,4 @@
-"""Hypothesis strategies: scripts for providers, requests, and stacks of middleware of a user's own."""
+"""Hypothesis strategies: scripts for providers, requests, and stacks of a user's own middleware."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fluxibly.middleware import Logging, Metrics, Retry, StreamMeter, Timing, Tr
 from fluxibly.testing import Cut, Delay
 from fluxibly.types import Chunk, Request, Response, Restart, ToolCallDelta, Usage
 
-# Scripts: made anew for each run from what is drawn, because an exception that was raised remembers where.
+# Each run makes its scripts from the drawn values, because an exception that was raised keeps its traceback.
 
 ERRORS = (ServerError, RateLimitError, ConnectionFailed, AuthenticationError, ValueError)
 texts = st.text(alphabet="aab\n☃", min_size=1, max_size=4)
@@ -50,7 +50,7 @@ good_scripts = st.lists(steps, max_size=6)
 
 @attrs.frozen
 class Script:
-    """An answer that can be made again."""
+    """An answer that can be made any number of times."""
 
     steps: tuple[Any, ...] = ()
     fails: Callable[[], BaseException] | None = None
@@ -84,7 +84,7 @@ interrupted_answers = st.tuples(st.lists(early_failures, max_size=1), interrupts
     lambda parts: [*parts[0], *[parts[1]] * 12]
 )
 
-# Middleware of a user's own. Each kind is made by a function of (name, log), so that every run has its own.
+# A user's own middleware. A function of (name, log) makes each kind, so that every run has its own middleware.
 
 seen = contextvars.ContextVar("seen", default="nothing")
 Log = list[str]
@@ -107,7 +107,7 @@ def observer(name: str, log: Log) -> Any:
 
 
 def shouting(name: str, log: Log) -> Any:
-    """Changes each character, wherever chunks are cut."""
+    """Change each character, wherever chunks are cut."""
 
     def shout(request, call_next):
         return (yield from map_chunks(call_next(request), lambda c: attrs.evolve(c, text=c.text.upper() + "")))
@@ -116,7 +116,7 @@ def shouting(name: str, log: Log) -> Any:
 
 
 def dropping(name: str, log: Log) -> Any:
-    """Leaves characters out, and chunks that then have nothing left."""
+    """Leave out characters, and drop the chunks that are empty without them."""
 
     def fn(chunk):
         text = chunk.text.replace("a", "")
@@ -132,7 +132,7 @@ def dropping(name: str, log: Log) -> Any:
 
 
 def doubling(name: str, log: Log) -> Any:
-    """Makes two chunks of each."""
+    """Split each chunk into several, with each letter doubled."""
 
     def double(request, call_next):
         return (
@@ -146,7 +146,7 @@ def doubling(name: str, log: Log) -> Any:
 
 
 def buffering(name: str, log: Log) -> Any:
-    """Keeps the last character until more comes, and gives it at the end."""
+    """Keep the last character until more text arrives, and release it at the end."""
 
     def buffer(request, call_next):
         kept = ""
@@ -169,7 +169,7 @@ def buffering(name: str, log: Log) -> Any:
 
 
 def gathering(name: str, log: Log) -> Any:
-    """Keeps all the text for the end."""
+    """Keep all the text for the end."""
 
     def gather(request, call_next):
         texts: list[str] = []
@@ -234,7 +234,7 @@ def falling_back(name: str, log: Log) -> Any:
 
 
 def asking_again(name: str, log: Log) -> Any:
-    """Throws its first answer away, which it may not once that is out."""
+    """Discard the first answer and ask again, which is refused once the first answer has gone out."""
 
     def again(request, call_next):
         yield from call_next(request)
@@ -336,7 +336,7 @@ def evolving(name: str, log: Log) -> Any:
 
 
 def annotating(name: str, log: Log) -> Any:
-    """Changes what is no output of the response."""
+    """Change a field of the response that is not output."""
 
     def annotate(request, call_next):
         response = yield from call_next(request)
@@ -381,7 +381,7 @@ some_wrapping = st.lists(st.sampled_from(WRAPPING), max_size=2)
 
 
 def around(handling: tuple[Any, ...]) -> st.SearchStrategy[list[Any]]:
-    """One of these, with wrappers around it and within."""
+    """Return stacks of one `handling` middleware, with wrappers around and within it."""
     return st.builds(
         lambda outer, one, inner: [*outer, one, *inner], some_wrapping, st.sampled_from(handling), some_wrapping
     )
@@ -389,11 +389,11 @@ def around(handling: tuple[Any, ...]) -> st.SearchStrategy[list[Any]]:
 
 stacks = st.one_of(st.lists(st.sampled_from(KINDS), max_size=6), around(HANDLING))
 any_stacks = st.one_of(stacks, around((*HANDLING, asking_again)))
-"""With some in which a stream is refused what a whole call may do."""
+"""Also stacks with a middleware that is refused in a stream and allowed in a whole call."""
 
 
 def build(kinds: list[Any], log: Log) -> list[Any]:
-    """A stack of its own, with observers around and in the middle."""
+    """Return a new stack of these kinds, with an observer outermost and another innermost."""
     layers = [observer, *kinds, observer]
     return [kind(f"{n}:{kind.__name__}", log) for n, kind in enumerate(layers)]
 

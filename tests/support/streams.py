@@ -1,4 +1,4 @@
-"""What the tests of streams share: a request, a middleware that notes how a stream ended, and all the texts of one."""
+"""Helpers for the tests of streams: a request, a middleware that records how a stream ends, and a stream's texts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ BACKENDS = ("asyncio", "trio")
 
 
 class Watch:
-    """A middleware that notes how each call ends."""
+    """A middleware that records how each call ends."""
 
     def __init__(self) -> None:
         self.ends: list[str] = []

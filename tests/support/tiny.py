@@ -1,4 +1,4 @@
-"""A tiny dialect, and one way to call both shells: so that the tests of the shells need no real codec."""
+"""A tiny dialect, and a caller of both HTTP providers, so that their tests do not need a real codec."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ DONE = "data: [DONE]\n\n"
 
 
 def event(text: str) -> str:
-    """One event of the tiny dialect."""
+    """Return an event of the tiny dialect."""
     return f"data: {json.dumps({'text': text})}\n\n"
 
 
 def whole(peer: Peer, request: Received) -> None:
-    """A server's script: answers with the prompt."""
+    """Answer with the prompt. A script for a server."""
     peer.answer({"text": request.json["prompt"]})
 
 
 class TinyDecoder:
-    """Events are `{"text": …}` or `{"error": …}`; the last is [DONE]."""
+    """A decoder of events `{"text": …}` or `{"error": …}`. The last event is [DONE]."""
 
     done = False
 
@@ -63,7 +63,7 @@ class TinyCodec:
         try:
             return Response(json.loads(body)["text"])
         except (ValueError, KeyError, TypeError):
-            raise StreamProtocolError("the answer is no answer", body=body.decode("latin-1")) from None
+            raise StreamProtocolError("expected a JSON object with a text", body=body.decode("latin-1")) from None
 
     def decoder(self) -> TinyDecoder:
         return TinyDecoder()
@@ -83,20 +83,20 @@ def ask(prompt: str = "hi", **fields: Any) -> Request:
 
 
 class Caller:
-    """Calls a shell: the sync one, or the async one on asyncio or trio. What streams gave is in `got`."""
+    """A caller of the sync provider, or of the async provider on asyncio or trio. `got` has a stream's chunks."""
 
     def __init__(self, mode: str) -> None:
         self.mode = mode
         self.got: list[Chunk] = []
         self.between: Callable[[], object] = lambda: None
-        """Called between the calls of one provider."""
+        """Called between two calls of a provider."""
 
     def complete(self, url: str, times: int = 1, request: Request | None = None, **settings: Any) -> Response:
-        """The last of so many whole answers, one after the other from one provider."""
+        """Make `times` calls, one after the other with the same provider. Return the last response."""
         return self._call(url, "complete", times, request or ask(), settings)
 
     def stream(self, url: str, times: int = 1, request: Request | None = None, **settings: Any) -> str:
-        """The text of the last of so many streams."""
+        """Read `times` streams, one after the other with the same provider. Return the text of the last stream."""
         self._call(url, "stream", times, request or ask(), settings)
         return self.text
 

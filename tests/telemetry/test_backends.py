@@ -96,7 +96,7 @@ def serve(command: list[str | Path], path: str, **variables: str):
         for _ in range(240):
             assert process.poll() is None, f"{command[0]} ended"
             try:
-                urllib.request.urlopen(address + path, timeout=5).read()
+                urllib.request.urlopen(address + path, timeout=5).read()  # noqa: S310  # the server that was started above
                 break
             except OSError:
                 time.sleep(0.5)
@@ -141,16 +141,18 @@ def follow_the_readme(server: str, address: str) -> subprocess.CompletedProcess[
     assert start.startswith(server)
     typed = re.sub(r"http://127\.0\.0\.1:\d+", f"{address} --framework echo", "\n".join(lines))
     return subprocess.run(
-        ["sh", "-c", typed],
+        ["sh", "-c", typed],  # noqa: S607  # as a reader of the README types it
         env={**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"},
         capture_output=True,
         text=True,
         timeout=120,
+        check=False,
     )
 
 
 def spans_of(phoenix: str) -> list[dict]:
-    with urllib.request.urlopen(f"{phoenix}/v1/projects/default/spans?limit=100", timeout=30) as answer:
+    address = f"{phoenix}/v1/projects/default/spans?limit=100"
+    with urllib.request.urlopen(address, timeout=30) as answer:  # noqa: S310  # the server of the fixture
         return json.load(answer)["data"]
 
 
@@ -175,8 +177,8 @@ def test_phoenix_shows_the_conversation_the_tree_and_the_tokens_once(phoenix):
     assert {call["span_kind"] for call in calls} == {"LLM"}
     assert "LLM" not in {attempt["span_kind"] for attempt in attempts}
     assert [sum(a["parent_id"] == parent for a in attempts) for parent in parents] == [1, 2, 3, 1]
-    told = [span["attributes"].get("llm.token_count.total", 0) for span in (*calls, *attempts)]
-    assert sum(told) == 330
+    totals = [span["attributes"].get("llm.token_count.total", 0) for span in (*calls, *attempts)]
+    assert sum(totals) == 330
     assert calls[1]["attributes"]["llm.token_count.prompt_details.cache_read"] == 60
     first, second, _, abandoned = [call["attributes"] for call in calls]
     assert first["llm.output_messages.0.message.tool_calls.0.tool_call.function.name"] == "look"

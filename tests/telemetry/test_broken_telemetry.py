@@ -72,9 +72,9 @@ def test_a_redact_that_raises_hides_everything(recorder, capsys):
     assert Pipeline(Remote(ANSWER), stack).complete(REQUEST).text == "forty two"
     with pytest.raises(ProviderError, match="words"):
         Pipeline(Remote(ProviderError("secret words")), stack).complete(REQUEST)
-    told = everything(recorder.spans) + str([event.attributes for event in recorder.events])
-    assert "meaning" not in told
-    assert "secret" not in told
+    exported = everything(recorder.spans) + str([event.attributes for event in recorder.events])
+    assert "meaning" not in exported
+    assert "secret" not in exported
     assert capsys.readouterr().err.count("redact raised RuntimeError") == 1
 
 

@@ -127,8 +127,8 @@ def test_redact_sees_every_text(recorder):
     assert {"Be terse.", "Let me look.", "life", "42", "And this?", "YWI=", "forty two", "Looks things up"} <= {*seen}
     named = Request(model="m-1", messages=[Message("user", "Hi", name="Jo Bloggs")])
     Pipeline(Remote(ANSWER), stack).complete(named)
-    told = everything(recorder.spans) + str([event.attributes for event in recorder.events])
-    assert not [text for text in ("terse", "Let me", "YWI", "forty", "Bloggs") if text in told]
+    exported = everything(recorder.spans) + str([event.attributes for event in recorder.events])
+    assert not [text for text in ("terse", "Let me", "YWI", "forty", "Bloggs") if text in exported]
     with pytest.raises(ProviderError):
         Pipeline(Remote(ProviderError("secret words")), stack).complete(CONVERSATION)
     assert "secret words" not in everything(recorder.spans)

@@ -274,7 +274,7 @@ class TestWaiting:
         return found
 
     def test_a_reader_sees_every_call_that_has_ended(self, meters, call):
-        """This includes several `Metrics` on one provider. Only the histograms are exported."""
+        """So it is with several `Metrics` on one provider. Only the histograms are exported."""
         for calls in (1, 2, 3):
             call()
             assert self.counts(meters.reader) == {DURATION: calls, TOKENS: 2 * calls}

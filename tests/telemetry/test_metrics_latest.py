@@ -159,11 +159,11 @@ def test_the_edition_can_be_set_in_yaml(tmp_path):
     with LLM.from_yaml(str(path)) as llm:
         assert llm.pipeline.middleware[0].conventions == "latest"
     path.write_text(text % "newest")
-    with pytest.raises(ConfigError, match="released.*latest"):
+    with pytest.raises(ConfigError, match=r"released.*latest"):
         LLM.from_yaml(str(path))
 
 
 def test_an_invalid_edition_is_refused(meters):
     """The error names the two valid values."""
-    with pytest.raises(ValueError, match="released.*latest"):
+    with pytest.raises(ValueError, match=r"released.*latest"):
         meters.metrics(conventions="unreleased")

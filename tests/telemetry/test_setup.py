@@ -85,7 +85,7 @@ def test_a_second_setup_is_refused():
 
 def test_a_destination_is_needed():
     """Without a destination, the error lists the possible destinations."""
-    with pytest.raises(ValueError, match="otlp='http.*file=.*console=True"):
+    with pytest.raises(ValueError, match=r"otlp='http.*file=.*console=True"):
         telemetry.setup()
 
 

@@ -70,10 +70,10 @@ class Meters:
                 outcomes[point.attributes["fluxibly.outcome"], point.attributes.get("error.type")] += point.count
             if name == "gen_ai.client.token.usage":
                 tokens[point.attributes["gen_ai.token.type"]] += point.sum
-        told = [span.attributes for span in calls]
-        assert outcomes == Counter((given["fluxibly.outcome"], given.get("error.type")) for given in told)
+        attributes = [span.attributes for span in calls]
+        assert outcomes == Counter((given["fluxibly.outcome"], given.get("error.type")) for given in attributes)
         for kind in ("input", "output"):
-            assert tokens[kind] == sum(given.get(f"gen_ai.usage.{kind}_tokens", 0) for given in told)
+            assert tokens[kind] == sum(given.get(f"gen_ai.usage.{kind}_tokens", 0) for given in attributes)
 
 
 def check_spans(recorder):
@@ -105,14 +105,14 @@ def check_spans(recorder):
 @pytest.mark.parametrize("mode", MODES, ids=str)
 @many
 @given(
-    s.stacks,
-    s.stacks,
-    st.one_of(s.any_answers, s.clean_answers, s.interrupted_answers),
-    st.none() | st.integers(0, 4),
-    st.booleans(),
-    st.sampled_from(["none", "both"]),
+    outer=s.stacks,
+    inner=s.stacks,
+    answers=st.one_of(s.any_answers, s.clean_answers, s.interrupted_answers),
+    stop_after=st.none() | st.integers(0, 4),
+    restarts=st.booleans(),
+    capture=st.sampled_from(["none", "both"]),
 )
-def test_spans_always_end_exactly_once(mode, outer, inner, answers, stop_after, restarts, capture):
+def test_spans_always_end_exactly_once(mode, *, outer, inner, answers, stop_after, restarts, capture):
     """Spans end exactly once, have the right parents, and leave the consumer's context unchanged."""
     recorder, meters = Recorder(), Meters()
     clock = VirtualClock()

@@ -57,7 +57,7 @@ def test_another_propagator_is_respected(recorder):
     """Tracing uses the propagator that the application has set up."""
 
     class Shouting(propagate.textmap.TextMapPropagator):
-        fields = {"x-trace"}
+        fields = frozenset({"x-trace"})
 
         def inject(self, carrier, context=None, setter=propagate.textmap.default_setter):
             span = trace.get_current_span(context).get_span_context()

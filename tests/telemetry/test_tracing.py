@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from itertools import pairwise
 
 import pytest
 from opentelemetry import trace
@@ -140,7 +141,9 @@ def test_samplers_see_what_is_known_at_the_start():
     seen = []
 
     class Curious(Sampler):
-        def should_sample(self, parent_context, trace_id, name, kind=None, attributes=None, links=None, **_):
+        def should_sample(  # noqa: PLR0917  # the SDK's signature
+            self, parent_context, trace_id, name, kind=None, attributes=None, links=None, **_
+        ):
             seen.append((name, dict(attributes)))
             return ALWAYS_OFF.should_sample(parent_context, trace_id, name, kind, attributes, links)
 
@@ -306,7 +309,7 @@ def test_arrivals_are_kept_in_constant_memory(recorder):
     points = json.loads(recorder.call.attributes["fluxibly.stream.arrivals"])
     assert 100 <= len(points) < 200
     assert points[0] == [500_000, 500_000, 2]
-    gaps = {b[0] - a[0] for a, b in zip(points, points[1:], strict=False)}
+    gaps = {b[0] - a[0] for a, b in pairwise(points)}
     assert gaps == {8 * 750_000}
     assert {wait for _, wait, _ in points} == {500_000}
     assert all(at == 500_000 + 750_000 * (characters // 2 - 1) for at, _, characters in points)

@@ -74,9 +74,14 @@ def test_a_stream_closed_in_another_thread_ends_its_spans_once(recorder):
 
 def test_an_exception_of_the_consumer_abandons_the_stream(recorder):
     """The exception is not an error of the call."""
-    with pytest.raises(KeyError), Pipeline(Remote(["a", "b"]), [recorder.tracing()]).stream(REQUEST) as stream:
-        next(stream)
-        raise KeyError("mine")
+
+    def consume():
+        with Pipeline(Remote(["a", "b"]), [recorder.tracing()]).stream(REQUEST) as stream:
+            next(stream)
+            raise KeyError("mine")
+
+    with pytest.raises(KeyError):
+        consume()
     assert recorder.call.attributes["fluxibly.outcome"] == "abandoned"
     assert not recorder.call.events
 

@@ -47,7 +47,7 @@ def _totals(roots: Iterable[TracedSpan]) -> str:
     tokens_in = sum(call.attributes.get(semconv.USAGE_INPUT, 0) for call in calls)
     tokens_out = sum(call.attributes.get(semconv.USAGE_OUTPUT, 0) for call in calls)
     retries = sum(max(call.attributes.get(semconv.ATTEMPTS, 1) - 1, 0) for call in calls)
-    told = [
+    facts = [
         (str(len(calls)), "call" if len(calls) == 1 else "calls"),
         *_outcomes(calls),
         (str(retries), "retry" if retries == 1 else "retries"),
@@ -56,7 +56,7 @@ def _totals(roots: Iterable[TracedSpan]) -> str:
         (duration(sum(call.seconds for call in calls)), "in calls"),
     ]
     return (
-        '<ul class="totals">' + "".join(f"<li><b>{value}</b><span>{what}</span></li>" for value, what in told) + "</ul>"
+        '<ul class="totals">' + "".join(f"<li><b>{value}</b><span>{what}</span></li>" for value, what in facts) + "</ul>"
     )
 
 
@@ -95,10 +95,10 @@ def _details(span: TracedSpan, root: TracedSpan) -> str:
 
 
 def _badges(span: TracedSpan) -> str:
-    told = [span.attributes.get(semconv.PROVIDER), *call_facts(span), duration(span.seconds)]
+    facts = [span.attributes.get(semconv.PROVIDER), *call_facts(span), duration(span.seconds)]
     outcome = escape(span.outcome)
     return f'<span class="badge outcome {outcome}">{outcome}</span>' + "".join(
-        f'<span class="badge">{escape(str(each))}</span>' for each in told if each
+        f'<span class="badge">{escape(str(each))}</span>' for each in facts if each
     )
 
 

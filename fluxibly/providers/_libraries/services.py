@@ -44,7 +44,7 @@ class Services:
         """Return the configured service if it has this telemetry name, else a service without an address."""
         return self.own if name == self.own.telemetry_name else self.at(name, None)
 
-    def tell(self, call: CallRecord, service: ProviderInfo) -> None:
+    def note(self, call: CallRecord, service: ProviderInfo) -> None:
         """Record on the call that `service` answers, or is being asked.
 
         A service recorded by code around this provider stays, as long as `service` is the configured service.

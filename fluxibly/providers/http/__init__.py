@@ -1,9 +1,12 @@
-"""The HTTP client: two shells, for threads and for event loops, that run any codec. The only room with sockets.
+"""The HTTP client: providers for threads and for event loops, which run any codec. The only package with sockets.
 
-`_provider.py` has the shells, `_endpoint.py` a service as one configuration reaches it, `_exchange.py` what goes out
-and comes in; `_reader.py` and `_encodings.py` read answers; `_limits.py` and `_failures.py` say when and why it went
-wrong. Connections: `_senders.py` chooses, `_pool.py` keeps our own (`_http1.py`, `_route.py`, `_sockets*.py`),
-`_httpx.py` takes any httpx transport. Imports: `dialects`, `config`, data. Imported by: `providers`.
+- `_provider.py`: the providers and their streams.
+- `_endpoint.py`: a service as a configuration reaches it. `_exchange.py`: requests, responses and their headers.
+- `_reader.py` and `_encodings.py`: the bodies of responses. `_limits.py`: time limits. `_failures.py`: error messages.
+- `_senders.py`: the choice of connections. `_pool.py`: the library's own connections, on `_http1.py`, `_route.py` and
+  `_sockets*.py`. `_httpx.py`: any httpx transport.
+
+Imports: `dialects`, `config`, data. Imported by: `providers`.
 """
 
 from fluxibly.providers.http._httpx import end_connection

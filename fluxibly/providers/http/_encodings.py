@@ -1,4 +1,4 @@
-"""Content encodings, with bounds: a few bytes can stand for gigabytes, so no step makes more than a piece at a time."""
+"""Bounded decompression: a few bytes can expand to gigabytes, so each step returns at most one piece."""
 
 from __future__ import annotations
 
@@ -10,31 +10,35 @@ from typing import Any, Protocol
 from fluxibly.errors import StreamProtocolError
 
 PIECE = 64 * 1024
-"""The most that one step of decompression makes, in bytes."""
+"""Maximum number of bytes that a step of decompression returns."""
 MAX_BODY = 64 * 1024 * 1024
-"""The most that a whole answer may take up, decompressed, in bytes."""
+"""Maximum size of a whole body after decompression, in bytes."""
 MAX_ERROR_BODY = 1024 * 1024
-"""How much of an error's body is read, in bytes."""
+"""Maximum number of bytes that are read of an error's body."""
 MAX_LAYERS = 3
+"""Maximum number of content encodings of a body."""
 
 
 class Decoder(Protocol):
-    """Undoes one content encoding. `end` raises StreamProtocolError if the data was cut short."""
+    """A decoder of one content encoding. `end` raises StreamProtocolError if the data was cut short."""
 
     def feed(self, data: bytes, /) -> Iterator[bytes]: ...
     def end(self) -> None: ...
 
 
 def _broken(encoding: str, detail: object) -> StreamProtocolError:
-    return StreamProtocolError(f"the answer is not the {encoding} data that it says it is: {detail}")
+    return StreamProtocolError(f"expected {encoding} data in the body, got invalid data: {detail}")
 
 
 def _cut(encoding: str) -> StreamProtocolError:
-    return StreamProtocolError(f"the answer's {encoding} data was cut short, so it is not whole")
+    return StreamProtocolError(f"expected all of the body's {encoding} data, got data that was cut short")
 
 
 class _Inflate:
-    """gzip (RFC 1952, of any number of members) and deflate (RFC 9110 §8.4.1.2, and the bare kind that some send)."""
+    """A decoder of gzip (RFC 1952, any number of members) and deflate (RFC 9110 §8.4.1.2).
+
+    Some servers send deflate without the zlib header, so both kinds are accepted.
+    """
 
     def __init__(self, encoding: str) -> None:
         self._encoding = encoding
@@ -42,7 +46,7 @@ class _Inflate:
         self._first = b""
 
     def _begin(self, data: bytes) -> bytes:
-        """Make the inflater for what begins here; "" until there is enough to tell which."""
+        """Create the inflater and return its data; b"" until the first two bytes show which inflater is needed."""
         if self._encoding == "gzip":
             self._inflater = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
             return data
@@ -72,7 +76,7 @@ class _Inflate:
             if piece:
                 yield piece
         inflater = self._inflater
-        while inflater is not None and not inflater.eof:  # what the window holds beyond a full piece
+        while inflater is not None and not inflater.eof:  # zlib may hold more output after a full piece
             piece = inflater.decompress(b"", PIECE)
             if not piece:
                 return
@@ -86,7 +90,7 @@ class _Inflate:
 
 
 class _Brotli:
-    """br (RFC 7932)."""
+    """A decoder of br (RFC 7932)."""
 
     def __init__(self) -> None:
         brotli = _bounded_brotli()
@@ -115,7 +119,7 @@ class _Brotli:
 
 
 def _bounded_brotli() -> Any:
-    """The module brotli, if there is one whose output can be bounded (1.2 and later); else None."""
+    """Return the module brotli if it can bound its output (version 1.2 and later), else None."""
     try:
         brotli: Any = import_module("brotli")
     except ImportError:
@@ -124,20 +128,20 @@ def _bounded_brotli() -> Any:
 
 
 def accept_encoding() -> str:
-    """What is asked for: only what can be undone within bounds."""
+    """Return the value of the accept-encoding header: the encodings that can be decompressed within bounds."""
     return "gzip, deflate, br" if _bounded_brotli() else "gzip, deflate"
 
 
 def decoders_for(content_encoding: str) -> list[Decoder]:
-    """The decoders that undo a `content-encoding` header, in the order to apply them.
+    """Return the decoders for a `content-encoding` header, in the order to apply them.
 
     Raises:
-        StreamProtocolError: an encoding that was not asked for.
+        StreamProtocolError: the request did not accept an encoding, or there are too many.
     """
     names = [name.strip().lower().removeprefix("x-") for name in content_encoding.split(",")]
     names = [name for name in reversed(names) if name and name != "identity"]
     if len(names) > MAX_LAYERS:
-        raise StreamProtocolError(f"the answer is compressed {len(names)} times over")
+        raise StreamProtocolError(f"expected at most {MAX_LAYERS} content encodings, got {len(names)}")
     decoders: list[Decoder] = []
     for name in names:
         if name in ("gzip", "deflate"):
@@ -146,13 +150,13 @@ def decoders_for(content_encoding: str) -> list[Decoder]:
             decoders.append(_Brotli())
         else:
             raise StreamProtocolError(
-                f"the answer is {name!r}-encoded, though only {accept_encoding()} was asked for", retryable=False
+                f"expected a content encoding among {accept_encoding()}, got {name!r}", retryable=False
             )
     return decoders
 
 
 def decoded(decoders: list[Decoder], data: bytes) -> Iterable[bytes]:
-    """What `data` stands for, in bounded pieces."""
+    """Return `data` decompressed, in bounded pieces."""
     pieces: Iterable[bytes] = (data,)
     for decoder in decoders:
         pieces = _through(decoder, pieces)

@@ -1,7 +1,7 @@
-"""What the two HTTP shells share: all that needs no I/O.
+"""The parts of the HTTP providers that need no I/O.
 
-An `Endpoint` is one service as one configuration reaches it. It makes the bytes of a request, turns the bytes of an
-answer into a response, and every error into one that users catch. Bodies and streams: `_reader.py`.
+An `Endpoint` is a service as a configuration reaches it. It encodes requests, decodes whole responses, and translates
+errors into the errors that users catch. `_reader.py` reads bodies and streams.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ from fluxibly.types import ProviderInfo, Request, Response
 
 _TARGET = re.compile(rb"[\x21-\x7e]+")
 _KEPT_HEADERS = 32
+"""Maximum number of different sets of headers that are kept as bytes."""
 
 
 class Endpoint:
-    """A service as one `LLMConfig` reaches it. Immutable, and shared by all calls."""
+    """A service as an `LLMConfig` reaches it. Immutable, and shared by all calls."""
 
     def __init__(self, codec: Codec, service: Service, config: LLMConfig, *, name: str) -> None:
         self.codec = codec
@@ -58,10 +59,10 @@ class Endpoint:
     # Requests
 
     def outgoing(self, request: Request, *, stream: bool) -> Outgoing:
-        """The bytes to send.
+        """Encode a request.
 
         Raises:
-            BadRequest: the codec cannot say this, or a header is none.
+            BadRequest: the dialect does not support a parameter of the request, or a header is invalid.
         """
         try:
             encoded = self.codec.encode(request, stream=stream)
@@ -79,11 +80,11 @@ class Endpoint:
             target = self.base_path + b"/" + path.lstrip("/").encode("ascii")
             queries = [part for part in (self.base_query, query.encode("ascii")) if part]
         except UnicodeEncodeError:
-            raise BadRequest(f"the path {path!r} is not ASCII") from None
+            raise BadRequest(f"expected a path in ASCII, got {path!r}") from None
         if queries:
             target += b"?" + b"&".join(queries)
         if _TARGET.fullmatch(target) is None:
-            raise BadRequest(f"the path {path!r} has characters that a URL cannot have")
+            raise BadRequest(f"expected a path without spaces and control characters, got {path!r}")
         return target
 
     def _headers(self, encoded: Encoded) -> Headers:
@@ -106,10 +107,10 @@ class Endpoint:
                 self._prepared[encoded.headers] = headers
         return headers
 
-    # Answers
+    # Responses
 
     def refuse(self, status: int, headers: Mapping[str, str], body: bytes, request: Request) -> ProviderError:
-        """The error of an answer that is none of 2xx."""
+        """Return the error of a non-2xx response."""
         if status < 400:
             return self.completed_with(redirected(status, headers), request, headers)
         error = self.codec.decode_error(status, headers, self.masked(body))
@@ -118,24 +119,24 @@ class Endpoint:
         return self.completed_with(error, request, headers)
 
     def check_page(self, headers: Mapping[str, str]) -> None:
-        """Raise StreamProtocolError for a web page: the sign of a wrong address, or of a proxy in between."""
+        """Raise StreamProtocolError for a web page, which comes from a wrong address or from a proxy in between."""
         if headers.get("content-type", "").lower().startswith("text/html"):
             raise StreamProtocolError(
-                "the server answered with a web page (text/html): check api_base, and what stands in between",
+                "expected a response from the API, got a web page (text/html): check api_base and any proxy in between",
                 retryable=False,
             )
 
     def response(self, headers: Mapping[str, str], body: bytes) -> Response:
-        """The response of a whole 2xx answer."""
+        """Decode the whole body of a 2xx response."""
         self.check_page(headers)
         return with_header_facts(self.decoded(body), headers)
 
     def masked(self, data: bytes) -> bytes:
-        """`data` without the API key: an excerpt could cut the key in two, and half of one is not found again."""
+        """Return `data` with the API key masked. An excerpt could cut the key in two, and half a key is not found."""
         return mask_secrets(data.decode("latin-1"), self.secrets).encode("latin-1") if self.secrets else data
 
     def decoded(self, body: bytes) -> Response:
-        """What the codec makes of a whole body. Its errors quote the body without the API key; answers stay as sent."""
+        """Decode a whole body. Errors quote the body with the API key masked; a response is not masked."""
         try:
             return self.codec.decode(body)
         except ProviderError as error:
@@ -146,7 +147,7 @@ class Endpoint:
         raise self._error_in(lambda: self.codec.decode(masked)) or failure
 
     def event_error(self, event: Event, error: ProviderError) -> ProviderError:
-        """The error that an event of a stream led to, quoting the event without the API key."""
+        """Return `error`, which an event of a stream led to, so that it quotes the event with the API key masked."""
         masked = self.masked(event.data)
         if masked == event.data:
             return error
@@ -163,7 +164,7 @@ class Endpoint:
     def completed_with(
         self, error: ProviderError, request: Request, headers: Mapping[str, str] | None = None
     ) -> ProviderError:
-        """`error` with who was asked for what and the headers' hints filled in, and the API key masked."""
+        """Complete `error` with the service, the model and the headers' hints, and mask the API key. Return `error`."""
         error.provider = error.provider or self.service.framework
         if error.model is None:
             error.model = request.model
@@ -182,7 +183,7 @@ class Endpoint:
         return error
 
     def _name_model(self, error: ProviderError, model: str) -> None:
-        """Begin the message with the service and the model, as far as it does not name them."""
+        """Put the service and the model at the start of the message, unless the message names them."""
         message = str(error)
         if model and model not in message:
             names_service = self.service.framework.lower() in message.lower()
@@ -192,39 +193,39 @@ class Endpoint:
     def failure(
         self, error: Exception, request: Request, limits: Limits, headers: Mapping[str, str] | None
     ) -> Exception:
-        """What the caller gets for an exception of ours, of a socket's or of httpx's; others are passed on as they are."""
+        """Return the error that the caller gets for an exception. Exceptions of other origin stay as they are."""
         ours = translated(error, self.host, self.port, limits)
         return error if ours is None else self.completed_with(ours, request, headers)
 
 
 _ENDPOINTS = ("/chat/completions", "/responses", "/messages", "/api/chat", "/api/generate")
-"""What services' documentation shows at the end of an address, and ours adds itself."""
+"""The paths at the end of the addresses that services document. The codecs append them to `api_base`."""
 
 
 def _base_url(service: Service, config: LLMConfig) -> httpx.URL:
     base = config.api_base or service.base_url
     if not base:
-        raise ConfigError(f"{service.framework} has no address of its own: set api_base to the server's base URL")
+        raise ConfigError(f"{service.framework} has no default address: set api_base to the server's base URL")
     try:
         url = httpx.URL(base)
-        named = url.host  # read from punycode, if it is written so
+        named = url.host  # decodes punycode, which may be invalid
     except (httpx.InvalidURL, UnicodeError) as error:
-        raise ConfigError(f"api_base is not a URL: {error}") from None
+        raise ConfigError(f"api_base: expected a valid URL ({error})") from None
     if url.scheme not in ("http", "https") or not named:
-        raise ConfigError("api_base has to begin with http:// or https:// and name a host")
+        raise ConfigError("api_base: expected an http:// or https:// URL with a host")
     if url.userinfo:
-        raise ConfigError("api_base must not hold a user name or password; a key goes into api_key")
+        raise ConfigError("api_base: expected a URL without a user name and password; set the key as api_key")
     for ending in _ENDPOINTS:
         if url.path.rstrip("/").endswith(ending):
-            raise ConfigError(f"api_base is the address before {ending}, which is added to it")
+            raise ConfigError(f"api_base: expected the address without {ending}, which is appended to it")
     return url
 
 
 def _api_key(service: Service, config: LLMConfig) -> str | None:
-    """The API key, fit for a header.
+    """Return the API key, in a form that a header can carry.
 
     Raises:
-        AuthenticationError: it is missing or malformed. The message never shows it.
+        AuthenticationError: the key is missing or malformed. The message never shows the key.
     """
     source = "api_key"
     key = config.api_key.reveal() if config.api_key is not None else None
@@ -237,11 +238,11 @@ def _api_key(service: Service, config: LLMConfig) -> str | None:
         how = f"set {source}, or api_key in the config" if service.env_var else "set api_key in the config"
         raise AuthenticationError(f"{service.framework} needs an API key: {how}", provider=service.framework)
     if key != key.strip():
-        problem = "begins or ends with white space (a newline from a file, perhaps)"
+        problem = "begins or ends with white space (perhaps a newline from a file)"
     elif not key.isascii():
-        problem = "has characters outside of ASCII"
+        problem = "has characters outside ASCII"
     elif not key.isprintable():
-        problem = "has control characters (a newline, perhaps)"
+        problem = "has control characters (perhaps a newline)"
     else:
         return key
     raise AuthenticationError(f"the API key in {source} {problem}", provider=service.framework)

@@ -1,4 +1,4 @@
-"""One request and its answer, as the rooms of HTTP hand them on: bytes out, the head in, and headers both ways."""
+"""A request and its response: the bytes to send, the received head, and the headers of both."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from fluxibly.types import Chunk, Response
 
 _TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 _VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
-"""What a header may hold (RFC 9110 §5.5)."""
+"""The characters that a header's value may have (RFC 9110 §5.5)."""
 _FRAMING = frozenset({"content-length", "transfer-encoding"})
 
 
 class Outgoing(NamedTuple):
-    """A request as bytes. `block` is `headers` as they stand on the wire, save for content-length."""
+    """A request as bytes. `block` is `headers` as they are sent; content-length is added later."""
 
     url: httpx.URL
     target: bytes
@@ -43,17 +43,21 @@ def as_headers(pairs: Iterable[tuple[bytes, bytes]]) -> Headers:
 
 
 def header(name: str, value: str) -> tuple[bytes, bytes]:
-    """One header of a request, checked so that it cannot begin another, nor say where the request ends."""
+    """Return a header of a request, checked: it cannot start a second header, and cannot set where the body ends.
+
+    Raises:
+        BadRequest: HTTP forbids the header's characters, or the header depends on the body.
+    """
     if _TOKEN.fullmatch(name) is None or _VALUE.fullmatch(value) is None:
         raise BadRequest(f"the header {name!r} cannot be sent: its name or value has characters that HTTP forbids")
     name = name.lower()
     if name in _FRAMING:
-        raise BadRequest(f"the header {name!r} cannot be set: it follows from the body")
+        raise BadRequest(f"the header {name!r} cannot be set: its value depends on the body")
     return name.encode("ascii"), value.strip(" \t").encode("latin-1")
 
 
 def with_more(headers: Headers, more: list[tuple[bytes, bytes]]) -> Headers:
-    """`headers` with `more`, which win over those of their names."""
+    """Return `headers` with `more`, which replace headers of the same name."""
     names = {name for name, _ in more}
     if names.isdisjoint(headers.names):
         block = b"".join([headers.block, *[b"%b: %b\r\n" % pair for pair in more]])
@@ -62,36 +66,36 @@ def with_more(headers: Headers, more: list[tuple[bytes, bytes]]) -> Headers:
 
 
 class Exchange(Protocol):
-    """A request that was sent, and its answer, whose head has come."""
+    """A request that was sent, and its response, whose head has arrived."""
 
     @property
     def status(self) -> int: ...
     @property
     def headers(self) -> Mapping[str, str]:
-        """By their lower-case names."""
+        """The headers, with lower-case names."""
         ...
 
     async def read(self) -> bytes:
-        """The next bytes of the body, at least one; b"" at its end."""
+        """Return the next bytes of the body, at least one byte; b"" at its end."""
         ...
 
     async def release(self, *, ended: bool) -> None:
-        """Let the connection go. `ended`: what is unread is no more than the end of the body."""
+        """Release the connection. `ended`: at most the end of the body is unread."""
         ...
 
 
 class Sender(Protocol):
-    """The way to a server: on an event loop, or one whose coroutines never suspend, for threads."""
+    """The connections to a server. For threads, the coroutines of a sender never suspend."""
 
     async def send(self, outgoing: Outgoing, limits: Limits, /) -> Exchange: ...
     async def close(self) -> None: ...
 
 
-# Headers of an answer
+# Headers of a response
 
 
 def joined(headers: Iterable[tuple[bytes, bytes]]) -> Mapping[str, str]:
-    """Headers by their lower-case names; repeated ones joined by ", "."""
+    """Return headers with lower-case names. Repeated headers are joined by ", "."""
     lower: dict[str, str] = {}
     for raw_name, raw_value in headers:
         name, value = raw_name.decode("latin-1").lower(), raw_value.decode("latin-1")
@@ -104,7 +108,7 @@ _RATE_LIMIT = re.compile(r"(x-|anthropic-)?ratelimit-|retry-after")
 
 
 def with_header_facts(item: T, headers: Mapping[str, str]) -> T:
-    """A response, or a stream's first chunk, with what the headers say."""
+    """Return a response, or a stream's first chunk, with the request id and the rate limits of the headers."""
     request_id = request_id_of(headers)
     limits = {name: value for name, value in headers.items() if _RATE_LIMIT.match(name)}
     if isinstance(item, Response):

@@ -1,4 +1,4 @@
-"""What went wrong on the network, in the words of users: which host, what happened, what to do."""
+"""Errors of the network in the words of users: the host, the failure, and the remedy."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def translated(error: Exception, host: str, port: int, limits: Limits) -> ProviderError | None:
-    """The error that users catch for one of a socket's, of TLS's, of httpx's or our own; None for any other."""
+    """Return the error that users catch for an error of a socket, TLS, httpx or this package; None for other errors."""
     if isinstance(error, ProviderError):
         return error
     where = f"{host}:{port}"
@@ -26,10 +26,10 @@ def translated(error: Exception, host: str, port: int, limits: Limits) -> Provid
         return _late(error, where, limits)
     if isinstance(error, ConnectionLost):
         if error.silent:
-            return ConnectionFailed(f"{where} closed the connection without an answer")
-        return StreamProtocolError(f"{where} closed the connection in the middle of its answer")
+            return ConnectionFailed(f"{where} closed the connection without a response")
+        return StreamProtocolError(f"{where} closed the connection in the middle of its response")
     if isinstance(error, NotHTTP):
-        return StreamProtocolError(f"{where} sent something that is not HTTP: {error}")
+        return StreamProtocolError(f"{where} sent an invalid HTTP response: {error}")
     if isinstance(error, (httpx.TransportError, OSError)):
         return _of_network(error, where, host)
     return None
@@ -43,9 +43,9 @@ def _late(error: Exception, where: str, limits: Limits) -> RequestTimeout:
     phase = limits.passed
     message = {
         "connect": f"no connection to {where}{within} (the limit timeout.connect)",
-        "first_byte": f"{where} did not begin to answer{within} (the limit timeout.first_byte)",
-        "idle": f"{where} sent nothing more{within} in the middle of its answer (the limit timeout.idle)",
-        "total": f"{where} did not finish its answer{within} (the limit timeout.total)",
+        "first_byte": f"{where} did not begin its response{within} (the limit timeout.first_byte)",
+        "idle": f"{where} sent no more of its response{within} (the limit timeout.idle)",
+        "total": f"{where} did not finish its response{within} (the limit timeout.total)",
     }[phase]
     timeout = StreamStalled(message) if phase == "idle" and limits.streaming else RequestTimeout(message)
     timeout.phase = phase
@@ -53,7 +53,7 @@ def _late(error: Exception, where: str, limits: Limits) -> RequestTimeout:
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and its causes, the outermost first."""
+    """Yield an error and its causes, the outermost first."""
     for _ in range(8):
         if error is None:
             return
@@ -74,7 +74,7 @@ def _of_network(error: Exception, where: str, host: str) -> ProviderError:
         if isinstance(cause, socket.gaierror):
             return ConnectionFailed(f"the host {host} was not found: {cause.strerror}")
         if isinstance(cause, ConnectionRefusedError):
-            return ConnectionFailed(f"{where} refused the connection: is the server running, and api_base right?")
+            return ConnectionFailed(f"{where} refused the connection: is the server running, and is api_base right?")
         if isinstance(cause, (ConnectionResetError, BrokenPipeError, ConnectionAbortedError)):
             return ConnectionFailed(f"{where} reset the connection")
         if isinstance(cause, OSError) and cause.errno is not None:
@@ -84,24 +84,24 @@ def _of_network(error: Exception, where: str, host: str) -> ProviderError:
     if isinstance(error, httpx.UnsupportedProtocol):
         return ConnectionFailed(f"{where} cannot be reached: {error}", retryable=False)
     if isinstance(error, httpx.RemoteProtocolError):
-        return StreamProtocolError(f"{where} cut its answer off, or sent something that is not HTTP: {error}")
+        return StreamProtocolError(f"{where} cut its response off, or sent an invalid HTTP response: {error}")
     if isinstance(error, httpx.ConnectError):
-        return ConnectionFailed(f"no connection to {where}: {str(error) or 'it failed'}")
+        return ConnectionFailed(f"no connection to {where}: {str(error) or 'connecting failed'}")
     return ConnectionFailed(f"the connection to {where} was lost: {str(error) or type(error).__name__}")
 
 
 def _plain(error: OSError) -> str:
     if error.errno == errno.ETIMEDOUT:
-        return "the network gave up"
+        return "the network timed out"
     return error.strerror or type(error).__name__
 
 
 def redirected(status: int, headers: Mapping[str, str]) -> ProviderError:
-    """The error of a 3xx: it is not followed, because the API key would travel."""
+    """Return the error of a 3xx. Redirects are not followed, because the API key would go to the other server."""
     target = headers.get("location", "").partition("?")[0]
     to = f" to {target}" if target else ""
     return ProviderError(
-        f"the server redirects{to} (status {status}), which is not followed, so that the API key goes nowhere else: "
-        "set api_base to where the service is",
+        f"the server redirects{to} (status {status}), which is not followed, so that no other server gets the API key: "
+        "set api_base to the service's address",
         status=status,
     )

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from fluxibly.providers.http._exchange import Outgoing
     from fluxibly.providers.http._route import Route
 
-# The limits bound the memory that a response can take up before any of it reaches the consumer.
+# The limits keep a broken or hostile server from filling memory, or from sending a head without end.
 MAX_HEAD = 128 * 1024
 """Maximum number of bytes of a head, and of the trailers."""
 MAX_FIELDS = 1000
@@ -26,11 +26,11 @@ MAX_CHUNK_LINE = 16 * 1024
 MAX_INTERIM = 16
 """Maximum number of interim responses (1xx) before the final response."""
 
-# The grammar is strict: where a proxy on the way could read the same bytes differently, one response could pass for two.
+# The grammar is strict, because a proxy that reads the same bytes differently could see two responses in one.
 _STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9]{2})(?: [^\r\n]*)?\r?\n")
-# Without white space before the colon, a bare CR or a NUL, which parsers are known to read differently (RFC 9112 §5.1).
+# White space before the colon (RFC 9112 §5.1), a bare CR (§2.2) and NUL are refused, because parsers differ about them.
 _FIELD = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[^\r\n\0]*"
-# A line of the head may end with LF alone, which RFC 9112 §2.2 lets a recipient accept.
+# Lines of the head may end with LF alone, as RFC 9112 §2.2 allows.
 _FIELDS = re.compile(rb"(?:" + _FIELD + rb"\r?\n)*")
 _TRAILER = re.compile(_FIELD)
 _FOLD = re.compile(rb"\r?\n[ \t]+")
@@ -40,7 +40,7 @@ _SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\r\n]*)?")
 
 
 def request_bytes(outgoing: Outgoing, route: Route) -> bytes:
-    """A request on the wire. Its parts were checked when they were made (`http_common`)."""
+    """Return a request as it is sent. Its target and headers were checked when they were made (`_endpoint.py`)."""
     extra = b"".join([b"%b: %b\r\n" % header for header in route.headers]) if route.headers else b""
     return b"POST %b%b HTTP/1.1\r\n%b%bcontent-length: %d\r\n\r\n%b" % (
         route.prefix,
@@ -73,26 +73,26 @@ class Answer:
         self._interim = 0
         self._chunked = False
         self._left: int | None = None
-        """Bytes left of a body with a length, or of the current chunk; None for a body that ends with the connection."""
+        """Bytes left of a body with a length, or of the current chunk; None if the body ends with the connection."""
         self._owes_crlf = False
         self._trailer_size: int | None = None
         """Bytes of trailers so far; None before the last chunk."""
         self.status = 0
         self.headers: dict[str, str] = {}
-        """By lower-case names; repeated ones joined by ", "."""
+        """The headers, with lower-case names. Repeated headers are joined by ", "."""
         self.ended = False
         self.reusable = False
-        """Whether the connection may carry another request after this answer."""
+        """Whether the connection may carry another request after this response."""
 
     @property
     def silent(self) -> bool:
-        """Whether nothing has come at all."""
+        """Whether not a single byte has arrived."""
         return not self.status and not self._buffer and not self._interim
 
     # The head
 
     def head(self, data: bytes) -> bool:
-        """Take bytes. Return whether the final head is complete; `body(b"")` then returns the body bytes received so far.
+        """Parse bytes. Return whether the final head is complete; `body(b"")` then returns the body bytes in `data`.
 
         Raises:
             NotHTTP: the bytes are not the head of an HTTP/1.x response.
@@ -131,7 +131,6 @@ class Answer:
         if _FIELDS.fullmatch(fields) is None:
             raise NotHTTP("a header is malformed")
         self.status = int(status_line[2])
-        # The request did not ask for another protocol.
         if self.status == 101:
             raise NotHTTP("it switches to another protocol, which the request did not ask for")
         headers: dict[str, str] = {}
@@ -148,8 +147,8 @@ class Answer:
 
     def _measure(self, *, is_1_1: bool) -> None:
         """Determine how the body ends (RFC 9112 §6.3)."""
-        # A connection is used again only if the end of the body is beyond doubt: bytes that another parser would count
-        # to this body would otherwise be read as the response to the next request.
+        # A connection is used again only if the end of the body is beyond doubt, because bytes of this body could
+        # otherwise be read as the next response.
         headers = self.headers
         connection = headers.get("connection", "").lower()
         options = {option.strip() for option in connection.split(",")} if connection else ()
@@ -163,7 +162,7 @@ class Answer:
             # Only "chunked" says where the body ends, and no other coding was asked for.
             if coding.lower() != "chunked":
                 raise NotHTTP(f"expected the transfer-encoding chunked, got {coding!r}")
-            # A length next to chunks, or chunks in HTTP/1.0, are signs of response splitting (RFC 9112 §6.1, §6.3).
+            # A length next to chunks may be response splitting (RFC 9112 §6.3); chunks in HTTP/1.0 are faulty (§6.1).
             self.reusable = self.reusable and is_1_1 and length is None
             self._chunked = True
             self._left = 0
@@ -183,7 +182,7 @@ class Answer:
     # The body
 
     def body(self, data: bytes) -> bytes:
-        """Take bytes. Return the part of the body in them, which may be empty.
+        """Parse bytes. Return the part of the body in them, which may be empty.
 
         Raises:
             NotHTTP: the body is malformed.
@@ -210,7 +209,7 @@ class Answer:
 
     def _unchunk(self, data: bytes) -> bytes:
         """Return the data of all chunks in `data` as a single string (RFC 9112 §7.1)."""
-        # A single string, because each call of the consumer costs more than joining a few chunks.
+        # A single string, so that the decoders run once per read instead of once per chunk.
         parts: list[bytes] = []
         at, size, left = 0, len(data), self._left or 0
         while self._trailer_size is None:
@@ -230,7 +229,7 @@ class Answer:
                     raise NotHTTP("a chunk is longer than its announced size")
                 at += 2
                 self._owes_crlf = False
-            # Only CRLF ends a line here: RFC 9112 §2.2 allows LF alone in the head only.
+            # Only CRLF ends this line, because RFC 9112 §2.2 allows LF alone for the start line and fields only.
             end = data.find(b"\r\n", at)
             if (size if end < 0 else end) - at > MAX_CHUNK_LINE:
                 raise NotHTTP(f"the line before a chunk is longer than {MAX_CHUNK_LINE:,} bytes")
@@ -250,6 +249,7 @@ class Answer:
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def _skip_trailers(self, data: bytes, at: int) -> int:
+        # Trailers are checked but not kept, because they may not simply be merged into the headers (RFC 9110 §6.5.1).
         while (end := data.find(b"\r\n", at)) >= 0:
             if end == at:
                 self.ended = True
@@ -265,14 +265,15 @@ class Answer:
         return at
 
     def eof(self) -> None:
-        """The connection ended.
+        """Handle the end of the connection.
 
         Raises:
-            ConnectionLost: before the answer did.
+            ConnectionLost: the response is incomplete.
         """
         self.reusable = False
         if self.ended:
             return
+        # A body with a length or with chunks says where it ends, so an earlier end of the connection has cut it off.
         if not self.status or self._chunked or self._left is not None:
             raise ConnectionLost(silent=self.silent)
         self.ended = True

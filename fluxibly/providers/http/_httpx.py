@@ -1,4 +1,4 @@
-"""Any httpx transport as a sender: those that users give as `transport=`, and those for proxies."""
+"""Senders over httpx transports: the transports that users pass as `transport=`, and httpx's own."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ E = TypeVar("E", bound=_Exchange)
 K = TypeVar("K")
 V = TypeVar("V")
 KEPT = 32
-"""How many different paths and sets of headers are kept parsed."""
+"""Maximum number of different paths, and of sets of headers, that are kept parsed."""
 
 
 class _Requests:
-    """Makes httpx requests, and keeps of them what is the same for each call: parsing it anew costs a call's worth."""
+    """A maker of httpx requests. It keeps parsed URLs and headers, because parsing them costs as much as a call."""
 
     def __init__(self) -> None:
         self._urls: dict[bytes, httpx.URL] = {}
@@ -52,26 +52,26 @@ class _Requests:
 
 
 def keep(kept: dict[K, V], key: K, value: V) -> None:
-    """Put a value by, unless there are many: paths and headers are few, but some may change with each call."""
+    """Keep a value, up to a limit: paths and headers are usually few, but may be different in each call."""
     if len(kept) < KEPT:
         kept[key] = value
 
 
 def end_connection(response: httpx.Response) -> None:
-    """End the connection under a read, whoever is in it."""
+    """End the connection of a response, and with it a read in any thread or task."""
     stream: Any = response.extensions.get("network_stream")
     connection = None if stream is None else stream.get_extra_info("socket")
     if isinstance(connection, socket.socket):
         shut_down(connection)
     elif connection is not None:
         with contextlib.suppress(OSError):
-            connection.shutdown(socket.SHUT_RDWR)  # asyncio's and trio's wrappers have this too
+            connection.shutdown(socket.SHUT_RDWR)  # the wrappers of asyncio and trio have this method too
 
 
 class HTTPXExchange:
-    """One request and its answer over an `httpx.BaseTransport`, which blocks.
+    """A request and its response over an `httpx.BaseTransport`, which blocks.
 
-    Each read may take what the limits leave; the total is looked at between reads.
+    httpx limits each read on its own. The total limit is checked between reads.
     """
 
     def __init__(self, response: httpx.Response, limits: Limits) -> None:
@@ -82,7 +82,7 @@ class HTTPXExchange:
         self._parts: Iterator[bytes] = iter(response.stream)  # type: ignore[arg-type]  # a sync transport's
 
     async def read(self) -> bytes:
-        """The next bytes of the body, at least one; b"" at its end."""
+        """Return the next bytes of the body, at least one byte; b"" at its end."""
         self._limits.left()
         for part in self._parts:
             if part:
@@ -90,7 +90,7 @@ class HTTPXExchange:
             self._limits.left()
         return b""
 
-    async def release(self, *, ended: bool) -> None:  # what is unread is the transport's matter
+    async def release(self, *, ended: bool) -> None:  # the transport handles an unread rest of the body
         """Give the connection back."""
         self._response.stream.close()  # type: ignore[union-attr]  # a sync transport's
 
@@ -100,14 +100,14 @@ class HTTPXExchange:
 
 
 class HTTPXSender:
-    """Sends requests over an `httpx.BaseTransport`."""
+    """A sender over an `httpx.BaseTransport`."""
 
     def __init__(self, transport: httpx.BaseTransport) -> None:
         self._transport = transport
         self._requests = _Requests()
 
     async def send(self, outgoing: Outgoing, limits: Limits) -> HTTPXExchange:
-        """Send a request and wait for the head of its answer, which nothing but the transport's limits ends."""
+        """Send a request and wait for the head of its response. Only the transport's limits end that wait."""
         request = self._requests.make(outgoing, limits)
         limits.handed_over()
         exchange = HTTPXExchange(self._transport.handle_request(request), limits)
@@ -119,7 +119,7 @@ class HTTPXSender:
 
 
 class AsyncHTTPXExchange:
-    """A `HTTPXExchange` over an `httpx.AsyncBaseTransport`. Every wait is cut off when its limit passes."""
+    """An `HTTPXExchange` over an `httpx.AsyncBaseTransport`. Each wait is cancelled when its limit passes."""
 
     def __init__(self, response: httpx.Response, limits: Limits) -> None:
         self._response = response
@@ -129,7 +129,7 @@ class AsyncHTTPXExchange:
         self._parts: AsyncIterator[bytes] = aiter(response.stream)  # type: ignore[arg-type]  # an async transport's
 
     async def read(self) -> bytes:
-        """The next bytes of the body, at least one; b"" at its end."""
+        """Return the next bytes of the body, at least one byte; b"" at its end."""
         import anyio
 
         limits = self._limits
@@ -160,19 +160,19 @@ class AsyncHTTPXExchange:
             await self._response.stream.aclose()  # type: ignore[union-attr]  # an async transport's
 
     def cut(self) -> None:
-        """Close the connection, between reads."""
+        """End the connection, between reads."""
         end_connection(self._response)
 
 
 class AsyncHTTPXSender:
-    """Sends requests over an `httpx.AsyncBaseTransport`."""
+    """A sender over an `httpx.AsyncBaseTransport`."""
 
     def __init__(self, transport: httpx.AsyncBaseTransport) -> None:
         self._transport = transport
         self._requests = _Requests()
 
     async def send(self, outgoing: Outgoing, limits: Limits) -> AsyncHTTPXExchange:
-        """Send a request and wait for the head of its answer."""
+        """Send a request and wait for the head of its response."""
         import anyio
 
         request = self._requests.make(outgoing, limits)
@@ -189,7 +189,7 @@ class AsyncHTTPXSender:
 
 
 async def begun(exchange: E, limits: Limits) -> E:
-    """An exchange whose head has come, unless the call was given up meanwhile."""
+    """Return an exchange whose head has arrived. Release it if the call was aborted meanwhile."""
     try:
         limits.waits(exchange.cut)
     except BaseException:

@@ -118,8 +118,8 @@ class Limits:
         Raises:
             Aborted: `abort` was called.
         """
-        # This sets the function, then reads the flag; `abort` sets the flag, then reads the function. So at least one of
-        # the two always sees the other.
+        # The function is set before the flag is read, and `abort` does the reverse, so at least one of the two sees the
+        # other.
         self._wait = end_wait
         if self._aborted:
             raise Aborted

@@ -162,7 +162,7 @@ class _Stream:
         """End the stream and release the connection that the caller has taken out."""
         self._end()
         reader, self._reader = self._reader, None
-        # After an error, a later read must not deliver chunks that came with it.
+        # A read that was aborted may have received chunks, which no later read may deliver.
         self._chunks.clear()
         if exchange is not None:
             await exchange.release(ended=reader is not None and reader.done)
@@ -191,7 +191,7 @@ class _Stream:
 
 
 class HTTPStream(_Stream):
-    """The chunks of a response. Both `close` and `abort` end a read in another thread; `close` releases the connection."""
+    """The chunks of a response. `close` releases the connection; `close` and `abort` end a read in another thread."""
 
     def __iter__(self) -> Self:
         return self
@@ -210,7 +210,7 @@ class HTTPStream(_Stream):
 
 
 class AsyncHTTPStream(_Stream):
-    """The chunks of a response. Both `aclose` and `abort` end a read in another task; `aclose` releases the connection."""
+    """The chunks of a response. `aclose` releases the connection; `aclose` and `abort` end a read in another task."""
 
     def __aiter__(self) -> Self:
         return self

@@ -1,4 +1,4 @@
-"""The bytes of an answer: a body, checked and bounded, and a stream's chunks."""
+"""The readers of responses: a whole body, checked and bounded, and the chunks of a stream."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class ReplyBody:
-    """The bytes of an answer: checked against its length, decompressed, bounded."""
+    """The body of a response: checked against its content-length, decompressed, and bounded."""
 
     __slots__ = ("_decoders", "_due", "_got", "_size", "limit", "pieces")
 
@@ -39,53 +39,53 @@ class ReplyBody:
         self.pieces: list[bytes] = []
 
     def decode(self, data: bytes) -> Iterable[bytes]:
-        """What the next bytes stand for, in pieces that are bounded."""
+        """Return the next bytes decompressed, in bounded pieces."""
         self._got += len(data)
         return decoded(self._decoders, data) if self._decoders else (data,)
 
     def end(self) -> None:
-        """The bytes are over.
+        """Check that the body is complete.
 
         Raises:
-            StreamProtocolError: some are missing.
+            StreamProtocolError: bytes are missing.
         """
         if self._due is not None and self._got < self._due:
-            raise StreamProtocolError(f"the answer was cut off: {self._got} of {self._due} bytes came")
+            raise StreamProtocolError(f"expected a body of {self._due:,} bytes, got {self._got:,}: it was cut off")
         if self._got:
             for decoder in self._decoders:
                 decoder.end()
 
     def add(self, data: bytes) -> None:
-        """Keep the next bytes, for `whole`."""
+        """Decompress the next bytes and keep them for `whole`."""
         for piece in self.decode(data):
             self.keep(piece)
 
     def keep(self, piece: bytes) -> None:
-        """Keep a decoded piece.
+        """Keep a decompressed piece.
 
         Raises:
-            StreamProtocolError: they are too many.
+            StreamProtocolError: the body is over the limit.
         """
         self._size += len(piece)
         if self._size > self.limit:
-            raise StreamProtocolError(f"the answer is larger than {self.limit:,} bytes", retryable=False)
+            raise StreamProtocolError(f"expected a body of at most {self.limit:,} bytes, got more", retryable=False)
         self.pieces.append(piece)
 
     def whole(self) -> bytes:
-        """All of it.
+        """Return the whole body.
 
         Raises:
-            StreamProtocolError: it was cut off.
+            StreamProtocolError: the body was cut off.
         """
         self.end()
         return b"".join(self.pieces)
 
 
 class ReplyReader:
-    """A stream's bytes into chunks. What came before an error is delivered before it.
+    """A decoder of a stream's bytes into chunks. Chunks before an error are delivered before the error.
 
-    `chunks` are those ready for the consumer. `ended` says that nothing more is to be read; then `failure`, if there
-    is one, is due after them.
+    `chunks` are ready for the consumer. `ended`: nothing more is to be read. `failure`: the error to raise after the
+    chunks, if there is an error.
     """
 
     __slots__ = (
@@ -110,7 +110,7 @@ class ReplyReader:
         self._framing = make_framing(codec.framing)
         self._decoder = codec.decoder()
         media_type = headers.get("content-type", "").lower().partition(";")[0].strip()
-        # None: it says that it is JSON where events are due; its first character tells.
+        # None: the content type is JSON although events were expected. The first character then decides.
         self._whole = None if media_type == "application/json" and codec.framing == "sse" else False
         self._noted = False
         self.chunks: deque[Chunk] = deque()
@@ -119,11 +119,11 @@ class ReplyReader:
 
     @property
     def done(self) -> bool:
-        """Whether the stream is over and whole: what is unread is no more than the end of the HTTP body."""
+        """Whether the stream is complete, so that at most the end of the HTTP body is unread."""
         return self.ended and self.failure is None
 
     def feed(self, data: bytes) -> None:
-        """Take the next bytes in; b"" is their end."""
+        """Decode the next bytes; b"" is their end."""
         try:
             if not data:
                 self._end()
@@ -135,7 +135,7 @@ class ReplyReader:
                     self._put_by(piece)
                 if self.ended:
                     return
-        except Exception as error:  # noqa: BLE001  # it is raised when the chunks before it are delivered
+        except Exception as error:  # noqa: BLE001  # raised after the chunks before it
             self.failure = error
             self.ended = True
 
@@ -164,7 +164,7 @@ class ReplyReader:
                 self.chunks.append(chunk)
 
     def _put_by(self, piece: bytes) -> None:
-        """Keep a piece of what may be one JSON body, until that is known."""
+        """Keep a piece of a body that may be JSON, until its first character decides."""
         body = self._body
         body.keep(piece)
         if self._whole is None and (start := piece.lstrip()):
@@ -186,7 +186,7 @@ class ReplyReader:
 
 
 async def refusal(endpoint: Endpoint, exchange: Exchange, request: Request, limits: Limits) -> ProviderError:
-    """The error of an answer that is none of 2xx, from as much of its body as comes."""
+    """Return the error of a non-2xx response, from the part of its body that arrives."""
     limits.refused()
     pieces: list[bytes] = []
     try:
@@ -194,6 +194,6 @@ async def refusal(endpoint: Endpoint, exchange: Exchange, request: Request, limi
         pieces = body.pieces
         while data := await exchange.read():
             body.add(data)
-    except Exception:  # noqa: BLE001, S110  # the status is what counts
+    except Exception:  # noqa: BLE001, S110  # the status alone is enough for an error
         pass
     return endpoint.refuse(exchange.status, exchange.headers, b"".join(pieces), request)

@@ -1,4 +1,4 @@
-"""How a server is reached: straight, or through a proxy that the environment names; and TLS on the way."""
+"""The route to a server: direct, or through a proxy that the environment sets; and the TLS context."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ _PROXIES = ("http://", "https://", "socks5://", "socks5h://")
 
 
 class Route(NamedTuple):
-    """The host to connect to, and what to say there. `tunnel` is the CONNECT request, where TLS goes through a proxy."""
+    """The host to connect to, and additions to requests. `tunnel` is the CONNECT request for TLS through a proxy."""
 
     host: str
     port: int
     server_name: str | None
-    """The host that TLS has to prove; None for plain HTTP."""
+    """The host whose certificate TLS verifies; None for plain HTTP."""
     tunnel: bytes = b""
     prefix: bytes = b""
-    """Stands before the path of each request: `http://host:port`, for a proxy that forwards plain HTTP."""
+    """The part before the path of each request: `http://host:port` for a proxy that forwards plain HTTP."""
     headers: tuple[tuple[bytes, bytes], ...] = ()
-    """For the proxy, with each request that it forwards."""
+    """Headers for the proxy, sent with each request that it forwards."""
 
     @property
     def through_proxy(self) -> bool:
@@ -36,30 +36,30 @@ class Route(NamedTuple):
 
 
 def proxy_for(url: httpx.URL) -> httpx.URL | None:
-    """The proxy that the environment (HTTP_PROXY, HTTPS_PROXY, ALL_PROXY, NO_PROXY) sets for a URL.
+    """Return the proxy that the environment (HTTP_PROXY, HTTPS_PROXY, ALL_PROXY, NO_PROXY) sets for a URL.
 
     Raises:
-        ConfigError: it is no URL, or none of a proxy that can be used.
+        ConfigError: the proxy's URL is invalid, or the proxy is of an unsupported kind.
     """
     proxies = getproxies()
     address = proxies.get(url.scheme) or proxies.get("all")
     if not address or proxy_bypass(url.netloc.decode("ascii")):
         return None
-    named = f"the proxy that the environment names for {url.scheme}"
+    named = f"the proxy that the environment sets for {url.scheme}"
     try:
         proxy = httpx.URL(address if "://" in address else f"http://{address}")
         host = proxy.host
     except (httpx.InvalidURL, UnicodeError) as error:
-        raise ConfigError(f"{named} is not a URL: {error}") from None
+        raise ConfigError(f"{named}: expected a valid URL ({error})") from None
     if f"{proxy.scheme}://" not in _PROXIES or not host or not 0 < (proxy.port or 1) < 65536:
-        raise ConfigError(f"{named} has to be {', '.join(_PROXIES)}, with a host and maybe a port")
+        raise ConfigError(f"{named}: expected {', '.join(_PROXIES)} with a host and an optional port")
     if proxy.scheme.startswith("socks") and find_spec("socksio") is None:
-        raise ConfigError(f"{named} speaks SOCKS, which needs a package: pip install 'httpx[socks]'")
+        raise ConfigError(f"{named} uses SOCKS, which requires a package: pip install 'httpx[socks]'")
     return proxy
 
 
 def route_to(url: httpx.URL, proxy: httpx.URL | None) -> Route:
-    """The route to a server, straight or through an `http://` proxy."""
+    """Return the route to a server, direct or through an `http://` proxy."""
     host = url.raw_host.decode("ascii")
     secure = url.scheme == "https"
     port = url.port or (443 if secure else 80)
@@ -79,10 +79,10 @@ def route_to(url: httpx.URL, proxy: httpx.URL | None) -> Route:
 
 
 def tls_context() -> ssl.SSLContext:
-    """The context that all connections share: it takes 50 ms to make, so it is made late, and once.
+    """Return the TLS context that all connections share. It takes 50 ms to create, so it is created on first use.
 
     Raises:
-        ConfigError: the certificates that the environment names cannot be read.
+        ConfigError: the certificates that the environment sets cannot be read.
     """
     return _tls_context(os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR"))
 
@@ -90,8 +90,8 @@ def tls_context() -> ssl.SSLContext:
 @functools.lru_cache(maxsize=4)
 def _tls_context(_file: str | None, _directory: str | None) -> ssl.SSLContext:
     try:
-        context = httpx.create_ssl_context()  # it reads these two variables itself
-    except OSError as error:  # ssl's own errors are such
+        context = httpx.create_ssl_context()  # httpx reads the two variables itself
+    except OSError as error:  # an ssl.SSLError is an OSError too
         raise ConfigError(
             f"the certificates of SSL_CERT_FILE (or SSL_CERT_DIR) cannot be read: {error.strerror or error}"
         ) from None

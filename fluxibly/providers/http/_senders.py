@@ -1,4 +1,4 @@
-"""Which sender a provider takes by default: a pool of our own connections, or httpx's."""
+"""The choice of a provider's sender: a pool of the library's own connections, or httpx's."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ _LIMITS = httpx.Limits(max_connections=MAX_CONNECTIONS, max_keepalive_connection
 
 
 def default_sender(endpoint: Endpoint) -> Sender:
-    """The provider's own connections, through the proxy that the environment names.
+    """Return the library's own connections, through the proxy that the environment sets.
 
-    Through httpx's, if somebody has wrapped them: opentelemetry-instrumentation-httpx, say, wants to see each request.
+    If a program has wrapped httpx's transport, return httpx's connections, because the wrapper (for example
+    opentelemetry-instrumentation-httpx) has to see each request.
     """
 
     def over_httpx(proxy: httpx.Proxy | None) -> Sender:
@@ -37,7 +38,7 @@ def default_sender(endpoint: Endpoint) -> Sender:
 
 
 def default_async_sender(endpoint: Endpoint) -> Sender:
-    """`default_sender` for event loops."""
+    """Return the `default_sender` for event loops."""
 
     def over_httpx(proxy: httpx.Proxy | None) -> Sender:
         return AsyncHTTPXSender(httpx.AsyncHTTPTransport(proxy=proxy, verify=tls_context(), limits=_LIMITS))
@@ -48,7 +49,7 @@ def default_async_sender(endpoint: Endpoint) -> Sender:
 def _default(
     endpoint: Endpoint, network: Network, over_httpx: Callable[[httpx.Proxy | None], Sender], *, instead: bool
 ) -> Sender:
-    """A pool of our own on `network`, or httpx's: `instead`, and for proxies that want more than plain HTTP."""
+    """Return a pool on `network`, or httpx's connections if `instead`, or if the proxy needs more than plain HTTP."""
     proxy = proxy_for(endpoint.url)
     if is_plain(proxy) and not instead:
         return Pool(route_to(endpoint.url, proxy), network)
@@ -57,7 +58,7 @@ def _default(
 
 
 class _OfThisProcess:
-    """A sender that a forked process makes anew, since httpx's transports would share their sockets with it."""
+    """A sender that a forked process makes again, because httpx's transports would share the parent's sockets."""
 
     def __init__(self, make: Callable[[], Sender]) -> None:
         self._make = make
@@ -78,10 +79,10 @@ class _OfThisProcess:
 
 
 def is_plain(proxy: httpx.URL | None) -> bool:
-    """Whether our own connections know the way: there is no proxy, or one that is spoken to in plain HTTP."""
+    """Whether the library's own connections suffice: without a proxy, or with a proxy that speaks plain HTTP."""
     return proxy is None or proxy.scheme == "http"
 
 
 def wrapped(method: object) -> bool:
-    """Whether a method is another than the class was written with (what wraps one leaves `__wrapped__` on it)."""
+    """Whether a program has wrapped a method. Wrappers leave `__wrapped__` on it."""
     return hasattr(method, "__wrapped__")

@@ -1,7 +1,7 @@
-"""What the sockets of threads and of event loops have in common: how they are called, name look-up, and TLS.
+"""The common parts of the sockets for threads and for event loops: their protocols, name look-up, and TLS.
 
-All of it is written as coroutines. On an event loop they are awaited; in threads they block and never suspend
-(`blocking.py`), so that what is written on top of them (pools, transports, shells) is written once.
+All of them are coroutines. An event loop awaits them; in threads they block and never suspend (`_sockets_threads.py`).
+So the code on top of them (pools, senders, providers) is written once.
 """
 
 from __future__ import annotations
@@ -22,15 +22,16 @@ if TYPE_CHECKING:
     from fluxibly.providers.http._limits import Limits
 
 READ_SIZE = 64 * 1024
+"""Maximum number of bytes that a read returns."""
 
 
 class Socket(Protocol):
-    """A socket with a time limit on each wait. Closing it never waits, and needs no event loop."""
+    """A socket with a time limit on each wait. Closing it never waits, and does not need an event loop."""
 
     raw: socket.socket
 
     async def receive(self, seconds: float | None, /) -> bytes:
-        """The next bytes; b"" at the end. Raises LimitPassed."""
+        """Return the next bytes; b"" at the end. Raises LimitPassed."""
         ...
 
     async def send(self, data: bytes, seconds: float | None, /) -> None:
@@ -38,14 +39,14 @@ class Socket(Protocol):
         ...
 
     def quiet(self) -> bool:
-        """Whether nothing waits to be read: an idle connection that is not quiet was closed, or says too much."""
+        """Whether there is nothing to read. If there is, the server has closed an idle connection, or sent too much."""
         ...
 
     def close(self) -> None: ...
 
 
 class PlainSocket:
-    """What sockets without TLS have in common."""
+    """The common part of sockets without TLS."""
 
     raw: socket.socket
 
@@ -57,23 +58,23 @@ class PlainSocket:
 
 
 class Event(Protocol):
-    """Something to wait for. Any thread may set it."""
+    """An event that a call waits for. Any thread may set it."""
 
     def set(self) -> None: ...
     async def wait(self, seconds: float | None, /) -> None:
-        """Wait until it is set, or the time is over."""
+        """Wait until the event is set, or until the time has passed."""
         ...
 
 
 class Network(Protocol):
-    """Sockets of threads, or of event loops."""
+    """The sockets for threads, or for event loops."""
 
     def home(self) -> Hashable:
-        """Where the sockets that are made now can be used: on the loop that runs, or in all threads."""
+        """Return a key for the place where a socket made now can be used: the running loop, or all threads."""
         ...
 
     def is_gone(self, home: Any, /) -> bool:
-        """Whether a home is gone, with its loop."""
+        """Whether the event loop of a home has ended."""
         ...
 
     def event(self) -> Event: ...
@@ -81,7 +82,8 @@ class Network(Protocol):
 
 
 def ready(sock: socket.socket, *, to_write: bool = False, seconds: float | None = 0) -> bool:
-    """Whether a read (or a write) would return within so many seconds; an idle connection's would if it was closed."""
+    """Whether a read (or a write) would return within `seconds`. A read of a closed connection would."""
+    # `poll` where it exists, because `select` fails for descriptors above 1023.
     if hasattr(select, "poll"):
         poll = select.poll()
         poll.register(sock.fileno(), select.POLLOUT if to_write else select.POLLIN)
@@ -91,33 +93,39 @@ def ready(sock: socket.socket, *, to_write: bool = False, seconds: float | None 
 
 
 def shut_down(sock: socket.socket) -> None:
-    """End both directions, so that a read in another thread or task returns."""
+    """End both directions of a connection, so that a read in another thread or task returns."""
+    # The connection may have ended already, or may not be connected yet.
     with contextlib.suppress(OSError):
-        socket.socket.shutdown(sock, socket.SHUT_RDWR)  # not SSLSocket's own, which pulls TLS from under a read
+        # SSLSocket's own method would drop the TLS object that a read still uses.
+        socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
 
 def as_limit(error: TimeoutError) -> Exception:
-    """A time limit of ours; the network's own has a number."""
+    """Return `LimitPassed` for a time limit of the library, and the error itself for a timeout of the network."""
+    # Only a timeout of the network (ETIMEDOUT) has a number.
     return error if error.errno is not None else LimitPassed()
 
 
 async def resolve(host: str, port: int, limits: Limits, over: Event) -> list[Any]:
-    """The addresses of a host. A look-up cannot be ended, so one that takes too long is left to its thread."""
+    """Return the addresses of a host."""
+    # An address needs no look-up, and so no thread.
     try:
         with contextlib.suppress(socket.gaierror):
             return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
-    except UnicodeError:  # a part of it is empty, or longer than 63 characters
-        raise socket.gaierror(socket.EAI_NONAME, "no host can have that name") from None
+    except UnicodeError:  # a part of the name is empty, or longer than 63 characters
+        raise socket.gaierror(socket.EAI_NONAME, "the name is not a valid host name") from None
     found: list[Any] = []
     failures: list[Exception] = []
 
     def look_up() -> None:
         try:
             found.extend(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
-        except Exception as error:  # noqa: BLE001  # it is raised where the answer is waited for
+        except Exception as error:  # noqa: BLE001  # the waiting call raises it
             failures.append(error)
         over.set()
 
+    # A look-up cannot be ended, so a look-up that takes too long is left to its thread, a daemon that does not keep the
+    # process alive.
     limits.waits(over.set)
     threading.Thread(target=look_up, name="fluxibly getaddrinfo", daemon=True).start()
     await over.wait(limits.left())
@@ -130,48 +138,53 @@ async def resolve(host: str, port: int, limits: Limits, over: Event) -> list[Any
 
 
 class TLSSocket:
-    """TLS on top of a socket."""
+    """TLS over a socket."""
 
     def __init__(self, inner: Socket, context: ssl.SSLContext, server_name: str) -> None:
         self.raw = inner.raw
         self._inner = inner
+        # TLS in memory, because that works alike over the sockets of threads, asyncio and trio.
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_hostname=server_name)
 
     async def handshake(self, limits: Limits) -> None:
-        """Agree on keys, and check the server's certificate."""
+        """Agree on keys, and verify the server's certificate."""
         while True:
             try:
                 self._tls.do_handshake()
             except ssl.SSLWantReadError:
+                # Sent first, because the server waits for the client's part before it sends its own.
                 await self._flush(limits.left())
                 await self._fill(limits.left())
             except ssl.SSLError:
                 with contextlib.suppress(OSError, LimitPassed):
-                    await self._flush(limits.left())  # the alert that tells the server why
+                    await self._flush(limits.left())  # the alert, so that the server learns the reason
                 raise
             else:
                 await self._flush(limits.left())
                 return
 
     async def receive(self, seconds: float | None) -> bytes:
-        """The next bytes; b"" at the end.
+        """Return the next bytes; b"" at the end.
 
         Raises:
-            ConnectionResetError: the connection ended without TLS's own end, so what came may be cut short.
+            ConnectionResetError: the connection ended without TLS's close_notify, so the data may be cut short.
         """
+        # The limit applies to all reads of the socket together, because a record may take several.
         end = None if seconds is None else monotonic() + seconds
         while True:
             try:
                 return self._tls.read(READ_SIZE)
             except ssl.SSLWantReadError:
                 left = None if end is None else max(0.0, end - monotonic())
+                # TLS may have something to send before it can read, such as a key update.
                 await self._flush(left)
                 await self._fill(left)
             except ssl.SSLZeroReturnError:
                 return b""
+            # Anybody on the way can end a TCP connection, but only the server can send close_notify (RFC 9112 §9.8).
             except ssl.SSLEOFError:
-                raise ConnectionResetError("the connection ended without TLS's own end") from None
+                raise ConnectionResetError("the connection ended without TLS's close_notify") from None
 
     async def send(self, data: bytes, seconds: float | None) -> None:
         """Send all of `data`."""
@@ -179,9 +192,11 @@ class TLSSocket:
         await self._flush(seconds)
 
     def quiet(self) -> bool:
-        """Whether nothing waits to be read, here or in the socket."""
+        """Whether there is nothing to read, in memory or in the socket."""
         if ready(self.raw):
             return False
+        # A record that was received together with another waits in memory, where `ready` does not see it. The byte read
+        # here is lost, which is harmless: the connection is not used again.
         try:
             self._tls.read(1)
         except ssl.SSLWantReadError:

@@ -1,5 +1,7 @@
-"""Sockets of asyncio and trio. They are raw sockets, not transports: closing one needs no event loop, so that a
-provider that outlived a loop can still let its connections go.
+"""Sockets for asyncio and trio.
+
+They are raw sockets rather than transports: a raw socket can be closed without an event loop, so a provider that
+outlives a loop can still close its connections.
 """
 
 from __future__ import annotations
@@ -21,19 +23,20 @@ if TYPE_CHECKING:
     from fluxibly.providers.http._limits import Limits
 
 HEAD_START = 0.25
-"""Seconds that an address has before the next one is tried as well (RFC 8305)."""
+"""Seconds before the next address is tried as well (RFC 8305)."""
 READY_READS = 32
-"""Reads that need no wait before other tasks get their turn."""
+"""Maximum number of reads without a wait before other tasks get their turn."""
 
 
 def on_trio() -> bool:
-    """Whether the code that runs is a task of trio's; of asyncio's if not."""
+    """Whether this code runs in a task of trio; otherwise it runs in a task of asyncio."""
+    # trio is not imported for this: if nobody has imported trio, this is not a task of trio.
     trio = sys.modules.get("trio")
     return trio is not None and trio.lowlevel.in_trio_task()
 
 
 def from_anywhere(callback: Callable[[], object]) -> Callable[[], None]:
-    """What any thread may call, to have the loop that runs now call `callback`, if it still runs then."""
+    """Return a function for any thread to call. The loop that runs now then calls `callback`, unless it has ended."""
     soon: Callable[[Callable[[], object]], object]
     if on_trio():
         import trio
@@ -43,7 +46,7 @@ def from_anywhere(callback: Callable[[], object]) -> Callable[[], None]:
         soon = asyncio.get_running_loop().call_soon_threadsafe
 
     def call() -> None:
-        with contextlib.suppress(RuntimeError):  # the loop has ended
+        with contextlib.suppress(RuntimeError):  # the loop has ended, so there is no wait to end
             soon(callback)
 
     return call
@@ -66,20 +69,23 @@ class LoopEvent:
 
 
 class AsyncioSocket(PlainSocket):
-    """A socket of asyncio."""
+    """A socket for asyncio."""
 
     def __init__(self, sock: socket.socket) -> None:
         self.raw = sock
         self._loop = asyncio.get_running_loop()
         self._ready = 0
+        """The number of reads since the last wait."""
 
     async def receive(self, seconds: float | None) -> bytes:
+        # Tried at once, because data that is there needs neither a timer nor a registration with the loop.
         try:
             data = self.raw.recv(READ_SIZE)
         except (BlockingIOError, InterruptedError):
             self._ready = 0
         else:
             self._ready += 1
+            # A fast server must not keep the other tasks from running.
             if self._ready >= READY_READS:
                 self._ready = 0
                 await asyncio.sleep(0)
@@ -91,6 +97,7 @@ class AsyncioSocket(PlainSocket):
             raise as_limit(error) from None
 
     async def send(self, data: bytes, seconds: float | None) -> None:
+        # Tried at once, because the socket's buffer has room for most requests.
         try:
             sent = self.raw.send(data)
         except (BlockingIOError, InterruptedError):
@@ -111,7 +118,7 @@ class AsyncioSocket(PlainSocket):
 
 
 class TrioSocket(PlainSocket):
-    """A socket of trio."""
+    """A socket for trio."""
 
     def __init__(self, sock: socket.socket) -> None:
         import trio
@@ -140,12 +147,12 @@ class TrioSocket(PlainSocket):
     async def connect(sock: socket.socket, address: Any) -> TrioSocket:
         """Connect a new socket."""
         connected = TrioSocket(sock)
-        await connected._sock.connect(address)  # its own class
+        await connected._sock.connect(address)  # a method of the same class
         return connected
 
 
 class Loops:
-    """The network for event loops, each of which has sockets of its own."""
+    """The network for event loops. Each loop has its own sockets."""
 
     def home(self) -> Any:
         if on_trio():
@@ -157,9 +164,10 @@ class Loops:
     def is_gone(self, home: Any) -> bool:
         if isinstance(home, asyncio.AbstractEventLoop):
             return home.is_closed()
+        # A token of trio offers no other way to ask whether its run has ended.
         try:
             home.run_sync_soon(_nothing)
-        except RuntimeError:  # trio's own kind of it
+        except RuntimeError:  # trio.RunFinishedError
             return True
         return False
 
@@ -167,7 +175,7 @@ class Loops:
         return LoopEvent()
 
     async def connect(self, host: str, port: int, limits: Limits) -> AsyncioSocket | TrioSocket:
-        """Connect to the first of the host's addresses that answers, trying them with a head start each."""
+        """Connect to the first of the host's addresses that accepts a connection."""
         import anyio
 
         infos = await resolve(host, port, limits, LoopEvent())
@@ -178,9 +186,11 @@ class Loops:
                 await race.run(infos)
             limits.waits(None)
         except BaseException:
+            # A cancelled call must not leave a connection open.
             for sock in race.connected:
                 sock.close()
             raise
+        # Two attempts may succeed before the race is cancelled.
         for loser in race.connected[1:]:
             loser.close()
         if race.connected:
@@ -191,14 +201,14 @@ class Loops:
 
 
 class _Race:
-    """Attempts to connect, which begin one after the other."""
+    """Attempts to connect. Each begins when the attempt before it has failed, or has had its head start."""
 
     def __init__(self) -> None:
         self.connected: list[AsyncioSocket | TrioSocket] = []
         self.failures: list[Exception] = []
 
     async def run(self, infos: list[Any]) -> None:
-        """Try each address, until one answers."""
+        """Try each address until an attempt succeeds."""
         import anyio
 
         async with anyio.create_task_group() as tasks:
@@ -210,8 +220,9 @@ class _Race:
 
     async def _attempt(self, info: Any, race: anyio.CancelScope, over: anyio.Event) -> None:
         sock = socket.socket(info[0], info[1], info[2])
-        sock.setblocking(False)  # the standard library's own signature
+        sock.setblocking(False)  # the standard library's signature
         try:
+            # A part of a request must not wait until the server has acknowledged the part before it.
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             kind: type[AsyncioSocket | TrioSocket] = TrioSocket if on_trio() else AsyncioSocket
             self.connected.append(await kind.connect(sock, info[4]))

@@ -1,4 +1,4 @@
-"""Sockets for threads: every wait blocks, so a coroutine made of them never suspends, and `finished` runs it."""
+"""Sockets for threads. Every wait blocks the thread, so their coroutines never suspend, and `finished` runs them."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ T = TypeVar("T")
 
 
 def finished(coroutine: Coroutine[Any, Any, T]) -> T:
-    """The result of a coroutine that never suspends."""
+    """Run a coroutine that never suspends, and return its result."""
     try:
         coroutine.send(None)
     except StopIteration as end:
-        return end.value  # type: ignore[no-any-return]  # the coroutine's own type
+        return end.value  # type: ignore[no-any-return]  # the coroutine's type
     coroutine.close()
-    raise RuntimeError("code that runs in a thread awaited an event loop")
+    raise RuntimeError("expected a coroutine that never suspends, got a coroutine that awaits an event loop")
 
 
 class BlockingEvent:
@@ -47,8 +47,10 @@ class BlockingSocket(PlainSocket):
     def __init__(self, sock: socket.socket) -> None:
         self.raw = sock
         self._timeout: float | None = -1.0
+        """The timeout that is set; -1 before the first wait."""
 
     def _limit(self, seconds: float | None) -> None:
+        # Set only if it changes, because that costs a system call.
         if seconds != self._timeout:
             self.raw.settimeout(seconds)
             self._timeout = seconds
@@ -69,7 +71,7 @@ class BlockingSocket(PlainSocket):
 
 
 class Threads:
-    """The network for threads, which share all of it."""
+    """The network for threads. All threads share its sockets."""
 
     def home(self) -> None:
         return
@@ -81,7 +83,8 @@ class Threads:
         return BlockingEvent()
 
     async def connect(self, host: str, port: int, limits: Limits) -> BlockingSocket:
-        """Connect to the first of the host's addresses that answers; each has its share of the time that is left."""
+        """Connect to the first of the host's addresses that accepts a connection."""
+        # Each address has its share of the remaining time, so that an address that is silent does not use up all of it.
         infos = await resolve(host, port, limits, BlockingEvent())
         failure: Exception | None = None
         for tried, (family, kind, protocol, _, address) in enumerate(infos):
@@ -89,6 +92,7 @@ class Threads:
             sock = socket.socket(family, kind, protocol)
             try:
                 _connect(sock, address, limits, None if left is None else left / (len(infos) - tried))
+                # A part of a request must not wait until the server has acknowledged the part before it.
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 return BlockingSocket(sock)
             except (OSError, LimitPassed) as error:
@@ -101,8 +105,9 @@ class Threads:
 
 
 def _connect(sock: socket.socket, address: Any, limits: Limits, seconds: float | None) -> None:
-    """Connect a socket. A close from elsewhere ends it (at once on Linux, else with the limit)."""
-    sock.setblocking(False)  # the standard library's own signature
+    """Connect a socket. An abort in another thread ends the wait (at once on Linux, elsewhere with the limit)."""
+    # Not blocking, so that an abort can be set once connecting has begun: before that, a shutdown has no effect.
+    sock.setblocking(False)  # the standard library's signature
     code = sock.connect_ex(address)
     if code in (errno.EINPROGRESS, errno.EWOULDBLOCK):
         limits.waits(functools.partial(shut_down, sock))

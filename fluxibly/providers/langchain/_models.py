@@ -102,11 +102,11 @@ class ChatModels:
         """Record on the call which service is asked for the model `name`."""
         provider = None if self._given is not None else split_model(name)[0]
         service = self.info if provider is None else self._services.named(_telemetry_name(provider))
-        self._services.tell(call, service)
+        self._services.note(call, service)
 
     def answers(self, call: CallRecord, provider: str) -> None:
         """Record on the call which service answered. `provider` is LangChain's name for the service."""
-        self._services.tell(call, self._services.named(_telemetry_name(provider)))
+        self._services.note(call, self._services.named(_telemetry_name(provider)))
 
     def _make(self, name: str, *, asynchronous: bool) -> _Made:
         from langchain.chat_models import init_chat_model

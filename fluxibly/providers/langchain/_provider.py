@@ -67,10 +67,10 @@ class _Answer:
 
         An integration that builds on another may put the other's name into its messages. That name is ignored.
         """
-        told = message.response_metadata.get("model_provider")
-        if told != self._provider and isinstance(told, str) and told:
-            self._provider = told
-            self._source.answers(self._request.call, told)
+        reported = message.response_metadata.get("model_provider")
+        if reported != self._provider and isinstance(reported, str) and reported:
+            self._provider = reported
+            self._source.answers(self._request.call, reported)
 
     def chunk(self, message: object) -> Chunk | None:
         self._see(cast("BaseMessage", message))

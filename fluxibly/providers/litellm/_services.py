@@ -94,7 +94,7 @@ class Answerer:
         self._call = call
         self._service = service
         self._keywords = keywords
-        self._tell(service, keywords)
+        self._note_service(service, keywords)
 
     def read(self, answer: Any) -> None:
         """Record which service sent an answer or a stream, as far as LiteLLM reports it.
@@ -106,7 +106,7 @@ class Answerer:
         settings = self._fallback(hidden) or self._for_long_prompts(hidden, answer)
         if settings is not None:
             self._call.sent_model = settings["model"]
-            self._tell(self._service_of(settings), settings)
+            self._note_service(self._service_of(settings), settings)
 
     def _fallback(self, hidden: Mapping[str, Any]) -> dict[str, Any] | None:
         """Return the keywords of the entry of `fallbacks` that answered."""
@@ -122,13 +122,13 @@ class Answerer:
         if model is None:
             return None
         settings = {**self._keywords, "model": model}
-        told = hidden.get("custom_llm_provider") or getattr(answer, "custom_llm_provider", None)
-        return settings if told != self._service and told == self._service_of(settings) else None
+        reported = hidden.get("custom_llm_provider") or getattr(answer, "custom_llm_provider", None)
+        return settings if reported != self._service and reported == self._service_of(settings) else None
 
     def _service_of(self, settings: Mapping[str, Any]) -> str:
         return service_of(self._litellm, settings["model"], settings, settings.get("api_base"))
 
-    def _tell(self, service: str, settings: Mapping[str, Any]) -> None:
+    def _note_service(self, service: str, settings: Mapping[str, Any]) -> None:
         if service:
-            told = self._services.at(telemetry_name(service), settings.get("api_base"))
-            self._services.tell(self._call, told)
+            reported = self._services.at(telemetry_name(service), settings.get("api_base"))
+            self._services.note(self._call, reported)
