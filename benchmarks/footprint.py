@@ -30,9 +30,14 @@ def imports() -> None:
     for _ in range(ROUNDS):
         for name, program in programs.items():
             start = perf_counter()
-            subprocess.run([sys.executable, "-c", program], check=True, env={"LITELLM_LOCAL_MODEL_COST_MAP": "True"})
+            subprocess.run([sys.executable, "-c", program], check=True, env={"LITELLM_LOCAL_MODEL_COST_MAP": "True"})  # noqa: S603  # a program from above
             times[name].append((perf_counter() - start) * 1e3)
-    table("Import", {n: statistics.median(v) for n, v in times.items()}, unit="ms", goal="LLM <= 0.7 of what httpx takes more")
+    table(
+        "Import",
+        {n: statistics.median(v) for n, v in times.items()},
+        unit="ms",
+        goal="LLM <= 0.7 of what httpx takes more",
+    )
     left_out(missing)
 
 

@@ -36,7 +36,7 @@ def server() -> Iterator[str]:
     process = subprocess.Popen(
         [sys.executable, "-m", "benchmarks.server"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
-    assert process.stdout is not None
+    assert process.stdout is not None  # noqa: S101  # for type checkers; it is a pipe
     try:
         yield f"http://127.0.0.1:{process.stdout.readline().strip()}/v1"
     finally:

@@ -51,8 +51,12 @@ def test_roots():
     assert issubclass(StreamStalled, RequestTimeout)
 
 
+def pickled(error):
+    return pickle.loads(pickle.dumps(error))  # noqa: S301  # the test's own bytes
+
+
 @pytest.mark.parametrize("kind", PROVIDER_ERRORS)
-@pytest.mark.parametrize("through", [copy.copy, lambda error: pickle.loads(pickle.dumps(error))])
+@pytest.mark.parametrize("through", [copy.copy, pickled])
 def test_provider_errors_can_be_copied(kind, through):
     """A copy of a provider error keeps all attributes."""
     error = kind("down", retry_after=2.0, status=503, code="c", provider="p", model="m", request_id="r", body="b")
@@ -64,11 +68,11 @@ def test_provider_errors_can_be_copied(kind, through):
 
 def test_others_can_be_copied():
     """A copy of an error with its own arguments keeps them."""
-    interrupted = pickle.loads(pickle.dumps(StreamInterrupted("cut", partial=Response("half"))))
+    interrupted = pickled(StreamInterrupted("cut", partial=Response("half")))
     assert (str(interrupted), interrupted.partial.text) == ("cut", "half")
-    invalid = pickle.loads(pickle.dumps(ResponseInvalid("bad", response=Response("x"), problem="p")))
+    invalid = pickled(ResponseInvalid("bad", response=Response("x"), problem="p"))
     assert (str(invalid), invalid.response.text, invalid.problem) == ("bad", "x", "p")
-    config = pickle.loads(pickle.dumps(ConfigError("two", problems=("a", "b"))))
+    config = pickled(ConfigError("two", problems=("a", "b")))
     assert (str(config), config.problems) == ("two", ("a", "b"))
 
 

@@ -247,7 +247,7 @@ class TestStacks:
 
     def test_of_the_configuration(self):
         """A configuration names middleware with or without settings; a stack passed to `LLM` takes precedence."""
-        register_middleware("quiet", lambda **settings: Validation(**settings))
+        register_middleware("quiet", lambda **settings: Validation(**settings))  # noqa: PLW0108  # a function, not a class
         config = LLMConfig(
             framework="echo",
             model="m",

@@ -34,7 +34,7 @@ def test_a_registered_class_is_made_with_the_configuration():
 
 def test_any_callable_can_be_registered():
     """A function that returns a provider may be registered instead of a class."""
-    register_llm_framework("made", lambda config: Parrot(config))
+    register_llm_framework("made", lambda config: Parrot(config))  # noqa: PLW0108  # a function, not a class
     assert LLM(LLMConfig(framework="made", model="m")).forward("x") == "x"
 
 

@@ -74,7 +74,7 @@ class TestMessages:
             ),
             (lambda: Message.user(3), TypeError, "content: expected a str, Text, Image or a sequence .*, got an int"),
             (lambda: Message.user(["a", 3]), TypeError, "expected a str, Text or Image as a part, got an int"),
-            (lambda: Image(), ValueError, "expected either url= or data=, got neither"),
+            (Image, ValueError, "expected either url= or data=, got neither"),
             (lambda: Image(url="u", data=b"d"), ValueError, "expected either url= or data=, got both"),
             (lambda: Image(data=b"d"), ValueError, "needs media_type="),
             (lambda: Image(url=3), TypeError, "an Image's url: expected a str, got an int"),
@@ -159,7 +159,7 @@ class TestMessages:
     def test_an_empty_prompt(self, messages):
         """A prompt is empty if its last message is an empty message of a user, or if no message has content."""
         for make in (lambda: Request(model="m", messages=messages), lambda: REQUEST.evolve(messages=messages)):
-            with pytest.raises(ValueError) as caught:
+            with pytest.raises(ValueError, match="the prompt is empty") as caught:
                 make()
             assert str(caught.value) == "the prompt is empty; give a non-empty string or a sequence of Message"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from html.parser import HTMLParser
@@ -63,7 +64,7 @@ def path(tmp_path):
 
 
 def terminal(path, width=140):
-    console = Console(width=width, record=True, force_terminal=False, file=open("/dev/null", "w"))  # noqa: PTH123, SIM115
+    console = Console(width=width, record=True, force_terminal=False, file=io.StringIO())
     console.print(trace_view.render(path))
     console.file.close()
     return console.export_text()

@@ -375,7 +375,7 @@ class TestBaseExceptions:
         def greedy(request, call_next):
             try:
                 return (yield from call_next(request))
-            except BaseException:
+            except BaseException:  # noqa: BLE001  # the mistake under test
                 if did == "returned normally":
                     return Response("never mind")
                 if did == "yielded again":

@@ -20,7 +20,7 @@ class TestReading:
         """The response is available once the stream has been read to its end, and not before."""
         stream = Pipeline(ScriptedProvider("a b")).stream(REQUEST)
         with pytest.raises(RuntimeError, match="iterate over it to its end"):
-            stream.response
+            stream.response  # noqa: B018  # the look-up raises
         assert texts(stream) == ["a", " b"]
         assert stream.response.text == "a b"
         assert stream.response.elapsed is not None
@@ -120,9 +120,14 @@ class TestReading:
     def test_an_error_of_the_consumer_is_an_abandonment(self):
         """An exception in the loop's body ends the flow and is not changed."""
         watch, provider = Watch(), ScriptedProvider("a b")
-        with pytest.raises(LookupError), Pipeline(provider, [watch]).stream(REQUEST) as stream:
-            for _ in stream:
-                raise LookupError
+
+        def consume():
+            with Pipeline(provider, [watch]).stream(REQUEST) as stream:
+                for _ in stream:
+                    raise LookupError
+
+        with pytest.raises(LookupError):
+            consume()
         assert watch.ends == ["GeneratorExit"]
         assert (provider.opened, provider.closed) == (1, 1)
 

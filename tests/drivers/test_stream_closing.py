@@ -106,7 +106,7 @@ class TestClosing:
         def read():
             try:
                 got.extend(texts(stream))
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001  # the test compares whatever is raised
                 got.append(error)
 
         thread = threading.Thread(target=read)
@@ -404,12 +404,12 @@ class TestCancellation:
                 await asyncio.Event().wait()
 
         async def main():
-            with pytest.raises(TimeoutError):
-                async with asyncio.timeout(0.01), AsyncPipeline(Waiting(), [Watch()]).stream(REQUEST) as stream:
-                    async for _ in stream:
-                        pass
+            async with asyncio.timeout(0.01), AsyncPipeline(Waiting(), [Watch()]).stream(REQUEST) as stream:
+                async for _ in stream:
+                    pass
 
-        asyncio.run(main())
+        with pytest.raises(TimeoutError):
+            asyncio.run(main())
 
     def test_a_middleware_that_swallows_a_cancellation_is_named(self, caplog):
         """The caller's timeout still works, and a note on the exception names the middleware."""
@@ -417,7 +417,7 @@ class TestCancellation:
         def greedy(request, call_next):
             try:
                 return (yield from call_next(request))
-            except BaseException:
+            except BaseException:  # noqa: BLE001  # the mistake under test
                 return Response("nothing happened")
 
         class Waiting(AsyncScriptedProvider):
@@ -426,13 +426,13 @@ class TestCancellation:
                 await asyncio.Event().wait()
 
         async def main():
-            with pytest.raises(TimeoutError) as caught:
-                async with asyncio.timeout(0.01), AsyncPipeline(Waiting(), [greedy]).stream(REQUEST) as stream:
-                    async for _ in stream:
-                        pass
-            return caught.value.__cause__
+            async with asyncio.timeout(0.01), AsyncPipeline(Waiting(), [greedy]).stream(REQUEST) as stream:
+                async for _ in stream:
+                    pass
 
-        cause = asyncio.run(main())
+        with pytest.raises(TimeoutError) as caught:
+            asyncio.run(main())
+        cause = caught.value.__cause__
         assert isinstance(cause, asyncio.CancelledError)
         assert "greedy returned normally after CancelledError" in cause.__notes__[0]
         assert "greedy returned normally after CancelledError" in caplog.text

@@ -97,8 +97,7 @@ class TestReleasing:
 
         def work(name: str) -> None:
             barrier.wait(5)
-            for n in range(20):
-                texts.append(shared.complete(ask(f"{name}-{n}")).text)
+            texts.extend([shared.complete(ask(f"{name}-{n}")).text for n in range(20)])
 
         with serve(whole) as server, provider(server) as shared:
             threads = [threading.Thread(target=work, args=(str(n),)) for n in range(8)]
@@ -337,7 +336,7 @@ class TestEnding:
                 stream = made.stream(ask())
                 async with anyio.create_task_group() as tasks:
                     tasks.start_soon(read)
-                    while not server.requests:
+                    while not server.requests:  # noqa: ASYNC110  # the server's thread appends to them
                         await anyio.sleep(0.01)
                     await anyio.wait_all_tasks_blocked()
                     if end == "abort":
@@ -522,7 +521,7 @@ class TestEnding:
     def test_a_fork_shares_no_connection_of_httpx(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """The same holds for httpx's transport, which the provider uses if a program has wrapped it."""
         method = httpx.HTTPTransport.handle_request
-        wrapper = functools.wraps(method)(lambda transport, request: method(transport, request))
+        wrapper = functools.wraps(method)(lambda transport, request: method(transport, request))  # noqa: PLW0108  # a wrapper
         monkeypatch.setattr(httpx.HTTPTransport, "handle_request", wrapper)
         with serve(whole) as server, provider(server) as made:
             made.complete(ask())
@@ -690,7 +689,7 @@ class TestTransports:
                 with anyio.fail_after(10):
                     async with anyio.create_task_group() as tasks:
                         tasks.start_soon(read)
-                        while not server.requests:
+                        while not server.requests:  # noqa: ASYNC110  # the server's thread appends to them
                             await anyio.sleep(0.01)
                         await anyio.wait_all_tasks_blocked()
                         await anyio.to_thread.run_sync(stream.abort)

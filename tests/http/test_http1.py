@@ -20,9 +20,7 @@ def parse(pieces: list[bytes]) -> tuple[int, dict[str, str], bytes, bool]:
     while not answer.head(piece := next(rest, b"")):
         if not piece:
             answer.eof()
-    body = [answer.body(b"")]
-    for piece in rest:
-        body.append(answer.body(piece))
+    body = [answer.body(b""), *(answer.body(piece) for piece in rest)]
     if not answer.ended:
         answer.eof()
     return answer.status, answer.headers, b"".join(body), answer.reusable

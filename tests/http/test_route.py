@@ -135,7 +135,7 @@ class TestTLS:
     def test_an_untrusted_certificate(self, caller: Caller, context: ssl.SSLContext) -> None:
         """Certificates are verified. The error names the remedy, and is not retryable."""
         with serve(whole, context) as server:
-            with pytest.raises(ConnectionFailed, match="not trusted.*SSL_CERT_FILE") as caught:
+            with pytest.raises(ConnectionFailed, match=r"not trusted.*SSL_CERT_FILE") as caught:
                 caller.complete(server.url)
             assert not caught.value.retryable
             assert server.requests == []
@@ -197,7 +197,7 @@ class TestProxies:
         """The error says that the proxy refused the connection."""
         with serve(lambda peer, request: peer.answer("no", "407 Proxy Authentication Required")) as proxy:
             monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{proxy.port}")
-            with pytest.raises(ConnectionFailed, match="the proxy refused.*407"):
+            with pytest.raises(ConnectionFailed, match=r"the proxy refused.*407"):
                 caller.complete("https://localhost/v1")
 
     def test_a_missing_proxy(self, caller: Caller, monkeypatch: pytest.MonkeyPatch) -> None:

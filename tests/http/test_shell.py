@@ -122,7 +122,7 @@ class TestResponses:
     def test_headers_that_are_refused(self, caller: Caller, name: str, value: str) -> None:
         """A header cannot start a second header, and cannot set where the request ends. Nothing is sent."""
         with serve(whole) as server:
-            with pytest.raises(BadRequest, match="cannot be se[nt]"):
+            with pytest.raises(BadRequest, match=r"cannot be se[nt]"):
                 caller.complete(server.url, request=ask(headers={name: value}))
             assert server.connections == 0
 

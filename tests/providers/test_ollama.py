@@ -121,7 +121,10 @@ def server(gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str
     with (folder / "run.log").open("w") as log:
         started = subprocess.run(
             ["bash", RUN, folder, gguf, str(port)],  # noqa: S607  # the bash of whoever runs the tests
-            stdout=log, stderr=log, timeout=300, check=False
+            stdout=log,
+            stderr=log,
+            timeout=300,
+            check=False,
         )
     try:
         if started.returncode:

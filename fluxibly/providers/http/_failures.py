@@ -6,15 +6,11 @@ import errno
 import socket
 import ssl
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
 
 import httpx
 
 from fluxibly.errors import ConnectionFailed, ProviderError, RequestTimeout, StreamProtocolError, StreamStalled
 from fluxibly.providers.http._limits import ConnectionLost, LimitPassed, Limits, NotHTTP
-
-if TYPE_CHECKING:
-    pass
 
 
 def translated(error: Exception, host: str, port: int, limits: Limits) -> ProviderError | None:

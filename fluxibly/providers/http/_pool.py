@@ -22,7 +22,6 @@ from fluxibly.providers.http._sockets import TLSSocket, shut_down
 
 if TYPE_CHECKING:
     from fluxibly.providers.http._exchange import Outgoing
-    from fluxibly.providers.http._limits import Limits
     from fluxibly.providers.http._sockets import Event, Network, Socket
 
 

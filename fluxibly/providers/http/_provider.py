@@ -9,9 +9,10 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Final, Literal, NoReturn, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 from weakref import WeakSet
 
+from fluxibly._states import TRANSITIONS, State
 from fluxibly.errors import ConnectionFailed
 from fluxibly.providers.http._endpoint import Endpoint
 from fluxibly.providers.http._httpx import AsyncHTTPXSender, HTTPXSender
@@ -39,26 +40,8 @@ def fail(error: Exception, failure: Exception) -> NoReturn:
     raise failure from error
 
 
-State: TypeAlias = Literal["new", "idle", "reading", "closing", "ended"]
-"""The states of a stream.
-
-`new`: nothing has been sent. `idle`: between two reads; the stream holds a connection. `reading`: a read is under way,
-and the read holds the connection. `closing`: the stream was aborted, and its connection is not released yet. `ended`:
-nothing more is read, and the connection is released, or about to be by the call that ended the stream.
-"""
-
-TRANSITIONS: Final[Mapping[State, frozenset[State]]] = {
-    "new": frozenset({"reading", "closing", "ended"}),
-    "idle": frozenset({"reading", "closing", "ended"}),
-    "reading": frozenset({"idle", "closing", "ended"}),
-    "closing": frozenset({"ended"}),
-    "ended": frozenset(),
-}
-"""The states that may follow each state."""
-
-
 class _Stream:
-    """The chunks of a response.
+    """The chunks of a response. The stream holds a connection while it is idle; a read takes the connection out.
 
     `_reader` is None until the head of the response has arrived. `_exchange` is None while a read holds it.
     """
