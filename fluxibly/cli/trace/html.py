@@ -56,7 +56,9 @@ def _totals(roots: Iterable[TracedSpan]) -> str:
         (duration(sum(call.seconds for call in calls)), "in calls"),
     ]
     return (
-        '<ul class="totals">' + "".join(f"<li><b>{value}</b><span>{what}</span></li>" for value, what in facts) + "</ul>"
+        '<ul class="totals">'
+        + "".join(f"<li><b>{value}</b><span>{what}</span></li>" for value, what in facts)
+        + "</ul>"
     )
 
 
