@@ -4,18 +4,57 @@ from __future__ import annotations
 
 import dis
 from collections.abc import Sequence
-from types import CodeType
-from typing import NoReturn
+from types import CodeType, GeneratorType
+from typing import Any, NoReturn, TypeGuard
 
 import attrs
 
 from fluxibly._checks import kind_of
-from fluxibly._drivers.stepping import live_layers
 from fluxibly.flow.compose import code_of, layer_name
 from fluxibly.flow.effects import Flow, Middleware
 from fluxibly.types import Request, Response
 
 HOW_TO_RETURN = "end it with: return (yield from call_next(request))"
+
+
+def report_swallowed(error: BaseException | None, layer: str, did: str) -> None:
+    """Log that a layer did not let a BaseException pass, and note it on that exception. None stands for GeneratorExit."""
+    name = "GeneratorExit" if error is None else type(error).__name__
+    text = f"the middleware {layer} {did} after {name}; it must let it pass"
+    if error is not None:
+        error.add_note(f"fluxibly: {text}")
+    from fluxibly._logs import ERROR, log  # importing logging takes longer than all of fluxibly's own code
+
+    log(ERROR, "%s", problem=text)
+
+
+def catcher(error: BaseException) -> str:
+    """Return the function that caught a thrown error: the outermost frame in its traceback that is not fluxibly's."""
+    trace = error.__traceback__
+    while trace is not None:
+        module = trace.tb_frame.f_globals.get("__name__", "")
+        if not module.startswith("fluxibly."):
+            return trace.tb_frame.f_code.co_qualname
+        trace = trace.tb_next
+    return "(unknown)"
+
+
+def _is_generator(value: object) -> TypeGuard[GeneratorType[Any, Any, Any]]:
+    return isinstance(value, GeneratorType)
+
+
+def live_layers(flow: Flow[Any]) -> Sequence[GeneratorType[Any, Any, Any]]:
+    """Return the generators that a suspended flow waits in, outermost first."""
+    layers: list[GeneratorType[Any, Any, Any]] = []
+    inner: Any = flow
+    while _is_generator(inner):
+        layers.append(inner)
+        within = inner.gi_yieldfrom
+        if within is None and inner.gi_frame is not None:
+            # A combinator steps its inner flow by hand, so `gi_yieldfrom` does not show it.
+            within = inner.gi_frame.f_locals.get("flow")
+        inner = within
+    return layers
 
 
 def unknown_effect(flow: Flow[Response], effect: object) -> TypeError:

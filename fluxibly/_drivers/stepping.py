@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from types import GeneratorType
-from typing import Any, TypeGuard
-
+from fluxibly._drivers.diagnosis import catcher, live_layers, report_swallowed
 from fluxibly.flow.effects import Effect, Flow
 from fluxibly.types import Response
 
@@ -39,7 +36,7 @@ def throw(flow: Flow[Response], error: BaseException) -> Effect:
             if raised is error:
                 raise
             did = f"raised {type(raised).__name__}"
-        _report(error, _catcher(error), did)
+        report_swallowed(error, catcher(error), did)
         # A flow that yielded again is still suspended, and its `finally` blocks have to run before the error goes on.
         close(flow)
         raise error
@@ -65,43 +62,4 @@ def close(flow: Flow[Response]) -> None:
         alive = [layer for layer in layers if layer.gi_frame is not None and layer.gi_suspended]
         if "ignored GeneratorExit" not in str(error) or not alive:
             raise
-        _report(None, alive[-1].__qualname__, "yielded again")
-
-
-def _report(error: BaseException | None, layer: str, did: str) -> None:
-    name = "GeneratorExit" if error is None else type(error).__name__
-    text = f"the middleware {layer} {did} after {name}; it must let it pass"
-    if error is not None:
-        error.add_note(f"fluxibly: {text}")
-    from fluxibly._logs import ERROR, log  # importing logging takes longer than all of fluxibly's own code
-
-    log(ERROR, "%s", problem=text)
-
-
-def _catcher(error: BaseException) -> str:
-    """Return the function that caught a thrown error: the outermost frame in its traceback that is not fluxibly's."""
-    trace = error.__traceback__
-    while trace is not None:
-        module = trace.tb_frame.f_globals.get("__name__", "")
-        if not module.startswith("fluxibly."):
-            return trace.tb_frame.f_code.co_qualname
-        trace = trace.tb_next
-    return "(unknown)"
-
-
-def _is_generator(value: object) -> TypeGuard[GeneratorType[Any, Any, Any]]:
-    return isinstance(value, GeneratorType)
-
-
-def live_layers(flow: Flow[Any]) -> Sequence[GeneratorType[Any, Any, Any]]:
-    """Return the generators that a suspended flow waits in, outermost first."""
-    layers: list[GeneratorType[Any, Any, Any]] = []
-    inner: Any = flow
-    while _is_generator(inner):
-        layers.append(inner)
-        within = inner.gi_yieldfrom
-        if within is None and inner.gi_frame is not None:
-            # A combinator steps its inner flow by hand, so `gi_yieldfrom` does not show it.
-            within = inner.gi_frame.f_locals.get("flow")
-        inner = within
-    return layers
+        report_swallowed(None, alive[-1].__qualname__, "yielded again")

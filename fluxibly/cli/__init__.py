@@ -1,7 +1,7 @@
-"""The console script `fluxibly`: `main` is here, the commands are in `app.py`, which needs typer and rich.
+"""The console script `fluxibly`: `main` is here; `commands.py` has the commands and their options, and needs typer and rich.
 
-`chat.py` and `inspect.py` carry out the commands, `screen.py` and `report.py` print, `spans.py` records spans, and
-`trace/` draws trace files. This package may import every other package; no other package imports it.
+`chat.py` and `inspect.py` carry out the commands, `report.py` and `screen.py` lay out and print, `spans.py` records spans,
+and `trace/` draws trace files. This package may import every other package; no other package imports it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 def main() -> None:
     """Run the command line and exit: 0 for success, 2 for a user's mistake, 1 for another failure, 130 after Ctrl-C."""
     try:
-        from fluxibly.cli.app import run
+        from fluxibly.cli.commands import run
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in ("typer", "rich"):
             raise

@@ -1,4 +1,8 @@
-"""The built-in middleware, one file for each."""
+"""The built-in middleware, a file each. A middleware holds no state of a call: the call's record does (`request.call`).
+
+Imports: `flow`, `telemetry`, data and its helpers; never a provider. Imported by: `llm` (the default stack) and `registry`, by
+name.
+"""
 
 from fluxibly.middleware.logging import Logging
 from fluxibly.middleware.metrics import Metrics

@@ -1,6 +1,6 @@
-"""Tools for tests of middleware and providers: scripts, a virtual clock, flows stepped by hand, and checks of the laws.
+"""Tools to test middleware, providers and codecs: scripts, a virtual clock, flows stepped by hand, and checks of the laws.
 
-Nothing here needs a test framework.
+They need no test framework. Imports: the rooms up to `pipeline`, and `dialects`; no room of the library imports this one.
 """
 
 from typing import TYPE_CHECKING, Any

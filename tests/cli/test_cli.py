@@ -61,7 +61,7 @@ def check_mistake(result: subprocess.CompletedProcess[str], says: str, status: i
 @pytest.fixture
 def misuse(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Callable[..., None]]:
     """Return a function that checks a mistake in this process, which is faster. The loggers are restored."""
-    from fluxibly.cli.app import run
+    from fluxibly.cli.commands import run
 
     loggers = [logging.getLogger("fluxibly"), logging.getLogger("opentelemetry")]
     before = [(each.level, each.propagate, list(each.handlers)) for each in loggers]

@@ -2,6 +2,6 @@
 
 These libraries send the requests themselves. `calls.py` enforces the limits of `Timeouts` from outside and reads the
 configuration for a library; `loops.py` closes resources together with their event loop; `services.py` describes the
-service that answers; `errors.py` converts a library's exceptions to fluxibly's. Imports: `dialects`, `config`, data.
+service that answers; `errors.py` converts a library's exceptions to fluxibly's. Imports: `dialects`, `config`, data and its helpers.
 Imported by: `langchain`, `litellm`.
 """

@@ -17,11 +17,12 @@ from fluxibly._masking import mask_secrets
 from fluxibly.config import LLMConfig, Timeouts
 from fluxibly.errors import AuthenticationError, BadRequest, ConfigError, ProviderError, StreamProtocolError
 from fluxibly.providers.dialects.codec import Codec, Encoded, Event, Service
-from fluxibly.providers.dialects.errors import request_id_of, retry_after_of
+from fluxibly.providers.dialects.errors import request_id_of
+from fluxibly.providers.dialects.retry_after import retry_after_of
 from fluxibly.providers.http._encodings import accept_encoding
 from fluxibly.providers.http._exchange import Headers, Outgoing, as_headers, header, with_header_facts, with_more
-from fluxibly.providers.http._failures import redirected, translated
 from fluxibly.providers.http._limits import Limits
+from fluxibly.providers.http._network_errors import redirected, translated
 from fluxibly.types import ProviderInfo, Request, Response
 
 _TARGET = re.compile(rb"[\x21-\x7e]+")

@@ -2,7 +2,7 @@
 
 `_provider.py` and `_parameters.py` make calls. `_models.py` creates chat models and closes them. `_messages.py`
 translates for the calls that fluxibly makes to LangChain, `_chat_model.py` for the calls that LangChain makes to
-fluxibly. Imports: `_libraries`, `dialects`, `http`, `config`, data.
+fluxibly. Imports: `_libraries`, `dialects`, `http`, `config`, data and its helpers.
 """
 
 from fluxibly.providers.langchain._provider import AsyncLangChainProvider, LangChainProvider, as_chat_model
