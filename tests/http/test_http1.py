@@ -106,6 +106,18 @@ class TestAnswer:
             return
         assert (status, body) == expected
 
+    @pytest.mark.parametrize("header", [b"Content-Length: 0", b"Content-Length: 5", b"Transfer-Encoding: chunked"])
+    def test_the_headers_of_an_interim_response_are_not_those_of_the_final_one(self, header: bytes) -> None:
+        """They neither end nor measure it. Without a final response the connection was lost."""
+        interim = b"HTTP/1.1 103 Early Hints\r\n" + header + b"\r\n\r\n"
+        answer = Answer()
+        assert not answer.head(interim)
+        assert not answer.ended
+        with pytest.raises(ConnectionLost):
+            answer.eof()
+        assert parse([interim + OK + b"\r\nuntil the end"])[2] == b"until the end"
+        assert parse([interim + OK + b"Content-Length: 2\r\n\r\nhi"]) == (200, {"content-length": "2"}, b"hi", True)
+
     @given(st.binary(max_size=200))
     def test_random_bytes(self, data: bytes) -> None:
         """Random bytes are refused."""

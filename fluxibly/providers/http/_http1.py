@@ -143,7 +143,9 @@ class Answer:
             value = value.strip(" \t\r")
             headers[name] = f"{headers[name]}, {value}" if name in headers else value
         self.headers = headers
-        self._measure(is_1_1=status_line[1] == b"1")
+        # An interim response has no body (RFC 9110 §15.2): its headers say nothing about the final response.
+        if self.status >= 200:
+            self._measure(is_1_1=status_line[1] == b"1")
 
     def _measure(self, *, is_1_1: bool) -> None:
         """Determine how the body ends (RFC 9112 §6.3)."""
