@@ -121,7 +121,10 @@ class AsyncStream(Generic[Event]):
         driver = self._driver
         if driver.reading:
             raise RuntimeError("another task is reading this stream")
-        if driver.stage != "open" and not driver.begin_reading():
+        stage = (
+            driver.stage
+        )  # a name of its own, because type checkers take an attribute for unchanged over the `await`
+        if stage != "open":
             raise StopAsyncIteration
         driver.reading = True
         closing = False

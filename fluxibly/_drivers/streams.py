@@ -42,8 +42,9 @@ class StreamDriver:
         self.call = request.call
         self.flow = flow
         self.context: Context = copy_context()
-        self.stage: Literal["new", "open", "closing", "ended"] = "new"
-        """The state as far as it is stored: `open` is `idle` or `reading`."""
+        # A read never writes the stage: it could overwrite the `closing` of another thread, and the close would be lost.
+        self.stage: Literal["open", "closing", "ended"] = "open"
+        """The state as far as it is stored: `open` is `new`, `idle` or `reading`."""
         self.iterator: Any = None
         """The provider's stream; None before the first `Send` and after the release."""
         self.source = Source(END)
@@ -65,24 +66,16 @@ class StreamDriver:
     @property
     def state(self) -> State:
         """Where the stream is in its life."""
-        if self.stage == "open":
-            return "reading" if self.is_reading() else "idle"
-        return self.stage
+        return self.open_state() if self.stage == "open" else self.stage
 
-    def is_reading(self) -> bool:
-        """Whether a read is under way."""
+    def open_state(self) -> State:
+        """Return the state of a stream that is neither closing nor ended."""
         raise NotImplementedError
 
     @property
     def ended(self) -> bool:
         """Whether flow and provider are closed."""
         return self.stage == "ended"
-
-    def begin_reading(self) -> bool:
-        """Note the first read. Return False if nothing can be read any more."""
-        if self.stage == "new":
-            self.stage = "open"
-        return self.stage == "open"
 
     def begin_closing(self) -> bool:
         """Note that the consumer gives the stream up. Return False if it is over, or if another close is under way."""
@@ -166,6 +159,15 @@ class StreamDriver:
         raise NotImplementedError
 
 
+_STATES: Final[dict[str, State]] = {
+    inspect.GEN_CREATED: "new",
+    inspect.GEN_RUNNING: "reading",
+    inspect.GEN_SUSPENDED: "idle",
+    inspect.GEN_CLOSED: "ended",
+}
+"""The state of a synchronous stream, by the state of the generator of its events."""
+
+
 class SyncStreamDriver(StreamDriver):
     stack: SyncStack
 
@@ -173,8 +175,8 @@ class SyncStreamDriver(StreamDriver):
         super().__init__(stack, request, flow)
         self.events = self.drive()
 
-    def is_reading(self) -> bool:
-        return inspect.getgeneratorstate(self.events) == inspect.GEN_RUNNING
+    def open_state(self) -> State:
+        return _STATES[inspect.getgeneratorstate(self.events)]
 
     def drive(self) -> Generator[Chunk | Restart, None, None]:
         """Yield the events for the consumer. Runs in the stream's context."""
@@ -185,7 +187,6 @@ class SyncStreamDriver(StreamDriver):
         iterator: Any = iter(())
         clock: Callable[[], float] | None = None
         output = False
-        self.stage = "open"
         try:
             if self.start_error is not None:
                 raise self.start_error
@@ -301,7 +302,8 @@ T = TypeVar("T")
 
 class AsyncStreamDriver(StreamDriver):
     stack: AsyncStack
-    reading = False
+    reading: bool | None = None
+    """Whether a read is under way; None before the first read."""
     waits_for: Any = None
     """On asyncio, the future that the read under way waits for."""
     scope: Any = None
@@ -309,8 +311,8 @@ class AsyncStreamDriver(StreamDriver):
     cut = False
     """Whether `abort` has cancelled the read under way."""
 
-    def is_reading(self) -> bool:
-        return self.reading
+    def open_state(self) -> State:
+        return "new" if self.reading is None else "reading" if self.reading else "idle"
 
     async def advance(self) -> Chunk | Restart | None:
         """Return the next event for the consumer, or None at the end. Runs in the stream's context."""

@@ -111,6 +111,17 @@ def test_a_close_during_a_read_leaves_it_closing():
     assert got == []
 
 
+def test_a_close_that_comes_with_the_first_read_is_not_lost():
+    """Another thread has begun to close when the first read enters the stream: nothing is sent or delivered."""
+    watch, provider = Watch(), ScriptedProvider("a b")
+    stream = Pipeline(provider, [watch]).stream(REQUEST)
+    assert stream._driver.begin_closing()
+    assert texts(stream) == []
+    assert stream._driver.state == "ended"
+    assert watch.ends == ["GeneratorExit"]
+    assert provider.requests == []
+
+
 def test_many_threads_close_and_read():
     """In any order of reads and closes, the flow ends once, and the only error is that of a second reader."""
     for _ in range(200):
