@@ -1,4 +1,4 @@
-"""What middleware are made of: effects, the flow of a call through its layers, and the combinators that wrap a stream.
+"""The parts of middleware: effects, the flow of a call through its layers, and the combinators that wrap a stream.
 
 Nothing here does I/O, waits or starts a thread. A middleware is one generator function, the same for sync and async, whole
 responses and streams::

@@ -101,7 +101,7 @@ PULL: Final = Pull()
 
 Effect: TypeAlias = Send | Chunk | More | Pull | Restart | AttemptEnd | Sleep | Perform
 Flow: TypeAlias = Generator[Effect, Any, T]
-"""What a middleware returns: a generator that yields effects and returns, in the end, a T."""
+"""The result of calling a middleware: a generator that yields effects and, at its end, returns a T."""
 CallNext: TypeAlias = Callable[[Request], Flow[Response]]
 """The rest of the stack: `response = yield from call_next(request)`."""
 

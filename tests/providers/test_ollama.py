@@ -120,7 +120,7 @@ def server(gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str
         port = probe.getsockname()[1]
     with (folder / "run.log").open("w") as log:
         started = subprocess.run(
-            ["bash", RUN, folder, gguf, str(port)],  # noqa: S607  # the bash of whoever runs the tests
+            ["bash", RUN, folder, gguf, str(port)],  # noqa: S607  # the tester's own bash
             stdout=log,
             stderr=log,
             timeout=300,

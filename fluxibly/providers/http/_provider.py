@@ -60,13 +60,12 @@ class _Stream:
         self._chunks: deque[Chunk] = deque()
 
     def _become(self, state: State) -> None:
-        """Change the state. Raise RuntimeError for a transition that the table does not have."""
-        with self._lock:
-            if state not in TRANSITIONS[self._state]:
-                raise RuntimeError(
-                    f"a stream that is {self._state!r} cannot become {state!r}; does another thread or task read it?"
-                )
-            self._state = state
+        """Change the state; the caller holds the lock. Raise RuntimeError for a transition that the table does not have."""
+        if state not in TRANSITIONS[self._state]:
+            raise RuntimeError(
+                f"a stream that is {self._state!r} cannot become {state!r}; does another thread or task read it?"
+            )
+        self._state = state
 
     async def _advance(self) -> bool:
         """Read once. Return False at the end."""
