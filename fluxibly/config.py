@@ -175,10 +175,9 @@ class LLMConfig(Value):
         Raises:
             ConfigError: it lists every problem.
         """
-        if not is_mapping(settings):
-            raise ConfigError(
-                problem(path.rstrip(".") or "the configuration", "a mapping (in YAML, a table)", settings)
-            )
+        wrong = mapping(path.rstrip(".") or "the configuration", settings)
+        if wrong is not None:
+            raise ConfigError(wrong)
         # `${VAR:-}` becomes an empty string where the variable is not set.
         given = {name: value for name, value in settings.items() if value is not None and value != ""}
         names = [field.name for field in attrs.fields(cls)]

@@ -169,14 +169,12 @@ def check_installed(framework: str, *, spans: bool) -> None:
         ConfigError: packages are missing; the message has one command that installs them all.
     """
     found = find_framework(framework)
-    missing = [found.extra] if found.extra is not None and not found.installed else []
-    who = [f"the framework {framework!r}"] if missing else []
-    if spans and not _sdk_installed():
-        missing.append("otel")
-        who.append("--trace and --otlp")
-    if missing:
-        verb = "needs" if who == [f"the framework {framework!r}"] else "need"
-        raise ConfigError(f"{', '.join(who)} {verb} packages that are not installed: {pip_install(*missing)}")
+    if not spans or _sdk_installed():
+        return  # the registry reports the packages that the framework alone lacks
+    extras, who = ["otel"], "--trace and --otlp"
+    if found.extra is not None and not found.installed:
+        extras, who = [found.extra, *extras], f"the framework {framework!r}, {who}"
+    raise ConfigError(f"{who} need packages that are not installed: {pip_install(*extras)}")
 
 
 class Recorder(Protocol):
@@ -212,13 +210,12 @@ def recorder(file: Path | None = None, otlp: str | None = None, *, keep: bool = 
     Raises:
         ConfigError: the file cannot be written, or `otlp` is not an http:// or https:// URL.
     """
-    if not keep and file is None and otlp is None:
+    wanted = keep or file is not None or otlp is not None
+    if not wanted or not _sdk_installed():
         return _NoRecorder()
-    if _sdk_installed():
-        from fluxibly.cli.spans import SDKRecorder
+    from fluxibly.cli.spans import SDKRecorder
 
-        return SDKRecorder(file, otlp)
-    return _NoRecorder()
+    return SDKRecorder(file, otlp)
 
 
 def _sdk_installed() -> bool:
