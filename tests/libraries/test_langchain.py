@@ -18,7 +18,7 @@ from langchain_core.language_models import BaseChatModel, FakeListChatModel
 from langchain_core.messages import AIMessage
 from langchain_core.outputs import ChatGeneration, ChatResult
 from support.canned_server import Canned
-from support.libraries import KEY, LANGCHAIN, MODES, STREAM_MODES, WEATHER, ask
+from support.libraries import KEY, LANGCHAIN, WEATHER, ask
 
 from fluxibly import LLMConfig, Message, Pipeline, ProviderError, Request, errors
 from fluxibly.messages import Image
@@ -26,16 +26,6 @@ from fluxibly.providers.langchain import AsyncLangChainProvider, LangChainProvid
 from fluxibly.providers.langchain._models import split_model
 
 config, call, failure = LANGCHAIN.config, LANGCHAIN.call, LANGCHAIN.failure
-
-
-@pytest.fixture(params=MODES)
-def mode(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
-@pytest.fixture(params=STREAM_MODES)
-def stream_mode(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
 
 
 @pytest.fixture(params=LANGCHAIN.models)

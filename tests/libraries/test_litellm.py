@@ -15,23 +15,13 @@ if importlib.util.find_spec("litellm") is None:  # importing it here would fetch
     pytest.skip("needs LiteLLM", allow_module_level=True)
 
 from support.canned_server import Canned
-from support.libraries import LITELLM, LITELLM_WARNS, MODES, STREAM_MODES, WEATHER
+from support.libraries import LITELLM, LITELLM_WARNS, WEATHER
 
 from fluxibly import LLMConfig, Message, errors
 from fluxibly.providers.litellm import LiteLLMProvider
 
 pytestmark = LITELLM_WARNS
 config, call, failure = LITELLM.config, LITELLM.call, LITELLM.failure
-
-
-@pytest.fixture(params=MODES)
-def mode(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
-@pytest.fixture(params=STREAM_MODES)
-def stream_mode(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
 
 
 @pytest.fixture(params=LITELLM.models)
