@@ -17,7 +17,7 @@ from fluxibly import _abandoned
 from fluxibly._drivers import stepping
 from fluxibly._drivers.diagnosis import explain
 from fluxibly._drivers.stack import AsyncStack, SyncStack
-from fluxibly._states import TRANSITIONS, State
+from fluxibly._states import State
 from fluxibly.aggregate import as_chunk
 from fluxibly.errors import StreamInterrupted, interrupted
 from fluxibly.flow.combinators import resend_refused
@@ -79,8 +79,9 @@ class StreamDriver:
 
     def begin_closing(self) -> bool:
         """Note that the consumer gives the stream up. Return False if it is over, or if another close is under way."""
+        # `TRANSITIONS` lets "closing" follow every state of an open stream, so which one it is need not be found out.
         # Two threads may both pass this check. The second close then finds everything closed, which is harmless.
-        if "closing" not in TRANSITIONS[self.state]:
+        if self.stage != "open":
             return False
         self.stage = CLOSING
         return True

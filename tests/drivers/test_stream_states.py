@@ -46,6 +46,7 @@ def test_the_table_ends_in_ended():
     assert all("ended" in after for state, after in TRANSITIONS.items() if state != "ended")
     assert not any("new" in after for after in TRANSITIONS.values())
     assert TRANSITIONS["closing"] == {"ended"}
+    assert {state for state, after in TRANSITIONS.items() if "closing" in after} == {"new", "idle", "reading"}
 
 
 def test_a_stream_that_is_read_to_its_end():
