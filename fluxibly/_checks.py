@@ -32,8 +32,8 @@ def is_whole(value: object) -> TypeGuard[int]:
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Whether `value` is a finite number. True and False are not."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether `value` is a number. True and False are not."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def kind_of(value: object) -> str:
@@ -58,11 +58,16 @@ def number(
     high: float | None = None,
     *,
     above: float | None = None,
+    finite: bool = True,
     unit: str = "",
 ) -> str | None:
-    """Check a finite number from `low` to `high`, or greater than `above`. The message names its `unit`."""
+    """Check a number from `low` to `high`, or greater than `above`. The message names its `unit`.
+
+    NaN is never valid where there is a bound; infinity is only if `finite` is False.
+    """
     if (
         is_number(value)
+        and (not finite or math.isfinite(value))
         and (low is None or value >= low)
         and (high is None or value <= high)
         and (above is None or value > above)

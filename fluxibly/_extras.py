@@ -20,7 +20,7 @@ EXTRAS: Final[Mapping[str, tuple[str, ...]]] = {
 
 
 def version_of(package: str) -> str | None:
-    """The installed version of a package, or None."""
+    """Return the installed version of a package, or None."""
     from importlib.metadata import PackageNotFoundError, version
 
     try:
@@ -30,7 +30,7 @@ def version_of(package: str) -> str | None:
 
 
 def pip_install(*extras: str) -> str:
-    """The command that installs what is missing of these extras, all at once."""
+    """Return the command that installs every missing package of these extras."""
     import shlex
 
     packages = [package for extra in extras for package in EXTRAS[extra]]

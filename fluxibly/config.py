@@ -231,6 +231,8 @@ PARAMETERS: Mapping[str, Callable[[str, object], str | None]] = {
     "metadata": mapping,
 }
 """The check of each parameter that a configuration or a call may have."""
+_NEVER_NONE = ("model", "extra", "headers", "metadata")
+"""The parameters for which None does not mean "not sent"."""
 
 
 def _unknown(settings: Mapping[Any, Any], names: Sequence[str], path: str = "") -> list[str]:
@@ -267,11 +269,13 @@ def _is_address(url: str) -> bool:
 
 
 def parameter_problems(parameters: Mapping[str, object]) -> list[str]:
-    """List the problems of the parameters of a configuration or a call. None is valid for all but `model`."""
+    """List the problems of the parameters of a configuration or a call."""
     return [
         found
         for name, value in parameters.items()
-        if name in PARAMETERS and (value is not None or name == "model") and (found := PARAMETERS[name](name, value))
+        if name in PARAMETERS
+        and (value is not None or name in _NEVER_NONE)
+        and (found := PARAMETERS[name](name, value))
     ]
 
 

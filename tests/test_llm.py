@@ -214,6 +214,13 @@ class TestSettings:
             "headers.a: expected a str, got an int",
         )
 
+    @pytest.mark.parametrize("name", ["model", "extra", "headers", "metadata"])
+    def test_none_where_it_does_not_mean_unset(self, name):
+        """None leaves a parameter of the model out. These are not parameters of the model."""
+        with pytest.raises(ConfigError, match=f"^{name}: expected a .*, got None"):
+            LLM(ECHO).forward("hi", **{name: None})
+        assert LLM(ECHO).forward("hi", temperature=None, seed=None, tools=None, tool_choice=None) == "hi"
+
     def test_restarts_are_for_streams(self):
         """Methods other than `stream` refuse `restarts`."""
         with pytest.raises(TypeError, match=r"no setting 'restarts'; only stream\(\) takes it"):

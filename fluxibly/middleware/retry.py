@@ -36,10 +36,12 @@ class Retry:
     """
 
     max_retries: int = attrs.field(default=3, validator=validator(whole, 0))
-    base_delay: float = attrs.field(default=0.5, validator=validator(number, 0))
-    max_delay: float = attrs.field(default=8.0, validator=validator(number, 0))
-    max_retry_after: float = attrs.field(default=60.0, validator=validator(number, 0))
-    total_time: float | None = attrs.field(default=None, validator=attrs.validators.optional(validator(number, 0)))
+    base_delay: float = attrs.field(default=0.5, validator=validator(number, 0, finite=False))
+    max_delay: float = attrs.field(default=8.0, validator=validator(number, 0, finite=False))
+    max_retry_after: float = attrs.field(default=60.0, validator=validator(number, 0, finite=False))
+    total_time: float | None = attrs.field(
+        default=None, validator=attrs.validators.optional(validator(number, 0, finite=False))
+    )
     on_interrupt: Literal["raise", "restart"] = attrs.field(
         default="raise", validator=validator(one_of, ("raise", "restart"))
     )

@@ -317,6 +317,11 @@ class TestSettings:
         with pytest.raises(ValueError, match=re.escape(problem)):
             Retry(**settings)
 
+    def test_a_limit_may_be_infinite(self):
+        """Infinity means that there is no limit."""
+        retry = Retry(max_retry_after=float("inf"), total_time=float("inf"), max_delay=float("inf"))
+        assert retry.wait(0, RateLimitError(retry_after=1e6), 1e9) == 1e6
+
     def test_the_repr_is_its_configuration(self):
         """The repr shows all settings, so that `repr(pipeline)` is readable."""
         assert repr(Retry(max_retries=5)) == (
