@@ -67,6 +67,8 @@ def test_a_provider_is_named_after_its_service(framework: str) -> None:
     info = OpenAIProvider(settings).info
     assert info == AsyncOpenAIProvider(settings).info
     assert info.name == f"{SERVICES[framework].name}Provider"
+    assert repr(OpenAIProvider(settings)) == f"{info.name}({BASE})"
+    assert repr(AsyncOpenAIProvider(settings)) == f"Async{info.name}({BASE})"
     assert (info.framework, info.server_address) == (framework, "example.test")
     assert info.telemetry_name == (SERVICES[framework].telemetry_name or framework)
 

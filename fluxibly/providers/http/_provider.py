@@ -219,19 +219,22 @@ class _Shell:
     _sender: Sender
 
     def __init__(self, codec: Codec, service: Service, config: LLMConfig, name: str | None) -> None:
-        name = name or type(self).__name__.removeprefix("Async")
-        self._endpoint = Endpoint(codec, service, config, name=name)
+        kind = type(self).__name__
+        if name is not None:
+            kind = f"Async{name}" if kind.startswith("Async") else name
+        self._kind = kind
+        self._endpoint = Endpoint(codec, service, config, name=kind.removeprefix("Async"))
         self.info = self._endpoint.info
         self._closed = False
         self._streams: WeakSet[_Stream] = WeakSet()
         self._lock = threading.Lock()
 
     def __repr__(self) -> str:
-        return f"{self.info.name}({self._endpoint.url})"
+        return f"{self._kind}({self._endpoint.url})"
 
     def _check_open(self) -> None:
         if self._closed:
-            raise RuntimeError(f"this {self.info.name} is closed; make a new one")
+            raise RuntimeError(f"this {self._kind} is closed; make a new one")
 
     async def _complete(self, request: Request) -> Response:
         self._check_open()
