@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from fluxibly.provider import AsyncProvider, Provider
     from fluxibly.registry import register_llm_framework, register_middleware
     from fluxibly.types import (
+        Audio,
         Chunk,
+        Document,
         Image,
         Message,
         Request,
@@ -36,20 +38,22 @@ _NAMES = {
     "pipeline": "AsyncPipeline Pipeline",
     "provider": "AsyncProvider Provider",
     "registry": "register_llm_framework register_middleware",
-    "types": "Chunk Image Message Request Response Restart StreamStats Tool ToolCall Usage",
+    "types": "Audio Chunk Document Image Message Request Response Restart StreamStats Tool ToolCall Usage",
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names.split()}
 _ROOMS = {"errors", "flow", "middleware", "providers", "telemetry", "testing"}
 """Modules that users work with: `fluxibly.errors.NotFound` needs no import of its own, and completion shows them."""
-_MODULES = {*_NAMES, *_ROOMS, "aggregate", "messages", "stream"}
+_MODULES = {*_NAMES, *_ROOMS, "aggregate", "messages", "parts", "stream"}
 
 __all__ = [
     "LLM",
     "AsyncLLM",
     "AsyncPipeline",
     "AsyncProvider",
+    "Audio",
     "CallNext",
     "Chunk",
+    "Document",
     "Flow",
     "FluxiblyError",
     "Image",

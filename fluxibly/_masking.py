@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
+from fluxibly._checks import is_list, is_mapping
 from fluxibly.errors import ResponseInvalid, StreamInterrupted, root_cause
-from fluxibly.messages import Image, Message, Text
+from fluxibly.messages import Message
+from fluxibly.parts import Media, Opaque, Text
 from fluxibly.types import Request
 
 MASK = "***"
@@ -87,15 +89,30 @@ def _contents(messages: Iterable[Message]) -> Iterable[str]:
     """Yield the texts that a server could echo, as they are and as escaped by JSON and Python."""
     for message in messages:
         texts = [part.text for part in message.content if isinstance(part, Text)]
-        urls = [part.url for part in message.content if isinstance(part, Image) and part.url is not None]
+        urls = [part.url for part in message.content if isinstance(part, Media) and part.url is not None]
         texts += [url for url in urls if not url.startswith("data:")]  # megabytes, which no server quotes
         texts += [call.raw_arguments for call in message.tool_calls]
         texts += [part.text for part in message.reasoning]
+        for place in message.order or ():
+            if isinstance(place, Opaque):
+                texts += _strings(place.raw)
         for text in texts:
             if len(text) < RUN:
                 continue
             escaped = (json.dumps(text), json.dumps(text, ensure_ascii=False), repr(text))
             yield from {text, *(form[1:-1] for form in escaped)}
+
+
+def _strings(value: object) -> Iterator[str]:
+    """Yield every string in a JSON value."""
+    if isinstance(value, str):
+        yield value
+    elif is_mapping(value):
+        for item in value.values():
+            yield from _strings(item)
+    elif is_list(value):
+        for item in value:
+            yield from _strings(item)
 
 
 def _shared(text: str, content: str) -> list[tuple[int, int]]:

@@ -1,14 +1,19 @@
-"""The aggregation of chunks into a response, and the conversion of a response into a chunk."""
+"""The aggregation of chunks into a response, and the conversion of a response into chunks."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeAlias, cast
 
-from fluxibly.types import Chunk, Reasoning, Response, ToolCall, ToolCallDelta
+import attrs
+
+from fluxibly._checks import kind_of
+from fluxibly.parts import Media, Opaque, Part, Place, Reasoning, Span, Text, ToolCall, order_unless_usual
+from fluxibly.types import USUAL, Chunk, Response, ToolCallDelta
 
 
 class _Call:
-    __slots__ = ("arguments", "id", "index", "name", "signature")
+    __slots__ = ("arguments", "id", "index", "name", "raw", "signature")
 
     def __init__(self, delta: ToolCallDelta) -> None:
         self.index = delta.index
@@ -16,26 +21,55 @@ class _Call:
         self.name = delta.name or ""
         self.arguments: list[str] = []
         self.signature = delta.signature
+        self.raw = delta.raw
+
+    def call(self, number: int) -> ToolCall:
+        return ToolCall(
+            self.id or f"call_{number}",
+            self.name,
+            raw_arguments="".join(self.arguments),
+            signature=self.signature,
+            raw=self.raw,
+        )
+
+
+class _Thought:
+    """Reasoning in progress. `end` is the number of texts before the next piece, if that piece continues it."""
+
+    __slots__ = ("end", "pieces")
+
+    def __init__(self, piece: str, end: int) -> None:
+        self.pieces = [piece]
+        self.end = end
+
+
+_Mark: TypeAlias = _Call | _Thought | Reasoning | Media | Opaque | Text
 
 
 class Aggregator:
     """A collector of the chunks of one answer. `add` each chunk, and ask for the `response` at any time."""
 
-    __slots__ = ("_calls", "_fields", "_others", "_reasoning", "_reasoning_parts", "texts")
+    __slots__ = ("_calls", "_details", "_fields", "_marks", "_others", "_reasoning", "texts")
 
     def __init__(self) -> None:
         self.texts: list[str] = []
         """The texts of the chunks. For a `text_only` chunk it is enough to append its text here."""
         self._reasoning: list[str] = []
-        self._reasoning_parts: list[Reasoning] = []
         self._calls: list[_Call] = []
+        self._marks: list[tuple[int, _Mark]] = []
+        """What came besides text, in order, each with the number of texts before it."""
         self._fields: dict[str, Any] = {}
+        self._details: dict[str, Any] = {}
         self._others: dict[int, Aggregator] = {}
 
     @property
     def has_output(self) -> bool:
-        """Whether the chunks contained text, reasoning or part of a tool call."""
-        return bool(self._reasoning or self._calls or any(self.texts))
+        """Whether the chunks contained text, reasoning, part of a tool call, media or an opaque part."""
+        return bool(
+            any(self._reasoning)
+            or any(not isinstance(mark, (Reasoning, Text)) for _, mark in self._marks)
+            or any(self.texts)
+        )
 
     def add(self, chunk: Chunk) -> None:
         """Add the next chunk."""
@@ -44,12 +78,22 @@ class Aggregator:
             self._add_rest(chunk)
 
     def _add_rest(self, chunk: Chunk) -> None:
+        before = len(self.texts) - 1
         if chunk.reasoning:
             self._reasoning.append(chunk.reasoning)
+            self._think(chunk.reasoning, before)
+        claimed = any(isinstance(part, Reasoning) and part.text for part in chunk.parts)
+        for part in chunk.parts:
+            if not isinstance(part, Reasoning):
+                self._add_part(part, before)
+            elif not self._complete(part, claimed=claimed):
+                self._marks.append((before, part))
+                self._reasoning.append(part.text)
         for delta in chunk.tool_calls:
             self._add_call(delta)
         self._add_fields(chunk)
-        self._reasoning_parts.extend(chunk.reasoning_parts)
+        if chunk.details:
+            self._details = merged(self._details, chunk.details)
         for index, other in chunk.alternatives:
             self._others.setdefault(index, Aggregator()).add(other)
 
@@ -59,15 +103,57 @@ class Aggregator:
             if value:
                 self._fields[name] = value
 
+    def _think(self, piece: str, before: int) -> None:
+        mark = self._marks[-1][1] if self._marks else None
+        if isinstance(mark, _Thought) and not any(self.texts[mark.end : before]):
+            mark.pieces.append(piece)
+            mark.end = before
+        else:
+            self._marks.append((before, _Thought(piece, before)))
+
+    def _complete(self, part: Reasoning, *, claimed: bool) -> bool:
+        """Put completed reasoning into the place where it was streamed. Return whether there is such a place.
+
+        The text is what was streamed. One chunk may have the reasoning of several parts: if the part's own text is only
+        the beginning, the rest stays for the next part, and a part without text takes none that others have `claimed`.
+        """
+        for number in reversed(range(len(self._marks))):
+            place, mark = self._marks[number]
+            if isinstance(mark, Reasoning):
+                break
+            if isinstance(mark, _Thought):
+                said = "".join(mark.pieces)
+                takes_some = said.startswith(part.text) and (claimed if not part.text else True)
+                rest = said[len(part.text) :] if takes_some else ""
+                done = part if rest or part.text == said else attrs.evolve(part, text=said)
+                left = [(place, _Thought(rest, mark.end))] if rest else []
+                self._marks[number : number + 1] = [(place, done), *left]
+                return True
+        return False
+
+    def _add_part(self, part: Part, before: int) -> None:
+        if isinstance(part, Text):
+            if part.text:
+                raise ValueError("a Chunk's parts: expected an empty Text, got one with text; put it into text=")
+        elif not isinstance(part, (Media, Opaque)):
+            raise TypeError(
+                "a Chunk's parts: expected Reasoning, Image, Audio, Document, Opaque or an empty Text, "
+                f"got {kind_of(part)}; put text into text=, and tool calls into tool_calls="
+            )
+        self._marks.append((before, part))
+
     def _add_call(self, delta: ToolCallDelta) -> None:
         call = self._find(delta)
         if call is None:
             call = _Call(delta)
             self._calls.append(call)
+            self._marks.append((len(self.texts), call))
         else:
             call.id = call.id or delta.id or ""
             call.name = call.name or delta.name or ""
             call.signature = delta.signature or call.signature
+            if delta.raw is not None:
+                call.raw = delta.raw if call.raw is None else {**call.raw, **delta.raw}
         if delta.arguments:
             call.arguments.append(delta.arguments)
 
@@ -88,39 +174,154 @@ class Aggregator:
 
     def response(self) -> Response:
         """Return the response that the chunks so far add up to."""
-        return Response(
-            "".join(self.texts),
-            tool_calls=[
-                ToolCall(
-                    call.id or f"call_{n}", call.name, raw_arguments="".join(call.arguments), signature=call.signature
-                )
-                for n, call in enumerate(self._calls)
-            ],
-            reasoning="".join(self._reasoning),
-            reasoning_parts=self._reasoning_parts,
-            alternatives=[self._others[index].response() for index in sorted(self._others)],
-            **self._fields,
-        )
+        fields: dict[str, Any] = dict(self._fields)
+        if self._marks:
+            fields |= self._arranged()
+        if self._details:
+            fields["details"] = self._details
+        if self._others:
+            fields["alternatives"] = [self._others[index].response() for index in sorted(self._others)]
+        return Response("".join(self.texts), reasoning="".join(self._reasoning), **fields)
+
+    def _arranged(self) -> dict[str, Any]:
+        """Return the parts besides text, by kind, and their order."""
+        order: list[Place] = []
+        thoughts: list[Reasoning] = []
+        media: list[Media] = []
+        calls: list[ToolCall] = []
+        at = 0
+        for place, mark in (*self._marks, (len(self.texts), None)):
+            said = sum(map(len, self.texts[at:place]))
+            at = max(at, place)
+            if isinstance(mark, Text):
+                if said or mark.raw is not None:
+                    order.append(Span(said, mark.raw))
+                continue
+            if said:
+                order.append(Span(said))
+            if isinstance(mark, _Call):
+                calls.append(mark.call(len(calls)))
+                order.append("tool_call")
+            elif isinstance(mark, Media):
+                media.append(mark)
+                order.append("media")
+            elif isinstance(mark, Opaque):
+                order.append(mark)
+            elif mark is not None:
+                thoughts.append(Reasoning(text="".join(mark.pieces)) if isinstance(mark, _Thought) else mark)
+                order.append("reasoning")
+        arranged = order_unless_usual(order, USUAL)
+        plain = len(thoughts) == 1 and any(isinstance(mark, _Thought) for _, mark in self._marks)
+        return {
+            "tool_calls": calls,
+            "reasoning_parts": () if plain else thoughts,
+            "media": media,
+            "order": arranged,
+        }
+
+
+def merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """Return JSON objects merged: tables key by key, lists appended, and of other values the new one."""
+    both = dict(old)
+    for key, value in new.items():
+        before = both.get(key)
+        if isinstance(before, Mapping) and isinstance(value, Mapping):
+            both[key] = merged(cast("Mapping[str, Any]", before), cast("Mapping[str, Any]", value))
+        elif isinstance(before, list) and isinstance(value, list):
+            both[key] = [*before, *value]  # pyright: ignore[reportUnknownVariableType]
+        else:
+            both[key] = value
+    return both
+
+
+def chunks_of(parts: Iterable[Part]) -> list[Chunk]:
+    """Return parts in their order as few chunks, from which `Aggregator` makes the same parts."""
+    pieces = [_Piece()]
+    calls = 0
+    before: Text | None = None
+    """The text that the next part stands after."""
+    given = list(parts)
+    thoughts = [part for part in given if isinstance(part, Reasoning)]
+    for part in given:
+        rank = 1 if isinstance(part, Text) else 2 if isinstance(part, ToolCall) else 0
+        if before is not None and (rank == 1 or before.raw is not None):
+            pieces.append(_Piece(parts=[Text("", raw=before.raw)]))
+        said = part.text if isinstance(part, Reasoning) else ""
+        if rank < pieces[-1].rank or (said and not pieces[-1].only_reasoning):
+            pieces.append(_Piece())
+        piece = pieces[-1]
+        piece.rank, before = rank, None
+        if isinstance(part, Text):
+            piece.text, before = part.text, part
+        elif isinstance(part, ToolCall):
+            piece.calls.append(_delta(part, calls))
+            calls += 1
+        else:
+            piece.reasoning += said
+            if thoughts != [Reasoning(text=said)]:  # text alone needs no part to complete it
+                piece.parts.append(part)
+    if before is not None and before.raw is not None:
+        pieces.append(_Piece(parts=[Text("", raw=before.raw)]))
+    return [piece.chunk() for piece in pieces]
+
+
+@attrs.define
+class _Piece:
+    """A chunk in the making. `rank` is that of its last part: 0 for its `parts`, 1 for its text, 2 for its tool calls."""
+
+    rank: int = 0
+    text: str = ""
+    reasoning: str = ""
+    parts: list[Part] = attrs.Factory(list[Part])
+    calls: list[ToolCallDelta] = attrs.Factory(list[ToolCallDelta])
+
+    @property
+    def only_reasoning(self) -> bool:
+        """Whether more reasoning may follow, which stands before all other parts of a chunk."""
+        return all(isinstance(part, Reasoning) for part in self.parts)
+
+    def chunk(self) -> Chunk:
+        return Chunk(self.text, reasoning=self.reasoning, parts=tuple(self.parts), tool_calls=tuple(self.calls))
+
+
+def _delta(call: ToolCall, index: int) -> ToolCallDelta:
+    return ToolCallDelta(
+        index=index, id=call.id, name=call.name, arguments=call.raw_arguments, signature=call.signature, raw=call.raw
+    )
 
 
 def as_chunk(response: Response) -> Chunk:
-    """Return a whole response as one chunk, from which `Aggregator` makes the same response."""
+    """Return a whole response as one chunk. If its parts have an order of their own, the chunk does not have it."""
+    opaque = [place for place in response.order or () if isinstance(place, Opaque)]
     return Chunk(
         response.text,
         reasoning=response.reasoning,
-        reasoning_parts=response.reasoning_parts,
-        tool_calls=tuple(
-            ToolCallDelta(
-                index=index, id=call.id, name=call.name, arguments=call.raw_arguments, signature=call.signature
-            )
-            for index, call in enumerate(response.tool_calls)
-        ),
-        finish_reason=response.finish_reason,
-        raw_finish_reason=response.raw_finish_reason,
-        usage=response.usage,
-        model=response.model,
-        id=response.id,
-        request_id=response.request_id,
-        rate_limits=response.rate_limits or None,
-        alternatives=tuple((index, as_chunk(other)) for index, other in enumerate(response.alternatives, 1)),
+        parts=(*response.reasoning_parts, *response.media, *opaque),
+        tool_calls=tuple([_delta(call, index) for index, call in enumerate(response.tool_calls)]),
+        **_fields(response),
     )
+
+
+def as_chunks(response: Response) -> list[Chunk]:
+    """Return a whole response as chunks from which `Aggregator` makes the same response: as one, if it can be."""
+    if response.order is None:
+        return [as_chunk(response)]
+    *first, last = chunks_of(response.parts)
+    return [*first, attrs.evolve(last, **_fields(response))]
+
+
+def _fields(response: Response) -> dict[str, Any]:
+    """Return the fields of a chunk that say the rest of a response."""
+    return {
+        "finish_reason": response.finish_reason,
+        "raw_finish_reason": response.raw_finish_reason,
+        "usage": response.usage,
+        "model": response.model,
+        "id": response.id,
+        "request_id": response.request_id,
+        "rate_limits": response.rate_limits or None,
+        "details": response.details or None,
+        "alternatives": tuple(
+            [(index, chunk) for index, other in enumerate(response.alternatives, 1) for chunk in as_chunks(other)]
+        ),
+    }

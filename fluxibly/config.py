@@ -16,6 +16,7 @@ from fluxibly._checks import (
     kind_of,
     mapping,
     number,
+    one_of,
     problem,
     repr_without_secrets,
     suggests_names,
@@ -131,6 +132,9 @@ class LLMConfig(Value):
             of a call that is not streamed. `Timeouts` sets each limit.
         max_retries: the retries after the first attempt.
         additional_params: fields of the provider's request body, sent as they are.
+        quirks: differences of an OpenAI-compatible server's dialect, by name, such as
+            `{"reasoning_fields": ["reasoning_content"]}`. They replace those that are known of the service. `QUIRKS`
+            lists the names.
         middleware: the stack, outermost first; None is the default stack.
 
     Raises:
@@ -152,6 +156,7 @@ class LLMConfig(Value):
     additional_params: Mapping[str, Any] = attrs.field(
         factory=dict[str, Any], converter=_copied, repr=repr_without_secrets
     )
+    quirks: Mapping[str, Any] = attrs.field(factory=dict[str, Any], converter=_copied)
     middleware: Sequence[Any] | None = attrs.field(default=None, converter=_copied)
 
     def __attrs_post_init__(self) -> None:
@@ -231,6 +236,35 @@ PARAMETERS: Mapping[str, Callable[[str, object], str | None]] = {
     "metadata": mapping,
 }
 """The check of each parameter that a configuration or a call may have."""
+_LACKED = ("response_format", *[name for name in PARAMETERS if name not in ("model", "extra", "headers", "metadata")])
+
+
+def _flag(name: str, value: object) -> str | None:
+    return None if isinstance(value, bool) else problem(name, "true or false", value)
+
+
+def _names(name: str, value: object, known: Sequence[str]) -> str | None:
+    """Check a list of known names."""
+    expected = f"a list of names among {', '.join(known)}"
+    if not isinstance(value, (list, tuple)):
+        return problem(name, expected, value)
+    wrong = [each for each in cast("Sequence[object]", value) if each not in known]
+    return problem(name, expected, wrong[0]) if wrong else None
+
+
+QUIRKS: Mapping[str, Callable[[str, object], str | None]] = {
+    "max_tokens": partial(one_of, choices=("max_tokens", "max_completion_tokens", "by model")),
+    "seed": text,
+    "stream_usage": _flag,
+    "top_k": _flag,
+    "lacks": partial(_names, known=_LACKED),
+    "formats": partial(_names, known=("text", "json", "schema")),
+    "short_call_ids": _flag,
+    "reasoning_fields": partial(_names, known=("reasoning_content", "reasoning")),
+    "message_fields": partial(_names, known=("audio", "extra_content", "images", "reasoning_details", "refusal")),
+    "thinking_parts": _flag,
+}
+"""The check of each quirk: a field of `Quirks` in `providers/dialects/openai_request.py`, which says what it means."""
 _NEVER_NONE = ("model", "extra", "headers", "metadata")
 """The parameters for which None does not mean "not sent"."""
 
@@ -252,6 +286,7 @@ def _problems(config: LLMConfig) -> list[str]:
         None if isinstance(timeout, Timeouts) else _seconds("timeout", timeout),
         whole("max_retries", config.max_retries, 0),
         mapping("additional_params", config.additional_params, keys=str),
+        *_quirk_problems(config.quirks),
     ]
     if key is not None and not isinstance(key, Secret):  # pyright: ignore[reportUnnecessaryIsInstance]  # callers may be untyped
         found.append(f"api_key: expected a str, got {kind_of(key)}")  # never the value: it may be a key all the same
@@ -260,6 +295,15 @@ def _problems(config: LLMConfig) -> list[str]:
     if layers is not None and (isinstance(layers, (str, Mapping)) or not isinstance(layers, Sequence)):  # pyright: ignore[reportUnnecessaryIsInstance]  # callers may be untyped
         found.append(problem("middleware", "a list", layers))
     return [each for each in found if each is not None]
+
+
+def _quirk_problems(quirks: object) -> list[str]:
+    wrong = mapping("quirks", quirks, keys=str)
+    if wrong is not None:
+        return [wrong]
+    given = cast("Mapping[str, Any]", quirks)
+    found = [QUIRKS[name](f"quirks.{name}", value) for name, value in given.items() if name in QUIRKS]
+    return [*_unknown(given, list(QUIRKS), "quirks."), *[each for each in found if each is not None]]
 
 
 def _is_address(url: str) -> bool:

@@ -1,4 +1,4 @@
-"""The parts of a prompt: messages, their content, and tools."""
+"""Messages and tools: what a prompt consists of."""
 
 from __future__ import annotations
 
@@ -9,133 +9,49 @@ import attrs
 
 from fluxibly._checks import is_mapping, kind_of
 from fluxibly._values import Value
+from fluxibly.parts import (
+    ContentPart,
+    Kind,
+    Media,
+    Opaque,
+    Order,
+    Part,
+    Place,
+    Reasoning,
+    Text,
+    ToolCall,
+    in_order,
+    order_unless_usual,
+)
 
 _T = TypeVar("_T")
 Role: TypeAlias = Literal["system", "user", "assistant", "tool"]
 ROLES: tuple[str, ...] = get_args(Role)
 
 
-@attrs.frozen(repr=False, eq=False)
-class Text(Value):
-    """A piece of text in a message."""
-
-    text: str
+Content: TypeAlias = "str | ContentPart | Sequence[str | ContentPart]"
+Parts: TypeAlias = "str | Part | Sequence[str | Part]"
 
 
-@attrs.frozen(kw_only=True, repr=False, eq=False)
-class Image(Value):
-    """An image in a message: either a `url` (http, https or data) or the bytes `data` with their `media_type`.
-
-    `detail` is OpenAI's hint ("low", "high", "auto"). Other providers ignore it.
-    """
-
-    url: str | None = None
-    data: bytes | None = attrs.field(default=None, repr=lambda data: "None" if data is None else f"<{len(data)} bytes>")
-    media_type: str | None = None
-    detail: str | None = None
-
-    def __attrs_post_init__(self) -> None:
-        if (self.url is None) == (self.data is None):
-            got = "neither" if self.url is None else "both"
-            raise ValueError(f"an Image: expected either url= or data=, got {got}")
-        if self.url is not None and not isinstance(self.url, str):  # pyright: ignore[reportUnnecessaryIsInstance]  # callers may be untyped
-            raise TypeError(f"an Image's url: expected a str, got {kind_of(self.url)}")
-        if self.data is None:
-            return
-        if not isinstance(self.data, (bytes, bytearray, memoryview)):  # pyright: ignore[reportUnnecessaryIsInstance]  # callers may be untyped
-            raise TypeError(f"an Image's data: expected bytes, got {kind_of(self.data)}; decode base64 first")
-        if self.media_type is None:
-            raise ValueError("an Image with data= needs media_type=, e.g. 'image/png'")
-
-
-@attrs.frozen(kw_only=True, repr=False, eq=False)
-class Reasoning(Value):
-    """A model's reasoning, which must be sent back to the model unchanged in the next turn.
-
-    `text` is the readable part, `signature` proves the reasoning to the service, and `raw` is the block as the service
-    sent it (a redacted block has nothing else). Only the dialect that produced the block reads `raw`.
-    """
-
-    text: str = ""
-    signature: str | None = None
-    raw: Mapping[str, Any] | None = None
-
-
-def parse_arguments(raw: str) -> tuple[dict[str, Any], str | None]:
-    """Return a tool call's arguments as a dict, and the error in the text or None. With an error the dict is empty."""
-    import json  # late, to keep `import fluxibly` fast
-
-    if not raw.strip():
-        return {}, None
-    try:
-        value: Any = json.loads(raw)
-    except ValueError as error:
-        return {}, f"the arguments are not JSON: {error}"
-    except RecursionError:
-        return {}, "the arguments are nested too deeply"
-    if not is_mapping(value):
-        return {}, f"the arguments: expected a JSON object, got {kind_of(value)}"
-    return dict(value), None
-
-
-@attrs.frozen(repr=False, eq=False)
-class ToolCall(Value):
-    """A model's request to call a tool.
-
-    Pass `arguments` or `raw_arguments`, and the other is derived from it. If the model's text is not a JSON object,
-    `arguments` is empty, `raw_arguments` holds the text, and `error` says what is wrong with the text.
-    """
-
-    id: str
-    name: str
-    arguments: Mapping[str, Any] = attrs.field(factory=dict[str, Any])
-    raw_arguments: str = ""
-    signature: str | None = attrs.field(default=None, kw_only=True)
-    """A proof that must be sent back with the call (Gemini's thought signature)."""
-    error: str | None = attrs.field(default=None, init=False, eq=False)
-
-    def __attrs_post_init__(self) -> None:
-        if not is_mapping(self.arguments):
-            raise TypeError(
-                f"a ToolCall's arguments: expected a mapping, got {kind_of(self.arguments)}; "
-                "pass text as raw_arguments="
-            )
-        if not isinstance(self.raw_arguments, str):  # pyright: ignore[reportUnnecessaryIsInstance]  # callers may be untyped
-            raise TypeError(
-                f"a ToolCall's raw_arguments: expected a str, got {kind_of(self.raw_arguments)}; "
-                "pass a mapping as arguments="
-            )
-        if self.raw_arguments and not self.arguments:
-            arguments, error = parse_arguments(self.raw_arguments)
-            object.__setattr__(self, "arguments", arguments)
-            object.__setattr__(self, "error", error)
-        elif not self.raw_arguments:
-            import json
-
-            object.__setattr__(self, "raw_arguments", json.dumps(dict(self.arguments), ensure_ascii=False))
-
-
-Part: TypeAlias = Text | Image
-Content: TypeAlias = "str | Part | Sequence[str | Part]"
-
-
-def _parts(content: object) -> tuple[Part, ...]:
+def _parts(content: object) -> tuple[ContentPart, ...]:
     if isinstance(content, str):
         return (Text(content),) if content else ()
-    if isinstance(content, (Text, Image)):
+    if isinstance(content, (Text, Media)):
         return (content,)
     if not isinstance(content, Iterable) or isinstance(content, (bytes, Mapping)):
         raise TypeError(
-            f"a message's content: expected a str, Text, Image or a sequence of these, got {kind_of(content)}"  # pyright: ignore[reportUnknownArgumentType]
+            f"a message's content: expected a str, Text, Image, Audio, Document or a sequence of these, got {kind_of(content)}"  # pyright: ignore[reportUnknownArgumentType]
         )
-    parts: list[Part] = []
+    parts: list[ContentPart] = []
     for part in content:  # pyright: ignore[reportUnknownVariableType]
         if isinstance(part, str):
             parts.append(Text(part))
-        elif isinstance(part, (Text, Image)):
+        elif isinstance(part, (Text, Media)):
             parts.append(part)
         else:
-            raise TypeError(f"a message's content: expected a str, Text or Image as a part, got {kind_of(part)}")  # pyright: ignore[reportUnknownArgumentType]
+            raise TypeError(
+                f"a message's content: expected a str, Text, Image, Audio or Document as a part, got {kind_of(part)}"  # pyright: ignore[reportUnknownArgumentType]
+            )
     return tuple(parts)
 
 
@@ -167,15 +83,14 @@ def _known_role(instance: object, attribute: object, role: object) -> None:
 
 @runtime_checkable
 class Answer(Protocol):
-    """The fields of a `Response` that `Message.assistant` reads."""
+    """The property of a `Response` that `Message.assistant` reads."""
 
     @property
-    def text(self) -> str: ...
-    # Any, because pyright sees the converters of attrs here, not the tuples of `ToolCall` and `Reasoning` they return.
-    @property
-    def tool_calls(self) -> Any: ...
-    @property
-    def reasoning_parts(self) -> Any: ...
+    def parts(self) -> tuple[Part, ...]: ...
+
+
+USUAL: tuple[Kind, ...] = ("reasoning", "content", "tool_call")
+"""The order of a message's parts, unless `Message.order` says otherwise."""
 
 
 @attrs.frozen(repr=False, eq=False)
@@ -183,7 +98,7 @@ class Message(Value):
     """A turn of a conversation, usually made with a class method such as `Message.user("Hi")`."""
 
     role: Role = attrs.field(validator=_known_role)
-    content: tuple[Part, ...] = attrs.field(default=(), converter=_parts)
+    content: tuple[ContentPart, ...] = attrs.field(default=(), converter=_parts)
     tool_calls: tuple[ToolCall, ...] = attrs.field(default=(), converter=_calls, kw_only=True)
     """The tool calls that an assistant asked for."""
     tool_call_id: str | None = attrs.field(default=None, kw_only=True)
@@ -191,11 +106,22 @@ class Message(Value):
     name: str | None = attrs.field(default=None, kw_only=True)
     """The name of the speaker; for the role "tool", the tool's name (Gemini needs it)."""
     reasoning: tuple[Reasoning, ...] = attrs.field(default=(), converter=_thoughts, kw_only=True)
+    is_error: bool = attrs.field(default=False, kw_only=True)
+    """For the role "tool": whether the tool failed, and the content says how."""
+    order: Order | None = attrs.field(default=None, kw_only=True)
+    """Where each part of an assistant's message stands; None for reasoning, content, tool calls. See `parts`."""
 
     @property
     def text(self) -> str:
         """The texts of the message, joined."""
         return "".join([part.text for part in self.content if isinstance(part, Text)])
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """All parts of the message in their order: content, reasoning, tool calls and opaque parts."""
+        return in_order(
+            self.order, {"reasoning": self.reasoning, "content": self.content, "tool_call": self.tool_calls}
+        )
 
     @classmethod
     def system(cls, text: str) -> Message:
@@ -204,26 +130,118 @@ class Message(Value):
 
     @classmethod
     def user(cls, content: Content) -> Message:
-        """Return a user's message: a str, or a sequence of str, `Text` and `Image`."""
+        """Return a user's message: a str, or a sequence of str, `Text`, `Image`, `Audio` and `Document`."""
         return cls("user", content)
 
     @classmethod
-    def assistant(cls, content: Content | Answer = "", *, tool_calls: Iterable[ToolCall] = ()) -> Message:
-        """Return a model's message, or the message of a `Response`: its text, tool calls and reasoning to send back."""
-        if isinstance(content, str) or not isinstance(content, Answer):  # str first, because it is the usual case
-            return cls("assistant", cast("tuple[Part, ...]", content), tool_calls=tool_calls)
-        return cls("assistant", content.text, tool_calls=content.tool_calls, reasoning=content.reasoning_parts)
+    def assistant(cls, content: Parts | Answer = "", *, tool_calls: Iterable[ToolCall] = ()) -> Message:
+        """Return a model's message: a str, a sequence of parts, or a `Response`, whose parts go back as they came.
+
+        `tool_calls` stand after the content.
+        """
+        if isinstance(content, str):  # first, because it is the usual case
+            return cls("assistant", content, tool_calls=tool_calls)
+        if isinstance(content, Answer):
+            return _assistant(content.parts, tool_calls)
+        parts: Iterable[object] = content if isinstance(content, Sequence) else (content,)
+        return _assistant(parts, tool_calls)
 
     @classmethod
-    def tool(cls, content: Content, tool_call: str | ToolCall, *, name: str | None = None) -> Message:
-        """Return a tool's result. `tool_call` is the `ToolCall` that it answers, or its id (then pass `name` too)."""
+    def tool(
+        cls, content: Content, tool_call: str | ToolCall, *, name: str | None = None, is_error: bool = False
+    ) -> Message:
+        """Return a tool's result. `tool_call` is the `ToolCall` that it answers, or its id (then pass `name` too).
+
+        `is_error` says that the tool failed, and that the content is its error. Services without a field for it get
+        the content alone.
+        """
         if isinstance(tool_call, ToolCall):
-            return cls("tool", content, tool_call_id=tool_call.id, name=name or tool_call.name)
+            return cls("tool", content, tool_call_id=tool_call.id, name=name or tool_call.name, is_error=is_error)
         if not isinstance(tool_call, str):  # pyright: ignore[reportUnnecessaryIsInstance]  # callers may be untyped
             raise TypeError(
                 f"a tool's result: expected the ToolCall that it answers, or its id, got {kind_of(tool_call)}"
             )
-        return cls("tool", content, tool_call_id=tool_call, name=name)
+        return cls("tool", content, tool_call_id=tool_call, name=name, is_error=is_error)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the message as JSON values, which lose nothing: `from_dict` makes the same message of them.
+
+        Text alone is `{"role": "user", "content": "hi"}`. Other content is a list of parts, with bytes as base64.
+        """
+        from fluxibly._dicts import part_to_dict
+
+        parts = self.parts
+        plain = all(isinstance(part, Text) and part.raw is None for part in parts) and len(parts) < 2
+        fields: dict[str, Any] = {
+            "role": self.role,
+            "content": self.text if plain else [part_to_dict(part) for part in parts],
+        }
+        for name in ("tool_call_id", "name"):
+            if getattr(self, name) is not None:
+                fields[name] = getattr(self, name)
+        return fields | ({"is_error": True} if self.is_error else {})
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Message:
+        """Return the message of a mapping: one of `to_dict`, or a message in the shape of OpenAI's chat completions.
+
+        Raises:
+            ValueError: a field is missing, unknown or of the wrong type. The error names its path.
+        """
+        return _from_dict(fields, "")
+
+
+_ROLES = {**{role: role for role in ROLES}, "developer": "system", "function": "tool"}
+"""The role of a message, by its name in a mapping."""
+
+
+def _from_dict(given: object, path: str) -> Message:
+    from fluxibly._dicts import Reader, call_id_of, parts_of_message
+
+    fields = Reader(given, path or "a message")
+    name = fields.needed("role")
+    if name not in _ROLES:
+        raise ValueError(f"{fields.at('role')}: expected one of {', '.join(_ROLES)}, got {name!r}")
+    role, speaker, call_id = _ROLES[name], fields.text("name"), fields.text("tool_call_id")
+    if name == "function" and call_id is None:
+        call_id = call_id_of(speaker or "")
+    is_error = fields.take("is_error", bool, "true or false", default=False)
+    parts = parts_of_message(fields)
+    fields.done(("role", "content", "name", "tool_call_id", "tool_calls", "is_error"))
+    if role == "assistant":
+        message = Message.assistant(parts)
+    else:
+        content = [part for part in parts if isinstance(part, (Text, Media))]
+        if len(content) < len(parts):
+            raise ValueError(f"{fields.path}: expected reasoning, tool calls and opaque parts only from an assistant")
+        message = Message(cast("Role", role), content)
+    return attrs.evolve(message, name=speaker, tool_call_id=call_id, is_error=is_error)
+
+
+def _assistant(parts: Iterable[object], tool_calls: Iterable[ToolCall]) -> Message:
+    content: list[ContentPart] = []
+    thoughts: list[Reasoning] = []
+    calls: list[ToolCall] = []
+    order: list[Place] = []
+    for given in (*parts, *tool_calls):
+        part = Text(given) if isinstance(given, str) else given
+        if isinstance(part, (Text, Media)):
+            content.append(part)
+            order.append("content")
+        elif isinstance(part, Reasoning):
+            thoughts.append(part)
+            order.append("reasoning")
+        elif isinstance(part, ToolCall):
+            calls.append(part)
+            order.append("tool_call")
+        elif isinstance(part, Opaque):
+            order.append(part)
+        else:
+            raise TypeError(
+                "an assistant's content: expected a str, Text, Image, Audio, Document, Reasoning, ToolCall, Opaque or a "
+                f"sequence of these, got {kind_of(part)}"
+            )
+    return Message("assistant", content, tool_calls=calls, reasoning=thoughts, order=order_unless_usual(order, USUAL))
 
 
 @attrs.frozen(repr=False, eq=False)
@@ -243,7 +261,7 @@ class Tool(Value):
 
 
 def to_messages(prompt: object) -> tuple[Message, ...]:
-    """Return the messages of a prompt: a str, a `Message` or a sequence of `Message`.
+    """Return the messages of a prompt: a str, a `Message`, a message as a mapping, or a sequence of messages.
 
     Raises:
         TypeError: the prompt is of another type.
@@ -253,11 +271,13 @@ def to_messages(prompt: object) -> tuple[Message, ...]:
         if not prompt:
             raise ValueError(_EMPTY_PROMPT)
         return (Message.user(prompt),)
-    if isinstance(prompt, Message):
-        return to_messages((prompt,))
-    if not isinstance(prompt, Iterable) or isinstance(prompt, (bytes, Mapping)):
+    if isinstance(prompt, (Message, Mapping)):
+        return to_messages([cast("object", prompt)])
+    if not isinstance(prompt, Iterable) or isinstance(prompt, bytes):
         raise TypeError(f"the prompt: expected a str or a sequence of Message, got {kind_of(prompt)}")  # pyright: ignore[reportUnknownArgumentType]
     given: tuple[object, ...] = tuple(prompt)  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
+    if any(isinstance(message, Mapping) for message in given):
+        given = tuple(_of_mapping(message, number) for number, message in enumerate(given))
     for message in given:
         if not isinstance(message, Message):
             hint = "; write Message.user(...)" if isinstance(message, str) else ""
@@ -273,15 +293,20 @@ def to_messages(prompt: object) -> tuple[Message, ...]:
     return messages
 
 
+def _of_mapping(message: object, number: int) -> object:
+    """Return a message that was given as a mapping. Other values are left to the caller."""
+    return _from_dict(message, f"messages[{number}]") if is_mapping(message) else message
+
+
 _EMPTY_PROMPT = "the prompt is empty; give a non-empty string or a sequence of Message"
 
 
 def _says_something(message: Message) -> bool:
     """Whether a message has content. A tool's result may be empty, and an assistant may only call tools."""
     for part in message.content:
-        if isinstance(part, Image) or part.text:
+        if not isinstance(part, Text) or part.text:
             return True
-    return bool(message.tool_calls or message.reasoning or message.role == "tool")
+    return bool(message.tool_calls or message.reasoning or message.order or message.role == "tool")
 
 
 def to_tools(tools: Iterable[Tool | Mapping[str, Any]] | None) -> tuple[Tool, ...]:

@@ -82,7 +82,7 @@ def _built_in_frameworks() -> Mapping[str, Framework]:
         _built_in("echo", "echo", "Echo"),
         _built_in("local", "local", "Local", extra="local", needs="xllamacpp"),
         *(
-            _built_in(name, "openai", "OpenAI", env_var=row.env_var if row.key_required else None)
+            _built_in(name, OPENAI.rpartition(".")[2], "OpenAI", env_var=row.env_var if row.key_required else None)
             for name, row in SERVICES.items()
         ),
         _built_in("anthropic", "anthropic", "Anthropic", env_var="ANTHROPIC_API_KEY"),
@@ -95,6 +95,8 @@ def _built_in_frameworks() -> Mapping[str, Framework]:
     return {framework.name: framework for framework in found}
 
 
+OPENAI = "fluxibly.providers.openai"
+"""The module of all frameworks that speak a dialect of OpenAI's, and have quirks."""
 _BUILT_IN_MIDDLEWARE = {
     "logging": "Logging",
     "tracing": "Tracing",
@@ -198,7 +200,12 @@ def make_provider(config: Any, *, asynchronous: bool) -> Any:
         FrameworkNotRegistered: no framework has that name.
         ConfigError: packages are missing, or the provider rejects the configuration.
     """
-    return find_framework(config.framework).factory(asynchronous=asynchronous)(config)
+    framework = find_framework(config.framework)
+    if config.quirks and framework.module and framework.module != OPENAI:
+        raise ConfigError(
+            f"quirks: apply to OpenAI-compatible services only, and {framework.name!r} is none; leave them out"
+        )
+    return framework.factory(asynchronous=asynchronous)(config)
 
 
 def find_framework(name: str) -> Framework:

@@ -8,28 +8,44 @@ a chunk for every few characters, and enforcement would double the cost of a chu
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
 import attrs
 
-from fluxibly._checks import repr_of_headers, repr_without_secrets
+from fluxibly._checks import kind_of, repr_of_headers, repr_without_secrets
 from fluxibly._values import Shown, Value
 from fluxibly.messages import (
     ROLES as ROLES,
     Content as Content,
-    Image as Image,
     Message as Message,
-    Part as Part,
-    Reasoning as Reasoning,
     Role as Role,
-    Text as Text,
     Tool as Tool,
-    ToolCall as ToolCall,
-    parse_arguments as parse_arguments,
     to_messages,
     to_stop,
     to_tools,
+)
+from fluxibly.parts import (
+    Audio as Audio,
+    ContentPart as ContentPart,
+    Document as Document,
+    Image as Image,
+    Kind,
+    Media as Media,
+    Opaque as Opaque,
+    Order,
+    Part as Part,
+    Place,
+    Reasoning as Reasoning,
+    Span,
+    Text as Text,
+    ToolCall as ToolCall,
+    in_order,
+    order_unless_usual,
+    parse_arguments as parse_arguments,
+    split_text,
+    table,
 )
 
 if TYPE_CHECKING:
@@ -167,9 +183,9 @@ class Request(Shown):
     tool_choice: str | None = None
     response_format: Literal["text", "json"] | Mapping[str, Any] | None = None
     reasoning_effort: str | None = None
-    extra: Mapping[str, Any] = attrs.field(factory=dict[str, Any], repr=repr_without_secrets)
-    headers: Mapping[str, str] = attrs.field(factory=dict[str, str], repr=repr_of_headers)
-    metadata: Mapping[str, Any] = attrs.field(factory=dict[str, Any])
+    extra: Mapping[str, Any] = attrs.field(factory=table, repr=repr_without_secrets)
+    headers: Mapping[str, str] = attrs.field(factory=table, repr=repr_of_headers)
+    metadata: Mapping[str, Any] = attrs.field(factory=table)
     call: CallRecord = attrs.field(factory=CallRecord, repr=False)
 
     def evolve(self, **changes: Any) -> Self:
@@ -192,6 +208,7 @@ _CONVERTERS: dict[str, Callable[[Any], Any]] = {
     "stop": to_stop,
     "tool_calls": tuple,
     "reasoning_parts": tuple,
+    "media": tuple,
     "alternatives": tuple,
 }
 
@@ -289,22 +306,33 @@ class StreamStats(Value):
         return self.tokens / self.streaming_time
 
 
-# A function for each type, because mypy does not accept a generic function as a converter.
-def _to_tool_calls(calls: Iterable[ToolCall]) -> tuple[ToolCall, ...]:
-    return tuple(calls)
+# mypy does not accept a generic function as a converter, and a Python function for each field would cost an answer more
+# than all its other fields.
+if TYPE_CHECKING:
+
+    def _to_tool_calls(calls: Iterable[ToolCall]) -> tuple[ToolCall, ...]: ...
+    def _to_reasoning(parts: Iterable[Reasoning]) -> tuple[Reasoning, ...]: ...
+    def _to_media(media: Iterable[Media]) -> tuple[Media, ...]: ...
+    def _to_responses(responses: Iterable[Response]) -> tuple[Response, ...]: ...
+
+else:
+    _to_tool_calls = _to_reasoning = _to_media = _to_responses = tuple
 
 
-def _to_reasoning(parts: Iterable[Reasoning]) -> tuple[Reasoning, ...]:
-    return tuple(parts)
-
-
-def _to_responses(responses: Iterable[Response]) -> tuple[Response, ...]:
-    return tuple(responses)
+USUAL: tuple[Kind, ...] = ("reasoning", "media", "text", "tool_call")
+"""The order of an answer's parts, unless `Response.order` says otherwise."""
 
 
 @attrs.frozen(slots=False, repr=False, eq=False)
 class Response(Value):
     """A model's whole answer. `Response(text="hello")` is a valid response, and `str(response)` is its text.
+
+    `parts` has everything that the model sent, in the order in which it came: texts, reasoning, media, tool calls, and
+    opaque parts that only the service's own dialect reads. `text`, `reasoning`, `reasoning_parts`, `media` and
+    `tool_calls` show it by kind. `Message.assistant(response)`, or `message`, sends the parts back as they came.
+
+    `media` holds the images, audio and files that the model made. `details` holds what the service sent beside the
+    answer, under the service's own names: log probabilities, citations, annotations, safety ratings.
 
     `finish_reason` is a word of `FINISH_REASONS`, or the service's own word if that fits no word of the vocabulary.
     `raw_finish_reason` is always the service's own word. `alternatives` holds the choices after the first, if the
@@ -322,10 +350,15 @@ class Response(Value):
     model: str | None = attrs.field(default=None, kw_only=True)
     id: str | None = attrs.field(default=None, kw_only=True)
     alternatives: tuple[Response, ...] = attrs.field(default=(), converter=_to_responses, kw_only=True)
+    media: tuple[Media, ...] = attrs.field(default=(), converter=_to_media, kw_only=True)
+    # Not compared: a middleware that makes several chunks of one may order them differently in a stream.
+    order: Order | None = attrs.field(default=None, kw_only=True, eq=False)
+    """Where each part stands; None for reasoning, media, text, tool calls. See `parts` and `from_parts`."""
     parsed: Any = attrs.field(default=None, kw_only=True)
     request_id: str | None = attrs.field(default=None, kw_only=True, eq=False)
-    rate_limits: Mapping[str, str] = attrs.field(factory=dict[str, str], kw_only=True, eq=False)
+    rate_limits: Mapping[str, str] = attrs.field(factory=table, kw_only=True, eq=False)
     """The service's rate-limit headers, by lower-case name."""
+    details: Mapping[str, Any] = attrs.field(factory=table, kw_only=True, eq=False)
     elapsed: float | None = attrs.field(default=None, kw_only=True, eq=False)
     stats: StreamStats | None = attrs.field(default=None, kw_only=True, eq=False)
     raw: Any = attrs.field(default=None, kw_only=True, eq=False, repr=False)
@@ -341,10 +374,133 @@ class Response(Value):
         """
         return _evolve(self, changes)
 
+    @classmethod
+    def from_parts(cls, parts: Iterable[Part], **fields: Any) -> Response:
+        """Return a response of parts in their order. `fields` are other fields, such as `finish_reason`."""
+        texts: list[str] = []
+        thoughts: list[Reasoning] = []
+        media: list[Media] = []
+        calls: list[ToolCall] = []
+        order: list[Place] = []
+        for part in parts:
+            if isinstance(part, Text):
+                texts.append(part.text)
+                order.append(Span(len(part.text), part.raw))
+            elif isinstance(part, Reasoning):
+                thoughts.append(part)
+                order.append("reasoning")
+            elif isinstance(part, Media):
+                media.append(part)
+                order.append("media")
+            elif isinstance(part, ToolCall):
+                calls.append(part)
+                order.append("tool_call")
+            elif isinstance(part, Opaque):  # pyright: ignore[reportUnnecessaryIsInstance]  # callers may be untyped
+                order.append(part)
+            else:
+                raise TypeError(
+                    "a Response's parts: expected Text, Image, Audio, Document, Reasoning, ToolCall or Opaque, "
+                    f"got {kind_of(part)}"
+                )
+        reasoning = "".join([thought.text for thought in thoughts])
+        return cls(
+            "".join(texts),
+            reasoning=reasoning,
+            reasoning_parts=() if thoughts == [Reasoning(text=reasoning)] else thoughts,
+            media=media,
+            tool_calls=calls,
+            order=order_unless_usual(order, USUAL),
+            **fields,
+        )
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """All parts of the answer, in the order in which they came."""
+        thoughts = self.reasoning_parts or ((Reasoning(text=self.reasoning),) if self.reasoning else ())
+        texts = split_text(self.text, self.order)
+        return in_order(
+            self.order,
+            {"reasoning": thoughts, "media": self.media, "text": texts, "tool_call": self.tool_calls},
+        )
+
+    @property
+    def message(self) -> Message:
+        """The answer as the assistant's message of a conversation."""
+        return Message.assistant(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the response as JSON values: `from_dict` makes the same response of them.
+
+        `parts` is there if the answer is more than a text. `parsed` and `raw` are left out if they are not JSON.
+        """
+        from fluxibly._dicts import part_to_dict, plain
+
+        parts = self.parts
+        found: dict[str, Any] = {"text": self.text}
+        if any(not isinstance(part, Text) or part.raw is not None for part in parts) or len(parts) > 1:
+            found["parts"] = [part_to_dict(part) for part in parts]
+        if self.reasoning and self.reasoning != "".join([p.text for p in parts if isinstance(p, Reasoning)]):
+            found["reasoning"] = self.reasoning
+        for name in (*_WORDS, "elapsed", "details", "rate_limits"):
+            value: Any = getattr(self, name)
+            if value not in (None, {}):
+                found[name] = plain(value, self)
+        for name in ("usage", "stats"):
+            counts: Any = getattr(self, name)
+            if counts is not None:
+                found[name] = {key: value for key, value in attrs.asdict(counts).items() if value is not None}
+        if self.alternatives:
+            found["alternatives"] = [other.to_dict() for other in self.alternatives]
+        for name in ("parsed", "raw"):
+            with suppress(TypeError):
+                if getattr(self, name) is not None:
+                    found[name] = plain(getattr(self, name), self)
+        return found
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Response:
+        """Return the response of a mapping that `to_dict` made.
+
+        Raises:
+            ValueError: a field is missing, unknown or of the wrong type. The error names its path.
+        """
+        return _response(fields, "a response")
+
     @property
     def has_output(self) -> bool:
-        """Whether the response contains text, reasoning or a tool call."""
-        return bool(self.text or self.tool_calls or self.reasoning)
+        """Whether the response contains text, reasoning, a tool call, media or an opaque part."""
+        return bool(self.text or self.tool_calls or self.reasoning or self.media or self._opaque)
+
+    @property
+    def _opaque(self) -> bool:
+        return self.order is not None and any(isinstance(place, Opaque) for place in self.order)
+
+
+_WORDS = ("finish_reason", "raw_finish_reason", "model", "id", "request_id")
+
+
+def _response(given: object, path: str) -> Response:
+    from fluxibly._dicts import Reader, numbers, part_from_dict
+
+    fields = Reader(given, path)
+    text = fields.text("text", "")
+    found: dict[str, Any] = {name: value for name in _WORDS if (value := fields.text(name)) is not None}
+    for name in ("details", "rate_limits"):
+        found[name] = fields.table(name) or {}
+    for name, kind in (("usage", Usage), ("stats", StreamStats)):
+        counts = fields.table(name)
+        found[name] = None if counts is None else numbers(counts, kind, fields.at(name))
+    found["elapsed"] = fields.take("elapsed", (int, float), "a number")  # type: ignore[arg-type]
+    found["alternatives"] = [
+        _response(other, f"{fields.at('alternatives')}[{number}]")
+        for number, other in enumerate(fields.items("alternatives"))
+    ]
+    found["parsed"], found["raw"] = fields.value("parsed"), fields.value("raw")
+    parts = [part_from_dict(part, f"{fields.at('parts')}[{n}]") for n, part in enumerate(fields.items("parts"))]
+    response = Response.from_parts(parts, **found) if parts else Response(text, **found)
+    reasoning = fields.text("reasoning")
+    fields.done([field.name for field in attrs.fields(Response)])
+    return response if reasoning is None else response.evolve(reasoning=reasoning)
 
 
 @attrs.frozen(kw_only=True, repr=False, eq=False)
@@ -357,6 +513,8 @@ class ToolCallDelta(Value):
     arguments: str = ""
     """A piece of the JSON text."""
     signature: str | None = None
+    raw: Mapping[str, Any] | None = None
+    """Other fields of the call that the service wants back (`ToolCall.raw`)."""
 
 
 def _is_text_only(chunk: Chunk) -> bool:
@@ -368,7 +526,8 @@ def _is_text_only(chunk: Chunk) -> bool:
         or chunk.usage
         or chunk.id
         or chunk.model
-        or chunk.reasoning_parts
+        or chunk.parts
+        or chunk.details
         or chunk.alternatives
         or chunk.request_id
         or chunk.rate_limits
@@ -378,6 +537,11 @@ def _is_text_only(chunk: Chunk) -> bool:
 @chunk_class(repr=False, eq=False)
 class Chunk(Value):
     """A piece of a streamed answer. `Chunk(text="tok ")` is a valid chunk. Treat chunks as immutable.
+
+    Within a chunk, `reasoning` comes first, then `parts`, `text` and `tool_calls`. `parts` holds what arrives whole:
+    media, opaque parts, and blocks that are complete. A `Reasoning` completes the reasoning that was streamed before it,
+    whose place it takes, with its signature; its text is not repeated. A `Text` is empty: it completes the text that was streamed before it, and
+    `raw` holds the fields beside that text. `details` are added to those before: tables by key, lists by appending.
 
     Of `finish_reason`, `usage`, `model` and `id`, the last value in a stream counts. `alternatives` holds the pieces of
     the choices after the first, as pairs (index, chunk).
@@ -391,10 +555,11 @@ class Chunk(Value):
     usage: Usage | None = attrs.field(default=None, kw_only=True)
     model: str | None = attrs.field(default=None, kw_only=True)
     id: str | None = attrs.field(default=None, kw_only=True)
-    reasoning_parts: tuple[Reasoning, ...] = attrs.field(default=(), kw_only=True)
+    parts: tuple[Part, ...] = attrs.field(default=(), kw_only=True)
     alternatives: tuple[tuple[int, Chunk], ...] = attrs.field(default=(), kw_only=True)
     request_id: str | None = attrs.field(default=None, kw_only=True, eq=False)
     rate_limits: Mapping[str, str] | None = attrs.field(default=None, kw_only=True, eq=False)
+    details: Mapping[str, Any] | None = attrs.field(default=None, kw_only=True, eq=False)
     text_only: bool = attrs.field(
         init=False, eq=False, repr=False, default=attrs.Factory(_is_text_only, takes_self=True)
     )
@@ -405,8 +570,16 @@ class Chunk(Value):
 
     @property
     def has_output(self) -> bool:
-        """Whether the chunk contains text, reasoning or part of a tool call: output that cannot be taken back."""
-        return bool(self.text or self.reasoning or self.tool_calls)
+        """Whether the chunk contains text, reasoning, part of a tool call, media or an opaque part.
+
+        Such output cannot be taken back, so nothing is sent again after it.
+        """
+        return bool(
+            self.text
+            or self.reasoning
+            or self.tool_calls
+            or (self.parts and any(not isinstance(part, (Reasoning, Text)) or part.text for part in self.parts))
+        )
 
 
 @attrs.frozen(repr=False, eq=False)

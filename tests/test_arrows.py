@@ -23,7 +23,7 @@ MODULES = {
 DATA = "data"
 SIDE = "side"
 ROOMS = {
-    "types messages errors aggregate provider _checks _extras _values _states": DATA,
+    "types messages parts errors aggregate provider _checks _dicts _extras _values _states": DATA,
     "_masking _logs _abandoned _schema _yaml": SIDE,
     "config": "config",
     "flow": "flow",
@@ -163,6 +163,8 @@ def test_imports_little(module):
 
 
 PUBLIC = [
+    "Audio",
+    "Document",
     "LLM",
     "AsyncLLM",
     "LLMConfig",

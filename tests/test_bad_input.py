@@ -124,9 +124,14 @@ class TestPrompts:
             (None, TypeError, "the prompt: expected a str or a sequence of Message, got None"),
             (5, TypeError, "got an int"),
             (b"hi", TypeError, "got a bytes"),
-            ({"role": "user", "content": "hi"}, TypeError, "got a dict"),
+            (
+                {"role": "user", "contents": "hi"},
+                ValueError,
+                "messages[0].contents: unknown field; did you mean 'content'?",
+            ),
             (["hi"], TypeError, "got a str in the sequence; write Message.user(...)"),
-            ([{"role": "user"}], TypeError, "got a dict in the sequence"),
+            ([{"role": "user"}], ValueError, "the prompt is empty; give a non-empty string or a sequence of Message"),
+            ([{"content": "hi"}], ValueError, "messages[0].role: expected a str, got nothing"),
         ],
         ids=repr,
     )

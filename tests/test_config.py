@@ -10,8 +10,10 @@ import attrs
 import pytest
 
 from fluxibly import LLM, LLMConfig
-from fluxibly.config import Secret, Timeouts
+from fluxibly.config import QUIRKS, Secret, Timeouts
 from fluxibly.errors import ConfigError
+from fluxibly.providers.dialects.openai_request import Quirks
+from fluxibly.providers.services import SERVICES
 
 KEY = "sk-very-secret-0123456789"
 
@@ -48,6 +50,7 @@ class TestValues:
             "timeout": 60.0,
             "max_retries": 3,
             "additional_params": {},
+            "quirks": {},
             "middleware": None,
         }
 
@@ -70,6 +73,7 @@ class TestValues:
                 "an http:// or https:// URL",
             ),
             ("additional_params", [{}, {"a": [1]}], [None, [], "x", {1: 2}], ""),
+            ("quirks", [{}, {"top_k": True}], [None, [], "x", {1: 2}], "expected"),
             ("middleware", [[], ["logging"], ()], ["logging", {"retry": 1}, 5], "expected a list"),
             ("api_key", ["k", Secret("k"), None], [5, b"k"], "expected a str"),
         ],
@@ -139,6 +143,66 @@ class TestValues:
         for again in (pickled, copy.deepcopy(made), attrs.evolve(made)):
             assert again == made
             assert again.api_key.reveal() == KEY
+
+
+class TestQuirks:
+    def test_they_are_the_dialects_own(self):
+        """Every field of a dialect's quirks can be set, except for the path."""
+        assert {*QUIRKS, "path"} == {field.name for field in attrs.fields(Quirks)}
+
+    def test_the_vocabulary_is_the_dialects_own(self):
+        """What a server takes back by default may be set by name."""
+        assert QUIRKS["message_fields"]("x", Quirks().message_fields) is None
+        for row in SERVICES.values():
+            assert config(quirks={name: value for name, value in row.quirks.items() if name != "path"})
+
+    @pytest.mark.parametrize(
+        ("quirks", "problem"),
+        [
+            (
+                {"reasoning_feilds": []},
+                "quirks.reasoning_feilds: there is no such setting; did you mean 'reasoning_fields'?",
+            ),
+            ({"path": "/x"}, "quirks.path: there is no such setting"),
+            (
+                {"reasoning_fields": "reasoning"},
+                "quirks.reasoning_fields: expected a list of names among reasoning_content, reasoning, got 'reasoning'",
+            ),
+            (
+                {"reasoning_fields": ["thinking"]},
+                "quirks.reasoning_fields: expected a list of names among reasoning_content, reasoning, got 'thinking'",
+            ),
+            ({"top_k": "yes"}, "quirks.top_k: expected true or false, got 'yes'"),
+            ({"seed": ""}, "quirks.seed: expected a non-empty str, got ''"),
+            (
+                {"max_tokens": "tokens"},
+                "quirks.max_tokens: expected one of 'max_tokens', 'max_completion_tokens', 'by model', got 'tokens'",
+            ),
+            ({"formats": ["xml"]}, "quirks.formats: expected a list of names among text, json, schema, got 'xml'"),
+        ],
+    )
+    def test_wrong_quirks(self, quirks, problem):
+        """The error names the quirk, and what it may be."""
+        with pytest.raises(ConfigError) as caught:
+            config(quirks=quirks)
+        assert caught.value.problems == (problem,)
+
+    def test_in_yaml(self, file):
+        """Quirks are a table, and their problems are listed with the others."""
+        made = LLMConfig.from_yaml(file("llm: {framework: echo, model: m, quirks: {reasoning_fields: [reasoning]}}"))
+        assert made.quirks == {"reasoning_fields": ["reasoning"]}
+        with pytest.raises(ConfigError) as caught:
+            LLMConfig.from_yaml(file("llm: {framework: echo, model: m, top_p: 3, quirks: {topk: true, top_k: 1}}"))
+        assert caught.value.problems == (
+            "llm.top_p: expected a number from 0 to 1, got 3",
+            "llm.quirks.topk: there is no such setting; did you mean 'top_k'?",
+            "llm.quirks.top_k: expected true or false, got 1",
+        )
+
+    def test_another_framework_has_none(self):
+        """Quirks of a framework that does not speak OpenAI's dialect would be ignored, so they are refused."""
+        with pytest.raises(ConfigError, match="quirks: apply to OpenAI-compatible services only, and 'echo' is none"):
+            LLM(config(quirks={"top_k": True}))
 
 
 class TestSecret:

@@ -10,7 +10,7 @@ from hypothesis import given, strategies as st
 
 from fluxibly._masking import RUN, error_message, mask_request, mask_secrets
 from fluxibly.errors import ResponseInvalid, ServerError, StreamInterrupted
-from fluxibly.types import Message, Reasoning, Request, Response, ToolCall
+from fluxibly.types import Message, Opaque, Reasoning, Request, Response, ToolCall
 
 texts = st.text(alphabet=st.characters(exclude_characters="[…]", exclude_categories=["Cs"]), max_size=60)
 echoes = st.sampled_from([str, lambda t: json.dumps(t)[1:-1], lambda t: json.dumps(t, ensure_ascii=False)[1:-1], repr])
@@ -72,6 +72,12 @@ class TestRequests:
         request = Request(model="m", messages=[Message.user("hi"), answer])
         text = "cannot take Ann Smith-Jones, nor she may have measles"
         assert mask_request(text, request) == "cannot take […], nor […]"
+
+    def test_opaque_parts_are_content(self):
+        """What a service did on its own may quote the conversation."""
+        searched = Opaque("anthropic", {"input": {"queries": ["measles in Ghent", 3]}, "id": "s1"})
+        request = Request(model="m", messages=[Message.user("hi"), Message.assistant([searched])])
+        assert mask_request("refused: measles in Ghent", request) == "refused: […]"
 
     def test_long_messages_are_cut(self):
         """A message is cut to 2,000 characters."""

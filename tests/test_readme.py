@@ -1,4 +1,4 @@
-"""Every code block of the README runs."""
+"""Every code block of the README and of the pages in `docs/` runs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from support.readme import BLOCKS, README, ROOT, blocks
+from support.readme import BLOCKS, PAGES, README, ROOT, blocks, blocks_of
 
 from fluxibly import LLM
 
@@ -36,6 +36,25 @@ def test_the_python_blocks_run_in_order(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "answered" in done.stdout
     assert (tmp_path / "trace.jsonl").read_text(encoding="utf-8").startswith('{"resourceSpans"')
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_the_pages_run(page, tmp_path):
+    """The Python blocks of a page run as pasted into one session, and its YAML blocks configure a model."""
+    assert {kind for kind, _ in blocks_of(page)} <= {"python", "yaml"}
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", "\n".join(blocks("python", page))],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    for code in blocks("yaml", page):
+        file = tmp_path / "framework.yaml"
+        file.write_text(code, encoding="utf-8")
+        LLM.from_yaml(file).close()
 
 
 @pytest.mark.parametrize("code", blocks("yaml"))

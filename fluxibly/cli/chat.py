@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 import attrs
 
 from fluxibly._extras import pip_install
-from fluxibly.cli.report import as_json, figures, span_trees
+from fluxibly.cli.report import as_json, figures, media_lines, span_trees
 from fluxibly.cli.screen import line_of
 from fluxibly.errors import ConfigError, ContextLengthExceeded, FluxiblyError
 from fluxibly.llm import LLM
@@ -94,6 +94,8 @@ class Chat:
         if self.as_json:
             self.screen.write(as_json(response) + "\n")
             return
+        for line in media_lines(response):
+            (self.screen.note if self.screen.live else self.screen.aside)(line)
         if response.finish_reason == "length" and not self.screen.live:  # at a terminal, the figures show it
             self.screen.aside("fluxibly: the answer was cut off at the limit of its tokens")
         self.screen.show("")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import attrs
 from opentelemetry.trace import StatusCode
@@ -12,12 +12,15 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
+from fluxibly._dicts import part_to_dict
 from fluxibly.cli.trace.file import duration
+from fluxibly.parts import Audio
 from fluxibly.telemetry import semconv
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import ReadableSpan
 
+    from fluxibly.parts import Part
     from fluxibly.types import Response
 
 
@@ -26,6 +29,21 @@ UNKNOWN = "-"
 
 def _seconds(seconds: float | None) -> str:
     return UNKNOWN if seconds is None else duration(seconds)
+
+
+def media_lines(response: Response) -> list[str]:
+    """Return a line for each image, audio or file of an answer: its kind, its size or its URL, and what is said."""
+    lines: list[str] = []
+    for part in response.media:
+        size = f"{len(part.data)} bytes" if part.data is not None else _address(part.url or "")
+        said = part.transcript if isinstance(part, Audio) else None
+        lines.append(f"[{part.media_type or type(part).__name__.lower()}, {size}]" + (f" {said}" if said else ""))
+    return lines
+
+
+def _address(url: str) -> str:
+    """Return a URL as it can be shown: a data URL holds the whole content."""
+    return f"a data URL of {len(url)} characters" if url.startswith("data:") else url
 
 
 def figures(response: Response) -> Table:
@@ -96,6 +114,8 @@ def as_json(response: Response) -> str:
         "tool_calls": [
             {"id": call.id, "name": call.name, "arguments": dict(call.arguments)} for call in response.tool_calls
         ],
+        "media": [part_to_dict(cast("Part", part)) for part in response.media],
+        "details": dict(response.details),
         "finish_reason": response.finish_reason,
         "model": response.model,
         "id": response.id,
@@ -103,4 +123,4 @@ def as_json(response: Response) -> str:
         "elapsed": response.elapsed,
         "stats": None if response.stats is None else attrs.asdict(response.stats),
     }
-    return json.dumps(fields, ensure_ascii=False)
+    return json.dumps(fields, ensure_ascii=False, default=str)

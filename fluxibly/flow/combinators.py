@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, TypeAlias
 
-import attrs
-
 from fluxibly._checks import kind_of
-from fluxibly.aggregate import Aggregator, as_chunk
+from fluxibly.aggregate import Aggregator, as_chunks
 from fluxibly.errors import StreamInterrupted
 from fluxibly.flow.effects import PULL, Effect, Flow, More, Send, T
 from fluxibly.types import Chunk, Request, Response, Restart
@@ -37,8 +35,8 @@ class Relay:
         """Run `flow` and return its result."""
         outcome: Any = None
         error: BaseException | None = None
-        # A pending error goes into the flow first, because `yield from` would resume the flow without it.
-        while error is not None or not self.done:
+        # A pending outcome or error goes into the flow first, because `yield from` would resume the flow without it.
+        while error is not None or outcome is not None or not self.done:
             try:
                 effect = flow.send(outcome) if error is None else flow.throw(error)
             except StopIteration as stop:
@@ -72,7 +70,6 @@ class Relay:
             # After a refused Restart the earlier chunks still count.
             if type(effect) is Restart and outcome:
                 self.restarted()
-        # `done` turns true at a chunk, whose outcome no flow reads, so the flow may be resumed with None.
         return (yield from flow)
 
 
@@ -124,9 +121,9 @@ def map_chunks(
         at_restart: runs when the stream begins again (`Restart`), to reset the state of `fn`.
 
     If a flow returns without having emitted chunks (a whole response, a cache hit), the response passes through `fn`
-    as one chunk, so that a guard written with `map_chunks` sees every answer in every mode. If a stream is interrupted
-    before it has emitted anything beyond this point, the error behind `StreamInterrupted` is raised instead, because
-    the request can still be retried.
+    as one chunk (as several, if texts and other parts alternate in it), so that a guard written with `map_chunks` sees
+    every answer in every mode. If a stream is interrupted before it has emitted anything beyond this point, the error
+    behind `StreamInterrupted` is raised instead, because the request can still be retried.
     """
     mapper = _Mapper(fn, at_restart)
     response, error = yield from _caught(mapper.over(flow))
@@ -138,7 +135,8 @@ def map_chunks(
     # A flow without chunks delivers its answer by its return value alone, so no piece of that answer is yielded.
     streamed = mapper.streamed
     if not streamed:
-        mapper.pass_on(as_chunk(response))
+        for chunk in as_chunks(response):
+            mapper.pass_on(chunk)
     if at_end is not None:
         for piece in mapper.note(at_end()):
             # The provider's stream is at its end, so each piece goes out as a More, which reads nothing.
@@ -148,10 +146,7 @@ def map_chunks(
 
 
 class _Mapper(Relay):
-    """The state of a `map_chunks`: the output that it has let out.
-
-    Until the first change it keeps only lengths, so that memory stays constant for a function that changes nothing.
-    """
+    """The state of a `map_chunks`: the output that it has let out."""
 
     def __init__(self, fn: Callable[[Chunk], Pieces], at_restart: Callable[[], None] | None) -> None:
         self.fn = fn
@@ -164,7 +159,6 @@ class _Mapper(Relay):
         """Whether output has come in. `output` says whether any has been let out."""
         self.output = False
         self.changed = False
-        self.text = self.reasoning = 0
         self.answer = Aggregator()
 
     def restarted(self) -> None:
@@ -200,14 +194,7 @@ class _Mapper(Relay):
             self.changed = True
             return self.note(pieces)
         self.output = self.output or chunk.has_output
-        if self.changed:
-            self.answer.add(chunk)
-        else:
-            self.text += len(chunk.text)
-            self.reasoning += len(chunk.reasoning)
-            # Lengths suffice to cut text and reasoning from the inner response, but not these fields.
-            if chunk.tool_calls or chunk.reasoning_parts or chunk.alternatives:
-                self.answer.add(attrs.evolve(chunk, text="", reasoning=""))
+        self.answer.add(chunk)
         return chunk
 
     def note(self, pieces: Pieces) -> Sequence[Chunk]:
@@ -230,11 +217,14 @@ class _Mapper(Relay):
         mine = self.answer.response()
         # `parsed` and `raw` are dropped, because they belong to the unchanged answer.
         return inner.evolve(
-            text=inner.text[: self.text] + mine.text,
-            reasoning=inner.reasoning[: self.reasoning] + mine.reasoning,
+            text=mine.text,
+            reasoning=mine.reasoning,
             reasoning_parts=mine.reasoning_parts,
+            media=mine.media,
             tool_calls=mine.tool_calls,
+            order=mine.order,
             alternatives=mine.alternatives,
+            details=mine.details,
             parsed=None,
             raw=None,
         )

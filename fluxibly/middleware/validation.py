@@ -14,7 +14,7 @@ from fluxibly._schema import check_schema, parse
 from fluxibly.errors import ConfigError, ResponseInvalid
 from fluxibly.flow import CallNext, Flow, hold_back
 from fluxibly.flow.combinators import OutputWatch
-from fluxibly.types import Message, Request, Response
+from fluxibly.types import Message, Reasoning, Request, Response, Text
 
 EMPTY = "the answer is empty"
 
@@ -84,7 +84,7 @@ class Validation:
 
     def judge(self, response: Response, verdict: _Verdict) -> None:
         """Raise `ResponseInvalid` if the answer does not pass."""
-        if not response.text.strip() and not response.tool_calls:
+        if _is_empty(response):
             if self.empty != "warn":
                 raise verdict.reject(response, EMPTY, retry=self.empty == "retry")
             log(logging.WARNING, "LLM response is empty")
@@ -121,13 +121,20 @@ class _Verdict:
         return self.error
 
 
+def _is_empty(response: Response) -> bool:
+    """Whether an answer has neither text nor tool calls, media or opaque parts. Reasoning alone is no answer."""
+    if response.text.strip() or response.tool_calls:
+        return False
+    return all(isinstance(part, (Text, Reasoning)) for part in response.parts)
+
+
 def _corrected(request: Request, invalid: ResponseInvalid) -> Request:
     """Return the request with the rejected answer and its correction added, or unchanged if the answer was empty.
 
     Each tool call gets a result, because services require the results before any other message.
     """
     answer = invalid.response
-    if not answer.text.strip() and not answer.tool_calls:
+    if _is_empty(answer):
         return request
     results = [Message.tool("not called: the answer was rejected", call) for call in answer.tool_calls]
     correction = Message.user(f"{invalid.problem}\nPlease answer again, corrected.")

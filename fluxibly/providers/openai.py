@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
+from fluxibly._checks import is_list
 from fluxibly.providers.dialects.codec import Codec, Service
 from fluxibly.providers.dialects.openai_chat import OpenAICodec
 from fluxibly.providers.dialects.openai_request import Quirks
 from fluxibly.providers.dialects.openai_responses import ResponsesCodec
 from fluxibly.providers.http import AsyncHTTPProvider, HTTPProvider
-from fluxibly.providers.services import SERVICES, ServiceRow
+from fluxibly.providers.services import OWN_SERVER, SERVICES, ServiceRow
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import httpx
 
     from fluxibly.config import LLMConfig
@@ -47,10 +50,22 @@ def codec_of(row: ServiceRow, config: LLMConfig) -> Codec:
         quirks["path"] = azure_path(config.api_base or "")
     elif _is_users_own(row, config):
         title = urlsplit(config.api_base or "").hostname or title
+        quirks |= _returned_to(config.api_base or "")
     elif row.title == "OpenAI":
         quirks["max_tokens"] = "max_completion_tokens"
+    quirks |= {name: tuple(value) if is_list(value) else value for name, value in config.quirks.items()}
     codec = ResponsesCodec if row.framework == "openai-responses" else OpenAICodec
     return codec(Quirks(**quirks), title)
+
+
+def _returned_to(api_base: str) -> Mapping[str, Any]:
+    """Return the quirks that say what goes back to the server at an address: a known service's, or OWN_SERVER."""
+    host = urlsplit(api_base).hostname
+    for row in SERVICES.values():
+        if row.base_url is not None and row.key_required and urlsplit(row.base_url).hostname == host:
+            fields = ("reasoning_fields", "message_fields", "thinking_parts", "short_call_ids")
+            return {name: row.quirks.get(name, getattr(Quirks(), name)) for name in fields}
+    return OWN_SERVER
 
 
 def _is_users_own(row: ServiceRow, config: LLMConfig) -> bool:

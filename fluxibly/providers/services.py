@@ -35,6 +35,17 @@ class ServiceRow(NamedTuple):
 
 
 _TOP_K: Final = {"top_k": True}
+_BOTH: Final = ("reasoning_content", "reasoning")
+_STRICT: Final[Mapping[str, Any]] = {"message_fields": ()}
+"""A service that refuses all fields that it does not know."""
+_OPENAI: Final[Mapping[str, Any]] = {"max_tokens": "by model", "message_fields": ("audio", "refusal")}
+
+OWN_SERVER: Final[Mapping[str, Any]] = {
+    "reasoning_fields": _BOTH,
+    "message_fields": ("audio", "extra_content", "images", "reasoning_details", "refusal"),
+}
+"""What differs at a server of the user's own from OpenAI: what it sent goes back to it, whatever it may be."""
+_LOCAL: Final[Mapping[str, Any]] = {"top_k": True, **OWN_SERVER}
 
 SERVICES: Final[Mapping[str, ServiceRow]] = {
     row.framework: row
@@ -45,7 +56,7 @@ SERVICES: Final[Mapping[str, ServiceRow]] = {
             "OpenAI",
             "https://api.openai.com/v1",
             "OPENAI_API_KEY",
-            {"max_tokens": "by model"},
+            _OPENAI,
         ),
         ServiceRow(
             "openai-responses",
@@ -62,22 +73,29 @@ SERVICES: Final[Mapping[str, ServiceRow]] = {
             "Azure OpenAI",
             None,
             "AZURE_OPENAI_API_KEY",
-            {"max_tokens": "by model"},
+            _OPENAI,
             telemetry_name="azure.ai.openai",
             auth_header="api-key",
             auth_prefix="",
         ),
         ServiceRow(
-            "openrouter", "OpenRouter", "OpenRouter", "https://openrouter.ai/api/v1", "OPENROUTER_API_KEY", _TOP_K
+            "openrouter",
+            "OpenRouter",
+            "OpenRouter",
+            "https://openrouter.ai/api/v1",
+            "OPENROUTER_API_KEY",
+            {"top_k": True, "reasoning_fields": _BOTH},
         ),
-        ServiceRow("groq", "Groq", "Groq", "https://api.groq.com/openai/v1", "GROQ_API_KEY", {"lacks": ("n",)}),
+        ServiceRow(
+            "groq", "Groq", "Groq", "https://api.groq.com/openai/v1", "GROQ_API_KEY", {"lacks": ("n",), **_STRICT}
+        ),
         ServiceRow(
             "mistral",
             "Mistral",
             "Mistral",
             "https://api.mistral.ai/v1",
             "MISTRAL_API_KEY",
-            {"seed": "random_seed", "stream_usage": False, "short_call_ids": True},
+            {"seed": "random_seed", "stream_usage": False, "short_call_ids": True, "thinking_parts": True, **_STRICT},
             telemetry_name="mistral_ai",
         ),
         ServiceRow(
@@ -86,7 +104,7 @@ SERVICES: Final[Mapping[str, ServiceRow]] = {
             "DeepSeek",
             "https://api.deepseek.com",
             "DEEPSEEK_API_KEY",
-            {"lacks": ("n", "seed"), "formats": ("text", "json"), "returns_reasoning": True},
+            {"lacks": ("n", "seed"), "formats": ("text", "json"), "reasoning_fields": ("reasoning_content",)},
         ),
         ServiceRow(
             "moonshot",
@@ -94,7 +112,7 @@ SERVICES: Final[Mapping[str, ServiceRow]] = {
             "Moonshot",
             "https://api.moonshot.ai/v1",
             "MOONSHOT_API_KEY",
-            {"returns_reasoning": True},
+            {"reasoning_fields": ("reasoning_content",)},
             telemetry_name="moonshot_ai",
         ),
         ServiceRow("together", "Together", "Together", "https://api.together.xyz/v1", "TOGETHER_API_KEY", _TOP_K),
@@ -106,7 +124,23 @@ SERVICES: Final[Mapping[str, ServiceRow]] = {
             "FIREWORKS_API_KEY",
             _TOP_K,
         ),
-        ServiceRow("xai", "XAI", "xAI", "https://api.x.ai/v1", "XAI_API_KEY", telemetry_name="x_ai"),
+        ServiceRow(
+            "xai",
+            "XAI",
+            "xAI",
+            "https://api.x.ai/v1",
+            "XAI_API_KEY",
+            {"reasoning_fields": ("reasoning_content",)},
+            telemetry_name="x_ai",
+        ),
+        ServiceRow(
+            "zai",
+            "ZAI",
+            "Z.AI",
+            "https://api.z.ai/api/paas/v4",
+            "ZAI_API_KEY",
+            {"reasoning_fields": ("reasoning_content",)},
+        ),
         ServiceRow(
             "perplexity",
             "Perplexity",
@@ -115,17 +149,17 @@ SERVICES: Final[Mapping[str, ServiceRow]] = {
             "PERPLEXITY_API_KEY",
             {"top_k": True, "lacks": ("seed",), "formats": ("text", "schema"), "stream_usage": False},
         ),
-        ServiceRow("cerebras", "Cerebras", "Cerebras", "https://api.cerebras.ai/v1", "CEREBRAS_API_KEY"),
+        ServiceRow("cerebras", "Cerebras", "Cerebras", "https://api.cerebras.ai/v1", "CEREBRAS_API_KEY", _STRICT),
         ServiceRow("huggingface", "HuggingFace", "Hugging Face", "https://router.huggingface.co/v1", "HF_TOKEN"),
         ServiceRow("nvidia", "NVIDIA", "NVIDIA", "https://integrate.api.nvidia.com/v1", "NVIDIA_API_KEY"),
-        ServiceRow("vllm", "VLLM", "vLLM", "http://localhost:8000/v1", "VLLM_API_KEY", _TOP_K, key_required=False),
+        ServiceRow("vllm", "VLLM", "vLLM", "http://localhost:8000/v1", "VLLM_API_KEY", _LOCAL, key_required=False),
         ServiceRow(
             "lmstudio",
             "LMStudio",
             "LM Studio",
             "http://localhost:1234/v1",
             "LMSTUDIO_API_KEY",
-            _TOP_K,
+            _LOCAL,
             key_required=False,
         ),
         ServiceRow(
@@ -134,7 +168,7 @@ SERVICES: Final[Mapping[str, ServiceRow]] = {
             "llama.cpp",
             "http://localhost:8080/v1",
             "LLAMA_API_KEY",
-            _TOP_K,
+            _LOCAL,
             key_required=False,
         ),
     )

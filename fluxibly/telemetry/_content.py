@@ -18,7 +18,8 @@ import attrs
 
 from fluxibly._checks import kind_of
 from fluxibly._logs import report_once
-from fluxibly.messages import Image, Message, Part, Text, Tool, ToolCall
+from fluxibly.messages import Message, Tool
+from fluxibly.parts import Media, Part, Reasoning, Text, ToolCall
 from fluxibly.telemetry import semconv
 from fluxibly.types import Response
 
@@ -171,7 +172,7 @@ def system_instructions(messages: Iterable[Message], redact: Redact = unchanged)
     for message in messages:
         if message.role != "system":
             break
-        parts.extend(_content(message.content, redact))
+        parts.extend(_parts(message.content, redact))
     return parts
 
 
@@ -194,12 +195,7 @@ def output_messages(response: Response, *, whole: bool, redact: Redact = unchang
     """
     found: list[Json] = []
     for choice in (response, *response.alternatives):
-        parts: list[Json] = []
-        if choice.reasoning:
-            parts.append({"type": "reasoning", "content": redact(choice.reasoning)})
-        if choice.text:
-            parts.append({"type": "text", "content": redact(choice.text)})
-        parts.extend(_tool_call(call, redact) for call in choice.tool_calls)
+        parts = list(_parts(choice.parts, redact))
         usual = ("tool_call" if choice.tool_calls else "stop") if whole else "error"
         reason = choice.finish_reason or usual
         found.append({"role": "assistant", "parts": parts, "finish_reason": reason})
@@ -223,38 +219,42 @@ def _message(message: Message, redact: Redact) -> Json:
     if message.role == "tool":
         texts = [redact(part.text) for part in message.content if isinstance(part, Text)]
         parts: list[Json] = [{"type": "tool_call_response", "id": message.tool_call_id, "response": "".join(texts)}]
-        parts.extend(_image(part, redact) for part in message.content if isinstance(part, Image))
+        parts.extend(_media(part, redact) for part in message.content if isinstance(part, Media))
     else:
-        parts = [
-            {"type": "reasoning", "content": redact(reasoning.text)}
-            for reasoning in message.reasoning
-            if reasoning.text
-        ]
-        parts.extend(_content(message.content, redact))
-        parts.extend(_tool_call(call, redact) for call in message.tool_calls)
+        parts = list(_parts(message.parts, redact))
     found: Json = {"role": message.role, "parts": parts}
     if message.name is not None:
         found["name"] = message.name if message.role == "tool" else redact(message.name)
     return found
 
 
-def _content(content: Iterable[Part], redact: Redact) -> Iterable[Json]:
-    for part in content:
+def _parts(parts: Iterable[Part], redact: Redact) -> Iterable[Json]:
+    """Yield the parts of a message. Reasoning that only the service can read, and empty text, are left out."""
+    for part in parts:
         if isinstance(part, Text):
-            yield {"type": "text", "content": redact(part.text)}
+            if part.text:
+                yield {"type": "text", "content": redact(part.text)}
+        elif isinstance(part, Reasoning):
+            if part.text:
+                yield {"type": "reasoning", "content": redact(part.text)}
+        elif isinstance(part, ToolCall):
+            yield _tool_call(part, redact)
+        elif isinstance(part, Media):
+            yield _media(part, redact)
         else:
-            yield _image(part, redact)
+            yield {"type": part.type or "opaque", "content": _redacted(part.raw, redact, keys=True)}
 
 
-def _image(image: Image, redact: Redact) -> Json:
-    if image.url is None:
-        data = b64encode(image.data or b"").decode()
-        return {"type": "blob", "modality": "image", "mime_type": image.media_type, "content": redact(data)}
-    header, comma, data = image.url.partition(";base64,")
+def _media(media: Media, redact: Redact) -> Json:
+    modality = type(media).__name__.lower()
+    if media.url is None:
+        data = b64encode(media.data or b"").decode()
+        return {"type": "blob", "modality": modality, "mime_type": media.media_type, "content": redact(data)}
+    header, comma, data = media.url.partition(";base64,")
     if comma and header.startswith("data:"):
         mime_type = header.removeprefix("data:").partition(";")[0] or None
-        return {"type": "blob", "modality": "image", "mime_type": mime_type, "content": redact(data)}
-    return {"type": "uri", "modality": "image", "mime_type": image.media_type, "uri": redact(image.url)}
+        return {"type": "blob", "modality": modality, "mime_type": mime_type, "content": redact(data)}
+    return {"type": "uri", "modality": modality, "mime_type": media.media_type, "uri": redact(media.url)}
 
 
 def _tool_call(call: ToolCall, redact: Redact) -> Json:

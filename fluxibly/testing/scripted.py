@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import attrs
 
-from fluxibly.aggregate import Aggregator, as_chunk
+from fluxibly.aggregate import Aggregator, as_chunks
 from fluxibly.errors import StreamProtocolError
 from fluxibly.types import Chunk, ProviderInfo, Request, Response
 
@@ -203,10 +203,16 @@ def to_steps(answer: Answer) -> Sequence[Step]:
     if isinstance(answer, str):
         return [*_words(answer)]
     if isinstance(answer, Response):
-        return [*_words(answer.text), attrs.evolve(as_chunk(answer), text="")]
+        return [step for chunk in as_chunks(answer) for step in _steps_of(chunk)]
     if isinstance(answer, BaseException):
         return [answer]
     return answer
+
+
+def _steps_of(chunk: Chunk) -> list[Step]:
+    """Return the steps of a chunk: its reasoning and parts, its text word by word, and the rest."""
+    before: list[Step] = [Chunk(reasoning=chunk.reasoning, parts=chunk.parts)] if chunk.reasoning or chunk.parts else []
+    return [*before, *_words(chunk.text), attrs.evolve(chunk, text="", reasoning="", parts=())]
 
 
 def _words(text: str) -> list[str]:

@@ -402,6 +402,24 @@ def test_answer_that_was_cut_off() -> None:
     assert fluxibly(*MINE, "--json", before=before).stderr == ""
 
 
+def test_media_of_an_answer() -> None:
+    """Media that a model made have a line each, on standard error in a pipe; --json prints them with their bytes."""
+    picture = "Image(data=b'12345', media_type='image/png', raw={'id': 'ig_1'})"
+    speech = "Audio(url='https://example.org/a', media_type='audio/wav', transcript='hello')"
+    before = "from fluxibly.parts import *\n" + PROVIDER.format(
+        stream=f"def stream(self, request): yield Chunk('Look:', parts=({picture}, {speech}), details={{'odd': [1]}})"
+    )
+    result = fluxibly(*MINE, before=before)
+    assert (result.returncode, result.stdout) == (0, "Look:\n")
+    assert result.stderr == "[image/png, 5 bytes]\n[audio/wav, https://example.org/a] hello\n"
+    response = json.loads(fluxibly(*MINE, "--json", before=before).stdout)
+    assert response["media"] == [
+        {"type": "image", "data": "MTIzNDU=", "media_type": "image/png", "raw": {"id": "ig_1"}},
+        {"type": "audio", "url": "https://example.org/a", "media_type": "audio/wav", "transcript": "hello"},
+    ]
+    assert response["details"] == {"odd": [1]}
+
+
 def test_failure_after_output() -> None:
     """Output that has arrived stays; the failure is reported after it."""
     before = PROVIDER.format(stream="def stream(self, request): yield 'half'; raise ProviderError('cut')")

@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 import pytest
+from hypothesis import given, strategies as st
 from support.anthropic import finish, start, text_block
 from support.dialects import WEATHER, interrupted, recut, serving, sse, streamed
 from support.recordings import load
@@ -26,7 +27,20 @@ from fluxibly.errors import (
 )
 from fluxibly.providers.dialects.anthropic import AnthropicCodec
 from fluxibly.testing import check_codec
-from fluxibly.types import Image, Message, Reasoning, Request, Response, Text, Tool, ToolCall, Usage
+from fluxibly.types import (
+    Audio,
+    Document,
+    Image,
+    Message,
+    Opaque,
+    Reasoning,
+    Request,
+    Response,
+    Text,
+    Tool,
+    ToolCall,
+    Usage,
+)
 
 CODEC = AnthropicCodec()
 
@@ -334,9 +348,8 @@ def test_whole_answer_goes_back() -> None:
     body = body_of(
         messages=[Message.user("x"), Message.assistant(response), Message.tool("ok", response.tool_calls[0])]
     )
-    sent = body["messages"][1]["content"]
-    assert sent[:2] == WHOLE["content"][:2]
-    assert sent[-1] == WHOLE["content"][-1]
+    came = [{name: value for name, value in block.items() if value is not None} for block in WHOLE["content"]]
+    assert body["messages"][1]["content"] == came
 
 
 @pytest.mark.parametrize(
@@ -620,3 +633,183 @@ def test_the_official_client_agrees_about_whole_answers() -> None:
     assert ours.text == "".join(block.text for block in theirs.content if block.type == "text")
     assert ours.tool_calls[0].arguments == theirs.content[-1].input
     assert (ours.id, ours.model) == (theirs.id, theirs.model)
+
+
+# What goes back is what came: the blocks of an answer, in their order.
+
+SIGNED = {"type": "thinking", "thinking": "First the port.", "signature": "S1"}
+REDACTED = {"type": "redacted_thinking", "data": "R1"}
+CITED = {"type": "text", "text": "High at noon.", "citations": [{"type": "char_location", "cited_text": "noon"}]}
+CALLED = {"type": "tool_use", "id": "u1", "name": "tide", "input": {"port": "Ostend"}}
+BY_CODE = {"type": "tool_use", "id": "u2", "name": "tide", "input": {}, "caller": {"type": "code_execution"}}
+SEARCH = {"type": "server_tool_use", "id": "s1", "name": "web_search", "input": {"query": "tides"}}
+FOUND = {
+    "type": "web_search_tool_result",
+    "tool_use_id": "s1",
+    "content": [{"type": "web_search_result", "url": "https://x.test", "encrypted_content": "ENC"}],
+}
+COMPACTED = {"type": "compaction", "content": "They asked for tides."}
+BLOCKS = [SIGNED, REDACTED, CITED, CALLED, BY_CODE, SEARCH, FOUND, COMPACTED, {"type": "text", "text": "So."}]
+
+
+def whole_of(blocks: list[dict[str, Any]]) -> bytes:
+    return json.dumps({"type": "message", "content": blocks, "stop_reason": "end_turn"}).encode()
+
+
+def stream_of(blocks: list[dict[str, Any]]) -> bytes:
+    """Return the events of an answer, with the fields that the service streams in two deltas each."""
+    events: list[dict[str, Any]] = [{"type": "message_start", "message": {"id": "m"}}]
+    for index, block in enumerate(blocks):
+        fields, deltas = dict(block), []
+        for name, kind in (("text", "text_delta"), ("thinking", "thinking_delta"), ("content", "compaction_delta")):
+            if isinstance(text := fields.get(name), str):
+                fields[name] = ""
+                deltas += [{"type": kind, name: piece} for piece in (text[:3], text[3:])]
+        if "signature" in fields:
+            deltas.append({"type": "signature_delta", "signature": fields["signature"]})
+            fields["signature"] = ""
+        if "input" in fields:
+            text = json.dumps(fields["input"])
+            deltas += [{"type": "input_json_delta", "partial_json": piece} for piece in ("", text[:4], text[4:])]
+            fields["input"] = {}
+        for citation in fields.pop("citations", []):
+            deltas.append({"type": "citations_delta", "citation": citation})
+        events.append({"type": "content_block_start", "index": index, "content_block": fields})
+        events += [{"type": "content_block_delta", "index": index, "delta": delta} for delta in deltas]
+        events.append({"type": "content_block_stop", "index": index})
+    events += [{"type": "message_delta", "delta": {"stop_reason": "end_turn"}}, {"type": "message_stop"}]
+    return b"".join(b"data: " + json.dumps(event).encode() + b"\n\n" for event in events)
+
+
+def sent_back(response: Response) -> list[dict[str, Any]]:
+    """Return the blocks that the next request has for an answer, and check that storing it changes nothing."""
+    stored = Message.from_dict(json.loads(json.dumps(response.message.to_dict())))
+    bodies = [
+        body_of(messages=[Message.user("x"), message, Message.user("y")]) for message in (response.message, stored)
+    ]
+    assert bodies[0] == bodies[1]
+    turns = bodies[0]["messages"]
+    return turns[1]["content"] if len(turns) == 3 else []
+
+
+some_blocks = st.lists(st.sampled_from(BLOCKS), max_size=6).map(
+    lambda blocks: [block | ({"id": f"{block['id']}_{n}"} if "id" in block else {}) for n, block in enumerate(blocks)]
+)
+
+
+@given(some_blocks)
+def test_blocks_go_back_in_any_order(blocks: list[dict[str, Any]]) -> None:
+    """A whole answer goes back block for block."""
+    assert sent_back(CODEC.decode(whole_of(blocks))) == blocks
+
+
+@given(some_blocks)
+def test_streamed_blocks_go_back_in_any_order(blocks: list[dict[str, Any]]) -> None:
+    """A streamed answer has the same parts as the whole one, and goes back block for block."""
+    response = streamed(CODEC, stream_of(blocks))
+    whole = CODEC.decode(whole_of(blocks))
+    assert response.parts == whole.parts
+    assert response.details == whole.details
+    assert sent_back(response) == blocks
+
+
+def test_interleaved_blocks_wherever_the_reads_are_cut() -> None:
+    """Cuts change nothing."""
+    assert sent_back(recut(CODEC, stream_of(BLOCKS[:5]))) == BLOCKS[:5]
+
+
+def test_opaque_blocks_go_to_no_other_dialect() -> None:
+    """Blocks and fields that came from another dialect stay behind."""
+    answer = Message.assistant(
+        [
+            Opaque("gemini", {"executableCode": {}}),
+            Text("Hi", raw={"thoughtSignature": "S"}),
+            ToolCall("c", "f", raw={"type": "custom"}),
+        ]
+    )
+    sent = body_of(messages=[Message.user("x"), answer, Message.tool("1", "c")])["messages"][1]["content"]
+    assert sent == [{"type": "text", "text": "Hi"}, {"type": "tool_use", "id": "c", "name": "f", "input": {}}]
+
+
+def test_an_unfinished_input_of_a_server_tool() -> None:
+    """Text that is no JSON goes back under a name that says so."""
+    events = [
+        {"type": "content_block_start", "index": 0, "content_block": SEARCH | {"input": {}}},
+        {"type": "content_block_delta", "index": 0, "delta": {"type": "input_json_delta", "partial_json": '{"qu'}},
+        {"type": "content_block_stop", "index": 0},
+        {"type": "message_delta", "delta": {"stop_reason": "max_tokens"}},
+        {"type": "message_stop"},
+    ]
+    response = streamed(CODEC, b"".join(b"data: " + json.dumps(event).encode() + b"\n\n" for event in events))
+    assert sent_back(response) == [SEARCH | {"input": {"INVALID_JSON": '{"qu'}}]
+
+
+def test_white_space_is_no_block() -> None:
+    """The service refuses texts of only white space, in a turn and in a tool's result."""
+    call = ToolCall("c1", "tide")
+    body = body_of(
+        messages=[
+            Message.user("When?"),
+            Message.assistant(["\n\n", call]),
+            Message.tool(" \n", call),
+            Message.assistant("\n"),
+            Message.user([" ", "Well?"]),
+        ]
+    )
+    assert [turn["content"] for turn in body["messages"][1:]] == [
+        [{"type": "tool_use", "id": "c1", "name": "tide", "input": {}}],
+        [{"type": "tool_result", "tool_use_id": "c1", "content": []}, {"type": "text", "text": "Well?"}],
+    ]
+
+
+def test_a_tool_that_failed() -> None:
+    """`is_error` goes out with the content, which the service then requires."""
+    call = ToolCall("c1", "tide")
+    for content, sent in (("no such port", "no such port"), ("", "error")):
+        messages = [Message.user("x"), Message.assistant([call]), Message.tool(content, call, is_error=True)]
+        assert body_of(messages=messages)["messages"][2]["content"] == [
+            {
+                "type": "tool_result",
+                "tool_use_id": "c1",
+                "content": [{"type": "text", "text": sent}],
+                "is_error": True,
+            }
+        ]
+
+
+def test_documents() -> None:
+    """Documents go out as bytes, as plain text or by their address, with their name."""
+    documents = [
+        Document(data=b"%PDF", media_type="application/pdf", name="Tides"),
+        Document(data=b"High at noon.", media_type="text/plain"),
+        Document(url="https://x.test/a.pdf"),
+    ]
+    assert body_of(messages=[Message.user(documents)])["messages"][0]["content"] == [
+        {
+            "type": "document",
+            "source": {"type": "base64", "media_type": "application/pdf", "data": "JVBERg=="},
+            "title": "Tides",
+        },
+        {"type": "document", "source": {"type": "text", "media_type": "text/plain", "data": "High at noon."}},
+        {"type": "document", "source": {"type": "url", "url": "https://x.test/a.pdf"}},
+    ]
+
+
+def test_audio_is_refused() -> None:
+    """The service takes no audio."""
+    audio = Audio(data=b"RIFF", media_type="audio/wav")
+    with pytest.raises(BadRequest, match="expected text, images and documents for Anthropic, got an Audio"):
+        body_of(messages=[Message.user([audio])])
+
+
+def test_details() -> None:
+    """Citations, the container of code and the stop sequence are on the response, whole and streamed."""
+    blocks = [CITED, {"type": "text", "text": "So."}, CITED]
+    whole = json.loads(whole_of(blocks)) | {"container": {"id": "c"}, "stop_sequence": "X"}
+    events = stream_of(blocks).replace(
+        b'"delta": {"stop_reason": "end_turn"}',
+        b'"delta": {"stop_reason": "end_turn", "container": {"id": "c"}, "stop_sequence": "X"}',
+    )
+    wanted = {"citations": CITED["citations"] * 2, "container": {"id": "c"}, "stop_sequence": "X"}
+    assert CODEC.decode(json.dumps(whole).encode()).details == wanted
+    assert streamed(CODEC, events).details == wanted

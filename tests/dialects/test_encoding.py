@@ -110,7 +110,7 @@ def test_values_that_no_dialect_takes(codec: Codec, fields: dict[str, Any], due:
 )
 def test_data_urls(url: str) -> None:
     """Data URLs may use base64 or percent encoding."""
-    assert encoding.image_data(Image(url=url)) == ("image/png", "QQ==")
+    assert encoding.media_data(Image(url=url)) == ("image/png", "QQ==")
 
 
 @pytest.mark.parametrize("codec", CODECS, ids=name_of)

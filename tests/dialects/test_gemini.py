@@ -30,6 +30,8 @@ from fluxibly.testing.codec_check import chunks_of
 from fluxibly.types import Image, Message, Reasoning, Request, Response, Tool, ToolCall, Usage
 
 CODEC = GeminiCodec()
+NO_ID = {"functionCall": {"id": None}}
+"""`ToolCall.raw` of a call that came without an id."""
 
 
 def body_of(**fields: Any) -> dict[str, Any]:
@@ -201,7 +203,7 @@ def test_tool_conversation() -> None:
                     "functionCall": {"name": "weather", "args": {"city": "Rome"}, "id": "8hd01vsf"},
                     "thoughtSignature": "sig",
                 },
-                {"functionCall": {"name": "now", "args": {}}},
+                {"functionCall": {"name": "now", "args": {}, "id": "call_1"}},
             ],
         },
         {
@@ -212,6 +214,7 @@ def test_tool_conversation() -> None:
                     "functionResponse": {
                         "name": "now",
                         "response": {"output": "noon"},
+                        "id": "call_1",
                         "parts": [{"inlineData": {"mimeType": "image/png", "data": "iVBORw=="}}],
                     }
                 },
@@ -258,22 +261,17 @@ def test_whole_answer() -> None:
     """A whole response has its text, thoughts, signed calls, finish reason, usage, id, model and raw body."""
     response = CODEC.decode(b"\n " + json.dumps(WHOLE).encode())
     assert (response.text, response.reasoning) == ("Let me look.", "Hm.So.")
-    assert response.tool_calls == (ToolCall("call_0", "weather", {"city": "Zürich"}, signature="t3"),)
+    assert response.tool_calls == (ToolCall("call_0", "weather", {"city": "Zürich"}, signature="t3", raw=NO_ID),)
     assert (response.finish_reason, response.raw_finish_reason) == ("tool_call", "STOP")
     assert response.usage == Usage(input_tokens=12, output_tokens=11, cached_tokens=4, reasoning_tokens=6)
     assert (response.id, response.model, response.raw) == ("r1", "gemini-x", WHOLE)
 
 
 def test_whole_answer_goes_back() -> None:
-    """Signatures are sent back in place; unsigned thoughts, which would count as input, are not sent."""
+    """All parts are sent back as they came, each with its own signature."""
     response = CODEC.decode(json.dumps(WHOLE).encode())
     body = body_of(messages=[Message.user("x"), Message.assistant(response)])
-    assert body["contents"][1]["parts"] == [
-        {"text": "So.", "thought": True, "thoughtSignature": "t1"},
-        {"text": "Let me "},
-        {"text": "look.", "thoughtSignature": "t2"},
-        {"functionCall": {"name": "weather", "args": {"city": "Zürich"}}, "thoughtSignature": "t3"},
-    ]
+    assert body["contents"][1] == WHOLE["candidates"][0]["content"] | {"role": "model"}
 
 
 def test_a_signature_on_an_empty_text() -> None:
@@ -399,7 +397,7 @@ def test_finish_reason_in_every_event() -> None:
     """Older models send STOP in every event; with a call, the finish reason is tool_call."""
     body = sse(answer({"text": "a"}, reason="STOP"), answer({"functionCall": {"name": "f", "args": None}}))
     response = streamed(CODEC, body)
-    assert (response.finish_reason, response.tool_calls) == ("tool_call", (ToolCall("call_0", "f"),))
+    assert (response.finish_reason, response.tool_calls) == ("tool_call", (ToolCall("call_0", "f", raw=NO_ID),))
 
 
 def test_truncated_stream() -> None:

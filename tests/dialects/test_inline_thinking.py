@@ -56,6 +56,32 @@ def test_indifferent_to_cuts(tokens: list[str], data: st.DataObject) -> None:
     assert parted(pieces) == parted([whole])
 
 
+@given(st.lists(st.sampled_from(["<think>", "</think>", "<", "/", "think>", "a", " ", "\n"])), st.data())
+def test_nothing_is_lost(tokens: list[str], data: st.DataObject) -> None:
+    """The markup is all that was taken out of the text, however it is cut, and empty if no tag opened."""
+    whole = "".join(tokens)[:LEADING]
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(whole)))))
+    inline = InlineThinking()
+    said = [inline.split(whole[start:end])[0] for start, end in zip([0, *cuts], [*cuts, len(whole)], strict=True)]
+    text = "".join([*said, inline.rest()[0]])
+    assert inline.markup + text == whole
+    begun = whole.lstrip()
+    assert bool(inline.markup) == (begun.startswith("<think>") and begun != "<think>")
+
+
+def test_something_else_interrupts() -> None:
+    """Held text is let go before a tool call, and what comes later is text, unless reasoning is open."""
+    inline = InlineThinking()
+    assert inline.interrupt() == ""
+    assert inline.split("\n<thi") == ("", "")
+    assert (inline.interrupt(), inline.over, inline.markup) == ("\n<thi", True, "")
+    assert inline.split("nk>a") == ("nk>a", "")
+    inline = InlineThinking()
+    assert inline.split("<think>a") == ("", "a")
+    assert (inline.interrupt(), inline.over) == ("", False)
+    assert inline.split("b</think>c") == ("c", "b")
+
+
 def openai_answer(text: str) -> bytes:
     message = {"role": "assistant", "content": text}
     return json.dumps({"choices": [{"index": 0, "message": message, "finish_reason": "stop"}]}).encode()

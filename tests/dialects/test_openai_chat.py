@@ -293,7 +293,7 @@ def test_recorded_refusal() -> None:
 
 
 def test_recorded_text_with_logprobs() -> None:
-    """Data that was not requested is ignored."""
+    """Log probabilities are details beside the text."""
     outcome = outcome_of(CODEC, [load("04-").body])
     assert outcome.error is None
     assert outcome.response.text.startswith("Why did the OpenTelemetry developer")
@@ -606,11 +606,11 @@ def test_reasoning_by_either_name(name: str) -> None:
         chunk(choice(**{name: "Let me "})), chunk(choice(reasoning="see.", reasoning_content="see.")), STOP
     ).response
     assert response.reasoning == "Let me see."
-    assert response.reasoning_parts == ()
+    assert [part.text for part in response.reasoning_parts] == ["Let me see."]
 
 
 def test_reasoning_content_goes_back_with_tool_calls() -> None:
-    """DeepSeek gets reasoning back only with the calls that it led to; other services never get it."""
+    """DeepSeek gets its reasoning back in a conversation with tools; other services never get it."""
     call = {"index": 0, "id": "a", "function": {"name": "f", "arguments": "{}"}}
     response = streamed(chunk(choice(reasoning_content="Hm.", tool_calls=[call])), STOP).response
     assert response.reasoning_parts == (Reasoning(text="Hm.", raw={"reasoning_content": "Hm."}),)

@@ -134,7 +134,7 @@ def test_a_whole_response() -> None:
     response = CODEC.decode(json.dumps(answer(REASONING, MESSAGE, CALL)).encode())
     assert response == Response(
         "Hello",
-        tool_calls=[ToolCall("call_1", "add", {"a": 1})],
+        tool_calls=[ToolCall("call_1", "add", {"a": 1}, raw={"item": {"id": "fc_1", "status": "completed"}})],
         reasoning="I think.",
         reasoning_parts=[
             Reasoning(
@@ -150,8 +150,7 @@ def test_a_whole_response() -> None:
         id="resp_1",
     )
     items = sent(Request(model="gpt-5", messages=[Message.assistant(response)]))["input"]
-    assert items[0] == {key: value for key, value in REASONING.items() if key != "status"}
-    assert [item["type"] for item in items] == ["reasoning", "message", "function_call"]
+    assert items == [{key: value for key, value in REASONING.items() if key != "status"}, MESSAGE, CALL]
 
 
 def test_reasoning_that_is_not_encrypted_does_not_go_back() -> None:
@@ -159,9 +158,7 @@ def test_reasoning_that_is_not_encrypted_does_not_go_back() -> None:
     bare = {key: value for key, value in REASONING.items() if key != "encrypted_content"}
     response = CODEC.decode(json.dumps(answer(bare, MESSAGE)).encode())
     assert response.reasoning == "I think."
-    assert sent(Request(model="gpt-5", messages=[Message.assistant(response)]))["input"] == [
-        {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "Hello"}]}
-    ]
+    assert sent(Request(model="gpt-5", messages=[Message.assistant(response)]))["input"] == [MESSAGE]
 
 
 @pytest.mark.parametrize(
@@ -251,7 +248,8 @@ def test_a_tool_call_without_deltas() -> None:
         [{"type": "response.output_item.added", "output_index": 0, "item": {**CALL, "arguments": ""}},
          {"type": "response.output_item.done", "output_index": 0, "item": CALL}],
     ):  # fmt: skip
-        assert streamed(*given, done).response.tool_calls == (ToolCall("call_1", "add", {"a": 1}),)
+        (call,) = streamed(*given, done).response.tool_calls
+        assert call == ToolCall("call_1", "add", {"a": 1}, raw={"item": {"id": "fc_1", "status": "completed"}})
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import attrs
 import pytest
 
 from fluxibly.errors import ServerError, StreamInterrupted
-from fluxibly.flow import hold_back, map_chunks, sleep
+from fluxibly.flow import hold_back, map_chunks, perform, sleep
 from fluxibly.middleware.retry import Retry
 from fluxibly.testing import AsyncScriptedProvider, ScriptedProvider
 from fluxibly.testing.modes import MODES, run
@@ -193,16 +193,6 @@ class TestMapChunks:
         error = ran.error
         assert isinstance(error, TypeError)
 
-    def test_memory_stays_constant_without_a_change(self):
-        """A mapper whose function changes nothing keeps no text."""
-        from fluxibly.flow.combinators import _Mapper
-
-        mapper = _Mapper(lambda c: c, None)
-        for _ in range(1000):
-            mapper.see(Chunk("some text"))
-        assert mapper.text == 9000
-        assert mapper.answer.response() == Response()
-
     def test_the_partial_response_is_what_was_let_out(self, streaming):
         """The `partial` of an interrupted stream has the changed text, without chunks that were dropped."""
         kept = mapping(lambda c: attrs.evolve(c, text=c.text.upper()) if c.text != "b" else None)
@@ -370,3 +360,23 @@ class TestHoldBack:
         ran = run(mode, scripted(mode), [holding(check=lambda r: seen.append(r.text)), cached], REQUEST)
         assert ran.response.text == "hit"
         assert seen == ["hit"]
+
+
+class TestOutputWatch:
+    def test_outcomes_reach_the_inner_flow_after_output(self, streaming):
+        """An inner layer that catches an error after output gets the outcome of what it yields next."""
+        outcomes = []
+
+        def counting(request, call_next):
+            try:
+                return (yield from call_next(request))
+            except StreamInterrupted as error:
+                outcomes.append((yield from perform(lambda: "sync", aperformed)))
+                return error.partial
+
+        async def aperformed():
+            return "async"
+
+        ran = run(streaming, scripted(streaming, ["a", ServerError("x")]), [Retry(), counting], REQUEST)
+        assert ran.response.text == "a"
+        assert outcomes == ["async" if streaming.backend else "sync"]

@@ -21,9 +21,9 @@ from support.canned_server import Canned
 from support.libraries import KEY, LANGCHAIN, WEATHER, ask
 
 from fluxibly import LLMConfig, Message, Pipeline, ProviderError, Request, errors
-from fluxibly.messages import Image
 from fluxibly.providers.langchain import AsyncLangChainProvider, LangChainProvider
 from fluxibly.providers.langchain._models import split_model
+from fluxibly.types import Image
 
 config, call, failure = LANGCHAIN.config, LANGCHAIN.call, LANGCHAIN.failure
 

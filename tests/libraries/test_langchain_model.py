@@ -31,7 +31,7 @@ from fluxibly import (
     ToolCall,
     Usage,
 )
-from fluxibly.messages import Image, Reasoning, Text
+from fluxibly.parts import Audio, Document, Image, Opaque, Reasoning, Text
 from fluxibly.providers.langchain import as_chat_model
 from fluxibly.types import ToolCallDelta
 
@@ -207,7 +207,7 @@ def test_a_conversation_comes_through() -> None:
     signed = Reasoning(text="hm", signature="c2ln", raw={"type": "thinking", "signature": "c2ln"})
     first = Scripted(
         Chunk(tool_calls=(ToolCallDelta(index=0, id="a", name="weather", arguments="{}", signature="s"),)),
-        Chunk(reasoning_parts=(signed,), finish_reason="tool_call"),
+        Chunk(parts=(signed,), finish_reason="tool_call"),
     )
     model = as_chat_model(Pipeline(first), model="m")
     answers = [model.invoke("hi")]
@@ -234,11 +234,116 @@ def test_a_conversation_comes_through() -> None:
         assert (result.role, result.text, result.tool_call_id) == ("tool", "sunny", "a")
 
 
+def joined(model: Any) -> Any:
+    """Return a streamed answer, joined by LangChain."""
+    whole: Any = None
+    for chunk in model.stream("hi"):
+        whole = chunk if whole is None else whole + chunk
+    return whole
+
+
+def heard(message: AIMessage, *later: Any) -> Message:
+    """Return an answer as a provider gets it in the next turn."""
+    provider = Scripted()
+    as_chat_model(Pipeline(provider), model="m").invoke([HumanMessage("hi"), message, *later])
+    return provider.asked[0].messages[1]
+
+
+ANSWER = (
+    Chunk(reasoning="hm", parts=(Reasoning(text="hm", signature="s", raw={"type": "thinking", "signature": "s"}),)),
+    Chunk("Let me "),
+    Chunk("look. "),
+    Chunk(parts=(Text("", raw={"citations": [1]}), Opaque("anthropic", {"type": "server_tool_use", "index": 1}))),
+    Chunk(parts=(Image(data=b"\x89PNG", media_type="image/png", raw={"id": "ig_1"}),), text="Here: "),
+    Chunk(parts=(Audio(url="data:audio/wav;base64,UklGRg==", transcript="hi"),)),
+    Chunk(parts=(Document(url="https://e.org/a.pdf", name="a"),)),
+    Chunk(tool_calls=(ToolCallDelta(id="a", name="weather", arguments='{"city":  "Oslo"}', raw={"caller": 1}),)),
+    Chunk("After.", finish_reason="tool_call"),
+)
+
+
+def test_all_parts_of_an_answer_come_back() -> None:
+    """An answer of many parts, whole or joined by LangChain, is the same message in the next turn."""
+    model = as_chat_model(Pipeline(Scripted(*ANSWER)), model="m")
+    expected = Scripted(*ANSWER).complete(Request(model="m", messages="hi"))
+    speech = Audio(data=b"RIFF", media_type="audio/wav", transcript="hi")
+    for message in (model.invoke("hi"), joined(model)):
+        assert isinstance(message, AIMessage)
+        assert str(message.text) == "Let me look. Here: After."
+        pictures = [block for block in message.content if isinstance(block, dict)]
+        assert pictures[0] == {"type": "image", "base64": "iVBORw==", "mime_type": "image/png"}
+        assert "iVBORw" not in str(message.additional_kwargs)
+        answer = heard(message, ToolMessage("no", tool_call_id="a", status="error"))
+        assert answer.parts == tuple(speech if isinstance(part, Audio) else part for part in expected.parts)
+
+
+def test_the_result_of_a_tool_that_failed_is_an_error() -> None:
+    """LangChain's status of a tool's result is kept."""
+    provider = Scripted()
+    as_chat_model(Pipeline(provider), model="m").invoke(
+        [
+            HumanMessage("hi"),
+            AIMessage("", tool_calls=[{"id": "a", "name": "weather", "args": {}}]),
+            ToolMessage("no", tool_call_id="a", status="error"),
+        ]
+    )
+    assert provider.asked[0].messages[-1].is_error
+
+
+def test_what_was_changed_in_an_answer_counts() -> None:
+    """Text and tool calls of a message that LangChain's user has changed are as changed; the other parts stay."""
+    message = joined(as_chat_model(Pipeline(Scripted(*ANSWER)), model="m"))
+    message.content = [block for block in message.content if isinstance(block, dict) and block["type"] != "image"]
+    message.content.append("Changed")
+    message.tool_calls[0]["args"] = {"city": "Rome"}
+    answer = heard(message)
+    assert answer.text == "Changed"
+    (call,) = answer.tool_calls
+    assert (call.arguments, call.raw) == ({"city": "Rome"}, {"caller": 1})
+    kinds = [type(part).__name__ for part in answer.parts]
+    assert kinds == ["Reasoning", "Text", "Audio", "Document", "Opaque", "ToolCall"]
+
+
+def test_an_answer_of_another_chat_model_keeps_its_blocks() -> None:
+    """The blocks of an answer that LangChain's own integration made stay in their order, for that integration."""
+    thought = {"type": "thinking", "thinking": "hm", "signature": "c2ln"}
+    search = {"type": "server_tool_use", "id": "s", "name": "web_search", "input": {}}
+    use = {"type": "tool_use", "id": "a", "name": "weather", "input": {"city": "Oslo"}}
+    message = AIMessage(
+        [thought, {"type": "text", "text": "See"}, search, use, {"type": "text", "text": "so"}],
+        tool_calls=[{"id": "a", "name": "weather", "args": {"city": "Oslo"}}],
+        response_metadata={"model_provider": "anthropic"},
+    )
+    assert heard(message).parts == (
+        Reasoning(text="hm", signature="c2ln", raw=thought),
+        Text("See"),
+        Opaque("langchain-anthropic", search),
+        ToolCall("a", "weather", {"city": "Oslo"}),
+        Text("so"),
+    )
+
+
+def test_media_of_a_user_come_through() -> None:
+    """Audio and files of a user's message are parts of the prompt."""
+    provider = Scripted()
+    blocks: list[Any] = [
+        {"type": "audio", "base64": "UklGRg==", "mime_type": "audio/wav"},
+        {"type": "file", "base64": "JVBERg==", "mime_type": "application/pdf", "filename": "a.pdf"},
+        {"type": "file", "url": "https://e.org/a.pdf", "mime_type": "application/pdf"},
+    ]
+    as_chat_model(Pipeline(provider), model="m").invoke([HumanMessage(blocks)])
+    assert provider.asked[0].messages[0].content == (
+        Audio(data=b"RIFF", media_type="audio/wav"),
+        Document(data=b"%PDF", media_type="application/pdf", name="a.pdf"),
+        Document(url="https://e.org/a.pdf", media_type="application/pdf"),
+    )
+
+
 def test_unsupported_content_is_an_error() -> None:
     """Content that a prompt cannot hold is an error rather than left out."""
     model = as_chat_model(Pipeline(Scripted()), model="m")
-    with pytest.raises(ValueError, match="expected text or images"):
-        model.invoke([HumanMessage([{"type": "audio", "base64": "AAAA", "mime_type": "audio/wav"}])])
+    with pytest.raises(ValueError, match="expected text, images, audio or files"):
+        model.invoke([HumanMessage([{"type": "video", "base64": "AAAA", "mime_type": "video/mp4"}])])
 
 
 def test_keywords_reach_the_request() -> None:

@@ -17,8 +17,10 @@ if importlib.util.find_spec("litellm") is None:  # importing it here would fetch
 from support.canned_server import Canned
 from support.libraries import LITELLM, LITELLM_WARNS, WEATHER
 
-from fluxibly import LLMConfig, Message, errors
+from fluxibly import LLMConfig, Message, Request, Response, errors
+from fluxibly.aggregate import Aggregator
 from fluxibly.providers.litellm import LiteLLMProvider
+from fluxibly.types import Image, Opaque, Reasoning, Text, ToolCall
 
 pytestmark = LITELLM_WARNS
 config, call, failure = LITELLM.config, LITELLM.call, LITELLM.failure
@@ -132,6 +134,93 @@ def test_a_model_that_litellm_does_not_know() -> None:
     """An unknown model is reported when the provider is created, with the expected format of the name."""
     with pytest.raises(errors.ConfigError, match="provider/model"):
         LiteLLMProvider(LLMConfig(framework="litellm", model="nobodys-model"))
+
+
+# Parts of answers
+
+BASE = {"id": "x", "created": 1, "model": "gemini-3"}
+MESSAGE: dict[str, Any] = {
+    "role": "assistant",
+    "content": "Here",
+    "reasoning_content": "hm",
+    "images": [{"type": "image_url", "index": 0, "image_url": {"url": "data:image/png;base64,iVBORw=="}}],
+    "tool_calls": [
+        {
+            "id": "call_1",
+            "type": "function",
+            "index": 0,
+            "function": {"name": "look", "arguments": "{}"},
+            "provider_specific_fields": {"thought_signature": "c2ln"},
+        }
+    ],
+    "provider_specific_fields": {"thought_signatures": ["dGV4dA=="], "citations": [[{"title": "T"}]], "odd": 1},
+    "annotations": [{"type": "url_citation", "url_citation": {"url": "https://e.org"}}],
+}
+
+
+class Stream:
+    """What a reader needs to know of the stream and of the service that answers."""
+
+    service = "gemini"
+    received_finish_reason = "tool_calls"
+
+    def read(self, stream: Any) -> None:
+        pass
+
+
+def gemini(*, stream: bool) -> Response:
+    """Return an answer of Gemini's as LiteLLM has it, whole or in pieces."""
+    import litellm
+
+    from fluxibly.providers.litellm._answers import StreamReader, response_of
+
+    if not stream:
+        choice = {"index": 0, "message": dict(MESSAGE), "finish_reason": "tool_calls"}
+        return response_of(litellm.ModelResponse(**BASE, choices=[choice]), "gemini")
+    reader, answer = StreamReader(Stream()), Aggregator()  # type: ignore[arg-type]  # an Answerer's part that is used
+    reader.opened(Stream())
+    fields = {"citation": {"title": "T"}, "odd": 1}
+    deltas: list[dict[str, Any]] = [
+        {"reasoning_content": "h"},
+        {"reasoning_content": "m"},
+        {"content": "He"},
+        {"content": "re"},
+        {"images": MESSAGE["images"], "provider_specific_fields": {"thought_signatures": ["dGV4dA=="]}},
+        {"annotations": MESSAGE["annotations"], "provider_specific_fields": fields},
+        {"tool_calls": MESSAGE["tool_calls"]},
+    ]
+    ends = [None] * (len(deltas) - 1) + ["tool_calls"]
+    for delta, end in zip(deltas, ends, strict=True):
+        choice = {"index": 0, "delta": delta, "finish_reason": end}
+        for chunk in reader.read(litellm.types.utils.ModelResponseStream(**BASE, choices=[choice])):
+            answer.add(chunk)
+    for chunk in reader.last():
+        answer.add(chunk)
+    return answer.response()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_a_service_sends_beside_goes_back(stream: bool) -> None:
+    """Reasoning, a picture, signatures and the service's own fields arrive, and go back where LiteLLM has them."""
+    from fluxibly.providers.litellm._answers import body_of
+
+    response = gemini(stream=stream)
+    thought, text, picture, call, own = response.parts
+    assert (thought, text) == (Reasoning(text="hm", raw={"reasoning_content": "hm"}), Text("Here"))
+    assert isinstance(picture, Image)
+    assert (picture.data, picture.media_type) == (b"\x89PNG", "image/png")
+    assert isinstance(call, ToolCall)
+    assert (call.id, call.name, call.signature) == ("call_1", "look", "c2ln")
+    assert own == Opaque("litellm-gemini", {"provider_specific_fields": {"thought_signatures": ["dGV4dA=="]}})
+    assert response.details == {"citations": [{"title": "T"}], "odd": 1, "annotations": MESSAGE["annotations"]}
+    request = Request(model="gemini/gemini-3", messages=[Message.user("hi"), response.message])
+    sent = body_of(request, "gemini", stream=False)["messages"][1]
+    assert (sent["content"], sent["reasoning_content"]) == ("Here", "hm")
+    assert sent["images"] == MESSAGE["images"]
+    assert sent["tool_calls"][0]["provider_specific_fields"] == {"thought_signature": "c2ln"}
+    assert sent["provider_specific_fields"] == {"thought_signatures": ["dGV4dA=="]}
+    other = body_of(request, "openai", stream=False)["messages"][1]
+    assert "provider_specific_fields" not in {**other, **other["tool_calls"][0]}
 
 
 IMPORT = """

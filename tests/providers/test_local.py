@@ -23,6 +23,7 @@ from fluxibly.providers.local import AsyncLocalProvider, LocalProvider, _engine
 from fluxibly.providers.local._engine import QUEUE_LIMIT, Generation, Settings, settings_of
 from fluxibly.providers.local._provider import LocalStream
 from fluxibly.testing import check_provider
+from fluxibly.types import Image
 
 pytest.importorskip("xllamacpp")
 
@@ -424,6 +425,15 @@ def test_settings() -> None:
     assert not Settings().takes_tools
     assert Settings(chat_template="model").takes_tools
     assert Settings(chat_template="{% for t in tools %}{% endfor %}").takes_tools
+
+
+def test_media_are_refused(tmp_path: Path) -> None:
+    """A model that reads only text refuses media, before it is loaded."""
+    file = tmp_path / "some.gguf"
+    file.write_bytes(b"GGUF" + bytes(20))
+    request = Request(model="m", messages=Message.user(["look", Image(data=b"1", media_type="image/png")]))
+    with pytest.raises(BadRequest, match=r"expected only text for the local model some\.gguf, got an Image"):
+        LocalProvider(config_of(file)).complete(request)
 
 
 def test_without_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -21,9 +21,10 @@ from fluxibly.errors import (
 from fluxibly.pipeline import AsyncPipeline, Pipeline
 from fluxibly.providers.openai import AsyncOpenAIProvider, OpenAIProvider
 from fluxibly.providers.services import SERVICES
-from fluxibly.types import Request, Response
+from fluxibly.types import Image, Message, Reasoning, Request, Response, Tool
 
 BASE = "https://example.test/base"
+URL = "https://example.test/buoy.png"
 
 
 @pytest.fixture(autouse=True)
@@ -153,6 +154,50 @@ def test_max_tokens_at_openai_and_elsewhere(api_base: str | None, model: str, na
     """OpenAI has renamed `max_tokens`; compatible servers have not."""
     body = json.loads(ask("openai", api_base=api_base, api_key="k", model=model, max_tokens=5).content)
     assert body[name] == 5
+
+
+@pytest.mark.parametrize(
+    ("fields", "returned"),
+    [
+        ({}, {}),
+        ({"api_base": "https://api.openai.com/v1"}, {}),
+        (
+            {"api_base": BASE},
+            {"reasoning_content": "Hm.", "images": [{"type": "image_url", "image_url": {"url": URL}}]},
+        ),
+        ({"api_base": "http://localhost:11434/v1"}, {"reasoning_content": "Hm."}),
+        ({"api_base": "https://api.groq.com/openai/v1"}, {}),
+        ({"api_base": "https://api.deepseek.com/beta"}, {"reasoning_content": "Hm."}),
+        ({"api_base": BASE, "quirks": {"reasoning_fields": [], "message_fields": []}}, {}),
+        ({"quirks": {"reasoning_fields": ["reasoning_content"]}}, {"reasoning_content": "Hm."}),
+    ],
+)
+def test_what_goes_back_to_a_server(fields: dict[str, Any], returned: dict[str, Any]) -> None:
+    """A user's own server gets back all that it sent; a known host gets what its service takes; quirks decide."""
+    answer = Message.assistant(
+        [
+            Reasoning(text="Hm.", raw={"reasoning_content": "Hm."}),
+            Image(url=URL, raw={"images": {"type": "image_url"}}),
+            "Ten.",
+        ]
+    )
+    server = Server()
+    provider = OpenAIProvider(config("openai", api_key="k", **fields), transport=httpx.MockTransport(server))
+    with Pipeline(provider) as pipeline:
+        pipeline.complete(
+            Request(model="m", messages=[Message.user("Hi"), answer, Message.user("And?")], tools=[Tool("clock")])
+        )
+    message = json.loads(server.requests[0].content)["messages"][1]
+    assert {name: message[name] for name in returned} == returned
+    assert ("reasoning_content" in message) == ("reasoning_content" in returned)
+
+
+def test_quirks_of_a_configuration_replace_those_of_the_service() -> None:
+    """A setting decides about a service that is known, and about a user's own class."""
+    body = json.loads(
+        ask("groq", api_key="k", max_tokens=5, quirks={"max_tokens": "max_completion_tokens", "lacks": []}).content
+    )
+    assert body["max_completion_tokens"] == 5
 
 
 def test_the_asynchronous_twin_asks_alike() -> None:

@@ -27,7 +27,8 @@ class Canned:
 
     `fail` is (status, body, headers), and `fail_only` the only model that fails. `cut` ends the body of a stream before
     its last event, and `drop` ends the connection there. `stall` holds the response back until the server closes;
-    `stall_after` holds the stream back after its first words.
+    `stall_after` holds the stream back after its first words. `blocks` are the content of an answer of Anthropic's,
+    `items` the output of an answer of OpenAI's Responses, and `message` the message of an answer of OpenAI's chat.
     """
 
     url: str = ""
@@ -35,6 +36,9 @@ class Canned:
     fail: tuple[int, str, dict[str, str]] | None = None
     fail_only: str | None = None
     body: str | None = None
+    blocks: list[dict[str, Any]] | None = None
+    items: list[dict[str, Any]] | None = None
+    message: dict[str, Any] | None = None
     stream_error: dict[str, Any] | None = None
     cut: bool = False
     drop: bool = False
@@ -116,9 +120,11 @@ class _Handler(BaseHTTPRequestHandler):
         elif orders.body is not None:
             self._whole(200, orders.body, {})
         elif self.path.endswith("/messages"):
-            self._answer(*_anthropic(body))
+            self._answer(*_anthropic(body, orders.blocks))
+        elif self.path.endswith("/responses"):
+            self._answer(*_responses(body, orders.items or []))
         else:
-            self._answer(*_openai(body))
+            self._answer(*_openai(body, orders.message))
 
     def _whole(self, status: int, text: str, headers: dict[str, str]) -> None:
         data = text.encode()
@@ -173,7 +179,7 @@ def _words(text: str) -> list[str]:
     return [word if last else word + " " for word, last in zip(words, [False] * (len(words) - 1) + [True], strict=True)]
 
 
-def _openai(body: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[str, Any]], bool]:
+def _openai(body: dict[str, Any], given: dict[str, Any] | None) -> tuple[dict[str, Any], list[tuple[str, Any]], bool]:
     said = "You said: " + _text(body["messages"][-1]["content"])
     base = {"id": "chatcmpl-1", "object": "chat.completion", "created": 1, "model": body["model"] + "-0613"}
     usage = {
@@ -195,6 +201,9 @@ def _openai(body: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[str, Any]]
             {"tool_calls": [{"index": 0, "function": {"arguments": '{"city": '}}]},
             {"tool_calls": [{"index": 0, "function": {"arguments": '"Oslo"}'}}]},
         ]
+    elif given is not None:
+        message = {"role": "assistant", **given}
+        deltas = [given]
     elif (limit := body.get("max_completion_tokens") or body.get("max_tokens")) and limit < len(deltas):
         finish = "length"
         deltas = deltas[:limit]
@@ -214,7 +223,9 @@ def _call(call_id: str, name: str, arguments: str) -> dict[str, Any]:
     return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
-def _anthropic(body: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[str, Any]], bool]:
+def _anthropic(
+    body: dict[str, Any], given: list[dict[str, Any]] | None
+) -> tuple[dict[str, Any], list[tuple[str, Any]], bool]:
     said = "You said: " + _text(body["messages"][-1]["content"])
     usage = {"input_tokens": 8, "output_tokens": 5, "cache_read_input_tokens": 3, "cache_creation_input_tokens": 0}
     blocks: list[dict[str, Any]] = []
@@ -228,6 +239,8 @@ def _anthropic(body: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[str, An
         )
     else:
         blocks.append({"type": "text", "text": said})
+    if given is not None:
+        blocks, stop = given, "tool_use" if any(block["type"] == "tool_use" for block in given) else "end_turn"
     base = {"id": "msg_1", "type": "message", "role": "assistant", "model": body["model"] + "-0613"}
     whole = {**base, "content": blocks, "stop_reason": stop, "stop_sequence": None, "usage": usage}
     start = {**base, "content": [], "stop_reason": None, "stop_sequence": None, "usage": {**usage, "output_tokens": 1}}
@@ -241,16 +254,68 @@ def _anthropic(body: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[str, An
 
 def _block_events(block: dict[str, Any]) -> Iterator[dict[str, Any]]:
     kind = block["type"]
+    start, deltas = block, list[dict[str, Any]]()
     if kind == "text":
-        yield {"type": "content_block_start", "content_block": {"type": "text", "text": ""}}
+        start = {"type": "text", "text": ""}
         deltas = [{"type": "text_delta", "text": word} for word in _words(block["text"])]
+        deltas += [{"type": "citations_delta", "citation": citation} for citation in block.get("citations") or ()]
     elif kind == "thinking":
-        yield {"type": "content_block_start", "content_block": {**block, "thinking": "", "signature": ""}}
+        start = {**block, "thinking": "", "signature": ""}
         deltas = [{"type": "thinking_delta", "thinking": word} for word in _words(block["thinking"])]
         deltas.append({"type": "signature_delta", "signature": block["signature"]})
-    else:
-        yield {"type": "content_block_start", "content_block": {**block, "input": {}}}
-        deltas = [{"type": "input_json_delta", "partial_json": part} for part in ('{"city": ', '"Oslo"}')]
+    elif "input" in block:
+        start = {**block, "input": {}}
+        first, comma, rest = json.dumps(block["input"]).partition(": ")
+        deltas = [{"type": "input_json_delta", "partial_json": part} for part in (first + comma, rest)]
+    yield {"type": "content_block_start", "content_block": start}
     for delta in deltas:
         yield {"type": "content_block_delta", "delta": delta}
     yield {"type": "content_block_stop"}
+
+
+def _responses(body: dict[str, Any], items: list[dict[str, Any]]) -> tuple[dict[str, Any], list[tuple[str, Any]], bool]:
+    usage = {
+        "input_tokens": 11,
+        "input_tokens_details": {"cached_tokens": 0},
+        "output_tokens": 5,
+        "output_tokens_details": {"reasoning_tokens": 2},
+        "total_tokens": 16,
+    }
+    base = {"id": "resp_1", "object": "response", "created_at": 1, "model": body["model"], "error": None}
+    settings = {"parallel_tool_calls": True, "tool_choice": "auto", "tools": [], "incomplete_details": None}
+    whole = {**base, **settings, "status": "completed", "output": items, "usage": usage}
+    begun = {**base, **settings, "status": "in_progress", "output": []}
+    events: list[dict[str, Any]] = [{"type": "response.created", "response": begun}]
+    for number, item in enumerate(items):
+        events += [{"output_index": number, **event} for event in _item_events(item)]
+    events.append({"type": "response.completed", "response": whole})
+    numbered = [(event["type"], {"sequence_number": number, **event}) for number, event in enumerate(events)]
+    return whole, numbered, bool(body.get("stream"))
+
+
+def _item_events(item: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    kind, here = item["type"], {"item_id": item["id"]}
+    if kind == "message":
+        yield {"type": "response.output_item.added", "item": {**item, "content": []}}
+        for number, part in enumerate(item["content"]):
+            place = {**here, "content_index": number, "logprobs": []}
+            for word in _words(part["text"]):
+                yield {"type": "response.output_text.delta", "delta": word, **place}
+            for which, annotation in enumerate(part["annotations"]):
+                place["annotation_index"] = which
+                yield {"type": "response.output_text.annotation.added", "annotation": annotation, **place}
+            yield {"type": "response.output_text.done", "text": part["text"], **place}
+    elif kind == "reasoning":
+        yield {"type": "response.output_item.added", "item": {**item, "summary": []}}
+        for number, part in enumerate(item["summary"]):
+            place = {**here, "summary_index": number}
+            yield {"type": "response.reasoning_summary_part.added", "part": {**part, "text": ""}, **place}
+            for word in _words(part["text"]):
+                yield {"type": "response.reasoning_summary_text.delta", "delta": word, **place}
+    elif kind == "function_call":
+        yield {"type": "response.output_item.added", "item": {**item, "arguments": ""}}
+        for piece in _words(item["arguments"]):
+            yield {"type": "response.function_call_arguments.delta", "delta": piece, **here}
+    else:
+        yield {"type": "response.output_item.added", "item": item}
+    yield {"type": "response.output_item.done", "item": item}

@@ -1,4 +1,4 @@
-"""Recorded exchanges with model services."""
+"""Recorded exchanges with model services: the project's own, and others in a folder beside the project."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ import attrs
 import pytest
 
 FOLDER = Path(os.environ.get("FLUXIBLY_RECORDED") or Path(__file__).parents[3] / "shared" / "recorded")
+OWN = Path(__file__).parents[1] / "data" / "recorded"
+"""Answers of real servers that can run anywhere. `record.py` beside the folder records them again."""
 
 
 @attrs.frozen
@@ -27,6 +29,7 @@ class Recording:
     headers: dict[str, str]
     body: bytes
     request: Any
+    provider: str
 
 
 @cache
@@ -35,11 +38,23 @@ def load(name: str) -> Recording:
     found = sorted(FOLDER.glob(f"{name}*.json"))
     if not found:
         pytest.skip(f"no recorded exchange {name} in the folder that FLUXIBLY_RECORDED names")
-    data = json.loads(found[0].read_text())
+    return read(found[0])
+
+
+def read(file: Path) -> Recording:
+    """Return the recording in a file."""
+    data = json.loads(file.read_text())
     if data.get("response_wire_b64"):
         body = gzip.decompress(base64.b64decode(data["response_wire_b64"]))
     else:
         body = (data["response_body"] or "").encode()
-    headers = {name.lower(): value for name, value in data["response_headers"].items() if isinstance(value, str)}
-    request = json.loads(data["request_body"]) if data["request_body"] else None
-    return Recording(found[0].stem, data["dialect"], data["status"], data["streaming"], headers, body, request)
+    return Recording(
+        name=file.stem,
+        dialect=data["dialect"],
+        status=data["status"],
+        streaming=data["streaming"],
+        headers={name.lower(): value for name, value in data["response_headers"].items() if isinstance(value, str)},
+        body=body,
+        request=json.loads(data["request_body"]) if data["request_body"] else None,
+        provider=data["provider"],
+    )

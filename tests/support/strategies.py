@@ -21,7 +21,18 @@ from fluxibly.errors import (
 from fluxibly.flow import hold_back, map_chunks, perform, sleep
 from fluxibly.middleware import Logging, Metrics, Retry, StreamMeter, Timing, Tracing, Validation
 from fluxibly.testing import Cut, Delay
-from fluxibly.types import Chunk, Request, Response, Restart, ToolCallDelta, Usage
+from fluxibly.types import (
+    Chunk,
+    Image,
+    Opaque,
+    Reasoning,
+    Request,
+    Response,
+    Restart,
+    Text,
+    ToolCallDelta,
+    Usage,
+)
 
 # Each run makes its scripts from the drawn values, because an exception that was raised keeps its traceback.
 
@@ -40,6 +51,18 @@ chunks = st.one_of(
         ),
         st.integers(0, 1),
         st.sampled_from(["", "{", "}"]),
+    ),
+    st.builds(
+        lambda text, *found: Chunk(text, parts=found),
+        st.just("") | texts,
+        st.sampled_from(
+            [
+                Reasoning(text="hm", signature="s"),
+                Text("", raw={"cited": True}),
+                Image(data=b"png", media_type="image/png"),
+                Opaque("anthropic", {"type": "server_tool_use"}),
+            ]
+        ),
     ),
     st.just(Chunk()),
     st.builds(Chunk, finish_reason=st.sampled_from(["stop", "length"]), model=st.just("m-2")),

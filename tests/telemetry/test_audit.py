@@ -24,10 +24,9 @@ from fluxibly import map_chunks, telemetry
 from fluxibly._logs import forget_reports
 from fluxibly.cli.trace import file as trace_file, html as trace_html, terminal as trace_view
 from fluxibly.errors import BadRequest, Overloaded, StreamInterrupted
-from fluxibly.messages import Image, Message, Tool, ToolCall
 from fluxibly.middleware import Logging, Tracing
 from fluxibly.pipeline import Pipeline
-from fluxibly.types import Chunk, ProviderInfo, Request, Response
+from fluxibly.types import Chunk, Image, Message, ProviderInfo, Request, Response, Tool, ToolCall
 
 
 @pytest.fixture

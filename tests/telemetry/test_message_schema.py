@@ -9,9 +9,8 @@ from jsonschema import Draft202012Validator
 from support.tracing_tools import ANSWER, CHAT, TOOL, Recorder, remote
 
 from fluxibly.errors import Overloaded
-from fluxibly.messages import Reasoning
 from fluxibly.testing.modes import MODES, run
-from fluxibly.types import Image, Message, Request, Response, ToolCall
+from fluxibly.types import Audio, Image, Message, Opaque, Reasoning, Request, Response, Text, ToolCall
 
 STRING = {"type": "string"}
 STRING_OR_NULL = {"type": ["string", "null"]}
@@ -23,8 +22,12 @@ PARTS = {
     "tool_call_response": {"id": STRING_OR_NULL, "response": {}},
     "blob": {**MEDIA, "content": {**STRING, "contentEncoding": "base64"}},
     "uri": {**MEDIA, "uri": STRING},
+    "server_tool_use": {"content": {}},
 }
-"""The kinds of parts in these tests, with the fields that each must have. No other fields are allowed."""
+"""The kinds of parts in these tests, with the fields that each must have. No other fields are allowed.
+
+The conventions allow a part of any other type with any fields (`GenericPart`): opaque parts are such.
+"""
 
 
 def only(properties: dict) -> dict:
@@ -75,6 +78,16 @@ ANSWERS = {
     "tools": Response("", tool_calls=[ToolCall("c1", "look", {"n": 1})], finish_reason="tool_call"),
     "tools without a reason": Response("", tool_calls=[ToolCall("c1", "look", raw_arguments="{")]),
     "reasoning": Response("b", reasoning="why", finish_reason="length"),
+    "parts": Response.from_parts(
+        [
+            Text("See:"),
+            Image(data=b"ab", media_type="image/png"),
+            Audio(url="https://x.test/a.wav"),
+            Opaque("anthropic", {"type": "server_tool_use", "input": {"query": "life"}}),
+            Reasoning(signature="s"),
+            Text("So."),
+        ]
+    ),
     "alternatives": Response("a", finish_reason="stop", alternatives=[Response("b", finish_reason="length")]),
 }
 

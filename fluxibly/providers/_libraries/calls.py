@@ -10,7 +10,8 @@ import asyncio
 import queue
 import threading
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextvars import copy_context
 from typing import Any, Final, Generic, NamedTuple, TypeVar, cast
 
@@ -181,8 +182,8 @@ class LibraryStream(Generic[T]):
     Args:
         open_stream: starts the call.
         limits: the time limits.
-        convert: converts an item to a value of this stream; None is skipped.
-        at_end: returns the value after the last item; None is skipped.
+        convert: converts an item to values of this stream.
+        at_end: returns the values after the last item.
         explain: converts an exception to fluxibly's. The second argument says whether an item had arrived.
     """
 
@@ -190,8 +191,8 @@ class LibraryStream(Generic[T]):
         self,
         open_stream: Callable[[], OpenStream],
         limits: LibraryLimits,
-        convert: Callable[[Any], T | None],
-        at_end: Callable[[], T | None],
+        convert: Callable[[Any], Iterable[T]],
+        at_end: Callable[[], Iterable[T]],
         explain: Callable[[Exception, bool], Exception],
     ) -> None:
         self._open = open_stream
@@ -204,19 +205,20 @@ class LibraryStream(Generic[T]):
         self._started = time.monotonic()
         self._first = True
         self._over = False
+        self._waiting: deque[T] = deque()
 
     def __iter__(self) -> LibraryStream[T]:
         return self
 
     def __next__(self) -> T:
-        while not self._over:
-            value = self._step()
-            if value is not None:
-                return value
+        while not self._waiting and not self._over:
+            self._waiting.extend(self._step())
+        if self._waiting:
+            return self._waiting.popleft()
         self.close()
         raise StopIteration
 
-    def _step(self) -> T | None:
+    def _step(self) -> Iterable[T]:
         if self._worker is None:
             self._worker = _Worker()
             self._started = time.monotonic()
@@ -224,12 +226,12 @@ class LibraryStream(Generic[T]):
         try:
             item = self._worker.run(self._read, seconds, late)
             self._over = item is _END
-            value = self._at_end() if self._over else self._convert(item)
+            values = self._at_end() if self._over else self._convert(item)
         except Exception as error:  # noqa: BLE001  # raised below, without the library's exception as its context
             failure = self._explain(error, not self._first)
         else:
             self._first = False
-            return value
+            return values
         self.close()
         raise failure
 
@@ -250,6 +252,7 @@ class LibraryStream(Generic[T]):
     def close(self) -> None:
         """Release the library's stream. During a read, cut its connection, and release it when the read returns."""
         self._over = True
+        self._waiting.clear()
         worker, self._worker = self._worker, None
         if worker is None:
             return
@@ -277,8 +280,8 @@ async def acall_within(call: Awaitable[T], seconds: float | None) -> T:
 async def library_stream(
     open_stream: Callable[[], Awaitable[AsyncIterator[Any]]],
     limits: LibraryLimits,
-    convert: Callable[[Any], T | None],
-    at_end: Callable[[], T | None],
+    convert: Callable[[Any], Iterable[T]],
+    at_end: Callable[[], Iterable[T]],
     explain: Callable[[Exception, bool], Exception],
 ) -> AsyncGenerator[T]:
     """Yield the items of an async iterator like `LibraryStream`. asyncio only."""
@@ -291,12 +294,12 @@ async def library_stream(
             try:
                 source, item = await _astep(source, open_stream, seconds, late)
                 over = item is _END
-                value = at_end() if over else convert(item)
+                values = at_end() if over else convert(item)
             except Exception as error:  # noqa: BLE001  # raised below, without the library's exception as its context
                 failure = explain(error, not first)
                 break
             first = False
-            if value is not None:
+            for value in values:
                 yield value
             if over:
                 return

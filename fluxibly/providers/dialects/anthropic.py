@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
+from base64 import b64decode
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from fluxibly._checks import kind_of
 from fluxibly.providers.dialects.codec import Encoded, Event, Framing
 from fluxibly.providers.dialects.decoding import PendingFields, arguments_text, cut_off, not_an_answer
 from fluxibly.providers.dialects.encoding import (
     bad_request,
-    image_data,
+    media_data,
     reject_unsupported,
     sent_arguments,
     system_text,
@@ -22,8 +24,12 @@ from fluxibly.providers.dialects.errors import error_of_event, error_of_payload,
 from fluxibly.providers.dialects.json_values import as_array, as_count, as_object, as_text, read_json, sum_known
 from fluxibly.types import (
     Chunk,
+    ContentPart,
+    Document,
     Image,
+    Media,
     Message,
+    Opaque,
     Part,
     Reasoning,
     Request,
@@ -33,6 +39,7 @@ from fluxibly.types import (
     ToolCall,
     ToolCallDelta,
     Usage,
+    parse_arguments,
 )
 
 if TYPE_CHECKING:
@@ -42,6 +49,11 @@ if TYPE_CHECKING:
 
 
 NAME = "Anthropic"
+DIALECT = "anthropic"
+"""The dialect of opaque parts that go back to this service."""
+THINKING = ("thinking", "redacted_thinking")
+DETAILS = ("container", "context_management", "stop_sequence", "stop_details")
+"""Fields of a message that tell more about the answer."""
 DEFAULT_MAX_TOKENS = 4096
 """Sent when the request has no `max_tokens`, which this dialect requires. Every Claude model accepts this value."""
 DEFAULT_MAX_TOKENS_THINKING = 16_384
@@ -85,26 +97,16 @@ class AnthropicCodec:
             raise error_of_event(body, service=NAME)
         if message.get("error") or not isinstance(message.get("content"), list):
             raise not_an_answer(raw, body, NAME, "'content'")
-        blocks = [as_object(block) for block in as_array(message["content"])]
-        reasoning = [_reasoning(block) for block in blocks if block.get("type") in ("thinking", "redacted_thinking")]
+        parts = _parts([as_object(block) for block in as_array(message["content"])])
         reason = as_text(message.get("stop_reason")) or None
-        return Response(
-            "".join([as_text(block.get("text")) for block in blocks if block.get("type") == "text"]),
-            tool_calls=[
-                ToolCall(
-                    as_text(block.get("id")) or f"call_{index}",
-                    as_text(block.get("name")),
-                    raw_arguments=arguments_text(block.get("input")),
-                )
-                for index, block in enumerate([block for block in blocks if block.get("type") == "tool_use"])
-            ],
-            reasoning="".join([part.text for part in reasoning]),
-            reasoning_parts=reasoning,
+        return Response.from_parts(
+            parts,
             finish_reason=FINISH_REASONS.get(reason or "", reason),
             raw_finish_reason=reason,
             usage=_usage(as_object(message.get("usage"))),
             model=as_text(message.get("model")) or None,
             id=as_text(message.get("id")) or None,
+            details=_details(message) | _citations(parts),
             raw=message,
         )
 
@@ -115,6 +117,57 @@ class AnthropicCodec:
         return error_of_response(status, headers, body, service=NAME)
 
 
+def _parts(blocks: Iterable[dict[str, Any]]) -> list[Part]:
+    """Return the parts of an answer's content blocks. Blocks of unknown types stay opaque."""
+    parts: list[Part] = []
+    calls = 0
+    for block in blocks:
+        kind = block.get("type")
+        if kind == "text":
+            text, raw = as_text(block.get("text")), _beside_text(block)
+            parts += [Text(text, raw=raw)] if text or raw else []
+        elif kind in THINKING:
+            parts.append(_reasoning(block))
+        elif kind == "tool_use":
+            arguments = arguments_text(block.get("input"))
+            parts.append(
+                ToolCall(
+                    _call_id(block, calls), as_text(block.get("name")), raw_arguments=arguments, raw=_beside_call(block)
+                )
+            )
+            calls += 1
+        elif block:
+            parts.append(Opaque(DIALECT, block))
+    return parts
+
+
+def _call_id(block: dict[str, Any], number: int) -> str:
+    return as_text(block.get("id")) or f"call_{number}"
+
+
+def _beside_text(block: dict[str, Any]) -> dict[str, Any] | None:
+    """Return a text block without its text, if it has more (citations), to send back with the text."""
+    more = {name: value for name, value in block.items() if name != "text" and value not in (None, [])}
+    return more if len(more) > 1 else None
+
+
+def _beside_call(block: dict[str, Any]) -> dict[str, Any] | None:
+    """Return a `tool_use` block without what a `ToolCall` has, if it has more (`caller`), to send back with the call."""
+    more = {name: value for name, value in block.items() if name not in ("id", "name", "input") and value is not None}
+    return more if len(more) > 1 else None
+
+
+def _details(holder: dict[str, Any]) -> dict[str, Any]:
+    return {name: holder[name] for name in DETAILS if holder.get(name) is not None}
+
+
+def _citations(parts: Iterable[Part]) -> dict[str, Any]:
+    found = [
+        each for part in parts if isinstance(part, Text) and part.raw for each in as_array(part.raw.get("citations"))
+    ]
+    return {"citations": found} if found else {}
+
+
 @attrs.define
 class _Block:
     """A content block in progress: its initial fields, and the data of the deltas since."""
@@ -123,20 +176,35 @@ class _Block:
     call: int
     """The index of the tool call, if the block is a tool call."""
     texts: list[str] = attrs.Factory(list[str])
-    signature: str | None = None
+    """The pieces of its thinking, or of its input as JSON text."""
 
     @property
     def type(self) -> str:
         return as_text(self.fields.get("type"))
 
+    def add(self, delta: dict[str, Any]) -> None:
+        """Add the fields of a delta: texts and lists to the end of what is there."""
+        for name, value in delta.items():
+            if name == "type":
+                continue
+            before = self.fields.get(name)
+            if isinstance(before, str) and isinstance(value, str):
+                self.fields[name] = before + value
+            elif isinstance(before, list) and isinstance(value, list):
+                self.fields[name] = [*as_array(before), *as_array(value)]
+            elif value is not None:
+                self.fields[name] = value
+
 
 class AnthropicDecoder:
     """State of a stream: the content blocks in progress, and the usage so far."""
 
-    __slots__ = ("_blocks", "_calls", "_done", "_held", "_reason", "_usage")
+    __slots__ = ("_after_text", "_blocks", "_calls", "_done", "_held", "_reason", "_usage")
 
     def __init__(self) -> None:
         self._blocks: dict[int, _Block] = {}
+        self._after_text = False
+        """Whether the last block is a text, so that another text is a block of its own."""
         self._calls = 0
         self._held = PendingFields()
         self._usage: dict[str, Any] = {}
@@ -167,7 +235,11 @@ class AnthropicDecoder:
             case "message_start":
                 message = as_object(data.get("message"))
                 self._count(message)
-                self._held.add(model=as_text(message.get("model")) or None, id=as_text(message.get("id")) or None)
+                self._held.add(
+                    model=as_text(message.get("model")) or None,
+                    id=as_text(message.get("id")) or None,
+                    details=_details(message) or None,
+                )
             case "message_delta":
                 self._message_delta(data)
             case "message_stop":
@@ -189,13 +261,24 @@ class AnthropicDecoder:
 
     def _start(self, data: dict[str, Any]) -> Iterable[Chunk]:
         fields = as_object(data.get("content_block"))
-        block = self._blocks[_index(data)] = _Block(fields, self._calls)
+        block = self._blocks[_index(data)] = _Block(dict(fields), self._calls)
+        after_text, self._after_text = self._after_text, block.type == "text"
+        if block.type == "text":
+            if after_text:
+                self._held.add(parts=(Text(""),))
+            text = as_text(fields.get("text"))
+            return self._held.emit(text) if text else ()
         if block.type == "tool_use":
             self._calls += 1
-            name, call_id = as_text(fields.get("name")), as_text(fields.get("id")) or f"call_{block.call}"
-            return self._held.emit(tool_calls=(ToolCallDelta(index=block.call, id=call_id, name=name),))
-        text, reasoning = _shown(fields)
-        return self._held.emit(text, reasoning=reasoning) if text or reasoning else ()
+            call = ToolCallDelta(
+                index=block.call,
+                id=_call_id(fields, block.call),
+                name=as_text(fields.get("name")),
+                raw=_beside_call(fields),
+            )
+            return self._held.emit(tool_calls=(call,))
+        thinking = as_text(fields.get("thinking")) if block.type == "thinking" else ""
+        return self._held.emit(reasoning=thinking) if thinking else ()
 
     def _delta(self, data: dict[str, Any]) -> Iterable[Chunk]:
         delta = as_object(data.get("delta"))
@@ -206,40 +289,57 @@ class AnthropicDecoder:
         block = self._blocks.get(_index(data))
         if block is None:
             return ()
-        if kind == "thinking_delta":
+        if kind == "input_json_delta":
+            text = as_text(delta.get("partial_json"))
+            block.texts.append(text)
+            if text and block.type == "tool_use":
+                return self._held.emit(tool_calls=(ToolCallDelta(index=block.call, arguments=text),))
+        elif kind == "citations_delta":
+            citations = [delta["citation"]] if delta.get("citation") is not None else []
+            block.add({"citations": citations})
+            self._held.add(details={"citations": citations})
+        elif kind == "thinking_delta":
             text = as_text(delta.get("thinking"))
             block.texts.append(text)
             return self._held.emit(reasoning=text) if text else ()
-        if kind == "signature_delta":
-            block.signature = (block.signature or "") + as_text(delta.get("signature"))
-        elif kind == "input_json_delta" and block.type == "tool_use":
-            text = as_text(delta.get("partial_json"))
-            if text:
-                block.texts.append(text)
-                return self._held.emit(tool_calls=(ToolCallDelta(index=block.call, arguments=text),))
+        else:
+            block.add(delta)
         return ()
 
     def _stop(self, data: dict[str, Any]) -> Iterable[Chunk]:
         block = self._blocks.pop(_index(data), None)
         if block is None:
             return ()
-        if block.type == "tool_use" and not block.texts and block.fields.get("input"):
-            # The start event carried the whole input. If deltas came too, sending both would duplicate it.
-            arguments = arguments_text(block.fields["input"])
-            return self._held.emit(tool_calls=(ToolCallDelta(index=block.call, arguments=arguments),))
-        if block.type in ("thinking", "redacted_thinking"):
-            raw = dict(block.fields)
-            if block.texts:
-                raw["thinking"] = as_text(raw.get("thinking")) + "".join(block.texts)
-            if block.signature is not None:
-                raw["signature"] = as_text(raw.get("signature")) + block.signature
-            self._held.add(reasoning_parts=(_reasoning(raw),))
+        fields, given = block.fields, "".join(block.texts)
+        if block.type == "text":
+            if (raw := _beside_text(fields)) is not None:
+                self._held.add(parts=(Text("", raw=raw),))
+                self._after_text = False
+        elif block.type in THINKING:
+            if given:
+                fields["thinking"] = as_text(fields.get("thinking")) + given
+            self._held.add(parts=(_reasoning(fields),))
+        elif block.type == "tool_use":
+            if not given and fields.get("input"):
+                # The start event carried the whole input. If deltas came too, sending both would duplicate it.
+                arguments = arguments_text(fields["input"])
+                return self._held.emit(tool_calls=(ToolCallDelta(index=block.call, arguments=arguments),))
+        elif fields:
+            if given:
+                entered, problem = parse_arguments(given)
+                fields["input"] = {"INVALID_JSON": given} if problem else entered
+            return self._held.emit(parts=(Opaque(DIALECT, fields),))
         return ()
 
     def _message_delta(self, data: dict[str, Any]) -> None:
-        reason = as_text(as_object(data.get("delta")).get("stop_reason")) or None
+        delta = as_object(data.get("delta"))
+        reason = as_text(delta.get("stop_reason")) or None
         self._reason = reason or self._reason
-        self._held.add(finish_reason=FINISH_REASONS.get(reason or "", reason), raw_finish_reason=reason)
+        self._held.add(
+            finish_reason=FINISH_REASONS.get(reason or "", reason),
+            raw_finish_reason=reason,
+            details=(_details(delta) | _details(data)) or None,
+        )
         self._count(data)
 
     def _count(self, holder: dict[str, Any]) -> None:
@@ -254,17 +354,9 @@ def _index(data: dict[str, Any]) -> int:
     return as_count(data.get("index")) or 0
 
 
-def _shown(block: dict[str, Any]) -> tuple[str, str]:
-    """Return the text and the reasoning of a block."""
-    kind = block.get("type")
-    return (
-        as_text(block.get("text")) if kind == "text" else "",
-        as_text(block.get("thinking")) if kind == "thinking" else "",
-    )
-
-
 def _reasoning(block: dict[str, Any]) -> Reasoning:
-    return Reasoning(text=_shown(block)[1], signature=as_text(block.get("signature")) or None, raw=block)
+    text = as_text(block.get("thinking")) if block.get("type") == "thinking" else ""
+    return Reasoning(text=text, signature=as_text(block.get("signature")) or None, raw=block)
 
 
 def _usage(counts: dict[str, Any]) -> Usage | None:
@@ -325,7 +417,7 @@ def _turns(request: Request) -> list[dict[str, Any]]:
         if message.role == "system":
             continue
         role = "assistant" if message.role == "assistant" else "user"
-        blocks = _blocks(message, ids)
+        blocks = _blocks(message, ids, request)
         if turns and turns[-1]["role"] == role:
             turns[-1]["content"] += blocks
         elif blocks:  # the service rejects a turn without content
@@ -335,16 +427,55 @@ def _turns(request: Request) -> list[dict[str, Any]]:
     return turns
 
 
-def _blocks(message: Message, ids: _CallIds) -> list[dict[str, Any]]:
-    content = [_part(part) for part in message.content if not isinstance(part, Text) or part.text]
+def _blocks(message: Message, ids: _CallIds, request: Request) -> list[dict[str, Any]]:
     if message.role == "tool":
-        return [{"type": "tool_result", "tool_use_id": ids.of(message.tool_call_id or ""), "content": content}]
-    thinking = [block for block in map(_thinking_block, message.reasoning) if block]
-    calls = [
-        {"type": "tool_use", "id": ids.new(call.id), "name": call.name, "input": sent_arguments(call)}
-        for call in message.tool_calls
-    ]
-    return [*thinking, *content, *calls]
+        return [_tool_result(message, ids, request)]
+    blocks: list[dict[str, Any]] = []
+    for part in message.parts:
+        if isinstance(part, ToolCall):
+            block = {"type": "tool_use", "id": ids.new(part.id), "name": part.name, "input": sent_arguments(part)}
+            blocks.append(_with_more(part, block))
+        elif isinstance(part, Reasoning):
+            thinking = _thinking_block(part)
+            blocks += [thinking] if thinking else []
+        elif isinstance(part, Opaque):
+            blocks += [dict(part.raw)] if part.dialect == DIALECT else []
+        else:
+            blocks += _content([part], request)
+    return blocks
+
+
+def _with_more(part: Text | ToolCall, block: dict[str, Any]) -> dict[str, Any]:
+    """Return a block with the fields that the service sent beside the part."""
+    return {**part.raw, **block} if part.raw is not None and part.raw.get("type") == block["type"] else block
+
+
+def _content(content: Iterable[ContentPart], request: Request) -> list[dict[str, Any]]:
+    """Return the blocks of text and media. The service refuses texts of only white space."""
+    return [_block(part, request) for part in content if not isinstance(part, Text) or part.text.strip()]
+
+
+def _block(part: ContentPart, request: Request) -> dict[str, Any]:
+    if isinstance(part, Text):
+        return _with_more(part, {"type": "text", "text": part.text})
+    if isinstance(part, Image):
+        return {"type": "image", "source": _source(part)}
+    if isinstance(part, Document):
+        return {"type": "document", "source": _source(part)} | ({"title": part.name} if part.name else {})
+    raise bad_request(request, f"expected text, images and documents for {NAME}, got {kind_of(part)}")
+
+
+def _tool_result(message: Message, ids: _CallIds, request: Request) -> dict[str, Any]:
+    content = _content(message.content, request)
+    block: dict[str, Any] = {
+        "type": "tool_result",
+        "tool_use_id": ids.of(message.tool_call_id or ""),
+        "content": content,
+    }
+    if message.is_error:
+        block["is_error"] = True
+        block["content"] = content or [{"type": "text", "text": "error"}]  # the service requires content here
+    return block
 
 
 class _CallIds:
@@ -381,23 +512,24 @@ class _CallIds:
 def _thinking_block(reasoning: Reasoning) -> dict[str, Any] | None:
     """Return a block as the service sent it; None for reasoning of another dialect, or without proof of origin."""
     if reasoning.raw is not None:
-        return dict(reasoning.raw) if reasoning.raw.get("type") in ("thinking", "redacted_thinking") else None
+        return (
+            dict(reasoning.raw)
+            if reasoning.raw.get("type") in THINKING and not isinstance(reasoning.raw.get("thinking"), list)
+            else None
+        )
     if reasoning.signature is None:
         return None
     return {"type": "thinking", "thinking": reasoning.text, "signature": reasoning.signature}
 
 
-def _part(part: Part) -> dict[str, Any]:
-    if isinstance(part, Text):
-        return {"type": "text", "text": part.text}
-    return {"type": "image", "source": _source(part)}
-
-
-def _source(image: Image) -> dict[str, Any]:
-    data = image_data(image)
+def _source(media: Media) -> dict[str, Any]:
+    data = media_data(media)
     if data is None:
-        return {"type": "url", "url": image.url}
-    return {"type": "base64", "media_type": data[0], "data": data[1]}
+        return {"type": "url", "url": media.url}
+    media_type, encoded = data
+    if media_type == "text/plain":
+        return {"type": "text", "media_type": media_type, "data": b64decode(encoded).decode(errors="replace")}
+    return {"type": "base64", "media_type": media_type, "data": encoded}
 
 
 def _tool(tool: Tool) -> dict[str, Any]:

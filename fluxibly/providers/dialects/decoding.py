@@ -1,6 +1,6 @@
 """Helpers that the decoders of all dialects share.
 
-`PendingFields` holds metadata until the next chunk that has output. `InlineThinking` separates the reasoning that a
+`PendingFields` holds metadata until the next chunk that has output. `Pieces` keeps the order of what comes together. `InlineThinking` separates the reasoning that a
 model writes into its answer. `not_an_answer` and `cut_off` build the errors for invalid and truncated responses.
 """
 
@@ -9,14 +9,15 @@ from __future__ import annotations
 import json
 from typing import Any, Final, Literal
 
+from fluxibly.aggregate import merged
 from fluxibly.errors import ProviderError, StreamProtocolError
 from fluxibly.providers.dialects.errors import error_of_payload, excerpt
 from fluxibly.providers.dialects.json_values import as_object
-from fluxibly.types import Chunk
+from fluxibly.types import Chunk, Reasoning, Text
 
 
 class PendingFields:
-    """Metadata of a stream (id, model, finish reason, usage, signed reasoning), held until the next chunk with output.
+    """Data of a stream that is no output (id, model, finish reason, usage, completed blocks), held for the next chunk.
 
     Each chunk is then a piece of the answer. This keeps chunk counts, gaps and the time to first chunk meaningful.
     """
@@ -27,23 +28,68 @@ class PendingFields:
         self._fields: dict[str, Any] = {}
 
     def add(self, **fields: Any) -> None:
-        """Hold fields for the next chunk. None values are ignored; signed reasoning accumulates."""
+        """Hold fields for the next chunk. None values are ignored; `parts` and `details` accumulate."""
+        held = self._fields
         for name, value in fields.items():
-            if name == "reasoning_parts":
-                self._fields[name] = self._fields.get(name, ()) + value
-            elif value is not None:
-                self._fields[name] = value
+            if value is None:
+                continue
+            if name == "parts":
+                held[name] = (*held.get(name, ()), *value)
+            elif name == "details":
+                held[name] = merged(held.get(name, {}), value)
+            else:
+                held[name] = value
 
-    def emit(self, text: str = "", **output: Any) -> tuple[Chunk]:
-        """Return a chunk of output, with the held fields."""
-        if self._fields:
-            output |= self._fields
-            self._fields = {}
-        return (Chunk(text, **output),)
+    def emit(self, text: str = "", **output: Any) -> tuple[Chunk, ...]:
+        """Return a chunk of output, with the held fields.
+
+        Held parts go into a chunk of their own before reasoning, because they came before it, and a chunk's reasoning
+        comes before its parts.
+        """
+        if not self._fields:
+            return (Chunk(text, **output),)
+        held, self._fields = self._fields, {}
+        before = held.pop("parts", ())
+        if before and output.get("reasoning"):
+            return (Chunk(parts=before, **held), Chunk(text, **output))
+        parts = (*before, *output.pop("parts", ()))
+        return (Chunk(text, parts=parts, **output, **held),)
 
     def flush(self) -> tuple[Chunk, ...]:
         """Return the held fields as a last chunk, if there are any."""
         return self.emit() if self._fields else ()
+
+
+class Pieces:
+    """The output of an event or an answer in its order, as the fields of as few chunks as can hold it."""
+
+    __slots__ = ("_rank", "chunks", "has_output")
+
+    _RANKS: Final = {"reasoning": 0, "parts": 1, "text": 2, "tool_calls": 3}
+    """The order of pieces within a chunk."""
+
+    def __init__(self) -> None:
+        self.chunks: list[dict[str, Any]] = []
+        self.has_output = False
+        """Whether there is more than blocks that complete what came before."""
+        self._rank = len(self._RANKS)
+
+    def add(self, name: str, value: Any) -> None:
+        """Add a piece: a text, or a tuple of parts or of fragments of tool calls."""
+        rank = self._RANKS[name]
+        if rank < self._rank:
+            self.chunks.append({name: value})
+        else:
+            fields = self.chunks[-1]
+            fields[name] = fields[name] + value if name in fields else value
+        self._rank = rank
+        self.has_output = True
+
+    def complete(self, part: Reasoning | Text) -> None:
+        """Add a part that completes the reasoning or the text before it."""
+        output = self.has_output
+        self.add("parts", (part,))
+        self.has_output = output
 
 
 OPEN: Final = "<think>"
@@ -57,15 +103,17 @@ class InlineThinking:
 
     Only text between `<think>` and `</think>` at the very beginning is reasoning. Later tags are part of the answer.
     White space around the opening tag and after the closing tag is dropped. The result does not depend on where the
-    pieces are cut. Reasoning without a closing tag extends to the end.
+    pieces are cut. Reasoning without a closing tag extends to the end. `markup` is all that was taken out of the text.
     """
 
-    __slots__ = ("_held", "_stage", "over")
+    __slots__ = ("_held", "_stage", "_taken", "over")
 
     def __init__(self) -> None:
         self._stage: Literal["before", "opened", "inside", "after"] = "before"
         self._held: str = ""
         """The end of the input so far, which may be part of a tag."""
+        self._taken: list[str] = []
+        """The input before the text."""
         self.over = False
         """Whether all further input is text."""
 
@@ -73,6 +121,7 @@ class InlineThinking:
         """Return the text and the reasoning that are certain after this piece."""
         if self.over:
             return piece, ""
+        self._taken.append(piece)
         held = self._held + piece
         thought = self._held = ""
         if self._stage == "before":
@@ -83,6 +132,7 @@ class InlineThinking:
                 return "", ""
             if not (may_begin and start.startswith(OPEN)):
                 self.over = True
+                self._taken.clear()
                 return held, ""
             self._stage, held = "opened", start[len(OPEN) :]
         if self._stage == "opened":
@@ -98,13 +148,34 @@ class InlineThinking:
                 return "", thought[:cut]
             self._stage = "after"
         text = held.lstrip()
-        self.over = bool(text)
+        if text:
+            self.over = True
+            self._taken = ["".join(self._taken).removesuffix(text)]
         return text, thought
 
     def rest(self) -> tuple[str, str]:
         """Return the text and the reasoning that were held back, at the end of the input."""
         held, self._held = self._held, ""
         return ("", held) if self._stage == "inside" else (held, "")
+
+    def interrupt(self) -> str:
+        """Return the text that was held back, because something else follows it.
+
+        What comes later is text. Only reasoning that has begun goes on, and an answer that has not begun begins later.
+        """
+        if self._stage in ("opened", "inside") or not self._taken:
+            return ""
+        held, self._held = self._held, ""
+        self.over = True
+        return held
+
+    @property
+    def markup(self) -> str:
+        """The reasoning as the model wrote it, with its tags and the white space around them; "" if there was none.
+
+        It is complete once the input is over, or at its end.
+        """
+        return "" if self._stage == "before" else "".join(self._taken)
 
 
 def _begun(text: str) -> int:

@@ -12,7 +12,7 @@ import msgspec
 
 from fluxibly._checks import kind_of, problem
 from fluxibly.errors import BadRequest
-from fluxibly.types import Image, Message, Request, Text, ToolCall
+from fluxibly.types import Media, Message, Request, Text, ToolCall
 
 
 def bad_request(request: Request, message: str) -> BadRequest:
@@ -67,23 +67,24 @@ def system_text(request: Request, service: str) -> str:
     """Return the text of all system messages, for dialects that keep it separate from the conversation."""
     systems = [message for message in request.messages if message.role == "system"]
     for message in systems:
-        if any(not isinstance(part, Text) for part in message.content):
-            raise bad_request(request, f"expected only text in a system message for {service}, got an image")
+        for part in message.content:
+            if not isinstance(part, Text):
+                raise bad_request(request, f"expected only text in a system message for {service}, got {kind_of(part)}")
     return "\n\n".join([message.text for message in systems if message.text])
 
 
-def image_data(image: Image) -> tuple[str, str] | None:
-    """Return an image's media type and base64 data; None unless the image is given as bytes or as a data URL."""
-    if image.data is not None:
-        return image.media_type or "image/png", base64.b64encode(image.data).decode("ascii")
-    url = image.url or ""
+def media_data(media: Media) -> tuple[str, str] | None:
+    """Return the media type and the base64 data of an image, audio or a document; None if it is given by its URL."""
+    if media.data is not None:
+        return media.media_type or "", base64.b64encode(media.data).decode("ascii")
+    url = media.url or ""
     if not url.startswith("data:"):
         return None
     head, _, data = url[5:].partition(",")
     media_type, *parameters = head.split(";")
     if "base64" not in parameters:
         data = base64.b64encode(unquote_to_bytes(data)).decode("ascii")
-    return image.media_type or media_type or "text/plain", data
+    return media.media_type or media_type or "text/plain", data
 
 
 def sent_arguments(call: ToolCall) -> dict[str, Any]:

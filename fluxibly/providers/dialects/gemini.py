@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import mimetypes
 import re
-from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from base64 import b64decode
+from collections.abc import Container, Iterable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any, Final, Literal
 from urllib.parse import quote
 
 import attrs
@@ -13,10 +15,10 @@ import attrs
 from fluxibly.aggregate import Aggregator
 from fluxibly.errors import ContentFiltered, ProviderError, QuotaExceeded
 from fluxibly.providers.dialects.codec import Encoded, Event, Framing
-from fluxibly.providers.dialects.decoding import PendingFields, arguments_text, cut_off, not_an_answer
+from fluxibly.providers.dialects.decoding import PendingFields, Pieces, arguments_text, cut_off, not_an_answer, to_json
 from fluxibly.providers.dialects.encoding import (
     bad_request,
-    image_data,
+    media_data,
     reject_unsupported,
     sent_arguments,
     system_text,
@@ -26,19 +28,27 @@ from fluxibly.providers.dialects.encoding import (
 from fluxibly.providers.dialects.errors import error_of_payload, error_of_response, excerpt
 from fluxibly.providers.dialects.json_values import as_array, as_count, as_object, as_text, read_json, sum_known
 from fluxibly.types import (
+    Audio,
     Chunk,
+    Document,
     Image,
+    Media,
     Message,
+    Opaque,
+    Part,
     Reasoning,
     Request,
     Response,
+    Text,
     Tool,
+    ToolCall,
     ToolCallDelta,
     Usage,
     parse_arguments,
 )
 
 NAME = "Gemini"
+DIALECT = "gemini"
 BUDGETS = {"none": 0, "minimal": 512, "low": 1024, "medium": 8192, "high": 24_576}
 """Thinking budgets in tokens, for models before Gemini 3, which take a budget rather than an effort."""
 LEVELS = ("minimal", "low", "medium", "high")
@@ -114,23 +124,162 @@ class GeminiCodec:
         return error_of_response(status, headers, body, service=NAME, kind=QuotaExceeded if exhausted else None)
 
 
-@attrs.define
 class _Candidate:
     """The state of a candidate in a stream."""
 
-    calls: int = 0
-    reason: str | None = None
+    __slots__ = ("_arguments", "_details", "_held", "_said", "_thoughts", "calls", "reason")
+
+    def __init__(self, held: PendingFields) -> None:
+        self.calls = 0
+        self.reason: str | None = None
+        self._held = held
+        self._thoughts: list[str] = []
+        """The thoughts since the last complete part."""
+        self._said = False
+        """Whether text came since the last complete part."""
+        self._arguments: dict[str, Any] | None = None
+        """The arguments so far of the last call, if it will continue."""
+        self._details: dict[str, Any] = {}
+
+    def take(self, candidate: dict[str, Any]) -> Sequence[Chunk]:
+        """Return the chunks of an event's new content. Metadata waits for the next chunk, and details for the end."""
+        parts = as_array(as_object(candidate.get("content")).get("parts"))
+        if len(parts) == 1 and not self._thoughts and candidate.keys() <= _PLAIN:
+            part = as_object(parts[0])
+            text = part.get("text")
+            if len(part) == 1 and text and isinstance(text, str):  # as nearly always
+                self._said = True
+                return self._held.emit(text)
+        return self._take(candidate, parts)
+
+    def _take(self, candidate: dict[str, Any], parts: list[Any]) -> list[Chunk]:
+        calls = self.calls
+        pieces = Pieces()
+        for part in parts:
+            self._take_part(as_object(part), pieces)
+        if not candidate.keys() <= _READ:
+            details = _filled(candidate, without=_READ)
+            with suppress(RecursionError):  # details that are nested too deeply are given up
+                self._details = _joined(self._details, details)
+        chunks = [chunk for piece in pieces.chunks[:-1] for chunk in self._emit(piece)]
+        self._finish(as_text(candidate.get("finishReason")), called=self.calls > calls)
+        return [*chunks, *self._emit(pieces.chunks[-1])] if pieces.chunks else chunks
+
+    def rest(self) -> list[Chunk]:
+        """Return what was held back until the end."""
+        pieces = Pieces()
+        self._end_thoughts(pieces)
+        self._end_call(pieces)
+        chunks = [chunk for piece in pieces.chunks for chunk in self._emit(piece)]
+        self._held.add(details=self._details or None)
+        return [*chunks, *self._held.flush()]
+
+    def _emit(self, piece: dict[str, Any]) -> tuple[Chunk, ...]:
+        if piece.keys() == {"parts"} and all(isinstance(part, (Reasoning, Text)) for part in piece["parts"]):
+            self._held.add(**piece)  # they only complete what came before
+            return ()
+        return self._held.emit(**piece)
+
+    def _finish(self, said: str, *, called: bool) -> None:
+        news = said or (called and self.reason)
+        self.reason = said or self.reason
+        if news:
+            finish = FINISH_REASONS.get(self.reason or "", self.reason)
+            finish = "tool_call" if finish == "stop" and self.calls else finish
+            self._held.add(finish_reason=finish, raw_finish_reason=self.reason)
+
+    def _take_part(self, part: dict[str, Any], pieces: Pieces) -> None:
+        text = part.get("text")
+        if text == "" and len(part) == 1:
+            return
+        if isinstance(part.get("functionCall"), dict):
+            self._end_thoughts(pieces)
+            self._said = False
+            self._take_call(part, pieces)
+        elif part.get("thought") is True:
+            self._said = False
+            self._take_thought(part, as_text(text), pieces)
+        elif isinstance(text, str):
+            self._end_thoughts(pieces)
+            self._take_text(part, text, pieces)
+        elif part:
+            self._end_thoughts(pieces)
+            self._said = False
+            pieces.add("parts", (_media(part) or Opaque(DIALECT, part),))
+
+    def _take_text(self, part: dict[str, Any], text: str, pieces: Pieces) -> None:
+        raw = _filled(part, without=("text", "thought")) if len(part) > 1 else None
+        if raw and self._said:
+            pieces.add("parts", (Text(""),))
+        if text:
+            pieces.add("text", text)
+            self._said = True
+        if raw:
+            pieces.add("parts", (Text("", raw=raw),))
+            self._said = False
+
+    def _take_thought(self, part: dict[str, Any], text: str, pieces: Pieces) -> None:
+        beside = _filled(part, without=("text", "thought"))
+        if beside:
+            self._end_thoughts(pieces)
+        elif text:
+            self._thoughts.append(text)
+        if text:
+            pieces.add("reasoning", text)
+        if beside:
+            signature = as_text(part.get("thoughtSignature")) or None
+            pieces.add("parts", (Reasoning(text=text, signature=signature, raw=part),))
+
+    def _end_thoughts(self, pieces: Pieces) -> None:
+        """Complete the thoughts without a signature that came last."""
+        if self._thoughts:
+            text = "".join(self._thoughts)
+            self._thoughts.clear()
+            pieces.add("parts", (Reasoning(text=text, raw={"text": text, "thought": True}),))
+
+    def _take_call(self, part: dict[str, Any], pieces: Pieces) -> None:
+        """Take a call, which arrives whole, or a piece of one: a piece without a name belongs to the call before."""
+        call = part["functionCall"]
+        continues = self._arguments is not None and not as_text(call.get("name"))
+        if not continues:
+            self._end_call(pieces)
+            self.calls += 1
+        index = self.calls - 1
+        will_continue = call.get("willContinue") is True
+        if continues or will_continue or call.get("partialArgs"):
+            self._arguments = _with_arguments(self._arguments or {}, call)
+        if not continues:
+            arguments = arguments_text(call.get("args")) if self._arguments is None else ""
+            pieces.add("tool_calls", (_call(part, index, arguments),))
+        elif signature := as_text(part.get("thoughtSignature")):
+            pieces.add("tool_calls", (ToolCallDelta(index=index, signature=signature),))
+        if not will_continue:
+            self._end_call(pieces)
+
+    def _end_call(self, pieces: Pieces) -> None:
+        """Complete the call whose arguments came in pieces."""
+        if self._arguments is not None:
+            arguments, self._arguments = to_json(self._arguments), None
+            pieces.add("tool_calls", (ToolCallDelta(index=self.calls - 1, arguments=arguments),))
+
+
+_EMPTY: Final[tuple[object, ...]] = (None, "", [], {})
+_PLAIN = frozenset({"content", "index"})
+"""The fields of a candidate in most events."""
+_READ = _PLAIN | {"finishReason"}
+"""The fields of a candidate that the decoder reads. Other fields are details."""
 
 
 class GeminiDecoder:
     """State of a stream. Each event is a whole response with only new content. There is no end marker."""
 
-    __slots__ = ("_candidates", "_held", "_named", "_usage")
+    __slots__ = ("_candidates", "_feedback", "_held", "_named", "_usage")
 
     done: Literal[False] = False
 
     def __init__(self) -> None:
         self._candidates: dict[int, _Candidate] = {}
+        self._feedback: dict[str, Any] = {}
         self._held = PendingFields()
         self._named = False
         self._usage: dict[str, Any] = {}
@@ -149,8 +298,15 @@ class GeminiDecoder:
             raise cut_off(NAME, "a finish reason")
 
     def rest(self) -> Iterable[Chunk]:
-        """Return the held metadata as a last chunk, if there is any."""
-        return self._held.flush()
+        """Return what was held back until the end: metadata, and details, which the service sends again and again."""
+        self._held.add(details={"promptFeedback": self._feedback} if self._feedback else None)
+        for index, candidate in self._candidates.items():
+            chunks = candidate.rest()
+            if index == 0:
+                yield from chunks
+            elif chunks:
+                yield Chunk(alternatives=tuple([(index, chunk) for chunk in chunks]))
+        yield from self._held.flush()
 
     def take(self, payload: object, body: bytes) -> Iterable[Chunk]:
         """Return the chunks of a response, or of a JSON array of responses."""
@@ -158,28 +314,27 @@ class GeminiDecoder:
             return (chunk for item in as_array(payload) for chunk in self._take(as_object(item), body))
         return self._take(as_object(payload), body)
 
-    def _take(self, answer: dict[str, Any], body: bytes) -> tuple[Chunk, ...]:
+    def _take(self, answer: dict[str, Any], body: bytes) -> list[Chunk]:
         candidates = as_array(answer.get("candidates"))
         if not candidates or answer.get("error"):
             self._raise_error(answer, body)
         self._note(answer)
-        text = ""
-        output: dict[str, Any] = {}
+        chunks: list[Chunk] = []
         others: list[tuple[int, Chunk]] = []
         for place, item in enumerate(candidates):
             candidate = as_object(item)
             index = as_count(candidate.get("index"))
             index = place if index is None else index
-            state = self._candidates.get(index) or self._candidates.setdefault(index, _Candidate())
+            state = self._candidates.get(index)
+            if state is None:
+                state = self._candidates[index] = _Candidate(self._held if index == 0 else PendingFields())
             if index == 0:
-                text, output = self._candidate(candidate, state, self._held)
-                continue
-            held = PendingFields()
-            words, rest = self._candidate(candidate, state, held)
-            others += [(index, chunk) for chunk in (held.emit(words, **rest) if words or rest else held.flush())]
+                chunks += state.take(candidate)
+            else:
+                others += [(index, chunk) for chunk in state.take(candidate)]
         if others:
-            output["alternatives"] = tuple(others)
-        return self._held.emit(text, **output) if text or output else ()
+            chunks.append(Chunk(alternatives=tuple(others)))
+        return chunks
 
     def _raise_error(self, answer: dict[str, Any], body: bytes) -> None:
         """Raise the error that a response reports, if any."""
@@ -200,50 +355,97 @@ class GeminiDecoder:
         if counts:
             self._usage.update(counts)
             self._held.add(usage=_usage(self._usage))
-
-    def _candidate(
-        self, candidate: dict[str, Any], state: _Candidate, held: PendingFields
-    ) -> tuple[str, dict[str, Any]]:
-        """Return the new text and the other new output of a candidate. Its metadata goes into `held`."""
-        texts: list[str] = []
-        thoughts: list[str] = []
-        calls: list[ToolCallDelta] = []
-        for item in as_array(as_object(candidate.get("content")).get("parts")):
-            part = as_object(item)
-            signature = as_text(part.get("thoughtSignature")) or None
-            if isinstance(part.get("functionCall"), dict):
-                calls.append(_call(part["functionCall"], state.calls, signature))
-                state.calls += 1
-                continue
-            text = as_text(part.get("text"))
-            (thoughts if part.get("thought") is True else texts).append(text)
-            if signature and "text" in part:
-                thought = text if part.get("thought") is True else ""
-                held.add(reasoning_parts=(Reasoning(text=thought, signature=signature, raw=part),))
-        said = as_text(candidate.get("finishReason"))
-        news = bool(said or (calls and state.reason))
-        state.reason = said or state.reason
-        if news:
-            finish = FINISH_REASONS.get(state.reason or "", state.reason)
-            finish = "tool_call" if finish == "stop" and state.calls else finish
-            held.add(finish_reason=finish, raw_finish_reason=state.reason)
-        output: dict[str, Any] = {}
-        if calls:
-            output["tool_calls"] = tuple(calls)
-        if any(thoughts):
-            output["reasoning"] = "".join(thoughts)
-        return "".join(texts), output
+        if "promptFeedback" in answer:
+            self._feedback = as_object(answer["promptFeedback"])
 
 
-def _call(call: dict[str, Any], index: int, signature: str | None) -> ToolCallDelta:
-    """Return a tool call, which arrives whole."""
+def _filled(fields: dict[str, Any], *, without: Container[str]) -> dict[str, Any]:
+    """Return the fields that have a value, but for those in `without`."""
+    return {name: value for name, value in fields.items() if name not in without and value not in _EMPTY}
+
+
+def _rest(part: dict[str, Any], name: str, *, without: Container[str]) -> dict[str, Any]:
+    """Return the fields of a part, of which the one called `name` has only the fields that are not in `without`."""
+    more = _filled(as_object(part.get(name)), without=without)
+    return _filled(part, without=(name,)) | ({name: more} if more else {})
+
+
+def _call(part: dict[str, Any], index: int, arguments: str) -> ToolCallDelta:
+    """Return a tool call. If the service sent no id, `raw` says so, and the id is made up."""
+    call: dict[str, Any] = part["functionCall"]
+    call_id = as_text(call.get("id"))
+    raw = _rest(part, "functionCall", without=("id", "name", "args", "partialArgs", "willContinue"))
+    raw.pop("thoughtSignature", None)
+    if not call_id:
+        raw["functionCall"] = {**raw.get("functionCall", {}), "id": None}
     return ToolCallDelta(
         index=index,
-        id=as_text(call.get("id")) or f"call_{index}",
+        id=call_id or f"call_{index}",
         name=as_text(call.get("name")),
-        arguments=arguments_text(call.get("args")),
-        signature=signature,
+        arguments=arguments,
+        signature=as_text(part.get("thoughtSignature")) or None,
+        raw=raw or None,
     )
+
+
+_STEP = re.compile(r"""\.([^.\[\]]+)|\[(\d+)\]|\['([^']*)'\]|\["([^"]*)"\]""")
+"""A step of a JSON path: `.name`, `[0]` or `['name']`."""
+
+
+def _with_arguments(arguments: dict[str, Any], call: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a call with those of a piece of it, each of which came with a JSON path."""
+    arguments = arguments | as_object(call.get("args"))
+    for item in as_array(call.get("partialArgs")):
+        piece = as_object(item)
+        found = _STEP.finditer(as_text(piece.get("jsonPath")))
+        steps = [int(step[2]) if step[2] else step[1] or step[3] or step[4] or "" for step in found]
+        value = next((piece[name] for name in ("stringValue", "numberValue", "boolValue") if name in piece), None)
+        if 0 < len(steps) < 100:  # none is deeper
+            arguments = as_object(_entered(arguments, steps, value))
+    return arguments
+
+
+def _entered(holder: Any, steps: Sequence[str | int], value: Any) -> Any:
+    """Return a JSON value with another value entered at a path. A text continues the text that is there."""
+    if not steps:
+        return holder + value if isinstance(holder, str) and isinstance(value, str) else value
+    step, rest = steps[0], steps[1:]
+    if isinstance(step, int):
+        items = as_array(holder)
+        items[step : step + 1] = [_entered(items[step] if step < len(items) else None, rest, value)]
+        return items
+    fields = as_object(holder)
+    fields[step] = _entered(fields.get(step), rest, value)
+    return fields
+
+
+def _media(part: dict[str, Any]) -> Media | None:
+    """Return the image, audio or document that a part is; None for another part, or for data that is not base64."""
+    name = "inlineData" if isinstance(part.get("inlineData"), dict) else "fileData"
+    fields = as_object(part.get(name))
+    data, url, media_type = (as_text(fields.get(key)) for key in ("data", "fileUri", "mimeType"))
+    raw = _rest(part, name, without=("data", "fileUri", "mimeType")) or None
+    major = media_type.lower().partition("/")[0]
+    kind = Image if major == "image" else Audio if major == "audio" else Document
+    try:
+        if url:
+            return kind(url=url, media_type=media_type or None, raw=raw)
+        if not data or not media_type:
+            return None
+        standard = data.replace("-", "+").replace("_", "/")
+        return kind(data=b64decode(standard, validate=True), media_type=media_type, raw=raw)
+    except ValueError:
+        return None
+
+
+def _joined(old: Any, new: Any) -> Any:
+    """Return the details of two events. The service repeats some lists from event to event, and continues others."""
+    before, after = as_object(old), as_object(new)
+    if before and after:
+        shared = (before.keys() & after.keys()) - {"safetyRatings"}
+        return before | after | {name: _joined(before[name], after[name]) for name in shared}
+    items, more = as_array(old), as_array(new)
+    return [*items, *more] if items and more and more[: len(items)] != items else new
 
 
 def _blocked(feedback: dict[str, Any], body: bytes) -> ContentFiltered:
@@ -284,7 +486,24 @@ _PARAMETERS = {
     "n": "candidateCount",
 }
 _GENERATION = re.compile(r"gemini-(\d+)")
-_MADE_UP_ID = re.compile(r"call_\d{1,4}")
+_BESIDE = frozenset(
+    {
+        "audioMetadata",
+        "audioTranscription",
+        "documentMetadata",
+        "fileData",
+        "functionCall",
+        "inlineData",
+        "mediaProcessing",
+        "mediaResolution",
+        "partMetadata",
+        "speechMetadata",
+        "spreadsheetMetadata",
+        "thoughtSignature",
+        "videoMetadata",
+    }
+)
+"""The fields of this dialect in a part's `raw`, by which `raw` is known from that of another dialect."""
 
 
 def encode_body(request: Request) -> dict[str, Any]:
@@ -315,17 +534,19 @@ def encode_body(request: Request) -> dict[str, Any]:
 def _contents(request: Request) -> list[dict[str, Any]]:
     """Return the conversation. Results of a turn's calls share a turn, because the service compares their counts."""
     contents: list[dict[str, Any]] = []
+    calls: dict[str, ToolCall] = {}
     after_result = False
     for message in request.messages:
         if message.role == "system":
             continue
         is_result = message.role == "tool"
         if is_result:
-            parts: list[dict[str, Any]] = [_result(message, request)]
-        elif message.role == "assistant":
-            parts = _answer(message, request)
+            parts = [_result(message, calls.get(message.tool_call_id or ""), request)]
         else:
-            parts = [*_parts(message)]
+            parts = [encoded for part in message.parts for encoded in _part(part)]
+            calls |= {call.id: call for call in message.tool_calls}
+        if message.role == "assistant" and _generation(request.model) >= 3:
+            _sign(parts)
         if is_result and after_result:
             contents[-1]["parts"] += parts
         elif parts:  # the service rejects turns without parts
@@ -336,63 +557,73 @@ def _contents(request: Request) -> list[dict[str, Any]]:
     return contents
 
 
-def _parts(message: Message) -> Iterable[dict[str, Any]]:
-    for part in message.content:
-        if isinstance(part, Image):
-            yield _image(part)
-        elif part.text:
-            yield {"text": part.text}
+def _part(part: Part) -> Iterable[dict[str, Any]]:
+    """Yield a part as the service takes it; nothing for white space, or for what only another dialect can read."""
+    if isinstance(part, Text):
+        beside = _beside(part)
+        if beside or part.text.strip():
+            yield {"text": part.text, **beside}
+    elif isinstance(part, ToolCall):
+        yield _call_part(part)
+    elif isinstance(part, Media):
+        yield _media_part(part)
+    elif isinstance(part, Reasoning):
+        if part.raw is not None and part.raw.get("thought") is True:
+            yield dict(part.raw)
+    elif part.dialect == DIALECT:
+        yield dict(part.raw)
 
 
-def _image(image: Image) -> dict[str, Any]:
-    data = image_data(image)
+def _beside(part: Text | Media | ToolCall) -> dict[str, Any]:
+    """Return the fields that the service sent beside a part; none if the part came from another dialect."""
+    raw = part.raw or {}
+    return {} if _BESIDE.isdisjoint(raw) else dict(raw)
+
+
+def _call_part(call: ToolCall) -> dict[str, Any]:
+    beside = _beside(call)
+    more = {name: value for name, value in beside.get("functionCall", {}).items() if name != "id"}
+    part = {**beside, "functionCall": {**more, "name": call.name, "args": sent_arguments(call), **_id_of(call)}}
+    return part | ({"thoughtSignature": call.signature} if call.signature else {})
+
+
+def _media_part(media: Media) -> dict[str, Any]:
+    data = media_data(media)
+    beside = _beside(media)
     if data is not None:
-        return {"inlineData": {"mimeType": data[0], "data": data[1]}}
-    kind = image.media_type or mimetypes.guess_type(as_text(image.url).partition("?")[0])[0]
-    return {"fileData": {"fileUri": image.url} | ({"mimeType": kind} if kind else {})}
+        fields = {**beside.get("inlineData", {}), "mimeType": data[0], "data": data[1]}
+        return {**beside, "inlineData": fields}
+    kind = media.media_type or mimetypes.guess_type(as_text(media.url).partition("?")[0])[0]
+    fields = {**beside.get("fileData", {}), "fileUri": media.url} | ({"mimeType": kind} if kind else {})
+    return {**beside, "fileData": fields}
 
 
-def _answer(message: Message, request: Request) -> list[dict[str, Any]]:
-    """Return the parts of a model's turn, with signatures where they were: on thoughts, on texts and on calls."""
-    raws = [dict(part.raw) for part in message.reasoning if part.raw is not None and "thoughtSignature" in part.raw]
-    parts = [raw for raw in raws if raw.get("thought")]
-    texts = list(_parts(message))
-    for raw in raws:
-        if not raw.get("thought"):
-            texts += _signed_text(texts, raw)
-    parts += texts
-    for index, call in enumerate(message.tool_calls):
-        part: dict[str, Any] = {"functionCall": {"name": call.name, "args": sent_arguments(call)} | _id_of(call.id)}
-        signature = call.signature or (NO_SIGNATURE if index == 0 and _generation(request.model) >= 3 else None)
-        if signature:
-            part["thoughtSignature"] = signature
-        parts.append(part)
-    return parts
+def _sign(parts: Iterable[dict[str, Any]]) -> None:
+    """Sign the first call of another model's turn with Google's stand-in."""
+    calls = [part for part in parts if "functionCall" in part]
+    if calls and not any("thoughtSignature" in part for part in parts):
+        calls[0]["thoughtSignature"] = NO_SIGNATURE
 
 
-def _signed_text(texts: list[dict[str, Any]], raw: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the parts for a signature on text. If the last of `texts` ends with the signed text, split it off."""
-    said = as_text(raw.get("text"))
-    if said and texts and "thoughtSignature" not in texts[-1] and as_text(texts[-1].get("text")).endswith(said):
-        rest = texts.pop()["text"][: -len(said)]
-        return [*([{"text": rest}] if rest else []), raw]
-    return [{"text": "", "thoughtSignature": raw["thoughtSignature"]}]
+def _id_of(call: ToolCall) -> dict[str, str]:
+    """Return the id of a call as a field; nothing if the service sent the call without an id."""
+    sent = _beside(call).get("functionCall", {})
+    return {} if "id" in sent or not call.id else {"id": call.id}
 
 
-def _id_of(call_id: str | None) -> dict[str, str]:
-    """Return a call's id, unless the decoder generated it because the service sent no id."""
-    return {} if not call_id or _MADE_UP_ID.fullmatch(call_id) else {"id": call_id}
-
-
-def _result(message: Message, request: Request) -> dict[str, Any]:
+def _result(message: Message, call: ToolCall | None, request: Request) -> dict[str, Any]:
+    """Return a tool's result. It has an id if the call has one."""
     response: dict[str, Any] = {
         "name": tool_name(message, request, NAME),
-        "response": _as_object(message.text),
-        **_id_of(message.tool_call_id),
+        "response": {"error": message.text} if message.is_error else _as_object(message.text),
     }
-    images = [_image(part) for part in message.content if isinstance(part, Image)]
-    if images:
-        response["parts"] = images
+    if call is not None:
+        response |= _id_of(call)
+    elif message.tool_call_id:
+        response["id"] = message.tool_call_id
+    media = [_media_part(part) for part in message.content if isinstance(part, Media)]
+    if media:
+        response["parts"] = media
     return {"functionResponse": response}
 
 

@@ -6,18 +6,20 @@ https://github.com/ollama/ollama/blob/main/docs/api.md
 from __future__ import annotations
 
 import re
+from base64 import b64decode
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
 
+from fluxibly._checks import kind_of
 from fluxibly.aggregate import Aggregator
 from fluxibly.errors import NotFound, ProviderError, ServerError, StreamProtocolError
 from fluxibly.providers.dialects.codec import Encoded, Event, Framing
 from fluxibly.providers.dialects.decoding import InlineThinking, PendingFields, arguments_text, cut_off, not_an_answer
 from fluxibly.providers.dialects.encoding import (
     bad_request,
-    image_data,
+    media_data,
     reject_unsupported,
     sent_arguments,
     system_text,
@@ -26,7 +28,7 @@ from fluxibly.providers.dialects.encoding import (
 )
 from fluxibly.providers.dialects.errors import Report, error_of, excerpt, read_report
 from fluxibly.providers.dialects.json_values import as_array, as_count, as_object, as_text, read_json
-from fluxibly.types import Chunk, Image, Message, Reasoning, Request, Response, Tool, ToolCallDelta, Usage
+from fluxibly.types import Chunk, Image, Message, Part, Reasoning, Request, Response, Text, Tool, ToolCallDelta, Usage
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -43,6 +45,10 @@ EFFORTS = ("low", "medium", "high")
 FINISH_REASONS = {"stop": "stop", "length": "length"}
 """Other reasons are passed on unchanged, such as load (the request only loaded the model)."""
 
+_PLAIN = frozenset({"model", "created_at", "message", "role", "content", "response", "done"})
+"""The fields of most lines, and of their messages."""
+_KINDS = ((b"\xff\xd8", "image/jpeg"), (b"GIF8", "image/gif"), (b"RIFF", "image/webp"), (b"", "image/png"))
+"""How images begin, and their media types."""
 _MISSING = re.compile(r"model ['\"]?([^'\"\s]+)['\"]? (?:not found|does not exist)|pull model manifest")
 
 
@@ -90,14 +96,21 @@ class OllamaCodec:
 class OllamaDecoder:
     """State of a stream. Each line is a response with only new content; the last line has `done` and the durations."""
 
-    __slots__ = ("_calls", "_held", "_inline", "_named", "_thinking", "done")
+    __slots__ = ("_calls", "_held", "_inline", "_markup", "_named", "_plain", "_thinking", "_thoughts", "done")
 
     def __init__(self) -> None:
         self._held = PendingFields()
         self._named = False
         self._calls = 0
         self._thinking: list[str] = []
+        """The thinking since other output."""
         self._inline = InlineThinking()
+        self._thoughts: list[str] = []
+        """The reasoning that was separated from the text, since it was last completed."""
+        self._markup = 0
+        """The number of characters of the inline reasoning that are complete."""
+        self._plain = False
+        """Whether all further text is the answer's."""
         self.done = False
 
     def decode_event(self, event: Event, /) -> Iterable[Chunk]:
@@ -120,35 +133,77 @@ class OllamaDecoder:
             self._held.add(model=as_text(answer.get("model")) or None)
         message = as_object(answer.get("message"))
         text = as_text(message.get("content")) or as_text(answer.get("response"))
-        output: dict[str, Any] = {}
+        self.done = answer.get("done") is True
+        plain = text and self._plain and not self._thinking and not self.done
+        if plain and answer.keys() <= _PLAIN and message.keys() <= _PLAIN:  # as nearly always
+            return self._held.emit(text)
+        if answer.get("logprobs"):
+            self._held.add(details={"logprobs": as_array(answer["logprobs"])})
+        return self._take(answer, message, text)
+
+    def _take(self, answer: dict[str, Any], message: dict[str, Any], text: str) -> Iterable[Chunk]:
         thinking = as_text(message.get("thinking")) or as_text(answer.get("thinking"))
+        calls = [as_object(call) for call in as_array(message.get("tool_calls"))]
+        images = as_array(message.get("images")) or ([answer["image"]] if answer.get("image") else [])
+        output: dict[str, Any] = {}
+        parts: list[Part] = []
         if thinking:
             self._thinking.append(thinking)
-        text, thought = self._inline.split(text)
-        if answer.get("done") is True:
-            text, thought = (before + last for before, last in zip((text, thought), self._inline.rest(), strict=True))
-        if thinking or thought:
-            output["reasoning"] = thinking + thought
-        calls = [as_object(call) for call in as_array(message.get("tool_calls"))]
+            output["reasoning"] = thinking
+        if not self._plain:
+            text, thought, inline = self._separate(text, interrupted=bool(calls or images))
+            if thought:
+                output["reasoning"] = thinking + thought
+            parts += inline
+        if self._thinking and (text or calls or images or parts or self.done):
+            whole = "".join(self._thinking)
+            self._thinking.clear()
+            parts.insert(0, Reasoning(text=whole, raw={"thinking": whole}))
+        found = [image for data in images if (image := _image(data)) is not None]
+        parts += found
         if calls:
             output["tool_calls"] = tuple([_call(call, index) for index, call in enumerate(calls, self._calls)])
             self._calls += len(calls)
-        if answer.get("done") is True:
+        if self.done:
             self._finish(answer)
-        if text or output:
-            return self._held.emit(text, **output)
+        if text or output or found:
+            return self._held.emit(text, parts=tuple(parts), **output)
+        self._held.add(parts=parts or None)
         return self._held.flush() if self.done else ()
 
+    def _separate(self, text: str, *, interrupted: bool) -> tuple[str, str, list[Part]]:
+        """Return the text, the reasoning that the model wrote into it, and that reasoning if it is complete."""
+        text, thought = self._inline.split(text) if text else ("", "")
+        if interrupted:
+            text += self._inline.interrupt()
+        if self.done:
+            text, thought = (before + last for before, last in zip((text, thought), self._inline.rest(), strict=True))
+        if thought:
+            self._thoughts.append(thought)
+        self._plain = self._inline.over or self.done
+        markup = self._inline.markup[self._markup :] if self._plain or interrupted else ""
+        if not markup:
+            return text, thought, []
+        self._markup += len(markup)
+        reasoning = Reasoning(text="".join(self._thoughts), raw={"content": markup})
+        self._thoughts.clear()
+        return text, thought, [reasoning]
+
     def _finish(self, answer: dict[str, Any]) -> None:
-        self.done = True
-        if self._thinking:
-            thinking = "".join(self._thinking)
-            self._held.add(reasoning_parts=(Reasoning(text=thinking, raw={"thinking": thinking}),))
         reason = as_text(answer.get("done_reason")) or None  # versions before 0.1.40 omit it
         finish = FINISH_REASONS.get(reason or "stop", reason)
         if finish == "stop" and self._calls:
             finish = "tool_call"  # the service reports "stop" for tool calls too
         self._held.add(finish_reason=finish, raw_finish_reason=reason, usage=_usage(answer))
+
+
+def _image(data: object) -> Image | None:
+    """Return an image that a model made. The service does not say its media type."""
+    try:
+        found = b64decode(as_text(data), validate=True)
+    except ValueError:
+        return None
+    return Image(data=found, media_type=next(kind for start, kind in _KINDS if found.startswith(start)))
 
 
 def _call(call: dict[str, Any], index: int) -> ToolCallDelta:
@@ -209,7 +264,8 @@ def encode_body(request: Request, *, stream: bool, chat: bool) -> dict[str, Any]
     reject_unsupported(request, NAME, ("n",))
     body: dict[str, Any] = {"model": request.model, "stream": stream}  # the service streams by default
     if chat:
-        body["messages"] = [_message(message, request) for message in request.messages]
+        with_tools = bool(request.tools) or any(message.tool_calls for message in request.messages)
+        body["messages"] = [_message(message, request, with_tools=with_tools) for message in request.messages]
         body |= _tools(request)
     else:
         body |= _prompt(request)
@@ -229,8 +285,11 @@ def encode_body(request: Request, *, stream: bool, chat: bool) -> dict[str, Any]
     return body
 
 
-def _message(message: Message, request: Request) -> dict[str, Any]:
-    encoded: dict[str, Any] = {"role": message.role, "content": message.text}
+def _message(message: Message, request: Request, *, with_tools: bool) -> dict[str, Any]:
+    """Return a message. In a conversation with tools, reasoning that a model wrote into its text goes back there."""
+    raws = [part.raw for part in message.reasoning if part.raw is not None]
+    inline = "".join([raw["content"] for raw in raws if {*raw} == {"content"}]) if with_tools else ""
+    encoded: dict[str, Any] = {"role": message.role, "content": inline + message.text}
     images = _images(message, request)
     if images:
         encoded["images"] = images
@@ -251,14 +310,16 @@ def _message(message: Message, request: Request) -> dict[str, Any]:
 def _images(message: Message, request: Request) -> list[str]:
     encoded: list[str] = []
     for part in message.content:
-        if isinstance(part, Image):
-            data = image_data(part)
-            if data is None:
-                raise bad_request(
-                    request,
-                    f"expected an Image with data= and media_type= for {NAME}, got a url=, which it does not fetch",
-                )
-            encoded.append(data[1])
+        if isinstance(part, Text):
+            continue
+        if not isinstance(part, Image):
+            raise bad_request(request, f"expected only text and images for {NAME}, got {kind_of(part)}")
+        data = media_data(part)
+        if data is None:
+            raise bad_request(
+                request, f"expected an Image with data= and media_type= for {NAME}, got a url=, which it does not fetch"
+            )
+        encoded.append(data[1])
     return encoded
 
 

@@ -9,28 +9,36 @@ from urllib.parse import quote
 import attrs
 import msgspec
 
-from fluxibly.aggregate import Aggregator
+from fluxibly.aggregate import Aggregator, merged
 from fluxibly.errors import ProviderError, StreamProtocolError
 from fluxibly.providers.dialects.codec import Encoded, Event, Framing
-from fluxibly.providers.dialects.decoding import InlineThinking, cut_off, not_an_answer
+from fluxibly.providers.dialects.decoding import InlineThinking, Pieces, cut_off, not_an_answer
 from fluxibly.providers.dialects.encoding import write_json
 from fluxibly.providers.dialects.errors import error_of_event, error_of_payload, error_of_response, excerpt
 from fluxibly.providers.dialects.json_values import as_object, read_json
 from fluxibly.providers.dialects.openai_parts import (
-    Details,
-    content_of,
+    DIALECT,
+    Speech,
+    Thought,
+    detail_text,
     finish_reason_of,
+    function_call_delta,
+    generated_images,
+    image_of_url,
+    items_of,
+    new_items,
+    thinking_text,
     tool_call_deltas,
     usage_of,
     word_of,
 )
 from fluxibly.providers.dialects.openai_request import Quirks, chat_body
-from fluxibly.types import Chunk, Reasoning, Request, Response
+from fluxibly.types import Chunk, Opaque, Part, Request, Response, Text, ToolCallDelta
 
 # Choices
 
 
-class Delta(msgspec.Struct):
+class Delta(msgspec.Struct, gc=False):
     """The content of a choice. `Any` marks fields that services send in several types. Other fields are not decoded."""
 
     content: Any = None
@@ -39,9 +47,14 @@ class Delta(msgspec.Struct):
     reasoning_details: Any = None
     refusal: Any = None
     tool_calls: Any = None
+    function_call: Any = None
+    images: Any = None
+    audio: Any = None
+    annotations: Any = None
+    extra_content: Any = None
 
 
-class Choice(msgspec.Struct):
+class Choice(msgspec.Struct, gc=False):
     delta: Delta | None = None
     message: Delta | None = None
     text: Any = None
@@ -50,6 +63,8 @@ class Choice(msgspec.Struct):
     finish_reason: Any = None
     usage: Any = None
     error: Any = None
+    logprobs: Any = None
+    content_filter_results: Any = None
 
 
 _NOTHING: Final = Delta()
@@ -58,17 +73,41 @@ _NOTHING: Final = Delta()
 class ChoiceState:
     """The state of a choice in a stream."""
 
-    __slots__ = ("begun", "details", "finished", "inline", "refused", "spoke", "thought", "tools")
+    __slots__ = (
+        "_annotations",
+        "_beside",
+        "_filtered",
+        "_inline",
+        "_plain",
+        "_refused",
+        "_said",
+        "_speech",
+        "_spoke",
+        "_thought",
+        "_tools",
+        "begun",
+        "finished",
+    )
 
     def __init__(self) -> None:
         self.begun = False
-        self.spoke = False
-        self.tools = False
-        self.refused = False
         self.finished = False
-        self.thought: list[str] = []
-        self.details: Details | None = None
-        self.inline = InlineThinking()
+        self._plain = False
+        """Whether a text is only text: no reasoning is written into it, and nothing waits for its beginning."""
+        self._said = False
+        """Whether there was text, media or a tool call after the last reasoning."""
+        self._spoke = False
+        """Whether there was any before it."""
+        self._tools = False
+        self._refused = False
+        self._inline = InlineThinking()
+        self._thought: Thought | None = None
+        """The last reasoning, while more of it may come."""
+        self._beside: dict[str, Any] = {}
+        """The fields beside the text since the last other part."""
+        self._speech: Speech | None = None
+        self._annotations: list[Any] = []
+        self._filtered: object = None
 
     def take(self, choice: Choice, fields: dict[str, Any]) -> str:
         """Return the text of an event's choice. Its other data goes into `fields`, which become fields of a chunk."""
@@ -76,78 +115,245 @@ class ChoiceState:
         delta = choice.delta
         if delta is None:
             # Perplexity repeats the whole message with each delta; the message counts only if no delta had content.
-            delta = choice.message if choice.message is not None and not self.spoke else _NOTHING
-        text, reasoning = delta.content, delta.reasoning or delta.reasoning_content
-        if type(text) is not str:
-            text, thought = content_of(choice.text if text is None else text)
-            reasoning = reasoning or thought
-        if reasoning or delta.reasoning_details or delta.tool_calls or delta.refusal:
-            text += self._take_more(delta, reasoning, fields)
-        if text:
-            self.spoke = True
-            if not self.inline.over:
-                text = _with_thought(self.inline.split(text), fields)
+            delta = choice.message
+            if delta is None or self._said or self._spoke:
+                delta = _NOTHING
+        text = delta.content
+        if (
+            type(text) is not str
+            or not self._plain
+            or delta.reasoning_content
+            or delta.reasoning
+            or delta.tool_calls
+            or delta.refusal is not None  # a test for None costs less, and the rest is seldom empty
+            or delta.reasoning_details is not None
+            or delta.extra_content is not None
+            or delta.images is not None
+            or delta.audio is not None
+            or delta.annotations is not None
+            or delta.function_call is not None
+        ):
+            self._take_all(delta, choice.text if text is None else text, fields, whole=delta is choice.message)
+            text = ""
+        elif text:
+            self._said = True
         if choice.finish_reason:
             self._finish(word_of(choice.finish_reason) or "unknown", fields)
+        if choice.logprobs is not None or choice.content_filter_results is not None:
+            self._take_results(choice, fields)
         return text
 
-    def _take_more(self, delta: Delta, reasoning: object, fields: dict[str, Any]) -> str:
-        """Take the rest of a delta besides its content. Return the text of a refusal, which is an answer as well."""
-        if delta.tool_calls:
-            calls = tool_call_deltas(delta.tool_calls)
-            if calls:
-                self.tools = self.spoke = True
-                fields["tool_calls"] = calls
+    def _take_all(self, delta: Delta, content: object, fields: dict[str, Any], *, whole: bool) -> None:
+        """Take a delta, or a `whole` message, with all that it has, in the order in which an answer usually has it."""
+        out = fields.get("pieces") or Pieces()
         if delta.reasoning_details:
-            if self.details is None:
-                self.details = Details()
-            said = self.details.add(delta.reasoning_details)
-            reasoning = reasoning or said
-        if reasoning and isinstance(reasoning, str):
-            fields["reasoning"] = reasoning
-            self.thought.append(reasoning)
+            self._take_details(delta, out, whole=whole)
+        elif reasoning := delta.reasoning_content or delta.reasoning:
+            self._take_reasoning("reasoning_content" if delta.reasoning_content else "reasoning", reasoning, out)
+            if whole:
+                self._end_thought(out)
+        if content:
+            self._take_content(content, out, whole=whole)
+        if delta.images:
+            self._put(generated_images(delta.images), out)
         if delta.refusal and isinstance(delta.refusal, str):
-            self.refused = True
-            return delta.refusal
-        return ""
+            self._refuse(delta.refusal, out)
+        if delta.extra_content:
+            before = self._beside.get("extra_content", {})
+            self._beside["extra_content"] = merged(before, as_object(delta.extra_content))
+        if audio := as_object(delta.audio):
+            self._speech = self._speech or Speech()
+            self._speech.add(audio)
+        if delta.tool_calls or delta.function_call:
+            self._take_calls((*tool_call_deltas(delta.tool_calls), *function_call_delta(delta.function_call)), out)
+        if out.chunks:
+            fields["pieces"] = out
+        if delta.annotations and (notes := new_items(delta.annotations, self._annotations)):
+            add_details(fields, {"annotations": notes})
 
-    def rest(self, fields: dict[str, Any]) -> str:
-        """Return the text that was held back until the end. Reasoning goes into `fields`."""
-        parts = self.parts()
+    def _take_reasoning(self, name: str, text: object, out: Pieces) -> None:
+        if not isinstance(text, str):
+            return
+        thought = self._thought
+        if thought is None or thought.kind != "field" or self._said:
+            thought = self._begin(Thought("field"), out)
+        thought.add({name: text}, text)
+        out.add("reasoning", text)
+
+    def _take_details(self, delta: Delta, out: Pieces, *, whole: bool) -> None:
+        """Take `reasoning_details`. The text beside them is the same, unless they have none."""
+        details = [as_object(item) for item in items_of(delta.reasoning_details)]
+        if not any(map(detail_text, details)):
+            name = "reasoning_content" if delta.reasoning_content else "reasoning"
+            if text := delta.reasoning_content or delta.reasoning:
+                self._take_reasoning(name, text, out)
+        for detail in filter(None, details):
+            thought = self._thought
+            said = detail_text(detail)
+            if thought is None or not thought.goes_on(detail) or (said and self._said):
+                thought = self._begin(Thought("detail"), out)
+            self._think(thought, detail, said, out)
+            if whole:
+                self._end_thought(out)
+
+    def _take_calls(self, calls: tuple[ToolCallDelta, ...], out: Pieces) -> None:
+        if calls:
+            self._end_speech(out)
+            self._interrupt(out)
+            self._tools = self._said = True
+            out.add("tool_calls", calls)
+
+    def _take_content(self, content: object, out: Pieces, *, whole: bool) -> None:
+        """Take a content, which is a string, null, or a list of parts."""
+        for item in items_of(content):
+            part = as_object(item)
+            if isinstance(item, str):
+                self._say(item, out)
+            elif part.get("thinking") is not None:
+                thought = self._thought
+                if thought is None or thought.kind != "thinking" or self._said:
+                    thought = self._begin(Thought("thinking"), out)
+                self._think(thought, part, thinking_text(part["thinking"]), out)
+                if whole:
+                    self._end_thought(out)
+            elif isinstance(part.get("text"), str):
+                self._say(part["text"], out)
+            elif isinstance(part.get("refusal"), str):
+                self._refuse(part["refusal"], out)
+            elif part.get("type") == "image_url" and (image := image_of_url(part.get("image_url"))) is not None:
+                self._put((image,), out)
+            elif part.get("type") not in (None, "text", "refusal"):
+                self._put((Opaque(DIALECT, part),), out)
+
+    def _say(self, text: str, out: Pieces) -> None:
+        thought = ""
+        if text and not self._inline.over:
+            text, thought = self._inline.split(text)
+            if thought:
+                self._think_inline(thought, out)
+            if self._inline.over and self._inline.markup:
+                self._end_inline(out)
+        if not text:
+            return
+        self._end_unreadable(out)
+        self._said = self._plain = True
+        out.add("text", text)
+
+    def _refuse(self, text: str, out: Pieces) -> None:
+        """Take a refusal, or a piece of one. It is text as well."""
+        if text and "type" not in self._beside:
+            if self._said:
+                out.complete(Text(""))
+            self._beside["type"] = "refusal"
+            self._refused = True
+        self._say(text, out)
+
+    def _put(self, parts: tuple[Part, ...], out: Pieces) -> None:
         if parts:
-            fields["reasoning_parts"] = parts
-        return _with_thought(self.inline.rest(), fields)
+            self._interrupt(out)
+            self._said = True
+            out.add("parts", parts)
+
+    # Blocks that complete what came before
+
+    def _begin(self, thought: Thought, out: Pieces) -> Thought:
+        self._end_thought(out)
+        self._end_text(out)
+        self._thought, self._plain = thought, False
+        self._spoke, self._said = self._spoke or self._said, False
+        return thought
+
+    def _think(self, thought: Thought, fields: Mapping[str, Any], said: str, out: Pieces) -> None:
+        thought.add(fields, said)
+        if said:
+            out.add("reasoning", said)
+
+    def _think_inline(self, said: str, out: Pieces) -> None:
+        thought = self._thought
+        if thought is None or thought.kind != "inline" or self._said:
+            thought = self._begin(Thought("inline"), out)
+        self._think(thought, {}, said, out)
+
+    def _end_inline(self, out: Pieces) -> None:
+        self._think_inline("", out)
+        self._end_thought(out, content=self._inline.markup)
+
+    def _interrupt(self, out: Pieces) -> None:
+        """End what came before media or a tool call. Only reasoning with text may still get a signature."""
+        if not self._inline.over:
+            text = self._inline.interrupt()
+            if self._inline.over and self._inline.markup:
+                self._end_inline(out)
+            if text:
+                out.add("text", text)
+        self._end_unreadable(out)
+        self._end_text(out)
+
+    def _end_thought(self, out: Pieces, **fields: Any) -> None:
+        if self._thought is not None:
+            out.complete(self._thought.part(**fields))
+            self._thought = None
+
+    def _end_unreadable(self, out: Pieces) -> None:
+        if self._thought is not None and not self._thought.readable:
+            self._end_thought(out)
+
+    def _end_text(self, out: Pieces) -> None:
+        if self._beside:
+            out.complete(Text("", raw=self._beside))
+            self._beside = {}
+
+    def _end_speech(self, out: Pieces) -> None:
+        if self._speech is not None:
+            speech, self._speech = self._speech.part(), None
+            self._put((speech,), out)
+
+    def rest(self, fields: dict[str, Any]) -> None:
+        """Put what was held back until the end into `fields`."""
+        out = fields.get("pieces") or Pieces()
+        text, thought = self._inline.rest()
+        if thought:
+            self._think_inline(thought, out)
+        if self._inline.markup and not self._inline.over:
+            self._end_inline(out)
+        self._end_thought(out)
+        if text:
+            out.add("text", text)
+        self._end_text(out)
+        self._end_speech(out)
+        if out.chunks:
+            fields["pieces"] = out
+
+    # Beside the output
 
     def _finish(self, reason: str, fields: dict[str, Any]) -> None:
         self.finished = True
         finish = finish_reason_of(reason)
-        if finish == "stop" and (self.refused or self.tools):
-            finish = "content_filter" if self.refused else "tool_call"
+        if finish == "stop" and (self._refused or self._tools):
+            finish = "content_filter" if self._refused else "tool_call"
         fields["finish_reason"] = finish
         fields["raw_finish_reason"] = reason
 
-    def parts(self) -> tuple[Reasoning, ...]:
-        """Return the reasoning that must be sent back to the service."""
-        if self.details is not None:
-            return self.details.parts()
-        if self.thought and self.tools:
-            text = "".join(self.thought)
-            return (Reasoning(text=text, raw={"reasoning_content": text}),)
-        return ()
+    def _take_results(self, choice: Choice, fields: dict[str, Any]) -> None:
+        """Take what a service says about the tokens or the content of a choice."""
+        probabilities = {name: items for name, items in as_object(choice.logprobs).items() if items is not None}
+        if probabilities:
+            add_details(fields, {"logprobs": probabilities})
+        results = choice.content_filter_results
+        if results and results != self._filtered:
+            self._filtered = results
+            add_details(fields, {"content_filter_results": results})
 
 
-def _with_thought(parted: tuple[str, str], fields: dict[str, Any]) -> str:
-    """Return the text that `InlineThinking` separated. The reasoning goes into `fields`."""
-    text, thought = parted
-    if thought:
-        fields["reasoning"] = fields.get("reasoning", "") + thought
-    return text
+def add_details(fields: dict[str, Any], details: Mapping[str, Any]) -> None:
+    """Add details to the fields of a chunk."""
+    fields["details"] = merged(fields.get("details", {}), details)
 
 
 # Streams
 
 
-class Body(msgspec.Struct):
+class Body(msgspec.Struct, gc=False):
     """A whole response or an event of a stream."""
 
     choices: list[Choice | None] | None = None
@@ -156,6 +362,9 @@ class Body(msgspec.Struct):
     usage: Any = None
     error: Any = None
     x_groq: Any = None
+    citations: Any = None
+    search_results: Any = None
+    prompt_filter_results: Any = None
 
 
 _read_body: Final = msgspec.json.Decoder(Body).decode
@@ -193,6 +402,8 @@ class ChatDecoder:
         self._held: dict[str, Any] = {}
         self._id: str | None = None
         self._model: str | None = None
+        self._seen: dict[str, list[Any]] = {"citations": [], "search_results": [], "prompt_filter_results": []}
+        """The details beside the choices, which Perplexity repeats in each event."""
         self.done = False
 
     def decode_event(self, event: Event, /) -> Iterable[Chunk]:
@@ -232,20 +443,23 @@ class ChatDecoder:
         if not self._choices:
             raise cut_off(self._service, "an answer")
         fields, self._held = self._held, {}
-        text = self._first.rest(fields)
+        self._first.rest(fields)
         others: list[tuple[int, Chunk]] = []
         for index, choice in self._choices.items():
             if index:
                 own: dict[str, Any] = {}
-                said = choice.rest(own)
-                if said or own:
-                    others.append((index, Chunk(said, **own)))
+                choice.rest(own)
+                if own:
+                    others += [(index, chunk) for chunk in chunks_of("", own)]
         if others:
             fields["alternatives"] = tuple(others)
-        return (Chunk(text, **fields),) if text or fields else _EMPTY
+        return chunks_of("", fields) if fields else _EMPTY
 
     def take_whole(self, body: Body, data: bytes) -> Iterable[Chunk]:
         """Return the chunks of a response that is not streamed."""
+        for choice in body.choices or ():
+            if choice is not None and choice.message is not None:
+                choice.delta = None  # Perplexity sends an empty one
         return (*self.take(body, data), *self._last())
 
     def take(self, body: Body, data: bytes) -> Iterable[Chunk]:
@@ -264,9 +478,10 @@ class ChatDecoder:
         self._note(body, choice, fields)
         if not fields:
             return (Chunk(text),) if text else _EMPTY
-        if text or "reasoning" in fields or "tool_calls" in fields:
+        pieces: Pieces | None = fields.get("pieces")
+        if text or (pieces is not None and pieces.has_output):
             self._held = {}
-            return (Chunk(text, **fields),)
+            return chunks_of(text, fields)
         return _EMPTY
 
     def _take_several(self, body: Body, choices: list[Choice | None], data: bytes) -> Iterable[Chunk]:
@@ -285,11 +500,12 @@ class ChatDecoder:
                 text += state.take(choice, fields)
             else:
                 own: dict[str, Any] = {}
-                others.append((index, Chunk(state.take(choice, own), **own)))
+                said = state.take(choice, own)
+                others += [(index, chunk) for chunk in chunks_of(said, own)]
         if others:
             fields["alternatives"] = tuple(others)
-        chunk = Chunk(text, **fields)
-        return self._fail_after(chunk, {"error": failure}, data) if failure else (chunk,)
+        chunks = chunks_of(text, fields)
+        return self._fail_after(chunks, {"error": failure}, data) if failure else chunks
 
     def _take_other(self, body: Body, data: bytes) -> Iterable[Chunk]:
         """Take an event without choices, or with an error."""
@@ -299,7 +515,7 @@ class ChatDecoder:
             for choice in body.choices:
                 if choice is not None:
                     choice.error = choice.finish_reason = None
-            return self._fail_after(next(iter(self.take(body, data)), Chunk()), {"error": error}, data)
+            return self._fail_after(self.take(body, data), {"error": error}, data)
         if error:
             self._raise(read_json(data), data)
         before = len(self._held)
@@ -310,10 +526,11 @@ class ChatDecoder:
                 raise reported
         return _EMPTY
 
-    def _fail_after(self, chunk: Chunk, payload: object, data: bytes) -> Generator[Chunk]:
+    def _fail_after(self, chunks: Iterable[Chunk], payload: object, data: bytes) -> Generator[Chunk]:
         """Yield the output that came in the same event as an error, then raise the error."""
-        if chunk.has_output or chunk.alternatives:
-            yield chunk
+        for chunk in chunks:
+            if chunk.has_output or chunk.alternatives:
+                yield chunk
         self._raise(payload, data)
 
     def _raise(self, payload: object, data: bytes) -> NoReturn:
@@ -333,6 +550,23 @@ class ChatDecoder:
             usage = as_object(body.x_groq).get("usage")
         if usage and (counted := usage_of(usage)) is not None:
             fields["usage"] = counted
+        if body.citations is not None or body.search_results is not None or body.prompt_filter_results is not None:
+            for name, seen in self._seen.items():
+                if found := new_items(getattr(body, name), seen):
+                    add_details(fields, {name: found})
+
+
+def chunks_of(text: str, fields: dict[str, Any]) -> tuple[Chunk, ...]:
+    """Return chunks of a choice's fields and the text that follows them. The last has the metadata."""
+    pieces = fields.pop("pieces", None)
+    if pieces is None:
+        return (Chunk(text, **fields),)
+    if text:
+        pieces.add("text", text)
+    if len(pieces.chunks) == 1:  # nearly always
+        return (Chunk(**pieces.chunks[0], **fields),)
+    *before, last = pieces.chunks
+    return (*[Chunk(**each) for each in before], Chunk(**last, **fields))
 
 
 # The codec
@@ -388,5 +622,10 @@ class OpenAICodec:
 
 def _says_something(choice: Choice | None) -> bool:
     return choice is not None and (
-        choice.message is not None or choice.delta is not None or choice.text is not None or bool(choice.error)
+        choice.message is not None
+        or choice.delta is not None
+        or choice.text is not None
+        or bool(choice.error)
+        # Azure leaves the message out of an answer that its filter has stopped.
+        or finish_reason_of(word_of(choice.finish_reason) or "") == "content_filter"
     )

@@ -1,13 +1,19 @@
-"""Parts of OpenAI-like responses as fluxibly's types: content, tool calls, reasoning, usage, finish reasons."""
+"""Parts of OpenAI-like responses as fluxibly's types: tool calls, reasoning, media, usage, finish reasons."""
 
 from __future__ import annotations
 
+import binascii
+from base64 import b64decode
 from collections.abc import Mapping
-from typing import Any, Final, cast
+from typing import Any, Final, Literal, cast
 
 from fluxibly.providers.dialects.decoding import to_json
-from fluxibly.providers.dialects.json_values import as_object, as_text
-from fluxibly.types import Reasoning, ToolCallDelta, Usage
+from fluxibly.providers.dialects.encoding import media_data
+from fluxibly.providers.dialects.json_values import as_array, as_object, as_text
+from fluxibly.types import Audio, Image, Opaque, Reasoning, ToolCallDelta, Usage
+
+DIALECT: Final = "openai-chat"
+"""The dialect of opaque parts."""
 
 _FINISH_REASONS: Final[Mapping[str, str]] = {
     "stop": "stop",
@@ -34,27 +40,8 @@ def finish_reason_of(raw: str) -> str:
     return _FINISH_REASONS.get(raw.lower(), raw)
 
 
-def content_of(content: object) -> tuple[str, str]:
-    """Return the text and the reasoning of a `content`, which is a string, null, or a list of parts."""
-    if isinstance(content, str):
-        return content, ""
-    texts: list[str] = []
-    thoughts: list[str] = []
-    for part in _parts(content):
-        if isinstance(part, str):
-            texts.append(part)
-        else:
-            fields = as_object(part)
-            thoughts += [
-                thought if isinstance(thought, str) else as_text(as_object(thought).get("text"))
-                for thought in _parts(fields.get("thinking"))
-            ]
-            texts.append(as_text(fields.get("text")) or as_text(fields.get("refusal")))
-    return "".join(texts), "".join(thoughts)
-
-
-def _parts(value: object) -> list[object]:
-    """Return a list of parts from a value that may be a list, a single part or None."""
+def items_of(value: object) -> list[object]:
+    """Return the items of a value that may be a list, a single item or None."""
     if value is None:
         return []
     return cast("list[object]", value) if isinstance(value, list) else [value]
@@ -63,24 +50,39 @@ def _parts(value: object) -> list[object]:
 def tool_call_deltas(calls: object) -> tuple[ToolCallDelta, ...]:
     """Return the fragments of tool calls in a delta, or the calls of a message.
 
-    A negative `index` and an empty id or name count as missing. Arguments may be null, text or an object.
+    A negative `index` and an empty id or name count as missing. Arguments may be null, text or an object. A call of a
+    custom tool has an input instead, which is text.
     """
     deltas: list[ToolCallDelta] = []
-    for call in _parts(calls):
+    for call in items_of(calls):
         fields = as_object(call)
         if not fields:
             continue
-        function = as_object(fields.get("function")) or fields
+        custom = as_object(fields.get("custom"))
+        function = custom or as_object(fields.get("function")) or fields
         index: object = fields.get("index")
+        raw: dict[str, Any] = {"type": "custom"} if custom or fields.get("type") == "custom" else {}
+        if fields.get("extra_content"):
+            raw["extra_content"] = fields["extra_content"]
         deltas.append(
             ToolCallDelta(
                 index=index if type(index) is int and index >= 0 else None,
                 id=word_of(fields.get("id")),
                 name=word_of(function.get("name")),
-                arguments=_arguments(function.get("arguments")),
+                arguments=_arguments(function.get("input" if custom else "arguments")),
+                raw=raw or None,
             )
         )
     return tuple(deltas)
+
+
+def function_call_delta(call: object) -> tuple[ToolCallDelta, ...]:
+    """Return a `function_call`, or a fragment of it: the only call of an answer, in the form before `tool_calls`."""
+    fields = as_object(call)
+    if not fields:
+        return ()
+    name, arguments = word_of(fields.get("name")), _arguments(fields.get("arguments"))
+    return (ToolCallDelta(name=name, arguments=arguments, raw={"type": "function_call"}),)
 
 
 def word_of(value: object) -> str | None:
@@ -94,49 +96,173 @@ def _arguments(value: object) -> str:
     return "" if value is None else to_json(value)
 
 
-class Details:
-    """OpenRouter's `reasoning_details` of a choice: fragments joined into blocks, which are sent back unchanged.
+class Thought:
+    """Reasoning in progress: a block as the service sends it, whose fragments are joined.
 
-    A fragment continues the previous block if they share type and index. Each block may have text, a summary or data,
-    and a signature, which comes last.
+    Its `kind` is "field" (`reasoning_content` or `reasoning`), "detail" (an item of `reasoning_details`), "thinking" (a
+    part of the content) or "inline" (written into the text).
     """
 
-    _JOINED: Final = ("text", "summary", "data")
+    _JOINED: Final = ("text", "summary", "data", "reasoning_content", "reasoning")
+
+    def __init__(self, kind: Literal["field", "detail", "thinking", "inline"]) -> None:
+        self.kind = kind
+        self._fields: dict[str, Any] = {}
+        self._pieces: dict[str, list[str]] = {}
+        """The pieces of the fields whose texts are joined."""
+        self._said: list[str] = []
+
+    @property
+    def readable(self) -> bool:
+        """Whether any text of the block was read."""
+        return any(self._said)
+
+    def add(self, fields: Mapping[str, Any], said: str) -> None:
+        """Add a fragment, and what it says."""
+        self._said.append(said)
+        for key, value in fields.items():
+            pieces = self._pieces.get(key)
+            if pieces is not None and isinstance(value, str):
+                pieces.append(value)
+            elif key in self._JOINED and isinstance(value, str):
+                self._fields.setdefault(key, value)
+                self._pieces[key] = [value]
+            elif key == "thinking" and key in self._fields:
+                self._fields[key] = _joined_thinking(self._fields[key], value)
+            elif value is not None or key not in self._fields:
+                self._fields[key] = value
+
+    def goes_on(self, fragment: Mapping[str, Any]) -> bool:
+        """Whether a fragment of `reasoning_details` continues this block.
+
+        It does so with the same type, index and id, which may be missing. A block ends with its signature.
+        """
+        mine = self._fields
+        if self.kind != "detail" or any(mine.get(key) != fragment.get(key) for key in ("type", "index")):
+            return False
+        known, found = mine.get("id"), fragment.get("id")
+        if known is not None and found is not None and known != found:
+            return False
+        return not (mine.get("signature") and detail_text(fragment))
+
+    def part(self, **fields: Any) -> Reasoning:
+        """Return the block so far. `fields` are added to it."""
+        raw = {**self._fields, **{key: "".join(pieces) for key, pieces in self._pieces.items()}, **fields}
+        return Reasoning(text="".join(self._said), signature=word_of(raw.get("signature")), raw=raw)
+
+
+def detail_text(detail: Mapping[str, Any]) -> str:
+    """Return the readable text of an item of `reasoning_details`."""
+    return as_text(detail.get("text")) or as_text(detail.get("summary"))
+
+
+def thinking_text(thinking: object) -> str:
+    """Return the text of a `thinking` part: a string, or a list of parts that may be of other kinds, too."""
+    return "".join([as_text(part) or as_text(as_object(part).get("text")) for part in items_of(thinking)])
+
+
+def _joined_thinking(old: object, new: object) -> object:
+    if isinstance(old, str) and isinstance(new, str):
+        return old + new
+    joined = [_text_part(part) for part in items_of(old)]
+    for part in map(_text_part, items_of(new)):
+        last = as_object(joined[-1]) if joined else {}
+        if set(last) == set(as_object(part)) == {"type", "text"} and last["type"] == as_object(part)["type"]:
+            joined[-1] = {**last, "text": as_text(last["text"]) + as_text(as_object(part)["text"])}
+        else:
+            joined.append(part)
+    return joined
+
+
+def _text_part(part: object) -> object:
+    return {"type": "text", "text": part} if isinstance(part, str) else part
+
+
+# Media
+
+
+def image_of_url(image_url: object, raw: Mapping[str, Any] | None = None) -> Image | None:
+    """Return the image of an `image_url`; its bytes if the URL holds them. None if there is no URL."""
+    url = as_text(image_url) or as_text(as_object(image_url).get("url"))
+    try:
+        image = Image(url=url, raw=raw)
+        found = media_data(image)
+        return image if found is None else Image(data=b64decode(found[1]), media_type=found[0], raw=raw)
+    except binascii.Error:
+        return Image(url=url, raw=raw)
+    except ValueError:
+        return None
+
+
+def generated_images(images: object) -> tuple[Image | Opaque, ...]:
+    """Return the `images` of a message or a delta, as OpenRouter sends them."""
+    found: list[Image | Opaque] = []
+    for item in map(as_object, items_of(images)):
+        others = {key: value for key, value in item.items() if key != "image_url"}
+        image = image_of_url(item.get("image_url"), {"images": others})
+        if image is not None:
+            found.append(image)
+        elif item:
+            found.append(Opaque(DIALECT, item))
+    return tuple(found)
+
+
+class Speech:
+    """The `audio` of an answer, joined from its pieces."""
 
     def __init__(self) -> None:
-        self._blocks: list[dict[str, Any]] = []
+        self._fields: dict[str, Any] = {}
+        self._data: list[str] = []
+        self._transcript: list[str] = []
 
-    def add(self, details: object) -> str:
-        """Add fragments, and return their readable text."""
-        said: list[str] = []
-        for detail in cast("list[object]", details) if isinstance(details, list) else []:
-            if isinstance(detail, dict):
-                fields = cast("dict[str, Any]", detail)
-                said.extend(fields[key] for key in ("text", "summary") if isinstance(fields.get(key), str))
-                self._join(fields)
-        return "".join(said)
+    def add(self, audio: Mapping[str, Any]) -> None:
+        """Add a piece."""
+        self._fields |= {key: audio[key] for key in ("id", "expires_at") if audio.get(key) is not None}
+        self._data.append(as_text(audio.get("data")))
+        self._transcript.append(as_text(audio.get("transcript")))
 
-    def _join(self, fields: dict[str, Any]) -> None:
-        last = self._blocks[-1] if self._blocks else None
-        if last is None or (last.get("type"), last.get("index")) != (fields.get("type"), fields.get("index")):
-            self._blocks.append(dict(fields))
-            return
-        for key, value in fields.items():
-            if key in self._JOINED and isinstance(last.get(key), str) and isinstance(value, str):
-                last[key] += value
-            elif value is not None:
-                last[key] = value
+    def part(self) -> Audio:
+        """Return the audio so far. Without data it has no bytes."""
+        data = _bytes_of(self._data)
+        transcript = "".join(self._transcript) or None
+        return Audio(data=data, media_type=_sound_type(data), transcript=transcript, raw=self._fields or None)
 
-    def parts(self) -> tuple[Reasoning, ...]:
-        """Return the blocks so far."""
-        return tuple(
-            Reasoning(
-                text=next((block[key] for key in ("text", "summary") if isinstance(block.get(key), str)), ""),
-                signature=word_of(block.get("signature")),
-                raw=block,
-            )
-            for block in self._blocks
-        )
+
+def _bytes_of(pieces: list[str]) -> bytes:
+    """Return the bytes of base64 that came in pieces: of base64 each, or of a longer base64 cut anywhere."""
+    if any(len(piece) % 4 for piece in pieces):
+        whole = "".join(pieces).rstrip("=")
+        pieces = [whole + "=" * (-len(whole) % 4)]
+    try:
+        return b"".join([b64decode(piece) for piece in pieces])
+    except ValueError:
+        return b""
+
+
+_LAYER_3: Final = [bytes([second]) for second in range(0xE0, 0x100) if second & 0x06 == 0x02]
+"""The second bytes of a frame of MP3, after 0xFF. Samples often begin with 0xFF 0xFF."""
+
+
+def _sound_type(data: bytes) -> str:
+    """Return the media type of sound, by its first bytes. OpenAI's own format in streams is samples alone."""
+    if data[:4] == b"RIFF" and data[8:12] == b"WAVE":
+        return "audio/wav"
+    if data[:3] == b"ID3" or (data[:1] == b"\xff" and data[1:2] in _LAYER_3):
+        return "audio/mpeg"
+    return {b"OggS": "audio/ogg", b"fLaC": "audio/flac"}.get(data[:4], "audio/pcm")
+
+
+# Beside the answer
+
+
+def new_items(items: object, seen: list[Any]) -> list[Any]:
+    """Return the items of a list that are not among those seen, and note them. Some services repeat their lists."""
+    found: list[Any] = []
+    for item in as_array(items):
+        if item not in seen:
+            seen.append(item)
+            found.append(item)
+    return found
 
 
 def usage_of(usage: object) -> Usage | None:

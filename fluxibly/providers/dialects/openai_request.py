@@ -10,8 +10,10 @@ from typing import Any, Final, Literal, cast
 
 import attrs
 
-from fluxibly.providers.dialects.encoding import bad_request, reject_unsupported
-from fluxibly.types import Image, Message, Request, Tool
+from fluxibly.aggregate import merged
+from fluxibly.providers.dialects.encoding import bad_request, media_data, reject_unsupported
+from fluxibly.providers.dialects.openai_parts import DIALECT
+from fluxibly.types import Audio, Document, Image, Media, Message, Opaque, Reasoning, Request, Text, Tool, ToolCall
 
 _REASONING_MODEL: Final = re.compile(r"(?:.*/)?(?:o\d|gpt-5)")
 """OpenAI's reasoning models. They reject `max_tokens`."""
@@ -39,8 +41,13 @@ class Quirks:
     """The supported kinds of `response_format`."""
     short_call_ids: bool = False
     """Whether the id of a tool call must be nine letters and digits, as the service's own ids are."""
-    returns_reasoning: bool = False
-    """Whether the `reasoning_content` of a turn with tool calls must be sent back with the turn."""
+    reasoning_fields: tuple[str, ...] = ()
+    """The fields in which the service takes its reasoning back, in a conversation with tools: "reasoning_content",
+    "reasoning"."""
+    message_fields: tuple[str, ...] = ("audio", "extra_content", "images", "reasoning_details", "refusal")
+    """The other fields of an assistant's message that the service takes back."""
+    thinking_parts: bool = False
+    """Whether a content may have parts of kinds that OpenAI does not have, such as "thinking"."""
 
 
 def chat_body(request: Request, quirks: Quirks, *, stream: bool, service: str) -> dict[str, Any]:
@@ -50,7 +57,7 @@ def chat_body(request: Request, quirks: Quirks, *, stream: bool, service: str) -
         BadRequest: the service does not support a parameter or its value.
     """
     reject_unsupported(request, service, quirks.lacks if quirks.top_k else ("top_k", *quirks.lacks))
-    body: dict[str, Any] = {"model": request.model, "messages": [message_of(m, quirks) for m in request.messages]}
+    body: dict[str, Any] = {"model": request.model, "messages": _messages(request, quirks)}
     for name in ("temperature", "top_p", "frequency_penalty", "presence_penalty", "n", "reasoning_effort"):
         value = getattr(request, name)
         if value is not None:
@@ -87,38 +94,148 @@ def _max_tokens_name(model: str, quirks: Quirks) -> str:
     return quirks.max_tokens
 
 
-def message_of(message: Message, quirks: Quirks) -> dict[str, Any]:
-    """Return a message in the dialect. Text alone is a string, which all services accept; with images it is a list."""
-    body: dict[str, Any] = {"role": message.role}
-    content = message.content
-    if len(content) == 1 and not isinstance(content[0], Image):
-        body["content"] = content[0].text
-    elif any(isinstance(part, Image) for part in content):
-        body["content"] = [
-            {"type": "image_url", "image_url": image_of(part)}
-            if isinstance(part, Image)
-            else {"type": "text", "text": part.text}
-            for part in content
-        ]
-    else:
-        body["content"] = message.text
-    if message.name is not None and message.role != "tool":
-        body["name"] = message.name
-    if message.role == "tool":
-        body["tool_call_id"] = _call_id(message.tool_call_id or "", quirks)
-    if message.tool_calls:
-        body["content"] = body["content"] or None
-        body["tool_calls"] = [
-            {
-                "id": _call_id(call.id, quirks),
-                "type": "function",
-                "function": {"name": call.name, "arguments": call.raw_arguments},
-            }
-            for call in message.tool_calls
-        ]
-    if message.reasoning:
-        _add_reasoning(message, body, quirks)
-    return body
+# Messages
+
+
+def _messages(request: Request, quirks: Quirks) -> list[dict[str, Any]]:
+    with_tools = _has_tools(request)
+    functions: dict[str, str] = {}
+    """The names of the calls so far that came as a `function_call`, by the id that they have here."""
+    bodies: list[dict[str, Any]] = []
+    for message in request.messages:
+        if message.role == "assistant":
+            bodies.append(_AssistantMessage(quirks, with_tools=with_tools).body(message, request))
+            for call in message.tool_calls:
+                functions.pop(call.id, None)
+                if _type_of(call) == "function_call":
+                    functions[call.id] = call.name
+        elif message.role == "tool" and message.tool_call_id in functions:
+            name = message.name or functions[message.tool_call_id]
+            bodies.append({"role": "function", "name": name, "content": _content(message, request)})
+        elif message.role == "tool":
+            call_id = _call_id(message.tool_call_id or "", quirks)
+            bodies.append({"role": "tool", "content": _content(message, request), "tool_call_id": call_id})
+        else:
+            speaker = {} if message.name is None else {"name": message.name}
+            bodies.append({"role": message.role, "content": _content(message, request), **speaker})
+    return bodies
+
+
+def _has_tools(request: Request) -> bool:
+    """Whether the conversation is one with tools: only there do services want their reasoning back."""
+    return (
+        bool(request.tools)
+        or not request.extra.keys().isdisjoint(("tools", "functions"))
+        or any(message.tool_calls for message in request.messages)
+    )
+
+
+def _content(message: Message, request: Request) -> str | list[dict[str, Any]]:
+    """Return a content. Text alone is a string, which all services accept; with media it is a list."""
+    return _joined([part.text if isinstance(part, Text) else _media(part, request) for part in message.content])
+
+
+def _joined(content: list[str | dict[str, Any]]) -> str | list[dict[str, Any]]:
+    """Return texts and other parts as a content. A list has no empty texts, which services reject."""
+    texts = [part for part in content if isinstance(part, str)]
+    if len(texts) == len(content):
+        return "".join(texts)
+    return [
+        {"type": "text", "text": part} if isinstance(part, str) else part
+        for part in content
+        if not isinstance(part, str) or part.strip()
+    ]
+
+
+class _AssistantMessage:
+    """A message of the assistant in the making. What a service sent goes back to it as it came."""
+
+    def __init__(self, quirks: Quirks, *, with_tools: bool) -> None:
+        self._quirks = quirks
+        self._with_tools = with_tools
+        self._fields: dict[str, Any] = {}
+        self._content: list[str | dict[str, Any]] = []
+
+    def body(self, message: Message, request: Request) -> dict[str, Any]:
+        """Return the message, with its parts in their order."""
+        for part in message.parts:
+            if isinstance(part, Text):
+                self._add_text(part)
+            elif isinstance(part, ToolCall):
+                self._add_call(part)
+            elif isinstance(part, Reasoning):
+                self._add_reasoning(part)
+            elif isinstance(part, Opaque):
+                if self._quirks.thinking_parts and part.dialect == DIALECT:
+                    self._content.append(dict(part.raw))
+            else:
+                self._add_media(part, request)
+        name = {} if message.name is None else {"name": message.name}
+        content = _joined(self._content)
+        if not content and not self._fields.keys().isdisjoint(("audio", "function_call", "refusal", "tool_calls")):
+            return {"role": "assistant", "content": None, **name, **self._fields}
+        return {"role": "assistant", "content": content, **name, **self._fields}
+
+    def _takes(self, field: str, raw: Mapping[str, Any] | None) -> bool:
+        return raw is not None and field in raw and field in self._quirks.message_fields
+
+    def _add_text(self, part: Text) -> None:
+        raw = part.raw or {}
+        if raw.get("type") == "refusal" and "refusal" in self._quirks.message_fields:
+            self._fields["refusal"] = self._fields.get("refusal", "") + part.text
+        else:
+            self._content.append(part.text)
+        if self._takes("extra_content", raw):
+            self._fields["extra_content"] = merged(self._fields.get("extra_content", {}), raw["extra_content"])
+
+    def _add_call(self, call: ToolCall) -> None:
+        kind, raw = _type_of(call), call.raw
+        if kind == "function_call":
+            self._fields["function_call"] = {"name": call.name, "arguments": call.raw_arguments}
+            return
+        body: dict[str, Any] = {"id": _call_id(call.id, self._quirks), "type": kind}
+        if kind == "custom":
+            body["custom"] = {"name": call.name, "input": call.raw_arguments}
+        else:
+            body["function"] = {"name": call.name, "arguments": call.raw_arguments}
+        if raw is not None and self._takes("extra_content", raw):
+            body["extra_content"] = raw["extra_content"]
+        self._fields.setdefault("tool_calls", []).append(body)
+
+    def _add_reasoning(self, part: Reasoning) -> None:
+        raw, quirks = part.raw or {}, self._quirks
+        kind = raw.get("type")
+        if isinstance(kind, str) and kind.startswith("reasoning."):
+            if "reasoning_details" in quirks.message_fields:
+                self._fields.setdefault("reasoning_details", []).append(raw)
+        elif kind == "thinking":
+            if quirks.thinking_parts and isinstance(raw.get("thinking"), list):
+                self._content.append(dict(raw))
+        elif kind is None and self._with_tools:
+            for name in quirks.reasoning_fields:
+                if isinstance(raw.get(name), str):
+                    self._fields[name] = self._fields.get(name, "") + raw[name]
+            if isinstance(raw.get("content"), str):
+                self._content.append(raw["content"])
+
+    def _add_media(self, part: Media, request: Request) -> None:
+        """Add media. What a model made goes back in the form in which this dialect sends it, else as the content."""
+        raw = part.raw or {}
+        if isinstance(part, Audio) and isinstance(raw.get("id"), str) and "audio" in self._quirks.message_fields:
+            self._fields["audio"] = {"id": raw["id"]}
+        elif isinstance(part, Audio) and part.transcript:
+            self._content.append(part.transcript)
+        elif isinstance(part, Image) and self._takes("images", raw):
+            entry = {"image_url": {"url": image_url(part)}}
+            self._fields.setdefault("images", []).append({**raw["images"], **entry})
+        else:
+            self._content.append(_media(part, request))
+
+
+def _type_of(call: ToolCall) -> str:
+    """Return the type of a call: "function", "custom" for a tool that takes text, or "function_call" for the old form."""
+    found = (call.raw or {}).get("type")
+    return found if found in ("custom", "function_call") else "function"
 
 
 def _call_id(call_id: str, quirks: Quirks) -> str:
@@ -128,14 +245,29 @@ def _call_id(call_id: str, quirks: Quirks) -> str:
     return sha256(call_id.encode(errors="replace")).hexdigest()[:9]
 
 
-def _add_reasoning(message: Message, body: dict[str, Any], quirks: Quirks) -> None:
-    raws = [part.raw for part in message.reasoning if part.raw]
-    details = [raw for raw in raws if str(raw.get("type", "")).startswith("reasoning.")]
-    if details:
-        body["reasoning_details"] = details
-    text = "".join([raw["reasoning_content"] for raw in raws if isinstance(raw.get("reasoning_content"), str)])
-    if text and quirks.returns_reasoning:
-        body["reasoning_content"] = text
+def _media(part: Media, request: Request) -> dict[str, Any]:
+    """Return media as a part of a content."""
+    if isinstance(part, Image):
+        return {"type": "image_url", "image_url": image_of(part)}
+    found = media_data(part)
+    if isinstance(part, Audio):
+        sound = None if found is None else _SOUNDS.get(found[0].partition(";")[0].lower())
+        if found is None or sound is None:
+            got = "a URL" if found is None else repr(found[0])
+            raise bad_request(request, f"audio: expected the bytes of a WAV or an MP3 file, got {got}")
+        return {"type": "input_audio", "input_audio": {"data": found[1], "format": sound}}
+    if found is None:
+        raise bad_request(request, "a document: expected its bytes or a data URL, got another URL")
+    kind, data = found
+    name = (part.name if isinstance(part, Document) else None) or f"document.{kind.rpartition('/')[2]}"
+    return {"type": "file", "file": {"filename": name, "file_data": f"data:{kind};base64,{data}"}}
+
+
+_SOUNDS: Final[Mapping[str, str]] = {
+    **dict.fromkeys(("audio/wav", "audio/x-wav", "audio/wave", "audio/vnd.wave"), "wav"),
+    **dict.fromkeys(("audio/mpeg", "audio/mp3"), "mp3"),
+}
+"""OpenAI's names of the formats that it takes, by media type."""
 
 
 def image_of(image: Image) -> dict[str, Any]:

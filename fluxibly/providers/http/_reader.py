@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING
 
-from fluxibly.aggregate import as_chunk
+from fluxibly.aggregate import as_chunks
 from fluxibly.errors import ProviderError, StreamProtocolError
 from fluxibly.providers.dialects.framing import make_framing
 from fluxibly.providers.http._encodings import MAX_BODY, MAX_ERROR_BODY, decoded, decoders_for
@@ -181,7 +181,7 @@ class ReplyReader:
                 self._decode(event)
             self._deliver(self._decoder.end())
         else:
-            self._deliver([as_chunk(self._endpoint.decoded(self._body.whole()))])
+            self._deliver(as_chunks(self._endpoint.decoded(self._body.whole())))
         self.ended = True
 
 

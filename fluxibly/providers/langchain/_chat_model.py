@@ -20,12 +20,17 @@ from langchain_core.tools import BaseTool
 from langchain_core.utils.function_calling import convert_to_openai_tool
 
 from fluxibly._checks import kind_of
+from fluxibly.providers.dialects.encoding import media_data
+from fluxibly.providers.langchain._blocks import parts_of
 from fluxibly.types import (
+    Audio,
     Chunk,
+    ContentPart,
+    Document,
     Image,
+    Media,
     Message,
     Part,
-    Reasoning,
     Request,
     Response,
     Role,
@@ -40,7 +45,7 @@ if TYPE_CHECKING:
 
 
 _KEPT = "fluxibly"
-"""The key in `additional_kwargs` for plain data that must go back to the service together with an answer."""
+"""The key in `additional_kwargs` for the parts of an answer, as JSON values, if the message cannot hold them itself."""
 
 _ROLES: Mapping[str, Role] = {
     "ai": "assistant",
@@ -68,48 +73,84 @@ def _message(message: BaseMessage) -> Message:
     if role is None:
         raise ValueError(f"the type of a LangChain message: expected one of {sorted(_ROLES)}, got {name!r}")
     if isinstance(message, AIMessage):
-        return Message(
-            role,
-            str(message.text),
-            name=message.name,
-            tool_calls=_tool_calls(message),
-            reasoning=_kept_reasoning(message),
-        )
+        return attrs.evolve(_answer(message), name=message.name)
     if isinstance(message, ToolMessage):
-        return Message(role, _parts(message), name=message.name, tool_call_id=message.tool_call_id)
+        failed = message.status == "error"
+        return Message(role, _parts(message), name=message.name, tool_call_id=message.tool_call_id, is_error=failed)
     return Message(role, _parts(message), name=message.name)
 
 
-def _parts(message: BaseMessage) -> tuple[Part, ...]:
+def _parts(message: BaseMessage) -> tuple[ContentPart, ...]:
     if isinstance(message.content, str):
         return (Text(message.content),) if message.content else ()
-    # `content_blocks` has a single format for the images of all services.
+    # `content_blocks` has a single format for the media of all services.
     return tuple(_part(cast("Mapping[str, Any]", block)) for block in message.content_blocks)
 
 
-def _part(block: Mapping[str, Any]) -> Part:
+def _part(block: Mapping[str, Any]) -> ContentPart:
     kind = block.get("type")
     if kind == "text":
         return Text(block["text"])
-    if kind == "image" and block.get("url"):
-        return Image(url=block["url"], detail=_detail(block))
-    if kind == "image" and block.get("base64"):
-        data = base64.b64decode(block["base64"])
-        return Image(data=data, media_type=block.get("mime_type") or "image/png", detail=_detail(block))
-    raise ValueError(f"a message's content: expected text or images (by URL or base64), got a block of type {kind!r}")
+    if kind in _MEDIA and (block.get("url") or block.get("base64")):
+        fields = _media_fields(block)
+        if kind == "audio":
+            return Audio(**fields)
+        extras: Mapping[str, Any] = block.get("extras") or {}
+        if kind == "file":
+            return Document(**fields, name=block.get("filename") or extras.get("filename"))
+        return Image(**fields, detail=block.get("detail") or extras.get("detail"))
+    raise ValueError(
+        f"a message's content: expected text, images, audio or files (by URL or base64), got a block of type {kind!r}"
+    )
 
 
-def _detail(block: Mapping[str, Any]) -> str | None:
-    extras = block.get("extras")
-    return cast("Mapping[str, Any]", extras).get("detail") if isinstance(extras, Mapping) else block.get("detail")
+_MEDIA: Mapping[str, str] = {"image": "image/png", "audio": "audio/wav", "file": "application/pdf"}
+"""LangChain's blocks for media, each with the media type that is meant if the block names none."""
+
+
+def _media_fields(block: Mapping[str, Any]) -> dict[str, Any]:
+    media_type = block.get("mime_type")
+    if block.get("url"):
+        return {"url": block["url"], "media_type": media_type}
+    return {"data": base64.b64decode(block["base64"]), "media_type": media_type or _MEDIA[block["type"]]}
+
+
+def _answer(message: AIMessage) -> Message:
+    """Return a model's message. What it holds beside its parts as this module keeps them may have been changed."""
+    kept: list[Mapping[str, Any]] | None = message.additional_kwargs.get(_KEPT)
+    if type(kept) is not list:
+        service = message.response_metadata.get("model_provider")
+        dialect = f"langchain-{service}".replace("_", "-") if isinstance(service, str) else "langchain"
+        return Message.assistant(parts_of(message, dialect))
+    answer = Message.from_dict({"role": "assistant", "content": _filled(kept, message)})
+    content = answer.content
+    if answer.text != str(message.text):
+        content = (Text(str(message.text)), *[part for part in content if isinstance(part, Media)])
+    calls = {call.id: call for call in answer.tool_calls}
+    return attrs.evolve(
+        answer, content=content, tool_calls=[_unchanged(call, calls.get(call.id)) for call in _tool_calls(message)]
+    )
+
+
+def _filled(kept: Iterable[Mapping[str, Any]], message: AIMessage) -> list[Mapping[str, Any]]:
+    """Return the kept parts with the bytes of their media, which are in the message's content."""
+    content: Iterable[object] = [] if isinstance(message.content, str) else message.content
+    held = [cast("dict[str, Any]", block) for block in content if isinstance(block, dict)]
+    parts: list[Mapping[str, Any]] = []
+    for part in kept:
+        kind = {"document": "file"}.get(part["type"], part["type"])
+        if kind not in _MEDIA or "url" in part:
+            parts.append(part)
+            continue
+        block = next((block for block in held if block.get("type") == kind and block.get("base64")), None)
+        if block is not None:
+            held.remove(block)
+            parts.append({**part, "data": block["base64"], "media_type": block.get("mime_type")})
+    return parts
 
 
 def _tool_calls(message: AIMessage) -> list[ToolCall]:
-    signatures: Mapping[str, str] = message.additional_kwargs.get(_KEPT, {}).get("signatures", {})
-    calls = [
-        ToolCall(call["id"] or "", call["name"], call["args"], signature=signatures.get(call["id"] or ""))
-        for call in message.tool_calls
-    ]
+    calls = [ToolCall(call["id"] or "", call["name"], call["args"]) for call in message.tool_calls]
     broken = [
         ToolCall(call["id"] or "", call["name"] or "", raw_arguments=call["args"] or "")
         for call in message.invalid_tool_calls
@@ -117,9 +158,13 @@ def _tool_calls(message: AIMessage) -> list[ToolCall]:
     return calls + broken
 
 
-def _kept_reasoning(message: AIMessage) -> list[Reasoning]:
-    parts: list[dict[str, Any]] = message.additional_kwargs.get(_KEPT, {}).get("reasoning", [])
-    return [Reasoning(**part) for part in parts]
+def _unchanged(call: ToolCall, kept: ToolCall | None) -> ToolCall:
+    """Return the kept call if the message still has the same call."""
+    if kept is None:
+        return call
+    if (call.name, call.arguments, call.error) == (kept.name, kept.arguments, kept.error):
+        return kept
+    return attrs.evolve(call, signature=kept.signature, raw=kept.raw)
 
 
 # From fluxibly to LangChain
@@ -128,7 +173,7 @@ def _kept_reasoning(message: AIMessage) -> list[Reasoning]:
 def ai_message(response: Response) -> AIMessage:
     """Return a response as a LangChain message."""
     return AIMessage(
-        response.text,
+        _content(response.parts) if response.media else response.text,
         tool_calls=[
             {"type": "tool_call", "id": call.id, "name": call.name, "args": dict(call.arguments)}
             for call in response.tool_calls
@@ -153,8 +198,10 @@ def ai_message(response: Response) -> AIMessage:
 
 def piece_of_stream(chunk: Chunk, numbers: CallNumbers) -> AIMessageChunk:
     """Return the fields of a chunk that add up as a LangChain chunk. `end_of_stream` returns the other fields."""
+    media = [_media_block(part) for part in chunk.parts if isinstance(part, Media)]
+    content: Any = [*media, chunk.text] if media and chunk.text else media or chunk.text
     return AIMessageChunk(
-        content=chunk.text,
+        content=content,
         tool_call_chunks=[
             tool_call_chunk(name=each.name, args=each.arguments, id=each.id, index=numbers.of(each))
             for each in chunk.tool_calls
@@ -199,13 +246,47 @@ def _readable(reasoning: str) -> dict[str, Any]:
 
 
 def _kept(response: Response) -> dict[str, Any]:
-    kept: dict[str, Any] = {}
-    if response.reasoning_parts:
-        kept["reasoning"] = [attrs.asdict(part) for part in response.reasoning_parts]
-    signatures = {call.id: call.signature for call in response.tool_calls if call.signature}
-    if signatures:
-        kept["signatures"] = signatures
-    return {_KEPT: kept} if kept else {}
+    """Return the parts of an answer, unless the message itself has all of them."""
+    message = response.message
+    if message.order is None and not message.reasoning and all(map(_plain, message.parts)):
+        return {}
+    return {_KEPT: [_without_data(part) for part in message.to_dict()["content"]]}
+
+
+def _without_data(part: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a part without the bytes of its media, which are in the message's content."""
+    inline = {name for name in ("data", "url") if name == "data" or str(part.get(name)).startswith("data:")}
+    return {name: value for name, value in part.items() if name not in inline}
+
+
+def _plain(part: Part) -> bool:
+    """Whether LangChain's message has all of a part."""
+    if isinstance(part, ToolCall):
+        return part.signature is None and part.raw is None
+    return isinstance(part, Text) and part.raw is None
+
+
+def _content(parts: Iterable[Part]) -> Any:
+    """Return texts and media as LangChain's content, as its merged chunks have it."""
+    content: list[str | dict[str, Any]] = []
+    for part in parts:
+        if isinstance(part, Media):
+            content.append(_media_block(part))
+        elif isinstance(part, Text) and part.text:
+            if content and isinstance(content[-1], str):
+                content[-1] += part.text
+            else:
+                content.append(part.text)
+    return content
+
+
+def _media_block(media: Media) -> dict[str, Any]:
+    """Return an image, audio or a file that a model made as LangChain's block."""
+    found = media_data(media)
+    kind = "image" if isinstance(media, Image) else "audio" if isinstance(media, Audio) else "file"
+    if found is None:
+        return {"type": kind, "url": media.url}
+    return {"type": kind, "base64": found[1], "mime_type": found[0]}
 
 
 def _metadata(response: Response) -> dict[str, Any]:

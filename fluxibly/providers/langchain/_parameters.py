@@ -36,6 +36,21 @@ def dialect_of(chat_model: BaseChatModel) -> Dialect:
     return "other"
 
 
+def integration_of(chat_model: BaseChatModel) -> str:
+    """Return the name of a chat model's integration, such as "langchain-anthropic": the dialect of its blocks."""
+    family = dialect_of(chat_model)
+    package = f"langchain_{family}" if family != "other" else type(chat_model).__module__.partition(".")[0]
+    return package.replace("_", "-")
+
+
+def form_of(chat_model: BaseChatModel, integration: str) -> dict[str, Any]:
+    """Return the metadata of a message whose content is in LangChain's common form, if the chat model uses it."""
+    if getattr(chat_model, "output_version", None) != "v1":
+        return {}
+    service = integration.removeprefix("langchain-").replace("-", "_")
+    return {"output_version": "v1", "model_provider": service}
+
+
 def prepare(chat_model: BaseChatModel, request: Request, dialect: Dialect) -> tuple[Runnable[Any, Any], dict[str, Any]]:
     """Return the runnable to invoke for a request, and its keywords.
 

@@ -8,18 +8,17 @@ asynchronous models support only asyncio.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterable
 from typing import TYPE_CHECKING, Any, cast
 
 from fluxibly._checks import kind_of
 from fluxibly._extras import pip_install
-from fluxibly.aggregate import as_chunk
+from fluxibly.aggregate import as_chunks
 from fluxibly.config import LLMConfig
 from fluxibly.errors import ConfigError, StreamProtocolError
 from fluxibly.provider import Threaded
 from fluxibly.providers._libraries.calls import LibraryStream, OpenStream, acall_within, call_within, library_stream
 from fluxibly.providers._libraries.loops import on_asyncio
-from fluxibly.providers.dialects.decoding import PendingFields
 from fluxibly.types import Chunk, Request, Response
 
 try:
@@ -27,9 +26,10 @@ try:
     from langchain_core.messages import AIMessageChunk, BaseMessage
     from langchain_core.runnables import Runnable
 
-    from fluxibly.providers.langchain._messages import MessageReader, response_of, to_langchain
+    from fluxibly.providers.langchain._messages import response_of, to_langchain
     from fluxibly.providers.langchain._models import ChatModels, answers_to_cut
-    from fluxibly.providers.langchain._parameters import dialect_of, prepare
+    from fluxibly.providers.langchain._parameters import dialect_of, form_of, integration_of, prepare
+    from fluxibly.providers.langchain._stream import MessageReader
 except ImportError as missing:
     raise ConfigError(
         f"the framework 'langchain' needs packages that are not installed: {pip_install('langchain')} ({missing})"
@@ -44,12 +44,13 @@ class _Answer:
 
     def __init__(self, source: ChatModels, chat_model: BaseChatModel, request: Request) -> None:
         self.dialect = dialect_of(chat_model)
-        self.messages = to_langchain(request.messages, self.dialect)
+        self.integration = integration_of(chat_model)
+        form = form_of(chat_model, self.integration)
+        self.messages = to_langchain(request.messages, self.dialect, self.integration, form)
         self.runnable: Runnable[Any, Any]
         self.runnable, self.keywords = prepare(chat_model, request, self.dialect)
-        self.reader = MessageReader()
+        self.reader = MessageReader(self.integration)
         self.whole = False
-        self._pending = PendingFields()
         self._source = source
         self._request = request
         self._provider: object = self.dialect
@@ -60,7 +61,7 @@ class _Answer:
 
     def response(self, message: object) -> Response:
         self._see(cast("BaseMessage", message))
-        return response_of(cast("BaseMessage", message))
+        return response_of(cast("BaseMessage", message), self.integration)
 
     def _see(self, message: BaseMessage) -> None:
         """Record which service answers, if a chat model delegates to others and their messages name the service.
@@ -72,31 +73,17 @@ class _Answer:
             self._provider = reported
             self._source.answers(self._request.call, reported)
 
-    def chunk(self, message: object) -> Chunk | None:
-        self._see(cast("BaseMessage", message))
+    def chunks(self, message: object) -> Iterable[Chunk]:
         if not isinstance(message, AIMessageChunk):  # a model that cannot stream returns its whole answer at once
             self.whole = True
-            return as_chunk(response_of(cast("BaseMessage", message)))
-        chunk = self.reader.read(message)
-        self._pending.add(
-            finish_reason=chunk.finish_reason,
-            raw_finish_reason=chunk.raw_finish_reason,
-            usage=chunk.usage,
-            model=chunk.model or None,
-            id=chunk.id or None,
-            request_id=chunk.request_id or None,
-            rate_limits=chunk.rate_limits,
-        )
-        if not chunk.has_output:
-            return None
-        return self._pending.emit(chunk.text, reasoning=chunk.reasoning, tool_calls=chunk.tool_calls)[0]
+            return as_chunks(self.response(message))
+        self._see(message)
+        return self.reader.read(message)
 
-    def last(self) -> Chunk | None:
+    def last(self) -> Iterable[Chunk]:
         if self.dialect != "other" and not self.whole and not self.reader.finished:
             raise StreamProtocolError("the stream (through LangChain) was cut off: it ended without a finish reason")
-        if parts := self.reader.reasoning_parts():
-            self._pending.add(reasoning_parts=parts)
-        return next(iter(self._pending.flush()), None)
+        return self.reader.end()
 
 
 class LangChainProvider:
@@ -148,7 +135,7 @@ class LangChainProvider:
             stream: Any = answer.runnable.stream(answer.messages, **answer.keywords)
             return OpenStream(stream, stream.close, cut)
 
-        return LibraryStream(open_stream, self._source.limits, answer.chunk, answer.last, answer.explain)
+        return LibraryStream(open_stream, self._source.limits, answer.chunks, answer.last, answer.explain)
 
     def close(self) -> None:
         """Close the connections that were opened for this provider."""
@@ -190,7 +177,7 @@ class AsyncLangChainProvider:
         async def open_stream() -> AsyncIterator[Any]:
             return answer.runnable.astream(answer.messages, **answer.keywords)
 
-        return library_stream(open_stream, self._source.limits, answer.chunk, answer.last, answer.explain)
+        return library_stream(open_stream, self._source.limits, answer.chunks, answer.last, answer.explain)
 
     async def aclose(self) -> None:
         """Close the connections that were opened for this provider."""

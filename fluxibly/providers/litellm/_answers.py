@@ -3,51 +3,69 @@
 from __future__ import annotations
 
 from inspect import isgenerator
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import attrs
 import httpx
 import msgspec
 
 from fluxibly.errors import StreamProtocolError
-from fluxibly.providers.dialects.json_values import as_array, as_object
+from fluxibly.providers.dialects.json_values import as_array, as_object, as_text
 from fluxibly.providers.dialects.openai_chat import Body, ChatDecoder, OpenAICodec
+from fluxibly.providers.dialects.openai_parts import items_of
 from fluxibly.providers.dialects.openai_request import Quirks, chat_body
 from fluxibly.providers.http import end_connection
 from fluxibly.providers.litellm._services import Answerer
-from fluxibly.types import Chunk, Reasoning, Request, Response
+from fluxibly.types import Chunk, Message, Opaque, Reasoning, Request, Response, ToolCall, ToolCallDelta
 
 _SERVICE = "the service (through LiteLLM)"
-_QUIRKS = Quirks(top_k=True)
+_QUIRKS = Quirks(top_k=True, reasoning_fields=("reasoning_content",))
 _CODEC = OpenAICodec(_QUIRKS, _SERVICE)
 _THOUGHTS = ("thinking", "redacted_thinking")
 
 
-def body_of(request: Request, *, stream: bool) -> dict[str, Any]:
-    """Return a request in OpenAI's format, with the signed reasoning of earlier turns where LiteLLM expects it."""
+def body_of(request: Request, service: str, *, stream: bool) -> dict[str, Any]:
+    """Return a request in OpenAI's format, with what LiteLLM keeps beside it. `service` is asked, by LiteLLM's name."""
     body = chat_body(request, _QUIRKS, stream=stream, service="LiteLLM")
     for message, sent in zip(request.messages, body["messages"], strict=True):
-        thoughts = [dict(part.raw) for part in message.reasoning if part.raw and part.raw.get("type") in _THOUGHTS]
-        if thoughts:
-            sent["thinking_blocks"] = thoughts
+        if message.role == "assistant":
+            _add_own(message, sent, _dialect(service))
     return body
 
 
-def response_of(answer: Any) -> Response:
-    """Return a whole answer as a response.
+def _dialect(service: str) -> str:
+    return f"litellm-{service}"
+
+
+def _add_own(message: Message, sent: dict[str, Any], dialect: str) -> None:
+    """Add signed reasoning, signatures and the results of a service's own tools to a message, where LiteLLM has them."""
+    calls = {call.get("id"): call for call in as_array(sent.get("tool_calls"))}
+    for part in message.parts:
+        raw = part.raw or {}
+        if isinstance(part, Reasoning) and raw.get("type") in _THOUGHTS:
+            sent.setdefault("thinking_blocks", []).append(dict(raw))
+        elif isinstance(part, ToolCall) and part.id in calls:
+            calls[part.id].update(raw.get(dialect) or {})
+        elif isinstance(part, Opaque) and part.dialect == dialect:
+            sent.update(raw)
+
+
+def response_of(answer: Any, service: str) -> Response:
+    """Return a whole answer as a response. `service` answered, by LiteLLM's name.
 
     Raises:
         ProviderError: the answer reports an error, or is not a chat completion.
     """
     plain = _plain(answer)
+    messages = [_Message(service) for _ in plain.get("choices") or ()]
+    for message, choice in zip(messages, plain.get("choices") or (), strict=True):
+        message.prepare(choice.get("message"))
     response = _CODEC.decode(msgspec.json.encode(plain))
-    thoughts = _Thoughts()
-    for choice in plain.get("choices") or ():
-        thoughts.add(choice.get("message"))
     request_id, limits = _headers(answer)
-    return response.evolve(
-        reasoning_parts=thoughts.parts() or response.reasoning_parts, request_id=request_id, rate_limits=limits
-    )
+    first, *others = [
+        message.completed(found) for message, found in zip(messages, (response, *response.alternatives), strict=False)
+    ] or [response]
+    return first.evolve(alternatives=others, request_id=request_id, rate_limits=limits)
 
 
 def _plain(answer: Any) -> dict[str, Any]:
@@ -60,7 +78,7 @@ class StreamReader:
     def __init__(self, answerer: Answerer) -> None:
         self._answerer = answerer
         self._decoder = ChatDecoder(_SERVICE)
-        self._thoughts = _Thoughts()
+        self._message: _Message | None = None
         self._stream: Any = None
         self._model: str | None = None
         """The service's own name for the model, or else LiteLLM's name."""
@@ -74,8 +92,8 @@ class StreamReader:
         self._first = {"request_id": request_id, "rate_limits": limits or None}
         return stream
 
-    def read(self, item: Any) -> Chunk | None:
-        """Return the chunk of an item, or None if the item is empty.
+    def read(self, item: Any) -> list[Chunk]:
+        """Return the chunks of an item.
 
         Raises:
             StreamProtocolError: the stream was cut off, and LiteLLM made up its end.
@@ -84,28 +102,31 @@ class StreamReader:
         hidden: Any = getattr(item, "_hidden_params", None) or {}
         self._model = hidden.get("provider_response_model") or self._model or plain.get("model")
         plain["model"] = self._model
+        message = self._message = self._message or _Message(self._answerer.service)
         for choice in plain.get("choices") or ():
-            self._thoughts.add(choice.get("delta"))
+            message.prepare(choice.get("delta"))
             if choice.get("finish_reason"):
                 self._check_end()
-        return self._joined(self._decoder.take(msgspec.convert(plain, Body), b""))
+        return self._with_headers([*map(message.taken, self._decoder.take(msgspec.convert(plain, Body), b""))])
 
-    def last(self) -> Chunk | None:
-        """Return the final chunk after the end of the stream, if there is anything left to return.
+    def last(self) -> list[Chunk]:
+        """Return the chunks that are left after the end of the stream.
 
         Raises:
             StreamProtocolError: the stream was cut off.
         """
-        chunk = self._joined(self._decoder.end())
-        parts = self._thoughts.parts()
-        return attrs.evolve(chunk or Chunk(), reasoning_parts=parts) if parts else chunk
+        message = self._message or _Message(self._answerer.service)
+        chunks = [*map(message.taken, self._decoder.end())]
+        if rest := message.rest():
+            chunks.append(rest)
+        return self._with_headers(chunks)
 
-    def _joined(self, chunks: Any) -> Chunk | None:
-        """Return the chunk of an event, or None. An event has a single choice, so it has at most a single chunk."""
-        for chunk in chunks:
-            first, self._first = self._first, {}
-            return attrs.evolve(chunk, **first) if first else cast("Chunk", chunk)
-        return None
+    def _with_headers(self, chunks: list[Chunk]) -> list[Chunk]:
+        """Return chunks; the first of the stream has the fields from the headers."""
+        if chunks and self._first:
+            chunks[0] = attrs.evolve(chunks[0], **self._first)
+            self._first = {}
+        return chunks
 
     def _check_end(self) -> None:
         came = [
@@ -115,28 +136,132 @@ class StreamReader:
             raise StreamProtocolError(f"the stream of {_SERVICE} was cut off: it ended without a finish reason")
 
 
-class _Thoughts:
-    """Anthropic's reasoning blocks, which LiteLLM delivers separately. Streamed pieces end with a signature."""
+class _Message:
+    """What LiteLLM keeps beside OpenAI's fields of an answer, whole or in pieces.
 
-    def __init__(self) -> None:
-        self._blocks: list[dict[str, Any]] = []
+    Anthropic's reasoning blocks (`thinking_blocks`) are given to the dialect's decoder as `reasoning_details`, which it
+    joins and puts in order. The other fields of a service are under `provider_specific_fields`.
+    """
 
-    def add(self, message: Any) -> None:
-        """Add the reasoning blocks of a message or a delta."""
-        for block in as_array(as_object(message).get("thinking_blocks")):
-            last = self._blocks[-1] if self._blocks else None
-            if last is None or last.get("signature") or block["type"] != "thinking" or last["type"] != "thinking":
-                self._blocks.append(dict(block))
-                continue
-            last["thinking"] = (last.get("thinking") or "") + (block.get("thinking") or "")
-            last["signature"] = block.get("signature")
+    def __init__(self, service: str) -> None:
+        self._dialect = _dialect(service)
+        self._number = 0
+        self._last: dict[str, Any] = {}
+        """The last piece of a reasoning block."""
+        self._calls: list[dict[str, Any]] = []
+        """The own fields of the tool calls in the last piece of the answer."""
+        self._fields: dict[str, Any] = {}
+        self._details: dict[str, Any] = {}
 
-    def parts(self) -> tuple[Reasoning, ...]:
-        """Return the blocks in the form in which they must go back to the service."""
-        return tuple(
-            Reasoning(text=block.get("thinking") or "", signature=block.get("signature"), raw=block)
-            for block in self._blocks
+    def prepare(self, message: Any) -> None:
+        """Keep the fields that OpenAI's decoder does not read, and change others so that it reads them."""
+        fields = as_object(message)
+        blocks = [as_object(block) for block in as_array(fields.get("thinking_blocks"))]
+        if blocks:
+            fields["reasoning_details"] = [self._detail(block) for block in blocks]
+        self._calls = [_own_fields(as_object(call)) for call in as_array(fields.get("tool_calls"))]
+        self._note(as_object(fields.get("provider_specific_fields")))
+        if fields.get("reasoning_items"):
+            self._fields["reasoning_items"] = fields["reasoning_items"]
+
+    def _detail(self, block: dict[str, Any]) -> dict[str, Any]:
+        last, self._last = self._last, block
+        if last.get("signature") or "data" in last or block.get("type") != last.get("type"):
+            self._number += 1
+        others = {name: value for name, value in block.items() if name != "thinking" and value is not None}
+        return {**others, "text": as_text(block.get("thinking")), "index": self._number}
+
+    def _note(self, fields: dict[str, Any]) -> None:
+        kept = {name: fields[name] for name in _KEPT if fields.get(name)}
+        if "server_tool_calls" in kept:
+            kept["server_tool_calls"] = [
+                _without_index(as_object(call)) for call in as_array(kept["server_tool_calls"])
+            ]
+        if kept:
+            self._fields["provider_specific_fields"] = {**self._fields.get("provider_specific_fields", {}), **kept}
+        for name, value in fields.items():
+            if name == "citation":  # a piece of a stream has one of them; a whole answer has them for each text
+                self._details.setdefault("citations", []).append(value)
+            elif name == "citations":
+                self._details["citations"] = [citation for each in as_array(value) for citation in items_of(each)]
+            elif value is not None and name not in _NOT_DETAILS:
+                self._details[name] = value
+
+    def completed(self, response: Response) -> Response:
+        """Return a whole answer with these fields."""
+        calls = [
+            _with_own(call, own, self._dialect) for call, own in zip(response.tool_calls, self._calls, strict=False)
+        ]
+        thoughts = [_as_thought(part) for part in response.reasoning_parts]
+        response = response.evolve(
+            reasoning_parts=thoughts,
+            tool_calls=calls + list(response.tool_calls[len(calls) :]),
+            details={**response.details, **self._details},
         )
+        if not self._fields:
+            return response
+        own = Opaque(self._dialect, self._fields)
+        others = {name: getattr(response, name) for name in _BESIDE}
+        return Response.from_parts((*response.parts, own), **others)
+
+    def taken(self, chunk: Chunk) -> Chunk:
+        """Return a chunk of the last piece of the answer with these fields."""
+        if chunk.parts:
+            parts = [_as_thought(part) if isinstance(part, Reasoning) else part for part in chunk.parts]
+            chunk = attrs.evolve(chunk, parts=tuple(parts))
+        if chunk.tool_calls and any(self._calls):
+            deltas = [
+                _with_own(delta, own, self._dialect) for delta, own in zip(chunk.tool_calls, self._calls, strict=False)
+            ]
+            chunk = attrs.evolve(chunk, tool_calls=tuple(deltas))
+        return chunk
+
+    def rest(self) -> Chunk | None:
+        """Return what is known only at the end of a stream."""
+        parts = (Opaque(self._dialect, self._fields),) if self._fields else ()
+        return Chunk(parts=parts, details=self._details or None) if parts or self._details else None
+
+
+_KEPT = ("compaction_blocks", "server_tool_calls", "thought_signatures", "tool_results", "web_search_results")
+"""The fields of `provider_specific_fields` from which LiteLLM makes the service's own blocks again."""
+_NOT_DETAILS = (
+    *_KEPT,
+    "code_interpreter_results",
+    "compaction_delta",
+    "compaction_start",
+    "thinking_blocks",
+    "web_search_calls",
+)
+"""The fields that are parts of the answer, or repeat these in another form."""
+_BESIDE = ("finish_reason", "raw_finish_reason", "usage", "model", "id", "alternatives", "details", "raw")
+_Call = TypeVar("_Call", ToolCall, ToolCallDelta)
+
+
+def _without_index(call: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in call.items() if name != "index"}
+
+
+def _own_fields(call: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a tool call that a service has beside OpenAI's, such as Gemini's signature."""
+    found = {name: call[name] for name in ("provider_specific_fields", "caller") if call.get(name)}
+    inner = as_object(call.get("function")).get("provider_specific_fields")
+    return {"provider_specific_fields": inner, **found} if inner else found
+
+
+def _with_own(call: _Call, own: dict[str, Any], dialect: str) -> _Call:
+    if not own:
+        return call
+    signature = as_object(own.get("provider_specific_fields")).get("thought_signature")
+    return attrs.evolve(call, signature=as_text(signature) or None, raw={**(call.raw or {}), dialect: own})
+
+
+def _as_thought(part: Reasoning) -> Reasoning:
+    """Return reasoning with Anthropic's block again, if it was given to the decoder in another shape."""
+    raw = part.raw or {}
+    if raw.get("type") not in _THOUGHTS or "index" not in raw:
+        return part
+    block = {name: value for name, value in raw.items() if name not in ("index", "text")}
+    return attrs.evolve(part, raw=block if block["type"] == "redacted_thinking" else {**block, "thinking": part.text})
 
 
 def _headers(answer: Any) -> tuple[str | None, dict[str, str]]:

@@ -130,7 +130,7 @@ class LiteLLMProvider:
         try:
             answer = call_within(lambda: self._litellm.completion(**keywords), self._limits.call)
             answerer.read(answer)
-            return response_of(answer)
+            return response_of(answer, answerer.service)
         except Exception as error:  # noqa: BLE001  # raised below, without LiteLLM's exception as its context
             failure = self.explain(error, request)
         raise failure
@@ -158,9 +158,9 @@ class LiteLLMProvider:
         Raises:
             BadRequest: LiteLLM does not support a parameter, or the key would go to another service.
         """
-        keywords = {**self._settings, **body_of(request, stream=stream), **request.extra}
         base = self._access.get("api_base")
-        service = service_of(self._litellm, keywords["model"], request.extra, base)
+        service = service_of(self._litellm, request.extra.get("model", request.model), request.extra, base)
+        keywords = {**self._settings, **body_of(request, service, stream=stream), **request.extra}
         if service == self._service:  # the key must not be sent to another service
             keywords = {**self._access, **keywords}
         if fallbacks := as_array(keywords.get("fallbacks")):
@@ -199,7 +199,7 @@ class AsyncLiteLLMProvider:
         try:
             answer = await acall_within(_per_loop.get().acompletion(**keywords), self._limits.call)
             answerer.read(answer)
-            return response_of(answer)
+            return response_of(answer, answerer.service)
         except Exception as error:  # noqa: BLE001  # raised below, without LiteLLM's exception as its context
             failure = self._sync.explain(error, request)
         raise failure

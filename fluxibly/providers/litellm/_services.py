@@ -76,7 +76,7 @@ def _settings_of(fallback: object, keywords: Mapping[str, Any]) -> dict[str, Any
 
 
 class Answerer:
-    """The service that answers a call, recorded on the call. At first it is the service that is asked.
+    """The `service` that answers a call, recorded on the call. At first it is the service that is asked.
 
     Args:
         litellm: the library.
@@ -92,7 +92,7 @@ class Answerer:
         self._litellm = litellm
         self._services = services
         self._call = call
-        self._service = service
+        self._service = self.service = service
         self._keywords = keywords
         self._note_service(service, keywords)
 
@@ -106,7 +106,8 @@ class Answerer:
         settings = self._fallback(hidden) or self._for_long_prompts(hidden, answer)
         if settings is not None:
             self._call.sent_model = settings["model"]
-            self._note_service(self._service_of(settings), settings)
+            self.service = self._service_of(settings)
+            self._note_service(self.service, settings)
 
     def _fallback(self, hidden: Mapping[str, Any]) -> dict[str, Any] | None:
         """Return the keywords of the entry of `fallbacks` that answered."""

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import msgspec
 
+from fluxibly._checks import kind_of
 from fluxibly.aggregate import Aggregator
 from fluxibly.errors import BadRequest, ProviderError, RequestTimeout, StreamStalled
 from fluxibly.provider import Threaded, in_thread
@@ -25,7 +26,7 @@ from fluxibly.providers.dialects.openai_chat import ChatDecoder, OpenAICodec
 from fluxibly.providers.dialects.openai_request import Quirks
 from fluxibly.providers.local._engine import SETTINGS, Engine, Generation, Stopped, load, missing, settings_of
 from fluxibly.providers.local._model import DEFAULT_MODEL, check_gguf, model_path, named_model
-from fluxibly.types import Chunk, ProviderInfo, Request, Response
+from fluxibly.types import Chunk, Media, ProviderInfo, Request, Response
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -35,6 +36,10 @@ if TYPE_CHECKING:
 
 INFO = ProviderInfo(name="LocalProvider", framework="local", telemetry_name="local", in_process=True)
 DONE = Event(b"[DONE]")
+
+
+QUIRKS = Quirks(top_k=True, reasoning_fields=("reasoning_content",))
+"""llama.cpp's dialect, in process."""
 
 
 class LocalProvider:
@@ -59,7 +64,7 @@ class LocalProvider:
         self._settings = settings_of(config.additional_params)
         self._timeouts = config.timeouts
         self._stream_total = None if isinstance(config.timeout, (int, float)) else config.timeouts.total
-        self._codec = OpenAICodec(quirks=Quirks(top_k=True), service=f"the local model {self._alias}")
+        self._codec = OpenAICodec(quirks=QUIRKS, service=f"the local model {self._alias}")
         self._engine: Engine | None = None
         self._lock = threading.Lock()
 
@@ -83,7 +88,8 @@ class LocalProvider:
 
     def generation(self, request: Request) -> Generation:
         """Start to generate the answer, and return its generation."""
-        generation = Generation(self._load(), self.body(request))
+        body = self.body(request)  # a request that is refused loads no model
+        generation = Generation(self._load(), body)
         generation.start()
         return generation
 
@@ -96,6 +102,15 @@ class LocalProvider:
                 provider="local",
                 model=self._alias,
             )
+        for message in request.messages:
+            for part in message.content:
+                if isinstance(part, Media) and (message.role != "assistant" or part.raw is None):
+                    raise BadRequest(
+                        f"a message's content: expected only text for the local model {self._alias}, "
+                        f"got {kind_of(part)}",
+                        provider="local",
+                        model=self._alias,
+                    )
         extra = {name: value for name, value in request.extra.items() if name not in SETTINGS}
         encoded = self._codec.encode(request.evolve(extra=extra), stream=True)
         body: dict[str, Any] = msgspec.json.decode(encoded.body)
