@@ -13,7 +13,6 @@ from fluxibly.parts import (
     ContentPart,
     Kind,
     Media,
-    Opaque,
     Order,
     Part,
     Place,
@@ -22,6 +21,7 @@ from fluxibly.parts import (
     ToolCall,
     in_order,
     order_unless_usual,
+    place_of,
 )
 
 _T = TypeVar("_T")
@@ -219,29 +219,17 @@ def _from_dict(given: object, path: str) -> Message:
 
 
 def _assistant(parts: Iterable[object], tool_calls: Iterable[ToolCall]) -> Message:
-    content: list[ContentPart] = []
-    thoughts: list[Reasoning] = []
-    calls: list[ToolCall] = []
-    order: list[Place] = []
-    for given in (*parts, *tool_calls):
-        part = Text(given) if isinstance(given, str) else given
-        if isinstance(part, (Text, Media)):
-            content.append(part)
-            order.append("content")
-        elif isinstance(part, Reasoning):
-            thoughts.append(part)
-            order.append("reasoning")
-        elif isinstance(part, ToolCall):
-            calls.append(part)
-            order.append("tool_call")
-        elif isinstance(part, Opaque):
-            order.append(part)
-        else:
-            raise TypeError(
-                "an assistant's content: expected a str, Text, Image, Audio, Document, Reasoning, ToolCall, Opaque or a "
-                f"sequence of these, got {kind_of(part)}"
-            )
-    return Message("assistant", content, tool_calls=calls, reasoning=thoughts, order=order_unless_usual(order, USUAL))
+    given = [Text(part) if isinstance(part, str) else part for part in (*parts, *tool_calls)]
+    order: list[Place] = [
+        "content" if isinstance(part, (Text, Media)) else place_of(part, "an assistant's content") for part in given
+    ]
+    return Message(
+        "assistant",
+        [part for part in given if isinstance(part, (Text, Media))],
+        tool_calls=[part for part in given if isinstance(part, ToolCall)],
+        reasoning=[part for part in given if isinstance(part, Reasoning)],
+        order=order_unless_usual(order, USUAL),
+    )
 
 
 @attrs.frozen(repr=False, eq=False)

@@ -244,6 +244,27 @@ Place: TypeAlias = Kind | Span | Opaque
 Order: TypeAlias = tuple[Place, ...]
 
 
+def place_of(part: object, what: str) -> Place:
+    """Return the place of a part in an answer's order.
+
+    Raises:
+        TypeError: the value is not a part. `what` begins the message.
+    """
+    if isinstance(part, Text):
+        return Span(len(part.text), part.raw)
+    if isinstance(part, Media):
+        return "media"
+    if isinstance(part, Reasoning):
+        return "reasoning"
+    if isinstance(part, ToolCall):
+        return "tool_call"
+    if isinstance(part, Opaque):
+        return part
+    raise TypeError(
+        f"{what}: expected Text, Image, Audio, Document, Reasoning, ToolCall or Opaque, got {kind_of(part)}"
+    )
+
+
 def kind_of_place(place: Kind | Span) -> Kind:
     """Return the kind of the part that belongs to a place."""
     return "text" if isinstance(place, Span) else place

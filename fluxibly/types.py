@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
 import attrs
 
-from fluxibly._checks import kind_of, repr_of_headers, repr_without_secrets
+from fluxibly._checks import repr_of_headers, repr_without_secrets
 from fluxibly._values import Shown, Value
 from fluxibly.messages import (
     ROLES as ROLES,
@@ -38,12 +38,12 @@ from fluxibly.parts import (
     Part as Part,
     Place,
     Reasoning as Reasoning,
-    Span,
     Text as Text,
     ToolCall as ToolCall,
     in_order,
     order_unless_usual,
     parse_arguments as parse_arguments,
+    place_of,
     split_text,
     table,
 )
@@ -377,38 +377,16 @@ class Response(Value):
     @classmethod
     def from_parts(cls, parts: Iterable[Part], **fields: Any) -> Response:
         """Return a response of parts in their order. `fields` are other fields, such as `finish_reason`."""
-        texts: list[str] = []
-        thoughts: list[Reasoning] = []
-        media: list[Media] = []
-        calls: list[ToolCall] = []
-        order: list[Place] = []
-        for part in parts:
-            if isinstance(part, Text):
-                texts.append(part.text)
-                order.append(Span(len(part.text), part.raw))
-            elif isinstance(part, Reasoning):
-                thoughts.append(part)
-                order.append("reasoning")
-            elif isinstance(part, Media):
-                media.append(part)
-                order.append("media")
-            elif isinstance(part, ToolCall):
-                calls.append(part)
-                order.append("tool_call")
-            elif isinstance(part, Opaque):  # pyright: ignore[reportUnnecessaryIsInstance]  # callers may be untyped
-                order.append(part)
-            else:
-                raise TypeError(
-                    "a Response's parts: expected Text, Image, Audio, Document, Reasoning, ToolCall or Opaque, "
-                    f"got {kind_of(part)}"
-                )
+        given = list(parts)
+        order: list[Place] = [place_of(part, "a Response's parts") for part in given]
+        thoughts = [part for part in given if isinstance(part, Reasoning)]
         reasoning = "".join([thought.text for thought in thoughts])
         return cls(
-            "".join(texts),
+            "".join([part.text for part in given if isinstance(part, Text)]),
             reasoning=reasoning,
             reasoning_parts=() if thoughts == [Reasoning(text=reasoning)] else thoughts,
-            media=media,
-            tool_calls=calls,
+            media=[part for part in given if isinstance(part, Media)],
+            tool_calls=[part for part in given if isinstance(part, ToolCall)],
             order=order_unless_usual(order, USUAL),
             **fields,
         )
