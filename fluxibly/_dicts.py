@@ -113,6 +113,11 @@ class Reader:
         """Return a field of any type."""
         return self._left.pop(name, None)
 
+    def rest(self) -> dict[str, Any]:
+        """Return all fields that are left."""
+        left, self._left = self._left, {}
+        return left
+
     def at(self, name: str) -> str:
         """Return the path of a field."""
         return f"{self.path}.{name}" if self.path else name
@@ -138,18 +143,23 @@ def part_from_dict(value: object, path: str) -> Part:
         return Text(value)
     fields = Reader(value, path)
     name = fields.needed("type")
+    read = _READERS.get(name)
+    if read is not None:
+        part = read(fields)
+        fields.done(())
+        return part
+    kind = TYPES.get(name)
+    if kind is None:
+        known = ", ".join([*TYPES, *_READERS])
+        raise ValueError(f"{path}.type: expected one of {known}, got {name!r}")
+    return _part(fields, kind)
+
+
+def _made(path: str, kind: Callable[..., _T], *args: Any, **fields: Any) -> _T:
+    """Return an object of some fields. The path begins the message of its error."""
     try:
-        read = _READERS.get(name)
-        if read is not None:
-            part = read(fields)
-            fields.done(())
-            return part
-        kind = TYPES.get(name)
-        if kind is None:
-            known = ", ".join([*TYPES, *_READERS])
-            raise ValueError(f"{path}.type: expected one of {known}, got {name!r}")
-        return _part(fields, kind)
-    except TypeError as error:
+        return kind(*args, **fields)
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from None
 
 
@@ -171,10 +181,7 @@ def _part(fields: Reader, kind: type[Any]) -> Part:
     fields.done([field.name for field in known])
     if kind is Opaque and found["raw"] is None:
         raise ValueError(f"{fields.at('raw')}: expected a mapping, got nothing")
-    try:
-        return cast("Part", kind(**found))
-    except ValueError as error:
-        raise ValueError(f"{fields.path}: {error}") from None
+    return cast("Part", _made(fields.path, kind, **found))
 
 
 def _bytes(text: str | None, path: str) -> bytes | None:
@@ -193,15 +200,31 @@ def _image_url(fields: Reader) -> Part:
     given = fields.value("image_url")
     image = Reader({"url": given} if isinstance(given, str) else given, fields.at("image_url"))
     detail = image.text("detail") or fields.text("detail")
-    found = Image(url=image.needed("url"), detail=detail)
+    found = _made(fields.path, Image, url=image.needed("url"), detail=detail)
     image.done(("url", "detail"))
     return found
+
+
+def _thinking(fields: Reader) -> Part:
+    """Return a block of thinking, as Mistral and Anthropic send it."""
+    raw = {"type": "thinking", **fields.rest()}
+    thinking = raw.get("thinking")
+    pieces = [
+        piece.get("text") if is_mapping(piece) else piece for piece in (thinking if is_list(thinking) else [thinking])
+    ]
+    signature = raw.get("signature")
+    return Reasoning(
+        text="".join([piece for piece in pieces if isinstance(piece, str)]),
+        signature=signature if isinstance(signature, str) and signature else None,
+        raw=raw,
+    )
 
 
 def _input_audio(fields: Reader) -> Part:
     audio = Reader(fields.value("input_audio"), fields.at("input_audio"))
     kind = audio.text("format", "wav")
-    return Audio(data=_bytes(audio.needed("data"), audio.at("data")), media_type=_AUDIO.get(kind, f"audio/{kind}"))
+    data = _bytes(audio.needed("data"), audio.at("data"))
+    return _made(fields.path, Audio, data=data, media_type=_AUDIO.get(kind, f"audio/{kind}"))
 
 
 _AUDIO: Final = {"mp3": "audio/mpeg"}
@@ -212,7 +235,7 @@ def _file(fields: Reader) -> Part:
     url = file.text("file_data")
     if url is None:
         raise ValueError(f"{file.at('file_data')}: expected the file's content as a data URL, got nothing")
-    return Document(url=url, name=file.text("filename"))
+    return _made(fields.path, Document, url=url, name=file.text("filename"))
 
 
 _READERS: Final[Mapping[str, Callable[[Reader], Part]]] = {
@@ -220,7 +243,8 @@ _READERS: Final[Mapping[str, Callable[[Reader], Part]]] = {
     "input_image": _image_url,
     "input_text": lambda fields: Text(fields.needed("text")),
     "output_text": lambda fields: Text(fields.needed("text")),
-    "refusal": lambda fields: Text(fields.needed("refusal")),
+    "refusal": lambda fields: Text(fields.needed("refusal"), raw={"type": "refusal"}),
+    "thinking": _thinking,
     "input_audio": _input_audio,
     "file": _file,
 }
@@ -243,7 +267,10 @@ def parts_of_message(fields: Reader) -> list[Part]:
     elif content is not None:
         raise ValueError(problem(fields.at("content"), "a str or a list of parts", content))
     if refusal := fields.text("refusal"):
-        parts.append(Text(refusal))
+        parts.append(Text(refusal, raw={"type": "refusal"}))
+    if extra := fields.table("extra_content"):
+        _beside_text(parts, {"extra_content": extra})
+    parts += [_generated(image, f"{fields.at('images')}[{n}]") for n, image in enumerate(fields.items("images"))]
     if audio := fields.table("audio"):
         parts.append(_said(Reader(audio, fields.at("audio"))))
     for number, call in enumerate(fields.items("tool_calls")):
@@ -254,6 +281,19 @@ def parts_of_message(fields: Reader) -> list[Part]:
         parts.append(_call(call, call_id_of(name), name, call.value("arguments"), {"type": "function_call"}))
     fields.value("annotations")  # OpenAI's client dumps them, and no service takes them back
     return parts
+
+
+def _beside_text(parts: list[Part], raw: dict[str, Any]) -> None:
+    """Put fields beside the last part if it is a text, else beside an empty text."""
+    last = parts.pop() if parts and isinstance(parts[-1], Text) else Text("")
+    parts.append(attrs.evolve(last, raw={**(last.raw or {}), **raw}))
+
+
+def _generated(value: object, path: str) -> Part:
+    """Return an image that a model made, as OpenRouter sends it."""
+    fields = Reader(value, path)
+    image = _image_url(fields)
+    return attrs.evolve(image, raw={"images": fields.rest()})
 
 
 def call_id_of(function: str) -> str:
@@ -288,10 +328,7 @@ def _call(reader: Reader, call_id: str, name: str, arguments: Any, raw: dict[str
     given: dict[str, Any] = (
         {"raw_arguments": arguments} if isinstance(arguments, str) else {"arguments": arguments or {}}
     )
-    try:
-        return ToolCall(call_id, name, raw=raw or None, **given)
-    except TypeError as error:
-        raise ValueError(f"{reader.path}: {error}") from None
+    return _made(reader.path, ToolCall, call_id, name, raw=raw or None, **given)
 
 
 def numbers(value: object, kind: type[_T], path: str) -> _T:

@@ -292,11 +292,10 @@ def _delta(call: ToolCall, index: int) -> ToolCallDelta:
 
 def as_chunk(response: Response) -> Chunk:
     """Return a whole response as one chunk. If its parts have an order of their own, the chunk does not have it."""
-    opaque = [place for place in response.order or () if isinstance(place, Opaque)]
     return Chunk(
         response.text,
         reasoning=response.reasoning,
-        parts=(*response.reasoning_parts, *response.media, *opaque),
+        parts=(*response.reasoning_parts, *response.media, *response.opaque),
         tool_calls=tuple([_delta(call, index) for index, call in enumerate(response.tool_calls)]),
         **_fields(response),
     )

@@ -199,9 +199,10 @@ def _from_dict(given: object, path: str) -> Message:
     from fluxibly._dicts import Reader, call_id_of, parts_of_message
 
     fields = Reader(given, path or "a message")
-    name = fields.needed("role")
-    if name not in _ROLES:
-        raise ValueError(f"{fields.at('role')}: expected one of {', '.join(_ROLES)}, got {name!r}")
+    name: object = fields.value("role")
+    if not isinstance(name, str) or name not in _ROLES:
+        got = "nothing" if name is None else repr(name) if isinstance(name, str) else kind_of(name)
+        raise ValueError(f"{fields.at('role')}: expected one of {', '.join(_ROLES)}, got {got}")
     role, speaker, call_id = _ROLES[name], fields.text("name"), fields.text("tool_call_id")
     if name == "function" and call_id is None:
         call_id = call_id_of(speaker or "")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 import attrs
 
-from fluxibly._checks import is_mapping, kind_of
+from fluxibly._checks import is_mapping, kind_of, problem
 from fluxibly._values import Value
 
 if TYPE_CHECKING:
@@ -67,6 +67,9 @@ class Media(Value):
             raise TypeError(f"{what}'s data: expected bytes, got {kind_of(self.data)}; decode base64 first")
         if self.media_type is None:
             raise ValueError(f"{what} with data= needs media_type=, e.g. {_EXAMPLES[type(self).__name__]!r}")
+        if not isinstance(self.media_type, str) or "/" not in self.media_type:  # pyright: ignore[reportUnnecessaryIsInstance]  # callers may be untyped
+            expected = f"a media type, such as {_EXAMPLES[type(self).__name__]!r}"
+            raise ValueError(problem(f"{what}'s media_type", expected, self.media_type))
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str], *, media_type: str | None = None, **fields: Any) -> Self:
@@ -79,26 +82,27 @@ class Media(Value):
         from mimetypes import guess_type
         from pathlib import Path
 
-        kind = cls.__name__
-        found = media_type or guess_type(path)[0]
+        kind, path = cls.__name__, Path(path)
+        found = guess_type(path.name)[0] if media_type is None else media_type
         if found is None:
-            raise ValueError(
-                f"{_article(kind)}.from_file: cannot tell the media type of {str(path)!r}; pass media_type="
-            )
-        major = found.partition("/")[0]
-        if media_type is None and major in _KINDS and _KINDS[major] != kind:
-            raise ValueError(
-                f"{kind}.from_file: expected a file of that kind, got {found}; use {_KINDS[major]}.from_file"
-            )
-        return cls(data=Path(path).read_bytes(), media_type=found, **fields)
+            raise ValueError(f"{kind}.from_file: cannot tell the media type of {path.name!r}; pass media_type=")
+        found = _MEDIA_TYPES.get(found, found)
+        right = _KINDS.get(found.partition("/")[0], "Document")
+        if media_type is None and right != kind:
+            raise ValueError(f"{kind}.from_file: expected {_article(kind.lower())}, got {found}; use {right}.from_file")
+        if kind == "Document":
+            fields.setdefault("name", path.name)
+        return cls(data=path.read_bytes(), media_type=found, **fields)
 
 
 _EXAMPLES = {"Image": "image/png", "Audio": "audio/wav", "Document": "application/pdf"}
 _KINDS = {"image": "Image", "audio": "Audio"}
+_MEDIA_TYPES = {"audio/x-wav": "audio/wav", "audio/x-flac": "audio/flac"}
+"""The registered names of types that some platforms name otherwise."""
 
 
 def _article(name: str) -> str:
-    return f"an {name}" if name[0] in "AEIOU" else f"a {name}"
+    return f"an {name}" if name[0] in "AEIOUaeiou" else f"a {name}"
 
 
 @attrs.frozen(kw_only=True, repr=False, eq=False)

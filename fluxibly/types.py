@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, cast
 
 import attrs
 
@@ -328,8 +328,8 @@ class Response(Value):
     """A model's whole answer. `Response(text="hello")` is a valid response, and `str(response)` is its text.
 
     `parts` has everything that the model sent, in the order in which it came: texts, reasoning, media, tool calls, and
-    opaque parts that only the service's own dialect reads. `text`, `reasoning`, `reasoning_parts`, `media` and
-    `tool_calls` show it by kind. `Message.assistant(response)`, or `message`, sends the parts back as they came.
+    opaque parts that only the service's own dialect reads. `text`, `reasoning`, `reasoning_parts`, `media`, `tool_calls`
+    and `opaque` show it by kind. `Message.assistant(response)`, or `message`, sends the parts back as they came.
 
     `media` holds the images, audio and files that the model made. `details` holds what the service sent beside the
     answer, under the service's own names: log probabilities, citations, annotations, safety ratings.
@@ -365,6 +365,12 @@ class Response(Value):
 
     def __str__(self) -> str:
         return self.text
+
+    def __eq__(self, other: object) -> bool:
+        same = super().__eq__(other)
+        return same if same is NotImplemented or not same else self.opaque == cast("Response", other).opaque
+
+    __hash__ = Value.__hash__
 
     def evolve(self, **changes: Any) -> Response:
         """Return a copy with `changes`.
@@ -447,11 +453,12 @@ class Response(Value):
     @property
     def has_output(self) -> bool:
         """Whether the response contains text, reasoning, a tool call, media or an opaque part."""
-        return bool(self.text or self.tool_calls or self.reasoning or self.media or self._opaque)
+        return bool(self.text or self.tool_calls or self.reasoning or self.media or self.opaque)
 
     @property
-    def _opaque(self) -> bool:
-        return self.order is not None and any(isinstance(place, Opaque) for place in self.order)
+    def opaque(self) -> tuple[Opaque, ...]:
+        """The parts that only the service's own dialect reads."""
+        return tuple([place for place in self.order or () if isinstance(place, Opaque)])
 
 
 _WORDS = ("finish_reason", "raw_finish_reason", "model", "id", "request_id")

@@ -131,7 +131,11 @@ class TestPrompts:
             ),
             (["hi"], TypeError, "got a str in the sequence; write Message.user(...)"),
             ([{"role": "user"}], ValueError, "the prompt is empty; give a non-empty string or a sequence of Message"),
-            ([{"content": "hi"}], ValueError, "messages[0].role: expected a str, got nothing"),
+            (
+                [{"content": "hi"}],
+                ValueError,
+                "messages[0].role: expected one of system, user, assistant, tool, developer, function, got nothing",
+            ),
         ],
         ids=repr,
     )

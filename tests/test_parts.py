@@ -142,6 +142,13 @@ class TestOrder:
         with pytest.raises(TypeError, match=r"expected .*Opaque.*, got a dict"):
             make([{"type": "text"}])
 
+    def test_opaque_parts_count_in_comparisons(self) -> None:
+        """An answer without them is another answer."""
+        assert Response.from_parts([Text("a"), SEARCH]) != Response("a")
+        assert Response.from_parts([Text("a"), SEARCH]) == Response.from_parts([Text("a"), SEARCH])
+        assert Response("a") == Response("a")
+        assert Response("a") != "a"
+
     def test_output(self) -> None:
         """Media, opaque parts and readable reasoning count as output; a signature alone does not."""
         assert Response(media=[PNG]).has_output
@@ -337,6 +344,32 @@ class TestJSON:
                     ]
                 ),
             ),
+            (
+                {"role": "assistant", "content": None, "refusal": "No."},
+                Message.assistant([Text("No.", raw={"type": "refusal"})]),
+            ),
+            (
+                {
+                    "role": "assistant",
+                    "content": [
+                        {"type": "thinking", "thinking": [{"type": "text", "text": "Hm."}], "signature": "s"},
+                        {"type": "text", "text": "See:"},
+                    ],
+                    "extra_content": {"google": {"thought_signature": "t"}},
+                    "images": [{"type": "image_url", "index": 0, "image_url": {"url": "https://x.test/a.png"}}],
+                },
+                Message.assistant(
+                    [
+                        Reasoning(
+                            text="Hm.",
+                            signature="s",
+                            raw={"type": "thinking", "thinking": [{"type": "text", "text": "Hm."}], "signature": "s"},
+                        ),
+                        Text("See:", raw={"extra_content": {"google": {"thought_signature": "t"}}}),
+                        Image(url="https://x.test/a.png", raw={"images": {"type": "image_url", "index": 0}}),
+                    ]
+                ),
+            ),
             ({"role": "tool", "tool_call_id": "c1", "content": "4"}, Message.tool("4", "c1")),
             (
                 {"role": "function", "name": "tide", "content": "4"},
@@ -351,7 +384,16 @@ class TestJSON:
     @pytest.mark.parametrize(
         ("given_fields", "error"),
         [
-            ({"content": "x"}, "a message.role: expected a str, got nothing"),
+            ({"content": "x"}, "a message.role: expected one of system, .*, function, got nothing"),
+            (
+                {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "a.png"}}]},
+                r"^a message.content\[0\]: an Image's url: .* path",
+            ),
+            (
+                {"role": "assistant", "images": [{"image_url": {"url": "a.png"}}]},
+                r"^a message.images\[0\]: an Image's url: .* path",
+            ),
+            ({"role": 3}, "a message.role: expected one of system, .*, got an int"),
             ({"role": "usr"}, "a message.role: expected one of system, user, assistant, .*, got 'usr'"),
             ({"role": "user", "content": 3}, "a message.content: expected a str or a list of parts, got 3"),
             ({"role": "user", "contents": "x"}, "a message.contents: unknown field; did you mean 'content'"),
@@ -396,13 +438,19 @@ class TestJSON:
 class TestMedia:
     @pytest.mark.parametrize(
         ("kind", "name", "media_type"),
-        [(Image, "a.png", "image/png"), (Audio, "a.mp3", "audio/mpeg"), (Document, "a.pdf", "application/pdf")],
+        [
+            (Image, "a.png", "image/png"),
+            (Audio, "a.mp3", "audio/mpeg"),
+            (Audio, "a.wav", "audio/wav"),
+            (Document, "a.pdf", "application/pdf"),
+        ],
     )
     def test_from_a_file(self, tmp_path: Any, kind: Any, name: str, media_type: str) -> None:
         """The media type follows from the suffix."""
         path = tmp_path / name
         path.write_bytes(b"bytes")
-        assert kind.from_file(path) == kind(data=b"bytes", media_type=media_type)
+        named = {"name": name} if kind is Document else {}
+        assert kind.from_file(path) == kind(data=b"bytes", media_type=media_type, **named)
         assert kind.from_file(str(path), media_type="x/y").media_type == "x/y"
 
     def test_from_a_file_with_more(self, tmp_path: Any) -> None:
@@ -414,7 +462,11 @@ class TestMedia:
     @pytest.mark.parametrize(
         ("make", "error"),
         [
-            (lambda: Image.from_file("a.wav"), "Image.from_file: expected .*, got audio/.*; use Audio.from_file"),
+            (lambda: Image.from_file("a.wav"), "Image.from_file: expected an image, got audio/wav; use Audio"),
+            (lambda: Image.from_file("a.pdf"), "expected an image, got application/pdf; use Document.from_file"),
+            (lambda: Audio.from_file("a.txt"), "expected an audio, got text/plain; use Document.from_file"),
+            (lambda: Image(data=b"", media_type="png"), "an Image's media_type: expected a media type, .*, got 'png'"),
+            (lambda: Image(data=b"", media_type=""), "an Image's media_type: expected a media type, .*, got ''"),
             (lambda: Audio.from_file("a.png"), "got image/png; use Image.from_file"),
             (lambda: Document.from_file("a.unknown"), "cannot tell the media type of 'a.unknown'; pass media_type="),
             (lambda: Image(url="cat.png"), r"an Image's url: .*, got a path; read a file with Image.from_file\(path\)"),

@@ -128,7 +128,7 @@ class TestMessages:
             (
                 lambda: Request(model="m", messages={"a": 1}),
                 ValueError,
-                r"messages\[0\].role: expected a str, got nothing",
+                r"messages\[0\].role: expected one of .*, got nothing",
             ),
             (lambda: Tool(len), TypeError, "a Tool's name: expected a str, got a builtin"),
             (lambda: Tool("f", "", "{}"), TypeError, r"parameters: expected a JSON Schema \(a mapping\), got a str"),

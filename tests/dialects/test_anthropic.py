@@ -753,13 +753,28 @@ def test_white_space_is_no_block() -> None:
             Message.assistant(["\n\n", call]),
             Message.tool(" \n", call),
             Message.assistant("\n"),
+            Message.system(" "),
             Message.user([" ", "Well?"]),
         ]
     )
+    assert "system" not in body
     assert [turn["content"] for turn in body["messages"][1:]] == [
         [{"type": "tool_use", "id": "c1", "name": "tide", "input": {}}],
         [{"type": "tool_result", "tool_use_id": "c1", "content": []}, {"type": "text", "text": "Well?"}],
     ]
+
+
+def test_a_last_message_of_white_space() -> None:
+    """Left out, it would make the service go on with the answer before it."""
+    with pytest.raises(BadRequest, match="expected the last message to say something"):
+        body_of(messages=[Message.user("Hi"), Message.assistant("Hello"), Message.user(" \n")])
+
+
+def test_media_of_another_service() -> None:
+    """A model's image goes back to no service that has no place for it."""
+    picture = Image(data=b"png", media_type="image/png", raw={"thoughtSignature": "s"})
+    with pytest.raises(BadRequest, match="got an Image in an assistant's message; leave it out"):
+        body_of(messages=[Message.user("Hi"), Message.assistant(["See:", picture]), Message.user("And?")])
 
 
 def test_a_tool_that_failed() -> None:
@@ -781,7 +796,7 @@ def test_documents() -> None:
     """Documents go out as bytes, as plain text or by their address, with their name."""
     documents = [
         Document(data=b"%PDF", media_type="application/pdf", name="Tides"),
-        Document(data=b"High at noon.", media_type="text/plain"),
+        Document(data=b"High at noon.", media_type="text/markdown; charset=utf-8"),
         Document(url="https://x.test/a.pdf"),
     ]
     assert body_of(messages=[Message.user(documents)])["messages"][0]["content"] == [
@@ -793,6 +808,13 @@ def test_documents() -> None:
         {"type": "document", "source": {"type": "text", "media_type": "text/plain", "data": "High at noon."}},
         {"type": "document", "source": {"type": "url", "url": "https://x.test/a.pdf"}},
     ]
+
+
+def test_other_documents_are_refused() -> None:
+    """The service reads PDF and text."""
+    document = Document(data=b"PK", media_type="application/vnd.ms-excel")
+    with pytest.raises(BadRequest, match="expected a PDF or text for Anthropic, got"):
+        body_of(messages=[Message.user([document])])
 
 
 def test_audio_is_refused() -> None:

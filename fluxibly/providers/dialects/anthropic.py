@@ -51,6 +51,8 @@ if TYPE_CHECKING:
 NAME = "Anthropic"
 DIALECT = "anthropic"
 """The dialect of opaque parts that go back to this service."""
+TEXT_TYPES = ("application/json", "application/xml", "application/yaml", "application/x-yaml")
+"""Media types of text besides `text/…`."""
 THINKING = ("thinking", "redacted_thinking")
 DETAILS = ("container", "context_management", "stop_sequence", "stop_details")
 """Fields of a message that tell more about the answer."""
@@ -418,6 +420,8 @@ def _turns(request: Request) -> list[dict[str, Any]]:
             continue
         role = "assistant" if message.role == "assistant" else "user"
         blocks = _blocks(message, ids, request)
+        if not blocks and message is request.messages[-1] and role == "user":
+            raise bad_request(request, f"expected the last message to say something for {NAME}, got only white space")
         if turns and turns[-1]["role"] == role:
             turns[-1]["content"] += blocks
         elif blocks:  # the service rejects a turn without content
@@ -440,6 +444,12 @@ def _blocks(message: Message, ids: _CallIds, request: Request) -> list[dict[str,
             blocks += [thinking] if thinking else []
         elif isinstance(part, Opaque):
             blocks += [dict(part.raw)] if part.dialect == DIALECT else []
+        elif isinstance(part, Media) and message.role == "assistant":
+            raise bad_request(
+                request,
+                f"expected media only in a user's message or a tool's result for {NAME}, got {kind_of(part)} in an "
+                "assistant's message; leave it out, or describe it in text",
+            )
         else:
             blocks += _content([part], request)
     return blocks
@@ -461,8 +471,18 @@ def _block(part: ContentPart, request: Request) -> dict[str, Any]:
     if isinstance(part, Image):
         return {"type": "image", "source": _source(part)}
     if isinstance(part, Document):
-        return {"type": "document", "source": _source(part)} | ({"title": part.name} if part.name else {})
+        return {"type": "document", "source": _document(part, request)} | ({"title": part.name} if part.name else {})
     raise bad_request(request, f"expected text, images and documents for {NAME}, got {kind_of(part)}")
+
+
+def _document(document: Document, request: Request) -> dict[str, Any]:
+    source = _source(document)
+    kind = as_text(source.get("media_type")).partition(";")[0].lower()
+    if source["type"] == "url" or kind == "application/pdf":
+        return source
+    if kind.startswith("text/") or kind in TEXT_TYPES:
+        return {"type": "text", "media_type": "text/plain", "data": b64decode(source["data"]).decode(errors="replace")}
+    raise bad_request(request, f"a document: expected a PDF or text for {NAME}, got {kind!r}; convert it first")
 
 
 def _tool_result(message: Message, ids: _CallIds, request: Request) -> dict[str, Any]:
@@ -526,10 +546,7 @@ def _source(media: Media) -> dict[str, Any]:
     data = media_data(media)
     if data is None:
         return {"type": "url", "url": media.url}
-    media_type, encoded = data
-    if media_type == "text/plain":
-        return {"type": "text", "media_type": media_type, "data": b64decode(encoded).decode(errors="replace")}
-    return {"type": "base64", "media_type": media_type, "data": encoded}
+    return {"type": "base64", "media_type": data[0], "data": data[1]}
 
 
 def _tool(tool: Tool) -> dict[str, Any]:

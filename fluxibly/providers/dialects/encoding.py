@@ -70,7 +70,7 @@ def system_text(request: Request, service: str) -> str:
         for part in message.content:
             if not isinstance(part, Text):
                 raise bad_request(request, f"expected only text in a system message for {service}, got {kind_of(part)}")
-    return "\n\n".join([message.text for message in systems if message.text])
+    return "\n\n".join([message.text for message in systems if message.text.strip()])
 
 
 def media_data(media: Media) -> tuple[str, str] | None:

@@ -745,5 +745,5 @@ def _image_item(part: Part, request: Request, service: str) -> dict[str, Any]:
     raise bad_request(
         request,
         f"an assistant's message: expected text, tool calls and images that {service} made, got {kind_of(part)}; "
-        "put it into a user's message",
+        "leave it out, or describe it in text",
     )

@@ -88,7 +88,11 @@ def _arguments(call: ToolCall) -> dict[str, Any]:
 def _content(parts: tuple[ContentPart, ...]) -> str | list[dict[str, Any]]:
     if all(isinstance(part, Text) for part in parts):
         return "".join(part.text for part in parts if isinstance(part, Text))
-    return [{"type": "text", "text": part.text} if isinstance(part, Text) else media_block(part) for part in parts]
+    return [
+        {"type": "text", "text": part.text} if isinstance(part, Text) else media_block(part)
+        for part in parts
+        if not isinstance(part, Text) or part.text.strip()  # services reject empty texts
+    ]
 
 
 # From LangChain to fluxibly
