@@ -245,7 +245,7 @@ def chunks_of(parts: Iterable[Part]) -> list[Chunk]:
     for part in given:
         rank = 1 if isinstance(part, Text) else 2 if isinstance(part, ToolCall) else 0
         if before is not None and (rank == 1 or before.raw is not None):
-            pieces.append(_Piece(parts=[Text("", raw=before.raw)]))
+            pieces.append(_Piece(Text("", raw=before.raw)))
         said = part.text if isinstance(part, Reasoning) else ""
         if rank < pieces[-1].rank or (said and not pieces[-1].only_reasoning):
             pieces.append(_Piece())
@@ -261,19 +261,20 @@ def chunks_of(parts: Iterable[Part]) -> list[Chunk]:
             if thoughts != [Reasoning(text=said)]:  # text alone needs no part to complete it
                 piece.parts.append(part)
     if before is not None and before.raw is not None:
-        pieces.append(_Piece(parts=[Text("", raw=before.raw)]))
+        pieces.append(_Piece(Text("", raw=before.raw)))
     return [piece.chunk() for piece in pieces]
 
 
-@attrs.define
 class _Piece:
     """A chunk in the making. `rank` is that of its last part: 0 for its `parts`, 1 for its text, 2 for its tool calls."""
 
-    rank: int = 0
-    text: str = ""
-    reasoning: str = ""
-    parts: list[Part] = attrs.Factory(list[Part])
-    calls: list[ToolCallDelta] = attrs.Factory(list[ToolCallDelta])
+    __slots__ = ("calls", "parts", "rank", "reasoning", "text")
+
+    def __init__(self, *parts: Part) -> None:
+        self.rank = 0
+        self.text = self.reasoning = ""
+        self.parts = [*parts]
+        self.calls: list[ToolCallDelta] = []
 
     @property
     def only_reasoning(self) -> bool:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, cast
 
 import attrs
 
@@ -27,9 +26,6 @@ class Text(Value):
 
     text: str
     raw: Mapping[str, Any] | None = attrs.field(default=None, kw_only=True)
-
-
-_SCHEME = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+:")
 
 
 @attrs.frozen(kw_only=True, repr=False, eq=False)
@@ -55,7 +51,9 @@ class Media(Value):
         if self.url is not None:
             if not isinstance(self.url, str):  # pyright: ignore[reportUnnecessaryIsInstance]  # callers may be untyped
                 raise TypeError(f"{what}'s url: expected a str, got {kind_of(self.url)}")
-            if not _SCHEME.match(self.url) or self.url[:5].lower() == "file:":
+            scheme, colon, _ = self.url.partition(":")
+            # A single letter is a drive of Windows.
+            if not colon or len(scheme) < 2 or not scheme.isascii() or not scheme.isalnum() or scheme.lower() == "file":
                 got = "a path" if self.url else "an empty str"
                 raise ValueError(
                     f"{what}'s url: expected an http, https or data URL, got {got}; "
@@ -235,8 +233,7 @@ Part: TypeAlias = Text | Media | Reasoning | ToolCall | Opaque
 # the text or the tool calls. An order says where each part stands, if it is not where parts of its kind usually stand.
 
 
-@attrs.frozen(repr=False, eq=False)
-class Span(Value):
+class Span(NamedTuple):
     """The place of a text in an answer's order: its length in characters, and the fields beside it (`Text.raw`)."""
 
     length: int

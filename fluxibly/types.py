@@ -306,8 +306,8 @@ class StreamStats(Value):
         return self.tokens / self.streaming_time
 
 
-# mypy does not accept a generic function as a converter, and a Python function for each field would cost an answer more
-# than all its other fields.
+# mypy does not accept a generic function as a converter. attrs reads the signature of a converter when a class is made,
+# and that of `tuple` takes longer than the rest of this module.
 if TYPE_CHECKING:
 
     def _to_tool_calls(calls: Iterable[ToolCall]) -> tuple[ToolCall, ...]: ...
@@ -316,7 +316,11 @@ if TYPE_CHECKING:
     def _to_responses(responses: Iterable[Response]) -> tuple[Response, ...]: ...
 
 else:
-    _to_tool_calls = _to_reasoning = _to_media = _to_responses = tuple
+
+    def _to_tuple(values):
+        return tuple(values)
+
+    _to_tool_calls = _to_reasoning = _to_media = _to_responses = _to_tuple
 
 
 USUAL: tuple[Kind, ...] = ("reasoning", "media", "text", "tool_call")
