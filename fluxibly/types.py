@@ -38,6 +38,7 @@ from fluxibly.parts import (
     Part as Part,
     Place,
     Reasoning as Reasoning,
+    Span,
     Text as Text,
     ToolCall as ToolCall,
     in_order,
@@ -388,6 +389,8 @@ class Response(Value):
     def from_parts(cls, parts: Iterable[Part], **fields: Any) -> Response:
         """Return a response of parts in their order. `fields` are other fields, such as `finish_reason`."""
         given = list(parts)
+        if len(given) == 1 and isinstance(text := given[0], Text):  # as nearly always
+            return cls(text.text, order=None if text.raw is None else (Span(len(text.text), text.raw),), **fields)
         order: list[Place] = [place_of(part, "a Response's parts") for part in given]
         thoughts = [part for part in given if isinstance(part, Reasoning)]
         reasoning = "".join([thought.text for thought in thoughts])

@@ -36,8 +36,6 @@ class ServiceRow(NamedTuple):
 
 _TOP_K: Final = {"top_k": True}
 _BOTH: Final = ("reasoning_content", "reasoning")
-_STRICT: Final[Mapping[str, Any]] = {"message_fields": ()}
-"""A service that refuses all fields that it does not know."""
 _OPENAI: Final[Mapping[str, Any]] = {"max_tokens": "by model", "message_fields": ("audio", "refusal")}
 
 OWN_SERVER: Final[Mapping[str, Any]] = {
@@ -84,18 +82,16 @@ SERVICES: Final[Mapping[str, ServiceRow]] = {
             "OpenRouter",
             "https://openrouter.ai/api/v1",
             "OPENROUTER_API_KEY",
-            {"top_k": True, "reasoning_fields": _BOTH},
+            {"top_k": True, "reasoning_fields": _BOTH, "message_fields": ("images", "reasoning_details")},
         ),
-        ServiceRow(
-            "groq", "Groq", "Groq", "https://api.groq.com/openai/v1", "GROQ_API_KEY", {"lacks": ("n",), **_STRICT}
-        ),
+        ServiceRow("groq", "Groq", "Groq", "https://api.groq.com/openai/v1", "GROQ_API_KEY", {"lacks": ("n",)}),
         ServiceRow(
             "mistral",
             "Mistral",
             "Mistral",
             "https://api.mistral.ai/v1",
             "MISTRAL_API_KEY",
-            {"seed": "random_seed", "stream_usage": False, "short_call_ids": True, "thinking_parts": True, **_STRICT},
+            {"seed": "random_seed", "stream_usage": False, "short_call_ids": True, "thinking_parts": True},
             telemetry_name="mistral_ai",
         ),
         ServiceRow(
@@ -149,7 +145,7 @@ SERVICES: Final[Mapping[str, ServiceRow]] = {
             "PERPLEXITY_API_KEY",
             {"top_k": True, "lacks": ("seed",), "formats": ("text", "schema"), "stream_usage": False},
         ),
-        ServiceRow("cerebras", "Cerebras", "Cerebras", "https://api.cerebras.ai/v1", "CEREBRAS_API_KEY", _STRICT),
+        ServiceRow("cerebras", "Cerebras", "Cerebras", "https://api.cerebras.ai/v1", "CEREBRAS_API_KEY"),
         ServiceRow("huggingface", "HuggingFace", "Hugging Face", "https://router.huggingface.co/v1", "HF_TOKEN"),
         ServiceRow("nvidia", "NVIDIA", "NVIDIA", "https://integrate.api.nvidia.com/v1", "NVIDIA_API_KEY"),
         ServiceRow("vllm", "VLLM", "vLLM", "http://localhost:8000/v1", "VLLM_API_KEY", _LOCAL, key_required=False),

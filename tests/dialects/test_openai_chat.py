@@ -315,7 +315,8 @@ def test_recorded_reasoning_details_go_back_as_they_came() -> None:
     assert part.text == response.reasoning
     assert part.signature
     assert part.signature.startswith("EvsCCkgI")
-    message = sent(Request(model="m", messages=[Message.assistant(response)]))["messages"][0]
+    openrouter = OpenAICodec(Quirks(**SERVICES["openrouter"].quirks))
+    message = sent(Request(model="m", messages=[Message.assistant(response)]), openrouter)["messages"][0]
     assert message["reasoning_details"] == [
         {
             "type": "reasoning.text",

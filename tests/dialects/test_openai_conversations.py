@@ -132,17 +132,15 @@ def test_services_that_refuse_unknown_fields(framework: str) -> None:
 
 
 @pytest.mark.parametrize("framework", ["openai", "groq"])
-def test_images_of_other_services_are_content(framework: str) -> None:
-    """A model's image is not left out without a word: the service says whether it takes one there."""
+def test_media_of_other_services_are_refused(framework: str) -> None:
+    """A model's image goes back to no service that has no place for it, and is not left out without a word."""
     codec = OpenAICodec(Quirks(**SERVICES[framework].quirks))
     picture = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{PNG}"}}
     answer = whole({"content": "See:", "images": [picture]})
-    gemini = Message.assistant(
-        ["See:", Image(data=base64.b64decode(PNG), media_type="image/png", raw={"thoughtSignature": "s"})]
-    )
+    gemini = Message.assistant(["See:", Image(data=b"png", media_type="image/png", raw={"thoughtSignature": "s"})])
     for message in (answer.message, gemini):
-        body = json.loads(codec.encode(Request(model="m", messages=[Message.user("x"), message]), stream=False).body)
-        assert body["messages"][1]["content"] == [{"type": "text", "text": "See:"}, picture]
+        with pytest.raises(BadRequest, match="got an Image in an assistant's message; leave it out"):
+            codec.encode(Request(model="m", messages=[Message.user("x"), message]), stream=False)
 
 
 def test_interleaved_reasoning_keeps_its_place() -> None:

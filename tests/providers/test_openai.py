@@ -21,10 +21,9 @@ from fluxibly.errors import (
 from fluxibly.pipeline import AsyncPipeline, Pipeline
 from fluxibly.providers.openai import AsyncOpenAIProvider, OpenAIProvider
 from fluxibly.providers.services import SERVICES
-from fluxibly.types import Image, Message, Reasoning, Request, Response, Tool
+from fluxibly.types import Message, Reasoning, Request, Response, Text, Tool
 
 BASE = "https://example.test/base"
-URL = "https://example.test/buoy.png"
 
 
 @pytest.fixture(autouse=True)
@@ -163,7 +162,7 @@ def test_max_tokens_at_openai_and_elsewhere(api_base: str | None, model: str, na
         ({"api_base": "https://api.openai.com/v1"}, {}),
         (
             {"api_base": BASE},
-            {"reasoning_content": "Hm.", "images": [{"type": "image_url", "image_url": {"url": URL}}]},
+            {"reasoning_content": "Hm.", "extra_content": {"google": {"thought_signature": "s"}}},
         ),
         ({"api_base": "http://localhost:11434/v1"}, {"reasoning_content": "Hm."}),
         ({"api_base": "https://api.groq.com/openai/v1"}, {}),
@@ -177,8 +176,7 @@ def test_what_goes_back_to_a_server(fields: dict[str, Any], returned: dict[str, 
     answer = Message.assistant(
         [
             Reasoning(text="Hm.", raw={"reasoning_content": "Hm."}),
-            Image(url=URL, raw={"images": {"type": "image_url"}}),
-            "Ten.",
+            Text("Ten.", raw={"extra_content": {"google": {"thought_signature": "s"}}}),
         ]
     )
     server = Server()
@@ -190,6 +188,7 @@ def test_what_goes_back_to_a_server(fields: dict[str, Any], returned: dict[str, 
     message = json.loads(server.requests[0].content)["messages"][1]
     assert {name: message[name] for name in returned} == returned
     assert ("reasoning_content" in message) == ("reasoning_content" in returned)
+    assert "extra_content" not in message or "api_base" in fields
 
 
 def test_quirks_of_a_configuration_replace_those_of_the_service() -> None:

@@ -455,6 +455,31 @@ class ChatDecoder:
             fields["alternatives"] = tuple(others)
         return chunks_of("", fields) if fields else _EMPTY
 
+    def take_plain(self, body: Body) -> dict[str, Any] | None:
+        """Return the fields of a whole answer that is one text and nothing else, as most are; None for another."""
+        choices = body.choices
+        if body.error or not choices or len(choices) > 1 or (choice := choices[0]) is None:
+            return None
+        message = choice.message
+        if message is None or type(text := message.content) is not str:
+            return None
+        message.annotations = message.annotations or None  # OpenAI sends an empty list
+        message.tool_calls = message.tool_calls or None
+        if message != Delta(text):
+            return None
+        reason = choice.finish_reason
+        # White space and a tag may be the beginning of reasoning.
+        if text[:1] in ("", "<") or text[0].isspace() or type(reason) is not str or not reason:
+            return None
+        if (
+            choice != Choice(message=message, index=choice.index, finish_reason=reason, usage=choice.usage)
+            or choice.index
+        ):
+            return None
+        fields: dict[str, Any] = {"text": text, "finish_reason": finish_reason_of(reason), "raw_finish_reason": reason}
+        self._note(body, choice, fields)
+        return fields
+
     def take_whole(self, body: Body, data: bytes) -> Iterable[Chunk]:
         """Return the chunks of a response that is not streamed."""
         for choice in body.choices or ():
@@ -606,8 +631,12 @@ class OpenAICodec:
         found = to_body(raw, body, self.service)
         if not found.error and not any(map(_says_something, found.choices or ())):
             raise not_an_answer(raw, body, self.service, "a message in 'choices'")
+        decoder = ChatDecoder(self.service)
+        plain = decoder.take_plain(found)
+        if plain is not None:
+            return Response(raw=raw, **plain)
         joined = Aggregator()
-        for chunk in ChatDecoder(self.service).take_whole(found, body):
+        for chunk in decoder.take_whole(found, body):
             joined.add(chunk)
         return joined.response().evolve(raw=raw)
 

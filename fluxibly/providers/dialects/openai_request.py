@@ -10,6 +10,7 @@ from typing import Any, Final, Literal, cast
 
 import attrs
 
+from fluxibly._checks import kind_of
 from fluxibly.aggregate import merged
 from fluxibly.providers.dialects.encoding import bad_request, media_data, reject_unsupported
 from fluxibly.providers.dialects.openai_parts import DIALECT
@@ -44,7 +45,7 @@ class Quirks:
     reasoning_fields: tuple[str, ...] = ()
     """The fields in which the service takes its reasoning back, in a conversation with tools: "reasoning_content",
     "reasoning"."""
-    message_fields: tuple[str, ...] = ("audio", "extra_content", "images", "reasoning_details", "refusal")
+    message_fields: tuple[str, ...] = ()
     """The other fields of an assistant's message that the service takes back."""
     thinking_parts: bool = False
     """Whether a content may have parts of kinds that OpenAI does not have, such as "thinking"."""
@@ -103,7 +104,10 @@ def _messages(request: Request, quirks: Quirks) -> list[dict[str, Any]]:
     """The names of the calls so far that came as a `function_call`, by the id that they have here."""
     bodies: list[dict[str, Any]] = []
     for message in request.messages:
-        if message.role == "assistant":
+        text = _plain_text(message)
+        if text is not None:
+            bodies.append({"role": message.role, "content": text})
+        elif message.role == "assistant":
             bodies.append(_AssistantMessage(quirks, with_tools=with_tools).body(message, request))
             for call in message.tool_calls:
                 functions.pop(call.id, None)
@@ -119,6 +123,16 @@ def _messages(request: Request, quirks: Quirks) -> list[dict[str, Any]]:
             speaker = {} if message.name is None else {"name": message.name}
             bodies.append({"role": message.role, "content": _content(message, request), **speaker})
     return bodies
+
+
+def _plain_text(message: Message) -> str | None:
+    """Return the text of a message that has nothing else, as most have; None for other messages."""
+    if len(message.content) != 1 or message.order is not None or message.tool_calls or message.reasoning:
+        return None
+    part = message.content[0]
+    if not isinstance(part, Text) or part.raw is not None or message.name is not None or message.role == "tool":
+        return None
+    return part.text
 
 
 def _has_tools(request: Request) -> bool:
@@ -219,7 +233,7 @@ class _AssistantMessage:
                 self._content.append(raw["content"])
 
     def _add_media(self, part: Media, request: Request) -> None:
-        """Add media. What a model made goes back in the form in which this dialect sends it, else as the content."""
+        """Add media that a model made. It goes back only in the form in which this dialect sends it."""
         raw = part.raw or {}
         if isinstance(part, Audio) and isinstance(raw.get("id"), str) and "audio" in self._quirks.message_fields:
             self._fields["audio"] = {"id": raw["id"]}
@@ -229,7 +243,11 @@ class _AssistantMessage:
             entry = {"image_url": {"url": image_url(part)}}
             self._fields.setdefault("images", []).append({**raw["images"], **entry})
         else:
-            self._content.append(_media(part, request))
+            raise bad_request(
+                request,
+                f"expected media only in a user's message, got {kind_of(part)} in an assistant's message; leave it out, "
+                "or describe it in text",
+            )
 
 
 def _type_of(call: ToolCall) -> str:

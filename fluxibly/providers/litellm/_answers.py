@@ -19,7 +19,11 @@ from fluxibly.providers.litellm._services import Answerer
 from fluxibly.types import Chunk, Message, Opaque, Reasoning, Request, Response, ToolCall, ToolCallDelta
 
 _SERVICE = "the service (through LiteLLM)"
-_QUIRKS = Quirks(top_k=True, reasoning_fields=("reasoning_content",))
+_QUIRKS = Quirks(
+    top_k=True,
+    reasoning_fields=("reasoning_content",),
+    message_fields=("audio", "extra_content", "images", "reasoning_details", "refusal"),
+)
 _CODEC = OpenAICodec(_QUIRKS, _SERVICE)
 _THOUGHTS = ("thinking", "redacted_thinking")
 
