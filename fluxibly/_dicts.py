@@ -52,15 +52,25 @@ def plain(value: object, owner: object) -> object:
     """Return JSON values as dicts and lists of their own.
 
     Raises:
-        TypeError: there is a value that JSON does not have.
+        TypeError: there is a value that JSON does not have, or the values are nested too deeply.
     """
+    try:
+        return _plain(value)
+    except RecursionError:
+        problem = "they are nested too deeply"
+    except TypeError as error:
+        problem = str(error)
+    raise TypeError(f"{type(owner).__name__}.to_dict: expected JSON values: {problem}")
+
+
+def _plain(value: object) -> object:
     if value is None or isinstance(value, (str, int, float, bool)):
         return value
     if is_mapping(value):
-        return {str(key): plain(item, owner) for key, item in value.items()}
+        return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(item, owner) for item in cast("Iterable[object]", value)]
-    raise TypeError(f"{type(owner).__name__}.to_dict: expected JSON values, got {kind_of(value)}")
+        return [_plain(item) for item in cast("Iterable[object]", value)]
+    raise TypeError(f"got {kind_of(value)}")
 
 
 # Reading

@@ -93,7 +93,7 @@ class Aggregator:
             self._add_call(delta)
         self._add_fields(chunk)
         if chunk.details:
-            self._details = merged(self._details, chunk.details)
+            _extend(self._details, chunk.details, DEPTH)
         for index, other in chunk.alternatives:
             self._others.setdefault(index, Aggregator()).add(other)
 
@@ -178,7 +178,7 @@ class Aggregator:
         if self._marks:
             fields |= self._arranged()
         if self._details:
-            fields["details"] = self._details
+            fields["details"] = _copied(self._details, DEPTH)
         if self._others:
             fields["alternatives"] = [self._others[index].response() for index in sorted(self._others)]
         return Response("".join(self.texts), reasoning="".join(self._reasoning), **fields)
@@ -220,18 +220,34 @@ class Aggregator:
         }
 
 
+DEPTH = 8
+"""The levels of details that are merged. What lies deeper is replaced as a whole."""
+
+
 def merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
     """Return JSON objects merged: tables key by key, lists appended, and of other values the new one."""
-    both = dict(old)
-    for key, value in new.items():
-        before = both.get(key)
-        if isinstance(before, Mapping) and isinstance(value, Mapping):
-            both[key] = merged(cast("Mapping[str, Any]", before), cast("Mapping[str, Any]", value))
-        elif isinstance(before, list) and isinstance(value, list):
-            both[key] = [*before, *value]  # pyright: ignore[reportUnknownVariableType]
-        else:
-            both[key] = value
+    both: dict[str, Any] = _copied(old, DEPTH)
+    _extend(both, new, DEPTH)
     return both
+
+
+def _extend(own: dict[str, Any], new: Mapping[str, Any], depth: int) -> None:
+    """Merge details in place, because they may grow with every chunk. `own` has its own tables and lists."""
+    for key, value in new.items():
+        before = own.get(key)
+        if depth > 1 and isinstance(before, dict) and isinstance(value, Mapping):
+            _extend(cast("dict[str, Any]", before), cast("Mapping[str, Any]", value), depth - 1)
+        elif depth > 1 and isinstance(before, list) and isinstance(value, list):
+            before.extend(value)  # pyright: ignore[reportUnknownMemberType, reportUnknownArgumentType]
+        else:
+            own[key] = _copied(value, depth - 1)
+
+
+def _copied(value: Any, depth: int) -> Any:
+    """Return tables, to a depth, and the lists in them as new ones. The items of lists stay the same."""
+    if depth and isinstance(value, Mapping):
+        return {key: _copied(item, depth - 1) for key, item in cast("Mapping[str, Any]", value).items()}
+    return [*value] if depth and isinstance(value, list) else value  # pyright: ignore[reportUnknownVariableType]
 
 
 def chunks_of(parts: Iterable[Part]) -> list[Chunk]:

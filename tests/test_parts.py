@@ -222,6 +222,27 @@ class TestStreams:
         )
         assert response.details == {"logprobs": {"content": [1, 2], "refusal": [3]}, "container": "y"}
 
+    def test_details_of_a_response_do_not_grow(self) -> None:
+        """A response that was asked for early keeps what it had, and the chunks keep theirs."""
+        answer, first = Aggregator(), {"logprobs": {"content": [1]}}
+        answer.add(Chunk("a", details=first))
+        early = answer.response()
+        answer.add(Chunk("b", details={"logprobs": {"content": [2]}}))
+        assert early.details == first == {"logprobs": {"content": [1]}}
+        assert answer.response().details == {"logprobs": {"content": [1, 2]}}
+
+    def test_deep_details(self) -> None:
+        """Details that a server nests deeply are kept; only the first levels are merged."""
+        deep: dict[str, Any] = {}
+        for _ in range(900):
+            deep = {"a": deep}
+        chunk = Chunk("x", details={"deep": deep, "list": [1]})
+        details = joined(chunk, chunk).details
+        assert details["list"] == [1, 1]
+        for _ in range(900):
+            deep, details = deep["a"], details.get("deep", details.get("a"))
+        assert details is not None
+
     def test_fields_beside_a_call_add_up(self) -> None:
         """Fragments of a call may each bring fields beside it."""
         response = joined(
@@ -279,6 +300,20 @@ class TestJSON:
     def test_values_that_are_not_json_are_left_out(self) -> None:
         """`parsed` and `raw` may be objects of the user's or of a library."""
         assert Response("hi", parsed=object(), raw={"a": object()}).to_dict() == {"text": "hi"}
+
+    def test_values_that_json_cannot_hold(self) -> None:
+        """Values nested too deeply or in a circle are an error that says so; `raw` is left out."""
+        deep: list[Any] = []
+        for _ in range(5_000):
+            deep = [deep]
+        circle: dict[str, Any] = {}
+        circle["self"] = circle
+        for raw in ({"deep": deep}, circle):
+            with pytest.raises(TypeError, match="they are nested too deeply"):
+                Message.assistant([Opaque("gemini", raw)]).to_dict()
+            assert Response("hi", raw=raw).to_dict() == {"text": "hi"}
+        with pytest.raises(TypeError, match="expected JSON values: got an object"):
+            Message.assistant([Opaque("gemini", {"a": object()})]).to_dict()
 
     def test_plain_messages_are_openais(self) -> None:
         """Text alone is in the form that everybody has."""

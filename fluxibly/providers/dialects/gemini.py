@@ -388,7 +388,7 @@ def _call(part: dict[str, Any], index: int, arguments: str) -> ToolCallDelta:
     )
 
 
-_STEP = re.compile(r"""\.([^.\[\]]+)|\[(\d+)\]|\['([^']*)'\]|\["([^"]*)"\]""")
+_STEP = re.compile(r"""\.([^.\[\]]+)|\[(\d{1,9})\]|\['([^']*)'\]|\["([^"]*)"\]""")
 """A step of a JSON path: `.name`, `[0]` or `['name']`."""
 
 
