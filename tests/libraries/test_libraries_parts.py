@@ -260,13 +260,14 @@ def test_langchains_common_form_goes_back_too(server: Canned, mode: str) -> None
 
 
 def test_parts_of_an_integration_go_only_to_it(server: Canned) -> None:
-    """Another integration gets the texts and the tool calls, without the fields and items of the first."""
+    """Another integration gets the texts, the calls and the picture, without the fields and items of the first."""
     server.items = ITEMS
     response = responses("sync", server)
     LANGCHAIN.call("sync", LANGCHAIN.config(server, "anthropic:claude-test"), messages=next_turn(response))
     assert server.last.body["messages"][1]["content"] == [
         {"type": "text", "text": "It is sunny"},
         {"type": "tool_use", "id": "call_1", "name": "weather", "input": {"city": "Oslo"}},
+        {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "iVBORw=="}},
         {"type": "text", "text": "Here it is"},
     ]
 

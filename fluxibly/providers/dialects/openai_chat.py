@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Mapping
-from typing import Any, Final, NoReturn
+from typing import Any, Final, Literal, NoReturn
 from urllib.parse import quote
 
 import attrs
@@ -15,7 +15,7 @@ from fluxibly.providers.dialects.codec import Encoded, Event, Framing
 from fluxibly.providers.dialects.decoding import InlineThinking, Pieces, cut_off, not_an_answer
 from fluxibly.providers.dialects.encoding import write_json
 from fluxibly.providers.dialects.errors import error_of_event, error_of_payload, error_of_response, excerpt
-from fluxibly.providers.dialects.json_values import as_object, read_json
+from fluxibly.providers.dialects.json_values import as_object, as_text, read_json
 from fluxibly.providers.dialects.openai_parts import (
     DIALECT,
     Speech,
@@ -27,6 +27,7 @@ from fluxibly.providers.dialects.openai_parts import (
     image_of_url,
     items_of,
     new_items,
+    own_fields,
     thinking_text,
     tool_call_deltas,
     usage_of,
@@ -52,18 +53,22 @@ class Delta(msgspec.Struct, gc=False):
     audio: Any = None
     annotations: Any = None
     extra_content: Any = None
+    thinking_blocks: Any = None
+    provider_specific_fields: Any = None
 
 
 class Choice(msgspec.Struct, gc=False):
+    """A choice. The fields of most events are first, and in the order of events, because they are then found sooner."""
+
+    index: Any = None
     delta: Delta | None = None
+    logprobs: Any = None
+    finish_reason: Any = None
     message: Delta | None = None
     text: Any = None
     """The text, if a server responds as the older completions API does."""
-    index: Any = None
-    finish_reason: Any = None
     usage: Any = None
     error: Any = None
-    logprobs: Any = None
     content_filter_results: Any = None
 
 
@@ -76,8 +81,10 @@ class ChoiceState:
     __slots__ = (
         "_annotations",
         "_beside",
+        "_began",
         "_filtered",
         "_inline",
+        "_own",
         "_plain",
         "_refused",
         "_said",
@@ -94,6 +101,8 @@ class ChoiceState:
         self.finished = False
         self._plain = False
         """Whether a text is only text: no reasoning is written into it, and nothing waits for its beginning."""
+        self._began = False
+        """Whether there was any text."""
         self._said = False
         """Whether there was text, media or a tool call after the last reasoning."""
         self._spoke = False
@@ -106,12 +115,13 @@ class ChoiceState:
         self._beside: dict[str, Any] = {}
         """The fields beside the text since the last other part."""
         self._speech: Speech | None = None
+        self._own: dict[str, Any] = {}
+        """The `provider_specific_fields`."""
         self._annotations: list[Any] = []
         self._filtered: object = None
 
     def take(self, choice: Choice, fields: dict[str, Any]) -> str:
         """Return the text of an event's choice. Its other data goes into `fields`, which become fields of a chunk."""
-        self.begun = True
         delta = choice.delta
         if delta is None:
             # Perplexity repeats the whole message with each delta; the message counts only if no delta had content.
@@ -121,7 +131,6 @@ class ChoiceState:
         text = delta.content
         if (
             type(text) is not str
-            or not self._plain
             or delta.reasoning_content
             or delta.reasoning
             or delta.tool_calls
@@ -132,22 +141,35 @@ class ChoiceState:
             or delta.audio is not None
             or delta.annotations is not None
             or delta.function_call is not None
+            or delta.thinking_blocks is not None
+            or delta.provider_specific_fields is not None
+            or not (self._plain or self._begins_plainly(text))
         ):
             self._take_all(delta, choice.text if text is None else text, fields, whole=delta is choice.message)
             text = ""
-        elif text:
-            self._said = True
         if choice.finish_reason:
             self._finish(word_of(choice.finish_reason) or "unknown", fields)
         if choice.logprobs is not None or choice.content_filter_results is not None:
             self._take_results(choice, fields)
         return text
 
+    def _begins_plainly(self, text: str) -> bool:
+        """Whether the answer begins with this text, which is only text. Most answers begin so."""
+        if not text or self._began or self._thought is not None or text[0] == "<" or text[0].isspace():
+            return False
+        self._inline.over = True
+        self._began = self._said = self._plain = True
+        return True
+
     def _take_all(self, delta: Delta, content: object, fields: dict[str, Any], *, whole: bool) -> None:
         """Take a delta, or a `whole` message, with all that it has, in the order in which an answer usually has it."""
         out = fields.get("pieces") or Pieces()
         if delta.reasoning_details:
             self._take_details(delta, out, whole=whole)
+        elif delta.thinking_blocks:
+            for block in map(as_object, items_of(delta.thinking_blocks)):
+                said = {name: value for name, value in block.items() if value is not None}
+                self._take_block("block", said, as_text(block.get("thinking")), out, whole=whole)
         elif reasoning := delta.reasoning_content or delta.reasoning:
             self._take_reasoning("reasoning_content" if delta.reasoning_content else "reasoning", reasoning, out)
             if whole:
@@ -166,6 +188,8 @@ class ChoiceState:
             self._speech.add(audio)
         if delta.tool_calls or delta.function_call:
             self._take_calls((*tool_call_deltas(delta.tool_calls), *function_call_delta(delta.function_call)), out)
+        if delta.provider_specific_fields:
+            self._own = merged(self._own, own_fields(delta.provider_specific_fields))
         if out.chunks:
             fields["pieces"] = out
         if delta.annotations and (notes := new_items(delta.annotations, self._annotations)):
@@ -187,14 +211,21 @@ class ChoiceState:
             name = "reasoning_content" if delta.reasoning_content else "reasoning"
             if text := delta.reasoning_content or delta.reasoning:
                 self._take_reasoning(name, text, out)
-        for detail in filter(None, details):
-            thought = self._thought
-            said = detail_text(detail)
-            if thought is None or not thought.goes_on(detail) or (said and self._said):
-                thought = self._begin(Thought("detail"), out)
-            self._think(thought, detail, said, out)
-            if whole:
-                self._end_thought(out)
+        for detail in details:
+            self._take_block("detail", detail, detail_text(detail), out, whole=whole)
+
+    def _take_block(
+        self, kind: Literal["detail", "block"], block: dict[str, Any], said: str, out: Pieces, *, whole: bool
+    ) -> None:
+        """Take a block of reasoning, or a piece of one."""
+        if not block:
+            return
+        thought = self._thought
+        if thought is None or not thought.goes_on(kind, block, said) or (said and self._said):
+            thought = self._begin(Thought(kind), out)
+        self._think(thought, block, said, out)
+        if whole:
+            self._end_thought(out)
 
     def _take_calls(self, calls: tuple[ToolCallDelta, ...], out: Pieces) -> None:
         if calls:
@@ -227,6 +258,7 @@ class ChoiceState:
 
     def _say(self, text: str, out: Pieces) -> None:
         thought = ""
+        self._began = self._began or bool(text)
         if text and not self._inline.over:
             text, thought = self._inline.split(text)
             if thought:
@@ -310,6 +342,8 @@ class ChoiceState:
 
     def rest(self, fields: dict[str, Any]) -> None:
         """Put what was held back until the end into `fields`."""
+        if self._plain and self._thought is None and not self._beside and self._speech is None and not self._own:
+            return  # as most answers end
         out = fields.get("pieces") or Pieces()
         text, thought = self._inline.rest()
         if thought:
@@ -321,6 +355,8 @@ class ChoiceState:
             out.add("text", text)
         self._end_text(out)
         self._end_speech(out)
+        if self._own:
+            out.add("parts", (Opaque(DIALECT, {"provider_specific_fields": self._own}),))
         if out.chunks:
             fields["pieces"] = out
 
@@ -356,9 +392,9 @@ def add_details(fields: dict[str, Any], details: Mapping[str, Any]) -> None:
 class Body(msgspec.Struct, gc=False):
     """A whole response or an event of a stream."""
 
-    choices: list[Choice | None] | None = None
     id: Any = None
     model: Any = None
+    choices: list[Choice | None] | None = None
     usage: Any = None
     error: Any = None
     x_groq: Any = None
@@ -402,8 +438,8 @@ class ChatDecoder:
         self._held: dict[str, Any] = {}
         self._id: str | None = None
         self._model: str | None = None
-        self._seen: dict[str, list[Any]] = {"citations": [], "search_results": [], "prompt_filter_results": []}
-        """The details beside the choices, which Perplexity repeats in each event."""
+        self._seen: dict[str, list[Any]] = {}
+        """The details beside the choices, by name, which Perplexity repeats in each event."""
         self.done = False
 
     def decode_event(self, event: Event, /) -> Iterable[Chunk]:
@@ -497,6 +533,7 @@ class ChatDecoder:
             return self._take_several(body, choices, data)
         state = self._first
         if not state.begun:
+            state.begun = True
             self._choices[0] = state
         fields = self._held
         text = state.take(choice, fields)
@@ -576,8 +613,8 @@ class ChatDecoder:
         if usage and (counted := usage_of(usage)) is not None:
             fields["usage"] = counted
         if body.citations is not None or body.search_results is not None or body.prompt_filter_results is not None:
-            for name, seen in self._seen.items():
-                if found := new_items(getattr(body, name), seen):
+            for name in ("citations", "search_results", "prompt_filter_results"):
+                if found := new_items(getattr(body, name), self._seen.setdefault(name, [])):
                     add_details(fields, {name: found})
 
 

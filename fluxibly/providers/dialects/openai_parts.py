@@ -100,13 +100,14 @@ class Thought:
     """Reasoning in progress: a block as the service sends it, whose fragments are joined.
 
     Its `kind` is "field" (`reasoning_content` or `reasoning`), "detail" (an item of `reasoning_details`), "thinking" (a
-    part of the content) or "inline" (written into the text).
+    part of the content), "block" (an item of LiteLLM's `thinking_blocks`) or "inline" (written into the text).
     """
 
     _JOINED: Final = ("text", "summary", "data", "reasoning_content", "reasoning")
 
-    def __init__(self, kind: Literal["field", "detail", "thinking", "inline"]) -> None:
+    def __init__(self, kind: Literal["field", "detail", "thinking", "block", "inline"]) -> None:
         self.kind = kind
+        self._joined = (*self._JOINED, "thinking") if kind == "block" else self._JOINED
         self._fields: dict[str, Any] = {}
         self._pieces: dict[str, list[str]] = {}
         """The pieces of the fields whose texts are joined."""
@@ -124,7 +125,7 @@ class Thought:
             pieces = self._pieces.get(key)
             if pieces is not None and isinstance(value, str):
                 pieces.append(value)
-            elif key in self._JOINED and isinstance(value, str):
+            elif key in self._joined and isinstance(value, str):
                 self._fields.setdefault(key, value)
                 self._pieces[key] = [value]
             elif key == "thinking" and key in self._fields:
@@ -132,18 +133,21 @@ class Thought:
             elif value is not None or key not in self._fields:
                 self._fields[key] = value
 
-    def goes_on(self, fragment: Mapping[str, Any]) -> bool:
-        """Whether a fragment of `reasoning_details` continues this block.
+    def goes_on(self, kind: str, fragment: Mapping[str, Any], said: str) -> bool:
+        """Whether a fragment of a "detail" or a "block", which says something, continues this one.
 
-        It does so with the same type, index and id, which may be missing. A block ends with its signature.
+        It does so with the same type, index and id, which may be missing. A block ends with its signature, or the data
+        of a redacted block.
         """
         mine = self._fields
-        if self.kind != "detail" or any(mine.get(key) != fragment.get(key) for key in ("type", "index")):
+        if self.kind != kind or any(mine.get(key) != fragment.get(key) for key in ("type", "index")):
             return False
         known, found = mine.get("id"), fragment.get("id")
         if known is not None and found is not None and known != found:
             return False
-        return not (mine.get("signature") and detail_text(fragment))
+        if kind == "block" and mine.get("data"):
+            return False
+        return not (mine.get("signature") and said)
 
     def part(self, **fields: Any) -> Reasoning:
         """Return the block so far. `fields` are added to it."""
@@ -176,6 +180,12 @@ def _joined_thinking(old: object, new: object) -> object:
 
 def _text_part(part: object) -> object:
     return {"type": "text", "text": part} if isinstance(part, str) else part
+
+
+def own_fields(fields: object) -> dict[str, Any]:
+    """Return LiteLLM's `provider_specific_fields` of a message, without nulls and what stands in the message, too."""
+    known = ("thinking_blocks", "reasoning_content", "refusal")
+    return {name: value for name, value in as_object(fields).items() if value is not None and name not in known}
 
 
 # Media

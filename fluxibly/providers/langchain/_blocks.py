@@ -311,14 +311,13 @@ def media_block(part: Media) -> dict[str, Any]:
     return block
 
 
-def _own_media(media: Media, own: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Return the block of media in an assistant's message: as a user has put it there, or as its integration sent it."""
-    if media.raw is None:
-        return media_block(media)
+def _own_media(media: Media, own: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the block of media in an assistant's message: as its integration sent it, else as a user's."""
     if own is not None:
         return _sent_media(media, own)
-    said = media.transcript if isinstance(media, Audio) else None
-    return {"type": "text", "text": said} if said else None
+    if isinstance(media, Audio) and media.transcript:
+        return {"type": "text", "text": media.transcript}
+    return media_block(media)
 
 
 def _sent_media(media: Media, fields: Mapping[str, Any]) -> dict[str, Any]:
