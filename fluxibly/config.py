@@ -252,6 +252,15 @@ def _names(name: str, value: object, known: Sequence[str]) -> str | None:
     return problem(name, expected, wrong[0]) if wrong else None
 
 
+_MESSAGE_FIELDS = (
+    "audio",
+    "extra_content",
+    "images",
+    "provider_specific_fields",
+    "reasoning_details",
+    "refusal",
+    "thinking_blocks",
+)
 QUIRKS: Mapping[str, Callable[[str, object], str | None]] = {
     "max_tokens": partial(one_of, choices=("max_tokens", "max_completion_tokens", "by model")),
     "seed": text,
@@ -261,7 +270,7 @@ QUIRKS: Mapping[str, Callable[[str, object], str | None]] = {
     "formats": partial(_names, known=("text", "json", "schema")),
     "short_call_ids": _flag,
     "reasoning_fields": partial(_names, known=("reasoning_content", "reasoning")),
-    "message_fields": partial(_names, known=("audio", "extra_content", "images", "reasoning_details", "refusal")),
+    "message_fields": partial(_names, known=_MESSAGE_FIELDS),
     "thinking_parts": _flag,
 }
 """The check of each quirk: a field of `Quirks` in `providers/dialects/openai_request.py`, which says what it means."""

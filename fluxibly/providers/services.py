@@ -40,7 +40,15 @@ _OPENAI: Final[Mapping[str, Any]] = {"max_tokens": "by model", "message_fields":
 
 OWN_SERVER: Final[Mapping[str, Any]] = {
     "reasoning_fields": _BOTH,
-    "message_fields": ("audio", "extra_content", "images", "reasoning_details", "refusal"),
+    "message_fields": (
+        "audio",
+        "extra_content",
+        "images",
+        "provider_specific_fields",
+        "reasoning_details",
+        "refusal",
+        "thinking_blocks",
+    ),
 }
 """What differs at a server of the user's own from OpenAI: what it sent goes back to it, whatever it may be."""
 _LOCAL: Final[Mapping[str, Any]] = {"top_k": True, **OWN_SERVER}

@@ -14,6 +14,7 @@ from support import dialects
 from support.recordings import load
 
 from fluxibly.errors import BadRequest
+from fluxibly.providers.dialects.anthropic import AnthropicCodec
 from fluxibly.providers.dialects.openai_chat import OpenAICodec
 from fluxibly.providers.dialects.openai_request import Quirks
 from fluxibly.providers.services import OWN_SERVER, SERVICES
@@ -153,6 +154,75 @@ def test_interleaved_reasoning_keeps_its_place() -> None:
         Text("2"),
     )
     assert returned(response) == {"role": "assistant", "content": "12", "reasoning": "ABb"}
+
+
+# Fields of LiteLLM's proxy
+
+SIGNED = {"type": "thinking", "thinking": "Hm, hm.", "signature": "c2ln"}
+REDACTED = {"type": "redacted_thinking", "data": "RU5D"}
+
+
+def piece(thinking: str, signature: str | None = None) -> dict[str, Any]:
+    """Return a delta of the proxy's, which says each piece of the reasoning in several fields."""
+    blocks = [{"type": "thinking", "thinking": thinking, "signature": signature}]
+    return {
+        "reasoning_content": thinking,
+        "thinking_blocks": blocks,
+        "provider_specific_fields": {"thinking_blocks": blocks, "reasoning_content": thinking},
+    }
+
+
+def test_thinking_blocks_of_litellms_proxy() -> None:
+    """Anthropic's blocks come with the same text beside them, and go back to the proxy as they came."""
+    blocks = [SIGNED, REDACTED, {**REDACTED, "data": "RU5E"}, {**SIGNED, "thinking": "So."}]
+    response = whole({"reasoning_content": "Hm, hm.So.", "thinking_blocks": blocks, "content": "Ten."})
+    again = streamed(
+        *[{"role": "assistant", "content": ""}, piece("Hm, "), piece("hm."), piece("", "c2ln")],
+        *[{"thinking_blocks": [{**block, "thinking": None}]} for block in blocks[1:3]],
+        *[piece("So."), piece("", "c2ln"), {"content": "Ten."}],
+    )
+    assert again == response
+    assert again.parts == response.parts
+    assert response.parts == (
+        Reasoning(text="Hm, hm.", signature="c2ln", raw=SIGNED),
+        Reasoning(raw=blocks[1]),
+        Reasoning(raw=blocks[2]),
+        Reasoning(text="So.", signature="c2ln", raw=blocks[3]),
+        Text("Ten."),
+    )
+    assert returned(response) == {"role": "assistant", "content": "Ten.", "thinking_blocks": blocks}
+    assert returned(response, OPENAI) == returned(response, MISTRAL) == {"role": "assistant", "content": "Ten."}
+
+
+def test_thinking_blocks_are_anthropics_own() -> None:
+    """A conversation with the proxy goes on with Anthropic itself, and the other way round."""
+    response = both({"thinking_blocks": [SIGNED, REDACTED], "content": "Ten."})
+    body = json.loads(AnthropicCodec().encode(Request(model="m", messages=[response.message]), stream=False).body)
+    blocks = body["messages"][-1]["content"]
+    assert blocks == [SIGNED, REDACTED, {"type": "text", "text": "Ten."}]
+    answer = {"type": "message", "role": "assistant", "content": blocks, "stop_reason": "end_turn"}
+    native = AnthropicCodec().decode(json.dumps(answer).encode())
+    assert returned(native)["thinking_blocks"] == [SIGNED, REDACTED]
+
+
+def test_provider_specific_fields() -> None:
+    """The pieces are merged, and go back only to a service that takes them."""
+    fields = {"thought_signatures": ["s", "t"], "compaction": {"id": 1, "text": "x"}}
+    response = whole({"content": "Ten.", "provider_specific_fields": {**fields, "refusal": None}})
+    again = streamed(
+        {"content": "Te", "provider_specific_fields": {"thought_signatures": ["s"], "compaction": {"id": 1}}},
+        {"provider_specific_fields": {"thought_signatures": ["t"], "compaction": {"text": "x"}, "citations": None}},
+        {"content": "n.", "provider_specific_fields": None},
+    )
+    assert again.parts == response.parts == (Text("Ten."), Opaque("openai-chat", {"provider_specific_fields": fields}))
+    assert returned(response) == {"role": "assistant", "content": "Ten.", "provider_specific_fields": fields}
+    assert returned(response, OPENAI) == returned(response, MISTRAL) == {"role": "assistant", "content": "Ten."}
+
+
+@pytest.mark.parametrize("fields", [{}, {"refusal": None}, {"thinking_blocks": [SIGNED]}, "odd", [1]])
+def test_provider_specific_fields_that_say_nothing_new(fields: object) -> None:
+    """Fields that are null, or stand in the message as well, are no part of an answer."""
+    assert both({"content": "Ten.", "provider_specific_fields": fields}).parts == (Text("Ten."),)
 
 
 # Details of reasoning

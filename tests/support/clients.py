@@ -93,16 +93,32 @@ def _joined(deltas: list[dict[str, Any]]) -> dict[str, Any]:
 
     message: dict[Any, Any] = {}
     content: list[Any] = []
+    blocks: list[Any] = []
     for delta in deltas:
         piece = delta.pop("content", None)
         content += piece if isinstance(piece, list) else [{"type": "text", "text": piece}] if piece else []
         _drop_repeated(delta, message)
+        blocks += delta.pop("thinking_blocks", None) or []
         message = accumulate_delta(message, delta)
     plain = all(part["type"] == "text" for part in content)
-    return {**message, "content": "".join(part["text"] for part in content) if plain else content}
+    thinking = {"thinking_blocks": _joined_blocks(blocks)} if blocks else {}
+    return {**message, **thinking, "content": "".join(part["text"] for part in content) if plain else content}
+
+
+def _joined_blocks(pieces: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return LiteLLM's blocks of reasoning, as its own helper joins their pieces: a block ends with its signature."""
+    blocks: list[dict[str, Any]] = []
+    for piece in pieces:
+        if blocks and blocks[-1]["type"] == piece["type"] == "thinking" and not blocks[-1]["signature"]:
+            said = blocks[-1]["thinking"] + piece["thinking"]
+            blocks[-1] = {**piece, "thinking": said}
+        else:
+            blocks.append(piece)
+    return blocks
 
 
 def _drop_repeated(delta: dict[str, Any], message: Mapping[str, Any]) -> None:
+    delta.get("provider_specific_fields", {}).pop("thinking_blocks", None)
     if "role" in message:
         delta.pop("role", None)
     begun = {detail["index"]: detail for detail in message.get("reasoning_details") or ()}

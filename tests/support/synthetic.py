@@ -6,7 +6,7 @@ Nobody recorded them. They stand in for recordings that need an account with the
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import count
 from typing import Any
 
@@ -205,6 +205,20 @@ CHAT: dict[tuple[str, str], dict[str, Any]] = {
         ],
         "tool_calls": [{**LOOK, "id": "D681PevKs"}],
     },
+    ("litellm-proxy", "thinking-blocks"): {
+        "content": "I look it up.",
+        "reasoning_content": "I need the tide.",
+        "thinking_blocks": [
+            {"type": "thinking", "thinking": "I need the tide.", "signature": "c2lnMQ=="},
+            {"type": "redacted_thinking", "data": "ENC1"},
+            {"type": "redacted_thinking", "data": "ENC2"},
+        ],
+        "tool_calls": [LOOK],
+    },
+    ("litellm-proxy", "specific-fields"): {
+        "content": "Four.",
+        "provider_specific_fields": {"thought_signatures": ["c2lnMg=="], "compaction_blocks": None},
+    },
     ("gemini-compatible", "signed-call"): {
         "content": None,
         "tool_calls": [{**LOOK, "extra_content": SIGNED}, {**LOOK, "id": "call_2"}],
@@ -238,7 +252,9 @@ def _deltas(message: dict[str, Any]) -> Iterator[dict[str, Any]]:
         content = text["text"]
     for name, text in (("content", content), ("refusal", message.get("refusal"))):
         yield from ({name: half} for half in _halves(text or "") if half)
-    yield from ({name: message[name]} for name in ("images", "annotations") if name in message)
+    yield from (
+        {name: message[name]} for name in ("images", "annotations", "provider_specific_fields") if name in message
+    )
     yield from ({"audio": {name: value}} for name, value in message.get("audio", {}).items())
     if "function_call" in message:
         yield {"function_call": {**message["function_call"], "arguments": ""}}
@@ -253,7 +269,7 @@ def _reasoning_deltas(message: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Yield the reasoning. OpenRouter sends each piece twice, and the signature with the last piece."""
     for name in ("reasoning", "reasoning_content"):
         for half in _halves(message.get(name, "")):
-            if half and "reasoning_details" not in message:
+            if half and "reasoning_details" not in message and "thinking_blocks" not in message:
                 yield {name: half}
     for detail in message.get("reasoning_details", ()):
         if "text" not in detail:
@@ -263,6 +279,23 @@ def _reasoning_deltas(message: dict[str, Any]) -> Iterator[dict[str, Any]]:
         unsigned = {name: value for name, value in detail.items() if name != "signature"}
         yield {"reasoning": first, "reasoning_details": [{**unsigned, "text": first}]}
         yield {"reasoning": second, "reasoning_details": [{**detail, "text": second}]}
+    yield from _thinking_deltas(message.get("thinking_blocks", ()))
+
+
+def _thinking_deltas(blocks: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yield reasoning as LiteLLM's proxy does: each piece twice, and the signature with the last piece, which is empty."""
+    for block in blocks:
+        if "thinking" not in block:
+            yield {"thinking_blocks": [block]}
+            continue
+        for half in _halves(block["thinking"]):
+            piece = {"type": "thinking", "thinking": half, "signature": None}
+            yield {
+                "reasoning_content": half,
+                "thinking_blocks": [piece],
+                "provider_specific_fields": {"thinking_blocks": [piece]},
+            }
+        yield {"reasoning_content": "", "thinking_blocks": [{**block, "thinking": ""}]}
 
 
 # OpenAI's Responses

@@ -15,7 +15,7 @@ from fluxibly.providers.dialects.codec import Encoded, Event, Framing
 from fluxibly.providers.dialects.decoding import InlineThinking, Pieces, cut_off, not_an_answer
 from fluxibly.providers.dialects.encoding import write_json
 from fluxibly.providers.dialects.errors import error_of_event, error_of_payload, error_of_response, excerpt
-from fluxibly.providers.dialects.json_values import as_object, as_text, read_json
+from fluxibly.providers.dialects.json_values import as_object, read_json
 from fluxibly.providers.dialects.openai_parts import (
     DIALECT,
     Speech,
@@ -80,8 +80,8 @@ class ChoiceState:
 
     __slots__ = (
         "_annotations",
-        "_beside",
         "_began",
+        "_beside",
         "_filtered",
         "_inline",
         "_own",
@@ -165,11 +165,9 @@ class ChoiceState:
         """Take a delta, or a `whole` message, with all that it has, in the order in which an answer usually has it."""
         out = fields.get("pieces") or Pieces()
         if delta.reasoning_details:
-            self._take_details(delta, out, whole=whole)
+            self._take_blocks("detail", delta.reasoning_details, delta, out, whole=whole)
         elif delta.thinking_blocks:
-            for block in map(as_object, items_of(delta.thinking_blocks)):
-                said = {name: value for name, value in block.items() if value is not None}
-                self._take_block("block", said, as_text(block.get("thinking")), out, whole=whole)
+            self._take_blocks("block", delta.thinking_blocks, delta, out, whole=whole)
         elif reasoning := delta.reasoning_content or delta.reasoning:
             self._take_reasoning("reasoning_content" if delta.reasoning_content else "reasoning", reasoning, out)
             if whole:
@@ -204,28 +202,23 @@ class ChoiceState:
         thought.add({name: text}, text)
         out.add("reasoning", text)
 
-    def _take_details(self, delta: Delta, out: Pieces, *, whole: bool) -> None:
-        """Take `reasoning_details`. The text beside them is the same, unless they have none."""
-        details = [as_object(item) for item in items_of(delta.reasoning_details)]
-        if not any(map(detail_text, details)):
+    def _take_blocks(
+        self, kind: Literal["detail", "block"], given: object, delta: Delta, out: Pieces, *, whole: bool
+    ) -> None:
+        """Take blocks of reasoning, or pieces of them. The text beside them is the same, unless they have none."""
+        blocks = [as_object(item) for item in items_of(given)]
+        if not any(map(detail_text, blocks)):
             name = "reasoning_content" if delta.reasoning_content else "reasoning"
             if text := delta.reasoning_content or delta.reasoning:
                 self._take_reasoning(name, text, out)
-        for detail in details:
-            self._take_block("detail", detail, detail_text(detail), out, whole=whole)
-
-    def _take_block(
-        self, kind: Literal["detail", "block"], block: dict[str, Any], said: str, out: Pieces, *, whole: bool
-    ) -> None:
-        """Take a block of reasoning, or a piece of one."""
-        if not block:
-            return
-        thought = self._thought
-        if thought is None or not thought.goes_on(kind, block, said) or (said and self._said):
-            thought = self._begin(Thought(kind), out)
-        self._think(thought, block, said, out)
-        if whole:
-            self._end_thought(out)
+        for block in filter(None, blocks):
+            thought = self._thought
+            said = detail_text(block)
+            if thought is None or not thought.goes_on(kind, block) or (said and self._said):
+                thought = self._begin(Thought(kind), out)
+            self._think(thought, block, said, out)
+            if whole:
+                self._end_thought(out)
 
     def _take_calls(self, calls: tuple[ToolCallDelta, ...], out: Pieces) -> None:
         if calls:

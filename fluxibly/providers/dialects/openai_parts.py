@@ -130,11 +130,11 @@ class Thought:
                 self._pieces[key] = [value]
             elif key == "thinking" and key in self._fields:
                 self._fields[key] = _joined_thinking(self._fields[key], value)
-            elif value is not None or key not in self._fields:
+            elif value is not None or (key not in self._fields and self.kind != "block"):
                 self._fields[key] = value
 
-    def goes_on(self, kind: str, fragment: Mapping[str, Any], said: str) -> bool:
-        """Whether a fragment of a "detail" or a "block", which says something, continues this one.
+    def goes_on(self, kind: str, fragment: Mapping[str, Any]) -> bool:
+        """Whether a fragment of a "detail" or a "block" continues this one.
 
         It does so with the same type, index and id, which may be missing. A block ends with its signature, or the data
         of a redacted block.
@@ -147,7 +147,7 @@ class Thought:
             return False
         if kind == "block" and mine.get("data"):
             return False
-        return not (mine.get("signature") and said)
+        return not (mine.get("signature") and detail_text(fragment))
 
     def part(self, **fields: Any) -> Reasoning:
         """Return the block so far. `fields` are added to it."""
@@ -156,8 +156,8 @@ class Thought:
 
 
 def detail_text(detail: Mapping[str, Any]) -> str:
-    """Return the readable text of an item of `reasoning_details`."""
-    return as_text(detail.get("text")) or as_text(detail.get("summary"))
+    """Return the readable text of an item of `reasoning_details` or `thinking_blocks`."""
+    return as_text(detail.get("text")) or as_text(detail.get("summary")) or as_text(detail.get("thinking"))
 
 
 def thinking_text(thinking: object) -> str:

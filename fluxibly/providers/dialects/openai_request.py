@@ -99,7 +99,7 @@ def _max_tokens_name(model: str, quirks: Quirks) -> str:
 
 
 def _messages(request: Request, quirks: Quirks) -> list[dict[str, Any]]:
-    with_tools = _has_tools(request)
+    with_tools: bool | None = None
     functions: dict[str, str] = {}
     """The names of the calls so far that came as a `function_call`, by the id that they have here."""
     bodies: list[dict[str, Any]] = []
@@ -108,6 +108,7 @@ def _messages(request: Request, quirks: Quirks) -> list[dict[str, Any]]:
         if text is not None:
             bodies.append({"role": message.role, "content": text})
         elif message.role == "assistant":
+            with_tools = _has_tools(request) if with_tools is None else with_tools
             bodies.append(_AssistantMessage(quirks, with_tools=with_tools).body(message, request))
             for call in message.tool_calls:
                 functions.pop(call.id, None)
@@ -180,8 +181,7 @@ class _AssistantMessage:
             elif isinstance(part, Reasoning):
                 self._add_reasoning(part)
             elif isinstance(part, Opaque):
-                if self._quirks.thinking_parts and part.dialect == DIALECT:
-                    self._content.append(dict(part.raw))
+                self._add_opaque(part)
             else:
                 self._add_media(part, request)
         name = {} if message.name is None else {"name": message.name}
@@ -225,12 +225,30 @@ class _AssistantMessage:
         elif kind == "thinking":
             if quirks.thinking_parts and isinstance(raw.get("thinking"), list):
                 self._content.append(dict(raw))
+            elif isinstance(raw.get("thinking"), str):
+                self._add_block(raw)
+        elif kind == "redacted_thinking":
+            self._add_block(raw)
         elif kind is None and self._with_tools:
             for name in quirks.reasoning_fields:
                 if isinstance(raw.get(name), str):
                     self._fields[name] = self._fields.get(name, "") + raw[name]
             if isinstance(raw.get("content"), str):
                 self._content.append(raw["content"])
+
+    def _add_block(self, raw: Mapping[str, Any]) -> None:
+        """Add a block of Anthropic's reasoning, where LiteLLM's proxy has it."""
+        if "thinking_blocks" in self._quirks.message_fields:
+            self._fields.setdefault("thinking_blocks", []).append(dict(raw))
+
+    def _add_opaque(self, part: Opaque) -> None:
+        if part.dialect != DIALECT:
+            return
+        if "provider_specific_fields" in part.raw:
+            if self._takes("provider_specific_fields", part.raw):
+                self._fields.update(part.raw)
+        elif self._quirks.thinking_parts:
+            self._content.append(dict(part.raw))
 
     def _add_media(self, part: Media, request: Request) -> None:
         """Add media that a model made. It goes back only in the form in which this dialect sends it."""

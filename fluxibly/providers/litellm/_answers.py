@@ -16,16 +16,15 @@ from fluxibly.providers.dialects.openai_parts import items_of
 from fluxibly.providers.dialects.openai_request import Quirks, chat_body
 from fluxibly.providers.http import end_connection
 from fluxibly.providers.litellm._services import Answerer
-from fluxibly.types import Chunk, Message, Opaque, Reasoning, Request, Response, ToolCall, ToolCallDelta
+from fluxibly.types import Chunk, Message, Opaque, Request, Response, ToolCall, ToolCallDelta
 
 _SERVICE = "the service (through LiteLLM)"
 _QUIRKS = Quirks(
     top_k=True,
     reasoning_fields=("reasoning_content",),
-    message_fields=("audio", "extra_content", "images", "reasoning_details", "refusal"),
+    message_fields=("audio", "extra_content", "images", "reasoning_details", "refusal", "thinking_blocks"),
 )
 _CODEC = OpenAICodec(_QUIRKS, _SERVICE)
-_THOUGHTS = ("thinking", "redacted_thinking")
 
 
 def body_of(request: Request, service: str, *, stream: bool) -> dict[str, Any]:
@@ -42,13 +41,11 @@ def _dialect(service: str) -> str:
 
 
 def _add_own(message: Message, sent: dict[str, Any], dialect: str) -> None:
-    """Add signed reasoning, signatures and the results of a service's own tools to a message, where LiteLLM has them."""
+    """Add signatures and the results of a service's own tools to a message, where LiteLLM has them."""
     calls = {call.get("id"): call for call in as_array(sent.get("tool_calls"))}
     for part in message.parts:
         raw = part.raw or {}
-        if isinstance(part, Reasoning) and raw.get("type") in _THOUGHTS:
-            sent.setdefault("thinking_blocks", []).append(dict(raw))
-        elif isinstance(part, ToolCall) and part.id in calls:
+        if isinstance(part, ToolCall) and part.id in calls:
             calls[part.id].update(raw.get(dialect) or {})
         elif isinstance(part, Opaque) and part.dialect == dialect:
             sent.update(raw)
@@ -143,37 +140,24 @@ class StreamReader:
 class _Message:
     """What LiteLLM keeps beside OpenAI's fields of an answer, whole or in pieces.
 
-    Anthropic's reasoning blocks (`thinking_blocks`) are given to the dialect's decoder as `reasoning_details`, which it
-    joins and puts in order. The other fields of a service are under `provider_specific_fields`.
+    The fields of a service are under `provider_specific_fields`. Only Anthropic's reasoning is beside them, too, where
+    the dialect's decoder reads it.
     """
 
     def __init__(self, service: str) -> None:
         self._dialect = _dialect(service)
-        self._number = 0
-        self._last: dict[str, Any] = {}
-        """The last piece of a reasoning block."""
         self._calls: list[dict[str, Any]] = []
         """The own fields of the tool calls in the last piece of the answer."""
         self._fields: dict[str, Any] = {}
         self._details: dict[str, Any] = {}
 
     def prepare(self, message: Any) -> None:
-        """Keep the fields that OpenAI's decoder does not read, and change others so that it reads them."""
+        """Take the fields that OpenAI's decoder does not read, or would keep for itself."""
         fields = as_object(message)
-        blocks = [as_object(block) for block in as_array(fields.get("thinking_blocks"))]
-        if blocks:
-            fields["reasoning_details"] = [self._detail(block) for block in blocks]
         self._calls = [_own_fields(as_object(call)) for call in as_array(fields.get("tool_calls"))]
-        self._note(as_object(fields.get("provider_specific_fields")))
+        self._note(as_object(fields.pop("provider_specific_fields", None)))
         if fields.get("reasoning_items"):
             self._fields["reasoning_items"] = fields["reasoning_items"]
-
-    def _detail(self, block: dict[str, Any]) -> dict[str, Any]:
-        last, self._last = self._last, block
-        if last.get("signature") or "data" in last or block.get("type") != last.get("type"):
-            self._number += 1
-        others = {name: value for name, value in block.items() if name != "thinking" and value is not None}
-        return {**others, "text": as_text(block.get("thinking")), "index": self._number}
 
     def _note(self, fields: dict[str, Any]) -> None:
         kept = {name: fields[name] for name in _KEPT if fields.get(name)}
@@ -196,9 +180,7 @@ class _Message:
         calls = [
             _with_own(call, own, self._dialect) for call, own in zip(response.tool_calls, self._calls, strict=False)
         ]
-        thoughts = [_as_thought(part) for part in response.reasoning_parts]
         response = response.evolve(
-            reasoning_parts=thoughts,
             tool_calls=calls + list(response.tool_calls[len(calls) :]),
             details={**response.details, **self._details},
         )
@@ -210,9 +192,6 @@ class _Message:
 
     def taken(self, chunk: Chunk) -> Chunk:
         """Return a chunk of the last piece of the answer with these fields."""
-        if chunk.parts:
-            parts = [_as_thought(part) if isinstance(part, Reasoning) else part for part in chunk.parts]
-            chunk = attrs.evolve(chunk, parts=tuple(parts))
         if chunk.tool_calls and any(self._calls):
             deltas = [
                 _with_own(delta, own, self._dialect) for delta, own in zip(chunk.tool_calls, self._calls, strict=False)
@@ -257,15 +236,6 @@ def _with_own(call: _Call, own: dict[str, Any], dialect: str) -> _Call:
         return call
     signature = as_object(own.get("provider_specific_fields")).get("thought_signature")
     return attrs.evolve(call, signature=as_text(signature) or None, raw={**(call.raw or {}), dialect: own})
-
-
-def _as_thought(part: Reasoning) -> Reasoning:
-    """Return reasoning with Anthropic's block again, if it was given to the decoder in another shape."""
-    raw = part.raw or {}
-    if raw.get("type") not in _THOUGHTS or "index" not in raw:
-        return part
-    block = {name: value for name, value in raw.items() if name not in ("index", "text")}
-    return attrs.evolve(part, raw=block if block["type"] == "redacted_thinking" else {**block, "thinking": part.text})
 
 
 def _headers(answer: Any) -> tuple[str | None, dict[str, str]]:
