@@ -38,7 +38,7 @@ def part_to_dict(part: Part) -> dict[str, Any]:
     fields: dict[str, Any] = {"type": _NAMES[type(part)]}
     for field in attrs.fields(type(part)):
         value: object = getattr(part, field.name)
-        if value is None or not field.init or (value == "" and field.default is not attrs.NOTHING):
+        if value is None or not field.init or value == field.default:
             continue
         if field.name == "data":
             value = b64encode(cast("bytes", value)).decode("ascii")
@@ -76,12 +76,17 @@ def _plain(value: object) -> object:
 # Reading
 
 
+def _mistaken(path: str, expected: str, value: object) -> str:
+    """Word what is wrong with a field. A text is not quoted: it may be the content of a conversation."""
+    return f"{path}: expected {expected}, got a str" if isinstance(value, str) else problem(path, expected, value)
+
+
 class Reader:
     """The fields of a mapping, taken one by one. `done` refuses those that nobody took."""
 
     def __init__(self, fields: object, path: str) -> None:
         if not is_mapping(fields):
-            raise ValueError(problem(path, "a mapping", fields))
+            raise ValueError(_mistaken(path, "a mapping", fields))
         self.path = path
         self._left = dict(fields)
 
@@ -95,7 +100,7 @@ class Reader:
         if value is None:
             return default
         if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
-            raise ValueError(problem(self.at(name), expected, value))
+            raise ValueError(_mistaken(self.at(name), expected, value))
         return value
 
     def text(self, name: str, default: str | None = None) -> Any:
@@ -112,7 +117,7 @@ class Reader:
         """Return a field that is a mapping."""
         found = self._left.pop(name, None)
         if found is not None and not is_mapping(found):
-            raise ValueError(problem(self.at(name), "a mapping", found))
+            raise ValueError(_mistaken(self.at(name), "a mapping", found))
         return None if found is None else dict(found)
 
     def items(self, name: str) -> list[Any]:
@@ -275,7 +280,7 @@ def parts_of_message(fields: Reader) -> list[Part]:
     elif is_list(content):
         parts += [part_from_dict(part, f"{fields.at('content')}[{number}]") for number, part in enumerate(content)]
     elif content is not None:
-        raise ValueError(problem(fields.at("content"), "a str or a list of parts", content))
+        raise ValueError(_mistaken(fields.at("content"), "a str or a list of parts", content))
     if refusal := fields.text("refusal"):
         parts.append(Text(refusal, raw={"type": "refusal"}))
     if extra := fields.table("extra_content"):

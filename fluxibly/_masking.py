@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from fluxibly._checks import is_list, is_mapping
 from fluxibly.errors import ResponseInvalid, StreamInterrupted, root_cause
 from fluxibly.messages import Message
-from fluxibly.parts import Media, Opaque, Text
+from fluxibly.parts import Audio, Media, Opaque, Text
 from fluxibly.types import Request
 
 MASK = "***"
@@ -78,10 +78,11 @@ def mask_request(text: str, request: Request, quoted: Iterable[Message] = ()) ->
         text = text[:LONGEST] + "…"
     if len(text) < RUN:
         return text
+    places = _places(text)
     spans: list[tuple[int, int]] = []
     messages = {id(message): message for message in (*request.messages, *request.call.sent_messages, *quoted)}
     for content in _contents(messages.values()):
-        spans += _shared(text, content)
+        spans += _shared(text, content, places)
     return _without(text, spans)
 
 
@@ -90,6 +91,7 @@ def _contents(messages: Iterable[Message]) -> Iterable[str]:
     for message in messages:
         texts = [part.text for part in message.content if isinstance(part, Text)]
         urls = [part.url for part in message.content if isinstance(part, Media) and part.url is not None]
+        texts += [part.transcript for part in message.content if isinstance(part, Audio) and part.transcript]
         texts += [url for url in urls if not url.startswith("data:")]  # megabytes, which no server quotes
         texts += [call.raw_arguments for call in message.tool_calls]
         texts += [part.text for part in message.reasoning]
@@ -104,18 +106,29 @@ def _contents(messages: Iterable[Message]) -> Iterable[str]:
 
 
 def _strings(value: object) -> Iterator[str]:
-    """Yield every string in a JSON value."""
-    if isinstance(value, str):
-        yield value
-    elif is_mapping(value):
-        for item in value.values():
-            yield from _strings(item)
-    elif is_list(value):
-        for item in value:
-            yield from _strings(item)
+    """Yield every string in a JSON value, which may be nested more deeply than Python can recurse."""
+    waiting = [value]
+    seen: set[int] = set()
+    """The tables and lists so far, because one may contain itself."""
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, str):
+            yield value
+        elif (is_mapping(value) or is_list(value)) and id(value) not in seen:
+            seen.add(id(value))
+            waiting += value.values() if is_mapping(value) else value
 
 
-def _shared(text: str, content: str) -> list[tuple[int, int]]:
+def _places(text: str) -> dict[str, list[int]]:
+    """Return the places of each block of 6 characters in a text."""
+    half = RUN // 2
+    places: dict[str, list[int]] = {}
+    for place in range(len(text) - half + 1):
+        places.setdefault(text[place : place + half], []).append(place)
+    return places
+
+
+def _shared(text: str, content: str, places: dict[str, list[int]]) -> list[tuple[int, int]]:
     """Return the runs of `text` that occur in `content`.
 
     A run of 12 characters contains a whole block of 6 that begins at a multiple of 6 in `content`. So a single pass
@@ -123,10 +136,7 @@ def _shared(text: str, content: str) -> list[tuple[int, int]]:
     prompt of megabytes), all these places count as shared.
     """
     half = RUN // 2
-    places: dict[str, list[int]] = {}
-    for place in range(len(text) - half + 1):
-        places.setdefault(text[place : place + half], []).append(place)
-    hits = set(places).intersection(content[at : at + half] for at in range(0, len(content) - half + 1, half))
+    hits = places.keys() & (content[at : at + half] for at in range(0, len(content) - half + 1, half))
     starts = {max(0, place - back) for block in hits for place in places[block] for back in range(half + 1)}
     too_much = len(starts) * len(content) > CLOSER_LOOK
     return [

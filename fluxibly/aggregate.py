@@ -263,7 +263,7 @@ def chunks_of(parts: Iterable[Part]) -> list[Chunk]:
         if before is not None and (rank == 1 or before.raw is not None):
             pieces.append(_Piece(Text("", raw=before.raw)))
         said = part.text if isinstance(part, Reasoning) else ""
-        if rank < pieces[-1].rank or (said and not pieces[-1].only_reasoning):
+        if rank < pieces[-1].rank or (said and pieces[-1].parts):  # a chunk's reasoning stands before its parts
             pieces.append(_Piece())
         piece = pieces[-1]
         piece.rank, before = rank, None
@@ -292,11 +292,6 @@ class _Piece:
         self.parts = [*parts]
         self.calls: list[ToolCallDelta] = []
 
-    @property
-    def only_reasoning(self) -> bool:
-        """Whether more reasoning may follow, which stands before all other parts of a chunk."""
-        return all(isinstance(part, Reasoning) for part in self.parts)
-
     def chunk(self) -> Chunk:
         return Chunk(self.text, reasoning=self.reasoning, parts=tuple(self.parts), tool_calls=tuple(self.calls))
 
@@ -319,8 +314,11 @@ def as_chunk(response: Response) -> Chunk:
 
 
 def as_chunks(response: Response) -> list[Chunk]:
-    """Return a whole response as chunks from which `Aggregator` makes the same response: as one, if it can be."""
-    if response.order is None:
+    """Return a whole response as chunks from which `Aggregator` makes the same response: as one, if it can be.
+
+    Several blocks of reasoning need several chunks, so that each stays with its signature if a middleware changes it.
+    """
+    if response.order is None and sum([part.text != "" for part in response.reasoning_parts]) < 2:
         return [as_chunk(response)]
     *first, last = chunks_of(response.parts)
     return [*first, attrs.evolve(last, **_fields(response))]

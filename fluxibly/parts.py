@@ -163,6 +163,11 @@ def parse_arguments(raw: str) -> tuple[dict[str, Any], str | None]:
     return dict(value), None
 
 
+def _check_raw(raw: object, what: str) -> None:
+    if not is_mapping(raw):
+        raise TypeError(f"{what}'s raw: expected a mapping, got {kind_of(raw)}")
+
+
 @attrs.frozen(repr=False, eq=False)
 class ToolCall(Value):
     """A model's request to call a tool.
@@ -193,8 +198,10 @@ class ToolCall(Value):
                 f"a ToolCall's raw_arguments: expected a str, got {kind_of(self.raw_arguments)}; "
                 "pass a mapping as arguments="
             )
-        if self.raw is not None and self.raw.get("type") == "custom":
-            return
+        if self.raw is not None:
+            _check_raw(self.raw, "a ToolCall")
+            if self.raw.get("type") == "custom":
+                return
         if self.raw_arguments and not self.arguments:
             arguments, error = parse_arguments(self.raw_arguments)
             object.__setattr__(self, "arguments", arguments)
@@ -215,6 +222,9 @@ class Opaque(Value):
     dialect: str
     """The dialect: "anthropic", "gemini", "openai-responses", …"""
     raw: Mapping[str, Any]
+
+    def __attrs_post_init__(self) -> None:
+        _check_raw(self.raw, "an Opaque")
 
     @property
     def type(self) -> str:

@@ -93,15 +93,24 @@ class Capturing:
 
     def record(self, captured: Captured, span: Span, context: Context, attributes: Mapping[str, Any]) -> None:
         """Record the content on the span (as JSON strings), in an event with the span's `attributes`, or in both."""
+        on_span: dict[str, Any] = {}
+        in_event: dict[str, Any] = {}
         try:
             content = captured.attributes(unchanged if self.redact is None else self._redacted)
+            if self.mode in ("span", "both"):
+                on_span = {key: _encoded(value) for key, value in content.items()}
+            if self.mode in ("event", "both"):
+                in_event = {key: _plain(value) for key, value in content.items()}
+        except RecursionError:
+            report_once("deep content", "content is not captured for calls in which it is nested too deeply")
+            return
         except Exception as problem:  # noqa: BLE001  # the user's `redact` failed, so no content may be recorded
             _report(problem)
             return
         if self.mode in ("span", "both"):
-            span.set_attributes({key: _encoded(value) for key, value in content.items()})
+            span.set_attributes(on_span)
         if self.mode in ("event", "both"):
-            self._emit({**attributes, **{key: _plain(value) for key, value in content.items()}}, context)
+            self._emit({**attributes, **in_event}, context)
 
     def _emit(self, attributes: dict[str, Any], context: Context) -> None:
         from opentelemetry._logs import LogRecord, get_logger

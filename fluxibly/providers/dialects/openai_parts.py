@@ -152,6 +152,8 @@ class Thought:
     def part(self, **fields: Any) -> Reasoning:
         """Return the block so far. `fields` are added to it."""
         raw = {**self._fields, **{key: "".join(pieces) for key, pieces in self._pieces.items()}, **fields}
+        if self.kind == "block":
+            raw.pop("index", None)  # the number of a piece in a stream
         return Reasoning(text="".join(self._said), signature=word_of(raw.get("signature")), raw=raw)
 
 
