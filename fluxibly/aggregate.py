@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias, cast
 
 import attrs
@@ -257,8 +257,8 @@ def chunks_of(parts: Iterable[Part]) -> list[Chunk]:
     before: Text | None = None
     """The text that the next part stands after."""
     given = list(parts)
-    thoughts = [part for part in given if isinstance(part, Reasoning)]
-    for part in given:
+    bare = _bare(given)
+    for number, part in enumerate(given):
         rank = 1 if isinstance(part, Text) else 2 if isinstance(part, ToolCall) else 0
         if before is not None and (rank == 1 or before.raw is not None):
             pieces.append(_Piece(Text("", raw=before.raw)))
@@ -274,11 +274,30 @@ def chunks_of(parts: Iterable[Part]) -> list[Chunk]:
             calls += 1
         else:
             piece.reasoning += said
-            if thoughts != [Reasoning(text=said)]:  # text alone needs no part to complete it
+            if number not in bare:
                 piece.parts.append(part)
     if before is not None and before.raw is not None:
         pieces.append(_Piece(Text("", raw=before.raw)))
     return [piece.chunk() for piece in pieces]
+
+
+def _bare(parts: Sequence[Part]) -> set[int]:
+    """Return the numbers of the reasoning that is only text, and needs no part to complete it.
+
+    It needs one if more reasoning follows at once, or if the next has no text, and would take its place.
+    """
+    bare: set[int] = set()
+    following: Part | None = None
+    thought: Reasoning | None = None
+    for number in reversed(range(len(parts))):
+        part = parts[number]
+        if isinstance(part, Reasoning):
+            alone = not isinstance(following, Reasoning) and (thought is None or thought.text != "")
+            if alone and part.text and part == Reasoning(text=part.text):
+                bare.add(number)
+            thought = part
+        following = part
+    return bare
 
 
 class _Piece:

@@ -106,6 +106,28 @@ class TestRedactors:
             Text("Yes"),
         )
 
+    @pytest.mark.parametrize("whole", [True, False])
+    def test_reasoning_without_signatures_joins(self, whole: bool) -> None:
+        """If a middleware takes out the text between two pieces of reasoning, they are one piece in every mode."""
+
+        def silent(request: Request, call_next: CallNext) -> Flow[Response]:
+            return (yield from map_chunks(call_next(request), lambda chunk: attrs.evolve(chunk, text="")))
+
+        script: list[str | Chunk] = [
+            Chunk(reasoning="One. "),
+            "text",
+            Chunk(reasoning="Two."),
+            Chunk(finish_reason="stop"),
+        ]
+        pipeline, request = Pipeline(ScriptedProvider([*script]), [silent]), Request(model="m", messages="hi")
+        if whole:
+            response = pipeline.complete(request)
+        else:
+            with pipeline.stream(request) as stream:
+                list(stream)
+            response = stream.response
+        assert response.parts == (Reasoning(text="One. Two."),)
+
     def test_blocks_in_chunks(self) -> None:
         """Blocks that have only a signature or other fields need no chunk of their own."""
         opening = Reasoning(signature="0")

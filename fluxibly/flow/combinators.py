@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, TypeAlias
 
+import attrs
+
 from fluxibly._checks import kind_of
 from fluxibly.aggregate import Aggregator, as_chunks
 from fluxibly.errors import StreamInterrupted
 from fluxibly.flow.effects import PULL, Effect, Flow, More, Send, T
-from fluxibly.types import Chunk, Request, Response, Restart
+from fluxibly.types import Chunk, Reasoning, Request, Response, Restart
 
 Seen: TypeAlias = Effect | Sequence[Effect] | StreamInterrupted | Literal[True]
 
@@ -160,6 +162,10 @@ class _Mapper(Relay):
         self.output = False
         self.changed = False
         self.answer = Aggregator()
+        self.heard: list[str] = []
+        """The reasoning that came in since the last complete block."""
+        self.told: list[str] = []
+        """What was let out of it."""
 
     def restarted(self) -> None:
         self.begin()
@@ -189,25 +195,58 @@ class _Mapper(Relay):
     def pass_on(self, chunk: Chunk) -> Chunk | Sequence[Chunk]:
         """Pass a chunk through `fn`. Return the chunk itself if `fn` leaves it unchanged, else the chunks from `fn`."""
         self.taken = self.taken or chunk.has_output
+        if not chunk.text_only and any(isinstance(part, Reasoning) and part.text for part in chunk.parts):
+            return self._pass_blocks(chunk)
+        if chunk.reasoning:
+            self.heard.append(chunk.reasoning)
         pieces = self.fn(chunk)
         if pieces is not chunk:
             self.changed = True
             return self.note(pieces)
         self.output = self.output or chunk.has_output
+        if chunk.reasoning:
+            self.told.append(chunk.reasoning)
         self.answer.add(chunk)
         return chunk
 
+    def _pass_blocks(self, chunk: Chunk) -> Sequence[Chunk]:
+        """Pass a chunk with complete blocks of reasoning through `fn`, which sees their texts in `reasoning`.
+
+        If `fn` has changed the reasoning, the blocks no longer have their own texts.
+        """
+        if not chunk.reasoning and not self.heard:
+            texts = [part.text for part in chunk.parts if isinstance(part, Reasoning)]
+            chunk = attrs.evolve(chunk, reasoning="".join(texts))
+        self.heard.append(chunk.reasoning)
+        made = self._sequence(self.fn(chunk))
+        told = "".join([*self.told, *[piece.reasoning for piece in made]])
+        if told != "".join(self.heard):
+            made = [_without_texts(piece) for piece in made]
+        self.changed = self.changed or list(made) != [chunk]
+        made = self.note(made)
+        self.heard.clear()
+        self.told.clear()
+        return made
+
     def note(self, pieces: Pieces) -> Sequence[Chunk]:
         """Add changed or new pieces to the answer, and return them as a sequence."""
+        made = self._sequence(pieces)
+        for piece in made:
+            self.changed = True
+            if piece.reasoning:
+                self.told.append(piece.reasoning)
+            self.answer.add(piece)
+            self.output = self.output or piece.has_output
+        return made
+
+    def _sequence(self, pieces: Pieces) -> Sequence[Chunk]:
+        """Return what `fn` returned as a sequence of chunks."""
         made: Sequence[Chunk] = (pieces,) if isinstance(pieces, Chunk) else () if pieces is None else tuple(pieces)
         for piece in made:
             if not isinstance(piece, Chunk):  # pyright: ignore[reportUnnecessaryIsInstance]
                 raise TypeError(
                     f"map_chunks: expected the function to return a Chunk, several or None, got {kind_of(piece)}"
                 )
-            self.changed = True
-            self.answer.add(piece)
-            self.output = self.output or piece.has_output
         return made
 
     def response(self, inner: Response) -> Response:
@@ -239,6 +278,14 @@ class _Mapper(Relay):
         mine = StreamInterrupted(str(stopped), partial=self.response(stopped.partial))
         mine.__cause__ = stopped.__cause__
         return mine
+
+
+def _without_texts(chunk: Chunk) -> Chunk:
+    """Return a chunk whose blocks of reasoning only complete what was streamed. Their `raw` goes back to the service."""
+    if not any(isinstance(part, Reasoning) and part.text for part in chunk.parts):
+        return chunk
+    parts = [attrs.evolve(part, text="") if isinstance(part, Reasoning) else part for part in chunk.parts]
+    return attrs.evolve(chunk, parts=tuple(parts))
 
 
 def _caught(flow: Flow[Response]) -> Flow[tuple[Response, StreamInterrupted | None]]:
