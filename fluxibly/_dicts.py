@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from base64 import b64decode, b64encode
 from binascii import Error as NotBase64
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final, TypeVar, cast
 
 import attrs
@@ -31,6 +31,11 @@ _NAMES: Final[Mapping[type[Any], str]] = {kind: name for name, kind in TYPES.ite
 
 
 # Writing
+
+
+def is_plain(parts: Sequence[Part]) -> bool:
+    """Whether parts are nothing but one text without fields beside it, or nothing."""
+    return len(parts) < 2 and all(isinstance(part, Text) and part.raw is None for part in parts)
 
 
 def part_to_dict(part: Part) -> dict[str, Any]:
@@ -90,7 +95,7 @@ class Reader:
         self.path = path
         self._left = dict(fields)
 
-    def take(self, name: str, kind: type[_T], expected: str, default: Any = None) -> _T | Any:
+    def take(self, name: str, kind: type[Any] | tuple[type[Any], ...], expected: str, default: Any = None) -> Any:
         """Return a field, or the default if it is missing or null.
 
         Raises:
@@ -115,14 +120,13 @@ class Reader:
 
     def table(self, name: str) -> dict[str, Any] | None:
         """Return a field that is a mapping."""
-        found = self._left.pop(name, None)
-        if found is not None and not is_mapping(found):
-            raise ValueError(_mistaken(self.at(name), "a mapping", found))
+        found = self.take(name, Mapping, "a mapping")
         return None if found is None else dict(found)
 
     def items(self, name: str) -> list[Any]:
         """Return a field that is a list."""
-        return cast("list[Any]", self.take(name, list, "a list", []))
+        found: list[Any] = self.take(name, list, "a list", [])
+        return found
 
     def value(self, name: str) -> Any:
         """Return a field of any type."""

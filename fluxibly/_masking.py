@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from fluxibly._checks import is_list, is_mapping
 from fluxibly.errors import ResponseInvalid, StreamInterrupted, root_cause
 from fluxibly.messages import Message
-from fluxibly.parts import Audio, Media, Opaque, Text
+from fluxibly.parts import Audio, Media, Text, opaque_parts
 from fluxibly.types import Request
 
 MASK = "***"
@@ -95,9 +95,8 @@ def _contents(messages: Iterable[Message]) -> Iterable[str]:
         texts += [url for url in urls if not url.startswith("data:")]  # megabytes, which no server quotes
         texts += [call.raw_arguments for call in message.tool_calls]
         texts += [part.text for part in message.reasoning]
-        for place in message.order or ():
-            if isinstance(place, Opaque):
-                texts += _strings(place.raw)
+        for part in opaque_parts(message.order):
+            texts += _strings(part.raw)
         for text in texts:
             if len(text) < RUN:
                 continue

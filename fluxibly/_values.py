@@ -27,7 +27,7 @@ class Shown:
 
 
 class Value(Shown):
-    """A class of attrs whose instances are equal if their fields are. A field's own `eq=False` is followed."""
+    """A class of attrs whose instances are equal if their fields are. A field's own `eq=False` or key is followed."""
 
     __slots__ = ()
 
@@ -42,4 +42,10 @@ class Value(Shown):
 
 def _compared(value: object) -> tuple[Any, ...]:
     kind: Any = type(value)
-    return tuple([getattr(value, field.name) for field in attrs.fields(kind) if field.eq])
+    return tuple(
+        [
+            getattr(value, field.name) if field.eq_key is None else field.eq_key(getattr(value, field.name))
+            for field in attrs.fields(kind)
+            if field.eq
+        ]
+    )

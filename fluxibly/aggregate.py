@@ -57,7 +57,7 @@ class Aggregator:
         self._reasoning: list[str] = []
         self._calls: list[_Call] = []
         self._marks: list[tuple[int, _Mark]] = []
-        """What came besides text, in order, each with the number of texts before it."""
+        """The parts besides text, in order, each with the number of texts before it."""
         self._fields: dict[str, Any] = {}
         self._details: dict[str, Any] = {}
         self._others: dict[int, Aggregator] = {}
@@ -123,8 +123,8 @@ class Aggregator:
                 break
             if isinstance(mark, _Thought):
                 said = "".join(mark.pieces)
-                takes_some = said.startswith(part.text) and (claimed if not part.text else True)
-                rest = said[len(part.text) :] if takes_some else ""
+                begins = said.startswith(part.text) and (part.text or claimed)
+                rest = said[len(part.text) :] if begins else ""
                 done = part if rest or part.text == said else attrs.evolve(part, text=said)
                 left = [(place, _Thought(rest, mark.end))] if rest else []
                 self._marks[number : number + 1] = [(place, done), *left]

@@ -261,6 +261,7 @@ _MESSAGE_FIELDS = (
     "refusal",
     "thinking_blocks",
 )
+"""The fields of an assistant's message, besides reasoning as text, that some server takes back."""
 QUIRKS: Mapping[str, Callable[[str, object], str | None]] = {
     "max_tokens": partial(one_of, choices=("max_tokens", "max_completion_tokens", "by model")),
     "seed": text,

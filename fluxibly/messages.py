@@ -168,13 +168,12 @@ class Message(Value):
 
         Text alone is `{"role": "user", "content": "hi"}`. Other content is a list of parts, with bytes as base64.
         """
-        from fluxibly._dicts import part_to_dict
+        from fluxibly._dicts import is_plain, part_to_dict
 
         parts = self.parts
-        plain = all(isinstance(part, Text) and part.raw is None for part in parts) and len(parts) < 2
         fields: dict[str, Any] = {
             "role": self.role,
-            "content": self.text if plain else [part_to_dict(part) for part in parts],
+            "content": self.text if is_plain(parts) else [part_to_dict(part) for part in parts],
         }
         for name in ("tool_call_id", "name"):
             if getattr(self, name) is not None:

@@ -30,7 +30,7 @@ class Text(Value):
 
 @attrs.frozen(kw_only=True, repr=False, eq=False)
 class Media(Value):
-    """What `Image`, `Audio` and `Document` have in common: either a `url`, or the bytes `data` with their `media_type`.
+    """The base of `Image`, `Audio` and `Document`: either a `url`, or the bytes `data` with their `media_type`.
 
     The URL is an http, https or data URL, or one that the service knows (Gemini's `gs:`). `raw` holds the fields that
     a service sent beside a part of its answer.
@@ -234,9 +234,9 @@ class Opaque(Value):
 
 
 ContentPart: TypeAlias = Text | Media
-"""What a message says."""
+"""A part of any message."""
 Part: TypeAlias = Text | Media | Reasoning | ToolCall | Opaque
-"""What an answer, and an assistant's message, consists of."""
+"""A part of an answer, or of an assistant's message."""
 
 
 # The order of parts. Messages and responses keep their parts by kind, because most have only one, and users ask for
@@ -303,6 +303,11 @@ def in_order(order: Order | None, parts: Mapping[Kind, Sequence[Part]]) -> tuple
         found += waiting[:count]
         del waiting[:count]
     return (*found, *[part for of_kind in left.values() for part in of_kind])
+
+
+def opaque_parts(order: Order | None) -> tuple[Opaque, ...]:
+    """Return the opaque parts, which an order has in their places."""
+    return tuple([place for place in order or () if isinstance(place, Opaque)])
 
 
 def split_text(text: str, order: Order | None) -> list[Text]:

@@ -3,6 +3,9 @@
 Everything here is immutable by contract, except `CallRecord`, which is the mutable memory of a call. `Request`,
 `Response`, `Message` and their parts enforce the contract. `Chunk` is immutable only for type checkers: a stream makes
 a chunk for every few characters, and enforcement would double the cost of a chunk.
+
+The classes refer to each other (a response makes a message, a request has the record of its call), so they share a
+module.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
 import attrs
 
@@ -42,6 +45,7 @@ from fluxibly.parts import (
     Text as Text,
     ToolCall as ToolCall,
     in_order,
+    opaque_parts,
     order_unless_usual,
     parse_arguments as parse_arguments,
     place_of,
@@ -356,8 +360,9 @@ class Response(Value):
     id: str | None = attrs.field(default=None, kw_only=True)
     alternatives: tuple[Response, ...] = attrs.field(default=(), converter=_to_responses, kw_only=True)
     media: tuple[Media, ...] = attrs.field(default=(), converter=_to_media, kw_only=True)
-    # Not compared: a middleware that makes several chunks of one may order them differently in a stream.
-    order: Order | None = attrs.field(default=None, kw_only=True, eq=False)
+    # Of the order only the opaque parts are compared: a middleware that makes several chunks of one may order them
+    # differently in a stream.
+    order: Order | None = attrs.field(default=None, kw_only=True, eq=opaque_parts)
     """Where each part stands; None for reasoning, media, text, tool calls. See `parts` and `from_parts`."""
     parsed: Any = attrs.field(default=None, kw_only=True)
     request_id: str | None = attrs.field(default=None, kw_only=True, eq=False)
@@ -370,12 +375,6 @@ class Response(Value):
 
     def __str__(self) -> str:
         return self.text
-
-    def __eq__(self, other: object) -> bool:
-        same = super().__eq__(other)
-        return same if same is NotImplemented or not same else self.opaque == cast("Response", other).opaque
-
-    __hash__ = Value.__hash__
 
     def evolve(self, **changes: Any) -> Response:
         """Return a copy with `changes`.
@@ -424,11 +423,11 @@ class Response(Value):
 
         `parts` is there if the answer is more than a text. `parsed` and `raw` are left out if they are not JSON.
         """
-        from fluxibly._dicts import part_to_dict, plain
+        from fluxibly._dicts import is_plain, part_to_dict, plain
 
         parts = self.parts
         found: dict[str, Any] = {"text": self.text}
-        if any(not isinstance(part, Text) or part.raw is not None for part in parts) or len(parts) > 1:
+        if not is_plain(parts):
             found["parts"] = [part_to_dict(part) for part in parts]
         if self.reasoning and self.reasoning != "".join([p.text for p in parts if isinstance(p, Reasoning)]):
             found["reasoning"] = self.reasoning
@@ -465,7 +464,7 @@ class Response(Value):
     @property
     def opaque(self) -> tuple[Opaque, ...]:
         """The parts that only the service's own dialect reads."""
-        return tuple([place for place in self.order or () if isinstance(place, Opaque)])
+        return opaque_parts(self.order)
 
 
 _WORDS = ("finish_reason", "raw_finish_reason", "model", "id", "request_id")
@@ -482,7 +481,7 @@ def _response(given: object, path: str) -> Response:
     for name, kind in (("usage", Usage), ("stats", StreamStats)):
         counts = fields.table(name)
         found[name] = None if counts is None else numbers(counts, kind, fields.at(name))
-    found["elapsed"] = fields.take("elapsed", (int, float), "a number")  # type: ignore[arg-type]
+    found["elapsed"] = fields.take("elapsed", (int, float), "a number")
     found["alternatives"] = [
         _response(other, f"{fields.at('alternatives')}[{number}]")
         for number, other in enumerate(fields.items("alternatives"))
@@ -532,8 +531,9 @@ class Chunk(Value):
 
     Within a chunk, `reasoning` comes first, then `parts`, `text` and `tool_calls`. `parts` holds what arrives whole:
     media, opaque parts, and blocks that are complete. A `Reasoning` completes the reasoning that was streamed before it,
-    whose place it takes, with its signature; its text is not repeated. A `Text` is empty: it completes the text that was streamed before it, and
-    `raw` holds the fields beside that text. `details` are added to those before: tables by key, lists by appending.
+    whose place it takes, with its signature; its text is not repeated. A `Text` is empty: it completes the text that was
+    streamed before it, and `raw` holds the fields beside that text. `details` are added to those before: tables by key,
+    lists by appending.
 
     Of `finish_reason`, `usage`, `model` and `id`, the last value in a stream counts. `alternatives` holds the pieces of
     the choices after the first, as pairs (index, chunk).

@@ -10,10 +10,10 @@ import attrs
 import pytest
 
 from fluxibly import LLM, LLMConfig
-from fluxibly.config import QUIRKS, Secret, Timeouts
+from fluxibly.config import _MESSAGE_FIELDS, QUIRKS, Secret, Timeouts
 from fluxibly.errors import ConfigError
 from fluxibly.providers.dialects.openai_request import Quirks
-from fluxibly.providers.services import SERVICES
+from fluxibly.providers.services import OWN_SERVER, SERVICES
 
 KEY = "sk-very-secret-0123456789"
 
@@ -153,6 +153,7 @@ class TestQuirks:
     def test_the_vocabulary_is_the_dialects_own(self):
         """What a server takes back by default may be set by name."""
         assert QUIRKS["message_fields"]("x", Quirks().message_fields) is None
+        assert set(_MESSAGE_FIELDS) == set(OWN_SERVER["message_fields"])
         for row in SERVICES.values():
             assert config(quirks={name: value for name, value in row.quirks.items() if name != "path"})
 

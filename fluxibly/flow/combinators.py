@@ -165,7 +165,7 @@ class _Mapper(Relay):
         self.heard: list[str] = []
         """The reasoning that came in since the last complete block."""
         self.told: list[str] = []
-        """What was let out of it."""
+        """The reasoning that went out since then."""
 
     def restarted(self) -> None:
         self.begin()
@@ -223,7 +223,7 @@ class _Mapper(Relay):
         if told != "".join(self.heard):
             made = [_without_texts(piece) for piece in made]
         self.changed = self.changed or list(made) != [chunk]
-        made = self.note(made)
+        self._keep(made)
         self.heard.clear()
         self.told.clear()
         return made
@@ -231,13 +231,16 @@ class _Mapper(Relay):
     def note(self, pieces: Pieces) -> Sequence[Chunk]:
         """Add changed or new pieces to the answer, and return them as a sequence."""
         made = self._sequence(pieces)
+        self._keep(made)
+        return made
+
+    def _keep(self, made: Sequence[Chunk]) -> None:
         for piece in made:
             self.changed = True
             if piece.reasoning:
                 self.told.append(piece.reasoning)
             self.answer.add(piece)
             self.output = self.output or piece.has_output
-        return made
 
     def _sequence(self, pieces: Pieces) -> Sequence[Chunk]:
         """Return what `fn` returned as a sequence of chunks."""

@@ -50,7 +50,7 @@ OWN_SERVER: Final[Mapping[str, Any]] = {
         "thinking_blocks",
     ),
 }
-"""What differs at a server of the user's own from OpenAI: what it sent goes back to it, whatever it may be."""
+"""The quirks of a server of the user's own: it takes back every field that it sent."""
 _LOCAL: Final[Mapping[str, Any]] = {"top_k": True, **OWN_SERVER}
 
 SERVICES: Final[Mapping[str, ServiceRow]] = {

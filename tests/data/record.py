@@ -133,7 +133,7 @@ def post(url: str, body: dict[str, Any]) -> tuple[int, dict[str, str], str]:
     headers = {"content-type": "application/json", "authorization": "Bearer k", "x-api-key": "k"}
     request = urllib.request.Request(url, json.dumps(body).encode(), headers)  # noqa: S310  # the address is ours
     try:
-        with urllib.request.urlopen(request, timeout=100) as answer:  # noqa: S310
+        with urllib.request.urlopen(request, timeout=100) as answer:  # noqa: S310  # the address is ours
             return answer.status, {key.lower(): value for key, value in answer.headers.items()}, answer.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, {key.lower(): value for key, value in error.headers.items()}, error.read().decode()

@@ -1,4 +1,7 @@
-"""Pure codec for Anthropic's dialect, the Messages API. https://docs.claude.com/en/api/messages"""
+"""Pure codec for Anthropic's dialect, the Messages API. https://docs.claude.com/en/api/messages
+
+The dialect is one module, its responses first and its requests below, because both know the shape of each block.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from fluxibly.providers.dialects.codec import Encoded, Event, Framing
 from fluxibly.providers.dialects.decoding import PendingFields, arguments_text, cut_off, not_an_answer
 from fluxibly.providers.dialects.encoding import (
     bad_request,
+    is_thinking_block,
     media_data,
     reject_unsupported,
     sent_arguments,
@@ -532,11 +536,7 @@ class _CallIds:
 def _thinking_block(reasoning: Reasoning) -> dict[str, Any] | None:
     """Return a block as the service sent it; None for reasoning of another dialect, or without proof of origin."""
     if reasoning.raw is not None:
-        return (
-            dict(reasoning.raw)
-            if reasoning.raw.get("type") in THINKING and not isinstance(reasoning.raw.get("thinking"), list)
-            else None
-        )
+        return dict(reasoning.raw) if is_thinking_block(reasoning.raw) else None
     if reasoning.signature is None:
         return None
     return {"type": "thinking", "thinking": reasoning.text, "signature": reasoning.signature}

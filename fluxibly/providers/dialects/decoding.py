@@ -7,6 +7,7 @@ model writes into its answer. `not_an_answer` and `cut_off` build the errors for
 from __future__ import annotations
 
 import json
+from base64 import b64decode
 from typing import Any, Final, Literal
 
 from fluxibly.aggregate import merged
@@ -193,6 +194,14 @@ def not_an_answer(payload: object, body: bytes, service: str, lacks: str) -> Pro
 def cut_off(service: str, lacks: str) -> StreamProtocolError:
     """Return the error for a stream that ended too early."""
     return StreamProtocolError(f"{service}'s stream was cut off: it ended without {lacks}")
+
+
+def base64_bytes(text: str) -> bytes | None:
+    """Return the bytes of base64 text; None if it is not base64."""
+    try:
+        return b64decode(text, validate=True)
+    except ValueError:
+        return None
 
 
 def to_json(value: object) -> str:

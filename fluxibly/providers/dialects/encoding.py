@@ -87,6 +87,11 @@ def media_data(media: Media) -> tuple[str, str] | None:
     return media.media_type or media_type or "text/plain", data
 
 
+def is_thinking_block(raw: Mapping[str, Any]) -> bool:
+    """Whether reasoning is a block of Anthropic's, which LiteLLM passes on. Mistral's blocks have a list inside."""
+    return raw.get("type") in ("thinking", "redacted_thinking") and not isinstance(raw.get("thinking"), list)
+
+
 def sent_arguments(call: ToolCall) -> dict[str, Any]:
     """Return a tool call's arguments as an object. Text that is not a JSON object goes under `INVALID_JSON`."""
     return {"INVALID_JSON": call.raw_arguments} if call.error else dict(call.arguments)

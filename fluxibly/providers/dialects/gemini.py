@@ -1,4 +1,7 @@
-"""Pure codec for Gemini's dialect, `generateContent` of the Gemini API. https://ai.google.dev/api/generate-content"""
+"""Pure codec for Gemini's dialect, `generateContent` of the Gemini API. https://ai.google.dev/api/generate-content
+
+The dialect is one module, its responses first and its requests below, because both know the shape of each part.
+"""
 
 from __future__ import annotations
 

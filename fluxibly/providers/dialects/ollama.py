@@ -6,7 +6,6 @@ https://github.com/ollama/ollama/blob/main/docs/api.md
 from __future__ import annotations
 
 import re
-from base64 import b64decode
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,7 +15,14 @@ from fluxibly._checks import kind_of
 from fluxibly.aggregate import Aggregator
 from fluxibly.errors import NotFound, ProviderError, ServerError, StreamProtocolError
 from fluxibly.providers.dialects.codec import Encoded, Event, Framing
-from fluxibly.providers.dialects.decoding import InlineThinking, PendingFields, arguments_text, cut_off, not_an_answer
+from fluxibly.providers.dialects.decoding import (
+    InlineThinking,
+    PendingFields,
+    arguments_text,
+    base64_bytes,
+    cut_off,
+    not_an_answer,
+)
 from fluxibly.providers.dialects.encoding import (
     bad_request,
     media_data,
@@ -199,9 +205,8 @@ class OllamaDecoder:
 
 def _image(data: object) -> Image | None:
     """Return an image that a model made. The service does not say its media type."""
-    try:
-        found = b64decode(as_text(data), validate=True)
-    except ValueError:
+    found = base64_bytes(as_text(data))
+    if found is None:
         return None
     return Image(data=found, media_type=next(kind for start, kind in _KINDS if found.startswith(start)))
 

@@ -1,4 +1,7 @@
-"""Pure codec for OpenAI's chat completions, as sent by OpenAI and by services whose dialect is nearly the same."""
+"""Pure codec for OpenAI's chat completions, as sent by OpenAI and by services whose dialect is nearly the same.
+
+The module is long because a choice takes its pieces in one class: each kind of piece ends the kinds before it.
+"""
 
 from __future__ import annotations
 
@@ -196,11 +199,7 @@ class ChoiceState:
     def _take_reasoning(self, name: str, text: object, out: Pieces) -> None:
         if not isinstance(text, str):
             return
-        thought = self._thought
-        if thought is None or thought.kind != "field" or self._said:
-            thought = self._begin(Thought("field"), out)
-        thought.add({name: text}, text)
-        out.add("reasoning", text)
+        self._think(self._thought_of("field", out), {name: text}, text, out)
 
     def _take_blocks(
         self, kind: Literal["detail", "block"], given: object, delta: Delta, out: Pieces, *, whole: bool
@@ -234,10 +233,7 @@ class ChoiceState:
             if isinstance(item, str):
                 self._say(item, out)
             elif part.get("thinking") is not None:
-                thought = self._thought
-                if thought is None or thought.kind != "thinking" or self._said:
-                    thought = self._begin(Thought("thinking"), out)
-                self._think(thought, part, thinking_text(part["thinking"]), out)
+                self._think(self._thought_of("thinking", out), part, thinking_text(part["thinking"]), out)
                 if whole:
                     self._end_thought(out)
             elif isinstance(part.get("text"), str):
@@ -288,16 +284,18 @@ class ChoiceState:
         self._spoke, self._said = self._spoke or self._said, False
         return thought
 
+    def _thought_of(self, kind: Literal["field", "thinking", "inline"], out: Pieces) -> Thought:
+        """Return the reasoning under way if it is of a kind and nothing came since; else begin it."""
+        thought = self._thought
+        return self._begin(Thought(kind), out) if thought is None or thought.kind != kind or self._said else thought
+
     def _think(self, thought: Thought, fields: Mapping[str, Any], said: str, out: Pieces) -> None:
         thought.add(fields, said)
         if said:
             out.add("reasoning", said)
 
     def _think_inline(self, said: str, out: Pieces) -> None:
-        thought = self._thought
-        if thought is None or thought.kind != "inline" or self._said:
-            thought = self._begin(Thought("inline"), out)
-        self._think(thought, {}, said, out)
+        self._think(self._thought_of("inline", out), {}, said, out)
 
     def _end_inline(self, out: Pieces) -> None:
         self._think_inline("", out)

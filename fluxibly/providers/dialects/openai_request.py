@@ -12,7 +12,7 @@ import attrs
 
 from fluxibly._checks import kind_of
 from fluxibly.aggregate import merged
-from fluxibly.providers.dialects.encoding import bad_request, media_data, reject_unsupported
+from fluxibly.providers.dialects.encoding import bad_request, is_thinking_block, media_data, reject_unsupported
 from fluxibly.providers.dialects.openai_parts import DIALECT
 from fluxibly.types import Audio, Document, Image, Media, Message, Opaque, Reasoning, Request, Text, Tool, ToolCall
 
@@ -222,24 +222,18 @@ class _AssistantMessage:
         if isinstance(kind, str) and kind.startswith("reasoning."):
             if "reasoning_details" in quirks.message_fields:
                 self._fields.setdefault("reasoning_details", []).append(raw)
+        elif is_thinking_block(raw):
+            if "thinking_blocks" in quirks.message_fields:
+                self._fields.setdefault("thinking_blocks", []).append(dict(raw))
         elif kind == "thinking":
-            if quirks.thinking_parts and isinstance(raw.get("thinking"), list):
+            if quirks.thinking_parts:
                 self._content.append(dict(raw))
-            elif isinstance(raw.get("thinking"), str):
-                self._add_block(raw)
-        elif kind == "redacted_thinking":
-            self._add_block(raw)
         elif kind is None and self._with_tools:
             for name in quirks.reasoning_fields:
                 if isinstance(raw.get(name), str):
                     self._fields[name] = self._fields.get(name, "") + raw[name]
             if isinstance(raw.get("content"), str):
                 self._content.append(raw["content"])
-
-    def _add_block(self, raw: Mapping[str, Any]) -> None:
-        """Add a block of Anthropic's reasoning, where LiteLLM's proxy has it."""
-        if "thinking_blocks" in self._quirks.message_fields:
-            self._fields.setdefault("thinking_blocks", []).append(dict(raw))
 
     def _add_opaque(self, part: Opaque) -> None:
         if part.dialect != DIALECT:

@@ -2,11 +2,13 @@
 
 The service stores nothing (`store: false`): each request carries the whole conversation, including the model's
 encrypted reasoning.
+
+The dialect is one module, its responses first and its requests below, because both know the shape of each item.
 """
 
 from __future__ import annotations
 
-from base64 import b64decode, b64encode
+from base64 import b64encode
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import takewhile
@@ -18,7 +20,7 @@ from fluxibly._checks import is_mapping, kind_of
 from fluxibly.aggregate import merged
 from fluxibly.errors import ProviderError, StreamProtocolError
 from fluxibly.providers.dialects.codec import Encoded, Event, Framing
-from fluxibly.providers.dialects.decoding import PendingFields, cut_off, not_an_answer
+from fluxibly.providers.dialects.decoding import PendingFields, base64_bytes, cut_off, not_an_answer
 from fluxibly.providers.dialects.encoding import bad_request, media_data, reject_unsupported, write_json
 from fluxibly.providers.dialects.errors import (
     Report,
@@ -129,15 +131,16 @@ def _response(answer: dict[str, Any], raw: object) -> Response:
     refused = False
     calls = 0
     for item in map(as_object, as_array(answer.get("output"))):
-        found = _parts_of(item, calls)
-        parts += found
         kind = as_text(item.get("type"))
         if kind == "message":
-            beside = _beside_texts(item, {})
+            contents = _contents(item)
+            parts += _texts(item, contents)
+            beside = _beside_texts(contents, {})
             details = merged(details, beside) if beside else details
-            refused = refused or _refuses(item)
-        elif kind in _INPUTS:
-            calls += 1
+            refused = refused or _refuses(contents)
+        else:
+            parts += _parts_of(item, calls)
+            calls += kind in _INPUTS
     finish, raw_finish = _finish(answer, called=calls > 0, refused=refused)
     return Response.from_parts(
         parts,
@@ -152,10 +155,8 @@ def _response(answer: dict[str, Any], raw: object) -> Response:
 
 
 def _parts_of(item: dict[str, Any], number: int) -> list[Part]:
-    """Return the parts of an item of the output. A tool call without an id is named by its `number`."""
+    """Return the parts of an item other than a message. A tool call without an id is named by its `number`."""
     kind = as_text(item.get("type"))
-    if kind == "message":
-        return [*_texts(item)]
     if kind == "reasoning":
         return [_reasoning(item)]
     if kind in _INPUTS:
@@ -174,9 +175,8 @@ def _without(fields: Mapping[str, Any], *names: str) -> dict[str, Any]:
 # is known where a message ends. The `raw` of a tool call has its item as "item".
 
 
-def _texts(item: dict[str, Any]) -> list[Text]:
-    """Return the texts of a message, at least one."""
-    contents = _contents(item)
+def _texts(item: dict[str, Any], contents: list[dict[str, Any]]) -> list[Text]:
+    """Return the texts of a message and its contents, at least one."""
     texts = [as_text(content.get("text")) or as_text(content.get("refusal")) for content in contents]
     raws: list[dict[str, Any]] = [{"part": _without(content, "text", "refusal")} for content in contents]
     if not contents:
@@ -190,15 +190,15 @@ def _contents(item: dict[str, Any]) -> list[dict[str, Any]]:
     return [content for content in map(as_object, as_array(item.get("content"))) if content]
 
 
-def _refuses(item: dict[str, Any]) -> bool:
-    return any(content.get("refusal") for content in _contents(item))
+def _refuses(contents: list[dict[str, Any]]) -> bool:
+    return any(content.get("refusal") for content in contents)
 
 
-def _beside_texts(item: dict[str, Any], seen: Mapping[int, Sequence[object]]) -> dict[str, Any]:
+def _beside_texts(contents: list[dict[str, Any]], seen: Mapping[int, Sequence[object]]) -> dict[str, Any]:
     """Return the annotations and the log probabilities of a message, but not the first annotations, which were seen."""
     annotations: list[Any] = []
     logprobs: list[Any] = []
-    for number, content in enumerate(_contents(item)):
+    for number, content in enumerate(contents):
         annotations += as_array(content.get("annotations"))[len(seen.get(number, ())) :]
         logprobs += as_array(content.get("logprobs"))
     found = {"annotations": annotations, "logprobs": logprobs}
@@ -227,10 +227,7 @@ def _reasoning(item: dict[str, Any]) -> Reasoning:
 
 def _image(item: dict[str, Any]) -> Image | None:
     """Return an image that the model made; None if it is not finished."""
-    try:
-        data = b64decode(as_text(item.get("result")), validate=True)
-    except ValueError:
-        return None
+    data = base64_bytes(as_text(item.get("result")))
     media_type = f"image/{as_text(item.get('output_format')) or 'png'}"
     return Image(data=data, media_type=media_type, raw=_without(item, "result")) if data else None
 
@@ -479,15 +476,16 @@ class ResponsesDecoder:
         return self._pending.emit(tool_calls=(delta,))
 
     def _complete_message(self, item: _Item, fields: dict[str, Any]) -> Iterable[Chunk]:
-        self._refused = self._refused or _refuses(fields)
-        beside = _beside_texts(fields, item.annotations)
+        contents = _contents(fields)
+        self._refused = self._refused or _refuses(contents)
+        beside = _beside_texts(contents, item.annotations)
         if item.logprobs:
             beside.setdefault("logprobs", item.logprobs)
         self._pending.add(details=beside or None)
-        if not _contents(fields) and (item.closed or item.open is not None):
+        if not contents and (item.closed or item.open is not None):
             self._close(item, _without(fields, "content"))  # the server does not repeat what it streamed
             return ()
-        texts = _texts(fields)
+        texts = _texts(fields, contents)
         under_way = None if item.open is None else min(item.open, len(texts) - 1)
         chunks: list[Chunk] = []
         for number, text in enumerate(texts):

@@ -7,8 +7,6 @@ name of the integration ("langchain-openai"), so that they go back to that integ
 
 from __future__ import annotations
 
-import base64
-import binascii
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final, cast
@@ -16,7 +14,7 @@ from typing import Any, Final, cast
 import attrs
 from langchain_core.messages import AIMessage
 
-from fluxibly.providers.dialects.decoding import to_json
+from fluxibly.providers.dialects.decoding import base64_bytes, to_json
 from fluxibly.providers.dialects.encoding import media_data, sent_arguments
 from fluxibly.providers.dialects.json_values import as_array, as_object, as_text
 from fluxibly.providers.dialects.openai_parts import Speech
@@ -288,10 +286,8 @@ def _content(given: object, media_type: str) -> dict[str, Any] | None:
     head, comma, data = given.partition(";base64,")
     if comma and head.startswith("data:"):
         media_type, given = head[5:].partition(";")[0] or media_type, data
-    try:
-        return {"data": base64.b64decode(given, validate=True), "media_type": media_type}
-    except binascii.Error:
-        return None
+    found = base64_bytes(given)
+    return None if found is None else {"data": found, "media_type": media_type}
 
 
 def media_block(part: Media) -> dict[str, Any]:

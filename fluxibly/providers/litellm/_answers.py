@@ -138,7 +138,7 @@ class StreamReader:
 
 
 class _Message:
-    """What LiteLLM keeps beside OpenAI's fields of an answer, whole or in pieces.
+    """The fields that LiteLLM keeps beside OpenAI's, of an answer that is whole or in pieces.
 
     The fields of a service are under `provider_specific_fields`. Only Anthropic's reasoning is beside them, too, where
     the dialect's decoder reads it.
