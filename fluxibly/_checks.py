@@ -156,10 +156,29 @@ T = TypeVar("T")
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return `; did you mean 'x'?`, or an empty string if no known name is near."""
+    near = nearest(name, known)
+    return "" if near is None else f"; did you mean {near!r}?"
+
+
+def nearest(name: str, known: Iterable[str], least: float = 0.5) -> str | None:
+    """Return the known name that is nearest, if it is alike enough: `least` is from 0 (anything) to 1 (the same)."""
     import difflib  # late, for the sake of `import fluxibly`
 
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=least)
+    return near[0] if near else None
+
+
+def unknown_settings(settings: Mapping[Any, Any], names: Iterable[str], path: str = "") -> list[str]:
+    """List the settings that are not among the known `names`, with the nearest name. `path` precedes them."""
+    names = list(names)
+    return [
+        f"{path}{name}: there is no such setting{did_you_mean(name, names)}"
+        if isinstance(name, str)
+        else f"{path}{name}: expected the name of a setting, got {kind_of(name)} (in YAML, on, off, yes, no and "
+        "numbers are no names unless they are in quotes)"
+        for name in settings
+        if name not in names
+    ]
 
 
 def suggests_names(cls: type[T]) -> type[T]:

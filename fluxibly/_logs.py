@@ -55,17 +55,23 @@ def log(level: int, template: str, **values: Any) -> None:
         report_once("logging", f"a log handler raised {type(error).__name__}; the call went on without its log line")
 
 
-def log_retry(request: Request, error: Exception, attempt: int, wait: float) -> None:
-    """Log that attempt number `attempt` (counted from 0) failed, and that the next follows after `wait` seconds."""
+def log_retry(request: Request, error: Exception, attempt: int, wait: float, *, change: str = "") -> None:
+    """Log that attempt number `attempt` (counted from 0) failed, and that the next follows after `wait` seconds.
+
+    `change` says how the next request differs; empty means that it is the same.
+    """
     if logger.isEnabledFor(logging.WARNING):
-        log(
-            logging.WARNING,
-            'LLM attempt failed, will retry | attempt=%d, wait=%.2fs, error_type=%s, error_message="%s"',
-            attempt=attempt + 1,
-            wait=wait,
-            error_type=error_type(error),
-            error_message=one_line(error_message(error, (request,))),
-        )
+        template = 'LLM attempt failed, will retry | attempt=%d, wait=%.2fs, error_type=%s, error_message="%s"'
+        values: dict[str, Any] = {
+            "attempt": attempt + 1,
+            "wait": wait,
+            "error_type": error_type(error),
+            "error_message": one_line(error_message(error, (request,))),
+        }
+        if change:
+            template += ', change="%s"'
+            values["change"] = change
+        log(logging.WARNING, template, **values)
 
 
 _CONTROLS = re.compile("[\\x00-\\x08\\x0a-\\x1f\\x7f-\\x9f\\u2028\\u2029\\ud800-\\udfff]")

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import attrs
 
 from fluxibly._checks import (
-    did_you_mean,
     is_list,
     is_mapping,
     kind_of,
@@ -18,13 +17,15 @@ from fluxibly._checks import (
     number,
     one_of,
     problem,
+    repr_of_headers,
     repr_without_secrets,
     suggests_names,
     text,
+    unknown_settings,
     whole,
 )
 from fluxibly._values import Value
-from fluxibly.errors import ConfigError
+from fluxibly.errors import ConfigError, Problems
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -66,42 +67,86 @@ class Secret:
         return bool(self._value)
 
 
+class _LeftOut:
+    """The `total` of `Timeouts` that was not given."""
+
+    __slots__ = ()
+
+    def __reduce__(self) -> str:
+        return "_LEFT_OUT"  # copies are the same object, and so are equal
+
+
+_LEFT_OUT = _LeftOut()
+_WHOLE_ANSWER = 600.0
+"""Seconds for an answer that is not streamed, unless a limit is set: reasoning models think for minutes."""
+
+KEEP_ALIVES = 10
+"""How many times `idle` a wait for one chunk may take, if only keep-alives arrive."""
+
+
 @suggests_names
 @attrs.frozen(repr=False, eq=False)
 class Timeouts(Value):
-    """Time limits in seconds. None means no limit.
+    """Time limits in seconds. A limit that is left out keeps its default; None means no limit.
 
     Args:
         connect: for connecting, TLS included.
-        first_byte: from the last byte of the request to the first byte of the answer.
-        idle: between two reads of the body.
-        total: for a whole attempt, from connecting to the last byte. A stream has a total only if it is given here.
+        first_byte: from the last byte of the request to the head of the answer.
+        idle: in a stream, from chunk to chunk, and from the head to the first chunk. A keep-alive restarts it; bytes that
+            complete no event do not. A wait for one chunk ends at ten times `idle` in any case. In a whole answer,
+            between two reads of the body.
+        total: for a whole attempt, from connecting to the last byte. If it is left out, an answer that is not streamed
+            may take 600 seconds, and a stream has no total.
 
     Raises:
         ConfigError: a limit is not a number above 0.
     """
 
-    connect: float | None = None
-    first_byte: float | None = None
-    idle: float | None = None
-    total: float | None = None
+    connect: float | None = 10.0
+    first_byte: float | None = 600.0
+    idle: float | None = 120.0
+    _total: float | _LeftOut | None = attrs.field(default=_LEFT_OUT, alias="total")
 
     def __attrs_post_init__(self) -> None:
+        limits = {"connect": self.connect, "first_byte": self.first_byte, "idle": self.idle, "total": self.total}
         problems = [
             found
-            for name in ("connect", "first_byte", "idle", "total")
-            if (limit := getattr(self, name)) is not None and (found := _seconds(f"timeout.{name}", limit))
+            for name, limit in limits.items()
+            if limit is not None and (found := _seconds(f"timeout.{name}", limit))
         ]
         if problems:
             raise ConfigError.of(problems)
+
+    @property
+    def total(self) -> float | None:
+        """The limit on an attempt that is not streamed."""
+        return _WHOLE_ANSWER if isinstance(self._total, _LeftOut) else self._total
+
+    @property
+    def stream_total(self) -> float | None:
+        """The limit on a whole stream: `total`, if it was given."""
+        return None if isinstance(self._total, _LeftOut) else self._total
+
+    def __repr__(self) -> str:
+        total = "" if isinstance(self._total, _LeftOut) else f", total={self._total!r}"
+        return f"Timeouts(connect={self.connect!r}, first_byte={self.first_byte!r}, idle={self.idle!r}{total})"
 
 
 def _seconds(name: str, value: object) -> str | None:
     return number(name, value, above=0, unit="seconds")
 
 
-def _secret(value: Secret | str | None) -> Secret | None:
+KeyFunction: TypeAlias = Callable[[], str | Awaitable[str]]
+"""A function that returns an API key or a token, or a coroutine function."""
+
+
+def _secret(value: Secret | str | KeyFunction | None) -> Secret | KeyFunction | None:
     return Secret(value) if isinstance(value, str) else value
+
+
+def _repr_of_key(key: object) -> str:
+    # The repr of a function may show a key: that of a partial has its arguments.
+    return f"<{type(key).__name__}>" if callable(key) else repr(key)
 
 
 def _copied(value: Any) -> Any:
@@ -126,10 +171,13 @@ class LLMConfig(Value):
         max_tokens: a whole number from 1 up.
         top_p: from 0 to 1.
         frequency_penalty, presence_penalty: from -2 to 2.
-        api_key: None takes the provider's environment variable.
-        api_base: the base URL of the service; None takes the provider's own.
+        api_key: None takes the provider's environment variable. A function that returns a token, also a coroutine
+            function, is called at the first call, and again when the service refuses the token (401).
+        api_base: the base URL of the service. None takes the vendor's environment variable (such as OPENAI_BASE_URL), or
+            else the service's own address.
+        headers: HTTP headers to send with every call. An `Authorization` header is sent in place of the key.
         timeout: seconds. A number bounds connecting, the first byte, the idle time between chunks, and each whole attempt
-            of a call that is not streamed. `Timeouts` sets each limit.
+            of a call that is not streamed. `Timeouts` sets each limit; None takes the defaults of `Timeouts`.
         max_retries: the retries after the first attempt.
         additional_params: fields of the provider's request body, sent as they are.
         quirks: differences of an OpenAI-compatible server's dialect, by name, such as
@@ -149,9 +197,10 @@ class LLMConfig(Value):
     top_p: float | None = None
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
-    api_key: Secret | None = attrs.field(default=None, converter=_secret)
+    api_key: Secret | KeyFunction | None = attrs.field(default=None, converter=_secret, repr=_repr_of_key)
     api_base: str | None = attrs.field(default=None, repr=_without_login)
-    timeout: float | Timeouts = 60.0
+    headers: Mapping[str, str] = attrs.field(factory=dict[str, str], converter=_copied, repr=repr_of_headers)
+    timeout: float | Timeouts | None = None
     max_retries: int = 3
     additional_params: Mapping[str, Any] = attrs.field(
         factory=dict[str, Any], converter=_copied, repr=repr_without_secrets
@@ -165,11 +214,22 @@ class LLMConfig(Value):
             raise ConfigError.of(problems)
 
     @property
+    def fixed_key(self) -> str | None:
+        """Return the API key itself; None if there is none, or if a function gives it."""
+        return self.api_key.reveal() if isinstance(self.api_key, Secret) else None
+
+    @property
     def timeouts(self) -> Timeouts:
-        """Spell out each limit of `timeout`. `total` is for calls that are not streamed."""
-        if isinstance(self.timeout, Timeouts):
-            return self.timeout
-        return Timeouts(self.timeout, self.timeout, self.timeout, self.timeout)
+        """Spell out each limit of `timeout`. `total` is for calls that are not streamed; see `stream_total`."""
+        timeout = self.timeout
+        if timeout is None:
+            return Timeouts()
+        return timeout if isinstance(timeout, Timeouts) else Timeouts(timeout, timeout, timeout, timeout)
+
+    @property
+    def stream_total(self) -> float | None:
+        """The limit on a whole stream, which only `Timeouts` can set."""
+        return self.timeout.stream_total if isinstance(self.timeout, Timeouts) else None
 
     @classmethod
     def from_mapping(cls, settings: Mapping[str, Any], *, path: str = "") -> LLMConfig:
@@ -186,7 +246,7 @@ class LLMConfig(Value):
         # `${VAR:-}` becomes an empty string where the variable is not set.
         given = {name: value for name, value in settings.items() if value is not None and value != ""}
         names = [field.name for field in attrs.fields(cls)]
-        problems = _unknown(settings, names)
+        problems = unknown_settings(settings, names)
         problems += [f"{name}: is required" for name in ("framework", "model") if name not in given]
         known: dict[str, Any] = {"framework": "-", "model": "-"}
         for name in names:
@@ -212,11 +272,16 @@ class LLMConfig(Value):
         Environment variables replace `${VAR}` and `${VAR:-default}` in strings, after parsing.
 
         Raises:
-            ConfigError: the file cannot be read or parsed, lacks the section, or holds bad settings.
+            ConfigError: the file cannot be read or parsed, lacks the section, or holds bad settings. It lists every
+                problem, but not those of the middleware: they are registered later, and `LLM.from_yaml` lists them too.
         """
         from fluxibly._yaml import read_section
 
-        return cls.from_mapping(read_section(file, section), path=f"{section}.")
+        settings, known = read_section(file, section)
+        problems = Problems(known)
+        config = problems.of(cls.from_mapping, settings, path=f"{section}.")
+        problems.check()
+        return cast("LLMConfig", config)
 
 
 PARAMETERS: Mapping[str, Callable[[str, object], str | None]] = {
@@ -272,19 +337,12 @@ QUIRKS: Mapping[str, Callable[[str, object], str | None]] = {
     "short_call_ids": _flag,
     "reasoning_fields": partial(_names, known=("reasoning_content", "reasoning")),
     "message_fields": partial(_names, known=_MESSAGE_FIELDS),
+    "thinks_first": _flag,
     "thinking_parts": _flag,
 }
 """The check of each quirk: a field of `Quirks` in `providers/dialects/openai_request.py`, which says what it means."""
 _NEVER_NONE = ("model", "extra", "headers", "metadata")
 """The parameters for which None does not mean "not sent"."""
-
-
-def _unknown(settings: Mapping[Any, Any], names: Sequence[str], path: str = "") -> list[str]:
-    return [
-        f"{path}{name}: there is no such setting{did_you_mean(str(name), names)}"
-        for name in settings
-        if name not in names
-    ]
 
 
 def _problems(config: LLMConfig) -> list[str]:
@@ -293,13 +351,14 @@ def _problems(config: LLMConfig) -> list[str]:
     found = [
         text("framework", config.framework),
         *parameter_problems({name: getattr(config, name) for name in PARAMETERS if hasattr(config, name)}),
-        None if isinstance(timeout, Timeouts) else _seconds("timeout", timeout),
+        None if timeout is None or isinstance(timeout, Timeouts) else _seconds("timeout", timeout),
         whole("max_retries", config.max_retries, 0),
         mapping("additional_params", config.additional_params, keys=str),
         *_quirk_problems(config.quirks),
     ]
-    if key is not None and not isinstance(key, Secret):  # pyright: ignore[reportUnnecessaryIsInstance]  # callers may be untyped
-        found.append(f"api_key: expected a str, got {kind_of(key)}")  # never the value: it may be a key all the same
+    if key is not None and not isinstance(key, Secret) and not callable(key):  # callers may be untyped
+        # Never the value: it may be a key all the same.
+        found.append(f"api_key: expected a str or a function that returns one, got {kind_of(key)}")
     if base is not None and not (isinstance(base, str) and _is_address(base)):  # pyright: ignore[reportUnnecessaryIsInstance]  # callers may be untyped
         found.append(f"api_base: expected an http:// or https:// URL, got {_without_login(base)[:200]}")
     if layers is not None and (isinstance(layers, (str, Mapping)) or not isinstance(layers, Sequence)):  # pyright: ignore[reportUnnecessaryIsInstance]  # callers may be untyped
@@ -313,7 +372,7 @@ def _quirk_problems(quirks: object) -> list[str]:
         return [wrong]
     given = cast("Mapping[str, Any]", quirks)
     found = [QUIRKS[name](f"quirks.{name}", value) for name, value in given.items() if name in QUIRKS]
-    return [*_unknown(given, list(QUIRKS), "quirks."), *[each for each in found if each is not None]]
+    return [*unknown_settings(given, list(QUIRKS), "quirks."), *[each for each in found if each is not None]]
 
 
 def _is_address(url: str) -> bool:
@@ -354,10 +413,11 @@ _NUMBERS: dict[str, type[float]] = {
 
 
 def _timeouts(table: Mapping[str, Any]) -> Timeouts:
-    names = [field.name for field in attrs.fields(Timeouts)]
-    problems = _unknown(table, names, "timeout.")
+    names = ("connect", "first_byte", "idle", "total")
+    problems = unknown_settings(table, names, "timeout.")
     try:
-        timeouts = Timeouts(**{name: _read(name, table[name]) for name in names if table.get(name) not in (None, "")})
+        # None is no limit, and not the same as a limit that is left out.
+        timeouts = Timeouts(**{name: _read(name, table[name]) for name in names if table.get(name, "") != ""})
     except ConfigError as error:
         problems += error.problems
     else:

@@ -6,20 +6,20 @@ code that makes an error from a server's message masks it first.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar, Literal, TypeAlias
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, ClassVar, Literal, ParamSpec, TypeAlias, TypeVar
+
+from fluxibly._roots import BadPrompt as BadPrompt, FluxiblyError as FluxiblyError
 
 if TYPE_CHECKING:
     from typing import Self
 
     from fluxibly.types import Outcome, Request, Response
 
+P = ParamSpec("P")
+T = TypeVar("T")
 Phase: TypeAlias = Literal["connect", "first_byte", "idle", "total"]
 """The part of an attempt that a time limit covers. `Timeouts` has a limit for each part."""
-
-
-class FluxiblyError(Exception):
-    """The base class of fluxibly's errors."""
 
 
 class ConfigError(FluxiblyError, ValueError):
@@ -36,8 +36,45 @@ class ConfigError(FluxiblyError, ValueError):
         return cls(problems[0] if len(problems) == 1 else message, problems=tuple(problems))
 
 
-class FrameworkNotRegistered(FluxiblyError, ValueError):
-    """No provider is registered under this name."""
+class FrameworkNotRegistered(ConfigError):
+    """No provider is registered under this name. `problems` lists what else is wrong with the configuration."""
+
+
+class Problems:
+    """What is wrong with a configuration, collected so that one error tells all of it.
+
+    Args:
+        known: problems that were found before. A later problem of the same setting follows from it, and is left out.
+    """
+
+    def __init__(self, known: Iterable[str] = ()) -> None:
+        self._known = tuple(known)
+        self._errors: list[ConfigError] = []
+
+    def of(self, make: Callable[P, T], *args: P.args, **settings: P.kwargs) -> T | None:
+        """Return what `make` returns, or None if it raises a ConfigError, whose problems `check` tells."""
+        try:
+            return make(*args, **settings)
+        except ConfigError as error:
+            self._errors.append(error)
+            return None
+
+    def check(self) -> None:
+        """Raise the error that tells all problems, if there are any."""
+        errors, self._errors = self._errors, []
+        if len(errors) == 1 and not self._known:
+            raise errors[0]
+        settings = {_setting(problem) for problem in self._known}
+        later = [problem for error in errors for problem in error.problems if _setting(problem) not in settings]
+        if self._known or later:
+            kind = next((type(error) for error in errors if isinstance(error, FrameworkNotRegistered)), ConfigError)
+            cause = next((error.__cause__ for error in errors if error.__cause__ is not None), None)
+            raise kind.of([*self._known, *later]) from cause
+
+
+def _setting(problem: str) -> str:
+    """Return the path of the setting that a problem is about."""
+    return problem.partition(": ")[0]
 
 
 class ProviderError(FluxiblyError):

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any, TypeAlias, overload
 import attrs
 
 from fluxibly._checks import did_you_mean, kind_of
+from fluxibly._merging import composed
 from fluxibly.config import LLMConfig, parameter_problems
-from fluxibly.errors import ConfigError
+from fluxibly.errors import ConfigError, Problems
 from fluxibly.flow import Middleware
 from fluxibly.messages import Message
 from fluxibly.pipeline import AsyncPipeline, Pipeline
-from fluxibly.registry import make_middleware, make_provider
+from fluxibly.registry import check_framework, make_middleware, make_provider, read_yaml
 from fluxibly.stream import AsyncStream, Stream
 from fluxibly.types import Chunk, Request, Response, Restart
 
@@ -79,12 +80,12 @@ class _LLM:
         self.config = config
         if isinstance(middleware, str) or not isinstance(middleware, Iterable | None):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"middleware: expected a list, like [Logging(), Retry()], got {kind_of(middleware)}")
-        if middleware is not None:
-            self._stack = make_middleware(list(middleware))
-        elif config.middleware is not None:
-            self._stack = make_middleware(config.middleware)
-        else:
-            self._stack = default_stack(config)
+        problems = Problems()
+        problems.of(check_framework, config.framework, config.quirks)
+        layers = config.middleware if middleware is None else list(middleware)
+        stack = default_stack(config) if layers is None else problems.of(make_middleware, layers)
+        problems.check()
+        self._stack = stack or ()
         self._template = Request(
             model=config.model,
             messages="-",
@@ -100,8 +101,12 @@ class _LLM:
     def from_yaml(
         cls, file: str | Path, *, section: str = "llm", middleware: Iterable[Middleware] | None = None
     ) -> Self:
-        """Return a model that is configured by a section of a YAML file; see `LLMConfig.from_yaml`."""
-        return cls(LLMConfig.from_yaml(file, section=section), middleware)
+        """Return a model that is configured by a section of a YAML file; see `LLMConfig.from_yaml`.
+
+        Raises:
+            ConfigError: it lists every problem of the settings, the framework and the middleware.
+        """
+        return cls(*read_yaml(file, section, middleware=middleware))
 
     def request(self, prompt: Prompt, overrides: Mapping[str, Any]) -> Request:
         """Return the request for a prompt and the settings of a call.
@@ -122,7 +127,7 @@ class _LLM:
         if problems:
             raise ConfigError("; ".join(problems), problems=tuple(problems))
         if "extra" in changes:
-            changes["extra"] = {**self.config.additional_params, **changes["extra"]}
+            changes["extra"] = composed(self.config.additional_params, changes["extra"])
         return self._template.evolve(messages=prompt, **changes)
 
 

@@ -8,6 +8,7 @@ from typing import Any, Literal, Protocol, TypeAlias, TypeVar, cast, get_args, r
 import attrs
 
 from fluxibly._checks import is_mapping, kind_of
+from fluxibly._roots import BadPrompt
 from fluxibly._values import Value
 from fluxibly.parts import (
     ContentPart,
@@ -253,11 +254,11 @@ def to_messages(prompt: object) -> tuple[Message, ...]:
 
     Raises:
         TypeError: the prompt is of another type.
-        ValueError: the prompt is empty.
+        BadPrompt: the prompt is empty.
     """
     if isinstance(prompt, str):
         if not prompt:
-            raise ValueError(_EMPTY_PROMPT)
+            raise BadPrompt(_EMPTY_PROMPT)
         return (Message.user(prompt),)
     if isinstance(prompt, (Message, Mapping)):
         return to_messages([cast("object", prompt)])
@@ -273,11 +274,11 @@ def to_messages(prompt: object) -> tuple[Message, ...]:
                 f"the prompt: expected a str or a sequence of Message, got {kind_of(message)} in the sequence{hint}"
             )
     if not given:
-        raise ValueError("the prompt has no messages; give a non-empty string or a sequence of Message")
+        raise BadPrompt("the prompt has no messages; give a non-empty string or a sequence of Message")
     messages = cast("tuple[Message, ...]", given)
     last = messages[-1]
     if not _says_something(last) and (last.role == "user" or not any(map(_says_something, messages))):
-        raise ValueError(_EMPTY_PROMPT)
+        raise BadPrompt(_EMPTY_PROMPT)
     return messages
 
 

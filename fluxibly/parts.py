@@ -147,7 +147,10 @@ class Reasoning(Value):
 
 
 def parse_arguments(raw: str) -> tuple[dict[str, Any], str | None]:
-    """Return a tool call's arguments as a dict, and the error in the text or None. With an error the dict is empty."""
+    """Return a tool call's arguments as a dict, and the error in the text or None. With an error the dict is empty.
+
+    Models write no text, or `null`, for no arguments.
+    """
     import json  # late, to keep `import fluxibly` fast
 
     if not raw.strip():
@@ -158,6 +161,8 @@ def parse_arguments(raw: str) -> tuple[dict[str, Any], str | None]:
         return {}, f"the arguments are not JSON: {error}"
     except RecursionError:
         return {}, "the arguments are nested too deeply"
+    if value is None:
+        return {}, None
     if not is_mapping(value):
         return {}, f"the arguments: expected a JSON object, got {kind_of(value)}"
     return dict(value), None

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import re
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, cast
 
-from fluxibly._checks import did_you_mean, is_mapping, kind_of
+import attrs
+
+from fluxibly._checks import did_you_mean, is_list, is_mapping, kind_of, nearest, unknown_settings
 from fluxibly._extras import pip_install
-from fluxibly.errors import ConfigError, FrameworkNotRegistered
+from fluxibly.config import LLMConfig
+from fluxibly.errors import ConfigError, FrameworkNotRegistered, Problems
 from fluxibly.flow import Middleware
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
+    from pathlib import Path
 
+Kind: TypeAlias = Literal["frameworks", "middleware"]
 ProviderFactory: TypeAlias = Callable[..., Any]
 MiddlewareFactory: TypeAlias = Callable[..., Middleware]
 
@@ -36,6 +42,8 @@ class Framework(NamedTuple):
     """The module that the extra installs."""
     env_var: str | None = None
     """The environment variable with the API key; None if the framework needs no key, or finds it elsewhere."""
+    plugin: EntryPoint | None = None
+    """The entry point of another package that names the factory."""
 
     @property
     def installed(self) -> bool:
@@ -51,8 +59,10 @@ class Framework(NamedTuple):
         """Return the class or function that makes the provider.
 
         Raises:
-            ConfigError: packages that the framework needs are not installed.
+            ConfigError: packages that the framework needs are not installed, or the plugin is broken.
         """
+        if self.plugin is not None:
+            return _load(self.plugin)
         if not self.installed:
             raise ConfigError(f"the framework {self.name!r} needs packages that are not installed: {self.to_install}")
         if self.sync is not None:
@@ -106,6 +116,9 @@ _BUILT_IN_MIDDLEWARE = {
     "validation": "Validation",
     "retry": "Retry",
 }
+
+_WHAT = {"fluxibly.frameworks": "framework", "fluxibly.middleware": "middleware"}
+"""What the entry points of a group are."""
 
 _lock = threading.Lock()
 _frameworks: dict[str, Framework] = {}
@@ -181,16 +194,131 @@ def _same(old: object, new: object) -> bool:
 
 
 @cache
-def _entry_points(kind: str) -> Mapping[str, EntryPoint]:
+def _entry_points(kind: Kind) -> Mapping[str, EntryPoint]:
+    """Return the entry points of a kind by name. Of several packages with one name, the first by its name wins."""
+    return {point.name: point for point in reversed(_installed_points(kind))}
+
+
+def _installed_points(kind: Kind) -> list[EntryPoint]:
     from importlib.metadata import entry_points
 
-    return {point.name: point for point in entry_points(group=f"fluxibly.{kind}")}
+    group = f"fluxibly.{kind}"
+    try:
+        found = list(entry_points(group=group))
+    except Exception:  # noqa: BLE001  # one package's unreadable metadata must not hide the others
+        found = [point for point in _readable_points() if point.group == group]
+    return sorted(found, key=lambda point: (point.name, package_of(point)))
+
+
+def _readable_points() -> Iterator[EntryPoint]:
+    """Yield the entry points of each package whose metadata can be read."""
+    from importlib.metadata import distributions
+
+    seen: set[str] = set()
+    for distribution in distributions():
+        try:
+            name, points = distribution.name.lower(), list(distribution.entry_points)
+        except Exception:  # noqa: BLE001, S112  # whatever is wrong with that package
+            continue
+        if name not in seen:  # a package that is on the path twice is imported from its first place
+            seen.add(name)
+            yield from points
+
+
+def package_of(point: EntryPoint) -> str:
+    """Return the name and version of the package that has an entry point."""
+    try:
+        return f"{point.dist.name} {point.dist.version}"  # type: ignore[union-attr]
+    except Exception:  # noqa: BLE001  # an entry point without a package, or a package without readable metadata
+        return "an unknown package"
+
+
+def _load(point: EntryPoint) -> Callable[..., Any]:
+    """Import what an entry point names.
+
+    Raises:
+        ConfigError: that fails, or what it names cannot be called.
+    """
+    what = f"{_WHAT[point.group]} {point.name!r}: the entry point {point.value!r} of {package_of(point)}"
+    try:
+        loaded = point.load()
+    except (KeyboardInterrupt, GeneratorExit):
+        raise
+    except BaseException as error:  # a module may end with SystemExit, or with the panic of a library in Rust
+        raise ConfigError(f"{what} cannot be imported: {_named(error)}; repair or uninstall that package") from error
+    if not callable(loaded):
+        raise ConfigError(f"{what}: expected a class or another callable, got {kind_of(loaded)}")
+    return cast("Callable[..., Any]", loaded)
+
+
+def _named(error: BaseException) -> str:
+    """Return an exception's type and its message, on one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
+
+
+class Plugin(NamedTuple):
+    """A framework or middleware of another package, as `doctor` shows it."""
+
+    name: str
+    state: Literal["ready", "broken", "not used"]
+    note: str
+    """The package; and why the plugin is broken or not used."""
+
+
+def plugins(kind: Kind) -> Iterator[Plugin]:
+    """Load each plugin, and yield its state."""
+    built_in = _built_in_frameworks() if kind == "frameworks" else _BUILT_IN_MIDDLEWARE
+    used = _entry_points(kind)
+    for point in _installed_points(kind):
+        name, package = point.name, package_of(point)
+        if name in built_in:
+            yield Plugin(name, "not used", f"{package}: fluxibly's own {_WHAT[point.group]} has this name")
+        elif package != package_of(used[name]):
+            yield Plugin(name, "not used", f"{package}: {package_of(used[name])} has this name too, and is used")
+        else:
+            try:
+                _load(point)
+            except ConfigError as error:
+                yield Plugin(name, "broken", str(error))
+            else:
+                yield Plugin(name, "ready", package)
 
 
 def frameworks() -> Mapping[str, Framework]:
     """Return all frameworks, by name."""
-    others = {name: Framework(name=name, module=point.value) for name, point in _entry_points("frameworks").items()}
+    others = {name: Framework(name=name, plugin=point) for name, point in _entry_points("frameworks").items()}
     return dict(sorted({**others, **_built_in_frameworks(), **_frameworks}.items()))
+
+
+def read_yaml(
+    file: str | Path,
+    section: str = "llm",
+    *,
+    framework: str | None = None,
+    middleware: Iterable[Middleware] | None = None,
+) -> tuple[LLMConfig, Iterable[Middleware] | None]:
+    """Read a configuration, and make the middleware that it lists.
+
+    Args:
+        file, section: see `LLMConfig.from_yaml`.
+        framework, middleware: another framework, another stack than the file's.
+
+    Raises:
+        ConfigError: it lists every problem of the settings, the framework and the middleware.
+    """
+    from fluxibly._yaml import read_section
+
+    settings, known = read_section(file, section)
+    problems = Problems(known)
+    config = problems.of(LLMConfig.from_mapping, settings, path=f"{section}.")
+    name = settings.get("framework") if framework is None else framework
+    if name and isinstance(name, str):  # else the settings' own problems say it
+        problems.of(check_framework, name, settings.get("quirks"), path=f"{section}." if framework is None else "")
+    layers = settings.get("middleware")
+    if middleware is None and is_list(layers):
+        middleware = problems.of(make_middleware, layers, path=f"{section}.middleware")
+    problems.check()
+    return cast("LLMConfig", config), middleware
 
 
 def make_provider(config: Any, *, asynchronous: bool) -> Any:
@@ -200,19 +328,31 @@ def make_provider(config: Any, *, asynchronous: bool) -> Any:
         FrameworkNotRegistered: no framework has that name.
         ConfigError: packages are missing, or the provider rejects the configuration.
     """
-    framework = find_framework(config.framework)
-    if config.quirks and framework.module and framework.module != OPENAI:
-        raise ConfigError(
-            f"quirks: apply to OpenAI-compatible services only, and {framework.name!r} is none; leave them out"
-        )
+    framework = check_framework(config.framework, config.quirks)
     return framework.factory(asynchronous=asynchronous)(config)
 
 
-def find_framework(name: str) -> Framework:
-    """Find a framework by its name.
+def check_framework(name: str, quirks: object, *, path: str = "") -> Framework:
+    """Find a framework by its name, and check that it takes the quirks. `path` precedes the settings in messages.
 
     Raises:
         FrameworkNotRegistered: no framework has that name.
+        ConfigError: the framework is a broken plugin, or has no quirks.
+    """
+    framework = find_framework(name, path=path and f"{path}framework: ")
+    if quirks and framework.module and framework.module != OPENAI:
+        raise ConfigError(
+            f"{path}quirks: apply to OpenAI-compatible services only, and {framework.name!r} is none; leave them out"
+        )
+    return framework
+
+
+def find_framework(name: str, *, path: str = "") -> Framework:
+    """Find a framework by its name. `path` precedes the message.
+
+    Raises:
+        FrameworkNotRegistered: no framework has that name.
+        ConfigError: it is a plugin, and the plugin is broken.
     """
     found = _frameworks.get(name) or _built_in_frameworks().get(name)
     if found is not None:
@@ -221,18 +361,41 @@ def find_framework(name: str) -> Framework:
     if point is None:
         known = list(frameworks())
         raise FrameworkNotRegistered(
-            f"LLM framework {name!r} not registered. Available frameworks: {known}{did_you_mean(name, known)}"
+            f"{path}{_instead_of(name, known)}LLM framework {name!r} not registered. Available frameworks: {known}"
         )
-    return Framework(name=name, sync=point.load())
+    try:
+        _load(point)
+    except ConfigError as error:
+        raise ConfigError(f"{path}{error}") from error.__cause__
+    return Framework(name=name, plugin=point)
 
 
-def make_middleware(items: Sequence[Any]) -> tuple[Middleware, ...]:
+def _instead_of(name: str, known: Sequence[str]) -> str:
+    """Return a question or a sentence that says which framework was meant, or an empty string."""
+    from fluxibly.providers.services import ALIASES, ELSEWHERE
+
+    # Names of one service are often far apart, and names that are near often mean another service.
+    meant: dict[str, str] = {**ALIASES, **{each: each for each in ELSEWHERE}, **{_plain(each): each for each in known}}
+    near = meant.get(_plain(name)) or meant.get(nearest(_plain(name), meant, 0.75) or "")
+    if near is None or near in known:
+        return f"did you mean {near!r}? " if near else ""
+    return f"{ELSEWHERE[near]}. " if near in ELSEWHERE else ""
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\W_]", "", name.lower())
+
+
+def make_middleware(items: Sequence[Any], *, path: str = "middleware") -> tuple[Middleware, ...]:
     """Make the stack that a configuration lists: names, tables of a name and its settings, and middleware objects.
 
     Raises:
-        ConfigError: an unknown name, or unknown settings.
+        ConfigError: it lists all unknown names, unknown settings and wrong values, each with its path.
     """
-    return tuple(_make(item, f"middleware[{index}]") for index, item in enumerate(items))
+    problems = Problems()
+    made = [problems.of(_make, item, f"{path}[{index}]") for index, item in enumerate(items)]
+    problems.check()
+    return tuple(cast("list[Middleware]", made))
 
 
 def _make(item: Any, path: str) -> Middleware:
@@ -259,22 +422,68 @@ def _make(item: Any, path: str) -> Middleware:
         return factory  # type: ignore[return-value]
     try:
         return factory(**settings)
-    except (TypeError, ValueError) as error:
-        unknown = _unknown_setting(factory, settings)
-        if unknown is not None:
-            raise ConfigError(f"{path}.{name}.{unknown}") from error
-        raise ConfigError(f"{path}.{name}: {error}") from error
+    except Exception as error:
+        raise ConfigError.of(_settings_problems(factory, settings, f"{path}.{name}", error)) from error
 
 
-def _unknown_setting(factory: MiddlewareFactory, settings: Mapping[str, Any]) -> str | None:
-    """Word the first setting that a middleware does not have."""
+def _settings_problems(
+    factory: MiddlewareFactory, settings: Mapping[Any, Any], path: str, error: Exception
+) -> list[str]:
+    """List what is wrong with the settings of a middleware that could not be made. `error` is what it raised."""
+    names, required, any_name = _parameters(factory)
+    unknown = [] if any_name else unknown_settings(settings, names, f"{path}.")
+    missing = [f"{path}.{name}: is required" for name in required if name not in settings]
+    wrong = [_at(path, names, factory, text) for text in _wrong_values(factory, settings)]
+    return [*unknown, *missing, *wrong] or [_at(path, names, factory, text) for text in _told(error)]
+
+
+def _parameters(factory: MiddlewareFactory) -> tuple[list[str], list[str], bool]:
+    """Return the names of a factory's settings, those without a default, and whether it takes any name."""
     import inspect
 
-    parameters = inspect.signature(factory).parameters
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-        return None
-    unknown = [str(name) for name in settings if name not in parameters]
-    return f"{unknown[0]}: there is no such setting{did_you_mean(unknown[0], parameters)}" if unknown else None
+    try:
+        parameters = inspect.signature(factory).parameters.values()
+    except (TypeError, ValueError):  # a callable of C has no signature
+        return [], [], True
+    named = [each for each in parameters if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)]
+    any_name = any(each.kind is each.VAR_KEYWORD for each in parameters)
+    return [each.name for each in named], [each.name for each in named if each.default is each.empty], any_name
+
+
+def _wrong_values(factory: MiddlewareFactory, settings: Mapping[Any, Any]) -> Iterator[str]:
+    """Yield what the validators of an attrs class refuse. The class itself tells only the first of it."""
+    if not (isinstance(factory, type) and attrs.has(factory)):
+        return
+    blank: Any = factory.__new__(factory)
+    for field in attrs.fields(factory):
+        name = field.alias or field.name
+        if name in settings and field.validator is not None:
+            try:
+                value = settings[name] if field.converter is None else field.converter(settings[name])
+                field.validator(blank, field, value)
+            except (TypeError, ValueError) as error:
+                told = (text.removeprefix(f"{factory.__name__}: ") for text in _told(error))
+                yield from (text if text.startswith(name) else f"{name}: {text}" for text in told)
+            except Exception:  # noqa: BLE001, S112  # the validator needs the other fields: making the object tells
+                continue
+
+
+def _told(error: Exception) -> Sequence[str]:
+    """Return what a factory or a validator says is wrong."""
+    if isinstance(error, ConfigError):
+        return error.problems
+    if not isinstance(error, (TypeError, ValueError, ImportError)):
+        return [_named(error)]
+    arguments: tuple[object, ...] = error.args
+    message = arguments[0] if len(arguments) > 1 else error  # the validators of attrs add the field and the value
+    return [" ".join(str(message).split()) or type(error).__name__]
+
+
+def _at(path: str, names: Sequence[str], factory: MiddlewareFactory, text: str) -> str:
+    """Put what is wrong under the path of a middleware. A text that begins with a setting's name continues the path."""
+    text = text.removeprefix(f"{getattr(factory, '__name__', '')}: ")
+    first = re.match(r"\w+(?=[.:\[])", text)
+    return f"{path}.{text}" if first and first[0] in names else f"{path}: {text}"
 
 
 def _is_middleware_function(factory: object) -> bool:
@@ -291,9 +500,10 @@ def _find_middleware(name: str, path: str) -> MiddlewareFactory:
         return factory
     point = _entry_points("middleware").get(name)
     if point is not None:
-        loaded: MiddlewareFactory = point.load()
-        return loaded
+        try:
+            return _load(point)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from error.__cause__
     known = sorted({*_middleware, *_BUILT_IN_MIDDLEWARE, *_entry_points("middleware")})
-    raise ConfigError(
-        f"{path}: middleware {name!r} not registered. Available middleware: {known}{did_you_mean(name, known)}"
-    )
+    near = did_you_mean(name, known) or "."
+    raise ConfigError(f"{path}: middleware {name!r} not registered{near} Available middleware: {known}")

@@ -93,6 +93,8 @@ class CallRecord:
     """
 
     provider: ProviderInfo
+    layers: tuple[Any, ...]
+    """The middleware of the pipeline, outermost first."""
     streaming: bool
     restarts: bool
     """Whether the consumer takes `Restart` events."""
@@ -123,6 +125,10 @@ class CallRecord:
     """The usage of the last attempt. If the attempt was cut off or abandoned: as far as the service had reported it."""
     finish_reason: str | None
     """Why the last attempt ended, as far as the service had reported it."""
+    interruption: Exception | None
+    """The `StreamInterrupted` that ended the last attempt, until the stream ends."""
+    said: str | None
+    """The text of the last attempt's answer, if it was streamed to its end."""
     stats: StreamStats | None
     cache_hit: bool
     """Set by a middleware that answers from a cache."""
@@ -137,6 +143,7 @@ class CallRecord:
         # Every attribute is set here, because reading it from the instance takes a quarter of the time of a class
         # attribute.
         self.provider = _UNKNOWN
+        self.layers = ()
         self.streaming = self.restarts = self.timed = self.watched = self.cache_hit = False
         self.clock = perf_counter
         self.started_at = self.requested_at = 0.0
@@ -146,7 +153,7 @@ class CallRecord:
         self.trace_headers = None
         self.sent_messages = ()
         self.sent_model = self.model = None
-        self.usage = self.finish_reason = self.stats = None
+        self.usage = self.finish_reason = self.stats = self.interruption = self.said = None
         self.attempt_times = None
         self.timings = {}
         self.notes = {}
@@ -168,7 +175,7 @@ class Request(Shown):
 
     `messages` also accepts a str. `stop` holds a few strings, each of which ends the answer. `tool_choice` is "auto",
     "none", "required" or a tool's name. `response_format` is "text", "json" or a JSON Schema (a mapping) that the
-    answer must follow. `reasoning_effort` is the provider's own word ("low", "high", …). `n` asks for several choices.
+    answer must follow; or a table as OpenAI's client takes it, in which `strict` and a name can be given. `reasoning_effort` is the provider's own word ("low", "high", …). `n` asks for several choices.
     `extra` is merged into the request body unchanged and takes precedence over every other parameter. HTTP providers
     send `headers` with the request. `metadata` carries the caller's own data for middleware and is never sent.
     """

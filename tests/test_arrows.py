@@ -23,7 +23,7 @@ MODULES = {
 DATA = "data"
 SIDE = "side"
 ROOMS = {
-    "types messages parts errors aggregate provider _checks _dicts _extras _values _states": DATA,
+    "types messages parts errors aggregate provider _checks _dicts _extras _formats _merging _roots _values _states": DATA,
     "_masking _logs _abandoned _schema _yaml": SIDE,
     "config": "config",
     "flow": "flow",
@@ -43,7 +43,7 @@ ROOMS = {
     "providers.local": "local",
     "providers.langchain": "langchain",
     "providers.litellm": "litellm",
-    "providers.echo providers.anthropic providers.gemini providers.ollama providers.openai": "frameworks",
+    "providers.echo providers.anthropic providers.gemini providers.ollama providers.openai providers._addresses": "frameworks",
 }
 """The room of each module, or of all modules in a package."""
 BESIDE = {"fluxibly", "fluxibly.providers"}
@@ -67,7 +67,7 @@ ARROWS = {
     "frameworks": {"services", "dialects", "http", "config", DATA},
     "stream": {"drivers", "flow", *BASE},
     "pipeline": {"stream", "drivers", "flow", *BASE},
-    "registry": {"flow", "services", "config", DATA},
+    "registry": {"flow", "services", "config", *BASE},
     "llm": {"pipeline", "stream", "registry", "config", "flow", "middleware", DATA},
     "testing": {"pipeline", "stream", "flow", "drivers", "dialects", *BASE},
     "cli": set(ROOMS.values()),

@@ -8,7 +8,7 @@ import pytest
 from support.calling import REQUEST, call, scripted
 
 from fluxibly import LLM, AsyncLLM, LLMConfig, Message, Pipeline, Request, register_llm_framework
-from fluxibly.errors import AuthenticationError, ConfigError, FrameworkNotRegistered, root_cause
+from fluxibly.errors import AuthenticationError, BadPrompt, ConfigError, FrameworkNotRegistered, root_cause
 from fluxibly.middleware import Logging, Retry, StreamMeter, Validation
 from fluxibly.pipeline import AsyncPipeline
 from fluxibly.testing import ScriptedProvider, VirtualClock
@@ -59,15 +59,15 @@ class TestConfiguration:
             ("llm: {framework: ecko, model: m}", "LLM framework 'ecko' not registered. Available frameworks: ["),
             (
                 "llm: {framework: echo, model: m, middleware: [loging]}",
-                "middleware[0]: middleware 'loging' not registered",
+                "llm.middleware[0]: middleware 'loging' not registered; did you mean 'logging'? Available middleware: [",
             ),
             (
                 "llm: {framework: echo, model: m, middleware: [retry: {max_retry: 1}]}",
-                "middleware[0].retry.max_retry: there is no such setting; did you mean 'max_retries'?",
+                "llm.middleware[0].retry.max_retry: there is no such setting; did you mean 'max_retries'?",
             ),
             (
                 "llm: {framework: echo, model: m, middleware: [retry: {max_retries: x}]}",
-                "middleware[0].retry: Retry: max_retries: expected a whole number from 0 up, got 'x'",
+                "llm.middleware[0].retry.max_retries: expected a whole number from 0 up, got 'x'",
             ),
         ],
     )
@@ -119,8 +119,8 @@ class TestPrompts:
     @pytest.mark.parametrize(
         ("prompt", "kind", "problem"),
         [
-            ("", ValueError, "the prompt is empty; give a non-empty string or a sequence of Message"),
-            ([], ValueError, "the prompt has no messages"),
+            ("", BadPrompt, "the prompt is empty; give a non-empty string or a sequence of Message"),
+            ([], BadPrompt, "the prompt has no messages"),
             (None, TypeError, "the prompt: expected a str or a sequence of Message, got None"),
             (5, TypeError, "got an int"),
             (b"hi", TypeError, "got a bytes"),
@@ -130,7 +130,7 @@ class TestPrompts:
                 "messages[0].contents: unknown field; did you mean 'content'?",
             ),
             (["hi"], TypeError, "got a str in the sequence; write Message.user(...)"),
-            ([{"role": "user"}], ValueError, "the prompt is empty; give a non-empty string or a sequence of Message"),
+            ([{"role": "user"}], BadPrompt, "the prompt is empty; give a non-empty string or a sequence of Message"),
             (
                 [{"content": "hi"}],
                 ValueError,

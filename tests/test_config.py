@@ -9,9 +9,10 @@ import traceback
 import attrs
 import pytest
 
-from fluxibly import LLM, LLMConfig
+from fluxibly import LLM, AsyncLLM, LLMConfig, register_middleware
 from fluxibly.config import _MESSAGE_FIELDS, QUIRKS, Secret, Timeouts
-from fluxibly.errors import ConfigError
+from fluxibly.errors import ConfigError, FrameworkNotRegistered
+from fluxibly.middleware import Logging
 from fluxibly.providers.dialects.openai_request import Quirks
 from fluxibly.providers.services import OWN_SERVER, SERVICES
 
@@ -47,7 +48,8 @@ class TestValues:
             "presence_penalty": None,
             "api_key": None,
             "api_base": None,
-            "timeout": 60.0,
+            "headers": {},
+            "timeout": None,
             "max_retries": 3,
             "additional_params": {},
             "quirks": {},
@@ -63,7 +65,7 @@ class TestValues:
             ("presence_penalty", [-2, 2], [-2.5, 3], "a number from -2 to 2"),
             ("max_tokens", [1, 10**6], [0, -1, 1.5, "many", True], "a whole number from 1 up"),
             ("max_retries", [0, 9], [-1, 1.5, "x", None], "a whole number from 0 up"),
-            ("timeout", [0.1, 60, Timeouts()], [0, -1, "soon", None, float("inf")], "a number of seconds above 0"),
+            ("timeout", [0.1, 60, None, Timeouts()], [0, -1, "soon", float("inf")], "a number of seconds above 0"),
             ("framework", ["echo"], ["", " ", 5, None], "a non-empty str"),
             ("model", ["m"], ["", 5, None], "a non-empty str"),
             (
@@ -114,9 +116,12 @@ class TestValues:
             LLMConfig(framework="echo")
 
     def test_timeouts(self):
-        """A number sets every limit; `Timeouts` sets each limit separately."""
+        """A number sets every limit; `Timeouts` sets each limit separately, and keeps the defaults of the others."""
         assert config(timeout=5).timeouts == Timeouts(5, 5, 5, 5)
-        assert config(timeout=Timeouts(connect=1)).timeouts == Timeouts(1, None, None, None)
+        assert config().timeouts == Timeouts()
+        times = config(timeout=Timeouts(connect=1, idle=None)).timeouts
+        assert (times.connect, times.first_byte, times.idle, times.total) == (1, 600, None, 600)
+        assert (Timeouts().connect, Timeouts().idle) == (10, 120)
         with pytest.raises(ConfigError) as caught:
             Timeouts(connect=0, idle="x", total=True)
         assert [problem.split(":")[0] for problem in caught.value.problems] == [
@@ -124,6 +129,36 @@ class TestValues:
             "timeout.idle",
             "timeout.total",
         ]
+
+    @pytest.mark.parametrize(
+        ("timeout", "whole", "stream"),
+        [
+            (None, 600, None),
+            (5, 5, None),
+            (Timeouts(), 600, None),
+            (Timeouts(idle=5), 600, None),
+            (Timeouts(total=600), 600, 600),
+            (Timeouts(total=None), None, None),
+        ],
+    )
+    def test_only_a_total_that_is_given_limits_a_stream(self, timeout, whole, stream):
+        """The total of a whole answer has a default, and may be the number. A stream's has to be given."""
+        made = config(timeout=timeout)
+        assert (made.timeouts.total, made.stream_total) == (whole, stream)
+
+    def test_a_total_that_is_left_out(self):
+        """It stays left out in copies, and differs from the same total, given."""
+        times = Timeouts(idle=5)
+        copies = [copy.copy(times), copy.deepcopy(times), pickle.loads(pickle.dumps(times)), attrs.evolve(times)]  # noqa: S301  # our own bytes
+        for each in copies:
+            assert (each, hash(each), each.stream_total) == (times, hash(times), None)
+        assert attrs.evolve(times, connect=1) == Timeouts(connect=1, idle=5)
+        assert attrs.evolve(times, total=7).stream_total == 7
+        assert times != Timeouts(idle=5, total=600)
+        assert repr(times) == "Timeouts(connect=10.0, first_byte=600.0, idle=5)"
+        assert repr(Timeouts(total=None)) == "Timeouts(connect=10.0, first_byte=600.0, idle=120.0, total=None)"
+        with pytest.raises(TypeError, match="Timeouts has no 'totl'; did you mean 'total'"):
+            Timeouts(totl=5)
 
     def test_it_is_immutable(self):
         """A configuration cannot be changed through its fields or through the objects that it was made from."""
@@ -286,6 +321,9 @@ other: {ignored: true}
     def test_nothing_is_the_default(self, file):
         """A setting without a value, as `temperature:`, keeps its default."""
         assert LLMConfig.from_yaml(file("llm: {framework: echo, model: m, timeout: , top_p: null}")) == config()
+        limits = "{idle: null, total: ~, connect: '${NOT_SET:-}'}"
+        made = LLMConfig.from_yaml(file(f"llm: {{framework: echo, model: m, timeout: {limits}}}"))
+        assert made.timeout == Timeouts(idle=None, total=None)  # null is no limit, and not the default
 
     def test_all_problems_with_their_paths(self, file):
         """A single error lists unknown settings with the nearest name, missing settings and wrong values."""
@@ -295,7 +333,10 @@ other: {ignored: true}
             )
         assert caught.value.problems == (
             "llm.temprature: there is no such setting; did you mean 'temperature'?",
-            "llm.5: there is no such setting",
+            (
+                "llm.5: expected the name of a setting, got an int (in YAML, on, off, yes, no and numbers are no names "
+                "unless they are in quotes)"
+            ),
             "llm.model: is required",
             "llm.timeout.conect: there is no such setting; did you mean 'connect'?",
             "llm.timeout.idle: expected a number of seconds above 0, got -1",
@@ -314,8 +355,14 @@ other: {ignored: true}
             ("llm: [a, b]", "`llm:`: expected a table with framework and model, got a list"),
             ("llm:", "`llm:`: expected a table with framework and model, got nothing"),
             ("llm: {a: [}", "line 1: not valid YAML: "),
-            ("llm:\n\tmodel: m", "line 2: not valid YAML: found character '\\t'"),
-            ("llm: {model: m, model: n}", "line 1: not valid YAML: the key 'model' is given twice"),
+            (
+                "llm:\n\tmodel: m",
+                "line 2: not valid YAML: found character '\\t' that cannot start any token; indent with spaces",
+            ),
+            (
+                "llm: {framework: echo, model: m, model: n}",
+                "line 1: not valid YAML: the key 'model' is given twice, here and in line 1",
+            ),
             ("llm: !!python/object/apply:os.system [true]", "not valid YAML: could not determine a constructor"),
             ("llm: {model: 2024-13-45}", "put it in quotes"),
             ("llm: {model: !!bool perhaps}", "put it in quotes"),
@@ -434,6 +481,7 @@ class TestVariables:
                 "llm.middleware[0].retry.max_retries: the environment variable NOT_SET is not set; "
                 "set it, or write ${NOT_SET:-default}"
             ),
+            "llm.model: is required",
         )
 
     @pytest.mark.parametrize("text", ["${}", "${SET", "${1X}", "${SET:?no}", "${UNSET:-${SET}}", "${A B}"])
@@ -448,3 +496,110 @@ class TestVariables:
         made = LLMConfig.from_yaml(file("llm: {framework: echo, model: m, api_key: '${MY_KEY}'}"))
         assert made.api_key == KEY
         assert KEY not in repr(made)
+
+
+class TestAllAtOnce:
+    """`LLM.from_yaml` tells all that is wrong with a file in one error."""
+
+    WRONG = """
+llm:
+  framework: opnai
+  model: '${UNSET}'
+  temprature: 1
+  on: true
+  timeout: {idle: '${UNSET}', total: -1}
+  top_p: 3
+  top_p: 2
+  quirks: {formats: ['${UNSET}', xml]}
+  middleware:
+    - logging
+    - retry: {max_retry: 1, max_retries: '${UNSET}', base_delay: -1}
+    - loging
+    - '${UNSET}'
+    - [retry]
+    - retry: [max_retries]
+"""
+
+    @pytest.fixture(autouse=True)
+    def _environment(self, monkeypatch):
+        monkeypatch.delenv("UNSET", raising=False)
+
+    @pytest.mark.parametrize("kind", [LLM, AsyncLLM])
+    def test_everything(self, file, kind):
+        """Settings, variables, repeated keys, framework and middleware: each problem once, with its whole path."""
+        path = file(self.WRONG)
+        with pytest.raises(FrameworkNotRegistered) as caught:
+            kind.from_yaml(path)
+        unset = "the environment variable UNSET is not set; set it, or write ${UNSET:-default}"
+        found = [problem.partition(" Available ")[0] for problem in caught.value.problems]
+        assert found == [
+            f"{path}, line 9: not valid YAML: the key 'top_p' is given twice, here and in line 8",
+            f"llm.model: {unset}",
+            f"llm.timeout.idle: {unset}",
+            f"llm.quirks.formats[0]: {unset}",
+            f"llm.middleware[1].retry.max_retries: {unset}",
+            f"llm.middleware[3]: {unset}",
+            "llm.temprature: there is no such setting; did you mean 'temperature'?",
+            (
+                "llm.True: expected the name of a setting, got a bool (in YAML, on, off, yes, no and numbers are no "
+                "names unless they are in quotes)"
+            ),
+            "llm.timeout.total: expected a number of seconds above 0, got -1",
+            "llm.top_p: expected a number from 0 to 1, got 2",
+            "llm.quirks.formats: expected a list of names among text, json, schema, got '${UNSET}'",
+            "llm.framework: did you mean 'openai'? LLM framework 'opnai' not registered.",
+            "llm.middleware[1].retry.max_retry: there is no such setting; did you mean 'max_retries'?",
+            "llm.middleware[1].retry.base_delay: expected a number from 0 up, got -1",
+            "llm.middleware[2]: middleware 'loging' not registered; did you mean 'logging'?",
+            "llm.middleware[4]: expected the name of a middleware or a table of one name, got a list",
+            "llm.middleware[5].retry: expected a table of settings, e.g. - retry: {max_retries: 5}",
+        ]
+
+    def test_the_middleware_alone(self, file):
+        """A configuration is read before a program registers its middleware; what makes the model tells all."""
+        path = file("small: {framework: echo, model: m, middleware: [mine, {retry: {max_retry: 1}}]}")
+        assert LLMConfig.from_yaml(path, section="small").middleware == ["mine", {"retry": {"max_retry": 1}}]
+        with pytest.raises(ConfigError) as caught:
+            LLM.from_yaml(path, section="small")
+        assert [problem.partition(":")[0] for problem in caught.value.problems] == [
+            "small.middleware[0]",
+            "small.middleware[1].retry.max_retry",
+        ]
+        assert LLM.from_yaml(path, section="small", middleware=[]).forward("hi") == "hi"
+
+    def test_a_table_of_middleware(self, file):
+        """A table where the list of middleware should stand is one problem among the others."""
+        with pytest.raises(ConfigError) as caught:
+            LLM.from_yaml(file("llm: {framework: echo, model: m, top_p: 3, middleware: {retry: {max_retries: 5}}}"))
+        assert caught.value.problems == (
+            "llm.top_p: expected a number from 0 to 1, got 3",
+            "llm.middleware: expected a list, got a dict",
+        )
+
+    def test_quirks_of_another_framework(self, file):
+        """Quirks that do not apply are told with their path, beside the others."""
+        with pytest.raises(ConfigError) as caught:
+            LLM.from_yaml(file("llm: {framework: echo, model: m, quirks: {top_k: true}, middleware: [loging]}"))
+        assert [problem.partition(":")[0] for problem in caught.value.problems] == [
+            "llm.quirks",
+            "llm.middleware[0]",
+        ]
+
+    def test_a_key_is_in_no_problem(self, file):
+        """Neither a key beside the problems nor one in a wrong place is quoted."""
+        with pytest.raises(ConfigError) as caught:
+            LLM.from_yaml(file(f"llm: {{framework: nowhere, api_key: {KEY}, additional_params: {KEY}}}"))
+        assert KEY not in "".join(traceback.format_exception(caught.value))
+
+    def test_a_file_that_is_right(self, file):
+        """The middleware of a file are made once."""
+        made = []
+
+        def counted(**settings):
+            made.append(settings)
+            return Logging()
+
+        register_middleware("counted", counted, replace=True)
+        llm = LLM.from_yaml(file("llm: {framework: echo, model: m, middleware: [counted: {a: 1}]}"))
+        assert llm.config.middleware == [{"counted": {"a": 1}}]
+        assert made == [{"a": 1}]

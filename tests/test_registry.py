@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import attrs
 import pytest
 
-from fluxibly import LLM, LLMConfig, Response, register_llm_framework, register_middleware
+from fluxibly import LLM, AsyncLLM, LLMConfig, Response, register_llm_framework, register_middleware
 from fluxibly.errors import AuthenticationError, ConfigError, FrameworkNotRegistered
 from fluxibly.middleware import Logging, Retry
+from fluxibly.providers.services import ALIASES, ELSEWHERE, SERVICES
 from fluxibly.registry import find_framework, frameworks, make_middleware
 
 
@@ -42,9 +44,74 @@ def test_an_unknown_framework_names_the_known_and_the_nearest():
     """The error has the wording of the contract, with a suggestion."""
     with pytest.raises(FrameworkNotRegistered) as caught:
         LLM(LLMConfig(framework="opnai", model="m"))
-    assert str(caught.value).startswith("LLM framework 'opnai' not registered. Available frameworks: [")
-    assert "did you mean 'openai'" in str(caught.value)
+    assert str(caught.value).startswith(
+        "did you mean 'openai'? LLM framework 'opnai' not registered. Available frameworks: ['anthropic', "
+    )
     assert isinstance(caught.value, ValueError)
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        *dict.fromkeys(("google", "googleai", "Google-GenAI", "gogle"), "gemini").items(),
+        *dict.fromkeys(("claude", "antropic", "cluade"), "anthropic").items(),
+        *dict.fromkeys(("gpt", "chatgpt", "chatgtp", "OpenAI", "open-ai"), "openai").items(),
+        *dict.fromkeys(("azure-openai", "azure_openai", "azur"), "azure").items(),
+        *dict.fromkeys(("llama.cpp", "llama-cpp"), "llamacpp").items(),
+        *dict.fromkeys(("z.ai", "glm"), "zai").items(),
+        *dict.fromkeys(("grok", "x.ai"), "xai").items(),
+        ("hf", "huggingface"),
+        ("hugging-face", "huggingface"),
+        ("togetherai", "together"),
+        ("mistralai", "mistral"),
+        ("kimi", "moonshot"),
+        ("lm-studio", "lmstudio"),
+        ("open-router", "openrouter"),
+        ("ollama_generate", "ollama-generate"),
+        ("groc", "groq"),
+    ],
+)
+def test_another_name_of_a_service_finds_it(name, meant):
+    """Users call a service by its company, its models or its package; the spelling alone would mislead."""
+    with pytest.raises(FrameworkNotRegistered) as caught:
+        find_framework(name)
+    assert str(caught.value).startswith(f"did you mean '{meant}'? LLM framework '{name}' not registered. ")
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("aws", "Amazon Bedrock is reached by framework 'litellm' with the model 'bedrock/…'"),
+        ("amazon-bedrock", "Amazon Bedrock is reached by framework 'litellm'"),
+        ("vertexai", "Vertex AI is reached by framework 'litellm' with the model 'vertex_ai/…'"),
+        ("vertex_ai", "Vertex AI is reached by framework 'litellm'"),
+        ("qwen", "Qwen is reached by framework 'openai' with DashScope's compatible address as api_base"),
+    ],
+)
+def test_a_service_without_a_framework_says_what_to_use(name, says):
+    """What reaches the service today stands before the list."""
+    with pytest.raises(FrameworkNotRegistered) as caught:
+        find_framework(name)
+    assert str(caught.value).startswith(says)
+    assert f". LLM framework '{name}' not registered. Available frameworks: [" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["replicate", "watsonx", "databricks", "minimax", "sambanova", "tgi", "xinference", ""]
+)
+def test_another_service_is_not_suggested(name):
+    """A name that is near by its letters only would send the key to another service."""
+    with pytest.raises(FrameworkNotRegistered) as caught:
+        find_framework(name)
+    assert str(caught.value).startswith(f"LLM framework '{name}' not registered.")
+
+
+def test_each_alias_leads_somewhere():
+    """An alias points to a framework, or to what is said of a service that has none."""
+    for alias, name in ALIASES.items():
+        assert (name in frameworks()) != (name in ELSEWHERE), alias
+        assert alias not in frameworks()
+    assert not set(ELSEWHERE) & set(frameworks())
 
 
 def test_a_name_in_use_is_refused_unless_replaced():
@@ -103,7 +170,8 @@ def test_a_missing_extra_names_the_install_command(monkeypatch):
 def test_the_listed_keys_are_those_of_the_providers(monkeypatch):
     """The environment variable that a framework is listed with is the variable that its provider reads."""
     for framework in frameworks().values():
-        if framework.env_var is None or not framework.installed:
+        row = SERVICES.get(framework.name)
+        if framework.env_var is None or not framework.installed or (row is not None and row.key_by_call):
             continue
         monkeypatch.delenv(framework.env_var, raising=False)
         with pytest.raises(AuthenticationError, match=framework.env_var):
@@ -129,23 +197,109 @@ def test_middleware_by_name_with_settings():
     assert stack[3] is layer
 
 
+@attrs.frozen(kw_only=True)
+class Picky:
+    """A middleware with validators of attrs, a setting without a default, and one that depends on another."""
+
+    limit: int = attrs.field(validator=[attrs.validators.instance_of(int), attrs.validators.ge(0)])
+    most: int = attrs.field(default=9, converter=int, validator=attrs.validators.le(10))
+    least: int = attrs.field(default=0)
+
+    @least.validator
+    def _below_most(self, attribute, value):
+        if value > self.most:
+            raise ValueError("least: expected at most `most`")
+
+    def __call__(self, request, call_next):
+        return (yield from call_next(request))
+
+
+def opens_a_file(path):
+    raise FileNotFoundError(2, "No such file or directory", path)
+
+
+def with_targets(*, to):
+    raise ConfigError.of(["to[0].model: is required", "to[1].framework: is required"])
+
+
 @pytest.mark.parametrize(
-    ("item", "message"),
+    ("item", "problems"),
     [
-        ("retri", "did you mean 'retry'"),
-        ({"retry": {"max_retrys": 1}}, "max_retrys"),
-        ({"retry": {"max_retries": -1}}, "whole number"),
-        ({"retry": 3}, "table of settings"),
-        ({"retry": {}, "logging": {}}, "table of one name"),
-        (3, "expected the name of a middleware or a table"),
-        ({"os.system": {}}, "not registered"),
+        ("retri", ["0]: middleware 'retri' not registered; did you mean 'retry'? Available middleware: ['file', "]),
+        ({"os.system": {}}, ["0]: middleware 'os.system' not registered. Available middleware: "]),
+        ({"retry": {"max_retrys": 1}}, ["0].retry.max_retrys: there is no such setting; did you mean 'max_retries'?"]),
+        ({"retry": {"max_retries": -1}}, ["0].retry.max_retries: expected a whole number from 0 up, got -1"]),
+        ({"retry": 3}, ["0].retry: expected a table of settings"]),
+        ({"retry": {}, "logging": {}}, ["0]: expected a table of one name"]),
+        (3, ["0]: expected the name of a middleware or a table of one name, got an int"]),
+        (
+            {"retry": {"max_retry": 1, "max_delay": "x", "base_delay": -1, True: 1}},
+            [
+                "0].retry.max_retry: there is no such setting; did you mean 'max_retries'?",
+                "0].retry.True: expected the name of a setting, got a bool",
+                "0].retry.base_delay: expected a number from 0 up, got -1",
+                "0].retry.max_delay: expected a number from 0 up, got 'x'",
+            ],
+        ),
+        (
+            {"picky": {"limt": 3, "most": 11}},
+            [
+                "0].picky.limt: there is no such setting; did you mean 'limit'?",
+                "0].picky.limit: is required",
+                "0].picky.most: 'most' must be <= 10: 11",
+            ],
+        ),
+        (
+            {"picky": {"limit": "3", "most": "many"}},
+            [
+                "0].picky.limit: 'limit' must be <class 'int'> (got '3' that is a <class 'str'>).",
+                "0].picky.most: invalid literal for int() with base 10: 'many'",
+            ],
+        ),
+        ({"picky": {"limit": 1, "least": 10}}, ["0].picky.least: expected at most `most`"]),
+        ({"file": {"path": "x"}}, ["0].file: FileNotFoundError: [Errno 2] No such file or directory: 'x'"]),
+        (
+            {"targets": {"to": []}},
+            ["0].targets.to[0].model: is required", "0].targets.to[1].framework: is required"],
+        ),
+        ("targets", ["0].targets.to: is required"]),
     ],
 )
-def test_bad_middleware_in_a_configuration(item, message):
-    """Each wrong item is a ConfigError that names the item's place."""
-    with pytest.raises(ConfigError, match=message) as caught:
+def test_bad_middleware_in_a_configuration(item, problems):
+    """Each wrong item is a ConfigError that lists all that is wrong with it, each with its path."""
+    for name, factory in (("picky", Picky), ("file", opens_a_file), ("targets", with_targets)):
+        register_middleware(name, factory)
+    with pytest.raises(ConfigError) as caught:
         make_middleware([item])
-    assert str(caught.value).startswith("middleware[0]")
+    assert len(caught.value.problems) == len(problems)
+    for found, problem in zip(caught.value.problems, problems, strict=True):
+        assert found.startswith(f"middleware[{problem}")
+
+
+def test_all_that_is_wrong_with_a_stack_is_told_at_once():
+    """One error lists the framework and every middleware. It is a FrameworkNotRegistered, and a ConfigError."""
+    config = LLMConfig(framework="opnai", model="m", middleware=["loging", "retry", {"retry": {"max_retry": 1}}, 3])
+    for make in (LLM, AsyncLLM):
+        with pytest.raises(ConfigError) as caught:
+            make(config)
+        assert isinstance(caught.value, FrameworkNotRegistered)
+        framework, *others = caught.value.problems
+        assert framework.startswith("did you mean 'openai'? LLM framework 'opnai' not registered.")
+        assert others[0].startswith(
+            "middleware[0]: middleware 'loging' not registered; did you mean 'logging'? Available"
+        )
+        assert others[1:] == [
+            "middleware[2].retry.max_retry: there is no such setting; did you mean 'max_retries'?",
+            "middleware[3]: expected the name of a middleware or a table of one name, got an int",
+        ]
+
+
+def test_the_cause_is_chained():
+    """A factory's own error says where it was raised."""
+    register_middleware("file", opens_a_file)
+    with pytest.raises(ConfigError) as caught:
+        LLM(LLMConfig(framework="echo", model="m", middleware=["logging", {"file": {"path": "x"}}]))
+    assert isinstance(caught.value.__cause__, FileNotFoundError)
 
 
 def test_a_registered_middleware_function_is_used_as_it_is():

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import contextvars
+import hashlib
 import subprocess
 import sys
+import threading
 
 import anyio
 import attrs
 import pytest
 
-from fluxibly.errors import RateLimitError, ServerError, StreamInterrupted, StreamProtocolError
+from fluxibly.errors import (
+    Overloaded,
+    ProviderError,
+    RateLimitError,
+    ServerError,
+    StreamInterrupted,
+    StreamProtocolError,
+)
 from fluxibly.flow import map_chunks, perform, sleep
 from fluxibly.middleware.logging import Logging
 from fluxibly.middleware.retry import Retry
@@ -116,6 +125,26 @@ class TestClock:
         anyio.run(clock.asleep, 4)
         assert clock.now() == 9
         assert clock.sleeps == [2, 4]
+
+    @pytest.mark.parametrize(
+        ("seconds", "kind"),
+        [(-1, ValueError), (float("nan"), ValueError), (float("inf"), ValueError), ("1", TypeError), (None, TypeError)],
+    )
+    def test_it_refuses_wrong_lengths(self, mode, seconds, kind):
+        """A wrong length of a sleep is an error, and no time passes. A real clock would fail, or wait for ever."""
+        clock = VirtualClock()
+        with pytest.raises(kind, match="expected a number of seconds from 0 up, got"):
+            clock.sleep(seconds)
+        with pytest.raises(kind, match="expected a number of seconds from 0 up, got"):
+            anyio.run(clock.asleep, seconds)
+
+        def hasty(request, call_next):
+            yield from sleep(seconds)
+            return (yield from call_next(request))
+
+        ran = run(mode, scripted(mode, "x"), [hasty], REQUEST, clock=clock)
+        assert isinstance(ran.error, kind)
+        assert (clock.now(), clock.sleeps) == (0, [])
 
 
 @pytest.mark.parametrize(
@@ -265,6 +294,119 @@ class KeepsStart:
         return (yield from call_next(request))
 
 
+class KeepsChunks:
+    def __call__(self, request, call_next):
+        self.chunks = []
+
+        def fn(chunk):
+            self.chunks.append(chunk)
+            return chunk
+
+        return (yield from map_chunks(call_next(request), fn))
+
+
+class TakesTime:
+    """A middleware whose state of a call shows in no result, because nobody reads `took`."""
+
+    def __call__(self, request, call_next):
+        self.start = request.call.clock()
+        try:
+            return (yield from call_next(request))
+        finally:
+            self.took = request.call.clock() - self.start
+
+
+@attrs.define
+class KeepsInASlot:
+    last: object = None
+
+    def __call__(self, request, call_next):
+        self.last = request
+        return (yield from call_next(self.last))
+
+
+class Breaker:
+    """A circuit breaker without a lock, which opens after a few failures and closes after a while."""
+
+    def __init__(self):
+        self.failures, self.open_until = 0, 0.0
+
+    def __call__(self, request, call_next):
+        if request.call.clock() < self.open_until:
+            raise Overloaded("the circuit is open")
+        try:
+            response = yield from call_next(request)
+        except ProviderError:
+            self.failures += 1
+            if self.failures >= 5:
+                self.open_until = request.call.clock() + 30
+            raise
+        self.failures = 0
+        return response
+
+
+class Limiter:
+    """A rate limiter."""
+
+    def __init__(self):
+        self.next, self.lock = 0.0, threading.Lock()
+
+    def __call__(self, request, call_next):
+        with self.lock:
+            now = request.call.clock()
+            at = max(now, self.next)
+            self.next = at + 0.01
+        yield from sleep(at - now)
+        return (yield from call_next(request))
+
+
+class RemembersLast:
+    """A middleware that shows the last call to others. The lock says that it is shared on purpose."""
+
+    def __init__(self, lock):
+        self.lock = lock
+        self.last = None
+
+    def __call__(self, request, call_next):
+        response = yield from call_next(request)
+        with self.lock:
+            self.last = response
+        return response
+
+
+class MakesItsClientLate:
+    def __init__(self):
+        self.client = None
+
+    def __call__(self, request, call_next):
+        if self.client is None:
+            self.client = object()
+        return (yield from call_next(request))
+
+
+def prompt_of(request):
+    return request.messages[-1].text
+
+
+def quotes(request, call_next):
+    response = yield from call_next(request)
+    return response.evolve(id=f"{prompt_of(request)} {hashlib.sha256(prompt_of(request).encode()).hexdigest()}")
+
+
+def quotes_in_chunks(request, call_next):
+    return (yield from map_chunks(call_next(request), lambda c: c, lambda: Chunk(f" [{prompt_of(request)}]")))
+
+
+def quotes_in_errors(request, call_next):
+    yield from ()
+    raise PermissionError(f"not allowed: {prompt_of(request)}")
+
+
+def quotes_instead(request, call_next):
+    yield from ()
+    return Response(f"You said: {prompt_of(request)}")
+
+
 class Counts:
     """A middleware with state that belongs to no single call, which the instance may keep."""
 
@@ -313,6 +455,9 @@ class TestCheckMiddleware:
             (changes_the_request, r"law 7 .*expected the request unchanged.*request.evolve\(metadata="),
             (KeepsText(), "law 8 .*two concurrent calls.*request.call.notes"),
             (KeepsStart(), r"law 8 .*expected no state of a call on the instance, got self.start = …"),
+            (KeepsChunks(), r"law 8 .*got self.chunks = …, which the next call overwrites.*guard with a lock"),
+            (TakesTime(), r"law 8 .*got self.start = …"),
+            (KeepsInASlot(), r"law 8 .*got self.last = …"),
         ],
         ids=lambda value: getattr(value, "__name__", type(value).__name__) if callable(value) else "",
     )
@@ -326,6 +471,39 @@ class TestCheckMiddleware:
     def test_accepts(self, middleware):
         """State that belongs to no single call may outlive a call. A middleware that raises may miss later events."""
         check_middleware(middleware)
+
+    @pytest.mark.parametrize(
+        "middleware",
+        [
+            Breaker(),
+            Limiter(),
+            RemembersLast(threading.Lock()),
+            RemembersLast(threading.RLock()),
+            MakesItsClientLate(),
+        ],
+        ids=lambda middleware: type(middleware).__name__,
+    )
+    def test_accepts_what_calls_share_on_purpose(self, middleware):
+        """State is shared if its old value matters, or if a lock guards it. The instance stays what it was."""
+        kind = type(middleware)
+        check_middleware(middleware)
+        assert type(middleware) is kind
+
+    @pytest.mark.parametrize("middleware", [quotes, quotes_in_chunks, quotes_in_errors, quotes_instead])
+    def test_accepts_quotes_of_the_prompt(self, middleware):
+        """The prompt is the same in all modes, so a middleware may put it anywhere, or what it makes of it."""
+        check_middleware(middleware)
+
+    def test_a_cache_is_asked_anew_in_each_mode(self):
+        """A cache of whole requests answers from no earlier run, so that every mode is checked with an answer to keep."""
+        asked = []
+
+        def cached(request, call_next):
+            asked.append((request.messages, str(request.extra)))
+            return (yield from call_next(request))
+
+        check_middleware(cached)
+        assert len(set(asked)) == len(asked)
 
     def test_refuses_a_class(self):
         """A class is refused, as a pipeline refuses it."""

@@ -11,6 +11,7 @@ import attrs
 
 from fluxibly._checks import kind_of
 from fluxibly.flow.compose import code_of, layer_name
+from fluxibly.flow.culprits import is_users, suspects
 from fluxibly.flow.effects import Flow, Middleware
 from fluxibly.types import Request, Response
 
@@ -20,23 +21,17 @@ HOW_TO_RETURN = "end it with: return (yield from call_next(request))"
 def report_swallowed(error: BaseException | None, layer: str, did: str) -> None:
     """Log that a layer did not let a BaseException pass, and note it on that exception. None stands for GeneratorExit."""
     name = "GeneratorExit" if error is None else type(error).__name__
-    text = f"the middleware {layer} {did} after {name}; it must let it pass"
+    text = f"{layer} {did} after {name}; it must let it pass"
     if error is not None:
         error.add_note(f"fluxibly: {text}")
+    report(text)
+
+
+def report(problem: str) -> None:
+    """Log what a middleware did wrong."""
     from fluxibly._logs import ERROR, log  # importing logging takes longer than all of fluxibly's own code
 
-    log(ERROR, "%s", problem=text)
-
-
-def catcher(error: BaseException) -> str:
-    """Return the function that caught a thrown error: the outermost frame in its traceback that is not fluxibly's."""
-    trace = error.__traceback__
-    while trace is not None:
-        module = trace.tb_frame.f_globals.get("__name__", "")
-        if not module.startswith("fluxibly."):
-            return trace.tb_frame.f_code.co_qualname
-        trace = trace.tb_next
-    return "(unknown)"
+    log(ERROR, "%s", problem=problem)
 
 
 def _is_generator(value: object) -> TypeGuard[GeneratorType[Any, Any, Any]]:
@@ -85,7 +80,7 @@ def explain(error: Exception, middleware: Sequence[Middleware]) -> None:
     culprit = first_without_return(middleware) if error.obj is None else None
     if culprit is not None:
         error.add_note(f"fluxibly: the middleware {culprit} returns None; {HOW_TO_RETURN}")
-    elif any(map(_is_users, middleware)):
+    elif any(map(is_users, middleware)):
         error.add_note(
             f"fluxibly: it seems that {suspects(middleware)} returned {kind_of(error.obj)}, expected a Response; "
             f"{HOW_TO_RETURN}"
@@ -93,16 +88,6 @@ def explain(error: Exception, middleware: Sequence[Middleware]) -> None:
 
 
 _RESPONSE = frozenset(field.name for field in attrs.fields(Response)) | {"has_output", "evolve"}
-
-
-def suspects(middleware: Sequence[Middleware]) -> str:
-    """Name the layers that may have returned a value other than a response: the layers that are not fluxibly's own."""
-    names = [layer_name(layer) for layer in middleware if _is_users(layer)] or ["(none)"]
-    return f"the middleware {names[0]}" if len(names) == 1 else f"one of the middleware {', '.join(names)}"
-
-
-def _is_users(layer: object) -> bool:
-    return not layer.__module__.startswith("fluxibly.")
 
 
 def first_without_return(middleware: Sequence[Middleware]) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterable, Iterable
+from functools import partial
 from typing import Any, Protocol, cast
 
 from fluxibly import provider as providers
@@ -12,6 +13,7 @@ from fluxibly._checks import kind_of
 from fluxibly._drivers.diagnosis import raise_not_a_response, unknown_effect
 from fluxibly.flow.compose import compose
 from fluxibly.flow.effects import AttemptEnd, Effect, Flow, Middleware, Perform, Sleep
+from fluxibly.flow.verbs import await_, run
 from fluxibly.provider import AsyncProvider, Provider, Threaded, in_thread
 from fluxibly.types import CallRecord, Chunk, ProviderInfo, Request, Response
 
@@ -85,6 +87,7 @@ class Stack:
             end_pending()
         call = CallRecord()
         call.provider = self.info
+        call.layers = self.middleware
         call.clock = self._now
         call.started_at = self._now()
         if streaming:
@@ -141,7 +144,7 @@ class SyncStack(Stack):
             self.clock.sleep(effect.seconds)
             return None
         if isinstance(effect, Perform):
-            return effect.call()
+            return run(effect)
         raise unknown_effect(flow, effect)
 
 
@@ -176,6 +179,6 @@ class AsyncStack(Stack):
             return None
         if isinstance(effect, Perform):
             if effect.acall is not None:
-                return await effect.acall()
-            return await in_thread(effect.call)
+                return await await_(effect.acall)
+            return await in_thread(partial(run, effect))
         raise unknown_effect(flow, effect)

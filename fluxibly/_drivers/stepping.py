@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from fluxibly._drivers.diagnosis import catcher, live_layers, report_swallowed
+from fluxibly._drivers.diagnosis import live_layers, report_swallowed
+from fluxibly.flow.culprits import catcher
 from fluxibly.flow.effects import Effect, Flow
 from fluxibly.types import Response
 
@@ -36,7 +37,7 @@ def throw(flow: Flow[Response], error: BaseException) -> Effect:
             if raised is error:
                 raise
             did = f"raised {type(raised).__name__}"
-        report_swallowed(error, catcher(error), did)
+        report_swallowed(error, catcher(error) or "the middleware (unknown)", did)
         # A flow that yielded again is still suspended, and its `finally` blocks have to run before the error goes on.
         close(flow)
         raise error
@@ -62,4 +63,4 @@ def close(flow: Flow[Response]) -> None:
         alive = [layer for layer in layers if layer.gi_frame is not None and layer.gi_suspended]
         if "ignored GeneratorExit" not in str(error) or not alive:
             raise
-        report_swallowed(None, alive[-1].__qualname__, "yielded again")
+        report_swallowed(None, f"the middleware {alive[-1].__qualname__}", "yielded again")

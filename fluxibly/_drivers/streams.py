@@ -15,12 +15,13 @@ from typing import Any, Final, Literal, TypeVar
 
 from fluxibly import _abandoned
 from fluxibly._drivers import stepping
-from fluxibly._drivers.diagnosis import explain
+from fluxibly._drivers.diagnosis import explain, report
 from fluxibly._drivers.stack import AsyncStack, SyncStack
 from fluxibly._states import State
 from fluxibly.aggregate import as_chunk
 from fluxibly.errors import StreamInterrupted, interrupted
 from fluxibly.flow.combinators import resend_refused
+from fluxibly.flow.culprits import culprit, raise_not_delivered, says_that_it_is_cut, swallowed
 from fluxibly.flow.effects import END, PULL, Effect, Flow, More, Send, Sleep, Source
 from fluxibly.types import Chunk, Request, Response, Restart
 
@@ -90,6 +91,7 @@ class StreamDriver:
         """Note that flow and provider are being closed: nothing is read any more."""
         self.stage = "ended"
         self.start_error = None  # it refers to this driver
+        self.call.interruption = None  # its frames refer to the call
         _abandoned.forget(self)
 
     def count(self, chunk: Chunk) -> bool:
@@ -127,12 +129,31 @@ class StreamDriver:
 
     def finish(self, value: object) -> Chunk | None:
         """Take the flow's result. Return it as a chunk to deliver if it was not streamed."""
-        self.response = self.stack.finish(value, self.call)
-        if self.call.chunks == 0 and (self.response.has_output or self.response.finish_reason):
-            chunk = as_chunk(self.response)
+        response = self.stack.finish(value, self.call)
+        if self.output:
+            self.check(response)
+        self.response = response
+        if not self.output and (response.has_output or (self.call.chunks == 0 and response.finish_reason)):
+            chunk = as_chunk(response)
             self.count(chunk)
             return chunk
         return None
+
+    def check(self, response: Response) -> None:
+        """Check that the response is what the consumer has received.
+
+        Raises:
+            StreamInterrupted: it is not. The layers outside of the culprit took the call for a completed one.
+        """
+        call = self.call
+        # This is the text that the provider's chunks add up to, unless a layer has changed chunks or the response.
+        if response.text is call.said:
+            return
+        text = "".join(self.delivered)
+        if response.text == text and (says_that_it_is_cut(response) if swallowed(call) else response.has_output):
+            return
+        report(f"{culprit(call)} returned another answer than was delivered")
+        raise_not_delivered(call, response, Response(text))
 
     def raise_interrupted(self, error: BaseException) -> None:
         """Raise `StreamInterrupted` from an error that came after output; otherwise return, and the error itself is raised."""
@@ -227,8 +248,10 @@ class SyncStreamDriver(StreamDriver):
                 finally:
                     del error  # it refers to this frame
         except StopIteration as stop:
-            self.close_all()
-            chunk = self.finish(stop.value)
+            try:
+                chunk = self.finish(stop.value)
+            finally:
+                self.close_all()
             if chunk is not None:
                 yield chunk
         except BaseException as error:
@@ -356,8 +379,10 @@ class AsyncStreamDriver(StreamDriver):
                     self.effect = effect
                     return effect
         except StopIteration as stop:
-            await self.close_all()
-            return self.finish(stop.value)
+            try:
+                return self.finish(stop.value)
+            finally:
+                await self.close_all()
         except BaseException as error:
             await self.close_all()
             self.raise_interrupted(error)

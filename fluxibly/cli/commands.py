@@ -22,7 +22,6 @@ from fluxibly.errors import (
     ConfigError,
     ContextLengthExceeded,
     FluxiblyError,
-    FrameworkNotRegistered,
 )
 
 OK, FAILED, MISUSED, INTERRUPTED = 0, 1, 2, 130
@@ -57,7 +56,7 @@ def run(arguments: Sequence[str]) -> int:
         # The reader has closed the pipe, so Python must not try to flush the rest of the buffer at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
-    except (ConfigError, FrameworkNotRegistered, ContextLengthExceeded) as error:
+    except (ConfigError, ContextLengthExceeded) as error:
         return _report(error, MISUSED)
     except NotImplementedError as error:  # a provider without stream()
         return _report(error, MISUSED, "try --no-stream: ")
@@ -85,7 +84,10 @@ def _config(file: Path | None, framework: str | None, model: str | None) -> LLMC
     from fluxibly.providers.local import DEFAULT_MODEL
 
     if file is not None:
-        config = LLMConfig.from_yaml(file)
+        from fluxibly.registry import read_yaml
+
+        config, middleware = read_yaml(file, framework=framework)
+        config = attrs.evolve(config, middleware=middleware)
         if framework is not None and framework != config.framework:
             if model is None:
                 raise ConfigError(f"--framework {framework}: give --model too; the file's is for {config.framework}")

@@ -8,7 +8,7 @@ import shlex
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import attrs
 
@@ -16,12 +16,12 @@ import fluxibly
 from fluxibly._extras import EXTRAS, version_of
 from fluxibly.cli.screen import line_of
 from fluxibly.cli.trace.file import duration
-from fluxibly.config import LLMConfig
+from fluxibly.config import LLMConfig, Secret
 from fluxibly.flow.compose import layer_name
-from fluxibly.llm import default_stack
+from fluxibly.llm import LLM, default_stack
 from fluxibly.providers.local import DEFAULT_MODEL, cached_path, named_model
 from fluxibly.providers.services import SERVICES
-from fluxibly.registry import find_framework, frameworks, make_middleware
+from fluxibly.registry import Kind, find_framework, frameworks, make_middleware, plugins
 from fluxibly.types import ProviderInfo
 
 if TYPE_CHECKING:
@@ -60,9 +60,18 @@ def _settings(layer: object) -> str:
 
 def framework_rows() -> Iterator[tuple[str, str, str]]:
     """Yield a row for each framework: its name, whether it can be used, and what is missing."""
+    broken = _broken_plugins()
     for framework in frameworks().values():
         missing = missing_of(framework)
-        yield framework.name, "ready" if missing is None else "not ready", missing or ""
+        if framework.plugin is not None and framework.name in broken:
+            yield framework.name, "broken", broken[framework.name]
+        else:
+            yield framework.name, "ready" if missing is None else "not ready", missing or ""
+
+
+def _broken_plugins() -> dict[str, str]:
+    """Return what is wrong with the frameworks of other packages, by name."""
+    return {each.name: each.note for each in plugins("frameworks") if each.state == "broken"}
 
 
 def missing_of(framework: Framework) -> str | None:
@@ -92,16 +101,28 @@ class Finding:
 
 def examine(screen: Screen, config: LLMConfig | None) -> int:
     """Check everything, or only what a configuration needs. Return 1 if a check failed, else 0."""
-    checks = [config] if config is not None else list(_configurations())
-    with ThreadPoolExecutor(max_workers=16) as threads:
-        found = [*_versions(), *threads.map(_check, checks)]
+    if config is not None:
+        found = [*_versions(), _check(config, asked=True)]
+    else:
+        with ThreadPoolExecutor(max_workers=16) as threads:
+            found = [*_versions(), *_plugins(), *threads.map(_check, _configurations())]
     screen.rows([(each.kind, each.name, each.state, each.to_do) for each in found], ("", "", "state", "to do"))
     return int(any(each.bad for each in found))
 
 
 def _configurations() -> Iterator[LLMConfig]:
-    for name in frameworks():
-        yield LLMConfig(framework=name, model=DEFAULT_MODEL if name == "local" else "-")
+    broken = _broken_plugins()
+    for framework in frameworks().values():
+        if framework.plugin is None or framework.name not in broken:
+            yield LLMConfig(framework=framework.name, model=DEFAULT_MODEL if framework.name == "local" else "-")
+
+
+def _plugins() -> Iterator[Finding]:
+    for kind in get_args(Kind):
+        for plugin in plugins(kind):
+            ready = plugin.state == "ready"
+            state = f"ready, from {plugin.note}" if ready else plugin.state
+            yield Finding("plugin", plugin.name, state, "" if ready else plugin.note, bad=plugin.state == "broken")
 
 
 def _versions() -> Iterator[Finding]:
@@ -115,26 +136,33 @@ def _versions() -> Iterator[Finding]:
         yield Finding("package", package, found or "not installed", to_do)
 
 
-def _check(config: LLMConfig) -> Finding:
-    """Check a framework. If it is not set up, that is a failure only if the user asked for it."""
+def _check(config: LLMConfig, *, asked: bool = False) -> Finding:
+    """Make the model with its stack, as a chat does, and look whether its service answers.
+
+    If a framework is not set up, that is a failure only if the user asked for it.
+    """
     name = config.framework
-    asked = config.model != "-"
-    framework = find_framework(name)
-    missing = missing_of(framework) if config.api_key is None else None
-    if missing is not None:
-        return Finding("framework", name, "not set up", missing, bad=asked)
-    if framework.extra is not None and not asked:
-        return Finding("framework", name, "ready")  # loading its library would take seconds
+    if not asked:
+        framework = find_framework(name)
+        missing = missing_of(framework)
+        if missing is not None:
+            return Finding("framework", name, "not set up", missing)
+        if framework.extra is not None:
+            return Finding("framework", name, "ready")  # loading its library would take seconds
     try:
-        provider = framework.factory(asynchronous=False)(config)
-    except Exception as error:  # noqa: BLE001  # whatever a third-party package raises, the framework cannot be used
+        with LLM(config) as llm:
+            return _answers(config, llm.pipeline.provider, asked=asked)
+    except (Exception, SystemExit) as error:  # noqa: BLE001  # whatever another package raises, the framework cannot be used
         return Finding("framework", name, "not set up", line_of(error), bad=asked)
-    if name == "local":
+
+
+def _answers(config: LLMConfig, provider: object, *, asked: bool) -> Finding:
+    if config.framework == "local":
         return _local(config)
     info = getattr(provider, "info", None)
     if not isinstance(info, ProviderInfo) or info.in_process or info.server_address is None:
-        return Finding("framework", name, "ready")
-    return _endpoint(config, info)
+        return Finding("framework", config.framework, "ready")
+    return _endpoint(config, info, asked=asked)
 
 
 def _local(config: LLMConfig) -> Finding:
@@ -144,7 +172,7 @@ def _local(config: LLMConfig) -> Finding:
     return Finding("framework", "local", "ready", f"the first call fetches the model, {model.wheel_size / 1e6:.0f} MB")
 
 
-def _endpoint(config: LLMConfig, info: ProviderInfo) -> Finding:
+def _endpoint(config: LLMConfig, info: ProviderInfo, *, asked: bool) -> Finding:
     """Request the list of models if the service speaks OpenAI's dialect; else, check only that the service answers."""
     import httpx  # late, because `explain` and `frameworks` do not need it
 
@@ -152,7 +180,7 @@ def _endpoint(config: LLMConfig, info: ProviderInfo) -> Finding:
     url, headers = f"{'https' if port == 443 else 'http'}://{host}:{port}/", {}
     service = SERVICES.get(name)
     base = config.api_base or (service.base_url if service is not None else None)
-    key = config.api_key.reveal() if config.api_key is not None else None
+    key = config.api_key.reveal() if isinstance(config.api_key, Secret) else None
     if service is not None and base is not None:
         url = f"{base.rstrip('/')}/models"
         key = key or os.environ.get(service.env_var)
@@ -162,9 +190,7 @@ def _endpoint(config: LLMConfig, info: ProviderInfo) -> Finding:
         status = httpx.get(url, headers=headers, timeout=PROBE_TIMEOUT).status_code
     except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
         to_do = f"{type(error).__name__}; start the server, check the network, the proxy, or api_base"
-        return Finding(
-            "framework", name, f"{host}:{port} does not answer", to_do, bad=config.model != "-" or port == 443
-        )
+        return Finding("framework", name, f"{host}:{port} does not answer", to_do, bad=asked or port == 443)
     if status in (401, 403) and service is not None:
         return Finding("framework", name, f"{host} refuses the key", f"check {service.env_var}", bad=True)
     return Finding("framework", name, f"{host}:{port} answers in {duration(time.monotonic() - began)}")

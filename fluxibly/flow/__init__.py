@@ -22,7 +22,8 @@ Imports: data (`types`, `errors`, `aggregate`, `_checks`). Every room that compo
 """
 
 from fluxibly.flow.combinators import hold_back, map_chunks
-from fluxibly.flow.compose import compose, perform, sleep
+from fluxibly.flow.compose import compose
 from fluxibly.flow.effects import CallNext, Flow, Middleware
+from fluxibly.flow.verbs import perform, sleep
 
 __all__ = ["CallNext", "Flow", "Middleware", "compose", "hold_back", "map_chunks", "perform", "sleep"]

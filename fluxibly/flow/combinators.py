@@ -10,8 +10,9 @@ import attrs
 from fluxibly._checks import kind_of
 from fluxibly.aggregate import Aggregator, as_chunks
 from fluxibly.errors import StreamInterrupted
+from fluxibly.flow.culprits import raise_not_delivered, swallowed
 from fluxibly.flow.effects import PULL, Effect, Flow, More, Send, T
-from fluxibly.types import Chunk, Reasoning, Request, Response, Restart
+from fluxibly.types import CallRecord, Chunk, Reasoning, Request, Response, Restart
 
 Seen: TypeAlias = Effect | Sequence[Effect] | StreamInterrupted | Literal[True]
 
@@ -134,9 +135,12 @@ def map_chunks(
             raise mapper.error(error)
     finally:
         del error  # it refers to this frame
-    # A flow without chunks delivers its answer by its return value alone, so no piece of that answer is yielded.
-    streamed = mapper.streamed
-    if not streamed:
+    # A flow without output delivers its answer by its return value alone, so no piece of that answer is yielded.
+    streamed = mapper.taken or (mapper.streamed and not response.has_output)
+    if streamed:
+        mapper.check(response)
+    else:
+        mapper.answer = Aggregator()  # chunks without output, of an attempt that failed, may have come before
         for chunk in as_chunks(response):
             mapper.pass_on(chunk)
     if at_end is not None:
@@ -153,6 +157,7 @@ class _Mapper(Relay):
     def __init__(self, fn: Callable[[Chunk], Pieces], at_restart: Callable[[], None] | None) -> None:
         self.fn = fn
         self.at_restart = at_restart
+        self.call = CallRecord()
         self.begin()
 
     def begin(self) -> None:
@@ -162,6 +167,8 @@ class _Mapper(Relay):
         self.output = False
         self.changed = False
         self.answer = Aggregator()
+        self.grown = 0
+        """The characters that `fn` and `at_end` have added to the text. (Unchanged chunks cost nothing.)"""
         self.heard: list[str] = []
         """The reasoning that came in since the last complete block."""
         self.told: list[str] = []
@@ -188,8 +195,10 @@ class _Mapper(Relay):
             pieces = self.pass_on(effect.chunk)
             return effect if pieces is effect.chunk else list(map(More, pieces))  # type: ignore[arg-type]
         # Output that `fn` has received, even if it is kept for the end, would be mixed with a second answer's output.
-        if isinstance(effect, Send) and self.taken:
-            return resend_refused(effect.request, self.answer.response())
+        if isinstance(effect, Send):
+            if self.taken:
+                return resend_refused(effect.request, self.answer.response())
+            self.call = effect.request.call
         return effect
 
     def pass_on(self, chunk: Chunk) -> Chunk | Sequence[Chunk]:
@@ -202,6 +211,7 @@ class _Mapper(Relay):
         pieces = self.fn(chunk)
         if pieces is not chunk:
             self.changed = True
+            self.grown -= len(chunk.text)
             return self.note(pieces)
         self.output = self.output or chunk.has_output
         if chunk.reasoning:
@@ -222,7 +232,8 @@ class _Mapper(Relay):
         told = "".join([*self.told, *[piece.reasoning for piece in made]])
         if told != "".join(self.heard):
             made = [_without_texts(piece) for piece in made]
-        self.changed = self.changed or list(made) != [chunk]
+        self.changed = True
+        self.grown -= len(chunk.text)
         self._keep(made)
         self.heard.clear()
         self.told.clear()
@@ -231,15 +242,16 @@ class _Mapper(Relay):
     def note(self, pieces: Pieces) -> Sequence[Chunk]:
         """Add changed or new pieces to the answer, and return them as a sequence."""
         made = self._sequence(pieces)
+        self.changed = self.changed or bool(made)
         self._keep(made)
         return made
 
     def _keep(self, made: Sequence[Chunk]) -> None:
         for piece in made:
-            self.changed = True
             if piece.reasoning:
                 self.told.append(piece.reasoning)
             self.answer.add(piece)
+            self.grown += len(piece.text)
             self.output = self.output or piece.has_output
 
     def _sequence(self, pieces: Pieces) -> Sequence[Chunk]:
@@ -257,30 +269,35 @@ class _Mapper(Relay):
         if not self.changed:
             return inner
         mine = self.answer.response()
-        # `parsed` and `raw` are dropped, because they belong to the unchanged answer.
-        return inner.evolve(
-            text=mine.text,
-            reasoning=mine.reasoning,
-            reasoning_parts=mine.reasoning_parts,
-            media=mine.media,
-            tool_calls=mine.tool_calls,
-            order=mine.order,
-            alternatives=mine.alternatives,
-            details=mine.details,
-            parsed=None,
-            raw=None,
-        )
+        if all(getattr(mine, name) == getattr(inner, name) for name in (*_CONTENT, "opaque")):
+            return inner  # `fn` has only cut the same answer in another way
+        let_out = {name: getattr(mine, name) for name in _CONTENT}
+        # `parsed` is made of the text, and `raw` of the whole answer.
+        parsed = inner.parsed if mine.text == inner.text else None
+        return inner.evolve(**let_out, order=mine.order, parsed=parsed, raw=None)
+
+    def check(self, inner: Response) -> None:
+        """Check that a flow returned what it has emitted. If `fn` changed nothing, the layers outside of it check that.
+
+        Raises:
+            StreamInterrupted: the flow returned another text.
+        """
+        if not self.changed:
+            return
+        stopped = swallowed(self.call)
+        came = sum(map(len, self.answer.texts)) - self.grown
+        if len(inner.text) != came or (stopped is not None and inner.text != stopped.partial.text):
+            raise_not_delivered(self.call, inner, self.answer.response())
 
     def error(self, stopped: StreamInterrupted) -> BaseException:
         """Return the error to raise for an interrupted stream. Its `partial` is only what was let out."""
+        stopped.partial = self.response(stopped.partial)
         # No output has been let out, so the cause itself is raised, which an outer `Retry` may retry.
-        if not self.output and stopped.__cause__ is not None:
-            return stopped.__cause__
-        if not self.changed:
-            return stopped
-        mine = StreamInterrupted(str(stopped), partial=self.response(stopped.partial))
-        mine.__cause__ = stopped.__cause__
-        return mine
+        return stopped if self.output or stopped.__cause__ is None else stopped.__cause__
+
+
+_CONTENT = ("text", "reasoning", "reasoning_parts", "media", "tool_calls", "alternatives", "details")
+"""The fields of a response that say what the model answered."""
 
 
 def _without_texts(chunk: Chunk) -> Chunk:
@@ -327,17 +344,20 @@ def hold_back(
     response, error = yield from _caught(holder.over(flow))
     try:
         if error is not None:
-            # Nothing has been released, so the cause itself is raised, which an outer `Retry` may retry.
+            # Nothing has been released, so the cause itself is raised, which an outer `Retry` may retry. Without a cause, a
+            # resend was refused.
             if not holder.done:
+                error.partial = Response()
                 if error.__cause__ is not None:
                     raise error.__cause__
-                error.partial = Response()  # a resend was refused, and the held chunks have not gone out
             raise error
     finally:
         del error  # it refers to this frame
     # After the release a check could no longer hold the answer back.
-    if check is not None and not holder.done:
-        check(response)
+    if not holder.done:
+        holder.check(response)
+        if check is not None:
+            check(response)
     # The provider's stream is at its end, so each chunk goes out as a More, which reads nothing.
     for chunk in holder.held:
         yield More(chunk)
@@ -351,6 +371,7 @@ class _Holder(Relay):
         self.until = until
         self.held: list[Chunk] = []
         self.text = ""
+        self.call = CallRecord()
 
     def see(self, effect: Effect) -> Seen:
         if isinstance(effect, (Chunk, More)):
@@ -366,15 +387,31 @@ class _Holder(Relay):
             if isinstance(effect, Chunk):
                 released.append(PULL)
             return released
-        # The held output of the first answer would go out together with a second answer's output.
-        if isinstance(effect, Send) and any(chunk.has_output for chunk in self.held):
-            answer = Aggregator()
-            for chunk in self.held:
-                answer.add(chunk)
-            return resend_refused(effect.request, answer.response())
+        if isinstance(effect, Send):
+            # The held output of the first answer would go out together with a second answer's output.
+            if self.holds_output():
+                answer = Aggregator()
+                for chunk in self.held:
+                    answer.add(chunk)
+                return resend_refused(effect.request, answer.response())
+            self.call = effect.request.call
         # The consumer has received nothing, so a Restart is accepted here and need not reach it.
         return True if isinstance(effect, Restart) else effect
 
     def restarted(self) -> None:
         self.held.clear()
         self.text = ""
+
+    def holds_output(self) -> bool:
+        return any(chunk.has_output for chunk in self.held)
+
+    def check(self, response: Response) -> None:
+        """Check that the held chunks are the answer, so that no half of an answer is released.
+
+        Raises:
+            StreamInterrupted: the flow returned another text.
+        """
+        if response.text is self.call.said or not self.holds_output():
+            return
+        if response.text != "".join([chunk.text for chunk in self.held]):
+            raise_not_delivered(self.call, response, Response())

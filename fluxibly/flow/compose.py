@@ -1,8 +1,8 @@
-"""The composition of middleware into one flow, the innermost flow, and the verbs for authors of middleware."""
+"""The composition of middleware into one flow, and the innermost flow."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from inspect import CO_GENERATOR
 from types import CodeType, CoroutineType, FunctionType, GeneratorType
 from typing import Any, TypeGuard
@@ -10,28 +10,8 @@ from typing import Any, TypeGuard
 from fluxibly._checks import kind_of
 from fluxibly.aggregate import Aggregator
 from fluxibly.errors import interrupted
-from fluxibly.flow.effects import END, AttemptEnd, CallNext, Flow, Middleware, Perform, Send, Sleep, Source, T
+from fluxibly.flow.effects import END, AttemptEnd, CallNext, Flow, Middleware, Send, Source
 from fluxibly.types import Chunk, Request, Response, with_headers
-
-# Verbs
-
-
-def sleep(seconds: float) -> Flow[None]:
-    """Wait for a number of seconds: `yield from sleep(0.5)`. An async pipeline lets other tasks run meanwhile."""
-    yield Sleep(seconds)
-
-
-def perform(call: Callable[[], T], acall: Callable[[], Awaitable[T]] | None = None) -> Flow[T]:
-    """Do your own I/O: `value = yield from perform(read, aread)`.
-
-    A sync pipeline runs `call()`. An async pipeline awaits `acall()`, or without `acall` runs `call()` in a worker
-    thread. Errors are raised here.
-    """
-    result: T = yield Perform(call, acall)
-    return result
-
-
-# Composition
 
 
 def compose(middleware: Sequence[Middleware]) -> CallNext:
@@ -68,7 +48,8 @@ def is_generator_function(layer: object) -> bool:
 
 def code_of(layer: object) -> CodeType | None:
     """Return the code that runs when a middleware is called, or None if it is not plain Python."""
-    code = getattr(layer if isinstance(layer, FunctionType) else type(layer).__call__, "__code__", None)
+    call: object = layer if isinstance(layer, FunctionType) else getattr(type(layer), "__call__", None)  # noqa: B004
+    code = getattr(call, "__code__", None)
     return code if isinstance(code, CodeType) else None
 
 
@@ -101,6 +82,7 @@ def send(request: Request) -> Flow[Response]:
     """
     call = request.call
     call.attempts += 1
+    call.interruption = call.said = None
     call.sent_model = request.model
     call.sent_messages = request.messages
     answer: Aggregator | None = None
@@ -118,6 +100,7 @@ def send(request: Request) -> Flow[Response]:
                     answer.add(chunk)
                 yield chunk
             response = answer.response()
+            call.said = response.text
         else:
             response = reply if type(reply) is Response else _to_response(reply, call.provider.name)
     except BaseException as error:
@@ -133,7 +116,8 @@ def send(request: Request) -> Flow[Response]:
             end.error = None  # the frames that the error refers to may refer to this effect
         if partial is None or not partial.has_output:
             raise
-        raise interrupted(request, partial, error) from error
+        call.interruption = interrupted(request, partial, error)
+        raise call.interruption from error
     finally:
         if call.attempt_times is not None:
             call.attempt_times.append(call.clock() - start)

@@ -91,7 +91,7 @@ class Perform(_Effect):
 
     __slots__ = ("acall", "call")
 
-    def __init__(self, call: Callable[[], object], acall: Callable[[], Awaitable[object]] | None) -> None:
+    def __init__(self, call: Callable[[], object] | None, acall: Callable[[], Awaitable[object]] | None) -> None:
         self.call = call
         self.acall = acall
 

@@ -11,6 +11,7 @@ from fluxibly._logs import log, logger, one_line
 from fluxibly._masking import error_message
 from fluxibly.errors import error_type, outcome_of
 from fluxibly.flow import CallNext, Flow
+from fluxibly.flow.culprits import check_delivered
 from fluxibly.types import Request, Response
 
 PREVIEW = 100
@@ -37,6 +38,8 @@ class Logging:
         _started(request, prompt_length)
         try:
             response = yield from call_next(request)
+            if call.interruption is not None:
+                check_delivered(call, response)
         except BaseException as error:
             _ended(request, error, call.clock() - start)
             raise

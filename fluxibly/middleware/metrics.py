@@ -8,6 +8,7 @@ import attrs
 
 from fluxibly._checks import one_of, validator
 from fluxibly.flow import CallNext, Flow
+from fluxibly.flow.culprits import check_delivered
 from fluxibly.telemetry import semconv
 from fluxibly.telemetry._sdk import may_have_sdk
 from fluxibly.types import Request, Response
@@ -53,6 +54,8 @@ class Metrics:
     def __call__(self, request: Request, call_next: CallNext) -> Flow[Response]:
         try:
             response = yield from call_next(request)
+            if request.call.interruption is not None:
+                check_delivered(request.call, response)
         except BaseException as error:
             self._record(request, error)
             raise

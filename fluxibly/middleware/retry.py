@@ -76,10 +76,10 @@ class Retry:
         if isinstance(error, StreamInterrupted) and self.on_interrupt != "restart":
             return None
         wait = self.uniform(0.0, min(self.max_delay, self.base_delay * 2.0 ** min(attempt, 60)))
-        if cause.retry_after is not None:
-            if not cause.retry_after <= self.max_retry_after:  # written so that NaN is refused too
+        if cause.retry_after is not None and cause.retry_after >= 0:  # neither a negative number nor NaN is a time
+            if cause.retry_after > self.max_retry_after:
                 return None
-            wait = max(cause.retry_after, 0.0)
+            wait = cause.retry_after
         if self.total_time is not None and elapsed + wait >= self.total_time:
             return None
         return wait

@@ -9,6 +9,7 @@ import attrs
 
 from fluxibly.aggregate import as_chunk
 from fluxibly.flow import CallNext, Flow
+from fluxibly.flow.culprits import check_delivered
 from fluxibly.flow.effects import More
 from fluxibly.types import CallRecord, Chunk, Request, Response, Restart, StreamStats, Usage
 
@@ -30,6 +31,7 @@ class StreamMeter:
         meter = _Meter(call)
         try:
             response = yield from meter.over(call_next(request))
+            check_delivered(call, response, meter.characters)
             if not meter.chunks and (response.has_output or response.finish_reason):
                 meter.count(as_chunk(response))  # a response that was not streamed reaches the consumer as one chunk
             call.stats = meter.stats(response.usage)

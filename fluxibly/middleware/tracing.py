@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 import attrs
 
+from fluxibly.errors import StreamInterrupted
 from fluxibly.flow import CallNext, Flow
+from fluxibly.flow.culprits import check_delivered
 from fluxibly.flow.effects import More
 from fluxibly.telemetry._arrivals import LIMIT
 from fluxibly.telemetry._sdk import may_have_sdk
@@ -33,9 +35,9 @@ class Tracing:
 
     Args:
         capture: where to record prompts, answers and tool definitions: "none", "span" (as attributes), "event" (as
-            `gen_ai.client.inference.operation.details`) or "both". None uses the environment variable
-            OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT as it is when this object is created, or "none" if it is
-            not set.
+            `gen_ai.client.inference.operation.details`) or "both". None uses what `telemetry.setup(capture=…)` says
+            (unless there is a `tracer_provider`), else the environment variable
+            OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT as it is when this object is created, else "none".
         redact: a function that receives every text that would be recorded, including error messages, and returns the
             text to record instead. If it raises, no content of that call is recorded.
         tracer_provider, logger_provider: by default the global providers.
@@ -118,6 +120,12 @@ class Tracing:
         except BaseException as raised:
             trace.failed(raised)
             raise
+        if characters or call.interruption is not None:
+            try:
+                check_delivered(call, response, characters)
+            except StreamInterrupted as raised:
+                trace.failed(raised)
+                raise
         trace.completed(response)
         return response
 
@@ -128,5 +136,5 @@ class Tracing:
         from fluxibly.telemetry._spans import SpanSource
 
         capturing = Capturing(self._mode, self.redact, self.logger_provider)
-        self._source.append(SpanSource(self.tracer_provider, capturing))
+        self._source.append(SpanSource(self.tracer_provider, capturing, chosen=self.capture is not None))
         return self._source[0]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 import attrs
 
+from fluxibly.providers._addresses import with_address
 from fluxibly.providers.dialects.anthropic import AnthropicCodec
 from fluxibly.providers.dialects.codec import Service
 from fluxibly.providers.http import AsyncHTTPProvider, HTTPProvider
@@ -26,8 +28,20 @@ SERVICE = Service(
 )
 
 
+URL_VAR = "ANTHROPIC_BASE_URL"
+TOKEN_VAR = "ANTHROPIC_AUTH_TOKEN"  # noqa: S105  # the name of a variable
+"""The environment variable with a gateway's token, if ANTHROPIC_API_KEY is unset, as for Anthropic's own clients."""
+
+
+def _service_of(config: LLMConfig) -> Service:
+    if config.api_key is None and not os.environ.get(SERVICE.env_var or "") and os.environ.get(TOKEN_VAR):
+        return attrs.evolve(SERVICE, env_var=TOKEN_VAR, auth_header="authorization", auth_prefix="Bearer ")
+    return SERVICE
+
+
 def _with_version(config: LLMConfig) -> LLMConfig:
     """Return `config` with `/v1` at the end of `api_base`, because Anthropic's own clients take it without `/v1`."""
+    config = with_address(config, URL_VAR)
     base = (config.api_base or "").rstrip("/")
     return attrs.evolve(config, api_base=f"{base}/v1") if base and not base.endswith("/v1") else config
 
@@ -40,11 +54,11 @@ class AnthropicProvider(HTTPProvider):
     """
 
     def __init__(self, config: LLMConfig, *, transport: httpx.BaseTransport | None = None) -> None:
-        super().__init__(AnthropicCodec(), SERVICE, _with_version(config), transport=transport)
+        super().__init__(AnthropicCodec(), _service_of(config), _with_version(config), transport=transport)
 
 
 class AsyncAnthropicProvider(AsyncHTTPProvider):
     """Asynchronous variant of `AnthropicProvider`."""
 
     def __init__(self, config: LLMConfig, *, transport: httpx.AsyncBaseTransport | None = None) -> None:
-        super().__init__(AnthropicCodec(), SERVICE, _with_version(config), transport=transport)
+        super().__init__(AnthropicCodec(), _service_of(config), _with_version(config), transport=transport)

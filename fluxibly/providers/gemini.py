@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import attrs
 
+from fluxibly.providers._addresses import with_address
 from fluxibly.providers.dialects.codec import Service
 from fluxibly.providers.dialects.gemini import GeminiCodec
 from fluxibly.providers.http import AsyncHTTPProvider, HTTPProvider
@@ -27,6 +28,8 @@ SERVICE = Service(
 )
 OTHER_ENV_VAR = "GOOGLE_API_KEY"
 """The environment variable of the key if GEMINI_API_KEY is unset, as for Google's own clients."""
+URL_VAR = "GOOGLE_GEMINI_BASE_URL"
+"""The environment variable with the address, as for Google's own clients."""
 
 _VERSION = re.compile(r"/v\d+\w*/?$")
 
@@ -39,6 +42,7 @@ def _service() -> Service:
 
 def _with_version(config: LLMConfig) -> LLMConfig:
     """Return `config` with `/v1beta` at the end of `api_base`, unless `api_base` names a version."""
+    config = with_address(config, URL_VAR)
     base = config.api_base
     if base is None or _VERSION.search(base):
         return config

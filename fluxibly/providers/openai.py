@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
 from fluxibly._checks import is_list
+from fluxibly.providers._addresses import with_address
 from fluxibly.providers.dialects.codec import Codec, Service
 from fluxibly.providers.dialects.openai_chat import OpenAICodec
 from fluxibly.providers.dialects.openai_request import Quirks
@@ -38,6 +39,7 @@ def service_of(row: ServiceRow, config: LLMConfig) -> Service:
         base_url=row.base_url,
         env_var=row.env_var,
         key_required=row.key_required and not _is_users_own(row, config),
+        key_by_call=row.key_by_call,
         auth_header=row.auth_header,
         auth_prefix=row.auth_prefix,
     )
@@ -109,6 +111,7 @@ class OpenAIProvider(HTTPProvider):
 
     def __init__(self, config: LLMConfig, *, transport: httpx.BaseTransport | None = None) -> None:
         row = row_of(config)
+        config = with_address(config, row.url_var, row.url_path)
         name = f"{row.name}Provider" if type(self) is OpenAIProvider else None
         super().__init__(codec_of(row, config), service_of(row, config), config, transport=transport, name=name)
 
@@ -118,5 +121,6 @@ class AsyncOpenAIProvider(AsyncHTTPProvider):
 
     def __init__(self, config: LLMConfig, *, transport: httpx.AsyncBaseTransport | None = None) -> None:
         row = row_of(config)
+        config = with_address(config, row.url_var, row.url_path)
         name = f"{row.name}Provider" if type(self) is AsyncOpenAIProvider else None
         super().__init__(codec_of(row, config), service_of(row, config), config, transport=transport, name=name)

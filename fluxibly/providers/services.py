@@ -32,6 +32,12 @@ class ServiceRow(NamedTuple):
     key_required: bool = True
     auth_header: str = "authorization"
     auth_prefix: str = "Bearer "
+    key_by_call: bool = False
+    """Whether calls may have an `Authorization` header instead of a key: the tokens of Entra ID."""
+    url_var: str | None = None
+    """The environment variable from which the vendor's own client takes the address."""
+    url_path: str = ""
+    """The path that the vendor's client appends to that address."""
 
 
 _TOP_K: Final = {"top_k": True}
@@ -63,6 +69,7 @@ SERVICES: Final[Mapping[str, ServiceRow]] = {
             "https://api.openai.com/v1",
             "OPENAI_API_KEY",
             _OPENAI,
+            url_var="OPENAI_BASE_URL",
         ),
         ServiceRow(
             "openai-responses",
@@ -72,6 +79,7 @@ SERVICES: Final[Mapping[str, ServiceRow]] = {
             "OPENAI_API_KEY",
             {"path": "/responses"},
             telemetry_name="openai",
+            url_var="OPENAI_BASE_URL",
         ),
         ServiceRow(
             "azure",
@@ -83,6 +91,8 @@ SERVICES: Final[Mapping[str, ServiceRow]] = {
             telemetry_name="azure.ai.openai",
             auth_header="api-key",
             auth_prefix="",
+            url_var="AZURE_OPENAI_ENDPOINT",
+            key_by_call=True,
         ),
         ServiceRow(
             "openrouter",
@@ -92,7 +102,16 @@ SERVICES: Final[Mapping[str, ServiceRow]] = {
             "OPENROUTER_API_KEY",
             {"top_k": True, "reasoning_fields": _BOTH, "message_fields": ("images", "reasoning_details")},
         ),
-        ServiceRow("groq", "Groq", "Groq", "https://api.groq.com/openai/v1", "GROQ_API_KEY", {"lacks": ("n",)}),
+        ServiceRow(
+            "groq",
+            "Groq",
+            "Groq",
+            "https://api.groq.com/openai/v1",
+            "GROQ_API_KEY",
+            {"lacks": ("n",)},
+            url_var="GROQ_BASE_URL",
+            url_path="/openai/v1",
+        ),
         ServiceRow(
             "mistral",
             "Mistral",
@@ -119,7 +138,15 @@ SERVICES: Final[Mapping[str, ServiceRow]] = {
             {"reasoning_fields": ("reasoning_content",)},
             telemetry_name="moonshot_ai",
         ),
-        ServiceRow("together", "Together", "Together", "https://api.together.xyz/v1", "TOGETHER_API_KEY", _TOP_K),
+        ServiceRow(
+            "together",
+            "Together",
+            "Together",
+            "https://api.together.xyz/v1",
+            "TOGETHER_API_KEY",
+            _TOP_K,
+            url_var="TOGETHER_BASE_URL",
+        ),
         ServiceRow(
             "fireworks",
             "Fireworks",
@@ -127,6 +154,8 @@ SERVICES: Final[Mapping[str, ServiceRow]] = {
             "https://api.fireworks.ai/inference/v1",
             "FIREWORKS_API_KEY",
             _TOP_K,
+            url_var="FIREWORKS_BASE_URL",
+            url_path="/inference/v1",
         ),
         ServiceRow(
             "xai",
@@ -144,6 +173,7 @@ SERVICES: Final[Mapping[str, ServiceRow]] = {
             "https://api.z.ai/api/paas/v4",
             "ZAI_API_KEY",
             {"reasoning_fields": ("reasoning_content",)},
+            url_var="ZAI_BASE_URL",
         ),
         ServiceRow(
             "perplexity",
@@ -152,10 +182,32 @@ SERVICES: Final[Mapping[str, ServiceRow]] = {
             "https://api.perplexity.ai",
             "PERPLEXITY_API_KEY",
             {"top_k": True, "lacks": ("seed",), "formats": ("text", "schema"), "stream_usage": False},
+            url_var="PERPLEXITY_BASE_URL",
         ),
-        ServiceRow("cerebras", "Cerebras", "Cerebras", "https://api.cerebras.ai/v1", "CEREBRAS_API_KEY"),
-        ServiceRow("huggingface", "HuggingFace", "Hugging Face", "https://router.huggingface.co/v1", "HF_TOKEN"),
-        ServiceRow("nvidia", "NVIDIA", "NVIDIA", "https://integrate.api.nvidia.com/v1", "NVIDIA_API_KEY"),
+        ServiceRow(
+            "cerebras",
+            "Cerebras",
+            "Cerebras",
+            "https://api.cerebras.ai/v1",
+            "CEREBRAS_API_KEY",
+            url_var="CEREBRAS_BASE_URL",
+            url_path="/v1",
+        ),
+        ServiceRow(
+            "huggingface",
+            "HuggingFace",
+            "Hugging Face",
+            "https://router.huggingface.co/v1",
+            "HF_TOKEN",
+        ),
+        ServiceRow(
+            "nvidia",
+            "NVIDIA",
+            "NVIDIA",
+            "https://integrate.api.nvidia.com/v1",
+            "NVIDIA_API_KEY",
+            url_var="NVIDIA_BASE_URL",
+        ),
         ServiceRow("vllm", "VLLM", "vLLM", "http://localhost:8000/v1", "VLLM_API_KEY", _LOCAL, key_required=False),
         ServiceRow(
             "lmstudio",
@@ -178,3 +230,40 @@ SERVICES: Final[Mapping[str, ServiceRow]] = {
     )
 }
 """The services, by the framework's name."""
+
+ALIASES: Final[Mapping[str, str]] = {
+    alias: framework
+    for framework, aliases in {
+        "openai": "gpt chatgpt oai openaiapi openaichat openaicompatible",
+        "openai-responses": "responses responsesapi",
+        "azure": "azureopenai azureai azureaifoundry aoai microsoft",
+        "anthropic": "claude anthropicai",
+        "gemini": "google googleai googlegemini googlegenai googlegenerativeai googleaistudio genai",
+        "huggingface": "hf huggingfacehub",
+        "together": "togetherai",
+        "mistral": "mistralai",
+        "fireworks": "fireworksai",
+        "perplexity": "perplexityai pplx sonar",
+        "moonshot": "kimi moonshotai",
+        "xai": "grok",
+        "zai": "glm",
+        "nvidia": "nim nvidianim",
+        "groq": "groqcloud",
+        "llamacpp": "llamaserver llamacppserver",
+        "local": "gguf xllamacpp smollm2",
+        "bedrock": "aws amazon amazonbedrock awsbedrock",
+        "vertex": "vertexai googlevertex googlevertexai gcp",
+        "cohere": "cohereai",
+        "dashscope": "qwen alibaba aliyun tongyi",
+    }.items()
+    for alias in aliases.split()
+}
+"""Other names that users try for a service: in small letters, without spaces and punctuation."""
+
+ELSEWHERE: Final[Mapping[str, str]] = {
+    "bedrock": "Amazon Bedrock is reached by framework 'litellm' with the model 'bedrock/…'",
+    "vertex": "Vertex AI is reached by framework 'litellm' with the model 'vertex_ai/…'",
+    "cohere": "Cohere is reached by framework 'litellm' with the model 'cohere/…'",
+    "dashscope": "Qwen is reached by framework 'openai' with DashScope's compatible address as api_base",
+}
+"""What to use for a service that has no framework of its own."""

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 _CODE = re.compile(r"[A-Za-z0-9][\w.\-]{0,63}")
 
 
+_TEXT = ("text", {"type": "text"})
+"""The response formats that ask for plain text."""
 _latest: tuple[ProviderInfo | None, dict[str, Any]] = (None, {})
 
 
@@ -69,7 +71,7 @@ def request_attributes(request: Request) -> dict[str, Any]:
     if request.n is not None and request.n != 1:
         attributes[semconv.REQUEST_CHOICE_COUNT] = request.n
     if request.response_format is not None:
-        attributes[semconv.OUTPUT_TYPE] = "text" if request.response_format == "text" else "json"
+        attributes[semconv.OUTPUT_TYPE] = "text" if request.response_format in _TEXT else "json"
     if request.metadata and "conversation_id" in request.metadata:
         attributes[semconv.CONVERSATION_ID] = str(request.metadata["conversation_id"])
     return attributes

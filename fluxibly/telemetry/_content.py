@@ -62,6 +62,14 @@ def capture_mode(chosen: Capture | None) -> Capture:
     return mode
 
 
+_by_default: list[Capture] = []
+
+
+def capture_by_default(mode: Capture) -> None:
+    """Set the mode of every `Tracing` that names none and uses the global SDK. It precedes the environment variable."""
+    _by_default[:] = [mode]
+
+
 @attrs.frozen
 class Captured:
     """The content of a call: the request as it was sent, and the answer. `whole` is false if the answer is partial."""
@@ -90,6 +98,10 @@ class Capturing:
     mode: Capture
     redact: Redact | None
     logger_provider: LoggerProvider | None
+
+    def by_default(self) -> Capturing:
+        """Return these settings with the mode that `setup(capture=…)` has set, if it has."""
+        return attrs.evolve(self, mode=_by_default[0]) if _by_default else self
 
     def record(self, captured: Captured, span: Span, context: Context, attributes: Mapping[str, Any]) -> None:
         """Record the content on the span (as JSON strings), in an event with the span's `attributes`, or in both."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import json
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,16 @@ from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
+from fluxibly._logs import report_once
+
 _IDS = ("traceId", "spanId", "parentSpanId")
 
 
 class OTLPFileSpanExporter(SpanExporter):
     """An exporter that appends spans to a file.
+
+    Each export opens the file anew and writes one line at once. So threads, processes and forks can share the file, and
+    it may be moved or deleted. If a write fails, that is reported once on standard error.
 
     Args:
         path: the file. It is created if it does not exist, but its folder must exist.
@@ -31,21 +35,37 @@ class OTLPFileSpanExporter(SpanExporter):
     """
 
     def __init__(self, path: str | Path) -> None:
-        self._file = Path(path).open("a", encoding="utf-8")  # noqa: SIM115  # closed by shutdown
-        self._lock = threading.Lock()
+        self._path = Path(path).absolute()  # the process may go to another folder
+        with self._path.open("ab"):
+            pass  # it can be written
+        self._cut = _is_cut(self._path)
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
-        line = json.dumps(_as_otlp_json(spans), separators=(",", ":"), ensure_ascii=False)
-        with self._lock:
-            if self._file.closed:
-                return SpanExportResult.FAILURE
-            self._file.write(line + "\n")
-            self._file.flush()
-        return SpanExportResult.SUCCESS
+        line = json.dumps(_as_otlp_json(spans), separators=(",", ":"), ensure_ascii=False).encode() + b"\n"
+        if self._cut:
+            line = b"\n" + line
+        try:
+            with self._path.open("ab", buffering=0) as file:
+                written = file.write(line)
+        except OSError as error:
+            return self._failed(error.strerror or str(error))
+        self._cut = written != len(line)
+        return self._failed("the disk is full") if self._cut else SpanExportResult.SUCCESS
 
-    def shutdown(self) -> None:
-        with self._lock:
-            self._file.close()
+    def _failed(self, reason: str) -> SpanExportResult:
+        report_once(f"file {self._path}", f"spans could not be written to {self._path}: {reason}; calls continue")
+        return SpanExportResult.FAILURE
+
+
+def _is_cut(path: Path) -> bool:
+    """Whether the last line of a file has no end, because a process was killed when it wrote it."""
+    if not path.is_file():  # to open a pipe would block
+        return False
+    try:
+        with path.open("rb") as file:
+            return file.seek(0, 2) > 0 and file.seek(-1, 2) >= 0 and file.read(1) != b"\n"
+    except OSError:  # it may be written, but not read
+        return False
 
 
 def _as_otlp_json(spans: Sequence[ReadableSpan]) -> dict[str, Any]:

@@ -243,11 +243,15 @@ def _claimed(context: Context) -> Context:
 
 
 class SpanSource:
-    """The source of the spans of one `Tracing`. It notices an SDK that is set up later."""
+    """The source of the spans of one `Tracing`. It notices an SDK that is set up later.
 
-    def __init__(self, provider: TracerProvider | None, capturing: Capturing) -> None:
+    `chosen` says whether the user has chosen what to capture for this `Tracing`.
+    """
+
+    def __init__(self, provider: TracerProvider | None, capturing: Capturing, *, chosen: bool) -> None:
         self.given = provider
         self.capturing = capturing
+        self.chosen = chosen
         self._seen: TracerProvider | None = None
         self._tracer: Tracer | None = None
 
@@ -258,6 +262,8 @@ class SpanSource:
         self._seen = provider
         if self._tracer is not None:
             end_all_before()
+        if self.given is None and not self.chosen:
+            self.capturing = self.capturing.by_default()
         return self._tracer
 
     def begin(self, request: Request) -> CallTrace | Current | None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Self
+from contextlib import suppress
+from typing import Any, Self
 
 import attrs
 
@@ -108,20 +109,99 @@ class Probe(Relay):
     def __init__(self) -> None:
         self.output = False
         self.resent = False
+        self.texts: list[str] = []
+        """The texts of the chunks since the last `Restart`."""
+        self.returned: Response | None = None
+        """The response of the checked middleware, even if the driver then refused it."""
 
     def __call__(self, request: Request, call_next: CallNext) -> Flow[Response]:
-        return (yield from self.over(call_next(request)))
+        self.returned = yield from self.over(call_next(request))
+        return self.returned
 
     def see(self, effect: Effect) -> Effect:
         if isinstance(effect, (Chunk, More)):
             chunk = effect if isinstance(effect, Chunk) else effect.chunk
             self.output = self.output or chunk.has_output
+            self.texts.append(chunk.text)
         elif isinstance(effect, Send) and self.output:
             self.resent = True
         return effect
 
     def restarted(self) -> None:
         self.output = False
+        self.texts.clear()
+
+
+class Watch:
+    """A watch over the attributes of an object, while entered: which of them belong to one call?
+
+    State that calls share, such as a counter or the failures that a circuit breaker has seen, is read before it is
+    written, at least in some calls, because its old value matters; or a lock guards it. What each call writes before it
+    reads it, the next call overwrites, also while the first is still under way.
+    """
+
+    def __init__(self, watched: object) -> None:
+        self._watched: Any = watched
+        self._class: Any = type(watched)
+        self._written: set[str] = set()
+        """The attributes that the current call has written."""
+        self._of_a_call: list[str] = []
+        self._shared: set[str] = set()
+
+    @property
+    def of_a_call(self) -> str | None:
+        """The first attribute that holds state of one call, or None."""
+        return next((name for name in self._of_a_call if name not in self._shared), None)
+
+    def next_call(self) -> None:
+        """Begin to watch another call."""
+        self._written.clear()
+
+    def read(self, name: str) -> None:
+        if name not in self._written:
+            self._shared.add(name)
+
+    def write(self, name: str) -> None:
+        self._written.add(name)
+        own: dict[str, object] = getattr(self._watched, "__dict__", {})
+        if any(map(_is_held, own.values())):
+            self._shared.add(name)
+        self._of_a_call.append(name)
+
+    def __enter__(self) -> Self:
+        watch, cls = self, self._class
+
+        def __getattribute__(own: Any, name: str) -> Any:  # noqa: N807
+            if not name.startswith("__"):
+                watch.read(name)
+            return cls.__getattribute__(own, name)
+
+        def __setattr__(own: Any, name: str, value: Any) -> None:  # noqa: N807
+            watch.write(name)
+            cls.__setattr__(own, name, value)
+
+        body: dict[str, Any] = {name: getattr(cls, name) for name in ("__doc__", "__module__", "__qualname__")}
+        body |= {"__slots__": (), "__getattribute__": __getattribute__, "__setattr__": __setattr__}
+        with suppress(TypeError):  # a function, or an object of a class that is not written in Python
+            _set_class(self._watched, type(cls.__name__, (cls,), body))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if type(self._watched) is not self._class:
+            _set_class(self._watched, self._class)
+
+
+def _set_class(value: object, cls: type) -> None:
+    object.__setattr__(value, "__class__", cls)  # a frozen class has a `__setattr__` that refuses
+
+
+def _is_held(value: Any) -> bool:
+    """Whether a value is a lock that is held."""
+    for name in ("locked", "_is_owned"):  # an RLock has no `locked` before Python 3.14
+        method = getattr(value, name, None)
+        if hasattr(value, "acquire") and callable(method):
+            return method() is True
+    return False
 
 
 class Records(logging.Handler):

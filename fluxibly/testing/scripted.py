@@ -12,6 +12,7 @@ import attrs
 
 from fluxibly.aggregate import Aggregator, as_chunks
 from fluxibly.errors import StreamProtocolError
+from fluxibly.flow.verbs import check_seconds
 from fluxibly.types import Chunk, ProviderInfo, Request, Response
 
 if TYPE_CHECKING:
@@ -40,7 +41,13 @@ class VirtualClock:
             self._time += seconds
 
     def sleep(self, seconds: float, /) -> None:
-        """Record a sleep and let its time pass."""
+        """Record a sleep and let its time pass.
+
+        Raises:
+            TypeError: `seconds` is not a number.
+            ValueError: `seconds` is negative, infinite or NaN.
+        """
+        check_seconds(seconds)
         with self._lock:
             self.sleeps.append(seconds)
             self._time += seconds
@@ -49,6 +56,7 @@ class VirtualClock:
         """Do as `sleep`, for async pipelines. Other tasks get a turn, and a cancellation is noticed."""
         from anyio.lowlevel import checkpoint
 
+        check_seconds(seconds)
         await checkpoint()
         self.sleep(seconds)
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from types import MappingProxyType
 from typing import Any
 
 import pytest
+from hypothesis import given, strategies as st
 from support.dialects import interrupted
 
+from fluxibly import _merging as merging
 from fluxibly.errors import (
     AuthenticationError,
     BadRequest,
@@ -27,7 +30,7 @@ from fluxibly.providers.dialects.gemini import GeminiCodec
 from fluxibly.providers.dialects.ollama import OllamaCodec
 from fluxibly.providers.dialects.openai_chat import OpenAICodec
 from fluxibly.providers.dialects.openai_responses import ResponsesCodec
-from fluxibly.types import Image, Request, ToolCall
+from fluxibly.types import Image, Request, Tool, ToolCall
 
 CODECS: list[Codec] = [OpenAICodec(), ResponsesCodec(), AnthropicCodec(), GeminiCodec(), OllamaCodec()]
 ANSWERS: list[tuple[Codec, str]] = [
@@ -72,8 +75,89 @@ def test_the_request_stays_as_it_was() -> None:
     """Merging `extra` does not change the caller's objects."""
     options = {"b": 2}
     request = Request(model="m", messages="Hi", extra={"options": options})
-    assert encoding.write_json({"options": {"a": 1}}, request, containers=("options",)) == b'{"options":{"a":1,"b":2}}'
+    assert encoding.write_json({"options": {"a": 1}}, request) == b'{"options":{"a":1,"b":2}}'
     assert options == {"b": 2}
+
+
+TABLES: list[Any] = [
+    ({"a": 1}, {"b": 2}, {"a": 1, "b": 2}),
+    ({"a": 1}, {"a": 2}, {"a": 2}),
+    ({"a": {"x": 1, "y": {"z": 1}}}, {"a": {"y": {"w": 2}}}, {"a": {"x": 1, "y": {"z": 1, "w": 2}}}),
+    ({"a": {"x": 1}}, {"a": 5}, {"a": 5}),
+    ({"a": 5}, {"a": {"x": 1}}, {"a": {"x": 1}}),
+    ({"a": [1]}, {"a": [2]}, {"a": [2]}),
+    ({"tools": [1]}, {"tools": [2]}, {"tools": [1, 2]}),
+    ({"tools": [1]}, {"tools": None}, {}),
+    ({"a": 1, "b": 2}, {"a": None}, {"b": 2}),
+    ({"a": {"x": 1, "y": 2}}, {"a": {"x": None}}, {"a": {"y": 2}}),
+    ({}, {"a": {"x": None, "y": 1}, "b": None}, {"a": {"y": 1}}),
+]
+
+
+@pytest.mark.parametrize(("body", "extra", "merged"), TABLES)
+def test_extra_is_merged(body: dict[str, Any], extra: dict[str, Any], merged: dict[str, Any]) -> None:
+    """Tables are merged, lists replaced, except that tools are added; null removes."""
+    before = json.dumps([body, extra])
+    merging.merge_into(copy.copy(body), extra)
+    assert json.dumps([body, extra]) == before, "the tables inside stay as they were"
+    merging.merge_into(body, extra)
+    assert body == merged
+
+
+def patches(leaves: st.SearchStrategy[Any], levels: int = 3) -> st.SearchStrategy[dict[str, Any]]:
+    """Return patches in which a name always stands for the same kind of value, or for null if `leaves` have it."""
+    fields: dict[str, st.SearchStrategy[Any]] = {"a": leaves, "b": leaves, "tools": st.lists(st.integers(), max_size=2)}
+    if levels > 1:
+        fields["table"] = patches(leaves, levels - 1)
+    return st.fixed_dictionaries({}, optional=fields)
+
+
+@given(patches(st.integers()), patches(st.integers()), patches(st.none() | st.integers()))
+def test_two_patches_are_as_good_as_one(body: dict[str, Any], first: dict[str, Any], second: dict[str, Any]) -> None:
+    """Merging the composition of two patches does the same as merging one after the other."""
+    one, other = copy.deepcopy(body), copy.deepcopy(body)
+    merging.merge_into(one, first)
+    merging.merge_into(one, second)
+    merging.merge_into(other, merging.composed(first, second))
+    assert one == other
+
+
+@pytest.mark.parametrize(
+    ("codec", "extra", "expected"),
+    [
+        (OpenAICodec(), {"stream_options": {"x": 1}}, {"stream_options": {"include_usage": True, "x": 1}}),
+        (ResponsesCodec(), {"text": {"verbosity": "low"}}, {"text": {"format": {"type": "text"}, "verbosity": "low"}}),
+        (AnthropicCodec(), {"max_tokens": None}, {}),
+        (
+            GeminiCodec(),
+            {"generationConfig": {"thinkingConfig": {"thinkingBudget": 5}}},
+            {
+                "generationConfig": {
+                    "responseMimeType": "text/plain",
+                    "seed": 1,
+                    "thinkingConfig": {"thinkingBudget": 5},
+                }
+            },
+        ),
+        (OllamaCodec(), {"options": {"num_ctx": 9}}, {"options": {"seed": 1, "num_ctx": 9}}),
+    ],
+    ids=lambda value: name_of(value) if not isinstance(value, dict) else "",
+)
+def test_extra_is_merged_in_each_dialect(codec: Codec, extra: dict[str, Any], expected: dict[str, Any]) -> None:
+    """`extra` is added to the tables that the codec makes, and removes a parameter that it always sends."""
+    seed = 1 if codec.__class__ in (GeminiCodec, OllamaCodec) else None
+    request = Request(model="m", messages="Hi", response_format="text", seed=seed, extra=extra)
+    body = json.loads(codec.encode(request, stream=True).body)
+    assert {name: body[name] for name in extra if name in body} == expected
+
+
+@pytest.mark.parametrize("codec", CODECS, ids=name_of)
+def test_tools_in_extra_are_added(codec: Codec) -> None:
+    """A service's own tool in `extra` stands beside the tools of the call."""
+    request = Request(model="m", messages="Hi", tools=[Tool("tide")], extra={"tools": [{"type": "web_search"}]})
+    first, second = json.loads(codec.encode(request, stream=False).body)["tools"]
+    assert "tide" in json.dumps(first)
+    assert second == {"type": "web_search"}
 
 
 def test_refusals_name_the_parameter_and_the_way_out() -> None:

@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 from hypothesis import given, settings, strategies as st
+from support.dialects import interrupted, sse
 from support.recordings import load
 
 from fluxibly import errors
 from fluxibly.errors import ProviderError
 from fluxibly.providers.dialects.errors import EXCERPT_LENGTH, error_of_payload, error_of_response, read_report
+from fluxibly.providers.dialects.openai_chat import OpenAICodec
 from fluxibly.providers.dialects.retry_after import duration, retry_after_of
 
 NOW = 1_700_000_000.0
@@ -87,6 +89,164 @@ def test_the_class_of_an_error(status: int, body: object, kind: type[ProviderErr
     found = error(status, body)
     assert type(found) is kind
     assert (found.retryable, found.status) == (retryable, status)
+
+
+def invalid(message: str, **fields: Any) -> dict[str, Any]:
+    return {"error": {"message": message, "type": "invalid_request_error", **fields}}
+
+
+TOO_LONG: list[tuple[int, dict[str, Any]]] = [
+    (400, {"error": {"message": "The total length of all messages is too long.", "type": "too_many_prompt_tokens"}}),
+    (400, {"error": {"message": "User input tokens exceeds 127072 tokens", "type": "x", "code": 400}}),
+    (
+        400,
+        {
+            "error": {
+                "message": "Requested 115120 to generate tokens, following a prompt of length 40055, which exceeds the "
+                "max limit of 128000 tokens.",
+                "type": "requested_too_many_tokens",
+                "code": 400,
+            }
+        },
+    ),
+    (400, {"error": {"message": "Token limit reached", "code": 400}}),
+    (502, {"error": {"message": "Provider returned error", "code": 502, "metadata": {"raw": "Token limit reached"}}}),
+    (400, invalid("This endpoint's maximum context length is 131072 tokens. However, you requested about 138956.")),
+    (
+        400,
+        invalid(
+            "input length and `max_tokens` exceed context limit: 190000 + 20000 > 200000, decrease input length or "
+            "`max_tokens` and try again"
+        ),
+    ),
+    (400, invalid("prompt is too long: 208310 tokens > 200000 maximum")),
+    (
+        400,
+        {
+            "code": "Client specified an invalid argument",
+            "error": "This model's maximum prompt length is 131072 but the request contains 150000 tokens.",
+        },
+    ),
+    (400, invalid("Invalid request: Your request exceeded model token limit: 262144 (requested: 269030)")),
+    (
+        400,
+        invalid(
+            "Input validation error: `inputs` tokens + `max_new_tokens` must be <= 4097. Given: 4000 `inputs` tokens and "
+            "500 `max_new_tokens`"
+        ),
+    ),
+    (422, {"error": "Input validation error: `inputs` must have less than 2048 tokens. Given: 3000"}),
+    (400, {"error": {"message": "Input length 5000 exceeds maximum allowed token size 4096"}}),
+    (400, {"error": {"message": "Input length 30000 exceeds the maximum allowed input length of 26214 tokens."}}),
+    (400, {"error": {"message": "prompt token count of 7 exceeds the limit of 6", "code": "invalid_request_body"}}),
+    (400, {"error": {"message": "no", "code": "model_max_prompt_tokens_exceeded"}}),
+    (400, invalid("Range of input length should be [1, 30720]", code="invalid_parameter_error")),
+    (400, {"error": {"message": "Prompt exceeds max length", "code": "1261"}}),
+    (400, {"error": {"message": "Prompt 超长", "code": "1261"}}),
+    (500, {"error": {"message": "Prompt exceeds max length"}}),
+    (400, {"error": {"message": "The input token count (1196265) exceeds the maximum number of tokens allowed"}}),
+    (400, {"error": {"message": "the request exceeds the available context size. try increasing it"}}),
+    (400, {"error": {"message": "The decoder prompt (length 9) is longer than the maximum model length of 8."}}),
+    (
+        400,
+        invalid(
+            "'max_tokens' or 'max_completion_tokens' is too large: 9000. This model's maximum context length is 8192 "
+            "tokens and your request has 20 input tokens (9000 > 8192 - 20)."
+        ),
+    ),
+    (400, {"error": {"message": "Please reduce the length of the messages or completion."}}),
+    (400, {"message": "too many tokens: total number of tokens in the prompt cannot exceed 4081"}),
+]
+NO_MONEY: list[tuple[int, dict[str, Any]]] = [
+    (400, invalid("You have reached your specified API usage limits. You will regain access on 2026-04-01.")),
+    (400, invalid("You have reached your specified workspace API usage limits.")),
+    (429, {"error": {"code": "1113", "message": "Insufficient balance or no resource package. Please recharge."}}),
+    (429, {"error": {"code": "1113", "message": "…"}}),
+    (429, {"error": {"message": "余额不足或无可用资源包,请充值。"}}),
+    (429, {"error": {"message": "Your allowance has been reached.", "type": "budget_exceeded", "code": "429"}}),
+    (400, {"error": {"message": "Budget has been exceeded! Current cost: 26.075, Max budget: 0.25", "code": "400"}}),
+    (401, {"error": {"message": "ExceededBudget: End User=ann over budget. Spend=2, Budget=1", "type": "auth_error"}}),
+    (429, {"error": {"message": "No deployments available - crossed budget: Exceeded budget for deployment x"}}),
+    (500, {"error": {"message": "Insufficient credits"}}),
+]
+NEITHER: list[tuple[int, dict[str, Any], type[ProviderError]]] = [
+    (
+        429,
+        {
+            "error": {
+                "message": "Request too large for o3 in organization org-1 on tokens per min (TPM): Limit 30000, "
+                "Requested 31756. The input or output tokens must be reduced in order to run successfully.",
+                "type": "tokens",
+                "code": "rate_limit_exceeded",
+            }
+        },
+        errors.RateLimitError,
+    ),
+    (
+        413,
+        {"error": {"message": "Request too large on tokens per minute (TPM): Limit 6000, Requested 7000"}},
+        errors.BadRequest,
+    ),
+    (400, {"error": {"message": "Token limit exceeded: 90,000 input tokens per minute"}}, errors.BadRequest),
+    (400, {"error": {"message": "Daily token limit reached. Upgrade your plan."}}, errors.BadRequest),
+    (400, {"error": {"message": "Rate limit: too many tokens"}}, errors.BadRequest),
+    (429, {"error": {"message": "Quota exceeded for metric: input token count"}}, errors.RateLimitError),
+    (429, {"error": {"message": "Token limit reached"}}, errors.RateLimitError),
+    (
+        400,
+        invalid("max_tokens is too large: 65535. This model supports at most 16384 completion tokens."),
+        errors.BadRequest,
+    ),
+    (
+        400,
+        invalid("max_tokens: 100000 > 64000, which is the maximum allowed number of output tokens for claude"),
+        errors.BadRequest,
+    ),
+    (400, invalid("Invalid max_tokens value, the valid range of max_tokens is [1, 8192]"), errors.BadRequest),
+    (400, invalid("Range of max_tokens should be [1, 8192]"), errors.BadRequest),
+    (400, invalid("Input validation error: `max_new_tokens` must be <= 512. Given: 600"), errors.BadRequest),
+    (
+        400,
+        invalid(
+            "`max_tokens` must be less than or equal to `8192`, the maximum value for `max_tokens` is less than the "
+            "`context_window` for this model"
+        ),
+        errors.BadRequest,
+    ),
+    (400, invalid("thinking.budget_tokens: the budget must be less than max_tokens"), errors.BadRequest),
+    (
+        499,
+        {"error": {"code": 499, "message": "The operation was cancelled.", "status": "CANCELLED"}},
+        errors.ServerError,
+    ),
+]
+WORDS: list[tuple[int, dict[str, Any], type[ProviderError]]] = [
+    *[(status, body, errors.ContextLengthExceeded) for status, body in TOO_LONG],
+    *[(status, body, errors.QuotaExceeded) for status, body in NO_MONEY],
+    *NEITHER,
+]
+
+
+@pytest.mark.parametrize(("status", "body", "kind"), WORDS)
+def test_what_services_say_of_length_and_money(status: int, body: dict[str, Any], kind: type[ProviderError]) -> None:
+    """A full context and an empty account are known by each service's words, and told from other limits."""
+    found = error(status, body)
+    assert type(found) is kind
+    assert found.retryable is kind.default_retryable
+
+
+@pytest.mark.parametrize(("body", "kind"), [(body, kind) for _, body, kind in WORDS if kind is not errors.BadRequest])
+def test_what_services_say_in_a_200(body: dict[str, Any], kind: type[ProviderError]) -> None:
+    """The same words count in the body of a 200, and in a stream after its first text."""
+    if kind is errors.RateLimitError:
+        body = {"error": {"code": 429, **body["error"]}}
+    data = json.dumps(body).encode()
+    codec = OpenAICodec()
+    with pytest.raises(kind) as caught:
+        codec.decode(data)
+    assert type(caught.value) is kind
+    partial, failure = interrupted(codec, sse({"choices": [{"index": 0, "delta": {"content": "Hel"}}]}, body))
+    assert (partial.text, type(failure)) == ("Hel", kind)
 
 
 @pytest.mark.parametrize(
@@ -168,7 +328,14 @@ def test_a_service_says_itself_whether_to_retry() -> None:
         ({"retry-after": "Tue, 14 Nov 2023 22:13:50 GMT"}, 30),
         ({"retry-after": "Tue, 14 Nov 2023 22:13:50 GMT", "date": "Tue, 14 Nov 2023 22:13:45 GMT"}, 5),
         ({"retry-after": "Tue, 14 Nov 2023 22:13:10 GMT"}, 0),
-        ({"retry-after": "-5"}, 0),
+        ({"retry-after": "0"}, 0),
+        ({"retry-after": "-5"}, None),
+        ({"retry-after": "-0.5", "retry-after-ms": "-1"}, None),
+        ({"retry-after": "5", "retry-after-ms": "-1"}, 5),
+        ({"retry-after": "9" * 400}, None),
+        ({"retry-after": "9" * 400 + "s"}, None),
+        ({"retry-after": "1e300"}, 1e300),
+        ({"retry-after": "Tue, 99 Nov 2023 22:13:10 GMT"}, None),
         ({"retry-after": "soon"}, None),
         ({"retry-after": "nan"}, None),
         ({"retry-after": "inf"}, None),
@@ -182,6 +349,9 @@ def test_a_service_says_itself_whether_to_retry() -> None:
         ({"x-ratelimit-reset-requests": "1h"}, None),
         ({"x-ratelimit-reset": "1700000012", "x-ratelimit-remaining": "0"}, 12),
         ({"x-ratelimit-reset": "1700000012000", "x-ratelimit-remaining": "0"}, 12),
+        ({"x-ratelimit-reset": "1699999990", "x-ratelimit-remaining": "0"}, 0),
+        ({"x-ratelimit-reset": "-3", "x-ratelimit-remaining": "0"}, None),
+        ({"x-ratelimit-reset": "soon", "x-ratelimit-remaining": "0"}, None),
         ({}, None),
     ],
 )  # fmt: skip
@@ -196,6 +366,9 @@ def test_retry_hints_in_headers(headers: dict[str, str], seconds: float | None) 
     [
         ({"error": {"details": [{"@type": "x"}, {"@type": "google.rpc.RetryInfo", "retryDelay": "48s"}]}}, "", 48),
         ([{"error": {"details": [{"retryDelay": "1.5s"}]}}], "", 1.5),
+        ({"error": {"details": [{"retryDelay": "-1.5s"}]}}, "", None),
+        ({"error": {"details": [{"retryDelay": "-2"}]}}, "Please retry in 3s.", 3),
+        ({"error": {"details": [{"retryDelay": "NaN"}]}}, "", None),
         (
             {"error": {"metadata": {"headers": {"X-RateLimit-Remaining": "0", "X-RateLimit-Reset": 1700000060000}}}},
             "",
@@ -205,6 +378,8 @@ def test_retry_hints_in_headers(headers: dict[str, str], seconds: float | None) 
         (None, "Please retry in 48.9s.", 48.9),
         (None, "Rate limit reached. Please try again in 250ms. Visit …", 0.25),
         (None, "Try again later.", None),
+        (None, "Please try again in -5s.", None),
+        (None, f"Please try again in {'9' * 400}s.", None),
         ({"error": {"details": "none"}}, "", None),
         ({"error": []}, "", None),
     ],

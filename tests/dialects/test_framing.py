@@ -77,8 +77,40 @@ def test_json_outside_of_any_field_is_an_event(body: bytes, events: list[Event])
     assert recut("sse", body) == events
 
 
+@pytest.mark.parametrize(
+    ("body", "events"),
+    [
+        (b'data: a\n\nerror: {"b": 1}\n\ndata: c\n\n', [Event(b"a"), Event(b'{"b": 1}', "error"), Event(b"c")]),
+        (b"error:{}", [Event(b"{}", "error")]),
+        (b"error: no\ndata: c\n\n", [Event(b"no", "error"), Event(b"c")]),
+        (b"event: x\ndata: a\nerror: {}\n\n", [Event(b"a", "x"), Event(b"{}", "error")]),
+        (b'{"a": 1}\nerror: {}\n\n', [Event(b'{"a": 1}'), Event(b"{}", "error")]),
+        (b"event: error\n\ndata: a\n\n", [Event(b"", "error"), Event(b"a")]),
+        (b"event: error\ndata:\n\n", [Event(b"", "error")]),
+        (b"data: a\n\nevent: error", [Event(b"a"), Event(b"", "error")]),
+        (b"errors: {}\n\n", []),
+    ],
+)
+def test_an_error_is_never_dropped(body: bytes, events: list[Event]) -> None:
+    """A field `error` is an event of that name, as older llama.cpp sends it, and such an event may lack data."""
+    assert recut("sse", body) == events
+
+
 LINES = st.sampled_from(
-    [b"data: a", b"data:b", b"data", b"event: e", b": c", b"", b"id: 1", b'{"x": 1}', b"junk", b" "]
+    [
+        b"data: a",
+        b"data:b",
+        b"data",
+        b"event: e",
+        b": c",
+        b"",
+        b"id: 1",
+        b'{"x": 1}',
+        b"junk",
+        b" ",
+        b"error: e",
+        b"event: error",
+    ]
 )
 
 

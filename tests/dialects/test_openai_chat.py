@@ -153,23 +153,6 @@ def test_a_tool_is_chosen_by_name() -> None:
 
 
 @pytest.mark.parametrize(
-    ("schema", "strict"),
-    [
-        ({"type": "object", "properties": {"a": {}}, "required": ["a"], "additionalProperties": False}, True),
-        ({"type": "object", "properties": {"a": {}}, "required": ["a"]}, False),
-        ({"type": "object", "properties": {"a": {}}, "additionalProperties": False}, False),
-        ({"type": "array", "items": {"type": "object", "properties": {}}}, False),
-        ({"type": "string"}, True),
-    ],
-)
-def test_a_json_schema_is_strict_where_it_can_be(schema: dict[str, Any], strict: bool) -> None:
-    """Schemas with open objects or optional properties are not sent as strict, because OpenAI rejects them."""
-    body = sent(Request(model="m", messages="Hi", response_format={"title": "My answer!", **schema}))
-    wanted = {"name": "My_answer_", "schema": {"title": "My answer!", **schema}, "strict": strict}
-    assert body["response_format"] == {"type": "json_schema", "json_schema": wanted}
-
-
-@pytest.mark.parametrize(
     ("quirk", "model", "name"),
     [
         ("max_tokens", "gpt-5", "max_tokens"),

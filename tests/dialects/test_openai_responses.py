@@ -99,7 +99,7 @@ def test_a_request_with_everything() -> None:
         ],
         "tool_choice": {"type": "function", "name": "add"},
         "text": {
-            "format": {"type": "json_schema", "name": "T", "schema": {"title": "T", "type": "string"}, "strict": True}
+            "format": {"type": "json_schema", "name": "T", "schema": {"title": "T", "type": "string"}, "strict": False}
         },
         "reasoning": {"effort": "low"},
         "store": True,

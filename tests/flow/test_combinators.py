@@ -372,7 +372,7 @@ class TestOutputWatch:
                 return (yield from call_next(request))
             except StreamInterrupted as error:
                 outcomes.append((yield from perform(lambda: "sync", aperformed)))
-                return error.partial
+                return error.partial.evolve(finish_reason="length")
 
         async def aperformed():
             return "async"

@@ -35,6 +35,23 @@ class TestVerbs:
         assert next(flow) == Perform(call, acall)
         assert finish(flow, 5) == 5
 
+    @pytest.mark.parametrize(
+        ("seconds", "kind", "got"),
+        [
+            (-1, ValueError, "-1"),
+            (-0.5, ValueError, "-0.5"),
+            (float("nan"), ValueError, "nan"),
+            (float("inf"), ValueError, "inf"),
+            ("1", TypeError, "'1'"),
+            (None, TypeError, "None"),
+            (True, TypeError, "True"),
+        ],
+    )
+    def test_wrong_lengths_of_a_sleep(self, seconds, kind, got):
+        """`sleep` itself refuses what is no length of time, because each clock would treat it differently."""
+        with pytest.raises(kind, match=rf"^sleep: expected a number of seconds from 0 up, got {got}$"):
+            next(sleep(seconds))
+
 
 class TestCompose:
     def test_nothing_is_send(self):

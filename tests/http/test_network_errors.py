@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import socket
 
+import httpx
 import pytest
 from support.misbehaving import Peer, Received, serve
 from support.tiny import KEY, Caller
 
-from fluxibly.errors import ProviderError
+from fluxibly import LLM, LLMConfig
+from fluxibly.config import Timeouts
+from fluxibly.errors import ConnectionFailed, ProviderError
+from fluxibly.middleware import Retry
 from fluxibly.providers.dialects.errors import EXCERPT_LENGTH, QUOTE_LENGTH
 from fluxibly.providers.dialects.openai_chat import OpenAICodec
+from fluxibly.providers.http._limits import Limits
+from fluxibly.providers.http._network_errors import translated
 
 HALF = KEY[: len(KEY) // 2]
 
@@ -55,3 +63,80 @@ class TestErrors:
         assert message.count("tiny-1") == 1
         assert message.startswith("tiny (tiny-1): OpenAI answered ")
         assert str(failing(caller, method, {"message": "tiny-1 is busy"}, status)).count("tiny-1") == 1
+
+
+@pytest.fixture
+def port() -> int:
+    """A port of this machine where nobody listens."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+@pytest.fixture(params=["sync", "asyncio", "trio", "sync, httpx", "asyncio, httpx", "trio, httpx"])
+def each_caller(request: pytest.FixtureRequest) -> Caller:
+    """A caller of each shell, with each kind of connections."""
+    mode, _, transport = request.param.partition(", ")
+    return Caller(mode, over_httpx=bool(transport))
+
+
+class TestNobodyListens:
+    @pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "localhost", "LOCALHOST", "[::1]", "our-server"])
+    def test_a_refusal_of_this_machine_is_not_retried(
+        self, each_caller: Caller, host: str, port: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Waiting does not start a server. The message names the address, and says what to do."""
+        look_up = socket.getaddrinfo
+
+        def names(name: object, *args: object, **settings: object) -> object:
+            return look_up("127.0.0.1" if name in ("our-server", b"our-server") else name, *args, **settings)  # type: ignore[arg-type]  # passed on
+
+        monkeypatch.setattr(socket, "getaddrinfo", names)
+        for method in (each_caller.complete, each_caller.stream):
+            with pytest.raises(ConnectionFailed) as caught:
+                method(f"http://{host}:{port}/v1")
+            expected = f"no server listens at {host.lower()}:{port} (connection refused): start it, or set api_base"
+            assert expected in str(caught.value)
+            assert not caught.value.retryable
+
+    @pytest.mark.parametrize(
+        ("framework", "program"),
+        [
+            ("ollama", "Ollama (ollama serve)"),
+            ("llamacpp", "llama.cpp (llama-server)"),
+            ("vllm", "vLLM (vllm serve)"),
+            ("lmstudio", "LM Studio's server (lms server start)"),
+        ],
+    )
+    def test_the_program_to_start(self, framework: str, program: str, port: int) -> None:
+        """The message names the program of a service that runs on the user's machine. Nothing is retried."""
+        config = LLMConfig(framework=framework, model="m", api_base=f"http://localhost:{port}/v1")
+        with LLM(config, middleware=[Retry(max_retries=3)]) as llm, pytest.raises(ConnectionFailed) as caught:
+            llm.complete("hi")
+        assert f"start {program}, or set api_base" in str(caught.value)
+
+    def test_a_proxy_of_this_machine(self, caller: Caller, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A proxy that does not run is not waited for either, and the service is not said to be down."""
+        monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{port}")
+        with pytest.raises(ConnectionFailed, match=rf"no connection to the proxy 127\.0\.0\.1:{port}") as caught:
+            caller.complete("http://api.test/v1")
+        assert not caught.value.retryable
+
+    @pytest.mark.parametrize("host", ["api.test", "10.1.2.3", "fe80::1"])
+    def test_another_machine_may_answer_later(self, host: str) -> None:
+        """A refusal of another machine stays retryable, also one by a proxy's port of this machine."""
+        limits = Limits(Timeouts(), total=None)
+        for where in ("10.1.2.3", "127.0.0.1"):
+            refused = ConnectionRefusedError(errno.ECONNREFUSED, f"Connect call failed ('{where}', 1080)")
+            error = httpx.ConnectError("no connection")
+            error.__cause__ = refused
+            found = translated(error, host, 443, limits)
+            assert isinstance(found, ConnectionFailed)
+            assert found.retryable
+            assert "refused the connection" in str(found)
+
+    @pytest.mark.parametrize("code", [errno.ECONNRESET, errno.ENETUNREACH, errno.ETIMEDOUT])
+    def test_other_failures_stay_retryable(self, code: int) -> None:
+        """Only a refusal means that nobody listens."""
+        found = translated(OSError(code, "failed"), "localhost", 80, Limits(Timeouts(), total=None))
+        assert isinstance(found, ConnectionFailed)
+        assert found.retryable

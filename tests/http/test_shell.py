@@ -595,13 +595,6 @@ class TestErrors:
         ):
             caller.complete(server.url)
 
-    def test_nobody_listens(self, caller: Caller) -> None:
-        """The message names the address and the setting."""
-        with serve(whole) as server:
-            url = server.url
-        with pytest.raises(ConnectionFailed, match=r"127\.0\.0\.1:\d+ refused the connection.*api_base"):
-            caller.complete(url)
-
     def test_a_host_that_does_not_exist(self, caller: Caller) -> None:
         """The message names the host."""
         with pytest.raises(ConnectionFailed, match=r"host nowhere\.invalid was not found"):

@@ -8,10 +8,20 @@ from typing import Any
 import anyio
 import pytest
 from support.canned_server import Canned, canned_server
-from support.dialects import ask as ask_llm
+from support.dialects import ask as ask_llm, serving, sse
 from support.libraries import KEY, LANGCHAIN, MODES, STREAM_MODES, WEATHER, Case, cases, sent_key
 
-from fluxibly import AsyncPipeline, LLMConfig, Message, Pipeline, ProviderError, Request, StreamInterrupted, errors
+from fluxibly import (
+    AsyncPipeline,
+    LLMConfig,
+    Message,
+    Pipeline,
+    ProviderError,
+    Request,
+    StreamInterrupted,
+    Tool,
+    errors,
+)
 from fluxibly.config import Timeouts
 from fluxibly.testing.modes import MODES as REAL_MODES, Mode
 
@@ -20,8 +30,8 @@ stream_modes = pytest.mark.parametrize("mode", STREAM_MODES)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Parametrize `case` with each library and model, and `claude` with each library and its Anthropic model."""
-    for name, part in (("case", ""), ("claude", "claude")):
+    """Parametrize `case` with each library and model, `claude` and `gpt` with each library and one of its models."""
+    for name, part in (("case", ""), ("claude", "claude"), ("gpt", "gpt")):
         if name in metafunc.fixturenames:
             metafunc.parametrize(name, cases(part))
 
@@ -120,6 +130,33 @@ def test_provider_info(server: Canned, case: Case) -> None:
     assert f"http://{info.server_address}:{info.server_port}" == server.url
 
 
+def test_odd_arguments_of_tool_calls(gpt: Case) -> None:
+    """`null` is no arguments, and a fragment with a new number but no id and no name belongs to the call before."""
+    fragments = [
+        {"index": 0, "id": "a", "type": "function", "function": {"name": "add", "arguments": ""}},
+        {"index": 1, "function": {"arguments": '{"a": 1}'}},
+        {"index": 1, "id": "b", "type": "function", "function": {"name": "now", "arguments": "null"}},
+    ]
+    calls = [{**fragments[0], "function": {"name": "add", "arguments": '{"a": 1}'}}, fragments[2]]
+    fields = {"id": "x", "object": "chat.completion", "created": 1, "model": "gpt-4o"}
+    whole = {**fields, "choices": [{"index": 0, "message": {"role": "assistant", "content": None, "tool_calls": calls},
+                                    "finish_reason": "tool_calls"}]}  # fmt: skip
+    choices: list[dict[str, Any]] = [
+        {"index": 0, "delta": {"tool_calls": [each]}, "finish_reason": None} for each in fragments
+    ]
+    choices.append({"index": 0, "delta": {}, "finish_reason": "tool_calls"})
+    stream = sse(*({**fields, "object": "chat.completion.chunk", "choices": [each]} for each in choices), done=True)
+    for mode, body, kind in (("sync", json.dumps(whole).encode(), "application/json"),
+                             ("sync stream", stream, "text/event-stream")):  # fmt: skip
+        with serving(body, kind) as address:
+            config = LLMConfig(framework=gpt.library.framework, model=gpt.model, api_key=KEY, api_base=address)
+            response = gpt.library.call(mode, config, tools=[Tool("add"), Tool("now")])
+        assert [(call.name, call.arguments, call.error) for call in response.tool_calls] == [
+            ("add", {"a": 1}, None),
+            ("now", {}, None),
+        ]
+
+
 # Errors
 
 STATUSES: list[tuple[int, dict[str, Any], type[ProviderError]]] = [
@@ -149,6 +186,36 @@ def test_errors_become_ours_after_one_attempt(
     assert (error.status, error.retry_after) == (status, 3.0)
     assert (error.provider, error.model) == (case.library.framework, case.model)
     assert len(server.seen) == 1
+
+
+WORDS: list[tuple[int, dict[str, Any], type[ProviderError]]] = [
+    (400, {"message": "All messages are long.", "type": "too_many_prompt_tokens"}, errors.ContextLengthExceeded),
+    (400, {"message": "Your request exceeded model token limit: 7", "type": "e"}, errors.ContextLengthExceeded),
+    (400, {"message": "input length and `max_tokens` exceed context limit: 19 + 2 > 20"}, errors.ContextLengthExceeded),
+    (400, {"message": "You have reached your specified API usage limits.", "type": "e"}, errors.QuotaExceeded),
+    (429, {"message": "余额不足或无可用资源包,请充值。", "code": "1113"}, errors.QuotaExceeded),
+    (429, {"message": "Your allowance has been reached.", "type": "budget_exceeded"}, errors.QuotaExceeded),
+    (400, {"message": "Budget has been exceeded! Current cost: 2, Max budget: 1"}, errors.QuotaExceeded),
+    (429, {"message": "Request too large on tokens per min (TPM): Limit 3, Requested 4."}, errors.RateLimitError),
+    (400, {"message": "max_tokens is too large: 9. This model supports at most 8."}, errors.BadRequest),
+]
+
+
+@pytest.mark.parametrize("mode", ["sync", "asyncio stream"])
+def test_a_full_context_and_an_empty_account_are_known(server: Canned, case: Case, mode: str) -> None:
+    """The services' words decide the class, even where the library keeps only a text that quotes them."""
+    for status, body, kind in WORDS:
+        server.fail = (status, json.dumps({"type": "error", "error": body}), {})
+        error = failure(server, case, mode)
+        assert (type(error), error.status, error.retryable) == (kind, status, kind.default_retryable), body
+
+
+@pytest.mark.parametrize("mode", ["sync stream", "asyncio stream"])
+def test_words_count_in_a_stream(server: Canned, case: Case, mode: str) -> None:
+    """An error after the first words has the class of its words, not that of a lost connection."""
+    for _, body, kind in WORDS[1:5]:
+        server.stream_error = {"type": "error", "error": {"type": "e", **body}}
+        assert type(failure(server, case, mode, messages="a b c d")) is kind, body
 
 
 @all_modes

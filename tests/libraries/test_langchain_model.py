@@ -353,7 +353,11 @@ def test_keywords_reach_the_request() -> None:
     model.invoke("hi", stop=["END"], max_tokens=9, response_format={"type": "json_object"})
     (request,) = provider.asked
     assert (request.model, request.temperature, request.max_tokens) == ("m", 0.3, 9)
-    assert (request.stop, request.extra, request.response_format) == (("END",), {"odd": 1}, "json")
+    assert (request.stop, request.extra, request.response_format) == (
+        ("END",),
+        {"odd": 1},
+        {"type": "json_object"},
+    )
 
 
 def test_an_unknown_keyword_is_named() -> None:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import anyio
 import pytest
 
 from fluxibly import LLM, AsyncLLM, AsyncPipeline, LLMConfig, Message, Pipeline, Request
+from fluxibly.errors import BadRequest
+from fluxibly.messages import Tool
+from fluxibly.parts import Image
 from fluxibly.providers.echo import AsyncEchoProvider, EchoProvider
 
 CONFIG = LLMConfig(framework="echo", model="parrot")
@@ -35,6 +40,55 @@ def test_max_tokens_cuts_after_so_many_words() -> None:
     response = Pipeline(EchoProvider(CONFIG)).complete(Request(model="m", messages="a b c d", max_tokens=2))
     assert response.text == "a b "
     assert response.finish_reason == "length"
+
+
+@pytest.mark.parametrize("stop", ["c", ["x", "c d", "d"], ["c d", "c"]])
+def test_stop_ends_the_text(stop: str | list[str]) -> None:
+    """The answer ends before the first stop sequence."""
+    request = Request(model="m", messages="a b c d", stop=stop)  # type: ignore[arg-type]
+    assert Pipeline(EchoProvider(CONFIG)).complete(request).text == "a b "
+
+
+@pytest.mark.parametrize(
+    ("asked", "named"),
+    [
+        ({"tools": [Tool("look")]}, "tools"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"response_format": "json"}, "response_format"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"n": 2}, "n"),
+        ({"reasoning_effort": "high"}, "reasoning_effort"),
+        ({"extra": {"user": "me"}}, r"extra \(or additional_params\)"),
+        (
+            {"messages": [Message.user(["What is this?", Image(url="https://a.test/b.png")])]},
+            "images, audio or files",
+        ),
+        ({"n": 2, "tools": [Tool("look")]}, "tools, n"),
+    ],
+)
+def test_a_call_that_it_cannot_answer_is_refused(asked: dict[str, Any], named: str) -> None:
+    """Nothing that a call asks for is silently left out; the error names it."""
+    request = Request(**{"model": "m", "messages": "hi", **asked})
+    for ask in (EchoProvider(CONFIG).complete, lambda request: list(EchoProvider(CONFIG).stream(request))):
+        with pytest.raises(BadRequest, match=f"only repeats text: leave out {named} "):
+            ask(request)
+
+
+def test_sampling_and_empty_wishes_are_accepted() -> None:
+    """Parameters of sampling change nothing, and neither does asking for what echo does anyway."""
+    request = Request(
+        model="m",
+        messages="hi",
+        temperature=0.5,
+        top_p=0.5,
+        top_k=3,
+        seed=1,
+        n=1,
+        tool_choice="none",
+        response_format={"type": "text"},
+        reasoning_effort="none",
+    )
+    assert Pipeline(EchoProvider(CONFIG)).complete(request).text == "hi"
 
 
 def test_without_a_user_message_the_answer_is_empty() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -25,8 +25,9 @@ class Seen:
 class Canned:
     """The settings of a server, and the requests that it has `seen`.
 
-    `fail` is (status, body, headers), and `fail_only` the only model that fails. `cut` ends the body of a stream before
-    its last event, and `drop` ends the connection there. `stall` holds the response back until the server closes;
+    `fail` is (status, body, headers), and `fail_only` the only model that fails. `refuse` returns the status and the
+    body with which a request is refused, or None. `cut` ends the body of a stream before its last event, and `drop`
+    ends the connection there. `stall` holds the response back until the server closes;
     `stall_after` holds the stream back after its first words. `blocks` are the content of an answer of Anthropic's,
     `items` the output of an answer of OpenAI's Responses, and `message` the message of an answer of OpenAI's chat.
     """
@@ -44,6 +45,7 @@ class Canned:
     drop: bool = False
     stall: bool = False
     stall_after: bool = False
+    refuse: Callable[[Seen], tuple[int, dict[str, Any]] | None] | None = None
     closing: threading.Event = attrs.Factory(threading.Event)
     gone: threading.Event = attrs.Factory(threading.Event)
     _open: int = 0
@@ -114,6 +116,8 @@ class _Handler(BaseHTTPRequestHandler):
         if orders.stall:
             orders.closing.wait()
             self.close_connection = True
+        elif orders.refuse and (refused := orders.refuse(orders.last)):
+            self._whole(refused[0], json.dumps(refused[1]), {})
         elif orders.fail and orders.fail_only in (None, body["model"]):
             status, text, extra = orders.fail
             self._whole(status, text, extra)

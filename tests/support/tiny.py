@@ -8,6 +8,7 @@ from typing import Any
 
 import anyio
 import attrs
+import httpx
 
 from fluxibly.config import LLMConfig, Timeouts
 from fluxibly.errors import AuthenticationError, ProviderError, RateLimitError, ServerError, StreamProtocolError
@@ -83,10 +84,14 @@ def ask(prompt: str = "hi", **fields: Any) -> Request:
 
 
 class Caller:
-    """A caller of the sync provider, or of the async provider on asyncio or trio. `got` has a stream's chunks."""
+    """A caller of the sync provider, or of the async provider on asyncio or trio. `got` has a stream's chunks.
 
-    def __init__(self, mode: str) -> None:
+    `over_httpx`: the providers use a transport of httpx's, not their own connections.
+    """
+
+    def __init__(self, mode: str, *, over_httpx: bool = False) -> None:
         self.mode = mode
+        self.over_httpx = over_httpx
         self.got: list[Chunk] = []
         self.between: Callable[[], object] = lambda: None
         """Called between two calls of a provider."""
@@ -107,7 +112,8 @@ class Caller:
     def _call(self, url: str, method: str, times: int, request: Request, settings: dict[str, Any]) -> Any:
         codec = settings.pop("codec", TinyCodec())
         if self.mode == "sync":
-            with HTTPProvider(codec, SERVICE, config(url, **settings)) as provider:
+            transport = httpx.HTTPTransport() if self.over_httpx else None
+            with HTTPProvider(codec, SERVICE, config(url, **settings), transport=transport) as provider:
                 for n in range(times):
                     if n:
                         self.between()
@@ -115,7 +121,8 @@ class Caller:
                 return result
 
         async def main() -> Any:
-            async with AsyncHTTPProvider(codec, SERVICE, config(url, **settings)) as provider:
+            transport = httpx.AsyncHTTPTransport() if self.over_httpx else None
+            async with AsyncHTTPProvider(codec, SERVICE, config(url, **settings), transport=transport) as provider:
                 for n in range(times):
                     if n:
                         self.between()

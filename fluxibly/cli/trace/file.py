@@ -127,12 +127,15 @@ def duration(seconds: float) -> str:
     return f"{seconds * 1e3:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"
 
 
+_HEAD = '{"resourceSpans"'
+
+
 def read(path: str | Path) -> list[TracedSpan]:
     """Read the spans that have no parent in the file, in the order in which they began.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: a line is not OTLP JSON (a last line that is cut short is left out), or the file has no spans.
+        ValueError: a line is not OTLP JSON (a line that is cut short, by a crash, is left out), or the file has no spans.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
@@ -146,8 +149,8 @@ def read(path: str | Path) -> list[TracedSpan]:
             for span in _spans(json.loads(line)):
                 spans[span.trace_id, span.span_id] = span
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            if number == len(lines) and spans and isinstance(error, json.JSONDecodeError):
-                break
+            if isinstance(error, json.JSONDecodeError) and (line.startswith(_HEAD) or (number == len(lines) and spans)):
+                continue
             raise ValueError(
                 f"{path}, line {number}: this is not OTLP JSON ({type(error).__name__}: {error})"
             ) from error

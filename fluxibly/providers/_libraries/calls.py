@@ -18,19 +18,20 @@ from typing import Any, Final, Generic, NamedTuple, TypeVar, cast
 import anyio
 import attrs
 
-from fluxibly.config import LLMConfig, Timeouts
-from fluxibly.errors import AuthenticationError, Phase
+from fluxibly.config import KEEP_ALIVES, LLMConfig, Timeouts
+from fluxibly.errors import AuthenticationError, ConfigError, Phase
 from fluxibly.providers._libraries.services import server_of
 from fluxibly.types import ProviderInfo
 
 
 class LibraryTimeout(Exception):  # it never leaves the providers
-    """An expired time limit of fluxibly. `phase` names the limit."""
+    """An expired time limit of fluxibly. `phase` names the limit. `kept_alive`: items came, but without output."""
 
-    def __init__(self, phase: Phase, seconds: float) -> None:
+    def __init__(self, phase: Phase, seconds: float, *, kept_alive: bool = False) -> None:
         super().__init__(phase, seconds)
         self.phase: Phase = phase
         self.seconds = seconds
+        self.kept_alive = kept_alive
 
 
 @attrs.frozen(kw_only=True)
@@ -46,18 +47,38 @@ class LibraryLimits:
     def of(cls, config: LLMConfig) -> LibraryLimits:
         limits = config.timeouts
         first = None if limits.first_byte is None or limits.connect is None else limits.first_byte + limits.connect
-        stream = limits.total if isinstance(config.timeout, Timeouts) else None
-        return cls(call=limits.total, first=first, idle=limits.idle, stream=stream)
+        return cls(call=limits.total, first=first, idle=limits.idle, stream=config.stream_total)
 
-    def next(self, *, first: bool, started: float) -> tuple[float | None, LibraryTimeout]:
-        """Return how long a stream's next chunk may take, and the exception to raise after that."""
-        step = self.first if first else self.idle
-        phase: Phase = "first_byte" if first else "idle"
-        if self.stream is not None:
-            left = started + self.stream - time.monotonic()
-            if step is None or left < step:
-                return max(left, 0.0), LibraryTimeout("total", self.stream)
-        return step, LibraryTimeout(phase, step or 0.0)
+
+class _StreamTime:
+    """The time limits of one stream, from now on.
+
+    `first`: no item has arrived yet. `wait_end`: the end of the wait for output, even if items without output arrive;
+    None after output.
+    """
+
+    def __init__(self, limits: LibraryLimits) -> None:
+        self._limits = limits
+        self._started = time.monotonic()
+        self.wait_end: float | None = None
+        self.first = True
+
+    def next(self) -> tuple[float | None, LibraryTimeout]:
+        """Return how long the next item may take, and the exception to raise after that."""
+        limits, now = self._limits, time.monotonic()
+        seconds = limits.first if self.first else limits.idle
+        late = LibraryTimeout("first_byte" if self.first else "idle", seconds or 0.0)
+        if not self.first and limits.idle is not None:
+            if self.wait_end is None:
+                self.wait_end = now + KEEP_ALIVES * limits.idle
+            if self.wait_end - now < limits.idle:
+                seconds = max(self.wait_end - now, 0.0)
+                late = LibraryTimeout("idle", KEEP_ALIVES * limits.idle, kept_alive=True)
+        if limits.stream is not None:
+            left = self._started + limits.stream - now
+            if seconds is None or left < seconds:
+                return max(left, 0.0), LibraryTimeout("total", limits.stream)
+        return seconds, late
 
 
 def read_timeout(timeouts: Timeouts) -> float | None:
@@ -72,8 +93,14 @@ def checked_key(config: LLMConfig) -> str | None:
 
     Raises:
         AuthenticationError: the key cannot be sent in a header. The message does not show the key.
+        ConfigError: a function gives the key.
     """
-    key = None if config.api_key is None else config.api_key.reveal()
+    if callable(config.api_key):
+        raise ConfigError(
+            f"api_key: expected a str for {config.framework} ({config.model}), got a function; only OpenAI's models "
+            "through LangChain, and the frameworks that speak HTTP themselves, take one"
+        )
+    key = config.fixed_key
     if key is not None and (not key.isascii() or not key.isprintable() or key != key.strip()):
         raise AuthenticationError(
             "api_key: expected printable ASCII without surrounding white space, got a key with surrounding white "
@@ -202,8 +229,7 @@ class LibraryStream(Generic[T]):
         self._explain = explain
         self._opened: OpenStream | None = None
         self._worker: _Worker | None = None
-        self._started = time.monotonic()
-        self._first = True
+        self._time = _StreamTime(limits)
         self._over = False
         self._waiting: deque[T] = deque()
 
@@ -214,6 +240,7 @@ class LibraryStream(Generic[T]):
         while not self._waiting and not self._over:
             self._waiting.extend(self._step())
         if self._waiting:
+            self._time.wait_end = None
             return self._waiting.popleft()
         self.close()
         raise StopIteration
@@ -221,16 +248,16 @@ class LibraryStream(Generic[T]):
     def _step(self) -> Iterable[T]:
         if self._worker is None:
             self._worker = _Worker()
-            self._started = time.monotonic()
-        seconds, late = self._limits.next(first=self._first, started=self._started)
+            self._time = _StreamTime(self._limits)
+        seconds, late = self._time.next()
         try:
             item = self._worker.run(self._read, seconds, late)
             self._over = item is _END
             values = self._at_end() if self._over else self._convert(item)
         except Exception as error:  # noqa: BLE001  # raised below, without the library's exception as its context
-            failure = self._explain(error, not self._first)
+            failure = self._explain(error, not self._time.first)
         else:
-            self._first = False
+            self._time.first = False
             return values
         self.close()
         raise failure
@@ -286,20 +313,21 @@ async def library_stream(
 ) -> AsyncGenerator[T]:
     """Yield the items of an async iterator like `LibraryStream`. asyncio only."""
     source: AsyncIterator[Any] | None = None
-    started, first = time.monotonic(), True
+    limit = _StreamTime(limits)
     failure: Exception | None = None
     try:
         while failure is None:
-            seconds, late = limits.next(first=first, started=started)
+            seconds, late = limit.next()
             try:
                 source, item = await _astep(source, open_stream, seconds, late)
                 over = item is _END
                 values = at_end() if over else convert(item)
             except Exception as error:  # noqa: BLE001  # raised below, without the library's exception as its context
-                failure = explain(error, not first)
+                failure = explain(error, not limit.first)
                 break
-            first = False
+            limit.first = False
             for value in values:
+                limit.wait_end = None
                 yield value
             if over:
                 return

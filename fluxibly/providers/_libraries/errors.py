@@ -35,6 +35,8 @@ _WORDS: Final = {
     "ContextOverflowError": "context_length_exceeded",
     "ContextWindowExceededError": "context_length_exceeded",
 }
+_QUOTED: Final = re.compile(r"""["'](?:code|type)["']: ?["']([\w.-]+)["']""")
+"""The codes and types in a body that LiteLLM quotes in its message, and keeps nowhere else."""
 _NO_FALLBACK: Final = ". All fallback attempts failed"
 """The end of LiteLLM's message about the last of its `fallbacks`. Only that message is left of the fallback's error."""
 _MAY_PASS: Final = re.compile(
@@ -80,16 +82,18 @@ def _translated(error: Exception, library: str, *, streamed: bool) -> Exception 
     if isinstance(error, FluxiblyError):
         return error
     if isinstance(error, LibraryTimeout):
-        return _late(error.phase, f"{error.seconds:g} s", library, streamed=streamed)
+        return _late(error.phase, f"{error.seconds:g} s", library, streamed=streamed, kept_alive=error.kept_alive)
+    causes: list[BaseException] = []
     while isinstance(inner := getattr(error, "original_exception", None), Exception):
-        error = inner  # LiteLLM's MidStreamFallbackError adds no information
+        causes += [*_reasons(error)][1:]  # LiteLLM's MidStreamFallbackError itself adds no information
+        error = inner
     last, none_answered, _ = str(error).partition(_NO_FALLBACK)
     if none_answered:
         return ProviderError(
             f"neither the model nor any of the fallbacks of {library} answered; the last error was: {last}",
             retryable=_MAY_PASS.match(last) is not None,
         )
-    reasons = list(_reasons(error))
+    reasons = [*_reasons(error), *causes]
     names = {kind.__name__ for reason in reasons for kind in type(reason).__mro__}
     own_names = {kind.__name__ for kind in type(error).__mro__}
     if own_names & _TIMEOUTS or (names & _TIMEOUTS and own_names & _CONNECTIONS):
@@ -100,6 +104,10 @@ def _translated(error: Exception, library: str, *, streamed: bool) -> Exception 
             f"the answer to {library} was cut off: the connection closed before it was complete"
         )
     if own_names & _CONNECTIONS:
+        for reason in reasons:
+            # LiteLLM calls an error in a stream a lost connection
+            if getattr(reason, "body", None) and (reported := _reported(reason, names, library)) is not None:
+                return reported
         return errors.ConnectionFailed(
             f"{library} could not reach the service, or lost the connection: {_innermost(error)}. "
             "Check the network and api_base."
@@ -111,12 +119,12 @@ def _translated(error: Exception, library: str, *, streamed: bool) -> Exception 
     return _misused(error, own_names, library)
 
 
-def _late(phase: Phase, limit: str, library: str, *, streamed: bool) -> ProviderError:
+def _late(phase: Phase, limit: str, library: str, *, streamed: bool, kept_alive: bool = False) -> ProviderError:
     kind = errors.StreamStalled if phase == "idle" and streamed else errors.RequestTimeout
     what = {
         "connect": "connecting took longer",
         "first_byte": "no answer came for longer",
-        "idle": "the stream sent nothing for longer",
+        "idle": f"the stream sent {'only keep-alives' if kept_alive else 'nothing'} for longer",
         "total": "the call took longer",
     }[phase]
     late = kind(
@@ -158,9 +166,9 @@ def _reported(error: BaseException, names: Iterable[str], library: str) -> Provi
         content = _content(response)
         if content and word is None:
             return error_of_response(status, headers, content, service=f"the service (through {library})")
-        words = [
-            str(each).lower() for each in (word, getattr(error, "code", None), getattr(error, "type", None)) if each
-        ]
+        named = (word, getattr(error, "code", None), getattr(error, "type", None))
+        quoted = [each for each in _QUOTED.findall(str(error)[:4_000]) if each != "error"]
+        words = [str(each).lower() for each in (*named, *quoted) if each]
         report = Report(message=str(error), status=status, code=words[0] if words else None, words=tuple(words))
         return error_of(report, status=status, headers=headers, service=f"the service (through {library})")
     if body is None and isinstance(error, ValueError) and error.args and isinstance(error.args[0], dict):

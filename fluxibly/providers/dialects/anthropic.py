@@ -13,10 +13,13 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from fluxibly._checks import kind_of
+from fluxibly._formats import SchemaFormat
+from fluxibly.errors import StreamProtocolError
 from fluxibly.providers.dialects.codec import Encoded, Event, Framing
 from fluxibly.providers.dialects.decoding import PendingFields, arguments_text, cut_off, not_an_answer
 from fluxibly.providers.dialects.encoding import (
     bad_request,
+    format_of,
     is_thinking_block,
     media_data,
     reject_unsupported,
@@ -94,7 +97,7 @@ class AnthropicCodec:
 
     def encode(self, request: Request, /, *, stream: bool) -> Encoded:
         body = encode_body(request, stream=stream)
-        return Encoded("/messages", write_json(body, request, containers=("output_config",)))
+        return Encoded("/messages", write_json(body, request))
 
     def decode(self, body: bytes, /) -> Response:
         raw = read_json(body)
@@ -205,9 +208,12 @@ class _Block:
 class AnthropicDecoder:
     """State of a stream: the content blocks in progress, and the usage so far."""
 
-    __slots__ = ("_after_text", "_blocks", "_calls", "_done", "_held", "_reason", "_usage")
+    __slots__ = ("_after_text", "_begun", "_blocks", "_calls", "_done", "_held", "_id", "_reason", "_usage")
 
     def __init__(self) -> None:
+        self._id = ""
+        self._begun = False
+        """Whether a content block has begun."""
         self._blocks: dict[int, _Block] = {}
         self._after_text = False
         """Whether the last block is a text, so that another text is a block of its own."""
@@ -239,13 +245,7 @@ class AnthropicDecoder:
             case "content_block_stop":
                 return self._stop(data)
             case "message_start":
-                message = as_object(data.get("message"))
-                self._count(message)
-                self._held.add(
-                    model=as_text(message.get("model")) or None,
-                    id=as_text(message.get("id")) or None,
-                    details=_details(message) or None,
-                )
+                self._begin(as_object(data.get("message")))
             case "message_delta":
                 self._message_delta(data)
             case "message_stop":
@@ -265,7 +265,24 @@ class AnthropicDecoder:
             yield from self._held.flush()
             raise cut_off(NAME, "message_stop")
 
+    def _begin(self, message: dict[str, Any]) -> None:
+        """Take the beginning of the message.
+
+        A gateway that turns to another service in the middle of an answer begins another message. It replaces the first
+        only if that one has no content yet.
+        """
+        found = as_text(message.get("id"))
+        if self._begun and (not found or found != self._id):
+            raise StreamProtocolError(
+                f"expected one message in the stream of {NAME}, got another one after the first had begun"
+            )
+        self._id = found
+        self._usage = {}
+        self._count(message)
+        self._held.add(model=as_text(message.get("model")) or None, id=found or None, details=_details(message) or None)
+
     def _start(self, data: dict[str, Any]) -> Iterable[Chunk]:
+        self._begun = True
         fields = as_object(data.get("content_block"))
         block = self._blocks[_index(data)] = _Block(dict(fields), self._calls)
         after_text, self._after_text = self._after_text, block.type == "text"
@@ -293,6 +310,8 @@ class AnthropicDecoder:
             text = as_text(delta.get("text"))
             return self._held.emit(text) if text else ()
         block = self._blocks.get(_index(data))
+        if block is None and kind == "input_json_delta":  # a gateway that numbers them wrongly
+            block = next(reversed(self._blocks.values()), None)
         if block is None:
             return ()
         if kind == "input_json_delta":
@@ -566,9 +585,10 @@ def _tool_choice(choice: str) -> dict[str, Any]:
 
 def _format(request: Request) -> dict[str, Any]:
     """Return the part of `output_config` that comes from `response_format`."""
-    if isinstance(request.response_format, Mapping):
-        return {"format": {"type": "json_schema", "schema": request.response_format}}
-    if request.response_format == "json":
+    wanted = format_of(request)
+    if isinstance(wanted, SchemaFormat):
+        return {"format": {"type": "json_schema", "schema": wanted.schema}}
+    if wanted == "json":
         raise bad_request(request, f"response_format: expected a JSON Schema or 'text' for {NAME}, got 'json'")
     return {}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Literal, Protocol, TypeAlias
+from typing import Literal, Protocol, TypeAlias, runtime_checkable
 
 import attrs
 import msgspec
@@ -62,6 +62,8 @@ class Service:
     env_var: str | None = None
     """The environment variable with the API key."""
     key_required: bool = True
+    key_by_call: bool = False
+    """Whether a missing key is an error of the calls that have no `Authorization` header, and not of the provider."""
     auth_header: str = "authorization"
     auth_prefix: str = "Bearer "
     headers: tuple[tuple[str, str], ...] = ()
@@ -69,7 +71,7 @@ class Service:
 
 
 class Codec(Protocol):
-    """The codec of a dialect. Instances are immutable and shared by all calls. `framing` applies to its streams."""
+    """The codec of a dialect. All calls share an instance. `framing` applies to its streams."""
 
     @property
     def framing(self) -> Framing: ...
@@ -84,4 +86,17 @@ class Codec(Protocol):
     def decoder(self) -> StreamDecoder: ...
     def decode_error(self, status: int, headers: Mapping[str, str], body: bytes, /) -> ProviderError:
         """Return the error of a non-2xx response. `headers` have lower-case names."""
+        ...
+
+
+@runtime_checkable
+class Learner(Protocol):
+    """A codec that learns from an error how a model wants its requests."""
+
+    def learn(self, request: Request, error: ProviderError, /) -> str | None:
+        """Remember what `error` says about the request's parameters.
+
+        Return what changes if the request is encoded again ("sends max_completion_tokens instead of max_tokens"); None
+        if nothing changes. The provider then sends the request again, once.
+        """
         ...

@@ -1,7 +1,8 @@
 """Helpers that the decoders of all dialects share.
 
-`PendingFields` holds metadata until the next chunk that has output. `Pieces` keeps the order of what comes together. `InlineThinking` separates the reasoning that a
-model writes into its answer. `not_an_answer` and `cut_off` build the errors for invalid and truncated responses.
+`PendingFields` holds metadata until the next chunk that has output. `Pieces` keeps the order of what comes together.
+`CallIndexes` mends the numbers of tool calls. `InlineThinking` separates the reasoning that a model writes into its
+answer. `not_an_answer` and `cut_off` build the errors for invalid and truncated responses.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ import json
 from base64 import b64decode
 from typing import Any, Final, Literal
 
+import attrs
+
 from fluxibly.aggregate import merged
 from fluxibly.errors import ProviderError, StreamProtocolError
 from fluxibly.providers.dialects.errors import error_of_payload, excerpt
 from fluxibly.providers.dialects.json_values import as_object
-from fluxibly.types import Chunk, Reasoning, Text
+from fluxibly.types import Chunk, Reasoning, Text, ToolCallDelta
 
 
 class PendingFields:
@@ -93,6 +96,29 @@ class Pieces:
         self.has_output = output
 
 
+class CallIndexes:
+    """The numbers of the tool calls of an answer.
+
+    Some gateways go on with a call under another number: a fragment with a new number but neither id nor name belongs
+    to the call before.
+    """
+
+    __slots__ = ("_known",)
+
+    def __init__(self) -> None:
+        self._known: list[int | None] = []
+
+    def mended(self, delta: ToolCallDelta) -> ToolCallDelta:
+        """Return a fragment with the number of the call that it belongs to."""
+        known, index = self._known, delta.index
+        if index in known:
+            return delta
+        if known and not delta.id and not delta.name:
+            return delta if index is None else attrs.evolve(delta, index=known[-1])
+        known.append(index)
+        return delta
+
+
 OPEN: Final = "<think>"
 CLOSE: Final = "</think>"
 LEADING: Final = 100
@@ -105,11 +131,16 @@ class InlineThinking:
     Only text between `<think>` and `</think>` at the very beginning is reasoning. Later tags are part of the answer.
     White space around the opening tag and after the closing tag is dropped. The result does not depend on where the
     pieces are cut. Reasoning without a closing tag extends to the end. `markup` is all that was taken out of the text.
+
+    Args:
+        opened: whether the answer begins inside of the tags, because the prompt ended with the opening one. The model
+            may repeat it. Without this, a closing tag alone is text: what comes before it in a stream is already out.
     """
 
-    __slots__ = ("_held", "_stage", "_taken", "over")
+    __slots__ = ("_held", "_opened", "_stage", "_taken", "over")
 
-    def __init__(self) -> None:
+    def __init__(self, *, opened: bool = False) -> None:
+        self._opened = opened
         self._stage: Literal["before", "opened", "inside", "after"] = "before"
         self._held: str = ""
         """The end of the input so far, which may be part of a tag."""
@@ -131,11 +162,13 @@ class InlineThinking:
             if may_begin and OPEN.startswith(start):
                 self._held = held
                 return "", ""
-            if not (may_begin and start.startswith(OPEN)):
+            if may_begin and start.startswith(OPEN):
+                start = start[len(OPEN) :]
+            elif not self._opened:
                 self.over = True
                 self._taken.clear()
                 return held, ""
-            self._stage, held = "opened", start[len(OPEN) :]
+            self._stage, held = "opened", start
         if self._stage == "opened":
             held = held.lstrip()
             if not held:
@@ -157,6 +190,8 @@ class InlineThinking:
     def rest(self) -> tuple[str, str]:
         """Return the text and the reasoning that were held back, at the end of the input."""
         held, self._held = self._held, ""
+        if self._opened and self._stage == "before" and held.strip():
+            self._stage = "inside"  # less than an opening tag is reasoning
         return ("", held) if self._stage == "inside" else (held, "")
 
     def interrupt(self) -> str:

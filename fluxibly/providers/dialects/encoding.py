@@ -5,12 +5,14 @@ from __future__ import annotations
 import base64
 from collections.abc import Iterable, Mapping
 from itertools import takewhile
-from typing import Any, cast
+from typing import Any, Literal, cast
 from urllib.parse import unquote_to_bytes
 
 import msgspec
 
 from fluxibly._checks import kind_of, problem
+from fluxibly._formats import SchemaFormat, output_format
+from fluxibly._merging import merge_into
 from fluxibly.errors import BadRequest
 from fluxibly.types import Media, Message, Request, Text, ToolCall
 
@@ -21,12 +23,10 @@ def bad_request(request: Request, message: str) -> BadRequest:
 
 
 def reject_unsupported(request: Request, service: str, names: Iterable[str]) -> None:
-    """Raise BadRequest if the request sets a parameter in `names`, or a value that no dialect supports."""
-    choice, wanted = request.tool_choice, request.response_format
+    """Raise BadRequest if the request sets a parameter in `names`, or a `tool_choice` that is no str."""
+    choice = request.tool_choice
     if choice is not None and not isinstance(choice, str):  # pyright: ignore[reportUnnecessaryIsInstance]  # callers may be untyped
         raise bad_request(request, problem("tool_choice", "'auto', 'none', 'required' or a tool's name", choice))
-    if not (wanted is None or wanted in ("text", "json") or isinstance(wanted, Mapping)):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise bad_request(request, problem("response_format", "'text', 'json' or a JSON Schema (a mapping)", wanted))
     for name in names:
         value = getattr(request, name)
         if value is not None and not (name == "n" and value == 1):
@@ -35,21 +35,23 @@ def reject_unsupported(request: Request, service: str, names: Iterable[str]) -> 
             )
 
 
-def write_json(body: dict[str, Any], request: Request, *, containers: Iterable[str] = ()) -> bytes:
-    """Return the body of a request as JSON, with `request.extra` merged in.
+def format_of(request: Request) -> Literal["text", "json"] | SchemaFormat | None:
+    """Return the format that the request asks for. Raises BadRequest if there is no such format."""
+    try:
+        return output_format(request.response_format)
+    except (TypeError, ValueError) as error:
+        raise bad_request(request, str(error)) from None
 
-    Values in `extra` replace those in the body. Only the objects named in `containers`, which hold parameters, are
-    merged.
+
+def write_json(body: dict[str, Any], request: Request) -> bytes:
+    """Return the body of a request as JSON, with `request.extra` merged in; see `_merging`.
 
     Raises:
         BadRequest: the body contains a value that JSON cannot represent.
     """
-    for name, value in request.extra.items():
-        if name in containers and isinstance(value, Mapping):
-            body[name] = {**body.get(name, {}), **value}
-        else:
-            body[name] = value
     try:
+        if request.extra:
+            merge_into(body, request.extra)
         return msgspec.json.encode(body, enc_hook=_plain)
     except (TypeError, ValueError, RecursionError) as error:
         # A UnicodeEncodeError would quote the whole prompt in its arguments, so it is not chained.

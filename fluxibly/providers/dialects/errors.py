@@ -227,16 +227,31 @@ def _shortened(text: str) -> str:
 
 
 _CONTEXT_LENGTH = re.compile(
-    r"context[ _-]?(length|window|size)|maximum context|prompt is too long|input is too long|too many (input )?tokens"
-    r"|exceeds? the (available|maximum) (context|number of tokens)|input token count",
+    r"context[ _-]?(length|window|size)|maximum context|(exceeds?|exceeded) (the )?context limit|context limit exceeded"
+    r"|maximum (model|prompt) length|(prompt|input|messages) is too long|prompt exceeds max length|prompt 超长"
+    r"|input length\b.{0,40}\bexceeds?\b|range of input length"
+    r"|too many (input |prompt )?tokens|(input|prompt) token count|user input tokens exceeds|exceeded model token limit"
+    r"|(?<!\w )token limit (reached|exceeded)|exceeds? the (available|maximum) (context|number of tokens)"
+    r"|`inputs` (tokens \+|must have less than)|reduce the length of the (messages|prompt|input)",
     re.IGNORECASE,
 )
+_OTHER_LIMIT = re.compile(
+    r"\bper[ _-]?(second|min|minute|hour|day|week|month)\b|\b[tr]p[md]\b|rate[ _-]?limit|quota"
+    r"|max_\w*tokens\W{1,3}must be less than or equal",  # Groq goes on about the context window
+    re.IGNORECASE,
+)
+"""Messages about tokens that are not about a full context: limits in a time, and an answer longer than any may be."""
 _NO_MONEY = re.compile(
     r"credit balance|(used|run out of|out of) (all )?(available )?credits|doesn't have any credits|purchase more credits"
-    r"|spending limit|insufficient (balance|credits|funds)",
+    r"|spending limit|insufficient (balance|credits|funds)|余额不足|reached your (specified )?(\w+ )?api usage limit"
+    r"|budget has been exceeded|exceeded ?budget|over budget|crossed budget",
     re.IGNORECASE,
 )
-"""Messages for an account without credit: Anthropic sends a 400, xAI a 403 or a 429, both without a specific code."""
+"""Messages for an account without credit, or over its budget, that come without a specific code.
+
+Anthropic sends a 400, xAI a 403 or a 429. Gateways may quote GLM's message without its code. LiteLLM's proxy has a code
+for some of its budgets only.
+"""
 _UNSUPPORTED = re.compile(
     r"\brequires? (the )?--?\w|not supported|unsupported|does(n't| not) support|not implemented",
     re.IGNORECASE,
@@ -244,11 +259,14 @@ _UNSUPPORTED = re.compile(
 """llama.cpp's messages for a request that it cannot serve. Their status is 500."""
 
 _WORDS: Final[Mapping[type[ProviderError], str]] = {
-    errors.ContextLengthExceeded: "context_length_exceeded exceed_context_size_error model_context_window_exceeded",
+    errors.ContextLengthExceeded: "context_length_exceeded exceed_context_size_error model_context_window_exceeded"
+    " too_many_prompt_tokens requested_too_many_tokens model_max_prompt_tokens_exceeded"
+    " 1261",  # GLM
     errors.ContentFiltered: "content_filter content_filter_error responsibleaipolicyviolation"
     " content_policy_violation moderation_blocked data_inspection_failed",
     errors.QuotaExceeded: "insufficient_quota billing_hard_limit_reached billing_not_active billing_error"
-    " insufficient_balance insufficient_credits exceeded_current_quota_error",
+    " insufficient_balance insufficient_credits exceeded_current_quota_error budget_exceeded"
+    " 1113",  # GLM
     errors.AuthenticationError: "invalid_api_key incorrect_api_key api_key_invalid api_key_expired authentication_error"
     " invalid_authentication_error unauthenticated unauthorized",
     errors.Overloaded: "overloaded_error overloaded engine_overloaded server_overloaded unavailable"
@@ -275,6 +293,7 @@ _BY_STATUS: Final[Mapping[int, type[ProviderError]]] = {
     425: errors.Overloaded,
     429: errors.RateLimitError,
     498: errors.Overloaded,  # Groq: the flex tier has no capacity
+    499: errors.ServerError,  # Gemini cancelled the call
     501: errors.BadRequest,
     503: errors.Overloaded,
     504: errors.RequestTimeout,
@@ -315,10 +334,16 @@ def class_of(status: int | None, words: tuple[str, ...], message: str) -> type[P
     by_word = min((_BY_WORD[word] for word in words if word in _BY_WORD), key=_RANK.__getitem__, default=None)
     if by_word is not None and by_word in _DECISIVE:
         return by_word
-    if status in {None, 400, 413, 422, 500} and _CONTEXT_LENGTH.search(message):
-        return errors.ContextLengthExceeded
-    if status in {None, 400, 403, 429} and _NO_MONEY.search(message):
+    unspecific = status not in _BY_STATUS  # such as 400 and 500, and in most streams None
+    if (unspecific or status in {401, 403, 429}) and _NO_MONEY.search(message):
         return errors.QuotaExceeded
+    if (
+        unspecific
+        and by_word is not errors.RateLimitError
+        and _CONTEXT_LENGTH.search(message)
+        and not _OTHER_LIMIT.search(message)
+    ):
+        return errors.ContextLengthExceeded
     if status is None:
         return by_word or errors.ServerError
     if status in _BY_STATUS:

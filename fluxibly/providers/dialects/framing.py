@@ -19,7 +19,12 @@ DEFAULT_LIMIT: Final = 16 * 1024 * 1024
 
 
 class StreamFraming(Protocol):
-    """The framing of a stream, with its state."""
+    """The framing of a stream, with its state.
+
+    `kept_alive`: the last `feed` that returned no events completed something without data: a comment, or a blank line.
+    """
+
+    kept_alive: bool
 
     def feed(self, data: bytes, /) -> list[Event]:
         """Return the events that `data` completes.
@@ -59,9 +64,11 @@ class Lines(ABC):
         self._after_cr = False
         self._at_start = True
         self._failure: StreamProtocolError | None = None
+        self.kept_alive = False
 
     def feed(self, data: bytes, /) -> list[Event]:
         """Return the events that `data` completes."""
+        self.kept_alive = False
         if self._failure is not None:
             raise self._failure
         if self._at_start:
@@ -150,19 +157,23 @@ class NDJSON(Lines):
             raise too_large(self._limit)
         if last and not last.isspace():
             events.append(Event(last))
+        else:
+            self.kept_alive = True
 
 
 # Server-sent events
 
 
-_FIELD_LINE = re.compile(rb"(?:data|event|id|retry)(?::|$)|:")
+_FIELD_LINE = re.compile(rb"(?:data|event|id|retry|error)(?::|$)|:")
 
 
 class SSE(Lines):
-    """Server-sent events by the WHATWG rules (HTML, "9.2.6 Interpreting an event stream"), with two exceptions.
+    """Server-sent events by the WHATWG rules (HTML, "9.2.6 Interpreting an event stream"), with three exceptions.
 
     An unterminated last event is delivered, because services omit the last blank line. JSON without `data:` is also
-    delivered as an event, because services send errors this way, in the middle of a stream or instead of a stream.
+    delivered as an event, because services send errors this way, in the middle of a stream or instead of a stream. And
+    an error is never dropped: a field `error`, as older llama.cpp sends it, is an event of that name, and so is an
+    event of that name without data.
     """
 
     def __init__(self, limit: int) -> None:
@@ -227,10 +238,16 @@ class SSE(Lines):
                 return
             self._dispatch(events)
         field, _, value = line.partition(b":")
-        if field == b"data":
+        if not field:
+            self.kept_alive = True
+        elif field == b"data":
             self._add(value.removeprefix(b" "))
         elif field == b"event":
             self._name = value.removeprefix(b" ").decode(errors="replace")
+        elif field == b"error":
+            if self._data:
+                self._dispatch(events)
+            events.append(Event(value.removeprefix(b" "), "error"))
         elif line.lstrip()[:1] in {b"{", b"["}:
             if self._data:
                 self._dispatch(events)
@@ -244,7 +261,8 @@ class SSE(Lines):
             raise too_large(self._limit)
 
     def _dispatch(self, events: list[Event]) -> None:
-        if self._data:
+        self.kept_alive = True
+        if self._data or self._name == "error":
             events.append(Event(b"\n".join(self._data), self._name))
             self._data.clear()
             self._size = 0

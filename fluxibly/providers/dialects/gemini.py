@@ -15,12 +15,14 @@ from urllib.parse import quote
 
 import attrs
 
+from fluxibly._formats import SchemaFormat
 from fluxibly.aggregate import Aggregator
 from fluxibly.errors import ContentFiltered, ProviderError, QuotaExceeded
 from fluxibly.providers.dialects.codec import Encoded, Event, Framing
 from fluxibly.providers.dialects.decoding import PendingFields, Pieces, arguments_text, cut_off, not_an_answer, to_json
 from fluxibly.providers.dialects.encoding import (
     bad_request,
+    format_of,
     media_data,
     reject_unsupported,
     sent_arguments,
@@ -28,7 +30,7 @@ from fluxibly.providers.dialects.encoding import (
     tool_name,
     write_json,
 )
-from fluxibly.providers.dialects.errors import error_of_payload, error_of_response, excerpt
+from fluxibly.providers.dialects.errors import error_of_event, error_of_payload, error_of_response, excerpt
 from fluxibly.providers.dialects.json_values import as_array, as_count, as_object, as_text, read_json, sum_known
 from fluxibly.types import (
     Audio,
@@ -105,7 +107,7 @@ class GeminiCodec:
         model = request.model if "/" in request.model else f"models/{request.model}"
         method = "streamGenerateContent" if stream else "generateContent"
         query = "?alt=sse" if stream else ""
-        body = write_json(encode_body(request), request, containers=("generationConfig", "toolConfig"))
+        body = write_json(encode_body(request), request)
         return Encoded(f"/{quote(model)}:{method}{query}", body)
 
     def decode(self, body: bytes, /) -> Response:
@@ -293,6 +295,8 @@ class GeminiDecoder:
         return bool(self._candidates)
 
     def decode_event(self, event: Event, /) -> Iterable[Chunk]:
+        if event.name == "error":
+            raise error_of_event(event.data, service=NAME)
         return self.take(read_json(event.data), event.data)
 
     def end(self) -> Iterable[Chunk]:
@@ -658,11 +662,11 @@ def _tool_choice(request: Request) -> dict[str, Any]:
 
 
 def _format(request: Request) -> dict[str, Any]:
-    wanted = request.response_format
+    wanted = format_of(request)
     if wanted is None:
         return {}
-    if isinstance(wanted, Mapping):
-        return {"responseMimeType": "application/json", "responseJsonSchema": wanted}
+    if isinstance(wanted, SchemaFormat):
+        return {"responseMimeType": "application/json", "responseJsonSchema": wanted.schema}
     return {"responseMimeType": "application/json" if wanted == "json" else "text/plain"}
 
 

@@ -12,11 +12,24 @@ from fluxibly.errors import StreamProtocolError
 _decode = msgspec.json.Decoder().decode
 
 
+class Repairs:
+    """The number of texts in this process whose invalid UTF-8 was replaced.
+
+    Readers of answers see by it that a text needs a closer look, which would be too costly for each text.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+
+
+REPAIRS = Repairs()
+
+
 def read_json(data: bytes) -> Any:
     """Return the value of a JSON text.
 
     Accepts values that the specification forbids but Python and JavaScript servers send: `NaN` and `Infinity`, and
-    lone surrogates, which become U+FFFD.
+    lone surrogates, which become U+FFFD. So does invalid UTF-8, since a whole answer lost is worse; `REPAIRS` counts it.
 
     Raises:
         StreamProtocolError: the text is not JSON.
@@ -28,10 +41,21 @@ def read_json(data: bytes) -> Any:
 
 
 def _read_leniently(data: bytes) -> Any:
+    if not is_utf8(data):
+        REPAIRS.count += 1
     try:
         return _without_lone_surrogates(json.loads(data.decode("utf-8-sig", errors="replace")))
     except (ValueError, RecursionError):
         raise StreamProtocolError(f"expected JSON from the service, got {describe(data)}") from None
+
+
+def is_utf8(data: bytes) -> bool:
+    """Whether bytes are valid UTF-8."""
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _without_lone_surrogates(value: object) -> object:

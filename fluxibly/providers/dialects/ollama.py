@@ -25,6 +25,7 @@ from fluxibly.providers.dialects.decoding import (
 )
 from fluxibly.providers.dialects.encoding import (
     bad_request,
+    format_of,
     media_data,
     reject_unsupported,
     sent_arguments,
@@ -72,7 +73,7 @@ class OllamaCodec:
 
     def encode(self, request: Request, /, *, stream: bool) -> Encoded:
         body = encode_body(request, stream=stream, chat=self.endpoint == "chat")
-        return Encoded(f"/api/{self.endpoint}", write_json(body, request, containers=("options",)))
+        return Encoded(f"/api/{self.endpoint}", write_json(body, request))
 
     def decode(self, body: bytes, /) -> Response:
         raw = read_json(body)
@@ -279,8 +280,9 @@ def encode_body(request: Request, *, stream: bool, chat: bool) -> dict[str, Any]
         options["stop"] = list(request.stop)
     if options:
         body["options"] = options
-    if request.response_format == "json" or isinstance(request.response_format, Mapping):
-        body["format"] = request.response_format
+    wanted = format_of(request)
+    if wanted is not None and wanted != "text":
+        body["format"] = wanted if wanted == "json" else wanted.schema
     effort = request.reasoning_effort
     if effort is not None:
         if effort not in ("none", *EFFORTS):

@@ -15,7 +15,7 @@ import msgspec
 from fluxibly.aggregate import Aggregator, merged
 from fluxibly.errors import ProviderError, StreamProtocolError
 from fluxibly.providers.dialects.codec import Encoded, Event, Framing
-from fluxibly.providers.dialects.decoding import InlineThinking, Pieces, cut_off, not_an_answer
+from fluxibly.providers.dialects.decoding import CallIndexes, InlineThinking, Pieces, cut_off, not_an_answer
 from fluxibly.providers.dialects.encoding import write_json
 from fluxibly.providers.dialects.errors import error_of_event, error_of_payload, error_of_response, excerpt
 from fluxibly.providers.dialects.json_values import as_object, read_json
@@ -36,7 +36,13 @@ from fluxibly.providers.dialects.openai_parts import (
     usage_of,
     word_of,
 )
-from fluxibly.providers.dialects.openai_request import Quirks, chat_body
+from fluxibly.providers.dialects.openai_request import (
+    MAX_LEARNED,
+    Quirks,
+    chat_body,
+    max_tokens_name,
+    refused_max_tokens_name,
+)
 from fluxibly.types import Chunk, Opaque, Part, Request, Response, Text, ToolCallDelta
 
 # Choices
@@ -85,6 +91,7 @@ class ChoiceState:
         "_annotations",
         "_began",
         "_beside",
+        "_calls",
         "_filtered",
         "_inline",
         "_own",
@@ -93,13 +100,13 @@ class ChoiceState:
         "_said",
         "_speech",
         "_spoke",
+        "_thinks_first",
         "_thought",
-        "_tools",
         "begun",
         "finished",
     )
 
-    def __init__(self) -> None:
+    def __init__(self, *, thinks_first: bool = False) -> None:
         self.begun = False
         self.finished = False
         self._plain = False
@@ -110,9 +117,10 @@ class ChoiceState:
         """Whether there was text, media or a tool call after the last reasoning."""
         self._spoke = False
         """Whether there was any before it."""
-        self._tools = False
+        self._calls: CallIndexes | None = None
         self._refused = False
-        self._inline = InlineThinking()
+        self._thinks_first = thinks_first
+        self._inline = InlineThinking(opened=thinks_first)
         self._thought: Thought | None = None
         """The last reasoning, while more of it may come."""
         self._beside: dict[str, Any] = {}
@@ -159,6 +167,8 @@ class ChoiceState:
     def _begins_plainly(self, text: str) -> bool:
         """Whether the answer begins with this text, which is only text. Most answers begin so."""
         if not text or self._began or self._thought is not None or text[0] == "<" or text[0].isspace():
+            return False
+        if self._thinks_first:
             return False
         self._inline.over = True
         self._began = self._said = self._plain = True
@@ -223,8 +233,9 @@ class ChoiceState:
         if calls:
             self._end_speech(out)
             self._interrupt(out)
-            self._tools = self._said = True
-            out.add("tool_calls", calls)
+            self._said = True
+            indexes = self._calls = self._calls or CallIndexes()
+            out.add("tool_calls", tuple([indexes.mended(call) for call in calls]))
 
     def _take_content(self, content: object, out: Pieces, *, whole: bool) -> None:
         """Take a content, which is a string, null, or a list of parts."""
@@ -356,7 +367,7 @@ class ChoiceState:
     def _finish(self, reason: str, fields: dict[str, Any]) -> None:
         self.finished = True
         finish = finish_reason_of(reason)
-        if finish == "stop" and (self._refused or self._tools):
+        if finish == "stop" and (self._refused or self._calls is not None):
             finish = "content_filter" if self._refused else "tool_call"
         fields["finish_reason"] = finish
         fields["raw_finish_reason"] = reason
@@ -422,10 +433,11 @@ class ChatDecoder:
     chunk is then a piece of the answer, which keeps chunk counts, gaps and the time to first chunk meaningful.
     """
 
-    def __init__(self, service: str) -> None:
+    def __init__(self, service: str, *, thinks_first: bool = False) -> None:
         self._service = service
+        self._thinks_first = thinks_first
         self._choices: dict[int, ChoiceState] = {}
-        self._first = ChoiceState()
+        self._first = ChoiceState(thinks_first=thinks_first)
         self._held: dict[str, Any] = {}
         self._id: str | None = None
         self._model: str | None = None
@@ -441,10 +453,12 @@ class ChatDecoder:
             StreamProtocolError: the event is not JSON.
         """
         data = event.data
-        if self.done or not data:
+        if self.done:
             return _EMPTY
         if event.name == "error":
             raise error_of_event(data, service=self._service)
+        if not data:
+            return _EMPTY
         try:
             body = _read_body(data)
         except (ValueError, RecursionError):
@@ -485,7 +499,7 @@ class ChatDecoder:
     def take_plain(self, body: Body) -> dict[str, Any] | None:
         """Return the fields of a whole answer that is one text and nothing else, as most are; None for another."""
         choices = body.choices
-        if body.error or not choices or len(choices) > 1 or (choice := choices[0]) is None:
+        if body.error or self._thinks_first or not choices or len(choices) > 1 or (choice := choices[0]) is None:
             return None
         message = choice.message
         if message is None or type(text := message.content) is not str:
@@ -546,7 +560,8 @@ class ChatDecoder:
             if choice is None:
                 continue
             index = choice.index if type(choice.index) is int and choice.index >= 0 else place
-            state = self._choices.setdefault(index, ChoiceState() if index else self._first)
+            new = ChoiceState(thinks_first=self._thinks_first) if index else self._first
+            state = self._choices.setdefault(index, new)
             failure = failure or choice.error
             self._note(body, choice, fields)
             if index == 0:
@@ -631,6 +646,8 @@ class OpenAICodec:
 
     quirks: Quirks = attrs.field(factory=Quirks)
     service: str = "OpenAI"
+    _learned: dict[str, Quirks] = attrs.field(factory=dict[str, Quirks], init=False, repr=False, eq=False)
+    """The quirks of models that refused a request as `quirks` would have it."""
 
     @property
     def framing(self) -> Framing:
@@ -642,7 +659,8 @@ class OpenAICodec:
         Raises:
             BadRequest: the service does not support a parameter, or a value cannot be written as JSON.
         """
-        body = chat_body(request, self.quirks, stream=stream, service=self.service)
+        quirks = self._learned.get(request.model, self.quirks)
+        body = chat_body(request, quirks, stream=stream, service=self.service)
         path = self.quirks.path
         if "{model}" in path:
             path = path.replace("{model}", quote(request.model, safe=""))
@@ -659,7 +677,7 @@ class OpenAICodec:
         found = to_body(raw, body, self.service)
         if not found.error and not any(map(_says_something, found.choices or ())):
             raise not_an_answer(raw, body, self.service, "a message in 'choices'")
-        decoder = ChatDecoder(self.service)
+        decoder = self.decoder()
         plain = decoder.take_plain(found)
         if plain is not None:
             return Response(raw=raw, **plain)
@@ -670,11 +688,25 @@ class OpenAICodec:
 
     def decoder(self) -> ChatDecoder:
         """Return a decoder for a stream."""
-        return ChatDecoder(self.service)
+        return ChatDecoder(self.service, thinks_first=self.quirks.thinks_first)
 
     def decode_error(self, status: int, headers: Mapping[str, str], body: bytes, /) -> ProviderError:
         """Return the error of a non-2xx response."""
         return error_of_response(status, headers, body, service=self.service)
+
+    def learn(self, request: Request, error: ProviderError, /) -> str | None:
+        """Remember the name under which a model takes `max_tokens`, if `error` says so; see `Learner`."""
+        if request.max_tokens is None:
+            return None
+        quirks = self._learned.get(request.model, self.quirks)
+        sent = max_tokens_name(request.model, quirks)
+        other = refused_max_tokens_name(sent, error)
+        if other is None:
+            return None
+        if len(self._learned) >= MAX_LEARNED and request.model not in self._learned:
+            return None
+        self._learned[request.model] = attrs.evolve(quirks, max_tokens=other)
+        return f"sends {other} instead of {sent}"
 
 
 def _says_something(choice: Choice | None) -> bool:

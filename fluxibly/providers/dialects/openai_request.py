@@ -6,19 +6,38 @@ import re
 from base64 import b64encode
 from collections.abc import Mapping
 from hashlib import sha256
-from typing import Any, Final, Literal, cast
+from typing import Any, Final, Literal, TypeAlias
 
 import attrs
 
 from fluxibly._checks import kind_of
+from fluxibly._formats import SchemaFormat
 from fluxibly.aggregate import merged
-from fluxibly.providers.dialects.encoding import bad_request, is_thinking_block, media_data, reject_unsupported
+from fluxibly.errors import ProviderError
+from fluxibly.providers.dialects.encoding import (
+    bad_request,
+    format_of,
+    is_thinking_block,
+    media_data,
+    reject_unsupported,
+)
 from fluxibly.providers.dialects.openai_parts import DIALECT
+from fluxibly.providers.dialects.openai_schema import named_schema
 from fluxibly.types import Audio, Document, Image, Media, Message, Opaque, Reasoning, Request, Text, Tool, ToolCall
 
-_REASONING_MODEL: Final = re.compile(r"(?:.*/)?(?:o\d|gpt-5)")
-"""OpenAI's reasoning models. They reject `max_tokens`."""
+_REASONING_MODEL: Final = re.compile(
+    r"(?<![a-z0-9])(?<!marco.)(?<!skywork.)(?<!open.)(?<!llama.)o[1-9](?![a-z0-9])|gpt[-_.]?(?:[5-9]|1\d)(?!\d)",
+    re.IGNORECASE,
+)
+"""OpenAI's reasoning models, anywhere in a name ("ft:o4-mini:org", "prod-gpt-5"), but not open models called o1. They
+reject `max_tokens`."""
+_UNKNOWN: Final = re.compile(
+    "unsupported|not supported|unrecognized|unknown|unexpected|not permitted|extra", re.IGNORECASE
+)
+"""The words with which a service rejects a parameter that it does not know."""
 
+MAX_LEARNED: Final = 1_000
+"""The maximum number of models about which a codec learns something."""
 _SHORT_CALL_ID: Final = re.compile(r"[a-zA-Z0-9]{9}")
 
 
@@ -29,7 +48,8 @@ class Quirks:
     path: str = "/chat/completions"
     """The path of requests. `{model}` in the path stands for the model's name."""
     max_tokens: Literal["max_tokens", "max_completion_tokens", "by model"] = "max_tokens"
-    """The name of the parameter. "by model" uses the newer name only for OpenAI's reasoning models."""
+    """The name of the parameter. "by model" uses the newer name only for OpenAI's reasoning models. A model that
+    refuses one name gets the other from then on."""
     seed: str = "seed"
     """The name of the parameter."""
     stream_usage: bool = True
@@ -47,6 +67,8 @@ class Quirks:
     "reasoning"."""
     message_fields: tuple[str, ...] = ()
     """The other fields of an assistant's message that the service takes back."""
+    thinks_first: bool = False
+    """Whether an answer begins with reasoning that only `</think>` ends, because the model's template opens it."""
     thinking_parts: bool = False
     """Whether a content may have parts of kinds that OpenAI does not have, such as "thinking"."""
 
@@ -64,7 +86,7 @@ def chat_body(request: Request, quirks: Quirks, *, stream: bool, service: str) -
         if value is not None:
             body[name] = value
     if request.max_tokens is not None:
-        body[_max_tokens_name(request.model, quirks)] = request.max_tokens
+        body[max_tokens_name(request.model, quirks)] = request.max_tokens
     if request.seed is not None:
         body[quirks.seed] = request.seed
     if request.top_k is not None:
@@ -75,8 +97,9 @@ def chat_body(request: Request, quirks: Quirks, *, stream: bool, service: str) -
         body["tools"] = [{"type": "function", "function": function_of(tool)} for tool in request.tools]
     if request.tool_choice is not None:
         body["tool_choice"] = _tool_choice(request.tool_choice)
-    if request.response_format is not None:
-        body["response_format"] = _response_format(request, quirks, service)
+    response_format = _response_format(request, quirks, service)
+    if response_format is not None:
+        body["response_format"] = response_format
     if stream:
         body["stream"] = True
         if quirks.stream_usage:
@@ -86,13 +109,29 @@ def chat_body(request: Request, quirks: Quirks, *, stream: bool, service: str) -
 
 def is_reasoning_model(model: str) -> bool:
     """Whether a model's name is that of an OpenAI reasoning model, which takes different parameters."""
-    return _REASONING_MODEL.match(model) is not None
+    return _REASONING_MODEL.search(model) is not None
 
 
-def _max_tokens_name(model: str, quirks: Quirks) -> str:
+MaxTokensName: TypeAlias = Literal["max_tokens", "max_completion_tokens"]
+
+
+def max_tokens_name(model: str, quirks: Quirks) -> MaxTokensName:
+    """Return the name under which a model takes `max_tokens`, as far as is known."""
     if quirks.max_tokens == "by model":
         return "max_completion_tokens" if is_reasoning_model(model) else "max_tokens"
     return quirks.max_tokens
+
+
+def refused_max_tokens_name(sent: MaxTokensName, error: ProviderError) -> MaxTokensName | None:
+    """Return the other name of `max_tokens` if `error` says that the model does not take the name that was `sent`."""
+    if error.status not in (400, 422):
+        return None
+    message = f"{error} {error.body or ''}"
+    if sent == "max_tokens":
+        return "max_completion_tokens" if "max_completion_tokens" in message else None
+    if "max_completion_tokens" in message and (_UNKNOWN.search(message) or re.search(r"\bmax_tokens\b", message)):
+        return "max_tokens"
+    return None
 
 
 # Messages
@@ -331,37 +370,15 @@ def _tool_choice(choice: str) -> object:
     return {"type": "function", "function": {"name": choice}}
 
 
-def _response_format(request: Request, quirks: Quirks, service: str) -> Mapping[str, Any]:
-    wanted = request.response_format
-    if wanted not in quirks.formats and not (isinstance(wanted, Mapping) and "schema" in quirks.formats):
+def _response_format(request: Request, quirks: Quirks, service: str) -> Mapping[str, Any] | None:
+    wanted = format_of(request)
+    if wanted is None:
+        return None
+    kind = wanted if isinstance(wanted, str) else "schema"
+    if kind not in quirks.formats:
         known = " or ".join("a JSON Schema" if each == "schema" else repr(each) for each in quirks.formats)
-        found = "a JSON Schema" if isinstance(wanted, Mapping) else repr(wanted)
+        found = "a JSON Schema" if kind == "schema" else repr(kind)
         raise bad_request(request, f"response_format: expected {known} for {service}, got {found}")
-    if wanted == "text":
-        return {"type": "text"}
-    if wanted == "json":
-        return {"type": "json_object"}
-    return {"type": "json_schema", "json_schema": named_schema(wanted)}
-
-
-def named_schema(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a JSON Schema with the name that OpenAI requires, and `strict` if the schema fits strict mode."""
-    title = re.sub(r"[^a-zA-Z0-9_-]+", "_", str(schema.get("title") or "response"))[:64]
-    return {"name": title, "schema": schema, "strict": _is_strict(schema)}
-
-
-def _is_strict(schema: object) -> bool:
-    """Whether each object in the schema is closed and requires all its properties, as OpenAI's strict mode demands."""
-    if isinstance(schema, Mapping):
-        fields = cast("Mapping[str, Any]", schema)
-        if fields.get("type") == "object" or "properties" in fields:
-            required: object = fields.get("required") or []
-            properties: object = fields.get("properties") or {}
-            if fields.get("additionalProperties") is not False or not isinstance(required, (list, tuple)):
-                return False
-            if not isinstance(properties, Mapping) or set(cast("list[object]", required)) != set(
-                cast("Mapping[str, object]", properties)
-            ):
-                return False
-        return all(_is_strict(value) for value in fields.values())
-    return all(map(_is_strict, cast("list[object]", schema))) if isinstance(schema, (list, tuple)) else True
+    if isinstance(wanted, SchemaFormat):
+        return {"type": "json_schema", "json_schema": named_schema(wanted)}
+    return {"type": "json_object" if wanted == "json" else "text"}

@@ -12,16 +12,17 @@ from base64 import b64encode
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import takewhile
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import attrs
 
 from fluxibly._checks import is_mapping, kind_of
+from fluxibly._formats import SchemaFormat
 from fluxibly.aggregate import merged
 from fluxibly.errors import ProviderError, StreamProtocolError
 from fluxibly.providers.dialects.codec import Encoded, Event, Framing
 from fluxibly.providers.dialects.decoding import PendingFields, base64_bytes, cut_off, not_an_answer
-from fluxibly.providers.dialects.encoding import bad_request, media_data, reject_unsupported, write_json
+from fluxibly.providers.dialects.encoding import bad_request, format_of, media_data, reject_unsupported, write_json
 from fluxibly.providers.dialects.errors import (
     Report,
     error_of,
@@ -32,7 +33,8 @@ from fluxibly.providers.dialects.errors import (
 )
 from fluxibly.providers.dialects.json_values import as_array, as_object, as_text, read_json
 from fluxibly.providers.dialects.openai_parts import finish_reason_of, usage_of
-from fluxibly.providers.dialects.openai_request import Quirks, function_of, image_url, is_reasoning_model, named_schema
+from fluxibly.providers.dialects.openai_request import MAX_LEARNED, Quirks, function_of, image_url, is_reasoning_model
+from fluxibly.providers.dialects.openai_schema import named_schema
 from fluxibly.types import (
     Chunk,
     ContentPart,
@@ -73,6 +75,8 @@ class ResponsesCodec:
 
     quirks: Quirks = attrs.field(factory=lambda: Quirks(path="/responses"))
     service: str = "OpenAI"
+    _not_reasoning: set[str] = attrs.field(factory=set[str], init=False, repr=False, eq=False)
+    """The models that refused encrypted reasoning, although they have the name of a reasoning model."""
 
     @property
     def framing(self) -> Framing:
@@ -85,6 +89,8 @@ class ResponsesCodec:
             BadRequest: the API does not support a parameter, or a value cannot be written as JSON.
         """
         body = responses_body(request, f"{self.service}'s Responses API")
+        if request.model in self._not_reasoning:
+            body.pop("include", None)
         if stream:
             body["stream"] = True
         return Encoded(self.quirks.path, write_json(body, request))
@@ -110,6 +116,15 @@ class ResponsesCodec:
     def decode_error(self, status: int, headers: Mapping[str, str], body: bytes, /) -> ProviderError:
         """Return the error of a non-2xx response."""
         return error_of_response(status, headers, body, service=self.service)
+
+    def learn(self, request: Request, error: ProviderError, /) -> str | None:
+        """Remember that a model has no encrypted reasoning, if `error` says so; see `Learner`."""
+        refused = error.status == 400 and "encrypted" in f"{error} {error.body or ''}".lower()
+        known = request.model in self._not_reasoning or len(self._not_reasoning) >= MAX_LEARNED
+        if not refused or known or not is_reasoning_model(request.model):
+            return None
+        self._not_reasoning.add(request.model)
+        return f"leaves out {_ENCRYPTED}"
 
 
 def _raise_failure(answer: dict[str, Any], raw: object, data: bytes, service: str, *, failed: bool = False) -> None:
@@ -316,10 +331,12 @@ class ResponsesDecoder:
             StreamProtocolError: the event is not JSON.
         """
         data = event.data
-        if self.done or not data or data.strip() == b"[DONE]":
+        if self.done:
             return ()
         if event.name == "error":
             raise error_of_event(data, service=self._service)
+        if not data or data.strip() == b"[DONE]":
+            return ()
         raw = read_json(data)
         body = as_object(raw)
         kind = as_text(body.get("type")) or event.name
@@ -599,13 +616,14 @@ def responses_body(request: Request, service: str) -> dict[str, Any]:
     if choice is not None:
         named = {"type": "function", "name": choice}
         body["tool_choice"] = choice if choice in {"auto", "none", "required"} else named
-    if request.response_format is not None:
-        body["text"] = {"format": _text_format(request.response_format)}
+    wanted = format_of(request)
+    if wanted is not None:
+        body["text"] = {"format": _text_format(wanted)}
     return body
 
 
-def _text_format(wanted: str | Mapping[str, Any]) -> dict[str, Any]:
-    if isinstance(wanted, str):
+def _text_format(wanted: Literal["text", "json"] | SchemaFormat) -> dict[str, Any]:
+    if not isinstance(wanted, SchemaFormat):
         return {"type": "json_object" if wanted == "json" else "text"}
     return {"type": "json_schema", **named_schema(wanted)}
 

@@ -20,6 +20,8 @@ _TRY_AGAIN_IN = re.compile(
 def retry_after_of(headers: Mapping[str, str], payload: object, message: str, *, now: float) -> float | None:
     """Return the seconds to wait before a retry, if the service asked for a delay, else None.
 
+    A date in the past is a wait of 0. What is no time (a negative or an endless number, other text) is passed over.
+
     In order of trust: `retry-after-ms`, `retry-after` (seconds or an HTTP date, RFC 9110 §10.2.3), Google's
     `RetryInfo` in the body, the reset of an exhausted `x-ratelimit-*` or `ratelimit-*`, and "try again in 20s" in the
     message.
@@ -39,7 +41,7 @@ def retry_after_of(headers: Mapping[str, str], payload: object, message: str, *,
         _reset(_headers_inside(payload), now),
         _in_message(message),
     )
-    return next((max(0.0, hint) for hint in hints if hint is not None), None)
+    return next((hint for hint in hints if hint is not None), None)
 
 
 def retry_info(payload: object) -> float | None:
@@ -56,7 +58,7 @@ def retry_info(payload: object) -> float | None:
 
 
 def duration(text: str) -> float | None:
-    """Return the seconds of "48s", "6m0s", "1.5s", "20ms", "1d2h", or of a bare number; None for other text."""
+    """Return the seconds of "48s", "6m0s", "1.5s", "20ms", "1d2h", or of a bare number from 0; None for other text."""
     number = _number(text)
     if number is not None:
         return number
@@ -64,7 +66,7 @@ def duration(text: str) -> float | None:
     if match is None or not match[0]:
         return None
     days, hours, minutes, seconds, milliseconds = (float(part or 0) for part in match.groups())
-    return days * 86_400 + hours * 3_600 + minutes * 60 + seconds + milliseconds / 1_000
+    return _finite(days * 86_400 + hours * 3_600 + minutes * 60 + seconds + milliseconds / 1_000)
 
 
 def _retry_after(headers: Mapping[str, str], now: float) -> float | None:
@@ -78,7 +80,7 @@ def _retry_after(headers: Mapping[str, str], now: float) -> float | None:
     if moment is None:
         return None
     server_now = _date(headers.get("date", ""))  # the server's clock may differ from the local clock
-    return moment - (now if server_now is None else server_now)
+    return max(0.0, moment - (now if server_now is None else server_now))
 
 
 def _reset(headers: Mapping[str, str], now: float) -> float | None:
@@ -91,7 +93,7 @@ def _reset(headers: Mapping[str, str], now: float) -> float | None:
     longest = max((wait for wait in waits if wait is not None), default=None)
     if longest is None or longest < _EPOCH_SECONDS:
         return longest
-    return (longest if longest < _EPOCH_SECONDS * 1_000 else longest / 1_000) - now
+    return max(0.0, (longest if longest < _EPOCH_SECONDS * 1_000 else longest / 1_000) - now)
 
 
 def _headers_inside(payload: object) -> Mapping[str, str]:
@@ -112,10 +114,15 @@ def _field(value: object, name: str) -> Any:
 
 
 def _number(text: str | None) -> float | None:
+    """Return the number from 0 that a text is; None for other text."""
     try:
         number = float(text or "")
     except ValueError:
         return None
+    return _finite(number) if number >= 0 else None
+
+
+def _finite(number: float) -> float | None:
     return number if math.isfinite(number) else None
 
 

@@ -10,14 +10,17 @@ import os
 import re
 import time
 from collections.abc import Callable, Mapping
+from logging import WARNING
 
 import httpx
 
+from fluxibly._logs import log
 from fluxibly._masking import mask_secrets
 from fluxibly.config import LLMConfig, Timeouts
 from fluxibly.errors import AuthenticationError, BadRequest, ConfigError, ProviderError, StreamProtocolError
-from fluxibly.providers.dialects.codec import Codec, Encoded, Event, Service
+from fluxibly.providers.dialects.codec import Codec, Encoded, Event, Learner, Service
 from fluxibly.providers.dialects.errors import request_id_of
+from fluxibly.providers.dialects.json_values import REPAIRS, is_utf8
 from fluxibly.providers.dialects.retry_after import retry_after_of
 from fluxibly.providers.http._encodings import accept_encoding
 from fluxibly.providers.http._exchange import Headers, Outgoing, as_headers, header, with_header_facts, with_more
@@ -28,6 +31,8 @@ from fluxibly.types import ProviderInfo, Request, Response
 _TARGET = re.compile(rb"[\x21-\x7e]+")
 _KEPT_HEADERS = 32
 """Maximum number of different sets of headers that are kept as bytes."""
+_KEPT_SECRETS = 64
+"""Maximum number of keys and headers that are masked in errors."""
 
 
 class Endpoint:
@@ -39,10 +44,15 @@ class Endpoint:
         self.url = _base_url(service, config)
         self.base_path = self.url.raw_path.partition(b"?")[0].rstrip(b"/")
         self.base_query = self.url.query
-        self._key = _api_key(service, config)
-        self.secrets = (self._key,) if self._key else ()
+        self._given = _given_headers(config)
+        self._auth_names = frozenset((b"authorization", service.auth_header.lower().encode("ascii")))
+        """The headers that take the place of the key, if the configuration or a call has one of them."""
+        self.has_auth = any(name in self._auth_names for name, _ in self._given)
+        self.key, self._no_key = (None, None) if self.has_auth else _api_key(service, config)
+        """The key, and the error of calls without one. A function's key is None until it is asked for."""
+        self.secrets = (*([self.key] if self.key else []), *config.headers.values())
         self.times: Timeouts = config.timeouts
-        self.stream_total = config.timeout.total if isinstance(config.timeout, Timeouts) else None
+        self.stream_total = config.stream_total
         self.host = self.url.host
         self.port = self.url.port or (443 if self.url.scheme == "https" else 80)
         self.info = ProviderInfo(
@@ -52,7 +62,7 @@ class Endpoint:
             server_address=self.host,
             server_port=self.port,
         )
-        self._prepared: dict[tuple[tuple[str, str], ...], Headers] = {}
+        self._prepared: dict[tuple[str | None, tuple[tuple[str, str], ...]], Headers] = {}
 
     def limits(self, *, stream: bool) -> Limits:
         return Limits(self.times, total=self.stream_total if stream else self.times.total, streaming=stream)
@@ -68,8 +78,13 @@ class Endpoint:
         try:
             encoded = self.codec.encode(request, stream=stream)
             headers = self._headers(encoded)
-            if request.headers:
-                headers = with_more(headers, [header(*pair) for pair in request.headers.items()])
+            more = [header(*pair) for pair in request.headers.items()] if request.headers else []
+            if more and not self._auth_names.isdisjoint([name for name, _ in more]):
+                headers = as_headers([pair for pair in headers.pairs if pair[0] not in self._auth_names])
+            elif self._no_key is not None:
+                raise self._no_key
+            if more:
+                headers = with_more(headers, more)
             target = self._target(encoded.path)
         except ProviderError as error:
             raise self.completed_with(error, request) from error.__cause__
@@ -88,8 +103,19 @@ class Endpoint:
             raise BadRequest(f"expected a path without spaces and control characters, got {path!r}")
         return target
 
+    def use_key(self, key: str) -> None:
+        """Send another key from now on. The last keys stay secret.
+
+        Raises:
+            AuthenticationError: the key is malformed.
+        """
+        _check_key(key, "api_key", self.service)
+        self.secrets = (key, *self.secrets[: _KEPT_SECRETS - 1])
+        self.key = key
+
     def _headers(self, encoded: Encoded) -> Headers:
-        headers = self._prepared.get(encoded.headers)
+        key = self.key
+        headers = self._prepared.get((key, encoded.headers))
         if headers is None:
             authority = self.url.netloc
             own = [
@@ -100,13 +126,19 @@ class Endpoint:
                 (b"content-type", b"application/json"),
             ]
             service = [header(*pair) for pair in self.service.headers]
-            if self._key:
-                value = self.service.auth_prefix + self._key
+            if key:
+                value = self.service.auth_prefix + key
                 service.append((self.service.auth_header.lower().encode("ascii"), value.encode("ascii")))
             headers = with_more(with_more(as_headers(own), service), [header(*pair) for pair in encoded.headers])
-            if len(self._prepared) < _KEPT_HEADERS:
-                self._prepared[encoded.headers] = headers
+            headers = with_more(headers, self._given)
+            if len(self._prepared) >= _KEPT_HEADERS:
+                self._prepared.clear()  # a key that changes would otherwise fill it for good
+            self._prepared[key, encoded.headers] = headers
         return headers
+
+    def learn(self, request: Request, error: ProviderError) -> str | None:
+        """Return what the codec learned from an error, and changes if the request is sent again; see `Learner`."""
+        return self.codec.learn(request, error) if isinstance(self.codec, Learner) else None
 
     # Responses
 
@@ -138,14 +170,28 @@ class Endpoint:
 
     def decoded(self, body: bytes) -> Response:
         """Decode a whole body. Errors quote the body with the API key masked; a response is not masked."""
+        repairs = REPAIRS.count
         try:
-            return self.codec.decode(body)
+            response = self.codec.decode(body)
+            if REPAIRS.count != repairs and not is_utf8(body):
+                self.log_repair()
+            return response
         except ProviderError as error:
             masked = self.masked(body)
             if masked == body:
                 raise
             failure = error
         raise self._error_in(lambda: self.codec.decode(masked)) or failure
+
+    def log_repair(self) -> None:
+        """Log that an answer had invalid UTF-8."""
+        log(
+            WARNING,
+            "LLM answer had invalid UTF-8, replaced by U+FFFD | framework=%s, server=%s:%d",
+            framework=self.service.framework,
+            server=self.host,
+            port=self.port,
+        )
 
     def event_error(self, event: Event, error: ProviderError) -> ProviderError:
         """Return `error`, which an event of a stream led to, so that it quotes the event with the API key masked."""
@@ -195,7 +241,7 @@ class Endpoint:
         self, error: Exception, request: Request, limits: Limits, headers: Mapping[str, str] | None
     ) -> Exception:
         """Return the error that the caller gets for an exception. Exceptions of other origin stay as they are."""
-        ours = translated(error, self.host, self.port, limits)
+        ours = translated(error, self.host, self.port, limits, framework=self.service.framework)
         return error if ours is None else self.completed_with(ours, request, headers)
 
 
@@ -222,22 +268,47 @@ def _base_url(service: Service, config: LLMConfig) -> httpx.URL:
     return url
 
 
-def _api_key(service: Service, config: LLMConfig) -> str | None:
-    """Return the API key, in a form that a header can carry.
+def _given_headers(config: LLMConfig) -> list[tuple[bytes, bytes]]:
+    """Return the configuration's headers as bytes.
+
+    Raises:
+        ConfigError: a header cannot be sent. The message never shows its value.
+    """
+    try:
+        return [header(*pair) for pair in config.headers.items()]
+    except BadRequest as error:
+        raise ConfigError(f"headers: {error}") from None
+
+
+def _api_key(service: Service, config: LLMConfig) -> tuple[str | None, AuthenticationError | None]:
+    """Return the API key, and the error of calls that have no authorization of their own either.
 
     Raises:
         AuthenticationError: the key is missing or malformed. The message never shows the key.
     """
-    source = "api_key"
-    key = config.api_key.reveal() if config.api_key is not None else None
+    if config.api_key is not None and config.fixed_key is None:
+        return None, None  # a function gives the key
+    source, key = "api_key", config.fixed_key
     if not key and service.env_var:
         source = f"the environment variable {service.env_var}"
         key = os.environ.get(service.env_var)
     if not key:
         if not service.key_required:
-            return None
+            return None, None
         how = f"set {source}, or api_key in the config" if service.env_var else "set api_key in the config"
-        raise AuthenticationError(f"{service.framework} needs an API key: {how}", provider=service.framework)
+        missing = AuthenticationError(
+            f"{service.framework} needs an API key: {how} (or an Authorization header in headers)",
+            provider=service.framework,
+        )
+        if service.key_by_call:
+            return None, missing
+        raise missing
+    _check_key(key, source, service)
+    return key, None
+
+
+def _check_key(key: str, source: str, service: Service) -> None:
+    """Raise AuthenticationError for a key that a header cannot carry."""
     if key != key.strip():
         problem = "begins or ends with white space (perhaps a newline from a file)"
     elif not key.isascii():
@@ -245,5 +316,5 @@ def _api_key(service: Service, config: LLMConfig) -> str | None:
     elif not key.isprintable():
         problem = "has control characters (perhaps a newline)"
     else:
-        return key
+        return
     raise AuthenticationError(f"the API key in {source} {problem}", provider=service.framework)

@@ -11,6 +11,7 @@ import httpx
 
 from fluxibly.providers.http._exchange import joined
 from fluxibly.providers.http._limits import DRAIN_TIME, LimitPassed, Limits
+from fluxibly.providers.http._network_errors import note_address
 from fluxibly.providers.http._sockets import shut_down
 from fluxibly.providers.http._sockets_loops import from_anywhere
 
@@ -110,8 +111,15 @@ class HTTPXSender:
         """Send a request and wait for the head of its response. Only the transport's limits end that wait."""
         request = self._requests.make(outgoing, limits)
         limits.handed_over()
-        exchange = HTTPXExchange(self._transport.handle_request(request), limits)
+        try:
+            response = self._transport.handle_request(request)
+        except httpx.ConnectError as error:
+            note_address(error, request.url.host)
+            raise
+        exchange = HTTPXExchange(response, limits)
         limits.answered()
+        # httpx reads this when the first part of the body is asked for.
+        request.extensions["timeout"]["read"] = limits.body_for_httpx()
         return await begun(exchange, limits)
 
     async def close(self) -> None:

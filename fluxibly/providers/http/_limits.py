@@ -1,7 +1,11 @@
 """The time limits of an attempt.
 
 A read timeout of a socket, or of httpx, restarts with every byte, so a server that sends a byte now and then outlasts
-it. Here each wait calls `left()` first, which returns the time that remains of the phase and of the total.
+it. Here each read calls `left()` first, which returns the time that remains of the phase and of the total.
+
+The phase "idle" differs. In a whole answer it is the time of one read. In a stream it is the time of one wait for a
+chunk, however many reads that takes: the first read of a wait starts it, a keep-alive (`kept_alive`) starts it again,
+and a chunk ends the wait (`end`), so that the time of the consumer does not count.
 """
 
 from __future__ import annotations
@@ -9,6 +13,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from time import monotonic
 from typing import TYPE_CHECKING
+
+from fluxibly.config import KEEP_ALIVES
 
 if TYPE_CHECKING:
     from fluxibly.config import Timeouts
@@ -41,7 +47,18 @@ class NotHTTP(Exception):
 class Limits:
     """The remaining time of an attempt. The time runs from the construction, and the first phase is connecting."""
 
-    __slots__ = ("_aborted", "_end", "_phase", "_times", "_total", "_total_end", "_wait", "passed", "streaming")
+    __slots__ = (
+        "_aborted",
+        "_phase",
+        "_times",
+        "_total",
+        "_total_end",
+        "_wait",
+        "_wait_end",
+        "end",
+        "passed",
+        "streaming",
+    )
 
     def __init__(self, times: Timeouts, *, total: float | None, streaming: bool = False) -> None:
         # Monotonic, because the wall clock can be set forwards or back during a call.
@@ -51,7 +68,12 @@ class Limits:
         self._total = total
         self._total_end = None if total is None else now + total
         self._phase: Phase = "connect"
-        self._end = None if times.connect is None else now + times.connect
+        self.end = None if times.connect is None else now + times.connect
+        """The end of the phase; None: no limit. Of an idle stream, the end of the wait under way; None between waits.
+
+        The reader of a stream sets it to None when there is a chunk. It is no method, because there are many chunks."""
+        self._wait_end = 0.0
+        """The end of the wait under way, whatever keeps it alive."""
         self.passed: Phase = "connect"
         """The limit that applied to the last wait."""
         self._wait: Callable[[], None] | None = None
@@ -61,23 +83,34 @@ class Limits:
         """Start the limit on connecting."""
         # It starts again here, so that a wait for a turn, or a stale connection, does not shorten the time to connect.
         self._phase = "connect"
-        self._end = None if self._times.connect is None else monotonic() + self._times.connect
+        self.end = None if self._times.connect is None else monotonic() + self._times.connect
 
     def sent(self) -> None:
         """Start the limit on the head of the response, however many reads the head takes."""
         self._phase = "first_byte"
-        self._end = None if self._times.first_byte is None else monotonic() + self._times.first_byte
+        self.end = None if self._times.first_byte is None else monotonic() + self._times.first_byte
 
     def handed_over(self) -> None:
         """Start the limits on connecting and on the head of the response together."""
         # An httpx transport connects, sends and waits in one call, so its phases cannot be timed apart.
         connect, first_byte = self._times.connect, self._times.first_byte
         self._phase = "first_byte"
-        self._end = None if connect is None or first_byte is None else monotonic() + connect + first_byte
+        self.end = None if connect is None or first_byte is None else monotonic() + connect + first_byte
 
     def answered(self) -> None:
-        """Start the idle limit, which applies to each read of the body on its own."""
+        """Start the idle limit."""
         self._phase = "idle"
+        self.end = None
+
+    def kept_alive(self) -> None:
+        """Start the idle limit of the wait again, because the server has sent a whole event without output."""
+        if self.end is not None and self._times.idle is not None:
+            self.end = min(monotonic() + self._times.idle, self._wait_end)
+
+    @property
+    def only_kept_alive(self) -> bool:
+        """Whether keep-alives have made the wait as long as it may be."""
+        return self.end is not None and self.end == self._wait_end
 
     def refused(self) -> None:
         """Apply the idle limit to the whole body, because the response is an error."""
@@ -94,11 +127,16 @@ class Limits:
         """
         phase = self._phase
         self.passed = phase
-        left = self._times.idle
-        if phase != "idle":
-            left = None if self._end is None else self._end - monotonic()
+        now = monotonic()
+        if phase != "idle" or self.end is not None:
+            left = None if self.end is None else self.end - now
+        else:
+            left = self._times.idle
+            if left is not None and self.streaming:
+                self.end = now + left
+                self._wait_end = now + KEEP_ALIVES * left
         if self._total_end is not None:
-            of_total = self._total_end - monotonic()
+            of_total = self._total_end - now
             if left is None or of_total < left:
                 self.passed = "total"
                 left = of_total
@@ -137,11 +175,16 @@ class Limits:
             end_wait()
 
     def for_httpx(self) -> dict[str, float | None]:
-        """Return the `timeout` extension of an httpx request."""
+        """Return the `timeout` extension of an httpx request, for the time until the head of the response."""
         times, total = self._times, self._total
         first_byte = _least(times.first_byte, total)
         connect = _least(times.connect, total)
         return {"connect": connect, "read": first_byte, "write": first_byte, "pool": connect}
+
+    def body_for_httpx(self) -> float | None:
+        """Return the limit on each read of the body, for httpx."""
+        left = None if self._total_end is None else max(0.001, self._total_end - monotonic())
+        return _least(self._times.idle, left)
 
 
 def _least(one: float | None, other: float | None) -> float | None:

@@ -2,22 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import ipaddress
+import re
 import socket
 import ssl
 from collections.abc import Iterator, Mapping
+from typing import cast
 
 import httpx
 
+from fluxibly.config import KEEP_ALIVES
 from fluxibly.errors import ConnectionFailed, ProviderError, RequestTimeout, StreamProtocolError, StreamStalled
 from fluxibly.providers.http._limits import ConnectionLost, LimitPassed, Limits, NotHTTP
 
+_PROGRAMS = {
+    "llamacpp": "llama.cpp (llama-server)",
+    "lmstudio": "LM Studio's server (lms server start)",
+    "ollama": "Ollama (ollama serve)",
+    "ollama-generate": "Ollama (ollama serve)",
+    "vllm": "vLLM (vllm serve)",
+}
+"""The servers that run on the user's machine, by framework."""
+_ADDRESS = re.compile(r"\('([0-9A-Fa-f.:]+)', ([0-9]+)")
+"""The address in the messages of asyncio and trio."""
 
-def translated(error: Exception, host: str, port: int, limits: Limits) -> ProviderError | None:
+
+def translated(error: Exception, host: str, port: int, limits: Limits, *, framework: str = "") -> ProviderError | None:
     """Return the error that users catch for an error of a socket, TLS, httpx or this package; None for other errors."""
     if isinstance(error, ProviderError):
         return error
-    where = f"{host}:{port}"
+    where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     if isinstance(error, (LimitPassed, httpx.TimeoutException)):
         return _late(error, where, limits)
     if isinstance(error, ConnectionLost):
@@ -27,6 +43,12 @@ def translated(error: Exception, host: str, port: int, limits: Limits) -> Provid
     if isinstance(error, NotHTTP):
         return StreamProtocolError(f"{where} sent an invalid HTTP response: {error}")
     if isinstance(error, (httpx.TransportError, OSError)):
+        if refused_here(error, host, port):
+            program = _PROGRAMS.get(framework, "it")
+            return ConnectionFailed(
+                f"no server listens at {where} (connection refused): start {program}, or set api_base to its address",
+                retryable=False,  # nobody starts it in the meantime
+            )
         return _of_network(error, where, host)
     return None
 
@@ -37,13 +59,21 @@ def _late(error: Exception, where: str, limits: Limits) -> RequestTimeout:
     value = limits.value()
     within = "" if value is None else f" within {value:g} s"
     phase = limits.passed
+    stalled = phase == "idle" and limits.streaming
     message = {
         "connect": f"no connection to {where}{within} (the limit timeout.connect)",
         "first_byte": f"{where} did not begin its response{within} (the limit timeout.first_byte)",
         "idle": f"{where} sent no more of its response{within} (the limit timeout.idle)",
         "total": f"{where} did not finish its response{within} (the limit timeout.total)",
     }[phase]
-    timeout = StreamStalled(message) if phase == "idle" and limits.streaming else RequestTimeout(message)
+    if stalled and value is not None:
+        message = f"{where} sent no event{within} (the limit timeout.idle)"
+        if limits.only_kept_alive:
+            message = (
+                f"{where} sent only keep-alives for {KEEP_ALIVES * value:g} s "
+                f"({KEEP_ALIVES} times the limit timeout.idle)"
+            )
+    timeout = StreamStalled(message) if stalled else RequestTimeout(message)
     timeout.phase = phase
     return timeout
 
@@ -54,7 +84,43 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         if error is None:
             return
         yield error
+        if isinstance(error, BaseExceptionGroup):
+            # The attempts to connect to each address. A refusal says most.
+            attempts = cast("BaseExceptionGroup[BaseException]", error).exceptions
+            yield from sorted(attempts, key=lambda attempt: not isinstance(attempt, ConnectionRefusedError))
         error = error.__cause__ or error.__context__
+
+
+def refused_here(error: Exception, host: str, port: int) -> bool:
+    """Whether this machine has refused the connection to a host, because no server listens at the port."""
+    for cause in _chain(error):
+        if isinstance(cause, ConnectionRefusedError):
+            # The names and addresses of other machines, such as a proxy's, are not the host's.
+            found = _ADDRESS.search(str(cause))
+            address = found[1] if found and int(found[2]) == port else cause.filename
+            return _is_here(host) or (isinstance(address, str) and _is_here(address))
+    return False
+
+
+def _is_here(host: str) -> bool:
+    """Whether a host is a name or an address of this machine's loopback."""
+    name = host.rstrip(".").lower()
+    if name == "localhost" or name.endswith(".localhost"):
+        return True
+    try:
+        address = ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return (mapped or address).is_loopback or address.is_unspecified
+
+
+def note_address(error: Exception, host: str) -> None:
+    """Note the address of a host in its refusal, which has none in threads. Looking it up may wait."""
+    for cause in _chain(error):
+        if isinstance(cause, ConnectionRefusedError) and cause.filename is None:
+            with contextlib.suppress(OSError, UnicodeError):
+                cause.filename = socket.getaddrinfo(host, None)[0][4][0]
 
 
 def _of_network(error: Exception, where: str, host: str) -> ProviderError:

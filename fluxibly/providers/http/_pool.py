@@ -17,6 +17,7 @@ from weakref import WeakSet
 from fluxibly.errors import ConnectionFailed
 from fluxibly.providers.http._http1 import Answer, request_bytes
 from fluxibly.providers.http._limits import DRAIN_TIME, ConnectionLost, LimitPassed, Limits, NotHTTP
+from fluxibly.providers.http._network_errors import refused_here
 from fluxibly.providers.http._route import Route, tls_context
 from fluxibly.providers.http._sockets import TLSSocket, shut_down
 
@@ -342,7 +343,8 @@ class Pool:
             if route.through_proxy:
                 raise ConnectionFailed(
                     f"no connection to the proxy {route.host}:{route.port}, which the environment sets: "
-                    f"{error.strerror or error}"
+                    f"{error.strerror or error}",
+                    retryable=not refused_here(error, route.host, route.port),
                 ) from error
             raise
         try:

@@ -9,13 +9,16 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Mapping
+from http import HTTPStatus
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 from weakref import WeakSet
 
+from fluxibly._logs import log_retry
 from fluxibly._states import TRANSITIONS, State
-from fluxibly.errors import ConnectionFailed
+from fluxibly.errors import ConnectionFailed, ProviderError
 from fluxibly.providers.http._endpoint import Endpoint
 from fluxibly.providers.http._httpx import AsyncHTTPXSender, HTTPXSender
+from fluxibly.providers.http._keys import Keys, LoopKeys, ThreadKeys
 from fluxibly.providers.http._limits import Aborted
 from fluxibly.providers.http._reader import ReplyBody, ReplyReader, refusal
 from fluxibly.providers.http._senders import default_async_sender, default_sender
@@ -33,6 +36,24 @@ if TYPE_CHECKING:
     from fluxibly.types import Chunk, Request, Response
 
 
+async def worth_resending(
+    endpoint: Endpoint, keys: Keys | None, key: str | None, request: Request, error: Exception
+) -> bool:
+    """Whether to send a request again, once, because `error` made something of it change. Log what changes.
+
+    `key` is the API key that was sent.
+    """
+    if not isinstance(error, ProviderError):
+        return False
+    change = endpoint.learn(request, error)
+    if change is None and error.status == HTTPStatus.UNAUTHORIZED and keys is not None and await keys.renew(key):
+        change = "sends a new api_key"
+    if change is None:
+        return False
+    log_retry(request, error, max(request.call.attempts - 1, 0), 0.0, change=change)
+    return True
+
+
 def fail(error: Exception, failure: Exception) -> NoReturn:
     """Raise `failure` with `error` as its cause, or `error` itself if they are the same."""
     if failure is error:
@@ -46,8 +67,9 @@ class _Stream:
     `_reader` is None until the head of the response has arrived. `_exchange` is None while a read holds it.
     """
 
-    def __init__(self, endpoint: Endpoint, sender: Sender, request: Request) -> None:
+    def __init__(self, endpoint: Endpoint, sender: Sender, request: Request, keys: Keys | None = None) -> None:
         self._endpoint = endpoint
+        self._keys = keys
         self._sender = sender
         self._request = request
         self._state: State = "new"
@@ -85,9 +107,9 @@ class _Stream:
                 raise reader.failure
             self._check_wanted()
             if reader is None or exchange is None:
-                outgoing, limits = self._prepare()
-                exchange = await self._sender.send(outgoing, limits)
-                await self._begin(exchange, limits)
+                exchange = await self._open()
+            elif reader.rest is not None:
+                reader.go_on()
             else:
                 reader.feed(await exchange.read())
             with self._lock:
@@ -110,13 +132,28 @@ class _Stream:
         self._check_wanted()
         return outgoing, limits
 
-    async def _begin(self, exchange: Exchange, limits: Limits) -> None:
-        """Take the head of the response."""
-        if not 200 <= exchange.status < 300:
-            raise await refusal(self._endpoint, exchange, self._request, limits)
-        self._headers = exchange.headers
-        reader = self._reader = ReplyReader(self._endpoint, exchange.headers)
-        self._chunks = reader.chunks
+    async def _open(self, *, again: bool = False) -> Exchange:
+        """Send the request, and take the head of the response."""
+        endpoint = self._endpoint
+        if self._keys is not None:
+            await self._keys.find()
+        key = endpoint.key
+        outgoing, limits = self._prepare()
+        exchange = await self._sender.send(outgoing, limits)
+        try:
+            if 200 <= exchange.status < 300:
+                self._headers = exchange.headers
+                reader = self._reader = ReplyReader(endpoint, exchange.headers, limits)
+                self._chunks = reader.chunks
+                return exchange
+            error = await refusal(endpoint, exchange, self._request, limits)
+        except BaseException:
+            await exchange.release(ended=False)
+            raise
+        await exchange.release(ended=False)
+        if again or not await worth_resending(endpoint, self._keys, key, self._request, error):
+            raise error
+        return await self._open(again=True)
 
     def _check_wanted(self) -> None:
         """Raise Aborted if the stream was aborted or closed during the read."""
@@ -217,6 +254,7 @@ class _Shell:
     """A provider over a sender. `_streams` holds the streams that may be open."""
 
     _sender: Sender
+    _keys_kind: type[Keys]
 
     def __init__(self, codec: Codec, service: Service, config: LLMConfig, name: str | None) -> None:
         kind = type(self).__name__
@@ -224,6 +262,9 @@ class _Shell:
             kind = f"Async{name}" if kind.startswith("Async") else name
         self._kind = kind
         self._endpoint = Endpoint(codec, service, config, name=kind.removeprefix("Async"))
+        self._keys: Keys | None = None
+        if callable(config.api_key) and not self._endpoint.has_auth:
+            self._keys = self._keys_kind(config.api_key, self._endpoint.use_key)
         self.info = self._endpoint.info
         self._closed = False
         self._streams: WeakSet[_Stream] = WeakSet()
@@ -236,9 +277,12 @@ class _Shell:
         if self._closed:
             raise RuntimeError(f"this {self._kind} is closed; make a new one")
 
-    async def _complete(self, request: Request) -> Response:
+    async def _complete(self, request: Request, *, again: bool = False) -> Response:
         self._check_open()
         endpoint = self._endpoint
+        if self._keys is not None:
+            await self._keys.find()
+        key = endpoint.key
         outgoing = endpoint.outgoing(request, stream=False)
         limits = endpoint.limits(stream=False)
         headers: Mapping[str, str] | None = None
@@ -255,7 +299,9 @@ class _Shell:
                 await exchange.release(ended=False)
             return endpoint.response(headers, body.whole())
         except Exception as error:  # noqa: BLE001  # `fail` raises it, translated
-            fail(error, endpoint.failure(error, request, limits, headers))
+            if again or not await worth_resending(endpoint, self._keys, key, request, error):
+                fail(error, endpoint.failure(error, request, limits, headers))
+        return await self._complete(request, again=True)
 
     def _open(self, stream: S) -> S:
         with self._lock:
@@ -280,7 +326,7 @@ class HTTPProvider(_Shell):
     Args:
         codec: the dialect.
         service: the endpoint that speaks the dialect.
-        config: the configuration; only `api_key`, `api_base` and `timeout` apply here.
+        config: the configuration; only `api_key`, `api_base`, `headers` and `timeout` apply here.
         transport: an httpx transport to send through, instead of the provider's own connections.
         name: the provider's name in logs; its class's name by default.
 
@@ -288,6 +334,8 @@ class HTTPProvider(_Shell):
         ConfigError: the base URL is missing or invalid.
         AuthenticationError: the API key is missing or malformed.
     """
+
+    _keys_kind = ThreadKeys
 
     def __init__(
         self,
@@ -307,7 +355,7 @@ class HTTPProvider(_Shell):
 
     def stream(self, request: Request) -> HTTPStream:
         """Return the response as a stream of chunks. The first read sends the request."""
-        return self._open(HTTPStream(self._endpoint, self._sender, request))
+        return self._open(HTTPStream(self._endpoint, self._sender, request, self._keys))
 
     def close(self) -> None:
         """Close all connections. Open streams end with an error. A second call has no effect."""
@@ -325,6 +373,8 @@ class AsyncHTTPProvider(_Shell):
 
     `transport` is an `httpx.AsyncBaseTransport`.
     """
+
+    _keys_kind = LoopKeys
 
     def __init__(
         self,
@@ -344,7 +394,7 @@ class AsyncHTTPProvider(_Shell):
 
     def stream(self, request: Request) -> AsyncHTTPStream:
         """Return the response as a stream of chunks. The first read sends the request."""
-        return self._open(AsyncHTTPStream(self._endpoint, self._sender, request))
+        return self._open(AsyncHTTPStream(self._endpoint, self._sender, request, self._keys))
 
     async def aclose(self) -> None:
         """Close all connections. Open streams end with an error. A second call has no effect."""

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 from fluxibly.aggregate import as_chunks
 from fluxibly.errors import ProviderError, StreamProtocolError
 from fluxibly.providers.dialects.framing import make_framing
+from fluxibly.providers.dialects.json_values import REPAIRS, is_utf8
 from fluxibly.providers.http._encodings import MAX_BODY, MAX_ERROR_BODY, decoded, decoders_for
 from fluxibly.providers.http._exchange import with_header_facts
 from fluxibly.types import Chunk
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from fluxibly.providers.dialects.codec import Event
     from fluxibly.providers.http._endpoint import Endpoint
@@ -25,22 +26,23 @@ if TYPE_CHECKING:
 class ReplyBody:
     """The body of a response: checked against its content-length, decompressed, and bounded."""
 
-    __slots__ = ("_decoders", "_due", "_got", "_size", "limit", "pieces")
+    __slots__ = ("_decoders", "_due", "_size", "got", "limit", "packed", "pieces")
 
     def __init__(self, headers: Mapping[str, str], *, limit: int = MAX_BODY) -> None:
         encoding = headers.get("content-encoding")
         self._decoders = decoders_for(encoding) if encoding else []
+        self.packed = bool(self._decoders)
         length = headers.get("content-length", "")
         self._due = int(length) if length.isascii() and length.isdigit() else None
         if "transfer-encoding" in headers:
             self._due = None
-        self._got = self._size = 0
+        self.got = self._size = 0
         self.limit = limit
         self.pieces: list[bytes] = []
 
     def decode(self, data: bytes) -> Iterable[bytes]:
         """Return the next bytes decompressed, in bounded pieces."""
-        self._got += len(data)
+        self.got += len(data)
         return decoded(self._decoders, data) if self._decoders else (data,)
 
     def end(self) -> None:
@@ -49,9 +51,9 @@ class ReplyBody:
         Raises:
             StreamProtocolError: bytes are missing.
         """
-        if self._due is not None and self._got < self._due:
-            raise StreamProtocolError(f"expected a body of {self._due:,} bytes, got {self._got:,}: it was cut off")
-        if self._got:
+        if self._due is not None and self.got < self._due:
+            raise StreamProtocolError(f"expected a body of {self._due:,} bytes, got {self.got:,}: it was cut off")
+        if self.got:
             for decoder in self._decoders:
                 decoder.end()
 
@@ -85,7 +87,7 @@ class ReplyReader:
     """A decoder of a stream's bytes into chunks. Chunks before an error are delivered before the error.
 
     `chunks` are ready for the consumer. `ended`: nothing more is to be read. `failure`: the error to raise after the
-    chunks, if there is an error.
+    chunks, if there is an error. `rest`: the part of compressed bytes that is not decompressed yet.
     """
 
     __slots__ = (
@@ -94,18 +96,22 @@ class ReplyReader:
         "_endpoint",
         "_framing",
         "_headers",
+        "_limits",
         "_noted",
+        "_repairs",
         "_whole",
         "chunks",
         "ended",
         "failure",
+        "rest",
     )
 
-    def __init__(self, endpoint: Endpoint, headers: Mapping[str, str]) -> None:
+    def __init__(self, endpoint: Endpoint, headers: Mapping[str, str], limits: Limits) -> None:
         endpoint.check_page(headers)
         self._endpoint = endpoint
         codec = endpoint.codec
         self._headers = headers
+        self._limits = limits
         self._body = ReplyBody(headers)
         self._framing = make_framing(codec.framing)
         self._decoder = codec.decoder()
@@ -113,9 +119,12 @@ class ReplyReader:
         # None: the content type is JSON although events were expected. The first character then decides.
         self._whole = None if media_type == "application/json" and codec.framing == "sse" else False
         self._noted = False
+        self._repairs: int | None = REPAIRS.count
+        """The number of repaired texts so far; None once this answer's are logged."""
         self.chunks: deque[Chunk] = deque()
         self.ended = False
         self.failure: Exception | None = None
+        self.rest: Iterator[bytes] | None = None
 
     @property
     def done(self) -> bool:
@@ -127,25 +136,62 @@ class ReplyReader:
         try:
             if not data:
                 self._end()
-                return
-            for piece in self._body.decode(data):
-                if self._whole is False:
-                    self._take(piece)
-                else:
-                    self._put_by(piece)
-                if self.ended:
-                    return
+            elif self._body.packed:
+                self.rest = iter(self._body.decode(data))
+                self._unpack(self.rest)
+            else:
+                self._body.got += len(data)
+                self._take(data)
         except Exception as error:  # noqa: BLE001  # raised after the chunks before it
-            self.failure = error
-            self.ended = True
+            self._fail(error)
+
+    def go_on(self) -> None:
+        """Decode more of the `rest`."""
+        try:
+            if self.rest is not None:
+                self._limits.left()
+                self._unpack(self.rest)
+        except Exception as error:  # noqa: BLE001  # raised after the chunks before it
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        self.failure = error
+        self.ended = True
+
+    def _unpack(self, rest: Iterator[bytes]) -> None:
+        """Take one piece of the rest. A few bytes may expand to more chunks than fit in memory."""
+        piece = next(rest, None)
+        if piece is None:
+            self.rest = None
+        else:
+            self._take(piece)
 
     def _take(self, piece: bytes) -> None:
+        if self._whole is not False:
+            self._put_by(piece)
+            return
         decoder = self._decoder
-        for event in self._framing.feed(piece):
+        events = self._framing.feed(piece)
+        for event in events:
             self._decode(event)
             if decoder.done:
                 self.ended = True
-                return
+                break
+        if self.chunks:
+            self._limits.end = None
+        elif events or self._framing.kept_alive:
+            self._limits.kept_alive()
+        if REPAIRS.count != self._repairs:
+            self._note_repairs(events)
+
+    def _note_repairs(self, events: Iterable[Event]) -> None:
+        """Log invalid UTF-8, if it was in these events, and not in those of another stream."""
+        if self._repairs is None:
+            return
+        self._repairs = REPAIRS.count
+        if not all(is_utf8(event.data) for event in events):
+            self._repairs = None
+            self._endpoint.log_repair()
 
     def _decode(self, event: Event) -> None:
         try:
@@ -173,13 +219,18 @@ class ReplyReader:
                 piece = b"".join(body.pieces)
                 body.pieces.clear()
                 self._take(piece)
+        elif self._whole is None:
+            self._limits.kept_alive()  # white space keeps the connection alive while the answer is being made
 
     def _end(self) -> None:
         if self._whole is False:
             self._body.end()
-            for event in self._framing.close():
+            events = self._framing.close()
+            for event in events:
                 self._decode(event)
             self._deliver(self._decoder.end())
+            if REPAIRS.count != self._repairs:
+                self._note_repairs(events)
         else:
             self._deliver(as_chunks(self._endpoint.decoded(self._body.whole())))
         self.ended = True

@@ -106,6 +106,20 @@ def as_limit(error: TimeoutError) -> Exception:
     return error if error.errno is not None else LimitPassed()
 
 
+def with_address(error: Exception, address: Any) -> Exception:
+    """Return `error` with the address that refused the connection, or did not accept it."""
+    if isinstance(error, OSError):
+        error.filename = address[0]
+    return error
+
+
+def main_failure(failures: list[Exception], host: str) -> Exception:
+    """Return the failure to report if no address of a host accepted a connection."""
+    # A refusal says most: another address may have failed only because this machine has no IPv6.
+    refused = [failure for failure in failures if isinstance(failure, ConnectionRefusedError)]
+    return [*refused, *failures, OSError(f"{host} has no address")][0]
+
+
 async def resolve(host: str, port: int, limits: Limits, over: Event) -> list[Any]:
     """Return the addresses of a host."""
     # An address needs no look-up, and so no thread.

@@ -13,7 +13,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from fluxibly.providers.http._limits import LimitPassed
-from fluxibly.providers.http._sockets import READ_SIZE, PlainSocket, as_limit, resolve
+from fluxibly.providers.http._sockets import READ_SIZE, PlainSocket, as_limit, main_failure, resolve, with_address
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -197,7 +197,7 @@ class Loops:
             return race.connected[0]
         if scope.cancelled_caught:
             raise LimitPassed
-        raise race.failures[0] if race.failures else OSError(f"{host} has no address")
+        raise main_failure(race.failures, host)
 
 
 class _Race:
@@ -227,7 +227,8 @@ class _Race:
             kind: type[AsyncioSocket | TrioSocket] = TrioSocket if on_trio() else AsyncioSocket
             self.connected.append(await kind.connect(sock, info[4]))
         except OSError as error:
-            self.failures.append(as_limit(error) if isinstance(error, TimeoutError) else error)
+            failure = as_limit(error) if isinstance(error, TimeoutError) else error
+            self.failures.append(with_address(failure, info[4]))
             sock.close()
         except BaseException:
             sock.close()

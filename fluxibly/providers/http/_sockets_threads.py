@@ -10,7 +10,16 @@ import threading
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fluxibly.providers.http._limits import LimitPassed
-from fluxibly.providers.http._sockets import READ_SIZE, PlainSocket, as_limit, ready, resolve, shut_down
+from fluxibly.providers.http._sockets import (
+    READ_SIZE,
+    PlainSocket,
+    as_limit,
+    main_failure,
+    ready,
+    resolve,
+    shut_down,
+    with_address,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
@@ -86,7 +95,7 @@ class Threads:
         """Connect to the first of the host's addresses that accepts a connection."""
         # Each address has its share of the remaining time, so that an address that is silent does not use up all of it.
         infos = await resolve(host, port, limits, BlockingEvent())
-        failure: Exception | None = None
+        failures: list[Exception] = []
         for tried, (family, kind, protocol, _, address) in enumerate(infos):
             left = limits.left()
             sock = socket.socket(family, kind, protocol)
@@ -96,12 +105,12 @@ class Threads:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 return BlockingSocket(sock)
             except (OSError, LimitPassed) as error:
-                failure = error
+                failures.append(with_address(error, address))
                 sock.close()
             except BaseException:
                 sock.close()
                 raise
-        raise failure or OSError(f"{host} has no address")
+        raise main_failure(failures, host)
 
 
 def _connect(sock: socket.socket, address: Any, limits: Limits, seconds: float | None) -> None:

@@ -469,21 +469,9 @@ def _overrides(keywords: dict[str, Any]) -> dict[str, Any]:
     elif isinstance(choice, Mapping):
         table = cast("Mapping[str, Any]", choice)
         ours["tool_choice"] = table.get("function", table)["name"]
-    wanted = ours.get("response_format")
-    if isinstance(wanted, Mapping):
-        ours["response_format"] = _response_format(cast("Mapping[str, Any]", wanted))
     if "parallel_tool_calls" in ours:  # only OpenAI's dialect has this parameter
         ours["extra"] = {"parallel_tool_calls": ours.pop("parallel_tool_calls"), **(ours.get("extra") or {})}
     return ours
-
-
-def _response_format(wanted: Mapping[str, Any]) -> str | Mapping[str, Any]:
-    """Convert OpenAI's dict for a response format. Any other mapping is a JSON Schema."""
-    kind = wanted.get("type")
-    if kind == "json_schema" and isinstance(wanted.get("json_schema"), Mapping):
-        schema: Mapping[str, Any] = wanted["json_schema"].get("schema") or {}
-        return schema
-    return {"json_object": "json", "text": "text"}.get(str(kind), wanted)
 
 
 def _result(response: Response) -> ChatResult:

@@ -115,8 +115,14 @@ class ChatModels:
         provider, model = split_model(name)
         settings: dict[str, Any] = {"max_retries": 0}
         if split_model(config.model)[0] == provider:  # the key must not be sent to another service
-            if key := checked_key(config):
+            if callable(config.api_key) and provider == "openai":
+                settings["api_key"] = config.api_key
+            elif key := checked_key(config):
                 settings["api_key"] = key
+            if config.headers:
+                if provider not in ("openai", "anthropic"):
+                    raise ConfigError(f"headers: LangChain's {provider} takes no headers; leave them out")
+                settings["default_headers"] = dict(config.headers)
             if config.api_base is not None:
                 settings["base_url"] = config.api_base
         read = read_timeout(config.timeouts)
@@ -138,7 +144,7 @@ class ChatModels:
         except ImportError as error:
             raise ConfigError(f"LangChain lacks the integration for the model {name!r}: {error}") from error
         except Exception as error:  # noqa: BLE001  # each integration raises its own exceptions
-            raise _not_made(name, error, settings.get("api_key")) from None
+            raise _not_made(name, error, config.fixed_key) from None
         if provider == "anthropic":
             _give_client(made, client, asynchronous=asynchronous)
         return _Made(made, client)
@@ -222,8 +228,8 @@ def _not_made(name: str, error: Exception, key: str | None) -> Exception:
 def _secrets(chat_model: BaseChatModel, config: LLMConfig | None) -> tuple[str, ...]:
     """Return the keys that a chat model holds, from the configuration or any other source."""
     held = [value.get_secret_value() for value in vars(chat_model).values() if isinstance(value, SecretStr)]
-    if config is not None and config.api_key is not None:
-        held.append(config.api_key.reveal())
+    if config is not None:
+        held += [config.fixed_key or "", *config.headers.values()]
     return tuple(secret for secret in held if secret)
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 from langchain_core.language_models import BaseChatModel
 from langchain_core.runnables import Runnable, RunnableBinding
 
+from fluxibly._checks import is_list
+from fluxibly._formats import SchemaFormat
+from fluxibly._merging import merge_into
 from fluxibly.errors import BadRequest
-from fluxibly.providers.dialects.encoding import bad_request, reject_unsupported
-from fluxibly.providers.dialects.openai_request import named_schema
+from fluxibly.providers.dialects.encoding import bad_request, format_of, reject_unsupported
+from fluxibly.providers.dialects.openai_schema import named_schema
 from fluxibly.providers.langchain._messages import Dialect
 from fluxibly.types import Request, Tool
 
@@ -70,9 +72,10 @@ def prepare(chat_model: BaseChatModel, request: Request, dialect: Dialect) -> tu
     else:
         chat_model = _with_fields(chat_model, keywords)
         runnable = chat_model
-        if request.response_format not in (None, "text"):
-            keywords["response_format"] = _openai_format(request.response_format)
-        keywords.update(request.extra)
+        wanted = format_of(request)
+        if wanted not in (None, "text"):
+            keywords["response_format"] = _openai_format(wanted)
+        merge_into(keywords, request.extra)
     if request.tools:
         return _bind_tools(chat_model, request, dialect, keywords)
     if request.tool_choice is not None:
@@ -89,8 +92,9 @@ def _for_openai(chat_model: BaseChatModel, request: Request, keywords: dict[str,
     body: dict[str, Any] = {}
     if "top_k" in keywords:
         body["top_k"] = keywords.pop("top_k")
-    if request.response_format not in (None, "text"):
-        shape = _openai_format(request.response_format)
+    wanted = format_of(request)
+    if wanted not in (None, "text"):
+        shape = _openai_format(wanted)
         # The Responses API needs it in another place, and langchain-openai puts it there.
         (keywords if getattr(chat_model, "use_responses_api", None) else body)["response_format"] = shape
     _add_extra(request, keywords, body)
@@ -98,15 +102,19 @@ def _for_openai(chat_model: BaseChatModel, request: Request, keywords: dict[str,
 
 def _for_anthropic(request: Request, keywords: dict[str, Any], service: str) -> None:
     reject_unsupported(request, service, ["frequency_penalty", "presence_penalty", "seed"])
-    if request.response_format == "json":
+    wanted = format_of(request)
+    if wanted == "json":
         raise bad_request(request, "Anthropic returns JSON only for a schema: pass a JSON schema as response_format")
-    if isinstance(request.response_format, Mapping):
-        keywords["output_config"] = {"format": {"type": "json_schema", "schema": dict(request.response_format)}}
+    if isinstance(wanted, SchemaFormat):
+        keywords["output_config"] = {"format": {"type": "json_schema", "schema": dict(wanted.schema)}}
     _add_extra(request, keywords, {})
 
 
 def _add_extra(request: Request, keywords: dict[str, Any], body: dict[str, Any]) -> None:
-    body.update(request.extra)
+    merge_into(body, request.extra)
+    for name, value in request.extra.items():
+        if value is None:
+            keywords.pop(name, None)
     if body:
         keywords["extra_body"] = body
     if request.headers:
@@ -114,8 +122,8 @@ def _add_extra(request: Request, keywords: dict[str, Any], body: dict[str, Any])
 
 
 def _openai_format(wanted: object) -> dict[str, Any]:
-    if isinstance(wanted, Mapping):
-        return {"type": "json_schema", "json_schema": named_schema(cast("Mapping[str, Any]", wanted))}
+    if isinstance(wanted, SchemaFormat):
+        return {"type": "json_schema", "json_schema": named_schema(wanted)}
     return {"type": "json_object"}
 
 
@@ -141,9 +149,14 @@ def _bind_tools(
         raise BadRequest(
             f"LangChain's {type(chat_model).__name__} does not support tools", model=request.model
         ) from None
-    if isinstance(bound, RunnableBinding):
-        return bound.bound, {**bound.kwargs, **keywords}
-    return bound, keywords
+    if not isinstance(bound, RunnableBinding):
+        return bound, keywords
+    # Tools in `extra` are added: `extra_body`, or a keyword, would replace all others.
+    holders: tuple[dict[str, Any], ...] = (keywords, keywords.get("extra_body") or {})
+    for holder in holders:
+        if is_list(holder.get("tools")):
+            holder["tools"] = [*bound.kwargs.get("tools", ()), *holder["tools"]]
+    return bound.bound, {**bound.kwargs, **keywords}
 
 
 def _tool_choice(request: Request, dialect: Dialect) -> Any:

@@ -90,7 +90,7 @@ class LangChainProvider:
     """A LangChain chat model as a provider.
 
     Args:
-        config: `model` as LangChain names it; `api_key`, `api_base` and `timeout` are passed on.
+        config: `model` as LangChain names it; `api_key`, `api_base`, `headers` and `timeout` are passed on.
 
     Raises:
         ConfigError: LangChain does not know the model, or lacks its integration.

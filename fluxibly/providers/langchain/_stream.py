@@ -8,7 +8,7 @@ from typing import Any, cast
 from langchain_core.messages import AIMessageChunk
 from langchain_core.messages.base import merge_content
 
-from fluxibly.providers.dialects.decoding import PendingFields
+from fluxibly.providers.dialects.decoding import CallIndexes, PendingFields
 from fluxibly.providers.langchain._blocks import (
     blocks_of,
     call_delta,
@@ -36,6 +36,7 @@ class MessageReader:
         self._details: dict[str, Any] = {}
         self._open: _OpenBlock | None = None
         self._called = False
+        self._indexes = CallIndexes()
         self.finished = False
         """Whether a finish reason has arrived."""
 
@@ -111,7 +112,10 @@ class MessageReader:
     ) -> Iterable[Chunk]:
         """Return the chunk of fragments of tool calls. `block` is the block that they stand in."""
         begun = block if block is not None and is_call(block) else None
-        deltas = [call_delta(call, begun if call.get("id") else None, message, self._dialect) for call in calls]
+        deltas = [
+            self._indexes.mended(call_delta(call, begun if call.get("id") else None, message, self._dialect))
+            for call in calls
+        ]
         return self._held.emit(tool_calls=tuple(deltas)) if deltas else ()
 
 

@@ -19,6 +19,7 @@ from typing import Any, cast
 import httpx
 
 from fluxibly._extras import pip_install
+from fluxibly._merging import merge_into
 from fluxibly.config import LLMConfig
 from fluxibly.errors import BadRequest, ConfigError
 from fluxibly.provider import Threaded
@@ -97,7 +98,7 @@ class LiteLLMProvider:
     """A model under LiteLLM's name ("gpt-4o", "anthropic/claude-…", "bedrock/…", …).
 
     Args:
-        config: `api_key`, `api_base` and `timeout` are passed on.
+        config: `api_key`, `api_base`, `headers` and `timeout` are passed on.
 
     Raises:
         ConfigError: LiteLLM does not know which service has the model.
@@ -119,6 +120,7 @@ class LiteLLMProvider:
         self._key = checked_key(config)
         access = {"api_key": self._key, "api_base": config.api_base}
         self._access = {name: value for name, value in access.items() if value is not None}
+        self._headers = dict(config.headers)
 
     def complete(self, request: Request) -> Response:
         """Return the model's whole answer; `raw` is LiteLLM's answer as plain data.
@@ -160,20 +162,24 @@ class LiteLLMProvider:
         """
         base = self._access.get("api_base")
         service = service_of(self._litellm, request.extra.get("model", request.model), request.extra, base)
-        keywords = {**self._settings, **body_of(request, service, stream=stream), **request.extra}
-        if service == self._service:  # the key must not be sent to another service
+        keywords = {**self._settings, **body_of(request, service, stream=stream)}
+        merge_into(keywords, request.extra)
+        headers = dict(request.headers)
+        if service == self._service:  # the key and the headers must not be sent to another service
             keywords = {**self._access, **keywords}
+            headers = self._headers | headers
         if fallbacks := as_array(keywords.get("fallbacks")):
-            keywords["fallbacks"] = without_access(self._litellm, fallbacks, service, keywords)
-        check_long_prompts(self._litellm, service, keywords)
-        if request.headers:
-            keywords["extra_headers"] = dict(request.headers)
+            keywords["fallbacks"] = without_access(self._litellm, fallbacks, service, keywords, request.headers)
+        if "api_key" in keywords or self._headers:
+            check_long_prompts(self._litellm, service, keywords)
+        if headers:
+            keywords["extra_headers"] = headers
         return keywords, Answerer(self._litellm, self._services, request.call, service, keywords)
 
     def explain(self, error: Exception, request: Request, *, streamed: bool = False) -> Exception:
         """Return fluxibly's error for an exception of LiteLLM."""
         held = [value for name, value in os.environ.items() if name.endswith(_KEY_VARIABLES) and len(value) > 8]
-        secrets = tuple(secret for secret in (self._key, *held) if secret)
+        secrets = tuple(secret for secret in (self._key, *self._headers.values(), *held) if secret)
         explain = ErrorTranslator(library="LiteLLM", framework="litellm", secrets=secrets)
         return explain(error, request.model, streamed=streamed)
 

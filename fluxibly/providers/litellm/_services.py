@@ -37,32 +37,35 @@ def service_of(litellm: Any, model: str, settings: Mapping[str, Any], api_base: 
         return ""
 
 
-def without_access(litellm: Any, fallbacks: list[Any], service: str, keywords: Mapping[str, Any]) -> list[Any]:
-    """Return LiteLLM's `fallbacks`, without the key and address of `service` in fallbacks to other services.
+def without_access(
+    litellm: Any, fallbacks: list[Any], service: str, keywords: Mapping[str, Any], headers: Mapping[str, str]
+) -> list[Any]:
+    """Return LiteLLM's `fallbacks`, without the key, address and headers of `service` in fallbacks to other services.
 
-    LiteLLM passes all keywords of the call to each fallback, except the keywords that the fallback sets itself.
+    `headers` are those of the call, which go to every service. LiteLLM passes all keywords of the call to each fallback, except the keywords that the fallback sets itself.
     """
     kept: list[Any] = []
     for fallback in fallbacks:
         settings = _settings_of(fallback, keywords)
         other = service_of(litellm, settings["model"], settings, settings.get("api_base")) != service
-        kept.append({"api_key": None, "api_base": None, **_changes(fallback)} if other else fallback)
+        none = {"api_key": None, "api_base": None, "extra_headers": dict(headers)}
+        kept.append({**none, **_changes(fallback)} if other else fallback)
     return kept
 
 
 def check_long_prompts(litellm: Any, service: str, keywords: Mapping[str, Any]) -> None:
-    """Refuse a fallback for long prompts if LiteLLM would send the key of `service` to another service's address.
+    """Refuse a fallback for long prompts if LiteLLM would send what `service` gets to another service's address.
 
     Raises:
-        BadRequest: LiteLLM would send the key. The message names the alternatives.
+        BadRequest: LiteLLM would send the key or the headers. The message names the alternatives.
     """
     model = as_object(keywords.get("context_window_fallback_dict")).get(keywords["model"])
-    if model is None or "api_key" not in keywords or "api_base" in keywords:
+    if model is None or "api_base" in keywords:
         return
     if service_of(litellm, model, keywords, None) != service:
         raise BadRequest(
-            f"LiteLLM would send the configured key to {model!r}, which is at another service: use `fallbacks`, or "
-            "set the key in the environment instead of the config"
+            f"LiteLLM would send the configured key and headers to {model!r}, which is at another service: use "
+            "`fallbacks`, or set the key in the environment instead of the config"
         )
 
 

@@ -19,6 +19,7 @@ import msgspec
 
 from fluxibly._checks import kind_of
 from fluxibly.aggregate import Aggregator
+from fluxibly.config import KEEP_ALIVES
 from fluxibly.errors import BadRequest, ProviderError, RequestTimeout, StreamStalled
 from fluxibly.provider import Threaded, in_thread
 from fluxibly.providers.dialects.codec import Event
@@ -63,7 +64,7 @@ class LocalProvider:
         self._alias = known.name if known else check_gguf(Path(self._model).expanduser()).name
         self._settings = settings_of(config.additional_params)
         self._timeouts = config.timeouts
-        self._stream_total = None if isinstance(config.timeout, (int, float)) else config.timeouts.total
+        self._stream_total = config.stream_total
         self._codec = OpenAICodec(quirks=QUIRKS, service=f"the local model {self._alias}")
         self._engine: Engine | None = None
         self._lock = threading.Lock()
@@ -131,11 +132,12 @@ class LocalProvider:
             f"the local model {self._alias} refuses the request: {error}", provider="local", model=self._alias
         )
 
-    def late(self, limit: float, phase: str) -> RequestTimeout:
-        """Return the error for a time limit that passed."""
-        what = {"idle": "no further output came", "first_byte": "no output came"}.get(
-            phase, "the answer was not complete"
-        )
+    def late(self, limit: float, phase: str, *, kept_alive: bool) -> RequestTimeout:
+        """Return the error for a time limit that passed. `kept_alive`: the model read the prompt all the time."""
+        what = {
+            "idle": "only news of the prompt came" if kept_alive else "no further output came",
+            "first_byte": "no output came",
+        }.get(phase, "the answer was not complete")
         text = f"the local model {self._alias}: {what} within {limit:g} s; increase `timeout`, or request less"
         error = (StreamStalled if phase == "idle" else RequestTimeout)(text, provider="local", model=self._alias)
         error.phase = phase  # type: ignore[assignment]  # one of the phases
@@ -175,6 +177,8 @@ class LocalStream:
         self._chunks: deque[Chunk] = deque()
         self._deadline: float | None = None
         self._limit, self._phase = timeouts.first_byte, "first_byte"
+        self._wait_end: float | None = None
+        """The end of the wait for output, even if events without output come; None after output."""
         self._stopped = False
         self._over = False
 
@@ -186,6 +190,7 @@ class LocalStream:
             if self._over or self._stopped:
                 raise StopIteration
             self._chunks.extend(self._read())
+        self._wait_end = None
         return self._chunks.popleft()
 
     def joined(self) -> Response:
@@ -235,6 +240,13 @@ class LocalStream:
 
     def _next_event(self, generation: Generation) -> dict[str, Any] | None:
         limit, phase = self._limit, self._phase
+        kept_alive = False
+        if phase == "idle" and limit is not None:
+            now = time.monotonic()
+            if self._wait_end is None:
+                self._wait_end = now + KEEP_ALIVES * limit
+            if self._wait_end - now < limit:
+                limit, kept_alive = max(0.0, self._wait_end - now), True
         if self._deadline is not None:
             left = max(0.0, self._deadline - time.monotonic())
             if limit is None or left < limit:
@@ -245,8 +257,10 @@ class LocalStream:
             raise ProviderError("the stream was closed while it was being read", provider="local") from None
         except RequestTimeout:
             self.close()
-            stated = self._timeouts.total if phase == "total" else limit
-            raise self._provider.late(stated or 0.0, phase) from None
+            stated = self._timeouts.total if phase == "total" else self._limit
+            if kept_alive and phase == "idle":
+                stated = KEEP_ALIVES * (stated or 0.0)
+            raise self._provider.late(stated or 0.0, phase, kept_alive=kept_alive) from None
         except (ValueError, RuntimeError) as error:
             self._over = True
             raise self._provider.refusal(error) from error
