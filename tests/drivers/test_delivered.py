@@ -153,7 +153,9 @@ class TestSwallowed:
         assert isinstance(ran.error, StreamInterrupted)
         assert ran.events == []
 
-    @pytest.mark.parametrize("layers", [[sorry, guard], [shout, sorry, guard], [StreamMeter(), sorry, guard]], ids=names)
+    @pytest.mark.parametrize(
+        "layers", [[sorry, guard], [shout, sorry, guard], [StreamMeter(), sorry, guard]], ids=names
+    )
     def test_an_error_of_a_middleware(self, streaming, layers):
         """A guard that stops a stream in its middle is not to be swallowed either."""
         ran = run(streaming, scripted(streaming, ["so far, ", "bad"]), layers, REQUEST)
