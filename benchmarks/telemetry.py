@@ -42,8 +42,8 @@ class Fixed:
 
 def pipeline(*telemetry: Middleware) -> Pipeline:
     """Return a pipeline with the default stack, in which `telemetry` replaces the default telemetry."""
-    logger, _, _, *rest = default_stack(LLMConfig(framework="echo", model="m"))
-    return Pipeline(Fixed(), [logger, *telemetry, *rest])
+    _, logger, _, *rest = default_stack(LLMConfig(framework="echo", model="m"))
+    return Pipeline(Fixed(), [*telemetry, logger, *rest])
 
 
 def calls_of(*telemetry: Middleware, then: Callable[[], object] | None = None) -> Callable[[], None]:

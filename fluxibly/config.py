@@ -183,7 +183,8 @@ class LLMConfig(Value):
         quirks: differences of an OpenAI-compatible server's dialect, by name, such as
             `{"reasoning_fields": ["reasoning_content"]}`. They replace those that are known of the service. `QUIRKS`
             lists the names.
-        middleware: the stack, outermost first; None is the default stack.
+        middleware: the stack, outermost first; None is the default stack. In a list, "default" is the default stack, and
+            `{"default_stack": {"retry": {…}, "mine": {}}}` the default stack with these layers in it.
 
     Raises:
         ConfigError: it lists every problem, with its path and range.

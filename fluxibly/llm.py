@@ -14,7 +14,7 @@ from fluxibly.errors import ConfigError, Problems
 from fluxibly.flow import Middleware
 from fluxibly.messages import Message
 from fluxibly.pipeline import AsyncPipeline, Pipeline
-from fluxibly.registry import check_framework, make_middleware, make_provider, read_yaml
+from fluxibly.registry import check_framework, default_stack, make_middleware, make_provider, read_yaml
 from fluxibly.stream import AsyncStream, Stream
 from fluxibly.types import Chunk, Request, Response, Restart
 
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
         metadata: Mapping[str, Any]
 
 
-__all__ = ["LLM", "AsyncLLM", "LLMConfig"]
+__all__ = ["LLM", "AsyncLLM", "LLMConfig", "default_stack"]
 
 Prompt: TypeAlias = str | Message | Sequence[Message]
 
@@ -54,21 +54,6 @@ Prompt: TypeAlias = str | Message | Sequence[Message]
 _OVERRIDES = frozenset(field.name for field in attrs.fields(Request)) - {"messages", "call"}
 """The names in `Overrides`, read from `Request`, because making a TypedDict at each import costs too much."""
 _FROM_CONFIG = ("model", "temperature", "max_tokens", "top_p", "frequency_penalty", "presence_penalty")
-
-
-def default_stack(config: LLMConfig) -> tuple[Middleware, ...]:
-    """Return the middleware for a configuration without a stack, outermost first."""
-    from fluxibly.middleware import Logging, Metrics, Retry, StreamMeter, Timing, Tracing, Validation
-
-    return (
-        Logging(),
-        Tracing(),
-        Metrics(),
-        Timing(),
-        StreamMeter(),
-        Validation(),
-        Retry(max_retries=config.max_retries),
-    )
 
 
 class _LLM:
@@ -83,7 +68,8 @@ class _LLM:
         problems = Problems()
         problems.of(check_framework, config.framework, config.quirks)
         layers = config.middleware if middleware is None else list(middleware)
-        stack = default_stack(config) if layers is None else problems.of(make_middleware, layers)
+        layers = ["default"] if layers is None else layers
+        stack = problems.of(make_middleware, layers, max_retries=config.max_retries)
         problems.check()
         self._stack = stack or ()
         self._template = Request(

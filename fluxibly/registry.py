@@ -42,6 +42,10 @@ class Framework(NamedTuple):
     """The module that the extra installs."""
     env_var: str | None = None
     """The environment variable with the API key; None if the framework needs no key, or finds it elsewhere."""
+    instead: tuple[str, ...] = ()
+    """Other environment variables, each of which takes the place of `env_var`."""
+    url_var: str | None = None
+    """The environment variable from which the address is taken if `api_base` is not set."""
     plugin: EntryPoint | None = None
     """The entry point of another package that names the factory."""
 
@@ -92,13 +96,34 @@ def _built_in_frameworks() -> Mapping[str, Framework]:
         _built_in("echo", "echo", "Echo"),
         _built_in("local", "local", "Local", extra="local", needs="xllamacpp"),
         *(
-            _built_in(name, OPENAI.rpartition(".")[2], "OpenAI", env_var=row.env_var if row.key_required else None)
+            _built_in(
+                name,
+                OPENAI.rpartition(".")[2],
+                "OpenAI",
+                env_var=row.env_var if row.key_required else None,
+                instead=(row.url_var,) if row.title == "OpenAI" else (),  # a server of one's own may need no key
+                url_var=row.url_var,
+            )
             for name, row in SERVICES.items()
         ),
-        _built_in("anthropic", "anthropic", "Anthropic", env_var="ANTHROPIC_API_KEY"),
-        _built_in("gemini", "gemini", "Gemini", env_var="GEMINI_API_KEY"),
-        _built_in("ollama", "ollama", "Ollama"),
-        _built_in("ollama-generate", "ollama", "OllamaGenerate"),
+        _built_in(
+            "anthropic",
+            "anthropic",
+            "Anthropic",
+            env_var="ANTHROPIC_API_KEY",
+            instead=("ANTHROPIC_AUTH_TOKEN",),
+            url_var="ANTHROPIC_BASE_URL",
+        ),
+        _built_in(
+            "gemini",
+            "gemini",
+            "Gemini",
+            env_var="GEMINI_API_KEY",
+            instead=("GOOGLE_API_KEY",),
+            url_var="GOOGLE_GEMINI_BASE_URL",
+        ),
+        _built_in("ollama", "ollama", "Ollama", url_var="OLLAMA_HOST"),
+        _built_in("ollama-generate", "ollama", "OllamaGenerate", url_var="OLLAMA_HOST"),
         _built_in("langchain", "langchain", "LangChain", extra="langchain", needs="langchain"),
         _built_in("litellm", "litellm", "LiteLLM", extra="litellm", needs="litellm"),
     ]
@@ -108,14 +133,17 @@ def _built_in_frameworks() -> Mapping[str, Framework]:
 OPENAI = "fluxibly.providers.openai"
 """The module of all frameworks that speak a dialect of OpenAI's, and have quirks."""
 _BUILT_IN_MIDDLEWARE = {
-    "logging": "Logging",
     "tracing": "Tracing",
+    "logging": "Logging",
     "metrics": "Metrics",
     "timing": "Timing",
     "stream_meter": "StreamMeter",
     "validation": "Validation",
     "retry": "Retry",
 }
+"""The classes, by their names in configurations, in the order of a stack: the outermost first."""
+_DEFAULT = ("default", "default_stack")
+"""The names of the default stack in configurations."""
 
 _WHAT = {"fluxibly.frameworks": "framework", "fluxibly.middleware": "middleware"}
 """What the entry points of a group are."""
@@ -171,9 +199,8 @@ def register_middleware(name: str, factory: MiddlewareFactory, *, replace: bool 
     with _lock:
         old = _middleware.get(name)
         taken = old is not None and not _same(old, factory)
-        if not replace and (
-            taken or (old is None and (name in _BUILT_IN_MIDDLEWARE or name in _entry_points("middleware")))
-        ):
+        built_in = name in _BUILT_IN_MIDDLEWARE or name in _DEFAULT
+        if not replace and (taken or (old is None and (built_in or name in _entry_points("middleware")))):
             raise ValueError(f"the middleware {name!r} is registered already; pass replace=True to take it over")
         _middleware[name] = factory
 
@@ -316,7 +343,8 @@ def read_yaml(
         problems.of(check_framework, name, settings.get("quirks"), path=f"{section}." if framework is None else "")
     layers = settings.get("middleware")
     if middleware is None and is_list(layers):
-        middleware = problems.of(make_middleware, layers, path=f"{section}.middleware")
+        max_retries = 3 if config is None else config.max_retries
+        middleware = problems.of(make_middleware, layers, max_retries=max_retries, path=f"{section}.middleware")
     problems.check()
     return cast("LLMConfig", config), middleware
 
@@ -386,16 +414,69 @@ def _plain(name: str) -> str:
     return re.sub(r"[\W_]", "", name.lower())
 
 
-def make_middleware(items: Sequence[Any], *, path: str = "middleware") -> tuple[Middleware, ...]:
-    """Make the stack that a configuration lists: names, tables of a name and its settings, and middleware objects.
+def default_stack(config: LLMConfig, *layers: Middleware) -> tuple[Middleware, ...]:
+    """Return the default stack, outermost first, with `layers` in it.
+
+    A layer of a built-in class takes the place of the default's layer of that class. Any other layer goes outside of
+    `Retry`, in the order given, so that it sees a call once, however many attempts it takes. (To add a layer inside of
+    `Retry`, write `[*default_stack(config), layer]`.)
+
+    Raises:
+        TypeError: a layer is not a middleware.
+    """
+    return _default_stack(config.max_retries, layers)
+
+
+def _default_stack(max_retries: int, layers: Iterable[Middleware]) -> tuple[Middleware, ...]:
+    module = importlib.import_module("fluxibly.middleware")
+    kinds = [getattr(module, name) for name in _BUILT_IN_MIDDLEWARE.values()]
+    stack = {kind: kind() for kind in kinds} | {module.Retry: module.Retry(max_retries=max_retries)}
+    own: list[Middleware] = []
+    for layer in layers:
+        if not callable(layer) or isinstance(layer, type):
+            raise TypeError(f"default_stack: expected middleware, like Retry(max_retries=5), got {kind_of(layer)}")
+        kind = next((kind for kind in kinds if isinstance(layer, kind)), None)
+        if kind is None:
+            own.append(layer)
+        else:
+            stack[kind] = layer
+    place = kinds.index(module.Retry)
+    ordered = [stack[kind] for kind in kinds]
+    return (*ordered[:place], *own, *ordered[place:])
+
+
+def make_middleware(items: Sequence[Any], *, max_retries: int = 3, path: str = "middleware") -> tuple[Middleware, ...]:
+    """Make the stack that a configuration lists.
+
+    Args:
+        items: names, tables of a name and its settings, and middleware objects. "default" stands for the default stack;
+            `{"default_stack": {"retry": {…}, "mine": {}}}` for the default stack with these layers in it.
+        max_retries: the retries of the default stack.
+        path: precedes the settings in messages.
 
     Raises:
         ConfigError: it lists all unknown names, unknown settings and wrong values, each with its path.
     """
     problems = Problems()
-    made = [problems.of(_make, item, f"{path}[{index}]") for index, item in enumerate(items)]
+    made = [problems.of(_made, item, f"{path}[{index}]", max_retries) for index, item in enumerate(items)]
     problems.check()
-    return tuple(cast("list[Middleware]", made))
+    return tuple(layer for layers in made for layer in layers or ())
+
+
+def _made(item: Any, path: str, max_retries: int) -> tuple[Middleware, ...]:
+    """Return the layers that an item of a configuration stands for."""
+    if isinstance(item, str) and item in _DEFAULT and item not in _middleware:
+        return _default_stack(max_retries, ())
+    if is_mapping(item) and len(item) == 1 and (name := next(iter(item))) in _DEFAULT and name not in _middleware:
+        layers: object = {} if item[name] is None else item[name]
+        if not is_mapping(layers):
+            example = "e.g. - default_stack: {retry: {max_retries: 5}}"
+            raise ConfigError(f"{path}.{name}: expected a table of middleware and their settings, {example}")
+        problems = Problems()
+        made = [problems.of(_make, {each: layers[each]}, f"{path}.{name}") for each in layers]
+        problems.check()
+        return _default_stack(max_retries, cast("list[Middleware]", made))
+    return (_make(item, path),)
 
 
 def _make(item: Any, path: str) -> Middleware:
@@ -504,6 +585,6 @@ def _find_middleware(name: str, path: str) -> MiddlewareFactory:
             return _load(point)
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from error.__cause__
-    known = sorted({*_middleware, *_BUILT_IN_MIDDLEWARE, *_entry_points("middleware")})
+    known = sorted({*_middleware, *_BUILT_IN_MIDDLEWARE, *_entry_points("middleware"), "default_stack"})
     near = did_you_mean(name, known) or "."
     raise ConfigError(f"{path}: middleware {name!r} not registered{near} Available middleware: {known}")

@@ -8,6 +8,10 @@ import logging
 import anyio
 import attrs
 import pytest
+from opentelemetry import trace
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 import fluxibly
 import fluxibly.llm
@@ -24,6 +28,7 @@ from fluxibly import (
     Restart,
     StreamInterrupted,
     Usage,
+    default_stack,
     register_llm_framework,
     register_middleware,
 )
@@ -227,12 +232,113 @@ class TestSettings:
             LLM(ECHO).forward("hi", restarts=True)
 
 
+def _plain(request, call_next):
+    return (yield from call_next(request))
+
+
 class TestStacks:
     def test_the_default(self):
         """The default stack has these middleware, outermost first."""
         kinds = [type(layer) for layer in LLM(ECHO).pipeline.middleware]
-        assert kinds == [Logging, Tracing, Metrics, Timing, StreamMeter, Validation, Retry]
+        assert kinds == [Tracing, Logging, Metrics, Timing, StreamMeter, Validation, Retry]
         assert LLM(attrs.evolve(ECHO, max_retries=7)).pipeline.middleware[-1] == Retry(max_retries=7)
+
+    def test_log_lines_lie_in_the_span_of_the_call(self, backend):
+        """Each line of a call is logged while the call's span is the current span, so logs can be correlated."""
+        exporter = InMemorySpanExporter()
+        spans = TracerProvider()
+        spans.add_span_processor(SimpleSpanProcessor(exporter))
+        seen = []
+        handler = logging.Handler()
+        handler.emit = lambda record: seen.append(
+            (record.getMessage()[:21], trace.get_current_span().get_span_context())
+        )
+        logger = logging.getLogger("fluxibly")
+        before = logger.level
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        try:
+            stack = default_stack(ECHO, Tracing(tracer_provider=spans))
+            LLM(ECHO, stack).forward("hi")
+            list(LLM(ECHO, stack).forward_stream("hi"))
+
+            async def main():
+                async with AsyncLLM(ECHO, stack) as llm:
+                    await llm.forward("hi")
+                    [text async for text in llm.forward_stream("hi")]
+
+            anyio.run(main, backend=backend)
+        finally:
+            logger.removeHandler(handler)
+            logger.setLevel(before)
+        calls = [span.get_span_context().span_id for span in exporter.get_finished_spans() if span.parent is None]
+        assert len(calls) == 4
+        assert [context.span_id for _, context in seen] == [call for call in calls for _ in range(2)]
+
+    def test_a_layer_takes_the_place_of_its_class(self):
+        """A built-in layer replaces the default's; a layer of the user's own goes outside of Retry, in the order given."""
+
+        class Mine:
+            def __call__(self, request, call_next):
+                return (yield from call_next(request))
+
+        def other(request, call_next):
+            return (yield from call_next(request))
+
+        mine, retry, validation = Mine(), Retry(max_retries=9), Validation(empty="retry")
+        stack = default_stack(ECHO, mine, retry, other, validation)
+        assert [type(layer) for layer in stack[:5]] == [Tracing, Logging, Metrics, Timing, StreamMeter]
+        assert stack[5:] == (validation, mine, other, retry)
+        assert default_stack(attrs.evolve(ECHO, max_retries=1))[-1] == Retry(max_retries=1)
+
+    @pytest.mark.parametrize("layer", ["retry", None, Retry, {"retry": {}}])
+    def test_what_is_no_layer(self, layer):
+        """A name, a class or a table is not a layer."""
+        with pytest.raises(TypeError, match=r"default_stack: expected middleware, like Retry\(max_retries=5\), got"):
+            default_stack(ECHO, layer)
+
+    @pytest.mark.parametrize("item", ["default", "default_stack", {"default_stack": None}, {"default_stack": {}}])
+    def test_the_default_by_name(self, item):
+        """A configuration names the default stack, alone or among other layers."""
+        stack = LLM(attrs.evolve(ECHO, max_retries=7, middleware=[item, {"timing": {}}])).pipeline.middleware
+        assert stack == (*default_stack(attrs.evolve(ECHO, max_retries=7)), Timing())
+
+    def test_the_default_with_layers_by_name(self, tmp_path):
+        """YAML adds layers to the default stack, by the same rules as code."""
+        register_middleware("quieter", lambda **settings: Validation(**settings), replace=True)  # noqa: PLW0108
+        register_middleware("plain", _plain, replace=True)
+        file = tmp_path / "stack.yaml"
+        file.write_text(
+            "llm:\n  framework: echo\n  model: m\n  max_retries: 7\n  middleware:\n"
+            "    - default_stack: {retry: {max_retries: 5}, plain: , quieter: {empty: raise}}\n"
+        )
+        expected = default_stack(ECHO, Retry(max_retries=5), _plain, Validation(empty="raise"))
+        assert LLM.from_yaml(file).pipeline.middleware == expected
+
+    def test_all_that_is_wrong_in_it(self, tmp_path):
+        """Each problem has its whole path."""
+        file = tmp_path / "stack.yaml"
+        file.write_text(
+            "llm:\n  framework: echo\n  model: m\n  middleware:\n"
+            "    - default_stack: {retry: {max_retry: 5}, loging: {}}\n    - default_stack: [retry]\n"
+        )
+        with pytest.raises(ConfigError) as caught:
+            LLM.from_yaml(file)
+        first, second, third = caught.value.problems
+        assert first.startswith(
+            "llm.middleware[0].default_stack.retry.max_retry: there is no such setting; did you mean"
+        )
+        assert second.startswith("llm.middleware[0].default_stack: middleware 'loging' not registered")
+        assert third == (
+            "llm.middleware[1].default_stack: expected a table of middleware and their settings, "
+            "e.g. - default_stack: {retry: {max_retries: 5}}"
+        )
+
+    def test_its_names_are_taken(self):
+        """A middleware cannot be registered under the names of the default stack, except on purpose."""
+        for name in ("default", "default_stack"):
+            with pytest.raises(ValueError, match="is registered already"):
+                register_middleware(name, _plain)
 
     def test_a_custom_stack(self):
         """The first middleware is outermost."""

@@ -16,9 +16,10 @@ import fluxibly
 from fluxibly._extras import EXTRAS, version_of
 from fluxibly.cli.screen import line_of
 from fluxibly.cli.trace.file import duration
-from fluxibly.config import LLMConfig, Secret
+from fluxibly.config import LLMConfig
 from fluxibly.flow.compose import layer_name
-from fluxibly.llm import LLM, default_stack
+from fluxibly.llm import LLM
+from fluxibly.providers.addresses import with_address
 from fluxibly.providers.local import DEFAULT_MODEL, cached_path, named_model
 from fluxibly.providers.services import SERVICES
 from fluxibly.registry import Kind, find_framework, frameworks, make_middleware, plugins
@@ -37,7 +38,8 @@ def stack_rows(config: LLMConfig) -> Iterator[tuple[str, str, str]]:
         ConfigError: a middleware is unknown.
     """
     find_framework(config.framework)
-    stack = default_stack(config) if config.middleware is None else make_middleware(config.middleware)
+    layers = ["default"] if config.middleware is None else config.middleware
+    stack = make_middleware(layers, max_retries=config.max_retries)
     for number, layer in enumerate(stack, 1):
         yield str(number), layer_name(layer), _settings(layer)
     settings = {name: getattr(config, name) for name in ("framework", "model", "temperature", "max_tokens")}
@@ -78,7 +80,7 @@ def missing_of(framework: Framework) -> str | None:
     """Return the step that is needed before a framework can be used, or None."""
     if not framework.installed:
         return framework.to_install
-    if framework.env_var is not None and not os.environ.get(framework.env_var):
+    if framework.env_var is not None and not any(map(os.environ.get, (framework.env_var, *framework.instead))):
         return f"set {framework.env_var}"
     return None
 
@@ -177,20 +179,23 @@ def _endpoint(config: LLMConfig, info: ProviderInfo, *, asked: bool) -> Finding:
     import httpx  # late, because `explain` and `frameworks` do not need it
 
     name, host, port = config.framework, info.server_address, info.server_port
-    url, headers = f"{'https' if port == 443 else 'http'}://{host}:{port}/", {}
+    url, headers = f"{'https' if port == 443 else 'http'}://{host}:{port}/", dict(config.headers)
     service = SERVICES.get(name)
-    base = config.api_base or (service.base_url if service is not None else None)
-    key = config.api_key.reveal() if isinstance(config.api_key, Secret) else None
-    if service is not None and base is not None:
-        url = f"{base.rstrip('/')}/models"
-        key = key or os.environ.get(service.env_var)
-        headers = {service.auth_header: service.auth_prefix + key} if key else {}
+    variable = find_framework(name).url_var
+    where = f"{host}:{port}"
+    if config.api_base is None and variable is not None and os.environ.get(variable):
+        where += f" (from {variable})"
+    if service is not None:
+        base = with_address(config, service.url_var, service.url_path).api_base or service.base_url
+        url = url if base is None else f"{base.rstrip('/')}/models"
+        key = config.fixed_key or os.environ.get(service.env_var)
+        headers = {service.auth_header: service.auth_prefix + key, **headers} if key else headers
     began = time.monotonic()
     try:
         status = httpx.get(url, headers=headers, timeout=PROBE_TIMEOUT).status_code
     except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
         to_do = f"{type(error).__name__}; start the server, check the network, the proxy, or api_base"
-        return Finding("framework", name, f"{host}:{port} does not answer", to_do, bad=asked or port == 443)
+        return Finding("framework", name, f"{where} does not answer", to_do, bad=asked or port == 443)
     if status in (401, 403) and service is not None:
-        return Finding("framework", name, f"{host} refuses the key", f"check {service.env_var}", bad=True)
-    return Finding("framework", name, f"{host}:{port} answers in {duration(time.monotonic() - began)}")
+        return Finding("framework", name, f"{where} refuses the key", f"check {service.env_var}", bad=True)
+    return Finding("framework", name, f"{where} answers in {duration(time.monotonic() - began)}")

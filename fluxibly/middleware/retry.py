@@ -64,7 +64,8 @@ class Retry:
                     raise
                 if isinstance(error, StreamInterrupted) and not (yield Restart(error_type(error))):
                     raise
-                log_retry(request, error, attempt, wait)
+                change = "starts the stream over" if isinstance(error, StreamInterrupted) else ""
+                log_retry(request, error, attempt, wait, change=change)
             yield from sleep(wait)
             attempt += 1
 

@@ -76,8 +76,9 @@ class Validation:
                 gone_out = watch is not None and watch.done
                 if invalid is not verdict.error or not verdict.retry or last or gone_out:
                     raise
-                log_retry(request, invalid, attempt, 0.0)
                 asked = _corrected(request, invalid)
+                change = "" if asked is request else "adds the answer and its problem to the messages"
+                log_retry(request, invalid, attempt, 0.0, change=change)
             else:
                 return response if verdict.parsed is None else response.evolve(parsed=verdict.parsed)
         raise AssertionError("unreachable: the last round returns or raises")

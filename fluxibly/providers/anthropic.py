@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import attrs
 
-from fluxibly.providers._addresses import with_address
+from fluxibly.providers.addresses import with_address
 from fluxibly.providers.dialects.anthropic import AnthropicCodec
 from fluxibly.providers.dialects.codec import Service
 from fluxibly.providers.http import AsyncHTTPProvider, HTTPProvider

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import attrs
 
-from fluxibly.providers._addresses import with_address
+from fluxibly.providers.addresses import with_address
 from fluxibly.providers.dialects.codec import Service
 from fluxibly.providers.dialects.gemini import GeminiCodec
 from fluxibly.providers.http import AsyncHTTPProvider, HTTPProvider

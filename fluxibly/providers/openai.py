@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
 from fluxibly._checks import is_list
-from fluxibly.providers._addresses import with_address
+from fluxibly.providers.addresses import with_address
 from fluxibly.providers.dialects.codec import Codec, Service
 from fluxibly.providers.dialects.openai_chat import OpenAICodec
 from fluxibly.providers.dialects.openai_request import Quirks

@@ -177,7 +177,7 @@ def test_explain(yaml: Path) -> None:
     lines = fluxibly("explain").stdout.splitlines()
     assert lines[-1].endswith("framework=local, model=smollm2, temperature=0.2, max_tokens=512")
     names = [line.split()[1] for line in lines]
-    assert names == ["Logging", "Tracing", "Metrics", "Timing", "StreamMeter", "Validation", "Retry", "(provider)"]
+    assert names == ["Tracing", "Logging", "Metrics", "Timing", "StreamMeter", "Validation", "Retry", "(provider)"]
 
 
 def test_frameworks() -> None:

@@ -10,12 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from support.canned_server import canned_server
 from support.packages import MIDDLEWARE, install
 
 pytest.importorskip("typer")
 START = "from fluxibly.cli import main; main()"
 Run = Callable[..., subprocess.CompletedProcess[str]]
-OTHERS = re.compile("API_KEY|_TOKEN|FLUXIBLY|COLOR")
+OTHERS = re.compile("API_KEY|_TOKEN|_BASE_URL|_ENDPOINT|FLUXIBLY|COLOR")
 
 
 @pytest.fixture
@@ -25,13 +26,13 @@ def fluxibly(tmp_path: Path) -> Run:
     path = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH", ""))))
     environment = {**kept, "PYTHONPATH": path, "PYTHONUTF8": "1"}
 
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-c", START, *arguments],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             encoding="utf-8",
-            env=environment,
+            env={**environment, **variables},
             timeout=100,
             check=False,
         )
@@ -155,3 +156,32 @@ def test_another_framework_than_the_file_s(fluxibly: Run, tmp_path: Path) -> Non
     ran = fluxibly("chat", "--config", str(file), "--framework", "opnai", "--model", "m", "x")
     assert ran.returncode == 2
     assert ran.stderr.startswith("fluxibly: did you mean 'openai'? LLM framework 'opnai' not registered.")
+
+
+def test_an_address_in_the_environment(fluxibly: Run, tmp_path: Path) -> None:
+    """Doctor asks the server that a call would ask, with the configuration's headers, and says where the address is from."""
+    file = tmp_path / "gateway.yaml"
+    file.write_text("llm: {framework: openai, model: m, headers: {x-gateway: harbour}}")
+    with canned_server() as server:
+        host = server.url.removeprefix("http://")
+        ran = fluxibly("doctor", "--config", str(file), OPENAI_BASE_URL=f"{server.url}/v1")
+        assert re.search(rf"openai +{host} \(from OPENAI_BASE_URL\) answers in", ran.stdout)
+        assert ran.returncode == 0
+        assert [(seen.path, seen.headers["x-gateway"]) for seen in server.got] == [("/v1/models", "harbour")]
+    ran = fluxibly("doctor", "--config", str(file), OPENAI_BASE_URL="gateway/v1")
+    assert "OPENAI_BASE_URL: expected an http:// or https:// URL" in ran.stdout
+    assert ran.returncode == 1
+
+
+def test_other_variables_are_as_good_as_a_key(fluxibly: Run) -> None:
+    """A framework is ready if any of the variables is set with which its vendor's client works."""
+    ran = fluxibly(
+        "frameworks",
+        ANTHROPIC_AUTH_TOKEN="t",
+        GOOGLE_API_KEY="k",
+        OPENAI_BASE_URL="http://127.0.0.1:9/v1",  # noqa: S106
+    )
+    assert [rows(ran, name)[0][1] for name in ("anthropic", "gemini", "openai", "groq")] == [
+        *["ready"] * 3,
+        "not ready",
+    ]

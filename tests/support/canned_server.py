@@ -34,6 +34,8 @@ class Canned:
 
     url: str = ""
     seen: list[Seen] = attrs.Factory(list)
+    got: list[Seen] = attrs.Factory(list)
+    """The GET requests."""
     fail: tuple[int, str, dict[str, str]] | None = None
     fail_only: str | None = None
     body: str | None = None
@@ -107,6 +109,11 @@ class _Handler(BaseHTTPRequestHandler):
     def finish(self) -> None:
         self.orders.count(-1)
         super().finish()
+
+    def do_GET(self) -> None:
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        self.orders.got.append(Seen(self.path, headers, {}))
+        self._whole(200, '{"data": []}', {})
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
