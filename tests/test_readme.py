@@ -41,7 +41,7 @@ def test_the_python_blocks_run_in_order(tmp_path):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_the_pages_run(page, tmp_path):
     """The Python blocks of a page run as pasted into one session, and its YAML blocks configure a model."""
-    assert {kind for kind, _ in blocks_of(page)} <= {"python", "yaml"}
+    assert {kind for kind, _ in blocks_of(page)} <= {"python", "yaml", "text"}
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", "\n".join(blocks("python", page))],
         cwd=tmp_path,

@@ -33,6 +33,8 @@ def row_of(config: LLMConfig) -> ServiceRow:
 
 def service_of(row: ServiceRow, config: LLMConfig) -> Service:
     """Return the endpoint of a service for a configuration. A user's own server at `api_base` may not need a key."""
+    # A key that a function gives is a token, and Azure takes a token of Entra ID as others take a key.
+    is_token = row.key_by_call and callable(config.api_key)
     return Service(
         framework=row.framework,
         telemetry_name=row.telemetry_name or row.framework,
@@ -40,8 +42,8 @@ def service_of(row: ServiceRow, config: LLMConfig) -> Service:
         env_var=row.env_var,
         key_required=row.key_required and not _is_users_own(row, config),
         key_by_call=row.key_by_call,
-        auth_header=row.auth_header,
-        auth_prefix=row.auth_prefix,
+        auth_header="authorization" if is_token else row.auth_header,
+        auth_prefix="Bearer " if is_token else row.auth_prefix,
     )
 
 

@@ -195,6 +195,14 @@ class TestLog:
             "down",
         )
 
+    def test_a_stream_that_starts_over_says_so(self, stream_mode, caplog):
+        """The warning says what changes for the consumer: its output so far is void."""
+        retry = Retry(on_interrupt="restart", base_delay=0)
+        call(stream_mode, retry, ["Hel", down()], ["Bye"], restarts=True)
+        (record,) = caplog.records
+        assert record.getMessage().endswith('error_message="down", change="starts the stream over"')
+        assert record.change == "starts the stream over"
+
     def test_the_prompt_is_masked(self, mode, caplog):
         """The part of the prompt that the service quotes is left out of the warning."""
         call(mode, Retry(), ServerError("cannot answer: What is the capital of France?"), "fine")

@@ -112,6 +112,13 @@ class TestCheck:
             assert len(REQUEST.messages) == 1
             assert made.provider.requests[0].messages == REQUEST.messages
 
+    def test_the_warning_says_what_changes(self, mode, caplog):
+        """The next request has a correction, which the warning says without quoting it."""
+        call(mode, Validation(check=shorter, hold=True), "a long-winded answer", "short")
+        (record,) = caplog.records
+        assert record.change == "adds the answer and its problem to the messages"
+        assert record.getMessage().endswith(f', change="{record.change}"')
+
     def test_each_correction_starts_from_the_original(self):
         """Earlier rejected answers do not accumulate."""
         for mode in MODES:

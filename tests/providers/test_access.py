@@ -238,6 +238,12 @@ class TestKeyFunctions:
             call(mode, config_for(server, api_key=Tokens(same=True)))
         assert len(server.seen) == 1
 
+    def test_azure_gets_a_token(self, server: Canned, mode: str, tokens: tuple[Tokens, Any]) -> None:
+        """What a function gives to Azure is a token of Entra ID, which is no `api-key`."""
+        call(mode, config_for(server, "azure", api_key=tokens[1]))
+        assert server.last.headers["authorization"] == f"Bearer {TOKEN}-1"
+        assert "api-key" not in server.last.headers
+
     def test_other_refusals_keep_it(self, server: Canned) -> None:
         """Only a 401 asks for a new token."""
         tokens = Tokens()
