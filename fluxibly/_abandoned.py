@@ -32,6 +32,8 @@ keep = _open.add
 forget = _open.discard
 pending: deque[Abandonable] = deque()
 """The drivers that the garbage collector found, until the next call ends them."""
+_inherited: set[Abandonable] = set()
+"""The drivers of the process that this one was forked from, which alone ends them."""
 
 
 def install_gc_probe() -> Callable[[], bool]:
@@ -64,7 +66,7 @@ collecting = install_gc_probe()
 
 def abandon(driver: Abandonable) -> None:
     """End a stream that was dropped: now, or inside of the garbage collector at the next call."""
-    if driver.ended:
+    if driver.ended or driver in _inherited:
         return
     if collecting():
         pending.append(driver)
@@ -88,7 +90,7 @@ def end_pending() -> None:
 
 
 def end_all() -> None:
-    """End the streams that are still open, because the process ends. A forked process leaves its parent's streams alone."""
+    """End the streams that are still open, because the process ends."""
     pending.extend(_open - _inherited)
     end_pending()
 
@@ -99,7 +101,11 @@ def end_all_before() -> None:
     atexit.register(end_all)
 
 
-_inherited: set[Abandonable] = set()
+def _after_fork_in_child() -> None:
+    _inherited.update(_open)
+    pending.clear()
+
+
 if hasattr(os, "register_at_fork"):  # not on Windows
-    os.register_at_fork(after_in_child=lambda: _inherited.update(_open))
+    os.register_at_fork(after_in_child=_after_fork_in_child)
 end_all_before()

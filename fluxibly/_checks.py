@@ -8,9 +8,9 @@ from __future__ import annotations
 import math
 import re
 import reprlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import wraps
-from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar, cast
 
 if TYPE_CHECKING:
     import attrs
@@ -146,8 +146,9 @@ def _without_secrets(value: object, *, secret: bool) -> object:
             name: _without_secrets(each, secret=secret or _SECRET.search(str(name)) is not None)
             for name, each in value.items()
         }
-    if is_list(value):
-        return [_without_secrets(each, secret=secret) for each in value]
+    if isinstance(value, (list, tuple)):
+        items = [_without_secrets(each, secret=secret) for each in cast("Sequence[object]", value)]
+        return tuple(items) if isinstance(value, tuple) else items
     return "***" if secret and isinstance(value, (str, bytes)) else value
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator
 
 from fluxibly._checks import is_list, is_mapping
@@ -22,11 +23,17 @@ CLOSER_LOOK = 200_000_000
 """The number of characters that may be searched to mask a message (about 0.1 s)."""
 LONGEST = 2_000
 """The maximum length of a message, in characters. The rest is cut off."""
+_SCHEME = re.compile(r"^\s*(?:bearer|basic|token|key|api-?key)\s+", re.IGNORECASE)
+"""The scheme at the start of an `Authorization` header. A server may quote the token after it alone."""
 
 
 def mask_secrets(text: str, secrets: Iterable[str]) -> str:
-    """Return `text` with each secret replaced, even if it is escaped as in JSON, Python or a URL."""
-    forms = {form for secret in secrets if len(secret.strip()) >= SHORTEST for form in _written(secret)}
+    """Return `text` with each secret replaced, even if it is escaped as in JSON, Python or a URL.
+
+    Of an `Authorization` header such as `Bearer …`, the token alone is replaced too.
+    """
+    parts = {part for secret in secrets for part in (secret, _SCHEME.sub("", secret, count=1))}
+    forms = {form for part in parts if len(part.strip()) >= SHORTEST for form in _written(part)}
     for form in sorted(forms, key=len, reverse=True):  # a form may contain another form
         text = text.replace(form, MASK)
     return text
@@ -136,7 +143,7 @@ def _shared(text: str, content: str, places: dict[str, list[int]]) -> list[tuple
     """
     half = RUN // 2
     hits = places.keys() & (content[at : at + half] for at in range(0, len(content) - half + 1, half))
-    starts = {max(0, place - back) for block in hits for place in places[block] for back in range(half + 1)}
+    starts = {max(0, place - back) for block in hits for place in places[block] for back in range(half)}
     too_much = len(starts) * len(content) > CLOSER_LOOK
     return [
         (start, start + RUN)
@@ -151,6 +158,6 @@ def _without(text: str, spans: list[tuple[int, int]]) -> str:
     for start, end in sorted(spans):
         if start > at or not pieces:
             pieces += [text[at:start], CUT]
-        at = max(at, end)
+        at = end  # all runs are equally long
     pieces.append(text[at:])
     return "".join(pieces)

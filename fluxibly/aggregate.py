@@ -69,6 +69,7 @@ class Aggregator:
             any(self._reasoning)
             or any(not isinstance(mark, (Reasoning, Text)) for _, mark in self._marks)
             or any(self.texts)
+            or any(other.has_output for other in self._others.values())
         )
 
     def add(self, chunk: Chunk) -> None:

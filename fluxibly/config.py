@@ -156,7 +156,7 @@ def _copied(value: Any) -> Any:
 
 def _without_login(url: object) -> str:
     """Return the `repr` of an address, with a user name and password in it masked."""
-    return re.sub("//[^/@]*@", "//***@", repr(url))
+    return re.sub("//.*@", "//***@", repr(url))  # a password may contain a slash or another @
 
 
 @suggests_names

@@ -465,8 +465,10 @@ class Response(Value):
 
     @property
     def has_output(self) -> bool:
-        """Whether the response contains text, reasoning, a tool call, media or an opaque part."""
-        return bool(self.text or self.tool_calls or self.reasoning or self.media or self.opaque)
+        """Whether the response or an alternative contains text, reasoning, a tool call, media or an opaque part."""
+        if self.text or self.tool_calls or self.reasoning or self.media or self.opaque:
+            return True
+        return any(other.has_output for other in self.alternatives)
 
     @property
     def opaque(self) -> tuple[Opaque, ...]:
@@ -569,7 +571,7 @@ class Chunk(Value):
 
     @property
     def has_output(self) -> bool:
-        """Whether the chunk contains text, reasoning, part of a tool call, media or an opaque part.
+        """Whether the chunk, of whatever choice, contains text, reasoning, part of a tool call, media or an opaque part.
 
         Such output cannot be taken back, so nothing is sent again after it.
         """
@@ -578,6 +580,7 @@ class Chunk(Value):
             or self.reasoning
             or self.tool_calls
             or (self.parts and any(not isinstance(part, (Reasoning, Text)) or part.text for part in self.parts))
+            or (self.alternatives and any(chunk.has_output for _, chunk in self.alternatives))
         )
 
 

@@ -273,10 +273,52 @@ class TestSecret:
         with pytest.raises(TypeError, match="Secret: expected a str, got an int"):
             Secret(5)
 
-    def test_a_password_in_an_address_is_not_shown(self):
-        """`repr` hides the password in an address."""
-        assert "hunter2" not in repr(config(api_base="http://me:hunter2@host/v1"))
-        assert "//***@host/v1" in repr(config(api_base="http://me:hunter2@host/v1"))
+    @pytest.mark.parametrize("login", ["me:hunter2", "hunter2", ":hunter2"])
+    def test_a_password_in_an_address_is_not_shown(self, login):
+        """`repr` hides the user name and the password in an address."""
+        assert "hunter2" not in repr(config(api_base=f"http://{login}@host/v1"))
+        assert "//***@host/v1" in repr(config(api_base=f"http://{login}@host/v1"))
+
+    @pytest.mark.parametrize(
+        "address",
+        [
+            "ftp://me:hunter2@host/v1",
+            "http://me:hunter2@host:99999/v1",
+            "http://me:a@hunter2@host/v1",
+            "http://me:a/hunter2@host/v1",
+            "http://me:a hunter2@host/v1",
+            b"http://me:hunter2@host/v1",
+        ],
+    )
+    def test_a_password_in_an_invalid_address_is_not_shown(self, address):
+        """The error about an address hides the password in it, also one that makes the address invalid."""
+        with pytest.raises(ConfigError, match=r"api_base: expected an http:// or https:// URL, got b?'.*//\*\*\*@host"):
+            config(api_base=address)
+        with pytest.raises(ConfigError) as caught:
+            config(api_base=address)
+        assert "hunter2" not in str(caught.value)
+
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [
+            *(("api_key", value) for value in (KEY.encode(), [KEY], {"a": KEY})),
+            *(("headers", value) for value in (KEY, [KEY], {"a": [KEY]}, {"a": KEY.encode()})),
+            *(("additional_params", value) for value in (KEY, [KEY])),
+        ],
+    )
+    def test_a_key_of_the_wrong_type_is_not_shown(self, name, value):
+        """A key that is given as something else than a str, or where a table belongs, is in no error."""
+        with pytest.raises(ConfigError, match=f"{name}.*: expected a .*, got a") as caught:
+            config(**{name: value})
+        assert KEY not in str(caught.value)
+
+    def test_the_caller_s_own_tables_stay_the_caller_s(self):
+        """What the caller changes later in a table does not reach the configuration."""
+        headers, parameters = {"x-gateway": "harbour"}, {"logit_bias": {}}
+        made = config(headers=headers, additional_params=parameters)
+        headers["x-gateway"] = parameters["added"] = "quay"
+        assert made.headers == {"x-gateway": "harbour"}
+        assert made.additional_params == {"logit_bias": {}}
 
 
 class TestYaml:
@@ -286,6 +328,33 @@ class TestYaml:
         assert KEY not in repr(made)
         assert "'logit_bias': {'1': 2}" in repr(made)
         assert made.additional_params["api_key"] == KEY
+
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "api_key",
+            "X-API-KEY",
+            "access_token",
+            "clientSecret",
+            "Password",
+            "credentials",
+            "auth",
+            "Cookie",
+            "headers",
+        ],
+    )
+    @pytest.mark.parametrize(
+        "value", [KEY, KEY.encode(), [KEY], (KEY,), {"a": KEY}, {"a": [{"b": KEY}]}, [("x-gateway", KEY)]], ids=repr
+    )
+    def test_whatever_a_secret_is_called(self, name, value):
+        """`repr` hides a secret by its name, in capitals too, with all that is in its table or list."""
+        assert KEY not in repr(config(additional_params={name: value}))
+        assert KEY not in repr(config(additional_params={"routes": [{name: value}], "others": ({name: value},)}))
+
+    def test_what_is_no_secret_is_shown_as_it_is(self):
+        """Lists, tuples and numbers stay what they are."""
+        made = config(additional_params={"stop": ["a", ("b", 1)], "max_tokens_per_key": 5, "user": b"me"})
+        assert "{'stop': ['a', ('b', 1)], 'max_tokens_per_key': 5, 'user': b'me'}" in repr(made)
 
     def test_a_file(self, file):
         """The section `llm:` is read, including nested tables and lists."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import pickle
 
@@ -18,6 +19,8 @@ from fluxibly.errors import (
     ServerError,
     StreamInterrupted,
     StreamStalled,
+    error_type,
+    outcome_of,
     root_cause,
 )
 from fluxibly.types import Response
@@ -96,3 +99,45 @@ def test_root_cause():
     other = LookupError()
     other.__cause__ = cause
     assert root_cause(other) is other
+
+
+def behind(*kinds):
+    """Return an error of the last kind behind those before it."""
+    *outer, error = [
+        StreamInterrupted("x", partial=Response()) if kind is StreamInterrupted else kind() for kind in kinds
+    ]
+    for each in reversed(outer):
+        each.__cause__, error = error, each
+    return error
+
+
+class Cancelled(BaseException):
+    """What trio calls its cancellation."""
+
+
+@pytest.mark.parametrize(
+    ("error", "outcome", "name"),
+    [
+        (ServerError(), "failed", "ServerError"),
+        (RequestTimeout(), "failed", "RequestTimeout"),
+        (LookupError(), "failed", "LookupError"),
+        (StreamStalled(), "stalled", "StreamStalled"),
+        (behind(StreamInterrupted, StreamStalled), "stalled", "StreamStalled"),
+        (behind(StreamInterrupted, StreamInterrupted, StreamStalled), "stalled", "StreamStalled"),
+        (behind(StreamInterrupted, RequestTimeout), "failed", "RequestTimeout"),
+        (StreamInterrupted("x", partial=Response()), "failed", "StreamInterrupted"),
+        (GeneratorExit(), "abandoned", "GeneratorExit"),
+        (asyncio.CancelledError(), "cancelled", "CancelledError"),
+        (Cancelled(), "cancelled", "CancelledError"),
+        (KeyboardInterrupt(), "cancelled", "KeyboardInterrupt"),
+    ],
+    ids=repr,
+)
+def test_outcomes(error, outcome, name):
+    """How a call ended, and the name of its error, in logs, metrics and spans alike."""
+    assert outcome_of(error) == outcome
+    assert error_type(error) == name
+
+
+def test_a_call_without_an_error_is_completed():
+    assert outcome_of(None) == "completed"

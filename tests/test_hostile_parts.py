@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from time import perf_counter
+from time import process_time
 from typing import Any
 
 import attrs
@@ -62,9 +62,9 @@ class TestMasking:
         """The time to mask a long message does not grow with its length times the number of strings."""
         results = [{"title": f"The tides of port number {number}"} for number in range(20_000)]
         request = asked(Opaque("anthropic", {"results": results}))
-        begun = perf_counter()
+        begun = process_time()
         assert mask_request("error " * 300 + "The tides of port number 7", request).endswith("[…]")
-        assert perf_counter() - begun < 3
+        assert process_time() - begun < 3
 
 
 class _Span:

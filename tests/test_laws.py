@@ -147,6 +147,9 @@ def test_streams_wrap_the_error_of_the_whole_call(kinds, answers):
         assert case.log == cases[0].log, case.mode
 
 
+REFUSED = ("asked ScriptedProvider again", "returned another text", "returned an answer after")
+
+
 def check_stream(case: Case) -> None:
     """Check laws 3 and 4 for a stream that was read to its end."""
     ran = case.ran
@@ -161,12 +164,59 @@ def check_stream(case: Case) -> None:
         else:
             output = False if isinstance(event, Restart) else output or event.has_output
     if ran.error is not None:
-        # Output that an outer layer dropped had also passed the layer that asked again.
-        refused = "asked ScriptedProvider again" in str(ran.error)
+        # Output that an outer layer dropped had also passed the layer that asked again, or returned another answer.
+        refused = any(words in str(ran.error) for words in REFUSED)
         assert isinstance(ran.error, StreamInterrupted) == (output or refused), ran.error
     if isinstance(ran.error, StreamInterrupted):
         assert ran.error.partial.text == ran.text
-        assert ran.error.__cause__ is not None or "asked" in str(ran.error)
+        assert ran.error.__cause__ is not None or refused
+
+
+@many
+@given(s.any_stacks, s.any_answers, st.booleans(), st.sampled_from(STREAMS))
+def test_nobody_is_accused_wrongly(kinds, answers, restarts, mode):
+    """Law 3: none of these middleware returns another answer than was delivered, and nothing says that one does."""
+    case = Case(mode, kinds, answers, restarts=restarts)
+    assert not [words for words in REFUSED[1:] if words in str(case.ran.error)]
+    assert not [line for line in case.lines if "than was delivered" in line]
+
+
+def answering_anyway(name, log):
+    """Answer whatever goes wrong, as users write it."""
+
+    def answer(request, call_next):
+        try:
+            return (yield from call_next(request))
+        except Exception:  # noqa: BLE001  # the mistake under test
+            return s.Response("sorry c")
+
+    return answer
+
+
+def changing_the_end(name, log):
+    """Change the text of the response alone."""
+
+    def change(request, call_next):
+        response = yield from call_next(request)
+        return response.evolve(text=f"{response.text}☃b")
+
+    return change
+
+
+@many
+@given(
+    outer=st.lists(st.sampled_from((*s.WRAPPING, *s.BUILT_IN)), max_size=3),
+    culprit=st.sampled_from([answering_anyway, changing_the_end]),
+    inner=st.lists(st.sampled_from(s.KINDS), max_size=3),
+    answers=s.any_answers,
+    restarts=st.booleans(),
+    mode=st.sampled_from(STREAMS),
+)
+def test_no_other_answer_than_was_delivered(*, outer, culprit, inner, answers, restarts, mode):
+    """Law 3: whatever stands around a middleware that breaks the law, its answer is delivered, or it is an error."""
+    case = Case(mode, [*outer, culprit, *inner], answers, restarts=restarts)
+    case.check_ends()
+    check_stream(case)
 
 
 @many

@@ -79,9 +79,58 @@ class TestRequests:
         request = Request(model="m", messages=[Message.user("hi"), Message.assistant([searched])])
         assert mask_request("refused: measles in Ghent", request) == "refused: […]"
 
-    def test_long_messages_are_cut(self):
-        """A message is cut to 2,000 characters."""
-        assert mask_request("x" * 5_000, asking("y")) == "x" * 2_000 + "…"
+    @pytest.mark.parametrize(
+        ("text", "masked"),
+        [
+            ("twelve chars", "[…]"),
+            ("eleven char", "eleven char"),
+            ("twelve chars!", "[…]!"),
+            ("no: twelve chars", "no: […]"),
+            ("no: twelve chars!", "no: […]!"),
+            ("twelve charstwelve chars", "[…]"),
+            ("twelve chars, twelve chars", "[…], […]"),
+        ],
+    )
+    def test_the_borders_of_a_run(self, text, masked):
+        """A run of exactly twelve characters is cut, wherever it is, and leaves one mark. Eleven characters stay."""
+        assert mask_request(text, asking(text if len(text) < RUN else "twelve chars")) == masked
+
+    @pytest.mark.parametrize("place", range(13))
+    def test_a_run_at_any_place_of_a_prompt(self, place):
+        """It makes no difference where in the prompt the quote stands."""
+        content = "abcdefghijklmnopqrstuvwxyz"
+        assert mask_request(f"<{content[place : place + RUN]}>", asking(content)) == "<[…]>"
+
+    def test_runs_of_two_messages_that_touch(self):
+        """Quotes from two messages that touch leave one mark."""
+        assert mask_request("<abcdefghijklmnopqrstuvwx>", asking("abcdefghijkl", "mnopqrstuvwx")) == "<[…]>"
+
+    @pytest.mark.parametrize(
+        ("content", "echo"),
+        [
+            ("é\u3000" * 6, lambda text: json.dumps(text)[1:-1]),
+            ('é"' * 6, lambda text: json.dumps(text, ensure_ascii=False)[1:-1]),
+            ("1\xa02\xa03\xa04\xa05\xa06\xa0", lambda text: repr(text)[1:-1]),
+        ],
+        ids=["JSON in ASCII", "JSON", "Python"],
+    )
+    def test_a_quote_with_escapes(self, content, echo):
+        """A quote is masked if the server escapes every second character of it."""
+        assert mask_request(f"bad: {echo(content)}", asking(content)) == "bad: […]"
+
+    @pytest.mark.parametrize(
+        ("length", "end"), [(1_999, ""), (2_000, ""), (2_001, "…"), (5_000, "…")], ids=["1999", "2000", "2001", "5000"]
+    )
+    def test_long_messages_are_cut(self, length, end):
+        """A message is cut to 2,000 characters, and only a message that was cut says so."""
+        assert mask_request("x" * length, asking("y")) == "x" * min(length, 2_000) + end
+
+    def test_what_a_huge_prompt_may_share_is_masked(self):
+        """If it would take too long to see which words a message shares with a prompt, those that it may share are cut."""
+        numbers = [f"{number:06}" for number in range(250)]
+        text, content = " ".join(numbers), "......".join(numbers)
+        assert mask_request(text, asking(content)) == text
+        assert mask_request(text, asking(content + "." * 2_000_000)) == "[…]"
 
     @pytest.mark.parametrize("content", ["lorem ipsum " * 900_000, "a" * 10_000_000], ids=["words", "one letter"])
     def test_a_prompt_of_ten_megabytes(self, content):
@@ -129,6 +178,28 @@ class TestSecrets:
         assert "key%2B" not in masked
         assert masked.startswith("wrong key ")
         assert masked.endswith(", sorry")
+
+    @pytest.mark.parametrize(
+        ("secret", "masked"), [("abcd", "key ***"), ("abc", "key abcd"), (" ab\n", "key abcd"), ("abcd\n", "key ***")]
+    )
+    def test_a_dummy_is_no_secret(self, secret, masked):
+        """A key of fewer than four characters is a dummy, and may be part of a word."""
+        assert mask_secrets("key abcd", [secret]) == masked
+
+    def test_a_key_that_is_no_text(self):
+        """Bytes of the environment that are not UTF-8 do not hinder the masking."""
+        assert mask_secrets("bad key sk-\udcff-1", ["sk-\udcff-1"]) == "bad key ***"
+
+    @pytest.mark.parametrize("scheme", ["Bearer", "bearer", "Basic", "Token", "Key", "ApiKey", "Api-Key"])
+    def test_the_token_of_a_header(self, scheme):
+        """A server that refuses an `Authorization` quotes the token alone, too."""
+        header = f"{scheme} dG9rZW4t-0123"
+        assert mask_secrets("Incorrect API key: dG9rZW4t-0123", [header]) == "Incorrect API key: ***"
+        assert mask_secrets(f"Incorrect header: {header}", [header]) == "Incorrect header: ***"
+
+    def test_words_of_a_header_are_no_secrets(self):
+        """Of a header that is no authorization, only the whole value is masked."""
+        assert mask_secrets("no tables here", ["Tide tables"]) == "no tables here"
 
     def test_without_the_line_end_it_was_read_with(self):
         """A key from a file is masked even if the server echoes it without the line end."""

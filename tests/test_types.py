@@ -387,15 +387,20 @@ class TestAggregation:
             (Chunk("a"), True),
             (Chunk(reasoning="a"), True),
             (Chunk(tool_calls=(ToolCallDelta(index=0),)), True),
+            (Chunk(parts=(Image(data=b"png", media_type="image/png"),)), True),
+            (Chunk(parts=(Reasoning(text="a", signature="s"),)), True),
+            (Chunk(alternatives=((1, Chunk("a")),)), True),
             (Chunk(finish_reason="stop", usage=Usage(), model="m", id="i"), False),
+            (Chunk(parts=(Reasoning(signature="s"), Text("", raw={"cited": True}))), False),
+            (Chunk(alternatives=((1, Chunk(finish_reason="stop")),)), False),
         ],
     )
     def test_what_output_is(self, chunk, output):
-        """Text, reasoning and parts of tool calls are output; metadata is not."""
+        """Text, reasoning, media and parts of tool calls are output, of any choice; metadata is not."""
         assert chunk.has_output == output
         answer = Aggregator()
         answer.add(chunk)
-        assert answer.has_output == output
+        assert answer.has_output == answer.response().has_output == output
 
     def test_str(self):
         """The str of a chunk or a response is its text."""

@@ -35,13 +35,15 @@ from fluxibly import (
     StreamStats,
     ToolCall,
     Usage,
+    default_stack,
     map_chunks,
     perform,
     register_llm_framework,
     register_middleware,
     sleep,
 )
-from fluxibly.config import Timeouts
+from fluxibly.config import Secret, Timeouts
+from fluxibly.errors import BadPrompt
 from fluxibly.flow import hold_back
 from fluxibly.llm import LLM as SameLLM  # noqa: N811  # LLM is a class
 from fluxibly.middleware import Logging, Metrics, Retry, StreamMeter, Timing, Tracing, Validation
@@ -197,8 +199,28 @@ def stacks(config: LLMConfig, file: Path) -> None:
     ]
     print(LLM(config, stack))  # noqa: T201  # as a user would write it
     LLM(config, middleware=[Logging(), Tracing(), timing, Retry(max_retries=5), StreamMeter()]).close()
+    LLM(config, default_stack(config, Retry(max_retries=5), timing)).close()
+    LLM(config, [*default_stack(config), timing]).close()
     SameLLM.from_yaml(file).close()
     assert_type(AsyncLLM.from_yaml(str(file)), AsyncLLM)
+
+
+def token() -> str:
+    return "a token"
+
+
+async def later() -> str:
+    return "a token"
+
+
+def access() -> None:
+    LLMConfig(framework="parrot", model="m", api_key=token, headers={"x-gateway": "harbour"})
+    LLMConfig(framework="parrot", model="m", api_key=later, timeout=None)
+    assert_type(LLMConfig(framework="parrot", model="m", api_key=Secret("k")).fixed_key, str | None)
+    try:
+        LLM(LLMConfig(framework="parrot", model="m")).complete("")
+    except BadPrompt as error:
+        assert_type(error, BadPrompt)
 
 
 def pipelines() -> None:
@@ -231,6 +253,7 @@ def main(file: Path) -> None:
     sync_calls(config)
     asyncio.run(async_calls(config))
     stacks(config, file)
+    access()
     pipelines()
 
 

@@ -125,6 +125,7 @@ class StreamDriver:
             return False
         self.delivered.clear()
         self.output = False
+        self.call.interruption = None  # what was interrupted is void
         return True
 
     def finish(self, value: object) -> Chunk | None:

@@ -10,7 +10,7 @@ import attrs
 from fluxibly._checks import kind_of
 from fluxibly.aggregate import Aggregator, as_chunks
 from fluxibly.errors import StreamInterrupted
-from fluxibly.flow.culprits import raise_not_delivered, swallowed
+from fluxibly.flow.culprits import raise_not_delivered, says_that_it_is_cut, swallowed
 from fluxibly.flow.effects import PULL, Effect, Flow, More, Send, T
 from fluxibly.types import CallRecord, Chunk, Reasoning, Request, Response, Restart
 
@@ -140,15 +140,20 @@ def map_chunks(
     if streamed:
         mapper.check(response)
     else:
-        mapper.answer = Aggregator()  # chunks without output, of an attempt that failed, may have come before
+        # What `fn` made of chunks without output, of an attempt that failed, counts only if it is output.
+        streamed = mapper.output
+        if not streamed:
+            mapper.answer = Aggregator()
         for chunk in as_chunks(response):
-            mapper.pass_on(chunk)
+            made = mapper.pass_on(chunk)
+            for piece in () if not streamed else (made,) if isinstance(made, Chunk) else made:
+                yield More(piece)
     if at_end is not None:
         for piece in mapper.note(at_end()):
             # The provider's stream is at its end, so each piece goes out as a More, which reads nothing.
             if streamed:
                 yield More(piece)
-    return mapper.response(response)
+    return mapper.returned(response)
 
 
 class _Mapper(Relay):
@@ -198,6 +203,8 @@ class _Mapper(Relay):
         if isinstance(effect, Send):
             if self.taken:
                 return resend_refused(effect.request, self.answer.response())
+            if self.streamed and not self.output:
+                self.begin()  # no part of an attempt that failed belongs to the answer of the next
             self.call = effect.request.call
         return effect
 
@@ -275,6 +282,15 @@ class _Mapper(Relay):
         # `parsed` is made of the text, and `raw` of the whole answer.
         parsed = inner.parsed if mine.text == inner.text else None
         return inner.evolve(**let_out, order=mine.order, parsed=parsed, raw=None)
+
+    def returned(self, inner: Response) -> Response:
+        """Return the response of a flow that returned `inner`, for the layers further out to compare with."""
+        response = self.response(inner)
+        if self.changed:
+            self.call.said = None
+            if (stopped := swallowed(self.call)) is not None:
+                stopped.partial = response
+        return response
 
     def check(self, inner: Response) -> None:
         """Check that a flow returned what it has emitted. If `fn` changed nothing, the layers outside of it check that.
@@ -401,17 +417,19 @@ class _Holder(Relay):
     def restarted(self) -> None:
         self.held.clear()
         self.text = ""
+        self.call.interruption = None  # what was interrupted is void
 
     def holds_output(self) -> bool:
         return any(chunk.has_output for chunk in self.held)
 
     def check(self, response: Response) -> None:
-        """Check that the held chunks are the answer, so that no half of an answer is released.
+        """Check that the held chunks are the answer, so that no half of an answer is released, unless it says that it is one.
 
         Raises:
             StreamInterrupted: the flow returned another text.
         """
         if response.text is self.call.said or not self.holds_output():
             return
-        if response.text != "".join([chunk.text for chunk in self.held]):
+        half = swallowed(self.call) is not None and not says_that_it_is_cut(response)
+        if half or response.text != "".join([chunk.text for chunk in self.held]):
             raise_not_delivered(self.call, response, Response())

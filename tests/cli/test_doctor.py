@@ -8,10 +8,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import attrs
 import pytest
 from support.canned_server import canned_server
 from support.packages import MIDDLEWARE, install
+
+from fluxibly import LLMConfig
 
 pytest.importorskip("typer")
 START = "from fluxibly.cli import main; main()"
@@ -44,6 +48,39 @@ def rows(ran: subprocess.CompletedProcess[str], name: str) -> list[list[str]]:
     """Return the rows of a table that have a cell `name`, as their cells."""
     cells = [re.split("  +", line.strip()) for line in ran.stdout.splitlines()]
     return [row for row in cells if name in row]
+
+
+def test_another_framework_gets_nothing_of_the_file_s_service(fluxibly: Run, tmp_path: Path) -> None:
+    """`--framework` asks another service. The key, the headers and the address of the file are not for it."""
+    path = tmp_path / "framework.yaml"
+    with canned_server() as files, canned_server() as others:
+        path.write_text(
+            f"llm: {{framework: openai, model: m, api_key: sk-secret, api_base: '{files.url}', "
+            "headers: {x-gateway: gateway-secret}}"
+        )
+        chat = ("chat", "--config", str(path), "--framework", "groq", "--model", "m", "--no-stream", "hi")
+        ran = fluxibly(*chat, GROQ_API_KEY="sk-groq", GROQ_BASE_URL=others.url)
+        assert ran.stdout == "You said: hi\n", ran.stderr
+        assert files.seen == []
+        assert others.last.headers["authorization"] == "Bearer sk-groq"
+        assert "secret" not in str(others.last.headers)
+
+
+def test_the_stack_shows_no_secret_of_a_middleware() -> None:
+    """`explain` shows the settings of a middleware as its repr does."""
+    from fluxibly.cli.inspect import stack_rows
+
+    @attrs.frozen(kw_only=True)
+    class Gate:
+        name: str = "harbour"
+        key: str = attrs.field(default="sk-secret", repr=False)
+        token: str = attrs.field(default="sk-secret", repr=lambda _: "***")
+
+        def __call__(self, request: Any, call_next: Any) -> Any:
+            return (yield from call_next(request))
+
+    shown = stack_rows(LLMConfig(framework="echo", model="m", api_key="sk-secret", middleware=[Gate()]))
+    assert [row[2] for row in shown] == ["name='harbour', token=***", "framework=echo, model=m"]
 
 
 def test_plugins(fluxibly: Run, tmp_path: Path) -> None:
@@ -177,9 +214,9 @@ def test_other_variables_are_as_good_as_a_key(fluxibly: Run) -> None:
     """A framework is ready if any of the variables is set with which its vendor's client works."""
     ran = fluxibly(
         "frameworks",
-        ANTHROPIC_AUTH_TOKEN="t",
+        ANTHROPIC_AUTH_TOKEN="t",  # noqa: S106
         GOOGLE_API_KEY="k",
-        OPENAI_BASE_URL="http://127.0.0.1:9/v1",  # noqa: S106
+        OPENAI_BASE_URL="http://127.0.0.1:9/v1",
     )
     assert [rows(ran, name)[0][1] for name in ("anthropic", "gemini", "openai", "groq")] == [
         *["ready"] * 3,

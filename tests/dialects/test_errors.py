@@ -346,6 +346,8 @@ def test_a_service_says_itself_whether_to_retry() -> None:
         ({"x-ratelimit-reset-tokens-minute": "33.5", "x-ratelimit-remaining-tokens-minute": "0",
           "x-ratelimit-reset-requests-day": "9000", "x-ratelimit-remaining-requests-day": "3"}, 33.5),
         ({"ratelimit-reset": "12", "ratelimit-remaining": "0"}, 12),
+        ({"x-ratelimit-reset-requests": "2s", "x-ratelimit-remaining-requests": "0",
+          "x-ratelimit-reset-tokens": "1m", "x-ratelimit-remaining-tokens": "0"}, 60),
         ({"x-ratelimit-reset-requests": "1h"}, None),
         ({"x-ratelimit-reset": "1700000012", "x-ratelimit-remaining": "0"}, 12),
         ({"x-ratelimit-reset": "1700000012000", "x-ratelimit-remaining": "0"}, 12),

@@ -145,6 +145,8 @@ def test_ndjson_is_an_event_a_line(body: bytes, events: list[Event]) -> None:
         ("sse", b"data: a\n\n", b"data: " + b"x" * 200 + b"\n\n"),
         ("sse", b"data: a\n\n", b"data: 0123456789\n" * 20 + b"\n"),
         ("sse", b"data: a\n\n", b'{"error": 1\n' * 20),
+        ("sse", b"data: a\n\n", b": " + b"x" * 200 + b"\n\n"),
+        ("sse", b"data: a\n\n", b"event: " + b"x" * 200 + b"\ndata: b\n\n"),
         ("ndjson", b"{}\n", b"x" * 200),
         ("ndjson", b"{}\n", b"x" * 200 + b"\n"),
     ],
@@ -179,10 +181,21 @@ def test_an_error_stays(framing: Framing, first: bytes) -> None:
             stream.close()
 
 
-def test_events_up_to_the_limit_pass() -> None:
-    """The limit applies to each line or event rather than to the stream."""
-    body = (b"data: " + b"x" * 94 + b"\n\n") * 50
-    assert read("sse", body, limit=100) == [Event(b"x" * 94)] * 50
+@pytest.mark.parametrize("size", [101, 200, 500])
+def test_a_large_event_among_events(size: int) -> None:
+    """The limit also applies in a read that holds whole events only, which are split at once."""
+    stream = make_framing("sse", limit=100)
+    assert stream.feed(b"data: a\n\n") == [Event(b"a")]
+    with pytest.raises(StreamProtocolError, match="more than 100 bytes"):
+        stream.feed(b"data: " + b"x" * size + b"\n\n")
+
+
+@pytest.mark.parametrize("start", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize(("framing", "line"), [("sse", b"data: " + b"x" * 94), ("ndjson", b"x" * 100)])
+def test_events_up_to_the_limit_pass(framing: Framing, line: bytes, start: bytes) -> None:
+    """The limit applies to each line or event rather than to the stream, wherever the reads are cut."""
+    body = start + (line + b"\n\n") * 5
+    assert recut(framing, body, limit=100) == [Event(line.removeprefix(b"data: "))] * 5
 
 
 def test_a_long_event_in_small_reads_costs_its_length() -> None:

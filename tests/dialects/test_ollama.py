@@ -220,7 +220,13 @@ def test_finish_reasons(raw: str | None, reason: str) -> None:
     assert (response.finish_reason, response.raw_finish_reason) == (reason, raw)
 
 
-@pytest.mark.parametrize("body", [b"", b"<html>busy</html>", b"{}", b"[]", b"null", b'{"message": null}', b'{"mess'])
+@pytest.mark.parametrize(
+    "body",
+    [
+        *(b"", b"<html>busy</html>", b"{}", b"[]", b"null", b'{"message": null}', b'{"mess'),
+        *(b'{"message": [], "done": true}', b'{"message": 3, "response": null}', b'{"response": {"a": 1}}'),
+    ],
+)
 def test_not_an_answer(body: bytes) -> None:
     """A body with neither message nor response never passes as an empty response."""
     with pytest.raises(StreamProtocolError):
@@ -279,6 +285,36 @@ def test_truncated_stream() -> None:
         partial, error = interrupted(CHAT, body[:end])
         assert isinstance(error, StreamProtocolError)
         assert "one two".startswith(partial.text)
+
+
+def test_a_stream_that_says_nothing_keeps_the_model() -> None:
+    """The partial answer names the model, also if the stream was cut off before its first word."""
+    partial, error = interrupted(CHAT, ndjson(line("")))
+    assert (partial.text, partial.model, type(error)) == ("", "qwen3", StreamProtocolError)
+
+
+@pytest.mark.parametrize("before", [[], [line("one")]])
+@pytest.mark.parametrize(
+    ("body", "kind", "says"),
+    [
+        ({"error": "slow", "done": True}, ServerError, "slow"),
+        ({**last(content="x"), "error": "slow"}, ServerError, "slow"),
+        ({"error": {"message": "slow down", "code": 429}}, RateLimitError, "slow down"),
+        ({"detail": "slow"}, ServerError, "slow"),
+        ({"errors": [{"message": "slow", "code": 503}], "done": True}, Overloaded, "slow"),
+        ({"message": "slow", "done": True}, ServerError, "slow"),
+        ({"error": "model 'qwen3' not found"}, NotFound, "ollama pull qwen3"),
+    ],
+)
+def test_errors_in_a_200(
+    body: dict[str, Any], kind: type[ProviderError], says: str, before: list[dict[str, Any]]
+) -> None:
+    """What a gateway says instead of a message is its error, whole and in a stream, and never an empty answer."""
+    with pytest.raises(kind, match=says):
+        CHAT.decode(ndjson(body))
+    partial, error = interrupted(CHAT, ndjson(*before, body))
+    assert (partial.text, type(error)) == ("one" if before else "", kind)
+    assert says in str(error)
 
 
 @pytest.mark.parametrize("before", [[], [line("one")]])

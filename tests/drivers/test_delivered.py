@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 
 import attrs
 import pytest
@@ -64,6 +65,18 @@ def holding(request, call_next):
     return (yield from hold_back(call_next(request)))
 
 
+def salvaging(finish_reason):
+    """Return a middleware that returns what had been delivered before an interruption."""
+
+    def salvage(request, call_next):
+        try:
+            return (yield from call_next(request))
+        except StreamInterrupted as error:
+            return error.partial.evolve(finish_reason=finish_reason)
+
+    return salvage
+
+
 def late(request, call_next):
     response = yield from call_next(request)
     return response.evolve(text="other")
@@ -114,8 +127,18 @@ class TestSwallowed:
         assert ran.error.partial.text == delivered(ran)
         assert ran.response is None
 
-    @pytest.mark.parametrize("output", [Chunk(reasoning="hm"), Chunk(tool_calls=(ToolCallDelta(id="c", name="pay"),))])
-    @pytest.mark.parametrize("answer", [Response("Sorry."), Response()], ids=["text", "nothing"])
+    @pytest.mark.parametrize(
+        "output",
+        [
+            Chunk(reasoning="hm"),
+            Chunk(tool_calls=(ToolCallDelta(id="c", name="pay"),)),
+            Chunk(alternatives=((1, Chunk("so")),)),
+        ],
+        ids=["reasoning", "call", "alternative"],
+    )
+    @pytest.mark.parametrize(
+        "answer", [Response("Sorry."), Response(), Response(finish_reason="stop")], ids=["text", "nothing", "its end"]
+    )
     def test_output_without_text(self, streaming, output, answer):
         """Reasoning and tool calls are output too."""
 
@@ -139,6 +162,48 @@ class TestSwallowed:
         assert isinstance(ran.error.__cause__, ServerError)
         assert "the middleware sorry returned an answer" in str(ran.error)
         assert (ran.events, ran.error.partial) == ([], Response())
+
+    def test_half_an_answer_that_does_not_say_so_is_not_released(self, streaming):
+        """What is held back cannot be told from a whole answer without a finish reason."""
+        ran = run(streaming, scripted(streaming, half()), [holding, salvaging(None)], REQUEST)
+        assert isinstance(ran.error.__cause__, ServerError)
+        assert ran.events == []
+        ran = run(streaming, scripted(streaming, half()), [holding, salvaging("length")], REQUEST)
+        assert ran.response.text == delivered(ran) == "Transfer 100 to "
+
+    def test_an_answer_of_the_same_length(self, streaming):
+        """Half an answer does not become a whole one by a text that happens to be as long."""
+
+        def other(request, call_next):
+            try:
+                return (yield from call_next(request))
+            except StreamInterrupted as error:
+                return Response("x" * len(error.partial.text), finish_reason="stop")
+
+        ran = run(streaming, scripted(streaming, half()), [shout, other], REQUEST)
+        assert isinstance(ran.error, StreamInterrupted)
+        assert "other returned an answer after" in str(ran.error)
+
+    def test_the_answer_of_an_earlier_attempt(self, streaming):
+        """An answer that was rejected is not delivered by an attempt that fails after output."""
+
+        def keeping(request, call_next):
+            kept = []
+
+            def check(response):
+                kept.append(response)
+                raise LookupError
+
+            with suppress(LookupError):
+                yield from hold_back(call_next(request), check=check)
+            try:
+                return (yield from call_next(request))
+            except StreamInterrupted:
+                return kept[0]
+
+        ran = run(streaming, scripted(streaming, ["first ", "answer"], half()), [keeping], REQUEST)
+        assert isinstance(ran.error, StreamInterrupted)
+        assert delivered(ran) == "Transfer 100 to "
 
     def test_chunks_that_are_held_until_the_end(self, streaming):
         """A function of `map_chunks` that keeps its text for the end lets no half of it out."""
@@ -164,6 +229,19 @@ class TestSwallowed:
         assert "one of the middleware" in str(ran.error)
         assert "sorry" in str(ran.error)
         assert ran.error.partial.text.lower() == "so far, "
+
+    @pytest.mark.parametrize("answer", [Response(), Response(finish_reason="stop")], ids=["nothing", "its end"])
+    def test_an_error_of_a_middleware_after_reasoning(self, streaming, answer):
+        """An answer without output does not stand in for reasoning that was delivered."""
+
+        def silent(request, call_next):
+            try:
+                return (yield from call_next(request))
+            except ContentFiltered:
+                return answer
+
+        ran = run(streaming, scripted(streaming, [Chunk(reasoning="hm"), "bad"]), [silent, guard], REQUEST)
+        assert isinstance(ran.error, StreamInterrupted)
 
     @pytest.mark.parametrize("layers", [[], [sorry], [Retry(on_interrupt="restart")]], ids=names)
     def test_the_call_lets_go_of_the_error(self, streaming, layers):
@@ -208,6 +286,15 @@ class TestOutcomes:
         ]
         assert [point.attributes["error.type"] for point in points] == ["ServerError"]
 
+    def test_a_span_says_so_after_output_without_text(self, streaming):
+        """`Tracing` counts characters, but reasoning alone is output too."""
+        exporter, spans = InMemorySpanExporter(), TracerProvider()
+        spans.add_span_processor(SimpleSpanProcessor(exporter))
+        answer = [Chunk(reasoning="hm"), ServerError("down")]
+        run(streaming, scripted(streaming, answer), [Tracing(tracer_provider=spans), sorry], REQUEST)
+        span = next(span for span in exporter.get_finished_spans() if span.name.startswith("chat"))
+        assert span.attributes["fluxibly.outcome"] == "failed"
+
     def test_a_changed_text_under_the_default_stack(self, streaming, caplog):
         """`StreamMeter` compares lengths, so the layers outside of it know."""
         caplog.set_level(logging.INFO, logger="fluxibly")
@@ -234,6 +321,23 @@ class TestChanged:
         assert ran.error.__cause__ is None
         assert "late" in str(ran.error)
         assert "map_chunks(call_next(request), fn)" in str(ran.error)
+
+    def test_the_text_before_a_change(self, streaming):
+        """A middleware that changes the chunks has to return what `map_chunks` returns."""
+
+        def undo(request, call_next):
+            kept = []
+
+            def keeping():
+                kept.append((yield from call_next(request)))
+                return kept[0]
+
+            yield from map_chunks(keeping(), louder)
+            return kept[0]
+
+        ran = run(streaming, scripted(streaming, "two words"), [undo], REQUEST)
+        assert isinstance(ran.error, StreamInterrupted)
+        assert "undo returned another text (9 characters) than was delivered" in str(ran.error)
 
     def test_all_suspects_are_named(self, streaming):
         """If it is not known which middleware did it, the message has all of the user's."""
@@ -278,6 +382,12 @@ class TestAllowed:
         assert ran.error is None
         assert ran.response.text == delivered(ran) == "Sorry."
 
+    def test_outside_of_a_hold_back_that_found_it(self, streaming):
+        """So it is if the hold-back itself has found that an answer is not what it holds."""
+        ran = run(streaming, scripted(streaming, half()), [Logging(), sorry, holding, sorry], REQUEST)
+        assert ran.error is None
+        assert ran.response.text == delivered(ran) == "Sorry."
+
     def test_outside_of_dropped_chunks(self, streaming):
         """So it is with chunks that a function dropped."""
 
@@ -296,16 +406,38 @@ class TestAllowed:
         assert [type(event) for event in ran.events] == [Chunk, Restart, Chunk]
         assert ran.response.text == ran.text == "Sorry."
 
-    def test_half_an_answer_that_says_so(self, streaming):
-        """A middleware that returns exactly what was delivered, and why it ended, has decided so."""
+    @pytest.mark.parametrize("layers", [[], [holding], [shout], [holding, shout]], ids=names)
+    def test_another_answer_after_a_restart(self, streaming, layers):
+        """Once a `Restart` is accepted, a middleware may also answer without asking again."""
 
-        def salvage(request, call_next):
+        def anew(request, call_next):
             try:
                 return (yield from call_next(request))
-            except StreamInterrupted as error:
-                return error.partial.evolve(finish_reason="length")
+            except StreamInterrupted:
+                assert (yield Restart("no more"))
+            return Response("Sorry.")
 
-        layers = [Tracing(), Logging(), Metrics(), StreamMeter(), shout, salvage]
+        layers = [Tracing(), Logging(), Metrics(), StreamMeter(), *layers, anew]
+        ran = run(streaming, scripted(streaming, half()), layers, REQUEST, restarts=True)
+        assert ran.error is None
+        assert ran.response.text == ran.text == ("SORRY." if shout in layers else "Sorry.")
+
+    @pytest.mark.parametrize(
+        "layer", [Tracing(), Logging(), Metrics(), StreamMeter()], ids=lambda kind: type(kind).__name__
+    )
+    def test_between_changes(self, streaming, layer):
+        """A layer between two that change the text sees neither the provider's text nor the consumer's."""
+
+        def starred(request, call_next):
+            return (yield from map_chunks(call_next(request), lambda c: attrs.evolve(c, text=c.text.replace("A", "*"))))
+
+        ran = run(streaming, scripted(streaming, half()), [starred, layer, shout, salvaging("length")], REQUEST)
+        assert ran.error is None
+        assert ran.response.text == delivered(ran) == "TR*NSFER 100 TO "
+
+    def test_half_an_answer_that_says_so(self, streaming):
+        """A middleware that returns exactly what was delivered, and why it ended, has decided so."""
+        layers = [Tracing(), Logging(), Metrics(), StreamMeter(), shout, salvaging("length")]
         ran = run(streaming, scripted(streaming, half()), layers, REQUEST)
         assert ran.error is None
         assert ran.response.text == delivered(ran) == "TRANSFER 100 TO "
@@ -314,18 +446,13 @@ class TestAllowed:
     @pytest.mark.parametrize(
         "layers", [[], [Tracing(), Logging(), Metrics(), StreamMeter(), shout]], ids=["bare", "stack"]
     )
-    def test_half_an_answer_that_does_not_say_so(self, streaming, layers):
-        """Without a finish reason it would pass as a whole answer."""
-
-        def salvage(request, call_next):
-            try:
-                return (yield from call_next(request))
-            except StreamInterrupted as error:
-                return error.partial
-
-        ran = run(streaming, scripted(streaming, half()), [*layers, salvage], REQUEST)
+    def test_half_an_answer_that_does_not_say_so(self, streaming, layers, caplog):
+        """Without a finish reason it would pass as a whole answer, in the logs too."""
+        caplog.set_level(logging.INFO, logger="fluxibly")
+        ran = run(streaming, scripted(streaming, half()), [*layers, salvaging(None)], REQUEST)
         assert isinstance(ran.error, StreamInterrupted)
         assert "salvage returned an answer after" in str(ran.error)
+        assert "LLM streaming completed" not in caplog.text
         assert isinstance(ran.error.__cause__, ServerError)
 
     def test_a_stream_that_a_middleware_ends(self, streaming):

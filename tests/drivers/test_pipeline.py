@@ -23,7 +23,7 @@ from fluxibly.middleware import Logging, Metrics, Retry, StreamMeter, Timing, Tr
 from fluxibly.pipeline import AsyncPipeline, Pipeline
 from fluxibly.provider import AsyncProvider, Provider
 from fluxibly.testing import AsyncScriptedProvider, ScriptedProvider, VirtualClock
-from fluxibly.testing.modes import BACKENDS, MODES, run, run_async
+from fluxibly.testing.modes import BACKENDS, MODES, Mode, run, run_async
 from fluxibly.types import CallRecord, Chunk, ProviderInfo, Request, Response
 
 REQUEST = Request(model="m", messages="hi")
@@ -107,6 +107,18 @@ class TestCalls:
         assert record.provider.name == "ScriptedProvider"
         assert record.streaming == mode.streaming
         assert record.model == "m-2024"
+
+    def test_a_cached_response_is_not_changed_by_a_later_call(self, mode):
+        """Each call has its own elapsed time, even if a middleware returns one object to both."""
+        clock, answer = VirtualClock(), Response("cached")
+
+        def cached(request, call_next):
+            yield from sleep(1.0 if request.model == "m" else 5.0)
+            return answer
+
+        first = run(mode, scripted(mode), [cached], REQUEST, clock=clock).response
+        second = run(mode, scripted(mode), [cached], REQUEST.evolve(model="slow"), clock=clock).response
+        assert (first.elapsed, second.elapsed) == (1.0, 5.0)
 
     def test_sleep_takes_the_pipelines_clock(self, mode):
         """`sleep` waits on the clock that the pipeline was given."""
@@ -212,6 +224,79 @@ class TestMistakes:
         assert isinstance(raised(ran), AttributeError)
         assert "forgetful returns None; end it with" in raised(ran).__notes__[0]
 
+    def test_a_middleware_that_returns_a_wrong_value(self, mode):
+        """A middleware without `return` is not blamed for the value that another one returned."""
+
+        def forgetful(request, call_next):
+            yield from call_next(request)
+
+        def textual(request, call_next):
+            yield from call_next(request)
+            return "text"
+
+        ran = run(mode, scripted(mode, "ok"), [textual, forgetful], REQUEST)
+        assert isinstance(raised(ran), TypeError)
+        assert "textual, " in str(raised(ran))
+        assert "returned a str, expected a Response" in str(raised(ran))
+
+        def reading(request, call_next):
+            response = yield from call_next(request)
+            return Response(response.text)
+
+        ran = run(mode, scripted(mode, "ok"), [reading, textual, forgetful], REQUEST)
+        assert isinstance(raised(ran), AttributeError)
+        assert "returned a str, expected a Response" in raised(ran).__notes__[0]
+
+    def test_the_innermost_mistake_is_named(self, mode):
+        """Of several middleware that return None, the error names the one whose None came first."""
+
+        def outer(request, call_next):
+            yield from call_next(request)
+
+        def inner(request, call_next):
+            yield from call_next(request)
+
+        ran = run(mode, scripted(mode, "ok"), [outer, inner], REQUEST)
+        assert "inner returned None" in str(raised(ran))
+
+    def test_an_attribute_error_of_the_provider(self, mode):
+        """Where no middleware is the user's own, none is blamed."""
+
+        class Broken(ScriptedProvider):
+            def complete(self, request):
+                return [].text
+
+            def stream(self, request):
+                yield [].text
+
+        class AsyncBroken(AsyncScriptedProvider):
+            async def complete(self, request):
+                return [].text
+
+            async def stream(self, request):
+                yield [].text
+
+        ran = run(mode, AsyncBroken() if mode.backend else Broken(), [Logging()], REQUEST)
+        assert isinstance(ran.error, AttributeError)
+        assert not hasattr(ran.error, "__notes__")
+
+    def test_an_attribute_error_of_another_kind(self, mode):
+        """An error about other objects has no note about what middleware return."""
+
+        def mistaken(request, call_next):
+            response = yield from call_next(request)
+            return response.evolve(text=[].first)
+
+        def forgetful(request, call_next):
+            response = yield from call_next(request)
+            if response is None:
+                return None
+            return response
+
+        ran = run(mode, scripted(mode, "ok"), [mistaken, forgetful], REQUEST)
+        assert isinstance(raised(ran), AttributeError)
+        assert not hasattr(raised(ran), "__notes__")
+
     @pytest.mark.parametrize("rubbish", [None, 3, "text", object()], ids=["None", "3", "text", "object"])
     @pytest.mark.parametrize("when", ["before", "after"])
     def test_a_middleware_that_yields_a_wrong_value(self, mode, rubbish, when):
@@ -224,7 +309,10 @@ class TestMistakes:
             yield rubbish
             return response
 
-        ran = run(mode, scripted(mode, "ok"), [wild], REQUEST)
+        def tame(request, call_next):
+            return (yield from call_next(request))
+
+        ran = run(mode, scripted(mode, "ok"), [tame, wild], REQUEST)
         assert isinstance(raised(ran), TypeError)
         assert "wild yielded" in str(raised(ran))
         assert "yield only from call_next(request)" in str(raised(ran))
@@ -319,6 +407,37 @@ class TestMistakes:
             assert "generator" in str(ran.error)
 
 
+class TestStopIteration:
+    def test_of_a_provider(self):
+        """A StopIteration that is no end of an iterator says where it comes from, and keeps its cause."""
+
+        class Exhausted:
+            def complete(self, request):
+                return next(iter(()))
+
+        with pytest.raises(
+            RuntimeError, match=r"a provider, or a function that .* performs, raised StopIteration"
+        ) as found:
+            Pipeline(Exhausted()).complete(REQUEST)
+        assert isinstance(found.value.__cause__, StopIteration)
+
+    @pytest.mark.parametrize("streaming", [False, True])
+    def test_of_a_performed_function(self, streaming):
+        """A middleware can handle it as any other exception."""
+        caught = []
+
+        def performing(request, call_next):
+            try:
+                yield from perform(lambda: next(iter(())))
+            except Exception as error:  # noqa: BLE001  # the test looks at whatever is raised
+                caught.append(type(error))
+            return (yield from call_next(request))
+
+        ran = run(Mode(streaming), ScriptedProvider("ok"), [performing], REQUEST)
+        assert ran.response.text == "ok"
+        assert caught == [RuntimeError]
+
+
 class TestBaseExceptions:
     @pytest.mark.parametrize("kind", [KeyboardInterrupt, asyncio.CancelledError, SystemExit])
     def test_they_pass(self, mode, kind):
@@ -370,7 +489,8 @@ class TestBaseExceptions:
 
     @pytest.mark.parametrize("did", ["returned normally", "yielded again", "raised ValueError"])
     def test_a_middleware_that_swallows_a_base_exception_is_named(self, mode, did, caplog):
-        """A note on the exception, which still reaches the caller, and a logged error name the middleware."""
+        """A note on the exception, which reaches the caller once all has ended, and a logged error name the middleware."""
+        ends = []
 
         def greedy(request, call_next):
             try:
@@ -383,13 +503,17 @@ class TestBaseExceptions:
                 raise ValueError("replaced") from None
 
         def innocent(request, call_next):
-            return (yield from call_next(request))
+            try:
+                return (yield from call_next(request))
+            finally:
+                ends.append(True)
 
         error = KeyboardInterrupt()
         ran = run(mode, scripted(mode, error, "again"), [innocent, greedy, innocent], REQUEST)
         assert ran.error is error
         assert f"greedy {did} after KeyboardInterrupt" in error.__notes__[0]
         assert f"greedy {did} after KeyboardInterrupt" in caplog.text
+        assert len(ends) == (3 if did == "yielded again" else 2)
 
     @pytest.mark.parametrize("outside", [[], [Timing(layers=True)]], ids=["alone", "within a loop by hand"])
     def test_a_middleware_that_yields_when_an_async_call_is_abandoned_is_named(self, outside, caplog):
@@ -555,6 +679,37 @@ class TestClosing:
         with pytest.raises(RuntimeError, match="closed"):
             pipeline.stream(REQUEST)
 
+    def test_a_second_close_does_nothing(self, backend):
+        """The provider is closed once, even if that raises, and answers no call afterwards."""
+        closes = []
+
+        class Clumsy(ScriptedProvider):
+            def close(self):
+                closes.append("sync")
+                raise OSError("cannot close")
+
+        class AsyncClumsy(AsyncScriptedProvider):
+            async def aclose(self):
+                closes.append("async")
+                raise OSError("cannot close")
+
+        async def main():
+            pipeline = AsyncPipeline(AsyncClumsy("a"))
+            with pytest.raises(OSError, match="cannot close"):
+                await pipeline.aclose()
+            await pipeline.aclose()
+            with pytest.raises(RuntimeError, match="closed"):
+                await pipeline.complete(REQUEST)
+
+        pipeline = Pipeline(Clumsy("a"))
+        with pytest.raises(OSError, match="cannot close"):
+            pipeline.close()
+        pipeline.close()
+        with pytest.raises(RuntimeError, match="closed"):
+            pipeline.complete(REQUEST)
+        anyio.run(main, backend=backend)
+        assert closes == ["sync", "async"]
+
     def test_closing_an_async_pipeline(self, backend):
         """`aclose` closes an async provider, and a sync provider by its `close`."""
 
@@ -649,6 +804,84 @@ class TestSyncProviderInAsyncPipeline:
                 tasks.cancel_scope.cancel()
             assert not closed.is_set()
             release.set()
+
+        anyio.run(main, backend=backend)
+        assert closed.wait(10)
+
+    def test_closing_does_not_block_the_event_loop(self, backend):
+        """The provider is closed in a worker thread too, because a close may wait for connections."""
+        threads = []
+
+        class Slow(ScriptedProvider):
+            def close(self):
+                threads.append(threading.get_ident())
+
+        async def main():
+            await AsyncPipeline(Slow()).aclose()
+            return threading.get_ident()
+
+        assert anyio.run(main, backend=backend) not in threads
+        assert len(threads) == 1
+
+    def test_all_steps_of_a_stream_share_a_context(self, backend):
+        """A provider finds its context variables between chunks, and can reset them, whichever threads it runs in."""
+        var, found = contextvars.ContextVar("var", default="unset"), []
+
+        class Setting(ScriptedProvider):
+            def stream(self, request):
+                token = var.set("provider's")
+                try:
+                    yield "a"
+                    found.append(var.get())
+                    yield "b"
+                finally:
+                    var.reset(token)
+                    found.append(var.get())
+
+        async def main(stop):
+            async with AsyncPipeline(Setting()).stream(REQUEST) as stream:
+                async for chunk in stream:
+                    if chunk.text == stop:
+                        break
+
+        anyio.run(main, None, backend=backend)
+        anyio.run(main, "b", backend=backend)
+        assert found == ["provider's", "unset"] * 2
+
+    def test_closing_meanwhile_aborts_the_read(self, backend):
+        """A thread that reads is not left to wait for a chunk that nobody wants."""
+        reading, aborted, closed = threading.Event(), threading.Event(), threading.Event()
+
+        class Waiting:
+            def __iter__(self):
+                return self
+
+            def __next__(self):
+                reading.set()
+                assert aborted.wait(10)
+                raise ConnectionError("aborted")
+
+            def abort(self):
+                aborted.set()
+
+            def close(self):
+                closed.set()
+
+        class Blocking(ScriptedProvider):
+            def stream(self, request):
+                return Waiting()
+
+        async def main():
+            stream = AsyncPipeline(Blocking()).stream(REQUEST)
+
+            async def read():
+                assert [chunk async for chunk in stream] == []
+
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(read)
+                await anyio.to_thread.run_sync(reading.wait, 10)
+                await stream.aclose()
+            assert aborted.is_set()
 
         anyio.run(main, backend=backend)
         assert closed.wait(10)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import threading
+from contextlib import suppress
 
 import anyio
 import pytest
 from support.streams import REQUEST, Watch, texts
 
 from fluxibly.errors import ServerError
+from fluxibly.flow import sleep
 from fluxibly.middleware import Retry
 from fluxibly.pipeline import AsyncPipeline, Pipeline
 from fluxibly.testing import AsyncScriptedProvider, ScriptedProvider, VirtualClock
@@ -368,6 +370,56 @@ class TestClosing:
         stream.close()
         assert provider.opened == provider.closed == 1
         assert "stubborn yielded again after GeneratorExit" in caplog.text
+
+    def test_of_several_such_middleware_the_innermost_is_named(self, caplog):
+        """The innermost yielded first; the layers outside of it may only have reacted."""
+
+        def outer(request, call_next):
+            try:
+                return (yield from call_next(request))
+            finally:
+                yield from sleep(0)
+
+        def inner(request, call_next):
+            try:
+                return (yield from call_next(request))
+            finally:
+                yield from sleep(0)
+
+        stream = Pipeline(ScriptedProvider("a b"), [outer, inner]).stream(REQUEST)
+        next(stream)
+        stream.close()
+        assert "inner yielded again after GeneratorExit" in caplog.text
+
+    @pytest.mark.parametrize("inside", [False, True])
+    def test_a_runtime_error_of_a_middleware_is_its_own(self, inside):
+        """An error that a middleware raises when it is closed reaches the caller, whatever it says or hides."""
+
+        def ignoring():
+            with suppress(GeneratorExit):
+                yield
+            yield
+
+        def stubborn(request, call_next):
+            try:
+                return (yield from call_next(request))
+            finally:
+                yield from call_next(request)
+
+        def failing(request, call_next):
+            try:
+                return (yield from call_next(request))
+            finally:
+                if inside:
+                    raise RuntimeError("mine")
+                own = ignoring()
+                next(own)
+                own.close()
+
+        stream = Pipeline(ScriptedProvider("a b"), [failing, *([stubborn] if inside else [])]).stream(REQUEST)
+        next(stream)
+        with pytest.raises(RuntimeError, match="mine" if inside else "generator ignored GeneratorExit"):
+            stream.close()
 
 
 class TestCancellation:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import os
+import subprocess
+import sys
 import threading
 import tracemalloc
 
@@ -114,6 +117,33 @@ class TestDropping:
         assert pipeline.complete(REQUEST).text == "c"
         assert "a middleware raised LookupError while a dropped stream was ended" in caplog.text
 
+    @pytest.mark.parametrize("error", [LookupError, KeyboardInterrupt])
+    def test_a_failure_of_a_queued_stream_keeps_no_other_from_its_end(self, error):
+        """All streams of the queue end. A Ctrl-C meanwhile reaches the caller, and the rest ends at the next call."""
+        ends = []
+
+        def failing(request, call_next):
+            try:
+                return (yield from call_next(request))
+            except GeneratorExit:
+                ends.append(request.model)
+                raise error from None
+
+        pipeline = Pipeline(ScriptedProvider("a b", "a b", "c", "c", "c"), [failing])
+        for name in ("one", "two"):
+            stream = pipeline.stream(REQUEST.evolve(model=name))
+            next(stream)
+            cycle = [stream]
+            cycle.append(cycle)
+            del stream, cycle
+        gc.collect()
+        if error is KeyboardInterrupt:
+            for _ in range(2):
+                with pytest.raises(KeyboardInterrupt):
+                    pipeline.complete(REQUEST)
+        assert pipeline.complete(REQUEST).text == "c"
+        assert sorted(ends) == ["one", "two"]
+
     @pytest.mark.filterwarnings("ignore:Async generator:ResourceWarning")  # trio warns about dropped generators
     def test_an_async_stream_in_a_cycle_is_queued(self, backend):
         """On an event loop too, the flow and the provider's stream end at the next call."""
@@ -182,3 +212,76 @@ class TestDropping:
         assert taken < 10_000
         for stream in keep:
             stream.close()
+
+
+def test_a_failure_at_exit_keeps_no_stream_from_its_end():
+    """All open streams end when the process ends. What one of them raises is logged."""
+    ran = subprocess.run([sys.executable, "-c", EXITING], capture_output=True, text=True, check=False, timeout=60)
+    assert (ran.returncode, sorted(ran.stdout.split())) == (0, ["one", "two"])
+    assert "Traceback" not in ran.stderr
+    assert ran.stderr.count("a middleware raised LookupError while a dropped stream was ended") == 2
+
+
+EXITING = """
+from fluxibly.pipeline import Pipeline
+from fluxibly.testing import ScriptedProvider
+from fluxibly.types import Request
+
+def failing(request, call_next):
+    try:
+        return (yield from call_next(request))
+    except GeneratorExit:
+        print(request.model, flush=True)
+        raise LookupError from None
+
+pipeline = Pipeline(ScriptedProvider("a b", "a b"), [failing])
+streams = [pipeline.stream(Request(model=name, messages="hi")) for name in ("one", "two")]
+for stream in streams:
+    next(stream)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("how", ["dropped", "queued", "open"])
+def test_a_forked_process_leaves_streams_to_its_parent(how):
+    """What a child drops, or inherits in the queue of the collector, ends in the parent alone."""
+    ran = subprocess.run([sys.executable, "-c", FORKING, how], capture_output=True, text=True, check=False, timeout=60)
+    assert ran.stderr == ""
+    assert ran.stdout.splitlines() == ["child forked", "child ends child's", "parent ends parent's"]
+
+
+FORKING = """
+import gc, os, sys
+from fluxibly.pipeline import Pipeline
+from fluxibly.testing import ScriptedProvider
+from fluxibly.types import Request
+
+def watch(request, call_next):
+    try:
+        return (yield from call_next(request))
+    finally:
+        print("child" if forked else "parent", "ends", request.model, flush=True)
+
+def main():
+    global forked
+    pipeline = Pipeline(ScriptedProvider("a b", "c"), [watch])
+    stream = pipeline.stream(Request(model="parent's", messages="hi"))
+    next(stream)
+    if sys.argv[1] == "queued":
+        ring = [stream]
+        ring.append(ring)
+        del stream, ring
+        gc.collect()
+    child = os.fork()
+    if child:
+        os.waitpid(child, 0)
+        return
+    forked = True
+    print("child forked", flush=True)
+    if sys.argv[1] == "dropped":
+        del stream
+    pipeline.complete(Request(model="child's", messages="hi"))
+
+forked = False
+main()
+"""

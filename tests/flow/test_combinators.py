@@ -10,7 +10,7 @@ from fluxibly.flow import hold_back, map_chunks, perform, sleep
 from fluxibly.middleware.retry import Retry
 from fluxibly.testing import AsyncScriptedProvider, ScriptedProvider
 from fluxibly.testing.modes import MODES, run
-from fluxibly.types import Chunk, Request, Response, Restart, ToolCallDelta, Usage
+from fluxibly.types import Chunk, Reasoning, Request, Response, Restart, ToolCallDelta, Usage
 
 REQUEST = Request(model="m", messages="hi")
 STREAMS = [mode for mode in MODES if mode.streaming]
@@ -380,3 +380,165 @@ class TestOutputWatch:
         ran = run(streaming, scripted(streaming, ["a", ServerError("x")]), [Retry(), counting], REQUEST)
         assert ran.response.text == "a"
         assert outcomes == ["async" if streaming.backend else "sync"]
+
+
+class TestAttempts:
+    """The chunks of one answer after those of another, which failed or was void."""
+
+    def test_what_a_failed_attempt_said_beside_its_output_is_forgotten(self, mode):
+        """Details of an attempt that failed before output do not get into the answer that takes its place."""
+
+        def sorry(request, call_next):
+            try:
+                return (yield from call_next(request))
+            except ServerError:
+                return Response("sorry")
+
+        failed = [Chunk(details={"logprobs": [1]}), ServerError("down")]
+        louder = mapping(lambda chunk: attrs.evolve(chunk, text=chunk.text.upper()))
+        ran = run(mode, scripted(mode, failed), [louder, sorry], REQUEST)
+        assert (ran.response.text, ran.response.details) == ("SORRY", {})
+        good = [Chunk("good", details={"logprobs": [2]})]
+        ran = run(mode, scripted(mode, failed, good), [louder, Retry(base_delay=0)], REQUEST)
+        assert (ran.response.text, ran.response.details) == ("GOOD", {"logprobs": [2]})
+
+    @pytest.mark.parametrize(
+        "first",
+        [[Chunk(finish_reason="stop")], [Chunk(model="m-1"), ServerError("down")]],
+        ids=["an empty answer", "a failure"],
+    )
+    def test_an_answer_after_what_the_function_has_added(self, mode, first):
+        """If the function has put a text before a chunk without output, the answer that stands in comes after it."""
+
+        def headed(request, call_next):
+            begun = []
+
+            def fn(chunk):
+                text = chunk.text if begun else f"AI: {chunk.text}"
+                begun.append(chunk)
+                return attrs.evolve(chunk, text=text)
+
+            return (yield from map_chunks(call_next(request), fn, lambda: Chunk("!")))
+
+        def filled(request, call_next):
+            try:
+                response = yield from call_next(request)
+            except ServerError:
+                return Response("(none)")
+            return response if response.has_output else response.evolve(text="(none)")
+
+        ran = run(mode, scripted(mode, first), [headed, filled], REQUEST)
+        assert ran.error is None
+        assert ran.response.text == "AI: (none)!"
+        if mode.streaming:
+            assert ran.text == "AI: (none)!"
+
+    def test_each_chunk_of_an_empty_answer_passes_once(self, mode):
+        """A stream without output was a stream all the same: its last chunk is not made anew from the response."""
+        seen = []
+        ran = run(
+            mode,
+            scripted(mode, [Chunk(finish_reason="stop")]),
+            [mapping(lambda chunk: seen.append(chunk) or chunk, lambda: Chunk("end"))],
+            REQUEST,
+        )
+        assert len(seen) == 1
+        assert ran.response == Response("end", finish_reason="stop")
+        if mode.streaming:
+            assert ran.events == [Chunk(finish_reason="stop"), Chunk("end")]
+
+    def test_a_failure_after_a_restart_can_be_retried(self, streaming):
+        """Output that a restart made void does not keep a later failure before output from being its own error."""
+
+        def again(request, call_next):
+            try:
+                return (yield from call_next(request))
+            except StreamInterrupted:
+                assert (yield Restart("once more"))
+            return (yield from call_next(request))
+
+        def only_a(chunk):
+            return chunk if chunk.text == "a" else None
+
+        answers = ["a", ServerError("one")], ["b", ServerError("two")]
+        ran = run(streaming, scripted(streaming, *answers), [mapping(only_a), again], REQUEST, restarts=True)
+        assert [type(event) for event in ran.events] == [Chunk, Restart]
+        assert isinstance(ran.error, ServerError)
+        assert str(ran.error) == "two"
+
+    def test_a_hold_back_counts_the_text_of_each_attempt_alone(self, streaming):
+        """The text that a restart made void does not release the next answer."""
+        seen = []
+
+        def enough(text):
+            seen.append(text)
+            return len(text) >= 4
+
+        answers = ["abc", ServerError("down")], ["d", "ef"]
+        retry = Retry(on_interrupt="restart", base_delay=0)
+        ran = run(streaming, scripted(streaming, *answers), [holding(enough), retry], REQUEST)
+        assert seen == ["abc", "d", "def"]
+        assert ran.text == "def"
+
+    def test_alternatives_are_output(self, mode):
+        """Nothing is sent again after a piece of another choice has gone out, and none is joined with a second one."""
+        half = [Chunk(alternatives=((1, Chunk("uno")),)), ServerError("down")]
+        ran = run(mode, scripted(mode, half, "one"), [Retry(base_delay=0)], REQUEST)
+        if mode.streaming:
+            assert isinstance(ran.error, StreamInterrupted)
+            assert ran.error.partial.alternatives == (Response("uno"),)
+        else:
+            assert ran.response.text == "one"
+
+
+def test_pieces_of_one_chunk_that_are_held(streaming):
+    """Only the last of the pieces that an inner layer made of a chunk lets the driver read the next chunk."""
+    split = mapping(lambda chunk: [Chunk(letter) for letter in chunk.text])
+    ran = run(streaming, scripted(streaming, ["abc", "de", "f"]), [holding(), split], REQUEST)
+    assert ran.error is None
+    assert texts(ran) == ["a", "b", "c", "d", "e", "f"]
+
+
+def test_a_check_after_the_release_would_be_too_late(streaming):
+    """Once the chunks are released, the check no longer decides anything, and is not asked."""
+    checked = []
+    ran = run(
+        streaming, scripted(streaming, ["a", "b", "c"]), [holding(lambda text: "b" in text, checked.append)], REQUEST
+    )
+    assert ran.text == "abc"
+    assert checked == []
+    run(streaming, scripted(streaming, ["a"]), [holding(lambda text: "b" in text, checked.append)], REQUEST)
+    assert [response.text for response in checked] == ["a"]
+
+
+def test_what_is_held_is_told_to_the_layer_that_asks_again(streaming):
+    """The layer within a hold-back that is refused learns which answer it would have doubled."""
+    partials = []
+
+    def asking_again(request, call_next):
+        yield from call_next(request)
+        try:
+            return (yield from call_next(request))
+        except StreamInterrupted as error:
+            partials.append(error.partial.text)
+            raise
+
+    ran = run(streaming, scripted(streaming, "a b", "c"), [holding(), asking_again], REQUEST)
+    assert partials == ["a b"]
+    assert ran.events == []
+    assert ran.error.partial == Response()
+
+
+@pytest.mark.parametrize("between", [[], [Chunk("a")]], ids=["at once", "with text between"])
+def test_a_changed_block_of_reasoning_leaves_the_next_as_it_is(mode, between):
+    """Whether a function changed the reasoning is decided for each complete block."""
+    blocks = [
+        Chunk(parts=(Reasoning(text="one", signature="s1"),)),
+        *between,
+        Chunk(parts=(Reasoning(text="two", signature="s2"),)),
+        Chunk("b"),
+    ]
+    change = mapping(lambda chunk: attrs.evolve(chunk, reasoning=chunk.reasoning.replace("one", "uno")))
+    ran = run(mode, scripted(mode, blocks), [change], REQUEST)
+    assert [part.text for part in ran.response.reasoning_parts] == ["uno", "two"]
+    assert [part.signature for part in ran.response.reasoning_parts] == ["s1", "s2"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import gc
 import os
 import socket
 import sys
@@ -19,10 +20,10 @@ from support.misbehaving import Peer, Received, Server, serve
 from support.tiny import DONE, KEY, SERVICE, Caller, TinyCodec, ask, config, event, whole
 
 from fluxibly._abandoned import end_pending
-from fluxibly.config import Timeouts
+from fluxibly.config import LLMConfig, Timeouts
 from fluxibly.errors import AuthenticationError, ConfigError, ConnectionFailed, RequestTimeout
 from fluxibly.pipeline import AsyncPipeline, Pipeline
-from fluxibly.providers.http import AsyncHTTPProvider, HTTPProvider, _pool, _sockets_threads
+from fluxibly.providers.http import AsyncHTTPProvider, HTTPProvider, _httpx, _pool, _sockets_threads
 
 BACKENDS = ["asyncio", "trio"]
 
@@ -383,6 +384,58 @@ class TestEnding:
             anyio.run(main, server, backend=backend)
             assert server.closed.acquire(timeout=5)
 
+    @pytest.mark.parametrize("mode", ["sync", *BACKENDS])
+    def test_abort_while_the_key_is_asked_for(self, mode: str) -> None:
+        """A stream that is given up while a function gives its key sends no request."""
+
+        def key() -> str:
+            stream.abort()
+            return KEY
+
+        async def main() -> None:
+            with pytest.raises(ConnectionFailed, match="was closed"):
+                await anext(stream)
+
+        with serve(endless) as server:
+            settings = LLMConfig(framework="tiny", model="tiny-1", api_base=server.url, api_key=key)
+            stream: Any
+            if mode == "sync":
+                stream = HTTPProvider(TinyCodec(), SERVICE, settings).stream(ask())
+                with pytest.raises(ConnectionFailed, match="was closed"):
+                    next(stream)
+            else:
+                stream = AsyncHTTPProvider(TinyCodec(), SERVICE, settings).stream(ask())
+                anyio.run(main, backend=mode)
+            assert server.requests == []
+
+    @pytest.mark.parametrize("mode", ["sync", *BACKENDS])
+    def test_abort_between_two_waits(self, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """An abort that finds no wait to end, here because it comes within a look-up, ends the next one."""
+        look_up = socket.getaddrinfo
+
+        def aborting(*args: Any, **options: Any) -> Any:
+            stream.abort()
+            return look_up(*args, **options)
+
+        async def main() -> None:
+            nonlocal stream
+            async with async_provider(server) as made:
+                stream = made.stream(ask())
+                with pytest.raises(ConnectionFailed, match="was closed"):
+                    await anext(stream)
+
+        stream: Any = None
+        with serve(endless) as server:
+            monkeypatch.setattr(socket, "getaddrinfo", aborting)
+            if mode == "sync":
+                with provider(server) as made:
+                    stream = made.stream(ask())
+                    with pytest.raises(ConnectionFailed, match="was closed"):
+                        next(stream)
+            else:
+                anyio.run(main, backend=mode)
+            assert server.requests == []
+
     @pytest.mark.parametrize("where", ["look-up", "connect", "turn"])
     def test_abort_ends_what_comes_before_the_connection(self, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
         """An abort ends a look-up, connecting, and a wait for a turn, in another thread."""
@@ -698,6 +751,33 @@ class TestTransports:
         with serve(script) as server:
             asyncio.run(main(server))
 
+    @pytest.mark.parametrize("method", ["complete", "stream"])
+    def test_cancellation_over_a_transport(self, method: str) -> None:
+        """A cancellation within a read closes the connection at once, although the provider lives on."""
+
+        async def main(server: Server) -> None:
+            async with AsyncHTTPProvider(
+                TinyCodec(), SERVICE, config(server.url, timeout=60), transport=httpx.AsyncHTTPTransport()
+            ) as made:
+
+                async def call() -> None:
+                    if method == "complete":
+                        await made.complete(ask())
+                    else:
+                        async for _ in made.stream(ask()):
+                            pass
+
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(call)
+                    while not server.requests:  # noqa: ASYNC110  # the server's thread appends to them
+                        await anyio.sleep(0.01)
+                    await anyio.sleep(0.1)
+                    tasks.cancel_scope.cancel()
+                assert await anyio.to_thread.run_sync(server.closed.acquire, True, 5)
+
+        with serve(endless) as server:
+            asyncio.run(main(server))
+
     @pytest.mark.parametrize("name", ["httpx", "aiohttp"])
     def test_closing_ends_an_idle_stream_over_a_transport(self, name: str) -> None:
         """The stream's connection is closed, and the next read reports that."""
@@ -741,6 +821,63 @@ class TestTransports:
                 thread.join(10)
                 assert not thread.is_alive()
         assert "was closed" in str(ended[0])
+
+    def test_abort_while_a_sync_transport_sends(self) -> None:
+        """The response that comes too late is released, so that its connection is closed."""
+        go_on = threading.Event()
+        ended: list[Exception] = []
+
+        def script(peer: Peer, request: Received) -> None:
+            go_on.wait(10)
+            endless(peer, request)
+
+        def read() -> None:
+            try:
+                next(stream)
+            except ConnectionFailed as error:
+                ended.append(error)
+
+        with serve(script) as server:
+            settings = config(server.url, timeout=60)
+            with HTTPProvider(TinyCodec(), SERVICE, settings, transport=httpx.HTTPTransport()) as made:
+                stream = made.stream(ask())
+                thread = threading.Thread(target=read)
+                thread.start()
+                while not server.requests:
+                    thread.join(0.01)
+                stream.abort()
+                go_on.set()
+                thread.join(10)
+                assert "was closed" in str(ended[0])
+                assert server.closed.acquire(timeout=5)
+
+    def test_a_stream_over_a_sync_transport_that_is_closed_early(self) -> None:
+        """Its connection is closed, and the provider remains usable."""
+        with serve(endless) as server:
+            settings = config(server.url, timeout=60)
+            with HTTPProvider(TinyCodec(), SERVICE, settings, transport=httpx.HTTPTransport()) as made:
+                for _ in range(2):
+                    stream = made.stream(ask())
+                    assert next(stream).text == "one"
+                    stream.close()
+                    assert server.closed.acquire(timeout=5)
+
+    def test_headers_that_are_always_different(self) -> None:
+        """They are not all kept, so that a program may make any number of calls."""
+        seen: list[str] = []
+
+        def answer(request: httpx.Request) -> httpx.Response:
+            seen.append(request.headers["x-trace"])
+            return httpx.Response(200, json={"text": "hello"})
+
+        settings = config("http://models.example/v1")
+        with HTTPProvider(TinyCodec(), SERVICE, settings, transport=httpx.MockTransport(answer)) as made:
+            for n in range(3 * _httpx.KEPT):
+                made.complete(ask(headers={"x-trace": str(n)}))
+            gc.collect()
+            kept = [each for each in gc.get_objects() if isinstance(each, httpx.Headers) and "x-trace" in each]
+        assert seen == [str(n) for n in range(3 * _httpx.KEPT)]
+        assert len(kept) <= _httpx.KEPT + 1
 
 
 FAILURES = {"idle": RequestTimeout, "silent": RequestTimeout, "cut": Exception}

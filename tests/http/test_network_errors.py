@@ -80,7 +80,13 @@ def each_caller(request: pytest.FixtureRequest) -> Caller:
 
 
 class TestNobodyListens:
-    @pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "localhost", "LOCALHOST", "[::1]", "our-server"])
+    @pytest.mark.parametrize(
+        "host",
+        [
+            *("127.0.0.1", "127.1.2.3", "localhost", "LOCALHOST", "[::1]", "our-server"),
+            *("0.0.0.0", "[::ffff:127.0.0.1]", "localhost.", "models.localhost"),  # noqa: S104  # an address to call
+        ],
+    )
     def test_a_refusal_of_this_machine_is_not_retried(
         self, each_caller: Caller, host: str, port: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -88,7 +94,9 @@ class TestNobodyListens:
         look_up = socket.getaddrinfo
 
         def names(name: object, *args: object, **settings: object) -> object:
-            return look_up("127.0.0.1" if name in ("our-server", b"our-server") else name, *args, **settings)  # type: ignore[arg-type]  # passed on
+            text = name.decode() if isinstance(name, bytes) else name
+            ours = text in ("our-server", "localhost.", "models.localhost")
+            return look_up("127.0.0.1" if ours else name, *args, **settings)  # type: ignore[arg-type]  # passed on
 
         monkeypatch.setattr(socket, "getaddrinfo", names)
         for method in (each_caller.complete, each_caller.stream):
@@ -133,6 +141,19 @@ class TestNobodyListens:
             assert isinstance(found, ConnectionFailed)
             assert found.retryable
             assert "refused the connection" in str(found)
+
+    def test_a_host_that_is_gone_when_it_is_looked_up_again(self, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The refusal is the error. httpx does not say which address refused, so the host is looked up once more."""
+        look_up = socket.getaddrinfo
+
+        def names(host: object, service: object, *args: object, **settings: object) -> object:
+            if service is None:
+                raise socket.gaierror(socket.EAI_AGAIN, "no name server")
+            return look_up("127.0.0.1", service, *args, **settings)  # type: ignore[arg-type]  # passed on
+
+        monkeypatch.setattr(socket, "getaddrinfo", names)
+        with pytest.raises(ConnectionFailed, match="refused the connection"):
+            Caller("sync", over_httpx=True).complete(f"http://our-server:{port}/v1")
 
     @pytest.mark.parametrize("code", [errno.ECONNRESET, errno.ENETUNREACH, errno.ETIMEDOUT])
     def test_other_failures_stay_retryable(self, code: int) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from fluxibly.config import Timeouts
-from fluxibly.providers.http._limits import Limits
+from fluxibly.providers.http._limits import LimitPassed, Limits
 from fluxibly.providers.http._sockets import TLSSocket
 from fluxibly.providers.http._sockets_threads import BlockingSocket, finished
 
@@ -59,6 +59,28 @@ class TestTLS:
         with connected([b"one", b"two"]) as (secure, _):
             assert finished(secure.receive(5)) == b"one"
             assert not secure.quiet()
+
+    def test_a_record_byte_by_byte(self) -> None:
+        """The limit is on the whole read, however many reads of the socket a record takes."""
+        over = threading.Event()
+
+        def trickle() -> None:
+            with contextlib.suppress(OSError):
+                theirs.sendall(b"\x17\x03\x03\x40\x00")  # the header of a record of 16 KB
+                while not over.wait(0.02):
+                    theirs.sendall(b"x")
+
+        with connected([]) as (secure, theirs):
+            thread = threading.Thread(target=trickle)
+            thread.start()
+            timer = threading.Timer(5, over.set)
+            timer.start()
+            with pytest.raises(LimitPassed):
+                finished(secure.receive(0.2))
+            assert not over.is_set()
+            over.set()
+            timer.cancel()
+            thread.join(5)
 
     def test_session_tickets_are_not_data(self) -> None:
         """An idle connection with only session tickets unread is quiet."""

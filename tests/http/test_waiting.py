@@ -12,7 +12,7 @@ from support.tiny import DONE, SERVICE, Caller, TinyCodec, config, event
 from fluxibly.config import Timeouts
 from fluxibly.errors import RequestTimeout, ServerError, StreamProtocolError, StreamStalled
 from fluxibly.providers.http._endpoint import Endpoint
-from fluxibly.providers.http._limits import Limits
+from fluxibly.providers.http._limits import LimitPassed, Limits
 from fluxibly.providers.http._reader import ReplyReader
 
 pytestmark = pytest.mark.filterwarnings("ignore:Async generator:ResourceWarning")  # trio, about httpcore's generators
@@ -171,6 +171,34 @@ class TestConsumers:
         caller.got = SlowList()
         with serve(script) as server:
             assert caller.stream(server.url, timeout=Timeouts(idle=IDLE)) == "one two three"
+
+
+class TestSilence:
+    """A server that takes the request, and says nothing or not enough."""
+
+    @pytest.mark.parametrize("head", [b"", HEAD + b"content-length: 100\r\n\r\n{"])
+    @pytest.mark.parametrize("method", ["complete", "stream"])
+    def test_only_a_total(self, caller: Caller, method: str, head: bytes) -> None:
+        """A total alone ends each wait, although no phase has a limit."""
+
+        def script(peer: Peer, request: Received) -> None:
+            peer.send(head)
+            peer.wait_for_end()
+
+        times = Timeouts(connect=None, first_byte=None, idle=None, total=IDLE)
+        with serve(script) as server, pytest.raises(RequestTimeout) as caught:
+            getattr(caller, method)(server.url, timeout=times)
+        assert caught.value.phase == "total"
+        assert f"did not finish its response within {IDLE:g} s (the limit timeout.total)" in str(caught.value)
+
+    @pytest.mark.parametrize("method", ["complete", "stream"])
+    def test_the_first_byte(self, caller: Caller, method: str) -> None:
+        """The error names the limit that has passed, and not that of connecting, which succeeded."""
+        times = Timeouts(connect=5, first_byte=IDLE)
+        with serve(lambda peer, request: peer.wait_for_end()) as server, pytest.raises(RequestTimeout) as caught:
+            getattr(caller, method)(server.url, timeout=times)
+        assert f"did not begin its response within {IDLE:g} s (the limit timeout.first_byte)" in str(caught.value)
+        assert caught.value.phase == "first_byte"
 
 
 class TestWholeAnswers:
@@ -346,6 +374,70 @@ class TestLimits:
         assert (limits.left(), limits.passed) == (2, "idle")
         limits.kept_alive()
         assert (limits.left(), limits.passed) == (9, "total")
+
+    def test_connecting(self, clock: list[float]) -> None:
+        """The time to connect begins after the wait for a turn, and ends exactly at its limit."""
+        limits = Limits(Timeouts(connect=10), total=None)
+        clock[0] += 8
+        assert limits.left() == 2
+        limits.connecting()
+        assert limits.left() == 10
+        clock[0] += 10
+        with pytest.raises(LimitPassed):
+            limits.left()
+
+    @pytest.mark.parametrize(("total", "left"), [(None, 10), (5, 1), (100, 10)])
+    def test_an_error(self, clock: list[float], total: float | None, left: float) -> None:
+        """The body of an error has the idle limit, and not more than the total leaves."""
+        limits = Limits(Timeouts(idle=10), total=total)
+        limits.answered()
+        clock[0] += 4
+        limits.refused()
+        assert limits.left() == left
+
+    @pytest.mark.parametrize(
+        ("connect", "first_byte", "total", "to_connect", "to_read"),
+        [
+            (None, None, None, None, None),
+            (3, 4, None, 3, 4),
+            (None, None, 5, 5, 5),
+            (3, None, 5, 3, 5),
+            (None, 4, 5, 5, 4),
+            (7, 8, 5, 5, 5),
+        ],
+    )
+    def test_what_httpx_is_told(
+        self,
+        connect: float | None,
+        first_byte: float | None,
+        total: float | None,
+        to_connect: float | None,
+        to_read: float | None,
+    ) -> None:
+        """Each limit of httpx is the shorter of the phase's and the total, whichever of the two is None."""
+        limits = Limits(Timeouts(connect=connect, first_byte=first_byte), total=total)
+        expected = {"connect": to_connect, "pool": to_connect, "read": to_read, "write": to_read}
+        assert limits.for_httpx() == expected
+
+    @pytest.mark.parametrize(
+        ("idle", "total", "to_read"), [(None, None, None), (10, None, 10), (None, 30, 28), (10, 30, 10), (50, 30, 28)]
+    )
+    def test_what_httpx_is_told_of_a_body(
+        self, clock: list[float], idle: float | None, total: float | None, to_read: float | None
+    ) -> None:
+        """A read of the body has the idle limit, or what is left of the total if that is less."""
+        limits = Limits(Timeouts(idle=idle), total=total)
+        clock[0] += 2
+        assert limits.body_for_httpx() == to_read
+
+    @pytest.mark.parametrize(("connect", "first_byte", "left"), [(3, 4, 7), (None, 4, None), (3, None, None)])
+    def test_a_transport_that_connects_and_sends_in_one(
+        self, clock: list[float], connect: float | None, first_byte: float | None, left: float | None
+    ) -> None:
+        """It has both limits together, or none if one of them is None."""
+        limits = Limits(Timeouts(connect=connect, first_byte=first_byte), total=None)
+        limits.handed_over()
+        assert limits.left() == left
 
     def test_no_limit(self, clock: list[float]) -> None:
         """Without an idle limit, no read of a stream has one."""

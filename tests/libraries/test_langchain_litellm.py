@@ -121,6 +121,24 @@ def test_a_malformed_key_is_refused_and_not_shown(server: Canned, case: Case, ke
     assert key.strip() not in str(caught.value)
 
 
+def test_keys_of_the_environment_are_not_shown(server: Canned, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library takes its key from the environment if the configuration has none. It is masked all the same."""
+    name = "ANTHROPIC" if "claude" in case.model else "OPENAI"
+    monkeypatch.setenv(f"{name}_API_KEY", KEY)
+    server.fail = (400, json.dumps({"error": {"message": f"bad key {KEY}"}}), {})
+    error = case.library.failure("sync", case.config(server, api_key=None))
+    assert sent_key(server) == KEY
+    assert "bad key " in str(error)
+
+
+@pytest.mark.parametrize("key", ["sk-a\nbc", "sk-a\x00bc", "sk-abc\x7f"])
+def test_a_key_with_control_characters_is_refused(server: Canned, case: Case, key: str) -> None:
+    """A header cannot carry it, and a line end would begin another header."""
+    with pytest.raises(errors.AuthenticationError, match="control characters") as caught:
+        case.library.providers[0](case.config(server, api_key=key))
+    assert "sk-a" not in str(caught.value)
+
+
 def test_provider_info(server: Canned, case: Case) -> None:
     """The description of the provider, for logs and spans, is the same in all modes."""
     info, async_info = (provider(case.config(server)).info for provider in case.library.providers)

@@ -152,6 +152,14 @@ def test_a_fallback_for_long_prompts_that_would_get_the_key(mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
+def test_a_fallback_for_long_prompts_that_would_get_the_headers(mode: str) -> None:
+    """The configuration's headers may have a token, so they are as good as a key."""
+    config = LLMConfig(framework="litellm", model="openai/gpt-4o", headers={"x-gateway": "token-configured"})
+    with pytest.raises(errors.BadRequest, match="which is at another service: use `fallbacks`"):
+        ask(mode, config, extra={"context_window_fallback_dict": {"openai/gpt-4o": "deepseek/deepseek-chat"}})
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_a_middleware_that_asks_another_service_and_comes_back(
     server: Canned, other: Canned, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

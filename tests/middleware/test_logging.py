@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 
 import anyio
@@ -185,6 +186,31 @@ class TestLines:
         anyio.run(main, backend=backend)
         assert lines()[1:] == [("INFO", "LLM request cancelled | elapsed_time=0.00s")]
 
+    @pytest.mark.parametrize(
+        ("end", "says"),
+        [
+            ([], "completed | elapsed_time=2.50s"),
+            ([ServerError("down")], "failed | elapsed_time=2.50s"),
+            ([KeyboardInterrupt()], "cancelled | elapsed_time=2.50s"),
+        ],
+        ids=["completed", "failed", "cancelled"],
+    )
+    def test_the_elapsed_time_is_that_of_the_call(self, mode, end, says, lines, caplog):
+        """A process that has run for an hour logs how long the call took, however the call ends."""
+        clock = VirtualClock()
+        clock.advance(3600)
+        run(mode, scripted(mode, ["one", Delay(2.5), *end], clock=clock), [Logging()], REQUEST, clock=clock)
+        assert says in lines()[1][1]
+        assert caplog.records[1].elapsed_time == 2.5
+
+    def test_the_elapsed_time_of_an_abandoned_stream(self, stream_mode, lines):
+        """The time ends when the consumer leaves."""
+        clock = VirtualClock()
+        clock.advance(3600)
+        provider = scripted(stream_mode, ["one", Delay(2.5), " two", " three"], clock=clock)
+        run(stream_mode, provider, [Logging()], REQUEST, clock=clock, stop_after=2)
+        assert lines()[1][1] == "LLM streaming abandoned | elapsed_time=2.50s, total_chunks=2, total_length=7"
+
     @pytest.mark.parametrize("backend", BACKENDS)
     def test_a_cancelled_read(self, backend, lines):
         """A task that is cancelled while it waits for a chunk is logged as cancelled, on asyncio and trio."""
@@ -317,6 +343,14 @@ class TestPreviews:
             assert len(record.getMessage().splitlines()) == 1
             assert "\x1b" not in record.getMessage()
 
+    def test_a_retry_is_one_line_without_content(self, mode, caplog):
+        """The warning of an attempt that failed quotes the error as the last line does: masked, and on one line."""
+        error = ServerError("no\nERROR forged: 'What is the capital of France?'")
+        call(mode, [Logging(), Retry(base_delay=0)], [error], "ok")
+        (record,) = [record for record in caplog.records if record.levelname == "WARNING"]
+        assert record.error_message == "no\\nERROR forged: '[…]'"
+        assert len(record.getMessage().splitlines()) == 1
+
     def test_percent_signs_are_text(self, lines):
         """Content is never part of a log template."""
         request = Request(model="50%s", messages="100%d %(x)s")
@@ -330,7 +364,7 @@ class TestHandlers:
 
         class Broken(logging.Handler):
             def emit(self, record):
-                raise OSError("disk full")
+                raise OSError(f"disk full: {record.getMessage()}")
 
         forget_reports()
         handler = Broken()
@@ -345,6 +379,26 @@ class TestHandlers:
         assert capsys.readouterr().err == (
             "fluxibly: a log handler raised OSError; the call went on without its log line\n"
         )
+
+    def test_nothing_is_raised_if_standard_error_is_closed(self, mode, monkeypatch):
+        """A report that nobody can read does not end the call either."""
+
+        class Broken(logging.Handler):
+            def emit(self, record):
+                raise OSError("disk full")
+
+        stream = io.StringIO()
+        stream.close()
+        forget_reports()
+        handler = Broken()
+        logger = logging.getLogger("fluxibly")
+        logger.addHandler(handler)
+        monkeypatch.setattr("sys.stderr", stream)
+        try:
+            assert isinstance(call(mode, Logging(), [ServerError("down")]).ran.error, ServerError)
+        finally:
+            logger.removeHandler(handler)
+            forget_reports()
 
     def test_disabled_logging_reads_and_logs_nothing(self, caplog):
         """At a level above ERROR, the middleware passes everything on without even reading the clock."""

@@ -24,7 +24,7 @@ from fluxibly.errors import (
     StreamInterrupted,
     root_cause,
 )
-from fluxibly.flow import hold_back
+from fluxibly.flow import hold_back, sleep
 from fluxibly.middleware import Retry
 from fluxibly.pipeline import AsyncPipeline, Pipeline
 from fluxibly.testing import AsyncScriptedProvider, Cut, Delay, ScriptedProvider, VirtualClock
@@ -163,6 +163,22 @@ class TestWaits:
         assert isinstance(made.ran.error, ServerError)
         assert made.clock.sleeps == [3, 4, 3, 4, 3]
         assert made.clock.now() == 17
+
+    def test_total_time_begins_with_the_first_attempt(self, mode):
+        """What layers further out did before is not counted."""
+
+        def slow(request, call_next):
+            yield from sleep(100)
+            return (yield from call_next(request))
+
+        made = call(mode, [slow, Retry(total_time=50)], down(), "fine")
+        assert made.response.text == "fine"
+
+    def test_no_total_time(self, mode):
+        """0 seconds are no time for a retry, not even for one without a wait."""
+        made = call(mode, Retry(base_delay=0, total_time=0), down(), "fine")
+        assert isinstance(made.ran.error, ServerError)
+        assert made.clock.sleeps == []
 
     @pytest.mark.parametrize("backend", BACKENDS)
     def test_a_cancellation_ends_the_wait(self, backend):

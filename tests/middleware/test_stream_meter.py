@@ -141,6 +141,21 @@ class TestConsumer:
         assert (stats.time_to_first_chunk, stats.gap_max, stats.streaming_time, stats.longest_stall) == (0, 1, 1, 1)
         assert stream.response.elapsed == 401
 
+    def test_its_time_before_it_leaves_is_no_stall(self):
+        """The time between the last chunk and the `close` of the consumer is the consumer's own."""
+        clock, records = VirtualClock(), []
+
+        def note(request, call_next):
+            records.append(request.call)
+            return (yield from call_next(request))
+
+        provider = ScriptedProvider(["a", Delay(1), "b", "c"], clock=clock)
+        with Pipeline(provider, [note, StreamMeter()], clock=clock).stream(REQUEST) as stream:
+            next(stream)
+            next(stream)
+            clock.advance(100)
+        assert (records[0].stats.chunks, records[0].stats.longest_stall) == (2, 1)
+
     @pytest.mark.parametrize("backend", BACKENDS)
     def test_its_time_is_left_out_in_async_streams(self, backend):
         """A slow consumer causes no gaps in async streams either."""
@@ -184,12 +199,43 @@ class TestRecord:
         made = call(mode, StreamMeter(), [Chunk("one", usage=Usage(output_tokens=1)), ServerError("down")])
         assert made.record.stats.tokens == 1
 
+    def test_tokens_that_a_middleware_has_counted(self, mode):
+        """The tokens are those of the response that the meter gets, which may cover several attempts."""
+
+        def adding(request, call_next):
+            response = yield from call_next(request)
+            return response.evolve(usage=Usage(output_tokens=response.usage.output_tokens + 7))
+
+        made = call(mode, [StreamMeter(), adding], [Chunk("one", usage=Usage(output_tokens=2))])
+        assert made.response.stats.tokens == made.record.stats.tokens == 9
+
     def test_statistics_of_a_failed_attempt_are_not_kept(self, mode):
         """With the meter inside of Retry, only the last attempt counts."""
         made = call(
             mode, [Retry(base_delay=0), StreamMeter()], [Chunk(), ServerError("down")], ServerError("b"), ["ok"]
         )
         assert made.response.stats.characters == 2
+        stack = [Retry(base_delay=0, max_retries=1), StreamMeter()]
+        made = call(mode, stack, [Chunk(), ServerError("down")], [Chunk(), Chunk(), ServerError("b")])
+        assert made.record.stats.chunks == 2
+        made = call(mode, stack, [Chunk(), ServerError("down")], ServerError("b"))
+        assert made.record.stats is None
+
+    def test_a_refused_restart_keeps_the_statistics(self, mode):
+        """The consumer keeps what it has received, so the chunks count."""
+        made = call(mode, [StreamMeter(), Retry(on_interrupt="restart")], ["one", "two", ServerError("down")])
+        assert [type(event) for event in made.ran.events] == [Chunk, Chunk]
+        assert made.record.stats.chunks == 2
+
+    def test_an_answer_of_nothing_but_its_end_is_one_chunk(self, mode):
+        """A whole answer that says only why it ended reaches the consumer as one chunk, and is counted as one."""
+
+        def cached(request, call_next):
+            yield from ()
+            return Response(finish_reason="stop")
+
+        made = call(mode, [StreamMeter(), cached])
+        assert len(made.ran.events) == made.response.stats.chunks == made.record.chunks == 1
 
     @pytest.mark.parametrize("mode", [mode for mode in MODES if not mode.streaming], ids=str)
     def test_whole_responses_have_no_statistics(self, mode):

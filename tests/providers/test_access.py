@@ -5,12 +5,14 @@ learns from a refusal.
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+import anyio
 import pytest
 from support.canned_server import Canned, Seen, canned_server
 from support.libraries import MODES, ask, cases
@@ -116,6 +118,40 @@ class TestHeaders:
         assert TOKEN not in f"{caught.value!r} {vars(caught.value)}"
         assert "bad header ***" in str(caught.value)
 
+    @pytest.mark.parametrize("case", cases("openai"))
+    def test_they_are_secret_through_other_libraries(self, server: Canned, case: Any) -> None:
+        """LangChain's and LiteLLM's errors have the values masked too, and those of a call."""
+        server.refuse = refusing(400, lambda seen: True, f"bad headers {TOKEN} and {TOKEN[::-1]}")
+        settings = case.config(server, headers={"x-gateway": TOKEN})
+        error = case.library.failure("sync", settings, headers={"x-call": TOKEN[::-1]})
+        assert "bad headers *** and ***" in str(error)
+
+    @pytest.mark.parametrize(
+        ("configured", "called"),
+        [
+            ({"Authorization": f"Bearer {TOKEN}"}, {}),
+            ({}, {"Authorization": f"Bearer {TOKEN}"}),
+            ({}, {"x-gateway": TOKEN}),
+        ],
+        ids=["configuration", "call", "another header of the call"],
+    )
+    def test_a_token_is_secret_as_a_key_is(
+        self, server: Canned, mode: str, configured: dict[str, str], called: dict[str, str]
+    ) -> None:
+        """A server that quotes the token without `Bearer` does not bring it into the error."""
+        server.refuse = refusing(401, lambda seen: True, f"Incorrect API key provided: {TOKEN}")
+        with pytest.raises(AuthenticationError, match=r"Incorrect API key provided: \*\*\*") as caught:
+            call(mode, config_for(server, headers=configured), headers=called)
+        assert TOKEN not in f"{caught.value!r} {vars(caught.value)}"
+
+    def test_a_value_outside_ascii_is_secret(self, server: Canned, mode: str) -> None:
+        """A value that the server quotes in UTF-8 is masked in the message, the body and the code."""
+        value = "café-0123456789"
+        server.fail = (400, json.dumps({"error": {"message": value, "code": value}}, ensure_ascii=False), {})
+        with pytest.raises(BadRequest) as caught:
+            call(mode, config_for(server, headers={"x-gateway": value}))
+        assert "0123456789" not in f"{caught.value!r} {vars(caught.value)}"
+
     @pytest.mark.parametrize(
         ("headers", "message"),
         [
@@ -159,6 +195,22 @@ class TestAuthorizationOfACall:
         assert "api-key" not in server.last.headers
         call("sync", config_for(server, "azure"), headers={"Api-Key": "another"})
         assert server.last.headers["api-key"] == "another"
+
+    def test_an_empty_key_is_none(self, server: Canned, monkeypatch: pytest.MonkeyPatch) -> None:
+        """With an empty key in the configuration, the environment's counts."""
+        monkeypatch.setenv("OPENAI_API_KEY", "k-environment")
+        call("sync", config_for(server, api_key=""))
+        assert server.last.headers["authorization"] == "Bearer k-environment"
+
+    @pytest.mark.parametrize("key", [f" {TOKEN}", f"{TOKEN}\n", f"{TOKEN}\r\nx-b: 2", f"{TOKEN}\x7f", f"{TOKEN}é"])
+    @pytest.mark.parametrize("source", ["api_key", "OPENAI_API_KEY"])
+    def test_a_key_that_no_header_can_carry(self, key: str, source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A malformed key is found when the provider is made. The error says where it is from, and does not show it."""
+        monkeypatch.setenv("OPENAI_API_KEY", key)
+        settings = {"api_key": key} if source == "api_key" else {}
+        with pytest.raises(AuthenticationError, match=f"the API key in .*{source} (begins|has)") as caught:
+            make_provider(LLMConfig(framework="openai", model="m", **settings), asynchronous=False)
+        assert TOKEN not in repr(caught.value)
 
     def test_other_services_miss_their_key_at_once(self) -> None:
         """Without a key, the providers of other services are not made."""
@@ -252,11 +304,13 @@ class TestKeyFunctions:
             call("sync", config_for(server, api_key=tokens))
         assert len(server.seen) == len(tokens.given) == 1
 
-    @pytest.mark.parametrize("given", [None, "", 5, b"key"])
+    @pytest.mark.parametrize("given", [None, "", 5, TOKEN.encode(), [TOKEN]])
     def test_what_is_no_token(self, server: Canned, mode: str, given: Any) -> None:
-        """A function that returns something else is told so."""
-        with pytest.raises(AuthenticationError, match="api_key: expected the function to return a non-empty str, got"):
+        """A function that returns something else is told so. What it returned may be a token all the same."""
+        message = "api_key: expected the function to return a non-empty str, got"
+        with pytest.raises(AuthenticationError, match=message) as caught:
             call(mode, config_for(server, api_key=lambda: given))
+        assert TOKEN not in repr(caught.value)
         assert not server.seen
 
     def test_a_malformed_token(self, server: Canned, mode: str) -> None:
@@ -264,6 +318,59 @@ class TestKeyFunctions:
         with pytest.raises(AuthenticationError, match="white space") as caught:
             call(mode, config_for(server, api_key=lambda: f"{TOKEN}\n"))
         assert TOKEN not in repr(caught.value)
+
+    def test_after_a_malformed_token_it_is_asked_again(self, server: Canned) -> None:
+        """No call is sent with a token that was refused here, or without any."""
+        tokens = iter([f"{TOKEN}\n", TOKEN])
+        with LLM(config_for(server, api_key=lambda: next(tokens), max_retries=0)) as llm:
+            with pytest.raises(AuthenticationError, match="white space"):
+                llm.forward("hi")
+            assert llm.forward("hi") == "You said: hi"
+        assert [seen.headers["authorization"] for seen in server.seen] == [f"Bearer {TOKEN}"]
+
+    def test_the_tokens_before_stay_secret(self, server: Canned, mode: str) -> None:
+        """A server that quotes an earlier token, or a header, does not bring it into the error of a later call."""
+        tokens = Tokens()
+
+        def refuse(seen: Seen) -> tuple[int, dict[str, Any]]:
+            if seen.headers["authorization"].endswith("-1"):
+                return 401, {"error": {"message": "expired"}}
+            return 400, {"error": {"message": f"refused after {TOKEN}-1: {TOKEN}-2 of harbour"}}
+
+        server.refuse = refuse
+        with pytest.raises(BadRequest, match=r"refused after \*\*\*: \*\*\* of \*\*\*") as caught:
+            call(mode, config_for(server, api_key=tokens, headers={"x-gateway": "harbour"}))
+        assert TOKEN not in f"{caught.value!r} {vars(caught.value)}"
+
+    def test_an_object_with_an_asynchronous_call(self, server: Canned, mode: str) -> None:
+        """An object that is called as a coroutine function is one. A call in an event loop calls it in that loop's thread."""
+        threads: list[threading.Thread] = []
+
+        class Identity:
+            def __call__(self) -> Any:
+                return self.token()
+
+            async def token(self) -> str:
+                threads.append(threading.current_thread())
+                return TOKEN
+
+        class AsyncIdentity:
+            async def __call__(self) -> str:
+                threads.append(threading.current_thread())
+                return TOKEN
+
+        for give in (Identity(), AsyncIdentity()):
+            call(mode, config_for(server, api_key=give))
+            assert server.last.headers["authorization"] == f"Bearer {TOKEN}"
+        inside = [thread is threading.current_thread() for thread in threads]
+        assert inside == [not mode.startswith("sync")] * 2
+
+    def test_an_authorization_of_ones_own_comes_first(self, server: Canned, mode: str) -> None:
+        """The function is not asked if the configuration's headers have the authorization."""
+        tokens = Tokens()
+        call(mode, config_for(server, api_key=tokens, headers={"Authorization": "Bearer mine"}))
+        assert server.last.headers["authorization"] == "Bearer mine"
+        assert not tokens.given
 
     def test_its_errors_reach_the_caller(self, server: Canned, mode: str, tokens: tuple[Tokens, Any]) -> None:
         """An exception of the function is the caller's, at the first call and after a 401."""
@@ -304,6 +411,47 @@ class TestKeyFunctions:
 
         asyncio.run(calls())
         assert len(tokens.given) == 2
+
+    @pytest.mark.parametrize("backend", ["asyncio", "trio"])
+    def test_a_call_that_is_cancelled_meanwhile(self, server: Canned, backend: str) -> None:
+        """A call that is cancelled while it waits for a token does not hold up the next one."""
+        hang = True
+
+        async def token() -> str:
+            if hang:
+                await anyio.sleep_forever()
+            return TOKEN
+
+        async def main() -> str:
+            nonlocal hang
+            async with AsyncLLM(config_for(server, api_key=token, max_retries=0)) as llm:
+                with anyio.move_on_after(0.05) as scope:
+                    await llm.forward("hi")
+                assert scope.cancelled_caught
+                with anyio.move_on_after(0.05):
+                    async with llm.stream("hi") as stream:
+                        async for _ in stream:
+                            pass
+                hang = False
+                return await llm.forward("hi")
+
+        assert anyio.run(main, backend=backend) == "You said: hi"
+        assert len(server.seen) == 1
+
+    def test_an_interrupt_meanwhile(self, server: Canned) -> None:
+        """Ctrl-C while a function gives the token reaches the caller, and the next call asks anew."""
+        given: list[BaseException | str] = [KeyboardInterrupt(), TOKEN]
+
+        def token() -> str:
+            found = given.pop(0)
+            if isinstance(found, BaseException):
+                raise found
+            return found
+
+        with LLM(config_for(server, api_key=token)) as llm:
+            with pytest.raises(KeyboardInterrupt):
+                llm.forward("hi")
+            assert llm.forward("hi") == "You said: hi"
 
     def test_many_threads_share_a_token(self, server: Canned) -> None:
         """The same of threads."""

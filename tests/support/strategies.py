@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from fluxibly.errors import (
     AuthenticationError,
     ConnectionFailed,
+    ProviderError,
     RateLimitError,
     ServerError,
     StreamInterrupted,
@@ -64,6 +65,7 @@ chunks = st.one_of(
             ]
         ),
     ),
+    st.builds(lambda text: Chunk(alternatives=((1, Chunk(text)),)), texts),
     st.just(Chunk()),
     st.builds(Chunk, finish_reason=st.sampled_from(["stop", "length"]), model=st.just("m-2")),
 )
@@ -279,6 +281,74 @@ def restarting(name: str, log: Log) -> Any:
     return restart
 
 
+def salvaging(name: str, log: Log) -> Any:
+    """Return what had been delivered of an answer that was interrupted, and say that it is cut."""
+
+    def salvage(request, call_next):
+        try:
+            return (yield from call_next(request))
+        except StreamInterrupted as error:
+            return error.partial.evolve(finish_reason="length")
+
+    return salvage
+
+
+def apologising(name: str, log: Log) -> Any:
+    """Answer in place of a provider that failed before output."""
+
+    def apologise(request, call_next):
+        try:
+            return (yield from call_next(request))
+        except ProviderError:
+            return Response("sorry a", finish_reason="stop")
+
+    return apologise
+
+
+def answering_anew(name: str, log: Log) -> Any:
+    """Answer in place of an answer that was interrupted, if the consumer discards that one."""
+
+    def answer(request, call_next):
+        try:
+            return (yield from call_next(request))
+        except StreamInterrupted as error:
+            if not (yield Restart(type(error.__cause__).__name__)):
+                raise
+        return Response("sorry b", finish_reason="stop")
+
+    return answer
+
+
+def filling(name: str, log: Log) -> Any:
+    """Answer in place of an empty answer."""
+
+    def fill(request, call_next):
+        response = yield from call_next(request)
+        return response if response.has_output else response.evolve(text="nothing ab")
+
+    return fill
+
+
+def heading(name: str, log: Log) -> Any:
+    """Put a text before the first chunk, whatever is in it."""
+
+    def head(request, call_next):
+        begun = False
+
+        def fn(chunk):
+            nonlocal begun
+            text, begun = chunk.text if begun else f"a: {chunk.text}", True
+            return attrs.evolve(chunk, text=text)
+
+        def at_restart():
+            nonlocal begun
+            begun = False
+
+        return (yield from map_chunks(call_next(request), fn, at_restart=at_restart))
+
+    return head
+
+
 def short_circuit(name: str, log: Log) -> Any:
     def short(request, call_next):
         log.append(f"{name} answers")
@@ -394,9 +464,9 @@ RETRIES = (
     _built_in(lambda: Retry(max_retries=2, uniform=max), "retry"),
     _built_in(lambda: Retry(max_retries=2, uniform=max, on_interrupt="restart"), "retry_restart"),
 )
-WATCHING = (observer, sleeping, performing, setting_context, evolving, annotating)
-WRAPPING = (shouting, dropping, doubling, buffering, gathering, holding, holding_until, checking)
-HANDLING = (retrying, falling_back, restarting, *RETRIES)
+WATCHING = (observer, sleeping, performing, setting_context, evolving, annotating, filling)
+WRAPPING = (shouting, dropping, doubling, heading, buffering, gathering, holding, holding_until, checking)
+HANDLING = (retrying, falling_back, restarting, salvaging, apologising, answering_anew, *RETRIES)
 ENDING = (short_circuit, raising_before, raising_after)
 KINDS = (*WATCHING, *WATCHING, *BUILT_IN, *WRAPPING, *WRAPPING, *HANDLING, *HANDLING, *ENDING)
 

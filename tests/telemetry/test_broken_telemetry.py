@@ -50,6 +50,20 @@ def test_a_span_processor_that_raises_changes_no_result(mode, step, recorder, ca
     assert capsys.readouterr().err.count("tracing failed with RuntimeError") == 1
 
 
+def test_what_breaks_tracing_is_not_quoted(recorder, capsys):
+    """The report names the exception's type. Its message may quote a call's content."""
+
+    class Quoting(SpanProcessor):
+        def on_start(self, span, parent_context=None):
+            raise ValueError("What is the meaning of life?")
+
+    recorder.tracer_provider.add_span_processor(Quoting())
+    assert Pipeline(Remote(ANSWER), [recorder.tracing()]).complete(REQUEST).text == "forty two"
+    shown = capsys.readouterr().err
+    assert "tracing failed with ValueError;" in shown
+    assert "meaning" not in shown
+
+
 def test_an_exporter_that_raises_changes_no_result(recorder, caplog):
     """The SDK logs the exporter's exception itself."""
 

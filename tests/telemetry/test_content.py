@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from support.tracing_tools import ANSWER, CHAT, REQUEST, TOOL, Remote, everything, modes, remote
 
-from fluxibly.errors import ProviderError
+from fluxibly.errors import Overloaded, ProviderError
 from fluxibly.middleware import Tracing
 from fluxibly.pipeline import Pipeline
 from fluxibly.testing.modes import run
-from fluxibly.types import Image, Message, Request, Response, ToolCall
+from fluxibly.types import (
+    Audio,
+    Chunk,
+    Image,
+    Message,
+    Opaque,
+    Reasoning,
+    Request,
+    Response,
+    Text,
+    Tool,
+    ToolCall,
+)
 
 pytestmark = pytest.mark.usefixtures("no_complaints")
 
@@ -83,7 +96,10 @@ def test_content_goes_where_the_user_wants_it(mode, capture, recorder):
 
 @pytest.mark.parametrize(
     ("value", "mode"),
-    [("NO_CONTENT", "none"), ("SPAN_ONLY", "span"), ("event_only", "event"), ("SPAN_AND_EVENT", "both"), ("", "none")],
+    [
+        *(("NO_CONTENT", "none"), ("SPAN_ONLY", "span"), ("event_only", "event"), ("SPAN_AND_EVENT", "both")),
+        *(("", "none"), (" ", "none"), (" span_only\n", "span")),
+    ],
 )
 def test_the_standard_variable_decides_too(value, mode, monkeypatch, recorder):
     """The variable sets the default, and the parameter overrides it."""
@@ -132,6 +148,102 @@ def test_redact_sees_every_text(recorder):
     with pytest.raises(ProviderError):
         Pipeline(Remote(ProviderError("secret words")), stack).complete(CONVERSATION)
     assert "secret words" not in everything(recorder.spans)
+
+
+EVERYWHERE = Request(
+    model="m-1",
+    messages=[
+        Message.system("SECRET 1"),
+        Message.user(
+            [
+                Image(url="https://x.test/SECRET2.png"),
+                Image(url="data:image/png;base64,SECRET3+"),
+                Audio(data=b"\x48\x40\x91\x11\x30\x54", media_type="audio/wav"),  # SECRETBU in base64
+            ]
+        ),
+        Message.assistant(
+            [Reasoning(text="SECRET 5"), Text("SECRET 6"), Opaque("anthropic", {"SECRET 7": ["SECRET 8"]})],
+            tool_calls=[
+                ToolCall("c1", "look", raw_arguments='{"who": "SECRET 9'),
+                ToolCall("c2", "look", {"SECRET 10": "SECRET 11"}),
+            ],
+        ),
+        Message("tool", ["SECRET 12", Image(url="https://x.test/SECRET13.png")], tool_call_id="c1"),
+        Message("user", "SECRET 14", name="SECRET 15"),
+        Message.system("SECRET 16"),
+    ],
+    tools=[Tool("look", "SECRET 17", {"type": "object", "examples": ("SECRET 18", {"who": "SECRET 19"})})],
+)
+
+
+@modes
+@pytest.mark.parametrize("fails", [False, True])
+def test_redact_sees_every_text_wherever_it_is(mode, fails, recorder):
+    """Of no part of a call, its answer and its error a text is recorded that `redact` has not seen."""
+    answer = Response(
+        "SECRET 20",
+        reasoning="SECRET 21",
+        tool_calls=[ToolCall("c3", "look", {"a": ["SECRET 22"]})],
+        alternatives=() if mode.streaming else [Response("SECRET 23")],
+    )
+    script = [Chunk("SECRET 24"), ProviderError("SECRET 25")] if mode.streaming else ProviderError("SECRET 25")
+    seen = []
+
+    def redact(text):
+        seen.append(text)
+        return text.replace("SECRET", "...")
+
+    run(mode, remote(mode, script if fails else answer), [recorder.tracing(capture="both", redact=redact)], EVERYWHERE)
+    (event,) = recorder.events
+    recorded = everything(recorder.spans) + str(event.attributes)
+    assert "SECRET" not in recorded
+    expected = {*range(1, 20)} - {4} | ({25} | ({24} if mode.streaming else set()) if fails else {20, 21, 22})
+    found = {int(number) for text in seen for number in re.findall(r"SECRET ?(\d+)", text)}
+    assert found == expected | (set() if fails or mode.streaming else {23})
+    assert recorded.count("... 16") == 2
+
+
+def test_the_system_messages_within_a_conversation_stay_in_it(recorder):
+    """Only the system messages that open a conversation are instructions. A later one is part of the conversation."""
+    messages = [Message.system("a"), Message.system("b"), Message.user("c"), Message.system("d"), Message.user("e")]
+    Pipeline(Remote(ANSWER), [recorder.tracing(capture="span")]).complete(Request(model="m-1", messages=messages))
+    texts = [part["content"] for part in json.loads(recorder.call.attributes["gen_ai.system_instructions"])]
+    inputs = json.loads(recorder.call.attributes["gen_ai.input.messages"])
+    assert texts == ["a", "b"]
+    assert [(each["role"], each["parts"][0]["content"]) for each in inputs] == [
+        ("user", "c"),
+        ("system", "d"),
+        ("user", "e"),
+    ]
+
+
+def test_what_redact_raises_is_not_shown(recorder, capsys):
+    """The report names the exception's type. Its message may quote a text."""
+
+    def redact(text):
+        raise ValueError(text)
+
+    Pipeline(Remote(ANSWER), [recorder.tracing(capture="both", redact=redact)]).complete(REQUEST)
+    shown = capsys.readouterr().err
+    assert "redact raised ValueError;" in shown
+    assert "meaning" not in shown
+
+
+@modes
+def test_an_error_may_quote_a_prompt_that_a_middleware_replaced(mode, recorder):
+    """The error of a layer that changed the prompt is masked, whichever of both prompts it quotes."""
+
+    def anonymise(request, call_next):
+        try:
+            return (yield from call_next(request.evolve(messages="I am an anonymous person")))
+        except Overloaded as error:
+            raise ProviderError(f"{error}; of 'I am Jo Bloggs of Ghent'") from None
+
+    asked = Request(model="m-1", messages="I am Jo Bloggs of Ghent")
+    busy = Overloaded("full: 'I am an anonymous person'")
+    run(mode, remote(mode, busy), [recorder.tracing(), anonymise], asked)
+    assert recorder.call.status.description == "full: '[…]'; of '[…]'"
+    assert recorder.attempts[0].status.description == "full: '[…]'"
 
 
 def test_content_is_what_was_sent(recorder):

@@ -183,6 +183,29 @@ pipeline.complete(Request(model="m", messages="second question"))
     assert "first question" not in path.read_text()
 
 
+def test_setup_does_not_say_what_another_sdk_captures(tmp_path):
+    """`capture` is not for a `Tracing` with a tracer provider of its own, whose spans go elsewhere."""
+    ran = python(f"""
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from fluxibly.middleware import Tracing
+from fluxibly.pipeline import Pipeline
+from fluxibly.telemetry import setup
+from fluxibly.testing import ScriptedProvider
+from fluxibly.types import Request
+setup(file={str(tmp_path / "trace.jsonl")!r}, capture="span")
+own, exporter = TracerProvider(), InMemorySpanExporter()
+own.add_span_processor(SimpleSpanProcessor(exporter))
+for settings in ({{}}, {{"capture": "span"}}):
+    pipeline = Pipeline(ScriptedProvider("one"), [Tracing(tracer_provider=own, **settings)])
+    pipeline.complete(Request(model="m", messages="a question"))
+    print(any("a question" in span.to_json() for span in exporter.get_finished_spans()))
+""")
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.split() == ["False", "True"]
+
+
 @pytest.mark.parametrize("capture", ["spans", "", True])
 def test_an_unknown_capture_is_refused(capture):
     """The error names the valid modes."""
@@ -382,10 +405,15 @@ def received(out: Path, wanted: str) -> str:
 
 
 def test_a_real_receiver_gets_spans_metrics_and_events(receiver):
-    """The receiver gets the tree of spans, the usage once per call, the histograms, and the content only in events."""
+    """The receiver gets the tree of spans, the usage once per call, the histograms, and the content only in events.
+
+    All of it is sent by `shutdown`, before the process ends.
+    """
     address, out = receiver
     ran = script(
-        f"otlp={address!r}, signals=('traces', 'metrics', 'events')", "capture='event'", "telemetry.shutdown()"
+        f"otlp={address!r}, signals=('traces', 'metrics', 'events')",
+        "capture='event'",
+        "telemetry.shutdown()\nimport os\nos._exit(0)",
     )
     assert (ran.returncode, ran.stdout) == (0, "")
     assert "rror" not in ran.stderr.replace("error_type", "").replace("error_message", "")

@@ -227,6 +227,18 @@ def test_a_restarted_answer_is_recorded_from_its_restart(recorder):
     assert len(json.loads(given["fluxibly.stream.arrivals"])) == 1
 
 
+def test_a_refused_restart_voids_nothing(recorder):
+    """The consumer keeps what it has received, so the span keeps it too."""
+    provider = Remote(["kept ", Overloaded("full")], ["right"])
+    stack = [recorder.tracing(capture="span"), Retry(max_retries=1, base_delay=0, on_interrupt="restart")]
+    with pytest.raises(StreamInterrupted), Pipeline(provider, stack).stream(REQUEST) as stream:
+        list(stream)
+    given = recorder.call.attributes
+    assert given["fluxibly.stream.characters"] == 5
+    assert "kept " in given["gen_ai.output.messages"]
+    assert len(json.loads(given["fluxibly.stream.arrivals"])) == 1
+
+
 # Errors
 
 
@@ -266,6 +278,14 @@ def test_a_code_that_is_not_an_identifier_is_not_an_error_type(recorder):
     with pytest.raises(ProviderError):
         Pipeline(Remote(error), [recorder.tracing()]).complete(REQUEST)
     assert recorder.call.attributes["error.type"] == "ProviderError"
+
+
+@pytest.mark.parametrize(("length", "kept"), [(64, True), (65, False)])
+def test_a_code_may_have_64_characters(length, kept, recorder):
+    """A longer code may be a part of a text, or a key."""
+    with pytest.raises(ProviderError):
+        Pipeline(Remote(ProviderError("no", code="x" * length)), [recorder.tracing()]).complete(REQUEST)
+    assert recorder.call.attributes["error.type"] == ("x" * length if kept else "ProviderError")
 
 
 @streams

@@ -55,27 +55,29 @@ class ErrorTranslator:
     framework: str
     secrets: tuple[str, ...] = ()
 
-    def __call__(self, error: Exception, model: str, *, streamed: bool = False) -> Exception:
+    def __call__(
+        self, error: Exception, model: str, *, streamed: bool = False, more_secrets: Iterable[str] = ()
+    ) -> Exception:
         """Return the exception that the caller gets for `error`. `streamed` says whether part of a stream had arrived.
 
         An exception of no known library (a user's own chat model may raise anything) is returned unchanged, unless it
         quotes a secret.
         """
+        secrets = (*self.secrets, *more_secrets)
         ours = _translated(error, self.library, streamed=streamed)
         if ours is None:
-            return error if mask_secrets(repr(error), self.secrets) == repr(error) else self._masked(error)
+            shown = repr(error)
+            if mask_secrets(shown, secrets) == shown:
+                return error
+            text = f"{self.library} failed with {type(error).__name__}: {error}"
+            return ProviderError(mask_secrets(text, secrets))
         if isinstance(ours, ProviderError):
             ours.provider = ours.provider or self.framework
             ours.model = ours.model or model
-            ours.args = tuple(self.mask(each) if isinstance(each, str) else each for each in ours.args)
-            ours.body = None if ours.body is None else self.mask(ours.body)
+            ours.args = tuple(mask_secrets(each, secrets) if isinstance(each, str) else each for each in ours.args)
+            ours.body = None if ours.body is None else mask_secrets(ours.body, secrets)
+            ours.code = None if ours.code is None else mask_secrets(ours.code, secrets)
         return ours
-
-    def mask(self, text: str) -> str:
-        return mask_secrets(text, self.secrets)
-
-    def _masked(self, error: Exception) -> Exception:
-        return ProviderError(self.mask(f"{self.library} failed with {type(error).__name__}: {error}"))
 
 
 def _translated(error: Exception, library: str, *, streamed: bool) -> Exception | None:

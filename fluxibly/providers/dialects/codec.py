@@ -93,8 +93,8 @@ class Codec(Protocol):
 class Learner(Protocol):
     """A codec that learns from an error how a model wants its requests."""
 
-    def learn(self, request: Request, error: ProviderError, /) -> str | None:
-        """Remember what `error` says about the request's parameters.
+    def learn(self, request: Request, sent: bytes, error: ProviderError, /) -> str | None:
+        """Remember what `error` says about the request's parameters. `sent` is the body that was refused.
 
         Return what changes if the request is encoded again ("sends max_completion_tokens instead of max_tokens"); None
         if nothing changes. The provider then sends the request again, once.

@@ -38,6 +38,7 @@ from fluxibly.providers.dialects.openai_parts import (
 )
 from fluxibly.providers.dialects.openai_request import (
     MAX_LEARNED,
+    MaxTokensName,
     Quirks,
     chat_body,
     max_tokens_name,
@@ -694,19 +695,19 @@ class OpenAICodec:
         """Return the error of a non-2xx response."""
         return error_of_response(status, headers, body, service=self.service)
 
-    def learn(self, request: Request, error: ProviderError, /) -> str | None:
+    def learn(self, request: Request, sent: bytes, error: ProviderError, /) -> str | None:
         """Remember the name under which a model takes `max_tokens`, if `error` says so; see `Learner`."""
-        if request.max_tokens is None:
+        refused = refused_max_tokens_name(sent, error)
+        if refused is None or request.max_tokens is None:  # `extra` has it, and would have it again
             return None
         quirks = self._learned.get(request.model, self.quirks)
-        sent = max_tokens_name(request.model, quirks)
-        other = refused_max_tokens_name(sent, error)
-        if other is None:
-            return None
-        if len(self._learned) >= MAX_LEARNED and request.model not in self._learned:
-            return None
-        self._learned[request.model] = attrs.evolve(quirks, max_tokens=other)
-        return f"sends {other} instead of {sent}"
+        other: MaxTokensName = "max_tokens" if refused == "max_completion_tokens" else "max_completion_tokens"
+        # Another call may have learned it since this one was sent.
+        if max_tokens_name(request.model, quirks) == refused:
+            if len(self._learned) >= MAX_LEARNED and request.model not in self._learned:
+                return None
+            self._learned[request.model] = attrs.evolve(quirks, max_tokens=other)
+        return f"sends {other} instead of {refused}"
 
 
 def _says_something(choice: Choice | None) -> bool:

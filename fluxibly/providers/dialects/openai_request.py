@@ -9,8 +9,9 @@ from hashlib import sha256
 from typing import Any, Final, Literal, TypeAlias
 
 import attrs
+import msgspec
 
-from fluxibly._checks import kind_of
+from fluxibly._checks import is_mapping, kind_of
 from fluxibly._formats import SchemaFormat
 from fluxibly.aggregate import merged
 from fluxibly.errors import ProviderError
@@ -32,7 +33,7 @@ _REASONING_MODEL: Final = re.compile(
 """OpenAI's reasoning models, anywhere in a name ("ft:o4-mini:org", "prod-gpt-5"), but not open models called o1. They
 reject `max_tokens`."""
 _UNKNOWN: Final = re.compile(
-    "unsupported|not supported|unrecognized|unknown|unexpected|not permitted|extra", re.IGNORECASE
+    "unsupported|not supported|unrecognized|unknown|unexpected|not permitted|forbidden", re.IGNORECASE
 )
 """The words with which a service rejects a parameter that it does not know."""
 
@@ -122,16 +123,25 @@ def max_tokens_name(model: str, quirks: Quirks) -> MaxTokensName:
     return quirks.max_tokens
 
 
-def refused_max_tokens_name(sent: MaxTokensName, error: ProviderError) -> MaxTokensName | None:
-    """Return the other name of `max_tokens` if `error` says that the model does not take the name that was `sent`."""
+def refused_max_tokens_name(sent: bytes, error: ProviderError) -> MaxTokensName | None:
+    """Return the name of `max_tokens` in a body that was `sent`, if `error` says that the model does not know that name."""
     if error.status not in (400, 422):
         return None
-    message = f"{error} {error.body or ''}"
-    if sent == "max_tokens":
-        return "max_completion_tokens" if "max_completion_tokens" in message else None
-    if "max_completion_tokens" in message and (_UNKNOWN.search(message) or re.search(r"\bmax_tokens\b", message)):
-        return "max_tokens"
-    return None
+    fields: object = msgspec.json.decode(sent)
+    name = next((name for name in _MAX_TOKENS_NAMES if is_mapping(fields) and name in fields), None)
+    # Only the service's own words count: the body may quote the prompt.
+    message = str(error)
+    if name == "max_tokens":
+        both = "max_completion_tokens" in message and re.search(r"\bmax_tokens\b", message)
+        return name if both and _UNKNOWN.search(message) else None
+    if name is not None and name in message and _UNKNOWN.search(message):
+        return name
+    return name if name is not None and _FORBIDDEN.search(error.body or "") else None
+
+
+_MAX_TOKENS_NAMES: Final[tuple[MaxTokensName, ...]] = ("max_tokens", "max_completion_tokens")
+_FORBIDDEN: Final = re.compile(r'"loc" ?: ?\[[^\]]*"max_completion_tokens"\]')
+"""Where a server that checks requests by pydantic (Mistral, vLLM) names a field that it does not know."""
 
 
 # Messages

@@ -117,11 +117,12 @@ class ResponsesCodec:
         """Return the error of a non-2xx response."""
         return error_of_response(status, headers, body, service=self.service)
 
-    def learn(self, request: Request, error: ProviderError, /) -> str | None:
+    def learn(self, request: Request, sent: bytes, error: ProviderError, /) -> str | None:
         """Remember that a model has no encrypted reasoning, if `error` says so; see `Learner`."""
-        refused = error.status == 400 and "encrypted" in f"{error} {error.body or ''}".lower()
-        known = request.model in self._not_reasoning or len(self._not_reasoning) >= MAX_LEARNED
-        if not refused or known or not is_reasoning_model(request.model):
+        refused = error.status == 400 and "encrypted content" in str(error).lower() and _ENCRYPTED.encode() in sent
+        if not refused or "include" in request.extra or not is_reasoning_model(request.model):
+            return None
+        if len(self._not_reasoning) >= MAX_LEARNED and request.model not in self._not_reasoning:
             return None
         self._not_reasoning.add(request.model)
         return f"leaves out {_ENCRYPTED}"

@@ -31,8 +31,8 @@ from fluxibly.types import ProviderInfo, Request, Response
 _TARGET = re.compile(rb"[\x21-\x7e]+")
 _KEPT_HEADERS = 32
 """Maximum number of different sets of headers that are kept as bytes."""
-_KEPT_SECRETS = 64
-"""Maximum number of keys and headers that are masked in errors."""
+_KEPT_KEYS = 64
+"""Maximum number of keys that are masked in errors."""
 
 
 class Endpoint:
@@ -50,7 +50,9 @@ class Endpoint:
         self.has_auth = any(name in self._auth_names for name, _ in self._given)
         self.key, self._no_key = (None, None) if self.has_auth else _api_key(service, config)
         """The key, and the error of calls without one. A function's key is None until it is asked for."""
-        self.secrets = (*([self.key] if self.key else []), *config.headers.values())
+        self._keys: tuple[str, ...] = (self.key,) if self.key else ()
+        self._values = tuple(config.headers.values())
+        self.secrets = (*self._keys, *self._values)
         self.times: Timeouts = config.timeouts
         self.stream_total = config.stream_total
         self.host = self.url.host
@@ -110,7 +112,8 @@ class Endpoint:
             AuthenticationError: the key is malformed.
         """
         _check_key(key, "api_key", self.service)
-        self.secrets = (key, *self.secrets[: _KEPT_SECRETS - 1])
+        self._keys = (key, *self._keys[: _KEPT_KEYS - 1])
+        self.secrets = (*self._keys, *self._values)
         self.key = key
 
     def _headers(self, encoded: Encoded) -> Headers:
@@ -146,7 +149,7 @@ class Endpoint:
         """Return the error of a non-2xx response."""
         if status < 400:
             return self.completed_with(redirected(status, headers), request, headers)
-        error = self.codec.decode_error(status, headers, self.masked(body))
+        error = self.codec.decode_error(status, headers, _masked(body, self._secrets_of(request)))
         if error.status is None:
             error.status = status
         return self.completed_with(error, request, headers)
@@ -164,9 +167,9 @@ class Endpoint:
         self.check_page(headers)
         return with_header_facts(self.decoded(body), headers)
 
-    def masked(self, data: bytes) -> bytes:
-        """Return `data` with the API key masked. An excerpt could cut the key in two, and half a key is not found."""
-        return mask_secrets(data.decode("latin-1"), self.secrets).encode("latin-1") if self.secrets else data
+    def _secrets_of(self, request: Request) -> tuple[str, ...]:
+        """Return what is masked in the errors of a request, which may have an authorization of its own."""
+        return (*self.secrets, *request.headers.values()) if request.headers else self.secrets
 
     def decoded(self, body: bytes) -> Response:
         """Decode a whole body. Errors quote the body with the API key masked; a response is not masked."""
@@ -177,7 +180,7 @@ class Endpoint:
                 self.log_repair()
             return response
         except ProviderError as error:
-            masked = self.masked(body)
+            masked = _masked(body, self.secrets)
             if masked == body:
                 raise
             failure = error
@@ -195,7 +198,7 @@ class Endpoint:
 
     def event_error(self, event: Event, error: ProviderError) -> ProviderError:
         """Return `error`, which an event of a stream led to, so that it quotes the event with the API key masked."""
-        masked = self.masked(event.data)
+        masked = _masked(event.data, self.secrets)
         if masked == event.data:
             return error
         decoder = self.codec.decoder()
@@ -211,7 +214,7 @@ class Endpoint:
     def completed_with(
         self, error: ProviderError, request: Request, headers: Mapping[str, str] | None = None
     ) -> ProviderError:
-        """Complete `error` with the service, the model and the headers' hints, and mask the API key. Return `error`."""
+        """Complete `error` with the service, the model and the headers' hints, and mask keys and headers. Return `error`."""
         error.provider = error.provider or self.service.framework
         if error.model is None:
             error.model = request.model
@@ -221,12 +224,12 @@ class Endpoint:
                 error.request_id = request_id_of(headers)
             if error.retry_after is None:
                 error.retry_after = retry_after_of(headers, None, "", now=time.time())
-        if self.secrets:
-            error.args = tuple(mask_secrets(a, self.secrets) if isinstance(a, str) else a for a in error.args)
+        if secrets := self._secrets_of(request):
+            error.args = tuple(mask_secrets(a, secrets) if isinstance(a, str) else a for a in error.args)
             if error.body:
-                error.body = mask_secrets(error.body, self.secrets)
+                error.body = mask_secrets(error.body, secrets)
             if error.code:
-                error.code = mask_secrets(error.code, self.secrets)
+                error.code = mask_secrets(error.code, secrets)
         return error
 
     def _name_model(self, error: ProviderError, model: str) -> None:
@@ -243,6 +246,11 @@ class Endpoint:
         """Return the error that the caller gets for an exception. Exceptions of other origin stay as they are."""
         ours = translated(error, self.host, self.port, limits, framework=self.service.framework)
         return error if ours is None else self.completed_with(ours, request, headers)
+
+
+def _masked(data: bytes, secrets: tuple[str, ...]) -> bytes:
+    """Return `data` with secrets masked. An excerpt could cut a secret in two, and half a secret is not found."""
+    return mask_secrets(data.decode("latin-1"), secrets).encode("latin-1") if secrets else data
 
 
 _ENDPOINTS = ("/chat/completions", "/responses", "/messages", "/api/chat", "/api/generate")

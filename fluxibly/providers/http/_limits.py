@@ -144,10 +144,17 @@ class Limits:
             raise LimitPassed
         return left
 
+    def passed_in_httpx(self, *, connecting: bool) -> None:
+        """Note which limit a timeout of httpx means. Its own clock ends a wait, and does not say for which limit."""
+        if self._total_end is not None and monotonic() >= self._total_end:
+            self.passed = "total"
+        else:
+            self.passed = "connect" if connecting else self._phase
+
     def value(self) -> float | None:
         """Return the limit that passed, in seconds."""
         if self.passed == "total":
-            return self._total if self._total is not None else self._times.idle
+            return self._total
         return getattr(self._times, self.passed)  # type: ignore[no-any-return]  # a float or None, by its name
 
     def waits(self, end_wait: Callable[[], None] | None) -> None:

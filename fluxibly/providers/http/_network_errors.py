@@ -54,8 +54,8 @@ def translated(error: Exception, host: str, port: int, limits: Limits, *, framew
 
 
 def _late(error: Exception, where: str, limits: Limits) -> RequestTimeout:
-    if isinstance(error, (httpx.ConnectTimeout, httpx.PoolTimeout)):
-        limits.passed = "connect"
+    if isinstance(error, httpx.TimeoutException):
+        limits.passed_in_httpx(connecting=isinstance(error, (httpx.ConnectTimeout, httpx.PoolTimeout)))
     value = limits.value()
     within = "" if value is None else f" within {value:g} s"
     phase = limits.passed

@@ -38,12 +38,10 @@ KEEP_IDLE = 30.0
 class Connection:
     """A connection and its pool's notes about it."""
 
-    __slots__ = ("idle_since", "sock", "used")
+    __slots__ = ("idle_since", "sock")
 
     def __init__(self, sock: Socket) -> None:
         self.sock = sock
-        self.used = False
-        """Whether the connection has carried a call, so that the server may have closed it since."""
         self.idle_since = 0.0
 
     def usable(self, now: float) -> bool:
@@ -161,11 +159,9 @@ class Slots:
     def give_back(self, connection: Connection | None, *, reusable: bool) -> None:
         """Give back a call's slot and the connection in it."""
         with self._lock:
-            # After a fork, a connection that is not in `_live` is a copy of the parent's.
-            if not reusable or connection is None or connection not in self._live or self._closed:
+            if not reusable or connection is None or self._closed:
                 self._drop(connection)
                 return
-            connection.used = True
             now = connection.idle_since = monotonic()
             # Handed to the waiter within the lock, so that no later call can take the connection first.
             if self._waiters:
@@ -198,6 +194,7 @@ class Slots:
         # A new lock, because a thread of the parent, which the child does not have, may hold the old lock.
         self._lock = threading.Lock()
         self._waiters = deque()
+        # Closed, so that a stream of the parent's that ends in the child does not make its connection idle here.
         self._closed = True
         # This closes the child's copies of the descriptors only, and sends nothing: the parent's connections stay open.
         for connection in live:
@@ -307,7 +304,7 @@ class Pool:
                 except Exception as error:
                     # Resent only if a reused connection ended before the first byte of a response: then the server most
                     # likely closed an idle connection. In any other case it may have run the request.
-                    if not _stale(connection, answer, error):
+                    if not _stale(answer, error):
                         raise
                 # The second attempt takes a new connection, because other idle connections may be stale as well.
                 slots.forget(connection)
@@ -422,11 +419,9 @@ async def _drain(sock: Socket, answer: Answer) -> None:
         answer.reusable = False
 
 
-def _stale(connection: Connection, answer: Answer, error: Exception) -> bool:
+def _stale(answer: Answer, error: Exception) -> bool:
     """Whether the server closed the idle connection just before this call used it, so that no response has begun."""
-    # A new connection was never idle, so its end is a failure of this request.
-    ended = isinstance(error, (ConnectionLost, ConnectionError, ssl.SSLEOFError))
-    return ended and connection.used and answer.silent
+    return isinstance(error, (ConnectionLost, ConnectionError, ssl.SSLEOFError)) and answer.silent
 
 
 def _check_tunnel(answer: Answer) -> None:

@@ -53,9 +53,8 @@ class ReplyBody:
         """
         if self._due is not None and self.got < self._due:
             raise StreamProtocolError(f"expected a body of {self._due:,} bytes, got {self.got:,}: it was cut off")
-        if self.got:
-            for decoder in self._decoders:
-                decoder.end()
+        for decoder in self._decoders:
+            decoder.end()
 
     def add(self, data: bytes) -> None:
         """Decompress the next bytes and keep them for `whole`."""

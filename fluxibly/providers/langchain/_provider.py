@@ -57,7 +57,8 @@ class _Answer:
         source.asks(request.call, request.model)
 
     def explain(self, error: Exception, streamed: bool = False) -> Exception:  # a callback's shape
-        return self._source.explain(error, self._request.model, streamed=streamed)
+        asked = self._request
+        return self._source.explain(error, asked.model, streamed=streamed, more_secrets=asked.headers.values())
 
     def response(self, message: object) -> Response:
         self._see(cast("BaseMessage", message))

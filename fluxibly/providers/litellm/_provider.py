@@ -179,7 +179,8 @@ class LiteLLMProvider:
     def explain(self, error: Exception, request: Request, *, streamed: bool = False) -> Exception:
         """Return fluxibly's error for an exception of LiteLLM."""
         held = [value for name, value in os.environ.items() if name.endswith(_KEY_VARIABLES) and len(value) > 8]
-        secrets = tuple(secret for secret in (self._key, *self._headers.values(), *held) if secret)
+        headers = (*self._headers.values(), *request.headers.values())
+        secrets = tuple(secret for secret in (self._key, *headers, *held) if secret)
         explain = ErrorTranslator(library="LiteLLM", framework="litellm", secrets=secrets)
         return explain(error, request.model, streamed=streamed)
 
