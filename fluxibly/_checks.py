@@ -135,6 +135,23 @@ def repr_without_secrets(settings: object) -> str:
     return repr(_without_secrets(settings, secret=False))
 
 
+def shown_url(url: str) -> str:
+    """Return an address without the secrets in it: a login, and values in its query under names like `api_key`."""
+    # A password may contain a slash or another @.
+    login, at, rest = url.rpartition("@")
+    scheme = re.match(r"\w+:/*", login)
+    shown = f"{scheme[0] if scheme else ''}***@{rest}" if at else url
+    return _QUERY.sub(lambda match: f"{match[1]}***" if _SECRET.search(match[1]) else match[0], shown)
+
+
+def secrets_in_query(url: str) -> list[str]:
+    """Return the values in an address's query that `shown_url` masks."""
+    return [match[2] for match in _QUERY.finditer(url) if _SECRET.search(match[1])]
+
+
+_QUERY = re.compile(r"([?&][^=&#]*=)([^&#]*)")
+
+
 def repr_of_headers(headers: object) -> str:
     """Return the `repr` of headers, with their values masked."""
     return repr(_without_secrets(headers, secret=True))

@@ -19,6 +19,7 @@ from fluxibly._checks import (
     problem,
     repr_of_headers,
     repr_without_secrets,
+    shown_url,
     suggests_names,
     text,
     unknown_settings,
@@ -154,9 +155,9 @@ def _copied(value: Any) -> Any:
     return dict(value) if is_mapping(value) else list(value) if is_list(value) else value
 
 
-def _without_login(url: object) -> str:
-    """Return the `repr` of an address, with a user name and password in it masked."""
-    return re.sub("//.*@", "//***@", repr(url))  # a password may contain a slash or another @
+def _repr_of_url(url: object) -> str:
+    """Return the `repr` of an address, with the secrets in it masked."""
+    return repr(shown_url(url)) if isinstance(url, str) else kind_of(url)
 
 
 @suggests_names
@@ -199,7 +200,7 @@ class LLMConfig(Value):
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
     api_key: Secret | KeyFunction | None = attrs.field(default=None, converter=_secret, repr=_repr_of_key)
-    api_base: str | None = attrs.field(default=None, repr=_without_login)
+    api_base: str | None = attrs.field(default=None, repr=_repr_of_url)
     headers: Mapping[str, str] = attrs.field(factory=dict[str, str], converter=_copied, repr=repr_of_headers)
     timeout: float | Timeouts | None = None
     max_retries: int = 3
@@ -361,7 +362,7 @@ def _problems(config: LLMConfig) -> list[str]:
         # Never the value: it may be a key all the same.
         found.append(f"api_key: expected a str or a function that returns one, got {kind_of(key)}")
     if base is not None and not (isinstance(base, str) and _is_address(base)):  # pyright: ignore[reportUnnecessaryIsInstance]  # callers may be untyped
-        found.append(f"api_base: expected an http:// or https:// URL, got {_without_login(base)[:200]}")
+        found.append(f"api_base: expected an http:// or https:// URL, got {_repr_of_url(base)[:200]}")
     if layers is not None and (isinstance(layers, (str, Mapping)) or not isinstance(layers, Sequence)):  # pyright: ignore[reportUnnecessaryIsInstance]  # callers may be untyped
         found.append(problem("middleware", "a list", layers))
     return [each for each in found if each is not None]

@@ -44,6 +44,7 @@ def service_of(row: ServiceRow, config: LLMConfig) -> Service:
         key_by_call=row.key_by_call,
         auth_header="authorization" if is_token else row.auth_header,
         auth_prefix="Bearer " if is_token else row.auth_prefix,
+        other_auth_headers=(row.auth_header,),
     )
 
 

@@ -65,6 +65,8 @@ class Service:
     key_by_call: bool = False
     """Whether a missing key is an error of the calls that have no `Authorization` header, and not of the provider."""
     auth_header: str = "authorization"
+    other_auth_headers: tuple[str, ...] = ()
+    """Other headers, in lower case, that take the place of the key if a configuration or a call has one of them."""
     auth_prefix: str = "Bearer "
     headers: tuple[tuple[str, str], ...] = ()
     """Sent with every request."""

@@ -128,7 +128,9 @@ def refused_max_tokens_name(sent: bytes, error: ProviderError) -> MaxTokensName 
     if error.status not in (400, 422):
         return None
     fields: object = msgspec.json.decode(sent)
-    name = next((name for name in _MAX_TOKENS_NAMES if is_mapping(fields) and name in fields), None)
+    name: MaxTokensName | None = next(
+        (each for each in _MAX_TOKENS_NAMES if is_mapping(fields) and each in fields), None
+    )
     # Only the service's own words count: the body may quote the prompt.
     message = str(error)
     if name == "max_tokens":

@@ -14,6 +14,7 @@ from logging import WARNING
 
 import httpx
 
+from fluxibly._checks import secrets_in_query
 from fluxibly._logs import log
 from fluxibly._masking import mask_secrets
 from fluxibly.config import LLMConfig, Timeouts
@@ -45,13 +46,14 @@ class Endpoint:
         self.base_path = self.url.raw_path.partition(b"?")[0].rstrip(b"/")
         self.base_query = self.url.query
         self._given = _given_headers(config)
-        self._auth_names = frozenset((b"authorization", service.auth_header.lower().encode("ascii")))
+        names = ("authorization", service.auth_header.lower(), *service.other_auth_headers)
+        self._auth_names = frozenset(name.encode("ascii") for name in names)
         """The headers that take the place of the key, if the configuration or a call has one of them."""
         self.has_auth = any(name in self._auth_names for name, _ in self._given)
         self.key, self._no_key = (None, None) if self.has_auth else _api_key(service, config)
         """The key, and the error of calls without one. A function's key is None until it is asked for."""
         self._keys: tuple[str, ...] = (self.key,) if self.key else ()
-        self._values = tuple(config.headers.values())
+        self._values = (*config.headers.values(), *secrets_in_query(str(self.url)))
         self.secrets = (*self._keys, *self._values)
         self.times: Timeouts = config.timeouts
         self.stream_total = config.stream_total
@@ -79,10 +81,10 @@ class Endpoint:
         """
         try:
             encoded = self.codec.encode(request, stream=stream)
-            headers = self._headers(encoded)
-            more = [header(*pair) for pair in request.headers.items()] if request.headers else []
+            headers, key = self._headers(encoded), self.key
+            more = _unique(request.headers) if request.headers else []
             if more and not self._auth_names.isdisjoint([name for name, _ in more]):
-                headers = as_headers([pair for pair in headers.pairs if pair[0] not in self._auth_names])
+                headers, key = as_headers([pair for pair in headers.pairs if pair[0] not in self._auth_names]), None
             elif self._no_key is not None:
                 raise self._no_key
             if more:
@@ -90,7 +92,13 @@ class Endpoint:
             target = self._target(encoded.path)
         except ProviderError as error:
             raise self.completed_with(error, request) from error.__cause__
-        return Outgoing(self.url, target, headers.pairs, headers.block, encoded.body)
+        return Outgoing(self.url, target, headers.pairs, headers.block, encoded.body, key)
+
+    def authorized_by(self, request: Request) -> bool:
+        """Whether a request has an authorization of its own, in place of the key."""
+        return bool(request.headers) and not self._auth_names.isdisjoint(
+            [name.lower().encode(errors="replace") for name in request.headers]
+        )
 
     def _target(self, path: str) -> bytes:
         path, _, query = path.partition("?")
@@ -139,9 +147,9 @@ class Endpoint:
             self._prepared[key, encoded.headers] = headers
         return headers
 
-    def learn(self, request: Request, error: ProviderError) -> str | None:
+    def learn(self, request: Request, sent: bytes, error: ProviderError) -> str | None:
         """Return what the codec learned from an error, and changes if the request is sent again; see `Learner`."""
-        return self.codec.learn(request, error) if isinstance(self.codec, Learner) else None
+        return self.codec.learn(request, sent, error) if isinstance(self.codec, Learner) else None
 
     # Responses
 
@@ -149,7 +157,10 @@ class Endpoint:
         """Return the error of a non-2xx response."""
         if status < 400:
             return self.completed_with(redirected(status, headers), request, headers)
-        error = self.codec.decode_error(status, headers, _masked(body, self._secrets_of(request)))
+        error = self.codec.decode_error(status, headers, body)
+        masked = _masked(body, self._secrets_of(request))
+        if masked != body:
+            error = _quoting(error, self.codec.decode_error(status, headers, masked))
         if error.status is None:
             error.status = status
         return self.completed_with(error, request, headers)
@@ -184,7 +195,7 @@ class Endpoint:
             if masked == body:
                 raise
             failure = error
-        raise self._error_in(lambda: self.codec.decode(masked)) or failure
+        raise _quoting(failure, self._error_in(lambda: self.codec.decode(masked)))
 
     def log_repair(self) -> None:
         """Log that an answer had invalid UTF-8."""
@@ -202,7 +213,7 @@ class Endpoint:
         if masked == event.data:
             return error
         decoder = self.codec.decoder()
-        return self._error_in(lambda: list(decoder.decode_event(Event(masked, event.name)))) or error
+        return _quoting(error, self._error_in(lambda: list(decoder.decode_event(Event(masked, event.name)))))
 
     def _error_in(self, decode: Callable[[], object]) -> ProviderError | None:
         try:
@@ -228,8 +239,8 @@ class Endpoint:
             error.args = tuple(mask_secrets(a, secrets) if isinstance(a, str) else a for a in error.args)
             if error.body:
                 error.body = mask_secrets(error.body, secrets)
-            if error.code:
-                error.code = mask_secrets(error.code, secrets)
+            error.code = error.code and mask_secrets(error.code, secrets)
+            error.request_id = error.request_id and mask_secrets(error.request_id, secrets)
         return error
 
     def _name_model(self, error: ProviderError, model: str) -> None:
@@ -246,6 +257,13 @@ class Endpoint:
         """Return the error that the caller gets for an exception. Exceptions of other origin stay as they are."""
         ours = translated(error, self.host, self.port, limits, framework=self.service.framework)
         return error if ours is None else self.completed_with(ours, request, headers)
+
+
+def _quoting(error: ProviderError, masked: ProviderError | None) -> ProviderError:
+    """Return `error` with the texts of the error that the `masked` body makes. (A header may be a word like "context".)"""
+    if masked is not None:
+        error.args, error.body = masked.args, masked.body
+    return error
 
 
 def _masked(data: bytes, secrets: tuple[str, ...]) -> bytes:
@@ -276,6 +294,11 @@ def _base_url(service: Service, config: LLMConfig) -> httpx.URL:
     return url
 
 
+def _unique(headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
+    """Return headers as bytes. Of a name that is given twice, in different case, the last counts."""
+    return list(dict([header(*pair) for pair in headers.items()]).items())
+
+
 def _given_headers(config: LLMConfig) -> list[tuple[bytes, bytes]]:
     """Return the configuration's headers as bytes.
 
@@ -283,7 +306,7 @@ def _given_headers(config: LLMConfig) -> list[tuple[bytes, bytes]]:
         ConfigError: a header cannot be sent. The message never shows its value.
     """
     try:
-        return [header(*pair) for pair in config.headers.items()]
+        return _unique(config.headers)
     except BadRequest as error:
         raise ConfigError(f"headers: {error}") from None
 

@@ -21,13 +21,17 @@ _FRAMING = frozenset({"content-length", "transfer-encoding"})
 
 
 class Outgoing(NamedTuple):
-    """A request as bytes. `block` is `headers` as they are sent; content-length is added later."""
+    """A request as bytes. `block` is `headers` as they are sent; content-length is added later.
+
+    `key` is the API key among the headers; None if the call has an authorization of its own.
+    """
 
     url: httpx.URL
     target: bytes
     headers: tuple[tuple[bytes, bytes], ...]
     block: bytes
     body: bytes
+    key: str | None = None
 
 
 class Headers(NamedTuple):

@@ -34,6 +34,9 @@ class Keys:
         self._give = give
         self._use = use
         self._key: str | None = None
+        self._asked = 0
+        """How often the function was asked. Calls that wait meanwhile share what it said, also if it failed."""
+        self._failure: Exception | None = None
 
     async def find(self) -> None:
         """Ask for a key, unless there is one.
@@ -48,9 +51,19 @@ class Keys:
         """Ask for another key than `refused`, unless another call has done so. Return whether there is one."""
         raise NotImplementedError
 
-    def _renewed(self, refused: str | None) -> bool:
-        """Whether another call has replaced the key that was refused."""
-        return self._key is not None and self._key != refused
+    def _said(self, refused: str | None, asked: int) -> bool | None:
+        """Return whether another call has got another key; None if none has asked since the function was `asked` so often.
+
+        Raises:
+            Exception: what the function raised at that call.
+        """
+        if self._key is not None and self._key != refused:
+            return True
+        if self._asked == asked:
+            return None
+        if self._failure is not None:
+            raise self._failure
+        return False
 
     def _take(self, key: object, refused: str | None) -> bool:
         """Use a key from now on. Return whether it is another key than the one that was refused."""
@@ -59,7 +72,12 @@ class Keys:
             raise AuthenticationError(f"api_key: expected the function to return a non-empty str, got {got}")
         self._use(key)
         self._key = key
+        self._note(None)
         return key != refused
+
+    def _note(self, failure: Exception | None) -> None:
+        self._failure = failure
+        self._asked += 1
 
 
 class ThreadKeys(Keys):
@@ -70,24 +88,42 @@ class ThreadKeys(Keys):
         self._lock = threading.Lock()
 
     async def renew(self, refused: str | None) -> bool:
+        asked = self._asked
         with self._lock:
-            if self._renewed(refused):
-                return True
-            key = self._give()
-            return self._take(_in_own_loop(key) if inspect.isawaitable(key) else key, refused)
+            said = self._said(refused, asked)
+            if said is not None:
+                return said
+            try:
+                key = self._give()
+                return self._take(_in_own_loop(key) if inspect.isawaitable(key) else key, refused)
+            except Exception as error:
+                self._note(error)
+                raise
 
 
 class LoopKeys(Keys):
     """Keys for event loops. A function that is not asynchronous runs in a worker thread, because it may block."""
 
     async def renew(self, refused: str | None) -> bool:
+        asked = self._asked
         async with self._lock():
-            if self._renewed(refused):
-                return True
-            give = self._give
-            is_async = inspect.iscoroutinefunction(give) or inspect.iscoroutinefunction(getattr(give, "__call__", None))  # noqa: B004  # the method itself
-            key = give() if is_async else await anyio.to_thread.run_sync(give)
-            return self._take(await key if inspect.isawaitable(key) else key, refused)
+            said = self._said(refused, asked)
+            if said is not None:
+                return said
+            try:
+                key = await self._ask()
+                return self._take(await key if inspect.isawaitable(key) else key, refused)
+            except Exception as error:
+                self._note(error)
+                raise
+
+    async def _ask(self) -> str | Awaitable[str]:
+        give = self._give
+        if inspect.iscoroutinefunction(give) or inspect.iscoroutinefunction(getattr(give, "__call__", None)):  # noqa: B004  # the method itself
+            return give()
+        # In a list, because trio refuses a function that returns a coroutine. A call that is cancelled does not wait for it.
+        (key,) = await anyio.to_thread.run_sync(lambda: [give()], abandon_on_cancel=True)
+        return key
 
     def _lock(self) -> anyio.Lock:
         """Return the running event loop's lock, so that concurrent calls ask for one key."""

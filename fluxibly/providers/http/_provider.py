@@ -13,6 +13,7 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 from weakref import WeakSet
 
+from fluxibly._checks import shown_url
 from fluxibly._logs import log_retry
 from fluxibly._states import TRANSITIONS, State
 from fluxibly.errors import ConnectionFailed, ProviderError
@@ -37,17 +38,14 @@ if TYPE_CHECKING:
 
 
 async def worth_resending(
-    endpoint: Endpoint, keys: Keys | None, key: str | None, request: Request, error: Exception
+    endpoint: Endpoint, keys: Keys | None, outgoing: Outgoing, request: Request, error: Exception
 ) -> bool:
-    """Whether to send a request again, once, because `error` made something of it change. Log what changes.
-
-    `key` is the API key that was sent.
-    """
+    """Whether to send a request again, once, because `error` made something of it change. Log what changes."""
     if not isinstance(error, ProviderError):
         return False
-    change = endpoint.learn(request, error)
-    if change is None and error.status == HTTPStatus.UNAUTHORIZED and keys is not None and await keys.renew(key):
-        change = "sends a new api_key"
+    change = endpoint.learn(request, outgoing.body, error)
+    if change is None and error.status == HTTPStatus.UNAUTHORIZED and keys is not None and outgoing.key is not None:
+        change = "sends a new api_key" if await keys.renew(outgoing.key) else None
     if change is None:
         return False
     log_retry(request, error, max(request.call.attempts - 1, 0), 0.0, change=change)
@@ -135,9 +133,8 @@ class _Stream:
     async def _open(self, *, again: bool = False) -> Exchange:
         """Send the request, and take the head of the response."""
         endpoint = self._endpoint
-        if self._keys is not None:
+        if self._keys is not None and not endpoint.authorized_by(self._request):
             await self._keys.find()
-        key = endpoint.key
         outgoing, limits = self._prepare()
         exchange = await self._sender.send(outgoing, limits)
         try:
@@ -151,7 +148,7 @@ class _Stream:
             await exchange.release(ended=False)
             raise
         await exchange.release(ended=False)
-        if again or not await worth_resending(endpoint, self._keys, key, self._request, error):
+        if again or not await worth_resending(endpoint, self._keys, outgoing, self._request, error):
             raise error
         return await self._open(again=True)
 
@@ -271,18 +268,17 @@ class _Shell:
         self._lock = threading.Lock()
 
     def __repr__(self) -> str:
-        return f"{self._kind}({self._endpoint.url})"
+        return f"{self._kind}({shown_url(str(self._endpoint.url))})"
 
     def _check_open(self) -> None:
         if self._closed:
             raise RuntimeError(f"this {self._kind} is closed; make a new one")
 
     async def _complete(self, request: Request, *, again: bool = False) -> Response:
-        self._check_open()
         endpoint = self._endpoint
-        if self._keys is not None:
+        if self._keys is not None and not endpoint.authorized_by(request):
             await self._keys.find()
-        key = endpoint.key
+        self._check_open()
         outgoing = endpoint.outgoing(request, stream=False)
         limits = endpoint.limits(stream=False)
         headers: Mapping[str, str] | None = None
@@ -299,7 +295,7 @@ class _Shell:
                 await exchange.release(ended=False)
             return endpoint.response(headers, body.whole())
         except Exception as error:  # noqa: BLE001  # `fail` raises it, translated
-            if again or not await worth_resending(endpoint, self._keys, key, request, error):
+            if again or not await worth_resending(endpoint, self._keys, outgoing, request, error):
                 fail(error, endpoint.failure(error, request, limits, headers))
         return await self._complete(request, again=True)
 
