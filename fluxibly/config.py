@@ -157,7 +157,7 @@ def _copied(value: Any) -> Any:
 
 def _repr_of_url(url: object) -> str:
     """Return the `repr` of an address, with the secrets in it masked."""
-    return repr(shown_url(url)) if isinstance(url, str) else kind_of(url)
+    return repr(shown_url(url)) if isinstance(url, str) else re.sub("//.*@", "//***@", repr(url))
 
 
 @suggests_names
