@@ -225,7 +225,12 @@ def with_targets(*, to):
 @pytest.mark.parametrize(
     ("item", "problems"),
     [
-        ("retri", ["0]: middleware 'retri' not registered; did you mean 'retry'? Available middleware: ['default_stack', 'file', "]),
+        (
+            "retri",
+            [
+                "0]: middleware 'retri' not registered; did you mean 'retry'? Available middleware: ['default_stack', 'file', "
+            ],
+        ),
         ({"os.system": {}}, ["0]: middleware 'os.system' not registered. Available middleware: "]),
         ({"retry": {"max_retrys": 1}}, ["0].retry.max_retrys: there is no such setting; did you mean 'max_retries'?"]),
         ({"retry": {"max_retries": -1}}, ["0].retry.max_retries: expected a whole number from 0 up, got -1"]),
