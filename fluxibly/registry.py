@@ -10,10 +10,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, cast
 
-import attrs
-
-from fluxibly._checks import did_you_mean, is_list, is_mapping, kind_of, nearest, unknown_settings
+from fluxibly._checks import did_you_mean, is_list, is_mapping, kind_of, nearest
 from fluxibly._extras import pip_install
+from fluxibly._plugins import WHAT, Kind, entry_points, installed_points, load, package_of
 from fluxibly.config import LLMConfig
 from fluxibly.errors import ConfigError, FrameworkNotRegistered, Problems
 from fluxibly.flow import Middleware
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
     from pathlib import Path
 
-Kind: TypeAlias = Literal["frameworks", "middleware"]
 ProviderFactory: TypeAlias = Callable[..., Any]
 MiddlewareFactory: TypeAlias = Callable[..., Middleware]
 
@@ -66,7 +64,7 @@ class Framework(NamedTuple):
             ConfigError: packages that the framework needs are not installed, or the plugin is broken.
         """
         if self.plugin is not None:
-            return _load(self.plugin)
+            return load(self.plugin)
         if not self.installed:
             raise ConfigError(f"the framework {self.name!r} needs packages that are not installed: {self.to_install}")
         if self.sync is not None:
@@ -145,9 +143,6 @@ _BUILT_IN_MIDDLEWARE = {
 _DEFAULT = ("default", "default_stack")
 """The names of the default stack in configurations."""
 
-_WHAT = {"fluxibly.frameworks": "framework", "fluxibly.middleware": "middleware"}
-"""What the entry points of a group are."""
-
 _lock = threading.Lock()
 _frameworks: dict[str, Framework] = {}
 _middleware: dict[str, MiddlewareFactory] = {}
@@ -176,7 +171,7 @@ def register_llm_framework(
         old = _frameworks.get(name)
         taken = old is not None and not _same(old.sync, provider)
         if not replace and (
-            taken or (old is None and (name in _built_in_frameworks() or name in _entry_points("frameworks")))
+            taken or (old is None and (name in _built_in_frameworks() or name in entry_points("frameworks")))
         ):
             raise ValueError(f"the LLM framework {name!r} is registered already; pass replace=True to take it over")
         _frameworks[name] = new
@@ -200,7 +195,7 @@ def register_middleware(name: str, factory: MiddlewareFactory, *, replace: bool 
         old = _middleware.get(name)
         taken = old is not None and not _same(old, factory)
         built_in = name in _BUILT_IN_MIDDLEWARE or name in _DEFAULT
-        if not replace and (taken or (old is None and (built_in or name in _entry_points("middleware")))):
+        if not replace and (taken or (old is None and (built_in or name in entry_points("middleware")))):
             raise ValueError(f"the middleware {name!r} is registered already; pass replace=True to take it over")
         _middleware[name] = factory
 
@@ -220,69 +215,6 @@ def _same(old: object, new: object) -> bool:
     return names[0] == names[1] and None not in names[0]
 
 
-@cache
-def _entry_points(kind: Kind) -> Mapping[str, EntryPoint]:
-    """Return the entry points of a kind by name. Of several packages with one name, the first by its name wins."""
-    return {point.name: point for point in reversed(_installed_points(kind))}
-
-
-def _installed_points(kind: Kind) -> list[EntryPoint]:
-    from importlib.metadata import entry_points
-
-    group = f"fluxibly.{kind}"
-    try:
-        found = list(entry_points(group=group))
-    except Exception:  # noqa: BLE001  # one package's unreadable metadata must not hide the others
-        found = [point for point in _readable_points() if point.group == group]
-    return sorted(found, key=lambda point: (point.name, package_of(point)))
-
-
-def _readable_points() -> Iterator[EntryPoint]:
-    """Yield the entry points of each package whose metadata can be read."""
-    from importlib.metadata import distributions
-
-    seen: set[str] = set()
-    for distribution in distributions():
-        try:
-            name, points = distribution.name.lower(), list(distribution.entry_points)
-        except Exception:  # noqa: BLE001, S112  # whatever is wrong with that package
-            continue
-        if name not in seen:  # a package that is on the path twice is imported from its first place
-            seen.add(name)
-            yield from points
-
-
-def package_of(point: EntryPoint) -> str:
-    """Return the name and version of the package that has an entry point."""
-    try:
-        return f"{point.dist.name} {point.dist.version}"  # type: ignore[union-attr]
-    except Exception:  # noqa: BLE001  # an entry point without a package, or a package without readable metadata
-        return "an unknown package"
-
-
-def _load(point: EntryPoint) -> Callable[..., Any]:
-    """Import what an entry point names.
-
-    Raises:
-        ConfigError: that fails, or what it names cannot be called.
-    """
-    what = f"{_WHAT[point.group]} {point.name!r}: the entry point {point.value!r} of {package_of(point)}"
-    try:
-        loaded = point.load()
-    except (KeyboardInterrupt, GeneratorExit):
-        raise
-    except BaseException as error:  # a module may end with SystemExit, or with the panic of a library in Rust
-        raise ConfigError(f"{what} cannot be imported: {_named(error)}; repair or uninstall that package") from error
-    if not callable(loaded):
-        raise ConfigError(f"{what}: expected a class or another callable, got {kind_of(loaded)}")
-    return cast("Callable[..., Any]", loaded)
-
-
-def _named(error: BaseException) -> str:
-    """Return an exception's type and its message, on one line."""
-    return " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
-
-
 class Plugin(NamedTuple):
     """A framework or middleware of another package, as `doctor` shows it."""
 
@@ -295,16 +227,16 @@ class Plugin(NamedTuple):
 def plugins(kind: Kind) -> Iterator[Plugin]:
     """Load each plugin, and yield its state."""
     built_in = _built_in_frameworks() if kind == "frameworks" else _BUILT_IN_MIDDLEWARE
-    used = _entry_points(kind)
-    for point in _installed_points(kind):
+    used = entry_points(kind)
+    for point in installed_points(kind):
         name, package = point.name, package_of(point)
         if name in built_in:
-            yield Plugin(name, "not used", f"{package}: fluxibly's own {_WHAT[point.group]} has this name")
+            yield Plugin(name, "not used", f"{package}: fluxibly's own {WHAT[point.group]} has this name")
         elif package != package_of(used[name]):
             yield Plugin(name, "not used", f"{package}: {package_of(used[name])} has this name too, and is used")
         else:
             try:
-                _load(point)
+                load(point)
             except ConfigError as error:
                 yield Plugin(name, "broken", str(error))
             else:
@@ -313,7 +245,7 @@ def plugins(kind: Kind) -> Iterator[Plugin]:
 
 def frameworks() -> Mapping[str, Framework]:
     """Return all frameworks, by name."""
-    others = {name: Framework(name=name, plugin=point) for name, point in _entry_points("frameworks").items()}
+    others = {name: Framework(name=name, plugin=point) for name, point in entry_points("frameworks").items()}
     return dict(sorted({**others, **_built_in_frameworks(), **_frameworks}.items()))
 
 
@@ -385,14 +317,14 @@ def find_framework(name: str, *, path: str = "") -> Framework:
     found = _frameworks.get(name) or _built_in_frameworks().get(name)
     if found is not None:
         return found
-    point = _entry_points("frameworks").get(name)
+    point = entry_points("frameworks").get(name)
     if point is None:
         known = list(frameworks())
         raise FrameworkNotRegistered(
             f"{path}{_instead_of(name, known)}LLM framework {name!r} not registered. Available frameworks: {known}"
         )
     try:
-        _load(point)
+        load(point)
     except ConfigError as error:
         raise ConfigError(f"{path}{error}") from error.__cause__
     return Framework(name=name, plugin=point)
@@ -465,106 +397,53 @@ def make_middleware(items: Sequence[Any], *, max_retries: int = 3, path: str = "
 
 def _made(item: Any, path: str, max_retries: int) -> tuple[Middleware, ...]:
     """Return the layers that an item of a configuration stands for."""
-    if isinstance(item, str) and item in _DEFAULT and item not in _middleware:
-        return _default_stack(max_retries, ())
-    if is_mapping(item) and len(item) == 1 and (name := next(iter(item))) in _DEFAULT and name not in _middleware:
-        layers: object = {} if item[name] is None else item[name]
-        if not is_mapping(layers):
-            example = "e.g. - default_stack: {retry: {max_retries: 5}}"
-            raise ConfigError(f"{path}.{name}: expected a table of middleware and their settings, {example}")
-        problems = Problems()
-        made = [problems.of(_make, {each: layers[each]}, f"{path}.{name}") for each in layers]
-        problems.check()
-        return _default_stack(max_retries, cast("list[Middleware]", made))
-    return (_make(item, path),)
+    if not isinstance(item, str) and not is_mapping(item) and callable(item):
+        return (cast("Middleware", item),)  # the pipeline checks it
+    name, settings = _name_and_settings(item, path)
+    if name not in _DEFAULT or name in _middleware:
+        return (_make(name, settings, path),)
+    path = f"{path}.{name}"
+    table = _table(settings, path, "middleware and their settings, e.g. - default_stack: {retry: {max_retries: 5}}")
+    problems = Problems()
+    layers = [problems.of(_make, str(each), table[each], path) for each in table]
+    problems.check()
+    return _default_stack(max_retries, cast("list[Middleware]", layers))
 
 
-def _make(item: Any, path: str) -> Middleware:
-    settings: Any = {}
+def _name_and_settings(item: Any, path: str) -> tuple[str, object]:
+    """Return the name in an item of a configuration, and what stands for its settings."""
     if isinstance(item, str):
-        name: Any = item
-    elif is_mapping(item):
-        if len(item) != 1:
-            raise ConfigError(
-                f"{path}: expected a table of one name and its settings, e.g. - retry: {{max_retries: 5}}"
-            )
-        ((name, settings),) = item.items()
-        settings = {} if settings is None else settings
-        if not is_mapping(settings):
-            raise ConfigError(f"{path}.{name}: expected a table of settings, e.g. - retry: {{max_retries: 5}}")
-    elif callable(item):
-        return item  # type: ignore[no-any-return]  # a middleware object; the pipeline checks it
-    else:
+        return item, None
+    if not is_mapping(item):
         raise ConfigError(f"{path}: expected the name of a middleware or a table of one name, got {kind_of(item)}")
-    factory = _find_middleware(str(name), path)
+    if len(item) != 1:
+        raise ConfigError(f"{path}: expected a table of one name and its settings, e.g. - retry: {{max_retries: 5}}")
+    ((name, settings),) = item.items()
+    return str(name), settings
+
+
+def _table(settings: object, path: str, expected: str) -> Mapping[Any, Any]:
+    """Return settings as a table, which is empty if there are none. `expected` describes it."""
+    if settings is None:
+        return {}
+    if not is_mapping(settings):
+        raise ConfigError(f"{path}: expected a table of {expected}")
+    return settings
+
+
+def _make(name: str, given: object, path: str) -> Middleware:
+    settings = _table(given, f"{path}.{name}", "settings, e.g. - retry: {max_retries: 5}")
+    factory = _find_middleware(name, path)
     if _is_middleware_function(factory):
         if settings:
             raise ConfigError(f"{path}.{name}: this middleware is a function without settings")
-        return factory  # type: ignore[return-value]
+        return factory  # type: ignore[return-value]  # a generator function is a middleware
     try:
         return factory(**settings)
     except Exception as error:
-        raise ConfigError.of(_settings_problems(factory, settings, f"{path}.{name}", error)) from error
+        from fluxibly._settings import settings_problems  # late, because most settings are right
 
-
-def _settings_problems(
-    factory: MiddlewareFactory, settings: Mapping[Any, Any], path: str, error: Exception
-) -> list[str]:
-    """List what is wrong with the settings of a middleware that could not be made. `error` is what it raised."""
-    names, required, any_name = _parameters(factory)
-    unknown = [] if any_name else unknown_settings(settings, names, f"{path}.")
-    missing = [f"{path}.{name}: is required" for name in required if name not in settings]
-    wrong = [_at(path, names, factory, text) for text in _wrong_values(factory, settings)]
-    return [*unknown, *missing, *wrong] or [_at(path, names, factory, text) for text in _told(error)]
-
-
-def _parameters(factory: MiddlewareFactory) -> tuple[list[str], list[str], bool]:
-    """Return the names of a factory's settings, those without a default, and whether it takes any name."""
-    import inspect
-
-    try:
-        parameters = inspect.signature(factory).parameters.values()
-    except (TypeError, ValueError):  # a callable of C has no signature
-        return [], [], True
-    named = [each for each in parameters if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)]
-    any_name = any(each.kind is each.VAR_KEYWORD for each in parameters)
-    return [each.name for each in named], [each.name for each in named if each.default is each.empty], any_name
-
-
-def _wrong_values(factory: MiddlewareFactory, settings: Mapping[Any, Any]) -> Iterator[str]:
-    """Yield what the validators of an attrs class refuse. The class itself tells only the first of it."""
-    if not (isinstance(factory, type) and attrs.has(factory)):
-        return
-    blank: Any = factory.__new__(factory)
-    for field in attrs.fields(factory):
-        name = field.alias or field.name
-        if name in settings and field.validator is not None:
-            try:
-                value = settings[name] if field.converter is None else field.converter(settings[name])
-                field.validator(blank, field, value)
-            except (TypeError, ValueError) as error:
-                told = (text.removeprefix(f"{factory.__name__}: ") for text in _told(error))
-                yield from (text if text.startswith(name) else f"{name}: {text}" for text in told)
-            except Exception:  # noqa: BLE001, S112  # the validator needs the other fields: making the object tells
-                continue
-
-
-def _told(error: Exception) -> Sequence[str]:
-    """Return what a factory or a validator says is wrong."""
-    if isinstance(error, ConfigError):
-        return error.problems
-    if not isinstance(error, (TypeError, ValueError, ImportError)):
-        return [_named(error)]
-    arguments: tuple[object, ...] = error.args
-    message = arguments[0] if len(arguments) > 1 else error  # the validators of attrs add the field and the value
-    return [" ".join(str(message).split()) or type(error).__name__]
-
-
-def _at(path: str, names: Sequence[str], factory: MiddlewareFactory, text: str) -> str:
-    """Put what is wrong under the path of a middleware. A text that begins with a setting's name continues the path."""
-    text = text.removeprefix(f"{getattr(factory, '__name__', '')}: ")
-    first = re.match(r"\w+(?=[.:\[])", text)
-    return f"{path}.{text}" if first and first[0] in names else f"{path}: {text}"
+        raise ConfigError.of(settings_problems(factory, settings, f"{path}.{name}", error)) from error
 
 
 def _is_middleware_function(factory: object) -> bool:
@@ -579,12 +458,12 @@ def _find_middleware(name: str, path: str) -> MiddlewareFactory:
     if name in _BUILT_IN_MIDDLEWARE:
         factory: MiddlewareFactory = getattr(importlib.import_module("fluxibly.middleware"), _BUILT_IN_MIDDLEWARE[name])
         return factory
-    point = _entry_points("middleware").get(name)
+    point = entry_points("middleware").get(name)
     if point is not None:
         try:
-            return _load(point)
+            return load(point)
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from error.__cause__
-    known = sorted({*_middleware, *_BUILT_IN_MIDDLEWARE, *_entry_points("middleware"), "default_stack"})
+    known = sorted({*_middleware, *_BUILT_IN_MIDDLEWARE, *entry_points("middleware"), "default_stack"})
     near = did_you_mean(name, known) or "."
     raise ConfigError(f"{path}: middleware {name!r} not registered{near} Available middleware: {known}")

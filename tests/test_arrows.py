@@ -32,7 +32,7 @@ ROOMS = {
     "middleware": "middleware",
     "stream": "stream",
     "pipeline": "pipeline",
-    "registry": "registry",
+    "registry _plugins _settings": "registry",
     "llm": "llm",
     "testing": "testing",
     "cli": "cli",

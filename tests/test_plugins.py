@@ -9,8 +9,9 @@ import pytest
 from support.packages import MIDDLEWARE, install
 
 from fluxibly import LLM, AsyncLLM, LLMConfig, register_llm_framework
+from fluxibly._plugins import entry_points
 from fluxibly.errors import ConfigError, FrameworkNotRegistered
-from fluxibly.registry import Plugin, _entry_points, find_framework, frameworks, make_middleware, plugins
+from fluxibly.registry import Plugin, find_framework, frameworks, make_middleware, plugins
 
 WORKS = "class Provider:\n    def __init__(self, config): pass\n    def complete(self, request): return 'from acme'\n"
 SHOUT = (
@@ -26,9 +27,9 @@ def folder(tmp_path, monkeypatch):
     before = set(sys.modules)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr("fluxibly.registry._frameworks", {})
-    _entry_points.cache_clear()
+    entry_points.cache_clear()
     yield tmp_path
-    _entry_points.cache_clear()
+    entry_points.cache_clear()
     for name in set(sys.modules) - before:
         if name.startswith("acme"):
             del sys.modules[name]

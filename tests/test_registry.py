@@ -328,7 +328,7 @@ def test_entry_points_are_found(monkeypatch):
         "frameworks": {"theirs": EntryPoint("theirs", "fluxibly.providers.echo:EchoProvider", "fluxibly.frameworks")},
         "middleware": {"their_retry": EntryPoint("their_retry", "fluxibly.middleware:Retry", "fluxibly.middleware")},
     }
-    monkeypatch.setattr("fluxibly.registry._entry_points", points.__getitem__)
+    monkeypatch.setattr("fluxibly.registry.entry_points", points.__getitem__)
     config = LLMConfig(framework="theirs", model="m", middleware=[{"their_retry": {"max_retries": 1}}])
     assert LLM(config).forward("hi there") == "hi there"
     assert "theirs" in frameworks()

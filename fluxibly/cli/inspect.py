@@ -14,6 +14,7 @@ import attrs
 
 import fluxibly
 from fluxibly._extras import EXTRAS, version_of
+from fluxibly._plugins import Kind
 from fluxibly.cli.screen import line_of
 from fluxibly.cli.trace.file import duration
 from fluxibly.config import LLMConfig
@@ -22,7 +23,7 @@ from fluxibly.llm import LLM
 from fluxibly.providers.addresses import with_address
 from fluxibly.providers.local import DEFAULT_MODEL, cached_path, named_model
 from fluxibly.providers.services import SERVICES
-from fluxibly.registry import Kind, find_framework, frameworks, make_middleware, plugins
+from fluxibly.registry import find_framework, frameworks, make_middleware, plugins
 from fluxibly.types import ProviderInfo
 
 if TYPE_CHECKING:
