@@ -41,7 +41,7 @@ class FrameworkNotRegistered(ConfigError):
 
 
 class Problems:
-    """What is wrong with a configuration, collected so that one error tells all of it.
+    """The problems of a configuration, collected so that one error lists all of them.
 
     Args:
         known: problems that were found before. A later problem of the same setting follows from it, and is left out.
@@ -52,7 +52,7 @@ class Problems:
         self._errors: list[ConfigError] = []
 
     def of(self, make: Callable[P, T], *args: P.args, **settings: P.kwargs) -> T | None:
-        """Return what `make` returns, or None if it raises a ConfigError, whose problems `check` tells."""
+        """Return what `make` returns, or None if it raises a ConfigError, whose problems `check` lists."""
         try:
             return make(*args, **settings)
         except ConfigError as error:
@@ -60,7 +60,7 @@ class Problems:
             return None
 
     def check(self) -> None:
-        """Raise the error that tells all problems, if there are any."""
+        """Raise the error that lists all problems, if there are any."""
         errors, self._errors = self._errors, []
         if len(errors) == 1 and not self._known:
             raise errors[0]

@@ -175,9 +175,9 @@ class Request(Shown):
 
     `messages` also accepts a str. `stop` holds a few strings, each of which ends the answer. `tool_choice` is "auto",
     "none", "required" or a tool's name. `response_format` is "text", "json" or a JSON Schema (a mapping) that the
-    answer must follow; or a table as OpenAI's client takes it, in which `strict` and a name can be given. `reasoning_effort` is the provider's own word ("low", "high", …). `n` asks for several choices.
-    `extra` is merged into the request body unchanged and takes precedence over every other parameter. HTTP providers
-    send `headers` with the request. `metadata` carries the caller's own data for middleware and is never sent.
+    answer must follow; or a table as OpenAI's client takes it, in which `strict` and a name can be given.
+    `reasoning_effort` is the provider's own word ("low", "high", …). `n` asks for several choices. `extra` is merged into
+    the request body and takes precedence over every other parameter. HTTP providers send `headers` with the request. `metadata` carries the caller's own data for middleware and is never sent.
     """
 
     model: str

@@ -21,7 +21,7 @@ from fluxibly._states import State
 from fluxibly.aggregate import as_chunk
 from fluxibly.errors import StreamInterrupted, interrupted
 from fluxibly.flow.combinators import resend_refused
-from fluxibly.flow.culprits import culprit, raise_not_delivered, says_that_it_is_cut, swallowed
+from fluxibly.flow.culprits import culprit, is_delivered, raise_not_delivered
 from fluxibly.flow.effects import END, PULL, Effect, Flow, More, Send, Sleep, Source
 from fluxibly.types import Chunk, Request, Response, Restart
 
@@ -151,7 +151,7 @@ class StreamDriver:
         if response.text is call.said:
             return
         text = "".join(self.delivered)
-        if response.text == text and (says_that_it_is_cut(response) if swallowed(call) else response.has_output):
+        if response.has_output and is_delivered(call, response, text):
             return
         report(f"{culprit(call)} returned another answer than was delivered")
         raise_not_delivered(call, response, Response(text))

@@ -6,8 +6,9 @@ import os
 import platform
 import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Container, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from typing import TYPE_CHECKING, get_args
 
 import attrs
@@ -28,7 +29,7 @@ from fluxibly.types import ProviderInfo
 
 if TYPE_CHECKING:
     from fluxibly.cli.screen import Screen
-    from fluxibly.registry import Framework
+    from fluxibly.registry import Framework, Plugin
 
 
 def stack_rows(config: LLMConfig) -> Iterator[tuple[str, str, str]]:
@@ -63,7 +64,7 @@ def _settings(layer: object) -> str:
 
 def framework_rows() -> Iterator[tuple[str, str, str]]:
     """Yield a row for each framework: its name, whether it can be used, and what is missing."""
-    broken = _broken_plugins()
+    broken = _broken(plugins("frameworks"))
     for framework in frameworks().values():
         missing = missing_of(framework)
         if framework.plugin is not None and framework.name in broken:
@@ -72,9 +73,9 @@ def framework_rows() -> Iterator[tuple[str, str, str]]:
             yield framework.name, "ready" if missing is None else "not ready", missing or ""
 
 
-def _broken_plugins() -> dict[str, str]:
-    """Return what is wrong with the frameworks of other packages, by name."""
-    return {each.name: each.note for each in plugins("frameworks") if each.state == "broken"}
+def _broken(others: Iterable[Plugin]) -> dict[str, str]:
+    """Return the reasons why plugins are broken, by their names."""
+    return {plugin.name: plugin.note for plugin in others if plugin.state == "broken"}
 
 
 def missing_of(framework: Framework) -> str | None:
@@ -108,24 +109,23 @@ def examine(screen: Screen, config: LLMConfig | None) -> int:
         found = [*_versions(), _check(config, asked=True)]
     else:
         with ThreadPoolExecutor(max_workers=16) as threads:
-            found = [*_versions(), *_plugins(), *threads.map(_check, _configurations())]
+            others = {kind: list(plugins(kind)) for kind in get_args(Kind)}
+            configurations = _configurations(_broken(others["frameworks"]))
+            found = [*_versions(), *map(_plugin, chain(*others.values())), *threads.map(_check, configurations)]
     screen.rows([(each.kind, each.name, each.state, each.to_do) for each in found], ("", "", "state", "to do"))
     return int(any(each.bad for each in found))
 
 
-def _configurations() -> Iterator[LLMConfig]:
-    broken = _broken_plugins()
+def _configurations(broken: Container[str]) -> Iterator[LLMConfig]:
     for framework in frameworks().values():
         if framework.plugin is None or framework.name not in broken:
             yield LLMConfig(framework=framework.name, model=DEFAULT_MODEL if framework.name == "local" else "-")
 
 
-def _plugins() -> Iterator[Finding]:
-    for kind in get_args(Kind):
-        for plugin in plugins(kind):
-            ready = plugin.state == "ready"
-            state = f"ready, from {plugin.note}" if ready else plugin.state
-            yield Finding("plugin", plugin.name, state, "" if ready else plugin.note, bad=plugin.state == "broken")
+def _plugin(plugin: Plugin) -> Finding:
+    ready = plugin.state == "ready"
+    state = f"ready, from {plugin.note}" if ready else plugin.state
+    return Finding("plugin", plugin.name, state, "" if ready else plugin.note, bad=plugin.state == "broken")
 
 
 def _versions() -> Iterator[Finding]:

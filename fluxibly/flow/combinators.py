@@ -10,7 +10,7 @@ import attrs
 from fluxibly._checks import kind_of
 from fluxibly.aggregate import Aggregator, as_chunks
 from fluxibly.errors import StreamInterrupted
-from fluxibly.flow.culprits import raise_not_delivered, says_that_it_is_cut, swallowed
+from fluxibly.flow.culprits import is_delivered, raise_not_delivered, swallowed
 from fluxibly.flow.effects import PULL, Effect, Flow, More, Send, T
 from fluxibly.types import CallRecord, Chunk, Reasoning, Request, Response, Restart
 
@@ -140,14 +140,15 @@ def map_chunks(
     if streamed:
         mapper.check(response)
     else:
-        # What `fn` made of chunks without output, of an attempt that failed, counts only if it is output.
+        # `fn` may have added output to chunks without output, of an attempt that failed. Nothing else of them is kept.
         streamed = mapper.output
         if not streamed:
             mapper.answer = Aggregator()
         for chunk in as_chunks(response):
             made = mapper.pass_on(chunk)
-            for piece in () if not streamed else (made,) if isinstance(made, Chunk) else made:
-                yield More(piece)
+            if streamed:
+                for piece in (made,) if isinstance(made, Chunk) else made:
+                    yield More(piece)
     if at_end is not None:
         for piece in mapper.note(at_end()):
             # The provider's stream is at its end, so each piece goes out as a More, which reads nothing.
@@ -430,6 +431,5 @@ class _Holder(Relay):
         """
         if response.text is self.call.said or not self.holds_output():
             return
-        half = swallowed(self.call) is not None and not says_that_it_is_cut(response)
-        if half or response.text != "".join([chunk.text for chunk in self.held]):
+        if not is_delivered(self.call, response, "".join([chunk.text for chunk in self.held])):
             raise_not_delivered(self.call, response, Response())

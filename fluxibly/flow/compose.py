@@ -48,7 +48,7 @@ def is_generator_function(layer: object) -> bool:
 
 def code_of(layer: object) -> CodeType | None:
     """Return the code that runs when a middleware is called, or None if it is not plain Python."""
-    call: object = layer if isinstance(layer, FunctionType) else getattr(type(layer), "__call__", None)  # noqa: B004
+    call: object = layer if isinstance(layer, FunctionType) else getattr(type(layer), "__call__", None)  # noqa: B004  # the method itself
     code = getattr(call, "__code__", None)
     return code if isinstance(code, CodeType) else None
 

@@ -25,15 +25,17 @@ def check_delivered(call: CallRecord, response: Response, characters: int | None
         if not characters or characters == len(response.text):
             return
     # Each `map_chunks` between here and the middleware that caught the error has changed `partial` as it changed the answer.
-    elif says_that_it_is_cut(response) and response.text == error.partial.text:
+    elif is_delivered(call, response, error.partial.text):
         return
     partial = Response() if error is None else error.partial
     raise_not_delivered(call, response, partial)
 
 
-def says_that_it_is_cut(response: Response) -> bool:
-    """Whether a middleware may return a response in place of an interruption: half an answer has to say that it is one."""
-    return response.has_output and response.finish_reason is not None
+def is_delivered(call: CallRecord, response: Response, text: str) -> bool:
+    """Whether a response has the text that was delivered. After an interruption it also has to say that it is cut."""
+    if swallowed(call) is not None and not (response.has_output and response.finish_reason is not None):
+        return False
+    return response.text == text
 
 
 def swallowed(call: CallRecord) -> StreamInterrupted | None:

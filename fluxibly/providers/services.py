@@ -266,4 +266,4 @@ ELSEWHERE: Final[Mapping[str, str]] = {
     "cohere": "Cohere is reached by framework 'litellm' with the model 'cohere/…'",
     "dashscope": "Qwen is reached by framework 'openai' with DashScope's compatible address as api_base",
 }
-"""What to use for a service that has no framework of its own."""
+"""The way to each service that has no framework of its own."""

@@ -171,12 +171,12 @@ class Watch:
     def __enter__(self) -> Self:
         watch, cls = self, self._class
 
-        def __getattribute__(own: Any, name: str) -> Any:  # noqa: N807
+        def __getattribute__(own: Any, name: str) -> Any:  # noqa: N807  # Python's own name
             if not name.startswith("__"):
                 watch.read(name)
             return cls.__getattribute__(own, name)
 
-        def __setattr__(own: Any, name: str, value: Any) -> None:  # noqa: N807
+        def __setattr__(own: Any, name: str, value: Any) -> None:  # noqa: N807  # Python's own name
             watch.write(name)
             cls.__setattr__(own, name, value)
 

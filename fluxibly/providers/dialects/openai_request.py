@@ -125,23 +125,20 @@ def max_tokens_name(model: str, quirks: Quirks) -> MaxTokensName:
 
 def refused_max_tokens_name(sent: bytes, error: ProviderError) -> MaxTokensName | None:
     """Return the name of `max_tokens` in a body that was `sent`, if `error` says that the model does not know that name."""
-    if error.status not in (400, 422):
-        return None
-    fields: object = msgspec.json.decode(sent)
-    name: MaxTokensName | None = next(
-        (each for each in _MAX_TOKENS_NAMES if is_mapping(fields) and each in fields), None
-    )
     # Only the service's own words count: the body may quote the prompt.
     message = str(error)
-    if name == "max_tokens":
-        both = "max_completion_tokens" in message and re.search(r"\bmax_tokens\b", message)
-        return name if both and _UNKNOWN.search(message) else None
-    if name is not None and name in message and _UNKNOWN.search(message):
-        return name
-    return name if name is not None and _FORBIDDEN.search(error.body or "") else None
+    unknown = "max_completion_tokens" in message and _UNKNOWN.search(message) is not None
+    forbidden = _FORBIDDEN.search(error.body or "") is not None
+    if error.status not in (400, 422) or not (unknown or forbidden):
+        return None
+    fields: object = msgspec.json.decode(sent)
+    if not is_mapping(fields):
+        return None
+    if "max_tokens" in fields:
+        return "max_tokens" if unknown and re.search(r"\bmax_tokens\b", message) else None
+    return "max_completion_tokens" if "max_completion_tokens" in fields else None
 
 
-_MAX_TOKENS_NAMES: Final[tuple[MaxTokensName, ...]] = ("max_tokens", "max_completion_tokens")
 _FORBIDDEN: Final = re.compile(r'"loc" ?: ?\[[^\]]*"max_completion_tokens"\]')
 """Where a server that checks requests by pydantic (Mistral, vLLM) names a field that it does not know."""
 

@@ -46,10 +46,9 @@ class Endpoint:
         self.base_path = self.url.raw_path.partition(b"?")[0].rstrip(b"/")
         self.base_query = self.url.query
         self._given = _given_headers(config)
-        names = ("authorization", service.auth_header.lower(), *service.other_auth_headers)
-        self._auth_names = frozenset(name.encode("ascii") for name in names)
+        self._auth_names = frozenset(("authorization", service.auth_header.lower(), *service.other_auth_headers))
         """The headers that take the place of the key, if the configuration or a call has one of them."""
-        self.has_auth = any(name in self._auth_names for name, _ in self._given)
+        self.has_auth = self._authorize(config.headers)
         self.key, self._no_key = (None, None) if self.has_auth else _api_key(service, config)
         """The key, and the error of calls without one. A function's key is None until it is asked for."""
         self._keys: tuple[str, ...] = (self.key,) if self.key else ()
@@ -82,13 +81,15 @@ class Endpoint:
         try:
             encoded = self.codec.encode(request, stream=stream)
             headers, key = self._headers(encoded), self.key
-            more = _unique(request.headers) if request.headers else []
-            if more and not self._auth_names.isdisjoint([name for name, _ in more]):
-                headers, key = as_headers([pair for pair in headers.pairs if pair[0] not in self._auth_names]), None
+            if self.authorized_by(request):
+                headers, key = (
+                    as_headers([pair for pair in headers.pairs if pair[0].decode() not in self._auth_names]),
+                    None,
+                )
             elif self._no_key is not None:
                 raise self._no_key
-            if more:
-                headers = with_more(headers, more)
+            if request.headers:
+                headers = with_more(headers, _unique(request.headers))
             target = self._target(encoded.path)
         except ProviderError as error:
             raise self.completed_with(error, request) from error.__cause__
@@ -96,9 +97,11 @@ class Endpoint:
 
     def authorized_by(self, request: Request) -> bool:
         """Whether a request has an authorization of its own, in place of the key."""
-        return bool(request.headers) and not self._auth_names.isdisjoint(
-            [name.lower().encode(errors="replace") for name in request.headers]
-        )
+        return bool(request.headers) and self._authorize(request.headers)
+
+    def _authorize(self, headers: Mapping[str, str]) -> bool:
+        """Whether headers take the place of the key."""
+        return not self._auth_names.isdisjoint([name.lower() for name in headers])
 
     def _target(self, path: str) -> bytes:
         path, _, query = path.partition("?")
@@ -317,8 +320,8 @@ def _api_key(service: Service, config: LLMConfig) -> tuple[str | None, Authentic
     Raises:
         AuthenticationError: the key is missing or malformed. The message never shows the key.
     """
-    if config.api_key is not None and config.fixed_key is None:
-        return None, None  # a function gives the key
+    if callable(config.api_key):
+        return None, None
     source, key = "api_key", config.fixed_key
     if not key and service.env_var:
         source = f"the environment variable {service.env_var}"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import TYPE_CHECKING, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -49,6 +50,23 @@ class Keys:
 
     async def renew(self, refused: str | None) -> bool:
         """Ask for another key than `refused`, unless another call has done so. Return whether there is one."""
+        asked = self._asked
+        async with self._turn():
+            said = self._said(refused, asked)
+            if said is not None:
+                return said
+            try:
+                return self._take(await self._ask(), refused)
+            except Exception as error:
+                self._note(error)
+                raise
+
+    def _turn(self) -> AbstractAsyncContextManager[object]:
+        """Return a lock, so that concurrent calls ask for one key."""
+        raise NotImplementedError
+
+    async def _ask(self) -> object:
+        """Call the function, and return its result."""
         raise NotImplementedError
 
     def _said(self, refused: str | None, asked: int) -> bool | None:
@@ -87,53 +105,36 @@ class ThreadKeys(Keys):
         super().__init__(give, use)
         self._lock = threading.Lock()
 
-    async def renew(self, refused: str | None) -> bool:
-        asked = self._asked
+    @asynccontextmanager
+    async def _turn(self) -> AsyncGenerator[None]:
         with self._lock:
-            said = self._said(refused, asked)
-            if said is not None:
-                return said
-            try:
-                key = self._give()
-                return self._take(_in_own_loop(key) if inspect.isawaitable(key) else key, refused)
-            except Exception as error:
-                self._note(error)
-                raise
+            yield
+
+    async def _ask(self) -> object:
+        key = self._give()
+        return _in_own_loop(key) if inspect.isawaitable(key) else key
 
 
 class LoopKeys(Keys):
     """Keys for event loops. A function that is not asynchronous runs in a worker thread, because it may block."""
 
-    async def renew(self, refused: str | None) -> bool:
-        asked = self._asked
-        async with self._lock():
-            said = self._said(refused, asked)
-            if said is not None:
-                return said
-            try:
-                key = await self._ask()
-                return self._take(await key if inspect.isawaitable(key) else key, refused)
-            except Exception as error:
-                self._note(error)
-                raise
-
-    async def _ask(self) -> str | Awaitable[str]:
-        give = self._give
-        if inspect.iscoroutinefunction(give) or inspect.iscoroutinefunction(getattr(give, "__call__", None)):  # noqa: B004  # the method itself
-            return give()
-        # In a list, because trio refuses a function that returns a coroutine. A call that is cancelled does not wait for it.
-        (key,) = await anyio.to_thread.run_sync(lambda: [give()], abandon_on_cancel=True)
-        return key
-
-    def _lock(self) -> anyio.Lock:
-        """Return the running event loop's lock, so that concurrent calls ask for one key."""
+    def _turn(self) -> anyio.Lock:
+        """Return the lock of the running event loop."""
         locks = _locks.get(None)
         if locks is None:
             locks = WeakKeyDictionary[LoopKeys, anyio.Lock]()
             _locks.set(locks)
-        if self not in locks:
-            locks[self] = anyio.Lock()
-        return locks[self]
+        return locks.setdefault(self, anyio.Lock())
+
+    async def _ask(self) -> object:
+        give = self._give
+        call: object = getattr(give, "__call__", None)  # noqa: B004  # to look at the method of an object, not to call it
+        if inspect.iscoroutinefunction(give) or inspect.iscoroutinefunction(call):
+            key = give()
+        else:
+            # In a list, because trio refuses a function that returns a coroutine. A cancelled call does not wait for it.
+            (key,) = await anyio.to_thread.run_sync(lambda: [give()], abandon_on_cancel=True)
+        return await key if inspect.isawaitable(key) else key
 
 
 def _in_own_loop(awaitable: Awaitable[T]) -> T:
