@@ -82,6 +82,12 @@ class TestTLS:
             timer.cancel()
             thread.join(5)
 
+    def test_no_time_left(self) -> None:
+        """A wait of no time at all passes its limit, though a socket takes it for a call that does not block."""
+        ours, theirs = socket.socketpair()
+        with ours, theirs, pytest.raises(LimitPassed):
+            finished(BlockingSocket(ours).receive(0.0))
+
     def test_session_tickets_are_not_data(self) -> None:
         """An idle connection with only session tickets unread is quiet."""
         with connected([b"one"]) as (secure, _):

@@ -59,6 +59,8 @@ class BlockingSocket(PlainSocket):
         """The timeout that is set; -1 before the first wait."""
 
     def _limit(self, seconds: float | None) -> None:
+        if seconds == 0.0:  # to a socket, no time at all means not to block
+            raise LimitPassed
         # Set only if it changes, because that costs a system call.
         if seconds != self._timeout:
             self.raw.settimeout(seconds)
