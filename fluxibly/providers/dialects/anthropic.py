@@ -16,11 +16,13 @@ from fluxibly._checks import kind_of
 from fluxibly._formats import SchemaFormat
 from fluxibly.errors import StreamProtocolError
 from fluxibly.providers.dialects.codec import Encoded, Event, Framing
-from fluxibly.providers.dialects.decoding import PendingFields, arguments_text, cut_off, not_an_answer
+from fluxibly.providers.dialects.decoding import PendingFields, arguments_text, cut_off, join_fields, not_an_answer
 from fluxibly.providers.dialects.encoding import (
+    CallIds,
     bad_request,
     format_of,
     is_thinking_block,
+    joined_turns,
     media_data,
     reject_unsupported,
     sent_arguments,
@@ -191,19 +193,6 @@ class _Block:
     def type(self) -> str:
         return as_text(self.fields.get("type"))
 
-    def add(self, delta: dict[str, Any]) -> None:
-        """Add the fields of a delta: texts and lists to the end of what is there."""
-        for name, value in delta.items():
-            if name == "type":
-                continue
-            before = self.fields.get(name)
-            if isinstance(before, str) and isinstance(value, str):
-                self.fields[name] = before + value
-            elif isinstance(before, list) and isinstance(value, list):
-                self.fields[name] = [*as_array(before), *as_array(value)]
-            elif value is not None:
-                self.fields[name] = value
-
 
 class AnthropicDecoder:
     """State of a stream: the content blocks in progress, and the usage so far."""
@@ -321,14 +310,14 @@ class AnthropicDecoder:
                 return self._held.emit(tool_calls=(ToolCallDelta(index=block.call, arguments=text),))
         elif kind == "citations_delta":
             citations = [delta["citation"]] if delta.get("citation") is not None else []
-            block.add({"citations": citations})
+            join_fields(block.fields, {"citations": citations})
             self._held.add(details={"citations": citations})
         elif kind == "thinking_delta":
             text = as_text(delta.get("thinking"))
             block.texts.append(text)
             return self._held.emit(reasoning=text) if text else ()
         else:
-            block.add(delta)
+            join_fields(block.fields, {name: value for name, value in delta.items() if name != "type"})
         return ()
 
     def _stop(self, data: dict[str, Any]) -> Iterable[Chunk]:
@@ -401,6 +390,8 @@ def _usage(counts: dict[str, Any]) -> Usage | None:
 # Requests
 
 
+_FOREIGN_IN_ID = re.compile(r"[^a-zA-Z0-9_-]")
+_LONGEST_ID = 256
 _VERSION = re.compile(r"claude-(?:[a-z]+-)?(\d{1,2})(?:[-.](\d{1,2}))?(?!\d)")
 
 
@@ -412,7 +403,9 @@ def encode_body(request: Request, *, stream: bool) -> dict[str, Any]:
 
     """
     reject_unsupported(request, NAME, ("seed", "frequency_penalty", "presence_penalty", "n"))
-    body: dict[str, Any] = {"model": request.model, "messages": _turns(request)}
+    ids = CallIds(_FOREIGN_IN_ID, _LONGEST_ID)
+    turns = joined_turns(request, NAME, lambda message: _blocks(message, ids, request))
+    body: dict[str, Any] = {"model": request.model, "messages": turns}
     system = system_text(request, NAME)
     if system:
         body["system"] = system
@@ -434,27 +427,7 @@ def encode_body(request: Request, *, stream: bool) -> dict[str, Any]:
     return body
 
 
-def _turns(request: Request) -> list[dict[str, Any]]:
-    """Return the conversation. Adjacent messages of a role share a turn, as the results of several tools must."""
-    turns: list[dict[str, Any]] = []
-    ids = _CallIds()
-    for message in request.messages:
-        if message.role == "system":
-            continue
-        role = "assistant" if message.role == "assistant" else "user"
-        blocks = _blocks(message, ids, request)
-        if not blocks and message is request.messages[-1] and role == "user":
-            raise bad_request(request, f"expected the last message to say something for {NAME}, got only white space")
-        if turns and turns[-1]["role"] == role:
-            turns[-1]["content"] += blocks
-        elif blocks:  # the service rejects a turn without content
-            turns.append({"role": role, "content": blocks})
-    if not turns:
-        raise bad_request(request, f"expected a non-empty message besides the system messages for {NAME}, got none")
-    return turns
-
-
-def _blocks(message: Message, ids: _CallIds, request: Request) -> list[dict[str, Any]]:
+def _blocks(message: Message, ids: CallIds, request: Request) -> list[dict[str, Any]]:
     if message.role == "tool":
         return [_tool_result(message, ids, request)]
     blocks: list[dict[str, Any]] = []
@@ -508,7 +481,7 @@ def _document(document: Document, request: Request) -> dict[str, Any]:
     raise bad_request(request, f"a document: expected a PDF or text for {NAME}, got {kind!r}; convert it first")
 
 
-def _tool_result(message: Message, ids: _CallIds, request: Request) -> dict[str, Any]:
+def _tool_result(message: Message, ids: CallIds, request: Request) -> dict[str, Any]:
     content = _content(message.content, request)
     block: dict[str, Any] = {
         "type": "tool_result",
@@ -519,37 +492,6 @@ def _tool_result(message: Message, ids: _CallIds, request: Request) -> dict[str,
         block["is_error"] = True
         block["content"] = content or [{"type": "text", "text": "error"}]  # the service requires content here
     return block
-
-
-class _CallIds:
-    """A mapping from a conversation's tool call ids to ids that the service accepts.
-
-    Ids from other services may contain other characters, or repeat from turn to turn. This service accepts each id
-    only once.
-    """
-
-    def __init__(self) -> None:
-        self._sent: dict[str, str] = {}
-        """The id sent for the last call with each original id."""
-        self._used: set[str] = set()
-
-    def new(self, call_id: str) -> str:
-        """Return the id to send for a new call."""
-        plain = sent = self._plain(call_id)
-        number = len(self._used)
-        while sent in self._used:
-            number += 1
-            sent = f"{plain}_{number}"
-        self._used.add(sent)
-        self._sent[call_id] = sent
-        return sent
-
-    def of(self, call_id: str) -> str:
-        """Return the id to send for a result: that of the last call with `call_id`."""
-        return self._sent.get(call_id) or self._plain(call_id)
-
-    def _plain(self, call_id: str) -> str:
-        return re.sub(r"[^a-zA-Z0-9_-]", "_", call_id) or "call"
 
 
 def _thinking_block(reasoning: Reasoning) -> dict[str, Any] | None:
@@ -595,29 +537,42 @@ def _format(request: Request) -> dict[str, Any]:
 
 def _reason(request: Request, body: dict[str, Any]) -> dict[str, Any]:
     """Set `thinking` and `max_tokens`, and return the part of `output_config` for the reasoning effort."""
+    thinking, effort = thinking_of(request, NAME)
+    body["max_tokens"] = DEFAULT_MAX_TOKENS
+    if thinking:
+        body["thinking"] = thinking
+        if thinking["type"] == "adaptive":
+            body["max_tokens"] = DEFAULT_MAX_TOKENS_THINKING
+        body["max_tokens"] += thinking.get("budget_tokens", 0)
+    if request.max_tokens is not None:
+        body["max_tokens"] = request.max_tokens
+    return {} if effort is None else {"effort": effort}
+
+
+def thinking_of(request: Request, service: str) -> tuple[dict[str, Any], str | None]:
+    """Return the `thinking` of a Claude model, and its effort if it decides itself how much to think.
+
+    Raises:
+        BadRequest: the reasoning effort is unknown, or `max_tokens` leaves no room for an answer after its budget.
+    """
     effort = request.reasoning_effort
-    if effort is None or effort == "none":
-        body["max_tokens"] = DEFAULT_MAX_TOKENS if request.max_tokens is None else request.max_tokens
-        if effort:
-            body["thinking"] = {"type": "disabled"}
-        return {}
+    if effort is None:
+        return {}, None
+    if effort == "none":
+        return {"type": "disabled"}, None
     if _is_adaptive(request.model):
-        body["max_tokens"] = DEFAULT_MAX_TOKENS_THINKING if request.max_tokens is None else request.max_tokens
-        body["thinking"] = {"type": "adaptive", "display": "summarized"}
-        return {"effort": effort}
+        return {"type": "adaptive", "display": "summarized"}, effort
     budget = BUDGETS.get(effort)
     if budget is None:
         known = ", ".join(["none", *BUDGETS])
-        raise bad_request(request, f"reasoning_effort: expected one of {known} for {NAME}, got {effort!r}")
+        raise bad_request(request, f"reasoning_effort: expected one of {known} for {service}, got {effort!r}")
     if request.max_tokens is not None and request.max_tokens <= budget:
         raise bad_request(
             request,
             f"expected max_tokens above {budget} (it includes the thinking budget of reasoning_effort={effort!r}), "
             f"got {request.max_tokens}: raise max_tokens or lower the effort",
         )
-    body["max_tokens"] = request.max_tokens or budget + DEFAULT_MAX_TOKENS
-    body["thinking"] = {"type": "enabled", "budget_tokens": budget}
-    return {}
+    return {"type": "enabled", "budget_tokens": budget}, None
 
 
 def _is_adaptive(model: str) -> bool:

@@ -11,7 +11,7 @@ import msgspec
 from fluxibly.errors import ProviderError
 from fluxibly.types import Chunk, Request, Response
 
-Framing: TypeAlias = Literal["sse", "ndjson"]
+Framing: TypeAlias = Literal["sse", "ndjson", "aws"]
 
 
 @attrs.frozen
@@ -24,7 +24,9 @@ class Encoded:
 
 
 class Event(msgspec.Struct, frozen=True, gc=False):
-    """An event of a framed stream: its data as bytes, and for SSE its `event:` name ("" if there was no name).
+    """An event of a framed stream: its data as bytes, and its name ("" if there was no name).
+
+    The name is the `event:` field of server-sent events, and the `:event-type` of AWS's event streams.
 
     A stream creates an event for every few characters. A msgspec struct costs a seventh of a frozen attrs class.
     """

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from base64 import b64decode
+from collections.abc import Mapping
 from typing import Any, Final, Literal
 
 import attrs
@@ -16,7 +17,7 @@ import attrs
 from fluxibly.aggregate import merged
 from fluxibly.errors import ProviderError, StreamProtocolError
 from fluxibly.providers.dialects.errors import error_of_payload, excerpt
-from fluxibly.providers.dialects.json_values import as_object
+from fluxibly.providers.dialects.json_values import as_array, as_object
 from fluxibly.types import Chunk, Reasoning, Text, ToolCallDelta
 
 
@@ -229,6 +230,18 @@ def not_an_answer(payload: object, body: bytes, service: str, lacks: str) -> Pro
 def cut_off(service: str, lacks: str) -> StreamProtocolError:
     """Return the error for a stream that ended too early."""
     return StreamProtocolError(f"{service}'s stream was cut off: it ended without {lacks}")
+
+
+def join_fields(fields: dict[str, Any], more: Mapping[str, Any]) -> None:
+    """Add the fields of a piece of a block to the block: texts and lists go to the end of those that are there."""
+    for name, value in more.items():
+        before = fields.get(name)
+        if isinstance(before, str) and isinstance(value, str):
+            fields[name] = before + value
+        elif isinstance(before, list) and isinstance(value, list):
+            fields[name] = [*as_array(before), *as_array(value)]
+        elif value is not None:
+            fields[name] = value
 
 
 def base64_bytes(text: str) -> bytes | None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from itertools import takewhile
 from typing import Any, Literal, cast
 from urllib.parse import unquote_to_bytes
@@ -52,11 +53,27 @@ def write_json(body: dict[str, Any], request: Request) -> bytes:
     try:
         if request.extra:
             merge_into(body, request.extra)
-        return msgspec.json.encode(body, enc_hook=_plain)
+    except RecursionError as error:
+        raise _unwritable(request, error) from None
+    return json_of(body, request)
+
+
+def json_of(value: object, request: Request) -> bytes:
+    """Return a value of a request as JSON.
+
+    Raises:
+        BadRequest: it contains a value that JSON cannot represent.
+    """
+    try:
+        return msgspec.json.encode(value, enc_hook=_plain)
     except (TypeError, ValueError, RecursionError) as error:
         # A UnicodeEncodeError would quote the whole prompt in its arguments, so it is not chained.
-        what = "it contains a lone surrogate (half a character)" if isinstance(error, UnicodeError) else str(error)
-        raise bad_request(request, f"the request cannot be written as JSON: {what}") from None
+        raise _unwritable(request, error) from None
+
+
+def _unwritable(request: Request, error: Exception) -> BadRequest:
+    what = "it contains a lone surrogate (half a character)" if isinstance(error, UnicodeError) else str(error)
+    return bad_request(request, f"the request cannot be written as JSON: {what}")
 
 
 def _plain(value: object) -> object:
@@ -67,12 +84,89 @@ def _plain(value: object) -> object:
 
 def system_text(request: Request, service: str) -> str:
     """Return the text of all system messages, for dialects that keep it separate from the conversation."""
-    systems = [message for message in request.messages if message.role == "system"]
-    for message in systems:
-        for part in message.content:
-            if not isinstance(part, Text):
-                raise bad_request(request, f"expected only text in a system message for {service}, got {kind_of(part)}")
-    return "\n\n".join([message.text for message in systems if message.text.strip()])
+    texts = ["".join([part.text for part in parts]) for parts in system_texts(request, service)]
+    return "\n\n".join([text for text in texts if text.strip()])
+
+
+def system_texts(request: Request, service: str) -> list[list[Text]]:
+    """Return the texts of each system message. Raises BadRequest for media."""
+    found: list[list[Text]] = []
+    for message in request.messages:
+        if message.role != "system":
+            continue
+        texts = [part for part in message.content if isinstance(part, Text)]
+        if len(texts) < len(message.content):
+            other = next(part for part in message.content if not isinstance(part, Text))
+            raise bad_request(request, f"expected only text in a system message for {service}, got {kind_of(other)}")
+        found.append(texts)
+    return found
+
+
+def joined_turns(
+    request: Request, service: str, blocks_of: Callable[[Message], list[dict[str, Any]]]
+) -> list[dict[str, Any]]:
+    """Return the turns of the user and the assistant, for dialects whose turns alternate and are lists of blocks.
+
+    Adjacent messages of a role share a turn, as the results of several tools must.
+
+    Raises:
+        BadRequest: there is no turn, or the last message is empty.
+    """
+    turns: list[dict[str, Any]] = []
+    for message in request.messages:
+        if message.role == "system":
+            continue
+        role = "assistant" if message.role == "assistant" else "user"
+        blocks = blocks_of(message)
+        if not blocks and message is request.messages[-1] and role == "user":
+            raise bad_request(
+                request, f"expected the last message to say something for {service}, got only white space"
+            )
+        if turns and turns[-1]["role"] == role:
+            turns[-1]["content"] += blocks
+        elif blocks:  # these services reject a turn without content
+            turns.append({"role": role, "content": blocks})
+    if not turns:
+        raise bad_request(request, f"expected a non-empty message besides the system messages for {service}, got none")
+    return turns
+
+
+class CallIds:
+    """A mapping from a conversation's tool call ids to ids that a service accepts.
+
+    Ids from other services may contain other characters, or repeat from turn to turn. These services accept each id
+    only once.
+
+    Args:
+        foreign: matches the characters that the service does not accept.
+        longest: the longest id that it accepts.
+    """
+
+    def __init__(self, foreign: re.Pattern[str], longest: int) -> None:
+        self._foreign = foreign
+        self._longest = longest
+        self._sent: dict[str, str] = {}
+        """The id sent for the last call with each original id."""
+        self._used: set[str] = set()
+
+    def new(self, call_id: str) -> str:
+        """Return the id to send for a new call."""
+        plain = sent = self._plain(call_id)
+        number = len(self._used)
+        while sent in self._used:
+            number += 1
+            end = f"_{number}"
+            sent = plain[: self._longest - len(end)] + end
+        self._used.add(sent)
+        self._sent[call_id] = sent
+        return sent
+
+    def of(self, call_id: str) -> str:
+        """Return the id to send for a result: that of the last call with `call_id`."""
+        return self._sent.get(call_id) or self._plain(call_id)
+
+    def _plain(self, call_id: str) -> str:
+        return self._foreign.sub("_", call_id)[: self._longest] or "call"
 
 
 def media_data(media: Media) -> tuple[str, str] | None:

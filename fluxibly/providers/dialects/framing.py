@@ -1,4 +1,4 @@
-"""Framing of streams: bytes to server-sent events or lines of JSON. Pure, and independent of where reads are cut.
+"""Framing of streams: bytes to server-sent events, lines of JSON, or AWS events. Pure; reads may be cut anywhere.
 
 Each framing has `feed(data)`, which returns the events that `data` completes, and `close()`, which returns the events
 that the end of the stream completes. Events before an error are returned first; the next call raises the error.
@@ -7,8 +7,10 @@ that the end of the stream completes. Events before an error are returned first;
 from __future__ import annotations
 
 import re
+import struct
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from binascii import crc32
+from collections.abc import Callable, Mapping
 from typing import Final, Protocol
 
 from fluxibly.errors import StreamProtocolError
@@ -275,6 +277,130 @@ class SSE(Lines):
         self._dispatch(events)
 
 
+# AWS event streams
+
+
+_PRELUDE: Final = struct.Struct(">III")
+"""The start of a message: its length, the length of its headers, and the checksum of these two."""
+_CHECKSUM: Final = struct.Struct(">I")
+_SHORT: Final = struct.Struct(">H")
+_MAX_HEADERS: Final = 128 * 1024
+_HEADER_SIZES: Final[Mapping[int, int]] = {0: 0, 1: 0, 2: 1, 3: 2, 4: 4, 5: 8, 8: 8, 9: 16}
+"""The sizes of the header values that have no length of their own, by type: booleans, integers, a time, a UUID."""
+_BYTES: Final = 6
+_STRING: Final = 7
+
+
+class AWSEventStream:
+    """Messages of AWS's event streams (`application/vnd.amazon.eventstream`), each with two CRC-32 checksums.
+
+    An event is named after its `:event-type`. A message that reports an error is an event whose name begins with
+    "exception:" (with its JSON as data) or with "error:" (with its text as data).
+    https://smithy.io/2.0/aws/amazon-eventstream.html
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._buffer = bytearray()
+        self._length = 0
+        """The length of the message in progress; 0 until its prelude is complete."""
+        self._failure: StreamProtocolError | None = None
+        self.kept_alive = False
+
+    def feed(self, data: bytes, /) -> list[Event]:
+        """Return the events that `data` completes."""
+        if self._failure is not None:
+            raise self._failure
+        buffer = self._buffer
+        buffer += data
+        events: list[Event] = []
+        try:
+            while len(buffer) >= (self._length or _PRELUDE.size):
+                if self._length:
+                    message = bytes(buffer[: self._length])
+                    del buffer[: self._length]
+                    self._length = 0
+                    events.append(_aws_event(message))
+                else:
+                    self._length = self._length_of(buffer)
+        except StreamProtocolError as error:
+            self._failure = error
+            buffer.clear()
+            if not events:
+                raise
+        return events
+
+    def close(self) -> list[Event]:
+        """Raise StreamProtocolError if the stream ended within a message."""
+        if self._failure is not None:
+            raise self._failure
+        if self._buffer:
+            raise StreamProtocolError(
+                f"the event stream was cut off: it ended {len(self._buffer):,} bytes into a message"
+            )
+        return []
+
+    def _length_of(self, buffer: bytearray) -> int:
+        """Return the length of a message from its prelude, which is checked before its length is trusted."""
+        length: int
+        length, headers, checksum = _PRELUDE.unpack_from(buffer)
+        if crc32(buffer[:8]) != checksum:
+            raise StreamProtocolError(
+                "expected a valid checksum of a message's prelude in the event stream, got another"
+            )
+        if length > self._limit:
+            raise too_large(self._limit)
+        if headers > min(length - _PRELUDE.size - _CHECKSUM.size, _MAX_HEADERS):
+            raise StreamProtocolError(
+                f"expected a message of the event stream to have room for its headers, and at most {_MAX_HEADERS:,} "
+                f"bytes of them, got {headers:,} in {length:,} bytes"
+            )
+        return length
+
+
+def _aws_event(message: bytes) -> Event:
+    """Return the event in a whole message."""
+    (checksum,) = _CHECKSUM.unpack_from(message, len(message) - _CHECKSUM.size)
+    if crc32(message[: -_CHECKSUM.size]) != checksum:
+        raise StreamProtocolError("expected a valid checksum of a message in the event stream, got another")
+    _, size, _ = _PRELUDE.unpack_from(message)
+    end = _PRELUDE.size + size
+    headers = _aws_headers(message[_PRELUDE.size : end])
+    data = message[end : -_CHECKSUM.size]
+    kind = headers.get(":message-type", "event")
+    if kind == "exception":
+        return Event(data, f"exception:{headers.get(':exception-type', '')}")
+    if kind == "error":
+        return Event(headers.get(":error-message", "").encode(), f"error:{headers.get(':error-code', '')}")
+    return Event(data, headers.get(":event-type", ""))
+
+
+def _aws_headers(block: bytes) -> dict[str, str]:
+    """Return the headers of a message whose values are strings."""
+    headers: dict[str, str] = {}
+    at = 0
+    try:
+        while at < len(block):
+            name_end = at + 1 + block[at]
+            name, kind = block[at + 1 : name_end], block[name_end]
+            start, size = name_end + 1, _HEADER_SIZES.get(kind)
+            if size is None:
+                if kind not in (_BYTES, _STRING):
+                    raise StreamProtocolError(f"expected a header type from 0 to 9 in the event stream, got {kind}")
+                (size,) = _SHORT.unpack_from(block, start)
+                start += _SHORT.size
+            at = start + size
+            if kind == _STRING:
+                headers[name.decode(errors="replace")] = block[start:at].decode(errors="replace")
+    except (IndexError, struct.error):
+        at = len(block) + 1
+    if at > len(block):
+        raise StreamProtocolError(
+            "expected whole headers in a message of the event stream, got a header that is cut off"
+        )
+    return headers
+
+
 # Framings by name
 
 
@@ -286,4 +412,5 @@ def make_framing(framing: Framing, *, limit: int = DEFAULT_LIMIT) -> StreamFrami
 _FRAMINGS: Final[dict[Framing, Callable[[int], StreamFraming]]] = {
     "sse": SSE,
     "ndjson": NDJSON,
+    "aws": AWSEventStream,
 }

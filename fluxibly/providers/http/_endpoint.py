@@ -14,7 +14,7 @@ from logging import WARNING
 
 import httpx
 
-from fluxibly._checks import secrets_in_query
+from fluxibly._checks import kind_of, secrets_in_query
 from fluxibly._logs import log
 from fluxibly._masking import mask_secrets
 from fluxibly.config import LLMConfig, Timeouts
@@ -24,7 +24,16 @@ from fluxibly.providers.dialects.errors import request_id_of
 from fluxibly.providers.dialects.json_values import REPAIRS, is_utf8
 from fluxibly.providers.dialects.retry_after import retry_after_of
 from fluxibly.providers.http._encodings import accept_encoding
-from fluxibly.providers.http._exchange import Headers, Outgoing, as_headers, header, with_header_facts, with_more
+from fluxibly.providers.http._exchange import (
+    Authorizer,
+    Headers,
+    Key,
+    Outgoing,
+    as_headers,
+    header,
+    with_header_facts,
+    with_more,
+)
 from fluxibly.providers.http._limits import Limits
 from fluxibly.providers.http._network_errors import redirected, translated
 from fluxibly.types import ProviderInfo, Request, Response
@@ -49,9 +58,10 @@ class Endpoint:
         self._auth_names = frozenset(("authorization", service.auth_header.lower(), *service.other_auth_headers))
         """The headers that take the place of the key, if the configuration or a call has one of them."""
         self.has_auth = self._authorize(config.headers)
+        self.key: Key | None
         self.key, self._no_key = (None, None) if self.has_auth else _api_key(service, config)
         """The key, and the error of calls without one. A function's key is None until it is asked for."""
-        self._keys: tuple[str, ...] = (self.key,) if self.key else ()
+        self._keys: tuple[str, ...] = (self.key,) if isinstance(self.key, str) else ()
         self._values = (*config.headers.values(), *secrets_in_query(str(self.url)))
         self.secrets = (*self._keys, *self._values)
         self.times: Timeouts = config.timeouts
@@ -65,7 +75,7 @@ class Endpoint:
             server_address=self.host,
             server_port=self.port,
         )
-        self._prepared: dict[tuple[str | None, tuple[tuple[str, str], ...]], Headers] = {}
+        self._prepared: dict[tuple[Key | None, tuple[tuple[str, str], ...]], Headers] = {}
 
     def limits(self, *, stream: bool) -> Limits:
         return Limits(self.times, total=self.stream_total if stream else self.times.total, streaming=stream)
@@ -91,6 +101,8 @@ class Endpoint:
             if request.headers:
                 headers = with_more(headers, _unique(request.headers))
             target = self._target(encoded.path)
+            if isinstance(key, Authorizer):
+                headers = self._authorized(key, target, headers, encoded.body)
         except ProviderError as error:
             raise self.completed_with(error, request) from error.__cause__
         return Outgoing(self.url, target, headers.pairs, headers.block, encoded.body, key)
@@ -116,16 +128,30 @@ class Endpoint:
             raise BadRequest(f"expected a path without spaces and control characters, got {path!r}")
         return target
 
-    def use_key(self, key: str) -> None:
-        """Send another key from now on. The last keys stay secret.
+    def _authorized(self, authorizer: Authorizer, target: bytes, headers: Headers, body: bytes) -> Headers:
+        """Return headers with those that authorize the request."""
+        names = {name.decode(): value.decode("latin-1") for name, value in headers.pairs}
+        url = f"{self.url.scheme}://{self.url.netloc.decode('ascii')}{target.decode('ascii')}"
+        return with_more(headers, [header(*pair) for pair in authorizer.authorize(url, names, body).items()])
+
+    def use_key(self, key: object) -> Key:
+        """Send another key from now on, and return it. The last keys stay secret.
 
         Raises:
-            AuthenticationError: the key is malformed.
+            AuthenticationError: it is no key, or is malformed.
         """
-        _check_key(key, "api_key", self.service)
-        self._keys = (key, *self._keys[: _KEPT_KEYS - 1])
+        if isinstance(key, Authorizer):
+            secrets = key.secrets
+        elif isinstance(key, str) and key:
+            _check_key(key, "api_key", self.service)
+            secrets = (key,)
+        else:
+            got = "an empty str" if key == "" else kind_of(key)
+            raise AuthenticationError(f"api_key: expected the function to return a non-empty str, got {got}")
+        self._keys = (*secrets, *self._keys[: _KEPT_KEYS - len(secrets)])
         self.secrets = (*self._keys, *self._values)
         self.key = key
+        return key
 
     def _headers(self, encoded: Encoded) -> Headers:
         key = self.key
@@ -140,7 +166,7 @@ class Endpoint:
                 (b"content-type", b"application/json"),
             ]
             service = [header(*pair) for pair in self.service.headers]
-            if key:
+            if isinstance(key, str) and key:
                 value = self.service.auth_prefix + key
                 service.append((self.service.auth_header.lower().encode("ascii"), value.encode("ascii")))
             headers = with_more(with_more(as_headers(own), service), [header(*pair) for pair in encoded.headers])

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeAlias, TypeVar
 
 import attrs
 import httpx
@@ -20,10 +21,26 @@ _VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
 _FRAMING = frozenset({"content-length", "transfer-encoding"})
 
 
+class Authorizer(ABC):
+    """Credentials that authorize each request by headers of its own, in place of a key. An authorizer does not change."""
+
+    @property
+    @abstractmethod
+    def secrets(self) -> tuple[str, ...]:
+        """The values that no error may show."""
+
+    @abstractmethod
+    def authorize(self, url: str, headers: Mapping[str, str], body: bytes) -> Mapping[str, str]:
+        """Return the headers that authorize a POST request. `headers` have lower-case names."""
+
+
+Key: TypeAlias = str | Authorizer
+
+
 class Outgoing(NamedTuple):
     """A request as bytes. `block` is `headers` as they are sent; content-length is added later.
 
-    `key` is the API key among the headers; None if the call has an authorization of its own.
+    `key` authorizes the request; None if the call has an authorization of its own.
     """
 
     url: httpx.URL
@@ -31,7 +48,7 @@ class Outgoing(NamedTuple):
     headers: tuple[tuple[bytes, bytes], ...]
     block: bytes
     body: bytes
-    key: str | None = None
+    key: Key | None = None
 
 
 class Headers(NamedTuple):
@@ -108,7 +125,7 @@ def joined(headers: Iterable[tuple[bytes, bytes]]) -> Mapping[str, str]:
 
 
 T = TypeVar("T", Response, Chunk)
-_RATE_LIMIT = re.compile(r"(x-|anthropic-)?ratelimit-|retry-after")
+_RATE_LIMIT = re.compile(r"(x-|anthropic-)?ratelimit-|retry-after|x-(trial-)?endpoint-(monthly-)?call-")
 
 
 def with_header_facts(item: T, headers: Mapping[str, str]) -> T:

@@ -1,4 +1,4 @@
-"""API keys that a function of the user gives, such as the tokens of Entra ID, which last an hour."""
+"""Keys that a function of the user or a vendor's library gives, such as tokens, which last an hour."""
 
 from __future__ import annotations
 
@@ -6,49 +6,67 @@ import inspect
 import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
 import anyio
 import anyio.to_thread
 from anyio.lowlevel import RunVar
 
-from fluxibly._checks import kind_of
-from fluxibly.errors import AuthenticationError
-
 if TYPE_CHECKING:
     from fluxibly.config import KeyFunction
+    from fluxibly.providers.http._exchange import Key
 
 T = TypeVar("T")
 _locks: RunVar[WeakKeyDictionary[LoopKeys, anyio.Lock]] = RunVar("fluxibly_key_locks")
 
 
+class Credentials(Protocol):
+    """Credentials that a vendor's library finds and renews. Any thread may use them."""
+
+    def obtain(self) -> Key:
+        """Return a key. This may block. Another call returns a newer key if there is any.
+
+        Raises:
+            ProviderError: there are no credentials, or they cannot be renewed.
+        """
+        ...
+
+    def is_fresh(self, key: Key, /) -> bool:
+        """Whether a key that was given is still good. This does not block."""
+        ...
+
+
 class Keys:
-    """The keys that a function gives. A key serves all calls until the service refuses it (401).
+    """The keys that a function gives. A key serves all calls while it is fresh, until the service refuses it.
 
     Args:
         give: the function.
-        use: receives each key.
+        use: receives each key, and raises AuthenticationError if it is none.
+        is_fresh: whether a key is still good.
     """
 
-    def __init__(self, give: KeyFunction, use: Callable[[str], None]) -> None:
+    def __init__(
+        self, give: KeyFunction | Callable[[], Key], use: Callable[[object], Key], is_fresh: Callable[[Key], bool]
+    ) -> None:
         self._give = give
         self._use = use
-        self._key: str | None = None
+        self._is_fresh = is_fresh
+        self._key: Key | None = None
         self._asked = 0
         """How often the function was asked. Calls that wait meanwhile share what it said, also if it failed."""
         self._failure: Exception | None = None
 
     async def find(self) -> None:
-        """Ask for a key, unless there is one.
+        """Ask for a key, unless there is a fresh one.
 
         Raises:
             AuthenticationError: the function did not return a key. Its exceptions reach the caller unchanged.
         """
-        if self._key is None:
-            await self.renew(None)
+        if self._key is None or not self._is_fresh(self._key):
+            await self.renew(self._key)
 
-    async def renew(self, refused: str | None) -> bool:
+    async def renew(self, refused: Key | None) -> bool:
         """Ask for another key than `refused`, unless another call has done so. Return whether there is one."""
         asked = self._asked
         async with self._turn():
@@ -69,7 +87,7 @@ class Keys:
         """Call the function, and return its result."""
         raise NotImplementedError
 
-    def _said(self, refused: str | None, asked: int) -> bool | None:
+    def _said(self, refused: Key | None, asked: int) -> bool | None:
         """Return whether another call has got another key; None if none has asked since the function was `asked` so often.
 
         Raises:
@@ -83,13 +101,9 @@ class Keys:
             raise self._failure
         return False
 
-    def _take(self, key: object, refused: str | None) -> bool:
+    def _take(self, key: object, refused: Key | None) -> bool:
         """Use a key from now on. Return whether it is another key than the one that was refused."""
-        if not isinstance(key, str) or not key:
-            got = "an empty str" if key == "" else kind_of(key)
-            raise AuthenticationError(f"api_key: expected the function to return a non-empty str, got {got}")
-        self._use(key)
-        self._key = key
+        self._key = self._use(key)
         self._note(None)
         return key != refused
 
@@ -101,8 +115,10 @@ class Keys:
 class ThreadKeys(Keys):
     """Keys for threads. A coroutine function runs in an event loop of its own."""
 
-    def __init__(self, give: KeyFunction, use: Callable[[str], None]) -> None:
-        super().__init__(give, use)
+    def __init__(
+        self, give: KeyFunction | Callable[[], Key], use: Callable[[object], Key], is_fresh: Callable[[Key], bool]
+    ) -> None:
+        super().__init__(give, use, is_fresh)
         self._lock = threading.Lock()
 
     @asynccontextmanager

@@ -9,14 +9,13 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Mapping
-from http import HTTPStatus
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 from weakref import WeakSet
 
 from fluxibly._checks import shown_url
 from fluxibly._logs import log_retry
 from fluxibly._states import TRANSITIONS, State
-from fluxibly.errors import ConnectionFailed, ProviderError
+from fluxibly.errors import AuthenticationError, ConnectionFailed, ProviderError
 from fluxibly.providers.http._endpoint import Endpoint
 from fluxibly.providers.http._httpx import AsyncHTTPXSender, HTTPXSender
 from fluxibly.providers.http._keys import Keys, LoopKeys, ThreadKeys
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
     from fluxibly.config import LLMConfig
     from fluxibly.providers.dialects.codec import Codec, Service
     from fluxibly.providers.http._exchange import Exchange, Outgoing, Sender
+    from fluxibly.providers.http._keys import Credentials
     from fluxibly.providers.http._limits import Limits
     from fluxibly.types import Chunk, Request, Response
 
@@ -44,7 +44,7 @@ async def worth_resending(
     if not isinstance(error, ProviderError):
         return False
     change = endpoint.learn(request, outgoing.body, error)
-    if change is None and error.status == HTTPStatus.UNAUTHORIZED and keys is not None and outgoing.key is not None:
+    if change is None and isinstance(error, AuthenticationError) and keys is not None and outgoing.key is not None:
         change = "sends a new api_key" if await keys.renew(outgoing.key) else None
     if change is None:
         return False
@@ -248,20 +248,25 @@ S = TypeVar("S", bound=_Stream)
 
 
 class _Shell:
-    """A provider over a sender. `_streams` holds the streams that may be open."""
+    """A provider over a sender. `credentials` authorize its calls, if no key does; `_streams` may be open."""
 
     _sender: Sender
     _keys_kind: type[Keys]
 
-    def __init__(self, codec: Codec, service: Service, config: LLMConfig, name: str | None) -> None:
+    def __init__(
+        self, codec: Codec, service: Service, config: LLMConfig, name: str | None, credentials: Credentials | None
+    ) -> None:
         kind = type(self).__name__
         if name is not None:
             kind = f"Async{name}" if kind.startswith("Async") else name
         self._kind = kind
         self._endpoint = Endpoint(codec, service, config, name=kind.removeprefix("Async"))
+        self.credentials = None if self._endpoint.has_auth else credentials
         self._keys: Keys | None = None
         if callable(config.api_key) and not self._endpoint.has_auth:
-            self._keys = self._keys_kind(config.api_key, self._endpoint.use_key)
+            self._keys = self._keys_kind(config.api_key, self._endpoint.use_key, lambda _: True)
+        elif self.credentials is not None:
+            self._keys = self._keys_kind(self.credentials.obtain, self._endpoint.use_key, self.credentials.is_fresh)
         self.info = self._endpoint.info
         self._closed = False
         self._streams: WeakSet[_Stream] = WeakSet()
@@ -325,6 +330,7 @@ class HTTPProvider(_Shell):
         config: the configuration; only `api_key`, `api_base`, `headers` and `timeout` apply here.
         transport: an httpx transport to send through, instead of the provider's own connections.
         name: the provider's name in logs; its class's name by default.
+        credentials: authorize the calls in place of an API key.
 
     Raises:
         ConfigError: the base URL is missing or invalid.
@@ -341,8 +347,9 @@ class HTTPProvider(_Shell):
         *,
         transport: httpx.BaseTransport | None = None,
         name: str | None = None,
+        credentials: Credentials | None = None,
     ) -> None:
-        super().__init__(codec, service, config, name)
+        super().__init__(codec, service, config, name, credentials)
         self._sender = default_sender(self._endpoint) if transport is None else HTTPXSender(transport)
 
     def complete(self, request: Request) -> Response:
@@ -380,8 +387,9 @@ class AsyncHTTPProvider(_Shell):
         *,
         transport: httpx.AsyncBaseTransport | None = None,
         name: str | None = None,
+        credentials: Credentials | None = None,
     ) -> None:
-        super().__init__(codec, service, config, name)
+        super().__init__(codec, service, config, name, credentials)
         self._sender = default_async_sender(self._endpoint) if transport is None else AsyncHTTPXSender(transport)
 
     async def complete(self, request: Request) -> Response:

@@ -116,7 +116,7 @@ class ReplyReader:
         self._decoder = codec.decoder()
         media_type = headers.get("content-type", "").lower().partition(";")[0].strip()
         # None: the content type is JSON although events were expected. The first character then decides.
-        self._whole = None if media_type == "application/json" and codec.framing == "sse" else False
+        self._whole = None if media_type == "application/json" and codec.framing != "ndjson" else False
         self._noted = False
         self._repairs: int | None = REPAIRS.count
         """The number of repaired texts so far; None once this answer's are logged."""
