@@ -59,7 +59,7 @@ def codec_of(row: ServiceRow, config: LLMConfig) -> Codec:
     elif row.title == "OpenAI":
         quirks["max_tokens"] = "max_completion_tokens"
     quirks |= {name: tuple(value) if is_list(value) else value for name, value in config.quirks.items()}
-    codec = ResponsesCodec if row.framework == "openai-responses" else OpenAICodec
+    codec = ResponsesCodec if quirks.get("path") == "/responses" else OpenAICodec
     return codec(Quirks(**quirks), title)
 
 

@@ -167,13 +167,64 @@ SERVICES: Final[Mapping[str, ServiceRow]] = {
             telemetry_name="x_ai",
         ),
         ServiceRow(
+            "xai-responses",
+            "XAIResponses",
+            "xAI",
+            "https://api.x.ai/v1",
+            "XAI_API_KEY",
+            {"path": "/responses"},
+            telemetry_name="x_ai",
+        ),
+        ServiceRow(
             "zai",
             "ZAI",
             "Z.AI",
             "https://api.z.ai/api/paas/v4",
             "ZAI_API_KEY",
-            {"reasoning_fields": ("reasoning_content",)},
+            {
+                "lacks": ("n", "frequency_penalty", "presence_penalty"),
+                "formats": ("text", "json"),
+                "reasoning_fields": ("reasoning_content",),
+            },
             url_var="ZAI_BASE_URL",
+        ),
+        ServiceRow(
+            "dashscope",
+            "DashScope",
+            "DashScope",
+            "https://dashscope-intl.aliyuncs.com/compatible-mode/v1",
+            "DASHSCOPE_API_KEY",
+            {"top_k": True, "lacks": ("frequency_penalty",), "reasoning_fields": ("reasoning_content",)},
+        ),
+        ServiceRow(
+            "minimax",
+            "MiniMax",
+            "MiniMax",
+            "https://api.minimax.io/v1",
+            "MINIMAX_API_KEY",
+            {
+                "lacks": ("n", "seed", "frequency_penalty", "presence_penalty"),
+                "formats": ("text", "json"),
+                "reasoning_fields": ("reasoning_content",),
+                "message_fields": ("reasoning_details",),
+            },
+        ),
+        ServiceRow(
+            "sambanova",
+            "SambaNova",
+            "SambaNova",
+            "https://api.sambanova.ai/v1",
+            "SAMBANOVA_API_KEY",
+            {"top_k": True, "lacks": ("frequency_penalty", "presence_penalty"), "reasoning_fields": ("reasoning",)},
+            url_var="SAMBA_NOVA_BASE_URL",
+        ),
+        ServiceRow(
+            "github",
+            "GitHub",
+            "GitHub Models",
+            "https://models.github.ai/inference",
+            "GITHUB_TOKEN",
+            {"max_tokens": "by model", "lacks": ("n",)},
         ),
         ServiceRow(
             "perplexity",
@@ -246,7 +297,10 @@ ALIASES: Final[Mapping[str, str]] = {
         "perplexity": "perplexityai pplx sonar",
         "moonshot": "kimi moonshotai",
         "xai": "grok",
-        "zai": "glm",
+        "zai": "glm zhipu zhipuai bigmodel",
+        "minimax": "minimaxai",
+        "sambanova": "sambanovacloud",
+        "github": "githubmodels",
         "nvidia": "nim nvidianim",
         "groq": "groqcloud",
         "llamacpp": "llamaserver llamacppserver",
@@ -254,16 +308,8 @@ ALIASES: Final[Mapping[str, str]] = {
         "bedrock": "aws amazon amazonbedrock awsbedrock",
         "vertex": "vertexai googlevertex googlevertexai gcp",
         "cohere": "cohereai",
-        "dashscope": "qwen alibaba aliyun tongyi",
+        "dashscope": "qwen alibaba alibabacloud aliyun tongyi modelstudio bailian",
     }.items()
     for alias in aliases.split()
 }
 """Other names that users try for a service: in small letters, without spaces and punctuation."""
-
-ELSEWHERE: Final[Mapping[str, str]] = {
-    "bedrock": "Amazon Bedrock is reached by framework 'litellm' with the model 'bedrock/…'",
-    "vertex": "Vertex AI is reached by framework 'litellm' with the model 'vertex_ai/…'",
-    "cohere": "Cohere is reached by framework 'litellm' with the model 'cohere/…'",
-    "dashscope": "Qwen is reached by framework 'openai' with DashScope's compatible address as api_base",
-}
-"""The way to each service that has no framework of its own."""

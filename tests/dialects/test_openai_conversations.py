@@ -104,7 +104,9 @@ def test_reasoning_by_both_names_is_read_once() -> None:
     assert response.reasoning_parts == (Reasoning(text="Hm.", raw={"reasoning_content": "Hm."}),)
 
 
-@pytest.mark.parametrize("framework", ["deepseek", "moonshot", "xai", "zai", "llamacpp", "vllm", "lmstudio"])
+@pytest.mark.parametrize(
+    "framework", ["deepseek", "moonshot", "xai", "zai", "dashscope", "minimax", "llamacpp", "vllm", "lmstudio"]
+)
 def test_services_that_take_reasoning_back(framework: str) -> None:
     """These services get the `reasoning_content` that they sent."""
     codec = OpenAICodec(Quirks(**SERVICES[framework].quirks))
@@ -117,7 +119,7 @@ def test_services_that_take_reasoning_back(framework: str) -> None:
     }
 
 
-@pytest.mark.parametrize("framework", ["openai", "azure", "groq", "mistral", "cerebras"])
+@pytest.mark.parametrize("framework", ["openai", "azure", "groq", "mistral", "cerebras", "perplexity", "github"])
 def test_services_that_refuse_unknown_fields(framework: str) -> None:
     """Fields of other services stay behind when a conversation moves."""
     codec = OpenAICodec(Quirks(**SERVICES[framework].quirks))
@@ -154,6 +156,23 @@ def test_interleaved_reasoning_keeps_its_place() -> None:
         Text("2"),
     )
     assert returned(response) == {"role": "assistant", "content": "12", "reasoning": "ABb"}
+
+
+@pytest.mark.parametrize("framework", ["minimax", "openrouter", "vllm"])
+def test_services_that_take_blocks_of_reasoning_back(framework: str) -> None:
+    """These services get the `reasoning_details` that they sent, which say all that the text beside them says."""
+    codec = OpenAICodec(Quirks(**SERVICES[framework].quirks))
+    blocks = [{"type": "reasoning.text", "id": "r1", "format": "f", "index": 0, "text": "Hm."}]
+    response = both({"reasoning_content": "Hm.", "reasoning_details": blocks, "content": "Ten."})
+    assert returned(response, codec) == {"role": "assistant", "content": "Ten.", "reasoning_details": blocks}
+
+
+@pytest.mark.parametrize("framework", ["minimax", "sambanova", "dashscope", "groq"])
+def test_reasoning_in_the_text_goes_back_there(framework: str) -> None:
+    """A service gets a text with its reasoning as the model wrote it."""
+    codec = OpenAICodec(Quirks(**SERVICES[framework].quirks))
+    said = "<think>\nHm.\n</think>\n\nTen."
+    assert returned(both({"content": said}), codec) == {"role": "assistant", "content": said}
 
 
 # Fields of LiteLLM's proxy

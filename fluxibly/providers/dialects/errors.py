@@ -14,7 +14,7 @@ import attrs
 
 from fluxibly import errors
 from fluxibly.errors import ProviderError, StreamProtocolError
-from fluxibly.providers.dialects.json_values import as_object, describe, read_json
+from fluxibly.providers.dialects.json_values import as_object, as_text, describe, read_json
 from fluxibly.providers.dialects.retry_after import retry_after_of
 
 # Reports
@@ -131,6 +131,8 @@ _REQUEST_ID_HEADERS: Final = (
     "x-request-id",
     "request-id",
     "apim-request-id",
+    "x-amzn-requestid",
+    "x-debug-trace-id",
     "x-generation-id",
     "mistral-correlation-id",
     "cf-ray",
@@ -151,6 +153,10 @@ def read_report(payload: object) -> Report | None:
         if outer.get(key):
             inner: Any = outer[key]
             return _report(inner[0] if key == "errors" and isinstance(inner, list) else inner, outer)
+    told = as_object(outer.get("base_resp"))
+    code = told.get("status_code")
+    if type(code) in (int, str) and str(code) not in ("0", ""):  # MiniMax says in each answer that it is none
+        return Report(message=as_text(told.get("status_msg")), code=str(code), words=(f"base_resp:{code}",))
     if "choices" not in outer and isinstance(outer.get("message"), (str, dict)):
         return _report(outer["message"], outer)
     return None
@@ -169,7 +175,10 @@ def _report(inner: Any, outer: dict[str, Any]) -> Report:
     code = next((word for word in named if _status(word) is None), named[0] if named else None)
     statuses = map(
         _status,
-        (fields.get("status_code"), fields.get("code"), fields.get("status"), outer.get("code"), outer.get("status")),
+        (
+            *(fields.get(key) for key in ("status_code", "code", "status", "http_code")),
+            *(outer.get(key) for key in ("code", "status")),
+        ),
     )
     message = _words_of(inner)
     upstream: object = as_object(fields.get("metadata")).get("raw")  # OpenRouter quotes the upstream service here
@@ -229,7 +238,7 @@ def _shortened(text: str) -> str:
 _CONTEXT_LENGTH = re.compile(
     r"context[ _-]?(length|window|size)|maximum context|(exceeds?|exceeded) (the )?context limit|context limit exceeded"
     r"|maximum (model|prompt) length|(prompt|input|messages) is too long|prompt exceeds max length|prompt 超长"
-    r"|input length\b.{0,40}\bexceeds?\b|range of input length"
+    r"|input length\b.{0,40}\bexceeds?\b|range of input length|input tokens exceed(s|ed)"
     r"|too many (input |prompt )?tokens|(input|prompt) token count|user input tokens exceeds|exceeded model token limit"
     r"|(?<!\w )token limit (reached|exceeded)|exceeds? the (available|maximum) (context|number of tokens)"
     r"|`inputs` (tokens \+|must have less than)|reduce the length of the (messages|prompt|input)",
@@ -244,7 +253,7 @@ _OTHER_LIMIT = re.compile(
 _NO_MONEY = re.compile(
     r"credit balance|(used|run out of|out of) (all )?(available )?credits|doesn't have any credits|purchase more credits"
     r"|spending limit|insufficient (balance|credits|funds)|余额不足|reached your (specified )?(\w+ )?api usage limit"
-    r"|budget has been exceeded|exceeded ?budget|over budget|crossed budget",
+    r"|budget has been exceeded|exceeded ?budget|over budget|crossed budget|free allocated quota",
     re.IGNORECASE,
 )
 """Messages for an account without credit, or over its budget, that come without a specific code.
@@ -258,25 +267,42 @@ _UNSUPPORTED = re.compile(
 )
 """llama.cpp's messages for a request that it cannot serve. Their status is 500."""
 
+_TOKEN_RATE = re.compile(r"error-code#token-limit|(?<!free )allocated quota exceeded", re.IGNORECASE)
+"""DashScope's messages for too many tokens in a minute. Their code is OpenAI's for an account without credit."""
+_INSPECTED = re.compile(r"data_?inspection_?failed", re.IGNORECASE)
+"""The name of DashScope's content filter, which some of its errors have in the message only."""
+
 _WORDS: Final[Mapping[type[ProviderError], str]] = {
     errors.ContextLengthExceeded: "context_length_exceeded exceed_context_size_error model_context_window_exceeded"
-    " too_many_prompt_tokens requested_too_many_tokens model_max_prompt_tokens_exceeded"
+    " too_many_prompt_tokens requested_too_many_tokens model_max_prompt_tokens_exceeded tokens_limit_reached"
     " 1261",  # GLM
     errors.ContentFiltered: "content_filter content_filter_error responsibleaipolicyviolation"
-    " content_policy_violation moderation_blocked data_inspection_failed",
+    " content_policy_violation moderation_blocked data_inspection_failed datainspectionfailed"
+    " 1301"  # GLM
+    " base_resp:1026 base_resp:1027",  # MiniMax: the prompt, the answer
     errors.QuotaExceeded: "insufficient_quota billing_hard_limit_reached billing_not_active billing_error"
     " insufficient_balance insufficient_credits exceeded_current_quota_error budget_exceeded"
-    " 1113",  # GLM
+    " arrearage allocationquota.freetieronly commoditynotpurchased prepaidbilloverdue postpaidbilloverdue"  # DashScope
+    " 1113 1309 1311"  # GLM: no credit, no plan, a plan without the model
+    " base_resp:1008 base_resp:1028 base_resp:1030 base_resp:2061",
     errors.AuthenticationError: "invalid_api_key incorrect_api_key api_key_invalid api_key_expired authentication_error"
-    " invalid_authentication_error unauthenticated unauthorized",
+    " invalid_authentication_error unauthenticated unauthorized invalidapikey"
+    " base_resp:1004 base_resp:2049",
     errors.Overloaded: "overloaded_error overloaded engine_overloaded server_overloaded unavailable"
-    " service_unavailable",
-    errors.NotFound: "model_not_found not_found_error not_found deploymentnotfound",
+    " service_unavailable 1312",  # GLM
+    errors.NotFound: "model_not_found not_found_error not_found deploymentnotfound 1211",  # GLM
     errors.PermissionDenied: "permission_error permission_denied access_denied forbidden",
     errors.RateLimitError: "rate_limit_exceeded rate_limit_error rate_limited too_many_requests resource_exhausted"
-    " requests tokens",
-    errors.RequestTimeout: "timeout timeout_error request_timeout deadline_exceeded",
-    errors.BadRequest: "invalid_request_error invalid_request invalid_argument bad_request failed_precondition",
+    " requests tokens"
+    " throttling throttling.ratequota throttling.allocationquota throttling.burstrate throttling.concurrency"
+    " limitrequests limit_requests limit_burst_rate"  # DashScope
+    " 1302 1303 1304 1305 1308 1310"  # GLM
+    " base_resp:1002 base_resp:1039 base_resp:1041 base_resp:2045 base_resp:2056",
+    errors.RequestTimeout: "timeout timeout_error request_timeout deadline_exceeded"
+    " requesttimeout internalerror.timeout"  # DashScope
+    " base_resp:1001",
+    errors.BadRequest: "invalid_request_error invalid_request invalid_argument bad_request failed_precondition"
+    " base_resp:1042 base_resp:2013",
 }
 """The error codes and types that services use, the most decisive first."""
 
@@ -332,9 +358,13 @@ def class_of(status: int | None, words: tuple[str, ...], message: str) -> type[P
         message: the service's message. At some services, only the message reveals a full context or an empty account.
     """
     by_word = min((_BY_WORD[word] for word in words if word in _BY_WORD), key=_RANK.__getitem__, default=None)
+    if by_word is errors.QuotaExceeded and _TOKEN_RATE.search(message):
+        return errors.RateLimitError
     if by_word is not None and by_word in _DECISIVE:
         return by_word
     unspecific = status not in _BY_STATUS  # such as 400 and 500, and in most streams None
+    if unspecific and _INSPECTED.search(message):
+        return errors.ContentFiltered
     if (unspecific or status in {401, 403, 429}) and _NO_MONEY.search(message):
         return errors.QuotaExceeded
     if (
@@ -353,7 +383,7 @@ def class_of(status: int | None, words: tuple[str, ...], message: str) -> type[P
         return by_word if by_word in {errors.AuthenticationError, errors.NotFound} else errors.BadRequest
     if status == 500 and _UNSUPPORTED.search(message):
         return errors.BadRequest
-    return errors.Overloaded if by_word is errors.Overloaded else errors.ServerError
+    return by_word if by_word in {errors.Overloaded, errors.RequestTimeout} else errors.ServerError
 
 
 def is_retryable(kind: type[ProviderError], status: int | None, headers: Mapping[str, str]) -> bool:

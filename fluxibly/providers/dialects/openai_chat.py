@@ -15,14 +15,21 @@ import msgspec
 from fluxibly.aggregate import Aggregator, merged
 from fluxibly.errors import ProviderError, StreamProtocolError
 from fluxibly.providers.dialects.codec import Encoded, Event, Framing
-from fluxibly.providers.dialects.decoding import CallIndexes, InlineThinking, Pieces, cut_off, not_an_answer
+from fluxibly.providers.dialects.decoding import OPEN, CallIndexes, InlineThinking, Pieces, cut_off, not_an_answer
 from fluxibly.providers.dialects.encoding import write_json
-from fluxibly.providers.dialects.errors import error_of_event, error_of_payload, error_of_response, excerpt
+from fluxibly.providers.dialects.errors import (
+    error_of_event,
+    error_of_payload,
+    error_of_response,
+    excerpt,
+    read_report,
+)
 from fluxibly.providers.dialects.json_values import as_object, read_json
 from fluxibly.providers.dialects.openai_parts import (
     DIALECT,
     Speech,
     Thought,
+    beside_tokens,
     detail_text,
     finish_reason_of,
     function_call_delta,
@@ -136,9 +143,10 @@ class ChoiceState:
         """Return the text of an event's choice. Its other data goes into `fields`, which become fields of a chunk."""
         delta = choice.delta
         if delta is None:
-            # Perplexity repeats the whole message with each delta; the message counts only if no delta had content.
+            # Perplexity repeats the whole message with each delta, and MiniMax at the end; it counts only if no delta
+            # had content.
             delta = choice.message
-            if delta is None or self._said or self._spoke:
+            if delta is None or self._said or self._spoke or self._began or self._thought is not None:
                 delta = _NOTHING
         text = delta.content
         if (
@@ -182,7 +190,7 @@ class ChoiceState:
             self._take_blocks("detail", delta.reasoning_details, delta, out, whole=whole)
         elif delta.thinking_blocks:
             self._take_blocks("block", delta.thinking_blocks, delta, out, whole=whole)
-        elif reasoning := delta.reasoning_content or delta.reasoning:
+        elif (reasoning := delta.reasoning_content or delta.reasoning) and not self._is_in_text(reasoning, content):
             self._take_reasoning("reasoning_content" if delta.reasoning_content else "reasoning", reasoning, out)
             if whole:
                 self._end_thought(out)
@@ -206,6 +214,14 @@ class ChoiceState:
             fields["pieces"] = out
         if delta.annotations and (notes := new_items(delta.annotations, self._annotations)):
             add_details(fields, {"annotations": notes})
+
+    def _is_in_text(self, reasoning: object, content: object) -> bool:
+        """Whether reasoning also stands in the text, up to this content. MiniMax may send it twice."""
+        text = content if isinstance(content, str) else ""
+        inline = self._inline.markup
+        if not (inline or (not self._began and text.lstrip().startswith(OPEN))):
+            return False
+        return isinstance(reasoning, str) and reasoning.strip() in inline + text
 
     def _take_reasoning(self, name: str, text: object, out: Pieces) -> None:
         if not isinstance(text, str):
@@ -401,11 +417,26 @@ class Body(msgspec.Struct, gc=False):
     usage: Any = None
     error: Any = None
     x_groq: Any = None
+    base_resp: Any = None
     citations: Any = None
     search_results: Any = None
     prompt_filter_results: Any = None
+    images: Any = None
+    related_questions: Any = None
+    videos: Any = None
+    web_search: Any = None
 
 
+_LISTS: Final = (
+    "citations",
+    "search_results",
+    "prompt_filter_results",
+    "images",
+    "related_questions",
+    "videos",
+    "web_search",
+)
+"""The lists of a body that become details. Perplexity repeats them in each event."""
 _read_body: Final = msgspec.json.Decoder(Body).decode
 _EMPTY: Final[tuple[Chunk, ...]] = ()
 
@@ -427,6 +458,13 @@ def to_body(raw: object, data: bytes, service: str) -> Body:
         ) from None
 
 
+def heed_base_resp(body: Body) -> None:
+    """Make a failure an `error` that MiniMax reports in `base_resp`, which each of its answers has."""
+    if read_report({"base_resp": body.base_resp}) is not None:
+        body.error = body.error or body.base_resp
+    body.base_resp = None
+
+
 class ChatDecoder:
     """State of a stream of chat completion chunks.
 
@@ -443,7 +481,9 @@ class ChatDecoder:
         self._id: str | None = None
         self._model: str | None = None
         self._seen: dict[str, list[Any]] = {}
-        """The details beside the choices, by name, which Perplexity repeats in each event."""
+        """The items of `_LISTS` so far."""
+        self._usage: object = None
+        """The last usage."""
         self.done = False
 
     def decode_event(self, event: Event, /) -> Iterable[Chunk]:
@@ -486,6 +526,7 @@ class ChatDecoder:
             raise cut_off(self._service, "an answer")
         fields, self._held = self._held, {}
         self._first.rest(fields)
+        self._note_costs(fields)
         others: list[tuple[int, Chunk]] = []
         for index, choice in self._choices.items():
             if index:
@@ -520,6 +561,7 @@ class ChatDecoder:
             return None
         fields: dict[str, Any] = {"text": text, "finish_reason": finish_reason_of(reason), "raw_finish_reason": reason}
         self._note(body, choice, fields)
+        self._note_costs(fields)
         return fields
 
     def take_whole(self, body: Body, data: bytes) -> Iterable[Chunk]:
@@ -532,6 +574,8 @@ class ChatDecoder:
     def take(self, body: Body, data: bytes) -> Iterable[Chunk]:
         """Return the chunks of a decoded event."""
         choices = body.choices
+        if body.base_resp is not None:
+            heed_base_resp(body)
         if body.error or not choices:
             return self._take_other(body, data)
         choice = choices[0]
@@ -578,14 +622,13 @@ class ChatDecoder:
 
     def _take_other(self, body: Body, data: bytes) -> Iterable[Chunk]:
         """Take an event without choices, or with an error."""
-        error = body.error
-        if error and body.choices:
+        if body.error and body.choices:
             body.error = None
             for choice in body.choices:
                 if choice is not None:
                     choice.error = choice.finish_reason = None
-            return self._fail_after(self.take(body, data), {"error": error}, data)
-        if error:
+            return self._fail_after(self.take(body, data), read_json(data), data)
+        if body.error:
             self._raise(read_json(data), data)
         before = len(self._held)
         self._note(body, Choice(), self._held)
@@ -619,10 +662,24 @@ class ChatDecoder:
             usage = as_object(body.x_groq).get("usage")
         if usage and (counted := usage_of(usage)) is not None:
             fields["usage"] = counted
-        if body.citations is not None or body.search_results is not None or body.prompt_filter_results is not None:
-            for name in ("citations", "search_results", "prompt_filter_results"):
+            self._usage = usage
+        if (
+            body.citations is not None
+            or body.search_results is not None
+            or body.prompt_filter_results is not None
+            or body.images is not None
+            or body.related_questions is not None
+            or body.videos is not None
+            or body.web_search is not None
+        ):
+            for name in _LISTS:
                 if found := new_items(getattr(body, name), self._seen.setdefault(name, [])):
                     add_details(fields, {name: found})
+
+    def _note_costs(self, fields: dict[str, Any]) -> None:
+        """Record what the last usage counts beside tokens: the usages of a stream add up from event to event."""
+        if costs := beside_tokens(self._usage):
+            add_details(fields, {"usage": costs})
 
 
 def chunks_of(text: str, fields: dict[str, Any]) -> tuple[Chunk, ...]:
@@ -676,6 +733,7 @@ class OpenAICodec:
         """
         raw = read_json(body)
         found = to_body(raw, body, self.service)
+        heed_base_resp(found)
         if not found.error and not any(map(_says_something, found.choices or ())):
             raise not_an_answer(raw, body, self.service, "a message in 'choices'")
         decoder = self.decoder()

@@ -23,15 +23,18 @@ _FINISH_REASONS: Final[Mapping[str, str]] = {
     "length": "length",
     "max_tokens": "length",
     "model_length": "length",
+    "model_context_window_exceeded": "length",
     "content_filter": "content_filter",
     "refusal": "content_filter",
     "safety": "content_filter",
+    "sensitive": "content_filter",
     "tool_calls": "tool_call",
     "tool_call": "tool_call",
     "tool_use": "tool_call",
     "function_call": "tool_call",
     "error": "error",
     "insufficient_system_resource": "error",
+    "network_error": "error",
 }
 
 
@@ -292,7 +295,8 @@ def usage_of(usage: object) -> Usage | None:
     reasoning: int | None = None
     if isinstance(taken, dict):
         details = cast("dict[str, Any]", taken)
-        cached, written = details.get("cached_tokens", cached), details.get("cache_write_tokens")
+        cached = details.get("cached_tokens", cached)
+        written = details.get("cache_write_tokens", details.get("cache_creation_input_tokens"))  # DashScope's is last
     if isinstance(made, dict):
         reasoning = _count(cast("dict[str, Any]", made).get("reasoning_tokens"))
         if reasoning and output is not None and get("total_tokens") == (given or 0) + output + reasoning:
@@ -306,6 +310,25 @@ def usage_of(usage: object) -> Usage | None:
         cache_write_tokens=_count(written),
         reasoning_tokens=reasoning,
     )
+
+
+_BESIDE_TOKENS: Final = (
+    "citation_tokens",
+    "cost",
+    "cost_details",
+    "cost_in_usd_ticks",
+    "num_search_queries",
+    "num_server_side_tools_used",
+    "num_sources_used",
+    "search_context_size",
+    "server_side_tool_usage_details",
+)
+
+
+def beside_tokens(usage: object) -> dict[str, Any]:
+    """Return what services count beside tokens: searches, sources, money. Zeros are left out."""
+    fields = as_object(usage)
+    return {name: fields[name] for name in _BESIDE_TOKENS if fields.get(name)}
 
 
 def _count(value: object) -> int | None:

@@ -59,6 +59,8 @@ DIALECT: Final = "openai-responses"
 _FAILED: Final = frozenset({"failed", "cancelled"})
 _CUSTOM: Final = "custom_tool_call"
 _IMAGE: Final = "image_generation_call"
+_RAN: Final = "x_search"
+"""Our type for a search of X that xAI ran itself. It comes as the call of a custom tool, which xAI does not take back."""
 _INPUTS: Final[Mapping[str, str]] = {"function_call": "arguments", _CUSTOM: "input"}
 """The types of tool calls, and the field that holds what the tool is called with."""
 _REFUSAL: Final = "response.refusal.delta"
@@ -147,7 +149,7 @@ def _response(answer: dict[str, Any], raw: object) -> Response:
     refused = False
     calls = 0
     for item in map(as_object, as_array(answer.get("output"))):
-        kind = as_text(item.get("type"))
+        kind = _kind_of(item)
         if kind == "message":
             contents = _contents(item)
             parts += _texts(item, contents)
@@ -170,9 +172,15 @@ def _response(answer: dict[str, Any], raw: object) -> Response:
     )
 
 
+def _kind_of(item: Mapping[str, Any]) -> str:
+    """Return the type of an item."""
+    kind = as_text(item.get("type"))
+    return _RAN if kind == _CUSTOM and as_text(item.get("call_id")).startswith("xs_") else kind
+
+
 def _parts_of(item: dict[str, Any], number: int) -> list[Part]:
     """Return the parts of an item other than a message. A tool call without an id is named by its `number`."""
-    kind = as_text(item.get("type"))
+    kind = _kind_of(item)
     if kind == "reasoning":
         return [_reasoning(item)]
     if kind in _INPUTS:
@@ -402,7 +410,7 @@ class ResponsesDecoder:
 
     def _arguments(self, kind: str, body: dict[str, Any]) -> Iterable[Chunk]:
         fragment = as_text(body.get("delta"))
-        if not fragment:
+        if not fragment or (kind == _CUSTOM and self._find(_RAN, body) is not None):
             return ()
         item = self._under_way(kind, body)
         item.spoke = True
@@ -447,7 +455,7 @@ class ResponsesDecoder:
     def _begin_item(self, body: dict[str, Any]) -> Iterable[Chunk]:
         """Begin an item of the output. The event of a tool call has the call's name and id."""
         fields = as_object(body.get("item"))
-        kind = as_text(fields.get("type"))
+        kind = _kind_of(fields)
         item = self._begin(kind, body, fields)
         if kind not in _INPUTS:
             return ()
@@ -456,7 +464,7 @@ class ResponsesDecoder:
     def _finish_item(self, body: dict[str, Any]) -> Iterable[Chunk]:
         """Finish an item: keep what is sent back with it, and emit what no other event carried."""
         fields = as_object(body.get("item"))
-        kind = as_text(fields.get("type"))
+        kind = _kind_of(fields)
         return self._complete(self._find(kind, body, last=False) or self._begin(kind, body, {}), fields)
 
     def _complete(self, item: _Item, fields: dict[str, Any]) -> Iterable[Chunk]:
@@ -553,7 +561,7 @@ class ResponsesDecoder:
         chunks: list[Chunk] = []
         seen: Counter[str] = Counter()
         for fields in map(as_object, as_array(answer.get("output"))):
-            kind = as_text(fields.get("type"))
+            kind = _kind_of(fields)
             streamed = self._items.get(kind, [])
             item = streamed[seen[kind]] if seen[kind] < len(streamed) else self._begin(kind, {}, {})
             seen[kind] += 1
@@ -691,7 +699,7 @@ def _assistant(message: Message, request: Request, service: str) -> Iterator[dic
             if part.raw and _goes_back(part.raw, stored=stored):
                 yield dict(part.raw)
         elif isinstance(part, Opaque):
-            if part.dialect == DIALECT:
+            if part.dialect == DIALECT and _kind_of(part.raw) != _RAN:
                 yield dict(part.raw)
         else:
             yield _image_item(part, request, service)
