@@ -14,6 +14,8 @@ EXTRAS: Final[Mapping[str, tuple[str, ...]]] = {
     "local": ("xllamacpp",),
     "langchain": ("langchain", "langchain-openai", "langchain-anthropic"),
     "litellm": ("litellm[mcp]",),
+    "bedrock": ("botocore",),
+    "vertex": ("google-auth",),
     "schema": ("jsonschema",),
     "brotli": ("brotli",),
 }

@@ -176,6 +176,10 @@ class LLMConfig(Value):
             function, is called at the first call, and again when the service refuses the token (401).
         api_base: the base URL of the service. None takes the vendor's environment variable (such as OPENAI_BASE_URL), or
             else the service's own address.
+        region: where the service runs the model, such as "us-east-1": for `bedrock` and `vertex` only. None takes the
+            vendor's environment variable.
+        project: the project that pays: for `vertex` only. None takes the vendor's environment variable, or the project
+            of the credentials.
         headers: HTTP headers to send with every call. An `Authorization` header is sent in place of the key.
         timeout: seconds. A number bounds connecting, the first byte, the idle time between chunks, and each whole attempt
             of a call that is not streamed. `Timeouts` sets each limit; None takes the defaults of `Timeouts`.
@@ -201,6 +205,8 @@ class LLMConfig(Value):
     presence_penalty: float | None = None
     api_key: Secret | KeyFunction | None = attrs.field(default=None, converter=_secret, repr=_repr_of_key)
     api_base: str | None = attrs.field(default=None, repr=_repr_of_url)
+    region: str | None = None
+    project: str | None = None
     headers: Mapping[str, str] = attrs.field(factory=dict[str, str], converter=_copied, repr=repr_of_headers)
     timeout: float | Timeouts | None = None
     max_retries: int = 3
@@ -343,6 +349,8 @@ QUIRKS: Mapping[str, Callable[[str, object], str | None]] = {
     "thinking_parts": _flag,
 }
 """The check of each quirk: a field of `Quirks` in `providers/dialects/openai_request.py`, which says what it means."""
+PLACE = ("region", "project")
+"""The settings for services that run in a cloud, where an account has projects and the cloud has regions."""
 _NEVER_NONE = ("model", "extra", "headers", "metadata")
 """The parameters for which None does not mean "not sent"."""
 
@@ -354,6 +362,7 @@ def _problems(config: LLMConfig) -> list[str]:
         text("framework", config.framework),
         *parameter_problems({name: getattr(config, name) for name in PARAMETERS if hasattr(config, name)}),
         None if timeout is None or isinstance(timeout, Timeouts) else _seconds("timeout", timeout),
+        *(text(name, value) for name in PLACE if (value := getattr(config, name)) is not None),
         whole("max_retries", config.max_retries, 0),
         mapping("additional_params", config.additional_params, keys=str),
         *_quirk_problems(config.quirks),

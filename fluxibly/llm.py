@@ -14,7 +14,7 @@ from fluxibly.errors import ConfigError, Problems
 from fluxibly.flow import Middleware
 from fluxibly.messages import Message
 from fluxibly.pipeline import AsyncPipeline, Pipeline
-from fluxibly.registry import check_framework, default_stack, make_middleware, make_provider, read_yaml
+from fluxibly.registry import check_config, default_stack, make_middleware, make_provider, read_yaml
 from fluxibly.stream import AsyncStream, Stream
 from fluxibly.types import Chunk, Request, Response, Restart
 
@@ -66,7 +66,7 @@ class _LLM:
         if isinstance(middleware, str) or not isinstance(middleware, Iterable | None):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"middleware: expected a list, like [Logging(), Retry()], got {kind_of(middleware)}")
         problems = Problems()
-        problems.of(check_framework, config.framework, config.quirks)
+        problems.of(check_config, config)
         layers = config.middleware if middleware is None else list(middleware)
         layers = ["default"] if layers is None else layers
         stack = problems.of(make_middleware, layers, max_retries=config.max_retries)

@@ -42,8 +42,12 @@ class Framework(NamedTuple):
     """The environment variable with the API key; None if the framework needs no key, or finds it elsewhere."""
     instead: tuple[str, ...] = ()
     """Other environment variables, each of which takes the place of `env_var`."""
+    files: tuple[str, ...] = ()
+    """Files with credentials, each of which takes the place of `env_var`. "~" is the home directory."""
     url_var: str | None = None
     """The environment variable from which the address is taken if `api_base` is not set."""
+    takes: tuple[str, ...] = ()
+    """The settings that it takes, of those that only some frameworks take."""
     plugin: EntryPoint | None = None
     """The entry point of another package that names the factory."""
 
@@ -101,6 +105,7 @@ def _built_in_frameworks() -> Mapping[str, Framework]:
                 env_var=row.env_var if row.key_required else None,
                 instead=(row.url_var,) if row.title == "OpenAI" else (),  # a server of one's own may need no key
                 url_var=row.url_var,
+                takes=("quirks",),
             )
             for name, row in SERVICES.items()
         ),
@@ -119,6 +124,29 @@ def _built_in_frameworks() -> Mapping[str, Framework]:
             env_var="GEMINI_API_KEY",
             instead=("GOOGLE_API_KEY",),
             url_var="GOOGLE_GEMINI_BASE_URL",
+        ),
+        _built_in(
+            "bedrock",
+            "bedrock",
+            "Bedrock",
+            env_var="AWS_BEARER_TOKEN_BEDROCK",
+            instead=("AWS_ACCESS_KEY_ID", "AWS_PROFILE"),
+            files=("~/.aws/credentials", "~/.aws/config"),
+            url_var="AWS_ENDPOINT_URL_BEDROCK_RUNTIME",
+            takes=("region",),
+        ),
+        _built_in(
+            "vertex",
+            "vertex",
+            "Vertex",
+            env_var="GOOGLE_CLOUD_PROJECT",
+            instead=("ANTHROPIC_VERTEX_PROJECT_ID", "GOOGLE_APPLICATION_CREDENTIALS"),
+            files=("~/.config/gcloud/application_default_credentials.json",),
+            url_var="GOOGLE_VERTEX_BASE_URL",
+            takes=("region", "project"),
+        ),
+        _built_in(
+            "cohere", "cohere", "Cohere", env_var="CO_API_KEY", instead=("COHERE_API_KEY",), url_var="CO_API_URL"
         ),
         _built_in("ollama", "ollama", "Ollama", url_var="OLLAMA_HOST"),
         _built_in("ollama-generate", "ollama", "OllamaGenerate", url_var="OLLAMA_HOST"),
@@ -272,7 +300,10 @@ def read_yaml(
     config = problems.of(LLMConfig.from_mapping, settings, path=f"{section}.")
     name = settings.get("framework") if framework is None else framework
     if name and isinstance(name, str):  # else the settings' own problems say it
-        problems.of(check_framework, name, settings.get("quirks"), path=f"{section}." if framework is None else "")
+        if framework is None:
+            problems.of(check_framework, name, settings, path=f"{section}.")
+        else:  # the settings are not for it
+            problems.of(check_framework, name, {})
     layers = settings.get("middleware")
     if middleware is None and is_list(layers):
         max_retries = 3 if config is None else config.max_retries
@@ -288,23 +319,40 @@ def make_provider(config: Any, *, asynchronous: bool) -> Any:
         FrameworkNotRegistered: no framework has that name.
         ConfigError: packages are missing, or the provider rejects the configuration.
     """
-    framework = check_framework(config.framework, config.quirks)
+    framework = check_config(config)
     return framework.factory(asynchronous=asynchronous)(config)
 
 
-def check_framework(name: str, quirks: object, *, path: str = "") -> Framework:
-    """Find a framework by its name, and check that it takes the quirks. `path` precedes the settings in messages.
+_ONLY_SOME: Mapping[str, str] = {
+    "quirks": "OpenAI-compatible services",
+    "region": "'bedrock' and 'vertex'",
+    "project": "calls of 'vertex'",
+}
+"""The settings that only some of the built-in frameworks take, and which."""
+
+
+def check_framework(name: str, settings: Mapping[str, Any], *, path: str = "") -> Framework:
+    """Find a framework by its name, and check that it takes the settings. `path` precedes them in messages.
 
     Raises:
         FrameworkNotRegistered: no framework has that name.
-        ConfigError: the framework is a broken plugin, or has no quirks.
+        ConfigError: the framework is a broken plugin, or does not take a setting.
     """
     framework = find_framework(name, path=path and f"{path}framework: ")
-    if quirks and framework.module and framework.module != OPENAI:
-        raise ConfigError(
-            f"{path}quirks: apply to OpenAI-compatible services only, and {framework.name!r} is none; leave them out"
-        )
+    if framework.module:  # else it is a user's own, which may read any setting
+        wrong = [
+            f"{path}{setting}: only {which} take this setting, and {framework.name!r} does not; leave it out"
+            for setting, which in _ONLY_SOME.items()
+            if settings.get(setting) and setting not in framework.takes
+        ]
+        if wrong:
+            raise ConfigError.of(wrong)
     return framework
+
+
+def check_config(config: LLMConfig) -> Framework:
+    """Find the framework of a configuration, and check that it takes the settings; see `check_framework`."""
+    return check_framework(config.framework, {name: getattr(config, name) for name in _ONLY_SOME})
 
 
 def find_framework(name: str, *, path: str = "") -> Framework:
@@ -331,15 +379,13 @@ def find_framework(name: str, *, path: str = "") -> Framework:
 
 
 def _instead_of(name: str, known: Sequence[str]) -> str:
-    """Return a question or a sentence that says which framework was meant, or an empty string."""
-    from fluxibly.providers.services import ALIASES, ELSEWHERE
+    """Return a question that says which framework was meant, or an empty string."""
+    from fluxibly.providers.services import ALIASES
 
     # Names of one service are often far apart, and names that are near often mean another service.
-    meant: dict[str, str] = {**ALIASES, **{each: each for each in ELSEWHERE}, **{_plain(each): each for each in known}}
+    meant: dict[str, str] = {**ALIASES, **{_plain(each): each for each in known}}
     near = meant.get(_plain(name)) or meant.get(nearest(_plain(name), meant, 0.75) or "")
-    if near is None or near in known:
-        return f"did you mean {near!r}? " if near else ""
-    return f"{ELSEWHERE[near]}. " if near in ELSEWHERE else ""
+    return f"did you mean {near!r}? " if near else ""
 
 
 def _plain(name: str) -> str:

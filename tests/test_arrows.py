@@ -43,7 +43,8 @@ ROOMS = {
     "providers.local": "local",
     "providers.langchain": "langchain",
     "providers.litellm": "litellm",
-    "providers.echo providers.anthropic providers.gemini providers.ollama providers.openai providers.addresses": "frameworks",
+    "providers.echo providers.anthropic providers.bedrock providers.cohere providers.gemini providers.ollama": "frameworks",
+    "providers.openai providers.vertex providers.addresses": "frameworks",
 }
 """The room of each module, or of all modules in a package."""
 BESIDE = {"fluxibly", "fluxibly.providers"}

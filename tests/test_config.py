@@ -48,6 +48,8 @@ class TestValues:
             "presence_penalty": None,
             "api_key": None,
             "api_base": None,
+            "region": None,
+            "project": None,
             "headers": {},
             "timeout": None,
             "max_retries": 3,
@@ -237,7 +239,7 @@ class TestQuirks:
 
     def test_another_framework_has_none(self):
         """Quirks of a framework that does not speak OpenAI's dialect would be ignored, so they are refused."""
-        with pytest.raises(ConfigError, match="quirks: apply to OpenAI-compatible services only, and 'echo' is none"):
+        with pytest.raises(ConfigError, match="quirks: only OpenAI-compatible services take this setting, and 'echo' does not"):
             LLM(config(quirks={"top_k": True}))
 
 

@@ -91,8 +91,18 @@ def _config(file: Path | None, framework: str | None, model: str | None) -> LLMC
         if framework is not None and framework != config.framework:
             if model is None:
                 raise ConfigError(f"--framework {framework}: give --model too; the file's is for {config.framework}")
-            # The file's key, headers and address belong to another service, and must not reach this one.
-            return attrs.evolve(config, framework=framework, model=model, api_key=None, headers={}, api_base=None)
+            # These settings of the file belong to another service, and must not reach this one.
+            return attrs.evolve(
+                config,
+                framework=framework,
+                model=model,
+                api_key=None,
+                headers={},
+                api_base=None,
+                region=None,
+                project=None,
+                quirks={},
+            )
         return config if model is None else attrs.evolve(config, model=model)
     defaults = {"local": DEFAULT_MODEL, "echo": "echo"}
     framework = "local" if framework is None else framework

@@ -9,6 +9,7 @@ import time
 from collections.abc import Container, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
+from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 import attrs
@@ -82,9 +83,11 @@ def missing_of(framework: Framework) -> str | None:
     """Return the step that is needed before a framework can be used, or None."""
     if not framework.installed:
         return framework.to_install
-    if framework.env_var is not None and not any(map(os.environ.get, (framework.env_var, *framework.instead))):
-        return f"set {framework.env_var}"
-    return None
+    if framework.env_var is None or any(map(os.environ.get, (framework.env_var, *framework.instead))):
+        return None
+    if any(Path(file).expanduser().exists() for file in framework.files):
+        return None
+    return f"set {framework.env_var}"
 
 
 PROBE_TIMEOUT = 5.0
@@ -154,6 +157,9 @@ def _check(config: LLMConfig, *, asked: bool = False) -> Finding:
             return Finding("framework", name, "ready")  # loading its library would take seconds
     try:
         with LLM(config) as llm:
+            credentials = getattr(llm.pipeline.provider, "credentials", None)
+            if credentials is not None:
+                credentials.obtain()
             return _answers(config, llm.pipeline.provider, asked=asked)
     except (Exception, SystemExit) as error:  # noqa: BLE001  # whatever another package raises, the framework cannot be used
         return Finding("framework", name, "not set up", line_of(error), bad=asked)

@@ -105,7 +105,7 @@ def test_plugins(fluxibly: Run, tmp_path: Path) -> None:
     ]
     assert rows(ran, "shout") == [["plugin", "shout", "ready, from acme_four 1.0"]]
     assert rows(fluxibly("frameworks"), "acme") == [["acme", "broken", reason]]
-    ran = fluxibly("chat", "--framework", "echo", "hello")
+    ran = fluxibly("chat", "--framework", "echo", "--model", "m", "hello")
     assert (ran.returncode, ran.stdout, ran.stderr) == (0, "hello\n", "")
     ran = fluxibly("chat", "--framework", "acme", "--model", "m", "hello")
     assert (ran.returncode, ran.stdout, ran.stderr) == (2, "", f"fluxibly: {reason}\n")
@@ -222,3 +222,31 @@ def test_other_variables_are_as_good_as_a_key(fluxibly: Run) -> None:
         *["ready"] * 3,
         "not ready",
     ]
+
+
+def test_the_credentials_of_a_cloud(fluxibly: Run, tmp_path: Path) -> None:
+    """`doctor` looks for the credentials without which a chat would fail, and `frameworks` for their files."""
+    file, home = tmp_path / "framework.yaml", {"HOME": str(tmp_path), "AWS_EC2_METADATA_DISABLED": "true"}
+    with canned_server() as server:
+        file.write_text(f"llm: {{framework: bedrock, model: m, region: us-east-1, api_base: '{server.url}'}}")
+        ran = fluxibly("doctor", "--config", str(file), **home)
+        assert "bedrock found no AWS credentials" in ran.stdout
+        assert ran.returncode == 1
+        assert rows(fluxibly("frameworks", **home), "bedrock")[0][1:] == ["not ready", "set AWS_BEARER_TOKEN_BEDROCK"]
+        (tmp_path / ".aws").mkdir()
+        (tmp_path / ".aws" / "credentials").write_text("[default]\naws_access_key_id = k\naws_secret_access_key = s\n")
+        ran = fluxibly("doctor", "--config", str(file), **home)
+        assert re.search(r"bedrock +127.0.0.1:\d+ answers in", ran.stdout), ran.stdout
+        assert ran.returncode == 0
+        assert rows(fluxibly("frameworks", **home), "bedrock")[0][1] == "ready"
+
+
+def test_another_framework_is_not_in_the_file_s_region(fluxibly: Run, tmp_path: Path) -> None:
+    """`--framework` leaves the region, the project and the quirks of the file's service out."""
+    file = tmp_path / "framework.yaml"
+    file.write_text("llm: {framework: vertex, model: m, region: us-east1, project: p, api_key: k}")
+    ran = fluxibly("chat", "--config", str(file), "--framework", "echo", "--model", "m", "hello")
+    assert (ran.stdout.splitlines()[0], ran.returncode) == ("hello", 0), ran
+    file.write_text("llm: {framework: openai, model: m, api_key: k, quirks: {top_k: true}}")
+    ran = fluxibly("chat", "--config", str(file), "--framework", "echo", "--model", "m", "hello")
+    assert (ran.stdout.splitlines()[0], ran.returncode) == ("hello", 0), ran

@@ -26,14 +26,26 @@ from fluxibly.errors import (
 from fluxibly.providers.dialects import decoding, encoding, json_values
 from fluxibly.providers.dialects.anthropic import AnthropicCodec
 from fluxibly.providers.dialects.codec import Codec
+from fluxibly.providers.dialects.cohere import CohereCodec
 from fluxibly.providers.dialects.gemini import GeminiCodec
 from fluxibly.providers.dialects.ollama import OllamaCodec
 from fluxibly.providers.dialects.openai_chat import OpenAICodec
 from fluxibly.providers.dialects.openai_responses import ResponsesCodec
 from fluxibly.types import Image, Request, Tool, ToolCall
 
-CODECS: list[Codec] = [OpenAICodec(), ResponsesCodec(), AnthropicCodec(), GeminiCodec(), OllamaCodec()]
+CODECS: list[Codec] = [
+    OpenAICodec(),
+    ResponsesCodec(),
+    AnthropicCodec(),
+    GeminiCodec(),
+    OllamaCodec(),
+    CohereCodec(),
+]
 ANSWERS: list[tuple[Codec, str]] = [
+    (
+        CohereCodec(),
+        '{"message":{"tool_calls":[{"id":"a","function":{"name":"f","arguments":%s}}]},"finish_reason":"TOOL_CALL"}',
+    ),
     (AnthropicCodec(), '{"content":[{"type":"tool_use","id":"a","name":"f","input":%s}],"stop_reason":"tool_use"}'),
     (
         GeminiCodec(),
@@ -140,6 +152,7 @@ def test_two_patches_are_as_good_as_one(body: dict[str, Any], first: dict[str, A
             },
         ),
         (OllamaCodec(), {"options": {"num_ctx": 9}}, {"options": {"seed": 1, "num_ctx": 9}}),
+        (CohereCodec(), {"response_format": {"x": 1}}, {"response_format": {"type": "text", "x": 1}}),
     ],
     ids=lambda value: name_of(value) if not isinstance(value, dict) else "",
 )
@@ -226,7 +239,7 @@ def test_an_error_in_a_200(codec: Codec, answer: object, kind: type[ProviderErro
         assert error.request_id == ("req_1" if "request_id" in str(answer) else None)
 
 
-@pytest.mark.parametrize("codec", [OpenAICodec(), ResponsesCodec(), AnthropicCodec()], ids=name_of)
+@pytest.mark.parametrize("codec", [OpenAICodec(), ResponsesCodec(), AnthropicCodec(), CohereCodec()], ids=name_of)
 @pytest.mark.parametrize("data", ['{"message": "busy"}', "busy", '{"type": "error"}', '{"type": "busy"}'])
 def test_an_event_named_error(codec: Codec, data: str) -> None:
     """An event named `error` is an error, whatever its data."""

@@ -16,12 +16,16 @@ from typing import Any
 import attrs
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
+from support import aws
+from support.cohere import stream_of
 from support.dialects import sse
 from support.recordings import FOLDER, load
 
 from fluxibly.errors import FluxiblyError, ProviderError
 from fluxibly.providers.dialects.anthropic import AnthropicCodec
+from fluxibly.providers.dialects.bedrock import BedrockCodec
 from fluxibly.providers.dialects.codec import Codec
+from fluxibly.providers.dialects.cohere import CohereCodec
 from fluxibly.providers.dialects.gemini import GeminiCodec
 from fluxibly.providers.dialects.ollama import OllamaCodec
 from fluxibly.providers.dialects.openai_chat import OpenAICodec
@@ -53,6 +57,8 @@ class Dialect:
             return sse(*events)
         if self.codec.framing == "ndjson":
             return b"".join(json.dumps(event).encode() + b"\n" for event in events)
+        if self.codec.framing == "aws":
+            return b"".join(_aws_message(name, event[name]) for event in events for name in event)
         return json.dumps(events, indent=1).encode()
 
 
@@ -162,6 +168,52 @@ def _ollama() -> tuple[list[Any], Any]:
     return [{"model": "m", "message": message, "done": False}, {"error": "busy"}, {"response": "a"}, whole], whole
 
 
+def _cohere() -> tuple[list[Any], Any]:
+    source = {"type": "document", "id": "d", "document": {"text": "Hé"}}
+    message: dict[str, Any] = {
+        "role": "assistant",
+        "content": [
+            {"type": "thinking", "thinking": "Hm"},
+            {"type": "text", "text": "Hé"},
+            {"type": "chart", "points": [1, 2], "note": "up"},
+        ],
+        "tool_plan": "So",
+        "tool_calls": [{"id": "c", "type": "function", "function": {"name": "now", "arguments": '{"a": 1}'}}],
+        "citations": [{"start": 0, "end": 2, "text": "Hé", "sources": [source], "content_index": 1, "type": "x"}],
+    }
+    usage = {"tokens": {"input_tokens": 3, "output_tokens": 4.0}, "cached_tokens": 1, "billed_units": {"x": 1}}
+    logprobs = {"text": "Hé", "token_ids": [1], "logprobs": [-0.1]}
+    whole = {"id": "i", "message": message, "finish_reason": "TOOL_CALL", "usage": usage, "logprobs": [logprobs]}
+    *events, end = stream_of(message, "TOOL_CALL")
+    delta = {"type": "content-delta", "index": 1, "delta": {"message": {"content": {"text": "llo"}}}}
+    return [*events, {**delta, "logprobs": logprobs}, {"message": "busy", "id": "e"}, end], whole
+
+
+def _aws_message(name: str, payload: Any) -> bytes:
+    name = name.encode(errors="replace").decode()
+    return (aws.exception if name.endswith("Exception") else aws.event)(name, payload)
+
+
+def _bedrock() -> tuple[list[Any], Any]:
+    cited = {"title": "T", "sourceContent": [{"text": "Hé"}], "location": {"documentPage": {"start": 1}}}
+    blocks: list[dict[str, Any]] = [
+        {"reasoningContent": {"reasoningText": {"text": "Hm", "signature": "s1g"}}},
+        {"reasoningContent": {"redactedContent": "eHl6"}},
+        {"text": "Hé"},
+        {"citationsContent": {"content": [{"text": "llo"}], "citations": [cited]}},
+        {"toolUse": {"toolUseId": "c", "name": "now", "input": {"a": 1}, "type": "tool_use"}},
+        {"toolUse": {"toolUseId": "s", "name": "code", "input": {"a": 1}, "type": "server_tool_use"}},
+        {"toolResult": {"toolUseId": "s", "status": "success", "content": [{"text": "ok"}, {"json": {"b": 2}}]}},
+        {"image": {"format": "png", "source": {"bytes": "iVBORw=="}}},
+        {"chart": {"points": [1, 2], "note": "up"}},
+    ]
+    usage = {"inputTokens": 3, "outputTokens": 4, "cacheReadInputTokens": 1, "cacheWriteInputTokens": 2}
+    more = {"trace": {"promptRouter": {"invokedModelId": "m"}}, "usage": usage}
+    events = [{name: payload} for name, payload in aws.events_of(blocks, "tool_use", **more)]
+    failure = {"message": "busy", "originalStatusCode": 500, "originalMessage": "busy"}
+    return [*events, {"modelStreamErrorException": failure}], aws.whole(blocks, "tool_use", **more)
+
+
 DIALECTS = {
     "chat": Dialect(
         OpenAICodec(), _chat("delta"), _chat("message")[3], ("01-", "05-", "15-", "16-", "18-", "21-", "25-")
@@ -170,6 +222,8 @@ DIALECTS = {
     "anthropic": Dialect(AnthropicCodec(), *_anthropic(), recorded=("27-", "28-")),
     "gemini": Dialect(GeminiCodec(), *_gemini(), recorded=("32-", "36-")),
     "ollama": Dialect(OllamaCodec(), *_ollama()),
+    "cohere": Dialect(CohereCodec(), *_cohere(), recorded=("50-",)),
+    "bedrock": Dialect(BedrockCodec(), *_bedrock(), recorded=("41-", "42-")),
 }
 dialects = pytest.mark.parametrize("dialect", DIALECTS.values(), ids=DIALECTS)
 
@@ -268,8 +322,25 @@ def test_odd_values(dialect: Dialect, seed: int) -> None:
     """Events and whole responses with missing fields or unexpected types give a response or an error."""
     chance = random.Random(seed)  # noqa: S311  # the same seed gives the same test
     events = distorted(chance.sample(dialect.events, chance.randint(1, len(dialect.events))), chance)
-    read_by(dialect.codec, dialect.stream(events if isinstance(events, list) else [events]))
+    events = events if isinstance(events, list) else [events]
+    if dialect.codec.framing == "aws":  # the names of events are not JSON
+        events = [event for event in events if isinstance(event, dict)]
+    read_by(dialect.codec, dialect.stream(events))
     read_by(dialect.codec, json.dumps(distorted(dialect.answer, chance)).encode())
+
+
+@fuzz
+@given(seed=st.integers(0, 2**32))
+def test_damaged_payloads(seed: int) -> None:
+    """Messages of an AWS event stream with damaged payloads and valid checksums give a response or an error."""
+    chance = random.Random(seed)  # noqa: S311  # the same seed gives the same test
+    dialect = DIALECTS["bedrock"]
+    messages: list[bytes] = []
+    for event in dialect.events[:-1] if chance.random() < 0.8 else chance.sample(dialect.events, len(dialect.events)):
+        ((name, payload),) = event.items()
+        data = json.dumps(payload).encode()
+        messages.append(_aws_message(name, damaged(data, chance) if chance.random() < 0.2 else data))
+    read_by(dialect.codec, b"".join(messages))
 
 
 @dialects
@@ -280,7 +351,7 @@ def test_deep_nesting(dialect: Dialect, depth: int, opening: str, closing: str) 
     _read_nested(dialect, opening * depth + "1" * (closing == "}") + closing * depth)
 
 
-@pytest.mark.parametrize("name", ["chat", "responses", "anthropic", "gemini", "ollama"])
+@pytest.mark.parametrize("name", ["chat", "responses", "anthropic", "gemini", "ollama", "cohere", "bedrock"])
 def test_nesting_at_the_edge(name: str) -> None:
     """Depths that can just be read, but not written again, give a response or an error."""
     for depth in range(900, 1000, 2):
@@ -288,8 +359,12 @@ def test_nesting_at_the_edge(name: str) -> None:
 
 
 def _read_nested(dialect: Dialect, deep: str) -> None:
-    for text in (deep, *_with_in_turn(dialect.answer, deep)):
-        data = text.encode()
+    texts = (deep, *_with_in_turn(dialect.answer, deep))
+    bodies = [text.encode() for text in texts]
+    if dialect.codec.framing == "aws":
+        payloads = [(*event.items(),)[0] for event in dialect.events]
+        bodies += [_aws_message(name, each.encode()) for name, value in payloads for each in _with_in_turn(value, deep)]
+    for data in bodies:
         outcome = outcome_of(dialect.codec, [data])
         assert outcome.failure is None or isinstance(outcome.failure, FluxiblyError)
         with contextlib.suppress(FluxiblyError):

@@ -9,6 +9,7 @@ import pytest
 
 from fluxibly.errors import BadRequest
 from fluxibly.providers.dialects.anthropic import AnthropicCodec
+from fluxibly.providers.dialects.cohere import CohereCodec
 from fluxibly.providers.dialects.gemini import GeminiCodec
 from fluxibly.providers.dialects.ollama import OllamaCodec
 from fluxibly.providers.dialects.openai_chat import OpenAICodec
@@ -24,6 +25,7 @@ CODECS: dict[str, Any] = {
     "anthropic": AnthropicCodec(),
     "gemini": GeminiCodec(),
     "ollama": OllamaCodec(),
+    "cohere": CohereCodec(),
 }
 
 
@@ -37,6 +39,7 @@ def sent(dialect: str, wanted: object) -> Any:
         "anthropic": lambda: body.get("output_config", {}).get("format"),
         "gemini": lambda: {key: v for key, v in body.get("generationConfig", {}).items() if key.startswith("response")},
         "ollama": lambda: body.get("format"),
+        "cohere": lambda: body.get("response_format"),
     }
     return where[dialect]()
 
@@ -50,6 +53,7 @@ FORMS: list[tuple[dict[str, Any], dict[str, Any]]] = [
             "anthropic": None,
             "gemini": {"responseMimeType": "text/plain"},
             "ollama": None,
+            "cohere": {"type": "text"},
         },
     ),
     (
@@ -59,6 +63,7 @@ FORMS: list[tuple[dict[str, Any], dict[str, Any]]] = [
             "responses": {"type": "json_object"},
             "gemini": {"responseMimeType": "application/json"},
             "ollama": "json",
+            "cohere": {"type": "json_object"},
         },
     ),
     (
@@ -69,6 +74,7 @@ FORMS: list[tuple[dict[str, Any], dict[str, Any]]] = [
             "anthropic": {"type": "json_schema", "schema": SCHEMA},
             "gemini": {"responseMimeType": "application/json", "responseJsonSchema": SCHEMA},
             "ollama": SCHEMA,
+            "cohere": {"type": "json_object", "json_schema": SCHEMA},
         },
     ),
     ({"type": "json_schema", **NAMED}, {"chat": {"type": "json_schema", "json_schema": NAMED}, "ollama": SCHEMA}),

@@ -22,7 +22,9 @@ from support.synthetic import ANSWERS
 from fluxibly.config import LLMConfig
 from fluxibly.errors import FluxiblyError
 from fluxibly.providers.dialects.anthropic import AnthropicCodec
+from fluxibly.providers.dialects.bedrock import BedrockCodec
 from fluxibly.providers.dialects.codec import Codec
+from fluxibly.providers.dialects.cohere import CohereCodec
 from fluxibly.providers.dialects.gemini import GeminiCodec
 from fluxibly.providers.dialects.ollama import OllamaCodec
 from fluxibly.providers.openai import codec_of
@@ -47,6 +49,10 @@ def codec_for(recording: Recording) -> Codec:
         return GeminiCodec()
     if recording.dialect == "ollama":
         return OllamaCodec()
+    if recording.dialect == "cohere-chat":
+        return CohereCodec()
+    if recording.dialect == "bedrock":
+        return BedrockCodec()
     known = "openai-responses" if recording.dialect == "responses" else recording.provider
     row = SERVICES.get(known, SERVICES["openai"])
     own = None if known in SERVICES else "http://127.0.0.1:1/v1"
@@ -199,6 +205,44 @@ def ollama(turn: list[dict[str, Any]]) -> Iterable[dict[str, Any]]:
         yield message
 
 
+def cohere(turn: list[dict[str, Any]]) -> Iterable[dict[str, Any]]:
+    """Cohere.
+
+    - Fields that are null or empty: the same as none.
+    """
+    for given in turn:
+        yield {name: value for name, value in without_nulls(given).items() if value not in ("", [])}
+
+
+def bedrock(turn: list[dict[str, Any]]) -> Iterable[dict[str, Any]]:
+    """Bedrock.
+
+    - Reasoning without a signature, and a turn of nothing but reasoning: the service refuses them.
+    - Texts of only white space: the client sends them, and the service refuses them.
+    - Blocks of a new kind: the client cannot send them.
+    - A text in a tool's result, in one piece or several.
+    """
+    blocks = [_with_joined_texts(block) for block in turn if "chart" not in block and block.get("text", "a").strip()]
+    blocks = [block for block in blocks if "signature" in _thought(block) or not _thought(block)]
+    return blocks if any("reasoningContent" not in block for block in blocks) else []
+
+
+def _thought(block: dict[str, Any]) -> dict[str, Any]:
+    return block.get("reasoningContent", {}).get("reasoningText", {})
+
+
+def _with_joined_texts(block: dict[str, Any]) -> dict[str, Any]:
+    if "toolResult" not in block:
+        return block
+    content: list[dict[str, Any]] = []
+    for piece in block["toolResult"]["content"]:
+        if content and "text" in piece and "text" in content[-1]:
+            content[-1] = {"text": content[-1]["text"] + piece["text"]}
+        else:
+            content.append(piece)
+    return {"toolResult": {**block["toolResult"], "content": content}}
+
+
 def without_nulls(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: without_nulls(item) for key, item in value.items() if item is not None}
@@ -211,6 +255,8 @@ EITHER_WAY: Mapping[str, Callable[[list[dict[str, Any]]], Iterable[dict[str, Any
     "responses": responses,
     "gemini": gemini,
     "ollama": ollama,
+    "cohere-chat": cohere,
+    "bedrock": bedrock,
 }
 """For each dialect, the function that removes the differences of a turn that do not matter to the service."""
 

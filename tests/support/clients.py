@@ -7,16 +7,23 @@ the body of that call. A test is skipped where its client is not installed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import closing
 from typing import Any
 
+import httpx
 import pytest
 
 from support.dialects import answering
 from support.recordings import Recording
 
 HELLO: list[Any] = [{"role": "user", "content": "Hi"}]
-TYPES = {"gemini": ("application/json", "text/event-stream"), "ollama": ("application/json", "application/x-ndjson")}
+TYPES = {
+    "bedrock": ("application/json", "application/vnd.amazon.eventstream"),
+    "gemini": ("application/json", "text/event-stream"),
+    "ollama": ("application/json", "application/x-ndjson"),
+}
 """The content types of whole answers and of streams, where they differ from the others'."""
 
 PLAIN: dict[str, Any] = {"verify": False}
@@ -45,6 +52,8 @@ def turn_in(dialect: str, body: Mapping[str, Any]) -> list[dict[str, Any]]:
         return [item for item in body["input"] if item.get("role") != "user" and item["type"] not in RESULTS]
     if dialect == "gemini":
         return [part for content in body["contents"] if content["role"] == "model" for part in content["parts"]]
+    if dialect == "bedrock":  # a turn of nothing but reasoning is left out
+        return [block for turn in body["messages"] if turn["role"] == "assistant" for block in turn["content"]]
     turn = body["messages"][1]
     return turn["content"] if dialect == "messages" else [turn]
 
@@ -187,11 +196,126 @@ def _ollama(recording: Recording, address: str) -> None:
         list(again)
 
 
+def _cohere(recording: Recording, address: str) -> None:
+    cohere = pytest.importorskip("cohere")
+    http = httpx.Client(**PLAIN)
+    with cohere.ClientV2(api_key="k", base_url=address, httpx_client=http) as client:
+        call = client.chat_stream if recording.streaming else client.chat
+        try:
+            answer = call(model="m", messages=HELLO)
+            message = _message_of(answer) if recording.streaming else answer.message
+        except cohere.core.ApiError as error:
+            raise NotAnAnswer from error
+        again = call(model="m", messages=[*HELLO, message])
+        if recording.streaming:
+            list(again)
+
+
+def _message_of(events: Iterable[Any]) -> dict[str, Any]:
+    """Return the message of a stream, whose events the client's documentation joins by hand."""
+    blocks: dict[int, dict[str, Any]] = {}
+    calls: dict[int, dict[str, Any]] = {}
+    message: dict[str, Any] = {"role": "assistant", "tool_plan": "", "citations": []}
+    for event in events:
+        if event.type in ("content-start", "content-delta"):
+            _extend(blocks.setdefault(event.index, {}), event.delta.message.content.dict(exclude_none=True))
+        elif event.type == "tool-plan-delta":
+            message["tool_plan"] += event.delta.message.tool_plan
+        elif event.type == "tool-call-start":
+            calls[event.index] = event.delta.message.tool_calls.dict(exclude_none=True)
+        elif event.type == "tool-call-delta":
+            _extend(calls[event.index]["function"], event.delta.message.tool_calls.function.dict(exclude_none=True))
+        elif event.type == "citation-start":
+            message["citations"].append(event.delta.message.citations.dict(exclude_none=True))
+    return {**message, "content": list(blocks.values()), "tool_calls": list(calls.values())}
+
+
+def _extend(fields: dict[str, Any], delta: dict[str, Any]) -> None:
+    for name, value in delta.items():
+        fields[name] = fields[name] + value if name in fields else value
+
+
+def bedrock_client(address: str) -> Any:
+    """Return boto3's client of Bedrock at an address, or skip the test if boto3 is not installed."""
+    boto3 = pytest.importorskip("boto3")
+    from botocore.config import Config
+
+    return boto3.client(
+        "bedrock-runtime",
+        region_name="us-east-1",
+        endpoint_url=address,
+        aws_access_key_id="AKIAEXAMPLE",
+        aws_secret_access_key="s",  # noqa: S106  # it opens nothing
+        config=Config(retries={"max_attempts": 0}),
+    )
+
+
+def _bedrock(recording: Recording, address: str) -> None:
+    with closing(bedrock_client(address)) as client:
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        call = client.converse_stream if recording.streaming else client.converse
+        hello: Any = [{"role": "user", "content": [{"text": "Hi"}]}]
+        try:
+            answer = call(modelId="m", messages=hello)
+            message = message_of_events(answer["stream"]) if recording.streaming else answer["output"]["message"]
+        except (BotoCoreError, ClientError) as error:
+            raise NotAnAnswer from error
+        # The client has no name for blocks that it does not know, and cannot send them.
+        message["content"] = [block for block in message["content"] if "SDK_UNKNOWN_MEMBER" not in block]
+        again = call(modelId="m", messages=[*hello, message])
+        if recording.streaming:
+            list(again["stream"])
+
+
+def message_of_events(events: Iterable[Any]) -> dict[str, Any]:
+    """Return the message of a stream of boto3's events, which AWS's documentation joins by hand."""
+    blocks: dict[int, dict[str, Any]] = {}
+    role = ""
+    for event in events:
+        if "messageStart" in event:
+            role = event["messageStart"]["role"]
+        elif "contentBlockStart" in event:
+            begun = event["contentBlockStart"]
+            blocks[begun["contentBlockIndex"]] = dict(begun["start"])
+        elif "contentBlockDelta" in event:
+            piece = event["contentBlockDelta"]
+            _continue(blocks.setdefault(piece["contentBlockIndex"], {}), piece["delta"])
+    return {"role": role, "content": [_block_of(block) for _, block in sorted(blocks.items())]}
+
+
+def _continue(block: dict[str, Any], delta: Mapping[str, Any]) -> None:
+    """Add a delta to a block: texts and bytes go to the end, citations and a tool's results into a list."""
+    for name, value in delta.items():
+        if name == "citation":
+            block.setdefault(name, []).append(value)
+        elif name == "toolResult":
+            block[name].setdefault("content", []).extend(value)
+        elif isinstance(value, Mapping):
+            _continue(block.setdefault(name, {}), value)
+        else:
+            block[name] = block[name] + value if name in block else value
+
+
+def _block_of(block: dict[str, Any]) -> dict[str, Any]:
+    """Return the block that the service takes for one that was joined."""
+    if "toolUse" in block:
+        return {"toolUse": {**block["toolUse"], "input": json.loads(block["toolUse"].get("input") or "{}")}}
+    thought = block.get("reasoningContent", {})
+    if thought and "redactedContent" not in thought:
+        return {"reasoningContent": {"reasoningText": thought}}
+    if "citation" in block:
+        return {"citationsContent": {"content": [{"text": block["text"]}], "citations": block["citation"]}}
+    return block
+
+
 CLIENTS: Mapping[str, Callable[[Recording, str], None]] = {
     "messages": _anthropic,
     "chat": _openai,
     "responses": _responses,
     "gemini": _gemini,
     "ollama": _ollama,
+    "cohere-chat": _cohere,
+    "bedrock": _bedrock,
 }
 """The client of each dialect, by the dialect's name in the recordings."""

@@ -48,6 +48,8 @@ def read(file: Path) -> Recording:
         body = gzip.decompress(base64.b64decode(data["response_wire_b64"]))
     else:
         body = (data["response_body"] or "").encode()
+        if data.get("response_body_encoding") == "base64":
+            body = base64.b64decode(body)
     return Recording(
         name=file.stem,
         dialect=data["dialect"],

@@ -10,7 +10,9 @@ from collections.abc import Iterable, Iterator
 from itertools import count
 from typing import Any
 
+from support import aws
 from support.anthropic import finish
+from support.cohere import USAGE, stream_of
 from support.dialects import sse
 from support.ollama import last, line, ndjson
 from support.recordings import Recording
@@ -588,6 +590,110 @@ def _ollama(name: str, message: dict[str, Any]) -> list[Recording]:
     return _pair(f"ollama-{name}", "ollama", "ollama", last(**message), ndjson(*thought, *said, *called, last()))
 
 
+# Cohere
+
+SOURCE = {"type": "tool", "id": "tide_1:0", "tool_output": {"tide": "4"}}
+FOUND = {"start": 0, "end": 4, "text": "Four", "sources": [SOURCE], "content_index": 0, "type": "TEXT_CONTENT"}
+PLANNED = {"start": 10, "end": 12, "text": "it", "sources": [SOURCE], "type": "PLAN"}
+CALLED = {"id": "tide_1", "type": "function", "function": {"name": "tide", "arguments": '{"port": "Ostend"}'}}
+COHERE: dict[str, dict[str, Any]] = {
+    "plan-and-calls": {
+        "tool_plan": "I look it up.",
+        "tool_calls": [CALLED, {**CALLED, "id": "now_2", "function": {"name": "now", "arguments": "{}"}}],
+    },
+    "thinking-and-call": {
+        "content": [{"type": "thinking", "thinking": "I need the tide."}],
+        "tool_calls": [CALLED],
+    },
+    "thinking-and-text": {
+        "content": [{"type": "thinking", "thinking": "The tide is high at four."}, {"type": "text", "text": "Four."}],
+    },
+    "two-texts": {"content": [{"type": "text", "text": "Four "}, {"type": "text", "text": "o'clock."}]},
+    "citations": {
+        "content": [{"type": "text", "text": "Four o'clock."}],
+        "citations": [FOUND, {**FOUND, "start": 5, "end": 12, "text": "o'clock"}],
+    },
+    "cited-plan": {"tool_plan": "I look up it.", "tool_calls": [CALLED], "citations": [PLANNED]},
+}
+
+
+def _chat_answer(name: str, message: dict[str, Any]) -> list[Recording]:
+    reason = "TOOL_CALL" if "tool_calls" in message else "COMPLETE"
+    answer = {"id": "id_1", "message": {"role": "assistant", **message}, "finish_reason": reason, "usage": USAGE}
+    stream = sse(*stream_of(message, reason), done=True)
+    return _pair(f"cohere-{name}", "cohere-chat", "cohere", answer, stream)
+
+
+# Bedrock
+
+TIDE_CALL = {"toolUseId": "tooluse_1", "name": "tide", "input": {"port": "Ostend"}}
+NOW_CALL = {"toolUseId": "tooluse_2", "name": "now", "input": {}}
+BY_SERVICE = {"toolUseId": "srvtoolu_1", "name": "nova_code_interpreter", "type": "server_tool_use"}
+RESULT = {"toolUseId": "srvtoolu_1", "status": "success", "type": "nova_code_interpreter_result"}
+SOURCE_OF_TIDES = {"title": "Tides", "location": {"documentPage": {"documentIndex": 0, "start": 1, "end": 2}}}
+
+
+def _reasoned(text: str, signature: str | None = None) -> dict[str, Any]:
+    signed = {"signature": signature} if signature else {}
+    return {"reasoningContent": {"reasoningText": {"text": text, **signed}}}
+
+
+def _cited(text: str, *quotes: str) -> dict[str, Any]:
+    citations = [{**SOURCE_OF_TIDES, "sourceContent": [{"text": quote}]} for quote in quotes]
+    return {"citationsContent": {"content": [{"text": text}], "citations": citations}}
+
+
+BEDROCK: dict[str, list[dict[str, Any]]] = {
+    "parallel-calls": [{"toolUse": TIDE_CALL}, {"toolUse": NOW_CALL}],
+    "text-and-call": [{"text": "I look it up."}, {"toolUse": TIDE_CALL}],
+    "typed-call": [{"toolUse": {**TIDE_CALL, "type": "tool_use"}}],
+    "signed-thinking": [_reasoned("I need the tide.", "c2lnMQ=="), {"text": "Four."}],
+    "unsigned-thinking": [_reasoned("I need the tide."), {"text": "Four."}],
+    "redacted-thinking": [
+        {"reasoningContent": {"redactedContent": "RU5DMQ=="}},
+        {"reasoningContent": {"redactedContent": "RU5DMg=="}},
+        _reasoned("", "c2lnMg=="),
+        {"text": "Four."},
+    ],
+    "thinking-and-calls": [
+        _reasoned("I need the port.", "c2lnMw=="),
+        {"text": "First the port."},
+        {"toolUse": TIDE_CALL},
+        _reasoned("And the time.", "c2lnNA=="),
+        {"toolUse": NOW_CALL},
+    ],
+    "thinking-alone": [_reasoned("I need the tide.", "c2lnNQ==")],
+    "two-texts": [{"text": "Four "}, {"text": "o'clock."}],
+    "blank-text": [{"text": "\n"}, {"toolUse": TIDE_CALL}],
+    "citations": [
+        {"text": "It is high at "},
+        _cited("four", "High at 4"),
+        _cited("o'clock", "16:00", "4 pm"),
+        {"text": "."},
+    ],
+    "server-tools": [
+        {"text": "I compute."},
+        {"toolUse": {**BY_SERVICE, "input": {"snippet": "2 + 2"}}},
+        {"toolResult": {**RESULT, "content": [{"json": {"stdOut": "4"}}, {"text": "It is 4."}]}},
+        {"text": "Four."},
+        {"toolUse": NOW_CALL},
+    ],
+    "image": [
+        {"text": "Here it is."},
+        {"image": {"format": "png", "source": {"bytes": PIXEL}}},
+        {"text": "And so on."},
+    ],
+    "unknown-block": [{"text": "See:"}, {"chart": {"points": [1, 2], "note": "up"}}, {"text": "Up."}],
+}
+BLOCKED = {"trace": {"guardrail": {"inputAssessment": {"gr1": {"wordPolicy": {"customWords": []}}}}}}
+
+
+def _converse(name: str, blocks: list[dict[str, Any]], reason: str = "", **more: Any) -> list[Recording]:
+    reason = reason or ("tool_use" if "toolUse" in blocks[-1] else "end_turn")
+    stream = aws.stream(*aws.events_of(blocks, reason, **more))
+    return _pair(f"bedrock-{name}", "bedrock", "bedrock", aws.whole(blocks, reason, **more), stream)
+
+
 ANSWERS: list[Recording] = [
     *(each for name, blocks in MESSAGES.items() for each in _message(f"anthropic-{name}", blocks)),
     *_message("anthropic-pause-turn", PAUSED, "pause_turn"),
@@ -595,4 +701,7 @@ ANSWERS: list[Recording] = [
     *(each for name, items in ITEMS.items() for each in _response(name, items)),
     *(each for name, parts in GEMINI.items() for each in _content(name, parts)),
     *(each for name, message in OLLAMA.items() for each in _ollama(name, message)),
+    *(each for name, message in COHERE.items() for each in _chat_answer(name, message)),
+    *(each for name, blocks in BEDROCK.items() for each in _converse(name, blocks)),
+    *_converse("guardrail", [{"text": "I can't say that."}], "guardrail_intervened", **BLOCKED),
 ]

@@ -1,0 +1,235 @@
+"""Providers for Amazon Bedrock, through its Converse API.
+
+A bearer key authorizes the calls; without one, botocore finds AWS credentials and signs each call (SigV4). botocore is
+imported only then.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import urlsplit
+
+import attrs
+
+from fluxibly._extras import pip_install
+from fluxibly.errors import AuthenticationError, ConfigError, ConnectionFailed
+from fluxibly.providers.addresses import with_address
+from fluxibly.providers.dialects.bedrock import BedrockCodec
+from fluxibly.providers.dialects.codec import Service
+from fluxibly.providers.http import AsyncHTTPProvider, Authorizer, HTTPProvider
+
+if TYPE_CHECKING:
+    import httpx
+    from botocore.credentials import ReadOnlyCredentials
+
+    from fluxibly.config import LLMConfig
+    from fluxibly.providers.http import Key
+
+BEARER_VAR: Final = "AWS_BEARER_TOKEN_BEDROCK"
+URL_VARS: Final = ("AWS_ENDPOINT_URL_BEDROCK_RUNTIME", "AWS_ENDPOINT_URL")
+"""The environment variables with the address, as for AWS's own clients."""
+REGION_VARS: Final = ("AWS_REGION", "AWS_DEFAULT_REGION")
+SIGNED: Final = ("host", "content-type")
+"""The headers that are signed, besides those of AWS (`x-amz-…`). A proxy may change others."""
+
+_ARN: Final = re.compile(r"arn:aws[^:]*:[^:]+:([^:]+):")
+_REGION: Final = re.compile(r"[a-z]{2,5}(-[a-z]+)+-\d+")
+_HOST: Final = re.compile(r"bedrock-runtime[^.]*\.([^.]+)\.")
+_DOMAINS: Final[Mapping[str, str]] = {
+    "cn-": "amazonaws.com.cn",
+    "eusc-": "amazonaws.eu",
+    "us-iso-": "c2s.ic.gov",
+    "us-isob-": "sc2s.sgov.gov",
+    "us-isof-": "csp.hci.ic.gov",
+    "eu-isoe-": "cloud.adc-e.uk",
+}
+"""The domains of AWS's partitions besides `amazonaws.com`, by the beginning of the region."""
+
+SERVICE = Service(framework="bedrock", telemetry_name="aws.bedrock", base_url=None, env_var=BEARER_VAR)
+
+
+def region_of(config: LLMConfig) -> str | None:
+    """Return the region of the calls; None if nothing names it.
+
+    It is the region of the model's ARN, or the setting, or that of an environment variable, of the address, or of the
+    AWS profile.
+
+    Raises:
+        ConfigError: the region is malformed, or the setting and the ARN differ.
+    """
+    found = _ARN.match(config.model)
+    named = None if found is None else found[1]
+    if named and config.region and named != config.region:
+        raise ConfigError(f"region: expected {named!r}, as in the model's ARN, got {config.region!r}")
+    host = _HOST.match(urlsplit(config.api_base or "").hostname or "")
+    region = (
+        named
+        or config.region
+        or next((value for name in REGION_VARS if (value := os.environ.get(name, "").strip())), None)
+        or (host and host[1])
+        or _region_of_profile()
+    )
+    if region and _REGION.fullmatch(region) is None:
+        raise ConfigError(f"region: expected the name of an AWS region, such as 'us-east-1', got {region!r}")
+    return region or None
+
+
+def _region_of_profile() -> str | None:
+    if find_spec("botocore") is None:
+        return None
+    from botocore.exceptions import BotoCoreError
+    from botocore.session import Session
+
+    try:
+        return Session().get_config_variable("region")  # type: ignore[no-any-return]
+    except BotoCoreError:  # the credentials of the profile will say what is wrong with it
+        return None
+
+
+def _with_address(config: LLMConfig) -> LLMConfig:
+    for variable in URL_VARS:
+        config = with_address(config, variable)
+    return config
+
+
+def _service_of(config: LLMConfig, region: str | None, *, signed: bool) -> Service:
+    base_url = None
+    if region is not None:
+        domain = next((domain for start, domain in _DOMAINS.items() if region.startswith(start)), "amazonaws.com")
+        base_url = f"https://bedrock-runtime.{region}.{domain}"
+    elif config.api_base is None or signed:
+        raise ConfigError(
+            f"{SERVICE.framework} needs a region: set region in the config, {REGION_VARS[0]}, or a region in the AWS "
+            "profile (which botocore reads)"
+        )
+    return attrs.evolve(SERVICE, base_url=base_url, env_var=None if signed else BEARER_VAR, key_required=not signed)
+
+
+def _credentials(config: LLMConfig, region: str | None) -> AWSCredentials | None:
+    """Return AWS credentials, unless a key or a header authorizes the calls.
+
+    Raises:
+        ConfigError: there is no key, and botocore is not installed.
+    """
+    if config.api_key is not None or os.environ.get(BEARER_VAR) or "authorization" in map(str.lower, config.headers):
+        return None
+    if find_spec("botocore") is None:
+        raise ConfigError(
+            f"{SERVICE.framework} needs a key: set {BEARER_VAR}, or api_key in the config; AWS credentials need "
+            f"botocore: {pip_install('bedrock')}"
+        )
+    return AWSCredentials(region or "")
+
+
+class AWSCredentials:
+    """The AWS credentials of this process, as botocore finds them: variables, profiles, roles, single sign-on."""
+
+    def __init__(self, region: str) -> None:
+        self._region = region
+        self._found: Any = None
+
+    def __repr__(self) -> str:
+        return f"AWSCredentials({self._region!r})"
+
+    def obtain(self) -> Key:
+        """Return the present credentials. Those that botocore does not renew itself are read again.
+
+        Raises:
+            AuthenticationError: there are no credentials, or they cannot be renewed.
+            ConnectionFailed: the service that gives them cannot be reached.
+        """
+        from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
+        from botocore.session import Session
+
+        try:
+            if not hasattr(self._found, "refresh_needed"):
+                self._found = Session().get_credentials()
+            found = None if self._found is None else self._found.get_frozen_credentials()
+        except HTTPClientError as error:
+            raise ConnectionFailed(
+                f"the AWS credentials cannot be fetched: {error}", provider=SERVICE.framework
+            ) from None
+        except (BotoCoreError, ClientError) as error:
+            raise AuthenticationError(
+                f"the AWS credentials cannot be used: {error}", provider=SERVICE.framework
+            ) from None
+        if found is None or not found.access_key or not found.secret_key:
+            raise AuthenticationError(
+                f"{SERVICE.framework} found no AWS credentials: set {BEARER_VAR}, or configure credentials as for AWS's own "
+                "clients (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, a role, single sign-on)",
+                provider=SERVICE.framework,
+            )
+        return SigV4(found, self._region)
+
+    def is_fresh(self, key: Key) -> bool:
+        """Whether credentials are the present ones, and botocore would not renew them now."""
+        needed = getattr(self._found, "refresh_needed", None)
+        if needed is None:
+            return True
+        # Without a need to renew them, botocore does not block.
+        return not needed() and key == SigV4(self._found.get_frozen_credentials(), self._region)
+
+
+@attrs.frozen
+class SigV4(Authorizer):
+    """AWS credentials that sign requests to Bedrock in a region (Signature Version 4)."""
+
+    credentials: ReadOnlyCredentials = attrs.field(repr=False)
+    region: str
+
+    @property
+    def secrets(self) -> tuple[str, ...]:
+        found = self.credentials
+        return tuple(filter(None, (found.access_key, found.secret_key, found.token)))
+
+    def authorize(self, url: str, headers: Mapping[str, str], body: bytes) -> Mapping[str, str]:
+        from botocore.auth import SigV4Auth
+        from botocore.awsrequest import AWSRequest
+
+        now = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
+        token = self.credentials.token
+        added = {"x-amz-date": now} | ({"x-amz-security-token": token} if token else {})
+        signed = {name: value for name, value in headers.items() if name in SIGNED or name.startswith("x-amz-")} | added
+        request = AWSRequest("POST", url, headers=signed, data=body)
+        request.context["timestamp"] = now
+        auth = SigV4Auth(self.credentials, "bedrock", self.region)
+        # `add_auth` would log the token.
+        signature = auth.signature(auth.string_to_sign(request, auth.canonical_request(request)), request)
+        names = auth.signed_headers(auth.headers_to_sign(request))
+        value = f"AWS4-HMAC-SHA256 Credential={auth.scope(request)}, SignedHeaders={names}, Signature={signature}"
+        return {**added, "authorization": value}
+
+
+class BedrockProvider(HTTPProvider):
+    """Provider for Amazon Bedrock: any model that its Converse API serves.
+
+    A bearer key (`api_key`, or AWS_BEARER_TOKEN_BEDROCK) authorizes the calls. Without it they are signed with the AWS
+    credentials that botocore finds. The region is that of the model's ARN, or `region`, or AWS_REGION, or that of the
+    AWS profile.
+
+    Raises:
+        ConfigError: the region is unknown; or there is no key, and botocore is not installed.
+    """
+
+    def __init__(self, config: LLMConfig, *, transport: httpx.BaseTransport | None = None) -> None:
+        config = _with_address(config)
+        region = region_of(config)
+        credentials = _credentials(config, region)
+        service = _service_of(config, region, signed=credentials is not None)
+        super().__init__(BedrockCodec(), service, config, transport=transport, credentials=credentials)
+
+
+class AsyncBedrockProvider(AsyncHTTPProvider):
+    """Asynchronous variant of `BedrockProvider`."""
+
+    def __init__(self, config: LLMConfig, *, transport: httpx.AsyncBaseTransport | None = None) -> None:
+        config = _with_address(config)
+        region = region_of(config)
+        credentials = _credentials(config, region)
+        service = _service_of(config, region, signed=credentials is not None)
+        super().__init__(BedrockCodec(), service, config, transport=transport, credentials=credentials)
