@@ -15,7 +15,7 @@ EXTRAS: Final[Mapping[str, tuple[str, ...]]] = {
     "langchain": ("langchain", "langchain-openai", "langchain-anthropic"),
     "litellm": ("litellm[mcp]",),
     "bedrock": ("botocore",),
-    "vertex": ("google-auth",),
+    "vertex": ("google-auth[requests]",),
     "schema": ("jsonschema",),
     "brotli": ("brotli",),
 }

@@ -152,7 +152,7 @@ def test_underscored_modules_are_private(module):
             assert module.startswith(holder), f"{module} must not import {name}"
 
 
-HEAVY = "anyio cattrs httpcore httpx langchain_core litellm msgspec openai opentelemetry rich trio typer xllamacpp yaml"
+HEAVY = "anyio botocore cattrs google httpcore httpx langchain_core litellm msgspec openai opentelemetry rich trio typer xllamacpp yaml"
 
 
 @pytest.mark.parametrize("module", ["fluxibly", "fluxibly.middleware", "fluxibly.testing"])

@@ -181,7 +181,7 @@ class GoogleCredentials:
             raise _failure(error, found) from None
 
     def is_fresh(self, key: Key) -> bool:
-        """Whether a token is valid for some minutes more. google-auth knows that of the newest one."""
+        """Whether a token is the newest one, and valid for some minutes more."""
         return isinstance(key, Token) and key.token == self._found.token and bool(self._found.valid)
 
 

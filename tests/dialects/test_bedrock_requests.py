@@ -509,6 +509,7 @@ def test_formats_by_suffix(kind: type, suffix: str, form: str) -> None:
         (Audio(data=b"x", media_type="audio/midi"), "audio: expected one of aac"),
         (Audio(data=b"x", media_type="text/plain"), "audio: expected one of aac"),
         (Image(url="s3://tides-bucket/image"), "got 'no media type'"),
+        (Document(url="s3://tides-bucket/a.pdf", media_type="application/zip"), "got 'application/zip'"),
     ],
 )
 def test_refused_media(media: Any, said: str) -> None:
@@ -564,6 +565,7 @@ def test_names_of_documents() -> None:
 def test_names_of_documents_are_unique() -> None:
     """The service wants each name only once in a conversation, also in tools' results."""
     assert names_of("a.pdf", "a", "a (2)", "a", result="a.txt") == ["a", "a (2)", "a (2) (2)", "a (3)", "a (4)"]
+    assert names_of("x" * 199 + " y")[0] == "x" * 199
     long = "x" * 195 + " yyyyyyy"
     assert names_of(long, long, result=long) == [long[:200], "x" * 195 + " (2)", "x" * 195 + " (3)"]
 

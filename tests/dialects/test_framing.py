@@ -409,6 +409,21 @@ class TestAWSEventStreams:
             assert f"more than {len(message):,} bytes" in str(error)
             assert not error.retryable
 
+    def test_many_kinds_of_headers(self) -> None:
+        """Each message has its own headers, however many kinds there are, and they take no memory after it."""
+        names = [f"{number:04d}" + "x" * 400 for number in range(2_000)]
+        stream = make_framing("aws")
+        assert stream.feed(aws.event("a", 1) * 2) == [Event(b"1", "a")] * 2
+        tracemalloc.start()
+        for name in names:
+            assert stream.feed(aws.event(name, 1) * 2 + aws.exception(name, 2)) == [
+                *[Event(b"1", name)] * 2,
+                Event(b"2", f"exception:{name}"),
+            ]
+        kept = tracemalloc.get_traced_memory()[0]
+        tracemalloc.stop()
+        assert kept < 200_000
+
     def test_the_limit_applies_before_the_message_is_read(self) -> None:
         """The length that a message claims is refused at once, before anything of the message is kept."""
         stream = make_framing("aws")

@@ -346,6 +346,12 @@ def test_beginnings(stream: bytes) -> None:
     assert (response.text, response.finish_reason) == ("Hi", "stop")
 
 
+def test_what_comes_after_the_end() -> None:
+    """A stream of Claude's ends with its last event, whatever comes after it."""
+    whole = sse(start(), *text_block("Hi"), *finish("end_turn"))
+    assert streamed(CODEC, whole + sse(OVERLOADED)) == streamed(DIRECT["messages"], whole)
+
+
 # Errors
 
 GOOGLE = {"error": {"code": 429, "message": "Resource exhausted.", "status": "RESOURCE_EXHAUSTED"}}

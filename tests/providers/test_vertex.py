@@ -86,6 +86,23 @@ def server() -> Iterator[Google]:
         yield found
 
 
+@pytest.fixture
+def account(server: Google, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Google:
+    """Let google-auth find a service account whose tokens come from the server."""
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(service_account(tmp_path, server.url)))
+    return server
+
+
+@pytest.fixture
+def user(server: Google, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Google:
+    """Let google-auth find a user's login. It asks Google for the tokens of every login, and here the server."""
+    from google.oauth2 import credentials
+
+    monkeypatch.setattr(credentials, "_GOOGLE_OAUTH2_TOKEN_ENDPOINT", f"{server.url}/token")
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(authorized_user(tmp_path, quota_project_id="q-1")))
+    return server
+
+
 def config(**settings: Any) -> LLMConfig:
     return LLMConfig(**{"framework": "vertex", "model": GEMINI, "max_retries": 0, **settings})
 
@@ -227,24 +244,22 @@ def camel(value: Any) -> Any:
 
 class TestOfficialClients:
     @pytest.mark.parametrize("stream", [False, True])
-    def test_google_genai(self, server: Google, stream: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def test_google_genai(self, account: Google, stream: bool, monkeypatch: pytest.MonkeyPatch) -> None:
         """For the same conversation, google-genai sends the same request with the same authority."""
         genai = pytest.importorskip("google.genai")
         from google.oauth2.credentials import Credentials
 
         credentials = Credentials(f"{TOKEN}-1", quota_project_id="q-1")
-        options = {"base_url": server.url, "client_args": PLAIN}
+        options = {"base_url": account.url, "client_args": PLAIN}
         client = genai.Client(
             vertexai=True, project="p-1", location="us-central1", credentials=credentials, http_options=options
         )
         call = client.models.generate_content_stream if stream else client.models.generate_content
         list(call(model=GEMINI, contents=GENAI, config=GENAI_CONFIG))
         client.close()
-
-        monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(service_account(tmp_path, server.url)))
         monkeypatch.setenv("GOOGLE_CLOUD_QUOTA_PROJECT", "q-1")
-        ask(reaching(server), MODES[3 if stream else 0], CONVERSATION, **ASKED, **SAMPLING)
-        theirs, ours = server.seen
+        ask(reaching(account), Mode(stream), CONVERSATION, **ASKED, **SAMPLING)
+        theirs, ours = account.seen
         assert (ours.method, ours.target) == (theirs.method, theirs.target)
         assert ours.body == camel(theirs.body)
         assert authority(ours) == authority(theirs)
@@ -281,9 +296,7 @@ class TestOfficialClients:
 
     @pytest.mark.parametrize("stream", [False, True])
     @pytest.mark.parametrize("model", [CLAUDE, "claude-opus-4-6"])
-    def test_anthropic(
-        self, server: Google, stream: bool, model: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-    ) -> None:
+    def test_anthropic(self, account: Google, stream: bool, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
         """For the same conversation, AnthropicVertex sends the same request with the same authority.
 
         Its second major version names a newer version of the API, which the codec of Anthropic's dialect does not speak.
@@ -301,7 +314,7 @@ class TestOfficialClients:
             region="us-central1",
             project_id="p-1",
             access_token=f"{TOKEN}-1",
-            base_url=f"{server.url}/v1",
+            base_url=f"{account.url}/v1",
             max_retries=0,
             http_client=anthropic.DefaultHttpxClient(**PLAIN),
         ) as client:
@@ -324,10 +337,9 @@ class TestOfficialClients:
                 **({"stream": True} if stream else {}),
             )
             list(made)
-        monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(service_account(tmp_path, server.url)))
         monkeypatch.setenv("GOOGLE_CLOUD_QUOTA_PROJECT", "q-1")
-        ask(reaching(server, model=model), MODES[3 if stream else 0], CONVERSATION, **ASKED)
-        theirs, ours = server.seen
+        ask(reaching(account, model=model), Mode(stream), CONVERSATION, **ASKED)
+        theirs, ours = account.seen
         assert (ours.method, ours.target) == (theirs.method, theirs.target)
         assert (
             ours.target == f"/v1/{PLACE}/publishers/anthropic/models/{model}:{'streamRawP' if stream else 'rawP'}redict"
@@ -606,33 +618,35 @@ class TestKeys:
 
     @modes
     @pytest.mark.parametrize("name", ["Authorization", "X-Goog-Api-Key"])
-    def test_an_authorization_of_the_configuration(
-        self, server: Google, mode: Mode, name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-    ) -> None:
+    def test_an_authorization_of_the_configuration(self, account: Google, mode: Mode, name: str) -> None:
         """A header of one's own takes the place of the key and of the credentials, which are not looked for."""
-        monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(service_account(tmp_path, server.url)))
         for settings in ({"api_key": TOKEN}, {"api_key": API_KEY}, {}):
-            texts_of(reaching(server, headers={name: "own 0123456789"}, **settings), mode)
-            seen = server.seen[-1]
+            texts_of(reaching(account, headers={name: "own 0123456789"}, **settings), mode)
+            seen = account.seen[-1]
             assert authority(seen) == {"content-type": "application/json", name.lower(): "own 0123456789"}
             assert seen.target.startswith(f"/v1beta1/{PLACE}/")
-        assert not server.asked
+        assert not account.asked
+
+    @pytest.mark.parametrize("key", [None, API_KEY])
+    def test_the_path_follows_the_header(self, key: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+        """With a header in place of an API key, the project of the environment counts."""
+        monkeypatch.setenv("GOOGLE_CLOUD_PROJECT", "p-env")
+        monkeypatch.setenv("GOOGLE_API_KEY", API_KEY)
+        sent = request_of(config(api_key=key, headers={"authorization": "Bearer mine"}))
+        assert sent.url.path.startswith("/v1beta1/projects/p-env/locations/global/")
+        assert "x-goog-api-key" not in sent.headers
 
     @modes
-    def test_an_authorization_of_the_call(
-        self, server: Google, mode: Mode, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-    ) -> None:
+    def test_an_authorization_of_the_call(self, account: Google, mode: Mode) -> None:
         """A call with an authorization of its own needs no token."""
-        monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(service_account(tmp_path, server.url)))
-        ask(reaching(server), mode, "Hi", headers={"Authorization": "Bearer mine"})
-        assert authority(server.seen[0]) == {"content-type": "application/json", "authorization": "Bearer mine"}
-        assert not server.asked
+        ask(reaching(account), mode, "Hi", headers={"Authorization": "Bearer mine"})
+        assert authority(account.seen[0]) == {"content-type": "application/json", "authorization": "Bearer mine"}
+        assert not account.asked
 
-    def test_an_empty_key_is_none(self, server: Google, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def test_an_empty_key_is_none(self, account: Google) -> None:
         """With an empty key, as an unset variable gives it, the credentials count."""
-        monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(service_account(tmp_path, server.url)))
-        assert texts_of(reaching(server, api_key=""), MODES[0]) == ["Hello é"]
-        assert server.bearers == ["1"]
+        assert texts_of(reaching(account, api_key=""), MODES[0]) == ["Hello é"]
+        assert account.bearers == ["1"]
 
 
 def refusing_first(seen: Seen) -> Reply:
@@ -643,23 +657,6 @@ def refusing_first(seen: Seen) -> Reply:
 
 
 # Credentials
-
-
-@pytest.fixture
-def account(server: Google, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Google:
-    """Let google-auth find a service account whose tokens come from the server."""
-    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(service_account(tmp_path, server.url)))
-    return server
-
-
-@pytest.fixture
-def user(server: Google, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Google:
-    """Let google-auth find a user's login. It asks Google for the tokens of every login, and here the server."""
-    from google.oauth2 import credentials
-
-    monkeypatch.setattr(credentials, "_GOOGLE_OAUTH2_TOKEN_ENDPOINT", f"{server.url}/token")
-    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(authorized_user(tmp_path, quota_project_id="q-1")))
-    return server
 
 
 class Clock:
@@ -779,17 +776,22 @@ with LLM(config) as llm:
         self, server: Google, project: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:
         """Credentials without a project leave it to the settings."""
-        file = service_account(tmp_path, server.url, project_id=project, quota_project_id=5)
+        file = service_account(tmp_path, server.url, project_id=project)
         monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(file))
         with pytest.raises(ConfigError, match="vertex needs a project: set project"):
             VertexProvider(config())
         assert texts_of(reaching(server), MODES[0]) == ["Hello é"]
 
+    @pytest.mark.parametrize("project", [None, 5, [], ""])
+    def test_no_project_whose_quota_is_used(self, user: Google, project: Any, tmp_path: Path) -> None:
+        """A login whose project is none sends no header. (`user` has written a file, which this one replaces.)"""
+        authorized_user(tmp_path, quota_project_id=project, client_id="not the client of gcloud")
+        assert texts_of(reaching(user), MODES[0]) == ["Hello é"]
+        assert "x-goog-user-project" not in user.seen[0].headers
+
     def test_none(self) -> None:
         """Without credentials, making the provider fails if it needs their project, and else the first call does."""
-        said = (
-            "^vertex found no Google credentials: Your default credentials were not found.*give an API key or a token"
-        )
+        said = "vertex found no Google credentials: Your default credentials were not found.*give an API key or a token"
         for provider in (VertexProvider, AsyncVertexProvider):
             with pytest.raises(AuthenticationError, match=said) as caught:
                 provider(config())
@@ -813,7 +815,7 @@ with LLM(config) as llm:
         file = tmp_path / "credentials.json"
         file.write_bytes(text.encode(errors="surrogateescape"))
         monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(file))
-        with pytest.raises(AuthenticationError, match=r"^vertex found no Google credentials: ") as caught:
+        with pytest.raises(AuthenticationError, match=r"vertex found no Google credentials: ") as caught:
             VertexProvider(config())
         assert "SECRET" not in f"{caught.value!r} {vars(caught.value)}"
 
@@ -937,13 +939,13 @@ class TestRenewal:
                     account.waiting.clear()
                     with anyio.fail_after(5), anyio.CancelScope() as scope:
                         async with anyio.create_task_group() as group:
-                            group.start_soon(_awaiting, call)
+                            group.start_soon(consume, call)
                             await anyio.to_thread.run_sync(account.waiting.wait, 10)
                             scope.cancel()
                 account.held = False
                 return await llm.forward("Hi")
 
-        async def _awaiting(call: Any) -> None:
+        async def consume(call: Any) -> None:
             found = call("Hi")
             if hasattr(found, "__aiter__"):
                 async for _ in found:
@@ -1023,7 +1025,7 @@ class TestFailures:
         user.token_reply = lambda _: (400, JSON, json.dumps(body).encode())
         with pytest.raises(AuthenticationError) as caught:
             texts_of(reaching(user), mode, 1, Retry(max_retries=2, base_delay=0))
-        message = "the Google credentials give no token: invalid_grant: Token *** has been expired or revoked."
+        message = "vertex (gemini-2.5-flash): the Google credentials give no token: invalid_grant: Token *** has been expired or revoked."
         assert str(caught.value) == message
         assert (caught.value.provider, caught.value.retryable) == ("vertex", False)
         assert (len(user.asked), len(user.seen)) == (1, 0)
@@ -1044,7 +1046,7 @@ class TestFailures:
         """A connection that is cut is a failure of the network, which `Retry` tries again."""
         account.token_reply = lambda _: None
         with pytest.raises(
-            ConnectionFailed, match=rf"^the token of Google cannot be fetched: .*{account.url}/token"
+            ConnectionFailed, match=rf"the token of Google cannot be fetched: .*{account.url}/token"
         ) as caught:
             texts_of(reaching(account), mode)
         assert (caught.value.provider, caught.value.retryable) == ("vertex", True)
@@ -1205,7 +1207,7 @@ def test_without_google_auth(package: str, server: Google, monkeypatch: pytest.M
     for name in [name for name in sys.modules if name == package or name.startswith(f"{package}.")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(sys, "meta_path", [Hidden(package), *sys.meta_path])
-    said = r"^vertex needs Google credentials, and so google-auth: pip install google-auth \(or give an API key"
+    said = r"^vertex needs Google credentials, and so google-auth: pip install 'google-auth\[requests\]' \(or give an API key"
     for settings in ({}, {"project": "p-1"}):
         for provider in (VertexProvider, AsyncVertexProvider):
             with pytest.raises(ConfigError, match=said):

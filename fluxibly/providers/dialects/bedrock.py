@@ -19,7 +19,8 @@ from fluxibly import errors
 from fluxibly._checks import kind_of
 from fluxibly._formats import SchemaFormat
 from fluxibly.errors import ProviderError
-from fluxibly.providers.dialects.anthropic import TEXT_TYPES, thinking_of
+from fluxibly.providers.dialects.anthropic import thinking_of
+from fluxibly.providers.dialects.bedrock_media import KINDS, NAME, MediaBlocks
 from fluxibly.providers.dialects.codec import Encoded, Event, Framing
 from fluxibly.providers.dialects.decoding import (
     PendingFields,
@@ -36,7 +37,6 @@ from fluxibly.providers.dialects.encoding import (
     is_thinking_block,
     joined_turns,
     json_of,
-    media_data,
     reject_unsupported,
     sent_arguments,
     system_texts,
@@ -47,7 +47,6 @@ from fluxibly.providers.dialects.json_values import as_array, as_count, as_objec
 from fluxibly.types import (
     Chunk,
     ContentPart,
-    Document,
     Image,
     Media,
     Message,
@@ -64,7 +63,6 @@ from fluxibly.types import (
     parse_arguments,
 )
 
-NAME = "Bedrock"
 DIALECT = "bedrock"
 """The dialect of opaque parts that go back to this service."""
 DETAILS = ("additionalModelResponseFields", "metrics", "performanceConfig", "serviceTier", "trace")
@@ -252,7 +250,7 @@ class _Block:
         fields, given = self.fields, "".join(self.pieces)
         match self.kind:
             case "text":
-                return {"citationsContent": {"content": [{"text": given}] if given else [], **fields}}
+                return {"citationsContent": {"content": [{"text": given}], **fields}}
             case "reasoningContent":
                 return {"reasoningContent": {"reasoningText": {"text": given, **fields}}}
             case "redactedContent":
@@ -320,7 +318,7 @@ class BedrockDecoder:
             case "contentBlockStop":
                 return self._held.flush() if self._finish(_index(data)) else ()
             case "messageStop":
-                return self._stop_message(data)
+                self._stop_message(data)
             case "metadata":
                 self._done = self._stopped
                 self._held.add(
@@ -330,7 +328,8 @@ class BedrockDecoder:
                 )
                 return self._held.flush() if self._done else ()
             case _:
-                return ()  # `messageStart` has only the role; unknown events are ignored
+                pass  # `messageStart` has only the role; unknown events are ignored
+        return ()
 
     def end(self) -> Iterable[Chunk]:
         yield from self._held.flush()
@@ -358,7 +357,7 @@ class BedrockDecoder:
     def _open(self, index: int, block: _Block) -> _Block:
         """Begin a block. It ends the block before it, if no event did. Only calls go on beside other blocks."""
         for number, before in list(self._blocks.items()):
-            if number == index or before.call is None:
+            if before.call is None:
                 self._finish(number)
         if self._after_text and block.kind == "text":
             self._held.add(parts=(Text(""),))
@@ -395,10 +394,7 @@ class BedrockDecoder:
             case "reasoningContent":
                 text = as_text(fields.get("text"))
                 block.pieces.append(sealed or text)
-                join_fields(
-                    block.fields,
-                    {key: field for key, field in fields.items() if key not in ("text", "redactedContent")},
-                )
+                join_fields(block.fields, {key: field for key, field in fields.items() if key != "text"})
                 return self._held.emit(reasoning=text) if text else ()
             case "image":
                 piece = as_text(as_object(fields.get("source")).get("bytes"))
@@ -414,17 +410,17 @@ class BedrockDecoder:
         if block is None or block.call is not None:
             return False
         if block.kind == "text":
-            cited = "citations" in block.fields
-            if cited:
+            self._after_text = True
+            if "citations" in block.fields:
                 self._held.add(parts=(Text("", raw=block.whole()),))
-            self._after_text = not cited
             return False
         part = _other_part(block.whole())
         self._held.add(parts=(part,))
         return not isinstance(part, Reasoning)
 
-    def _stop_message(self, data: dict[str, Any]) -> Iterable[Chunk]:
-        due = [self._finish(index) for index in list(self._blocks)]
+    def _stop_message(self, data: dict[str, Any]) -> None:
+        for number in list(self._blocks):
+            self._finish(number)
         self._stopped = True
         reason = as_text(data.get("stopReason")) or None
         self._held.add(
@@ -432,7 +428,6 @@ class BedrockDecoder:
             raw_finish_reason=reason,
             details=_details(data) or None,
         )
-        return self._held.flush() if any(due) else ()
 
 
 _EVENTS: Final = ("contentBlockStart", "contentBlockStop", "messageStop", "metadata")
@@ -528,58 +523,6 @@ def _message_in(payload: dict[str, Any]) -> str:
 
 _FOREIGN_IN_ID: Final = re.compile(r"[^a-zA-Z0-9_.:-]")
 _LONGEST_ID: Final = 64
-_IMAGES: Final[Mapping[str, str]] = {"image/jpg": "jpeg"} | {f"image/{f}": f for f in ("png", "jpeg", "gif", "webp")}
-_OFFICE: Final = "application/vnd.openxmlformats-officedocument."
-_DOCUMENTS: Final[Mapping[str, str]] = {
-    "application/pdf": "pdf",
-    "application/msword": "doc",
-    "application/vnd.ms-excel": "xls",
-    f"{_OFFICE}wordprocessingml.document": "docx",
-    f"{_OFFICE}spreadsheetml.sheet": "xlsx",
-    "text/csv": "csv",
-    "text/html": "html",
-    "text/markdown": "md",
-    **dict.fromkeys(TEXT_TYPES, "txt"),
-}
-"""The service's names of document formats. Other text is "txt"."""
-_VIDEOS: Final[Mapping[str, str]] = {
-    "video/3gpp": "three_gp",
-    "video/mp4": "mp4",
-    "video/mpeg": "mpeg",
-    "video/quicktime": "mov",
-    "video/webm": "webm",
-    "video/x-flv": "flv",
-    "video/x-matroska": "mkv",
-    "video/x-ms-wmv": "wmv",
-}
-_SOUNDS: Final[Mapping[str, str]] = {
-    "audio/aac": "aac",
-    "audio/flac": "flac",
-    "audio/m4a": "m4a",
-    "audio/mp3": "mp3",
-    "audio/mp4": "m4a",
-    "audio/mpeg": "mp3",
-    "audio/ogg": "ogg",
-    "audio/opus": "opus",
-    "audio/wav": "wav",
-    "audio/wave": "wav",
-    "audio/webm": "webm",
-    "audio/x-flac": "flac",
-    "audio/x-m4a": "m4a",
-    "audio/x-wav": "wav",
-}
-_FORMATS: Final[Mapping[str, Mapping[str, str]]] = {
-    "image": _IMAGES,
-    "document": _DOCUMENTS,
-    "video": _VIDEOS,
-    "audio": _SOUNDS,
-}
-"""The formats of each kind of block, by media type. The `raw` of media from this dialect has the kind as its field."""
-_SUFFIXES: Final[Mapping[str, str]] = {"3gp": "three_gp", "htm": "html", "jpg": "jpeg", "mpg": "mpeg"}
-"""The formats of files whose suffix is not the name of their format."""
-_NOT_IN_NAME: Final = re.compile(r"[^a-zA-Z0-9()\[\]-]+")
-"""The characters that the name of a document does not have, except for single spaces."""
-_LONGEST_NAME: Final = 200
 _CACHE_POINT: Final[Mapping[str, Any]] = {"type": "default"}
 
 
@@ -614,12 +557,12 @@ def encode_body(request: Request) -> dict[str, Any]:
 
 
 class _Encoder:
-    """The messages of a request in the making. The service wants each call's id and each document's name only once."""
+    """The messages of a request in the making."""
 
     def __init__(self, request: Request) -> None:
         self._request = request
         self._ids = CallIds(_FOREIGN_IN_ID, _LONGEST_ID)
-        self._names: set[str] = set()
+        self._media = MediaBlocks(request)
 
     def blocks(self, message: Message) -> list[dict[str, Any]]:
         if message.role == "tool":
@@ -632,13 +575,13 @@ class _Encoder:
         if isinstance(part, Text):
             return _text_blocks(part)
         if isinstance(part, Media):
-            if message.role == "assistant" and _FORMATS.keys().isdisjoint(part.raw or {}):
+            if message.role == "assistant" and KINDS.isdisjoint(part.raw or {}):
                 raise bad_request(
                     self._request,
                     f"expected media only in a user's message or a tool's result for {NAME}, got {kind_of(part)} in an "
                     "assistant's message; leave it out, or describe it in text",
                 )
-            return [self._media(part), *_cache_point(part)]
+            return [self._media.block(part), *_cache_point(part)]
         if isinstance(part, ToolCall):
             call = {"toolUseId": self._ids.new(part.id), "name": part.name, "input": sent_arguments(part)}
             return [{"toolUse": {**as_object((part.raw or {}).get("toolUse")), **call}}]
@@ -658,59 +601,12 @@ class _Encoder:
     def _result_blocks(self, part: ContentPart) -> list[dict[str, Any]]:
         if isinstance(part, Text):
             return [{"text": part.text}] if part.text.strip() else []
-        block = self._media(part)
+        block = self._media.block(part)
         if "audio" in block:
             raise bad_request(
                 self._request, f"expected text, images, documents and video in a tool's result for {NAME}, got Audio"
             )
         return [block]
-
-    def _media(self, media: Media) -> dict[str, Any]:
-        """Return the block of an image, a document, a video or audio."""
-        found = media_data(media)
-        if found is None and not (media.url or "").startswith("s3://"):
-            raise bad_request(
-                self._request, f"expected bytes, a data URL or an s3:// address of media for {NAME}, got another URL"
-            )
-        kind = (found[0] if found else media.media_type or "").partition(";")[0].strip().lower()
-        name, form = self._format(media, kind)
-        source = {"bytes": found[1]} if found else {"s3Location": {"uri": media.url}}
-        fields: dict[str, Any] = {**as_object((media.raw or {}).get(name)), "format": form, "source": source}
-        if name == "document":
-            fields["name"] = self._name(as_text(getattr(media, "name", None)), form)
-        return {name: fields}
-
-    def _format(self, media: Media, kind: str) -> tuple[str, str]:
-        """Return the name of the block that holds media, and that of their format, by media type or else by suffix."""
-        suffix = "" if kind else (media.url or "").rpartition(".")[2].lower()
-        names = (
-            ["document", "video"] if isinstance(media, Document) else ["image" if isinstance(media, Image) else "audio"]
-        )
-        for name in names:
-            formats = _FORMATS[name]
-            if kind in formats:
-                return name, formats[kind]
-            if (form := _SUFFIXES.get(suffix, suffix)) in formats.values():
-                return name, form
-        if kind.startswith("text/") and isinstance(media, Document):
-            return "document", "txt"
-        known = ", ".join(dict.fromkeys(form for name in names for form in _FORMATS[name].values()))
-        raise bad_request(
-            self._request, f"{names[0]}: expected one of {known} for {NAME}, got {kind or 'no media type'!r}"
-        )
-
-    def _name(self, given: str, form: str) -> str:
-        """Return the name of a document as the service accepts it, without the suffix that repeats its format."""
-        stem, _, suffix = given.rpartition(".")
-        words = _NOT_IN_NAME.sub(" ", stem if suffix.lower() == form else given).split()
-        plain = " ".join(words)[:_LONGEST_NAME].rstrip() or "document"
-        name, number = plain, 1
-        while name in self._names:
-            number += 1
-            end = f" ({number})"
-            name = plain[: _LONGEST_NAME - len(end)].rstrip() + end
-        self._names.add(name)
-        return name
 
 
 def _text_blocks(text: Text) -> list[dict[str, Any]]:

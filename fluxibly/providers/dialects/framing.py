@@ -287,6 +287,10 @@ _SHORT: Final = struct.Struct(">H")
 _MAX_HEADERS: Final = 128 * 1024
 _HEADER_SIZES: Final[Mapping[int, int]] = {0: 0, 1: 0, 2: 1, 3: 2, 4: 4, 5: 8, 8: 8, 9: 16}
 """The sizes of the header values that have no length of their own, by type: booleans, integers, a time, a UUID."""
+_KNOWN: Final = 32
+"""Maximum number of different headers that are kept."""
+_MAX_KNOWN: Final = 512
+"""Maximum number of bytes of headers that are kept."""
 _BYTES: Final = 6
 _STRING: Final = 7
 
@@ -304,6 +308,8 @@ class AWSEventStream:
         self._buffer = bytearray()
         self._length = 0
         """The length of the message in progress; 0 until its prelude is complete."""
+        self._known: dict[bytes, dict[str, str]] = {}
+        """Headers that were read before: all messages of an event have the same, byte for byte."""
         self._failure: StreamProtocolError | None = None
         self.kept_alive = False
 
@@ -320,7 +326,7 @@ class AWSEventStream:
                     message = bytes(buffer[: self._length])
                     del buffer[: self._length]
                     self._length = 0
-                    events.append(_aws_event(message))
+                    events.append(self._event(message))
                 else:
                     self._length = self._length_of(buffer)
         except StreamProtocolError as error:
@@ -357,22 +363,26 @@ class AWSEventStream:
             )
         return length
 
-
-def _aws_event(message: bytes) -> Event:
-    """Return the event in a whole message."""
-    (checksum,) = _CHECKSUM.unpack_from(message, len(message) - _CHECKSUM.size)
-    if crc32(message[: -_CHECKSUM.size]) != checksum:
-        raise StreamProtocolError("expected a valid checksum of a message in the event stream, got another")
-    _, size, _ = _PRELUDE.unpack_from(message)
-    end = _PRELUDE.size + size
-    headers = _aws_headers(message[_PRELUDE.size : end])
-    data = message[end : -_CHECKSUM.size]
-    kind = headers.get(":message-type", "event")
-    if kind == "exception":
-        return Event(data, f"exception:{headers.get(':exception-type', '')}")
-    if kind == "error":
-        return Event(headers.get(":error-message", "").encode(), f"error:{headers.get(':error-code', '')}")
-    return Event(data, headers.get(":event-type", ""))
+    def _event(self, message: bytes) -> Event:
+        """Return the event in a whole message."""
+        (checksum,) = _CHECKSUM.unpack_from(message, len(message) - _CHECKSUM.size)
+        if crc32(message[: -_CHECKSUM.size]) != checksum:
+            raise StreamProtocolError("expected a valid checksum of a message in the event stream, got another")
+        _, size, _ = _PRELUDE.unpack_from(message)
+        end = _PRELUDE.size + size
+        block = message[_PRELUDE.size : end]
+        headers = self._known.get(block)
+        if headers is None:
+            headers = _aws_headers(block)
+            if len(self._known) < _KNOWN and size <= _MAX_KNOWN:
+                self._known[block] = headers
+        data = message[end : -_CHECKSUM.size]
+        kind = headers.get(":message-type", "event")
+        if kind == "exception":
+            return Event(data, f"exception:{headers.get(':exception-type', '')}")
+        if kind == "error":
+            return Event(headers.get(":error-message", "").encode(), f"error:{headers.get(':error-code', '')}")
+        return Event(data, headers.get(":event-type", ""))
 
 
 def _aws_headers(block: bytes) -> dict[str, str]:

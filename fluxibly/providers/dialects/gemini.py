@@ -108,7 +108,7 @@ class GeminiCodec:
         method = "streamGenerateContent" if stream else "generateContent"
         query = "?alt=sse" if stream else ""
         body = write_json(encode_body(request), request)
-        return Encoded(f"/{quote(model)}:{method}{query}", body)
+        return Encoded(f"/{quote(model, errors='replace')}:{method}{query}", body)
 
     def decode(self, body: bytes, /) -> Response:
         raw = read_json(body)

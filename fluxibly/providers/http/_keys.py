@@ -148,8 +148,10 @@ class LoopKeys(Keys):
         if inspect.iscoroutinefunction(give) or inspect.iscoroutinefunction(call):
             key = give()
         else:
-            # In a list, because trio refuses a function that returns a coroutine. A cancelled call does not wait for it.
-            (key,) = await anyio.to_thread.run_sync(lambda: [give()], abandon_on_cancel=True)
+            # In a list, because trio refuses a function that returns a coroutine. A cancelled call does not wait for it,
+            # and a limiter of its own leaves the program's threads to the program.
+            alone = anyio.CapacityLimiter(1)
+            (key,) = await anyio.to_thread.run_sync(lambda: [give()], abandon_on_cancel=True, limiter=alone)
         return await key if inspect.isawaitable(key) else key
 
 

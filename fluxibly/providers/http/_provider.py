@@ -37,6 +37,16 @@ if TYPE_CHECKING:
     from fluxibly.types import Chunk, Request, Response
 
 
+async def find_key(endpoint: Endpoint, keys: Keys, request: Request) -> None:
+    """Find the key of a request, unless the request has an authorization of its own."""
+    if endpoint.authorized_by(request):
+        return
+    try:
+        await keys.find()
+    except ProviderError as error:
+        raise endpoint.completed_with(error, request) from error.__cause__
+
+
 async def worth_resending(
     endpoint: Endpoint, keys: Keys | None, outgoing: Outgoing, request: Request, error: Exception
 ) -> bool:
@@ -133,8 +143,8 @@ class _Stream:
     async def _open(self, *, again: bool = False) -> Exchange:
         """Send the request, and take the head of the response."""
         endpoint = self._endpoint
-        if self._keys is not None and not endpoint.authorized_by(self._request):
-            await self._keys.find()
+        if self._keys is not None:
+            await find_key(endpoint, self._keys, self._request)
         outgoing, limits = self._prepare()
         exchange = await self._sender.send(outgoing, limits)
         try:
@@ -281,8 +291,8 @@ class _Shell:
 
     async def _complete(self, request: Request, *, again: bool = False) -> Response:
         endpoint = self._endpoint
-        if self._keys is not None and not endpoint.authorized_by(request):
-            await self._keys.find()
+        if self._keys is not None:
+            await find_key(endpoint, self._keys, request)
         self._check_open()
         outgoing = endpoint.outgoing(request, stream=False)
         limits = endpoint.limits(stream=False)
