@@ -239,7 +239,9 @@ class TestQuirks:
 
     def test_another_framework_has_none(self):
         """Quirks of a framework that does not speak OpenAI's dialect would be ignored, so they are refused."""
-        with pytest.raises(ConfigError, match="quirks: only OpenAI-compatible services take this setting, and 'echo' does not"):
+        with pytest.raises(
+            ConfigError, match="quirks: only OpenAI-compatible services take this setting, and 'echo' does not"
+        ):
             LLM(config(quirks={"top_k": True}))
 
 
