@@ -24,6 +24,7 @@ from fluxibly.providers.dialects.encoding import (
     is_thinking_block,
     joined_turns,
     media_data,
+    misplaced_media,
     reject_unsupported,
     sent_arguments,
     system_text,
@@ -441,11 +442,7 @@ def _blocks(message: Message, ids: CallIds, request: Request) -> list[dict[str, 
         elif isinstance(part, Opaque):
             blocks += [dict(part.raw)] if part.dialect == DIALECT else []
         elif isinstance(part, Media) and message.role == "assistant":
-            raise bad_request(
-                request,
-                f"expected media only in a user's message or a tool's result for {NAME}, got {kind_of(part)} in an "
-                "assistant's message; leave it out, or describe it in text",
-            )
+            raise misplaced_media(request, part, f"a user's message or a tool's result for {NAME}")
         else:
             blocks += _content([part], request)
     return blocks

@@ -16,7 +16,6 @@ from urllib.parse import quote
 import attrs
 
 from fluxibly import errors
-from fluxibly._checks import kind_of
 from fluxibly._formats import SchemaFormat
 from fluxibly.errors import ProviderError
 from fluxibly.providers.dialects.anthropic import thinking_of
@@ -37,6 +36,7 @@ from fluxibly.providers.dialects.encoding import (
     is_thinking_block,
     joined_turns,
     json_of,
+    misplaced_media,
     reject_unsupported,
     sent_arguments,
     system_texts,
@@ -576,11 +576,7 @@ class _Encoder:
             return _text_blocks(part)
         if isinstance(part, Media):
             if message.role == "assistant" and KINDS.isdisjoint(part.raw or {}):
-                raise bad_request(
-                    self._request,
-                    f"expected media only in a user's message or a tool's result for {NAME}, got {kind_of(part)} in an "
-                    "assistant's message; leave it out, or describe it in text",
-                )
+                raise misplaced_media(self._request, part, f"a user's message or a tool's result for {NAME}")
             return [self._media.block(part), *_cache_point(part)]
         if isinstance(part, ToolCall):
             call = {"toolUseId": self._ids.new(part.id), "name": part.name, "input": sent_arguments(part)}

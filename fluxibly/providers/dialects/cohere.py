@@ -30,6 +30,7 @@ from fluxibly.providers.dialects.encoding import (
     bad_request,
     format_of,
     media_data,
+    misplaced_media,
     reject_unsupported,
     write_json,
 )
@@ -487,11 +488,7 @@ def _assistant(message: Message, ids: CallIds, request: Request) -> dict[str, An
             elif part.dialect == DIALECT:
                 citations += as_array(part.raw.get("citations"))
         else:
-            raise bad_request(
-                request,
-                f"expected media only in a user's message for {NAME}, got {kind_of(part)} in an assistant's message; "
-                "leave it out, or describe it in text",
-            )
+            raise misplaced_media(request, part, f"a user's message for {NAME}")
     said = {"content": content, "tool_plan": "".join(plan), "tool_calls": calls}
     if not any(said.values()):
         return None

@@ -23,6 +23,15 @@ def bad_request(request: Request, message: str) -> BadRequest:
     return BadRequest(f"{message} (model {request.model})", model=request.model)
 
 
+def misplaced_media(request: Request, part: Media, where: str) -> BadRequest:
+    """Return the error for media in an assistant's message, for dialects that take media only `where` it says."""
+    return bad_request(
+        request,
+        f"expected media only in {where}, got {kind_of(part)} in an assistant's message; leave it out, or describe it "
+        "in text",
+    )
+
+
 def reject_unsupported(request: Request, service: str, names: Iterable[str]) -> None:
     """Raise BadRequest if the request sets a parameter in `names`, or a `tool_choice` that is no str."""
     choice = request.tool_choice

@@ -11,7 +11,7 @@ from typing import Any, Final, Literal, TypeAlias
 import attrs
 import msgspec
 
-from fluxibly._checks import is_mapping, kind_of
+from fluxibly._checks import is_mapping
 from fluxibly._formats import SchemaFormat
 from fluxibly.aggregate import merged
 from fluxibly.errors import ProviderError
@@ -20,6 +20,7 @@ from fluxibly.providers.dialects.encoding import (
     format_of,
     is_thinking_block,
     media_data,
+    misplaced_media,
     reject_unsupported,
 )
 from fluxibly.providers.dialects.openai_parts import DIALECT
@@ -303,11 +304,7 @@ class _AssistantMessage:
             entry = {"image_url": {"url": image_url(part)}}
             self._fields.setdefault("images", []).append({**raw["images"], **entry})
         else:
-            raise bad_request(
-                request,
-                f"expected media only in a user's message, got {kind_of(part)} in an assistant's message; leave it out, "
-                "or describe it in text",
-            )
+            raise misplaced_media(request, part, "a user's message")
 
 
 def _type_of(call: ToolCall) -> str:
