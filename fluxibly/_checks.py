@@ -172,9 +172,14 @@ def _without_secrets(value: object, *, secret: bool) -> object:
 T = TypeVar("T")
 
 
+_OTHER_NAMES = {"location": "region"}
+"""The names that other libraries have for a setting, where they are not alike."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return `; did you mean 'x'?`, or an empty string if no known name is near."""
-    near = nearest(name, known)
+    known = list(known)
+    near = _OTHER_NAMES.get(name) if _OTHER_NAMES.get(name) in known else nearest(name, known)
     return "" if near is None else f"; did you mean {near!r}?"
 
 

@@ -407,6 +407,8 @@ def _read(name: str, value: Any) -> Any:
     """Read a setting that plain data give: numbers may be strings. The checks report a value that does not fit."""
     if name == "timeout" and isinstance(value, Mapping):
         return _timeouts(cast("Mapping[str, Any]", value))
+    if name == "project" and type(value) is int:  # a project has a number too
+        return str(value)
     if not isinstance(value, str) or name not in _NUMBERS:
         return value
     try:

@@ -42,8 +42,10 @@ class Framework(NamedTuple):
     """The environment variable with the API key; None if the framework needs no key, or finds it elsewhere."""
     instead: tuple[str, ...] = ()
     """Other environment variables, each of which takes the place of `env_var`."""
+    credentials: str = ""
+    """The name of the credentials that take the place of `env_var`, and may also be found elsewhere."""
     files: tuple[str, ...] = ()
-    """Files with credentials, each of which takes the place of `env_var`. "~" is the home directory."""
+    """The files with these credentials. "~" is the home directory."""
     url_var: str | None = None
     """The environment variable from which the address is taken if `api_base` is not set."""
     takes: tuple[str, ...] = ()
@@ -131,6 +133,7 @@ def _built_in_frameworks() -> Mapping[str, Framework]:
             "Bedrock",
             env_var="AWS_BEARER_TOKEN_BEDROCK",
             instead=("AWS_ACCESS_KEY_ID", "AWS_PROFILE"),
+            credentials="AWS credentials",
             files=("~/.aws/credentials", "~/.aws/config"),
             url_var="AWS_ENDPOINT_URL_BEDROCK_RUNTIME",
             takes=("region",),
@@ -139,8 +142,9 @@ def _built_in_frameworks() -> Mapping[str, Framework]:
             "vertex",
             "vertex",
             "Vertex",
-            env_var="GOOGLE_CLOUD_PROJECT",
-            instead=("ANTHROPIC_VERTEX_PROJECT_ID", "GOOGLE_APPLICATION_CREDENTIALS"),
+            env_var="GOOGLE_API_KEY",
+            instead=("GOOGLE_APPLICATION_CREDENTIALS",),
+            credentials="Google credentials",
             files=("~/.config/gcloud/application_default_credentials.json",),
             url_var="GOOGLE_VERTEX_BASE_URL",
             takes=("region", "project"),

@@ -676,3 +676,23 @@ llm:
         llm = LLM.from_yaml(file("llm: {framework: echo, model: m, middleware: [counted: {a: 1}]}"))
         assert llm.config.middleware == [{"counted": {"a": 1}}]
         assert made == [{"a": 1}]
+
+
+class TestPlaces:
+    def test_a_project_may_be_a_number(self):
+        """YAML reads a project's number as a number."""
+        made = LLMConfig.from_mapping({"framework": "vertex", "model": "m", "project": 123456, "region": "us"})
+        assert (made.project, made.region) == ("123456", "us")
+
+    @pytest.mark.parametrize(("name", "value"), [("project", True), ("region", 1), ("region", ["us"]), ("project", "")])
+    def test_other_kinds(self, name, value):
+        """A place is a non-empty str."""
+        with pytest.raises(ConfigError, match=f"{name}: expected a non-empty str"):
+            LLMConfig(framework="vertex", model="m", **{name: value})
+
+    def test_the_word_of_other_libraries(self):
+        """Google's clients call the region a location."""
+        with pytest.raises(TypeError, match="did you mean 'region'"):
+            LLMConfig(framework="vertex", model="m", location="us")
+        with pytest.raises(ConfigError, match="location: there is no such setting; did you mean 'region'"):
+            LLMConfig.from_mapping({"framework": "vertex", "model": "m", "location": "us"})

@@ -45,7 +45,9 @@ def stack_rows(config: LLMConfig) -> Iterator[tuple[str, str, str]]:
     stack = make_middleware(layers, max_retries=config.max_retries)
     for number, layer in enumerate(stack, 1):
         yield str(number), layer_name(layer), _settings(layer)
-    settings = {name: getattr(config, name) for name in ("framework", "model", "temperature", "max_tokens")}
+    settings = {
+        name: getattr(config, name) for name in ("framework", "model", "region", "project", "temperature", "max_tokens")
+    }
     shown = ", ".join(f"{name}={value}" for name, value in settings.items() if value is not None)
     yield str(len(stack) + 1), "(provider)", shown
 
@@ -87,7 +89,7 @@ def missing_of(framework: Framework) -> str | None:
         return None
     if any(Path(file).expanduser().exists() for file in framework.files):
         return None
-    return f"set {framework.env_var}"
+    return f"set {framework.env_var}" + (f", or {framework.credentials}" if framework.credentials else "")
 
 
 PROBE_TIMEOUT = 5.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
@@ -47,3 +48,10 @@ def with_address(config: LLMConfig, variable: str | None, path: str = "") -> LLM
         return attrs.evolve(config, api_base=address)
     except ConfigError as error:
         raise ConfigError(f"{variable}: {error}") from None
+
+
+def refuse_path(config: LLMConfig, endpoint: re.Pattern[str]) -> None:
+    """Raise ConfigError if `api_base` contains the path of an `endpoint`, which the codec appends to the address."""
+    found = endpoint.search(urlsplit(config.api_base or "").path)
+    if found is not None:
+        raise ConfigError(f"api_base: expected the address without {found[0]}, which is appended to it")

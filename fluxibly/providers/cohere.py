@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 import attrs
 
-from fluxibly.providers.addresses import with_address
+from fluxibly.providers.addresses import refuse_path, with_address
 from fluxibly.providers.dialects.codec import Service
 from fluxibly.providers.dialects.cohere import CohereCodec
 from fluxibly.providers.http import AsyncHTTPProvider, HTTPProvider
@@ -28,6 +29,7 @@ OTHER_ENV_VAR = "COHERE_API_KEY"
 """The environment variable of the key if CO_API_KEY is unset, as for Cohere's own client."""
 URL_VAR = "CO_API_URL"
 """The environment variable with the address, as for Cohere's own client."""
+_ENDPOINT = re.compile(r"(?<=/v[12])/chat/?$|^/chat/?$")
 
 
 def _service() -> Service:
@@ -39,6 +41,7 @@ def _service() -> Service:
 def _with_version(config: LLMConfig) -> LLMConfig:
     """Return `config` with `/v2` at the end of `api_base`. Cohere's own `/v1` gives way to it, as in Cohere's client."""
     config = with_address(config, URL_VAR)
+    refuse_path(config, _ENDPOINT)
     base = (config.api_base or "").rstrip("/")
     if not base or base.endswith("/v2"):
         return config

@@ -16,8 +16,8 @@ import httpx
 
 from fluxibly._checks import kind_of
 from fluxibly._extras import pip_install
-from fluxibly.errors import AuthenticationError, ConfigError, ConnectionFailed
-from fluxibly.providers.addresses import with_address
+from fluxibly.errors import AuthenticationError, ConfigError, ConnectionFailed, RequestTimeout
+from fluxibly.providers.addresses import refuse_path, with_address
 from fluxibly.providers.dialects.codec import Service
 from fluxibly.providers.dialects.errors import QUOTE_LENGTH
 from fluxibly.providers.dialects.json_values import as_text
@@ -38,7 +38,7 @@ KEY_VAR: Final = "GOOGLE_API_KEY"
 """The environment variable with an API key, which is followed if no project is set, as by Google's own client."""
 SCOPE: Final = "https://www.googleapis.com/auth/cloud-platform"
 FETCH_TIMEOUT: Final = 30.0
-"""Seconds to wait for each answer of the service that gives tokens."""
+"""Seconds to wait for each answer of the service that gives tokens, unless the configuration's limits are lower."""
 GLOBAL_URL: Final = "https://aiplatform.googleapis.com"
 QUOTA_HEADER: Final = "x-goog-user-project"
 
@@ -47,6 +47,7 @@ _API_KEY: Final = re.compile(r"AIza|AQ\.")
 _PROJECT: Final = re.compile(r"[a-z0-9][a-z0-9:.-]*")
 """A project's id or number. An old id may begin with a domain: "example.com:harbour"."""
 _REGION: Final = re.compile(r"[a-z][a-z0-9-]*")
+_ENDPOINT: Final = re.compile(r"/(projects|publishers|endpoints)/.*")
 _VERSION: Final = re.compile(r"/v\d+\w*/?(?:\?|$)")
 
 SERVICE = Service(
@@ -66,6 +67,7 @@ def _setup(config: LLMConfig) -> tuple[VertexCodec, Service, LLMConfig, GoogleCr
         AuthenticationError: there are no credentials to take the project from.
     """
     config = with_address(config, URL_VAR)
+    refuse_path(config, _ENDPOINT)
     authorized = not {"authorization", "x-goog-api-key"}.isdisjoint(map(str.lower, config.headers))
     unset = not config.api_key and not authorized
     keyed = not authorized and _API_KEY.match(config.fixed_key or "") is not None
@@ -75,7 +77,9 @@ def _setup(config: LLMConfig) -> tuple[VertexCodec, Service, LLMConfig, GoogleCr
     if keyed:
         service = attrs.evolve(service, env_var=KEY_VAR, auth_header="x-goog-api-key", auth_prefix="")
     elif unset:
-        credentials = GoogleCredentials()
+        times = config.timeouts
+        limits = [limit for limit in (times.first_byte, times.total) if limit is not None]
+        credentials = GoogleCredentials(min(FETCH_TIMEOUT, *limits))
         project = project or _checked("the project of the Google credentials", credentials.project, _PROJECT)
     if project:
         parent = f"projects/{project}/locations/{region}"
@@ -83,7 +87,8 @@ def _setup(config: LLMConfig) -> tuple[VertexCodec, Service, LLMConfig, GoogleCr
     elif not keyed or region != "global":
         also = f" besides the API key, for the region {region!r}" if keyed else ""
         raise ConfigError(f"{SERVICE.framework} needs a project{also}: set project in the config, or {PROJECT_VARS[0]}")
-    codec = VertexCodec(parent, versioned=_VERSION.search(config.api_base or "") is not None)
+    versioned = _VERSION.search(config.api_base or "") is not None
+    codec = VertexCodec(parent, versioned=versioned, region=region if config.api_base is None else None)
     return codec, service, config, credentials
 
 
@@ -127,11 +132,15 @@ def _base_url(region: str) -> str:
 class GoogleCredentials:
     """The application default credentials of this process, as google-auth finds them.
 
+    Args:
+        timeout: the seconds to wait for each answer of the service that gives tokens.
+
     Raises:
         ConfigError: google-auth is not installed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, timeout: float = FETCH_TIMEOUT) -> None:
+        self._timeout = timeout
         try:
             import google.auth
         except ImportError:
@@ -170,12 +179,12 @@ class GoogleCredentials:
 
         Raises:
             AuthenticationError: there are no credentials, or they do not give a token.
-            ConnectionFailed: the service that gives tokens cannot be reached.
+            ConnectionFailed, RequestTimeout: the service that gives tokens cannot be reached, or does not answer.
         """
         found = self._find()
         try:
             with httpx.Client() as client:
-                found.refresh(_fetching(client))
+                found.refresh(_fetching(client, self._timeout))
             return Token(_token(found.token), as_text(getattr(found, "quota_project_id", None)))
         except Exception as error:  # noqa: BLE001  # google-auth lets through what a malformed answer leads to
             raise _failure(error, found) from None
@@ -197,7 +206,8 @@ def _failure(error: Exception, credentials: Any) -> ProviderError:
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, httpx.HTTPError):
-            return ConnectionFailed(f"the token of Google cannot be fetched: {said}", provider=SERVICE.framework)
+            kind = RequestTimeout if isinstance(cause, httpx.TimeoutException) else ConnectionFailed
+            return kind(f"the token of Google cannot be fetched: {said}", provider=SERVICE.framework)
         cause = cause.__cause__
     return AuthenticationError(
         f"the Google credentials give no token: {said}",
@@ -219,8 +229,8 @@ def _said(error: Exception, secrets: Iterable[str] = ()) -> str:
     return shorten(said, QUOTE_LENGTH, placeholder="…")
 
 
-def _fetching(client: httpx.Client) -> Callable[..., object]:
-    """Return the function with which google-auth makes its HTTP requests."""
+def _fetching(client: httpx.Client, longest: float) -> Callable[..., object]:
+    """Return the function with which google-auth makes its HTTP requests. `longest` limits each wait, in seconds."""
     from google.auth.exceptions import TransportError
 
     failure: Any = TransportError  # it is not typed
@@ -234,7 +244,9 @@ def _fetching(client: httpx.Client) -> Callable[..., object]:
         **_: object,
     ) -> object:
         try:
-            answer = client.request(method, url, content=body, headers=headers, timeout=timeout or FETCH_TIMEOUT)
+            answer = client.request(
+                method, url, content=body, headers=headers, timeout=min(timeout or longest, longest)
+            )
         except httpx.HTTPError as error:
             raise failure(f"{type(error).__name__}: {error} ({url.partition('?')[0]})") from error
         return SimpleNamespace(status=answer.status_code, headers=answer.headers, data=answer.content)

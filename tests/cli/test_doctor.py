@@ -218,8 +218,8 @@ def test_other_variables_are_as_good_as_a_key(fluxibly: Run) -> None:
         GOOGLE_API_KEY="k",
         OPENAI_BASE_URL="http://127.0.0.1:9/v1",
     )
-    assert [rows(ran, name)[0][1] for name in ("anthropic", "gemini", "openai", "groq")] == [
-        *["ready"] * 3,
+    assert [rows(ran, name)[0][1] for name in ("anthropic", "gemini", "vertex", "openai", "groq")] == [
+        *["ready"] * 4,
         "not ready",
     ]
 
@@ -232,7 +232,10 @@ def test_the_credentials_of_a_cloud(fluxibly: Run, tmp_path: Path) -> None:
         ran = fluxibly("doctor", "--config", str(file), **home)
         assert "bedrock found no AWS credentials" in ran.stdout
         assert ran.returncode == 1
-        assert rows(fluxibly("frameworks", **home), "bedrock")[0][1:] == ["not ready", "set AWS_BEARER_TOKEN_BEDROCK"]
+        assert rows(fluxibly("frameworks", **home), "bedrock")[0][1:] == [
+            "not ready",
+            "set AWS_BEARER_TOKEN_BEDROCK, or AWS credentials",
+        ]
         (tmp_path / ".aws").mkdir()
         (tmp_path / ".aws" / "credentials").write_text("[default]\naws_access_key_id = k\naws_secret_access_key = s\n")
         ran = fluxibly("doctor", "--config", str(file), **home)

@@ -187,6 +187,22 @@ def test_system_messages() -> None:
         body_of(messages=[Message.system("alone")])
 
 
+def test_parts_that_are_to_be_cached() -> None:
+    """`cache_control` beside a part goes out with its block, and makes the system messages blocks."""
+    cached = {"cache_control": {"type": "ephemeral", "ttl": "1h"}}
+    image = Image(data=b"\x89PNG", media_type="image/png", raw=cached)
+    document = Document(data=b"%PDF", media_type="application/pdf", raw=cached)
+    rules = [Message.system("Be brief."), Message("system", [Text("Rules …", raw=cached)])]
+    body = body_of(messages=[*rules, Message.user([image, document, Text("Hi", raw=cached), "there"])])
+    assert body["system"] == [{"type": "text", "text": "Be brief."}, {"type": "text", "text": "Rules …", **cached}]
+    *blocks, last = body["messages"][0]["content"]
+    assert [(block["type"], block["cache_control"]) for block in blocks] == [
+        (kind, cached["cache_control"]) for kind in ("image", "document", "text")
+    ]
+    assert last == {"type": "text", "text": "there"}
+    assert body_of(messages=[rules[0], Message.user("Hi")])["system"] == "Be brief."
+
+
 def test_images() -> None:
     """Images are sent by URL, as bytes, and as data URLs."""
     message = Message.user(

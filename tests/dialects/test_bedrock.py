@@ -628,7 +628,7 @@ def test_exceptions(name: str, said_: str, kind: type[ProviderError], retryable:
         partial, error = interrupted(CODEC, body + message + stream(*ends()))
         assert type(error) is kind
         assert isinstance(error, ProviderError)
-        assert (error.code, error.retryable, error.status) == (name, retryable, None)
+        assert (error.code, error.retryable, error.status) == (name[0].upper() + name[1:], retryable, None)
         assert said_ in str(error)
         assert partial.text == ("one two" if before else "")
 

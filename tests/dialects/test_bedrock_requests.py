@@ -613,8 +613,8 @@ def test_broken_arguments_go_back() -> None:
 
 @pytest.mark.parametrize("content", ["", " \n", ["", " "]])
 def test_results_without_content(content: Any) -> None:
-    """Some models refuse a result without content. All take an empty text in it, and an error says that it is one."""
-    for is_error, expected in ((False, {"content": [{"text": ""}]}), (True, {"content": [{"text": "error"}]})):
+    """A result without content says that it is empty, or an error: models refuse no content, or an empty text in it."""
+    for is_error, expected in ((False, {"content": [{"text": "(empty)"}]}), (True, {"content": [{"text": "error"}]})):
         (block,) = blocks_of(*called("1"), Message.tool(content, "1", is_error=is_error))
         status = {"status": "error"} if is_error else {}
         assert block == {"toolResult": {"toolUseId": "1", **expected, **status}}

@@ -463,8 +463,6 @@ def test_usage(usage: object, read: tuple[int | None, ...] | None) -> None:
         ("STOP_SEQUENCE", "stop"),
         ("MAX_TOKENS", "length"),
         ("TOOL_CALL", "tool_call"),
-        ("ERROR", "error"),
-        ("TIMEOUT", "error"),
         ("ERROR_TOXIC", "content_filter"),
         ("SOMETHING_NEW", "SOMETHING_NEW"),
     ],
@@ -475,6 +473,17 @@ def test_finish_reasons(raw: str, reason: str) -> None:
     stream = streamed(CODEC, sse(start(), *block("text", "a"), end(raw)))
     assert (at_once.finish_reason, at_once.raw_finish_reason) == (reason, raw)
     assert (stream.finish_reason, stream.raw_finish_reason) == (reason, raw)
+
+
+@pytest.mark.parametrize(("reason", "kind"), [("ERROR", ServerError), ("TIMEOUT", RequestTimeout)])
+def test_an_answer_that_was_given_up(reason: str, kind: type[ProviderError]) -> None:
+    """An answer that the service gave up is an error, which may be tried again, and not half an answer."""
+    with pytest.raises(kind) as caught:
+        CODEC.decode(whole(reason, content=[text("Half an")]))
+    partial, error = interrupted(CODEC, sse(start(), *block("text", "Half an"), end(reason)))
+    assert isinstance(error, kind)
+    assert (partial.text, str(error)) == ("Half an", str(caught.value))
+    assert (caught.value.code, error.code, error.retryable) == (reason, reason, True)
 
 
 @pytest.mark.parametrize(

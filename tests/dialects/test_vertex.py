@@ -8,6 +8,7 @@ import re
 from typing import Any
 from urllib.parse import unquote
 
+import attrs
 import pytest
 from hypothesis import given, strategies as st
 from support.anthropic import finish, start, text_block
@@ -123,7 +124,7 @@ def test_paths_with_an_api_key() -> None:
 def test_other_publishers(model: str) -> None:
     """The error for another publisher's model says how to reach it."""
     with pytest.raises(
-        BadRequest, match=r"one of '(meta|mistralai|qwen)'.*'openai'.*/endpoints/openapi as api_base"
+        BadRequest, match=r"one of '(meta|mistralai|qwen)': use framework 'openai' with api_base .*/endpoints/openapi"
     ) as caught:
         encoded(model)
     assert not caught.value.retryable
@@ -499,3 +500,18 @@ def test_any_json(value: object, named: bool) -> None:
     assert failure is None or isinstance(failure, ProviderError)
     for status in (400, 401, 429, 500):
         assert isinstance(CODEC.decode_error(status, {}, body), ProviderError)
+
+
+def test_a_model_of_another_region() -> None:
+    """A model whose name has its place in another region than the calls go to is refused before anything is sent."""
+    codec = VertexCodec("projects/p-1/locations/europe-west4", region="europe-west4")
+    path = codec.encode(
+        Request(model="projects/p-2/locations/europe-west4/endpoints/7", messages="Hi"), stream=False
+    ).path
+    assert path == "/v1beta1/projects/p-2/locations/europe-west4/endpoints/7:generateContent"
+    elsewhere = Request(model="projects/p-2/locations/us-east1/endpoints/7", messages="Hi")
+    with pytest.raises(
+        BadRequest, match="expected a model in 'europe-west4', where the calls go, got one in 'us-east1'"
+    ):
+        codec.encode(elsewhere, stream=False)
+    assert attrs.evolve(codec, region=None).encode(elsewhere, stream=False).path.startswith("/v1beta1/projects/p-2/")

@@ -82,6 +82,13 @@ def test_where_requests_go(api_base: str | None, url: str, monkeypatch: pytest.M
         assert str(request_of(config()).url) == url
 
 
+@pytest.mark.parametrize("path", ["/v2/chat", "/v1/chat", "/chat/", "/cohere/v2/chat"])
+def test_an_address_with_its_endpoint(path: str) -> None:
+    """The endpoint is not part of the address, because it is appended to it."""
+    with pytest.raises(ConfigError, match=r"api_base: expected the address without /chat/?, which is appended to it"):
+        request_of(config(api_base=f"https://api.cohere.com{path}"))
+
+
 def test_the_address_of_the_official_client(monkeypatch: pytest.MonkeyPatch) -> None:
     """The variable with the address means what it means to the `cohere` package."""
     cohere = pytest.importorskip("cohere")

@@ -53,6 +53,7 @@ from fluxibly.errors import (
     ConnectionFailed,
     ProviderError,
     RateLimitError,
+    RequestTimeout,
     StreamProtocolError,
 )
 from fluxibly.middleware import Retry
@@ -1068,7 +1069,7 @@ class TestFailures:
         """A service that does not answer is given up."""
         monkeypatch.setattr(vertex, "FETCH_TIMEOUT", 0.05)
         account.held = True
-        with pytest.raises(ConnectionFailed, match="ReadTimeout"):
+        with pytest.raises(RequestTimeout, match="ReadTimeout"):
             texts_of(reaching(account), mode)
         assert not account.seen
 

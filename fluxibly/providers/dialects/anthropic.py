@@ -28,6 +28,7 @@ from fluxibly.providers.dialects.encoding import (
     reject_unsupported,
     sent_arguments,
     system_text,
+    system_texts,
     write_json,
 )
 from fluxibly.providers.dialects.errors import error_of_event, error_of_payload, error_of_response
@@ -407,7 +408,7 @@ def encode_body(request: Request, *, stream: bool) -> dict[str, Any]:
     ids = CallIds(_FOREIGN_IN_ID, _LONGEST_ID)
     turns = joined_turns(request, NAME, lambda message: _blocks(message, ids, request))
     body: dict[str, Any] = {"model": request.model, "messages": turns}
-    system = system_text(request, NAME)
+    system = _system(request)
     if system:
         body["system"] = system
     for name in ("temperature", "top_p", "top_k"):
@@ -448,9 +449,20 @@ def _blocks(message: Message, ids: CallIds, request: Request) -> list[dict[str, 
     return blocks
 
 
-def _with_more(part: Text | ToolCall, block: dict[str, Any]) -> dict[str, Any]:
-    """Return a block with the fields that the service sent beside the part."""
-    return {**part.raw, **block} if part.raw is not None and part.raw.get("type") == block["type"] else block
+def _with_more(part: Text | ToolCall | Media, block: dict[str, Any]) -> dict[str, Any]:
+    """Return a block with the fields that the service sent beside the part, or with the caller's `cache_control`."""
+    raw = part.raw or {}
+    if raw.get("type") == block["type"]:
+        return {**raw, **block}
+    return {**block, "cache_control": raw["cache_control"]} if "cache_control" in raw else block
+
+
+def _system(request: Request) -> str | list[dict[str, Any]]:
+    """Return the system messages: a str, or blocks if one of them is to be cached."""
+    texts = [text for texts in system_texts(request, NAME) for text in texts if text.text.strip()]
+    if all("cache_control" not in (text.raw or {}) for text in texts):
+        return system_text(request, NAME)
+    return [_with_more(text, {"type": "text", "text": text.text}) for text in texts]
 
 
 def _content(content: Iterable[ContentPart], request: Request) -> list[dict[str, Any]]:
@@ -462,9 +474,10 @@ def _block(part: ContentPart, request: Request) -> dict[str, Any]:
     if isinstance(part, Text):
         return _with_more(part, {"type": "text", "text": part.text})
     if isinstance(part, Image):
-        return {"type": "image", "source": _source(part)}
+        return _with_more(part, {"type": "image", "source": _source(part)})
     if isinstance(part, Document):
-        return {"type": "document", "source": _document(part, request)} | ({"title": part.name} if part.name else {})
+        title = {"title": part.name} if part.name else {}
+        return _with_more(part, {"type": "document", "source": _document(part, request), **title})
     raise bad_request(request, f"expected text, images and documents for {NAME}, got {kind_of(part)}")
 
 

@@ -65,6 +65,8 @@ from fluxibly.types import (
 
 DIALECT = "bedrock"
 """The dialect of opaque parts that go back to this service."""
+ARN: Final = re.compile(r"arn:aws[^:]*:[^:]+:([^:]+):")
+"""The beginning of the ARN of a model, with the region in which the model is."""
 DETAILS = ("additionalModelResponseFields", "metrics", "performanceConfig", "serviceTier", "trace")
 """Fields of an answer that say more about it."""
 
@@ -87,13 +89,24 @@ FINISH_REASONS = {
 
 @attrs.frozen
 class BedrockCodec:
-    """Codec for `POST /model/{model}/converse`, and for `/converse-stream` with its AWS event stream."""
+    """Codec for `POST /model/{model}/converse`, and for `/converse-stream` with its AWS event stream.
+
+    `region` is that of the address; None if the address may lead anywhere.
+    """
+
+    region: str | None = None
 
     @property
     def framing(self) -> Framing:
         return "aws"
 
     def encode(self, request: Request, /, *, stream: bool) -> Encoded:
+        found = ARN.match(request.model)
+        if self.region is not None and found is not None and found[1] != self.region:
+            raise bad_request(
+                request,
+                f"expected a model in {self.region!r}, where the calls go, got an ARN in {found[1]!r}: set region",
+            )
         path = f"/model/{quote(request.model, safe='', errors='replace')}/{'converse-stream' if stream else 'converse'}"
         return Encoded(path, write_json(encode_body(request), request))
 
@@ -482,6 +495,7 @@ def _error(
 ) -> ProviderError:
     """Return the error that the service calls `named`, such as "ValidationException:http://…", with its message."""
     code = named.partition(":")[0].rpartition("#")[2]
+    code = code[:1].upper() + code[1:]  # in streams, names begin with a small letter
     plain = code.lower().removesuffix("exception")
     kind = _KINDS.get(plain)
     if plain == "validation":
@@ -588,8 +602,8 @@ class _Encoder:
     def _result(self, message: Message) -> list[dict[str, Any]]:
         content = [block for part in message.content for block in self._result_blocks(part)]
         result: dict[str, Any] = {"toolUseId": self._ids.of(message.tool_call_id or ""), "content": content}
-        if not content:  # some models refuse a result without content, but none an empty text in it
-            result["content"] = [{"text": "error" if message.is_error else ""}]
+        if not content:  # some models refuse a result without content, others an empty text in it
+            result["content"] = [{"text": "error" if message.is_error else "(empty)"}]
         if message.is_error:
             result["status"] = "error"
         return [{"toolResult": result}, *[block for part in message.content for block in _cache_point(part)]]
@@ -650,14 +664,15 @@ def _reasoning_blocks(part: Reasoning, request: Request) -> list[dict[str, Any]]
 
 
 def _tool_config(request: Request) -> dict[str, Any]:
+    """Return the tools and the choice among them. The service has no choice "none", and wants the tools of earlier calls."""
     choice = request.tool_choice
+    if choice == "none" and any(message.tool_calls for message in request.messages):
+        raise bad_request(
+            request,
+            f"tool_choice: expected 'auto', 'required' or a tool's name for {NAME} in a conversation with tool calls, "
+            "got 'none'",
+        )
     if choice == "none":
-        if any(message.tool_calls for message in request.messages):
-            raise bad_request(
-                request,
-                f"tool_choice: expected 'auto', 'required' or a tool's name for {NAME} in a conversation with tool "
-                "calls, got 'none'",
-            )
         return {}
     config: dict[str, Any] = {}
     if request.tools:

@@ -13,7 +13,15 @@ import attrs
 
 from fluxibly._checks import is_mapping, kind_of
 from fluxibly._formats import SchemaFormat
-from fluxibly.errors import BadRequest, ContentFiltered, ContextLengthExceeded, ProviderError, QuotaExceeded
+from fluxibly.errors import (
+    BadRequest,
+    ContentFiltered,
+    ContextLengthExceeded,
+    ProviderError,
+    QuotaExceeded,
+    RequestTimeout,
+    ServerError,
+)
 from fluxibly.providers.dialects.anthropic import TEXT_TYPES
 from fluxibly.providers.dialects.codec import Encoded, Event, Framing
 from fluxibly.providers.dialects.decoding import (
@@ -35,6 +43,7 @@ from fluxibly.providers.dialects.encoding import (
     write_json,
 )
 from fluxibly.providers.dialects.errors import (
+    Report,
     error_of,
     error_of_event,
     error_of_response,
@@ -77,11 +86,11 @@ FINISH_REASONS: Final = {
     "STOP_SEQUENCE": "stop",
     "MAX_TOKENS": "length",
     "TOOL_CALL": "tool_call",
-    "ERROR": "error",
-    "TIMEOUT": "error",
     "ERROR_TOXIC": "content_filter",
 }
 """Other reasons are passed on unchanged."""
+FAILURES: Final[Mapping[str, type[ProviderError]]] = {"ERROR": ServerError, "TIMEOUT": RequestTimeout}
+"""The finish reasons of answers that the service gave up, so that they are not whole."""
 
 
 @attrs.frozen
@@ -104,6 +113,8 @@ class CohereCodec:
         reason = as_text(answer.get("finish_reason"))
         if not reason:
             raise not_an_answer(None, body, NAME, "a 'finish_reason'")
+        if reason in FAILURES:
+            raise _given_up(reason, body)
         fields, usage = as_object(message), as_object(answer.get("usage"))
         citations = _listed(fields.get("citations"))
         return Response.from_parts(
@@ -336,17 +347,24 @@ class CohereDecoder:
         reported = _error_in({"error": delta.get("error")}, data)
         if reported is not None:
             raise reported
+        reason, usage = as_text(delta.get("finish_reason")), as_object(delta.get("usage"))
+        if reason in FAILURES:
+            raise _given_up(reason, data)
         self._done = True
         chunks = self._close()
-        reason, usage = as_text(delta.get("finish_reason")) or None, as_object(delta.get("usage"))
         self._held.add(
-            finish_reason=FINISH_REASONS.get(reason or "", reason),
-            raw_finish_reason=reason,
+            finish_reason=FINISH_REASONS.get(reason, reason) or None,
+            raw_finish_reason=reason or None,
             usage=_usage(usage),
             details=_details(usage) or None,
             parts=_cited(self._citations) or None,
         )
         return [*chunks, *self._held.flush()]
+
+
+def _given_up(reason: str, data: bytes) -> ProviderError:
+    report = Report(message="it gave the answer up before its end", code=reason)
+    return error_of(report, excerpt=excerpt(data), service=NAME, kind=FAILURES[reason])
 
 
 def _error_in(payload: object, data: bytes) -> ProviderError | None:

@@ -261,6 +261,8 @@ _NO_MONEY = re.compile(
 Anthropic sends a 400, xAI a 403 or a 429. Gateways may quote GLM's message without its code. LiteLLM's proxy has a code
 for some of its budgets only.
 """
+_BAD_KEY = re.compile(r"(incorrect|invalid) api key", re.IGNORECASE)
+"""The words of a 400 about the key: xAI has no code for it."""
 _UNSUPPORTED = re.compile(
     r"\brequires? (the )?--?\w|not supported|unsupported|does(n't| not) support|not implemented",
     re.IGNORECASE,
@@ -378,6 +380,8 @@ def class_of(status: int | None, words: tuple[str, ...], message: str) -> type[P
         return by_word or errors.ServerError
     if status in _BY_STATUS:
         return _BY_STATUS[status]
+    if status == 400 and _BAD_KEY.search(message):
+        return errors.AuthenticationError
     if status < 500:
         # Gemini reports an invalid API key with a 400
         return by_word if by_word in {errors.AuthenticationError, errors.NotFound} else errors.BadRequest

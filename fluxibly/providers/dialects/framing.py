@@ -351,9 +351,7 @@ class AWSEventStream:
         length: int
         length, headers, checksum = _PRELUDE.unpack_from(buffer)
         if crc32(buffer[:8]) != checksum:
-            raise StreamProtocolError(
-                "expected a valid checksum of a message's prelude in the event stream, got another"
-            )
+            raise StreamProtocolError("the event stream is damaged: the checksum of a message's prelude does not fit")
         if length > self._limit:
             raise too_large(self._limit)
         if headers > min(length - _PRELUDE.size - _CHECKSUM.size, _MAX_HEADERS):
@@ -367,7 +365,7 @@ class AWSEventStream:
         """Return the event in a whole message."""
         (checksum,) = _CHECKSUM.unpack_from(message, len(message) - _CHECKSUM.size)
         if crc32(message[: -_CHECKSUM.size]) != checksum:
-            raise StreamProtocolError("expected a valid checksum of a message in the event stream, got another")
+            raise StreamProtocolError("the event stream is damaged: the checksum of a message does not fit")
         _, size, _ = _PRELUDE.unpack_from(message)
         end = _PRELUDE.size + size
         block = message[_PRELUDE.size : end]

@@ -45,10 +45,12 @@ class VertexCodec:
         parent: the place of models whose name has none: "projects/…/locations/…"; None for calls with an API key, which
             has a project of its own.
         versioned: whether the address ends with the version of the API, which is otherwise part of the path.
+        region: the region of the address; None if the address may lead anywhere.
     """
 
     parent: str | None
     versioned: bool = False
+    region: str | None = None
 
     @property
     def framing(self) -> Framing:
@@ -74,6 +76,11 @@ class VertexCodec:
         parent, model = self.parent, request.model.removeprefix("models/")
         if placed := PLACED.fullmatch(model):
             parent, model = placed["parent"], placed["model"]
+            if self.region not in (None, placed["region"]):
+                raise bad_request(
+                    request,
+                    f"expected a model in {self.region!r}, where the calls go, got one in {placed['region']!r}: set region",
+                )
         found = _MODEL.fullmatch(model)
         if found is None or not set(_NOT_NAMES).isdisjoint(request.model.split("/")):
             raise bad_request(
@@ -86,8 +93,8 @@ class VertexCodec:
         if publisher not in ("google", "anthropic", "endpoints"):
             raise bad_request(
                 request,
-                f"expected a model of Google or Anthropic for {NAME}, got one of {publisher!r}: reach it by framework "
-                "'openai', with the address that ends in /endpoints/openapi as api_base",
+                f"expected a model of Google or Anthropic for {NAME}, got one of {publisher!r}: use framework 'openai' with "
+                "api_base https://REGION-aiplatform.googleapis.com/v1/projects/PROJECT/locations/REGION/endpoints/openapi",
             )
         if parent is None and publisher != "google":
             raise bad_request(request, f"expected a project besides the API key for {NAME}, got none: set project")
