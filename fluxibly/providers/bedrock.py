@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import os
 import re
+import threading
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.util import find_spec
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
@@ -18,16 +20,18 @@ import attrs
 
 from fluxibly._extras import pip_install
 from fluxibly.errors import AuthenticationError, ConfigError, ConnectionFailed
-from fluxibly.providers.addresses import with_address
-from fluxibly.providers.dialects.bedrock import BedrockCodec
+from fluxibly.providers.addresses import refuse_path, with_address
+from fluxibly.providers.dialects.bedrock import ARN, BedrockCodec
 from fluxibly.providers.dialects.codec import Service
-from fluxibly.providers.http import AsyncHTTPProvider, Authorizer, HTTPProvider
+from fluxibly.providers.dialects.errors import QUOTE_LENGTH
+from fluxibly.providers.http import AsyncHTTPProvider, Authorizer, HTTPProvider, free_after_fork
 
 if TYPE_CHECKING:
     import httpx
     from botocore.credentials import ReadOnlyCredentials
 
     from fluxibly.config import LLMConfig
+    from fluxibly.errors import ProviderError
     from fluxibly.providers.http import Key
 
 BEARER_VAR: Final = "AWS_BEARER_TOKEN_BEDROCK"
@@ -37,9 +41,16 @@ REGION_VARS: Final = ("AWS_REGION", "AWS_DEFAULT_REGION")
 SIGNED: Final = ("host", "content-type")
 """The headers that are signed, besides those of AWS (`x-amz-…`). A proxy may change others."""
 
-_ARN: Final = re.compile(r"arn:aws[^:]*:[^:]+:([^:]+):")
-_REGION: Final = re.compile(r"[a-z]{2,5}(-[a-z]+)+-\d+")
-_HOST: Final = re.compile(r"bedrock-runtime[^.]*\.([^.]+)\.")
+_REGION: Final = re.compile(r"[a-z]{2,5}(?:-[a-z]+)+-\d+")
+_ENDPOINT: Final = re.compile(r"/model/.*|/converse(-stream)?/?$")
+_HOST: Final = re.compile(rf"(?:^|\.)bedrock-runtime[^.]*\.({_REGION.pattern})\.")
+"""An address of AWS that names its region. That of a VPC endpoint has a name of its own in front."""
+_TEMPORARY: Final = re.compile(r"throttl|toomanyrequests|requestlimit|idpcommunication", re.IGNORECASE)
+"""The codes of AWS's refusals that pass."""
+_ON_THE_MACHINE: Final = ("container-role", "iam-role")
+"""The services that give credentials to a container and to a machine, by botocore's names."""
+_MANDATORY: Final = 600.0
+"""Seconds before credentials expire from which botocore no longer gives them out without renewing them."""
 _DOMAINS: Final[Mapping[str, str]] = {
     "cn-": "amazonaws.com.cn",
     "eusc-": "amazonaws.eu",
@@ -50,28 +61,30 @@ _DOMAINS: Final[Mapping[str, str]] = {
 }
 """The domains of AWS's partitions besides `amazonaws.com`, by the beginning of the region."""
 
-SERVICE = Service(framework="bedrock", telemetry_name="aws.bedrock", base_url=None, env_var=BEARER_VAR)
+SERVICE = Service(
+    framework="bedrock", telemetry_name="aws.bedrock", base_url=None, env_var=BEARER_VAR, key_required=False
+)
 
 
 def region_of(config: LLMConfig) -> str | None:
     """Return the region of the calls; None if nothing names it.
 
-    It is the region of the model's ARN, or the setting, or that of an environment variable, of the address, or of the
-    AWS profile.
+    It is the region of the model's ARN, or the setting, or that of the address, of an environment variable, or of the AWS
+    profile.
 
     Raises:
         ConfigError: the region is malformed, or the setting and the ARN differ.
     """
-    found = _ARN.match(config.model)
+    found = ARN.match(config.model)
     named = None if found is None else found[1]
     if named and config.region and named != config.region:
         raise ConfigError(f"region: expected {named!r}, as in the model's ARN, got {config.region!r}")
-    host = _HOST.match(urlsplit(config.api_base or "").hostname or "")
+    host = _HOST.search(urlsplit(config.api_base or "").hostname or "")
     region = (
         named
         or config.region
-        or next((value for name in REGION_VARS if (value := os.environ.get(name, "").strip())), None)
         or (host and host[1])
+        or next((value for name in REGION_VARS if (value := os.environ.get(name, "").strip())), None)
         or _region_of_profile()
     )
     if region and _REGION.fullmatch(region) is None:
@@ -87,13 +100,14 @@ def _region_of_profile() -> str | None:
 
     try:
         return Session().get_config_variable("region")  # type: ignore[no-any-return]
-    except BotoCoreError:  # the credentials of the profile will say what is wrong with it
-        return None
+    except BotoCoreError as error:
+        raise ConfigError(f"the AWS profile cannot be read: {error}") from None
 
 
 def _with_address(config: LLMConfig) -> LLMConfig:
     for variable in URL_VARS:
         config = with_address(config, variable)
+    refuse_path(config, _ENDPOINT)
     return config
 
 
@@ -107,7 +121,11 @@ def _service_of(config: LLMConfig, region: str | None, *, signed: bool) -> Servi
             f"{SERVICE.framework} needs a region: set region in the config, {REGION_VARS[0]}, or a region in the AWS "
             "profile (which botocore reads)"
         )
-    return attrs.evolve(SERVICE, base_url=base_url, env_var=None if signed else BEARER_VAR, key_required=not signed)
+    return attrs.evolve(SERVICE, base_url=base_url)
+
+
+def _codec(config: LLMConfig, region: str | None) -> BedrockCodec:
+    return BedrockCodec(region if config.api_base is None else None)
 
 
 def _credentials(config: LLMConfig, region: str | None) -> AWSCredentials | None:
@@ -116,12 +134,12 @@ def _credentials(config: LLMConfig, region: str | None) -> AWSCredentials | None
     Raises:
         ConfigError: there is no key, and botocore is not installed.
     """
-    if config.api_key is not None or os.environ.get(BEARER_VAR) or "authorization" in map(str.lower, config.headers):
+    if config.api_key or os.environ.get(BEARER_VAR) or "authorization" in map(str.lower, config.headers):
         return None
     if find_spec("botocore") is None:
         raise ConfigError(
-            f"{SERVICE.framework} needs a key: set {BEARER_VAR}, or api_key in the config; AWS credentials need "
-            f"botocore: {pip_install('bedrock')}"
+            f"{SERVICE.framework} needs botocore for AWS credentials: {pip_install('bedrock')} (or set {BEARER_VAR}, or "
+            "api_key in the config)"
         )
     return AWSCredentials(region or "")
 
@@ -132,9 +150,18 @@ class AWSCredentials:
     def __init__(self, region: str) -> None:
         self._region = region
         self._found: Any = None
+        self._given: Key | None = None
+        self._lock = threading.Lock()
+        """Calls fetch one after another, also those of several event loops, and those that were cancelled meanwhile."""
+        free_after_fork(self)
 
     def __repr__(self) -> str:
         return f"AWSCredentials({self._region!r})"
+
+    def after_fork(self) -> None:
+        """Begin anew in a forked process, if another thread was fetching: it is not there to release its locks."""
+        if self._lock.locked():
+            self._found, self._given, self._lock = None, None, threading.Lock()
 
     def obtain(self) -> Key:
         """Return the present credentials. Those that botocore does not renew itself are read again.
@@ -143,36 +170,74 @@ class AWSCredentials:
             AuthenticationError: there are no credentials, or they cannot be renewed.
             ConnectionFailed: the service that gives them cannot be reached.
         """
-        from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
+        with self._lock:
+            try:
+                found = self._find()
+            except Exception as error:  # noqa: BLE001  # botocore lets through what a malformed file or answer leads to
+                raise _failure(error) from None
+            self._given = SigV4(found, self._region)
+            return self._given
+
+    def _find(self) -> ReadOnlyCredentials:
+        from botocore.exceptions import NoCredentialsError
         from botocore.session import Session
 
-        try:
-            if not hasattr(self._found, "refresh_needed"):
-                self._found = Session().get_credentials()
-            found = None if self._found is None else self._found.get_frozen_credentials()
-        except HTTPClientError as error:
-            raise ConnectionFailed(
-                f"the AWS credentials cannot be fetched: {error}", provider=SERVICE.framework
-            ) from None
-        except (BotoCoreError, ClientError) as error:
-            raise AuthenticationError(
-                f"the AWS credentials cannot be used: {error}", provider=SERVICE.framework
-            ) from None
+        if not hasattr(self._found, "refresh_needed"):
+            session = Session()
+            session.set_config_variable("region", self._region)  # where roles are assumed, as by AWS's own clients
+            self._found = session.get_credentials()
+        found = None if self._found is None else self._found.get_frozen_credentials()
         if found is None or not found.access_key or not found.secret_key:
-            raise AuthenticationError(
-                f"{SERVICE.framework} found no AWS credentials: set {BEARER_VAR}, or configure credentials as for AWS's own "
-                "clients (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, a role, single sign-on)",
-                provider=SERVICE.framework,
-            )
-        return SigV4(found, self._region)
+            raise NoCredentialsError
+        for value in filter(None, (found.access_key, found.secret_key, found.token)):
+            if not isinstance(value, str) or not (value.isascii() and value.isprintable()):
+                raise ValueError("expected a str of printable ASCII characters as each of them")
+        return found  # type: ignore[no-any-return]
 
     def is_fresh(self, key: Key) -> bool:
-        """Whether credentials are the present ones, and botocore would not renew them now."""
+        """Whether credentials are the present ones, and botocore would not renew them now.
+
+        While another call renews them, they are fresh until botocore would insist on new ones.
+        """
+        if key != self._given:
+            return False
         needed = getattr(self._found, "refresh_needed", None)
-        if needed is None:
-            return True
-        # Without a need to renew them, botocore does not block.
-        return not needed() and key == SigV4(self._found.get_frozen_credentials(), self._region)
+        return needed is None or not needed() or (self._lock.locked() and not needed(_MANDATORY))
+
+
+def _failure(error: Exception) -> ProviderError:
+    """Return the error of a call for which botocore gives no credentials."""
+    from botocore import exceptions
+    from botocore.parsers import ResponseParserError
+
+    if isinstance(error, exceptions.NoCredentialsError):
+        return AuthenticationError(
+            f"{SERVICE.framework} found no AWS credentials: set {BEARER_VAR}, or configure credentials as for AWS's own "
+            "clients (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, a role, single sign-on)",
+            provider=SERVICE.framework,
+        )
+    own = isinstance(error, (exceptions.BotoCoreError, exceptions.ClientError))
+    said = str(error) if own else f"{type(error).__name__}: {error}"
+    if isinstance(error, ResponseParserError):
+        said = said.partition(":\n")[0]  # the rest is the answer, credentials included
+    said = shorten(said, QUOTE_LENGTH, placeholder="…")
+    if isinstance(error, (exceptions.ConnectionError, exceptions.HTTPClientError)):
+        return ConnectionFailed(f"the AWS credentials cannot be fetched: {said}", provider=SERVICE.framework)
+    return AuthenticationError(
+        f"the AWS credentials cannot be used: {said}", provider=SERVICE.framework, retryable=_is_temporary(error)
+    )
+
+
+def _is_temporary(error: Exception) -> bool:
+    """Whether a service that gives credentials failed, or refused them for now."""
+    from botocore.exceptions import ClientError, CredentialRetrievalError
+
+    if isinstance(error, ClientError):
+        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        code = error.response.get("Error", {}).get("Code", "")
+        return status >= 500 or status == 429 or _TEMPORARY.search(code) is not None
+    # botocore gives no reason of theirs; it too tries again, whatever the reason.
+    return isinstance(error, CredentialRetrievalError) and error.kwargs.get("provider") in _ON_THE_MACHINE
 
 
 @attrs.frozen
@@ -221,7 +286,7 @@ class BedrockProvider(HTTPProvider):
         region = region_of(config)
         credentials = _credentials(config, region)
         service = _service_of(config, region, signed=credentials is not None)
-        super().__init__(BedrockCodec(), service, config, transport=transport, credentials=credentials)
+        super().__init__(_codec(config, region), service, config, transport=transport, credentials=credentials)
 
 
 class AsyncBedrockProvider(AsyncHTTPProvider):
@@ -232,4 +297,4 @@ class AsyncBedrockProvider(AsyncHTTPProvider):
         region = region_of(config)
         credentials = _credentials(config, region)
         service = _service_of(config, region, signed=credentials is not None)
-        super().__init__(BedrockCodec(), service, config, transport=transport, credentials=credentials)
+        super().__init__(_codec(config, region), service, config, transport=transport, credentials=credentials)

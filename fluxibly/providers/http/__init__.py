@@ -11,7 +11,15 @@ Imports: `dialects`, `config`, data and its helpers. Imported by: `providers`.
 
 from fluxibly.providers.http._exchange import Authorizer, Key
 from fluxibly.providers.http._httpx import end_connection
-from fluxibly.providers.http._keys import Credentials
+from fluxibly.providers.http._keys import Credentials, free_after_fork
 from fluxibly.providers.http._provider import AsyncHTTPProvider, HTTPProvider
 
-__all__ = ["AsyncHTTPProvider", "Authorizer", "Credentials", "HTTPProvider", "Key", "end_connection"]
+__all__ = [
+    "AsyncHTTPProvider",
+    "Authorizer",
+    "Credentials",
+    "HTTPProvider",
+    "Key",
+    "end_connection",
+    "free_after_fork",
+]

@@ -90,7 +90,8 @@ class Endpoint:
         """
         try:
             encoded = self.codec.encode(request, stream=stream)
-            headers, key = self._headers(encoded), self.key
+            key = self.key  # once, because another thread may set another key
+            headers = self._headers(encoded, key)
             if self.authorized_by(request):
                 headers, key = (
                     as_headers([pair for pair in headers.pairs if pair[0].decode() not in self._auth_names]),
@@ -148,13 +149,13 @@ class Endpoint:
         else:
             got = "an empty str" if key == "" else kind_of(key)
             raise AuthenticationError(f"api_key: expected the function to return a non-empty str, got {got}")
-        self._keys = (*secrets, *self._keys[: _KEPT_KEYS - len(secrets)])
+        # Of the same key, which may be given for each call, one is kept.
+        self._keys = tuple(dict.fromkeys((*secrets, *self._keys)))[:_KEPT_KEYS]
         self.secrets = (*self._keys, *self._values)
         self.key = key
         return key
 
-    def _headers(self, encoded: Encoded) -> Headers:
-        key = self.key
+    def _headers(self, encoded: Encoded, key: Key | None) -> Headers:
         headers = self._prepared.get((key, encoded.headers))
         if headers is None:
             authority = self.url.netloc

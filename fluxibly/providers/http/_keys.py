@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import inspect
+import os
 import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from copy import copy
 from typing import TYPE_CHECKING, Protocol, TypeVar
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import anyio
 import anyio.to_thread
 from anyio.lowlevel import RunVar
+
+from fluxibly.errors import AuthenticationError, ConnectionFailed
 
 if TYPE_CHECKING:
     from fluxibly.config import KeyFunction
@@ -19,6 +23,31 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _locks: RunVar[WeakKeyDictionary[LoopKeys, anyio.Lock]] = RunVar("fluxibly_key_locks")
+
+
+class HasLock(Protocol):
+    """An object with a lock that a thread holds while it fetches keys."""
+
+    def after_fork(self) -> None:
+        """Begin with a free lock in a forked process, because the thread that may hold it is not there."""
+        ...
+
+
+_locked: WeakSet[HasLock] = WeakSet()
+
+
+def free_after_fork(holder: HasLock) -> None:
+    """Call the object's `after_fork` in each forked process, as long as the object is in use."""
+    _locked.add(holder)
+
+
+def _after_fork_in_child() -> None:
+    for holder in list(_locked):
+        holder.after_fork()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 class Credentials(Protocol):
@@ -98,7 +127,7 @@ class Keys:
         if self._asked == asked:
             return None
         if self._failure is not None:
-            raise self._failure
+            raise _for_another_call(self._failure)
         return False
 
     def _take(self, key: object, refused: Key | None) -> bool:
@@ -108,8 +137,13 @@ class Keys:
         return key != refused
 
     def _note(self, failure: Exception | None) -> None:
-        self._failure = failure
+        self._failure = failure and _for_another_call(failure)
         self._asked += 1
+
+
+def _for_another_call(failure: Exception) -> Exception:
+    """Return the failure for another call, which completes an error of fluxibly with its own model."""
+    return copy(failure) if type(failure) in {AuthenticationError, ConnectionFailed} else failure
 
 
 class ThreadKeys(Keys):
@@ -119,6 +153,10 @@ class ThreadKeys(Keys):
         self, give: KeyFunction | Callable[[], Key], use: Callable[[object], Key], is_fresh: Callable[[Key], bool]
     ) -> None:
         super().__init__(give, use, is_fresh)
+        self._lock = threading.Lock()
+        free_after_fork(self)
+
+    def after_fork(self) -> None:
         self._lock = threading.Lock()
 
     @asynccontextmanager

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 from weakref import WeakSet
 
@@ -39,10 +40,16 @@ if TYPE_CHECKING:
 
 async def find_key(endpoint: Endpoint, keys: Keys, request: Request) -> None:
     """Find the key of a request, unless the request has an authorization of its own."""
-    if endpoint.authorized_by(request):
-        return
+    if not endpoint.authorized_by(request):
+        with _completed(endpoint, request):
+            await keys.find()
+
+
+@contextmanager
+def _completed(endpoint: Endpoint, request: Request) -> Generator[None]:
+    """Complete an error of the credentials for the call."""
     try:
-        await keys.find()
+        yield
     except ProviderError as error:
         raise endpoint.completed_with(error, request) from error.__cause__
 
@@ -55,7 +62,8 @@ async def worth_resending(
         return False
     change = endpoint.learn(request, outgoing.body, error)
     if change is None and isinstance(error, AuthenticationError) and keys is not None and outgoing.key is not None:
-        change = "sends a new api_key" if await keys.renew(outgoing.key) else None
+        with _completed(endpoint, request):
+            change = "sends a new api_key" if await keys.renew(outgoing.key) else None
     if change is None:
         return False
     log_retry(request, error, max(request.call.attempts - 1, 0), 0.0, change=change)
@@ -158,6 +166,8 @@ class _Stream:
             await exchange.release(ended=False)
             raise
         await exchange.release(ended=False)
+        with self._lock:
+            self._limits = None  # the answer is there, and what a function of the user raises is not of the network
         if again or not await worth_resending(endpoint, self._keys, outgoing, self._request, error):
             raise error
         return await self._open(again=True)
