@@ -244,6 +244,7 @@ def _is_temporary(error: Exception) -> bool:
 class SigV4(Authorizer):
     """AWS credentials that sign requests to Bedrock in a region (Signature Version 4)."""
 
+    name = "AWS credentials"
     credentials: ReadOnlyCredentials = attrs.field(repr=False)
     region: str
 

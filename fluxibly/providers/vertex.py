@@ -258,6 +258,7 @@ def _fetching(client: httpx.Client, longest: float) -> Callable[..., object]:
 class Token(Authorizer):
     """An access token of Google's, and the project whose quota it uses; "" if that is the called project."""
 
+    name = "Google credentials"
     token: str = attrs.field(repr=False)
     quota_project: str = ""
 

@@ -202,7 +202,9 @@ class TestAuthorizationOfACall:
         call("sync", config_for(server, api_key=""))
         assert server.last.headers["authorization"] == "Bearer k-environment"
 
-    @pytest.mark.parametrize("key", [f" {TOKEN}", f"{TOKEN}\n", f"{TOKEN}\r\nx-b: 2", f"{TOKEN}\x7f", f"{TOKEN}é"])
+    @pytest.mark.parametrize(
+        "key", [f" {TOKEN}", f"{TOKEN}\n", f"{TOKEN}\r\nx-b: 2", f"{TOKEN}\x7f", f"{TOKEN}é", f"Bearer {TOKEN}"]
+    )
     @pytest.mark.parametrize("source", ["api_key", "OPENAI_API_KEY"])
     def test_a_key_that_no_header_can_carry(self, key: str, source: str, monkeypatch: pytest.MonkeyPatch) -> None:
         """A malformed key is found when the provider is made. The error says where it is from, and does not show it."""

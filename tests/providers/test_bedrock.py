@@ -514,6 +514,18 @@ class TestCredentials:
             call(mode, config_for(server))
         assert len(server.seen) == 1
 
+    def test_the_advice(self, server: Server, home: Path, mode: str) -> None:
+        """The advice of a refusal is about AWS credentials, and not about a key that the caller does not have."""
+        write_profile(home, "default")
+        for named, advice in (
+            ("ExpiredTokenException", "Check the AWS credentials: they may have expired."),
+            ("AccessDeniedException", "Check what the owner of the AWS credentials may use."),
+        ):
+            server.rule = refusing(403, named, "No.")
+            with pytest.raises((AuthenticationError, PermissionDenied)) as caught:
+                call(mode, config_for(server))
+            assert str(caught.value).endswith(advice)
+
     def test_a_refused_model_is_no_bad_key(self, server: Server, home: Path, mode: str) -> None:
         """An account that may not use the model is told so, and the call is not sent again."""
         write_profile(home, "default")

@@ -868,7 +868,7 @@ class TestRenewal:
         assert texts_of(reaching(account), mode, 2) == ["Hello é"] * 2
         assert account.bearers == ["1", "2", "2"]
         (record,) = [record for record in caplog.records if record.name.startswith("fluxibly")]
-        assert 'change="sends a new api_key"' in record.getMessage()
+        assert 'change="sends new Google credentials"' in record.getMessage()
 
     @modes
     def test_once(self, account: Google, mode: Mode) -> None:

@@ -18,9 +18,16 @@ from fluxibly._checks import kind_of, secrets_in_query
 from fluxibly._logs import log
 from fluxibly._masking import mask_secrets
 from fluxibly.config import LLMConfig, Timeouts
-from fluxibly.errors import AuthenticationError, BadRequest, ConfigError, ProviderError, StreamProtocolError
+from fluxibly.errors import (
+    AuthenticationError,
+    BadRequest,
+    ConfigError,
+    PermissionDenied,
+    ProviderError,
+    StreamProtocolError,
+)
 from fluxibly.providers.dialects.codec import Codec, Encoded, Event, Learner, Service
-from fluxibly.providers.dialects.errors import request_id_of
+from fluxibly.providers.dialects.errors import ADVICE, request_id_of
 from fluxibly.providers.dialects.json_values import REPAIRS, is_utf8
 from fluxibly.providers.dialects.retry_after import retry_after_of
 from fluxibly.providers.http._encodings import accept_encoding
@@ -193,6 +200,8 @@ class Endpoint:
             error = _quoting(error, self.codec.decode_error(status, headers, masked))
         if error.status is None:
             error.status = status
+        if isinstance(self.key, Authorizer):
+            error.args = tuple(_about_credentials(arg, self.key.name) for arg in error.args)
         return self.completed_with(error, request, headers)
 
     def check_page(self, headers: Mapping[str, str]) -> None:
@@ -296,6 +305,12 @@ def _quoting(error: ProviderError, masked: ProviderError | None) -> ProviderErro
     return error
 
 
+def _about_credentials(message: str, name: str) -> str:
+    """Return the message of an error with advice about credentials in place of advice about a key."""
+    message = message.replace(ADVICE[AuthenticationError], f"Check the {name}: they may have expired.")
+    return message.replace(ADVICE[PermissionDenied], f"Check what the owner of the {name} may use.")
+
+
 def _masked(data: bytes, secrets: tuple[str, ...]) -> bytes:
     """Return `data` with secrets masked. An excerpt could cut a secret in two, and half a secret is not found."""
     return mask_secrets(data.decode("latin-1"), secrets).encode("latin-1") if secrets else data
@@ -370,7 +385,9 @@ def _api_key(service: Service, config: LLMConfig) -> tuple[str | None, Authentic
 
 def _check_key(key: str, source: str, service: Service) -> None:
     """Raise AuthenticationError for a key that a header cannot carry."""
-    if key != key.strip():
+    if key.lower().startswith("bearer "):
+        problem = "begins with 'Bearer', which belongs to the header and not to the key"
+    elif key != key.strip():
         problem = "begins or ends with white space (perhaps a newline from a file)"
     elif not key.isascii():
         problem = "has characters outside ASCII"

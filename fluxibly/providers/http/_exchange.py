@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple, Protocol, TypeAlias, TypeVar
+from typing import ClassVar, NamedTuple, Protocol, TypeAlias, TypeVar
 
 import attrs
 import httpx
@@ -23,6 +23,9 @@ _FRAMING = frozenset({"content-length", "transfer-encoding"})
 
 class Authorizer(ABC):
     """Credentials that authorize each request by headers of its own, in place of a key. An authorizer does not change."""
+
+    name: ClassVar[str] = "credentials"
+    """The name of the credentials in errors."""
 
     @property
     @abstractmethod

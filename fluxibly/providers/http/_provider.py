@@ -18,6 +18,7 @@ from fluxibly._logs import log_retry
 from fluxibly._states import TRANSITIONS, State
 from fluxibly.errors import AuthenticationError, ConnectionFailed, ProviderError
 from fluxibly.providers.http._endpoint import Endpoint
+from fluxibly.providers.http._exchange import Authorizer
 from fluxibly.providers.http._httpx import AsyncHTTPXSender, HTTPXSender
 from fluxibly.providers.http._keys import Keys, LoopKeys, ThreadKeys
 from fluxibly.providers.http._limits import Aborted
@@ -63,7 +64,8 @@ async def worth_resending(
     change = endpoint.learn(request, outgoing.body, error)
     if change is None and isinstance(error, AuthenticationError) and keys is not None and outgoing.key is not None:
         with _completed(endpoint, request):
-            change = "sends a new api_key" if await keys.renew(outgoing.key) else None
+            what = f"new {outgoing.key.name}" if isinstance(outgoing.key, Authorizer) else "a new api_key"
+            change = f"sends {what}" if await keys.renew(outgoing.key) else None
     if change is None:
         return False
     log_retry(request, error, max(request.call.attempts - 1, 0), 0.0, change=change)
