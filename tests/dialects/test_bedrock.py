@@ -217,7 +217,7 @@ def test_calls_with_a_type() -> None:
             assert sent_back(response) == [block]
 
 
-# What goes back is what came
+# Answers that go back
 
 
 def turn_of(message: Message) -> list[dict[str, Any]]:

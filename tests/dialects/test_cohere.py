@@ -810,7 +810,7 @@ def test_errors_in_no_known_shape(body: bytes) -> None:
     assert type(CODEC.decode_error(502, {}, body)) is ServerError
 
 
-# What goes back is what came
+# Answers that go back
 
 
 def sent_back(response: Response) -> dict[str, Any] | None:

@@ -705,7 +705,7 @@ REFUSALS: list[tuple[str, Answer, bool]] = [
     ("single sign-on", (429, {}, b'{"message": "too many"}'), True),
     ("single sign-on", (200, {}, b'{"roleCredentials": {"accessKeyId": "AKIA-cut-0123456789"}}'), False),
 ]
-"""What the services answer in place of credentials, and whether it may pass."""
+"""Answers of the services in place of credentials, and whether the failure may pass."""
 
 
 class TestSources:

@@ -618,7 +618,7 @@ def test_what_perplexity_found() -> None:
 
 
 def test_lists_that_grow() -> None:
-    """What a later event adds to a list is added."""
+    """Items that a later event adds to a list are added."""
     events = [
         chunk({"content": said}, "stop" if n == 3 else None, search_results=PAGES[:n], citations=None)
         for n, said in ((1, "a"), (2, "b"), (3, "c"))

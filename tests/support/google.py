@@ -69,7 +69,7 @@ class Seen:
 Reply: TypeAlias = tuple[int, str, bytes]
 """A status, a content type and a body."""
 Rule: TypeAlias = Callable[[Seen], Reply | None]
-"""What a server answers; None cuts the connection off."""
+"""The answer of a server; None cuts the connection off."""
 
 
 @attrs.define
