@@ -190,8 +190,8 @@ class AWSCredentials:
         if found is None or not found.access_key or not found.secret_key:
             raise NoCredentialsError
         for value in filter(None, (found.access_key, found.secret_key, found.token)):
-            if not isinstance(value, str) or not (value.isascii() and value.isprintable()):
-                raise ValueError("expected a str of printable ASCII characters as each of them")
+            if not (value.isascii() and value.isprintable()):
+                raise ValueError("expected printable ASCII characters in each of them")
         return found  # type: ignore[no-any-return]
 
     def is_fresh(self, key: Key) -> bool:
