@@ -86,10 +86,7 @@ def providers(server: Canned, vault: Vault | None = None, **settings: Any) -> An
 
 
 def at_once(backend: str, server: Canned, requests: list[Request], vault: Vault | None, **settings: Any) -> list[Any]:
-    """Return the answers to requests that are sent at once, in their order, or the errors.
-
-    The first one opens the vault's gate when the others had time to ask too.
-    """
+    """Return the answers to requests that are sent at once, in their order, or the errors."""
     found: list[Any] = [None] * len(requests)
     sync, asynchronous = providers(server, vault, **settings)
     if backend == "sync":
@@ -252,6 +249,39 @@ class TestSharing:
         assert [type(error) for error in errors] == [AuthenticationError] * 5
         assert TOKEN not in "".join([f"{error!r} {vars(error)}" for error in errors])
         assert len(server.seen) == 5
+
+    def test_a_failure_before_a_key(self, server: Canned) -> None:
+        """A failure from before a key was found is not that of calls whose key is refused later, at once."""
+        answers: Iterator[Any] = iter([LookupError("closed"), TOKEN])
+        again = threading.Event()
+
+        def give() -> str:
+            answer = next(answers, None)
+            if isinstance(answer, Exception):
+                raise answer
+            if answer is None:
+                again.wait(0.3)  # so that the other call waits too
+            return TOKEN
+
+        sync, _ = providers(server, api_key=give)
+        errors: list[BaseException] = []
+
+        def refused() -> None:
+            with pytest.raises(AuthenticationError) as caught:
+                provider.complete(Request(model="refused", messages="hi"))
+            errors.append(caught.value)
+
+        with sync() as provider:
+            with pytest.raises(LookupError):
+                provider.complete(Request(model="m", messages="hi"))
+            provider.complete(Request(model="m", messages="hi"))
+            server.refuse = lambda _: (401, {"error": {"message": "expired"}})
+            threads = [threading.Thread(target=refused) for _ in range(2)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        assert len(errors) == 2
 
     def test_a_refusal_that_another_call_has_dealt_with(self, server: Canned) -> None:
         """A call whose key was refused takes the key that another call has found meanwhile, and asks for none."""
