@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fluxibly.config import LLMConfig
     from fluxibly.errors import FluxiblyError, ProviderError, StreamInterrupted
-    from fluxibly.flow import CallNext, Flow, Middleware, map_chunks, perform, sleep
+    from fluxibly.flow import CallNext, Flow, Middleware, ask, emit, map_chunks, perform, sleep, stop_when
     from fluxibly.llm import LLM, AsyncLLM, default_stack
     from fluxibly.pipeline import AsyncPipeline, Pipeline
     from fluxibly.provider import AsyncProvider, Provider
     from fluxibly.registry import register_llm_framework, register_middleware
+    from fluxibly.target import Target
     from fluxibly.types import (
         Audio,
         Chunk,
@@ -33,17 +34,18 @@ __version__ = "2.0.0.dev0"
 _NAMES = {
     "config": "LLMConfig",
     "errors": "FluxiblyError ProviderError StreamInterrupted",
-    "flow": "CallNext Flow Middleware map_chunks perform sleep",
+    "flow": "CallNext Flow Middleware ask emit map_chunks perform sleep stop_when",
     "llm": "LLM AsyncLLM default_stack",
     "pipeline": "AsyncPipeline Pipeline",
     "provider": "AsyncProvider Provider",
     "registry": "register_llm_framework register_middleware",
+    "target": "Target",
     "types": "Audio Chunk Document Image Message Request Response Restart StreamStats Tool ToolCall Usage",
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names.split()}
 _ROOMS = {"errors", "flow", "middleware", "providers", "telemetry", "testing"}
 """Modules that users work with: `fluxibly.errors.NotFound` needs no import of its own, and completion shows them."""
-_MODULES = {*_NAMES, *_ROOMS, "aggregate", "messages", "parts", "stream"}
+_MODULES = {*_NAMES, *_ROOMS, "aggregate", "calls", "limits", "messages", "parts", "stream"}
 
 __all__ = [
     "LLM",
@@ -68,15 +70,19 @@ __all__ = [
     "Restart",
     "StreamInterrupted",
     "StreamStats",
+    "Target",
     "Tool",
     "ToolCall",
     "Usage",
+    "ask",
     "default_stack",
+    "emit",
     "map_chunks",
     "perform",
     "register_llm_framework",
     "register_middleware",
     "sleep",
+    "stop_when",
 ]
 
 

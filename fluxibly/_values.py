@@ -26,6 +26,20 @@ class Shown:
         return f"{kind.__qualname__}({', '.join(shown)})"
 
 
+class Slotted:
+    """A class with `__slots__`, whose instances are equal if their slots are. attrs would cost more at import."""
+
+    __slots__: tuple[str, ...] = ()
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and all(getattr(self, name) == getattr(other, name) for name in self.__slots__)
+
+    __hash__ = None  # type: ignore[assignment]  # an effect can change
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in self.__slots__)})"
+
+
 class Value(Shown):
     """A class of attrs whose instances are equal if their fields are. A field's own `eq=False` or key is followed."""
 

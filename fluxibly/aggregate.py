@@ -8,6 +8,7 @@ from typing import Any, TypeAlias, cast
 import attrs
 
 from fluxibly._checks import kind_of
+from fluxibly.messages import Message
 from fluxibly.parts import Media, Opaque, Part, Place, Reasoning, Span, Text, ToolCall, order_unless_usual
 from fluxibly.types import USUAL, Chunk, Response, ToolCallDelta
 
@@ -49,9 +50,15 @@ _Mark: TypeAlias = _Call | _Thought | Reasoning | Media | Opaque | Text
 class Aggregator:
     """A collector of the chunks of one answer. `add` each chunk, and ask for the `response` at any time."""
 
-    __slots__ = ("_calls", "_details", "_fields", "_marks", "_others", "_reasoning", "texts")
+    __slots__ = ("_calls", "_details", "_fields", "_marks", "_others", "_reasoning", "added", "texts")
 
     def __init__(self) -> None:
+        self.added: tuple[Message, ...] = ()
+        """The messages of the marks so far (`Chunk.added`)."""
+        self.begin_message()
+
+    def begin_message(self) -> None:
+        """Begin a new message, which the chunks so far do not belong to."""
         self.texts: list[str] = []
         """The texts of the chunks. For a `text_only` chunk it is enough to append its text here."""
         self._reasoning: list[str] = []
@@ -73,7 +80,13 @@ class Aggregator:
         )
 
     def add(self, chunk: Chunk) -> None:
-        """Add the next chunk."""
+        """Add the next chunk. After a mark with messages (`Chunk.added`) the response is that of the new message."""
+        if chunk.added:
+            self.added += chunk.added
+            self.begin_message()
+        elif chunk.added is not None:  # the message goes on, so it has not ended
+            self._fields.pop("finish_reason", None)
+            self._fields.pop("raw_finish_reason", None)
         self.texts.append(chunk.text)
         if not chunk.text_only:
             self._add_rest(chunk)
@@ -182,6 +195,8 @@ class Aggregator:
             fields["details"] = _copied(self._details, DEPTH)
         if self._others:
             fields["alternatives"] = [self._others[index].response() for index in sorted(self._others)]
+        if self.added:
+            fields["added"] = self.added
         return Response("".join(self.texts), reasoning="".join(self._reasoning), **fields)
 
     def _arranged(self) -> dict[str, Any]:
@@ -323,7 +338,10 @@ def _delta(call: ToolCall, index: int) -> ToolCallDelta:
 
 
 def as_chunk(response: Response) -> Chunk:
-    """Return a whole response as one chunk. If its parts have an order of their own, the chunk does not have it."""
+    """Return a whole response as one chunk. If its parts have an order of their own, the chunk does not have it.
+
+    The messages in `response.added` are the chunk's mark.
+    """
     return Chunk(
         response.text,
         reasoning=response.reasoning,
@@ -341,7 +359,18 @@ def as_chunks(response: Response) -> list[Chunk]:
     if response.order is None and sum([part.text != "" for part in response.reasoning_parts]) < 2:
         return [as_chunk(response)]
     *first, last = chunks_of(response.parts)
-    return [*first, attrs.evolve(last, **_fields(response))]
+    fields = _fields(response)
+    mark = [Chunk(added=fields.pop("added"))] if response.added else []
+    return [*mark, *first, attrs.evolve(last, **fields)]
+
+
+def pieces_of(item: object) -> Sequence[Chunk] | None:
+    """Return the chunks that an item of a provider's stream stands for: a Chunk, a str or a Response. None: it is none."""
+    if isinstance(item, Chunk):
+        return (item,)
+    if isinstance(item, str):
+        return (Chunk(item),)
+    return as_chunks(item) if isinstance(item, Response) else None
 
 
 def _fields(response: Response) -> dict[str, Any]:
@@ -355,6 +384,7 @@ def _fields(response: Response) -> dict[str, Any]:
         "request_id": response.request_id,
         "rate_limits": response.rate_limits or None,
         "details": response.details or None,
+        "added": response.added or None,
         "alternatives": tuple(
             [(index, chunk) for index, other in enumerate(response.alternatives, 1) for chunk in as_chunks(other)]
         ),

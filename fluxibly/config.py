@@ -27,6 +27,7 @@ from fluxibly._checks import (
 )
 from fluxibly._values import Value
 from fluxibly.errors import ConfigError, Problems
+from fluxibly.limits import KEEP_ALIVES as KEEP_ALIVES, Timeouts as Timeouts, seconds_problem
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -66,75 +67,6 @@ class Secret:
 
     def __bool__(self) -> bool:
         return bool(self._value)
-
-
-class _LeftOut:
-    """The `total` of `Timeouts` that was not given."""
-
-    __slots__ = ()
-
-    def __reduce__(self) -> str:
-        return "_LEFT_OUT"  # copies are the same object, and so are equal
-
-
-_LEFT_OUT = _LeftOut()
-_WHOLE_ANSWER = 600.0
-"""Seconds for an answer that is not streamed, unless a limit is set: reasoning models think for minutes."""
-
-KEEP_ALIVES = 10
-"""How many times `idle` a wait for one chunk may take, if only keep-alives arrive."""
-
-
-@suggests_names
-@attrs.frozen(repr=False, eq=False)
-class Timeouts(Value):
-    """Time limits in seconds. A limit that is left out keeps its default; None means no limit.
-
-    Args:
-        connect: for connecting, TLS included.
-        first_byte: from the last byte of the request to the head of the answer.
-        idle: in a stream, from chunk to chunk, and from the head to the first chunk. A keep-alive restarts it; bytes that
-            complete no event do not. A wait for one chunk ends at ten times `idle` in any case. In a whole answer,
-            between two reads of the body.
-        total: for a whole attempt, from connecting to the last byte. If it is left out, an answer that is not streamed
-            may take 600 seconds, and a stream has no total.
-
-    Raises:
-        ConfigError: a limit is not a number above 0.
-    """
-
-    connect: float | None = 10.0
-    first_byte: float | None = 600.0
-    idle: float | None = 120.0
-    _total: float | _LeftOut | None = attrs.field(default=_LEFT_OUT, alias="total")
-
-    def __attrs_post_init__(self) -> None:
-        limits = {"connect": self.connect, "first_byte": self.first_byte, "idle": self.idle, "total": self.total}
-        problems = [
-            found
-            for name, limit in limits.items()
-            if limit is not None and (found := _seconds(f"timeout.{name}", limit))
-        ]
-        if problems:
-            raise ConfigError.of(problems)
-
-    @property
-    def total(self) -> float | None:
-        """The limit on an attempt that is not streamed."""
-        return _WHOLE_ANSWER if isinstance(self._total, _LeftOut) else self._total
-
-    @property
-    def stream_total(self) -> float | None:
-        """The limit on a whole stream: `total`, if it was given."""
-        return None if isinstance(self._total, _LeftOut) else self._total
-
-    def __repr__(self) -> str:
-        total = "" if isinstance(self._total, _LeftOut) else f", total={self._total!r}"
-        return f"Timeouts(connect={self.connect!r}, first_byte={self.first_byte!r}, idle={self.idle!r}{total})"
-
-
-def _seconds(name: str, value: object) -> str | None:
-    return number(name, value, above=0, unit="seconds")
 
 
 KeyFunction: TypeAlias = Callable[[], str | Awaitable[str]]
@@ -361,7 +293,7 @@ def _problems(config: LLMConfig) -> list[str]:
     found = [
         text("framework", config.framework),
         *parameter_problems({name: getattr(config, name) for name in PARAMETERS if hasattr(config, name)}),
-        None if timeout is None or isinstance(timeout, Timeouts) else _seconds("timeout", timeout),
+        None if timeout is None or isinstance(timeout, Timeouts) else seconds_problem("timeout", timeout),
         *(text(name, value) for name in PLACE if (value := getattr(config, name)) is not None),
         whole("max_retries", config.max_retries, 0),
         mapping("additional_params", config.additional_params, keys=str),

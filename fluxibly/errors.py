@@ -6,34 +6,18 @@ code that makes an error from a server's message masks it first.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, ClassVar, Literal, ParamSpec, TypeAlias, TypeVar
 
-from fluxibly._roots import BadPrompt as BadPrompt, FluxiblyError as FluxiblyError
+from fluxibly._roots import BadPrompt as BadPrompt, ConfigError as ConfigError, FluxiblyError as FluxiblyError
 
 if TYPE_CHECKING:
-    from typing import Self
-
     from fluxibly.types import Outcome, Request, Response
 
 P = ParamSpec("P")
 T = TypeVar("T")
-Phase: TypeAlias = Literal["connect", "first_byte", "idle", "total"]
-"""The part of an attempt that a time limit covers. `Timeouts` has a limit for each part."""
-
-
-class ConfigError(FluxiblyError, ValueError):
-    """A setting is wrong. `problems` lists every wrong setting, each with its path."""
-
-    def __init__(self, message: str, *, problems: tuple[str, ...] = ()) -> None:
-        super().__init__(message)
-        self.problems = problems or (message,)
-
-    @classmethod
-    def of(cls, problems: Sequence[str]) -> Self:
-        """Return the error that lists all `problems`, each with its path."""
-        message = "several settings are wrong:\n" + "\n".join(f"- {problem}" for problem in problems)
-        return cls(problems[0] if len(problems) == 1 else message, problems=tuple(problems))
+Phase: TypeAlias = Literal["connect", "first_byte", "first_chunk", "idle", "total", "deadline"]
+"""The part of an attempt that a time limit covers. `Timeouts` and `Leash` have the limits."""
 
 
 class FrameworkNotRegistered(ConfigError):
@@ -173,7 +157,9 @@ class ConnectionFailed(ProviderError):
 
 
 class RequestTimeout(ProviderError, TimeoutError):
-    """A time limit expired. `phase` names the limit: "connect", "first_byte", "idle" or "total". Retryable."""
+    """A time limit expired. `phase` names the limit: "connect", "first_byte", "first_chunk", "idle", "total" or
+    "deadline". Retryable.
+    """
 
     default_retryable = True
     phase: Phase = "total"
@@ -183,6 +169,13 @@ class StreamStalled(RequestTimeout):
     """A stream sent nothing for the whole idle timeout. Retryable, if none of its output had been delivered."""
 
     phase = "idle"
+
+
+class DeadlineExceeded(RequestTimeout):
+    """The time of the whole call is up: attempts, waits and all. `__cause__` is the error of the last attempt, if any."""
+
+    default_retryable = False
+    phase = "deadline"
 
 
 class StreamProtocolError(ProviderError):

@@ -12,10 +12,12 @@ from fluxibly._merging import composed
 from fluxibly.config import LLMConfig, parameter_problems
 from fluxibly.errors import ConfigError, Problems
 from fluxibly.flow import Middleware
+from fluxibly.limits import Timeouts
 from fluxibly.messages import Message
 from fluxibly.pipeline import AsyncPipeline, Pipeline
 from fluxibly.registry import check_config, default_stack, make_middleware, make_provider, read_yaml
 from fluxibly.stream import AsyncStream, Stream
+from fluxibly.target import check_targets
 from fluxibly.types import Chunk, Request, Response, Restart
 
 if TYPE_CHECKING:
@@ -51,8 +53,14 @@ __all__ = ["LLM", "AsyncLLM", "LLMConfig", "default_stack"]
 Prompt: TypeAlias = str | Message | Sequence[Message]
 
 
-_OVERRIDES = frozenset(field.name for field in attrs.fields(Request)) - {"messages", "call"}
+_OVERRIDES = frozenset(field.name for field in attrs.fields(Request)) - {"messages", "call", "target"}
 """The names in `Overrides`, read from `Request`, because making a TypedDict at each import costs too much."""
+_INSTEAD = {
+    "restarts": "only stream() takes it",
+    "stream": "call forward_stream() or stream()",
+    "system": "write [Message.system(…), Message.user(…)] as the prompt",
+}
+"""The advice for settings that other clients have."""
 _FROM_CONFIG = ("model", "temperature", "max_tokens", "top_p", "frequency_penalty", "presence_penalty")
 
 
@@ -70,6 +78,7 @@ class _LLM:
         layers = config.middleware if middleware is None else list(middleware)
         layers = ["default"] if layers is None else layers
         stack = problems.of(make_middleware, layers, max_retries=config.max_retries)
+        problems.of(check_targets, stack or ())
         problems.check()
         self._stack = stack or ()
         self._template = Request(
@@ -107,7 +116,9 @@ class _LLM:
         changes = dict(overrides)
         for name in changes:
             if name not in _OVERRIDES:
-                hint = "; only stream() takes it" if name == "restarts" else did_you_mean(name, _OVERRIDES)
+                if name in _INSTEAD:
+                    raise TypeError(f"a call has no setting {name!r}; {_INSTEAD[name]}")
+                hint = did_you_mean(name, _OVERRIDES)
                 raise TypeError(f"a call has no setting {name!r}{hint}; pass provider parameters in extra=")
         problems = parameter_problems(changes)
         if problems:
@@ -133,35 +144,59 @@ class LLM(_LLM):
         super().__init__(config, middleware)
         self.pipeline = Pipeline(make_provider(config, asynchronous=False), self._stack, framework=config.framework)
 
-    def forward(self, prompt: Prompt, **overrides: Unpack[Overrides]) -> str:
+    def forward(
+        self, prompt: Prompt, *, timeout: float | Timeouts | None = None, **overrides: Unpack[Overrides]
+    ) -> str:
         """Return the text of the model's answer to a prompt.
+
+        Args:
+            timeout: the time limits of this call; see `Pipeline.complete`.
+            overrides: settings that take precedence over the configuration; see `Request`.
 
         Raises:
             FluxiblyError: the call failed. Any other exception of the provider or a middleware is raised unchanged.
         """
-        return self.complete(prompt, **overrides).text
+        return self.complete(prompt, timeout=timeout, **overrides).text
 
-    def forward_stream(self, prompt: Prompt, **overrides: Unpack[Overrides]) -> Generator[str, None, None]:
+    def forward_stream(
+        self, prompt: Prompt, *, timeout: float | Timeouts | None = None, **overrides: Unpack[Overrides]
+    ) -> Generator[str, None, None]:
         """Return a generator of the answer's texts as they arrive. Closing the generator abandons the stream.
 
         Raises:
             NotImplementedError: the provider cannot stream. (The first iteration raises the provider's own errors.)
         """
-        return self.stream(prompt, **overrides).texts()
+        return self.stream(prompt, timeout=timeout, **overrides).texts()
 
-    def complete(self, prompt: Prompt, **overrides: Unpack[Overrides]) -> Response:
+    def complete(
+        self, prompt: Prompt, *, timeout: float | Timeouts | None = None, **overrides: Unpack[Overrides]
+    ) -> Response:
         """Return the model's answer to a prompt as a `Response`, with usage, finish reason and all other fields."""
-        return self.pipeline.complete(self.request(prompt, overrides))
+        return self.pipeline.complete(self.request(prompt, overrides), timeout=timeout)
 
     @overload
     def stream(
-        self, prompt: Prompt, *, restarts: Literal[False] = False, **overrides: Unpack[Overrides]
+        self,
+        prompt: Prompt,
+        *,
+        restarts: Literal[False] = False,
+        timeout: float | Timeouts | None = None,
+        **overrides: Unpack[Overrides],
     ) -> Stream[Chunk]: ...
     @overload
-    def stream(self, prompt: Prompt, *, restarts: bool, **overrides: Unpack[Overrides]) -> Stream[Chunk | Restart]: ...
-    def stream(self, prompt: Prompt, *, restarts: bool = False, **overrides: Unpack[Overrides]) -> Stream[Any]:
+    def stream(
+        self, prompt: Prompt, *, restarts: bool, timeout: float | Timeouts | None = None, **overrides: Unpack[Overrides]
+    ) -> Stream[Chunk | Restart]: ...
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        restarts: bool = False,
+        timeout: float | Timeouts | None = None,
+        **overrides: Unpack[Overrides],
+    ) -> Stream[Any]:
         """Return the model's answer as a `Stream`; see `Pipeline.stream`."""
-        return self.pipeline.stream(self.request(prompt, overrides), restarts=restarts)
+        return self.pipeline.stream(self.request(prompt, overrides), restarts=restarts, timeout=timeout)
 
     def close(self) -> None:
         """Close the provider's connections. A second close does nothing; a later call raises a RuntimeError."""
@@ -181,37 +216,59 @@ class AsyncLLM(_LLM):
         super().__init__(config, middleware)
         self.pipeline = AsyncPipeline(make_provider(config, asynchronous=True), self._stack, framework=config.framework)
 
-    async def forward(self, prompt: Prompt, **overrides: Unpack[Overrides]) -> str:
+    async def forward(
+        self, prompt: Prompt, *, timeout: float | Timeouts | None = None, **overrides: Unpack[Overrides]
+    ) -> str:
         """Return the text of the model's answer to a prompt.
+
+        Args:
+            timeout: the time limits of this call; see `Pipeline.complete`.
+            overrides: settings that take precedence over the configuration; see `Request`.
 
         Raises:
             FluxiblyError: the call failed. Any other exception of the provider or a middleware is raised unchanged.
         """
-        return (await self.complete(prompt, **overrides)).text
+        return (await self.complete(prompt, timeout=timeout, **overrides)).text
 
-    def forward_stream(self, prompt: Prompt, **overrides: Unpack[Overrides]) -> AsyncGenerator[str, None]:
+    def forward_stream(
+        self, prompt: Prompt, *, timeout: float | Timeouts | None = None, **overrides: Unpack[Overrides]
+    ) -> AsyncGenerator[str, None]:
         """Return a generator of the answer's texts as they arrive: `async for text in llm.forward_stream("…")`.
 
         Raises:
             NotImplementedError: the provider cannot stream. (The first iteration raises the provider's own errors.)
         """
-        return self.stream(prompt, **overrides).texts()
+        return self.stream(prompt, timeout=timeout, **overrides).texts()
 
-    async def complete(self, prompt: Prompt, **overrides: Unpack[Overrides]) -> Response:
+    async def complete(
+        self, prompt: Prompt, *, timeout: float | Timeouts | None = None, **overrides: Unpack[Overrides]
+    ) -> Response:
         """Return the model's answer to a prompt as a `Response`, with usage, finish reason and all other fields."""
-        return await self.pipeline.complete(self.request(prompt, overrides))
+        return await self.pipeline.complete(self.request(prompt, overrides), timeout=timeout)
 
     @overload
     def stream(
-        self, prompt: Prompt, *, restarts: Literal[False] = False, **overrides: Unpack[Overrides]
+        self,
+        prompt: Prompt,
+        *,
+        restarts: Literal[False] = False,
+        timeout: float | Timeouts | None = None,
+        **overrides: Unpack[Overrides],
     ) -> AsyncStream[Chunk]: ...
     @overload
     def stream(
-        self, prompt: Prompt, *, restarts: bool, **overrides: Unpack[Overrides]
+        self, prompt: Prompt, *, restarts: bool, timeout: float | Timeouts | None = None, **overrides: Unpack[Overrides]
     ) -> AsyncStream[Chunk | Restart]: ...
-    def stream(self, prompt: Prompt, *, restarts: bool = False, **overrides: Unpack[Overrides]) -> AsyncStream[Any]:
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        restarts: bool = False,
+        timeout: float | Timeouts | None = None,
+        **overrides: Unpack[Overrides],
+    ) -> AsyncStream[Any]:
         """Return the model's answer as an `AsyncStream`, for `async with`; see `AsyncPipeline.stream`."""
-        return self.pipeline.stream(self.request(prompt, overrides), restarts=restarts)
+        return self.pipeline.stream(self.request(prompt, overrides), restarts=restarts, timeout=timeout)
 
     async def aclose(self) -> None:
         """Close the provider's connections. A second close does nothing; a later call raises a RuntimeError."""

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+from contextlib import AsyncExitStack, ExitStack
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from fluxibly import provider as providers
 from fluxibly._drivers import stepping
 from fluxibly._drivers.diagnosis import explain
+from fluxibly._drivers.endings import arun_endings, run_endings
 from fluxibly._drivers.stack import SYSTEM_CLOCK as SYSTEM_CLOCK, AsyncStack, Clock as Clock, SyncStack
 from fluxibly._drivers.streams import AsyncStreamDriver, SyncStreamDriver
+from fluxibly._targets import TargetProviders
 from fluxibly.flow.effects import Send
+from fluxibly.limits import Timeouts
 from fluxibly.stream import AsyncStream, Stream
 from fluxibly.types import Chunk, Request, Response, Restart
 
 if TYPE_CHECKING:
     from typing import Self
+
+
+def _nothing() -> None:
+    """Do nothing, where there is nothing to close."""
 
 
 class Pipeline(SyncStack):
@@ -27,13 +35,24 @@ class Pipeline(SyncStack):
         clock: a clock for tests; see `fluxibly.testing.VirtualClock`.
     """
 
-    def complete(self, request: Request) -> Response:
+    targets: TargetProviders
+
+    def make_targets(self) -> TargetProviders:
+        """Return the providers of the targets that requests may name."""
+        return TargetProviders(self.info, asynchronous=False)
+
+    def complete(self, request: Request, *, timeout: float | Timeouts | None = None) -> Response:
         """Send a request through the stack to the provider, and return the whole response.
+
+        Args:
+            timeout: the time limits of this call, in place of those of the configuration. A number of seconds bounds
+                connecting, the first byte and idling of each attempt, and the whole call with its retries and waits
+                (`DeadlineExceeded`). `Timeouts` sets the limits of each attempt.
 
         Raises:
             FluxiblyError: the call failed. Any other exception of the provider or a middleware is raised unchanged.
         """
-        request = self.begin(request)
+        request = self.begin(request, timeout=timeout)
         flow = self._run(request)
         error: BaseException | None = None
         try:
@@ -42,9 +61,14 @@ class Pipeline(SyncStack):
                 outcome: object = None
                 try:
                     if type(effect) is Send:
-                        outcome = self.provider.complete(effect.request)
+                        asked = effect.request
+                        if asked.target is None and asked.call.leash is None:
+                            effect.sent = True
+                            outcome = self.provider.complete(asked)
+                        else:
+                            outcome = self.whole(effect)
                     else:
-                        outcome = self.carry_out(effect, flow)
+                        outcome = self.carry_out(effect, flow, request.call)
                 except BaseException as raised:  # noqa: BLE001  # it goes into the flow
                     error = raised
                 try:
@@ -56,32 +80,44 @@ class Pipeline(SyncStack):
         except Exception as failure:
             explain(failure, self.middleware)
             raise
+        finally:
+            request.call.last_error = None  # its frames refer to the call
+            if request.call.endings:
+                run_endings(request.call)
 
     @overload
-    def stream(self, request: Request, *, restarts: Literal[False] = False) -> Stream[Chunk]: ...
+    def stream(
+        self, request: Request, *, restarts: Literal[False] = False, timeout: float | Timeouts | None = None
+    ) -> Stream[Chunk]: ...
     @overload
-    def stream(self, request: Request, *, restarts: bool) -> Stream[Chunk | Restart]: ...
-    def stream(self, request: Request, *, restarts: bool = False) -> Stream[Any]:
+    def stream(
+        self, request: Request, *, restarts: bool, timeout: float | Timeouts | None = None
+    ) -> Stream[Chunk | Restart]: ...
+    def stream(
+        self, request: Request, *, restarts: bool = False, timeout: float | Timeouts | None = None
+    ) -> Stream[Any]:
         """Return a stream of the provider's response, through the stack. The first read sends the request.
 
         Args:
             restarts: also yield `Restart` events, so that `Retry(on_interrupt="restart")` may begin the answer again.
+            timeout: the time limits of this call, in place of those of the configuration. A number of seconds bounds
+                connecting, the first byte, and idling between chunks; a stream as a whole has no limit then.
 
         Raises:
             NotImplementedError: the provider has no `stream`.
         """
-        if not hasattr(self.provider, "stream"):
+        if not hasattr(self.provider, "stream") and not self.simulates_stream:
             raise providers.no_stream(self.provider)
-        request = self.begin(request, streaming=True, restarts=restarts)
+        request = self.begin(request, streaming=True, restarts=restarts, timeout=timeout)
         return Stream(SyncStreamDriver(self, request, self._run(request)))
 
     def close(self) -> None:
         """Close the provider. A second close does nothing; a later call raises a RuntimeError."""
         if not self.closed:
             self.closed = True
-            close = getattr(self.provider, "close", None)
-            if close is not None:
-                close()
+            with ExitStack() as closing:  # an error of a provider's close does not keep the other providers open
+                for provider in (self.provider, *self.targets.take_all()):
+                    closing.callback(getattr(provider, "close", _nothing))
 
     def __enter__(self) -> Self:
         return self
@@ -96,13 +132,24 @@ class AsyncPipeline(AsyncStack):
     A synchronous provider runs in worker threads.
     """
 
-    async def complete(self, request: Request) -> Response:
+    targets: TargetProviders
+
+    def make_targets(self) -> TargetProviders:
+        """Return the providers of the targets that requests may name."""
+        return TargetProviders(self.info, asynchronous=True)
+
+    async def complete(self, request: Request, *, timeout: float | Timeouts | None = None) -> Response:
         """Send a request through the stack to the provider, and return the whole response.
+
+        Args:
+            timeout: the time limits of this call, in place of those of the configuration. A number of seconds bounds
+                connecting, the first byte and idling of each attempt, and the whole call with its retries and waits
+                (`DeadlineExceeded`). `Timeouts` sets the limits of each attempt.
 
         Raises:
             FluxiblyError: the call failed. Any other exception of the provider or a middleware is raised unchanged.
         """
-        request = self.begin(request)
+        request = self.begin(request, timeout=timeout)
         flow = self._run(request)
         error: BaseException | None = None
         try:
@@ -111,9 +158,14 @@ class AsyncPipeline(AsyncStack):
                 outcome: object = None
                 try:
                     if type(effect) is Send:
-                        outcome = await self.provider.complete(effect.request)
+                        asked = effect.request
+                        if asked.target is None and asked.call.leash is None:
+                            effect.sent = True
+                            outcome = await self.provider.complete(asked)
+                        else:
+                            outcome = await self.whole(effect)
                     else:
-                        outcome = await self.carry_out(effect, flow)
+                        outcome = await self.carry_out(effect, flow, request.call)
                 except BaseException as raised:  # noqa: BLE001  # it goes into the flow
                     error = raised
                 try:
@@ -125,32 +177,45 @@ class AsyncPipeline(AsyncStack):
         except Exception as failure:
             explain(failure, self.middleware)
             raise
+        finally:
+            request.call.last_error = None  # its frames refer to the call
+            if request.call.endings:
+                await arun_endings(request.call)
 
     @overload
-    def stream(self, request: Request, *, restarts: Literal[False] = False) -> AsyncStream[Chunk]: ...
+    def stream(
+        self, request: Request, *, restarts: Literal[False] = False, timeout: float | Timeouts | None = None
+    ) -> AsyncStream[Chunk]: ...
     @overload
-    def stream(self, request: Request, *, restarts: bool) -> AsyncStream[Chunk | Restart]: ...
-    def stream(self, request: Request, *, restarts: bool = False) -> AsyncStream[Any]:
+    def stream(
+        self, request: Request, *, restarts: bool, timeout: float | Timeouts | None = None
+    ) -> AsyncStream[Chunk | Restart]: ...
+    def stream(
+        self, request: Request, *, restarts: bool = False, timeout: float | Timeouts | None = None
+    ) -> AsyncStream[Any]:
         """Return a stream of the provider's response, through the stack. The first read sends the request.
 
         Args:
             restarts: also yield `Restart` events, so that `Retry(on_interrupt="restart")` may begin the answer again.
+            timeout: the time limits of this call, in place of those of the configuration. A number of seconds bounds
+                connecting, the first byte, and idling between chunks; a stream as a whole has no limit then.
 
         Raises:
             NotImplementedError: the provider has no `stream`.
         """
-        if not hasattr(self.provider, "stream"):
-            raise providers.no_stream(getattr(self.provider, "wrapped", self.provider))
-        request = self.begin(request, streaming=True, restarts=restarts)
+        if not hasattr(self.provider, "stream") and not self.simulates_stream:
+            raise providers.no_stream(self.provider)
+        request = self.begin(request, streaming=True, restarts=restarts, timeout=timeout)
         return AsyncStream(AsyncStreamDriver(self, request, self._run(request)))
 
     async def aclose(self) -> None:
         """Close the provider. A second close does nothing; a later call raises a RuntimeError."""
         if not self.closed:
             self.closed = True
-            aclose = getattr(self.provider, "aclose", None)
-            if aclose is not None:
-                await aclose()
+            async with AsyncExitStack() as closing:  # an error of a provider's aclose does not keep the others open
+                for provider in (self.provider, *self.targets.take_all()):
+                    if hasattr(provider, "aclose"):
+                        closing.push_async_callback(provider.aclose)
 
     async def __aenter__(self) -> Self:
         return self

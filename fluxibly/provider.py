@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Coroutine, Iterable, Iterator, Sequence
 from contextvars import Context, copy_context
 from typing import Any, Final, Protocol, TypeVar, runtime_checkable
 
 from fluxibly._checks import kind_of
+from fluxibly.aggregate import Aggregator, pieces_of
 from fluxibly.types import Chunk, ProviderInfo, Request, Response
 
 
 @runtime_checkable
 class Provider(Protocol):
-    """An object that answers requests. Only `complete` is required::
+    """An object that answers requests. Only `complete` is required, or only `stream` if it has no `complete`::
 
         class Parrot:
             def complete(self, request: Request) -> str:
@@ -29,6 +30,11 @@ class Provider(Protocol):
     reaches the caller unchanged.
 
     The optional attribute `info` (`ProviderInfo`) identifies the provider in logs and traces.
+
+    A call may have time limits: those of `request.call.leash` (see `fluxibly.limits.Leash`), and of `timeout=` in
+    `request.call.timeouts`. A provider that keeps them by itself has the attribute `obeys = True`. Any other provider is
+    called and read in another thread while a limit applies, in a copy of the context. When the time is up, the caller
+    stops waiting, and the provider runs on until it returns; then its stream is closed.
     """
 
     def complete(self, request: Request, /) -> Response | str: ...
@@ -36,9 +42,36 @@ class Provider(Protocol):
 
 @runtime_checkable
 class AsyncProvider(Protocol):
-    """A `Provider` with coroutine functions `complete` and `aclose`, and an async generator function `stream`."""
+    """A `Provider` with coroutine functions `complete` and `aclose`, and an async generator function `stream`.
+
+    Without `obeys = True`, a call with time limits is cancelled when its time is up.
+    """
 
     async def complete(self, request: Request, /) -> Response | str: ...
+
+
+class StreamingProvider(Protocol):
+    """A provider, sync or async, that only streams. Whole answers are made of its chunks."""
+
+    def stream(
+        self, request: Request, /
+    ) -> Iterable[Chunk | str | Response] | AsyncIterable[Chunk | str | Response]: ...
+
+
+def for_pipeline(provider: Any, *, asynchronous: bool) -> Any:
+    """Return a provider as a sync or async pipeline calls it: adapted if it only streams, or is sync for an async pipeline.
+
+    Raises:
+        TypeError: the provider is asynchronous, and the pipeline is not.
+    """
+    only_streams = not hasattr(provider, "complete")
+    if not asynchronous:
+        if is_async(provider):
+            raise TypeError(f"the provider {type(provider).__name__} is asynchronous; use AsyncPipeline or AsyncLLM")
+        return StreamOnly(provider) if only_streams else provider
+    adapted = provider if is_async(provider) else Threaded(provider)
+    # Outside of the threads, so that a cancelled call closes the stream after the read that is under way.
+    return AsyncStreamOnly(adapted, info_of(provider, None).name) if only_streams else adapted
 
 
 def is_async(provider: object) -> bool:
@@ -48,12 +81,19 @@ def is_async(provider: object) -> bool:
     return inspect.iscoroutinefunction(complete) or inspect.isasyncgenfunction(stream)
 
 
+def answers(value: object) -> bool:
+    """Whether an object has a method of a provider."""
+    return callable(getattr(value, "complete", None)) or callable(getattr(value, "stream", None))
+
+
 def check(provider: object) -> None:
     """Raise a TypeError if `provider` cannot be a provider."""
     if isinstance(provider, type):
         raise TypeError(f"a provider is an object; {provider.__name__} is a class: write {provider.__name__}()")
-    if not callable(getattr(provider, "complete", None)):
-        raise TypeError(f"expected a provider with a method complete(request), got {kind_of(provider)}")
+    if not answers(provider):
+        raise TypeError(
+            f"expected a provider with a method complete(request) or stream(request), got {kind_of(provider)}"
+        )
 
 
 def info_of(provider: object, framework: str | None) -> ProviderInfo:
@@ -65,8 +105,50 @@ def info_of(provider: object, framework: str | None) -> ProviderInfo:
     return ProviderInfo(name=name, framework=framework or "custom", telemetry_name=framework or name)
 
 
+def pieces_of_stream(item: object, provider: str) -> Sequence[Chunk]:
+    """Return the chunks that an item of a provider's stream stands for.
+
+    Raises:
+        TypeError: it is no part of an answer.
+    """
+    pieces = pieces_of(item)
+    if pieces is None:
+        raise TypeError(
+            f"the provider {provider} yielded {kind_of(item)}, expected a Chunk, a str or a Response from its stream()"
+        )
+    return [unmarked(piece, provider) for piece in pieces]
+
+
+def unmarked(chunk: Chunk, provider: str) -> Chunk:
+    """Return a chunk of a provider, which must not be a mark: an answer of a provider is a single message."""
+    if chunk.added is not None:
+        raise TypeError(f"the provider {provider} yielded a Chunk with added=…, which only a middleware may emit")
+    return chunk
+
+
+def items_of(stream: object, provider: str) -> Iterable[Any]:
+    """Return what a sync `stream` returned, if it can be read.
+
+    Raises:
+        TypeError: it cannot.
+    """
+    if isinstance(stream, Iterable) and not isinstance(stream, str):
+        return stream  # pyright: ignore[reportUnknownVariableType]
+    kind = kind_of(stream)
+    if isinstance(stream, Coroutine):
+        stream.close()  # otherwise Python warns that the coroutine was never awaited
+    generator = "an async generator function" if isinstance(stream, (Coroutine, AsyncIterable)) else "a generator"
+    raise TypeError(f"the stream() of {provider} returned {kind}; make it {generator}")
+
+
+def obeys(provider: object) -> bool:
+    """Whether a provider keeps the limits of a call by itself; see `Provider`."""
+    return getattr(provider, "obeys", False) is True
+
+
 def no_stream(provider: object) -> NotImplementedError:
     """Return the error for a provider without `stream`."""
+    provider = provider.wrapped if isinstance(provider, Threaded) else provider
     return NotImplementedError(
         f"the provider {type(provider).__name__} has no stream(); use forward() or complete(), or add a method "
         "stream(request) that yields Chunk or str"
@@ -90,6 +172,7 @@ class Threaded:
 
     def __init__(self, wrapped: Provider) -> None:
         self.wrapped: Any = wrapped
+        self.obeys = obeys(wrapped)
         if hasattr(wrapped, "stream"):
             self.stream = self._stream
 
@@ -110,6 +193,54 @@ class Threaded:
         close = getattr(self.wrapped, "close", None)
         if close is not None:
             await in_thread(close)
+
+
+class StreamOnly:
+    """A `Provider` that only streams, with whole answers made of its chunks."""
+
+    def __init__(self, wrapped: Any) -> None:
+        self.name = info_of(wrapped, None).name
+        self.stream = wrapped.stream
+        self.obeys = obeys(wrapped)
+        self.close = getattr(wrapped, "close", _nothing)
+
+    def complete(self, request: Request) -> Response:
+        answer = Aggregator()
+        stream = iter(items_of(self.stream(request), self.name))
+        try:
+            for item in stream:
+                for piece in pieces_of_stream(item, self.name):
+                    answer.add(piece)
+        finally:
+            getattr(stream, "close", _nothing)()
+        return answer.response()
+
+
+class AsyncStreamOnly:
+    """An `AsyncProvider` that only streams, with whole answers made of its chunks. `name` is the provider's in messages."""
+
+    def __init__(self, wrapped: Any, name: str) -> None:
+        self.name = name
+        self.stream = wrapped.stream
+        self.obeys = obeys(wrapped)
+        if hasattr(wrapped, "aclose"):
+            self.aclose = wrapped.aclose
+
+    async def complete(self, request: Request) -> Response:
+        answer = Aggregator()
+        stream = aiter(self.stream(request))
+        try:
+            async for item in stream:
+                for piece in pieces_of_stream(item, self.name):
+                    answer.add(piece)
+        finally:
+            if hasattr(stream, "aclose"):
+                await stream.aclose()
+        return answer.response()
+
+
+def _nothing() -> None:
+    """Do nothing, where there is nothing to close."""
 
 
 class _Reader:
@@ -134,7 +265,7 @@ class _Reader:
 
     def _next(self) -> object:
         if self.iterator is None:
-            self.iterator = iter(self.provider.stream(self.request))
+            self.iterator = iter(items_of(self.provider.stream(self.request), self.request.call.provider.name))
         return next(self.iterator, _END)
 
     def close_soon(self) -> None:

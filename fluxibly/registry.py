@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, cast
 
 from fluxibly._checks import did_you_mean, is_list, is_mapping, kind_of, nearest
@@ -19,7 +21,6 @@ from fluxibly.flow import Middleware
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
-    from pathlib import Path
 
 ProviderFactory: TypeAlias = Callable[..., Any]
 MiddlewareFactory: TypeAlias = Callable[..., Middleware]
@@ -62,6 +63,15 @@ class Framework(NamedTuple):
     def to_install(self) -> str:
         """The command that installs the missing packages."""
         return pip_install(*([] if self.extra is None else [self.extra]))
+
+    @property
+    def missing_key(self) -> str | None:
+        """The step that gives the framework its API key or credentials; None if it has them or needs none."""
+        if self.env_var is None or any(map(os.environ.get, (self.env_var, *self.instead))):
+            return None
+        if any(Path(file).expanduser().exists() for file in self.files):
+            return None
+        return f"set {self.env_var}" + (f", or {self.credentials}" if self.credentials else "")
 
     def factory(self, *, asynchronous: bool) -> ProviderFactory:
         """Return the class or function that makes the provider.
@@ -352,6 +362,27 @@ def check_framework(name: str, settings: Mapping[str, Any], *, path: str = "") -
         if wrong:
             raise ConfigError.of(wrong)
     return framework
+
+
+def split_model(text: str) -> tuple[str | None, str]:
+    """Split "framework:model" at the first colon. The framework is None, and the model the whole text, if the text before
+    the colon is not the name of a framework.
+    """
+    name, colon, model = text.partition(":")
+    if not colon or not model:
+        return None, text
+    known = name in _frameworks or name in _built_in_frameworks() or name in entry_points("frameworks")
+    return (name, model) if known else (None, text)
+
+
+def missing_key(config: LLMConfig) -> str | None:
+    """Return the step that gives a configuration its API key. None: it has one, needs none, or may find one elsewhere."""
+    framework = find_framework(config.framework)
+    own_server = config.api_base is not None and framework.url_var in framework.instead
+    authorized = any(name.lower() == "authorization" or name.lower().endswith("api-key") for name in config.headers)
+    if config.api_key or own_server or authorized or framework.credentials:
+        return None
+    return framework.missing_key
 
 
 def check_config(config: LLMConfig) -> Framework:

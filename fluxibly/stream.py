@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from fluxibly import _abandoned
+from fluxibly._drivers.endings import Home
 from fluxibly._drivers.streams import (
     CLOSING,
     AsyncStreamDriver,
@@ -121,6 +122,8 @@ class AsyncStream(Generic[Event]):
         driver = self._driver
         if driver.reading:
             raise RuntimeError("another task is reading this stream")
+        if driver.home is None:
+            driver.home = Home()
         stage = (
             driver.stage
         )  # a name of its own, because type checkers take an attribute for unchanged over the `await`

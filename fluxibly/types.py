@@ -1,24 +1,27 @@
-"""The data that flows through a pipeline: requests, responses, chunks, measurements, and the record of a call.
+"""The data that flows through a pipeline: requests, responses and chunks.
 
-Everything here is immutable by contract, except `CallRecord`, which is the mutable memory of a call. `Request`,
-`Response`, `Message` and their parts enforce the contract. `Chunk` is immutable only for type checkers: a stream makes
-a chunk for every few characters, and enforcement would double the cost of a chunk.
-
-The classes refer to each other (a response makes a message, a request has the record of its call), so they share a
-module.
+Everything here is immutable by contract. `Request`, `Response`, `Message` and their parts enforce the contract. `Chunk`
+is immutable only for type checkers: a stream makes a chunk for every few characters, and enforcement would double the
+cost of a chunk.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from time import perf_counter
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
+from functools import wraps
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, TypeVar
 
 import attrs
 
-from fluxibly._checks import repr_of_headers, repr_without_secrets
+from fluxibly._checks import kind_of, repr_of_headers, repr_without_secrets
 from fluxibly._values import Shown, Value
+from fluxibly.calls import (
+    CallRecord as CallRecord,
+    ProviderInfo as ProviderInfo,
+    StreamStats as StreamStats,
+    Usage as Usage,
+)
 from fluxibly.messages import (
     ROLES as ROLES,
     Content as Content,
@@ -59,114 +62,20 @@ if TYPE_CHECKING:
     from attrs import frozen as chunk_class
 
 else:
-    from attrs import define as chunk_class
+    from attrs import define
+
+    def chunk_class(**options):
+        return define(init=False, **options)
+
 
 _T = TypeVar("_T")
+_R = TypeVar("_R", bound="Request")
 
 Outcome: TypeAlias = Literal["completed", "failed", "abandoned", "cancelled", "stalled"]
 """How a call ended. Logs, metrics and spans use the same words."""
 
 FINISH_REASONS = ("stop", "length", "content_filter", "tool_call", "error")
 """The vocabulary of `Response.finish_reason`. A provider's reason outside this vocabulary is passed on unchanged."""
-
-
-@attrs.frozen(kw_only=True, repr=False, eq=False)
-class ProviderInfo(Value):
-    """The identity of a provider, for logs (`name` is the provider's class), spans and error messages."""
-
-    name: str = "unknown"
-    framework: str = "custom"
-    telemetry_name: str = "custom"
-    """`gen_ai.provider.name` of the OpenTelemetry semantic conventions."""
-    server_address: str | None = None
-    server_port: int | None = None
-    in_process: bool = False
-
-
-_UNKNOWN = ProviderInfo()
-
-
-class CallRecord:
-    """The memory of a call, shared by all its layers and attempts. It keeps the facts that must survive a failure.
-
-    Times are readings of `clock`, in seconds.
-    """
-
-    provider: ProviderInfo
-    layers: tuple[Any, ...]
-    """The middleware of the pipeline, outermost first."""
-    streaming: bool
-    restarts: bool
-    """Whether the consumer takes `Restart` events."""
-    clock: Callable[[], float]
-    started_at: float
-    """When the call began."""
-    sent_at: float | None
-    """When the first attempt of a stream was sent; None for other calls."""
-    requested_at: float
-    """When the consumer asked for the chunk that is being read. Later chunks update it only while `timed` is set."""
-    timed: bool
-    first_chunk_at: float | None
-    """When the first chunk was delivered."""
-    delivered: list[str]
-    """The texts of the chunks that the consumer has received since the last `Restart`."""
-    attempts: int
-    watched: bool
-    """Whether a layer needs the effect that ends each attempt. The effect costs a pass through all the layers."""
-    trace_headers: Mapping[str, str] | None
-    """Trace headers that are the same for every attempt. `send` adds them to the request of each attempt."""
-    sent_model: str | None
-    """The model that the last attempt asked for. A provider that falls back to another model by itself updates it."""
-    sent_messages: tuple[Message, ...]
-    """The messages of the last attempt, with any that middleware added. Error messages are masked against them."""
-    model: str | None
-    """The model that answered, as named by the last attempt's response."""
-    usage: Usage | None
-    """The usage of the last attempt. If the attempt was cut off or abandoned: as far as the service had reported it."""
-    finish_reason: str | None
-    """Why the last attempt ended, as far as the service had reported it."""
-    interruption: Exception | None
-    """The `StreamInterrupted` that ended the last attempt, until the stream ends."""
-    said: str | None
-    """The text of the last attempt's answer, if it was streamed to its end."""
-    stats: StreamStats | None
-    cache_hit: bool
-    """Set by a middleware that answers from a cache."""
-    attempt_times: list[float] | None
-    """The duration of each attempt in seconds, if `Timing` asked for it."""
-    timings: dict[str, float]
-    """Durations in seconds, by name (see `Timing`)."""
-    notes: dict[str, Any]
-    """The private data of middleware, each under its own key."""
-
-    def __init__(self) -> None:
-        # Every attribute is set here, because reading it from the instance takes a quarter of the time of a class
-        # attribute.
-        self.provider = _UNKNOWN
-        self.layers = ()
-        self.streaming = self.restarts = self.timed = self.watched = self.cache_hit = False
-        self.clock = perf_counter
-        self.started_at = self.requested_at = 0.0
-        self.sent_at = self.first_chunk_at = None
-        self.delivered = []
-        self.attempts = 0
-        self.trace_headers = None
-        self.sent_messages = ()
-        self.sent_model = self.model = None
-        self.usage = self.finish_reason = self.stats = self.interruption = self.said = None
-        self.attempt_times = None
-        self.timings = {}
-        self.notes = {}
-
-    @property
-    def chunks(self) -> int:
-        """The number of chunks that the consumer has received since the last `Restart`."""
-        return len(self.delivered)
-
-    @property
-    def characters(self) -> int:
-        """The number of characters of text that the consumer has received since the last `Restart`."""
-        return sum(map(len, self.delivered))
 
 
 @attrs.frozen(kw_only=True, slots=False, repr=False, eq=False)
@@ -198,15 +107,26 @@ class Request(Shown):
     extra: Mapping[str, Any] = attrs.field(factory=table, repr=repr_without_secrets)
     headers: Mapping[str, str] = attrs.field(factory=table, repr=repr_of_headers)
     metadata: Mapping[str, Any] = attrs.field(factory=table)
+    target: Adapts | None = attrs.field(default=None, repr=False)
+    """The `Target` that answers, in place of the pipeline's own provider."""
     call: CallRecord = attrs.field(factory=CallRecord, repr=False)
+
+    def __attrs_post_init__(self) -> None:
+        if self.target is not None:
+            _set_state(self, "__dict__", _adapted(self, self.target).__dict__)
 
     def evolve(self, **changes: Any) -> Self:
         """Return a copy with `changes` that shares this request's `call` record.
 
+        `target=` also sets and drops the parameters that the target names; other changes win over those.
+
         Raises:
-            TypeError: a request has no field of that name.
+            TypeError: a request has no field of that name, or `target` is not a `Target`.
         """
-        return _evolve(self, changes)
+        target = changes.pop("target", None) if "target" in changes else self.target
+        if target is None or target is self.target:
+            return replaced(self, changes if target is self.target else {**changes, "target": None})
+        return replaced(_adapted(self, target), changes)
 
     @property
     def prompt_length(self) -> int:
@@ -222,11 +142,26 @@ _CONVERTERS: dict[str, Callable[[Any], Any]] = {
     "reasoning_parts": tuple,
     "media": tuple,
     "alternatives": tuple,
+    "added": tuple,
 }
 
 
-def _evolve(self: _T, changes: dict[str, Any]) -> _T:
-    """Do the work of `attrs.evolve` for classes with a `__dict__`, at a third of its cost."""
+class Adapts(Protocol):
+    """A `Target`. Its own module stands further out, because it reads configurations."""
+
+    def adapt(self, request: Request, /) -> Request: ...
+
+
+def _adapted(request: _R, target: object) -> _R:
+    adapt = getattr(target, "adapt", None)
+    if adapt is None or isinstance(target, type):
+        raise TypeError(f"target: expected a Target, got {kind_of(target)}; write target=Target(…)")
+    adapted: _R = adapt(request)
+    return adapted
+
+
+def replaced(self: _T, changes: Mapping[str, Any]) -> _T:
+    """Return a copy with `changes`: the work of `attrs.evolve` for classes with a `__dict__`, at a third of its cost."""
     state = self.__dict__.copy()
     for name, value in changes.items():
         if name not in state:
@@ -258,66 +193,6 @@ def with_headers(request: Request, added: Mapping[str, str]) -> Request:
     return _of_state(request, state)
 
 
-@attrs.frozen(kw_only=True, repr=False, eq=False)
-class Usage(Value):
-    """Token counts as the service reported them. A count that it did not report is None.
-
-    `input_tokens` includes `cached_tokens` (read from a prompt cache) and `cache_write_tokens`; `output_tokens`
-    includes `reasoning_tokens` (OpenTelemetry's convention, `gen_ai.usage.*`).
-    """
-
-    input_tokens: int | None = None
-    output_tokens: int | None = None
-    cached_tokens: int | None = None
-    cache_write_tokens: int | None = None
-    reasoning_tokens: int | None = None
-
-    @property
-    def total_tokens(self) -> int | None:
-        """The sum of input and output tokens, or None if neither count is known."""
-        if self.input_tokens is None and self.output_tokens is None:
-            return None
-        return (self.input_tokens or 0) + (self.output_tokens or 0)
-
-
-@attrs.frozen(kw_only=True, repr=False, eq=False)
-class StreamStats(Value):
-    """The measurements of a stream by `StreamMeter`. Times are in seconds and exclude the time of the consumer.
-
-    A gap is the wait for a chunk after the first. `longest_stall` is the longest of all waits, including the wait for
-    the first chunk and a wait that ended in an error. The percentiles are estimates (see `StreamMeter`).
-    """
-
-    chunks: int = 0
-    characters: int = 0
-    time_to_first_chunk: float | None = None
-    gap_p50: float | None = None
-    gap_p95: float | None = None
-    gap_p99: float | None = None
-    gap_max: float | None = None
-    longest_stall: float | None = None
-    streaming_time: float = 0.0
-    """Seconds spent waiting for chunks after the first."""
-    tokens: int | None = None
-
-    @property
-    def average_chunk_size(self) -> float:
-        """The mean number of characters per chunk."""
-        return self.characters / self.chunks if self.chunks else 0.0
-
-    @property
-    def characters_per_second(self) -> float | None:
-        """Characters per second after the first chunk arrived; None if no time passed."""
-        return self.characters / self.streaming_time if self.streaming_time > 0 else None
-
-    @property
-    def tokens_per_second(self) -> float | None:
-        """Output tokens per second after the first chunk arrived; None if the service did not count the tokens."""
-        if self.tokens is None or self.streaming_time <= 0:
-            return None
-        return self.tokens / self.streaming_time
-
-
 # mypy does not accept a generic function as a converter. attrs reads the signature of a converter when a class is made,
 # and that of `tuple` takes longer than the rest of this module.
 if TYPE_CHECKING:
@@ -326,13 +201,14 @@ if TYPE_CHECKING:
     def _to_reasoning(parts: Iterable[Reasoning]) -> tuple[Reasoning, ...]: ...
     def _to_media(media: Iterable[Media]) -> tuple[Media, ...]: ...
     def _to_responses(responses: Iterable[Response]) -> tuple[Response, ...]: ...
+    def _to_added(messages: Iterable[Message]) -> tuple[Message, ...]: ...
 
 else:
 
     def _to_tuple(values):
         return tuple(values)
 
-    _to_tool_calls = _to_reasoning = _to_media = _to_responses = _to_tuple
+    _to_tool_calls = _to_reasoning = _to_media = _to_responses = _to_added = _to_tuple
 
 
 USUAL: tuple[Kind, ...] = ("reasoning", "media", "text", "tool_call")
@@ -371,7 +247,13 @@ class Response(Value):
     # differently in a stream.
     order: Order | None = attrs.field(default=None, kw_only=True, eq=opaque_parts)
     """Where each part stands; None for reasoning, media, text, tool calls. See `parts` and `from_parts`."""
+    added: tuple[Message, ...] = attrs.field(default=(), converter=_to_added, kw_only=True)
+    """The messages between the request's and this answer, if a middleware went on by itself: tool calls and results."""
     parsed: Any = attrs.field(default=None, kw_only=True)
+    provider: str | None = attrs.field(default=None, kw_only=True, eq=False)
+    """The provider that answered, by its name in telemetry, such as "anthropic"."""
+    total_usage: Usage | None = attrs.field(default=None, kw_only=True, eq=False)
+    """The tokens of all attempts of the call, as far as the services reported them: retries, rejected answers, `ask`s."""
     request_id: str | None = attrs.field(default=None, kw_only=True, eq=False)
     rate_limits: Mapping[str, str] = attrs.field(factory=table, kw_only=True, eq=False)
     """The service's rate-limit headers, by lower-case name."""
@@ -389,7 +271,7 @@ class Response(Value):
         Raises:
             TypeError: a response has no field of that name.
         """
-        return _evolve(self, changes)
+        return replaced(self, changes)
 
     @classmethod
     def from_parts(cls, parts: Iterable[Part], **fields: Any) -> Response:
@@ -442,12 +324,14 @@ class Response(Value):
             value: Any = getattr(self, name)
             if value not in (None, {}):
                 found[name] = plain(value, self)
-        for name in ("usage", "stats"):
+        for name in _COUNTS:
             counts: Any = getattr(self, name)
             if counts is not None:
                 found[name] = {key: value for key, value in attrs.asdict(counts).items() if value is not None}
         if self.alternatives:
             found["alternatives"] = [other.to_dict() for other in self.alternatives]
+        if self.added:
+            found["added"] = [message.to_dict() for message in self.added]
         for name in ("parsed", "raw"):
             with suppress(TypeError):
                 if getattr(self, name) is not None:
@@ -476,7 +360,26 @@ class Response(Value):
         return opaque_parts(self.order)
 
 
-_WORDS = ("finish_reason", "raw_finish_reason", "model", "id", "request_id")
+_BLANK = dict(vars(Response()))
+
+
+@wraps(Response.__init__)
+def _init_response(self: Response, text: str = "", **fields: Any) -> None:
+    """Do as the method that attrs makes: a copied table and a few changes take a fifth of its time."""
+    state = _BLANK.copy()
+    state["text"] = text
+    state["details"], state["rate_limits"] = {}, {}
+    for name, value in fields.items():
+        if name not in state:
+            raise TypeError(f"a Response has no {name!r}; it has {', '.join(state)}")
+        convert = _CONVERTERS.get(name)
+        state[name] = value if convert is None else convert(value)
+    _set_state(self, "__dict__", state)
+
+
+Response.__init__ = _init_response  # type: ignore[method-assign]  # pyright: ignore[reportAttributeAccessIssue]
+_WORDS = ("finish_reason", "raw_finish_reason", "model", "provider", "id", "request_id")
+_COUNTS = {"usage": Usage, "total_usage": Usage, "stats": StreamStats}
 
 
 def _response(given: object, path: str) -> Response:
@@ -487,7 +390,7 @@ def _response(given: object, path: str) -> Response:
     found: dict[str, Any] = {name: value for name in _WORDS if (value := fields.text(name)) is not None}
     for name in ("details", "rate_limits"):
         found[name] = fields.table(name) or {}
-    for name, kind in (("usage", Usage), ("stats", StreamStats)):
+    for name, kind in _COUNTS.items():
         counts = fields.table(name)
         found[name] = None if counts is None else numbers(counts, kind, fields.at(name))
     found["elapsed"] = fields.take("elapsed", (int, float), "a number")
@@ -495,6 +398,7 @@ def _response(given: object, path: str) -> Response:
         _response(other, f"{fields.at('alternatives')}[{number}]")
         for number, other in enumerate(fields.items("alternatives"))
     ]
+    found["added"] = [Message.from_dict(message) for message in fields.items("added")]
     found["parsed"], found["raw"] = fields.value("parsed"), fields.value("raw")
     parts = [part_from_dict(part, f"{fields.at('parts')}[{n}]") for n, part in enumerate(fields.items("parts"))]
     response = Response.from_parts(parts, **found) if parts else Response(text, **found)
@@ -515,23 +419,6 @@ class ToolCallDelta(Value):
     signature: str | None = None
     raw: Mapping[str, Any] | None = None
     """Other fields of the call that the service wants back (`ToolCall.raw`)."""
-
-
-def _is_text_only(chunk: Chunk) -> bool:
-    return not (
-        chunk.reasoning
-        or chunk.tool_calls
-        or chunk.finish_reason
-        or chunk.raw_finish_reason
-        or chunk.usage
-        or chunk.id
-        or chunk.model
-        or chunk.parts
-        or chunk.details
-        or chunk.alternatives
-        or chunk.request_id
-        or chunk.rate_limits
-    )
 
 
 @chunk_class(repr=False, eq=False)
@@ -558,13 +445,64 @@ class Chunk(Value):
     id: str | None = attrs.field(default=None, kw_only=True)
     parts: tuple[Part, ...] = attrs.field(default=(), kw_only=True)
     alternatives: tuple[tuple[int, Chunk], ...] = attrs.field(default=(), kw_only=True)
+    added: tuple[Message, ...] | None = attrs.field(default=None, kw_only=True)
+    """A mark, after which a middleware may send again. With messages: what went out so far is a whole message, these
+    were added after the request's (that message first), and a new message begins. Empty: the same message goes on."""
     request_id: str | None = attrs.field(default=None, kw_only=True, eq=False)
     rate_limits: Mapping[str, str] | None = attrs.field(default=None, kw_only=True, eq=False)
     details: Mapping[str, Any] | None = attrs.field(default=None, kw_only=True, eq=False)
-    text_only: bool = attrs.field(
-        init=False, eq=False, repr=False, default=attrs.Factory(_is_text_only, takes_self=True)
-    )
+    text_only: bool = attrs.field(init=False, eq=False, repr=False, default=True)
     """Whether the chunk contains only text, as most chunks do. Computed once, because several layers read it."""
+
+    if not TYPE_CHECKING:
+        # By hand, because a stream makes a chunk for every few characters: here `text_only` needs no call of a function.
+        def __init__(
+            self,
+            text="",
+            *,
+            reasoning="",
+            tool_calls=(),
+            finish_reason=None,
+            raw_finish_reason=None,
+            usage=None,
+            model=None,
+            id=None,  # noqa: A002  # the field's name
+            parts=(),
+            alternatives=(),
+            added=None,
+            request_id=None,
+            rate_limits=None,
+            details=None,
+        ):
+            self.text = text
+            self.reasoning = reasoning
+            self.tool_calls = tool_calls
+            self.finish_reason = finish_reason
+            self.raw_finish_reason = raw_finish_reason
+            self.usage = usage
+            self.model = model
+            self.id = id
+            self.parts = parts
+            self.alternatives = alternatives
+            self.added = added
+            self.request_id = request_id
+            self.rate_limits = rate_limits
+            self.details = details
+            self.text_only = not (
+                reasoning
+                or tool_calls
+                or finish_reason
+                or raw_finish_reason
+                or usage
+                or id
+                or model
+                or parts
+                or details
+                or alternatives
+                or request_id
+                or rate_limits
+                or added is not None
+            )
 
     def __str__(self) -> str:
         return self.text

@@ -23,9 +23,11 @@ MODULES = {
 DATA = "data"
 SIDE = "side"
 ROOMS = {
-    "types messages parts errors aggregate provider _checks _dicts _extras _formats _merging _roots _values _states": DATA,
-    "_masking _logs _abandoned _schema _yaml": SIDE,
+    "types calls limits messages parts errors aggregate provider _checks _dicts _extras _formats _merging _roots _values _states": DATA,
+    "_masking _logs _abandoned _schema _threads _yaml": SIDE,
     "config": "config",
+    "target": "target",
+    "_targets": "targets",
     "flow": "flow",
     "_drivers": "drivers",
     "telemetry": "telemetry",
@@ -67,9 +69,11 @@ ARROWS = {
     "litellm": {"libraries", "dialects", "http", "config", *BASE},
     "frameworks": {"services", "dialects", "http", "config", DATA},
     "stream": {"drivers", "flow", *BASE},
-    "pipeline": {"stream", "drivers", "flow", *BASE},
+    "target": {"config", "registry", *BASE},
+    "targets": {"target", "registry", *BASE},
+    "pipeline": {"stream", "drivers", "targets", "flow", *BASE},
     "registry": {"flow", "services", "config", *BASE},
-    "llm": {"pipeline", "stream", "registry", "config", "flow", DATA},
+    "llm": {"pipeline", "stream", "registry", "target", "config", "flow", DATA},
     "testing": {"pipeline", "stream", "flow", "drivers", "dialects", *BASE},
     "cli": set(ROOMS.values()),
 }
@@ -195,6 +199,10 @@ PUBLIC = [
     "Image",
     "Tool",
     "default_stack",
+    "Target",
+    "ask",
+    "emit",
+    "stop_when",
 ]
 
 

@@ -301,10 +301,8 @@ class TestProviders:
             made = call(mode, [Logging(), Retry()], script)
             error = root_cause(made.ran.error)
             assert isinstance(error, TypeError)
-            assert (
-                str(error)
-                == f"the provider ScriptedProvider yielded {kind}, expected a Chunk or a str from its stream()"
-            )
+            expected = "expected a Chunk, a str or a Response from its stream()"
+            assert str(error) == f"the provider ScriptedProvider yielded {kind}, {expected}"
             assert made.record.attempts == 1
 
     @pytest.mark.parametrize("mode", [mode for mode in MODES if not mode.streaming], ids=str)

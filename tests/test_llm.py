@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import threading
 
 import anyio
 import attrs
@@ -32,7 +33,8 @@ from fluxibly import (
     register_llm_framework,
     register_middleware,
 )
-from fluxibly.errors import ConfigError, ServerError
+from fluxibly.errors import ConfigError, DeadlineExceeded, RequestTimeout, ServerError
+from fluxibly.limits import Timeouts
 from fluxibly.middleware import Logging, Metrics, Retry, StreamMeter, Timing, Tracing, Validation
 from fluxibly.testing import AsyncScriptedProvider, ScriptedProvider
 from fluxibly.testing.modes import BACKENDS
@@ -226,6 +228,32 @@ class TestSettings:
             LLM(ECHO).forward("hi", **{name: None})
         assert LLM(ECHO).forward("hi", temperature=None, seed=None, tools=None, tool_choice=None) == "hi"
 
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"stream": True}, "a call has no setting 'stream'; call forward_stream() or stream()"),
+            (
+                {"system": "Be brief."},
+                "a call has no setting 'system'; write [Message.system(…), Message.user(…)] as the prompt",
+            ),
+        ],
+        ids=str,
+    )
+    def test_settings_of_other_clients(self, settings, message, backend):
+        """A setting that other clients have is refused with what to write instead."""
+        llm = LLM(ECHO)
+        for call in (llm.forward, llm.forward_stream, llm.complete, llm.stream):
+            with pytest.raises(TypeError) as caught:
+                call("hi", **settings)
+            assert str(caught.value) == message
+
+        async def main():
+            with pytest.raises(TypeError) as caught:
+                await AsyncLLM(ECHO).forward("hi", **settings)
+            assert str(caught.value) == message
+
+        anyio.run(main, backend=backend)
+
     def test_restarts_are_for_streams(self):
         """Methods other than `stream` refuse `restarts`."""
         with pytest.raises(TypeError, match=r"no setting 'restarts'; only stream\(\) takes it"):
@@ -234,6 +262,103 @@ class TestSettings:
 
 def _plain(request, call_next):
     return (yield from call_next(request))
+
+
+class TestTimeout:
+    """`timeout=` of a call."""
+
+    def test_of_each_method(self, backend):
+        """Each method takes the limits of its call, which no other call keeps."""
+        config, made = scripted("ok", "ok", "ok", "ok", "ok")
+        times = Timeouts(1, 2, 3, total=4)
+        llm = LLM(config)
+        llm.forward("hi", timeout=times)
+        list(llm.forward_stream("hi", timeout=times))
+        llm.complete("hi", timeout=times, temperature=0.5)
+        list(llm.stream("hi", timeout=times))
+        llm.forward("hi")
+        assert [request.call.timeouts for request in made[0].requests] == [times] * 4 + [None]
+        assert made[0].requests[2].temperature == 0.5
+
+        async def main():
+            llm = AsyncLLM(config)
+            await llm.forward("hi", timeout=times)
+            assert [text async for text in llm.forward_stream("hi", timeout=times)] == ["ok"]
+            await llm.complete("hi", timeout=times)
+            async with llm.stream("hi", timeout=times, restarts=True) as stream:
+                assert [event.text async for event in stream] == ["ok"]
+            await llm.forward("hi")
+            assert [request.call.timeouts for request in made[1].requests] == [times] * 4 + [None]
+
+        anyio.run(main, backend=backend)
+
+    def test_a_number(self):
+        """A number of seconds bounds each wait, and a whole call as a whole."""
+        config, made = scripted("ok", "ok")
+        llm = LLM(config)
+        llm.forward("hi", timeout=30)
+        list(llm.forward_stream("hi", timeout=30))
+        whole, stream = (request.call for request in made[0].requests)
+        assert whole.timeouts == Timeouts(30, 30, 30, 30)
+        assert whole.leash.deadline == whole.started_at + 30
+        assert stream.timeouts == Timeouts(30, 30, 30)
+        assert stream.leash.deadline is None
+
+    def test_a_call_that_takes_too_long(self, backend):
+        """A whole call ends with `DeadlineExceeded`, and a stream with the limit that passed. Neither is retried."""
+        release = threading.Event()
+
+        class Blocking:
+            def __init__(self, config):
+                pass
+
+            def complete(self, request):
+                release.wait(30)
+                return "late"
+
+            def stream(self, request):
+                yield self.complete(request)
+
+        register_llm_framework("blocking", Blocking)
+        config = LLMConfig(framework="blocking", model="m", max_retries=0)
+
+        async def main():
+            llm = AsyncLLM(config)
+            with pytest.raises(DeadlineExceeded):
+                await llm.forward("hi", timeout=0.05)
+            with pytest.raises(RequestTimeout) as caught:
+                await anext(llm.forward_stream("hi", timeout=0.05))
+            assert caught.value.phase == "first_byte"
+
+        try:
+            with pytest.raises(DeadlineExceeded):
+                LLM(config).forward("hi", timeout=0.05)
+            with pytest.raises(RequestTimeout) as caught:
+                list(LLM(config).forward_stream("hi", timeout=0.05))
+            assert caught.value.phase == "first_byte"
+            anyio.run(main, backend=backend)
+        finally:
+            release.set()
+
+    @pytest.mark.parametrize("timeout", [0, -1, "5", float("nan"), True], ids=repr)
+    def test_wrong_timeouts(self, timeout, backend):
+        """A value that is no limit is refused at the call, before anything is sent."""
+        config, made = scripted("never")
+        expected = r"^timeout: expected a number of seconds above 0, got "
+        llm = LLM(config)
+        for call in (llm.forward, llm.forward_stream, llm.complete, llm.stream):
+            with pytest.raises(ConfigError, match=expected):
+                call("hi", timeout=timeout)
+
+        async def main():
+            llm = AsyncLLM(config)
+            with pytest.raises(ConfigError, match=expected):
+                await llm.forward("hi", timeout=timeout)
+            with pytest.raises(ConfigError, match=expected):
+                llm.stream("hi", timeout=timeout)
+
+        anyio.run(main, backend=backend)
+        assert made[0].requests == made[1].requests == []
 
 
 class TestStacks:

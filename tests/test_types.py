@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import attrs
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from fluxibly.aggregate import Aggregator, as_chunk
+from fluxibly.aggregate import Aggregator, as_chunk, as_chunks
 from fluxibly.types import (
     CallRecord,
     Chunk,
     Image,
     Message,
+    Opaque,
     Reasoning,
     Request,
     Response,
@@ -405,6 +407,134 @@ class TestAggregation:
     def test_str(self):
         """The str of a chunk or a response is its text."""
         assert str(Chunk("a")) == str(Response("a")) == "a"
+
+
+TURN = (Message.assistant("let me look", tool_calls=[CALL]), Message.tool("42", CALL))
+messages = st.lists(
+    st.builds(Message.user, st.text(min_size=1))
+    | st.builds(lambda text, calls: Message.assistant(text, tool_calls=calls), st.text(min_size=1), tool_calls),
+    max_size=3,
+)
+parts = st.lists(
+    st.builds(Text, st.text(min_size=1))
+    | st.builds(
+        lambda text, signature: Reasoning(text=text, signature=signature), st.text(min_size=1), st.text(min_size=1)
+    )
+    | st.builds(lambda number: Opaque("search", {"id": number}), st.integers())
+    | tool_calls.filter(bool).map(lambda calls: calls[0]),
+    min_size=1,
+    max_size=5,
+)
+ordered_responses = st.builds(lambda given, added: Response.from_parts(given, added=added), parts, messages)
+
+
+class TestMarks:
+    def test_a_mark_is_no_output(self):
+        """A mark alone says nothing of an answer, but it is more than text."""
+        for mark in (Chunk(added=()), Chunk(added=TURN)):
+            assert not mark.has_output
+            assert not mark.text_only
+        assert Chunk("a", added=TURN).has_output
+        assert Chunk("a").text_only
+
+    def test_a_message_begins(self):
+        """After a mark with messages, the response is that of the new message, after all messages of the marks."""
+        first = Chunk("let me look", usage=Usage(output_tokens=3), finish_reason="tool_call", model="m-1")
+        response = joined(first, Chunk(added=TURN), Chunk("it is "), Chunk(added=(Message.user("well?"),)), Chunk("42"))
+        assert response == Response("42", added=(*TURN, Message.user("well?")))
+
+    def test_a_message_goes_on(self):
+        """An empty mark changes nothing but the end: what follows is of the same message."""
+        first = Chunk(
+            "one ", usage=Usage(output_tokens=3), finish_reason="length", raw_finish_reason="MAX", model="m-1"
+        )
+        response = joined(first, Chunk(added=()), Chunk("two"))
+        assert response == Response("one two", usage=Usage(output_tokens=3), model="m-1")
+        assert joined(first, Chunk(added=()), Chunk(finish_reason="stop")).finish_reason == "stop"
+
+    def test_text_beside_a_mark(self):
+        """It is the beginning of the new message."""
+        assert joined(Chunk("old"), Chunk("new", added=TURN)) == Response("new", added=TURN)
+
+    def test_reasoning_and_calls_stay_in_their_message(self):
+        """A fragment after a mark continues nothing before it."""
+        response = joined(
+            Chunk(reasoning="hm", tool_calls=(ToolCallDelta(index=0, id="a", name="f", arguments="{"),)),
+            Chunk(added=TURN),
+            Chunk(parts=(Reasoning(text="so", signature="s"),)),
+            Chunk(tool_calls=(ToolCallDelta(index=0, id="b", name="g", arguments="{}"),)),
+        )
+        assert response.reasoning_parts == (Reasoning(text="so", signature="s"),)
+        assert [(each.id, each.raw_arguments) for each in response.tool_calls] == [("b", "{}")]
+
+    @settings(deadline=None)
+    @given(responses, messages)
+    def test_a_response_with_messages_as_one_chunk(self, response, added):
+        """The chunk has the messages as its mark, and none if there are none."""
+        response = response.evolve(added=added)
+        assert as_chunk(response).added == (tuple(added) or None)
+        assert joined(as_chunk(response)) == joined(*as_chunks(response)) == response
+
+    @settings(deadline=None)
+    @given(ordered_responses)
+    def test_a_response_in_its_order(self, response):
+        """Parts in an order of their own become several chunks, of which the first has the mark."""
+        chunks = as_chunks(response)
+        assert [chunk.added for chunk in chunks[1:]] == [None] * (len(chunks) - 1)
+        again = joined(*chunks)
+        assert again == response
+        assert again.parts == response.parts
+
+    @settings(deadline=None)
+    @given(responses, messages)
+    def test_json(self, response, added):
+        """The messages survive JSON, and a response without any does not mention them."""
+        response = response.evolve(added=added)
+        found = json.loads(json.dumps(response.to_dict()))
+        assert ("added" in found) == bool(added)
+        assert Response.from_dict(found) == response
+
+    def test_who_answered_and_what_it_cost_survive_json(self):
+        """`provider` and `total_usage` are kept too, and are no part of the comparison."""
+        response = Response("42", provider="anthropic", total_usage=Usage(input_tokens=3, cached_tokens=1), added=TURN)
+        found = response.to_dict()
+        assert found["provider"] == "anthropic"
+        assert found["total_usage"] == {"input_tokens": 3, "cached_tokens": 1}
+        again = Response.from_dict(json.loads(json.dumps(found)))
+        assert (again.provider, again.total_usage) == ("anthropic", response.total_usage)
+        assert response == Response("42", added=TURN)
+        assert response != Response("42")
+
+    @pytest.mark.parametrize(
+        ("given", "message"),
+        [
+            ({"added": "no"}, "added: expected a list"),
+            ({"added": [{"role": "robot", "content": "hi"}]}, "role: expected one of"),
+            ({"provider": 3}, "provider: expected"),
+            ({"total_usage": [1]}, "total_usage: expected"),
+            ({"total_usage": {"input_tokens": "3"}}, "total_usage.input_tokens: expected"),
+        ],
+    )
+    def test_wrong_json(self, given, message):
+        """The error names the field."""
+        with pytest.raises(ValueError, match=message):
+            Response.from_dict({"text": "42", **given})
+
+    def test_any_sequence_of_messages(self):
+        """`added` is a tuple, whatever it was given as."""
+        assert Response("42", added=[*TURN]).added == Response("42").evolve(added=iter(TURN)).added == TURN
+
+
+class TestSums:
+    def test_usages(self):
+        """A count is summed over the usages that have it; nothing is made up."""
+        assert Usage.sum([]) is None
+        assert Usage.sum([None, None]) is None
+        one = Usage(input_tokens=1, output_tokens=2, reasoning_tokens=1)
+        assert Usage.sum([None, one]) is one
+        assert Usage.sum([one, None, Usage(input_tokens=10, cached_tokens=0)]) == Usage(
+            input_tokens=11, output_tokens=2, reasoning_tokens=1, cached_tokens=0
+        )
 
 
 def test_a_requests_repr_has_no_secrets():

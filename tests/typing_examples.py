@@ -33,6 +33,7 @@ from fluxibly import (
     Restart,
     StreamInterrupted,
     StreamStats,
+    Target,
     ToolCall,
     Usage,
     default_stack,
@@ -47,6 +48,7 @@ from fluxibly.errors import BadPrompt
 from fluxibly.flow import hold_back
 from fluxibly.llm import LLM as SameLLM  # noqa: N811  # LLM is a class
 from fluxibly.middleware import Logging, Metrics, Retry, StreamMeter, Timing, Tracing, Validation
+from fluxibly.target import to_targets
 from fluxibly.testing import AsyncScriptedProvider, ScriptedProvider, VirtualClock
 
 # Middleware of the user
@@ -81,6 +83,24 @@ class Fallback:
         except ProviderError:
             yield from sleep(0)
             return (yield from call_next(request.evolve(model=self.model)))
+
+
+@attrs.frozen(kw_only=True)
+class Others:
+    to: tuple[Target, ...] = attrs.field(converter=to_targets)
+
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        return self.to
+
+    def __call__(self, request: Request, call_next: CallNext) -> Flow[Response]:
+        for target in self.to:
+            assert_type(request.evolve(target=target, temperature=0.1), Request)
+            try:
+                return (yield from call_next(request.evolve(target=target)))
+            except ProviderError:
+                request.call.notes["failed"] = target.config
+        return (yield from call_next(request.evolve(target=None)))
 
 
 class Cache:
@@ -123,6 +143,17 @@ class Parrot:
             yield word + " "
 
 
+class Singer:
+    def stream(self, request: Request) -> Iterator[Chunk | Response]:
+        yield Chunk("la ")
+        yield Response("la", finish_reason="stop")
+
+
+class AsyncSinger:
+    async def stream(self, request: Request) -> AsyncIterator[str]:
+        yield "la"
+
+
 class Busy:
     def complete(self, request: Request) -> Response:
         raise ProviderError("try again", retryable=True)
@@ -145,6 +176,7 @@ async_provider: AsyncProvider = AsyncParrot(LLMConfig(framework="parrot", model=
 
 register_llm_framework("parrot", Parrot, async_provider=AsyncParrot)
 register_middleware("fallback", Fallback)
+register_middleware("others", Others)
 register_middleware("shout", lambda: shout)
 
 
@@ -229,6 +261,8 @@ def pipelines() -> None:
     Pipeline(ScriptedProvider("hello"), own, clock=VirtualClock()).complete(request)
     AsyncPipeline(AsyncScriptedProvider("hello"), own)
     AsyncPipeline(Parrot(), own)
+    assert_type(Pipeline(Singer()).complete(request).text, str)
+    AsyncPipeline(AsyncSinger(), own)
     try:
         Pipeline(Busy()).complete(request)
     except StreamInterrupted as error:
@@ -238,6 +272,16 @@ def pipelines() -> None:
         assert_type(error.retry_after, float | None)
     except FluxiblyError:
         raise
+
+
+def targets(config: LLMConfig) -> None:
+    parrot = Target(Parrot(), model="m", drop=["seed", "stop"], temperature=0.1)
+    assert_type(parrot.config, LLMConfig | None)
+    request = Request(model="m", messages="hi", seed=1, target=parrot)
+    Pipeline(Busy(), [Others(to=parrot)]).complete(request)
+    stack = [Others(to=["parrot:m", "other", config, parrot, {"framework": "parrot", "model": "m", "drop": ["seed"]}])]
+    LLM(config, stack).close()
+    assert_type(to_targets("parrot:m"), tuple[Target, ...])
 
 
 def main(file: Path) -> None:
@@ -255,6 +299,7 @@ def main(file: Path) -> None:
     stacks(config, file)
     access()
     pipelines()
+    targets(config)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterable, Iterable
+from collections.abc import AsyncGenerator, AsyncIterable, Generator, Iterable
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol, cast
 
@@ -11,11 +12,16 @@ from fluxibly import provider as providers
 from fluxibly._abandoned import end_pending, pending
 from fluxibly._checks import kind_of
 from fluxibly._drivers.diagnosis import raise_not_a_response, unknown_effect
-from fluxibly.flow.compose import compose
-from fluxibly.flow.effects import AttemptEnd, Effect, Flow, Middleware, Perform, Sleep
-from fluxibly.flow.verbs import await_, run
-from fluxibly.provider import AsyncProvider, Provider, Threaded, in_thread
-from fluxibly.types import CallRecord, Chunk, ProviderInfo, Request, Response
+from fluxibly._drivers.endings import arun, arun_endings, arun_now, run_endings
+from fluxibly._drivers.limited import AsyncLimitedStream, LimitedStream, acall_in_time, awithin, call_in_time
+from fluxibly._threads import NotInTime
+from fluxibly.calls import UNKNOWN, Cleanup, Targets
+from fluxibly.flow.compose import compose, deadline_exceeded, to_response
+from fluxibly.flow.effects import AskEnd, AttemptEnd, Effect, Flow, Middleware, More, Perform, Send, Sleep
+from fluxibly.flow.verbs import run
+from fluxibly.limits import Leash, Timeouts, time_left, timeouts_of_call
+from fluxibly.provider import AsyncProvider, Provider, StreamingProvider
+from fluxibly.types import CallRecord, Chunk, ProviderInfo, Request, Response, Usage
 
 
 class Clock(Protocol):
@@ -44,10 +50,20 @@ SYSTEM_CLOCK = SystemClock()
 # `begin` and `finish` copy a frozen object with a changed field this way, at a fifth of the cost of attrs.evolve.
 _new = object.__new__
 _set_state = object.__setattr__
+_NOTHING_SPENT = Usage(input_tokens=0, output_tokens=0)
+
+
+class TargetProviders(Targets, Protocol):
+    """The providers of a pipeline's targets. The class itself stands further out, because it makes providers by name."""
+
+    def provider_of(self, target: object, /) -> Any: ...
 
 
 class Stack:
     """A provider behind its middleware, and the beginning and the end of a call."""
+
+    asynchronous: bool
+    targets: TargetProviders
 
     def __init__(
         self,
@@ -58,9 +74,10 @@ class Stack:
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         providers.check(provider)
-        self.provider: Any = provider
+        self.provider: Any = providers.for_pipeline(provider, asynchronous=self.asynchronous)
         self.middleware: tuple[Middleware, ...] = tuple(middleware)
         self.info: ProviderInfo = providers.info_of(provider, framework)
+        self.targets = self.make_targets()
         self.clock = clock
         self._now = clock.now
         self.closed = False
@@ -72,12 +89,25 @@ class Stack:
             if isinstance(layer, type):
                 raise TypeError(f"a middleware is an object; {layer.__name__} is a class: write {layer.__name__}()")
         self._run = compose(self.middleware)
+        self.simulates_stream = any(getattr(layer, "simulates_stream", False) is True for layer in self.middleware)
+        """Whether a provider without `stream` answers a stream with its whole answer, because a layer asks for that."""
+
+    def make_targets(self) -> TargetProviders:
+        """Return the providers of the targets that requests may name."""
+        raise NotImplementedError
 
     def __repr__(self) -> str:
         layers = ", ".join(map(repr, self.middleware))
         return f"{type(self).__name__}({self.info.name}, [{layers}])"
 
-    def begin(self, request: Request, *, streaming: bool = False, restarts: bool = False) -> Request:
+    def begin(
+        self,
+        request: Request,
+        *,
+        streaming: bool = False,
+        restarts: bool = False,
+        timeout: float | Timeouts | None = None,
+    ) -> Request:
         """Return the request of one call: a shallow copy with its own record."""
         if self.closed:
             raise RuntimeError(f"this {type(self).__name__} is closed; make a new one")
@@ -87,98 +117,225 @@ class Stack:
             end_pending()
         call = CallRecord()
         call.provider = self.info
+        call.targets = self.targets
         call.layers = self.middleware
         call.clock = self._now
         call.started_at = self._now()
         if streaming:
             call.streaming = True
             call.restarts = restarts
+        if timeout is not None:
+            call.timeouts = timeouts_of_call(timeout, streaming=streaming)
+            bounded = not streaming and not isinstance(timeout, Timeouts)
+            # Without a limit, the leash still says that the call has limits (`timeouts`).
+            call.leash = Leash(deadline=call.started_at + timeout) if bounded else Leash()  # type: ignore[operator]
         state = request.__dict__.copy()
         name, value = state.popitem()  # CPython then gives the copy its own table of keys, in which lookups are fast
         state[name] = value
         state["call"] = call
+        if request.target is not None and request.call.provider is not UNKNOWN:
+            state["target"] = None  # it was for the pipeline around this one, from which the request comes
         copy = _new(request.__class__)
         _set_state(copy, "__dict__", state)
         return copy
 
     def finish(self, value: object, call: CallRecord) -> Response:
-        """Return the response of a successful call, with its elapsed time and statistics."""
+        """Return the response of a successful call, with the measurements of the call."""
         if not isinstance(value, Response):
             raise_not_a_response(value, self.middleware)
-        elapsed = call.clock() - call.started_at
-        if value.elapsed is None:  # fresh from the provider, so no other code refers to it yet
-            _set_state(value, "elapsed", elapsed)
-            if call.stats is not None:
-                _set_state(value, "stats", call.stats)
-            return value
-        return value.evolve(elapsed=elapsed, stats=call.stats)
+        if value.elapsed is not None:  # only if it is fresh from the provider, no other code refers to it yet
+            value = value.evolve(stats=None)
+        state = value.__dict__
+        state["elapsed"] = call.clock() - call.started_at
+        if call.stats is not None:
+            state["stats"] = call.stats
+        if value.provider is None:
+            state["provider"] = call.provider.telemetry_name
+        spent = call.spent
+        if len(spent) == 1:
+            state["total_usage"] = spent[0].usage
+        else:
+            state["total_usage"] = Usage.sum([each.usage for each in spent]) if spent else _NOTHING_SPENT
+        return value
+
+    def provider_of(self, request: Request) -> Any:
+        """Return the provider that a request goes to."""
+        return self.provider if request.target is None else self.targets.provider_of(request.target)
+
+    def stream_of(self, request: Request) -> Any:
+        """Return the function of a request's provider that opens a stream."""
+        provider = self.provider_of(request)
+        if hasattr(provider, "stream"):
+            return provider.stream
+        if self.simulates_stream:
+            return partial(self.whole_stream, provider)
+        raise providers.no_stream(provider)
+
+    def whole_stream(self, provider: Any, request: Request) -> Any:
+        """Return the whole answer of a provider as a stream of one item."""
+        raise NotImplementedError
+
+    @contextmanager
+    def own_io(self, call: CallRecord) -> Generator[None]:
+        """Run a middleware's own I/O, which is not part of the attempt that may be under way."""
+        claim = call.claim
+        if claim is None:
+            yield
+            return
+        token = claim.suspend()
+        try:
+            yield
+        finally:
+            claim.leave(token)
 
 
 class SyncStack(Stack):
     """A stack with a provider that blocks."""
 
+    asynchronous = False
+
     def __init__(
         self,
-        provider: Provider,
+        provider: Provider | StreamingProvider,
         middleware: Iterable[Middleware] = (),
         *,
         framework: str | None = None,
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         super().__init__(provider, middleware, framework=framework, clock=clock)
-        if providers.is_async(provider):
-            raise TypeError(f"the provider {type(provider).__name__} is asynchronous; use AsyncPipeline or AsyncLLM")
 
-    def open(self, request: Request) -> Iterable[Chunk | str]:
-        """Return the provider's own stream."""
-        stream = self.provider.stream(request)
-        if not isinstance(stream, Iterable) or isinstance(stream, str):
-            raise TypeError(f"the stream() of {self.info.name} returned {kind_of(stream)}; make it a generator")
-        return cast("Iterable[Chunk | str]", stream)
+    def whole(self, effect: Send) -> object:
+        """Ask a provider for a whole answer, within the limits of the call, and return it."""
+        request = effect.request
+        provider = self.provider_of(request)
+        effect.sent = True
+        if request.call.leash is None or providers.obeys(provider):
+            return provider.complete(request)
+        return call_in_time(self.clock, request, lambda: provider.complete(request))
 
-    def carry_out(self, effect: Effect, flow: Flow[Response]) -> object:
+    def open(self, effect: Send) -> Iterable[Chunk | str]:
+        """Return the provider's own stream, within the limits of the call."""
+        request = effect.request
+        stream = self.stream_of(request)
+        effect.sent = True
+
+        def opened() -> Iterable[Chunk | str]:
+            items: Iterable[Chunk | str] = providers.items_of(stream(request), request.call.provider.name)
+            return items
+
+        if request.call.leash is None or providers.obeys(self.provider_of(request)):
+            return opened()
+        return LimitedStream(self.clock, request, opened)
+
+    def whole_stream(self, provider: Any, request: Request) -> Generator[object]:
+        yield to_response(provider.complete(request), f"the provider {request.call.provider.name}")
+
+    def carry_out(self, effect: Effect, flow: Flow[Response], call: CallRecord) -> object:
         """Carry out an effect, other than a call of the provider, and return its outcome."""
-        if isinstance(effect, AttemptEnd):  # nothing to do, because the layers have seen it
+        if isinstance(
+            effect, (AttemptEnd, More)
+        ):  # nothing to do: the layers have seen it, and a whole call has no chunks
             return None
         if isinstance(effect, Sleep):
-            self.clock.sleep(effect.seconds)
+            self.sleep(effect.seconds, effect.within or call)
             return None
         if isinstance(effect, Perform):
-            return run(effect)
+            with self.own_io(effect.within or call):
+                return run(effect)
+        if isinstance(effect, AskEnd):
+            if effect.request.call.endings:
+                run_endings(effect.request.call)
+            return None
         raise unknown_effect(flow, effect)
+
+    def sleep(self, seconds: float, call: CallRecord) -> None:
+        """Wait, at most until the deadline of the call.
+
+        Raises:
+            DeadlineExceeded: the deadline has passed.
+        """
+        left = time_left(call.leash, call.clock)
+        if left is None or seconds < left:
+            self.clock.sleep(seconds)
+            return
+        self.clock.sleep(max(left, 0.0))
+        raise deadline_exceeded(call, call.sent_model)
 
 
 class AsyncStack(Stack):
     """A stack with a provider that is awaited. A synchronous provider runs in worker threads."""
 
+    asynchronous = True
+
     def __init__(
         self,
-        provider: AsyncProvider | Provider,
+        provider: AsyncProvider | Provider | StreamingProvider,
         middleware: Iterable[Middleware] = (),
         *,
         framework: str | None = None,
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         super().__init__(provider, middleware, framework=framework, clock=clock)
-        if not providers.is_async(provider):
-            self.provider = Threaded(cast("Provider", provider))
 
-    def open(self, request: Request) -> AsyncIterable[Chunk | str]:
-        """Return the provider's own stream."""
-        stream = self.provider.stream(request)
+    async def whole(self, effect: Send) -> object:
+        """Ask a provider for a whole answer, within the limits of the call, and return it."""
+        request = effect.request
+        provider = self.provider_of(request)
+        effect.sent = True
+        if request.call.leash is None or providers.obeys(provider):
+            return await provider.complete(request)
+        return await acall_in_time(self.clock, request, lambda: provider.complete(request))
+
+    def open(self, effect: Send) -> AsyncIterable[Chunk | str]:
+        """Return the provider's own stream, within the limits of the call."""
+        request = effect.request
+        open_stream = self.stream_of(request)
+        effect.sent = True
+        stream = open_stream(request)
         if not isinstance(stream, AsyncIterable):
-            raise TypeError(f"the stream() of {self.info.name} returned {kind_of(stream)}; make it an async generator")
-        return cast("AsyncIterable[Chunk | str]", stream)
+            name = request.call.provider.name
+            raise TypeError(f"the stream() of {name} returned {kind_of(stream)}; make it an async generator")
+        items = cast("AsyncIterable[Chunk | str]", stream)
+        if request.call.leash is None or providers.obeys(self.provider_of(request)):
+            return items
+        return AsyncLimitedStream(self.clock, request, items)
 
-    async def carry_out(self, effect: Effect, flow: Flow[Response]) -> object:
+    async def whole_stream(self, provider: Any, request: Request) -> AsyncGenerator[object]:
+        yield to_response(await provider.complete(request), f"the provider {request.call.provider.name}")
+
+    async def carry_out(self, effect: Effect, flow: Flow[Response], call: CallRecord) -> object:
         """Carry out an effect, other than a call of the provider, and return its outcome."""
-        if isinstance(effect, AttemptEnd):  # nothing to do, because the layers have seen it
+        if isinstance(
+            effect, (AttemptEnd, More)
+        ):  # nothing to do: the layers have seen it, and a whole call has no chunks
             return None
         if isinstance(effect, Sleep):
-            await self.clock.asleep(effect.seconds)
+            await self.sleep(effect.seconds, effect.within or call)
             return None
         if isinstance(effect, Perform):
-            if effect.acall is not None:
-                return await await_(effect.acall)
-            return await in_thread(partial(run, effect))
+            with self.own_io(effect.within or call):
+                return await self.perform(effect, effect.within or call)
+        if isinstance(effect, AskEnd):
+            if effect.request.call.endings:
+                await arun_endings(effect.request.call)
+            return None
         raise unknown_effect(flow, effect)
+
+    async def sleep(self, seconds: float, call: CallRecord) -> None:
+        """Wait, at most until the deadline of the call; see `SyncStack.sleep`."""
+        left = time_left(call.leash, call.clock)
+        if left is None or seconds < left:
+            await self.clock.asleep(seconds)
+            return
+        await self.clock.asleep(max(left, 0.0))
+        raise deadline_exceeded(call, call.sent_model)
+
+    async def perform(self, effect: Perform, call: CallRecord) -> object:
+        """Do a middleware's own I/O, at most until the deadline of the call."""
+        if isinstance(effect, Cleanup):
+            await arun_now(effect)
+            return None
+        try:
+            return await awithin(self.clock, time_left(call.leash, call.clock), partial(arun, effect))
+        except NotInTime:
+            raise deadline_exceeded(call, call.sent_model) from call.last_error

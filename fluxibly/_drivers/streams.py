@@ -16,14 +16,16 @@ from typing import Any, Final, Literal, TypeVar
 from fluxibly import _abandoned
 from fluxibly._drivers import stepping
 from fluxibly._drivers.diagnosis import explain, report
+from fluxibly._drivers.endings import Home, arun_endings, run_endings
 from fluxibly._drivers.stack import AsyncStack, SyncStack
 from fluxibly._states import State
 from fluxibly.aggregate import as_chunk
 from fluxibly.errors import StreamInterrupted, interrupted
 from fluxibly.flow.combinators import resend_refused
-from fluxibly.flow.culprits import culprit, is_delivered, raise_not_delivered
-from fluxibly.flow.effects import END, PULL, Effect, Flow, More, Send, Sleep, Source
-from fluxibly.types import Chunk, Request, Response, Restart
+from fluxibly.flow.culprits import culprit, is_delivered, raise_not_delivered, raise_not_marked
+from fluxibly.flow.effects import END, PULL, AttemptEnd, Effect, Flow, More, Send, Sleep, Source
+from fluxibly.flow.relay import Turns
+from fluxibly.types import Chunk, Message, Request, Response, Restart
 
 CLOSING: Final = "closing"
 
@@ -50,8 +52,7 @@ class StreamDriver:
         """The provider's stream; None before the first `Send` and after the release."""
         self.source = Source(END)
         self.delivered = self.call.delivered
-        self.output = False
-        """Whether the consumer has received output since the last `Restart`."""
+        self.begin()
         self.response: Response | None = None
         self.start_error: Exception | None = None
         """The error of the flow's first step, which the first read raises."""
@@ -63,6 +64,26 @@ class StreamDriver:
         except Exception as error:  # noqa: BLE001  # the first read raises it
             self.start_error = error
         _abandoned.keep(self)
+
+    def begin(self) -> None:
+        """Begin the answer: the consumer has received nothing that counts."""
+        self.delivered.clear()
+        self.message_start = 0
+        """The number of delivered chunks before the message under way."""
+        self.added: tuple[Message, ...] = ()
+        """The messages of the marks that were delivered (`Chunk.added`)."""
+        self.gone_out = False
+        """Whether the consumer has received output, of whatever message."""
+        self.output = False
+        """Whether the consumer has received output of the message under way."""
+        self.turns = Turns()
+        self.counted = False
+        """Whether nothing about a further chunk of the provider's counts but its text."""
+
+    @property
+    def text(self) -> str:
+        """The text of the message under way, as the consumer has received it."""
+        return "".join(self.delivered[self.message_start :])
 
     @property
     def state(self) -> State:
@@ -91,17 +112,38 @@ class StreamDriver:
         """Note that flow and provider are being closed: nothing is read any more."""
         self.stage = "ended"
         self.start_error = None  # it refers to this driver
-        self.call.interruption = None  # its frames refer to the call
+        self.call.interruption = self.call.last_error = None  # their frames refer to the call
         _abandoned.forget(self)
 
     def count(self, chunk: Chunk) -> bool:
-        """Count a chunk that goes to the consumer. Return whether the consumer has received output."""
+        """Count a chunk that goes to the consumer. Return `counted`."""
         call = self.call
+        if chunk.added is not None:
+            self.mark(chunk.added)
         self.delivered.append(chunk.text)
         if call.first_chunk_at is None:
             call.first_chunk_at = call.clock()
-        self.output = self.output or chunk.has_output
-        return self.output
+        if chunk.has_output:
+            self.output = self.gone_out = self.turns.output = True
+        self.counted = self.turns.output
+        return self.counted
+
+    def mark(self, added: tuple[Message, ...]) -> None:
+        """Note a mark: another request may follow. With messages, a new message begins."""
+        if added or self.turns.output:
+            self.turns.mark()
+        if added:
+            self.message_start = len(self.delivered)
+            self.added += added
+            self.output = False
+
+    def event_of(self, effect: Effect) -> Chunk | Restart | None:
+        """Count an effect that is an event for the consumer, and return the event, or None for any other effect."""
+        if isinstance(effect, (Chunk, More)):
+            chunk = effect if isinstance(effect, Chunk) else effect.chunk
+            self.count(chunk)
+            return chunk
+        return effect if isinstance(effect, Restart) and self.restart() else None
 
     def admit(self, request: Request) -> None:
         """Check that the provider may be asked.
@@ -112,60 +154,78 @@ class StreamDriver:
         """
         if self.stage == "closing":
             raise ConnectionAbortedError("the stream was closed")
-        if self.output:
-            raise resend_refused(request, Response("".join(self.delivered)))
+        if self.turns.refuse(request):
+            raise resend_refused(request, self.partial())
+        self.counted = False
         call = self.call
         call.requested_at = call.clock()
         if call.sent_at is None:
             call.sent_at = call.requested_at
 
+    @property
+    def restarts(self) -> bool:
+        """Whether the answer may begin again.
+
+        After a mark it may not, because it is not known how much would be void: the message under way, or all.
+        """
+        return self.call.restarts and not self.turns.answered
+
     def restart(self) -> bool:
         """Discard the chunks delivered so far, if the consumer takes `Restart` events."""
-        if not self.call.restarts:
+        if not self.restarts:
             return False
-        self.delivered.clear()
-        self.output = False
+        self.begin()
         self.call.interruption = None  # what was interrupted is void
         return True
+
+    def partial(self) -> Response:
+        """Return the part of the answer that the consumer has received, as far as it is known here."""
+        return Response(self.text, added=self.added)
 
     def finish(self, value: object) -> Chunk | None:
         """Take the flow's result. Return it as a chunk to deliver if it was not streamed."""
         response = self.stack.finish(value, self.call)
-        if self.output:
-            self.check(response)
+        if self.output or self.added:
+            response = self.checked(response)
         self.response = response
         if not self.output and (response.has_output or (self.call.chunks == 0 and response.finish_reason)):
-            chunk = as_chunk(response)
+            chunk = as_chunk(response.evolve(added=()) if self.added else response)
             self.count(chunk)
             return chunk
         return None
 
-    def check(self, response: Response) -> None:
-        """Check that the response is what the consumer has received.
+    def checked(self, response: Response) -> Response:
+        """Return the response, which has to be what the consumer has received.
 
         Raises:
             StreamInterrupted: it is not. The layers outside of the culprit took the call for a completed one.
         """
         call = self.call
-        # This is the text that the provider's chunks add up to, unless a layer has changed chunks or the response.
-        if response.text is call.said:
-            return
-        text = "".join(self.delivered)
-        if response.has_output and is_delivered(call, response, text):
-            return
-        report(f"{culprit(call)} returned another answer than was delivered")
-        raise_not_delivered(call, response, Response(text))
+        if response.added != self.added:
+            if call.interruption is None:
+                raise_not_marked(call, response, self.partial())
+            response = response.evolve(added=self.added)  # half an answer, made of `partial`, which has no marks
+        # Without output, the message comes whole, with the response. `call.said` is the text that the provider's chunks add
+        # up to, unless a layer has changed chunks or the response.
+        same = not self.output or response.text is call.said
+        if not same and not (response.has_output and is_delivered(call, response, self.text)):
+            report(f"{culprit(call)} returned another answer than was delivered")
+            raise_not_delivered(call, response, self.partial())
+        return response
 
     def raise_interrupted(self, error: BaseException) -> None:
         """Raise `StreamInterrupted` from an error that came after output; otherwise return, and the error itself is raised."""
         if isinstance(error, Exception):
             explain(error, self.stack.middleware)
-            if self.output:
-                text = "".join(self.delivered)
+            if self.gone_out:
+                partial = self.partial()
                 if not isinstance(error, StreamInterrupted):
-                    raise interrupted(self.request, Response(text), error) from error
-                if error.__cause__ is None and error.partial.text != text:
-                    error.partial = Response(text)  # the combinator that refused a resend does not keep its chunks
+                    raise interrupted(self.request, partial, error) from error
+                # A combinator that refused a resend does not keep its chunks, and an attempt knows only its own part.
+                if error.__cause__ is None and error.partial.text != partial.text:
+                    error.partial = partial
+                elif self.turns.answered:
+                    error.partial = error.partial.evolve(text=partial.text, order=None, added=partial.added)
 
     def abort(self) -> None:
         """End a read in another thread or task, if the provider's stream has an `abort()`."""
@@ -207,7 +267,8 @@ class SyncStreamDriver(StreamDriver):
         flow, source, call = self.flow, self.source, self.call
         send, deliver = flow.send, self.delivered.append
         effect = self.effect
-        iterator: Any = iter(())
+        nothing: Any = iter(())
+        iterator = nothing
         clock: Callable[[], float] | None = None
         output = False
         try:
@@ -235,7 +296,8 @@ class SyncStreamDriver(StreamDriver):
                         outcome = None
                     else:
                         outcome = self.carry_out(effect)
-                        iterator, clock = self.iterator, call.clock if call.timed else None
+                        output = self.counted
+                        iterator, clock = self.iterator or nothing, call.clock if call.timed else None
                 except BaseException as raised:  # noqa: BLE001  # it goes into the flow
                     if self.aborted(raised):
                         self.close_all()
@@ -263,17 +325,21 @@ class SyncStreamDriver(StreamDriver):
     def carry_out(self, effect: Effect) -> object:
         """Carry an effect out and return its outcome."""
         if isinstance(effect, Send):
+            if not effect.request.call.streaming:
+                return self.stack.whole(effect)
             self.admit(effect.request)
             self.release()
-            self.iterator = iter(self.stack.open(effect.request))
+            self.iterator = iter(self.stack.open(effect))
             # A close between `admit` and here found no provider's stream to abort.
             if self.stage == "closing":
                 self.abort()
             self.source.chunk = next(self.iterator, END)
             return self.source
         if isinstance(effect, (More, Restart)):
-            return self.call.restarts
-        return self.stack.carry_out(effect, self.flow)
+            return self.restarts
+        if isinstance(effect, AttemptEnd) and effect.error is not None and effect.request.call.streaming:
+            self.release()
+        return self.stack.carry_out(effect, self.flow, self.call)
 
     def release(self) -> None:
         """Close the provider's stream."""
@@ -288,7 +354,11 @@ class SyncStreamDriver(StreamDriver):
         try:
             stepping.close(self.flow)
         finally:
-            self.release()
+            try:
+                self.release()
+            finally:
+                if self.call.endings:
+                    run_endings(self.call)
 
     def close(self) -> None:
         """Give the stream up. A read in another thread ends as soon as the provider's stream can be aborted."""
@@ -335,6 +405,10 @@ class AsyncStreamDriver(StreamDriver):
     """On trio, the cancel scope of the read under way, which is entered and left within that read."""
     cut = False
     """Whether `abort` has cancelled the read under way."""
+    home: Home | None = None
+    """The event loop of the reads; None before the first read."""
+    begun = False
+    """Whether the effect of the flow's first step has been looked at."""
 
     def open_state(self) -> State:
         return "new" if self.reading is None else "reading" if self.reading else "idle"
@@ -347,6 +421,10 @@ class AsyncStreamDriver(StreamDriver):
         try:
             if self.start_error is not None:
                 raise self.start_error
+            if not self.begun:
+                self.begun = True
+                if (event := self.event_of(effect)) is not None:
+                    return event
             while True:
                 outcome: object = None
                 try:
@@ -367,18 +445,14 @@ class AsyncStreamDriver(StreamDriver):
                     error = None  # it refers to this frame
                 if type(effect) is Chunk:
                     self.effect = PULL
-                    if self.output:
+                    if self.counted:
                         self.delivered.append(effect.text)
                     else:
                         self.count(effect)
                     return effect
-                if type(effect) is More:
+                if (event := self.event_of(effect)) is not None:
                     self.effect = effect
-                    self.count(effect.chunk)
-                    return effect.chunk
-                if type(effect) is Restart and self.restart():
-                    self.effect = effect
-                    return effect
+                    return event
         except StopIteration as stop:
             try:
                 return self.finish(stop.value)
@@ -392,14 +466,18 @@ class AsyncStreamDriver(StreamDriver):
     async def carry_out(self, effect: Effect) -> object:
         """Carry an effect out and return its outcome."""
         if isinstance(effect, Send):
+            if not effect.request.call.streaming:
+                return await self.stack.whole(effect)
             self.admit(effect.request)
             await self.release()
-            self.iterator = aiter(self.stack.open(effect.request))
+            self.iterator = aiter(self.stack.open(effect))
             self.source.chunk = await anext(self.iterator, END)
             return self.source
         if isinstance(effect, (More, Restart)):
-            return self.call.restarts
-        return await self.stack.carry_out(effect, self.flow)
+            return self.restarts
+        if isinstance(effect, AttemptEnd) and effect.error is not None and effect.request.call.streaming:
+            await self.release()
+        return await self.stack.carry_out(effect, self.flow, self.call)
 
     async def release(self) -> None:
         """Close the provider's stream."""
@@ -414,7 +492,11 @@ class AsyncStreamDriver(StreamDriver):
         try:
             stepping.close(self.flow)
         finally:
-            await self.release()
+            try:
+                await self.release()
+            finally:
+                if self.call.endings:
+                    await arun_endings(self.call)
 
     async def read_on_trio(self) -> Chunk | Restart | None:
         """Run `advance` in a scope, so that `abort` can cancel this read and nothing else."""
@@ -459,6 +541,8 @@ class AsyncStreamDriver(StreamDriver):
         finally:
             self.abort()
             self.iterator = None
+            if self.call.endings:
+                self.context.run((self.home or Home()).run_endings, self.call)
 
 
 def on_trio() -> bool:

@@ -9,7 +9,6 @@ import time
 from collections.abc import Container, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
-from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 import attrs
@@ -83,13 +82,7 @@ def _broken(others: Iterable[Plugin]) -> dict[str, str]:
 
 def missing_of(framework: Framework) -> str | None:
     """Return the step that is needed before a framework can be used, or None."""
-    if not framework.installed:
-        return framework.to_install
-    if framework.env_var is None or any(map(os.environ.get, (framework.env_var, *framework.instead))):
-        return None
-    if any(Path(file).expanduser().exists() for file in framework.files):
-        return None
-    return f"set {framework.env_var}" + (f", or {framework.credentials}" if framework.credentials else "")
+    return framework.missing_key if framework.installed else framework.to_install
 
 
 PROBE_TIMEOUT = 5.0

@@ -21,9 +21,25 @@ layer that swallows a chunk yields `PULL` instead, and a layer that adds a chunk
 Imports: data (`types`, `errors`, `aggregate`, `_checks`). Every room that composes or wraps flows imports from here.
 """
 
-from fluxibly.flow.combinators import hold_back, map_chunks
+from fluxibly.aggregate import Aggregator, as_chunk, as_chunks
+from fluxibly.flow.combinators import hold_back, map_chunks, stop_when
 from fluxibly.flow.compose import compose
 from fluxibly.flow.effects import CallNext, Flow, Middleware
-from fluxibly.flow.verbs import perform, sleep
+from fluxibly.flow.verbs import ask, emit, perform, sleep
 
-__all__ = ["CallNext", "Flow", "Middleware", "compose", "hold_back", "map_chunks", "perform", "sleep"]
+__all__ = [
+    "Aggregator",
+    "CallNext",
+    "Flow",
+    "Middleware",
+    "as_chunk",
+    "as_chunks",
+    "ask",
+    "compose",
+    "emit",
+    "hold_back",
+    "map_chunks",
+    "perform",
+    "sleep",
+    "stop_when",
+]

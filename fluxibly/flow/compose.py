@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from functools import partial
 from inspect import CO_GENERATOR
 from types import CodeType, CoroutineType, FunctionType, GeneratorType
 from typing import Any, TypeGuard
 
 from fluxibly._checks import kind_of
 from fluxibly.aggregate import Aggregator
-from fluxibly.errors import interrupted
-from fluxibly.flow.effects import END, AttemptEnd, CallNext, Flow, Middleware, Send, Source
+from fluxibly.calls import CallRecord, ProviderInfo, Spent, Usage
+from fluxibly.errors import DeadlineExceeded, interrupted
+from fluxibly.flow.effects import END, AttemptEnd, CallNext, Flow, Middleware, More, Perform, Send, Source
+from fluxibly.provider import pieces_of_stream, unmarked
 from fluxibly.types import Chunk, Request, Response, with_headers
 
 
@@ -75,42 +78,66 @@ def layer_name(layer: object) -> str:
     return name if isinstance(name, str) else type(layer).__qualname__
 
 
+_spent: Callable[[type[Spent], tuple[ProviderInfo, str, Usage | None]], Spent] = tuple.__new__
+# Making a NamedTuple this way takes a third of the time.
+
+
 def send(request: Request) -> Flow[Response]:
     """Run one attempt at the provider: the innermost flow.
 
     After output has gone out, an error is raised as `StreamInterrupted` with the error as its cause.
+
+    Raises:
+        DeadlineExceeded: the call's deadline has passed, so nothing is sent.
     """
     call = request.call
+    if request.target is not call.target:
+        yield from _turn_to(call, request.target)
+    if call.leash is not None:
+        check_deadline(call, request.model)
     call.attempts += 1
     call.interruption = call.said = None
     call.sent_model = request.model
     call.sent_messages = request.messages
+    call.sending = request
     answer: Aggregator | None = None
     start = 0.0 if call.attempt_times is None else call.clock()
+    claimed = None if call.claim is None else call.claim.enter()
+    effect = Send(request if call.trace_headers is None else with_headers(request, call.trace_headers()))
     try:
-        reply = yield Send(request if call.trace_headers is None else with_headers(request, call.trace_headers))
+        reply = yield effect
         if type(reply) is Source:
             answer = Aggregator()
             keep = answer.texts.append
             while (item := reply.chunk) is not END:
-                chunk = item if type(item) is Chunk else _to_chunk(item, call.provider.name)
+                chunk = item if type(item) is Chunk else (yield from _last_piece(item, answer, call.provider.name))
                 if chunk.text_only:
                     keep(chunk.text)
                 else:
-                    answer.add(chunk)
+                    answer.add(unmarked(chunk, call.provider.name))
                 yield chunk
             response = answer.response()
             call.said = response.text
         else:
-            response = reply if type(reply) is Response else _to_response(reply, call.provider.name)
+            response = reply if type(reply) is Response else to_response(reply, f"the provider {call.provider.name}")
     except BaseException as error:
         partial = None if answer is None else answer.response()
         call.model = None if partial is None else partial.model or request.model
         call.usage = None if partial is None else partial.usage
         call.finish_reason = None if partial is None else partial.finish_reason
+        if not effect.sent:  # the stream was closed unread, or a layer refused to send
+            call.attempts -= 1
+            call.sending = None
+            raise
+        call.spent.append(_spent(Spent, (call.provider, call.sent_model, call.usage)))
         if not isinstance(error, Exception):
             raise
-        if call.watched:
+        call.sending = None
+        if call.leash is not None:
+            if isinstance(error, DeadlineExceeded) and error.__cause__ is None:
+                error.__cause__ = call.last_error
+            call.last_error = error
+        if call.watched or call.streaming:
             end = AttemptEnd(request, error=error)
             yield end
             end.error = None  # the frames that the error refers to may refer to this effect
@@ -121,27 +148,63 @@ def send(request: Request) -> Flow[Response]:
     finally:
         if call.attempt_times is not None:
             call.attempt_times.append(call.clock() - start)
+        if claimed is not None and call.claim is not None:
+            call.claim.leave(claimed)
     call.model = response.model or request.model
     call.usage = response.usage
     call.finish_reason = response.finish_reason
+    call.sending = None
+    call.spent.append(_spent(Spent, (call.provider, call.sent_model, response.usage)))
     if call.watched:
         yield AttemptEnd(request, response)
     return response
 
 
-def _to_chunk(item: object, provider: str) -> Chunk:
-    if isinstance(item, str):
-        return Chunk(item)
-    if isinstance(item, Chunk):
-        return item
-    raise TypeError(f"the provider {provider} yielded {kind_of(item)}, expected a Chunk or a str from its stream()")
+def _turn_to(call: CallRecord, target: object) -> Flow[None]:
+    """Make the provider of another target the provider of the call."""
+    if not call.targets.is_made(target):
+        # Making a provider may read files or load a model, which must not hold up an event loop.
+        yield Perform(partial(call.targets.info_of, target), None, call)
+    call.provider = call.targets.info_of(target)
+    call.target = target
 
 
-def _to_response(reply: object, provider: str) -> Response:
+def check_deadline(call: CallRecord, model: str | None, wait: float = 0.0) -> None:
+    """Check that the deadline of a call has not passed, and will not have passed after a wait.
+
+    Raises:
+        DeadlineExceeded: it has, or will have.
+    """
+    leash = call.leash
+    if leash is not None and leash.deadline is not None and call.clock() + wait >= leash.deadline:
+        raise deadline_exceeded(call, model, "would pass during a wait" if wait else "has passed")
+
+
+def deadline_exceeded(call: CallRecord, model: str | None, what: str = "has passed") -> DeadlineExceeded:
+    """Return the error for a deadline that has passed. Its cause is the error of the last attempt, if that has failed."""
+    whom = call.provider.name if model is None else f"{model} at {call.provider.name}"
+    error = DeadlineExceeded(
+        f"the deadline of the call {what} ({whom}); allow more time, or ask for less",
+        provider=call.provider.framework,
+        model=model,
+    )
+    error.__cause__ = call.last_error
+    return error
+
+
+def _last_piece(item: object, answer: Aggregator, provider: str) -> Flow[Chunk]:
+    """Return the last chunk of an item of a stream, and let out the chunks before it."""
+    pieces = pieces_of_stream(item, provider)
+    for piece in pieces[:-1]:
+        answer.add(piece)
+        yield More(piece)
+    return pieces[-1]
+
+
+def to_response(reply: object, who: str) -> Response:
+    """Return a whole answer as a response. `who` gave it."""
     if isinstance(reply, str):
         return Response(reply)
     if isinstance(reply, Response):
         return reply
-    raise TypeError(
-        f"the provider {provider} returned {kind_of(reply)}, expected a Response or a str from its complete()"
-    )
+    raise TypeError(f"{who} returned {kind_of(reply)}, expected a Response or a str from its complete()")

@@ -67,6 +67,16 @@ def raise_not_delivered(call: CallRecord, response: Response, partial: Response)
     raise StreamInterrupted(f"{who} returned {what}", partial=partial) from cause
 
 
+def raise_not_marked(call: CallRecord, response: Response, partial: Response) -> NoReturn:
+    """Raise the error for a middleware whose response has other messages in `added` than its marks had."""
+    raise StreamInterrupted(
+        f"{suspects(call.layers)} returned a response with {len(response.added)} messages in `added`, expected those of "
+        f"its marks ({len(partial.added)}); emit(Chunk(added=messages)) after each turn, and return "
+        "response.evolve(added=…) with all of them",
+        partial=partial,
+    )
+
+
 def culprit(call: CallRecord) -> str:
     """Name the middleware that swallowed an interruption or changed the answer."""
     error = swallowed(call)

@@ -2,44 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Generator
+from collections.abc import Callable, Generator
 from typing import Any, Final, Protocol, TypeAlias, TypeVar, runtime_checkable
 
+from fluxibly._values import Slotted
+from fluxibly.calls import CallRecord, Perform as Perform
 from fluxibly.types import Chunk, Request, Response, Restart
 
 T = TypeVar("T")
 
 
-# Effects are plain classes: attrs would compile their methods at each import, which costs as much as the rest of `flow`.
-
-
-class _Effect:
-    """Effects are equal if their fields are."""
-
-    __slots__: tuple[str, ...] = ()
-
-    def __eq__(self, other: object) -> bool:
-        return type(self) is type(other) and all(getattr(self, name) == getattr(other, name) for name in self.__slots__)
-
-    __hash__ = None  # type: ignore[assignment]  # an effect can change
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in self.__slots__)})"
-
-
-class Send(_Effect):
+class Send(Slotted):
     """Call the provider. Outcome: its `Response` (or str), or in a stream a `Source` with the first chunk.
 
     A layer that the effect passes may replace `request` to add headers, and nothing else.
     """
 
-    __slots__ = ("request",)
+    __slots__ = ("request", "sent")
 
     def __init__(self, request: Request) -> None:
         self.request = request
+        self.sent = False
+        """Whether the driver has called the provider. A stream that is closed unread, for example, sends nothing."""
 
 
-class Source(_Effect):
+class Source(Slotted):
     """The place where the driver leaves a stream's next chunk (END after the last) before it resumes the flow."""
 
     __slots__ = ("chunk",)
@@ -48,7 +35,7 @@ class Source(_Effect):
         self.chunk = chunk
 
 
-class More(_Effect):
+class More(Slotted):
     """Deliver this chunk, and read none from the provider."""
 
     __slots__ = ("chunk",)
@@ -57,17 +44,29 @@ class More(_Effect):
         self.chunk = chunk
 
 
-class Pull(_Effect):
+class Pull(Slotted):
     """Read the next chunk from the provider, and deliver none."""
 
     __slots__ = ()
 
 
-class AttemptEnd(_Effect):
-    """Announce the end of an attempt, with its response or its error. Only calls that are `watched` have it.
+class AttemptEnd(Slotted):
+    """Announce the end of an attempt, with its response or its error. A driver releases the stream of a failed attempt.
 
-    An attempt that a BaseException ends has no such effect.
+    A success has this effect only if the call is `watched`. An attempt that a BaseException ends has none, except that
+    a combinator which breaks an attempt off announces it with a GeneratorExit.
     """
+
+    __slots__ = ("error", "request", "response")
+
+    def __init__(self, request: Request, response: Response | None = None, error: BaseException | None = None) -> None:
+        self.request = request
+        self.response = response
+        self.error = error
+
+
+class AskEnd(Slotted):
+    """Announce the end of an `ask`, with its response or its error. The driver runs the cleanups of its record."""
 
     __slots__ = ("error", "request", "response")
 
@@ -77,29 +76,21 @@ class AttemptEnd(_Effect):
         self.error = error
 
 
-class Sleep(_Effect):
+class Sleep(Slotted):
     """Wait."""
 
-    __slots__ = ("seconds",)
+    __slots__ = ("seconds", "within")
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, seconds: float, within: CallRecord | None = None) -> None:
         self.seconds = seconds
-
-
-class Perform(_Effect):
-    """Do a middleware's own I/O. Outcome: the value that it returned."""
-
-    __slots__ = ("acall", "call")
-
-    def __init__(self, call: Callable[[], object] | None, acall: Callable[[], Awaitable[object]] | None) -> None:
-        self.call = call
-        self.acall = acall
+        self.within = within
+        """The record whose limits apply; None for the record of the whole call."""
 
 
 END: Final = object()
 PULL: Final = Pull()
 
-Effect: TypeAlias = Send | Chunk | More | Pull | Restart | AttemptEnd | Sleep | Perform
+Effect: TypeAlias = Send | Chunk | More | Pull | Restart | AttemptEnd | AskEnd | Sleep | Perform
 Flow: TypeAlias = Generator[Effect, Any, T]
 """The result of calling a middleware: a generator that yields effects and, at its end, returns a T."""
 CallNext: TypeAlias = Callable[[Request], Flow[Response]]

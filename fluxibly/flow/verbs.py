@@ -1,16 +1,21 @@
-"""The verbs of middleware that ask for a wait or for I/O: `sleep` and `perform`."""
+"""The verbs of middleware: `sleep`, `perform`, `emit` and `ask`."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from inspect import CO_ASYNC_GENERATOR, CO_COROUTINE, CO_GENERATOR, isawaitable
 from types import AsyncGeneratorType, CodeType, CoroutineType, GeneratorType, MethodType
 from typing import Any
 
+import attrs
+
 from fluxibly._checks import is_number, kind_of, number
-from fluxibly.flow.compose import code_of
-from fluxibly.flow.effects import Flow, Perform, Sleep, T
+from fluxibly.calls import CallRecord, Usage
+from fluxibly.flow.compose import code_of, compose, to_response
+from fluxibly.flow.effects import AskEnd, Effect, Flow, Middleware, More, Perform, Sleep, T
+from fluxibly.flow.relay import Relay, Seen
+from fluxibly.types import Adapts, Chunk, Message, Request, Response, replaced
 
 HOW_TO_PERFORM = (
     "write perform(call, acall): the sync function first, the async one second; in a program without sync calls, "
@@ -59,6 +64,107 @@ def perform(call: Callable[[], T] | None, acall: Callable[[], Awaitable[T]] | No
         )
     result: T = yield Perform(call, acall)
     return result
+
+
+def emit(chunk: Chunk) -> Flow[None]:
+    """Let out a chunk of your own: `yield from emit(Chunk("…"))`. In a call that is not streamed it goes nowhere.
+
+    Its text belongs to the answer, so the response that the middleware returns has to have it too.
+
+    A chunk with `added` is a mark, after which a middleware may ask again although output has gone out. With messages:
+    what went out so far is a whole message, and `added` is that message and those that follow it, as in the messages of
+    the next request. The response has the messages of all marks in `added`. With `added=()`, the same message goes on.
+
+    Raises:
+        TypeError: it is not a Chunk, or `added` has something else than messages.
+    """
+    if not isinstance(chunk, Chunk):  # pyright: ignore[reportUnnecessaryIsInstance]  # callers may be untyped
+        raise TypeError(f"emit: expected a Chunk, got {kind_of(chunk)}; write emit(Chunk(text))")
+    yield More(with_messages(chunk, "emit"))
+
+
+def with_messages(chunk: Chunk, who: str) -> Chunk:
+    """Return a chunk whose mark, if it has one, is a tuple of messages.
+
+    Raises:
+        TypeError: the mark has something else than messages.
+    """
+    if chunk.added is None:
+        return chunk
+    added = tuple(chunk.added)
+    for message in added:
+        if not isinstance(message, Message):  # pyright: ignore[reportUnnecessaryIsInstance]  # callers may be untyped
+            raise TypeError(
+                f"{who}: expected messages in Chunk.added, got {kind_of(message)}; write Message.user(…), …"
+            )
+    return chunk if added is chunk.added else attrs.evolve(chunk, added=added)
+
+
+def ask(request: Request, *, target: Adapts | None = None, through: Sequence[Middleware] = ()) -> Flow[Response]:
+    """Ask a model from within a middleware, whole, whatever the mode of the call, and return its answer::
+
+        answer = yield from ask(request.evolve(messages=f"Is this harmless? {text}"), target=judge, through=[Retry()])
+
+    It is a call within the call: it has a record of its own, `through` is its own stack, outermost first, and it passes
+    the layers further out as an attempt does. So `Tracing` gives it a span. Its tokens are in `request.call.spent` and
+    `response.total_usage`; the call's own usage and attempts do not change. The limits of the call apply.
+
+    Args:
+        request: the request, made by `request.evolve(…)` of the request of the call.
+        target: the `Target` that answers; by default that of the request.
+        through: middleware for this question alone.
+
+    Raises:
+        TypeError: `request` is not a Request, or `through` is not a sequence of middleware.
+    """
+    if not isinstance(request, Request):  # pyright: ignore[reportUnnecessaryIsInstance]  # callers may be untyped
+        raise TypeError(f"ask: expected a Request, got {kind_of(request)}; write ask(request.evolve(messages=…))")
+    if not isinstance(through, Sequence):  # pyright: ignore[reportUnnecessaryIsInstance]  # callers may be untyped
+        raise TypeError(f"ask: expected a list of middleware in through, got {kind_of(through)}; write through=[…]")
+    if target is not None:
+        request = request.evolve(target=target)
+    call = request.call
+    inner = replaced(request, {"call": call.fork()})
+    return (yield from _asked(inner, compose(through)(inner), call))
+
+
+def _asked(request: Request, flow: Flow[Response], outer: CallRecord) -> Flow[Response]:
+    """Run the flow of a question, which belongs to the call of the record `outer`."""
+    call = request.call
+    before = len(call.spent)
+    try:
+        answered: object = yield from _Nested(call).over(flow)
+        response = to_response(answered, "an ask's stack")
+    except Exception as error:
+        # The error may quote the question, and what is logged of an error is masked against these messages.
+        outer.sent_messages = (*outer.sent_messages, *request.messages, *call.sent_messages)
+        yield AskEnd(request, error=error)
+        raise
+    except BaseException:
+        outer.endings = [
+            *(outer.endings or ()),
+            *(call.endings or ()),
+        ]  # a flow that is given up cannot yield, so the outer call cleans up
+        raise
+    if call.watched or call.endings:
+        yield AskEnd(request, response)
+    if response.provider is None:
+        response = response.evolve(provider=call.provider.telemetry_name)
+    return response.evolve(total_usage=Usage.sum([spent.usage for spent in call.spent[before:]]))
+
+
+class _Nested(Relay):
+    """The relay of a question: its chunks stay inside, and its record's limits bound what it waits for."""
+
+    def __init__(self, call: CallRecord) -> None:
+        self.call = call
+
+    def see(self, effect: Effect) -> Seen:
+        if isinstance(effect, (Chunk, More)):
+            return ()
+        if isinstance(effect, (Sleep, Perform)) and effect.within is None:
+            effect.within = self.call
+        return effect
 
 
 def run(effect: Perform) -> object:

@@ -85,7 +85,8 @@ def _completed(request: Request, response: Response, elapsed: float, prompt_leng
 
 
 def _streamed(request: Request, response: Response, elapsed: float) -> None:
-    total_length = len(response.text)
+    # The response of a call with several turns is only the last message.
+    total_length = request.call.characters if response.added else len(response.text)
     # A response that was not streamed (a cache hit) reaches the consumer as one chunk, but only after this line.
     total_chunks = request.call.chunks or int(bool(response.has_output or response.finish_reason))
     log(

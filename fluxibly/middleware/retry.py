@@ -12,7 +12,8 @@ from fluxibly._checks import number, one_of, validator, whole
 from fluxibly._logs import log_retry
 from fluxibly.errors import ProviderError, StreamInterrupted, error_type, root_cause
 from fluxibly.flow import CallNext, Flow, sleep
-from fluxibly.flow.combinators import OutputWatch
+from fluxibly.flow.compose import check_deadline
+from fluxibly.flow.relay import OutputWatch
 from fluxibly.types import Request, Response, Restart
 
 
@@ -22,7 +23,8 @@ class Retry:
 
     The wait before retry n (from 0) is random between 0 and min(`max_delay`, `base_delay` * 2**n) seconds: exponential
     backoff with full jitter (the AWS Architecture Blog's "Exponential Backoff And Jitter"). If the service asked for a
-    wait (`Retry-After`), that wait is used instead, or the error is raised at once if it exceeds `max_retry_after`.
+    wait (`Retry-After`), that wait is used instead, or the error is raised at once if it exceeds `max_retry_after`. If the
+    wait would end after the deadline of the call, `DeadlineExceeded` is raised at once.
 
     Args:
         max_retries: the number of retries after the first attempt; 0 disables retries.
@@ -62,6 +64,8 @@ class Retry:
                 wait = self.wait(attempt, error, call.clock() - start)
                 if wait is None:
                     raise
+                if call.leash is not None:
+                    check_deadline(call, request.model, wait)
                 if isinstance(error, StreamInterrupted) and not (yield Restart(error_type(error))):
                     raise
                 change = "starts the stream over" if isinstance(error, StreamInterrupted) else ""

@@ -31,7 +31,7 @@ class StreamMeter:
         meter = _Meter(call)
         try:
             response = yield from meter.over(call_next(request))
-            check_delivered(call, response, meter.characters)
+            check_delivered(call, response, meter.characters - meter.before_message)
             if not meter.chunks and (response.has_output or response.finish_reason):
                 meter.count(as_chunk(response))  # a response that was not streamed reaches the consumer as one chunk
             call.stats = meter.stats(response.usage)
@@ -66,6 +66,8 @@ class _Meter:
         self.room = 1
         """The number of waits that may collect before they are sorted into bins. The first is sorted at once."""
         self.sorted = self.characters = 0
+        self.before_message = 0
+        """The number of characters before the message under way (`Chunk.added`)."""
         self.first_wait = self.longest = self.waited = self.last_wait = 0.0
         self.first_at: float | None = None
         self.last = self.call.started_at
@@ -118,6 +120,8 @@ class _Meter:
         now = self.call.clock()
         self.waits.append(now - max(self.call.requested_at, self.last))
         self.last = now
+        if chunk.added:
+            self.before_message = self.characters
         self.characters += len(chunk.text)
         self.sort_in(now)
 

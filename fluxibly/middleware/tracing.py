@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import attrs
 
+from fluxibly._checks import one_of, validator
 from fluxibly.errors import StreamInterrupted
 from fluxibly.flow import CallNext, Flow
 from fluxibly.flow.culprits import check_delivered
@@ -26,14 +27,25 @@ if TYPE_CHECKING:
 
 @attrs.frozen(kw_only=True)
 class Tracing:
-    """Middleware that records a span for each call and a child span for each attempt.
+    """Middleware that records a span for each call, and child spans for its attempts if there are several.
 
     The spans follow the conventions for generative AI. `Tracing` uses the SDK that the application has set up, even if
-    it is set up later. Without an SDK, it costs almost nothing. Every attempt's request carries `traceparent`. Put
-    `Tracing` outside of `Retry` and fallbacks, so that one span covers all of them. Put only one `Tracing` into a
-    stack, because each creates its own span for the call, with the tokens.
+    it is set up later. Without an SDK, it costs almost nothing. Put `Tracing` outside of `Retry` and fallbacks, so that
+    one span covers all of them. Put only one `Tracing` into a stack, because each creates its own span for the call,
+    with the tokens.
+
+    Every request carries `traceparent`: that of the call's span for the first attempt, and of its own span for each
+    later attempt, which is current while it goes on. The span of the first attempt is recorded afterwards, if there
+    were several. The span of a call has the tokens of all attempts at the provider and the model that it names: those
+    that answered. Attempts elsewhere have their tokens as `fluxibly.attempt.…`, and the call has the sum of all tokens
+    as `fluxibly.usage.total_…`. An `ask` within the call has a span of its own, with its own tokens and attempts.
+
+    SDKs behind a provider may be instrumented, too. Instrumentations that are built on opentelemetry-util-genai record
+    nothing during an attempt, whether the call is sampled or not. They do record calls that a middleware makes itself, in
+    `perform`.
 
     Args:
+        attempts: "auto", or "always" for a span for every attempt from its beginning, even if it is the only one.
         capture: where to record prompts, answers and tool definitions: "none", "span" (as attributes), "event" (as
             `gen_ai.client.inference.operation.details`) or "both". None uses what `telemetry.setup(capture=…)` says
             (unless there is a `tracer_provider`), else the environment variable
@@ -43,9 +55,10 @@ class Tracing:
         tracer_provider, logger_provider: by default the global providers.
 
     Raises:
-        ValueError: `capture` is not None and not one of these modes.
+        ValueError: `attempts` or `capture` is not one of these words.
     """
 
+    attempts: Literal["auto", "always"] = attrs.field(default="auto", validator=validator(one_of, ("auto", "always")))
     capture: Capture | None = None
     redact: Callable[[str], str] | None = None
     tracer_provider: TracerProvider | None = None
@@ -73,7 +86,7 @@ class Tracing:
         call, arrivals, answer = request.call, trace.arrivals, trace.answer
         points = [] if arrivals is None else arrivals.points
         until_noted = 0 if arrivals is None else 1  # chunks until the next recorded arrival
-        characters = 0
+        characters = before = 0  # of all messages, and of those before the message under way
         effect: Any
         outcome: Any = None
         error: BaseException | None = None
@@ -91,6 +104,8 @@ class Tracing:
                             chunk = effect
                         elif type(effect) is More:
                             chunk = effect.chunk
+                            if chunk.added:
+                                before = characters
                         else:
                             break
                         characters += len(chunk.text)
@@ -113,20 +128,20 @@ class Tracing:
                 else:
                     if type(effect) is Restart and outcome:
                         answer = trace.restarted()
-                        characters = 0
+                        characters = before = 0
                         until_noted = 0 if arrivals is None else 1
         except StopIteration as stop:
             response = cast("Response", stop.value)
         except BaseException as raised:
-            trace.failed(raised)
+            trace.end(raised, None)
             raise
         if characters or call.interruption is not None:
             try:
-                check_delivered(call, response, characters)
+                check_delivered(call, response, characters - before)
             except StreamInterrupted as raised:
-                trace.failed(raised)
+                trace.end(raised, None)
                 raise
-        trace.completed(response)
+        trace.end(None, response)
         return response
 
     def _first(self) -> SpanSource | None:
@@ -136,5 +151,8 @@ class Tracing:
         from fluxibly.telemetry._spans import SpanSource
 
         capturing = Capturing(self._mode, self.redact, self.logger_provider)
-        self._source.append(SpanSource(self.tracer_provider, capturing, chosen=self.capture is not None))
+        source = SpanSource(
+            self.tracer_provider, capturing, chosen=self.capture is not None, always=self.attempts == "always"
+        )
+        self._source.append(source)
         return self._source[0]

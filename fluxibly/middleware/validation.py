@@ -13,7 +13,7 @@ from fluxibly._logs import log, log_retry
 from fluxibly._schema import check_schema, parse
 from fluxibly.errors import ConfigError, ResponseInvalid
 from fluxibly.flow import CallNext, Flow, hold_back
-from fluxibly.flow.combinators import OutputWatch
+from fluxibly.flow.relay import OutputWatch
 from fluxibly.types import Message, Reasoning, Request, Response, Text
 
 EMPTY = "the answer is empty"

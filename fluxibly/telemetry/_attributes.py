@@ -43,10 +43,11 @@ def request_attributes(request: Request) -> dict[str, Any]:
 
     The conversation id is `request.metadata["conversation_id"]`, if present.
     """
-    attributes = provider_attributes(request.call.provider)
+    call = request.call
+    attributes = provider_attributes(call.provider if request.target is call.target else asked_provider(request))
     attributes[semconv.OPERATION] = semconv.CHAT
     attributes[semconv.REQUEST_MODEL] = request.model
-    if request.call.streaming:
+    if call.streaming:
         attributes[semconv.REQUEST_STREAM] = True
     # Written out, because a loop over a table of names takes three times as long. Numbers are converted to float,
     # because backends expect all values of an attribute to have the same type.
@@ -98,27 +99,33 @@ def add_unstreamed(attributes: dict[str, Any], response: Response) -> None:
         attributes[semconv.STREAM_CHARACTERS] = len(response.text)
 
 
-def _add_usage(attributes: dict[str, Any], usage: Usage) -> None:
-    """Add the token counts that the service reported."""
-    if usage.input_tokens is not None:
-        attributes[semconv.USAGE_INPUT] = usage.input_tokens
-    if usage.output_tokens is not None:
-        attributes[semconv.USAGE_OUTPUT] = usage.output_tokens
-    if usage.cached_tokens is not None:
-        attributes[semconv.USAGE_CACHE_READ] = usage.cached_tokens
-    if usage.cache_write_tokens is not None:
-        attributes[semconv.USAGE_CACHE_WRITE] = usage.cache_write_tokens
-    if usage.reasoning_tokens is not None:
-        attributes[semconv.USAGE_REASONING] = usage.reasoning_tokens
+def usage_attributes(usage: Usage | None, total: Usage | None) -> dict[str, Any]:
+    """Return the token counts of a span that the services reported, and those of the whole call if they are more."""
+    attributes: dict[str, Any] = {}
+    if usage is not None:
+        if usage.input_tokens is not None:
+            attributes[semconv.USAGE_INPUT] = usage.input_tokens
+        if usage.output_tokens is not None:
+            attributes[semconv.USAGE_OUTPUT] = usage.output_tokens
+        if usage.cached_tokens is not None:
+            attributes[semconv.USAGE_CACHE_READ] = usage.cached_tokens
+        if usage.cache_write_tokens is not None:
+            attributes[semconv.USAGE_CACHE_WRITE] = usage.cache_write_tokens
+        if usage.reasoning_tokens is not None:
+            attributes[semconv.USAGE_REASONING] = usage.reasoning_tokens
+    if total is not None and (total.total_tokens or 0) > (0 if usage is None else usage.total_tokens or 0):
+        if total.input_tokens is not None:
+            attributes[semconv.TOTAL_INPUT] = total.input_tokens
+        if total.output_tokens is not None:
+            attributes[semconv.TOTAL_OUTPUT] = total.output_tokens
+    return attributes
 
 
 def record_attributes(call: CallRecord, attempts: int) -> dict[str, Any]:
-    """Return the attributes that are known when the call ends: attempts, cache hit, usage and stream statistics."""
+    """Return the attributes that are known when the call ends: attempts, cache hit and stream statistics."""
     attributes: dict[str, Any] = {semconv.ATTEMPTS: attempts}
     if call.cache_hit:
         attributes[semconv.CACHE_HIT] = True
-    elif call.usage is not None:
-        _add_usage(attributes, call.usage)
     if call.streaming:
         attributes[semconv.STREAM_CHUNKS] = call.chunks
         attributes[semconv.STREAM_CHARACTERS] = call.characters
@@ -141,17 +148,35 @@ def _statistics(stats: StreamStats) -> dict[str, Any]:
 
 
 def time_to_first_chunk(call: CallRecord) -> float | None:
-    """Return the seconds from sending the first attempt to delivering the first chunk."""
-    if call.first_chunk_at is None or call.sent_at is None:
+    """Return the seconds from sending the first attempt to delivering the first chunk.
+
+    It is None if a middleware let out a chunk of its own before anything was sent.
+    """
+    if call.first_chunk_at is None or call.sent_at is None or call.first_chunk_at < call.sent_at:
         return None
     return call.first_chunk_at - call.sent_at
 
 
-def answered_model(request: Request, outcome: Outcome) -> str:
-    """Return the model that the call used last (perhaps a fallback) if it answered, or else the model of `request`."""
+def asked_provider(request: Request) -> ProviderInfo:
+    """Return the provider that a request goes to, or the pipeline's own if that provider is not made yet."""
     call = request.call
-    answered = outcome == "completed" or call.chunks > 0
-    return (call.sent_model if answered else None) or request.model
+    if request.target is not call.target and call.targets.is_made(request.target):
+        return call.info_of(request.target)
+    return call.provider
+
+
+def named(request: Request, outcome: Outcome) -> tuple[ProviderInfo, str, str | None]:
+    """Return the provider and the model that a call is named after, and the name of the model in the answer.
+
+    These are the provider and the model that the last attempt asked (perhaps a fallback) if they answered, else those
+    that `request` asks for. A provider that turns to others by itself says in the record whom it has asked.
+    """
+    call = request.call
+    if outcome == "completed" or call.chunks > 0:
+        return call.provider, call.sent_model or request.model, call.model
+    provider = asked_provider(request)
+    is_latest = provider is call.provider and request.model == call.sent_model
+    return provider, request.model, call.model if is_latest else None
 
 
 def error_name(error: BaseException) -> str:

@@ -33,10 +33,12 @@ from opentelemetry.trace import NonRecordingSpan, SpanContext, get_current_span,
 
 from fluxibly._abandoned import end_all_before
 from fluxibly._logs import report_once
+from fluxibly.calls import Spent
 from fluxibly.errors import outcome_of
 from fluxibly.telemetry import semconv
-from fluxibly.telemetry._attributes import answered_model, error_name, provider_attributes, time_to_first_chunk
-from fluxibly.types import ProviderInfo, Request, Usage
+from fluxibly.telemetry._attributes import error_name, named, provider_attributes, time_to_first_chunk
+from fluxibly.telemetry._claim import claim
+from fluxibly.types import CallRecord, Outcome, ProviderInfo, Request, Usage
 
 WAITING = 1_000
 """The most calls whose measurements may wait. When the queue is full, measurements are recorded at once."""
@@ -101,14 +103,32 @@ class _Attributes:
     usage: dict[str, Any]
 
 
-_Measured: TypeAlias = tuple[_Attributes, float, Usage | None, float | None, float | None, SpanContext]
-"""Attributes, duration, usage, time to the first chunk, mean wait for the later chunks, current span."""
+_Kind: TypeAlias = tuple[int, str, str | None, Outcome, str | None]
+"""The `id()` of the provider, the requested model, the model that answered, the outcome, the error."""
+_Measured: TypeAlias = tuple[_Attributes, float | None, Usage | None, float | None, float | None, SpanContext]
+"""Attributes, duration, usage, time to the first chunk, mean wait for the later chunks, current span.
+
+There is no duration with the tokens of attempts at other providers and models than the call is named after."""
+
 
 _UNKNOWN_USAGE = Usage()
 _NO_USAGE = Usage(input_tokens=0, output_tokens=0)
 """The usage that is recorded under the latest names if the service reported none: `_NO_USAGE` for a completed call,
 `_UNKNOWN_USAGE` for any other. By the latest conventions, the counters get a 0 from every such call, and the histograms only
 from calls that did not fail."""
+
+
+_Tokens: TypeAlias = dict[tuple[ProviderInfo, str], Usage | None]
+"""The tokens of a call by the provider and the model that were asked."""
+
+
+def _tokens(spent: Iterable[Spent]) -> _Tokens:
+    """Return the tokens of each provider and model of which the service told any."""
+    told: dict[tuple[ProviderInfo, str], list[Usage]] = {}
+    for each in spent:
+        if each.usage is not None:
+            told.setdefault((each.provider, each.model), []).append(each.usage)
+    return {where: Usage.sum(usages) for where, usages in told.items()}
 
 
 class MetricRecorder:
@@ -118,7 +138,7 @@ class MetricRecorder:
         meter = provider.get_meter(semconv.METER)
         self.names = names
         self.instruments = _Instruments.of(meter, names)
-        self.kinds: dict[object, _Attributes] = {}
+        self.kinds: dict[_Kind, _Attributes] = {}
         self.waiting: deque[_Measured] = deque()
         self.collects = collects
         """Whether the provider is known to call `collect`. If not, every measurement is recorded at once."""
@@ -127,21 +147,25 @@ class MetricRecorder:
                 names.waiting, callbacks=[self.collect], description="Never has a value: records what waits"
             )
 
-    def record(self, request: Request, error: BaseException | None) -> None:
+    def record(self, request: Request, error: BaseException | None, spent_before: int) -> None:
         call = request.call
         now = call.clock()
         outcome = outcome_of(error)
         name = None if error is None or outcome == "abandoned" else error_name(error)
-        model = answered_model(request, outcome)
-        kind = (id(call.provider), model, call.model, outcome, name)
+        provider, model, answered = named(request, outcome)
+        kind = (id(provider), model, answered, outcome, name)
         attributes = self.kinds.get(kind)
         known = attributes is not None
         if attributes is None:
-            attributes = self.attributes(call.provider, model, call.model, outcome, name)
-            if len(self.kinds) < KINDS:
-                self.kinds[kind] = attributes
-        usage = None if call.cache_hit else call.usage
-        if usage is None and self.names is semconv.LATEST and call.attempts and not call.cache_hit:
+            attributes = self.new_kind(kind, provider)
+        elsewhere: _Tokens | None = None
+        spent = call.spent
+        if len(spent) == spent_before + 1 and (only := spent[-1]).provider is provider and only.model == model:
+            usage = only.usage
+        else:
+            elsewhere = _tokens(spent[spent_before:])
+            usage = elsewhere.pop((provider, model), None)
+        if usage is None and not elsewhere and self.names is semconv.LATEST and call.attempts and not call.cache_hit:
             usage = _NO_USAGE if error is None else _UNKNOWN_USAGE
         first = mean = None
         if call.streaming:
@@ -149,19 +173,24 @@ class MetricRecorder:
             stats = call.stats
             if stats is not None and stats.chunks > 1:
                 mean = stats.streaming_time / (stats.chunks - 1)
-        measured = (
-            attributes,
-            now - call.started_at,
-            usage,
-            first,
-            mean,
-            get_current_span().get_span_context(),
-        )
+        span = get_current_span().get_span_context()
+        measured = (attributes, now - call.started_at, usage, first, mean, span)
         # The first call of a kind is recorded at once, because a histogram begins with its first value.
         if known and self.collects and len(self.waiting) < WAITING:
             self.waiting.append(measured)
         else:
             self.write(measured)
+        if elsewhere:
+            for (who, asked), used in elsewhere.items():
+                attributes = self.new_kind((id(who), asked, None, outcome, name), who)
+                self.write((attributes, None, used, None, None, span))
+
+    def new_kind(self, kind: _Kind, provider: ProviderInfo) -> _Attributes:
+        """Return the attributes of a kind of call, and keep them."""
+        attributes = self.attributes(provider, *kind[1:])
+        if len(self.kinds) < KINDS:
+            self.kinds[kind] = attributes
+        return attributes
 
     def collect(self, _: CallbackOptions) -> Iterable[Observation]:
         """Record the waiting measurements, because the SDK is about to collect."""
@@ -176,7 +205,8 @@ class MetricRecorder:
         attributes, duration, usage, first, mean, span = measured
         to = self.instruments
         context = set_span_in_context(NonRecordingSpan(span), Context())  # for exemplars: the span itself may be gone
-        to.duration.record(duration, attributes.duration, context)
+        if duration is not None:
+            to.duration.record(duration, attributes.duration, context)
         if usage is not None:
             if usage.input_tokens is not None and attributes.input is not None:
                 to.input.record(usage.input_tokens, attributes.input, context)
@@ -190,7 +220,7 @@ class MetricRecorder:
             to.per_chunk.record(mean, attributes.call, context)
 
     def attributes(
-        self, provider: ProviderInfo, model: str, answered: str | None, outcome: str, error: str | None
+        self, provider: ProviderInfo, model: str, answered: str | None, outcome: Outcome, error: str | None
     ) -> _Attributes:
         call: dict[str, Any] = provider_attributes(provider)
         call[semconv.OPERATION] = semconv.CHAT
@@ -250,14 +280,29 @@ class CallMetrics:
         self._seen: MeterProvider | None = None
         self._recorder: MetricRecorder | None = None
 
-    def record(self, request: Request, error: BaseException | None) -> None:
-        """Record a call that has ended."""
+    def claim(self, call: CallRecord) -> None:
+        """Keep other instrumentations from counting the tokens of a call that begins."""
         try:
             provider = self.given or get_meter_provider()
             if provider is not self._seen:
-                self._recorder = recorder_of(provider, self.names)
-                self._seen = provider
+                self._notice(provider)
             if self._recorder is not None:
-                self._recorder.record(request, error)
+                claim(call)
         except Exception as problem:  # noqa: BLE001  # telemetry never breaks a call
             report(problem)
+
+    def record(self, request: Request, error: BaseException | None, spent_before: int) -> None:
+        """Record a call that has ended. `spent_before` entries of `CallRecord.spent` are older than the call."""
+        try:
+            provider = self.given or get_meter_provider()
+            if provider is not self._seen:
+                self._notice(provider)
+            if self._recorder is not None:
+                self._recorder.record(request, error, spent_before)
+        except Exception as problem:  # noqa: BLE001  # telemetry never breaks a call
+            report(problem)
+
+    def _notice(self, provider: MeterProvider) -> None:
+        """Use the recorder for a provider that was not in use before."""
+        self._recorder = recorder_of(provider, self.names)
+        self._seen = provider

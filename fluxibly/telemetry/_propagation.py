@@ -24,7 +24,7 @@ except ValueError as problem:  # the import raises if OTEL_PROPAGATORS names a p
 
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable, Mapping
 
     from opentelemetry.propagators.textmap import TextMapPropagator
     from opentelemetry.trace import Span
@@ -44,10 +44,9 @@ def with_span(span: Span, context: Context) -> Context:
     return Context({**context, _SPAN: span})
 
 
-class Current:
-    """A context that is current until `leave`. For a call that is not recorded, nothing else is kept."""
+class Attached:
+    """A context that is current until `leave`."""
 
-    recorded: Literal[False] = False
     __slots__ = ("context", "previous", "token")
 
     def __init__(self, context: Context, previous: Context) -> None:
@@ -68,12 +67,50 @@ class Current:
                 attach(self.previous)
 
 
+class Unrecorded(Attached):
+    """All that is kept of a call whose span is not recorded."""
+
+    __slots__ = ()
+    recorded: Literal[False] = False
+
+
+class Entry(Attached):
+    """An entry of the current context until `leave`. Entries may be left in any order."""
+
+    __slots__ = ("key", "value")
+
+    def __init__(self, key: str, value: object) -> None:
+        self.key = key
+        self.value = value
+        previous = get_current()
+        super().__init__(Context({**previous, key: value}), previous)
+
+    def leave(self) -> None:
+        """Give the key the value that it had before. Entries that were made later stay."""
+        current = get_current()
+        if current is self.context:
+            super().leave()
+        elif current.get(self.key) is self.value:
+            rest = {key: value for key, value in current.items() if key != self.key}
+            if self.key in self.previous:
+                rest[self.key] = self.previous[self.key]
+            attach(Context(rest))
+
+
+def current_span(span: Span) -> Entry:
+    """Make `span` the current span until the entry is left."""
+    return Entry(_SPAN, span)
+
+
 def trace_headers(span: Span, context: Context) -> dict[str, str]:
-    """Return the headers that pass `span` on to a service. `context` must hold `span`."""
+    """Return the headers that pass `span` and the baggage of `context` on to a service."""
     propagator = get_global_textmap()
-    # A context that holds only the span has no baggage.
-    if (propagator is not _usual and not _is_usual(propagator)) or (len(context) > 1 and get_all(context)):
+    # A context that holds only a span has no baggage.
+    has_more = len(context) > 1 or _SPAN not in context
+    if (propagator is not _usual and not _is_usual(propagator)) or (has_more and get_all(context)):
         headers: dict[str, str] = {}
+        if context.get(_SPAN) is not span:
+            context = with_span(span, context)
         propagator.inject(headers, context)  # pyright: ignore[reportArgumentType]  # the default setter takes a dict
         return headers
     # This does the work of the usual propagator at a tenth of its cost (W3C Trace Context, section 3.2). The span
@@ -86,6 +123,26 @@ def trace_headers(span: Span, context: Context) -> dict[str, str]:
     if state is DEFAULT_TRACE_STATE or not state:
         return {"traceparent": parent}
     return {"traceparent": parent, "tracestate": state.to_header()}
+
+
+def headers_of_attempts(span: Span, context: Context) -> Callable[[], Mapping[str, str]]:
+    """Return the `CallRecord.trace_headers` of a call that passes `span` on.
+
+    They are prepared for `context`, and made anew in any other, to which a middleware may have added baggage.
+    """
+    prepared = trace_headers(span, context)
+
+    def headers() -> Mapping[str, str]:
+        current = get_current()
+        if current is context:
+            return prepared
+        try:
+            return trace_headers(span, current)
+        except Exception as problem:  # noqa: BLE001  # telemetry never breaks a call
+            report_once("propagation", f"the trace headers of a call are incomplete: {type(problem).__name__}")
+            return prepared
+
+    return headers
 
 
 def _is_usual(propagator: TextMapPropagator) -> bool:

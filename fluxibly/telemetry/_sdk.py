@@ -6,6 +6,9 @@ import os
 import sys
 from functools import cache
 
+UTIL_GENAI = "opentelemetry.util.genai.invocation"
+"""The module by which instrumentations of SDKs find out that a call is measured already (see `_claim.py`)."""
+
 
 def may_have_sdk(api: str, variable: str) -> bool:
     """Whether `api`, a module of OpenTelemetry, is imported (every SDK imports it), or `variable` names an SDK.

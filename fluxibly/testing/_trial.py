@@ -5,28 +5,28 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import attrs
 
 from fluxibly._logs import logger
 from fluxibly.errors import ServerError, root_cause
-from fluxibly.flow.combinators import Relay
-from fluxibly.flow.effects import CallNext, Effect, Flow, More, Send
+from fluxibly.flow.effects import AttemptEnd, CallNext, Effect, Flow, More, Send
+from fluxibly.flow.relay import Relay, Turns
 from fluxibly.testing.modes import Mode, Ran
 from fluxibly.testing.scripted import Answer, AsyncScriptedProvider, Cut, ScriptedProvider
-from fluxibly.types import Chunk, Request, Response, ToolCallDelta, Usage
+from fluxibly.types import Chunk, Message, Request, Response, ToolCallDelta, Usage
 
 LAWS = {
     1: "all modes give the same result",
     2: "every opened stream is closed",
     3: "a response has the text of its chunks",
     4: "no request is sent again after output",
-    5: "context variables stay as they were",
+    5: "context variables and limits stay as they were",
     6: "KeyboardInterrupt, cancellation and GeneratorExit pass unchanged",
     7: "a request is never changed",
     8: "calls do not affect each other",
-    11: "a failed or incomplete answer never passes as a whole answer",
+    11: "a failed or incomplete answer never passes as a whole answer, and time limits hold",
 }
 """The laws that the checks can find broken, as their messages state them."""
 PLENTY = 8
@@ -40,7 +40,9 @@ class Scenario:
     name: str
     answers: Callable[[], Sequence[Answer]]
     partial: str | None = None
-    """The text that was delivered before the provider failed; None if it does not fail after output."""
+    """The text that was delivered before the first answer failed; None if that does not fail after output."""
+    later: bool = False
+    """Whether the second answer fails after output, which only a middleware gets that asks again after a tool call."""
     stop_after: int | None = None
     restarts: bool = False
 
@@ -49,10 +51,12 @@ def _good() -> list[Answer]:
     return ["Hello, world"] * PLENTY
 
 
-def _rich() -> list[Answer]:
-    end = Chunk(finish_reason="stop", usage=Usage(input_tokens=3, output_tokens=2), model="m-1", id="r-1")
+def _rich(*following: Answer) -> list[Answer]:
+    """Return an answer with everything, and plain answers for a middleware that runs the tool and asks again."""
+    begin = Chunk("Hello", model="m-1", id="r-1")
     call = ToolCallDelta(index=0, id="c-1", name="look", arguments='{"at": 1}')
-    return [["Hello", Chunk(", world", reasoning="hm"), Chunk(tool_calls=(call,)), end]] * PLENTY
+    end = Chunk(finish_reason="tool_call", usage=Usage(input_tokens=3, output_tokens=2))
+    return [[begin, Chunk(", world", reasoning="hm"), Chunk(tool_calls=(call,)), end], *following, *_good()]
 
 
 def _fails_first() -> list[Answer]:
@@ -70,6 +74,8 @@ def _cut() -> list[Answer]:
 SCENARIOS = (
     Scenario("a plain answer", _good),
     Scenario("an answer with reasoning, a tool call and usage", _rich),
+    Scenario("a failure after a tool call, before output", lambda: _rich(*_fails_first())),
+    Scenario("a failure after a tool call, after output", lambda: _rich(*_fails_late()), later=True),
     Scenario("an empty answer", lambda: [[Chunk(finish_reason="stop")]] * PLENTY),
     Scenario("a failure before output", _fails_first),
     Scenario("a failure before output, again and again", lambda: [ServerError("scripted failure")] * (PLENTY * 8)),
@@ -107,29 +113,61 @@ class Probe(Relay):
     """A middleware outside of the checked middleware, which observes the effects that pass."""
 
     def __init__(self) -> None:
-        self.output = False
-        self.resent = False
-        self.texts: list[str] = []
-        """The texts of the chunks since the last `Restart`."""
+        self.resent: Literal["after a failure", "after an answer"] | None = None
+        """What a request came after that must not be sent any more."""
+        self.limits_left = True
+        """Whether the checked middleware has left the limits of the call as they were."""
         self.returned: Response | None = None
         """The response of the checked middleware, even if the driver then refused it."""
+        self.goes_on = False
+        """Whether a mark has passed."""
+        self.restarted()
+
+    def restarted(self) -> None:
+        self.added: tuple[Message, ...] = ()
+        """The messages of the marks."""
+        self.turns = Turns()
+        self.failed = False
+        """Whether the last attempt has failed."""
+        self.begin_message()
+
+    def begin_message(self) -> None:
+        self.output = False
+        self.texts: list[str] = []
+        """The texts of the chunks of the message under way."""
 
     def __call__(self, request: Request, call_next: CallNext) -> Flow[Response]:
-        self.returned = yield from self.over(call_next(request))
+        call = request.call
+        leash = call.leash
+        # In a whole call, the chunks of a middleware go nowhere, and every request may be sent.
+        flow = self.over(call_next(request)) if call.streaming else call_next(request)
+        try:
+            self.returned = yield from flow
+        finally:
+            self.limits_left = call.leash is leash
         return self.returned
 
     def see(self, effect: Effect) -> Effect:
         if isinstance(effect, (Chunk, More)):
-            chunk = effect if isinstance(effect, Chunk) else effect.chunk
-            self.output = self.output or chunk.has_output
-            self.texts.append(chunk.text)
-        elif isinstance(effect, Send) and self.output:
-            self.resent = True
+            self.see_chunk(effect if isinstance(effect, Chunk) else effect.chunk)
+        elif isinstance(effect, Send) and not effect.request.call.nested:
+            if self.turns.refuse(effect.request):
+                self.resent = "after a failure" if self.failed else "after an answer"
+            self.failed = False
+        elif isinstance(effect, AttemptEnd):
+            self.failed = effect.error is not None
         return effect
 
-    def restarted(self) -> None:
-        self.output = False
-        self.texts.clear()
+    def see_chunk(self, chunk: Chunk) -> None:
+        if chunk.added is not None:
+            self.goes_on = True
+            self.turns.mark()
+        if chunk.added:
+            self.added += chunk.added
+            self.begin_message()
+        if chunk.has_output:
+            self.output = self.turns.output = True
+        self.texts.append(chunk.text)
 
 
 class Watch:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from fluxibly._drivers.stepping import throw
 from fluxibly.flow.compose import compose
-from fluxibly.flow.effects import END, AttemptEnd, Effect, Middleware, More, Perform, Send, Sleep, Source
+from fluxibly.flow.effects import END, AskEnd, AttemptEnd, Effect, Middleware, More, Perform, Send, Sleep, Source
 from fluxibly.types import Chunk, Request, Response, Restart
 
 
@@ -70,11 +70,13 @@ class ByHand:
     def answer(self, response: Response | str) -> None:
         """Answer the request that was sent with a whole response."""
         self._expect_sent("answer")
+        self._note_sent()
         self._step(response)
 
     def stream(self, *items: Chunk | str | Exception) -> None:
         """Answer the request that was sent with a stream; an exception among the items ends the stream."""
         self._expect_sent("stream")
+        self._note_sent()
         self._left = iter(items)
         if self._read():
             self._step(self._source)
@@ -86,6 +88,7 @@ class ByHand:
             BaseException: the error that the middleware let through. An `error` that is not an Exception always passes,
                 as in a pipeline.
         """
+        self._note_sent()
         self._throw(error)
 
     def go_on(self, result: object = None) -> None:
@@ -101,6 +104,10 @@ class ByHand:
             raise AssertionError(
                 f"{verb}(): expected a call that has sent a request, got a call that waits for {self._wants!r}"
             )
+
+    def _note_sent(self) -> None:
+        if isinstance(self._wants, Send):
+            self._wants.sent = True
 
     def _read(self) -> bool:
         """Read the next item. Return False for an error, which this raises in the flow."""
@@ -133,7 +140,7 @@ class ByHand:
                 outcome = self._restarts
                 if outcome:
                     self.events.append(effect)
-            elif not isinstance(effect, AttemptEnd):
+            elif not isinstance(effect, (AttemptEnd, AskEnd)):
                 if isinstance(effect, Chunk):
                     self.events.append(effect)
                 if not self._read():

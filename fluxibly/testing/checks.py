@@ -18,6 +18,8 @@ from fluxibly.testing.scripted import Answer, AsyncScriptedProvider, ScriptedPro
 from fluxibly.types import Chunk, Request, Response
 
 PASSING = (KeyboardInterrupt, asyncio.CancelledError)
+VERBS = ("sleep: ", "perform: ", "emit: ", "ask: ", "map_chunks", "hold_back: ", "stop_when: ", "on_end: ")
+"""The beginnings of errors about what a middleware writes."""
 PAUSE = 86_400
 """The seconds between two calls, so that a circuit that one call has opened is closed again when the next begins."""
 
@@ -111,6 +113,13 @@ class _Checker:
                 where,
                 "Reset it in a `finally`: token = var.set(…); try: …; finally: var.reset(token)",
             )
+        if not trial.probe.limits_left:
+            raise self.fail(
+                5,
+                "expected the limits of the call as they were before it (call.leash), got others",
+                where,
+                "Restore them in a `finally`: outer = call.leash; call.leash = Leash(outer, …); try: …; finally: call.leash = outer",
+            )
         returned = trial.probe.returned
         if returned is not None and scenario.partial and len(provider.requests) == 1 and mode.streaming:
             raise self.fail(
@@ -119,15 +128,30 @@ class _Checker:
                 where,
                 "Let StreamInterrupted pass; its attribute `partial` has the incomplete answer for the caller",
             )
-        text = "".join(trial.probe.texts)
-        if returned is not None and trial.probe.output and text != returned.text:
+        self.has_what_went_out(trial, where)
+        return trial
+
+    def has_what_went_out(self, trial: Trial, where: str) -> None:
+        """Check law 3, for a stream of which output has gone out."""
+        probe, returned = trial.probe, trial.probe.returned
+        if returned is None:
+            return
+        text = "".join(probe.texts)
+        if probe.output and text != returned.text:
             raise self.fail(
                 3,
                 f"expected a response with the text of its chunks, {text!r}, got {returned.text!r}",
                 where,
-                "Change the text of the chunks: response = yield from map_chunks(call_next(request), fn)",
+                "Change the text of the chunks: response = yield from map_chunks(call_next(request), fn). Of a chunk that "
+                "emit(…) lets out, the response needs the text: response.evolve(text=…)",
             )
-        return trial
+        if (probe.output or probe.added) and probe.added != returned.added:
+            raise self.fail(
+                3,
+                f"expected a response with the {len(probe.added)} messages of its marks in `added`, got {len(returned.added)}",
+                where,
+                "Return response.evolve(added=…) with the messages of every emit(Chunk(added=…)), in their order",
+            )
 
     def try_out(self, about: str, answers: Sequence[Answer], mode: Mode, **options: Any) -> Trial:
         clock = self.clock
@@ -152,28 +176,41 @@ class _Checker:
         error = None if trial.ran.error is None else root_cause(trial.ran.error)
         if isinstance(error, TypeError) and str(error).startswith(f"the middleware {self.name}"):
             raise AssertionError(f"{error} (in {where})") from error
-        if isinstance(error, (TypeError, ValueError)) and str(error).startswith(("perform: ", "sleep: ")):
+        if isinstance(error, (TypeError, ValueError)) and str(error).startswith(VERBS):
             raise AssertionError(f"the middleware {self.name}: {error} (in {where})") from error
 
     def sends_nothing_twice(self, trial: Trial, where: str) -> None:
-        if trial.probe.resent:
+        if trial.probe.resent is not None:
+            advice = (
+                "Let StreamInterrupted pass: catch ProviderError, not Exception, around `yield from call_next(request)`"
+            )
+            if trial.probe.resent == "after an answer":
+                advice = (
+                    "To go on after an answer, let out a mark first: yield from emit(Chunk(added=(response.message, …))), and "
+                    "return response.evolve(added=…) with the messages of all marks"
+                )
             raise self.fail(
                 4,
-                "expected no request after output had been delivered, got another request to the provider",
+                "expected no request after output had been delivered, got another request to the provider "
+                f"{trial.probe.resent}",
                 where,
-                "Let StreamInterrupted pass: catch ProviderError, not Exception, around `yield from call_next(request)`",
+                advice,
             )
 
     # Several runs
 
     def compare(self, scenario: Scenario, trials: Sequence[Trial]) -> None:
-        """Check law 1, except that a whole call may retry, or never see, a failure that ends a stream after output."""
+        """Check law 1, except that a whole call may retry, or never see, a failure that ends a stream after output.
+
+        After such a failure, a stream may go on where it was cut, which a whole call cannot.
+        """
         wholes = [trial for trial in trials if not trial.mode.streaming]
         streams = [trial for trial in trials if trial.mode.streaming]
         for group in (wholes, streams):
             for trial in group[1:]:
                 self.agree(scenario, group[0], trial)
-        if wholes and not (scenario.partial and streams[0].ran.error is not None):
+        late = scenario.later or scenario.partial is not None
+        if wholes and not (late and (streams[0].ran.error is not None or streams[0].probe.goes_on)):
             self.agree(scenario, wholes[0], streams[0])
 
     def agree(self, scenario: Scenario, one: Trial, other: Trial) -> None:
@@ -181,8 +218,13 @@ class _Checker:
             return  # after a restart, the whole call and the stream may differ in the output before it
         if one.outcome != other.outcome:
             advice = "Do the same in all modes: read chunks with map_chunks, and do I/O with perform"
-            if _only_text_differs(one.ran.response, other.ran.response):
+            if _only_differs("text", one.ran.response, other.ran.response):
                 advice = "The function given to map_chunks has to produce the same text wherever the chunks are cut"
+            if _only_differs("added", one.ran.response, other.ran.response):
+                advice = (
+                    "Write emit(Chunk(added=…)) and response.evolve(added=…) for all modes alike: what is emitted in a whole "
+                    "call goes nowhere"
+                )
             raise self.fail(
                 1,
                 f"expected the same result in all modes, got {one.summary} ({one.mode}) and {other.summary} ({other.mode})",
@@ -252,8 +294,8 @@ def _read(stream: Stream[Chunk]) -> Iterator[object]:
         yield stream.response
 
 
-def _only_text_differs(one: Response | None, other: Response | None) -> bool:
-    return one is not None and other is not None and one.evolve(text=other.text) == other
+def _only_differs(name: str, one: Response | None, other: Response | None) -> bool:
+    return one is not None and other is not None and one.evolve(**{name: getattr(other, name)}) == other
 
 
 def _summed(events: Sequence[object]) -> tuple[str, object]:

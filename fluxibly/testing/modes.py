@@ -51,12 +51,12 @@ class Ran:
 
     @property
     def text(self) -> str:
-        """The joined texts of the delivered chunks since the last `Restart`."""
+        """The joined texts of the delivered chunks since the last `Restart`, or since the last message began."""
         texts: list[str] = []
         for event in self.events:
-            if isinstance(event, Restart):
+            if isinstance(event, Restart) or event.added:
                 texts.clear()
-            else:
+            if isinstance(event, Chunk):
                 texts.append(event.text)
         return "".join(texts)
 

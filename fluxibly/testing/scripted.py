@@ -5,30 +5,40 @@ from __future__ import annotations
 import re
 import threading
 from collections import deque
-from collections.abc import AsyncGenerator, Generator, Iterator, Sequence
-from typing import TYPE_CHECKING, TypeAlias
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 import attrs
 
+from fluxibly._threads import NotInTime
 from fluxibly.aggregate import Aggregator, as_chunks
 from fluxibly.errors import StreamProtocolError
 from fluxibly.flow.verbs import check_seconds
+from fluxibly.limits import least
 from fluxibly.types import Chunk, ProviderInfo, Request, Response
 
 if TYPE_CHECKING:
     from fluxibly.pipeline import Clock
 
 
+T = TypeVar("T")
+
+
 class VirtualClock:
     """A `fluxibly.pipeline.Clock` for tests: `Pipeline(provider, middleware, clock=VirtualClock())`.
 
     Its time starts at 0, and each sleep advances it at once, so that nothing waits. `sleeps` lists the seconds of each
-    sleep.
+    sleep. Time limits hold in its time: a sleep of a provider ends when the limit of its call has passed.
     """
 
     def __init__(self) -> None:
         self.sleeps: list[float] = []
         self._time = 0.0
+        # Calls of several threads and tasks each have a limit of their own.
+        self._end: ContextVar[float | None] = ContextVar("end", default=None)
+        """The time at which the limit of the call under way passes."""
         self._lock = threading.Lock()
 
     def now(self) -> float:
@@ -48,8 +58,12 @@ class VirtualClock:
             ValueError: `seconds` is negative, infinite or NaN.
         """
         check_seconds(seconds)
+        end = self._end.get()
         with self._lock:
             self.sleeps.append(seconds)
+            if end is not None and self._time + seconds > end:
+                self._time = max(self._time, end)
+                raise _TimeUp
             self._time += seconds
 
     async def asleep(self, seconds: float, /) -> None:
@@ -59,6 +73,43 @@ class VirtualClock:
         check_seconds(seconds)
         await checkpoint()
         self.sleep(seconds)
+
+    def within(self, seconds: float | None, call: Callable[[], T]) -> T:
+        """Return the result of a call that may take `seconds` of this clock.
+
+        Raises:
+            NotInTime: the time is up.
+        """
+        with self._limit(seconds):
+            return call()
+
+    async def awithin(self, seconds: float, call: Callable[[], Awaitable[T]]) -> T:
+        """Do as `within`, for an async call."""
+        with self._limit(seconds):
+            return await call()
+
+    @contextmanager
+    def _limit(self, seconds: float | None) -> Generator[None]:
+        outer = self._end.get()
+        end = None if seconds is None else self._time + seconds
+        soonest = least(end, outer)
+        self._end.set(soonest)
+        try:
+            if seconds is not None and seconds <= 0:
+                raise _TimeUp
+            yield
+            if end is not None and self._time > end:
+                raise _TimeUp
+        except _TimeUp:
+            if soonest is not end:
+                raise  # an outer limit has passed
+            raise NotInTime from None
+        finally:
+            self._end.set(outer)
+
+
+class _TimeUp(BaseException):
+    """A time limit has passed. Like a cancellation, it passes the code of a provider."""
 
 
 @attrs.frozen

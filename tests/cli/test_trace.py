@@ -15,6 +15,7 @@ from support.tracing_tools import CHAT, TOOL, Remote
 from fluxibly.cli.trace import file as trace_file, html as trace_html, terminal as trace_view
 from fluxibly.cli.trace.plot import plot, ticks
 from fluxibly.errors import Overloaded, ProviderError
+from fluxibly.flow import ask
 from fluxibly.middleware import Retry, StreamMeter, Tracing
 from fluxibly.pipeline import Pipeline
 from fluxibly.telemetry._file_exporter import OTLPFileSpanExporter
@@ -74,7 +75,7 @@ def test_the_terminal_shows_each_span_with_a_bar(path):
     """The terminal shows names, outcomes, times, tokens and errors, in the order of the calls."""
     text = terminal(path)
     assert text.count("chat m-1") == 5
-    assert text.count("attempt 1") == 5
+    assert text.count("attempt 1") == 1
     assert text.count("attempt 2") == 1
     assert text.count("━") > 50
     assert text.count("overloaded_error: full & <busy>") == 1
@@ -157,6 +158,38 @@ def test_the_page_shows_messages_errors_and_arrivals(path):
     assert "1abandoned" in page.text
     assert "5calls" in page.text
     assert "2,400tokens in" in page.text
+
+
+def test_tokens_of_other_attempts_and_of_asks_are_shown(tmp_path):
+    """An attempt at another model and an ask have their own tokens, and the call also says the sum of all."""
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+
+    def guard(request, call_next):
+        yield from ask(request.evolve(model="judge"))
+        yield from call_next(request)
+        return (yield from call_next(request.evolve(model="m-2")))
+
+    path = tmp_path / "trace.jsonl"
+    provider = TracerProvider(shutdown_on_exit=False)
+    provider.add_span_processor(SimpleSpanProcessor(OTLPFileSpanExporter(path)))
+    usages = [Usage(input_tokens=1000 * n, output_tokens=n) for n in (1, 2, 3)]
+    answers = [Response("a", usage=usage) for usage in usages]
+    Pipeline(Remote(*answers), [Tracing(tracer_provider=provider), guard]).complete(Request(model="m-1", messages="Hi"))
+    provider.shutdown()
+    text = terminal(path)
+    assert [line.split()[1:4] for line in text.splitlines() if line.startswith("└")] == [
+        ["chat", "judge", "completed"],
+        ["attempt", "1", "m-1"],
+        ["attempt", "2", "m-2"],
+    ]
+    assert "2 attempts · 3,000 → 3 tokens · 6,000 → 6 tokens in all" in text
+    for tokens in ("1,000 → 1 tokens", "2,000 → 2 tokens"):
+        assert text.count(tokens) == 1
+    page = Page()
+    page.feed(trace_html.render(path))
+    assert "6,000tokens in" in page.text
+    assert "6tokens out" in page.text
 
 
 POINTS = [(2.0, 2.0, 5), (2.1, 0.1, 9), (6.0, 3.9, 12), (9.0, 0.1, 20), (9.1, 0.1, 24)]

@@ -341,7 +341,7 @@ class TestMistakes:
 
     def test_values_that_are_not_a_provider(self):
         """A value that is not a provider is refused when the pipeline is made."""
-        with pytest.raises(TypeError, match=r"a provider with a method complete\(request\), got an object"):
+        with pytest.raises(TypeError, match=r"complete\(request\) or stream\(request\), got an object"):
             Pipeline(object())
         with pytest.raises(TypeError, match=r"write ScriptedProvider\(\)"):
             Pipeline(ScriptedProvider)

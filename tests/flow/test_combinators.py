@@ -6,7 +6,7 @@ import attrs
 import pytest
 
 from fluxibly.errors import ServerError, StreamInterrupted
-from fluxibly.flow import hold_back, map_chunks, perform, sleep
+from fluxibly.flow import emit, hold_back, map_chunks, perform, sleep
 from fluxibly.middleware.retry import Retry
 from fluxibly.testing import AsyncScriptedProvider, ScriptedProvider
 from fluxibly.testing.modes import MODES, run
@@ -143,6 +143,20 @@ class TestMapChunks:
         assert [(c.id, c.name, c.raw_arguments) for c in ran.response.tool_calls] == [("1", "f", "{}")]
         if mode.streaming:
             assert ran.response.text == "aB"
+
+    def test_what_a_middleware_emits_passes(self, mode):
+        """Chunks of a middleware's own are changed like those of the provider, and its response like theirs."""
+
+        def emitting(request, call_next):
+            response = yield from call_next(request)
+            yield from emit(Chunk(" (checked)"))
+            return response.evolve(text=f"{response.text} (checked)")
+
+        change = mapping(lambda chunk: attrs.evolve(chunk, text=chunk.text.upper()), lambda: Chunk("."))
+        ran = run(mode, scripted(mode, ["a", "b"]), [change, emitting], REQUEST)
+        assert ran.response.text == "AB (CHECKED)."
+        if mode.streaming:
+            assert texts(ran) == ["A", "B", " (CHECKED)", "."]
 
     def test_layers_compose(self, streaming):
         """An outer layer sees the chunks that an inner layer made."""
@@ -292,6 +306,19 @@ class TestHoldBack:
         assert log == ["in a", "in b", "out a", "out b", "in c", "out c"]
         assert texts(ran) == ["a", "b", "c"]
 
+    def test_until_is_not_asked_again(self, streaming):
+        """Once it has returned true, it decides nothing more, even if a chunk comes in several pieces."""
+        asked = []
+
+        def until(text):
+            asked.append(text)
+            return text.endswith("b")
+
+        split = mapping(lambda chunk: [Chunk(letter) for letter in chunk.text])
+        ran = run(streaming, scripted(streaming, ["a", "bc", "de"]), [holding(until), split], REQUEST)
+        assert asked == ["a", "ab"]
+        assert texts(ran) == ["a", "b", "c", "d", "e"]
+
     def test_a_check_that_raises_lets_nothing_out(self, mode):
         """The check's own error is raised, also in a stream, and no chunk goes out."""
 
@@ -348,6 +375,30 @@ class TestHoldBack:
             return response
 
         assert run(mode, scripted(mode, "a b"), [holding(), snooze], REQUEST).response.text == "a b"
+
+    def test_what_a_middleware_emits_is_held(self, streaming):
+        """Chunks of a middleware's own are held like those of the provider."""
+
+        def emitting(request, call_next):
+            yield from emit(Chunk("a"))
+            yield from sleep(1)
+            yield from emit(Chunk("b"))
+            return Response("ab")
+
+        log = []
+
+        def check(response):
+            log.append(f"check {response.text}")
+
+        ran = run(
+            streaming,
+            scripted(streaming),
+            [holding(check=check), emitting],
+            REQUEST,
+            watch=lambda event: log.append(event.text),
+        )
+        assert log == ["check ab", "a", "b"]
+        assert ran.response.text == "ab"
 
     def test_a_short_circuit_is_checked(self, mode):
         """The check runs for an inner cache hit too."""

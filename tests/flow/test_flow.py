@@ -127,9 +127,11 @@ class TestSend:
     def test_an_error_before_output(self):
         """The flow yields the end of the attempt, and raises the error unchanged."""
         error = ServerError("down")
-        flow = send(REQUEST)
-        next(flow)
-        assert flow.throw(error) == AttemptEnd(REQUEST, error=error)
+        request = Request(model="m", messages="hi")
+        request.call.watched = True
+        flow = send(request)
+        next(flow).sent = True
+        assert flow.throw(error) == AttemptEnd(request, error=error)
         with pytest.raises(ServerError) as caught:
             next(flow)
         assert caught.value is error
@@ -140,8 +142,10 @@ class TestSend:
     def test_an_error_of_a_stream(self, chunk, output):
         """After output the error becomes an interruption with the partial response."""
         error = ServerError("down")
-        flow = send(REQUEST)
-        next(flow)
+        request = Request(model="m", messages="hi")
+        request.call.watched = True
+        flow = send(request)
+        next(flow).sent = True
         flow.send(Source(chunk))
         end = flow.throw(error)
         assert end.error is error

@@ -74,7 +74,7 @@ class TestKeys:
         body = json.dumps({"error": {"message": f"no: {GATEWAY}", "code": GATEWAY}}).encode()
         with pytest.raises(ProviderError) as caught:
             at.response({}, body)
-        error = at.failure(caught.value, request, at.limits(stream=False), {})
+        error = at.failure(caught.value, request, at.limits(request, stream=False), {})
         assert isinstance(error, ProviderError)
         assert "no: ***" in str(error)
         assert GATEWAY not in shown(error)

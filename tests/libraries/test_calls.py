@@ -7,7 +7,7 @@ import gc
 import threading
 import time
 import weakref
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from contextvars import ContextVar
 from typing import Any
 
@@ -24,6 +24,7 @@ from fluxibly.providers._libraries.calls import (
     library_stream,
 )
 from fluxibly.providers._libraries.loops import PerLoop
+from fluxibly.types import Chunk
 
 
 def explain(error: Exception, begun: bool) -> Exception:
@@ -32,8 +33,16 @@ def explain(error: Exception, begun: bool) -> Exception:
     return error
 
 
-def words(item: str) -> list[str]:
-    return item.split()
+def words(item: str) -> list[Chunk]:
+    return [Chunk(word) for word in item.split()]
+
+
+def last() -> list[Chunk]:
+    return [Chunk("end")]
+
+
+def texts(stream: Iterable[Chunk]) -> list[str]:
+    return [chunk.text for chunk in stream]
 
 
 class Library:
@@ -65,11 +74,11 @@ class Library:
         self.cuts += 1
         self.go_on.set()
 
-    def stream(self, **limits: float) -> LibraryStream[str]:
+    def stream(self, **limits: Any) -> LibraryStream:
         def opened() -> OpenStream:
             return OpenStream(self._read(), self.close, self.cut)
 
-        return LibraryStream(opened, LibraryLimits(**limits), words, lambda: ["end"], explain)
+        return LibraryStream(opened, LibraryLimits(**limits), words, last, explain)
 
 
 @pytest.fixture(autouse=True)
@@ -86,20 +95,20 @@ def threads_end() -> Iterator[None]:
 class TestThreads:
     def test_a_result(self) -> None:
         """A call in time returns its result, or raises its error, also one that is no Exception."""
-        assert call_within(lambda: 3, 5) == 3
+        assert call_within(lambda: 3, LibraryLimits(call=5)) == 3
 
         def fail(error: BaseException) -> None:
             raise error
 
         for error in (ValueError("no"), SystemExit(3)):
             with pytest.raises(type(error)):
-                call_within(lambda error=error: fail(error), 5)  # type: ignore[misc]  # bound at once
+                call_within(lambda error=error: fail(error), LibraryLimits(call=5))  # type: ignore[misc]  # bound at once
 
     def test_a_late_result(self) -> None:
         """The caller stops waiting, and the thread ends when the library returns."""
         go_on = threading.Event()
         with pytest.raises(LibraryTimeout) as caught:
-            call_within(lambda: go_on.wait(10), 0.05)
+            call_within(lambda: go_on.wait(10), LibraryLimits(call=0.05))
         assert (caught.value.phase, caught.value.seconds) == ("total", 0.05)
         go_on.set()
 
@@ -107,7 +116,7 @@ class TestThreads:
         """The library runs in the caller's context, so that tracing within it finds the current span."""
         current: ContextVar[str] = ContextVar("current", default="none")
         token = current.set("span")
-        assert call_within(current.get, 5) == "span"
+        assert call_within(current.get, LibraryLimits(call=5)) == "span"
         current.reset(token)
 
 
@@ -115,7 +124,7 @@ class TestStreams:
     def test_to_the_end(self) -> None:
         """The stream is released when it has ended, without a close."""
         library = Library("one two", "three")
-        assert list(library.stream()) == ["one", "two", "three", "end"]
+        assert texts(library.stream()) == ["one", "two", "three", "end"]
         assert (library.releases, library.cuts) == (1, 0)
 
     def test_a_failure(self) -> None:
@@ -133,7 +142,7 @@ class TestStreams:
         """What has come and was not delivered is dropped. A second close has no effect."""
         library = Library("one two", "three")
         stream = library.stream()
-        assert next(stream) == "one"
+        assert next(stream).text == "one"
         stream.close()
         stream.close()
         assert list(stream) == []
@@ -151,7 +160,7 @@ class TestStreams:
         """The read is cut, and the stream is released when the read has returned."""
         library = Library("one", "stuck")
         stream = library.stream(idle=0.05)
-        assert next(stream) == "one"
+        assert next(stream).text == "one"
         with pytest.raises(LibraryTimeout) as caught:
             next(stream)
         assert (caught.value.phase, library.cuts) == ("idle", 1)
@@ -170,7 +179,7 @@ class TestStreams:
         """The next read fails at once, and for that reason."""
         library = Library("one", "two")
         stream = library.stream(stream=0.05)
-        assert next(stream) == "one"
+        assert next(stream).text == "one"
         time.sleep(0.1)
         with pytest.raises(LibraryTimeout) as caught:
             next(stream)
@@ -223,15 +232,15 @@ class AsyncLibrary:
         await asyncio.sleep(self._release)
         self.releases += 1
 
-    def stream(self, **limits: float) -> AsyncIterator[str]:
+    def stream(self, **limits: Any) -> AsyncIterator[Chunk]:
         async def opened() -> AsyncIterator[Any]:
             return self
 
-        return library_stream(opened, LibraryLimits(**limits), words, lambda: ["end"], explain)
+        return library_stream(opened, LibraryLimits(**limits), words, last, explain)
 
 
-async def read_all(stream: AsyncIterator[str]) -> list[str]:
-    return [word async for word in stream]
+async def read_all(stream: AsyncIterator[Chunk]) -> list[str]:
+    return [chunk.text async for chunk in stream]
 
 
 class TestAsyncStreams:
@@ -281,11 +290,11 @@ class TestAsyncStreams:
             raise TimeoutError("the library's own")
 
         async def main() -> None:
-            assert await acall_within(value(), 5) == 3
+            assert await acall_within(value, LibraryLimits(call=5)) == 3
             with pytest.raises(TimeoutError, match="the library's own"):
-                await acall_within(own_timeout(), 5)
+                await acall_within(own_timeout, LibraryLimits(call=5))
             with pytest.raises(LibraryTimeout) as caught:
-                await acall_within(asyncio.sleep(30), 0.05)
+                await acall_within(lambda: asyncio.sleep(30), LibraryLimits(call=0.05))
             assert (caught.value.phase, caught.value.seconds) == ("total", 0.05)
 
         asyncio.run(main())

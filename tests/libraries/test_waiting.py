@@ -21,7 +21,7 @@ from fluxibly.providers._libraries.calls import (
     read_timeout,
 )
 from fluxibly.providers._libraries.errors import ErrorTranslator
-from fluxibly.types import Request
+from fluxibly.types import Chunk, Request
 
 IDLE = 0.1
 
@@ -37,9 +37,9 @@ def items(pieces: list[str], gap: float) -> Iterator[str]:
         yield piece
 
 
-def texts(item: str) -> Iterator[str]:
+def chunks(item: str) -> Iterator[Chunk]:
     if item:
-        yield item
+        yield Chunk(item)
 
 
 def explain(error: Exception, _begun: bool) -> Exception:
@@ -54,7 +54,7 @@ def read(mode: str, pieces: list[str], *, limits: LibraryLimits, gap: float = 0.
             found = items(pieces, gap)
             return OpenStream(found, lambda: None, lambda: None)
 
-        return list(LibraryStream(open_stream, limits, texts, tuple, explain))
+        return [chunk.text for chunk in LibraryStream(open_stream, limits, chunks, tuple, explain)]
 
     async def aitems() -> AsyncIterator[str]:
         for piece in pieces:
@@ -65,7 +65,7 @@ def read(mode: str, pieces: list[str], *, limits: LibraryLimits, gap: float = 0.
         return aitems()
 
     async def main() -> list[str]:
-        return [text async for text in library_stream(aopen, limits, texts, tuple, explain)]
+        return [chunk.text async for chunk in library_stream(aopen, limits, chunks, tuple, explain)]
 
     return asyncio.run(main())
 
@@ -160,8 +160,8 @@ class TestLocal:
 
         provider: Any = Provider()
         provider.decoder = OpenAICodec(service="tiny").decoder
-        provider.generation = lambda request: Generation(clock, gap, list(events))
-        return LocalStream(provider, Request(model="m", messages="hi"), timeouts), clock
+        provider.generation = lambda request, seconds: Generation(clock, gap, list(events))
+        return LocalStream(provider, Request(model="m", messages="hi"), timeouts, total=None), clock
 
     def test_a_long_prompt(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """News of the prompt keep the stream alive."""

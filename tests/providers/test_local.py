@@ -174,9 +174,9 @@ def test_close_while_the_prompt_is_processed(gguf: Path) -> None:
     begun = threading.Event()
     begin = provider.generation
 
-    def generation(request: Request) -> Generation:
+    def generation(request: Request, seconds: float | None) -> Generation:
         try:
-            return begin(request)
+            return begin(request, seconds)
         finally:
             begun.set()
 

@@ -41,7 +41,7 @@ class Observed:
             self.records.append(request.call)
             return (yield from call_next(request))
 
-        return [self.recorder.tracing(), self.meters.metrics(), note, *inner]
+        return [self.recorder.tracing(attempts="always"), self.meters.metrics(), note, *inner]
 
 
 def observe(mode: str, provider: Any, request: Request, *inner: Any, calls: int = 1) -> Observed:

@@ -7,6 +7,7 @@ import contextvars
 from collections.abc import Callable
 from typing import Any
 
+import anyio
 import attrs
 from hypothesis import strategies as st
 
@@ -19,12 +20,14 @@ from fluxibly.errors import (
     StreamInterrupted,
     root_cause,
 )
-from fluxibly.flow import hold_back, map_chunks, perform, sleep
+from fluxibly.flow import ask, emit, hold_back, map_chunks, perform, sleep
 from fluxibly.middleware import Logging, Metrics, Retry, StreamMeter, Timing, Tracing, Validation
+from fluxibly.target import Target
 from fluxibly.testing import Cut, Delay
 from fluxibly.types import (
     Chunk,
     Image,
+    Message,
     Opaque,
     Reasoning,
     Request,
@@ -34,6 +37,7 @@ from fluxibly.types import (
     ToolCallDelta,
     Usage,
 )
+from support import powers
 
 # Each run makes its scripts from the drawn values, because an exception that was raised keeps its traceback.
 
@@ -438,6 +442,127 @@ def annotating(name: str, log: Log) -> Any:
     return annotate
 
 
+# Middleware that use the other powers: limits, turns, questions, targets, cleanups.
+
+
+def bounding(name: str, log: Log) -> Any:
+    return powers.deadline(6)
+
+
+def pacing(name: str, log: Log) -> Any:
+    return powers.stream_timeout(first_chunk=4, idle=3)
+
+
+def turning(name: str, log: Log) -> Any:
+    """Run the tools that the model calls, at most twice."""
+
+    def loop(request, call_next):
+        asked, added = request, ()
+        while True:
+            response = yield from call_next(asked)
+            if not response.tool_calls or len(asked.messages) > 4:
+                return response.evolve(added=(*added, *response.added))
+            log.append(f"{name} runs {len(response.tool_calls)}")
+            turn = (response.message, *[Message.tool("noon", call) for call in response.tool_calls])
+            yield from emit(Chunk(added=turn))
+            added += (*response.added, *turn)
+            asked = asked.evolve(messages=(*asked.messages, *turn))
+
+    return loop
+
+
+def continuing(name: str, log: Log) -> Any:
+    return powers.going_on(2)
+
+
+def judging(name: str, log: Log) -> Any:
+    """Ask about an answer at its end, whatever comes of the question."""
+
+    def judge(request, call_next):
+        def at_end():
+            try:
+                answer = yield from ask(request.evolve(messages="fine?"), through=[Retry(max_retries=1, uniform=max)])
+            except Exception as error:  # noqa: BLE001  # the test asks whoever answers
+                log.append(f"{name} heard {type(error).__name__}")
+            else:
+                log.append(f"{name} heard {answer.text!r}")
+
+        return (yield from map_chunks(call_next(request), lambda chunk: chunk, at_end))
+
+    return judge
+
+
+def asking_first(name: str, log: Log) -> Any:
+    def ask_first(request, call_next):
+        answer = yield from ask(request.evolve(messages="first?"))
+        log.append(f"{name} heard {answer.text!r}")
+        return (yield from call_next(request))
+
+    return ask_first
+
+
+def smoothing(name: str, log: Log) -> Any:
+    return powers.smooth(0.25)
+
+
+def stopping(name: str, log: Log) -> Any:
+    return powers.stopping_at("b")
+
+
+def limiting(name: str, log: Log) -> Any:
+    def take():
+        log.append(f"{name} start")
+
+    def give():
+        log.append(f"{name} end")
+
+    async def agive():
+        await anyio.lowlevel.checkpoint()
+        give()
+
+    return powers.limited(take, give, agive)
+
+
+def prefacing(name: str, log: Log) -> Any:
+    """Let out a chunk before the provider is asked."""
+
+    def preface(request, call_next):
+        yield from emit(Chunk(model="m-0"))
+        return (yield from call_next(request))
+
+    return preface
+
+
+class Other:
+    """A provider of its own for a target."""
+
+    def complete(self, request):
+        return Response("other ab", usage=Usage(input_tokens=1, output_tokens=2), finish_reason="stop")
+
+    def stream(self, request):
+        yield from ("other ", Chunk("ab", usage=Usage(input_tokens=1, output_tokens=2), finish_reason="stop"))
+
+
+def diverting(name: str, log: Log) -> Any:
+    return powers.Fallback(to=[Target(Other(), model="m-3", drop=["temperature"])])
+
+
+POWERS = (
+    bounding,
+    pacing,
+    turning,
+    turning,
+    continuing,
+    judging,
+    asking_first,
+    smoothing,
+    stopping,
+    limiting,
+    prefacing,
+    diverting,
+)
+
+
 def _built_in(make: Callable[[], Any], name: str) -> Any:
     def kind(_: str, log: Log) -> Any:
         return make()
@@ -483,6 +608,21 @@ def around(handling: tuple[Any, ...]) -> st.SearchStrategy[list[Any]]:
 stacks = st.one_of(st.lists(st.sampled_from(KINDS), max_size=6), around(HANDLING))
 any_stacks = st.one_of(stacks, around((*HANDLING, asking_again)))
 """Also stacks with a middleware that is refused in a stream and allowed in a whole call."""
+
+
+power_stacks = st.lists(
+    st.sampled_from((*POWERS, *POWERS, *WATCHING, *BUILT_IN, *WRAPPING, *HANDLING)), max_size=7
+).filter(lambda kinds: set(kinds) & set(POWERS))
+calls_of_tools = st.builds(
+    lambda texts, arguments: Script(
+        (*texts, Chunk(tool_calls=(ToolCallDelta(index=0, id="c1", name="look", arguments=arguments),)))
+    ),
+    st.lists(texts, max_size=2),
+    st.sampled_from(["{}", '{"at": 1}']),
+)
+power_answers = st.lists(
+    st.one_of(early_failures, late_failures, cuts, successes, calls_of_tools, calls_of_tools), min_size=1, max_size=5
+).map(lambda answers: [*answers, *[Script(("last",))] * 40])
 
 
 def build(kinds: list[Any], log: Log) -> list[Any]:

@@ -49,11 +49,18 @@ class Counting(SpanProcessor):
     """A span processor that records which spans were started and ended."""
 
     def __init__(self) -> None:
+        self.names: dict[int, str] = {}
         self.started: list[int] = []
         self.ended: list[int] = []
 
+    @property
+    def open(self) -> list[str]:
+        """The names of the spans that have not ended."""
+        return [self.names[started] for started in self.started if started not in self.ended]
+
     def on_start(self, span: Any, parent_context: Any = None) -> None:
         self.started.append(span.context.span_id)
+        self.names[span.context.span_id] = span.name
 
     def on_end(self, span: ReadableSpan) -> None:
         self.ended.append(span.context.span_id)
@@ -80,15 +87,35 @@ class Recorder:
         return list(self.exporter.get_finished_spans())
 
     @property
+    def calls(self) -> list[ReadableSpan]:
+        """The spans of calls, in the order in which they ended."""
+        return [span for span in self.spans if span.name.startswith("chat ") and not self._is_within(span)]
+
+    @property
+    def asks(self) -> list[ReadableSpan]:
+        """The spans of asks, in the order in which they ended."""
+        return [span for span in self.spans if span.name.startswith("chat ") and self._is_within(span)]
+
+    def _is_within(self, span: ReadableSpan) -> bool:
+        """Whether a span is a child of a call or of an attempt."""
+        ours = {other.context.span_id for other in self.spans if other.name.startswith(("chat ", "fluxibly."))}
+        return span.parent is not None and span.parent.span_id in ours
+
+    @property
     def call(self) -> ReadableSpan:
         """The only span of a call."""
-        (found,) = [span for span in self.spans if span.name.startswith("chat ")]
+        (found,) = self.calls
         return found
 
     @property
     def attempts(self) -> list[ReadableSpan]:
-        """The spans of the attempts, in order of their index."""
+        """The spans of the call's attempts, in order of their index."""
+        return self.attempts_of(self.call)
+
+    def attempts_of(self, call: ReadableSpan) -> list[ReadableSpan]:
+        """Return the spans of the attempts of a call or an ask, in order of their index."""
         found = [span for span in self.spans if span.name == "fluxibly.attempt"]
+        found = [span for span in found if span.parent.span_id == call.context.span_id]
         return sorted(found, key=lambda span: span.attributes["fluxibly.attempt.index"])
 
     @property

@@ -239,9 +239,10 @@ def test_an_error_may_quote_a_prompt_that_a_middleware_replaced(mode, recorder):
         except Overloaded as error:
             raise ProviderError(f"{error}; of 'I am Jo Bloggs of Ghent'") from None
 
+    tracing = recorder.tracing(attempts="always")
     asked = Request(model="m-1", messages="I am Jo Bloggs of Ghent")
     busy = Overloaded("full: 'I am an anonymous person'")
-    run(mode, remote(mode, busy), [recorder.tracing(), anonymise], asked)
+    run(mode, remote(mode, busy), [tracing, anonymise], asked)
     assert recorder.call.status.description == "full: '[…]'; of '[…]'"
     assert recorder.attempts[0].status.description == "full: '[…]'"
 

@@ -25,16 +25,19 @@ from opentelemetry.sdk.metrics.export import (
 )
 from opentelemetry.sdk.metrics.view import DropAggregation, View
 from support.meters import WHO, Meters
+from support.powers import Fallback
 from support.tracing_tools import ANSWER, REQUEST, AsyncRemote, Recorder, Remote, remote
 
+from fluxibly import Target
 from fluxibly._logs import forget_reports
-from fluxibly.errors import Overloaded, RateLimitError, StreamStalled
-from fluxibly.middleware import Metrics, Retry, StreamMeter
+from fluxibly.errors import BadRequest, Overloaded, RateLimitError, ResponseInvalid, StreamStalled
+from fluxibly.flow import ask
+from fluxibly.middleware import Metrics, Retry, StreamMeter, Validation
 from fluxibly.pipeline import AsyncPipeline, Pipeline
 from fluxibly.telemetry import _metrics as instruments, semconv
 from fluxibly.testing import Delay, VirtualClock
 from fluxibly.testing.modes import MODES, run
-from fluxibly.types import Chunk, Response, Usage
+from fluxibly.types import Chunk, ProviderInfo, Response, Usage
 
 modes = pytest.mark.parametrize("mode", MODES, ids=str)
 streams = pytest.mark.parametrize("mode", [mode for mode in MODES if mode.streaming], ids=str)
@@ -198,6 +201,104 @@ def test_after_a_fallback_the_model_that_answered_is_named(mode, meters):
 
     run(mode, remote(mode, Overloaded("full"), "hello"), [meters.metrics(), fall_back], REQUEST)
     assert meters.points()[DURATION][0].attributes["gen_ai.request.model"] == "m-2"
+
+
+class TestTokensOfEveryAttempt:
+    """Each provider and model has a value once a call, with the tokens of all attempts there."""
+
+    LITTLE, MUCH = Usage(input_tokens=3, output_tokens=1), Usage(input_tokens=20, output_tokens=10)
+    ELSEWHERE = ProviderInfo(telemetry_name="anthropic", server_address="other.test")
+
+    def elsewhere(self, mode, *answers):
+        provider = remote(mode, *answers)
+        provider.info = self.ELSEWHERE
+        return Target(provider, model="m-2")
+
+    def inputs(self, meters):
+        """Return provider, model and answering model of each value of input tokens, with its sum and count."""
+        names = ("gen_ai.provider.name", "gen_ai.request.model", "gen_ai.response.model")
+        points = [p for p in meters.points()[TOKENS] if p.attributes["gen_ai.token.type"] == "input"]
+        return {tuple(p.attributes.get(name) for name in names): (p.sum, p.count) for p in points}
+
+    @modes
+    @pytest.mark.parametrize("last", ["good", "refused"])
+    def test_rejected_answers(self, mode, last, meters):
+        """Their tokens were billed, whatever came after them."""
+        check = Validation(check=lambda response: None if response.text == "good" else "say good", hold=True)
+        bad = Response("bad", usage=self.LITTLE)
+        end = Response("good", usage=self.MUCH, model="m-1-2026") if last == "good" else BadRequest("too long")
+        run(mode, remote(mode, bad, bad, end), [meters.metrics(), check], REQUEST)
+        good = {("openai", "m-1", "m-1-2026"): (26, 1)}
+        found = self.inputs(meters)
+        if last == "good":
+            assert found == good
+        else:
+            ((who, counted),) = found.items()
+            assert (who[:2], counted) == (("openai", "m-1"), (6, 1))
+
+    @modes
+    def test_another_target_that_answers(self, mode, meters):
+        """Only the provider and model that answered have the name of the model in the answer."""
+        check = Validation(
+            check=lambda response: None if response.text == "good" else "say good", max_retries=0, hold=True
+        )
+
+        def fall_back(request, call_next):
+            try:
+                return (yield from call_next(request))
+            except ResponseInvalid:
+                return (yield from call_next(request.evolve(target=target)))
+
+        target = self.elsewhere(mode, Response("good", usage=self.MUCH, model="m-2-2026"))
+        bad = Response("bad", usage=self.LITTLE, model="m-1-2026")
+        run(mode, remote(mode, bad), [meters.metrics(), fall_back, check], REQUEST)
+        assert self.inputs(meters) == {
+            ("anthropic", "m-2", "m-2-2026"): (20, 1),
+            ("openai", "m-1", None): (3, 1),
+        }
+        servers = {point.attributes["server.address"] for point in meters.points()[TOKENS]}
+        assert servers == {"api.test", "other.test"}
+        (duration,) = meters.points()[DURATION]
+        assert (duration.count, duration.attributes["gen_ai.provider.name"]) == (1, "anthropic")
+
+    @modes
+    def test_targets_of_which_none_answers(self, mode, meters):
+        """The duration has the names that were asked for, and no name of an answering model."""
+        fallback = Fallback(to=[self.elsewhere(mode, Overloaded("full"))])
+        run(mode, remote(mode, Overloaded("full")), [meters.metrics(), fallback], REQUEST)
+        (point,) = meters.points()[DURATION]
+        given = point.attributes
+        assert (given["gen_ai.provider.name"], given["gen_ai.request.model"]) == ("openai", "m-1")
+        assert "gen_ai.response.model" not in given
+
+    @modes
+    def test_an_ask(self, mode, meters):
+        """Its tokens are counted under its own model, or with the call's if that is the same."""
+        target = self.elsewhere(mode, *[Response("fine", usage=self.LITTLE)] * 2)
+
+        def guard(request, call_next):
+            yield from ask(request, target=target)
+            yield from ask(request, target=target)
+            yield from ask(request)
+            return (yield from call_next(request))
+
+        for calls in (1, 2):  # the second call's values wait until the SDK collects
+            provider = remote(mode, Response("fine", usage=self.LITTLE), ANSWER)
+            run(mode, provider, [meters.metrics(), guard], REQUEST)
+            assert self.inputs(meters) == {
+                ("anthropic", "m-2", None): (6, 1),
+                ("openai", "m-1", "m-1-2026"): (10 * calls, calls),
+            }
+            target = self.elsewhere(mode, *[Response("fine", usage=None)] * 2)
+
+    @modes
+    def test_a_layer_that_is_run_several_times(self, mode, meters):
+        """Within a retry, each attempt counts by itself, and none twice."""
+        check = Validation(check=lambda response: None if response.text == "good" else "say good", hold=True)
+        answers = [Response("bad", usage=self.LITTLE), Response("good", usage=self.MUCH)]
+        run(mode, remote(mode, *answers), [check, meters.metrics()], REQUEST)
+        assert sum(total for total, _ in self.inputs(meters).values()) == 23
+        assert meters.points()[DURATION][0].count == 2
 
 
 @modes

@@ -8,8 +8,8 @@ from support.meters import WHO, Meters
 from support.tracing_tools import REQUEST, remote
 
 from fluxibly import LLM, Request, Response
-from fluxibly.errors import ConfigError, Overloaded, RateLimitError, StreamInterrupted
-from fluxibly.middleware import Retry, StreamMeter
+from fluxibly.errors import BadRequest, ConfigError, Overloaded, RateLimitError, StreamInterrupted
+from fluxibly.middleware import Retry, StreamMeter, Validation
 from fluxibly.pipeline import Pipeline
 from fluxibly.testing import Delay, ScriptedProvider, VirtualClock
 from fluxibly.testing.modes import MODES, run
@@ -127,12 +127,31 @@ def test_a_request_that_was_never_sent_counts_no_tokens(meters):
 
 
 def test_tokens_are_counted_once_regardless_of_retries(meters):
-    """Only the tokens of the attempt that answered are counted."""
+    """An attempt that failed before it told any tokens adds none."""
     answer = Response("a", usage=USAGE, finish_reason="stop")
     provider = ScriptedProvider(RateLimitError("slow"), answer, clock=VirtualClock())
     stack = [meters.metrics(conventions="latest"), Retry(max_retries=1)]
     Pipeline(provider, stack, clock=VirtualClock()).complete(REQUEST)
     assert counted(meters)["input_tokens"] == 17
+
+
+@modes
+@pytest.mark.parametrize("last", ["good", "refused"])
+def test_tokens_of_rejected_answers(mode, last, meters):
+    """The counters have them. The histograms have one value for each model of a call that did not fail."""
+    check = Validation(check=lambda response: None if response.text == "good" else "say good", hold=True)
+    end = Response("good", usage=USAGE) if last == "good" else BadRequest("too long")
+    provider = remote(mode, Response("bad", usage=USAGE), end)
+    run(mode, provider, [meters.metrics(conventions="latest"), check], REQUEST)
+    if last == "good":
+        assert list(counted(meters).values()) == [34, 10, 6, 8, 4]
+        assert [(meters.points()[name][0].count, meters.points()[name][0].sum) for name in sorted(PER_CALL)] == [
+            (1, 34),
+            (1, 10),
+        ]
+    else:
+        assert list(counted(meters).values()) == [17, 5, 3, 4, 2]
+        assert not PER_CALL & meters.points().keys()
 
 
 def test_both_editions_at_once(meters):

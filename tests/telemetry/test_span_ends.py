@@ -37,10 +37,10 @@ def recorder(caplog):
     assert trace.get_current_span() is trace.INVALID_SPAN
 
 
-def check_ended(recorder, outcome, spans=2):
-    """Check that every span has ended exactly once, with the outcome."""
-    assert sorted(recorder.counting.started) == sorted(recorder.counting.ended)
-    assert [span.attributes["fluxibly.outcome"] for span in recorder.spans] == [outcome] * spans
+def check_ended(recorder, outcome):
+    """Check that the only span has ended exactly once, with the outcome."""
+    assert recorder.counting.started == recorder.counting.ended
+    assert recorder.call.attributes["fluxibly.outcome"] == outcome
 
 
 # Finish reasons
@@ -119,7 +119,7 @@ def test_a_stream_closed_by_another_task(backend, reading, recorder):
     anyio.run(main, backend=backend)
     assert sorted(recorder.counting.started) == sorted(recorder.counting.ended)
     outcomes = {span.name: span.attributes.get("fluxibly.outcome") for span in recorder.spans}
-    assert outcomes == {"theirs": None, "fluxibly.attempt": "abandoned", "chat m-1": "abandoned"}
+    assert outcomes == {"theirs": None, "chat m-1": "abandoned"}
     assert recorder.call.attributes["fluxibly.stream.chunks"] == 1
 
 
@@ -159,7 +159,7 @@ def test_a_stream_that_is_open_when_the_process_ends(held):
     """The stream ends before the SDK shuts down, with spans and duration. The exit of a forked process ends nothing."""
     ran = subprocess.run([sys.executable, "-c", AT_EXIT, held], capture_output=True, text=True, check=False, timeout=60)
     assert ran.stderr == ""
-    assert ran.stdout.splitlines() == ["forked", "fluxibly.attempt abandoned", "chat m abandoned", "measured 1"]
+    assert ran.stdout.splitlines() == ["forked", "chat m abandoned", "measured 1"]
 
 
 AT_EXIT = """
@@ -222,7 +222,7 @@ OTHER = ProviderInfo(telemetry_name="anthropic", server_address="other.test", se
 
 def test_the_provider_that_answered_is_named(recorder):
     """The spans of the call and of the attempt name the provider that answered, even with the requested model."""
-    Pipeline(Router(ANSWER), [recorder.tracing()]).complete(REQUEST)
+    Pipeline(Router(ANSWER), [recorder.tracing(attempts="always")]).complete(REQUEST)
     given = recorder.call.attributes
     assert (given["gen_ai.provider.name"], given["server.address"], given["server.port"]) == (
         "anthropic",
@@ -278,8 +278,9 @@ def test_an_answer_that_was_not_streamed_is_one_chunk(mode, recorder, caplog):
 
 def test_a_span_that_began_ends_even_if_the_rest_fails(recorder, capsys, monkeypatch):
     """The failure is reported, and the call continues."""
-    monkeypatch.setattr(call_trace, "_claimed", lambda context: 1 / 0)
-    assert Pipeline(Remote(ANSWER), [recorder.tracing()]).complete(REQUEST).text == "forty two"
+    monkeypatch.setattr(call_trace, "Arrivals", lambda call: 1 / 0)
+    with Pipeline(Remote(["a", "b"]), [recorder.tracing()]).stream(REQUEST) as stream:
+        assert "".join(stream.texts()) == "ab"
     assert recorder.counting.started == recorder.counting.ended
     assert len(recorder.counting.ended) == 1
     assert capsys.readouterr().err.count("tracing failed with ZeroDivisionError") == 1
@@ -291,7 +292,7 @@ def test_other_instrumentations_that_changed_do_no_harm(recorder, capsys, monkey
     monkeypatch.setitem(sys.modules, "opentelemetry.util.genai.invocation", theirs)
     Pipeline(Remote(ANSWER), [recorder.tracing()]).complete(REQUEST)
     check_ended(recorder, "completed")
-    assert capsys.readouterr().err.count("tracing failed with TypeError") == 1
+    assert "opentelemetry-util-genai raised TypeError; instrumentations that use it may" in capsys.readouterr().err
 
 
 @modes

@@ -62,57 +62,84 @@ class Meters:
         found = [] if data is None else [m for r in data.resource_metrics for s in r.scope_metrics for m in s.metrics]
         return [(metric.name, point) for metric in found for point in metric.data.data_points]
 
-    def check(self, calls: list[Any]) -> None:
-        """Check that the metrics have the same outcomes and tokens as the spans of calls."""
+    def check(self, recorder: Recorder) -> None:
+        """Check that the metrics have the outcomes of the calls' spans, and the tokens of all spans."""
         outcomes, tokens = Counter(), Counter()
         for name, point in self.points():
             if name == "gen_ai.client.operation.duration":
                 outcomes[point.attributes["fluxibly.outcome"], point.attributes.get("error.type")] += point.count
             if name == "gen_ai.client.token.usage":
                 tokens[point.attributes["gen_ai.token.type"]] += point.sum
-        attributes = [span.attributes for span in calls]
+        attributes = [span.attributes for span in recorder.calls]
         assert outcomes == Counter((given["fluxibly.outcome"], given.get("error.type")) for given in attributes)
         for kind in ("input", "output"):
-            assert tokens[kind] == sum(given.get(f"gen_ai.usage.{kind}_tokens", 0) for given in attributes)
+            assert tokens[kind] == sum(tokens_of(span, kind) for span in recorder.spans)
 
 
-def check_spans(recorder):
-    """Check that every span ended exactly once, and that attempts are children of their calls. Return the calls.
+def tokens_of(span, kind: str) -> int:
+    """Return the tokens of one kind that are on a span of a call, an ask or an attempt."""
+    return span.attributes.get(f"gen_ai.usage.{kind}_tokens", 0) + span.attributes.get(
+        f"fluxibly.attempt.{kind}_tokens", 0
+    )
 
-    An attempt that its consumer abandoned unread, or that was refused after output, never reached the provider.
+
+def check_spans(recorder, *, always=False):
+    """Check that every span has ended exactly once, and that attempts are children of their calls. Return the calls.
+
+    The live span of an attempt that never reached the provider never ends: it was refused, or its stream left unread.
     """
     started, ended = recorder.counting.started, recorder.counting.ended
-    assert len(ended) == len({*ended}) == len(started)
-    assert {*ended} == {*started}
-    calls = [span for span in recorder.spans if span.name.startswith("chat ")]
+    assert len(ended) == len({*ended})
+    assert {*ended} <= {*started}
+    assert {*recorder.counting.open} <= {"fluxibly.attempt"}
+    chats = [span for span in recorder.spans if span.name.startswith("chat ")]
     attempts = [span for span in recorder.spans if span.name == "fluxibly.attempt"]
-    assert {attempt.parent.span_id for attempt in attempts} <= {call.context.span_id for call in calls}
-    for call in calls:
-        mine = [attempt for attempt in attempts if attempt.parent.span_id == call.context.span_id]
-        assert sorted(attempt.attributes["fluxibly.attempt.index"] for attempt in mine) == [
-            *range(call.attributes["fluxibly.attempts"])
+    spans = {span.context.span_id: span for span in (*chats, *attempts)}
+    for chat in chats:
+        sent = chat.attributes["fluxibly.attempts"]
+        mine = recorder.attempts_of(chat)
+        assert [attempt.attributes["fluxibly.attempt.index"] for attempt in mine] == [
+            *range(sent if always or sent > 1 else 0)
         ]
-        assert all(call.start_time <= attempt.start_time <= attempt.end_time <= call.end_time for attempt in mine)
         assert not [key for attempt in mine for key in attempt.attributes if key.startswith("gen_ai.")]
-    for span in (*calls, *attempts):
+    for span in spans.values():
         outcome = span.attributes["fluxibly.outcome"]
         assert outcome in OUTCOMES
         assert failed(span) == (outcome in ("failed", "cancelled", "stalled")) == ("error.type" in span.attributes)
         assert len(span.events) == failed(span)
-    return calls
+        parent = spans.get(span.parent.span_id) if span.parent else None
+        assert parent is not None or span.name != "fluxibly.attempt"
+        assert span.start_time <= span.end_time
+        assert parent is None or parent.start_time <= span.start_time
+        if parent in chats:
+            assert span.end_time <= parent.end_time
+    for call in recorder.calls:
+        below = [span for span in spans.values() if belongs_to(span, call, spans)]
+        for kind in ("input", "output"):
+            total = sum(tokens_of(span, kind) for span in below)
+            assert call.attributes.get(f"fluxibly.usage.total_{kind}", tokens_of(call, kind)) == total
+    return recorder.calls
+
+
+def belongs_to(span, call, spans) -> bool:
+    """Whether a span is a call's own or is below it."""
+    while span is not None and span is not call:
+        span = spans.get(span.parent.span_id) if span.parent else None
+    return span is call
 
 
 @pytest.mark.parametrize("mode", MODES, ids=str)
 @many
 @given(
     outer=s.stacks,
-    inner=s.stacks,
-    answers=st.one_of(s.any_answers, s.clean_answers, s.interrupted_answers),
+    inner=st.one_of(s.stacks, s.power_stacks),
+    answers=st.one_of(s.any_answers, s.clean_answers, s.interrupted_answers, s.power_answers),
     stop_after=st.none() | st.integers(0, 4),
     restarts=st.booleans(),
     capture=st.sampled_from(["none", "both"]),
+    attempts=st.sampled_from(["auto", "auto", "always"]),
 )
-def test_spans_always_end_exactly_once(mode, *, outer, inner, answers, stop_after, restarts, capture):
+def test_spans_always_end_exactly_once(mode, *, outer, inner, answers, stop_after, restarts, capture, attempts):
     """Spans end exactly once, have the right parents, and leave the consumer's context unchanged."""
     recorder, meters = Recorder(), Meters()
     clock = VirtualClock()
@@ -124,15 +151,19 @@ def test_spans_always_end_exactly_once(mode, *, outer, inner, answers, stop_afte
         passed.append(request)
         return (yield from call_next(request))
 
-    stack = [*s.build(outer[:2], []), count, recorder.tracing(capture=capture), meters.metrics, *s.build(inner, [])]
+    tracing = recorder.tracing(capture=capture, attempts=attempts)
+    stack = [*s.build(outer[:2], []), count, tracing, meters.metrics, *s.build(inner, [])]
     with Watching():
         ran = run(mode, provider, stack, REQUEST, clock=clock, stop_after=stop_after, restarts=restarts)
     assert ran.leaks == []
     assert trace.get_current_span() is trace.INVALID_SPAN
-    calls = check_spans(recorder)
-    meters.check(calls)
+    calls = check_spans(recorder, always=attempts == "always")
+    meters.check(recorder)
     assert len(calls) == len(passed)
-    assert len(provider.requests) <= sum(call.attributes["fluxibly.attempts"] for call in calls)
+    spent = passed[0].call.spent if passed else []
+    elsewhere = sum(each.provider.name == "Other" for each in spent)
+    sent = sum(span.attributes["fluxibly.attempts"] for span in (*calls, *recorder.asks))
+    assert sent == len(spent) == len(provider.requests) + elsewhere
 
 
 class Interleaved(RuleBasedStateMachine):
@@ -224,7 +255,7 @@ class Interleaved(RuleBasedStateMachine):
         self.within.close()
         self.watching.__exit__()
         calls = check_spans(self.recorder)
-        self.meters.check(calls)
+        self.meters.check(self.recorder)
         found = {int(call.attributes["gen_ai.conversation.id"]): call.parent for call in calls}
         assert len(found) == len(calls) == len(self.parents)
         for n, parent in enumerate(self.parents):
@@ -286,4 +317,4 @@ def test_async_streams_end_however_they_are_left(kinds, answers, reads, how, mod
         Pipeline(ScriptedProvider("b"), [], clock=VirtualClock()).complete(REQUEST)
     calls = check_spans(recorder)
     assert len(calls) == 1
-    meters.check(calls)
+    meters.check(recorder)

@@ -13,7 +13,8 @@ from opentelemetry import trace
 from opentelemetry.trace import StatusCode
 from support.tracing_tools import REQUEST, AsyncRemote, Remote, failed, modes, remote, streams
 
-from fluxibly.middleware import StreamMeter
+from fluxibly.errors import Overloaded
+from fluxibly.middleware import Retry, StreamMeter
 from fluxibly.pipeline import AsyncPipeline, Pipeline
 from fluxibly.testing.modes import run
 from fluxibly.types import Chunk, Usage
@@ -57,7 +58,7 @@ def test_a_stream_that_is_dropped_ends_its_spans(recorder):
     pipeline.complete(REQUEST)
     outcomes = [span.attributes["fluxibly.outcome"] for span in recorder.spans if span.name == "chat m-1"]
     assert outcomes == ["abandoned", "abandoned", "completed"]
-    assert len(recorder.counting.started) == len(recorder.counting.ended) == 6
+    assert len(recorder.counting.started) == len(recorder.counting.ended) == 3
 
 
 def test_a_stream_closed_in_another_thread_ends_its_spans_once(recorder):
@@ -68,7 +69,7 @@ def test_a_stream_closed_in_another_thread_ends_its_spans_once(recorder):
     thread.start()
     thread.join()
     stream.close()
-    assert len(recorder.counting.started) == len(recorder.counting.ended) == 2
+    assert len(recorder.counting.started) == len(recorder.counting.ended) == 1
     assert trace.get_current_span() is trace.INVALID_SPAN
 
 
@@ -120,7 +121,7 @@ def test_a_cancelled_call_is_the_same_error_on_asyncio_and_trio(backend, streami
         assert failed(span)
         assert span.attributes["error.type"] == "CancelledError"
         assert span.attributes["fluxibly.outcome"] == "cancelled"
-    assert len(recorder.spans) == len(recorder.counting.started) == 2
+    assert len(recorder.spans) == len(recorder.counting.started) == 1
 
 
 def test_an_unfinished_coroutine_does_not_change_the_context(recorder):
@@ -137,7 +138,7 @@ def test_an_unfinished_coroutine_does_not_change_the_context(recorder):
     call = AsyncPipeline(Slow(), [recorder.tracing()]).complete(REQUEST)
     copy_context().run(call.send, None)
     call.close()
-    assert len(recorder.counting.started) == len(recorder.counting.ended) == 2
+    assert len(recorder.counting.started) == len(recorder.counting.ended) == 1
     assert trace.get_current_span() is trace.INVALID_SPAN
 
 
@@ -163,8 +164,12 @@ def test_the_consumers_span_stays_current(mode, recorder):
 
 
 @modes
-def test_the_provider_runs_within_the_attempts_span(mode, recorder):
-    """The spans of a provider are children of the attempt. Inner layers run in the call's span."""
+@pytest.mark.parametrize(("attempts", "first"), [("auto", "chat m-1"), ("always", "fluxibly.attempt")])
+def test_the_provider_runs_within_the_attempts_span(mode, attempts, first, recorder):
+    """The spans of a provider are children of the attempt, or of the call if the attempt has no span of its own.
+
+    Inner layers run in the call's span, also between attempts.
+    """
     inside = []
 
     def look(request, call_next):
@@ -176,14 +181,16 @@ def test_the_provider_runs_within_the_attempts_span(mode, recorder):
 
         def complete(self, request):
             inside.append(trace.get_current_span().name)
+            if len(inside) < 4:
+                raise Overloaded("full")
             return "a"
 
         def stream(self, request):
-            inside.append(trace.get_current_span().name)
-            yield "a"
+            yield self.complete(request)
 
-    run(mode, Spying(), [recorder.tracing(), look], REQUEST)
-    assert inside == ["chat m-1", "fluxibly.attempt"]
+    stack = [recorder.tracing(attempts=attempts), Retry(max_retries=1, base_delay=0), look]
+    run(mode, Spying(), stack, REQUEST)
+    assert inside == ["chat m-1", first, "chat m-1", "fluxibly.attempt"]
 
 
 def test_a_hundred_concurrent_calls_have_the_right_parents(recorder):
@@ -202,7 +209,7 @@ def test_a_hundred_concurrent_calls_have_the_right_parents(recorder):
                 yield letter
 
     async def main():
-        pipeline = AsyncPipeline(Interleaving(), [recorder.tracing()])
+        pipeline = AsyncPipeline(Interleaving(), [recorder.tracing(attempts="always")])
 
         async def call(n):
             with tracer.start_as_current_span(f"task {n}") as mine:

@@ -19,9 +19,13 @@ TOO_LATE = 2**64
 """The first time, in nanoseconds since 1970, that OTLP cannot represent."""
 NUMBERS = (
     semconv.ATTEMPT_INDEX,
+    semconv.ATTEMPT_INPUT,
+    semconv.ATTEMPT_OUTPUT,
     semconv.ATTEMPTS,
     semconv.USAGE_INPUT,
     semconv.USAGE_OUTPUT,
+    semconv.TOTAL_INPUT,
+    semconv.TOTAL_OUTPUT,
     semconv.RESPONSE_TIME_TO_FIRST_CHUNK,
     semconv.STREAM_CHUNKS,
     semconv.STREAM_CHARACTERS,
@@ -227,7 +231,7 @@ def _value(value: Mapping[str, Any]) -> Any:
 
 
 def call_facts(span: TracedSpan) -> list[str]:
-    """Return the facts about a call that every view shows: cache hit, requested model, attempts, tokens."""
+    """Return the facts about a call or an attempt that every view shows: cache hit, requested model, attempts, tokens."""
     given = span.attributes
     facts: list[str] = []
     if given.get(semconv.CACHE_HIT):
@@ -236,8 +240,14 @@ def call_facts(span: TracedSpan) -> list[str]:
         facts.append(f"asked for {given[semconv.REQUESTED_MODEL]}")
     if given.get(semconv.ATTEMPTS, 1) > 1:
         facts.append(f"{given[semconv.ATTEMPTS]} attempts")
-    if semconv.USAGE_INPUT in given or semconv.USAGE_OUTPUT in given:
-        facts.append(f"{_count(given.get(semconv.USAGE_INPUT))} → {_count(given.get(semconv.USAGE_OUTPUT))} tokens")
+    for keys, which in (
+        ((semconv.USAGE_INPUT, semconv.USAGE_OUTPUT), ""),
+        ((semconv.ATTEMPT_INPUT, semconv.ATTEMPT_OUTPUT), ""),
+        ((semconv.TOTAL_INPUT, semconv.TOTAL_OUTPUT), " in all"),
+    ):
+        tokens_in, tokens_out = map(given.get, keys)
+        if tokens_in is not None or tokens_out is not None:
+            facts.append(f"{_count(tokens_in)} → {_count(tokens_out)} tokens{which}")
     return facts
 
 

@@ -42,10 +42,15 @@ def _calls(roots: Iterable[TracedSpan]) -> list[TracedSpan]:
     return [span for root in roots for _, span in root.walk() if semconv.OPERATION in span.attributes]
 
 
-def _totals(roots: Iterable[TracedSpan]) -> str:
+def _tokens(roots: Iterable[TracedSpan], keys: Iterable[str]) -> int:
+    """Return the sum of these attributes of all spans: each token is on one span, that of a call or of an attempt."""
+    return sum(span.attributes.get(key, 0) for root in roots for _, span in root.walk() for key in keys)
+
+
+def _totals(roots: Sequence[TracedSpan]) -> str:
     calls = _calls(roots)
-    tokens_in = sum(call.attributes.get(semconv.USAGE_INPUT, 0) for call in calls)
-    tokens_out = sum(call.attributes.get(semconv.USAGE_OUTPUT, 0) for call in calls)
+    tokens_in = _tokens(roots, (semconv.USAGE_INPUT, semconv.ATTEMPT_INPUT))
+    tokens_out = _tokens(roots, (semconv.USAGE_OUTPUT, semconv.ATTEMPT_OUTPUT))
     retries = sum(max(call.attributes.get(semconv.ATTEMPTS, 1) - 1, 0) for call in calls)
     facts = [
         (str(len(calls)), "call" if len(calls) == 1 else "calls"),

@@ -7,78 +7,141 @@ library returns. An asynchronous call is cancelled.
 from __future__ import annotations
 
 import asyncio
-import queue
-import threading
+import math
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Iterator
-from contextvars import copy_context
-from typing import Any, Final, Generic, NamedTuple, TypeVar, cast
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Iterable, Iterator
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias, TypeVar
 
 import anyio
 import attrs
 
-from fluxibly.config import KEEP_ALIVES, LLMConfig, Timeouts
+from fluxibly._threads import NotInTime, Worker
 from fluxibly.errors import AuthenticationError, ConfigError, Phase
+from fluxibly.limits import KEEP_ALIVES, ChunkWaits, Leash, Timeouts, time_left
 from fluxibly.providers._libraries.services import server_of
 from fluxibly.types import ProviderInfo
 
+if TYPE_CHECKING:
+    from fluxibly.config import LLMConfig
+    from fluxibly.types import CallRecord, Chunk
+
 
 class LibraryTimeout(Exception):  # it never leaves the providers
-    """An expired time limit of fluxibly. `phase` names the limit. `kept_alive`: items came, but without output."""
+    """An expired time limit of fluxibly.
 
-    def __init__(self, phase: Phase, seconds: float, *, kept_alive: bool = False) -> None:
+    `phase` names the limit of `seconds`. `kept_alive`: items came, but without output. `strict`: a middleware has set the
+    limit, and no item without output restarts it.
+    """
+
+    def __init__(self, phase: Phase, seconds: float, *, kept_alive: bool = False, strict: bool = False) -> None:
         super().__init__(phase, seconds)
         self.phase: Phase = phase
         self.seconds = seconds
         self.kept_alive = kept_alive
+        self.strict = strict
+
+
+_Limit: TypeAlias = tuple[float | None, LibraryTimeout]
+"""How long a wait may take, in seconds, and the exception to raise after that. None: no limit."""
+
+
+def _soonest(limits: Iterable[_Limit]) -> _Limit:
+    """Return the limit that ends a wait first.
+
+    Raises:
+        LibraryTimeout: it has passed.
+    """
+    seconds, late = min(limits, key=lambda limit: math.inf if limit[0] is None else limit[0])
+    if seconds is not None and seconds <= 0:
+        raise late
+    return seconds, late
 
 
 @attrs.frozen(kw_only=True)
 class LibraryLimits:
-    """The time limits for a library, in seconds: whole call, first chunk of a stream, each next chunk, whole stream."""
+    """The time limits for a library, in seconds: whole call, first chunk of a stream, each next chunk, whole stream.
+
+    `deadline` is a time of `time.monotonic`. `leash` has the limits of middleware on the chunks of a stream.
+    """
 
     call: float | None = None
     first: float | None = None
     idle: float | None = None
     stream: float | None = None
+    deadline: float | None = None
+    leash: Leash | None = None
 
     @classmethod
     def of(cls, config: LLMConfig) -> LibraryLimits:
-        limits = config.timeouts
-        first = None if limits.first_byte is None or limits.connect is None else limits.first_byte + limits.connect
-        return cls(call=limits.total, first=first, idle=limits.idle, stream=config.stream_total)
+        return cls._of(config.timeouts, config.stream_total)
+
+    @classmethod
+    def _of(cls, times: Timeouts, stream_total: float | None) -> LibraryLimits:
+        first = None if times.first_byte is None or times.connect is None else times.first_byte + times.connect
+        return cls(call=times.total, first=first, idle=times.idle, stream=stream_total)
+
+    def of_call(self, call: CallRecord) -> LibraryLimits:
+        """Return the limits of an attempt, which begins now: the call may have others, and middleware tighten them."""
+        times, left = call.timeouts, time_left(call.leash, call.clock)
+        limits = self if times is None else self._of(times, times.stream_total)
+        deadline = None if left is None else time.monotonic() + left
+        return attrs.evolve(limits, deadline=deadline, leash=call.leash)
+
+    def for_whole(self) -> _Limit:
+        """Return the limit of a whole call.
+
+        Raises:
+            LibraryTimeout: the deadline has passed.
+        """
+        return _soonest([self.for_deadline(time.monotonic()), (self.call, LibraryTimeout("total", self.call or 0.0))])
+
+    def for_deadline(self, now: float) -> _Limit:
+        left = None if self.deadline is None else self.deadline - now
+        return left, LibraryTimeout("deadline", left or 0.0)
 
 
 class _StreamTime:
-    """The time limits of one stream, from now on.
-
-    `first`: no item has arrived yet. `wait_end`: the end of the wait for output, even if items without output arrive;
-    None after output.
-    """
+    """The time limits of one stream, from now on. `first`: no item has arrived yet."""
 
     def __init__(self, limits: LibraryLimits) -> None:
         self._limits = limits
         self._started = time.monotonic()
-        self.wait_end: float | None = None
+        self._wait_end: float | None = None
+        """The end of the wait for output, even if items without output arrive; None after output."""
+        self._strict = None if limits.leash is None else ChunkWaits(limits.leash)
         self.first = True
 
-    def next(self) -> tuple[float | None, LibraryTimeout]:
-        """Return how long the next item may take, and the exception to raise after that."""
+    def next(self) -> _Limit:
+        """Return the limit of the next item.
+
+        Raises:
+            LibraryTimeout: no time is left.
+        """
         limits, now = self._limits, time.monotonic()
-        seconds = limits.first if self.first else limits.idle
-        late = LibraryTimeout("first_byte" if self.first else "idle", seconds or 0.0)
-        if not self.first and limits.idle is not None:
-            if self.wait_end is None:
-                self.wait_end = now + KEEP_ALIVES * limits.idle
-            if self.wait_end - now < limits.idle:
-                seconds = max(self.wait_end - now, 0.0)
-                late = LibraryTimeout("idle", KEEP_ALIVES * limits.idle, kept_alive=True)
+        found = [limits.for_deadline(now)]
+        if self.first:
+            found.append((limits.first, LibraryTimeout("first_byte", limits.first or 0.0)))
+        elif limits.idle is not None:
+            if self._wait_end is None:
+                self._wait_end = now + KEEP_ALIVES * limits.idle
+            found.append((limits.idle, LibraryTimeout("idle", limits.idle)))
+            kept_alive = LibraryTimeout("idle", KEEP_ALIVES * limits.idle, kept_alive=True)
+            found.append((self._wait_end - now, kept_alive))
         if limits.stream is not None:
-            left = self._started + limits.stream - now
-            if seconds is None or left < seconds:
-                return max(left, 0.0), LibraryTimeout("total", limits.stream)
-        return seconds, late
+            found.append((self._started + limits.stream - now, LibraryTimeout("total", limits.stream)))
+        if self._strict is not None and (end := self._strict.end(now)) is not None:
+            late = LibraryTimeout(self._strict.phase, self._strict.limit or 0.0, strict=True)
+            found.append((end - now, late))
+        return _soonest(found)
+
+    def came(self, chunks: Collection[Chunk]) -> None:
+        """Note the chunks of an item."""
+        self.first = False
+        if chunks:
+            self._wait_end = None
+            if self._strict is not None:
+                self._strict.came(time.monotonic(), output=any(chunk.has_output for chunk in chunks))
 
 
 def read_timeout(timeouts: Timeouts) -> float | None:
@@ -126,69 +189,28 @@ T = TypeVar("T")
 _END: Final = object()
 
 
-class _Worker:
-    """A thread that makes a single call at a time. Its owner can stop waiting for a call."""
-
-    def __init__(self) -> None:
-        self._calls: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
-        self._answers: queue.SimpleQueue[tuple[object, BaseException | None] | None] = queue.SimpleQueue()
-        self.busy = False
-        context = copy_context()
-        threading.Thread(target=context.run, args=(self._serve,), name="fluxibly-library", daemon=True).start()
-
-    def _serve(self) -> None:
-        while (call := self._calls.get()) is not None:
-            try:
-                answer: tuple[object, BaseException | None] = (call(), None)
-            except BaseException as error:  # noqa: BLE001  # it is raised where the answer is awaited
-                answer = (None, error)
-            self._answers.put(answer)
-            del call, answer
-
-    def run(self, call: Callable[[], object], seconds: float | None, late: LibraryTimeout) -> object:
-        self.busy = True
-        self._calls.put(call)
-        try:
-            answer = self._answers.get(timeout=seconds)
-        except queue.Empty:
-            raise late from None
-        if answer is None:
-            raise InterruptedError("the stream was closed while it was being read")
-        self.busy = False
-        value, error = answer
-        if error is not None:
-            raise error
-        return value
-
-    def abort(self) -> None:
-        """End a `run` in another thread."""
-        self._answers.put(None)
-
-    def stop(self, last: Callable[[], object]) -> None:
-        """Make a last call after the current call has returned, and end. Wait only if no call is running."""
-        if self.busy:
-            self._calls.put(last)
-            self._calls.put(None)
-            return
-        try:
-            self.run(last, None, LibraryTimeout("total", 0.0))
-        finally:
-            self._calls.put(None)
-
-
-def call_within(call: Callable[[], T], seconds: float | None) -> T:
+def call_within(call: Callable[[], T], limits: LibraryLimits) -> T:
     """Return the result of `call`.
 
     Raises:
-        LibraryTimeout: `call` took longer than `seconds`.
+        LibraryTimeout: `call` took too long, or the deadline passed before it.
     """
-    if seconds is None:
+    limit = limits.for_whole()
+    if limit[0] is None:
         return call()
-    worker = _Worker()
+    worker = Worker()
     try:
-        return cast("T", worker.run(call, seconds, LibraryTimeout("total", seconds)))
+        return _run_within(worker, call, limit)
     finally:
         worker.stop(_nothing)
+
+
+def _run_within(worker: Worker, call: Callable[[], T], limit: _Limit) -> T:
+    seconds, late = limit
+    try:
+        return worker.run(call, seconds)
+    except NotInTime:
+        raise late from None
 
 
 def _nothing() -> None:
@@ -203,14 +225,14 @@ class OpenStream(NamedTuple):
     cut: Callable[[], object]
 
 
-class LibraryStream(Generic[T]):
-    """The items of a library's own iterator, each with a time limit. `close` releases the library's stream.
+class LibraryStream:
+    """The chunks of a library's own iterator, whose items have time limits. `close` releases the library's stream.
 
     Args:
         open_stream: starts the call.
         limits: the time limits.
-        convert: converts an item to values of this stream.
-        at_end: returns the values after the last item.
+        convert: returns the chunks of an item.
+        at_end: returns the chunks after the last item.
         explain: converts an exception to fluxibly's. The second argument says whether an item had arrived.
     """
 
@@ -218,8 +240,8 @@ class LibraryStream(Generic[T]):
         self,
         open_stream: Callable[[], OpenStream],
         limits: LibraryLimits,
-        convert: Callable[[Any], Iterable[T]],
-        at_end: Callable[[], Iterable[T]],
+        convert: Callable[[Any], Iterable[Chunk]],
+        at_end: Callable[[], Iterable[Chunk]],
         explain: Callable[[Exception, bool], Exception],
     ) -> None:
         self._open = open_stream
@@ -228,37 +250,35 @@ class LibraryStream(Generic[T]):
         self._at_end = at_end
         self._explain = explain
         self._opened: OpenStream | None = None
-        self._worker: _Worker | None = None
+        self._worker: Worker | None = None
         self._time = _StreamTime(limits)
         self._over = False
-        self._waiting: deque[T] = deque()
+        self._waiting: deque[Chunk] = deque()
 
-    def __iter__(self) -> LibraryStream[T]:
+    def __iter__(self) -> LibraryStream:
         return self
 
-    def __next__(self) -> T:
+    def __next__(self) -> Chunk:
         while not self._waiting and not self._over:
             self._waiting.extend(self._step())
         if self._waiting:
-            self._time.wait_end = None
             return self._waiting.popleft()
         self.close()
         raise StopIteration
 
-    def _step(self) -> Iterable[T]:
+    def _step(self) -> Collection[Chunk]:
         if self._worker is None:
-            self._worker = _Worker()
+            self._worker = Worker()
             self._time = _StreamTime(self._limits)
-        seconds, late = self._time.next()
         try:
-            item = self._worker.run(self._read, seconds, late)
+            item = _run_within(self._worker, self._read, self._time.next())
             self._over = item is _END
-            values = self._at_end() if self._over else self._convert(item)
+            chunks = list(self._at_end() if self._over else self._convert(item))
         except Exception as error:  # noqa: BLE001  # raised below, without the library's exception as its context
             failure = self._explain(error, not self._time.first)
         else:
-            self._time.first = False
-            return values
+            self._time.came(chunks)
+            return chunks
         self.close()
         raise failure
 
@@ -288,75 +308,73 @@ class LibraryStream(Generic[T]):
         worker.stop(self._release)
 
 
-async def acall_within(call: Awaitable[T], seconds: float | None) -> T:
+async def acall_within(call: Callable[[], Awaitable[T]], limits: LibraryLimits) -> T:
     """Return the result of `call`. asyncio only.
 
     Raises:
-        LibraryTimeout: `call` took longer than `seconds`.
+        LibraryTimeout: `call` took too long, or the deadline passed before it.
     """
+    seconds, late = limits.for_whole()
+    return await _awaited(call, seconds, late)
+
+
+async def _awaited(call: Callable[[], Awaitable[T]], seconds: float | None, late: LibraryTimeout) -> T:
     limit = asyncio.timeout(seconds)
     try:
         async with limit:
-            return await call
-    except TimeoutError:
-        if limit.expired():
-            raise LibraryTimeout("total", seconds or 0.0) from None
-        raise
-
-
-async def library_stream(
-    open_stream: Callable[[], Awaitable[AsyncIterator[Any]]],
-    limits: LibraryLimits,
-    convert: Callable[[Any], Iterable[T]],
-    at_end: Callable[[], Iterable[T]],
-    explain: Callable[[Exception, bool], Exception],
-) -> AsyncGenerator[T]:
-    """Yield the items of an async iterator like `LibraryStream`. asyncio only."""
-    source: AsyncIterator[Any] | None = None
-    limit = _StreamTime(limits)
-    failure: Exception | None = None
-    try:
-        while failure is None:
-            seconds, late = limit.next()
-            try:
-                source, item = await _astep(source, open_stream, seconds, late)
-                over = item is _END
-                values = at_end() if over else convert(item)
-            except Exception as error:  # noqa: BLE001  # raised below, without the library's exception as its context
-                failure = explain(error, not limit.first)
-                break
-            limit.first = False
-            for value in values:
-                limit.wait_end = None
-                yield value
-            if over:
-                return
-        raise failure
-    finally:
-        await _arelease(source)
-
-
-async def _astep(
-    source: AsyncIterator[Any] | None,
-    open_stream: Callable[[], Awaitable[AsyncIterator[Any]]],
-    seconds: float | None,
-    late: LibraryTimeout,
-) -> tuple[AsyncIterator[Any], object]:
-    limit = asyncio.timeout(seconds)
-    try:
-        async with limit:
-            if source is None:
-                source = await open_stream()
-            return source, await anext(source, _END)
+            return await call()
     except TimeoutError:
         if limit.expired():
             raise late from None
         raise
 
 
-async def _arelease(source: object) -> None:
-    aclose = getattr(source, "aclose", None)
-    if aclose is not None:
-        # A cancelled task must release the stream too, but not wait for long.
-        with anyio.move_on_after(1, shield=True):
-            await aclose()
+async def library_stream(
+    open_stream: Callable[[], Awaitable[AsyncIterator[Any]]],
+    limits: LibraryLimits,
+    convert: Callable[[Any], Iterable[Chunk]],
+    at_end: Callable[[], Iterable[Chunk]],
+    explain: Callable[[Exception, bool], Exception],
+) -> AsyncGenerator[Chunk]:
+    """Yield the chunks of an async iterator like `LibraryStream`. asyncio only."""
+    source = _AsyncSource(open_stream)
+    limit = _StreamTime(limits)
+    failure: Exception | None = None
+    try:
+        while failure is None:
+            try:
+                seconds, late = limit.next()
+                item = await _awaited(source.next, seconds, late)
+                over = item is _END
+                chunks = list(at_end() if over else convert(item))
+            except Exception as error:  # noqa: BLE001  # raised below, without the library's exception as its context
+                failure = explain(error, not limit.first)
+                break
+            limit.came(chunks)
+            for chunk in chunks:
+                yield chunk
+            if over:
+                return
+        raise failure
+    finally:
+        await source.release()
+
+
+class _AsyncSource:
+    """A library's asynchronous stream, which the first read opens."""
+
+    def __init__(self, open_stream: Callable[[], Awaitable[AsyncIterator[Any]]]) -> None:
+        self._open = open_stream
+        self._items: AsyncIterator[Any] | None = None
+
+    async def next(self) -> object:
+        if self._items is None:
+            self._items = await self._open()
+        return await anext(self._items, _END)
+
+    async def release(self) -> None:
+        aclose = getattr(self._items, "aclose", None)
+        if aclose is not None:
+            # A cancelled task must release the stream too, but not wait for long.
+            with anyio.move_on_after(1, shield=True):
+                await aclose()

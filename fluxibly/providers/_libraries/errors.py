@@ -84,7 +84,7 @@ def _translated(error: Exception, library: str, *, streamed: bool) -> Exception 
     if isinstance(error, FluxiblyError):
         return error
     if isinstance(error, LibraryTimeout):
-        return _late(error.phase, f"{error.seconds:g} s", library, streamed=streamed, kept_alive=error.kept_alive)
+        return _passed(error, library, streamed=streamed)
     causes: list[BaseException] = []
     while isinstance(inner := getattr(error, "original_exception", None), Exception):
         causes += [*_reasons(error)][1:]  # LiteLLM's MidStreamFallbackError itself adds no information
@@ -121,6 +121,24 @@ def _translated(error: Exception, library: str, *, streamed: bool) -> Exception 
     return _misused(error, own_names, library)
 
 
+def _passed(error: LibraryTimeout, library: str, *, streamed: bool) -> ProviderError:
+    """Return the error for a time limit of fluxibly."""
+    if error.phase == "deadline":
+        return errors.DeadlineExceeded(
+            f"the answer (through {library}) was not complete before the deadline; give the call more time"
+        )
+    if error.strict:
+        kind = errors.StreamStalled if error.phase == "idle" else errors.RequestTimeout
+        what = "chunk" if error.phase == "idle" else "output"
+        late = kind(
+            f"the stream sent no {what} for longer than {error.seconds:g} s (the {error.phase} limit of a middleware, "
+            f"through {library}); try again, or increase the limit"
+        )
+        late.phase = error.phase
+        return late
+    return _late(error.phase, f"{error.seconds:g} s", library, streamed=streamed, kept_alive=error.kept_alive)
+
+
 def _late(phase: Phase, limit: str, library: str, *, streamed: bool, kept_alive: bool = False) -> ProviderError:
     kind = errors.StreamStalled if phase == "idle" and streamed else errors.RequestTimeout
     what = {
@@ -129,9 +147,7 @@ def _late(phase: Phase, limit: str, library: str, *, streamed: bool, kept_alive:
         "idle": f"the stream sent {'only keep-alives' if kept_alive else 'nothing'} for longer",
         "total": "the call took longer",
     }[phase]
-    late = kind(
-        f"{what} than {limit} (the {phase} timeout, through {library}); try again, or increase the config's timeout"
-    )
+    late = kind(f"{what} than {limit} (the {phase} timeout, through {library}); try again, or increase the timeout")
     late.phase = phase
     return late
 

@@ -17,15 +17,17 @@ import httpx
 from fluxibly._checks import kind_of, secrets_in_query
 from fluxibly._logs import log
 from fluxibly._masking import mask_secrets
-from fluxibly.config import LLMConfig, Timeouts
+from fluxibly.config import LLMConfig
 from fluxibly.errors import (
     AuthenticationError,
     BadRequest,
     ConfigError,
+    DeadlineExceeded,
     PermissionDenied,
     ProviderError,
     StreamProtocolError,
 )
+from fluxibly.limits import Timeouts, time_left
 from fluxibly.providers.dialects.codec import Codec, Encoded, Event, Learner, Service
 from fluxibly.providers.dialects.errors import ADVICE, request_id_of
 from fluxibly.providers.dialects.json_values import REPAIRS, is_utf8
@@ -41,7 +43,7 @@ from fluxibly.providers.http._exchange import (
     with_header_facts,
     with_more,
 )
-from fluxibly.providers.http._limits import Limits
+from fluxibly.providers.http._limits import LeashedLimits, Limits
 from fluxibly.providers.http._network_errors import redirected, translated
 from fluxibly.types import ProviderInfo, Request, Response
 
@@ -84,8 +86,28 @@ class Endpoint:
         )
         self._prepared: dict[tuple[Key | None, tuple[tuple[str, str], ...]], Headers] = {}
 
-    def limits(self, *, stream: bool) -> Limits:
-        return Limits(self.times, total=self.stream_total if stream else self.times.total, streaming=stream)
+    def limits(self, request: Request, *, stream: bool) -> Limits:
+        """Return the limits of an attempt, which begins now.
+
+        Raises:
+            DeadlineExceeded: the call's deadline has passed.
+        """
+        call = request.call
+        if call.timeouts is None:
+            times, total = self.times, self.stream_total if stream else self.times.total
+        else:
+            times = call.timeouts
+            total = times.stream_total if stream else times.total
+        leash = call.leash
+        if leash is None:
+            return Limits(times, total=total, streaming=stream)
+        deadline = time_left(leash, call.clock)
+        if deadline is not None and deadline <= 0:
+            late = DeadlineExceeded("the deadline passed before the request was sent; give the call more time")
+            raise self.completed_with(late, request)
+        if stream and (leash.first_chunk is not None or leash.idle is not None):
+            return LeashedLimits(times, leash, total=total, deadline=deadline)
+        return Limits(times, total=total, deadline=deadline, streaming=stream)
 
     # Requests
 

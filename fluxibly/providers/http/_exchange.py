@@ -109,7 +109,13 @@ class Exchange(Protocol):
 
 
 class Sender(Protocol):
-    """The connections to a server. For threads, the coroutines of a sender never suspend."""
+    """The connections to a server. For threads, the coroutines of a sender never suspend.
+
+    `obeys`: whether each wait ends when its limit passes.
+    """
+
+    @property
+    def obeys(self) -> bool: ...
 
     async def send(self, outgoing: Outgoing, limits: Limits, /) -> Exchange: ...
     async def close(self) -> None: ...

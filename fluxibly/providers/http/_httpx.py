@@ -101,7 +101,9 @@ class HTTPXExchange:
 
 
 class HTTPXSender:
-    """A sender over an `httpx.BaseTransport`."""
+    """A sender over an `httpx.BaseTransport`, whose own limits restart with every byte."""
+
+    obeys = False
 
     def __init__(self, transport: httpx.BaseTransport) -> None:
         self._transport = transport
@@ -174,6 +176,8 @@ class AsyncHTTPXExchange:
 
 class AsyncHTTPXSender:
     """A sender over an `httpx.AsyncBaseTransport`."""
+
+    obeys = True
 
     def __init__(self, transport: httpx.AsyncBaseTransport) -> None:
         self._transport = transport

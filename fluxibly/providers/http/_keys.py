@@ -6,7 +6,8 @@ import inspect
 import os
 import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from contextvars import copy_context
 from copy import copy
 from typing import TYPE_CHECKING, Protocol, TypeVar
 from weakref import WeakKeyDictionary, WeakSet
@@ -15,7 +16,9 @@ import anyio
 import anyio.to_thread
 from anyio.lowlevel import RunVar
 
-from fluxibly.errors import AuthenticationError, ConnectionFailed
+from fluxibly.errors import AuthenticationError, ConnectionFailed, DeadlineExceeded
+from fluxibly.providers.http._limits import LimitPassed
+from fluxibly.providers.http._sockets_threads import finished
 
 if TYPE_CHECKING:
     from fluxibly.config import KeyFunction
@@ -86,17 +89,34 @@ class Keys:
         """How often the function was asked. Calls that wait meanwhile share what it said, also if it failed."""
         self._failure: Exception | None = None
 
-    async def find(self) -> None:
+    async def find(self, seconds: float | None = None) -> None:
         """Ask for a key, unless there is a fresh one.
 
         Raises:
             AuthenticationError: the function did not return a key. Its exceptions reach the caller unchanged.
+            DeadlineExceeded: no key came within `seconds`, the time until the call's deadline.
         """
         if self._key is None or not self._is_fresh(self._key):
-            await self.renew(self._key)
+            await self.renew(self._key, seconds)
 
-    async def renew(self, refused: Key | None) -> bool:
-        """Ask for another key than `refused`, unless another call has done so. Return whether there is one."""
+    async def renew(self, refused: Key | None, seconds: float | None = None) -> bool:
+        """Ask for another key than `refused`, unless another call has done so. Return whether there is one.
+
+        Raises:
+            DeadlineExceeded: no key came within `seconds`, the time until the call's deadline.
+        """
+        if seconds is None:
+            return await self._renew(refused)
+        with suppress(LimitPassed):
+            if seconds > 0:
+                return await self._renew_within(refused, seconds)
+        raise DeadlineExceeded("no key came before the deadline; give the call more time")
+
+    async def _renew_within(self, refused: Key | None, seconds: float) -> bool:
+        """Do the work of `_renew`. Raise LimitPassed if it takes longer than `seconds`."""
+        raise NotImplementedError
+
+    async def _renew(self, refused: Key | None) -> bool:
         asked = self._asked
         async with self._turn():
             said = self._said(refused, asked)
@@ -164,6 +184,10 @@ class ThreadKeys(Keys):
         with self._lock:
             yield
 
+    async def _renew_within(self, refused: Key | None, seconds: float) -> bool:
+        # In a thread of its own, because nothing can end the function. The key that it returns later is kept.
+        return _in_own_thread(lambda: finished(self._renew(refused)), seconds)
+
     async def _ask(self) -> object:
         key = self._give()
         return _in_own_loop(key) if inspect.isawaitable(key) else key
@@ -180,6 +204,11 @@ class LoopKeys(Keys):
             _locks.set(locks)
         return locks.setdefault(self, anyio.Lock())
 
+    async def _renew_within(self, refused: Key | None, seconds: float) -> bool:
+        with anyio.move_on_after(seconds):
+            return await self._renew(refused)
+        raise LimitPassed
+
     async def _ask(self) -> object:
         give = self._give
         call: object = getattr(give, "__call__", None)  # noqa: B004  # to look at the method of an object, not to call it
@@ -195,21 +224,33 @@ class LoopKeys(Keys):
 
 def _in_own_loop(awaitable: Awaitable[T]) -> T:
     """Return the result of an awaitable, from an event loop in a thread: this thread may have a running loop."""
-    results: list[T] = []
-    errors: list[BaseException] = []
 
     async def wait() -> T:
         return await awaitable
 
+    return _in_own_thread(lambda: anyio.run(wait), None)
+
+
+def _in_own_thread(call: Callable[[], T], seconds: float | None) -> T:
+    """Return the result of `call` in a thread.
+
+    Raises:
+        LimitPassed: it took longer than `seconds`. It runs on until it returns.
+    """
+    results: list[T] = []
+    errors: list[BaseException] = []
+
     def run() -> None:
         try:
-            results.append(anyio.run(wait))
+            results.append(call())
         except BaseException as error:  # noqa: BLE001  # raised in the thread that waits
             errors.append(error)
 
-    thread = threading.Thread(target=run, name="fluxibly-key", daemon=True)
+    thread = threading.Thread(target=copy_context().run, args=(run,), name="fluxibly-key", daemon=True)
     thread.start()
-    thread.join()
+    thread.join(seconds)
     if errors:
         raise errors[0]
+    if not results:
+        raise LimitPassed
     return results[0]

@@ -6,6 +6,9 @@ it. Here each read calls `left()` first, which returns the time that remains of 
 The phase "idle" differs. In a whole answer it is the time of one read. In a stream it is the time of one wait for a
 chunk, however many reads that takes: the first read of a wait starts it, a keep-alive (`kept_alive`) starts it again,
 and a chunk ends the wait (`end`), so that the time of the consumer does not count.
+
+A call's deadline takes the place of the total, if it comes first. `LeashedLimits` has the other limits of middleware, so
+that streams without them do not pay for them.
 """
 
 from __future__ import annotations
@@ -14,11 +17,11 @@ from collections.abc import Callable
 from time import monotonic
 from typing import TYPE_CHECKING
 
-from fluxibly.config import KEEP_ALIVES
+from fluxibly.limits import KEEP_ALIVES, ChunkWaits, least
 
 if TYPE_CHECKING:
-    from fluxibly.config import Timeouts
     from fluxibly.errors import Phase
+    from fluxibly.limits import Leash, Timeouts
 
 DRAIN_TIME = 0.01
 """Seconds to wait for the rest of a body whose stream has ended, so that its connection can be used again."""
@@ -45,29 +48,45 @@ class NotHTTP(Exception):
 
 
 class Limits:
-    """The remaining time of an attempt. The time runs from the construction, and the first phase is connecting."""
+    """The remaining time of an attempt. The time runs from the construction, and the first phase is connecting.
+
+    Args:
+        times: the limits of the phases.
+        total: seconds for the whole attempt.
+        deadline: seconds until the call's deadline.
+        streaming: whether the answer is a stream.
+    """
 
     __slots__ = (
         "_aborted",
-        "_phase",
         "_times",
         "_total",
         "_total_end",
+        "_total_phase",
         "_wait",
         "_wait_end",
         "end",
         "passed",
+        "phase",
         "streaming",
+        "strict",
     )
 
-    def __init__(self, times: Timeouts, *, total: float | None, streaming: bool = False) -> None:
+    def __init__(
+        self, times: Timeouts, *, total: float | None, deadline: float | None = None, streaming: bool = False
+    ) -> None:
         # Monotonic, because the wall clock can be set forwards or back during a call.
         now = monotonic()
         self._times = times
         self.streaming = streaming
+        self._total_phase: Phase = "total"
+        if deadline is not None and (total is None or deadline <= total):
+            self._total_phase = "deadline"
+            total = deadline
         self._total = total
         self._total_end = None if total is None else now + total
-        self._phase: Phase = "connect"
+        self.phase: Phase = "connect"
+        """What the attempt is doing."""
         self.end = None if times.connect is None else now + times.connect
         """The end of the phase; None: no limit. Of an idle stream, the end of the wait under way; None between waits.
 
@@ -76,30 +95,32 @@ class Limits:
         """The end of the wait under way, whatever keeps it alive."""
         self.passed: Phase = "connect"
         """The limit that applied to the last wait."""
+        self.strict = False
+        """Whether middleware have set that limit, and no keep-alive restarts it."""
         self._wait: Callable[[], None] | None = None
         self._aborted = False
 
     def connecting(self) -> None:
         """Start the limit on connecting."""
         # It starts again here, so that a wait for a turn, or a stale connection, does not shorten the time to connect.
-        self._phase = "connect"
+        self.phase = "connect"
         self.end = None if self._times.connect is None else monotonic() + self._times.connect
 
     def sent(self) -> None:
         """Start the limit on the head of the response, however many reads the head takes."""
-        self._phase = "first_byte"
+        self.phase = "first_byte"
         self.end = None if self._times.first_byte is None else monotonic() + self._times.first_byte
 
     def handed_over(self) -> None:
         """Start the limits on connecting and on the head of the response together."""
         # An httpx transport connects, sends and waits in one call, so its phases cannot be timed apart.
         connect, first_byte = self._times.connect, self._times.first_byte
-        self._phase = "first_byte"
+        self.phase = "first_byte"
         self.end = None if connect is None or first_byte is None else monotonic() + connect + first_byte
 
     def answered(self) -> None:
         """Start the idle limit."""
-        self._phase = "idle"
+        self.phase = "idle"
         self.end = None
 
     def kept_alive(self) -> None:
@@ -125,7 +146,7 @@ class Limits:
         Raises:
             LimitPassed: no time is left.
         """
-        phase = self._phase
+        phase = self.phase
         self.passed = phase
         now = monotonic()
         if phase != "idle" or self.end is not None:
@@ -138,7 +159,7 @@ class Limits:
         if self._total_end is not None:
             of_total = self._total_end - now
             if left is None or of_total < left:
-                self.passed = "total"
+                self.passed = self._total_phase
                 left = of_total
         if left is not None and left <= 0:
             raise LimitPassed
@@ -146,13 +167,14 @@ class Limits:
 
     def passed_in_httpx(self, *, connecting: bool) -> None:
         """Note which limit a timeout of httpx means. Its own clock ends a wait, and does not say for which limit."""
+        self.strict = False
         if self._total_end is not None and monotonic() >= self._total_end:
-            self.passed = "total"
+            self.passed = self._total_phase
         else:
-            self.passed = "connect" if connecting else self._phase
+            self.passed = "connect" if connecting else self.phase
 
     def value(self) -> float | None:
-        """Return the limit that passed, in seconds."""
+        """Return the limit that passed, in seconds. A deadline is no such limit."""
         if self.passed == "total":
             return self._total
         return getattr(self._times, self.passed)  # type: ignore[no-any-return]  # a float or None, by its name
@@ -184,17 +206,48 @@ class Limits:
     def for_httpx(self) -> dict[str, float | None]:
         """Return the `timeout` extension of an httpx request, for the time until the head of the response."""
         times, total = self._times, self._total
-        first_byte = _least(times.first_byte, total)
-        connect = _least(times.connect, total)
+        first_byte = least(times.first_byte, total)
+        connect = least(times.connect, total)
         return {"connect": connect, "read": first_byte, "write": first_byte, "pool": connect}
 
     def body_for_httpx(self) -> float | None:
         """Return the limit on each read of the body, for httpx."""
         left = None if self._total_end is None else max(0.001, self._total_end - monotonic())
-        return _least(self._times.idle, left)
+        return least(self._times.idle, left)
 
 
-def _least(one: float | None, other: float | None) -> float | None:
-    if one is None or other is None:
-        return one if other is None else other
-    return min(one, other)
+class LeashedLimits(Limits):
+    """The remaining time of a streamed attempt, with limits of middleware on the waits for its chunks."""
+
+    __slots__ = ("_waits",)
+
+    def __init__(self, times: Timeouts, leash: Leash, *, total: float | None, deadline: float | None) -> None:
+        super().__init__(times, total=total, deadline=deadline, streaming=True)
+        self._waits = ChunkWaits(leash)
+        self._waits.end(monotonic())
+
+    def left(self) -> float | None:
+        """Return the seconds that the next wait may take; None means no limit.
+
+        Raises:
+            LimitPassed: no time is left.
+        """
+        self.strict = False
+        left = super().left()
+        now = monotonic()
+        end = self._waits.end(now)
+        if end is None or (left is not None and left <= end - now):
+            return left
+        self.strict = True
+        self.passed = self._waits.phase
+        if end <= now:
+            raise LimitPassed
+        return end - now
+
+    def came(self, *, output: bool) -> None:
+        """Note that a read brought chunks, so that the time of the consumer does not count."""
+        self._waits.came(monotonic(), output=output)
+
+    def value(self) -> float | None:
+        """Return the limit that passed, in seconds."""
+        return self._waits.limit if self.strict else super().value()

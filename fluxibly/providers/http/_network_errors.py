@@ -13,8 +13,16 @@ from typing import cast
 
 import httpx
 
-from fluxibly.config import KEEP_ALIVES
-from fluxibly.errors import ConnectionFailed, ProviderError, RequestTimeout, StreamProtocolError, StreamStalled
+from fluxibly.errors import (
+    ConnectionFailed,
+    DeadlineExceeded,
+    Phase,
+    ProviderError,
+    RequestTimeout,
+    StreamProtocolError,
+    StreamStalled,
+)
+from fluxibly.limits import KEEP_ALIVES
 from fluxibly.providers.http._limits import ConnectionLost, LimitPassed, Limits, NotHTTP
 
 _PROGRAMS = {
@@ -56,17 +64,22 @@ def translated(error: Exception, host: str, port: int, limits: Limits, *, framew
 def _late(error: Exception, where: str, limits: Limits) -> RequestTimeout:
     if isinstance(error, httpx.TimeoutException):
         limits.passed_in_httpx(connecting=isinstance(error, (httpx.ConnectTimeout, httpx.PoolTimeout)))
+    phase = limits.passed
+    if phase == "deadline":
+        return _at_deadline(where, limits.phase)
     value = limits.value()
     within = "" if value is None else f" within {value:g} s"
-    phase = limits.passed
     stalled = phase == "idle" and limits.streaming
     message = {
         "connect": f"no connection to {where}{within} (the limit timeout.connect)",
         "first_byte": f"{where} did not begin its response{within} (the limit timeout.first_byte)",
+        "first_chunk": f"{where} sent no output{within} (the limit first_chunk of a middleware)",
         "idle": f"{where} sent no more of its response{within} (the limit timeout.idle)",
         "total": f"{where} did not finish its response{within} (the limit timeout.total)",
     }[phase]
-    if stalled and value is not None:
+    if stalled and limits.strict:
+        message = f"{where} sent no chunk{within} (the limit idle of a middleware)"
+    elif stalled and value is not None:
         message = f"{where} sent no event{within} (the limit timeout.idle)"
         if limits.only_kept_alive:
             message = (
@@ -76,6 +89,14 @@ def _late(error: Exception, where: str, limits: Limits) -> RequestTimeout:
     timeout = StreamStalled(message) if stalled else RequestTimeout(message)
     timeout.phase = phase
     return timeout
+
+
+def _at_deadline(where: str, phase: Phase) -> DeadlineExceeded:
+    what = {
+        "connect": f"no connection to {where}",
+        "first_byte": f"{where} did not begin its response",
+    }.get(phase, f"{where} did not finish its response")
+    return DeadlineExceeded(f"{what} before the deadline; give the call more time")
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

@@ -284,6 +284,8 @@ class PooledExchange:
 class Pool:
     """The connections of a provider, for threads or for event loops. A forked process starts without connections."""
 
+    obeys = True
+
     def __init__(self, route: Route, network: Network) -> None:
         self._route = route
         self._network = network

@@ -16,13 +16,14 @@ from weakref import WeakSet
 from fluxibly._checks import shown_url
 from fluxibly._logs import log_retry
 from fluxibly._states import TRANSITIONS, State
-from fluxibly.errors import AuthenticationError, ConnectionFailed, ProviderError
+from fluxibly.errors import AuthenticationError, ConnectionFailed, DeadlineExceeded, ProviderError
+from fluxibly.limits import time_left
 from fluxibly.providers.http._endpoint import Endpoint
 from fluxibly.providers.http._exchange import Authorizer
 from fluxibly.providers.http._httpx import AsyncHTTPXSender, HTTPXSender
 from fluxibly.providers.http._keys import Keys, LoopKeys, ThreadKeys
 from fluxibly.providers.http._limits import Aborted
-from fluxibly.providers.http._reader import ReplyBody, ReplyReader, refusal
+from fluxibly.providers.http._reader import ReplyBody, reader_of, refusal
 from fluxibly.providers.http._senders import default_async_sender, default_sender
 from fluxibly.providers.http._sockets_threads import finished
 
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from fluxibly.providers.http._exchange import Exchange, Outgoing, Sender
     from fluxibly.providers.http._keys import Credentials
     from fluxibly.providers.http._limits import Limits
+    from fluxibly.providers.http._reader import ReplyReader
     from fluxibly.types import Chunk, Request, Response
 
 
@@ -43,7 +45,7 @@ async def find_key(endpoint: Endpoint, keys: Keys, request: Request) -> None:
     """Find the key of a request, unless the request has an authorization of its own."""
     if not endpoint.authorized_by(request):
         with _completed(endpoint, request):
-            await keys.find()
+            await keys.find(time_left(request.call.leash, request.call.clock))
 
 
 @contextmanager
@@ -65,7 +67,8 @@ async def worth_resending(
     if change is None and isinstance(error, AuthenticationError) and keys is not None and outgoing.key is not None:
         with _completed(endpoint, request):
             what = f"new {outgoing.key.name}" if isinstance(outgoing.key, Authorizer) else "a new api_key"
-            change = f"sends {what}" if await keys.renew(outgoing.key) else None
+            left = time_left(request.call.leash, request.call.clock)
+            change = f"sends {what}" if await keys.renew(outgoing.key, left) else None
     if change is None:
         return False
     log_retry(request, error, max(request.call.attempts - 1, 0), 0.0, change=change)
@@ -76,7 +79,8 @@ def fail(error: Exception, failure: Exception) -> NoReturn:
     """Raise `failure` with `error` as its cause, or `error` itself if they are the same."""
     if failure is error:
         raise error
-    raise failure from error
+    # The cause of a passed deadline is the error of an attempt before, which only the layers around know.
+    raise failure from None if isinstance(failure, DeadlineExceeded) else error
 
 
 class _Stream:
@@ -145,7 +149,7 @@ class _Stream:
     def _prepare(self) -> tuple[Outgoing, Limits]:
         """Return the request to send and its limits, which begin now."""
         outgoing = self._endpoint.outgoing(self._request, stream=True)
-        limits = self._limits = self._endpoint.limits(stream=True)
+        limits = self._limits = self._endpoint.limits(self._request, stream=True)
         # An `abort` that came too early to find the limits has changed the state by now.
         self._check_wanted()
         return outgoing, limits
@@ -160,7 +164,7 @@ class _Stream:
         try:
             if 200 <= exchange.status < 300:
                 self._headers = exchange.headers
-                reader = self._reader = ReplyReader(endpoint, exchange.headers, limits)
+                reader = self._reader = reader_of(endpoint, exchange.headers, limits)
                 self._chunks = reader.chunks
                 return exchange
             error = await refusal(endpoint, exchange, self._request, limits)
@@ -272,6 +276,7 @@ S = TypeVar("S", bound=_Stream)
 class _Shell:
     """A provider over a sender. `credentials` authorize its calls, if no key does; `_streams` may be open."""
 
+    obeys = True
     _sender: Sender
     _keys_kind: type[Keys]
 
@@ -307,7 +312,7 @@ class _Shell:
             await find_key(endpoint, self._keys, request)
         self._check_open()
         outgoing = endpoint.outgoing(request, stream=False)
-        limits = endpoint.limits(stream=False)
+        limits = endpoint.limits(request, stream=False)
         headers: Mapping[str, str] | None = None
         try:
             exchange = await self._sender.send(outgoing, limits)
@@ -373,6 +378,7 @@ class HTTPProvider(_Shell):
     ) -> None:
         super().__init__(codec, service, config, name, credentials)
         self._sender = default_sender(self._endpoint) if transport is None else HTTPXSender(transport)
+        self.obeys = self._sender.obeys
 
     def complete(self, request: Request) -> Response:
         """Return the whole response."""

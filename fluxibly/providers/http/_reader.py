@@ -11,6 +11,7 @@ from fluxibly.providers.dialects.framing import make_framing
 from fluxibly.providers.dialects.json_values import REPAIRS, is_utf8
 from fluxibly.providers.http._encodings import MAX_BODY, MAX_ERROR_BODY, decoded, decoders_for
 from fluxibly.providers.http._exchange import with_header_facts
+from fluxibly.providers.http._limits import LeashedLimits
 from fluxibly.types import Chunk
 
 if TYPE_CHECKING:
@@ -233,6 +234,28 @@ class ReplyReader:
         else:
             self._deliver(as_chunks(self._endpoint.decoded(self._body.whole())))
         self.ended = True
+
+
+class LeashedReader(ReplyReader):
+    """A reader of a stream whose limits depend on which of its chunks have output."""
+
+    __slots__ = ("_leashed",)
+
+    def __init__(self, endpoint: Endpoint, headers: Mapping[str, str], limits: LeashedLimits) -> None:
+        super().__init__(endpoint, headers, limits)
+        self._leashed = limits
+
+    def _take(self, piece: bytes) -> None:
+        super()._take(piece)
+        if self.chunks:
+            self._leashed.came(output=any(chunk.has_output for chunk in self.chunks))
+
+
+def reader_of(endpoint: Endpoint, headers: Mapping[str, str], limits: Limits) -> ReplyReader:
+    """Return the reader of a stream."""
+    if isinstance(limits, LeashedLimits):
+        return LeashedReader(endpoint, headers, limits)
+    return ReplyReader(endpoint, headers, limits)
 
 
 async def refusal(endpoint: Endpoint, exchange: Exchange, request: Request, limits: Limits) -> ProviderError:

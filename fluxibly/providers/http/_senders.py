@@ -63,7 +63,8 @@ class _OfThisProcess:
     def __init__(self, make: Callable[[], Sender]) -> None:
         self._make = make
         self._sender = make()
-        self._process = os.getpid()
+        self._process: int = os.getpid()
+        self.obeys = self._sender.obeys
 
     async def send(self, outgoing: Outgoing, limits: Limits) -> Exchange:
         return await self._own().send(outgoing, limits)

@@ -21,7 +21,7 @@ from fluxibly.providers._libraries.errors import ErrorTranslator
 from fluxibly.providers._libraries.loops import PerLoop, on_asyncio
 from fluxibly.providers._libraries.services import Services
 from fluxibly.providers.http import end_connection
-from fluxibly.providers.langchain._parameters import dialect_of
+from fluxibly.providers.langchain._parameters import dialect_of, sdk_timeout
 from fluxibly.types import CallRecord, ProviderInfo
 
 _PREFIX = re.compile(r"(openai|anthropic)/(.+)", re.DOTALL)
@@ -174,9 +174,7 @@ def _client(provider: str, config: LLMConfig, *, asynchronous: bool) -> Any:
     The client does not follow redirects, which would carry the key along. Its connections close with the provider.
     """
     sdk = importlib.import_module(provider)
-    times = config.timeouts
-    read = read_timeout(times)
-    timeout = sdk.Timeout(connect=times.connect, read=read, write=read, pool=times.connect)
+    timeout = sdk_timeout(provider, config.timeouts)
     make = sdk.DefaultAsyncHttpxClient if asynchronous else sdk.DefaultHttpxClient
     hooks = {} if asynchronous else {"response": [_note_answer]}
     return make(timeout=timeout, follow_redirects=False, event_hooks=hooks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 from langchain_core.language_models import BaseChatModel
@@ -11,6 +12,8 @@ from fluxibly._checks import is_list
 from fluxibly._formats import SchemaFormat
 from fluxibly._merging import merge_into
 from fluxibly.errors import BadRequest
+from fluxibly.limits import Timeouts
+from fluxibly.providers._libraries.calls import read_timeout
 from fluxibly.providers.dialects.encoding import bad_request, format_of, reject_unsupported
 from fluxibly.providers.dialects.openai_schema import named_schema
 from fluxibly.providers.langchain._messages import Dialect
@@ -64,6 +67,8 @@ def prepare(chat_model: BaseChatModel, request: Request, dialect: Dialect) -> tu
     keywords: dict[str, Any] = {name: value for name in _SIMPLE if (value := getattr(request, name)) is not None}
     if request.stop:
         keywords["stop"] = list(request.stop)
+    if request.call.timeouts is not None and dialect != "other":  # the other integrations fix it when they are made
+        keywords["timeout"] = sdk_timeout(dialect, request.call.timeouts)
     runnable: Runnable[Any, Any] = chat_model
     if dialect == "openai":
         _for_openai(chat_model, request, keywords)
@@ -81,6 +86,12 @@ def prepare(chat_model: BaseChatModel, request: Request, dialect: Dialect) -> tu
     if request.tool_choice is not None:
         raise bad_request(request, f"tool_choice={request.tool_choice!r} needs tools to choose from")
     return runnable, keywords
+
+
+def sdk_timeout(package: str, times: Timeouts) -> Any:
+    """Return the timeout for an SDK (`openai` or `anthropic`)."""
+    read = read_timeout(times)
+    return importlib.import_module(package).Timeout(connect=times.connect, read=read, write=read, pool=times.connect)
 
 
 def _for_openai(chat_model: BaseChatModel, request: Request, keywords: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ asynchronous models support only asyncio.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from typing import TYPE_CHECKING, Any, cast
 
 from fluxibly._checks import kind_of
@@ -98,6 +98,8 @@ class LangChainProvider:
         AuthenticationError: there is no API key.
     """
 
+    obeys = True
+
     def __init__(self, config: LLMConfig | ChatModels) -> None:
         self._source = config if isinstance(config, ChatModels) else ChatModels(config)
         self.info = self._source.info
@@ -106,8 +108,8 @@ class LangChainProvider:
     def wrap(cls, chat_model: BaseChatModel) -> Self:
         """Return a provider for an existing chat model, to use in a `Pipeline`.
 
-        The chat model keeps its own settings, including timeouts and retries, and answers whatever model
-        `Request.model` names. The other parameters of a request take effect.
+        The chat model keeps its own settings, including retries and timeouts, and answers whatever model
+        `Request.model` names. The other parameters of a request take effect, and so do the time limits of a call.
         """
         return cls(_wrapped(chat_model))
 
@@ -119,15 +121,14 @@ class LangChainProvider:
         """
         answer = _Answer(self._source, self._source.model(request.model), request)
         try:
-            message = call_within(
-                lambda: answer.runnable.invoke(answer.messages, **answer.keywords), self._source.limits.call
-            )
+            limits = self._source.limits.of_call(request.call)
+            message = call_within(lambda: answer.runnable.invoke(answer.messages, **answer.keywords), limits)
             return answer.response(message)
         except Exception as error:  # noqa: BLE001  # raised below, without LangChain's exception as its context
             failure = answer.explain(error)
         raise failure
 
-    def stream(self, request: Request) -> LibraryStream[Chunk]:
+    def stream(self, request: Request) -> LibraryStream:
         """Return the model's answer as a stream; errors as for `complete`."""
         answer = _Answer(self._source, self._source.model(request.model), request)
 
@@ -136,7 +137,8 @@ class LangChainProvider:
             stream: Any = answer.runnable.stream(answer.messages, **answer.keywords)
             return OpenStream(stream, stream.close, cut)
 
-        return LibraryStream(open_stream, self._source.limits, answer.chunks, answer.last, answer.explain)
+        limits = self._source.limits.of_call(request.call)
+        return LibraryStream(open_stream, limits, answer.chunks, answer.last, answer.explain)
 
     def close(self) -> None:
         """Close the connections that were opened for this provider."""
@@ -145,6 +147,8 @@ class LangChainProvider:
 
 class AsyncLangChainProvider:
     """`LangChainProvider` for async pipelines."""
+
+    obeys = True
 
     def __init__(self, config: LLMConfig | ChatModels) -> None:
         self._source = config if isinstance(config, ChatModels) else ChatModels(config)
@@ -162,8 +166,10 @@ class AsyncLangChainProvider:
             return cast("Response", await self._threaded.complete(request))
         answer = _Answer(self._source, self._source.amodel(request.model), request)
         try:
-            call: Awaitable[object] = answer.runnable.ainvoke(answer.messages, **answer.keywords)
-            return answer.response(await acall_within(call, self._source.limits.call))
+            limits = self._source.limits.of_call(request.call)
+            return answer.response(
+                await acall_within(lambda: answer.runnable.ainvoke(answer.messages, **answer.keywords), limits)
+            )
         except Exception as error:  # noqa: BLE001  # raised below, without LangChain's exception as its context
             failure = answer.explain(error)
         raise failure
@@ -178,7 +184,8 @@ class AsyncLangChainProvider:
         async def open_stream() -> AsyncIterator[Any]:
             return answer.runnable.astream(answer.messages, **answer.keywords)
 
-        return library_stream(open_stream, self._source.limits, answer.chunks, answer.last, answer.explain)
+        limits = self._source.limits.of_call(request.call)
+        return library_stream(open_stream, limits, answer.chunks, answer.last, answer.explain)
 
     async def aclose(self) -> None:
         """Close the connections that were opened for this provider."""

@@ -22,6 +22,7 @@ from fluxibly._extras import pip_install
 from fluxibly._merging import merge_into
 from fluxibly.config import LLMConfig
 from fluxibly.errors import BadRequest, ConfigError
+from fluxibly.limits import Timeouts
 from fluxibly.provider import Threaded
 from fluxibly.providers._libraries.calls import (
     LibraryLimits,
@@ -105,18 +106,15 @@ class LiteLLMProvider:
         AuthenticationError: the API key is malformed.
     """
 
+    obeys = True
+
     def __init__(self, config: LLMConfig) -> None:
         self._litellm = _load()
         self._service = service_of(self._litellm, config.model, config.additional_params, config.api_base)
         self.info = _info(self._service, config)
         self._services = Services(self.info)
-        self._limits = LibraryLimits.of(config)
-        times, read = config.timeouts, read_timeout(config.timeouts)
-        self._settings: dict[str, Any] = {
-            "timeout": httpx.Timeout(connect=times.connect, read=read, write=read, pool=times.connect),
-            "max_retries": 0,
-            "num_retries": 0,
-        }
+        self.limits = LibraryLimits.of(config)
+        self._settings: dict[str, Any] = {"timeout": _timeout(config.timeouts), "max_retries": 0, "num_retries": 0}
         self._key = checked_key(config)
         access = {"api_key": self._key, "api_base": config.api_base}
         self._access = {name: value for name, value in access.items() if value is not None}
@@ -130,14 +128,15 @@ class LiteLLMProvider:
         """
         keywords, answerer = self.prepare(request, stream=False)
         try:
-            answer = call_within(lambda: self._litellm.completion(**keywords), self._limits.call)
+            limits = self.limits.of_call(request.call)
+            answer = call_within(lambda: self._litellm.completion(**keywords), limits)
             answerer.read(answer)
             return response_of(answer, answerer.service)
         except Exception as error:  # noqa: BLE001  # raised below, without LiteLLM's exception as its context
             failure = self.explain(error, request)
         raise failure
 
-    def stream(self, request: Request) -> LibraryStream[Chunk]:
+    def stream(self, request: Request) -> LibraryStream:
         """Return the model's answer as a stream; errors as for `complete`, and BadRequest if there are `fallbacks`."""
         keywords, answerer = self.prepare(request, stream=True)
         reader = StreamReader(answerer)
@@ -148,7 +147,8 @@ class LiteLLMProvider:
             stream = reader.opened(self._litellm.completion(**keywords))
             return OpenStream(stream, partial(close_stream, stream), partial(cut_stream, stream))
 
-        return LibraryStream(open_stream, self._limits, reader.read, reader.last, self.explaining(request))
+        limits = self.limits.of_call(request.call)
+        return LibraryStream(open_stream, limits, reader.read, reader.last, self.explaining(request))
 
     def close(self) -> None:
         """Close the idle connections of LiteLLM's clients, which the whole process shares."""
@@ -163,6 +163,8 @@ class LiteLLMProvider:
         base = self._access.get("api_base")
         service = service_of(self._litellm, request.extra.get("model", request.model), request.extra, base)
         keywords = {**self._settings, **body_of(request, service, stream=stream)}
+        if request.call.timeouts is not None:
+            keywords["timeout"] = _timeout(request.call.timeouts)
         merge_into(keywords, request.extra)
         headers = dict(request.headers)
         if service == self._service:  # the key and the headers must not be sent to another service
@@ -192,10 +194,11 @@ class LiteLLMProvider:
 class AsyncLiteLLMProvider:
     """`LiteLLMProvider` for async pipelines."""
 
+    obeys = True
+
     def __init__(self, config: LLMConfig) -> None:
         self._sync = LiteLLMProvider(config)
         self._threaded = Threaded(self._sync)
-        self._limits = LibraryLimits.of(config)
         self.info = self._sync.info
 
     async def complete(self, request: Request) -> Response:
@@ -204,7 +207,8 @@ class AsyncLiteLLMProvider:
             return cast("Response", await self._threaded.complete(request))
         keywords, answerer = self._sync.prepare(request, stream=False)
         try:
-            answer = await acall_within(_per_loop.get().acompletion(**keywords), self._limits.call)
+            limits = self._sync.limits.of_call(request.call)
+            answer = await acall_within(lambda: _per_loop.get().acompletion(**keywords), limits)
             answerer.read(answer)
             return response_of(answer, answerer.service)
         except Exception as error:  # noqa: BLE001  # raised below, without LiteLLM's exception as its context
@@ -222,7 +226,8 @@ class AsyncLiteLLMProvider:
         async def open_stream() -> AsyncIterator[Any]:
             return _AsyncStream(reader.opened(await _per_loop.get().acompletion(**keywords)))
 
-        return library_stream(open_stream, self._limits, reader.read, reader.last, self._sync.explaining(request))
+        limits = self._sync.limits.of_call(request.call)
+        return library_stream(open_stream, limits, reader.read, reader.last, self._sync.explaining(request))
 
     async def aclose(self) -> None:
         """Close the idle connections of LiteLLM's clients in the running event loop. All others close with the loop."""
@@ -245,6 +250,11 @@ class _AsyncStream:
 
     async def aclose(self) -> None:
         await aclose_stream(self._stream)
+
+
+def _timeout(times: Timeouts) -> httpx.Timeout:
+    read = read_timeout(times)
+    return httpx.Timeout(connect=times.connect, read=read, write=read, pool=times.connect)
 
 
 def _info(service: str, config: LLMConfig) -> ProviderInfo:

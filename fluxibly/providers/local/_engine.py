@@ -153,6 +153,8 @@ def _library() -> Any:
 
 _engines: WeakValueDictionary[tuple[object, ...], Engine] = WeakValueDictionary()
 _loading = threading.Lock()
+_starting = threading.Lock()
+"""Protects `_threads` and `_running`. It is held for a moment only, so a generation starts while a model is loaded."""
 _inherited: list[object] = []
 
 
@@ -168,8 +170,8 @@ def load(path: Path, settings: Settings, alias: str) -> Engine:
 
 def _after_fork() -> None:
     """Set the parent's engines aside in a forked child: without their threads, using or freeing them would hang."""
-    global _loading  # noqa: PLW0603  # another thread may have held it during the fork
-    _loading = threading.Lock()
+    global _loading, _starting  # another thread may have held them during the fork
+    _loading, _starting = threading.Lock(), threading.Lock()
     _inherited.extend(_engines.values())
     _engines.clear()
     _running.clear()
@@ -200,7 +202,7 @@ class Generation:
 
     def start(self) -> None:
         """Start to generate, in a separate thread."""
-        with _loading:
+        with _starting:
             _threads.difference_update([thread for thread in _threads if not thread.is_alive()])
             self._thread.start()
             _threads.add(self._thread)

@@ -6,21 +6,22 @@ response: then Ctrl-C, a time limit or a cancellation ends it at the next token 
 
 from __future__ import annotations
 
+import concurrent.futures
 import importlib.util
+import math
 import os
 import threading
 import time
 from collections import deque
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import attrs
 import msgspec
 
 from fluxibly._checks import kind_of
 from fluxibly.aggregate import Aggregator
-from fluxibly.config import KEEP_ALIVES
-from fluxibly.errors import BadRequest, ProviderError, RequestTimeout, StreamStalled
+from fluxibly.errors import BadRequest, DeadlineExceeded, Phase, ProviderError, RequestTimeout, StreamStalled
+from fluxibly.limits import KEEP_ALIVES, ChunkWaits, time_left
 from fluxibly.provider import Threaded, in_thread
 from fluxibly.providers.dialects.codec import Event
 from fluxibly.providers.dialects.openai_chat import ChatDecoder, OpenAICodec
@@ -30,10 +31,11 @@ from fluxibly.providers.local._model import DEFAULT_MODEL, check_gguf, model_pat
 from fluxibly.types import Chunk, Media, ProviderInfo, Request, Response
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
     from typing import Self
 
-    from fluxibly.config import LLMConfig, Timeouts
+    from fluxibly.config import LLMConfig
+    from fluxibly.limits import Timeouts
 
 INFO = ProviderInfo(name="LocalProvider", framework="local", telemetry_name="local", in_process=True)
 DONE = Event(b"[DONE]")
@@ -41,6 +43,23 @@ DONE = Event(b"[DONE]")
 
 QUIRKS = Quirks(top_k=True, reasoning_fields=("reasoning_content",))
 """llama.cpp's dialect, in process."""
+
+
+class Limit(NamedTuple):
+    """A time limit of a wait: the `seconds` that are left (None: no limit), and the limit as it was set.
+
+    `kept_alive`: the model read the prompt all the time. `strict`: a middleware set the limit.
+    """
+
+    seconds: float | None
+    phase: Phase
+    stated: float = 0.0
+    kept_alive: bool = False
+    strict: bool = False
+
+
+class NotLoaded(Exception):  # users get the error of `LocalProvider.late`
+    """The model was not loaded in time."""
 
 
 class LocalProvider:
@@ -54,6 +73,8 @@ class LocalProvider:
         ConfigError: xllamacpp is not installed, a setting is invalid, or the model does not exist.
 
     """
+
+    obeys = True
 
     def __init__(self, config: LLMConfig) -> None:
         if importlib.util.find_spec("xllamacpp") is None:
@@ -81,16 +102,26 @@ class LocalProvider:
 
     def stream(self, request: Request) -> LocalStream:
         """Return the answer as a stream while it is generated; errors as for `complete`, at the first read."""
-        return LocalStream(self, request, attrs.evolve(self._timeouts, total=self._stream_total))
+        leash = request.call.leash
+        strict = None if leash is None else ChunkWaits(leash)
+        times = request.call.timeouts
+        if times is None:
+            return LocalStream(self, request, self._timeouts, self._stream_total, strict)
+        return LocalStream(self, request, times, times.stream_total, strict)
 
     def whole(self, request: Request) -> LocalStream:
         """Return an answer that is not streamed to the caller, and so has a limit on its total time."""
-        return LocalStream(self, request, self._timeouts)
+        times = self._timeouts if request.call.timeouts is None else request.call.timeouts
+        return LocalStream(self, request, times, times.total)
 
-    def generation(self, request: Request) -> Generation:
-        """Start to generate the answer, and return its generation."""
+    def generation(self, request: Request, seconds: float | None) -> Generation:
+        """Start to generate the answer, and return its generation.
+
+        Raises:
+            NotLoaded: the model was not loaded within `seconds`. It is for a later call.
+        """
         body = self.body(request)  # a request that is refused loads no model
-        generation = Generation(self._load(), body)
+        generation = Generation(self._loaded(seconds), body)
         generation.start()
         return generation
 
@@ -132,15 +163,22 @@ class LocalProvider:
             f"the local model {self._alias} refuses the request: {error}", provider="local", model=self._alias
         )
 
-    def late(self, limit: float, phase: str, *, kept_alive: bool) -> RequestTimeout:
-        """Return the error for a time limit that passed. `kept_alive`: the model read the prompt all the time."""
+    def late(self, limit: Limit) -> RequestTimeout:
+        """Return the error for a time limit that passed."""
         what = {
-            "idle": "only news of the prompt came" if kept_alive else "no further output came",
+            "idle": "only news of the prompt came" if limit.kept_alive else "no further output came",
             "first_byte": "no output came",
-        }.get(phase, "the answer was not complete")
-        text = f"the local model {self._alias}: {what} within {limit:g} s; increase `timeout`, or request less"
-        error = (StreamStalled if phase == "idle" else RequestTimeout)(text, provider="local", model=self._alias)
-        error.phase = phase  # type: ignore[assignment]  # one of the phases
+            "first_chunk": "no output came",
+        }.get(limit.phase, "the answer was not complete")
+        within, longer = f"within {limit.stated:g} s", "increase `timeout`"
+        if limit.phase == "deadline":
+            within, longer = "before the deadline", "give the call more time"
+        elif limit.strict:
+            within, longer = f"{within} (the limit {limit.phase} of a middleware)", "increase the limit"
+        kind = {"idle": StreamStalled, "deadline": DeadlineExceeded}.get(limit.phase, RequestTimeout)
+        text = f"the local model {self._alias}: {what} {within}; {longer}, or request less"
+        error = kind(text, provider="local", model=self._alias)
+        error.phase = limit.phase
         return error
 
     def decoder(self) -> ChatDecoder:
@@ -154,6 +192,25 @@ class LocalProvider:
                 engine = self._engine = load(model_path(self._model), self._settings, self._alias)
             return engine
 
+    def _loaded(self, seconds: float | None) -> Engine:
+        """Return the model, which another thread loads if that may take only `seconds`, because nothing ends it."""
+        engine = self._engine
+        if seconds is None or (engine is not None and engine.pid == os.getpid()):
+            return self._load()
+        loaded: concurrent.futures.Future[Engine] = concurrent.futures.Future()
+
+        def load() -> None:
+            try:
+                loaded.set_result(self._load())
+            except BaseException as error:  # noqa: BLE001  # raised where the model is awaited
+                loaded.set_exception(error)
+
+        threading.Thread(target=load, name="fluxibly-local-wait", daemon=True).start()
+        concurrent.futures.wait([loaded], seconds)
+        if not loaded.done():
+            raise NotLoaded
+        return loaded.result()
+
     def close(self) -> None:
         """Release the model. Its memory is freed with its last user, and a later call loads it again."""
         with self._lock:
@@ -164,19 +221,38 @@ class LocalStream:
     """An answer as an iterator of chunks. The generation starts at the first read.
 
     `close` (for the reader) and `abort` (from any thread) stop it.
+
+    Args:
+        provider: the provider.
+        request: the request.
+        times: the limits on the waits for events.
+        total: seconds for the whole generation.
+        strict: the limits of middleware on the waits for chunks.
     """
 
-    def __init__(self, provider: LocalProvider, request: Request, timeouts: Timeouts) -> None:
+    def __init__(
+        self,
+        provider: LocalProvider,
+        request: Request,
+        times: Timeouts,
+        total: float | None,
+        strict: ChunkWaits | None = None,
+    ) -> None:
         self.timings: Mapping[str, Any] | None = None
         """llama.cpp's own timings, once the answer is complete."""
         self._provider = provider
         self._request = request
-        self._timeouts = timeouts
+        self._times = times
+        self._total = total
+        self._strict = strict
+        left = time_left(request.call.leash, request.call.clock)
+        self._deadline = None if left is None else time.monotonic() + left
         self._decoder = provider.decoder()
         self._generation: Generation | None = None
         self._chunks: deque[Chunk] = deque()
-        self._deadline: float | None = None
-        self._limit, self._phase = timeouts.first_byte, "first_byte"
+        self._total_end: float | None = None
+        self._first = True
+        """Whether no event has come yet."""
         self._wait_end: float | None = None
         """The end of the wait for output, even if events without output come; None after output."""
         self._stopped = False
@@ -189,9 +265,15 @@ class LocalStream:
         while not self._chunks:
             if self._over or self._stopped:
                 raise StopIteration
-            self._chunks.extend(self._read())
-        self._wait_end = None
+            self._take(self._read())
         return self._chunks.popleft()
+
+    def _take(self, chunks: Iterable[Chunk]) -> None:
+        self._chunks.extend(chunks)
+        if self._chunks:
+            self._wait_end = None
+            if self._strict is not None:
+                self._strict.came(time.monotonic(), output=any(chunk.has_output for chunk in self._chunks))
 
     def joined(self) -> Response:
         """Read the whole answer and return it as a response."""
@@ -231,41 +313,60 @@ class LocalStream:
         return self._decoder.decode_event(Event(msgspec.json.encode(event)))
 
     def _begin(self) -> Generation:
-        generation = self._generation = self._provider.generation(self._request)
+        limit = self._soonest(self._outer_limits(time.monotonic()))
+        try:
+            generation = self._generation = self._provider.generation(self._request, limit.seconds)
+        except NotLoaded:
+            self.close()
+            raise self._provider.late(limit) from None
         if self._stopped:  # stopped while the model was being loaded
             generation.stop()
-        if self._timeouts.total is not None:
-            self._deadline = time.monotonic() + self._timeouts.total
+        if self._total is not None:
+            self._total_end = time.monotonic() + self._total
         return generation
 
     def _next_event(self, generation: Generation) -> dict[str, Any] | None:
-        limit, phase = self._limit, self._phase
-        kept_alive = False
-        if phase == "idle" and limit is not None:
-            now = time.monotonic()
-            if self._wait_end is None:
-                self._wait_end = now + KEEP_ALIVES * limit
-            if self._wait_end - now < limit:
-                limit, kept_alive = max(0.0, self._wait_end - now), True
-        if self._deadline is not None:
-            left = max(0.0, self._deadline - time.monotonic())
-            if limit is None or left < limit:
-                limit, phase = left, "total"
+        now = time.monotonic()
+        limit = self._soonest([*self._outer_limits(now), *self._own_limits(now)])
         try:
-            event = generation.next_event(limit)
+            event = generation.next_event(limit.seconds)
         except Stopped:
             raise ProviderError("the stream was closed while it was being read", provider="local") from None
         except RequestTimeout:
             self.close()
-            stated = self._timeouts.total if phase == "total" else self._limit
-            if kept_alive and phase == "idle":
-                stated = KEEP_ALIVES * (stated or 0.0)
-            raise self._provider.late(stated or 0.0, phase, kept_alive=kept_alive) from None
+            raise self._provider.late(limit) from None
         except (ValueError, RuntimeError) as error:
             self._over = True
             raise self._provider.refusal(error) from error
-        self._limit, self._phase = self._timeouts.idle, "idle"
+        self._first = False
         return event
+
+    def _soonest(self, limits: Iterable[Limit]) -> Limit:
+        """Return the limit that ends a wait first. Raise its error if no time is left."""
+        limit = min(limits, key=lambda limit: math.inf if limit.seconds is None else limit.seconds)
+        if limit.seconds is not None and limit.seconds <= 0:
+            self.close()
+            raise self._provider.late(limit)
+        return limit
+
+    def _outer_limits(self, now: float) -> Iterator[Limit]:
+        """Yield the limits that middleware have set."""
+        yield Limit(None if self._deadline is None else self._deadline - now, "deadline")
+        if self._strict is not None and (end := self._strict.end(now)) is not None:
+            yield Limit(end - now, self._strict.phase, self._strict.limit or 0.0, strict=True)
+
+    def _own_limits(self, now: float) -> Iterator[Limit]:
+        """Yield the limits on a wait for an event."""
+        first_byte, idle = self._times.first_byte, self._times.idle
+        if self._first:
+            yield Limit(first_byte, "first_byte", first_byte or 0.0)
+        elif idle is not None:
+            if self._wait_end is None:
+                self._wait_end = now + KEEP_ALIVES * idle
+            yield Limit(idle, "idle", idle)
+            yield Limit(self._wait_end - now, "idle", KEEP_ALIVES * idle, kept_alive=True)
+        if self._total is not None and self._total_end is not None:
+            yield Limit(self._total_end - now, "total", self._total)
 
 
 class AsyncLocalProvider(Threaded):

@@ -1,0 +1,385 @@
+"""What is known of a call while it goes on: who is asked, the limits, the measurements, and the call's record.
+
+`CallRecord` is mutable, the memory that all layers of a call share. The other classes are immutable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Generator, Iterable, Mapping
+from inspect import iscoroutinefunction
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import attrs
+
+from fluxibly._checks import kind_of
+from fluxibly._values import Slotted, Value
+
+if TYPE_CHECKING:
+    from fluxibly.limits import Leash, Timeouts
+    from fluxibly.messages import Message
+
+
+@attrs.frozen(kw_only=True, repr=False, eq=False)
+class ProviderInfo(Value):
+    """The identity of a provider, for logs (`name` is the provider's class), spans and error messages."""
+
+    name: str = "unknown"
+    framework: str = "custom"
+    telemetry_name: str = "custom"
+    """`gen_ai.provider.name` of the OpenTelemetry semantic conventions."""
+    server_address: str | None = None
+    server_port: int | None = None
+    in_process: bool = False
+
+
+UNKNOWN = ProviderInfo()
+
+
+@attrs.frozen(kw_only=True, repr=False, eq=False)
+class Usage(Value):
+    """Token counts as the service reported them. A count that it did not report is None.
+
+    `input_tokens` includes `cached_tokens` (read from a prompt cache) and `cache_write_tokens`; `output_tokens`
+    includes `reasoning_tokens` (OpenTelemetry's convention, `gen_ai.usage.*`).
+    """
+
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    cached_tokens: int | None = None
+    cache_write_tokens: int | None = None
+    reasoning_tokens: int | None = None
+
+    @property
+    def total_tokens(self) -> int | None:
+        """The sum of input and output tokens, or None if neither count is known."""
+        if self.input_tokens is None and self.output_tokens is None:
+            return None
+        return (self.input_tokens or 0) + (self.output_tokens or 0)
+
+    @classmethod
+    def sum(cls, usages: Iterable[Usage | None]) -> Usage | None:
+        """Return the sum of the usages that are known, or None if none is. A count that no usage has is None."""
+        known = [usage for usage in usages if usage is not None]
+        if len(known) < 2:
+            return known[0] if known else None
+        sums: dict[str, int] = {}
+        for usage in known:
+            for field in attrs.fields(cls):
+                count: int | None = getattr(usage, field.name)
+                if count is not None:
+                    sums[field.name] = sums.get(field.name, 0) + count
+        return cls(**sums)
+
+
+@attrs.frozen(kw_only=True, repr=False, eq=False)
+class StreamStats(Value):
+    """The measurements of a stream by `StreamMeter`. Times are in seconds and exclude the time of the consumer.
+
+    A gap is the wait for a chunk after the first. `longest_stall` is the longest of all waits, including the wait for
+    the first chunk and a wait that ended in an error. The percentiles are estimates (see `StreamMeter`).
+    """
+
+    chunks: int = 0
+    characters: int = 0
+    time_to_first_chunk: float | None = None
+    gap_p50: float | None = None
+    gap_p95: float | None = None
+    gap_p99: float | None = None
+    gap_max: float | None = None
+    longest_stall: float | None = None
+    streaming_time: float = 0.0
+    """Seconds spent waiting for chunks after the first."""
+    tokens: int | None = None
+
+    @property
+    def average_chunk_size(self) -> float:
+        """The mean number of characters per chunk."""
+        return self.characters / self.chunks if self.chunks else 0.0
+
+    @property
+    def characters_per_second(self) -> float | None:
+        """Characters per second after the first chunk arrived; None if no time passed."""
+        return self.characters / self.streaming_time if self.streaming_time > 0 else None
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Output tokens per second after the first chunk arrived; None if the service did not count the tokens."""
+        if self.tokens is None or self.streaming_time <= 0:
+            return None
+        return self.tokens / self.streaming_time
+
+
+class Spent(NamedTuple):
+    """The tokens of one attempt that was sent, whatever became of it. `usage` is None if the service did not say."""
+
+    provider: ProviderInfo
+    model: str
+    """The model that was asked for."""
+    usage: Usage | None
+
+
+class Targets(Protocol):
+    """The providers of a pipeline: its own, for the target None, and those of the targets that requests name."""
+
+    def is_made(self, target: object, /) -> bool:
+        """Whether the provider of a target exists already."""
+        ...
+
+    def info_of(self, target: object, /) -> ProviderInfo:
+        """Return the description of a target's provider, which is made if it does not exist."""
+        ...
+
+
+class _NoTargets:
+    """The targets of a request that is not in a pipeline."""
+
+    def is_made(self, _: object, /) -> bool:
+        return True
+
+    def info_of(self, _: object, /) -> ProviderInfo:
+        return UNKNOWN
+
+
+_NO_TARGETS = _NoTargets()
+
+
+class Perform(Slotted):
+    """The effect "do a middleware's own I/O". Outcome: the value that it returned.
+
+    It stands here, and not with the other effects, because `Ending.run` yields it.
+    """
+
+    __slots__ = ("acall", "call", "within")
+
+    def __init__(
+        self,
+        call: Callable[[], object] | None,
+        acall: Callable[[], Awaitable[object]] | None,
+        within: CallRecord | None = None,
+    ) -> None:
+        self.call = call
+        self.acall = acall
+        self.within = within
+        """The record whose limits apply; None for the record of the whole call."""
+
+
+class Cleanup(Perform):
+    """The effect "do a cleanup". Neither a deadline nor a cancellation cuts it off."""
+
+    __slots__ = ()
+
+
+class Ending:
+    """A cleanup that `CallRecord.on_end` registered. It runs once at most."""
+
+    def __init__(self, record: CallRecord, call: Callable[[], object], acall: Callable[[], Awaitable[object]] | None):
+        self.effect = Cleanup(call, acall)
+        self._record = record
+
+    def withdraw(self) -> None:
+        """Forget the cleanup, so that it does not run."""
+        self._take()
+
+    def _take(self) -> bool:
+        """Take the cleanup out of its record. Return False if it has run, or is running."""
+        endings = self._record.endings
+        if endings is None or self not in endings:
+            return False
+        endings.remove(self)
+        return True
+
+    def run(self) -> Generator[Perform, Any, None]:
+        """Do the cleanup now, unless it has run: `yield from ending.run()`. Its error is raised here.
+
+        In an async pipeline neither a deadline nor a cancellation cuts it off, but it too gets five seconds.
+        """
+        if self._take():
+            yield self.effect
+
+
+class CallRecord:
+    """The memory of a call, shared by all its layers and attempts. It keeps the facts that must survive a failure.
+
+    Times are readings of `clock`, in seconds.
+    """
+
+    provider: ProviderInfo
+    """The provider that the last attempt asked, or that the next will ask."""
+    target: object
+    """The target that the last attempt asked; None is the pipeline's own provider."""
+    targets: Targets
+    layers: tuple[Any, ...]
+    """The middleware of the pipeline, outermost first."""
+    streaming: bool
+    restarts: bool
+    """Whether the consumer takes `Restart` events."""
+    nested: bool
+    """Whether this is the record of an `ask`: a call within a call, which is whole, and passes outer layers."""
+    leash: Leash | None
+    """The limits that middleware have set; None nearly always."""
+    timeouts: Timeouts | None
+    """The time limits of this call, in place of those of the configuration. None: it has none of its own."""
+    clock: Callable[[], float]
+    started_at: float
+    """When the call began."""
+    sent_at: float | None
+    """When the first attempt of a stream was sent; None for other calls."""
+    requested_at: float
+    """When the consumer asked for the chunk that is being read. Later chunks update it only while `timed` is set."""
+    timed: bool
+    first_chunk_at: float | None
+    """When the first chunk was delivered."""
+    delivered: list[str]
+    """The texts of the chunks that the consumer has received since the last `Restart`."""
+    attempts: int
+    """The number of requests that were sent, without those of an `ask`."""
+    sending: Any
+    """The request of the attempt under way, or None."""
+    spent: list[Spent]
+    """The tokens of each attempt that was sent, in the order in which they ended, those of an `ask` included."""
+    watched: bool
+    """Whether a layer needs the effect that ends each attempt. The effect costs a pass through all the layers."""
+    trace_headers: Callable[[], Mapping[str, str]] | None
+    """Returns trace headers for an attempt. `send` adds them to the request."""
+    claim: Claim | None
+    """Keeps other instrumentations from measuring an attempt that is measured already."""
+    sent_model: str | None
+    """The model that the last attempt asked for. A provider that falls back to another model by itself updates it."""
+    sent_messages: tuple[Message, ...]
+    """The messages of the last attempt, with any that middleware added. Error messages are masked against them."""
+    model: str | None
+    """The model that answered, as named by the last attempt's response."""
+    usage: Usage | None
+    """The usage of the last attempt. If the attempt was cut off or abandoned: as far as the service had reported it."""
+    finish_reason: str | None
+    """Why the last attempt ended, as far as the service had reported it."""
+    last_error: Exception | None
+    """The error of the last attempt of a call that has a leash, for the cause of `DeadlineExceeded`, until the call ends."""
+    interruption: Exception | None
+    """The `StreamInterrupted` that ended the last attempt, until the stream ends."""
+    said: str | None
+    """The text of the last attempt's answer, if it was streamed to its end."""
+    stats: StreamStats | None
+    cache_hit: bool
+    """Set by a middleware that answers from a cache."""
+    attempt_times: list[float] | None
+    """The duration of each attempt in seconds, if `Timing` asked for it."""
+    timings: dict[str, float]
+    """Durations in seconds, by name (see `Timing`)."""
+    notes: dict[str, Any]
+    """The private data of middleware, each under its own key."""
+    endings: list[Ending] | None
+    """The cleanups that `on_end` registered, in the order of registration; None before the first."""
+
+    def __init__(self) -> None:
+        # A copied table takes a third of the time that setting each attribute would take.
+        state = _BLANK.copy()
+        state["delivered"] = []
+        state["timings"] = {}
+        state["notes"] = {}
+        state["spent"] = []
+        self.__dict__ = state
+
+    @property
+    def chunks(self) -> int:
+        """The number of chunks that the consumer has received since the last `Restart`."""
+        return len(self.delivered)
+
+    @property
+    def characters(self) -> int:
+        """The number of characters of text that the consumer has received since the last `Restart`."""
+        return sum(map(len, self.delivered))
+
+    def info_of(self, target: object) -> ProviderInfo:
+        """Return the description of the provider that a target stands for. None is the pipeline's own."""
+        return self.targets.info_of(target)
+
+    def fork(self) -> CallRecord:
+        """Return the record of a whole call within this call.
+
+        It shares what is collected (`spent`, `notes`, `timings`), and has its own of what an attempt overwrites.
+        """
+        fork = object.__new__(CallRecord)
+        fork.__dict__.update(self.__dict__)
+        fork.nested = True
+        fork.streaming = fork.restarts = fork.timed = fork.cache_hit = False
+        fork.started_at = fork.requested_at = self.clock()
+        fork.sent_at = fork.first_chunk_at = fork.sending = None
+        fork.delivered = []
+        fork.attempts = 0
+        fork.sent_messages = ()
+        fork.sent_model = fork.model = None
+        fork.usage = fork.finish_reason = fork.stats = fork.interruption = fork.said = None
+        fork.attempt_times = fork.last_error = None
+        fork.endings = None
+        return fork
+
+    def on_end(self, call: Callable[[], object], acall: Callable[[], Awaitable[object]] | None = None) -> Ending:
+        """Register a cleanup that may do I/O. It runs once this record's flow has ended, whatever the outcome.
+
+        A middleware cannot yield after a cancellation, nor when its consumer has left; a cleanup runs all the same::
+
+            yield from perform(slots.take, slots.atake)
+            ending = request.call.on_end(slots.give, slots.agive)
+            response = yield from call_next(request)
+            yield from ending.run()
+
+        The cleanup that was registered last runs first. A sync pipeline runs `call()` in a thread. An async pipeline awaits
+        `acall()` in a task of its own, which no cancellation of the call reaches, or without `acall` runs `call()` in a
+        worker thread. `call()` also stands in for `acall()` where the event loop has ended, and after a KeyboardInterrupt,
+        when the caller does not wait. An error of a cleanup is reported on stderr, and changes nothing.
+
+        All cleanups of a record get five seconds together. Then the caller goes on: a `call()` runs on unseen, an
+        `acall()` is cancelled, and the cleanups that have not begun run by `call()`.
+
+        Raises:
+            TypeError: `call` is not a sync function, or `acall` is not a function.
+        """
+        if not callable(call) or iscoroutinefunction(call):
+            raise TypeError(f"on_end: expected a sync function first, got {kind_of(call)}; write on_end(call, acall)")
+        if acall is not None and not callable(acall):  # pyright: ignore[reportUnnecessaryComparison]  # callers may be untyped
+            raise TypeError(
+                f"on_end: expected an async function second, got {kind_of(acall)}; write on_end(call, acall)"
+            )
+        ending = Ending(self, call, acall)
+        if self.endings is None:
+            self.endings = []
+        self.endings.append(ending)
+        return ending
+
+
+_BLANK: dict[str, Any] = {
+    "provider": UNKNOWN,
+    "target": None,
+    "targets": _NO_TARGETS,
+    "layers": (),
+    **dict.fromkeys(("streaming", "restarts", "nested", "timed", "watched", "cache_hit"), False),
+    "clock": perf_counter,
+    "started_at": 0.0,
+    "requested_at": 0.0,
+    "attempts": 0,
+    "sent_messages": (),
+    **dict.fromkeys(
+        ("leash", "timeouts", "sent_at", "first_chunk_at", "sending", "trace_headers", "claim", "sent_model")
+    ),
+    **dict.fromkeys(("model", "usage", "finish_reason", "last_error", "interruption", "said", "stats")),
+    **dict.fromkeys(("attempt_times", "endings", "delivered", "timings", "notes", "spent")),
+}
+"""The attributes of a new record. `CallRecord.__init__` makes the collections, which are each record's own."""
+
+
+class Claim(Protocol):
+    """A mark in the context of an attempt, by which other instrumentations know that the attempt is measured."""
+
+    def enter(self) -> object:
+        """Set the mark. Return a token for `leave`."""
+        ...
+
+    def leave(self, token: object, /) -> None:
+        """Remove the mark."""
+        ...
+
+    def suspend(self) -> object:
+        """Remove the mark while a middleware does its own I/O. Return a token for `leave`."""
+        ...

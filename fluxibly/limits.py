@@ -1,0 +1,202 @@
+"""The time limits of calls: `Timeouts`, which a configuration or a call sets, and `Leash`, which middleware set."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import attrs
+
+from fluxibly._checks import number, suggests_names
+from fluxibly._roots import ConfigError
+from fluxibly._values import Value
+
+
+class _LeftOut:
+    """The `total` of `Timeouts` that was not given."""
+
+    __slots__ = ()
+
+    def __reduce__(self) -> str:
+        return "_LEFT_OUT"  # copies are the same object, and so are equal
+
+
+_LEFT_OUT = _LeftOut()
+_WHOLE_ANSWER = 600.0
+"""Seconds for an answer that is not streamed, unless a limit is set: reasoning models think for minutes."""
+
+KEEP_ALIVES = 10
+"""How many times `idle` a wait for one chunk may take, if only keep-alives arrive."""
+
+
+@suggests_names
+@attrs.frozen(repr=False, eq=False)
+class Timeouts(Value):
+    """Time limits in seconds. A limit that is left out keeps its default; None means no limit.
+
+    Args:
+        connect: for connecting, TLS included.
+        first_byte: from the last byte of the request to the head of the answer.
+        idle: in a stream, from chunk to chunk, and from the head to the first chunk. A keep-alive restarts it; bytes that
+            complete no event do not. A wait for one chunk ends at ten times `idle` in any case. In a whole answer,
+            between two reads of the body.
+        total: for a whole attempt, from connecting to the last byte. If it is left out, an answer that is not streamed
+            may take 600 seconds, and a stream has no total.
+
+    Raises:
+        ConfigError: a limit is not a number above 0.
+    """
+
+    connect: float | None = 10.0
+    first_byte: float | None = 600.0
+    idle: float | None = 120.0
+    _total: float | _LeftOut | None = attrs.field(default=_LEFT_OUT, alias="total")
+
+    def __attrs_post_init__(self) -> None:
+        limits = {"connect": self.connect, "first_byte": self.first_byte, "idle": self.idle, "total": self.total}
+        problems = [
+            found
+            for name, limit in limits.items()
+            if limit is not None and (found := seconds_problem(f"timeout.{name}", limit))
+        ]
+        if problems:
+            raise ConfigError.of(problems)
+
+    @property
+    def total(self) -> float | None:
+        """The limit on an attempt that is not streamed."""
+        return _WHOLE_ANSWER if isinstance(self._total, _LeftOut) else self._total
+
+    @property
+    def stream_total(self) -> float | None:
+        """The limit on a whole stream: `total`, if it was given."""
+        return None if isinstance(self._total, _LeftOut) else self._total
+
+    def __repr__(self) -> str:
+        total = "" if isinstance(self._total, _LeftOut) else f", total={self._total!r}"
+        return f"Timeouts(connect={self.connect!r}, first_byte={self.first_byte!r}, idle={self.idle!r}{total})"
+
+
+def seconds_problem(name: str, value: object) -> str | None:
+    """Return the problem of a time limit, or None."""
+    return number(name, value, above=0, unit="seconds")
+
+
+def timeouts_of_call(timeout: float | Timeouts, *, streaming: bool) -> Timeouts:
+    """Return the limits that `timeout=` of a call sets.
+
+    Raises:
+        ConfigError: it is neither a number above 0 nor a `Timeouts`.
+    """
+    if isinstance(timeout, Timeouts):
+        return timeout
+    wrong = seconds_problem("timeout", timeout)
+    if wrong is not None:
+        raise ConfigError(wrong)
+    return Timeouts(timeout, timeout, timeout) if streaming else Timeouts(timeout, timeout, timeout, timeout)
+
+
+class Leash:
+    """The limits that middleware set on what is inside of them, stricter than or equal to those of an `outer` leash.
+
+    A middleware puts a leash into `request.call.leash` and restores the outer one when its flow ends::
+
+        def deadline(request: Request, call_next: CallNext) -> Flow[Response]:
+            call = request.call
+            outer = call.leash
+            call.leash = Leash(outer, deadline=call.clock() + 5)
+            try:
+                return (yield from call_next(request))
+            finally:
+                call.leash = outer
+
+    No limit is restarted by a keep-alive. Providers that have the attribute `obeys = True` keep the limits themselves;
+    the drivers keep them for all other providers.
+
+    Args:
+        outer: the leash that applies so far, or None.
+        deadline: the time of the call's clock, in seconds, at which attempts and waits end, the consumer's time included.
+            The error is `DeadlineExceeded`.
+        first_chunk: seconds of waiting from the sending of a streamed request to its first chunk with output.
+        idle: seconds of waiting for each later chunk of a stream. Neither includes the time of the consumer.
+
+    Raises:
+        ConfigError: a limit is not a number, or `first_chunk` or `idle` is not above 0.
+    """
+
+    __slots__ = ("deadline", "first_chunk", "idle")
+    deadline: float | None
+    first_chunk: float | None
+    idle: float | None
+
+    def __init__(
+        self,
+        outer: Leash | None = None,
+        *,
+        deadline: float | None = None,
+        first_chunk: float | None = None,
+        idle: float | None = None,
+    ) -> None:
+        problems = [
+            None if deadline in (None, math.inf) else number("deadline", deadline, unit="seconds"),
+            None if first_chunk is None else seconds_problem("first_chunk", first_chunk),
+            None if idle is None else seconds_problem("idle", idle),
+        ]
+        if any(problems):
+            raise ConfigError.of([found for found in problems if found])
+        self.deadline = deadline if outer is None else least(deadline, outer.deadline)
+        self.first_chunk = first_chunk if outer is None else least(first_chunk, outer.first_chunk)
+        self.idle = idle if outer is None else least(idle, outer.idle)
+
+    def __repr__(self) -> str:
+        return f"Leash(deadline={self.deadline!r}, first_chunk={self.first_chunk!r}, idle={self.idle!r})"
+
+
+def least(one: float | None, other: float | None) -> float | None:
+    """Return the smaller of two limits. None is no limit."""
+    if one is None or other is None:
+        return one if other is None else other
+    return min(one, other)
+
+
+def time_left(leash: Leash | None, clock: Callable[[], float]) -> float | None:
+    """Return the seconds until a deadline on the clock of a call, below 0 after it; None if there is no deadline."""
+    if leash is None or leash.deadline is None:
+        return None
+    left = leash.deadline - clock()
+    return None if left == math.inf else left
+
+
+class ChunkWaits:
+    """The waits of one stream for its chunks, as the `first_chunk` and `idle` of a leash limit them.
+
+    The first limit is for all waits until a chunk has output, together. The second is for each wait after that chunk.
+    `now` is a time of one clock, in seconds.
+    """
+
+    __slots__ = ("_end", "_idle", "_left", "limit", "phase")
+
+    def __init__(self, leash: Leash) -> None:
+        self.phase: Literal["first_chunk", "idle"] = "first_chunk"
+        """The limit that applies."""
+        self.limit = self._left = leash.first_chunk
+        """The limit that applies, in seconds; None: no limit."""
+        self._idle = leash.idle
+        self._end: float | None = None
+
+    def end(self, now: float) -> float | None:
+        """Return when the wait for a chunk has to end. It begins now, unless it is under way."""
+        if self._end is None and self._left is not None:
+            self._end = now + self._left
+        return self._end
+
+    def came(self, now: float, *, output: bool) -> None:
+        """End the wait, because a chunk came. The consumer has its turn until the next wait."""
+        if self.phase == "first_chunk":
+            if output:
+                self.phase = "idle"
+                self.limit = self._left = self._idle
+            elif self._end is not None:
+                self._left = self._end - now
+        self._end = None

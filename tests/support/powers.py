@@ -1,0 +1,200 @@
+"""Middleware of a few lines that use what middleware can do besides retrying and changing chunks.
+
+Each is the short form of a middleware that users write: without options, and without good messages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import attrs
+
+from fluxibly.errors import ProviderError, StreamInterrupted
+from fluxibly.flow import (
+    CallNext,
+    Flow,
+    Middleware,
+    as_chunks,
+    ask,
+    emit,
+    map_chunks,
+    perform,
+    sleep,
+    stop_when,
+)
+from fluxibly.limits import Leash
+from fluxibly.target import Target, to_targets
+from fluxibly.types import Chunk, Message, Request, Response
+
+
+@attrs.frozen(kw_only=True)
+class Fallback:
+    """Ask other models in turn after an error of a provider, unless output has gone out."""
+
+    to: tuple[Target, ...] = attrs.field(converter=to_targets)
+
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        return self.to
+
+    def __call__(self, request: Request, call_next: CallNext) -> Flow[Response]:
+        for target in (None, *self.to):
+            try:
+                return (yield from call_next(request if target is None else request.evolve(target=target)))
+            except ProviderError as error:
+                last = error
+        raise last
+
+
+def deadline(seconds: float) -> Middleware:
+    """Bound the time of everything inside."""
+
+    def bounded(request: Request, call_next: CallNext) -> Flow[Response]:
+        call = request.call
+        outer = call.leash
+        call.leash = Leash(outer, deadline=call.clock() + seconds)
+        try:
+            return (yield from call_next(request))
+        finally:
+            call.leash = outer
+
+    return bounded
+
+
+def stream_timeout(*, first_chunk: float | None = None, idle: float | None = None) -> Middleware:
+    """Bound the waits of a stream, whatever keeps it alive."""
+
+    def watched(request: Request, call_next: CallNext) -> Flow[Response]:
+        call = request.call
+        outer = call.leash
+        call.leash = Leash(outer, first_chunk=first_chunk, idle=idle)
+        try:
+            return (yield from call_next(request))
+        finally:
+            call.leash = outer
+
+    return watched
+
+
+def tools(functions: dict[str, Callable[..., str]], max_turns: int = 10) -> Middleware:
+    """Run the tools that the model calls, and ask again with their results."""
+
+    def loop(request: Request, call_next: CallNext) -> Flow[Response]:
+        asked, added = request, ()
+        for _ in range(max_turns):
+            response = yield from call_next(asked)
+            if not response.tool_calls:
+                return response.evolve(added=added)
+            turn = [response.message]
+            for call in response.tool_calls:
+                result = yield from perform(partial(functions[call.name], **call.arguments))
+                turn.append(Message.tool(result, call))
+            yield from emit(Chunk(added=tuple(turn)))
+            added += tuple(turn)
+            asked = asked.evolve(messages=(*asked.messages, *turn))
+        raise RuntimeError(f"expected an answer after {max_turns} turns, got another tool call")
+
+    return loop
+
+
+def going_on(max_turns: int = 3) -> Middleware:
+    """Go on after an answer that was cut at the limit of tokens, or interrupted, by prefilling the answer so far."""
+
+    def go_on(request: Request, call_next: CallNext) -> Flow[Response]:
+        text, added, asked = "", (), request
+        for turn in range(max_turns):
+            last = turn + 1 == max_turns
+            try:
+                response = yield from call_next(asked)
+                cut = response.finish_reason == "length"
+            except StreamInterrupted as error:
+                if last:
+                    raise
+                response, cut = error.partial, True
+            text = response.text if response.added else text + response.text
+            added = (*added, *response.added)
+            if last or not cut:
+                break
+            yield from emit(Chunk(added=()))
+            asked = request.evolve(messages=(*request.messages, *added, Message.assistant(text)))
+        return response.evolve(text=text, added=added, order=None)
+
+    return go_on
+
+
+def judged(judge: Target | None = None, through: Sequence[Middleware] = ()) -> Middleware:
+    """Ask a model whether an answer is fine, and replace it if not."""
+
+    def guard(request: Request, call_next: CallNext) -> Flow[Response]:
+        held: list[Chunk] = []
+
+        def keep(chunk: Chunk) -> None:
+            held.append(chunk)
+
+        def verdict() -> Iterator[Any]:
+            text = "".join([chunk.text for chunk in held])
+            question = request.evolve(messages=f"Is this fine? {text}", metadata={"of": "judge"})
+            answer = yield from ask(question, target=judge, through=through)
+            if answer.text.startswith("no"):
+                yield Chunk("[refused]")
+            else:
+                yield from held
+
+        return (yield from map_chunks(call_next(request), keep, verdict, at_restart=held.clear))
+
+    return guard
+
+
+def replayed(response: Response, pace: float = 0.0) -> Middleware:
+    """Answer with a stored response, chunk by chunk."""
+
+    def replay(request: Request, call_next: CallNext) -> Flow[Response]:
+        request.call.cache_hit = True
+        for chunk in as_chunks(response):
+            for word in chunk.text.split(" "):
+                yield from sleep(pace)
+                yield from emit(Chunk(word))
+        return response.evolve(text=response.text.replace(" ", ""))
+
+    return replay
+
+
+def smooth(pace: float) -> Middleware:
+    """Wait before each chunk."""
+
+    def smoothed(request: Request, call_next: CallNext) -> Flow[Response]:
+        def each(chunk: Chunk) -> Iterator[Any]:
+            yield from sleep(pace)
+            yield chunk
+
+        return (yield from map_chunks(call_next(request), each))
+
+    return smoothed
+
+
+def limited(take: Callable[[], object], give: Callable[[], object], agive: Any = None) -> Middleware:
+    """Take a slot before the call, and give it back however the call ends."""
+
+    def limit(request: Request, call_next: CallNext) -> Flow[Response]:
+        yield from perform(take)
+        slot = request.call.on_end(give, agive)
+        response = yield from call_next(request)
+        yield from slot.run()
+        return response
+
+    return limit
+
+
+def stopping_at(mark: str) -> Middleware:
+    """End an answer at a mark, without the mark."""
+
+    def stop(request: Request, call_next: CallNext) -> Flow[Response]:
+        def ends(chunk: Chunk) -> bool | Chunk:
+            text, found, _ = chunk.text.partition(mark)
+            return Chunk(text) if found else False
+
+        return (yield from stop_when(call_next(request), ends))
+
+    return stop
