@@ -110,8 +110,8 @@ def batching() -> Any:
     return provider
 
 
-def attributes_of_a_call() -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
-    """Return the spans of one call, outermost first: the name, the initial attributes, and those added by the end."""
+def attributes_of_a_call() -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """Return the span of a call: the name, the initial attributes, and those added by the end."""
     from opentelemetry.sdk.trace import SpanProcessor, TracerProvider
 
     class Watching(SpanProcessor):
@@ -122,24 +122,19 @@ def attributes_of_a_call() -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
     provider = TracerProvider(shutdown_on_exit=False)
     provider.add_span_processor(Watching())
     pipeline(Tracing(tracer_provider=provider)).complete(REQUEST)
-    return [
-        (span.name, start, {key: value for key, value in span.attributes.items() if key not in start})
-        for span, start in spans
-    ]
+    ((span, start),) = spans
+    return span.name, start, {key: value for key, value in span.attributes.items() if key not in start}
 
 
 def bare_spans() -> Callable[[], object]:
-    """Return the work of the SDK for the spans of a call, with prepared attributes and without a current span."""
-    from opentelemetry.trace import SpanKind, set_span_in_context
+    """Return the work of the SDK for the span of a call, with prepared attributes and without a current span."""
+    from opentelemetry.trace import SpanKind
 
     tracer = batching().get_tracer("bare")
-    (name, at_start, at_end), (attempt_name, attempt_start, attempt_end) = attributes_of_a_call()
+    name, at_start, at_end = attributes_of_a_call()
 
     def trace() -> None:
         span = tracer.start_span(name, kind=SpanKind.CLIENT, attributes=at_start)
-        attempt = tracer.start_span(attempt_name, set_span_in_context(span), attributes=attempt_start)
-        attempt.set_attributes(attempt_end)
-        attempt.end()
         span.set_attributes(at_end)
         span.end()
 
@@ -150,7 +145,7 @@ def bare_span_sampled_off() -> Callable[[], object]:
     from opentelemetry.trace import SpanKind
 
     tracer = sampling_off().get_tracer("bare")
-    (name, attributes, _), *_ = attributes_of_a_call()
+    name, attributes, _ = attributes_of_a_call()
     return lambda: tracer.start_span(name, kind=SpanKind.CLIENT, attributes=attributes)
 
 

@@ -22,7 +22,7 @@ class Worker:
 
     def __init__(self) -> None:
         self._calls: queue.SimpleQueue[tuple[Callable[[], object], _Answers] | None] = queue.SimpleQueue()
-        # Each call has answers of its own, so that no later call gets an abort, or the answer of a call that was given up.
+        # Each call has answers of its own, so that no later call gets an abort, or the answer of a call given up before.
         self._answers: _Answers = queue.SimpleQueue()
         self._aborted = False
         self.busy = False
@@ -49,7 +49,7 @@ class Worker:
             InterruptedError: `abort` was called.
         """
         answers: _Answers = queue.SimpleQueue()
-        # The answers are set before the flag is read, and `abort` does the reverse, so at least one of the two sees the other.
+        # The answers are set before the flag is read, and `abort` does the reverse, so at least one sees the other.
         self._answers = answers
         if self._aborted:
             answers.put(None)

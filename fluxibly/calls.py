@@ -258,6 +258,8 @@ class CallRecord:
     """The error of the last attempt of a call that has a leash, for the cause of `DeadlineExceeded`, until the call ends."""
     interruption: Exception | None
     """The `StreamInterrupted` that ended the last attempt, until the stream ends."""
+    continued: bool
+    """Whether an empty mark has continued an answer, of which each attempt knows only its part."""
     said: str | None
     """The text of the last attempt's answer, if it was streamed to its end."""
     stats: StreamStats | None
@@ -303,7 +305,7 @@ class CallRecord:
         fork = object.__new__(CallRecord)
         fork.__dict__.update(self.__dict__)
         fork.nested = True
-        fork.streaming = fork.restarts = fork.timed = fork.cache_hit = False
+        fork.streaming = fork.restarts = fork.timed = fork.cache_hit = fork.continued = False
         fork.started_at = fork.requested_at = self.clock()
         fork.sent_at = fork.first_chunk_at = fork.sending = None
         fork.delivered = []
@@ -354,7 +356,7 @@ _BLANK: dict[str, Any] = {
     "target": None,
     "targets": _NO_TARGETS,
     "layers": (),
-    **dict.fromkeys(("streaming", "restarts", "nested", "timed", "watched", "cache_hit"), False),
+    **dict.fromkeys(("streaming", "restarts", "nested", "timed", "watched", "cache_hit", "continued"), False),
     "clock": perf_counter,
     "started_at": 0.0,
     "requested_at": 0.0,

@@ -35,8 +35,6 @@ class Pipeline(SyncStack):
         clock: a clock for tests; see `fluxibly.testing.VirtualClock`.
     """
 
-    targets: TargetProviders
-
     def make_targets(self) -> TargetProviders:
         """Return the providers of the targets that requests may name."""
         return TargetProviders(self.info, asynchronous=False)
@@ -131,8 +129,6 @@ class AsyncPipeline(AsyncStack):
 
     A synchronous provider runs in worker threads.
     """
-
-    targets: TargetProviders
 
     def make_targets(self) -> TargetProviders:
         """Return the providers of the targets that requests may name."""

@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from fluxibly import _abandoned
-from fluxibly._drivers.endings import Home
+from fluxibly._drivers.endings import Home, trio_here
 from fluxibly._drivers.streams import (
     CLOSING,
     AsyncStreamDriver,
@@ -14,7 +14,6 @@ from fluxibly._drivers.streams import (
     SyncStreamDriver,
     in_context,
     is_occupied,
-    on_trio,
 )
 from fluxibly.types import Chunk, Response, Restart
 
@@ -133,7 +132,7 @@ class AsyncStream(Generic[Event]):
         closing = False
         try:
             # The fork is here, and not in the driver, because one more coroutine would cost each chunk a fifth.
-            if on_trio():
+            if trio_here():
                 event = await driver.read_on_trio()
             else:
                 event = await in_context(driver.context, driver.advance(), driver)

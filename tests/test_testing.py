@@ -11,22 +11,27 @@ import threading
 import anyio
 import attrs
 import pytest
+from support import powers
 
 from fluxibly.errors import (
+    DeadlineExceeded,
     Overloaded,
     ProviderError,
     RateLimitError,
+    RequestTimeout,
     ServerError,
     StreamInterrupted,
     StreamProtocolError,
 )
-from fluxibly.flow import map_chunks, perform, sleep
+from fluxibly.flow import ask, emit, hold_back, map_chunks, perform, sleep, stop_when
+from fluxibly.limits import Leash
 from fluxibly.middleware.logging import Logging
 from fluxibly.middleware.retry import Retry
 from fluxibly.middleware.stream_meter import StreamMeter
 from fluxibly.middleware.timing import Timing
 from fluxibly.middleware.validation import Validation
 from fluxibly.pipeline import Pipeline
+from fluxibly.target import Target
 from fluxibly.testing import (
     AsyncScriptedProvider,
     ByHand,
@@ -39,7 +44,7 @@ from fluxibly.testing import (
     check_provider,
 )
 from fluxibly.testing.modes import MODES, run
-from fluxibly.types import Chunk, Request, Response, Restart, Usage
+from fluxibly.types import Chunk, Message, Request, Response, Restart, ToolCallDelta, Usage
 
 REQUEST = Request(model="m", messages="hi")
 
@@ -418,6 +423,90 @@ class Counts:
         return (yield from call_next(request))
 
 
+LOOK = {"look": lambda at=0: "found"}
+
+
+def asks_again(request, call_next):
+    """Run the tools without a mark."""
+    asked = request
+    while True:
+        response = yield from call_next(asked)
+        if not response.tool_calls:
+            return response
+        results = [Message.tool("found", call) for call in response.tool_calls]
+        asked = asked.evolve(messages=(*asked.messages, response.message, *results))
+
+
+def turns(*, marks=lambda request: True, added=lambda messages: messages):
+    """Return a loop over tools that makes marks only for some requests, or that returns other messages."""
+
+    def loop(request, call_next):
+        asked, messages = request, ()
+        while True:
+            response = yield from call_next(asked)
+            if not response.tool_calls:
+                return response.evolve(added=added(messages))
+            turn = (response.message, *[Message.tool("found", call) for call in response.tool_calls])
+            if marks(request):
+                yield from emit(Chunk(added=turn))
+                messages += turn
+            asked = asked.evolve(messages=(*asked.messages, *turn))
+
+    return loop
+
+
+def says_more(request, call_next):
+    response = yield from call_next(request)
+    yield from emit(Chunk(" (checked)"))
+    return response
+
+
+def keeps_limits(request, call_next):
+    call = request.call
+    call.leash = Leash(call.leash, deadline=call.clock() + 5)
+    return (yield from call_next(request))
+
+
+def emits_text(request, call_next):
+    yield from emit("hello")
+    return (yield from call_next(request))
+
+
+def asks_text(request, call_next):
+    yield from ask("fine?")
+    return (yield from call_next(request))
+
+
+def maps_to_text(request, call_next):
+    return (yield from map_chunks(call_next(request), lambda chunk: chunk.text))
+
+
+def maps_to_a_request(request, call_next):
+    def fn(chunk):
+        yield from call_next(request)
+
+    return (yield from map_chunks(call_next(request), fn))
+
+
+def stops_at_text(request, call_next):
+    return (yield from stop_when(call_next(request), lambda chunk: chunk.text))
+
+
+def holds_until_a_coroutine(request, call_next):
+    async def until(text):
+        return True
+
+    return (yield from hold_back(call_next(request), check=until))
+
+
+def ends_with_a_coroutine(request, call_next):
+    async def give():
+        pass
+
+    request.call.on_end(give)
+    return (yield from call_next(request))
+
+
 def caching():
     cache = {}
 
@@ -458,6 +547,32 @@ class TestCheckMiddleware:
             (KeepsChunks(), r"law 8 .*got self.chunks = …, which the next call overwrites.*guard with a lock"),
             (TakesTime(), r"law 8 .*got self.start = …"),
             (KeepsInASlot(), r"law 8 .*got self.last = …"),
+            (
+                asks_again,
+                r"law 4 .*got another request to the provider after an answer \(in .*, sync stream\).*emit\(Chunk\(added=",
+            ),
+            (
+                turns(added=lambda messages: messages[1:]),
+                r"law 3 .*the 2 messages of its marks in `added`, got 1.*evolve",
+            ),
+            (
+                turns(added=lambda messages: ()),
+                r"law 3 .*the 2 messages of its marks in `added`, got 0.*evolve\(added=…\)",
+            ),
+            (
+                turns(marks=lambda request: request.call.streaming),
+                r"law 1 .*\(sync whole\) and .*\(sync stream\).*emit\(Chunk\(added=…\)\) .* for all modes alike",
+            ),
+            (turns(marks=lambda request: not request.call.streaming), r"law 4 .*after an answer .*emit\("),
+            (says_more, r"law 3 .*, got 'Hello, world'.*emit\(…\) lets out, the response needs the text"),
+            (keeps_limits, r"law 5 .*expected the limits of the call as they were .*call.leash = outer"),
+            (emits_text, r"emits_text: emit: expected a Chunk, got a str"),
+            (asks_text, r"asks_text: ask: expected a Request, got a str"),
+            (maps_to_text, r"maps_to_text: map_chunks: expected the function to return a Chunk"),
+            (maps_to_a_request, r"maps_to_a_request: map_chunks, hold_back: expected no request .*yield from ask"),
+            (stops_at_text, r"stops_at_text: stop_when: expected the function to return a bool or a Chunk"),
+            (holds_until_a_coroutine, r"holds_until_a_coroutine: hold_back: expected a plain function"),
+            (ends_with_a_coroutine, r"ends_with_a_coroutine: on_end: expected a sync function first"),
         ],
         ids=lambda value: getattr(value, "__name__", type(value).__name__) if callable(value) else "",
     )
@@ -493,6 +608,49 @@ class TestCheckMiddleware:
     def test_accepts_quotes_of_the_prompt(self, middleware):
         """The prompt is the same in all modes, so a middleware may put it anywhere, or what it makes of it."""
         check_middleware(middleware)
+
+    @pytest.mark.parametrize(
+        "middleware",
+        [
+            powers.tools(LOOK),
+            powers.going_on(),
+            powers.judged(),
+            powers.judged(Target(ScriptedProvider(*["yes"] * 1000), model="judge"), [Retry()]),
+            powers.replayed(Response("a stored answer"), pace=0.1),
+            powers.smooth(0.1),
+            powers.stopping_at("o"),
+            powers.stopping_at(","),
+            powers.limited(lambda: None, lambda: None),
+            powers.deadline(5),
+            powers.stream_timeout(first_chunk=5, idle=5),
+            powers.Fallback(to=["m-2"]),
+        ],
+        ids=lambda middleware: getattr(middleware, "__qualname__", type(middleware).__name__).partition(".")[0],
+    )
+    def test_accepts_all_that_middleware_can_do(self, middleware):
+        """Turns, answers that go on, questions, replays, waits, stops, cleanups, limits and targets keep the laws."""
+        check_middleware(middleware)
+
+    def test_the_cleanups_run(self):
+        """Each call that has taken something gives it back, also those that are given up or interrupted."""
+        taken = []
+        check_middleware(powers.limited(lambda: taken.append(1), taken.pop))
+        assert taken == []
+
+    def test_turns_see_a_second_answer(self):
+        """A loop over tools gets a plain answer to its second request, in every mode, and failures of the second turn."""
+        asked = []
+
+        def loop(request, call_next):
+            def noted(request):
+                asked.append(len(request.messages))
+                return call_next(request)
+
+            return (yield from powers.tools(LOOK)(request, noted))
+
+        check_middleware(loop)
+        assert asked.count(3) == 3 * len(MODES)
+        assert max(asked) == 3
 
     def test_a_cache_is_asked_anew_in_each_mode(self):
         """A cache of whole requests answers from no earlier run, so that every mode is checked with an answer to keep."""
@@ -583,6 +741,20 @@ class TestByHand:
         assert [event.text for event in call.events] == ["a", "a", "c", "c"]
         assert call.response.text == "aacc"
 
+    def test_a_stream_through_two_layers(self):
+        """A layer sees the chunks that a layer further in has made of one."""
+
+        def double(request, call_next):
+            return (yield from map_chunks(call_next(request), lambda c: [c, c]))
+
+        def shout(request, call_next):
+            return (yield from map_chunks(call_next(request), lambda c: attrs.evolve(c, text=c.text.upper())))
+
+        call = ByHand([shout, double], REQUEST)
+        call.stream("a", "b")
+        assert [event.text for event in call.events] == ["A", "A", "B", "B"]
+        assert call.response.text == "AABB"
+
     @pytest.mark.parametrize("restarts", [True, False])
     def test_a_restart(self, restarts):
         """The flow goes on if the consumer takes `Restart`, and fails if not."""
@@ -596,6 +768,99 @@ class TestByHand:
         call.stream("b")
         assert call.events == [Chunk("a"), Restart("ServerError"), Chunk("b")]
         assert call.response.text == "b"
+
+    def test_turns(self):
+        """The marks are events, and each turn waits for its answer."""
+        asks = Chunk(tool_calls=(ToolCallDelta(index=0, id="c", name="look", arguments="{}"),))
+        call = ByHand(powers.tools(LOOK), REQUEST)
+        call.stream("let me look", asks)
+        assert call.performs.call() == "found"
+        call.go_on("found")
+        assert [message.role for message in call.sent.messages] == ["user", "assistant", "tool"]
+        call.stream("here it is")
+        assert [event.text for event in call.events] == ["let me look", "", "", "here it is"]
+        assert [message.text for message in call.events[2].added] == ["let me look", "found"]
+        assert call.response == Response("here it is", added=call.events[2].added)
+
+    @pytest.mark.parametrize("streaming", [True, False])
+    def test_questions(self, streaming):
+        """It stops at the request of an `ask`, which is answered whole, also between two chunks."""
+
+        def guard(request, call_next):
+            def fn(chunk):
+                answer = yield from ask(request.evolve(messages=f"fine? {chunk.text}"))
+                yield attrs.evolve(chunk, text=f"{chunk.text}: {answer.text}. ")
+
+            return (yield from map_chunks(call_next(request), fn))
+
+        call = ByHand(guard, REQUEST)
+        if streaming:
+            call.stream("a", "b")
+        else:
+            call.answer("a")
+        assert call.sent.messages[0].text == "fine? a"
+        with pytest.raises(AssertionError, match=r"stream\(\): expected the request of a call, got that of an ask"):
+            call.stream("yes")
+        call.answer("yes")
+        if streaming:
+            call.answer("no")
+            assert [event.text for event in call.events] == ["a: yes. ", "b: no. "]
+            assert call.response.text == "a: yes. b: no. "
+        else:
+            assert call.events == []
+            assert call.response.text == "a: yes. "
+
+    def test_a_question_that_fails(self):
+        """`fail` raises an error at an `ask`."""
+
+        def tolerant(request, call_next):
+            try:
+                yield from ask(request.evolve(messages="fine?"))
+            except ServerError:
+                return Response("who knows")
+            return (yield from call_next(request))
+
+        call = ByHand(tolerant, REQUEST)
+        call.fail(ServerError("down"))
+        assert call.response.text == "who knows"
+
+    def test_a_stop(self):
+        """The rest of a stopped stream is not read."""
+        call = ByHand(powers.stopping_at(","), REQUEST)
+        call.stream("Hel", "lo, ", ServerError("never read"))
+        assert [event.text for event in call.events] == ["Hel", "lo"]
+        assert call.response == Response("Hello", finish_reason="stop")
+
+    @pytest.mark.parametrize("streaming", [True, False])
+    def test_chunks_of_a_middlewares_own(self, streaming):
+        """Of a call that is streamed, a layer further out sees them, also before the first request."""
+
+        def headed(request, call_next):
+            yield from emit(Chunk("AI: "))
+            yield from emit(Chunk(added=()))
+            response = yield from call_next(request)
+            return response.evolve(text=f"AI: {response.text}")
+
+        def shout(request, call_next):
+            return (yield from map_chunks(call_next(request), lambda c: attrs.evolve(c, text=c.text.upper())))
+
+        call = ByHand([shout, headed], REQUEST, streaming=streaming)
+        if streaming:
+            call.stream("hello")
+            assert [event.text for event in call.events if event.text] == ["AI: ", "HELLO"]
+        else:
+            call.answer("hello")
+        assert call.response.text == "AI: HELLO"
+
+    def test_cleanups(self):
+        """A cleanup that a middleware runs itself is I/O like any other."""
+        call = ByHand(powers.limited(lambda: "take", lambda: "give"), REQUEST)
+        assert call.performs.call() == "take"
+        call.go_on()
+        call.answer("hello")
+        assert call.performs.call() == "give"
+        call.go_on()
+        assert call.response.text == "hello"
 
     def test_closing(self):
         """`close` runs each `finally`."""
@@ -714,11 +979,77 @@ class FailsInItsOwnWay(Parrot):
         raise ServerError("failed on request")
 
 
+class OnlyStreams:
+    def stream(self, request):
+        yield from Parrot().reply(request)
+
+
+class AsyncOnlyStreams:
+    async def stream(self, request):
+        for letter in Parrot().reply(request):
+            await anyio.lowlevel.checkpoint()
+            yield letter
+
+
+class Punctual(Parrot):
+    """A provider that keeps the limits of calls by itself."""
+
+    obeys = True
+    error = DeadlineExceeded
+
+    def reply(self, request):
+        leash = request.call.leash
+        if leash is not None and leash.deadline is not None and leash.deadline <= request.call.clock():
+            raise self.error("too late")
+        return super().reply(request)
+
+
+class AsyncPunctual(AsyncParrot):
+    obeys = True
+
+    async def complete(self, request):
+        return Punctual().reply(request)
+
+    async def stream(self, request):
+        yield Punctual().reply(request)
+
+
+class TimesOut(Punctual):
+    error = RequestTimeout
+
+
+class TimesOutInItsOwnWay(Punctual):
+    error = TimeoutError
+
+
+class Careless(Parrot):
+    """A provider that says that it keeps limits, and does not."""
+
+    obeys = True
+
+
+class CarelessInStreams(Punctual):
+    def stream(self, request):
+        yield from Parrot().reply(request)
+
+
+class AsyncCareless(AsyncParrot):
+    obeys = True
+
+
+class CarelessStreams(OnlyStreams):
+    obeys = True
+
+
 FAILING = Request(model="m", messages="fail, please")
 
 
 class TestCheckProvider:
-    @pytest.mark.parametrize("provider", [Parrot(), AsyncParrot()], ids=["sync", "async"])
+    @pytest.mark.parametrize(
+        "provider",
+        [Parrot(), AsyncParrot(), OnlyStreams(), AsyncOnlyStreams(), Punctual(), AsyncPunctual(), TimesOut()],
+        ids=lambda provider: type(provider).__name__,
+    )
     def test_accepts_providers_that_keep_the_laws(self, provider):
         """Sync and async providers pass, including their failures."""
         check_provider(provider, REQUEST, failing=[FAILING])
@@ -741,6 +1072,14 @@ class TestCheckProvider:
             (Marks(), "law 7 .*expected the request unchanged"),
             (AnswersAnything(), "law 11 .*expected an error, got .*fine"),
             (FailsInItsOwnWay(), "expected an answer, got ServerError: failed on request"),
+            (
+                Careless(),
+                r"law 11 .*time limits hold.*: expected RequestTimeout or .* a call, got Response.*\(in sync whole\).*`obeys = ",
+            ),
+            (CarelessInStreams(), r"law 11 .*after the deadline .*\(in sync stream\)"),
+            (AsyncCareless(), r"law 11 .*after the deadline .*\(in async whole on asyncio\)"),
+            (CarelessStreams(), r"law 11 .*after the deadline .*\(in sync whole\)"),
+            (TimesOutInItsOwnWay(), r"law 11 .*expected RequestTimeout .*got TimeoutError\('too late'\)"),
         ],
         ids=lambda value: type(value).__name__ if not isinstance(value, str) else "",
     )

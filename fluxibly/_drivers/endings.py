@@ -1,7 +1,7 @@
 """The cleanups that middleware registered with `CallRecord.on_end`, run when a record's flow has ended.
 
-In an event loop they run in a task of their own, which no cancellation of the caller reaches: asyncio's pass through every shield
-in the caller's own task.
+In an event loop they run in a task of their own, which no cancellation of the caller reaches. In the caller's task, asyncio's
+own cancellations would pass through every shield.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ async def _arun_all(call: CallRecord) -> None:
 
 
 def _run_rest(call: CallRecord) -> None:
-    """Run the cleanups that are left in a thread, because the event loop ends."""
+    """Run the cleanups that are left in a thread, because the event loop ends, or their time is up."""
     if call.endings:
         _start_in_thread(call)
 
@@ -124,7 +124,7 @@ def _nothing() -> None:
 
 
 async def _finished(work: Callable[[], Awaitable[None]], then: Callable[[], object] = _nothing) -> None:
-    """Run `work` in a task of its own and wait for it, at most `TIME`. A cancellation is raised again after the wait."""
+    """Run `work` in a task of its own, and wait for it at most `TIME`. A cancellation is raised again afterwards."""
     import anyio  # late, to keep `import fluxibly` fast
 
     done, cancelled = anyio.Event(), None

@@ -1,14 +1,14 @@
 """The limits of a call, kept for providers that do not keep them by themselves.
 
-A synchronous provider runs in a thread, and its caller stops waiting on time. An asynchronous provider is cancelled. A test's
-clock may have `within` and `awithin`, which do the same in its own time.
+A synchronous provider runs in a thread, and its caller stops waiting on time. An asynchronous provider is cancelled.
+A test's clock may have `within` and `awithin`, which do the same in its own time.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Iterator
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from fluxibly._threads import NotInTime, Worker
 from fluxibly.aggregate import pieces_of
@@ -72,15 +72,8 @@ class CallLimits:
             output = waits.phase == "idle" or any(piece.has_output for piece in pieces_of(item) or ())
             waits.came(self._clock(), output=output)
 
-    def raise_passed(self) -> NoReturn:
-        """Raise the error for the limit of the last wait. The error of an earlier attempt may be its cause."""
-        error = self._error()
-        try:
-            raise error from error.__cause__  # and not from the exception that ended the wait
-        finally:
-            del error  # it refers to this frame
-
-    def _error(self) -> ProviderError:
+    def error(self) -> ProviderError:
+        """Return the error for the limit of the last wait, which has passed."""
         request, call = self._request, self._request.call
         _, phase, seconds = self._next
         if phase == "deadline":
@@ -121,7 +114,7 @@ async def _in_time(clock: object, limits: CallLimits, call: Callable[[], Awaitab
     try:
         return await awithin(clock, limits.left(), call)
     except NotInTime:
-        limits.raise_passed()
+        raise limits.error() from None
 
 
 async def awithin(clock: object, seconds: float | None, call: Callable[[], Awaitable[T]]) -> T:
@@ -170,7 +163,7 @@ class _Waiter:
                 raise NotInTime
             return self._worker.run(call, seconds)
         except NotInTime:
-            self._limits.raise_passed()
+            raise self._limits.error() from None
 
     def abort(self) -> None:
         """End a `run` in another thread."""

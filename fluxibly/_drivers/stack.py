@@ -57,6 +57,7 @@ class TargetProviders(Targets, Protocol):
     """The providers of a pipeline's targets. The class itself stands further out, because it makes providers by name."""
 
     def provider_of(self, target: object, /) -> Any: ...
+    def take_all(self) -> Iterable[Any]: ...
 
 
 class Stack:

@@ -7,7 +7,6 @@ current span, above all) never shows in the consumer's code between two chunks.
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Callable, Coroutine, Generator
 from contextvars import Context, copy_context
 from types import coroutine
@@ -16,7 +15,7 @@ from typing import Any, Final, Literal, TypeVar
 from fluxibly import _abandoned
 from fluxibly._drivers import stepping
 from fluxibly._drivers.diagnosis import explain, report
-from fluxibly._drivers.endings import Home, arun_endings, run_endings
+from fluxibly._drivers.endings import Home, arun_endings, run_endings, trio_here
 from fluxibly._drivers.stack import AsyncStack, SyncStack
 from fluxibly._states import State
 from fluxibly.aggregate import as_chunk
@@ -136,6 +135,7 @@ class StreamDriver:
             self.message_start = len(self.delivered)
             self.added += added
             self.output = False
+        self.call.continued = self.output
 
     def event_of(self, effect: Effect) -> Chunk | Restart | None:
         """Count an effect that is an event for the consumer, and return the event, or None for any other effect."""
@@ -145,18 +145,24 @@ class StreamDriver:
             return chunk
         return effect if isinstance(effect, Restart) and self.restart() else None
 
+    def check_open(self) -> None:
+        """Check that the stream is still wanted, before a provider is called.
+
+        Raises:
+            ConnectionAbortedError: the consumer has closed the stream meanwhile (see `aborted`).
+        """
+        if self.stage == "closing":
+            raise ConnectionAbortedError("the stream was closed")
+
     def admit(self, request: Request) -> None:
         """Check that the provider may be asked.
 
         Raises:
-            ConnectionAbortedError: the consumer has closed the stream meanwhile (see `aborted`).
             StreamInterrupted: the consumer has received output, so the request must not be sent again.
         """
-        if self.stage == "closing":
-            raise ConnectionAbortedError("the stream was closed")
         if self.turns.refuse(request):
             raise resend_refused(request, self.partial())
-        self.counted = False
+        self.counted = False  # from now on, output is that of the answer
         call = self.call
         call.requested_at = call.clock()
         if call.sent_at is None:
@@ -296,8 +302,8 @@ class SyncStreamDriver(StreamDriver):
                         outcome = None
                     else:
                         outcome = self.carry_out(effect)
-                        output = self.counted
                         iterator, clock = self.iterator or nothing, call.clock if call.timed else None
+                        output = self.counted
                 except BaseException as raised:  # noqa: BLE001  # it goes into the flow
                     if self.aborted(raised):
                         self.close_all()
@@ -325,6 +331,7 @@ class SyncStreamDriver(StreamDriver):
     def carry_out(self, effect: Effect) -> object:
         """Carry an effect out and return its outcome."""
         if isinstance(effect, Send):
+            self.check_open()
             if not effect.request.call.streaming:
                 return self.stack.whole(effect)
             self.admit(effect.request)
@@ -466,6 +473,7 @@ class AsyncStreamDriver(StreamDriver):
     async def carry_out(self, effect: Effect) -> object:
         """Carry an effect out and return its outcome."""
         if isinstance(effect, Send):
+            self.check_open()
             if not effect.request.call.streaming:
                 return await self.stack.whole(effect)
             self.admit(effect.request)
@@ -545,15 +553,9 @@ class AsyncStreamDriver(StreamDriver):
                 self.context.run((self.home or Home()).run_endings, self.call)
 
 
-def on_trio() -> bool:
-    """Whether trio runs this task. (trio is not imported for it.)"""
-    trio = sys.modules.get("trio")
-    return trio is not None and bool(trio.lowlevel.in_trio_run())
-
-
 def _is_cancelled_by_others() -> bool:
     """Whether somebody else has cancelled the task. On trio the next await raises in that case."""
-    if on_trio():
+    if trio_here():
         return False
     import asyncio
 

@@ -18,13 +18,19 @@ The invariant of a stream: the driver has read one chunk ahead and put it into t
 chunk outward as an effect. When the flow is resumed, the driver has delivered the chunk and read the next chunk. So a
 layer that swallows a chunk yields `PULL` instead, and a layer that adds a chunk yields it wrapped in `More`.
 
+`combinators.py` has what the combinators share; `mapping.py`, `holding.py` and `stopping.py` have one each.
+
 Imports: data (`types`, `errors`, `aggregate`, `_checks`). Every room that composes or wraps flows imports from here.
 """
 
+from typing import TYPE_CHECKING
+
 from fluxibly.aggregate import Aggregator, as_chunk, as_chunks
-from fluxibly.flow.combinators import hold_back, map_chunks, stop_when
 from fluxibly.flow.compose import compose
 from fluxibly.flow.effects import CallNext, Flow, Middleware
+from fluxibly.flow.holding import hold_back
+from fluxibly.flow.mapping import map_chunks
+from fluxibly.flow.stopping import stop_when
 from fluxibly.flow.verbs import ask, emit, perform, sleep
 
 __all__ = [
@@ -43,3 +49,13 @@ __all__ = [
     "sleep",
     "stop_when",
 ]
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name):
+        # `Target` reads configurations, so it stands further out, but a middleware author looks for it here as well.
+        if name == "Target":
+            from importlib import import_module
+
+            return import_module("fluxibly.target").Target
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

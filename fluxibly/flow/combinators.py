@@ -1,27 +1,25 @@
-"""The combinators that wrap a stream: `map_chunks`, `hold_back` and `stop_when`."""
+"""What the combinators have in common: which effects they see, and the functions that they run between two chunks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable
 from types import AsyncGeneratorType, CoroutineType
-from typing import Any, TypeAlias, TypeVar, cast
-
-import attrs
+from typing import Any, TypeAlias, TypeVar
 
 from fluxibly._checks import kind_of
-from fluxibly.aggregate import Aggregator, as_chunks
 from fluxibly.calls import CallRecord, Perform
 from fluxibly.errors import StreamInterrupted
-from fluxibly.flow.culprits import is_delivered, raise_not_delivered, raise_not_marked, swallowed
 from fluxibly.flow.effects import PULL, AskEnd, AttemptEnd, Effect, Flow, More, Send, Sleep
-from fluxibly.flow.relay import Relay, Seen, Turns, is_flow
-from fluxibly.flow.verbs import discard, with_messages
-from fluxibly.types import Chunk, Message, Reasoning, Request, Response, Restart
+from fluxibly.flow.relay import Relay, Seen
+from fluxibly.flow.verbs import discard
+from fluxibly.types import Chunk, Request, Response, Restart
 
 T = TypeVar("T")
 Pieces: TypeAlias = Chunk | Iterable[Chunk] | None
 ChunkFlow: TypeAlias = Generator[Any, Any, Pieces]
 """A function's flow: it yields chunks and effects (`yield from perform(…)`), and may return further pieces."""
+READ = (PULL,)
+"""In place of a chunk that is not let out: the driver reads the next all the same."""
 HOW_TO_WAIT = "to wait for something in it, write a generator function: result = yield from perform(call, acall)"
 
 
@@ -35,76 +33,18 @@ def resend_refused(request: Request, partial: Response) -> StreamInterrupted:
     )
 
 
-def map_chunks(
-    flow: Flow[Response],
-    fn: Callable[[Chunk], Pieces | ChunkFlow],
-    at_end: Callable[[], Pieces | ChunkFlow] | None = None,
-    *,
-    at_restart: Callable[[], None] | None = None,
-) -> Flow[Response]:
-    """Pass each chunk of a stream through `fn`, and return the response that the results add up to.
+def caught(flow: Flow[Response]) -> Flow[tuple[Response, StreamInterrupted | None]]:
+    """Run a flow and return its response, or its partial response and its interruption.
 
-    For example, a middleware that turns text into upper case::
-
-        def louder(chunk: Chunk) -> Chunk:
-            return attrs.evolve(chunk, text=chunk.text.upper())
-
-        def shout(request: Request, call_next: CallNext) -> Flow[Response]:
-            return (yield from map_chunks(call_next(request), louder))
-
-    `fn` may be a generator function, which waits for I/O between two chunks::
-
-        def judged(chunk: Chunk) -> Iterator[Any]:
-            fine = yield from perform(partial(judge, chunk.text), partial(ajudge, chunk.text))
-            yield chunk if fine else attrs.evolve(chunk, text="[removed]")
-
-    Args:
-        flow: the return value of `call_next(request)`.
-        fn: takes each chunk, and returns a chunk, several chunks, or None to drop it. Return the chunk itself for no
-            change. A generator function yields chunks, each of which is let out at once, and the effects of `sleep`,
-            `perform` and `ask`. It may return further chunks.
-        at_end: runs once after the last chunk of a success. It returns the chunks that `fn` still held back, in any
-            form that `fn` may return.
-        at_restart: runs when the stream begins again (`Restart`) and when a new message begins, to reset the state of
-            `fn`. (In a whole call, also if a middleware has let out chunks before its first request.)
-
-    If a flow returns without having emitted chunks (a whole response, a cache hit), the response passes through `fn`
-    as one chunk (as several, if texts and other parts alternate in it), so that a guard written with `map_chunks` sees
-    every answer in every mode. If a stream is interrupted before it has emitted anything beyond this point, the error
-    behind `StreamInterrupted` is raised instead, because the request can still be retried.
-
-    At a mark (`Chunk.added`) with messages, a message is complete: `at_end` runs, `at_restart` runs, and then `fn` gets
-    the chunk with the mark, whose messages it may change. If `fn` drops that chunk, the mark passes all the same. After
-    text that `fn` lets out behind the mark, it has to return an empty mark, so that the next request may be sent. In a
-    whole call, `fn` gets all messages of `response.added` as one mark, and nothing of what a middleware lets out by
-    `emit`, because the response has it.
+    The caller may raise the interruption's cause. Raised within this `except`, the cause would become its own context.
     """
-    mapper = _Mapper(fn, at_end, at_restart)
-    response, error = yield from _caught(mapper.over(flow))
     try:
-        if error is not None:
-            raise mapper.error(error)
-    finally:
-        del error  # it refers to this frame
-    # A flow without output delivers its answer by its return value alone, so no piece of that answer is yielded.
-    streamed = mapper.taken or (mapper.streamed and not response.has_output)
-    mapper.check_marks(response, streamed=streamed)
-    if streamed:
-        mapper.check(response)
-    else:
-        # `fn` may have added output to chunks without output, of an attempt that failed. Nothing else of them is kept.
-        streamed = mapper.output
-        if not streamed:
-            mapper.lets_out = False
-            mapper.answer.begin_message()
-        for chunk in as_chunks(response.evolve(added=()) if mapper.marked else response):
-            yield from mapper.pass_whole(chunk)
-    # The provider's stream is at its end, so each piece goes out as a More, which reads nothing.
-    yield from mapper.finish_message()
-    return mapper.returned(response)
+        return (yield from flow), None
+    except StreamInterrupted as error:
+        return error.partial, error
 
 
-class _Combinator(Relay):
+class Combinator(Relay):
     """What the combinators have in common.
 
     In a whole call, chunks that a middleware emits go nowhere, since its response has them. So they pass unseen, and the
@@ -114,10 +54,15 @@ class _Combinator(Relay):
     def __init__(self) -> None:
         self.call = CallRecord()
         """The record of the last request that has passed."""
-        self.whole = False
-        """Whether a request of a whole call has passed."""
+        self._asked = False
+        """Whether a request has passed."""
         self._emitted = False
         """Whether a chunk of a middleware's own has passed."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether the call is known to be whole."""
+        return self._asked and not self.call.streaming
 
     def see(self, effect: Effect) -> Seen | Flow[Seen]:
         if isinstance(effect, Chunk):
@@ -127,13 +72,20 @@ class _Combinator(Relay):
             return effect if self.whole else self.see_chunk(effect, effect.chunk)
         # The request of an `ask` is no request of this flow.
         if isinstance(effect, Send) and not effect.request.call.nested:
+            first, self._asked = not self._asked, True
             self.call = effect.request.call
             if self.call.streaming:
                 return self.see_request(effect)
-            if self._emitted and not self.whole:
+            if first and self._emitted:
                 self.restarted()
-            self.whole = True
+        elif isinstance(effect, Restart):
+            return self.see_restart(effect)
+        elif isinstance(effect, AttemptEnd) and effect.error is not None and not effect.request.call.nested:
+            self.failed()
         return effect
+
+    def failed(self) -> None:
+        """Forget what an attempt that has failed said, unless it had output: it does not belong to the next answer."""
 
     def see_chunk(self, effect: Chunk | More, chunk: Chunk) -> Seen | Flow[Seen]:
         """Return what goes outward for a chunk. Only if `effect` is the chunk itself, the driver reads the next."""
@@ -141,6 +93,10 @@ class _Combinator(Relay):
 
     def see_request(self, effect: Send) -> Seen:
         """Return what goes outward for the request of an attempt."""
+        return effect
+
+    def see_restart(self, effect: Restart) -> Seen:
+        """Return what goes outward for a `Restart`."""
         return effect
 
     def broken_off(self) -> Flow[None]:
@@ -153,313 +109,7 @@ class _Combinator(Relay):
             yield AttemptEnd(request, error=GeneratorExit())
 
 
-class _Mapper(_Combinator):
-    """The state of a `map_chunks`: the output that it has let out."""
-
-    def __init__(
-        self,
-        fn: Callable[[Chunk], Pieces | ChunkFlow],
-        at_end: Callable[[], Pieces | ChunkFlow] | None,
-        at_restart: Callable[[], None] | None,
-    ) -> None:
-        super().__init__()
-        self.fn = fn
-        self.at_end = at_end
-        self.at_restart = at_restart
-        self.lets_out = True
-        """Whether the answer is streamed. Chunks of a whole answer are not let out: the response has them."""
-        self.begin()
-
-    def begin(self) -> None:
-        self.answer = Aggregator()
-        self.turns = Turns()
-        self.marked: tuple[Message, ...] = ()
-        """The messages of the marks that have come in. (`answer.added` has them as `fn` has changed them.)"""
-        self.output = self.gone_out = False
-        """Whether output of the message has been let out, and of an earlier message."""
-        self.begin_message()
-
-    def begin_message(self) -> None:
-        self.gone_out = self.gone_out or self.output
-        self.streamed = False
-        """Whether the message has come in as chunks."""
-        self.taken = False
-        """Whether output of the message has come in."""
-        self.output = False
-        self.changed = False
-        """Whether `fn` or `at_end` have changed the message."""
-        self.answer.begin_message()
-        self.grown = 0
-        """The characters that `fn` and `at_end` have added to the text. (Unchanged chunks cost nothing.)"""
-        self.heard: list[str] = []
-        """The reasoning that came in since the last complete block."""
-        self.told: list[str] = []
-        """The reasoning that went out since then."""
-
-    def restarted(self) -> None:
-        self.begin()
-        if self.at_restart is not None:
-            self.at_restart()
-
-    def see_chunk(self, effect: Chunk | More, chunk: Chunk) -> Seen | Flow[Seen]:
-        reads = effect is chunk
-        if not reads and chunk.added is not None:
-            return self._pass_mark(chunk)
-        self.streamed = True
-        pieces = self.pass_on(chunk)
-        if pieces is chunk:
-            return effect
-        if is_flow(pieces):
-            return self._seen(pieces, reads=reads)
-        made = cast("Sequence[Chunk]", pieces)
-        if not reads:
-            return list(map(More, made))
-        # A chunk makes the driver read the next, so exactly one effect that reads (a Chunk or PULL) replaces it.
-        return [*map(More, made[:-1]), made[-1]] if made else (PULL,)
-
-    def see_request(self, effect: Send) -> Seen:
-        # Output that `fn` has received, even if it is kept for the end, would be mixed with a second answer's output.
-        if self.turns.refuse(effect.request):
-            return resend_refused(effect.request, self.answer.response())
-        if self.streamed and not (self.taken or self.output):
-            self.begin_message()  # no part of an attempt that failed belongs to the answer of the next
-        return effect
-
-    def _seen(self, flow: Flow[Sequence[Chunk]], *, reads: bool) -> Flow[Seen]:
-        """Run the flow of `fn` for a chunk."""
-        made = yield from flow
-        return [*map(More, made), PULL] if reads else list(map(More, made))
-
-    def _pass_mark(self, chunk: Chunk) -> Flow[Seen]:
-        """Let a mark pass, which ends a message if it has messages. (An empty mark only admits the next request.)"""
-        if chunk.added or self.turns.output:
-            self.turns.mark()
-        if chunk.added:
-            if self.streamed:
-                yield from self.finish_message()
-            self.begin_message()
-            self.marked += chunk.added
-            if self.at_restart is not None:
-                self.at_restart()
-        yield from self.pass_whole(chunk)
-        return ()
-
-    def pass_whole(self, chunk: Chunk) -> Flow[None]:
-        """Pass a chunk of a whole answer, or a mark, through `fn`, and let out the results if the answer is streamed."""
-        if chunk.added is not None:
-            yield from self._let_out((yield from self._passed_mark(Chunk(added=chunk.added))))
-            chunk = attrs.evolve(chunk, added=None)
-            if chunk == Chunk():
-                return
-            self.streamed = True
-        made: Any = self.pass_on(chunk)
-        if is_flow(made):
-            made = yield from made
-        yield from self._let_out((made,) if isinstance(made, Chunk) else made)
-
-    def _passed_mark(self, mark: Chunk) -> Flow[Sequence[Chunk]]:
-        """Pass a mark through `fn`, which may change its messages. A mark that `fn` drops stays as it is."""
-        pieces = self.fn(mark)
-        made = (yield from self.stepped(pieces, noted=False)) if is_flow(pieces) else self._sequence(pieces)
-        made = [with_messages(piece, "map_chunks") for piece in made]
-        if not any(piece.added is not None for piece in made):
-            made = [mark, *made]
-        self.changed = self.changed or any(piece.added is None for piece in made)
-        self._keep(made, marks=True)
-        return made
-
-    def finish_message(self) -> Flow[None]:
-        """Let out the chunks that `fn` still held back of a message that is complete."""
-        if self.at_end is not None:
-            pieces = self.at_end()
-            made = (yield from self.stepped(pieces)) if is_flow(pieces) else self.note(cast("Pieces", pieces))
-            yield from self._let_out(made)
-
-    def _let_out(self, made: Iterable[Chunk]) -> Flow[None]:
-        if self.lets_out:
-            for piece in made:
-                yield More(piece)
-
-    def stepped(self, flow: ChunkFlow, *, noted: bool = True) -> Flow[Sequence[Chunk]]:
-        """Run a function that is a flow. Let out each chunk that it yields, and return the chunks that are left to let out.
-
-        Args:
-            noted: whether to let out chunks and add them to the answer. If not, all are returned, and belong to no answer.
-        """
-        left: list[Chunk] = []
-        outcome: Any = None
-        error: BaseException | None = None
-        while True:
-            try:
-                item = flow.send(outcome) if error is None else flow.throw(error)
-            except StopIteration as stop:
-                return [*left, *(self.note(stop.value) if noted else self._sequence(stop.value))]
-            finally:
-                outcome = error = None  # the error refers to this frame
-            try:
-                if isinstance(item, (Chunk, More)):
-                    chunk = item if isinstance(item, Chunk) else item.chunk
-                    if noted:
-                        self.note(chunk)
-                    if noted and self.lets_out:
-                        yield More(chunk)
-                    else:
-                        left.append(chunk)
-                else:
-                    outcome = yield _checked_effect(item, chunks=True)
-            except GeneratorExit:
-                flow.close()
-                raise
-            except BaseException as thrown:  # noqa: BLE001  # it goes into the function's flow
-                error = thrown
-
-    def pass_on(self, chunk: Chunk) -> Chunk | Sequence[Chunk] | Flow[Sequence[Chunk]]:
-        """Pass a chunk through `fn`. Return the chunk itself if `fn` leaves it unchanged, else the chunks from `fn`.
-
-        If `fn` is a generator function, return a flow that returns the chunks that are left to let out.
-        """
-        if chunk.has_output:
-            self.taken = self.turns.output = True
-        if not chunk.text_only and any(isinstance(part, Reasoning) and part.text for part in chunk.parts):
-            return self._pass_blocks(chunk)
-        if chunk.reasoning:
-            self.heard.append(chunk.reasoning)
-        pieces = self.fn(chunk)
-        if pieces is not chunk:
-            self.changed = True
-            self.grown -= len(chunk.text)
-            return self.stepped(pieces) if is_flow(pieces) else self.note(pieces)
-        self.output = self.output or chunk.has_output
-        if chunk.reasoning:
-            self.told.append(chunk.reasoning)
-        self.answer.add(chunk)
-        return chunk
-
-    def _pass_blocks(self, chunk: Chunk) -> Sequence[Chunk] | Flow[Sequence[Chunk]]:
-        """Pass a chunk with complete blocks of reasoning through `fn`, which sees their texts in `reasoning`.
-
-        If `fn` has changed the reasoning, the blocks no longer have their own texts.
-        """
-        if not chunk.reasoning and not self.heard:
-            texts = [part.text for part in chunk.parts if isinstance(part, Reasoning)]
-            chunk = attrs.evolve(chunk, reasoning="".join(texts))
-        self.heard.append(chunk.reasoning)
-        pieces = self.fn(chunk)
-        self.changed = True
-        self.grown -= len(chunk.text)
-        return self._collect_blocks(pieces) if is_flow(pieces) else self._keep_blocks(self._sequence(pieces))
-
-    def _collect_blocks(self, flow: ChunkFlow) -> Flow[Sequence[Chunk]]:
-        """Run the flow of `fn` for blocks of reasoning. Only at its end it is known whether the reasoning has changed."""
-        return self._keep_blocks((yield from self.stepped(flow, noted=False)))
-
-    def _keep_blocks(self, made: Sequence[Chunk]) -> Sequence[Chunk]:
-        told = "".join([*self.told, *[piece.reasoning for piece in made]])
-        if told != "".join(self.heard):
-            made = [_without_texts(piece) for piece in made]
-        self._keep(made)
-        self.heard.clear()
-        self.told.clear()
-        return made
-
-    def note(self, pieces: Pieces) -> Sequence[Chunk]:
-        """Add changed or new pieces to the answer, and return them as a sequence."""
-        made = self._sequence(pieces)
-        self.changed = self.changed or bool(made)
-        self._keep(made)
-        return made
-
-    def _keep(self, made: Sequence[Chunk], *, marks: bool = False) -> None:
-        for piece in made:
-            if piece.added is not None and not marks:
-                raise TypeError(
-                    "map_chunks: expected the function to return a mark (Chunk.added) only in place of a mark, got another "
-                    "mark; emit(…) it from the middleware itself"
-                )
-            if piece.added:  # pieces before the mark belong to the message that it ends
-                self.gone_out = self.gone_out or self.output
-                self.output = False
-                self.grown = 0
-                self.told.clear()
-            if piece.reasoning:
-                self.told.append(piece.reasoning)
-            self.answer.add(piece)
-            self.grown += len(piece.text)
-            self.output = self.output or piece.has_output
-
-    def _sequence(self, pieces: Pieces) -> Sequence[Chunk]:
-        """Return what `fn` returned as a sequence of chunks."""
-        if isinstance(pieces, Chunk):
-            return (pieces,)
-        if pieces is None:
-            return ()
-        if not isinstance(pieces, Iterable):  # pyright: ignore[reportUnnecessaryIsInstance]  # callers may be untyped
-            discard(pieces)
-            raise TypeError(
-                f"map_chunks: expected the function to return a Chunk, several or None, got {kind_of(pieces)}; "
-                f"{HOW_TO_WAIT}"
-            )
-        made = tuple(pieces)
-        for piece in made:
-            if not isinstance(piece, Chunk):  # pyright: ignore[reportUnnecessaryIsInstance]
-                raise TypeError(
-                    f"map_chunks: expected the function to return a Chunk, several or None, got {kind_of(piece)}"
-                )
-        return made
-
-    def response(self, inner: Response) -> Response:
-        """Return the part of the `inner` response that was let out, with the changes of `fn`."""
-        if not self.changed and self.answer.added == self.marked:
-            return inner
-        mine = self.answer.response()
-        if all(getattr(mine, name) == getattr(inner, name) for name in (*_CONTENT, "opaque")):
-            return inner  # `fn` has only cut the same answer in another way
-        let_out = {name: getattr(mine, name) for name in _CONTENT}
-        # `parsed` is made of the text, and `raw` of the whole answer.
-        parsed = inner.parsed if mine.text == inner.text else None
-        return inner.evolve(**let_out, order=mine.order, parsed=parsed, raw=None)
-
-    def returned(self, inner: Response) -> Response:
-        """Return the response of a flow that returned `inner`, for the layers further out to compare with."""
-        response = self.response(inner)
-        if self.changed:
-            self.call.said = None
-            if (stopped := swallowed(self.call)) is not None:
-                stopped.partial = response
-        return response
-
-    def check(self, inner: Response) -> None:
-        """Check that a flow returned what it has emitted. If `fn` changed nothing, the layers outside of it check that.
-
-        Raises:
-            StreamInterrupted: the flow returned another text.
-        """
-        if not self.changed:
-            return
-        stopped = swallowed(self.call)
-        came = sum(map(len, self.answer.texts)) - self.grown
-        if len(inner.text) != came or (stopped is not None and inner.text != stopped.partial.text):
-            raise_not_delivered(self.call, inner, self.answer.response())
-
-    def check_marks(self, inner: Response, *, streamed: bool) -> None:
-        """Check that the messages of the response are those of the marks, because changed marks take their place.
-
-        Raises:
-            StreamInterrupted: they are not.
-        """
-        # Half an answer is made of `StreamInterrupted.partial`, which has no marks.
-        if inner.added != self.marked and (streamed or self.marked) and self.call.interruption is None:
-            raise_not_marked(self.call, inner, self.answer.response())
-
-    def error(self, stopped: StreamInterrupted) -> BaseException:
-        """Return the error to raise for an interrupted stream. Its `partial` is only what was let out."""
-        stopped.partial = self.response(stopped.partial)
-        # No output has been let out, so the cause itself is raised, which an outer `Retry` may retry.
-        gone_out = self.output or self.gone_out
-        return stopped if gone_out or stopped.__cause__ is None else stopped.__cause__
-
-
-def _checked_effect(effect: object, *, chunks: bool) -> Effect:
+def checked_effect(effect: object, *, chunks: bool) -> Effect:
     """Return an effect that a function yields between two chunks, if it is allowed there.
 
     Args:
@@ -475,200 +125,17 @@ def _checked_effect(effect: object, *, chunks: bool) -> Effect:
     return effect
 
 
-_CONTENT = ("text", "reasoning", "reasoning_parts", "media", "tool_calls", "alternatives", "details", "added")
-"""The fields of a response that say what the model answered."""
-
-
-def _without_texts(chunk: Chunk) -> Chunk:
-    """Return a chunk whose blocks of reasoning only complete what was streamed. Their `raw` goes back to the service."""
-    if not any(isinstance(part, Reasoning) and part.text for part in chunk.parts):
-        return chunk
-    parts = [attrs.evolve(part, text="") if isinstance(part, Reasoning) else part for part in chunk.parts]
-    return attrs.evolve(chunk, parts=tuple(parts))
-
-
-def _caught(flow: Flow[Response]) -> Flow[tuple[Response, StreamInterrupted | None]]:
-    """Run a flow and return its response, or its partial response and its interruption.
-
-    The caller may raise the interruption's cause. Raised within this `except`, the cause would become its own context.
-    """
-    try:
-        return (yield from flow), None
-    except StreamInterrupted as error:
-        return error.partial, error
-
-
-def hold_back(
-    flow: Flow[Response],
-    until: Callable[[str], bool | Flow[bool]] | None = None,
-    check: Callable[[Response], Flow[None] | None] | None = None,
-) -> Flow[Response]:
-    """Hold back a stream's chunks until the stream is known to be good, then release them in the order they came.
-
-    For example, a middleware that shows an answer only once it is complete::
-
-        def complete_only(request: Request, call_next: CallNext) -> Flow[Response]:
-            return (yield from hold_back(call_next(request)))
-
-    Args:
-        flow: the return value of `call_next(request)`.
-        until: takes the text so far after each chunk. Once it returns true, the held chunks are released, and later
-            chunks are passed straight on. Without it, every chunk is held until the end.
-        check: takes the response of a success before any held chunk is released. If it raises, none is released.
-
-    `until` and `check` may be generator functions, which yield the effects of `sleep`, `perform` and `ask`, and return
-    the same as a plain function.
-
-    Until the release, a failure is raised as the provider's own error, which an outer `Retry` may retry, and a
-    `Restart` from within only discards the held chunks. At a mark (`Chunk.added`) with messages, a message is complete:
-    it is checked and released before the mark passes, and the next message is held. Once `until` has returned true, no
-    later message is held either. In a whole call, only the last message is checked.
-    """
-    holder = _Holder(until, check)
-    response, error = yield from _caught(holder.over(flow))
-    try:
-        if error is not None:
-            if not holder.done:
-                error.partial = Response()  # nothing of the message under way has been released
-                # Nothing at all has been released, so the cause itself is raised, which an outer `Retry` may retry. Without
-                # a cause, a resend was refused.
-                if not holder.released and error.__cause__ is not None:
-                    raise error.__cause__
-            raise error
-    finally:
-        del error  # it refers to this frame
-    # After the release a check could no longer hold the answer back.
-    if not holder.done:
-        holder.check_held(response)
-        yield from holder.checked(response)
-    # The provider's stream is at its end, so each chunk goes out as a More, which reads nothing.
-    for chunk in holder.held:
-        yield More(chunk)
-    return response
-
-
-class _Holder(_Combinator):
-    """The state of a `hold_back`, which is `done` once `until` has released its chunks."""
-
-    def __init__(
-        self,
-        until: Callable[[str], bool | Flow[bool]] | None,
-        check: Callable[[Response], Flow[None] | None] | None,
-    ) -> None:
-        super().__init__()
-        self.until = until
-        self.check = check
-        self.held: list[Chunk] = []
-        self.restarted()
-
-    def restarted(self) -> None:
-        self.held.clear()
-        self.released = False
-        """Whether chunks have been let out."""
-        self.turns = Turns()
-        self.text = ""
-        self.call.interruption = None  # what was interrupted is void
-
-    def see(self, effect: Effect) -> Seen | Flow[Seen]:
-        # While the consumer has received nothing, a Restart is accepted here and need not reach it. After a mark it is not
-        # known how much of what is held is void, so the Restart is refused.
-        if isinstance(effect, Restart) and not self.released:
-            return () if self.turns.answered else True
-        return super().see(effect)
-
-    def see_chunk(self, effect: Chunk | More, chunk: Chunk) -> Seen | Flow[Seen]:
-        if chunk.added is not None and (chunk.added or self.turns.output):
-            self.turns.mark()
-        return self._pass_mark(chunk) if chunk.added else self._hold(chunk, reads=effect is chunk)
-
-    def see_request(self, effect: Send) -> Seen:
-        # The held output of the first answer would go out together with a second answer's output.
-        return resend_refused(effect.request, self._answer()) if self.turns.refuse(effect.request) else effect
-
-    def _hold(self, chunk: Chunk, *, reads: bool) -> Seen | Flow[Seen]:
-        self.held.append(chunk)
-        self.turns.output = self.turns.output or chunk.has_output
-        if self.until is not None:
-            self.text += chunk.text
-            good = self.until(self.text)
-            if is_flow(good):
-                return self._seen(good, reads=reads)
-            self.done = bool(_result(good))
-        return self._outgoing(reads=reads)
-
-    def _seen(self, flow: Flow[bool], *, reads: bool) -> Flow[Seen]:
-        """Run the flow of `until`."""
-        self.done = bool((yield from _effects(flow)))
-        return self._outgoing(reads=reads)
-
-    def _outgoing(self, *, reads: bool) -> Sequence[Effect]:
-        outgoing: list[Effect] = []
-        if self.done:
-            outgoing.extend(map(More, self._release()))
-        # A chunk makes the driver read the next, so PULL, which reads but delivers nothing, replaces a held chunk.
-        if reads:
-            outgoing.append(PULL)
-        return outgoing
-
-    def _pass_mark(self, chunk: Chunk) -> Flow[Seen]:
-        """Check and release the message that a mark ends, then let the mark pass. Hold what its chunk says of the next."""
-        if self.held:
-            yield from self.checked(self._answer())
-        for held in self._release():
-            yield More(held)
-        yield More(Chunk(added=chunk.added))
-        self.text = ""
-        rest = attrs.evolve(chunk, added=None)
-        if rest == Chunk():
-            return ()
-        seen: Any = self._hold(rest, reads=False)
-        outgoing: Seen = (yield from seen) if is_flow(seen) else seen
-        return outgoing
-
-    def _release(self) -> Sequence[Chunk]:
-        self.released = True
-        released = [*self.held]
-        self.held.clear()
-        return released
-
-    def checked(self, response: Response) -> Flow[None]:
-        """Run `check`."""
-        if self.check is not None:
-            found = self.check(response)
-            if is_flow(found):
-                yield from _effects(found)
-            else:
-                _result(found)
-
-    def _answer(self) -> Response:
-        answer = Aggregator()
-        for chunk in self.held:
-            answer.add(chunk)
-        return answer.response()
-
-    def check_held(self, response: Response) -> None:
-        """Check that the held chunks are the answer, so that no half of an answer is released, unless it says that it is one.
-
-        Raises:
-            StreamInterrupted: the flow returned another text.
-        """
-        if response.text is self.call.said or not any(chunk.has_output for chunk in self.held):
-            return
-        if not is_delivered(self.call, response, "".join([chunk.text for chunk in self.held])):
-            raise_not_delivered(self.call, response, Response())
-
-
-def _effects(flow: Flow[T]) -> Flow[T]:
+def effects_of(flow: Flow[T]) -> Flow[T]:
     """Run a function's flow that yields effects alone, and return its result."""
     return (yield from _Effects().over(flow))
 
 
 class _Effects(Relay):
     def see(self, effect: Effect) -> Effect:
-        return _checked_effect(effect, chunks=False)
+        return checked_effect(effect, chunks=False)
 
 
-def _result(value: Any) -> object:
+def result_of(value: Any) -> object:
     """Return the result of a plain function. A coroutine is none, and would be taken for true."""
     if type(value) in (CoroutineType, AsyncGeneratorType):
         discard(value)
@@ -679,104 +146,6 @@ def _result(value: Any) -> object:
     return value
 
 
-def stop_when(flow: Flow[Response], fn: Callable[[Chunk], bool | Chunk]) -> Flow[Response]:
-    r"""End a stream early, where `fn` says so, and return the response of the part that came.
-
-    For example, a middleware that keeps the first line::
-
-        def first_line(request: Request, call_next: CallNext) -> Flow[Response]:
-            def ends(chunk: Chunk) -> bool | Chunk:
-                line, end, _ = chunk.text.partition("\n")
-                return Chunk(line) if end else False
-
-            return (yield from stop_when(call_next(request), ends))
-
-    The connection is released at once, and the attempt counts as abandoned. The response has what the chunks up to there
-    said; its finish reason is "stop", unless they had another.
-
-    A whole answer is cut by the same rule: `fn` gets each text as one chunk, the parts before and after it as others, and
-    the usage and the finish reason last. So the response has these only if `fn` has let the whole answer pass.
-
-    Args:
-        flow: the return value of `call_next(request)`.
-        fn: takes each chunk. False goes on; True makes this chunk the last; a `Chunk` is the last in place of this
-            chunk. A mark (`Chunk.added`) in place of which it returns another chunk passes all the same.
-    """
-    stopper = _Stopper(fn)
-    try:
-        response = yield from stopper.over(flow)
-    except _Stopped:
-        yield More(stopper.last)
-        return stopper.response()
-    # What came as chunks has passed `fn` already.
-    if stopper.output or (stopper.streamed and not response.has_output):
-        return response
-    stopper.answer.begin_message()
-    try:
-        for chunk in as_chunks(response.evolve(added=()) if stopper.answer.added else response):
-            for piece in _in_order(chunk):
-                stopper.take(piece)
-    except _Stopped:
-        # A stream says these at its beginning.
-        names = ("model", "id", "request_id", "rate_limits", "provider")
-        return stopper.response().evolve(**{name: getattr(response, name) for name in names})
-    return response
-
-
-def _in_order(chunk: Chunk) -> Iterable[Chunk]:
-    """Return a chunk of a whole answer as chunks that a stream would bring one after another."""
-    before = Chunk(reasoning=chunk.reasoning, parts=chunk.parts, added=chunk.added)
-    after = attrs.evolve(chunk, text="", reasoning="", parts=(), added=None)
-    return [piece for piece in (before, Chunk(chunk.text), after) if piece != Chunk()]
-
-
-class _Stopped(Exception):
-    """`fn` has ended the stream."""
-
-
-class _Stopper(_Combinator):
-    last: Chunk
-    """The chunk at which the stream ended."""
-
-    def __init__(self, fn: Callable[[Chunk], bool | Chunk]) -> None:
-        super().__init__()
-        self.fn = fn
-        self.restarted()
-
-    def restarted(self) -> None:
-        self.answer = Aggregator()
-        self.streamed = self.output = False
-        """Whether chunks of the message under way have come in, and whether they had output."""
-
-    def see_chunk(self, effect: Chunk | More, chunk: Chunk) -> Seen:
-        self.streamed = True
-        self.take(chunk)
-        return effect
-
-    def see_request(self, effect: Send) -> Seen:
-        if not self.output:
-            self.answer.begin_message()  # no part of an attempt that failed belongs to the answer of the next
-        return effect
-
-    def take(self, chunk: Chunk) -> None:
-        """Add a chunk to the answer. Raise `_Stopped` if it is the last."""
-        if chunk.added:
-            self.streamed = self.output = False
-        verdict = self.fn(chunk)
-        if verdict is False or verdict is None:  # pyright: ignore[reportUnnecessaryComparison]  # a function may end without a return
-            self.output = self.output or chunk.has_output
-            self.answer.add(chunk)
-            return
-        if not isinstance(verdict, (bool, Chunk)):  # pyright: ignore[reportUnnecessaryIsInstance]  # callers may be untyped
-            discard(verdict)
-            raise TypeError(f"stop_when: expected the function to return a bool or a Chunk, got {kind_of(verdict)}")
-        self.last = chunk if verdict is True else verdict
-        if chunk.added is not None and self.last.added is None:
-            self.last = attrs.evolve(self.last, added=chunk.added)
-        self.answer.add(self.last)
-        raise _Stopped
-
-    def response(self) -> Response:
-        """Return the part that came."""
-        response = self.answer.response()
-        return response if response.finish_reason else response.evolve(finish_reason="stop")
+def is_empty(chunk: Chunk) -> bool:
+    """Whether a chunk says nothing."""
+    return chunk.text_only and not chunk.text

@@ -25,17 +25,20 @@ def check_delivered(call: CallRecord, response: Response, characters: int | None
         if not characters or characters == len(response.text):
             return
     # Each `map_chunks` between here and the middleware that caught the error has changed `partial` as it changed the answer.
-    elif is_delivered(call, response, error.partial.text):
+    elif is_delivered(call, response, error.partial.text, continued=call.continued):
         return
     partial = Response() if error is None else error.partial
     raise_not_delivered(call, response, partial)
 
 
-def is_delivered(call: CallRecord, response: Response, text: str) -> bool:
-    """Whether a response has the text that was delivered. After an interruption it also has to say that it is cut."""
+def is_delivered(call: CallRecord, response: Response, text: str, *, continued: bool = False) -> bool:
+    """Whether a response has the text that was delivered. After an interruption it also has to say that it is cut.
+
+    If the answer was `continued`, the text is its last part.
+    """
     if swallowed(call) is not None and not (response.has_output and response.finish_reason is not None):
         return False
-    return response.text == text
+    return response.text.endswith(text) if continued else response.text == text
 
 
 def swallowed(call: CallRecord) -> StreamInterrupted | None:

@@ -101,13 +101,15 @@ class Turns:
     again. If a layer further out asked anew, the answers before the mark would be delivered a second time.
     """
 
-    __slots__ = ("_asked", "_fresh", "answered", "output")
+    __slots__ = ("_asked", "_begun", "_fresh", "answered", "output")
 
     def __init__(self) -> None:
         self.output = False
         """Whether output has passed since the last request or mark."""
         self.answered: list[tuple[Message, ...]] = []
         """The messages of each request whose answer a mark has ended."""
+        self._begun = False
+        """Whether a request has passed. Output before the first is no answer, which another request would repeat."""
         self._asked: tuple[Message, ...] = ()
         self._fresh = False
         """Whether no request has passed since the last mark."""
@@ -120,8 +122,9 @@ class Turns:
 
     def refuse(self, request: Request) -> bool:
         """Note a request. Return whether it must not pass."""
-        if self.output or (not self._fresh and request.messages in self.answered):
+        if (self.output and self._begun) or (not self._fresh and request.messages in self.answered):
             return True
+        self._begun = True
         self._asked = request.messages
         self.output = self._fresh = False
         return False

@@ -35,17 +35,17 @@ class Tracing:
     with the tokens.
 
     Every request carries `traceparent`: that of the call's span for the first attempt, and of its own span for each
-    later attempt, which is current while it goes on. The span of the first attempt is recorded afterwards, if there
-    were several. The span of a call has the tokens of all attempts at the provider and the model that it names: those
-    that answered. Attempts elsewhere have their tokens as `fluxibly.attempt.…`, and the call has the sum of all tokens
-    as `fluxibly.usage.total_…`. An `ask` within the call has a span of its own, with its own tokens and attempts.
+    later attempt, which is current during that attempt. If there were several attempts, the span of the first is
+    recorded afterwards. The span of a call has the tokens of all attempts at the provider and the model that it names:
+    those that answered. Attempts elsewhere have their tokens as `fluxibly.attempt.…`, and the call has the sum of all
+    tokens as `fluxibly.usage.total_…`. An `ask` within the call has a span of its own, with its own tokens and attempts.
 
     SDKs behind a provider may be instrumented, too. Instrumentations that are built on opentelemetry-util-genai record
     nothing during an attempt, whether the call is sampled or not. They do record calls that a middleware makes itself, in
     `perform`.
 
     Args:
-        attempts: "auto", or "always" for a span for every attempt from its beginning, even if it is the only one.
+        attempts: "auto", or "always" for a span for every attempt from its beginning, even if there is no other.
         capture: where to record prompts, answers and tool definitions: "none", "span" (as attributes), "event" (as
             `gen_ai.client.inference.operation.details`) or "both". None uses what `telemetry.setup(capture=…)` says
             (unless there is a `tracer_provider`), else the environment variable
@@ -137,7 +137,7 @@ class Tracing:
             raise
         if characters or call.interruption is not None:
             try:
-                check_delivered(call, response, characters - before)
+                check_delivered(call, response, characters - before if call.streaming else None)
             except StreamInterrupted as raised:
                 trace.end(raised, None)
                 raise

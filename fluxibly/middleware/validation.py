@@ -65,8 +65,9 @@ class Validation:
             watch = OutputWatch() if request.call.streaming else None
             verdict = _Verdict()
             try:
-                if self.hold and request.call.streaming:
-                    response = yield from hold_back(call_next(asked), check=lambda r, v=verdict: self.judge(r, v))  # type: ignore[misc]
+                if self.hold and watch is not None:
+                    held = hold_back(call_next(asked), check=lambda r, v=verdict: self.judge(r, v))  # type: ignore[misc]
+                    response = yield from watch.over(held)
                 else:
                     flow = call_next(asked)
                     response = yield from flow if watch is None else watch.over(flow)

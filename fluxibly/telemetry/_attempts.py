@@ -1,4 +1,4 @@
-"""The attempts of a call or of an `ask`: what is known of each until its span can be recorded.
+"""The attempts of a call or of an `ask`, with the facts about each, until its span can be recorded.
 
 The span of an attempt is recorded when the call ends, with the times of the attempt. Only then is it known whether there
 were several attempts, and which of them asked the provider and the model that the call's span names. An attempt that is
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class Failure(NamedTuple):
-    """What a span says of an error. The exception itself is not kept, because its frames refer to the call."""
+    """An error as spans show it. The exception itself is not kept, because its frames refer to the call."""
 
     name: str
     """The value of `error.type`."""
@@ -40,7 +40,7 @@ class Failure(NamedTuple):
 
 
 def failure_of(error: BaseException | None, requests: Iterable[Request], capturing: Capturing) -> Failure | None:
-    """Return what spans say of an error, its message masked. A stream that was given up has not failed."""
+    """Return an error as spans show it, with its message masked. A stream that was given up has not failed."""
     if error is None or isinstance(error, GeneratorExit):
         return None
     return Failure(error_name(error), error_type(error), capturing.redacted(error_message(error, requests)))
@@ -87,7 +87,7 @@ class Attempt:
         self.model: str = send.request.model
         self.live: Span | None = None
         self.entry: Entry | None = None
-        """What makes a span the current one for the time of the attempt, if it is not the current one already."""
+        """Keeps a span current during the attempt, if it is not current already."""
         self.outcome: Outcome = "completed"
         self.failure: Failure | None = None
         self.response_model: str | None = None
@@ -117,7 +117,7 @@ class Attempt:
         """Record the span of the attempt, which has ended."""
         span = self.begin_span(tracer, number) if self.live is None else self.live
         try:
-            # A provider that turns to others by itself says whom it has asked only while the attempt is under way.
+            # A provider that turns to another service by itself names it only while the attempt is under way.
             attributes: dict[str, Any] = {
                 semconv.ATTEMPT_PROVIDER: self.provider.telemetry_name,
                 semconv.ATTEMPT_MODEL: self.model,

@@ -169,7 +169,7 @@ def named(request: Request, outcome: Outcome) -> tuple[ProviderInfo, str, str | 
     """Return the provider and the model that a call is named after, and the name of the model in the answer.
 
     These are the provider and the model that the last attempt asked (perhaps a fallback) if they answered, else those
-    that `request` asks for. A provider that turns to others by itself says in the record whom it has asked.
+    that `request` asks for. A provider that turns to another service by itself names it in the record.
     """
     call = request.call
     if outcome == "completed" or call.chunks > 0:

@@ -18,7 +18,7 @@ from fluxibly.types import CallRecord
 
 
 class InferenceClaim:
-    """A claim to the attempts of one call. What a middleware itself does between them or during them is not claimed.
+    """A claim to the attempts of one call, but not to the I/O of middleware between them or during them.
 
     Args:
         key: the key of the context.
@@ -42,9 +42,7 @@ class InferenceClaim:
 
 
 def claim(call: CallRecord) -> None:
-    """Claim the attempts of a call, unless a layer further out has. The module of `UTIL_GENAI` has to be loaded."""
-    if call.claim is not None:
-        return
+    """Claim the attempts of a call that no layer further out has claimed. The module `UTIL_GENAI` must be loaded."""
     util = sys.modules[UTIL_GENAI]
     key = getattr(util, "CLIENT_INFERENCE_CONTEXT_KEY", None)
     make = getattr(util, "InferenceData", None)

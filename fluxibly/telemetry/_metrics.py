@@ -123,12 +123,12 @@ _Tokens: TypeAlias = dict[tuple[ProviderInfo, str], Usage | None]
 
 
 def _tokens(spent: Iterable[Spent]) -> _Tokens:
-    """Return the tokens of each provider and model of which the service told any."""
-    told: dict[tuple[ProviderInfo, str], list[Usage]] = {}
+    """Return the tokens of each provider and model of which a service reported any."""
+    reported: dict[tuple[ProviderInfo, str], list[Usage]] = {}
     for each in spent:
         if each.usage is not None:
-            told.setdefault((each.provider, each.model), []).append(each.usage)
-    return {where: Usage.sum(usages) for where, usages in told.items()}
+            reported.setdefault((each.provider, each.model), []).append(each.usage)
+    return {where: Usage.sum(usages) for where, usages in reported.items()}
 
 
 class MetricRecorder:

@@ -171,10 +171,10 @@ class CallTrace:
         if attempt.entry is not None:
             attempt.entry.leave()
         if not attempt.send.sent:
-            return  # nothing is told of it: a live span never ends, so it is never exported
+            return  # it is recorded nowhere: a live span never ends, so it is never exported
         self.attempts.append(attempt)
         call = attempt.send.request.call
-        if is_latest:  # a provider that turns to others by itself has noted whom it has asked
+        if is_latest:  # a provider that turned to another service by itself has named it
             attempt.provider = call.provider
             attempt.model = call.sent_model or attempt.model
         if response is not None:
@@ -316,7 +316,7 @@ class SpanSource:
                 return None
             span = recording.begin_span(request, context)
             try:
-                if UTIL_GENAI in sys.modules:
+                if UTIL_GENAI in sys.modules and call.claim is None:
                     claim(call)
                 if span.is_recording():
                     trace = CallTrace(recording, span, request, context)

@@ -53,7 +53,7 @@ def _good() -> list[Answer]:
 
 def _rich(*following: Answer) -> list[Answer]:
     """Return an answer with everything, and plain answers for a middleware that runs the tool and asks again."""
-    begin = Chunk("Hello", model="m-1", id="r-1")
+    begin = Chunk("Hello", reasoning="hm", model="m-1", id="r-1")
     call = ToolCallDelta(index=0, id="c-1", name="look", arguments='{"at": 1}')
     end = Chunk(finish_reason="tool_call", usage=Usage(input_tokens=3, output_tokens=2))
     return [[begin, Chunk(", world", reasoning="hm"), Chunk(tool_calls=(call,)), end], *following, *_good()]
@@ -119,8 +119,8 @@ class Probe(Relay):
         """Whether the checked middleware has left the limits of the call as they were."""
         self.returned: Response | None = None
         """The response of the checked middleware, even if the driver then refused it."""
-        self.goes_on = False
-        """Whether a mark has passed."""
+        self.past_failure = False
+        """Whether a mark has passed, or an attempt was broken off: a failure of a stream need not fail the call."""
         self.restarted()
 
     def restarted(self) -> None:
@@ -156,11 +156,12 @@ class Probe(Relay):
             self.failed = False
         elif isinstance(effect, AttemptEnd):
             self.failed = effect.error is not None
+            self.past_failure = self.past_failure or isinstance(effect.error, GeneratorExit)
         return effect
 
     def see_chunk(self, chunk: Chunk) -> None:
         if chunk.added is not None:
-            self.goes_on = True
+            self.past_failure = True
             self.turns.mark()
         if chunk.added:
             self.added += chunk.added

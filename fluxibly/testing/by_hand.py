@@ -24,11 +24,17 @@ class ByHand:
     Args:
         middleware: a middleware, or several with the outermost first.
         request: the request of the call.
-        restarts: whether the consumer takes `Restart` events.
+        streaming: whether the call is streamed. From the first `stream` on it is in any case.
+        restarts: whether the consumer takes `Restart` events; the call is then streamed.
     """
 
     def __init__(
-        self, middleware: Middleware | Iterable[Middleware], request: Request, *, restarts: bool = False
+        self,
+        middleware: Middleware | Iterable[Middleware],
+        request: Request,
+        *,
+        streaming: bool = False,
+        restarts: bool = False,
     ) -> None:
         layers = [*middleware] if isinstance(middleware, Iterable) else [middleware]
         self.events: list[Chunk | Restart] = []
@@ -38,6 +44,7 @@ class ByHand:
         self._source = Source(END)
         self._wants: Effect | None = None
         self._response: Response | None = None
+        request.call.streaming = streaming or restarts
         self._flow = compose(layers)(request)
         self._step(None)
 
@@ -74,8 +81,15 @@ class ByHand:
         self._step(response)
 
     def stream(self, *items: Chunk | str | Exception) -> None:
-        """Answer the request that was sent with a stream; an exception among the items ends the stream."""
-        self._expect_sent("stream")
+        """Answer the request that was sent with a stream; an exception among the items ends the stream.
+
+        Raises:
+            AssertionError: no request was sent, or it is that of an `ask`, which is answered whole.
+        """
+        record = self._expect_sent("stream").call
+        if record.nested:
+            raise AssertionError("stream(): expected the request of a call, got that of an ask; answer() it")
+        record.streaming = True
         self._note_sent()
         self._left = iter(items)
         if self._read():
@@ -99,11 +113,12 @@ class ByHand:
         """Close the call, as a consumer does that stops reading."""
         self._flow.close()
 
-    def _expect_sent(self, verb: str) -> None:
+    def _expect_sent(self, verb: str) -> Request:
         if self.sent is None:
             raise AssertionError(
                 f"{verb}(): expected a call that has sent a request, got a call that waits for {self._wants!r}"
             )
+        return self.sent
 
     def _note_sent(self) -> None:
         if isinstance(self._wants, Send):

@@ -7,8 +7,12 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from fluxibly.errors import RequestTimeout
+from fluxibly.flow.effects import CallNext, Effect, Flow, Send
+from fluxibly.flow.relay import Relay
+from fluxibly.limits import Leash
 from fluxibly.pipeline import AsyncPipeline, Pipeline
-from fluxibly.provider import check, is_async
+from fluxibly.provider import check, is_async, obeys
 from fluxibly.testing._trial import LAWS
 from fluxibly.testing.modes import BACKENDS, Mode, Ran, run, run_async
 from fluxibly.types import Request, Response
@@ -20,7 +24,8 @@ AT_ONCE = 4
 def check_provider(provider: Any, request: Request | None = None, *, failing: Sequence[Request] = ()) -> None:
     """Check that a provider, sync or async, keeps the laws: call it whole and streamed, and several times at once.
 
-    Calls are compared only if the provider gives the same answer to the same request twice in a row.
+    Calls are compared only if the provider gives the same answer to the same request twice in a row. A provider that says
+    that it keeps the limits of calls by itself (`obeys = True`) is also called after a deadline has passed.
 
     Args:
         provider: an instance. The check does not close it.
@@ -33,6 +38,19 @@ def check_provider(provider: Any, request: Request | None = None, *, failing: Se
     """
     check(provider)
     _Checker(provider, request or Request(model="m", messages="Say hello, please")).check(failing)
+
+
+class _Late(Relay):
+    """A middleware that lets the deadline of a call pass after the last check for it, before the provider is called."""
+
+    def __call__(self, request: Request, call_next: CallNext) -> Flow[Response]:
+        return (yield from self.over(call_next(request)))
+
+    def see(self, effect: Effect) -> Effect:
+        if isinstance(effect, Send):
+            call = effect.request.call
+            call.leash = Leash(call.leash, deadline=call.clock() - 1)
+        return effect
 
 
 class _Checker:
@@ -53,6 +71,8 @@ class _Checker:
             self.check_streams(whole[0].response if alike else None)
         if alike:
             self.keeps_calls_apart(whole[0].response)
+        if obeys(self.provider):
+            self.keeps_deadlines()
         for request in failing:
             self.check_failure(request)
 
@@ -110,6 +130,22 @@ class _Checker:
                     "threads" if backend is None else f"tasks on {backend}",
                     "Keep the state of a call in local variables, not on the provider",
                 )
+
+    def keeps_deadlines(self) -> None:
+        """Check law 11: a call whose deadline has passed fails, because nobody else watches the time."""
+        for backend in self.backends:
+            for streaming in (False, True) if self.streams else (False,):
+                mode = Mode(streaming=streaming, backend=backend)
+                ran = run(mode, self.provider, [_Late()], self.request)
+                if not isinstance(ran.error, RequestTimeout):
+                    got = repr(ran.response if ran.error is None else ran.error)
+                    raise self.fail(
+                        11,
+                        f"expected RequestTimeout or DeadlineExceeded after the deadline of a call, got {got}",
+                        mode,
+                        "Keep the limits of `request.call.leash` (its deadline is a time of `request.call.clock`), or leave out "
+                        "`obeys = True`, so that the pipeline keeps them",
+                    ) from ran.error
 
     def threads(self) -> list[Response]:
         pipeline = Pipeline(self.provider)

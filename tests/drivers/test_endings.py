@@ -95,6 +95,14 @@ def in_order(mode, *, threaded=False):
     return ["inner ended", "outer ended", f"inner {cleaned}", f"outer {cleaned}"]
 
 
+def interrupt_until(over):
+    """Send Ctrl-C to the main thread, and again after a while, because a signal just before a wait does not end it."""
+    for seconds in (SOON, 3.0, 3.0):
+        if over.wait(seconds):
+            return
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+
 class TestEveryEnd:
     """Cleanups run once, after the flow has ended, the last registered first."""
 
@@ -156,8 +164,9 @@ class TestEveryEnd:
             assert log == ["cleaned"]
 
     @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
-    def test_the_end_of_the_program(self, mode, error):
+    def test_the_end_of_the_program(self, mode, error, monkeypatch):
         """On Ctrl-C the caller does not wait: the cleanup runs in a thread of its own."""
+        monkeypatch.setattr(endings, "TIME", 2 * LONG)
         go_on, done = threading.Event(), threading.Event()
 
         def clean():
@@ -177,8 +186,9 @@ class TestEveryEnd:
         go_on.set()
         assert done.wait(LONG)
 
-    def test_ctrl_c_in_the_consumer(self, stream_mode):
+    def test_ctrl_c_in_the_consumer(self, stream_mode, monkeypatch):
         """A consumer that is interrupted between two chunks does not wait either."""
+        monkeypatch.setattr(endings, "TIME", 2 * LONG)
         go_on, done = threading.Event(), threading.Event()
 
         def clean():
@@ -200,10 +210,10 @@ class TestEveryEnd:
 
     def test_ctrl_c_during_a_cleanup(self):
         """Ctrl-C ends the wait for a cleanup, which goes on in its thread."""
-        go_on, done = threading.Event(), threading.Event()
+        over, go_on, done = threading.Event(), threading.Event(), threading.Event()
 
         def clean():
-            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            interrupt_until(over)
             assert go_on.wait(LONG)
             done.set()
 
@@ -213,6 +223,7 @@ class TestEveryEnd:
 
         with pytest.raises(KeyboardInterrupt):
             Pipeline(ScriptedProvider("a"), [cleaning]).complete(REQUEST)
+        over.set()
         assert not done.is_set()
         go_on.set()
         assert done.wait(LONG)
@@ -363,7 +374,7 @@ class TestCancelledCleanup:
 
     @pytest.mark.filterwarnings("ignore:Async generator:ResourceWarning")  # trio warns about dropped generators
     def test_the_task_of_a_cleanup_that_the_loop_cancels(self, backend):
-        """At the end of the event loop each cleanup runs all the same, those that have not begun by their sync functions."""
+        """At the end of the event loop each cleanup runs all the same, if it has not begun by its sync function."""
         log, begun = [], threading.Event()
         inner, outer = SlowCleaning(log, begun.set), Cleaning(log, "outer ")
         stack = [outer, inner]

@@ -1,4 +1,4 @@
-"""The limits of calls: deadlines, limits on the waits of a stream, and `timeout=`, whether the provider keeps them or not."""
+"""The limits of calls: deadlines, limits on a stream's waits, and `timeout=`, whether the provider keeps them or not."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ class Made:
 
 
 def slowly(mode, middleware, *answers, pause=0.0, clock=None, **options):
-    """Make a call in virtual time, whose consumer takes `pause` seconds for each event. Return it, its provider and clock."""
+    """Make a call in virtual time, whose consumer takes `pause` seconds for each event; with its provider and clock."""
     clock = clock or VirtualClock()
     provider = scripted(mode, *answers, clock=clock)
     made = Made(mode, provider, middleware, clock=clock, watch=lambda _: clock.advance(pause), **options)
@@ -585,6 +585,14 @@ class TestTimeout:
             assert type(made.error) is (DeadlineExceeded if phase == "deadline" else RequestTimeout)
             assert made.error.phase == phase
 
+    def test_a_stream_has_no_total_of_its_own(self, stream_mode):
+        """Unless `total` is given, a stream may take longer than a whole answer may."""
+        made, _, clock = slowly(stream_mode, [], ["a", Delay(700), "b"], timeout=Timeouts(idle=None))
+        assert (made.text, clock.now()) == ("ab", 700)
+        for mode in (mode for mode in MODES if not mode.streaming):
+            made, _, clock = slowly(mode, [], ["a", Delay(700), "b"], timeout=Timeouts(idle=None))
+            assert (made.error.phase, clock.now()) == ("total", 600)
+
     def test_a_number_bounds_all_attempts(self, mode):
         """The number of a whole call is its deadline; in a stream it bounds each attempt by itself."""
         answers = [[Delay(2), ServerError("a")], [Delay(2), ServerError("b")], [Delay(2), "fine"]]
@@ -955,10 +963,11 @@ def test_an_async_provider_that_never_waits(backend):
     class Ready:
         async def stream(self, request):
             for text in "abc":
+                read.append(text)
                 yield text
 
     clock = VirtualClock()
-    texts = []
+    texts, read = [], []
 
     class Real(type(SYSTEM_CLOCK)):
         now = staticmethod(clock.now)
@@ -975,7 +984,32 @@ def test_an_async_provider_that_never_waits(backend):
         assert type(caught.value.__cause__) is DeadlineExceeded
 
     anyio.run(main, backend=backend)
-    assert texts == ["a", "b"]
+    assert texts == read == ["a", "b"]
+
+
+def test_a_sync_provider_is_not_read_after_the_deadline():
+    """If the consumer has used the time up, the provider is not read again."""
+    clock, texts, read = VirtualClock(), [], []
+
+    class Ready:
+        def stream(self, request):
+            for text in "abc":
+                read.append(text)
+                yield text
+
+    class Real(type(SYSTEM_CLOCK)):
+        now = staticmethod(clock.now)
+
+    def consume():
+        for chunk in Pipeline(Ready(), [deadline(3)], clock=Real()).stream(REQUEST):
+            texts.append(chunk.text)
+            clock.advance(2)
+
+    with pytest.raises(StreamInterrupted):
+        consume()
+    for thread in workers():
+        thread.join(5)
+    assert texts == read == ["a", "b"]
 
 
 async def timed_out(call):
@@ -1157,6 +1191,7 @@ class TestClosing:
         thread = threading.Thread(target=close)
         thread.start()
         assert [chunk.text for chunk in stream] == ["a"]
+        assert not provider.returned.is_set()
         thread.join()
         provider.release.set()
         assert provider.closed.wait(5)
@@ -1218,14 +1253,24 @@ class TestClosing:
         assert aborted.is_set()
 
 
+def interrupt_until(over):
+    """Send Ctrl-C to the main thread, and again after a while, because a signal just before a wait does not end it."""
+    for seconds in (SOON, 3.0, 3.0):
+        if over.wait(seconds):
+            return
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+
 @pytest.mark.parametrize("when", WHEN)
 def test_ctrl_c(when):
     """Ctrl-C ends the wait for a provider that blocks, at once."""
     provider = Blocking(*(["a"] if when == "after output" else []))
 
+    over = threading.Event()
+
     def interrupt():
         assert provider.blocks.wait(LONG)
-        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        interrupt_until(over)
 
     pipeline = Pipeline(provider, [deadline(LONG)])
     thread = threading.Thread(target=interrupt)
@@ -1233,6 +1278,7 @@ def test_ctrl_c(when):
     try:
         with pytest.raises(KeyboardInterrupt):
             pipeline.complete(REQUEST) if when == "whole" else list(pipeline.stream(REQUEST))
+        over.set()
         assert not provider.returned.is_set()
     finally:
         provider.release.set()

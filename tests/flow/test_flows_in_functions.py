@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from functools import partial
+from threading import Thread
 
 import anyio
 import attrs
@@ -17,6 +18,7 @@ from fluxibly.flow.effects import AttemptEnd
 from fluxibly.flow.relay import Relay
 from fluxibly.middleware import Retry
 from fluxibly.pipeline import AsyncPipeline, Pipeline
+from fluxibly.testing import ScriptedProvider
 from fluxibly.testing.modes import MODES, run_async
 from fluxibly.types import Chunk, Reasoning, Request, Response, Restart, ToolCallDelta, Usage
 
@@ -540,6 +542,66 @@ class TestInterruptions:
         made = call(streaming, [mapping(fn), inner], ["a", "b"], stop_after=1)
         assert log == ["function", "inner"]
         assert made.ran.error is None
+
+
+class TestClosingFromElsewhere:
+    def test_no_further_question(self):
+        """A close in another thread, while a function waits for a question, is noticed before the next is sent."""
+        asked = []
+
+        class Judge(ScriptedProvider):
+            def complete(self, request):
+                asked.append(request)
+                thread = Thread(target=stream.close)
+                thread.start()
+                thread.join()
+                return "yes"
+
+        def guard(request, call_next):
+            def fn(chunk):
+                yield from ask(request)
+                yield from ask(request)
+                yield chunk
+
+            return (yield from map_chunks(call_next(request), fn))
+
+        provider = Judge(["a", "b"])
+        stream = Pipeline(provider, [guard]).stream(REQUEST)
+        assert [*stream] == []
+        assert len(asked) == 1
+        assert (provider.opened, provider.closed) == (1, 1)
+
+    @pytest.mark.parametrize("backend", ["asyncio", "trio"])
+    def test_a_wait_in_another_task(self, backend):
+        """`aclose` in another task ends the wait of a function, and with it the function and the flow inside."""
+        log = []
+        provider = scripted(next(mode for mode in MODES if mode.backend == backend), ["a", "b"])
+
+        def fn(chunk):
+            try:
+                yield from perform(None, waiting)
+            finally:
+                log.append("function")
+
+        async def main():
+            stream = AsyncPipeline(provider, [mapping(fn)]).stream(REQUEST)
+
+            async def read():
+                log.extend([chunk.text async for chunk in stream])
+
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(read)
+                await started.wait()
+                await stream.aclose()
+
+        async def waiting():
+            started.set()
+            await anyio.sleep_forever()
+
+        started = anyio.Event()
+        run_async(main, backend)
+        assert log == ["function"]
+        assert (provider.opened, provider.closed) == (1, 1)
 
 
 class TestHoldBack:

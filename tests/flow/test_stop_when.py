@@ -72,6 +72,22 @@ class TestWhere:
         made = call(mode, stopping(lambda chunk: Chunk("instead")), ["xyz", "more"])
         assert made.response == Response("instead", finish_reason="stop")
 
+    def test_a_chunk_with_everything(self, mode):
+        """It is cut in the order of what it has, so that a stop at its text leaves out its tool call."""
+        delta = ToolCallDelta(index=0, id="c", name="f", arguments="{}")
+        full = Chunk("a|b", reasoning="hm", tool_calls=(delta,), model="m-9", usage=Usage(output_tokens=3))
+        seen = []
+
+        def ends(chunk):
+            seen.append((chunk.reasoning, chunk.text, len(chunk.tool_calls)))
+            return Chunk("a") if chunk.text else False
+
+        made = call(mode, stopping(ends), [full])
+        assert made.response == Response("a", reasoning="hm", model="m-9", finish_reason="stop")
+        assert seen == [("hm", "", 0), ("", "a|b", 0)]
+        if mode.streaming:
+            assert made.ran.events == [Chunk(reasoning="hm", model="m-9"), Chunk("a")]
+
     def test_a_chunk_without_output(self, mode):
         """The function sees chunks without text as well."""
         made = call(mode, stopping(lambda chunk: chunk.finish_reason == "length"), ["a", "b", END, "never"])
@@ -317,6 +333,14 @@ class TestTurns:
         assert [message.text for message in made.response.added] == ["look", "noon"]
         assert len(made.provider.requests) == 1
 
+    def test_a_chunk_in_place_of_a_mark(self, streaming):
+        """The mark passes all the same, and the chunk is of the message after it."""
+        made = call(
+            streaming, [stopping(lambda chunk: Chunk("(cut)") if chunk.added else False), CLOCK], ["look", asks()]
+        )
+        assert (made.response.text, made.response.finish_reason) == ("(cut)", "stop")
+        assert [message.text for message in made.response.added] == ["look", "noon"]
+
     def test_a_last_turn_without_the_provider(self, mode):
         """A message that comes whole is cut too, also in a stream."""
 
@@ -342,7 +366,7 @@ class TestTurns:
         made = call(mode, [stopping_at("|"), replay])
         assert made.response == Response("noon", added=stored, finish_reason="stop")
         if mode.streaming:
-            assert made.ran.events == [Chunk("noon", added=stored)]
+            assert made.ran.events == [Chunk(added=stored), Chunk("noon")]
 
     def test_a_message_that_goes_on(self, mode):
         """An answer that was continued is one text to the function."""

@@ -14,7 +14,7 @@ from fluxibly.flow import emit, hold_back, map_chunks, perform
 from fluxibly.middleware import Logging, Retry, StreamMeter, Timing, Tracing, Validation
 from fluxibly.pipeline import AsyncPipeline, Pipeline
 from fluxibly.testing.modes import MODES, run_async
-from fluxibly.types import Chunk, Message, Reasoning, Request, Response, Restart, ToolCallDelta, Usage
+from fluxibly.types import Chunk, Message, Reasoning, Request, Response, Restart, ToolCall, ToolCallDelta, Usage
 
 REQUEST = Request(model="m", messages="What time is it?")
 
@@ -132,6 +132,18 @@ class TestTools:
         assert asked == (*REQUEST.messages, *made.response.added)
         again = REQUEST.evolve(messages=[*asked, made.response.message, Message.user("Thanks!")])
         assert call(mode, CLOCK, "Welcome.", request=again).response.added == ()
+
+    def test_a_history_that_is_cut(self, mode):
+        """The next request may have the messages of an earlier one, if a layer within leaves out what was between."""
+
+        def brief(request, call_next):
+            kept = request.messages[:1] + request.messages[1:][-2:]
+            return (yield from call_next(request.evolve(messages=kept)))
+
+        made = call(mode, [CLOCK, brief], turn(), turn(), turn(), LAST)
+        assert made.response.text == "It is noon."
+        assert len(made.response.added) == 6
+        assert made.provider.requests[2].messages == made.provider.requests[1].messages
 
     def test_the_record_is_that_of_all_turns(self, mode):
         """Attempts are counted, the usage is the last answer's, and `total_usage` that of all turns."""
@@ -320,10 +332,9 @@ class TestRetries:
             except StreamInterrupted as error:
                 return error.partial.evolve(finish_reason="length")
 
-        for between in ([], [holding], [mapping(louder)]):
-            made = call(streaming, [salvaging, *between, CLOCK], turn(), ["It ", ServerError("down")])
-            text = made.ran.text
-            assert (made.response.text, made.response.finish_reason) == (text, "length")
+        for layers in ([salvaging], [salvaging, holding], [salvaging, mapping(louder)], [mapping(louder), salvaging]):
+            made = call(streaming, [*layers, CLOCK], turn(), ["It ", ServerError("down")])
+            assert (made.response.text, made.response.finish_reason) == (made.ran.text, "length")
             assert made.response.added == made.ran.events[3].added
 
     def test_an_answer_instead_of_a_turn_that_failed(self, streaming):
@@ -524,6 +535,20 @@ class TestMapChunks:
         if mode.streaming:
             assert tuple(m for event in made.ran.events for m in event.added or ()) == made.response.added
 
+    def test_a_turn_that_came_whole(self, mode):
+        """Of a message of which no chunk came in, nothing was held back, so its end passes unnoticed."""
+        ends = []
+
+        def stored(request, call_next):
+            if len(request.messages) == 1:
+                return Response("Let me look. ", tool_calls=[ToolCall("c1", "clock")])
+            return (yield from call_next(request))
+
+        made = call(mode, [mapping(lambda chunk: chunk, lambda: ends.append(1)), CLOCK, stored], LAST)
+        assert made.response.text == "It is noon."
+        assert [message.text for message in made.response.added] == ["Let me look. ", "noon"]
+        assert ends == [1]
+
     def test_a_dropped_mark_passes(self, mode):
         """A function that knows nothing of marks cannot lose one."""
         made = call(mode, [mapping(lambda chunk: chunk if chunk.text else None), CLOCK], turn(), LAST)
@@ -619,15 +644,44 @@ class TestMarks:
         if mode.streaming:
             assert [name.lower() for name in events(made.ran)] == ["ai: ", "mark 0", "hel", "lo"]
 
-    def test_a_heading_without_a_mark(self, streaming):
-        """The error says what to write."""
+    @pytest.mark.parametrize("between", [[], [mapping(louder)], [holding], [mapping(louder), holding]])
+    def test_a_heading_without_a_mark(self, mode, between):
+        """What goes out before the first request is no answer that the request would repeat, nor is it for a retry."""
 
         def headed(request, call_next):
             yield from emit(Chunk("AI: "))
             response = yield from call_next(request)
             return response.evolve(text=f"AI: {response.text}")
 
-        assert "emit(Chunk(added=…)) first" in str(call(streaming, headed, "hello").ran.error)
+        made = call(mode, [*between, headed, Retry(base_delay=0)], ServerError("down"), ["hel", "lo"])
+        assert made.response.text.lower() == "ai: hello"
+        if mode.streaming:
+            assert made.ran.text == made.response.text
+
+    def test_a_heading_and_a_replay(self, streaming):
+        """After a heading and output of the answer, nothing is sent again."""
+
+        def headed(request, call_next):
+            yield from emit(Chunk("AI: "))
+            yield from call_next(request)
+            return (yield from call_next(request))
+
+        made = call(streaming, headed, "hello", "again")
+        assert "emit(Chunk(added=…)) first" in str(made.ran.error)
+
+    def test_details_beside_a_mark(self, streaming):
+        """They belong to the message that begins, through a combinator as well."""
+
+        def noting(request, call_next):
+            first = yield from call_next(request)
+            yield from emit(Chunk(added=(first.message,), details={"turn": 2}))
+            response = yield from call_next(request.evolve(messages=(*request.messages, first.message)))
+            return response.evolve(added=(first.message,), details={"turn": 2})
+
+        for layers in ([noting], [mapping(louder), noting], [holding, noting]):
+            made = call(streaming, layers, "one", "two")
+            assert made.response.details == {"turn": 2}
+            assert [event.details for event in made.ran.events if event.details] == [{"turn": 2}]
 
     def test_a_turn_without_the_provider(self, mode):
         """A layer within the tools may answer a turn by itself."""

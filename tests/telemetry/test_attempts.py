@@ -9,8 +9,9 @@ from opentelemetry.trace import SpanKind, StatusCode
 from support.powers import Fallback, stopping_at, tools
 from support.tracing_tools import ANSWER, REQUEST, TOOL, Remote, failed, modes, remote, streams
 
-from fluxibly import LLM, Pipeline, Target
+from fluxibly import LLM, Pipeline, Target, sleep
 from fluxibly.errors import BadRequest, ConfigError, Overloaded, ResponseInvalid, StreamInterrupted
+from fluxibly.flow import ask, emit
 from fluxibly.middleware import Retry, Tracing, Validation
 from fluxibly.testing import Delay, VirtualClock
 from fluxibly.testing.modes import run
@@ -71,7 +72,7 @@ class Working(Remote):
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["whole", "stream"])
 def test_the_first_attempt_gets_its_span_afterwards(streaming, recorder):
-    """The span has the times of the attempt. What the provider did meanwhile stays below the span of the call."""
+    """The span has the times of the attempt. Spans of the provider stay below the span of the call."""
     provider = Working(Overloaded("full"), ANSWER)
     provider.tracer = recorder.tracer_provider.get_tracer("http")
     pipeline = Pipeline(provider, [recorder.tracing(), Retry(max_retries=1, base_delay=0)])
@@ -134,7 +135,7 @@ def test_a_stream_that_was_left_unread_has_no_attempt(mode, attempts, recorder):
 
 
 @streams
-def test_an_attempt_that_was_refused_is_told_nowhere(mode, recorder):
+def test_an_attempt_that_was_refused_is_not_recorded(mode, recorder):
     """A middleware asks again after output, which is refused, so there was one attempt."""
 
     def again(request, call_next):
@@ -225,7 +226,7 @@ def test_two_attempts_at_two_targets(mode, recorder):
 
 @modes
 def test_if_no_target_answers_the_call_keeps_the_names_that_were_asked_for(mode, recorder):
-    """The attempts name whom they asked."""
+    """Each attempt names the provider that it asked."""
     target = elsewhere(mode, Overloaded("also full"))
     run(mode, remote(mode, Overloaded("full")), [recorder.tracing(), Fallback(to=[target])], REQUEST)
     span = recorder.call
@@ -270,6 +271,23 @@ def test_the_tokens_of_rejected_answers_are_on_the_calls_span(mode, recorder):
         run(mode, remote(mode, bad, bad, last), [recorder.tracing(), check], REQUEST)
         assert usage_of(recorder.call) == expected
         assert [usage_of(attempt) for attempt in recorder.attempts] == [{}, {}, {}]
+
+
+@modes
+def test_the_sum_of_all_tokens_is_that_of_one_span(mode, recorder):
+    """A layer further out that asks again begins another span, which does not count the tokens of the first again."""
+    check = Validation(check=lambda response: None if response.text == "good" else "say good", hold=True)
+
+    def ask_before(request, call_next):
+        yield from ask(request)
+        return (yield from call_next(request))
+
+    answers = [Response(text, usage=LITTLE) for text in ("fine", "bad", "fine", "good")]
+    run(mode, remote(mode, *answers), [check, recorder.tracing(), ask_before], REQUEST)
+    own = {"usage.input_tokens": 3, "usage.output_tokens": 1}
+    total = {"usage.total_input": 6, "usage.total_output": 2}
+    assert [usage_of(span) for span in recorder.calls] == [{**own, **total}] * 2
+    assert [span.attributes["fluxibly.attempts"] for span in recorder.calls] == [1, 1]
 
 
 @modes
@@ -357,3 +375,18 @@ def test_a_layer_that_changes_the_answer_after_a_turn_is_noticed(mode, recorder)
     stack = [recorder.tracing(), lie, tools({"look": lambda: "!"})]
     run(mode, remote(mode, first, ["two"]), stack, REQUEST)
     assert recorder.call.attributes["fluxibly.outcome"] == ("failed" if mode.streaming else "completed")
+
+
+@streams
+def test_a_chunk_that_a_middleware_lets_out_before_anything_was_sent(mode, recorder):
+    """The time until the first chunk is that of the service's, so it is unknown."""
+    clock = VirtualClock()
+
+    def preface(request, call_next):
+        yield from emit(Chunk(id="early"))
+        yield from sleep(1)
+        return (yield from call_next(request))
+
+    run(mode, remote(mode, ["a"], clock=clock), [recorder.tracing(), preface], REQUEST, clock=clock)
+    assert recorder.call.attributes["fluxibly.outcome"] == "completed"
+    assert "gen_ai.response.time_to_first_chunk" not in recorder.call.attributes

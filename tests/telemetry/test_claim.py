@@ -14,6 +14,7 @@ from support.tracing_tools import REQUEST, Recorder, modes
 
 from fluxibly import map_chunks, perform
 from fluxibly.errors import Overloaded
+from fluxibly.flow import ask
 from fluxibly.middleware import Metrics, Retry, Tracing
 from fluxibly.testing.modes import run
 from fluxibly.types import Chunk, Response, Usage
@@ -59,7 +60,7 @@ class World:
 
     @property
     def tokens(self):
-        """The sum of the tokens that were counted, by whomever."""
+        """The sum of the tokens that both instrumentations have counted."""
         scopes = [scope for r in self.meters.reader.get_metrics_data().resource_metrics for scope in r.scope_metrics]
         metrics = [metric for scope in scopes for metric in scope.metrics if metric.name == "gen_ai.client.token.usage"]
         return sum(point.sum for metric in metrics for point in metric.data.data_points)
@@ -146,8 +147,30 @@ def test_the_mark_goes_with_its_attempt_whatever_else_is_current(mode, attempts)
 
 
 @modes
+@pytest.mark.parametrize("inner", ["tracing", "metrics"])
+def test_a_question_with_telemetry_of_its_own_during_an_attempt(mode, inner):
+    """The I/O of its stack is measured: the mark of the attempt around it is not taken for a caller's own."""
+    world = World()
+
+    def guard(request, call_next):
+        yield from perform(lambda: world.ask("judge"))
+        return (yield from call_next(request))
+
+    def judged(request, call_next):
+        def fn(chunk):
+            layer = world.recorder.tracing() if inner == "tracing" else world.meters.metrics()
+            yield from ask(request, through=[layer, guard])
+            yield chunk
+
+        return (yield from map_chunks(call_next(request), fn))
+
+    run(mode, world.provider(), [world.recorder.tracing(), judged], REQUEST)
+    assert [span.name for span in world.recorder.spans].count("chat judge") == 1
+
+
+@modes
 def test_within_a_call_that_another_instrumentation_measures(mode):
-    """What a middleware performs sees that call, as code does that runs without fluxibly."""
+    """The I/O of a middleware sees that call, as code does that runs without fluxibly."""
     world, seen = World(), []
 
     def look(request, call_next):

@@ -264,8 +264,10 @@ class TestTokensOfEveryAttempt:
     @modes
     def test_targets_of_which_none_answers(self, mode, meters):
         """The duration has the names that were asked for, and no name of an answering model."""
-        fallback = Fallback(to=[self.elsewhere(mode, Overloaded("full"))])
-        run(mode, remote(mode, Overloaded("full")), [meters.metrics(), fallback], REQUEST)
+        fails = [Chunk(model="m-2-2026"), Overloaded("full")] if mode.streaming else Overloaded("full")
+        fallback = Fallback(to=[self.elsewhere(mode, fails)])
+        stack = [meters.metrics(), Validation(hold=True), fallback]
+        run(mode, remote(mode, Overloaded("full")), stack, REQUEST)
         (point,) = meters.points()[DURATION]
         given = point.attributes
         assert (given["gen_ai.provider.name"], given["gen_ai.request.model"]) == ("openai", "m-1")
@@ -293,11 +295,16 @@ class TestTokensOfEveryAttempt:
 
     @modes
     def test_a_layer_that_is_run_several_times(self, mode, meters):
-        """Within a retry, each attempt counts by itself, and none twice."""
+        """Within a layer that asks again, each time counts by itself, and no token twice."""
         check = Validation(check=lambda response: None if response.text == "good" else "say good", hold=True)
-        answers = [Response("bad", usage=self.LITTLE), Response("good", usage=self.MUCH)]
-        run(mode, remote(mode, *answers), [check, meters.metrics()], REQUEST)
-        assert sum(total for total, _ in self.inputs(meters).values()) == 23
+
+        def ask_before(request, call_next):
+            yield from ask(request)
+            return (yield from call_next(request))
+
+        answers = [Response(text, usage=self.LITTLE) for text in ("fine", "bad", "fine", "good")]
+        run(mode, remote(mode, *answers), [check, meters.metrics(), ask_before], REQUEST)
+        assert sum(total for total, _ in self.inputs(meters).values()) == 12
         assert meters.points()[DURATION][0].count == 2
 
 

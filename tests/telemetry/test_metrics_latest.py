@@ -9,6 +9,7 @@ from support.tracing_tools import REQUEST, remote
 
 from fluxibly import LLM, Request, Response
 from fluxibly.errors import BadRequest, ConfigError, Overloaded, RateLimitError, StreamInterrupted
+from fluxibly.flow import ask
 from fluxibly.middleware import Retry, StreamMeter, Validation
 from fluxibly.pipeline import Pipeline
 from fluxibly.testing import Delay, ScriptedProvider, VirtualClock
@@ -127,7 +128,7 @@ def test_a_request_that_was_never_sent_counts_no_tokens(meters):
 
 
 def test_tokens_are_counted_once_regardless_of_retries(meters):
-    """An attempt that failed before it told any tokens adds none."""
+    """An attempt that failed before the service reported tokens adds none."""
     answer = Response("a", usage=USAGE, finish_reason="stop")
     provider = ScriptedProvider(RateLimitError("slow"), answer, clock=VirtualClock())
     stack = [meters.metrics(conventions="latest"), Retry(max_retries=1)]
@@ -152,6 +153,21 @@ def test_tokens_of_rejected_answers(mode, last, meters):
     else:
         assert list(counted(meters).values()) == [17, 5, 3, 4, 2]
         assert not PER_CALL & meters.points().keys()
+
+
+@modes
+def test_a_call_with_reported_tokens_of_an_ask_alone(mode, meters):
+    """The call's own tokens are unknown, and are not counted as 0."""
+
+    def guard(request, call_next):
+        yield from ask(request.evolve(model="judge"))
+        return (yield from call_next(request))
+
+    provider = remote(mode, Response("fine", usage=USAGE), Response("a"))
+    run(mode, provider, [meters.metrics(conventions="latest"), guard], REQUEST)
+    points = meters.points()
+    for name in (*PER_CALL, *COUNTERS):
+        assert [point.attributes["gen_ai.request.model"] for point in points[name]] == ["judge"]
 
 
 def test_both_editions_at_once(meters):
