@@ -1,4 +1,4 @@
-"""What is known of a call while it goes on: who is asked, the limits, the measurements, and the call's record.
+"""The facts of a call while it goes on: its provider, its limits, its measurements, and the record that holds them.
 
 `CallRecord` is mutable, the memory that all layers of a call share. The other classes are immutable.
 """

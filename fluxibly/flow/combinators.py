@@ -1,4 +1,4 @@
-"""What the combinators have in common: which effects they see, and the functions that they run between two chunks."""
+"""The base of the combinators: the effects that they see, and the functions that they run between two chunks."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def caught(flow: Flow[Response]) -> Flow[tuple[Response, StreamInterrupted | Non
 
 
 class Combinator(Relay):
-    """What the combinators have in common.
+    """The base of the combinators, which tells apart the effects that pass.
 
     In a whole call, chunks that a middleware emits go nowhere, since its response has them. So they pass unseen, and the
     response passes through the combinator at the end.

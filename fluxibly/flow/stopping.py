@@ -49,7 +49,7 @@ def stop_when(flow: Flow[Response], fn: Callable[[Chunk], bool | Chunk]) -> Flow
         for chunk in stopper.last:
             yield More(chunk)
         return stopper.response()
-    # What came as chunks has passed `fn` already.
+    # An answer that came as chunks has passed `fn` already.
     if stopper.output or (stopper.streamed and not response.has_output):
         return response
     stopper.answer.begin_message()
@@ -96,7 +96,7 @@ class _Stopper(Combinator):
         super().__init__()
         self.fn = fn
         self.last: list[Chunk] = []
-        """What is left of the chunk under way, if it is the last."""
+        """The pieces of the last chunk that go out."""
         self.restarted()
 
     def restarted(self) -> None:

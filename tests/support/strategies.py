@@ -547,6 +547,8 @@ def diverting(name: str, log: Log) -> Any:
     return powers.Fallback(to=[Target(Other(), model="m-3", drop=["temperature"])])
 
 
+SAME_WHOLE = (judging, asking_first, limiting, diverting, prefacing)
+"""The powers that do the same for whole answers and streams."""
 POWERS = (
     bounding,
     pacing,

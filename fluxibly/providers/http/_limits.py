@@ -86,7 +86,7 @@ class Limits:
         self._total = total
         self._total_end = None if total is None else now + total
         self.phase: Phase = "connect"
-        """What the attempt is doing."""
+        """The phase of the attempt."""
         self.end = None if times.connect is None else now + times.connect
         """The end of the phase; None: no limit. Of an idle stream, the end of the wait under way; None between waits.
 
