@@ -339,7 +339,8 @@ class CallRecord:
             TypeError: `call` is not a sync function, or `acall` is not a function.
         """
         if not callable(call) or iscoroutinefunction(call):
-            raise TypeError(f"on_end: expected a sync function first, got {kind_of(call)}; write on_end(call, acall)")
+            got = "an async function" if iscoroutinefunction(call) else kind_of(call)
+            raise TypeError(f"on_end: expected a sync function first, got {got}; write on_end(call, acall)")
         if acall is not None and not callable(acall):  # pyright: ignore[reportUnnecessaryComparison]  # callers may be untyped
             raise TypeError(
                 f"on_end: expected an async function second, got {kind_of(acall)}; write on_end(call, acall)"

@@ -8,7 +8,7 @@ from typing import Literal
 
 import attrs
 
-from fluxibly._checks import number, suggests_names
+from fluxibly._checks import is_mapping, number, problem, suggests_names
 from fluxibly._roots import ConfigError
 from fluxibly._values import Value
 
@@ -83,6 +83,11 @@ def seconds_problem(name: str, value: object) -> str | None:
     return number(name, value, above=0, unit="seconds")
 
 
+def _time_problem(name: str, value: object) -> str | None:
+    found = number(name, value)
+    return None if found is None else problem(name, "a time of call.clock, such as call.clock() + 5", value)
+
+
 def timeouts_of_call(timeout: float | Timeouts, *, streaming: bool) -> Timeouts:
     """Return the limits that `timeout=` of a call sets.
 
@@ -93,7 +98,8 @@ def timeouts_of_call(timeout: float | Timeouts, *, streaming: bool) -> Timeouts:
         return timeout
     wrong = seconds_problem("timeout", timeout)
     if wrong is not None:
-        raise ConfigError(wrong)
+        advice = "; write Timeouts(first_byte=…, idle=…)" if is_mapping(timeout) else ""
+        raise ConfigError(f"{wrong}{advice}")
     return Timeouts(timeout, timeout, timeout) if streaming else Timeouts(timeout, timeout, timeout, timeout)
 
 
@@ -139,7 +145,7 @@ class Leash:
         idle: float | None = None,
     ) -> None:
         problems = [
-            None if deadline in (None, math.inf) else number("deadline", deadline, unit="seconds"),
+            None if deadline in (None, math.inf) else _time_problem("deadline", deadline),
             None if first_chunk is None else seconds_problem("first_chunk", first_chunk),
             None if idle is None else seconds_problem("idle", idle),
         ]

@@ -118,7 +118,7 @@ class _LLM:
             if name not in _OVERRIDES:
                 if name in _INSTEAD:
                     raise TypeError(f"a call has no setting {name!r}; {_INSTEAD[name]}")
-                hint = did_you_mean(name, _OVERRIDES)
+                hint = did_you_mean(name, {*_OVERRIDES, "timeout"})
                 raise TypeError(f"a call has no setting {name!r}{hint}; pass provider parameters in extra=")
         problems = parameter_problems(changes)
         if problems:

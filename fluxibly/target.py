@@ -9,7 +9,7 @@ from typing import Any, cast
 import attrs
 
 from fluxibly import provider as providers
-from fluxibly._checks import did_you_mean, is_mapping, kind_of, problem
+from fluxibly._checks import did_you_mean, is_mapping, kind_of, nearest, problem
 from fluxibly.config import LLMConfig, parameter_problems
 from fluxibly.errors import ConfigError, Problems
 from fluxibly.types import Request, replaced
@@ -175,9 +175,15 @@ def _of_table(table: dict[Any, Any]) -> Target:
     )
     drop = problems.of(_to_drop, table.pop("drop", None) or ())
     problems.of(_check_not_both, table, drop or ())
-    config = problems.of(LLMConfig.from_mapping, table)
+    config = problems.of(_to_config, table)
     problems.check()
     return Target(config, drop=drop or ())
+
+
+def _to_config(table: Mapping[str, Any]) -> LLMConfig:
+    if unknown := [name for name in table if nearest(str(name), ("drop",), 0.75)]:
+        raise ConfigError(f"{unknown[0]}: there is no such setting; did you mean 'drop'?")
+    return LLMConfig.from_mapping(table)
 
 
 def check_targets(layers: Iterable[object]) -> None:

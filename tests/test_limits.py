@@ -40,16 +40,16 @@ class TestLeash:
     @pytest.mark.parametrize(
         ("limits", "problems"),
         [
-            ({"deadline": "5"}, ("deadline: expected a number of seconds, got '5'",)),
-            ({"deadline": True}, ("deadline: expected a number of seconds, got True",)),
-            ({"deadline": math.nan}, ("deadline: expected a number of seconds, got nan",)),
-            ({"deadline": -math.inf}, ("deadline: expected a number of seconds, got -inf",)),
+            ({"deadline": "5"}, ("deadline: expected a time of call.clock, such as call.clock() + 5, got '5'",)),
+            ({"deadline": True}, ("deadline: expected a time of call.clock, such as call.clock() + 5, got True",)),
+            ({"deadline": math.nan}, ("deadline: expected a time of call.clock, such as call.clock() + 5, got nan",)),
+            ({"deadline": -math.inf}, ("deadline: expected a time of call.clock, such as call.clock() + 5, got -inf",)),
             ({"first_chunk": 0}, ("first_chunk: expected a number of seconds above 0, got 0",)),
             ({"idle": math.inf}, ("idle: expected a number of seconds above 0, got inf",)),
             (
                 {"deadline": [], "first_chunk": -1, "idle": "1"},
                 (
-                    "deadline: expected a number of seconds, got a list",
+                    "deadline: expected a time of call.clock, such as call.clock() + 5, got a list",
                     "first_chunk: expected a number of seconds above 0, got -1",
                     "idle: expected a number of seconds above 0, got '1'",
                 ),

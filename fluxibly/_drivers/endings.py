@@ -18,6 +18,7 @@ from typing import Any
 from fluxibly import _abandoned
 from fluxibly._logs import report_once
 from fluxibly.calls import CallRecord, Cleanup, Perform
+from fluxibly.flow.compose import layer_name
 from fluxibly.flow.verbs import await_, run
 from fluxibly.provider import in_thread
 
@@ -56,10 +57,11 @@ def _start_in_thread(call: CallRecord) -> threading.Thread | None:
 
 def _run_all(call: CallRecord) -> None:
     while call.endings:
+        effect = call.endings.pop().effect
         try:
-            run(call.endings.pop().effect)
+            run(effect)
         except BaseException as error:  # noqa: BLE001  # a cleanup changes nothing of the call, nor of other cleanups
-            _report(error)
+            _report(error, effect)
 
 
 async def arun_endings(call: CallRecord) -> None:
@@ -87,10 +89,11 @@ class _Left:
 
 async def _arun_all(call: CallRecord) -> None:
     while call.endings:
+        effect = call.endings.pop().effect
         try:
-            await arun(call.endings.pop().effect)
+            await arun(effect)
         except Exception as error:  # noqa: BLE001  # a cleanup changes nothing of the call, nor of other cleanups
-            _report(error)
+            _report(error, effect)
 
 
 def _run_rest(call: CallRecord) -> None:
@@ -230,9 +233,11 @@ def trio_here() -> Any:
     return trio if trio is not None and trio.lowlevel.in_trio_run() else None
 
 
-def _report(error: BaseException) -> None:
+def _report(error: BaseException, effect: Perform) -> None:
+    name = layer_name(effect.call)
     report_once(
-        "cleanup", f"a cleanup of a middleware (on_end) raised {type(error).__name__}; the call is not affected"
+        f"cleanup {name}",
+        f"the cleanup {name} of a middleware (on_end) raised {type(error).__name__}; the call is not affected",
     )
 
 

@@ -76,6 +76,8 @@ class StreamDriver:
         self.output = False
         """Whether the consumer has received output of the message under way."""
         self.turns = Turns()
+        self.emitted = False
+        """Whether chunks went out that may not be those of the provider."""
         self.counted = False
         """Whether nothing about a further chunk of the provider's counts but its text."""
 
@@ -142,6 +144,7 @@ class StreamDriver:
         if isinstance(effect, (Chunk, More)):
             chunk = effect if isinstance(effect, Chunk) else effect.chunk
             self.count(chunk)
+            self.emitted = self.emitted or isinstance(effect, More)
             return chunk
         return effect if isinstance(effect, Restart) and self.restart() else None
 
@@ -213,7 +216,7 @@ class StreamDriver:
             response = response.evolve(added=self.added)  # half an answer, made of `partial`, which has no marks
         # Without output, the message comes whole, with the response. `call.said` is the text that the provider's chunks add
         # up to, unless a layer has changed chunks or the response.
-        same = not self.output or response.text is call.said
+        same = not self.output or (response.text is call.said and not self.emitted)
         if not same and not (response.has_output and is_delivered(call, response, self.text)):
             report(f"{culprit(call)} returned another answer than was delivered")
             raise_not_delivered(call, response, self.partial())
@@ -290,6 +293,7 @@ class SyncStreamDriver(StreamDriver):
                     effect = PULL
                 elif type(effect) is More:
                     output = self.count(effect.chunk)
+                    self.emitted = True
                     yield effect.chunk
                 elif type(effect) is Restart and self.restart():
                     output = False

@@ -186,8 +186,14 @@ def check_deadline(call: CallRecord, model: str | None, wait: float = 0.0) -> No
 def deadline_exceeded(call: CallRecord, model: str | None, what: str = "has passed") -> DeadlineExceeded:
     """Return the error for a deadline that has passed. Its cause is the error of the last attempt, if that has failed."""
     whom = call.provider.name if model is None else f"{model} at {call.provider.name}"
+    advice = "allow more time, or ask for less"
+    if call.leash is not None and call.leash.deadline is not None:
+        seconds = call.leash.deadline - call.started_at
+        whom += f", {seconds:.3g} s after its start"
+        if seconds < 0:
+            advice = "a deadline is a time of call.clock: write call.clock() + seconds"
     error = DeadlineExceeded(
-        f"the deadline of the call {what} ({whom}); allow more time, or ask for less",
+        f"the deadline of the call {what} ({whom}); {advice}",
         provider=call.provider.framework,
         model=model,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import partial
 from inspect import CO_ASYNC_GENERATOR, CO_COROUTINE, CO_GENERATOR, isawaitable
 from types import AsyncGeneratorType, CodeType, CoroutineType, GeneratorType, MethodType
@@ -91,6 +91,10 @@ def with_messages(chunk: Chunk, who: str) -> Chunk:
     """
     if chunk.added is None:
         return chunk
+    if isinstance(chunk.added, Message) or not isinstance(chunk.added, Iterable):  # pyright: ignore[reportUnnecessaryIsInstance]  # callers may be untyped
+        raise TypeError(
+            f"{who}: expected several messages in Chunk.added, got {kind_of(chunk.added)}; write added=(message,)"
+        )
     added = tuple(chunk.added)
     for message in added:
         if not isinstance(message, Message):  # pyright: ignore[reportUnnecessaryIsInstance]  # callers may be untyped

@@ -170,8 +170,10 @@ def _span_processors(
 
     found: list[SpanProcessor] = []
     if file is not None:
-        from fluxibly.telemetry._file_exporter import OTLPFileSpanExporter
-
+        try:
+            from fluxibly.telemetry._file_exporter import OTLPFileSpanExporter
+        except ImportError as error:
+            raise _extra_missing() from error
         found.append(_soon(OTLPFileSpanExporter(file)))
     if console:
         found.append(_soon(ConsoleSpanExporter(out=sys.stderr)))

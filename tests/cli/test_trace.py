@@ -184,6 +184,7 @@ def test_tokens_of_other_attempts_and_of_asks_are_shown(tmp_path):
         ["attempt", "2", "m-2"],
     ]
     assert "2 attempts · 3,000 → 3 tokens · 6,000 → 6 tokens in all" in text
+    assert text.count("    at openai") == 2, "an attempt says whom it asked"
     for tokens in ("1,000 → 1 tokens", "2,000 → 2 tokens"):
         assert text.count(tokens) == 1
     page = Page()

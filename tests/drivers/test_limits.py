@@ -132,6 +132,18 @@ def slowly(mode, middleware, *answers, pause=0.0, clock=None, **options):
 
 
 class TestDeadline:
+    def test_a_number_of_seconds_in_place_of_a_time(self, mode):
+        """A deadline before the call began is a mistake, and the error says what to write."""
+
+        def short(request, call_next):
+            request.call.leash = Leash(deadline=5)
+            return (yield from call_next(request))
+
+        clock = VirtualClock()
+        clock.advance(100)
+        made, *_ = slowly(mode, [short], "a", clock=clock)
+        assert "write call.clock() + seconds" in str(made.error)
+
     def test_before_output(self, mode):
         """The call ends at its deadline, with an error that no layer retries."""
         made, provider, clock = slowly(mode, [Retry(), deadline(3)], [Delay(5), "late"], "again")
@@ -139,7 +151,7 @@ class TestDeadline:
         assert (made.error.phase, made.error.retryable) == ("deadline", False)
         assert (made.error.model, made.error.provider) == ("m-1", "scripted")
         assert made.error.__cause__ is None
-        assert "the deadline of the call has passed (m-1 at ScriptedProvider)" in str(made.error)
+        assert "the deadline of the call has passed (m-1 at ScriptedProvider, 3 s after its start)" in str(made.error)
         assert (clock.now(), len(provider.requests)) == (3, 1)
         assert outcome_of(made.error) == "failed"
 

@@ -658,6 +658,37 @@ class TestMarks:
         if mode.streaming:
             assert made.ran.text == made.response.text
 
+    def test_a_heading_that_the_response_lacks(self, streaming):
+        """Text went out that the response does not have: the error names the middleware."""
+
+        def headed(request, call_next):
+            yield from emit(Chunk("AI: "))
+            return (yield from call_next(request))
+
+        error = call(streaming, headed, "hello").ran.error
+        assert isinstance(error, StreamInterrupted)
+        assert "headed returned another text" in str(error)
+        assert error.partial.text == "AI: hello"
+
+    def test_a_footer_that_the_response_lacks(self, streaming):
+        """So it is with text after the answer."""
+
+        def footed(request, call_next):
+            response = yield from call_next(request)
+            yield from emit(Chunk(" (by AI)"))
+            return response
+
+        assert "footed returned another text" in str(call(streaming, footed, "hello").ran.error)
+
+    def test_a_message_alone(self, mode):
+        """`added` has several messages, and the error says how to write one."""
+
+        def marking(request, call_next):
+            yield from emit(Chunk(added=Message.user("hi")))
+            return (yield from call_next(request))
+
+        assert "write added=(message,)" in str(call(mode, marking, "hello").ran.error)
+
     def test_a_heading_and_a_replay(self, streaming):
         """After a heading and output of the answer, nothing is sent again."""
 

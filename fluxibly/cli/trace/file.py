@@ -231,9 +231,11 @@ def _value(value: Mapping[str, Any]) -> Any:
 
 
 def call_facts(span: TracedSpan) -> list[str]:
-    """Return the facts about a call or an attempt that every view shows: cache hit, requested model, attempts, tokens."""
+    """Return the facts about a call or an attempt that every view shows: provider, cache hit, tokens, and so on."""
     given = span.attributes
     facts: list[str] = []
+    if semconv.ATTEMPT_PROVIDER in given:
+        facts.append(f"at {given[semconv.ATTEMPT_PROVIDER]}")
     if given.get(semconv.CACHE_HIT):
         facts.append("cache hit")
     if semconv.REQUESTED_MODEL in given:
