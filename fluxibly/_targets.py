@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from fluxibly import provider as providers
-from fluxibly.target import Target
 from fluxibly.types import ProviderInfo
+
+if TYPE_CHECKING:
+    from fluxibly.target import Target
 
 
 class _Asked(NamedTuple):
@@ -40,6 +42,10 @@ class TargetProviders:
 
     def is_made(self, target: object) -> bool:
         """Whether the provider of a target exists already."""
+        if target is None:
+            return True
+        from fluxibly.target import Target  # late, because most programs have no targets
+
         return not isinstance(target, Target) or target.provider is not None or self._find(target) is not None
 
     def info_of(self, target: object) -> ProviderInfo:
@@ -56,6 +62,8 @@ class TargetProviders:
         return self._of(target).provider
 
     def _of(self, target: object) -> _Asked:
+        from fluxibly.target import Target  # late, as above
+
         if not isinstance(target, Target):
             raise TypeError(f"Request.target: expected a Target, got {target!r}; write target=Target(…)")
         if target.provider is not None:  # adapted for each attempt, because a pipeline must not keep it alive

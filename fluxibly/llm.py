@@ -17,7 +17,6 @@ from fluxibly.messages import Message
 from fluxibly.pipeline import AsyncPipeline, Pipeline
 from fluxibly.registry import check_config, default_stack, make_middleware, make_provider, read_yaml
 from fluxibly.stream import AsyncStream, Stream
-from fluxibly.target import check_targets
 from fluxibly.types import Chunk, Request, Response, Restart
 
 if TYPE_CHECKING:
@@ -78,7 +77,10 @@ class _LLM:
         layers = config.middleware if middleware is None else list(middleware)
         layers = ["default"] if layers is None else layers
         stack = problems.of(make_middleware, layers, max_retries=config.max_retries)
-        problems.of(check_targets, stack or ())
+        if any(getattr(layer, "targets", None) for layer in stack or ()):
+            from fluxibly.target import check_targets  # late, because most programs have no targets
+
+            problems.of(check_targets, stack or ())
         problems.check()
         self._stack = stack or ()
         self._template = Request(

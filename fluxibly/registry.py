@@ -9,7 +9,6 @@ import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, cast
 
 from fluxibly._checks import did_you_mean, is_list, is_mapping, kind_of, nearest
@@ -21,6 +20,7 @@ from fluxibly.flow import Middleware
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
+    from pathlib import Path
 
 ProviderFactory: TypeAlias = Callable[..., Any]
 MiddlewareFactory: TypeAlias = Callable[..., Middleware]
@@ -69,7 +69,7 @@ class Framework(NamedTuple):
         """The step that gives the framework its API key or credentials; None if it has them or needs none."""
         if self.env_var is None or any(map(os.environ.get, (self.env_var, *self.instead))):
             return None
-        if any(Path(file).expanduser().exists() for file in self.files):
+        if any(os.path.exists(os.path.expanduser(file)) for file in self.files):  # noqa: PTH110, PTH111  # pathlib is slow to import
             return None
         return f"set {self.env_var}" + (f", or {self.credentials}" if self.credentials else "")
 

@@ -6,21 +6,22 @@ own cancellations would pass through every shield.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import sys
 import threading
 from collections.abc import Awaitable, Callable
 from contextvars import copy_context
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fluxibly import _abandoned
-from fluxibly._logs import report_once
 from fluxibly.calls import CallRecord, Cleanup, Perform
 from fluxibly.flow.compose import layer_name
 from fluxibly.flow.verbs import await_, run
 from fluxibly.provider import in_thread
+
+if TYPE_CHECKING:
+    import asyncio  # late at run time: it takes as long to import as all of fluxibly
 
 TIME = 5.0
 """Seconds that the caller waits for all cleanups of a record together."""
@@ -162,6 +163,8 @@ def _start_task(work: Callable[[], Awaitable[None]], finish: Callable[[], object
     """Start `work` in a task of the running event loop. Call `finish` when it has ended, or could not begin."""
     trio = trio_here()
     if trio is None:
+        import asyncio
+
         task = asyncio.ensure_future(_cut_off(work))
         _tasks.add(task)
         task.add_done_callback(_tasks.discard)
@@ -198,7 +201,7 @@ class Home:
         self._loop: asyncio.AbstractEventLoop | None = None
         if trio := trio_here():
             self._trio = trio.lowlevel.current_trio_token()
-        else:
+        elif asyncio := sys.modules.get("asyncio"):
             with contextlib.suppress(RuntimeError):  # a coroutine that is stepped by hand has no event loop
                 self._loop = asyncio.get_running_loop()
 
@@ -235,11 +238,17 @@ def trio_here() -> Any:
 
 def _report(error: BaseException, effect: Perform) -> None:
     name = layer_name(effect.call)
-    report_once(
+    _report_once(
         f"cleanup {name}",
         f"the cleanup {name} of a middleware (on_end) raised {type(error).__name__}; the call is not affected",
     )
 
 
 def _report_slow() -> None:
-    report_once("slow cleanup", f"the cleanups of a call (on_end) took longer than {TIME:g} s; the call went on")
+    _report_once("slow cleanup", f"the cleanups of a call (on_end) took longer than {TIME:g} s; the call went on")
+
+
+def _report_once(key: str, message: str) -> None:
+    from fluxibly._logs import report_once  # late, because logging takes longer to import than the drivers
+
+    report_once(key, message)

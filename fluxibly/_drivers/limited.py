@@ -10,7 +10,7 @@ import math
 from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
-from fluxibly._threads import NotInTime, Worker
+from fluxibly._threads import NotInTime as NotInTime, Worker
 from fluxibly.aggregate import pieces_of
 from fluxibly.errors import Phase, ProviderError, RequestTimeout, StreamStalled
 from fluxibly.flow.compose import deadline_exceeded

@@ -13,8 +13,6 @@ from fluxibly._abandoned import end_pending, pending
 from fluxibly._checks import kind_of
 from fluxibly._drivers.diagnosis import raise_not_a_response, unknown_effect
 from fluxibly._drivers.endings import arun, arun_endings, arun_now, run_endings
-from fluxibly._drivers.limited import AsyncLimitedStream, LimitedStream, acall_in_time, awithin, call_in_time
-from fluxibly._threads import NotInTime
 from fluxibly.calls import UNKNOWN, Cleanup, Targets
 from fluxibly.flow.compose import compose, deadline_exceeded, to_response
 from fluxibly.flow.effects import AskEnd, AttemptEnd, Effect, Flow, Middleware, More, Perform, Send, Sleep
@@ -212,6 +210,8 @@ class SyncStack(Stack):
         effect.sent = True
         if request.call.leash is None or providers.obeys(provider):
             return provider.complete(request)
+        from fluxibly._drivers.limited import call_in_time  # late, because few calls have limits
+
         return call_in_time(self.clock, request, lambda: provider.complete(request))
 
     def open(self, effect: Send) -> Iterable[Chunk | str]:
@@ -226,6 +226,8 @@ class SyncStack(Stack):
 
         if request.call.leash is None or providers.obeys(self.provider_of(request)):
             return opened()
+        from fluxibly._drivers.limited import LimitedStream  # late, as above
+
         return LimitedStream(self.clock, request, opened)
 
     def whole_stream(self, provider: Any, request: Request) -> Generator[object]:
@@ -285,6 +287,8 @@ class AsyncStack(Stack):
         effect.sent = True
         if request.call.leash is None or providers.obeys(provider):
             return await provider.complete(request)
+        from fluxibly._drivers.limited import acall_in_time  # late, as above
+
         return await acall_in_time(self.clock, request, lambda: provider.complete(request))
 
     def open(self, effect: Send) -> AsyncIterable[Chunk | str]:
@@ -299,6 +303,8 @@ class AsyncStack(Stack):
         items = cast("AsyncIterable[Chunk | str]", stream)
         if request.call.leash is None or providers.obeys(self.provider_of(request)):
             return items
+        from fluxibly._drivers.limited import AsyncLimitedStream  # late, as above
+
         return AsyncLimitedStream(self.clock, request, items)
 
     async def whole_stream(self, provider: Any, request: Request) -> AsyncGenerator[object]:
@@ -336,7 +342,12 @@ class AsyncStack(Stack):
         if isinstance(effect, Cleanup):
             await arun_now(effect)
             return None
+        left = time_left(call.leash, call.clock)
+        if left is None:
+            return await arun(effect)
+        from fluxibly._drivers.limited import NotInTime, awithin  # late, as above
+
         try:
-            return await awithin(self.clock, time_left(call.leash, call.clock), partial(arun, effect))
+            return await awithin(self.clock, left, partial(arun, effect))
         except NotInTime:
             raise deadline_exceeded(call, call.sent_model) from call.last_error
