@@ -27,7 +27,7 @@ class TestLeash:
         assert limits_of(Leash(Leash(**other), **one)) == (5.0, 2.0, 4.0)
 
     def test_an_outer_leash_keeps_its_limits(self):
-        """What a middleware sets within does not change the leash further out."""
+        """A middleware within does not change the leash further out."""
         outer = Leash(deadline=5.0)
         Leash(outer, deadline=1.0, idle=1.0)
         assert limits_of(outer) == (5.0, None, None)

@@ -90,7 +90,7 @@ class TestEvolve:
         assert (adapted.target, adapted.model, adapted.extra) == (chosen, "claude-y", {"of": "anthropic"})
 
     def test_a_configuration_sets_its_parameters(self):
-        """What the configuration leaves open stays as the request has it. `extra` is its `additional_params`."""
+        """Parameters that the configuration leaves open stay as the request has them. `extra` is its `additional_params`."""
         config = LLMConfig(
             framework="anthropic", model="claude-x", temperature=0.3, max_tokens=9, additional_params={"top_k": 4}
         )

@@ -125,9 +125,10 @@ class Stack:
             call.restarts = restarts
         if timeout is not None:
             call.timeouts = timeouts_of_call(timeout, streaming=streaming)
-            bounded = not streaming and not isinstance(timeout, Timeouts)
-            # Without a limit, the leash still says that the call has limits (`timeouts`).
-            call.leash = Leash(deadline=call.started_at + timeout) if bounded else Leash()  # type: ignore[operator]
+            if streaming or isinstance(timeout, Timeouts):
+                call.leash = Leash()  # without a limit of its own, but it says that the call has limits (`timeouts`)
+            else:
+                call.leash = Leash(deadline=call.started_at + timeout)
         state = request.__dict__.copy()
         name, value = state.popitem()  # CPython then gives the copy its own table of keys, in which lookups are fast
         state[name] = value

@@ -114,7 +114,7 @@ class Probe(Relay):
 
     def __init__(self) -> None:
         self.resent: Literal["after a failure", "after an answer"] | None = None
-        """What a request came after that must not be sent any more."""
+        """The event after which a request was sent that must not be sent any more."""
         self.limits_left = True
         """Whether the checked middleware has left the limits of the call as they were."""
         self.returned: Response | None = None

@@ -1116,7 +1116,7 @@ class TestArguments:
         ids=repr,
     )
     def test_no_functions(self, arguments, message):
-        """What is not a function is refused, and nothing is registered."""
+        """A value that is not a function is refused, and nothing is registered."""
         record = CallRecord()
         with pytest.raises(TypeError) as caught:
             record.on_end(*arguments)

@@ -443,7 +443,7 @@ class TestAsk:
         assert clock.now() == 6
 
     def test_its_sleeps_and_performs(self, mode):
-        """What a question's own layers wait for is bounded by the deadline of the question."""
+        """The deadline of a question bounds the waits of its own layers."""
 
         def sleeping(request, call_next):
             yield from sleep(5)

@@ -146,7 +146,7 @@ class TestWhen:
             assert texts(made.ran) == ["It is down."]
 
     def test_instead_of_the_provider(self, mode):
-        """What a question brought may be the answer: it reaches the consumer as a whole answer does."""
+        """The answer to a question may be the answer of the call: it reaches the consumer as a whole answer does."""
 
         def asked(request, call_next):
             return (yield from ask(request))

@@ -256,7 +256,7 @@ class TestOtherLayers:
         assert made.response.text == "HELLO!"
 
     def test_within_a_hold_back(self, mode):
-        """What is held is the part."""
+        """The held chunks are the part."""
 
         def held(request, call_next):
             return (yield from hold_back(call_next(request), check=lambda response: checked.append(response.text)))

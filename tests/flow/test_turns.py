@@ -155,7 +155,7 @@ class TestTools:
         assert made.response.total_usage == Usage(input_tokens=11, output_tokens=22)
 
     def test_forward_stream_yields_the_texts_of_all_turns(self, streaming):
-        """Whoever shows a stream shows all that the model said."""
+        """A program that shows a stream shows all that the model said."""
         provider = scripted(streaming, turn(), LAST)
         if streaming.backend is None:
             texts = [*Pipeline(provider, [CLOCK]).stream(REQUEST).texts()]
@@ -338,7 +338,7 @@ class TestRetries:
             assert made.response.added == made.ran.events[3].added
 
     def test_an_answer_instead_of_a_turn_that_failed(self, streaming):
-        """What a middleware makes up after the first turn lacks that turn, and is refused."""
+        """A response that a middleware makes up after the first turn lacks that turn, and is refused."""
 
         def sorry(request, call_next):
             try:
@@ -472,7 +472,7 @@ class TestOtherLayers:
 
 class TestMapChunks:
     def test_the_order_at_a_mark(self, streaming):
-        """What was held back goes out before the mark, the state begins anew, and then the function gets the mark."""
+        """Text that was held back goes out before the mark, the state begins anew, and then the function gets the mark."""
         log, kept = [], []
 
         def fn(chunk):
@@ -574,7 +574,7 @@ class TestMapChunks:
 
     @pytest.mark.parametrize("inner", ["streamed", "whole"])
     def test_a_redaction_of_text_and_messages(self, mode, inner):
-        """What a function changes is changed in every mode, whether the last turn came as chunks or not."""
+        """A function's changes hold in every mode, whether the last turn came as chunks or not."""
 
         def shorter(request, call_next):
             if len(request.messages) > 1 and inner == "whole":
@@ -646,7 +646,7 @@ class TestMarks:
 
     @pytest.mark.parametrize("between", [[], [mapping(louder)], [holding], [mapping(louder), holding]])
     def test_a_heading_without_a_mark(self, mode, between):
-        """What goes out before the first request is no answer that the request would repeat, nor is it for a retry."""
+        """Text before the first request is no answer that the request would repeat, nor is it for a retry."""
 
         def headed(request, call_next):
             yield from emit(Chunk("AI: "))
@@ -834,7 +834,7 @@ class TestGoingOn:
         "between", [[], [mapping(louder)], [mapping(lambda chunk: chunk)], [StreamMeter(), Logging()]]
     )
     def test_the_partial_response_is_all_of_the_message(self, streaming, between):
-        """What went out before the mark is part of the message that goes on."""
+        """Text before the mark is part of the message that goes on."""
         made = call(streaming, [*between, going_on(2)], ["one ", ServerError("down")], ["two ", ServerError("out")])
         assert isinstance(made.ran.error, StreamInterrupted)
         assert str(made.ran.error.__cause__) == "out"
