@@ -8,7 +8,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fluxibly.config import LLMConfig
     from fluxibly.errors import FluxiblyError, ProviderError, StreamInterrupted
-    from fluxibly.flow import CallNext, Flow, Middleware, ask, emit, map_chunks, perform, sleep, stop_when
+    from fluxibly.flow import (
+        CallNext,
+        Flow,
+        Middleware,
+        ask,
+        emit,
+        gather,
+        map_chunks,
+        perform,
+        race,
+        sleep,
+        stop_when,
+    )
     from fluxibly.llm import LLM, AsyncLLM, default_stack
     from fluxibly.pipeline import AsyncPipeline, Pipeline
     from fluxibly.provider import AsyncProvider, Provider
@@ -34,7 +46,7 @@ __version__ = "2.0.0.dev0"
 _NAMES = {
     "config": "LLMConfig",
     "errors": "FluxiblyError ProviderError StreamInterrupted",
-    "flow": "CallNext Flow Middleware ask emit map_chunks perform sleep stop_when",
+    "flow": "CallNext Flow Middleware ask emit gather map_chunks perform race sleep stop_when",
     "llm": "LLM AsyncLLM default_stack",
     "pipeline": "AsyncPipeline Pipeline",
     "provider": "AsyncProvider Provider",
@@ -77,8 +89,10 @@ __all__ = [
     "ask",
     "default_stack",
     "emit",
+    "gather",
     "map_chunks",
     "perform",
+    "race",
     "register_llm_framework",
     "register_middleware",
     "sleep",

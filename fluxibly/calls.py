@@ -175,7 +175,7 @@ class Ending:
 
     def __init__(self, record: CallRecord, call: Callable[[], object], acall: Callable[[], Awaitable[object]] | None):
         self.effect = Cleanup(call, acall)
-        self._record = record
+        self.record = record
 
     def withdraw(self) -> None:
         """Forget the cleanup, so that it does not run."""
@@ -183,7 +183,7 @@ class Ending:
 
     def _take(self) -> bool:
         """Take the cleanup out of its record. Return False if it has run, or is running."""
-        endings = self._record.endings
+        endings = self.record.endings
         if endings is None or self not in endings:
             return False
         endings.remove(self)
@@ -216,6 +216,10 @@ class CallRecord:
     """Whether the consumer takes `Restart` events."""
     nested: bool
     """Whether this is the record of an `ask`: a call within a call, which is whole, and passes outer layers."""
+    apart: bool
+    """Whether this is the record of a branch of a race, which runs beside others."""
+    lanes: Any
+    """What the driver keeps of the branches under way; None before the first."""
     leash: Leash | None
     """The limits that middleware have set; None nearly always."""
     timeouts: Timeouts | None
@@ -302,8 +306,7 @@ class CallRecord:
 
         It shares what is collected (`spent`, `notes`, `timings`), and has its own of what an attempt overwrites.
         """
-        fork = object.__new__(CallRecord)
-        fork.__dict__.update(self.__dict__)
+        fork = self._copy()
         fork.nested = True
         fork.streaming = fork.restarts = fork.timed = fork.cache_hit = fork.continued = False
         fork.started_at = fork.requested_at = self.clock()
@@ -316,6 +319,36 @@ class CallRecord:
         fork.attempt_times = fork.last_error = None
         fork.endings = None
         return fork
+
+    def branch(self, leash: Leash) -> CallRecord:
+        """Return the record of a branch of a race. `leash` has the limits of the call, and ends this branch alone."""
+        branch = self._copy()
+        branch.apart = True
+        branch.leash = leash
+        branch.attempts = 0
+        branch.sent_at = branch.sending = branch.interruption = branch.said = None
+        branch.endings = None
+        return branch
+
+    def join(self, branch: CallRecord) -> None:
+        """Take over what has become of a branch. From now on, its record and this one are the same."""
+        own = {name: self.__dict__[name] for name in _NOT_JOINED}
+        self.__dict__.update(branch.__dict__)
+        self.__dict__.update(own)
+        self.take_endings(branch)
+        branch.__dict__ = self.__dict__
+
+    def take_endings(self, other: CallRecord) -> None:
+        """Take over the cleanups of another record, whose flow ends with this one's."""
+        endings, other.endings = other.endings, None
+        for ending in endings or ():
+            ending.record = self
+            self.endings = [*(self.endings or ()), ending]
+
+    def _copy(self) -> CallRecord:
+        copy = object.__new__(CallRecord)
+        copy.__dict__.update(self.__dict__)
+        return copy
 
     def on_end(self, call: Callable[[], object], acall: Callable[[], Awaitable[object]] | None = None) -> Ending:
         """Register a cleanup that may do I/O. It runs once this record's flow has ended, whatever the outcome.
@@ -357,19 +390,21 @@ _BLANK: dict[str, Any] = {
     "target": None,
     "targets": _NO_TARGETS,
     "layers": (),
-    **dict.fromkeys(("streaming", "restarts", "nested", "timed", "watched", "cache_hit", "continued"), False),
+    **dict.fromkeys(("streaming", "restarts", "nested", "apart", "timed", "watched", "cache_hit", "continued"), False),
     "clock": perf_counter,
     "started_at": 0.0,
     "requested_at": 0.0,
     "attempts": 0,
     "sent_messages": (),
     **dict.fromkeys(
-        ("leash", "timeouts", "sent_at", "first_chunk_at", "sending", "trace_headers", "claim", "sent_model")
+        ("leash", "lanes", "timeouts", "sent_at", "first_chunk_at", "sending", "trace_headers", "claim", "sent_model")
     ),
     **dict.fromkeys(("model", "usage", "finish_reason", "last_error", "interruption", "said", "stats")),
     **dict.fromkeys(("attempt_times", "endings", "delivered", "timings", "notes", "spent")),
 }
 """The attributes of a new record. `CallRecord.__init__` makes the collections, which are each record's own."""
+_NOT_JOINED = ("apart", "attempts", "sent_at", "lanes", "endings")
+"""The attributes that stay those of the call when a branch has won."""
 
 
 class Claim(Protocol):

@@ -63,8 +63,10 @@ class Pipeline(SyncStack):
                         if asked.target is None and asked.call.leash is None:
                             effect.sent = True
                             outcome = self.provider.complete(asked)
-                        else:
+                        elif effect.lane is None:
                             outcome = self.whole(effect)
+                        else:
+                            outcome = self.carry_out(effect, flow, request.call)
                     else:
                         outcome = self.carry_out(effect, flow, request.call)
                 except BaseException as raised:  # noqa: BLE001  # it goes into the flow
@@ -80,8 +82,12 @@ class Pipeline(SyncStack):
             raise
         finally:
             request.call.last_error = None  # its frames refer to the call
-            if request.call.endings:
-                run_endings(request.call)
+            try:
+                if request.call.lanes is not None:
+                    request.call.lanes.end()
+            finally:
+                if request.call.endings:
+                    run_endings(request.call)
 
     @overload
     def stream(
@@ -158,8 +164,10 @@ class AsyncPipeline(AsyncStack):
                         if asked.target is None and asked.call.leash is None:
                             effect.sent = True
                             outcome = await self.provider.complete(asked)
-                        else:
+                        elif effect.lane is None:
                             outcome = await self.whole(effect)
+                        else:
+                            outcome = await self.carry_out(effect, flow, request.call)
                     else:
                         outcome = await self.carry_out(effect, flow, request.call)
                 except BaseException as raised:  # noqa: BLE001  # it goes into the flow
@@ -175,8 +183,12 @@ class AsyncPipeline(AsyncStack):
             raise
         finally:
             request.call.last_error = None  # its frames refer to the call
-            if request.call.endings:
-                await arun_endings(request.call)
+            try:
+                if request.call.lanes is not None:
+                    await request.call.lanes.end()
+            finally:
+                if request.call.endings:
+                    await arun_endings(request.call)
 
     @overload
     def stream(

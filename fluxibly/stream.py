@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from fluxibly import _abandoned
 from fluxibly._drivers.endings import Home, trio_here
+from fluxibly._drivers.stepping import in_context
 from fluxibly._drivers.streams import (
     CLOSING,
     AsyncStreamDriver,
     StreamDriver,
     SyncStreamDriver,
-    in_context,
     is_occupied,
 )
 from fluxibly.types import Chunk, Response, Restart

@@ -192,6 +192,8 @@ PUBLIC = [
     "StreamStats",
     "sleep",
     "perform",
+    "race",
+    "gather",
     "map_chunks",
     "FluxiblyError",
     "ProviderError",

@@ -507,9 +507,11 @@ def test_interrupts_pass_powers(kinds, answers, mode):
     """Law 6: a BaseException that is not an Exception reaches the caller unchanged, and all flows end."""
     case = Case(mode, kinds, answers)
     raised = [step for step in case.provider.raised if not isinstance(step, Exception)]
-    if raised:
+    if raised and set(kinds) & set(s.RACES):  # what a loser raises after another branch has won ends nothing
+        assert case.ran.error is None or isinstance(case.ran.error, Exception) or case.ran.error in raised
+    elif raised:
         assert case.ran.error is raised[0]
-        assert not hasattr(raised[0], "__notes__")
+    assert not any(hasattr(step, "__notes__") for step in raised)
     assert case.provider.opened == case.provider.closed
     assert case.ran.leaks == []
 

@@ -569,7 +569,7 @@ class TestCheckMiddleware:
             (emits_text, r"emits_text: emit: expected a Chunk, got a str"),
             (asks_text, r"asks_text: ask: expected a Request, got a str"),
             (maps_to_text, r"maps_to_text: map_chunks: expected the function to return a Chunk"),
-            (maps_to_a_request, r"maps_to_a_request: map_chunks, hold_back: expected no request .*yield from ask"),
+            (maps_to_a_request, r"maps_to_a_request: map_chunks: expected no request .*yield from ask"),
             (stops_at_text, r"stops_at_text: stop_when: expected the function to return a bool or a Chunk"),
             (holds_until_a_coroutine, r"holds_until_a_coroutine: hold_back: expected a plain function"),
             (ends_with_a_coroutine, r"ends_with_a_coroutine: on_end: expected a sync function first"),

@@ -15,7 +15,22 @@ from fluxibly._drivers.diagnosis import raise_not_a_response, unknown_effect
 from fluxibly._drivers.endings import arun, arun_endings, arun_now, run_endings
 from fluxibly.calls import UNKNOWN, Cleanup, Targets
 from fluxibly.flow.compose import compose, deadline_exceeded, to_response
-from fluxibly.flow.effects import AskEnd, AttemptEnd, Effect, Flow, Middleware, More, Perform, Send, Sleep
+from fluxibly.flow.effects import (
+    Adopt,
+    AskEnd,
+    AttemptEnd,
+    Drop,
+    Effect,
+    Flow,
+    FlowEnd,
+    Middleware,
+    More,
+    Perform,
+    Send,
+    Sleep,
+    Start,
+    Wait,
+)
 from fluxibly.flow.verbs import run
 from fluxibly.limits import Leash, Timeouts, time_left, timeouts_of_call
 from fluxibly.provider import AsyncProvider, Provider, StreamingProvider
@@ -250,7 +265,26 @@ class SyncStack(Stack):
             if effect.request.call.endings:
                 run_endings(effect.request.call)
             return None
+        if isinstance(effect, (Send, Start, Wait, Drop)):
+            return self.lanes_of(call).carry_out(effect)
+        if isinstance(effect, Adopt):
+            self.lanes_of(call).adopt(effect)
+            return None
+        if isinstance(effect, FlowEnd):
+            run_endings(effect.call)
+            return None
         raise unknown_effect(flow, effect)
+
+    def lanes_of(self, call: CallRecord) -> Any:
+        """Return the lanes of a call, which are made when it first needs them. A test's clock may have lanes of its own."""
+        if call.lanes is None:
+            make: Any = getattr(self.clock, "lanes", None)
+            if make is None:
+                from fluxibly._drivers.sync_lanes import SyncLanes  # late, because few calls have several branches
+
+                make = SyncLanes
+            call.lanes = make(self, call)
+        return call.lanes
 
     def sleep(self, seconds: float, call: CallRecord) -> None:
         """Wait, at most until the deadline of the call.
@@ -327,7 +361,26 @@ class AsyncStack(Stack):
             if effect.request.call.endings:
                 await arun_endings(effect.request.call)
             return None
+        if isinstance(effect, (Send, Start, Wait, Drop)):
+            return await self.lanes_of(call).carry_out(effect)
+        if isinstance(effect, Adopt):
+            await self.lanes_of(call).adopt(effect)
+            return None
+        if isinstance(effect, FlowEnd):
+            await arun_endings(effect.call)
+            return None
         raise unknown_effect(flow, effect)
+
+    def lanes_of(self, call: CallRecord) -> Any:
+        """Return the lanes of a call; see `SyncStack.lanes_of`."""
+        if call.lanes is None:
+            make: Any = getattr(self.clock, "alanes", None)
+            if make is None:
+                from fluxibly._drivers.async_lanes import AsyncLanes  # late, as above
+
+                make = AsyncLanes
+            call.lanes = make(self, call)
+        return call.lanes
 
     async def sleep(self, seconds: float, call: CallRecord) -> None:
         """Wait, at most until the deadline of the call; see `SyncStack.sleep`."""

@@ -1,11 +1,18 @@
-"""Raising an error in a flow, and closing a flow, whatever the middleware in it do."""
+"""Raising an error in a flow and closing a flow, whatever the middleware in it do, and steps in a context."""
 
 from __future__ import annotations
+
+from collections.abc import Coroutine, Generator
+from contextvars import Context
+from types import coroutine
+from typing import Any, Protocol, TypeVar
 
 from fluxibly._drivers.diagnosis import live_layers, report_swallowed
 from fluxibly.flow.culprits import catcher
 from fluxibly.flow.effects import Effect, Flow
 from fluxibly.types import Response
+
+T = TypeVar("T")
 
 
 def throw(flow: Flow[Response], error: BaseException) -> Effect:
@@ -17,9 +24,7 @@ def throw(flow: Flow[Response], error: BaseException) -> Effect:
             whatever the middleware did (law: KeyboardInterrupt, CancelledError and their kind pass).
     """
     try:
-        # A StopIteration would itself end each generator on its way (PEP 479).
-        if isinstance(error, StopIteration):
-            error = _wrapped(error)
+        error = throwable(error)
         # An Exception belongs to the middleware, which may handle it, replace it or ask again.
         if isinstance(error, Exception):
             return flow.throw(error)
@@ -45,11 +50,13 @@ def throw(flow: Flow[Response], error: BaseException) -> Effect:
         del error  # it refers to this frame
 
 
-def _wrapped(stop: StopIteration) -> RuntimeError:
-    """Return the error to throw instead of a StopIteration."""
-    error = RuntimeError("a provider, or a function that a middleware performs, raised StopIteration")
-    error.__cause__ = stop
-    return error
+def throwable(error: BaseException) -> BaseException:
+    """Return an error as it is thrown into a flow. A StopIteration would end each generator on its way (PEP 479)."""
+    if not isinstance(error, StopIteration):
+        return error
+    wrapped = RuntimeError("a provider, or a function that a middleware performs, raised StopIteration")
+    wrapped.__cause__ = error
+    return wrapped
 
 
 def close(flow: Flow[Response]) -> None:
@@ -64,3 +71,27 @@ def close(flow: Flow[Response]) -> None:
         if "ignored GeneratorExit" not in str(error) or not alive:
             raise
         report_swallowed(None, f"the middleware {alive[-1].__qualname__}", "yielded again")
+
+
+class Waiter(Protocol):
+    waits_for: Any
+    """On asyncio, the future that is waited for."""
+
+
+@coroutine
+def in_context(context: Context, work: Coroutine[Any, Any, T], waiter: Waiter) -> Generator[Any, Any, T]:
+    """Await `work`, and run each of its steps in `context`. `waiter` is told what the work waits for."""
+    run = context.run
+    try:
+        waits_for = run(work.send, None)
+        while True:
+            waiter.waits_for = waits_for
+            try:
+                value = yield waits_for
+            except BaseException as error:  # noqa: BLE001  # it goes into the work
+                waits_for = run(work.throw, error)
+            else:
+                waits_for = run(work.send, value)
+    except StopIteration as stop:
+        result: T = stop.value
+        return result

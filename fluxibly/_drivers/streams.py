@@ -7,22 +7,22 @@ current span, above all) never shows in the consumer's code between two chunks.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import Callable, Generator
 from contextvars import Context, copy_context
-from types import coroutine
-from typing import Any, Final, Literal, TypeVar
+from typing import Any, Final, Literal
 
 from fluxibly import _abandoned
 from fluxibly._drivers import stepping
 from fluxibly._drivers.diagnosis import explain, report
 from fluxibly._drivers.endings import Home, arun_endings, run_endings, trio_here
 from fluxibly._drivers.stack import AsyncStack, SyncStack
+from fluxibly._drivers.stepping import in_context
 from fluxibly._states import State
 from fluxibly.aggregate import as_chunk
 from fluxibly.errors import StreamInterrupted, interrupted
 from fluxibly.flow.combinators import resend_refused
 from fluxibly.flow.culprits import culprit, is_delivered, raise_not_delivered, raise_not_marked
-from fluxibly.flow.effects import END, PULL, AttemptEnd, Effect, Flow, More, Send, Sleep, Source
+from fluxibly.flow.effects import END, PULL, Adopt, AttemptEnd, Effect, Flow, More, Send, Sleep, Source
 from fluxibly.flow.relay import Turns
 from fluxibly.types import Chunk, Message, Request, Response, Restart
 
@@ -306,7 +306,8 @@ class SyncStreamDriver(StreamDriver):
                         outcome = None
                     else:
                         outcome = self.carry_out(effect)
-                        iterator, clock = self.iterator or nothing, call.clock if call.timed else None
+                        iterator, source = self.iterator or nothing, self.source
+                        clock = call.clock if call.timed else None
                         output = self.counted
                 except BaseException as raised:  # noqa: BLE001  # it goes into the flow
                     if self.aborted(raised):
@@ -332,13 +333,22 @@ class SyncStreamDriver(StreamDriver):
             self.raise_interrupted(error)
             raise
 
+    def abort(self) -> None:
+        """End a read in another thread, also one that waits for several branches."""
+        super().abort()
+        if self.call.lanes is not None:
+            self.call.lanes.abort()
+
     def carry_out(self, effect: Effect) -> object:
         """Carry an effect out and return its outcome."""
         if isinstance(effect, Send):
             self.check_open()
+            if effect.request.call.streaming:
+                self.admit(effect.request)
+            if effect.lane is not None:
+                return self.stack.carry_out(effect, self.flow, self.call)
             if not effect.request.call.streaming:
                 return self.stack.whole(effect)
-            self.admit(effect.request)
             self.release()
             self.iterator = iter(self.stack.open(effect))
             # A close between `admit` and here found no provider's stream to abort.
@@ -350,6 +360,12 @@ class SyncStreamDriver(StreamDriver):
             return self.restarts
         if isinstance(effect, AttemptEnd) and effect.error is not None and effect.request.call.streaming:
             self.release()
+        if isinstance(effect, Adopt):
+            iterator, source = self.stack.lanes_of(self.call).adopt(effect)
+            if effect.into is None:
+                self.release()
+                self.iterator, self.source = iterator, source
+            return None
         return self.stack.carry_out(effect, self.flow, self.call)
 
     def release(self) -> None:
@@ -367,6 +383,8 @@ class SyncStreamDriver(StreamDriver):
         finally:
             try:
                 self.release()
+                if self.call.lanes is not None:
+                    self.call.lanes.end()
             finally:
                 if self.call.endings:
                     run_endings(self.call)
@@ -403,9 +421,6 @@ def is_occupied(error: RuntimeError) -> bool:
     return error.__traceback__ is not None and error.__traceback__.tb_next is None
 
 
-T = TypeVar("T")
-
-
 class AsyncStreamDriver(StreamDriver):
     stack: AsyncStack
     reading: bool | None = None
@@ -426,7 +441,7 @@ class AsyncStreamDriver(StreamDriver):
 
     async def advance(self) -> Chunk | Restart | None:
         """Return the next event for the consumer, or None at the end. Runs in the stream's context."""
-        flow, source, call = self.flow, self.source, self.call
+        flow, call = self.flow, self.call
         effect = self.effect
         error: BaseException | None = None
         try:
@@ -442,7 +457,7 @@ class AsyncStreamDriver(StreamDriver):
                     if effect is PULL:
                         if call.timed:
                             call.requested_at = call.clock()
-                        source.chunk = END if self.iterator is None else await anext(self.iterator, END)
+                        self.source.chunk = END if self.iterator is None else await anext(self.iterator, END)
                     else:
                         outcome = await self.carry_out(effect)
                 except BaseException as raised:  # noqa: BLE001  # it goes into the flow
@@ -478,9 +493,12 @@ class AsyncStreamDriver(StreamDriver):
         """Carry an effect out and return its outcome."""
         if isinstance(effect, Send):
             self.check_open()
+            if effect.request.call.streaming:
+                self.admit(effect.request)
+            if effect.lane is not None:
+                return await self.stack.carry_out(effect, self.flow, self.call)
             if not effect.request.call.streaming:
                 return await self.stack.whole(effect)
-            self.admit(effect.request)
             await self.release()
             self.iterator = aiter(self.stack.open(effect))
             self.source.chunk = await anext(self.iterator, END)
@@ -489,6 +507,12 @@ class AsyncStreamDriver(StreamDriver):
             return self.restarts
         if isinstance(effect, AttemptEnd) and effect.error is not None and effect.request.call.streaming:
             await self.release()
+        if isinstance(effect, Adopt):
+            iterator, source = await self.stack.lanes_of(self.call).adopt(effect)
+            if effect.into is None:
+                await self.release()
+                self.iterator, self.source = iterator, source
+            return None
         return await self.stack.carry_out(effect, self.flow, self.call)
 
     async def release(self) -> None:
@@ -506,6 +530,8 @@ class AsyncStreamDriver(StreamDriver):
         finally:
             try:
                 await self.release()
+                if self.call.lanes is not None:
+                    await self.call.lanes.end()
             finally:
                 if self.call.endings:
                     await arun_endings(self.call)
@@ -565,22 +591,3 @@ def _is_cancelled_by_others() -> bool:
 
     task = asyncio.current_task()
     return task is not None and bool(task.cancelling())
-
-
-@coroutine
-def in_context(context: Context, work: Coroutine[Any, Any, T], driver: AsyncStreamDriver) -> Generator[Any, Any, T]:
-    """Await `work`, and run each of its steps in `context`."""
-    run = context.run
-    try:
-        waits_for = run(work.send, None)
-        while True:
-            driver.waits_for = waits_for
-            try:
-                value = yield waits_for
-            except BaseException as error:  # noqa: BLE001  # it goes into the work
-                waits_for = run(work.throw, error)
-            else:
-                waits_for = run(work.send, value)
-    except StopIteration as stop:
-        result: T = stop.value
-        return result

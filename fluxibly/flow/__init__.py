@@ -43,19 +43,25 @@ __all__ = [
     "ask",
     "compose",
     "emit",
+    "gather",
     "hold_back",
     "map_chunks",
     "perform",
+    "race",
     "sleep",
     "stop_when",
 ]
 
-if not TYPE_CHECKING:
+if TYPE_CHECKING:
+    from fluxibly.flow.lanes import gather, race
+else:
+    # `Target` reads configurations, so it stands further out, but a middleware author looks for it here as well. Few calls
+    # need the others.
+    _LATE = {"Target": "fluxibly.target", "gather": "fluxibly.flow.lanes", "race": "fluxibly.flow.lanes"}
 
     def __getattr__(name):
-        # `Target` reads configurations, so it stands further out, but a middleware author looks for it here as well.
-        if name == "Target":
-            from importlib import import_module
+        if name not in _LATE:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from importlib import import_module
 
-            return import_module("fluxibly.target").Target
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(import_module(_LATE[name]), name)

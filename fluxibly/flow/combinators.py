@@ -9,7 +9,21 @@ from typing import Any, TypeAlias, TypeVar
 from fluxibly._checks import kind_of
 from fluxibly.calls import CallRecord, Perform
 from fluxibly.errors import StreamInterrupted
-from fluxibly.flow.effects import PULL, AskEnd, AttemptEnd, Effect, Flow, More, Send, Sleep
+from fluxibly.flow.effects import (
+    PULL,
+    Adopt,
+    AskEnd,
+    AttemptEnd,
+    Drop,
+    Effect,
+    Flow,
+    FlowEnd,
+    More,
+    Send,
+    Sleep,
+    Start,
+    Wait,
+)
 from fluxibly.flow.relay import Relay, Seen
 from fluxibly.flow.verbs import discard
 from fluxibly.types import Chunk, Request, Response, Restart
@@ -80,6 +94,8 @@ class Combinator(Relay):
                 self.restarted()
         elif isinstance(effect, Restart):
             return self.see_restart(effect)
+        elif isinstance(effect, Adopt):
+            self.call = effect.lane.call
         elif isinstance(effect, AttemptEnd) and effect.error is not None and not effect.request.call.nested:
             self.failed()
         return effect
@@ -109,30 +125,35 @@ class Combinator(Relay):
             yield AttemptEnd(request, error=GeneratorExit())
 
 
-def checked_effect(effect: object, *, chunks: bool) -> Effect:
-    """Return an effect that a function yields between two chunks, if it is allowed there.
+_OF_VERBS = (Send, Sleep, Perform, AttemptEnd, AskEnd, FlowEnd, Start, Wait, Drop)
+"""The effects of `sleep`, `perform`, `ask` and `gather`."""
+
+
+def checked_effect(effect: object, expected: str) -> Effect:
+    """Return an effect that is yielded where nothing may be streamed and the model of the call may not be asked.
 
     Args:
-        chunks: whether the function may also yield chunks.
+        expected: what is expected there, for the message.
     """
     if isinstance(effect, Send) and not effect.request.call.nested:
-        raise TypeError("map_chunks, hold_back: expected no request between two chunks; write yield from ask(request)")
-    if not isinstance(effect, (Send, Sleep, Perform, AttemptEnd, AskEnd)):
-        who, what = ("map_chunks", "chunks, or from") if chunks else ("hold_back", "only from")
-        raise TypeError(
-            f"{who}: expected the function to yield {what} sleep(…), perform(…) and ask(…), got {kind_of(effect)}"
-        )
+        who = expected.partition(":")[0]
+        raise TypeError(f"{who}: expected no request of the call itself; write yield from ask(request)")
+    if not isinstance(effect, _OF_VERBS):
+        raise TypeError(f"{expected} sleep(…), perform(…), ask(…) and gather(…), got {kind_of(effect)}")
     return effect
 
 
-def effects_of(flow: Flow[T]) -> Flow[T]:
-    """Run a function's flow that yields effects alone, and return its result."""
-    return (yield from _Effects().over(flow))
+def effects_of(flow: Flow[T], expected: str = "hold_back: expected the function to yield only from") -> Flow[T]:
+    """Run a flow that yields the effects of verbs alone, and return its result. `expected` begins the message."""
+    return (yield from _Effects(expected).over(flow))
 
 
 class _Effects(Relay):
+    def __init__(self, expected: str) -> None:
+        self.expected = expected
+
     def see(self, effect: Effect) -> Effect:
-        return checked_effect(effect, chunks=False)
+        return checked_effect(effect, self.expected)
 
 
 def result_of(value: Any) -> object:

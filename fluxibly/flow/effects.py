@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
-from typing import Any, Final, Protocol, TypeAlias, TypeVar, runtime_checkable
+from collections.abc import Callable, Generator, Sequence
+from contextvars import Context
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 from fluxibly._values import Slotted
 from fluxibly.calls import CallRecord, Perform as Perform
 from fluxibly.types import Chunk, Request, Response, Restart
+
+if TYPE_CHECKING:
+    from fluxibly.limits import Leash  # late at run time, because few calls have limits
 
 T = TypeVar("T")
 
@@ -18,10 +22,12 @@ class Send(Slotted):
     A layer that the effect passes may replace `request` to add headers, and nothing else.
     """
 
-    __slots__ = ("request", "sent")
+    __slots__ = ("lane", "request", "sent")
 
     def __init__(self, request: Request) -> None:
         self.request = request
+        self.lane: Lane | None = None
+        """The lane in which the provider is called. The outcome then is None, at once."""
         self.sent = False
         """Whether the driver has called the provider. A stream that is closed unread, for example, sends nothing."""
 
@@ -76,6 +82,15 @@ class AskEnd(Slotted):
         self.error = error
 
 
+class FlowEnd(Slotted):
+    """Announce that the flow of a branch's record has ended. The driver runs the cleanups of the record."""
+
+    __slots__ = ("call",)
+
+    def __init__(self, call: CallRecord) -> None:
+        self.call = call
+
+
 class Sleep(Slotted):
     """Wait."""
 
@@ -90,7 +105,102 @@ class Sleep(Slotted):
 END: Final = object()
 PULL: Final = Pull()
 
-Effect: TypeAlias = Send | Chunk | More | Pull | Restart | AttemptEnd | AskEnd | Sleep | Perform
+
+class Lane:
+    """The place where the effects of one branch are carried out, one at a time, while other branches go on.
+
+    It is plain state. A driver carries out the effects in a thread or a task, and leaves here what became of them.
+    """
+
+    __slots__ = (
+        "busy",
+        "call",
+        "context",
+        "done",
+        "dropped",
+        "error",
+        "flow",
+        "iterator",
+        "leash",
+        "outcome",
+        "reading",
+        "source",
+        "until",
+        "waits",
+        "work",
+    )
+
+    def __init__(self, flow: Flow[Any], context: Context, call: CallRecord) -> None:
+        self.flow = flow
+        """The flow of the branch."""
+        self.call = call
+        """The record of the branch."""
+        self.context = context
+        """The context in which that flow runs. Each effect is carried out in a copy of it."""
+        self.leash: Leash | None = None
+        """The leash of the last request, whose `stop` ends the call of the provider."""
+        self.done = False
+        """Whether there is an outcome or an error."""
+        self.outcome: object = None
+        self.error: BaseException | None = None
+        self.source = Source(END)
+        self.iterator: Any = None
+        """The stream of the provider, if one is open."""
+        self.reading: Context | None = None
+        """The context in which that stream is read."""
+        self.busy = False
+        """Whether a thread or a task is at work."""
+        self.waits: Wait | None = None
+        """The wait for other lanes under way, if there is one."""
+        self.until: float | None = None
+        """When the wait or sleep under way ends at the latest, in seconds of the driver's time."""
+        self.dropped = False
+        """Whether the lane has been given up, or its stream taken over."""
+        self.work: Any = None
+        """The thread's queue, or the task."""
+
+
+class Start(Slotted):
+    """Begin an effect in a lane. Outcome: None, at once."""
+
+    __slots__ = ("effect", "lane")
+
+    def __init__(self, lane: Lane, effect: Pull | Sleep | Perform | Wait | AttemptEnd) -> None:
+        self.lane = lane
+        self.effect = effect
+
+
+class Wait(Slotted):
+    """Wait until one of the lanes is done. Outcome: that lane, or None if the seconds pass first."""
+
+    __slots__ = ("lanes", "seconds")
+
+    def __init__(self, lanes: Sequence[Lane], seconds: float | None = None) -> None:
+        self.lanes = lanes
+        self.seconds = seconds
+
+
+class Drop(Slotted):
+    """Give up what is under way in these lanes, release what they hold, and close their flows."""
+
+    __slots__ = ("lanes",)
+
+    def __init__(self, lanes: Sequence[Lane]) -> None:
+        self.lanes = lanes
+
+
+class Adopt(Slotted):
+    """Make the stream of a lane that of the call, or that of another lane."""
+
+    __slots__ = ("into", "lane")
+
+    def __init__(self, lane: Lane) -> None:
+        self.lane = lane
+        self.into: Lane | None = None
+
+
+LaneEffect: TypeAlias = Start | Wait | Drop | Adopt
+Effect: TypeAlias = Send | Chunk | More | Pull | Restart | AttemptEnd | AskEnd | FlowEnd | Sleep | Perform | LaneEffect
 Flow: TypeAlias = Generator[Effect, Any, T]
 """The result of calling a middleware: a generator that yields effects and, at its end, returns a T."""
 CallNext: TypeAlias = Callable[[Request], Flow[Response]]

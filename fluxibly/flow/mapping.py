@@ -251,7 +251,7 @@ class _Mapper(Combinator):
                     else:
                         left.append(chunk)
                 else:
-                    outcome = yield checked_effect(item, chunks=True)
+                    outcome = yield checked_effect(item, "map_chunks: expected the function to yield chunks, or from")
             except GeneratorExit:
                 flow.close()
                 raise

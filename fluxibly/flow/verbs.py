@@ -31,14 +31,14 @@ def sleep(seconds: float) -> Flow[None]:
     yield Sleep(seconds)
 
 
-def check_seconds(seconds: object) -> None:
-    """Check the length of a sleep, because the clocks of the modes would each treat a wrong length differently.
+def check_seconds(seconds: object, name: str = "sleep") -> None:
+    """Check a length of time, because the clocks of the modes would each treat a wrong length differently.
 
     Raises:
         TypeError: `seconds` is not a number.
         ValueError: `seconds` is negative, infinite or NaN.
     """
-    found = number("sleep", seconds, 0, unit="seconds")
+    found = number(name, seconds, 0, unit="seconds")
     if found is not None:
         discard(seconds)
         raise (ValueError if is_number(seconds) else TypeError)(found)
@@ -145,10 +145,7 @@ def _asked(request: Request, flow: Flow[Response], outer: CallRecord) -> Flow[Re
         yield AskEnd(request, error=error)
         raise
     except BaseException:
-        outer.endings = [
-            *(outer.endings or ()),
-            *(call.endings or ()),
-        ]  # a flow that is given up cannot yield, so the outer call cleans up
+        outer.take_endings(call)  # a flow that is given up cannot yield, so the outer call cleans up
         raise
     if call.watched or call.endings:
         yield AskEnd(request, response)

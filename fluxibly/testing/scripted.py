@@ -17,10 +17,11 @@ from fluxibly.aggregate import Aggregator, as_chunks
 from fluxibly.errors import StreamProtocolError
 from fluxibly.flow.verbs import check_seconds
 from fluxibly.limits import least
-from fluxibly.types import Chunk, ProviderInfo, Request, Response
+from fluxibly.types import CallRecord, Chunk, ProviderInfo, Request, Response
 
 if TYPE_CHECKING:
     from fluxibly.pipeline import Clock
+    from fluxibly.testing._lanes import LaneTime
 
 
 T = TypeVar("T")
@@ -30,7 +31,8 @@ class VirtualClock:
     """A `fluxibly.pipeline.Clock` for tests: `Pipeline(provider, middleware, clock=VirtualClock())`.
 
     Its time starts at 0, and each sleep advances it at once, so that nothing waits. `sleeps` lists the seconds of each
-    sleep. Time limits hold in its time: a sleep of a provider ends when the limit of its call has passed.
+    sleep. Time limits hold in its time: a sleep of a provider ends when the limit of its call has passed. What `race` and
+    `gather` do at the same time takes the same time of this clock: without threads, and always in the same order.
     """
 
     def __init__(self) -> None:
@@ -40,15 +42,26 @@ class VirtualClock:
         self._end: ContextVar[float | None] = ContextVar("end", default=None)
         """The time at which the limit of the call under way passes."""
         self._lock = threading.Lock()
+        self.lane: ContextVar[LaneTime | None] = ContextVar("lane", default=None)
+        """The time of the lane that the code runs in."""
 
     def now(self) -> float:
         """Return the time, in seconds."""
-        return self._time
+        lane = self.lane.get()
+        return self._time if lane is None else lane.now
+
+    def go_on_to(self, time: float) -> None:
+        """Let time pass until `time`, without recording a sleep."""
+        lane = self.lane.get()
+        if lane is not None:
+            lane.now = max(lane.now, time)
+        else:
+            self._time = max(self._time, time)
 
     def advance(self, seconds: float) -> None:
         """Let time pass without recording a sleep."""
         with self._lock:
-            self._time += seconds
+            self.go_on_to(self.now() + seconds)
 
     def sleep(self, seconds: float, /) -> None:
         """Record a sleep and let its time pass.
@@ -61,10 +74,11 @@ class VirtualClock:
         end = self._end.get()
         with self._lock:
             self.sleeps.append(seconds)
-            if end is not None and self._time + seconds > end:
-                self._time = max(self._time, end)
+            now = self.now()
+            if end is not None and now + seconds > end:
+                self.go_on_to(end)
                 raise _TimeUp
-            self._time += seconds
+            self.go_on_to(now + seconds)
 
     async def asleep(self, seconds: float, /) -> None:
         """Do as `sleep`, for async pipelines. Other tasks get a turn, and a cancellation is noticed."""
@@ -88,17 +102,29 @@ class VirtualClock:
         with self._limit(seconds):
             return await call()
 
+    def lanes(self, stack: object, call: CallRecord) -> object:
+        """Return the lanes of a synchronous call, for the drivers."""
+        from fluxibly.testing._lanes import VirtualLanes
+
+        return VirtualLanes(self, stack, call)
+
+    def alanes(self, stack: object, call: CallRecord) -> object:
+        """Return the lanes of an asynchronous call, for the drivers."""
+        from fluxibly.testing._lanes import AsyncVirtualLanes
+
+        return AsyncVirtualLanes(self, stack, call)
+
     @contextmanager
     def _limit(self, seconds: float | None) -> Generator[None]:
         outer = self._end.get()
-        end = None if seconds is None else self._time + seconds
+        end = None if seconds is None else self.now() + seconds
         soonest = least(end, outer)
         self._end.set(soonest)
         try:
             if seconds is not None and seconds <= 0:
                 raise _TimeUp
             yield
-            if end is not None and self._time > end:
+            if end is not None and self.now() > end:
                 raise _TimeUp
         except _TimeUp:
             if soonest is not end:

@@ -366,7 +366,7 @@ class TestWhatIsRefused:
         made = call(mode, mw, ["a"], ["b"])
         assert isinstance(made.ran.error, TypeError)
         assert str(made.ran.error) == (
-            "map_chunks, hold_back: expected no request between two chunks; write yield from ask(request)"
+            "map_chunks: expected no request of the call itself; write yield from ask(request)"
         )
         assert len(made.provider.requests) == 1
 
@@ -386,7 +386,7 @@ class TestWhatIsRefused:
         assert isinstance(made.ran.error, TypeError)
         assert caught == [str(made.ran.error)]
         assert caught[0].startswith(
-            "map_chunks: expected the function to yield chunks, or from sleep(…), perform(…) and ask(…), got "
+            "map_chunks: expected the function to yield chunks, or from sleep(…), perform(…), ask(…) and gather(…), got "
         )
 
     @pytest.mark.parametrize("where", ["until", "check"])
@@ -400,7 +400,7 @@ class TestWhatIsRefused:
         made = call(streaming, holding(**{where: wrong}), ["a"])
         assert isinstance(made.ran.error, TypeError)
         assert str(made.ran.error) == (
-            "hold_back: expected the function to yield only from sleep(…), perform(…) and ask(…), got a Chunk"
+            "hold_back: expected the function to yield only from sleep(…), perform(…), ask(…) and gather(…), got a Chunk"
         )
         assert made.ran.events == []
 

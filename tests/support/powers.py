@@ -19,8 +19,10 @@ from fluxibly.flow import (
     as_chunks,
     ask,
     emit,
+    gather,
     map_chunks,
     perform,
+    race,
     sleep,
     stop_when,
 )
@@ -198,3 +200,26 @@ def stopping_at(mark: str) -> Middleware:
         return (yield from stop_when(call_next(request), ends))
 
     return stop
+
+
+def hedge(delay: float, *, to: Sequence[Target] = (), copies: int = 1) -> Middleware:
+    """Send the request again, or to other targets, when nothing has come in time. The first that answers wins."""
+
+    def hedged(request: Request, call_next: CallNext) -> Flow[Response]:
+        others = [request.evolve(target=target) for target in to] or [request] * copies
+        return (yield from race(call_next, [request, *others], delay))
+
+    return hedged
+
+
+def informed(look_up: Callable[[], str], alook_up: Any, judge: Target | None = None) -> Middleware:
+    """Look a fact up and ask a model at the same time, and add both to the request."""
+
+    def inform(request: Request, call_next: CallNext) -> Flow[Response]:
+        fact, answer = yield from gather(
+            request, perform(look_up, alook_up), ask(request.evolve(messages="what else?"), target=judge)
+        )
+        told = Message.user(f"{fact} {answer.text}")
+        return (yield from call_next(request.evolve(messages=(*request.messages, told))))
+
+    return inform

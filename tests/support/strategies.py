@@ -20,7 +20,7 @@ from fluxibly.errors import (
     StreamInterrupted,
     root_cause,
 )
-from fluxibly.flow import ask, emit, hold_back, map_chunks, perform, sleep
+from fluxibly.flow import ask, emit, gather, hold_back, map_chunks, perform, sleep
 from fluxibly.middleware import Logging, Metrics, Retry, StreamMeter, Timing, Tracing, Validation
 from fluxibly.target import Target
 from fluxibly.testing import Cut, Delay
@@ -547,6 +547,52 @@ def diverting(name: str, log: Log) -> Any:
     return powers.Fallback(to=[Target(Other(), model="m-3", drop=["temperature"])])
 
 
+def hedging(name: str, log: Log) -> Any:
+    return powers.hedge(2)
+
+
+def racing(name: str, log: Log) -> Any:
+    """Send three requests at once."""
+    return powers.hedge(0, copies=2)
+
+
+def hedging_to_another(name: str, log: Log) -> Any:
+    return powers.hedge(3, to=[Target(Other(), model="m-3")])
+
+
+def looking_up(name: str, log: Log) -> Any:
+    """Do several things at once before the call, and again at its end, whatever comes of them."""
+
+    def read():
+        log.append(f"{name} reads")
+        return 1
+
+    async def aread():
+        await anyio.lowlevel.checkpoint()
+        return read()
+
+    def waits(seconds):
+        yield from sleep(seconds)
+        yield from perform(read, aread)
+        yield from sleep(seconds)
+        return seconds
+
+    def both(request):
+        try:
+            question = ask(request.evolve(messages="what?"), through=[Retry(max_retries=1, uniform=max)])
+            one, two, answer = yield from gather(request, waits(0.5), perform(read, aread), question)
+            log.append(f"{name} heard {one} {two} {answer.text!r}")
+        except Exception as error:  # noqa: BLE001  # the test asks whoever answers
+            log.append(f"{name} heard {type(error).__name__}")
+
+    def look_up(request, call_next):
+        yield from both(request)
+        return (yield from map_chunks(call_next(request), lambda chunk: chunk, lambda: both(request)))
+
+    return look_up
+
+
+RACES = (hedging, racing, hedging_to_another)
 SAME_WHOLE = (judging, asking_first, limiting, diverting, prefacing)
 """The powers that do the same for whole answers and streams."""
 POWERS = (
@@ -562,6 +608,11 @@ POWERS = (
     limiting,
     prefacing,
     diverting,
+    hedging,
+    hedging,
+    racing,
+    hedging_to_another,
+    looking_up,
 )
 
 

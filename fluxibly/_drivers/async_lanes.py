@@ -1,0 +1,225 @@
+"""The lanes of an asynchronous call: a task for each effect that takes work.
+
+The tasks are not in a task group of the call: a group would have to be left before each chunk is delivered, because the
+consumer may not be inside of a scope that it did not enter. So on trio they are system tasks. The call ends none of them
+without waiting until it is gone.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from contextvars import Context
+from typing import Any
+
+from fluxibly._drivers.endings import trio_here
+from fluxibly._drivers.lanes import Lanes, report_given_up
+from fluxibly._drivers.stepping import in_context, throwable
+from fluxibly.calls import CallRecord
+from fluxibly.flow.effects import END, PULL, Adopt, AttemptEnd, Drop, Effect, Lane, Send, Source, Start, Wait
+
+
+class AsyncLanes(Lanes):
+    """The lanes of one call. The flows are stepped in the task that makes the call."""
+
+    def __init__(self, stack: Any, call: CallRecord) -> None:
+        super().__init__(stack, call)
+        self._changed: Any = None
+        """The event that the call waits for, while it waits."""
+
+    async def carry_out(self, effect: Send | Start | Wait | Drop) -> Lane | None:
+        """Carry an effect out and return its outcome."""
+        if isinstance(effect, Wait):
+            return await self.wait(effect.lanes, effect.seconds)
+        if isinstance(effect, Drop):
+            await self.drop(effect.lanes)
+        else:
+            lane, begun, context = self.prepare(effect)
+            if context is not None:
+                await self.begin(lane, begun, context)
+        return None
+
+    async def begin(self, lane: Lane, effect: Effect, context: Context) -> None:
+        """Begin work in a task."""
+        lane.busy = True
+        trio = trio_here()
+        if trio is None:
+            import asyncio  # late: it takes as long to import as all of fluxibly
+
+            task = asyncio.get_running_loop().create_task(self._serve(lane, effect), context=context)
+            task.add_done_callback(lambda _: self._done(lane))  # a task cancelled before its first step runs no code
+            lane.work = task
+        else:
+            lane.work = trio.CancelScope()
+            trio.lowlevel.spawn_system_task(self._serve_on_trio, lane, effect, context=context)
+
+    async def _serve(self, lane: Lane, effect: Effect) -> None:
+        try:
+            lane.outcome = await self.work(lane, effect)
+        except BaseException as error:  # noqa: BLE001  # it is raised where the lane is awaited
+            lane.error = throwable(error)
+
+    async def _serve_on_trio(self, lane: Lane, effect: Effect) -> None:
+        import trio
+
+        try:
+            with lane.work:
+                try:
+                    lane.outcome = await self.work(lane, effect)
+                except trio.Cancelled:
+                    raise
+                except BaseException as error:  # noqa: BLE001  # as above
+                    lane.error = throwable(error)
+        finally:
+            self._done(lane)
+
+    def _done(self, lane: Lane) -> None:
+        lane.busy, lane.done = False, True
+        if self._changed is not None:
+            self._changed.set()
+
+    async def work(self, lane: Lane, effect: Effect) -> object:
+        """Carry out an effect of a lane. Runs in the context of the lane."""
+        if isinstance(effect, Send):
+            if not effect.request.call.streaming:
+                return await self.stack.whole(effect)
+            lane.iterator = aiter(self.stack.open(effect))
+            lane.source.chunk = await anext(lane.iterator, END)
+            return lane.source
+        if effect is PULL:
+            lane.source.chunk = await anext(lane.iterator, END)
+            return None
+        if isinstance(effect, AttemptEnd):
+            await _close(lane)
+            return None
+        return await self.stack.carry_out(effect, lane.flow, self.call)
+
+    async def wait(self, lanes: Sequence[Lane], seconds: float | None) -> Lane | None:
+        """Wait until one of these lanes is done, and return it. Return None if the seconds pass first."""
+        import anyio  # late, to keep `import fluxibly` fast
+
+        end = None if seconds is None else self.now() + seconds
+        while True:
+            now = self.now()
+            if (lane := self.find(lanes, now)) is not None or (end is not None and now >= end):
+                return lane
+            until = self.end_of(lanes) if end is None else min(end, self.end_of(lanes))
+            self._changed = anyio.Event()
+            with anyio.move_on_after(None if until == math.inf else until - now):
+                await self._changed.wait()
+
+    async def drop(self, lanes: Sequence[Lane]) -> None:
+        """Give up lanes, and return when their tasks have ended. A cancellation meanwhile is raised afterwards."""
+        given_up = [lane for lane in lanes if not lane.dropped]
+        self.cut(given_up)
+        try:
+            await self._gone(given_up)
+        finally:
+            for lane in given_up:
+                self.close_flow(lane)
+
+    def cut(self, lanes: Sequence[Lane]) -> None:
+        """Cancel what is under way in lanes."""
+        for lane in lanes:
+            lane.dropped = True
+            if lane in self.open:
+                self.open.remove(lane)
+            self.stop(lane)
+            if lane.busy:
+                lane.work.cancel()
+
+    async def _gone(self, lanes: Sequence[Lane]) -> None:
+        """Wait until the tasks of lanes have ended, and close their streams."""
+        import anyio  # late, as above
+
+        cancelled = None
+        with anyio.CancelScope(shield=True):
+            for lane in lanes:
+                while lane.busy or lane.iterator is not None:
+                    try:
+                        if lane.busy:
+                            self._changed = anyio.Event()
+                            await self._changed.wait()
+                        else:
+                            await _release(lane)
+                    except anyio.get_cancelled_exc_class() as error:  # asyncio's own cancellation passes every shield
+                        cancelled = error
+        if cancelled is not None:
+            try:
+                raise cancelled
+            finally:
+                del cancelled  # it refers to this frame
+
+    async def adopt(self, effect: Adopt) -> tuple[Any, Source]:
+        """Take over the stream of a lane. Return it with its source."""
+        lane, into = effect.lane, effect.into
+        lane.dropped = True
+        if lane in self.open:
+            self.open.remove(lane)
+        iterator, lane.iterator = lane.iterator, None
+        if into is not None:
+            into.iterator, into.reading, into.source = iterator, lane.reading, lane.source
+        elif iterator is not None and lane.reading is not None:
+            iterator = AsyncInContext(iterator, lane.reading)
+        return iterator, lane.source
+
+    async def end(self) -> None:
+        """Give up all lanes, because the call has ended."""
+        self.call.lanes = None
+        if isinstance(sys.exception(), GeneratorExit):  # a coroutine that is being closed cannot wait
+            self.cut([*self.open])
+        else:
+            await self.drop([*self.open])
+
+
+class _Steps:
+    """What `in_context` reports to; a lane is not aborted by what it waits for."""
+
+    waits_for: Any = None
+
+
+class AsyncInContext:
+    """A stream of a provider, each step of which runs in the context in which the stream was opened."""
+
+    def __init__(self, iterator: Any, context: Context) -> None:
+        self._iterator = iterator
+        self._context = context
+        if hasattr(iterator, "abort"):
+            self.abort = iterator.abort
+
+    def __aiter__(self) -> AsyncInContext:
+        return self
+
+    async def __anext__(self) -> Any:
+        item = await in_context(self._context, _next(self._iterator), _Steps())
+        if item is END:
+            raise StopAsyncIteration
+        return item
+
+    async def aclose(self) -> None:
+        await in_context(self._context, _aclose(self._iterator), _Steps())
+
+
+async def _next(iterator: Any) -> object:
+    return await anext(iterator, END)
+
+
+async def _aclose(iterator: Any) -> None:
+    aclose = getattr(iterator, "aclose", None)
+    if aclose is not None:
+        await aclose()
+
+
+async def _close(lane: Lane) -> None:
+    iterator, lane.iterator = lane.iterator, None
+    await _aclose(iterator)
+
+
+async def _release(lane: Lane) -> None:
+    """Close the stream of a lane, from outside of its task."""
+    try:
+        if lane.reading is not None:
+            await in_context(lane.reading, _close(lane), _Steps())
+    except Exception as error:  # noqa: BLE001  # it belongs to an attempt that is over
+        report_given_up("provider", error)

@@ -1,0 +1,119 @@
+"""The lanes of a call: where the effects of several branches are carried out at the same time.
+
+A lane that only waits, for time or for other lanes, needs no thread and no task: the wait of the call itself looks after it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextvars import Context
+from time import monotonic
+from typing import Any, cast
+
+from fluxibly._drivers import stepping
+from fluxibly._drivers.diagnosis import report
+from fluxibly.calls import CallRecord
+from fluxibly.flow.compose import deadline_exceeded
+from fluxibly.flow.effects import PULL, AttemptEnd, Effect, Lane, Send, Sleep, Start, Wait
+from fluxibly.limits import time_left
+
+
+class Lanes:
+    """The state of all lanes of one call, and every decision about them that needs no I/O."""
+
+    now: Callable[[], float] = staticmethod(monotonic)
+    """The time by which waits end, in seconds."""
+
+    def __init__(self, stack: Any, call: CallRecord) -> None:
+        self.stack = stack
+        self.call = call
+        self.open: list[Lane] = []
+        """The lanes that have begun, and are neither dropped nor adopted."""
+
+    def prepare(self, effect: Send | Start) -> tuple[Lane, Effect, Context | None]:
+        """Begin an effect in its lane. Return both, and the context to work in if it takes work, and not only time."""
+        lane = cast("Lane", effect.lane)
+        begun: Effect = effect.effect if isinstance(effect, Start) else effect
+        lane.done, lane.outcome, lane.error, lane.waits, lane.until = False, None, None, None, None
+        if lane not in self.open:
+            self.open.append(lane)
+        context: Context | None = None
+        if isinstance(begun, Wait):
+            lane.waits = begun
+            lane.until = None if begun.seconds is None else self.now() + begun.seconds
+        elif isinstance(begun, Sleep):
+            self._sleep(lane, begun)
+        elif isinstance(begun, AttemptEnd):
+            context = lane.reading
+            lane.done = lane.iterator is None
+        elif begun is PULL:
+            context = lane.reading
+            if lane.call.timed:
+                lane.call.requested_at = lane.call.clock()
+        else:
+            context = lane.context.copy()
+            if isinstance(begun, Send) and begun.request.call.streaming:
+                lane.reading = context
+                lane.call.requested_at = lane.call.clock()
+                if lane.call.sent_at is None:
+                    lane.call.sent_at = lane.call.requested_at
+        return lane, begun, None if lane.done else context
+
+    def _sleep(self, lane: Lane, effect: Sleep) -> None:
+        call = effect.within or self.call
+        seconds, left = effect.seconds, time_left(call.leash, call.clock)
+        if left is not None and left <= seconds:
+            seconds = max(left, 0.0)
+            lane.error = deadline_exceeded(call, call.sent_model)
+        lane.until = self.now() + seconds
+
+    def find(self, lanes: Sequence[Lane], now: float) -> Lane | None:
+        """Return the first of these lanes that is done.
+
+        Raises:
+            BaseException: a lane has ended with it, and it is not an Exception, which a flow might handle.
+        """
+        for lane in lanes:
+            if not lane.done:
+                found = None if lane.waits is None else self.find(lane.waits.lanes, now)
+                lane.done = found is not None or (lane.until is not None and now >= lane.until)
+                lane.outcome = found or lane.outcome
+            if lane.done:
+                if lane.error is not None and not isinstance(lane.error, Exception):
+                    raise lane.error
+                return lane
+        return None
+
+    def end_of(self, lanes: Sequence[Lane]) -> float:
+        """Return the time at which one of these lanes ends by itself, or infinity."""
+        end = math.inf
+        for lane in lanes:
+            if lane.until is not None:
+                end = min(end, lane.until)
+            if lane.waits is not None:
+                end = min(end, self.end_of(lane.waits.lanes))
+        return end
+
+    def stop(self, lane: Lane) -> None:
+        """End the call of a provider that goes on in a lane, if the provider can be ended from elsewhere."""
+        try:
+            if lane.leash is not None:
+                lane.leash.stop()
+            abort = getattr(lane.iterator, "abort", None)
+            if lane.busy and abort is not None:
+                abort()
+        except Exception as error:  # noqa: BLE001  # it belongs to an attempt that is over
+            report_given_up("provider", error)
+
+    def close_flow(self, lane: Lane) -> None:
+        """Close the flow of a lane that is given up. An error of its layers changes nothing of the other branches."""
+        try:
+            lane.context.run(stepping.close, lane.flow)
+        except Exception as error:  # noqa: BLE001  # as above
+            report_given_up("middleware", error)
+
+
+def report_given_up(who: str, error: BaseException) -> None:
+    """Log an error that came after a branch was given up, and that nobody else gets."""
+    report(f"a {who} raised {type(error).__name__} while a branch of a race was given up; the call goes on")

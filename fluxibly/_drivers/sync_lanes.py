@@ -1,0 +1,187 @@
+"""The lanes of a synchronous call: a thread for each lane that has work."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from contextvars import Context
+from queue import SimpleQueue
+from typing import Any, TypeAlias
+
+from fluxibly._drivers.lanes import Lanes, report_given_up
+from fluxibly._drivers.stepping import throwable
+from fluxibly.calls import CallRecord
+from fluxibly.flow.effects import END, PULL, Adopt, AttemptEnd, Drop, Effect, Lane, Send, Source, Start, Wait
+
+_Work: TypeAlias = SimpleQueue[tuple[Effect, Context] | None]
+
+
+class SyncLanes(Lanes):
+    """The lanes of one call. The flows are stepped in the thread that makes the call."""
+
+    def __init__(self, stack: Any, call: CallRecord) -> None:
+        super().__init__(stack, call)
+        self._changed = threading.Condition()
+        self._aborted = False
+
+    def carry_out(self, effect: Send | Start | Wait | Drop) -> Lane | None:
+        """Carry an effect out and return its outcome."""
+        if isinstance(effect, Wait):
+            return self.wait(effect.lanes, effect.seconds)
+        if isinstance(effect, Drop):
+            self.drop(effect.lanes)
+        else:
+            lane, begun, context = self.prepare(effect)
+            if context is not None:
+                self.begin(lane, begun, context)
+        return None
+
+    def begin(self, lane: Lane, effect: Effect, context: Context) -> None:
+        """Begin work in the thread of a lane."""
+        if lane.work is None:
+            work: _Work = SimpleQueue()
+            threading.Thread(target=self._serve, args=(lane, work), name="fluxibly-lane", daemon=True).start()
+            lane.work = work
+        lane.busy = True
+        lane.work.put((effect, context))
+
+    def _serve(self, lane: Lane, work: _Work) -> None:
+        while (item := work.get()) is not None:
+            effect, context = item
+            outcome, error = None, None
+            try:
+                outcome = context.run(self.work, lane, effect)
+            except BaseException as raised:  # noqa: BLE001  # it is raised where the lane is awaited
+                error = throwable(raised)
+            with self._changed:
+                lane.outcome, lane.error, lane.done, lane.busy = outcome, error, True, False
+                dropped = lane.dropped
+                self._changed.notify_all()
+            del item, effect, context, outcome, error
+            if dropped:
+                lane.outcome = lane.error = None
+                _release(lane)
+
+    def work(self, lane: Lane, effect: Effect) -> object:
+        """Carry out an effect of a lane. Runs in the context of the lane."""
+        if isinstance(effect, Send):
+            with self._changed:  # so that a request counts as sent exactly if it was not dropped before
+                if lane.dropped:
+                    raise InterruptedError("the branch was given up")
+                effect.sent = True
+            if not effect.request.call.streaming:
+                return self.stack.whole(effect)
+            lane.iterator = iter(self.stack.open(effect))
+            if lane.dropped:
+                getattr(lane.iterator, "abort", _nothing)()
+            lane.source.chunk = next(lane.iterator, END)
+            return lane.source
+        if effect is PULL:
+            lane.source.chunk = next(lane.iterator, END)
+            return None
+        if isinstance(effect, AttemptEnd):
+            _close(lane)
+            return None
+        return self.stack.carry_out(effect, lane.flow, self.call)
+
+    def wait(self, lanes: Sequence[Lane], seconds: float | None) -> Lane | None:
+        """Wait until one of these lanes is done, and return it. Return None if the seconds pass first.
+
+        Raises:
+            ConnectionAbortedError: `abort` was called.
+        """
+        with self._changed:
+            end = self.now() + (threading.TIMEOUT_MAX if seconds is None else seconds)
+            while not self._aborted:
+                now = self.now()
+                if (lane := self.find(lanes, now)) is not None or now >= end:
+                    return lane
+                self._changed.wait(min(end, self.end_of(lanes)) - now)
+        raise ConnectionAbortedError("the stream was closed")
+
+    def drop(self, lanes: Sequence[Lane]) -> None:
+        """Give up lanes. What a lane is doing ends as soon as it can be ended; its thread then releases what it holds."""
+        given_up: list[Lane] = []
+        for lane in lanes:
+            with self._changed:
+                if lane.dropped:
+                    continue
+                lane.dropped = True
+                busy = lane.busy
+            given_up.append(lane)
+            self.stop(lane)
+            if not busy:
+                _release(lane)
+            self._leave(lane)
+        for lane in given_up:
+            self.close_flow(lane)
+
+    def adopt(self, effect: Adopt) -> tuple[Any, Source]:
+        """Take over the stream of a lane, which its own thread reads no longer. Return it with its source."""
+        lane, into = effect.lane, effect.into
+        lane.dropped = True
+        self._leave(lane)
+        iterator, lane.iterator = lane.iterator, None
+        if into is not None:
+            into.iterator, into.reading, into.source = iterator, lane.reading, lane.source
+        elif iterator is not None and lane.reading is not None:
+            iterator = InContext(iterator, lane.reading)
+        return iterator, lane.source
+
+    def _leave(self, lane: Lane) -> None:
+        if lane in self.open:
+            self.open.remove(lane)
+        if lane.work is not None:
+            lane.work.put(None)
+
+    def end(self) -> None:
+        """Give up all lanes, because the call has ended."""
+        self.drop([*self.open])
+        self.call.lanes = None
+
+    def abort(self) -> None:
+        """End a wait in another thread, and all later waits."""
+        self._aborted = True
+        with self._changed:
+            self._changed.notify_all()
+
+
+class InContext:
+    """A stream of a provider, each step of which runs in the context in which the stream was opened."""
+
+    def __init__(self, iterator: Any, context: Context) -> None:
+        self._iterator = iterator
+        self._run = context.run
+        if hasattr(iterator, "abort"):
+            self.abort = iterator.abort
+
+    def __iter__(self) -> InContext:
+        return self
+
+    def __next__(self) -> Any:
+        item = self._run(next, self._iterator, END)
+        if item is END:
+            raise StopIteration
+        return item
+
+    def close(self) -> None:
+        self._run(getattr(self._iterator, "close", _nothing))
+
+
+def _close(lane: Lane) -> None:
+    """Close the stream of a lane. Runs in the context in which the stream is read."""
+    iterator, lane.iterator = lane.iterator, None
+    getattr(iterator, "close", _nothing)()
+
+
+def _release(lane: Lane) -> None:
+    """Close the stream of a lane that is given up, if there is one."""
+    try:
+        if lane.reading is not None:
+            lane.reading.run(_close, lane)
+    except Exception as error:  # noqa: BLE001  # it belongs to an attempt that is over
+        report_given_up("provider", error)
+
+
+def _nothing() -> None:
+    """Do nothing, where there is nothing to end."""
