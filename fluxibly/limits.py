@@ -1,9 +1,10 @@
-"""The time limits of calls: `Timeouts`, which a configuration or a call sets, and `Leash`, which middleware set."""
+"""The limits of calls: `Timeouts`, which a configuration or a call sets, and `Leash`, which middleware set."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Literal
 
 import attrs
@@ -120,6 +121,19 @@ class Leash:
     No limit is restarted by a keep-alive. Providers that have the attribute `obeys = True` keep the limits themselves;
     the drivers keep them for all other providers.
 
+    A leash also ends what waits under it: `stop`, from any thread, ends a synchronous provider that waits in another. The
+    leashes inside of a leash are stopped with it, except those that `apart` made, such as those of the branches of a
+    call. A provider whose wait another thread can end lets the leash end it::
+
+        leash = request.call.leash
+        if leash is not None:
+            leash.hold(connection.cut)  # calls it at once if the leash has been stopped
+        try:
+            return connection.read()
+        finally:
+            if leash is not None:
+                leash.release(connection.cut)
+
     Args:
         outer: the leash that applies so far, or None.
         deadline: the time of the call's clock, in seconds, at which attempts and waits end, the consumer's time included.
@@ -131,10 +145,14 @@ class Leash:
         ConfigError: a limit is not a number, or `first_chunk` or `idle` is not above 0.
     """
 
-    __slots__ = ("deadline", "first_chunk", "idle")
+    __slots__ = ("_ends", "_root", "_stopped", "deadline", "first_chunk", "idle")
     deadline: float | None
     first_chunk: float | None
     idle: float | None
+    _root: Leash | None
+    """The leash that is stopped for this leash. None is the leash itself, which so refers to itself in no circle."""
+    _ends: list[Callable[[], object]]
+    _stopped: bool
 
     def __init__(
         self,
@@ -151,9 +169,67 @@ class Leash:
         ]
         if any(problems):
             raise ConfigError.of([found for found in problems if found])
-        self.deadline = deadline if outer is None else least(deadline, outer.deadline)
-        self.first_chunk = first_chunk if outer is None else least(first_chunk, outer.first_chunk)
-        self.idle = idle if outer is None else least(idle, outer.idle)
+        if outer is None:
+            self.deadline, self.first_chunk, self.idle = deadline, first_chunk, idle
+            self._begin()
+        else:
+            self.deadline = least(deadline, outer.deadline)
+            self.first_chunk = least(first_chunk, outer.first_chunk)
+            self.idle = least(idle, outer.idle)
+            self._root = outer if outer._root is None else outer._root
+
+    def _begin(self) -> None:
+        """Make this a leash that is stopped for itself."""
+        self._root = None
+        self._ends = []
+        self._stopped = False
+
+    @classmethod
+    def apart(cls, outer: Leash | None) -> Leash:
+        """Return a leash with the limits of `outer` that is stopped for itself, without `outer`, as a branch of a call is."""
+        leash = cls(outer)
+        leash._begin()
+        return leash
+
+    @property
+    def stopped(self) -> bool:
+        """Whether `stop` was called."""
+        return self._stopped if self._root is None else self._root._stopped
+
+    def hold(self, end: Callable[[], object]) -> None:
+        """Let `stop` call `end`, which ends a wait. If `stop` was called before, call `end` now.
+
+        `end` returns at once and raises nothing. It may be called more than once, from any thread, and also by a `stop`
+        that is under way while the wait is released. So it must know whether its wait is over.
+        """
+        root = self if self._root is None else self._root
+        # The end is noted before the flag is read, and `stop` does the reverse, so at least one of the two sees the other.
+        root._ends.append(end)
+        if root._stopped:
+            end()
+
+    def release(self, end: Callable[[], object]) -> None:
+        """Forget an `end` that was given to `hold`, because its wait is over. If it was not given, do nothing."""
+        root = self if self._root is None else self._root
+        with suppress(ValueError):
+            root._ends.remove(end)
+
+    def stop(self) -> None:
+        """End everything that waits under this leash and the leashes that are stopped with it, now and from now on.
+
+        Raises:
+            Exception: what an `end` raised, after all others have been called.
+        """
+        root = self if self._root is None else self._root
+        root._stopped = True
+        errors: list[Exception] = []
+        for end in root._ends.copy():
+            try:
+                end()
+            except Exception as error:  # noqa: BLE001  # it is raised below
+                errors.append(error)
+        if errors:
+            raise errors[0]
 
     def __repr__(self) -> str:
         return f"Leash(deadline={self.deadline!r}, first_chunk={self.first_chunk!r}, idle={self.idle!r})"

@@ -35,6 +35,11 @@ class Provider(Protocol):
     `request.call.timeouts`. A provider that keeps them by itself has the attribute `obeys = True`. Any other provider is
     called and read in another thread while a limit applies, in a copy of the context. When the time is up, the caller
     stops waiting, and the provider runs on until it returns; then its stream is closed.
+
+    A call may also be given up in another thread, for example because another branch of it has answered. A provider whose
+    wait can be ended from there calls `request.call.leash.hold(end)` before it waits, if there is a leash, and
+    `release(end)` afterwards. The iterator of a stream may have a method `abort()` for the same: it ends a read in another
+    thread, and all later reads. Any other provider runs on until it returns, and nobody waits for its answer.
     """
 
     def complete(self, request: Request, /) -> Response | str: ...

@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from fluxibly import _abandoned
-from fluxibly._drivers.endings import Home, trio_here
+from fluxibly._drivers.endings import Home
 from fluxibly._drivers.stepping import in_context
 from fluxibly._drivers.streams import (
     CLOSING,
@@ -15,6 +15,7 @@ from fluxibly._drivers.streams import (
     SyncStreamDriver,
     is_occupied,
 )
+from fluxibly._loops import trio_here
 from fluxibly.types import Chunk, Response, Restart
 
 if TYPE_CHECKING:

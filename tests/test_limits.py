@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import math
+import threading
 
 import pytest
 
@@ -66,6 +69,121 @@ class TestLeash:
     def test_its_repr(self):
         """A leash shows its limits."""
         assert repr(Leash(deadline=1.5, idle=2)) == "Leash(deadline=1.5, first_chunk=None, idle=2)"
+
+
+class TestStop:
+    """`stop` ends what waits under a leash, and what begins to wait later."""
+
+    def test_what_is_held(self):
+        """Each `end` that is held is called, and none that was released."""
+        ended: list[str] = []
+        leash = Leash()
+        ends = {name: functools.partial(ended.append, name) for name in "abc"}
+        for end in ends.values():
+            leash.hold(end)
+        leash.release(ends["b"])
+        assert leash.stopped is False
+        leash.stop()
+        assert leash.stopped is True
+        assert ended == ["a", "c"]
+
+    def test_what_begins_later(self):
+        """An `end` that is held after the stop is called at once."""
+        ended: list[str] = []
+        leash = Leash()
+        leash.stop()
+        leash.hold(lambda: ended.append("late"))
+        assert ended == ["late"]
+
+    def test_twice_held(self):
+        """Two waits may have the same `end`: to release one leaves the other."""
+        ended: list[str] = []
+        leash = Leash()
+        end = functools.partial(ended.append, "one")
+        leash.hold(end)
+        leash.hold(end)
+        leash.release(end)
+        leash.stop()
+        assert ended == ["one"]
+
+    def test_a_bound_method_is_released_by_its_name(self):
+        """Each look-up of a method is another object, and means the same `end`."""
+        ended: list[str] = []
+
+        class Wait:
+            def end(self):
+                ended.append("ended")
+
+        leash, wait = Leash(), Wait()
+        leash.hold(wait.end)
+        leash.release(wait.end)
+        leash.release(wait.end)  # of no effect
+        leash.stop()
+        assert ended == []
+
+    def test_leashes_within(self):
+        """The leashes of middleware within a branch are stopped with the branch's, whichever `stop` is called."""
+        ended: list[str] = []
+        outer = Leash()
+        inner = Leash(Leash(outer, idle=1), deadline=5)
+        inner.hold(lambda: ended.append("inner"))
+        outer.stop()
+        assert ended == ["inner"]
+        assert inner.stopped
+        again = Leash()
+        Leash(again).stop()
+        assert again.stopped
+
+    def test_apart(self):
+        """A leash apart has the limits, and is stopped for itself; the leashes within it are stopped with it."""
+        outer = Leash(deadline=5.0, first_chunk=2.0, idle=3.0)
+        one, other = Leash.apart(Leash(outer)), Leash.apart(outer)
+        assert limits_of(one) == limits_of(other) == (5.0, 2.0, 3.0)
+        within = Leash(one, deadline=1.0)
+        assert limits_of(within) == (1.0, 2.0, 3.0)
+        one.stop()
+        assert (one.stopped, within.stopped, other.stopped, outer.stopped) == (True, True, False, False)
+        outer.stop()
+        assert not other.stopped
+        assert limits_of(Leash.apart(None)) == (None, None, None)
+
+    def test_an_end_that_fails(self):
+        """All others are ended before the first error is raised."""
+        ended: list[str] = []
+
+        def fail():
+            raise OSError("it failed")
+
+        leash = Leash()
+        for end in (fail, functools.partial(ended.append, "last")):
+            leash.hold(end)
+        with pytest.raises(OSError, match="it failed"):
+            leash.stop()
+        assert ended == ["last"]
+
+    def test_no_stop_is_lost(self):
+        """However `stop` and `hold` of two threads meet, the end is called."""
+        for _ in range(500):
+            leash, over, start = Leash(), threading.Event(), threading.Barrier(3)
+
+            def stop(leash=leash, start=start):
+                start.wait()
+                leash.stop()
+
+            threads = [threading.Thread(target=stop) for _ in range(2)]
+            for thread in threads:
+                thread.start()
+            start.wait()
+            leash.hold(over.set)
+            assert over.wait(5)
+            for thread in threads:
+                thread.join()
+
+    def test_it_is_no_circle(self):
+        """A leash is freed without the garbage collector: it does not refer to itself."""
+        leash = Leash()
+        assert leash not in gc.get_referents(leash)
+        assert leash not in gc.get_referents(Leash.apart(leash))
 
 
 class TestTimeLeft:

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from contextvars import Context
 from typing import Any
 
-from fluxibly._drivers.endings import trio_here
 from fluxibly._drivers.lanes import Lanes, report_given_up
 from fluxibly._drivers.stepping import in_context, throwable
+from fluxibly._loops import trio_here
 from fluxibly.calls import CallRecord
 from fluxibly.flow.effects import END, PULL, Adopt, AttemptEnd, Drop, Effect, Lane, Send, Source, Start, Wait
 

@@ -15,6 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fluxibly import _abandoned
+from fluxibly._loops import trio_here
 from fluxibly.calls import CallRecord, Cleanup, Perform
 from fluxibly.flow.compose import layer_name
 from fluxibly.flow.verbs import await_, run
@@ -228,12 +229,6 @@ class Home:
             _start_in_thread(call)
         else:
             run_endings(call)
-
-
-def trio_here() -> Any:
-    """Return the module `trio` if it runs this code, else None. (It is not imported for that.)"""
-    trio = sys.modules.get("trio")
-    return trio if trio is not None and trio.lowlevel.in_trio_run() else None
 
 
 def _report(error: BaseException, effect: Perform) -> None:

@@ -14,9 +14,10 @@ from typing import Any, Final, Literal
 from fluxibly import _abandoned
 from fluxibly._drivers import stepping
 from fluxibly._drivers.diagnosis import explain, report
-from fluxibly._drivers.endings import Home, arun_endings, run_endings, trio_here
+from fluxibly._drivers.endings import Home, arun_endings, run_endings
 from fluxibly._drivers.stack import AsyncStack, SyncStack
 from fluxibly._drivers.stepping import in_context
+from fluxibly._loops import trio_here
 from fluxibly._states import State
 from fluxibly.aggregate import as_chunk
 from fluxibly.errors import StreamInterrupted, interrupted

@@ -167,20 +167,18 @@ def test_close_from_another_thread(config: LLMConfig, caplog: pytest.LogCaptureF
 
 
 @pytest.mark.model
-def test_close_while_the_prompt_is_processed(gguf: Path) -> None:
+def test_close_while_the_prompt_is_processed(gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Processing of a long prompt stops between two batches, before any output."""
     provider = LocalProvider(config_of(gguf, n_ctx=2048, n_batch=16))
     answer = provider.stream(Request(model="m", messages="word " * 1500))
     begun = threading.Event()
-    begin = provider.generation
+    start = Generation.start
 
-    def generation(request: Request, seconds: float | None) -> Generation:
-        try:
-            return begin(request, seconds)
-        finally:
-            begun.set()
+    def started(generation: Generation) -> None:
+        start(generation)
+        begun.set()
 
-    provider.generation = generation  # type: ignore[method-assign]
+    monkeypatch.setattr(Generation, "start", started)
     raised: list[BaseException] = []
 
     def read() -> None:
@@ -339,7 +337,7 @@ def test_shared_and_freed(gguf: Path) -> None:
 def test_freed_before_it_was_asked(gguf: Path) -> None:
     """A model can be freed right after loading, even if its own thread has not started to work."""
     for n_ctx in range(256, 512, 64):
-        LocalProvider(config_of(gguf, n_ctx=n_ctx))._load()
+        LocalProvider(config_of(gguf, n_ctx=n_ctx)).load()
         gc.collect()
         assert all(settings.n_ctx != n_ctx for _, settings, _ in _engine._engines)
 

@@ -14,7 +14,7 @@ import pytest
 from support.libraries import MODES, STREAM_MODES
 
 from fluxibly import LLMConfig, Request
-from fluxibly.errors import DeadlineExceeded, RequestTimeout, StreamStalled
+from fluxibly.errors import DeadlineExceeded, ProviderError, RequestTimeout, StreamStalled
 from fluxibly.limits import Leash, Timeouts
 from fluxibly.providers.local import AsyncLocalProvider, LocalProvider, _engine
 
@@ -50,6 +50,7 @@ class Model:
         self.answers = 0
         self.loading = 0.0
         self.loaded = threading.Event()
+        self.returned = threading.Event()
         self.over = threading.Event()
 
     def load(self, *_: object) -> Model:
@@ -62,7 +63,8 @@ class Model:
         self.answers += 1
         for event in self.events:
             if self.over.wait(self.gap) or callback(event):
-                return
+                break
+        self.returned.set()
 
 
 @pytest.fixture
@@ -256,3 +258,77 @@ class TestTimeouts:
         with pytest.raises(RequestTimeout) as caught:
             drive(mode, path, limited(times))
         assert (type(caught.value), caught.value.phase) == (RequestTimeout, phase)
+
+
+class TestLeash:
+    """A call whose leash is stopped in another thread ends soon. (Streams have `abort`.)"""
+
+    @pytest.fixture(params=["sync", "asyncio", "trio"])
+    def backend(self, request: pytest.FixtureRequest) -> str:
+        return str(request.param)
+
+    @pytest.mark.parametrize(("events", "gap"), [([said("one ")], 10), ([said("one ")] * 1000, 0.01)])
+    def test_it_ends_a_whole_answer(self, model: Model, backend: str, path: str, events: Events, gap: float) -> None:
+        """The caller stops waiting, and the model stops before the next token."""
+        model.events, model.gap = events, gap
+        request = leashed()
+        stop_later(request)
+        began = time.monotonic()
+        with pytest.raises(ProviderError, match="closed while it was being read") as caught:
+            drive(backend, path, request)
+        assert (caught.value.provider, caught.value.retryable) == ("local", False)
+        assert time.monotonic() - began < 2
+        if gap < 1:
+            assert model.returned.wait(2)
+
+    def test_it_ends_the_wait_for_the_model(self, model: Model, backend: str, path: str) -> None:
+        """The model is loaded for a later call."""
+        model.loading = 1.0
+        request = leashed()
+        stop_later(request)
+        began = time.monotonic()
+        with pytest.raises(ProviderError, match="closed while it was being read"):
+            drive(backend, path, request)
+        assert time.monotonic() - began < 0.9
+        assert model.loaded.wait(10)
+        assert model.answers == 0
+
+    def test_before_the_call(self, model: Model, backend: str, path: str) -> None:
+        """Nothing is loaded or generated."""
+        request = leashed()
+        request.call.leash.stop()  # type: ignore[union-attr]
+        with pytest.raises(ProviderError, match="closed while it was being read"):
+            drive(backend, path, request)
+        assert (model.loads, model.answers) == (0, 0)
+
+    def test_after_the_call(self, model: Model, backend: str, path: str) -> None:
+        """A late stop finds nothing to end."""
+        request = leashed()
+        assert drive(backend, path, request) == "one two"
+        request.call.leash.stop()  # type: ignore[union-attr]
+        assert drive(backend, path, leashed()) == "one two"
+
+    @pytest.mark.parametrize("when", ["before", "while it is loaded"])
+    def test_a_stream_that_is_aborted(self, model: Model, path: str, when: str) -> None:
+        """A stream ends at once when it is aborted before its first read, or while the model is loaded."""
+        model.loading = 1.0
+        stream = LocalProvider(LLMConfig(framework="local", model=path)).stream(leashed())
+        began = time.monotonic()
+        if when == "before":
+            stream.abort()
+            assert list(stream) == []
+            assert model.loads == 0
+            return
+        threading.Timer(SHORT, stream.abort).start()
+        with pytest.raises(ProviderError, match="closed while it was being read"):
+            next(stream)
+        assert time.monotonic() - began < 0.9
+        assert model.loaded.wait(10)
+        assert model.answers == 0
+
+
+def stop_later(request: Request) -> None:
+    """Stop the leash of a request soon, from another thread."""
+    leash = request.call.leash
+    assert leash is not None
+    threading.Timer(SHORT, leash.stop).start()

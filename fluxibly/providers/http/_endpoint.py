@@ -22,6 +22,7 @@ from fluxibly.errors import (
     AuthenticationError,
     BadRequest,
     ConfigError,
+    ConnectionFailed,
     DeadlineExceeded,
     PermissionDenied,
     ProviderError,
@@ -43,7 +44,7 @@ from fluxibly.providers.http._exchange import (
     with_header_facts,
     with_more,
 )
-from fluxibly.providers.http._limits import LeashedLimits, Limits
+from fluxibly.providers.http._limits import HeldLimits, LeashedLimits, Limits
 from fluxibly.providers.http._network_errors import redirected, translated
 from fluxibly.types import ProviderInfo, Request, Response
 
@@ -107,7 +108,9 @@ class Endpoint:
             raise self.completed_with(late, request)
         if stream and (leash.first_chunk is not None or leash.idle is not None):
             return LeashedLimits(times, leash, total=total, deadline=deadline)
-        return Limits(times, total=total, deadline=deadline, streaming=stream)
+        if not stream:
+            return HeldLimits(times, leash, total=total, deadline=deadline)
+        return Limits(times, total=total, deadline=deadline, streaming=True)
 
     # Requests
 
@@ -303,6 +306,12 @@ class Endpoint:
             error.code = error.code and mask_secrets(error.code, secrets)
             error.request_id = error.request_id and mask_secrets(error.request_id, secrets)
         return error
+
+    def stopped(self, request: Request) -> ProviderError:
+        """Return the error of a call whose leash was stopped."""
+        return self.completed_with(
+            ConnectionFailed("the call was given up elsewhere (Leash.stop)", retryable=False), request
+        )
 
     def _name_model(self, error: ProviderError, model: str) -> None:
         """Put the service and the model at the start of the message, unless the message names them."""

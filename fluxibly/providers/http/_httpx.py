@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import httpx
 
+from fluxibly._loops import from_anywhere
 from fluxibly.providers.http._exchange import joined
 from fluxibly.providers.http._limits import DRAIN_TIME, LimitPassed, Limits
 from fluxibly.providers.http._network_errors import note_address
 from fluxibly.providers.http._sockets import shut_down
-from fluxibly.providers.http._sockets_loops import from_anywhere
 
 if TYPE_CHECKING:
     from fluxibly.providers.http._exchange import Outgoing

@@ -7,7 +7,6 @@ import os
 import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
-from contextvars import copy_context
 from copy import copy
 from typing import TYPE_CHECKING, Protocol, TypeVar
 from weakref import WeakKeyDictionary, WeakSet
@@ -16,12 +15,17 @@ import anyio
 import anyio.to_thread
 from anyio.lowlevel import RunVar
 
+from fluxibly._loops import from_anywhere
+from fluxibly._threads import NotInTime, Worker
 from fluxibly.errors import AuthenticationError, ConnectionFailed, DeadlineExceeded
-from fluxibly.providers.http._limits import LimitPassed
+from fluxibly.limits import time_left
+from fluxibly.providers.http._limits import Aborted, LimitPassed
 from fluxibly.providers.http._sockets_threads import finished
 
 if TYPE_CHECKING:
+    from fluxibly.calls import CallRecord
     from fluxibly.config import KeyFunction
+    from fluxibly.limits import Leash
     from fluxibly.providers.http._exchange import Key
 
 T = TypeVar("T")
@@ -89,31 +93,35 @@ class Keys:
         """How often the function was asked. Calls that wait meanwhile share what it said, also if it failed."""
         self._failure: Exception | None = None
 
-    async def find(self, seconds: float | None = None) -> None:
+    async def find(self, call: CallRecord) -> None:
         """Ask for a key, unless there is a fresh one.
 
         Raises:
             AuthenticationError: the function did not return a key. Its exceptions reach the caller unchanged.
-            DeadlineExceeded: no key came within `seconds`, the time until the call's deadline.
+            DeadlineExceeded: no key came before the call's deadline.
+            Aborted: the call's leash was stopped.
         """
         if self._key is None or not self._is_fresh(self._key):
-            await self.renew(self._key, seconds)
+            await self.renew(self._key, call)
 
-    async def renew(self, refused: Key | None, seconds: float | None = None) -> bool:
+    async def renew(self, refused: Key | None, call: CallRecord) -> bool:
         """Ask for another key than `refused`, unless another call has done so. Return whether there is one.
 
         Raises:
-            DeadlineExceeded: no key came within `seconds`, the time until the call's deadline.
+            DeadlineExceeded: no key came before the call's deadline.
+            Aborted: the call's leash was stopped.
         """
-        if seconds is None:
+        leash = call.leash
+        if leash is None:
             return await self._renew(refused)
+        left = time_left(leash, call.clock)
         with suppress(LimitPassed):
-            if seconds > 0:
-                return await self._renew_within(refused, seconds)
+            if left is None or left > 0:
+                return await self._renew_under(leash, refused, left)
         raise DeadlineExceeded("no key came before the deadline; give the call more time")
 
-    async def _renew_within(self, refused: Key | None, seconds: float) -> bool:
-        """Do the work of `_renew`. Raise LimitPassed if it takes longer than `seconds`."""
+    async def _renew_under(self, leash: Leash, refused: Key | None, seconds: float | None) -> bool:
+        """Do the work of `_renew`. Raise LimitPassed if it takes longer than `seconds`, Aborted if the leash was stopped."""
         raise NotImplementedError
 
     async def _renew(self, refused: Key | None) -> bool:
@@ -184,9 +192,9 @@ class ThreadKeys(Keys):
         with self._lock:
             yield
 
-    async def _renew_within(self, refused: Key | None, seconds: float) -> bool:
+    async def _renew_under(self, leash: Leash, refused: Key | None, seconds: float | None) -> bool:
         # In a thread of its own, because nothing can end the function. The key that it returns later is kept.
-        return _in_own_thread(lambda: finished(self._renew(refused)), seconds)
+        return _in_own_thread(lambda: finished(self._renew(refused)), leash, seconds)
 
     async def _ask(self) -> object:
         key = self._give()
@@ -204,10 +212,17 @@ class LoopKeys(Keys):
             _locks.set(locks)
         return locks.setdefault(self, anyio.Lock())
 
-    async def _renew_within(self, refused: Key | None, seconds: float) -> bool:
-        with anyio.move_on_after(seconds):
-            return await self._renew(refused)
-        raise LimitPassed
+    async def _renew_under(self, leash: Leash, refused: Key | None, seconds: float | None) -> bool:
+        with anyio.move_on_after(seconds) as scope:
+            end = from_anywhere(scope.cancel)
+            leash.hold(end)
+            try:
+                if leash.stopped:
+                    raise Aborted
+                return await self._renew(refused)
+            finally:
+                leash.release(end)
+        raise Aborted if leash.stopped else LimitPassed
 
     async def _ask(self) -> object:
         give = self._give
@@ -228,29 +243,32 @@ def _in_own_loop(awaitable: Awaitable[T]) -> T:
     async def wait() -> T:
         return await awaitable
 
-    return _in_own_thread(lambda: anyio.run(wait), None)
+    return _in_own_thread(lambda: anyio.run(wait))
 
 
-def _in_own_thread(call: Callable[[], T], seconds: float | None) -> T:
-    """Return the result of `call` in a thread.
+def _in_own_thread(call: Callable[[], T], leash: Leash | None = None, seconds: float | None = None) -> T:
+    """Return the result of `call` in a thread, in which it runs on if this raises LimitPassed or Aborted.
 
     Raises:
-        LimitPassed: it took longer than `seconds`. It runs on until it returns.
+        LimitPassed: it took longer than `seconds`.
+        Aborted: the leash was stopped.
     """
-    results: list[T] = []
-    errors: list[BaseException] = []
+    worker = Worker()
+    if leash is not None:
+        leash.hold(worker.abort)
+    try:
+        return worker.run(call, seconds)
+    except NotInTime:
+        raise LimitPassed from None
+    except InterruptedError:
+        if leash is None or not leash.stopped:
+            raise  # the function's own
+        raise Aborted from None
+    finally:
+        if leash is not None:
+            leash.release(worker.abort)
+        worker.stop(_nothing)
 
-    def run() -> None:
-        try:
-            results.append(call())
-        except BaseException as error:  # noqa: BLE001  # raised in the thread that waits
-            errors.append(error)
 
-    thread = threading.Thread(target=copy_context().run, args=(run,), name="fluxibly-key", daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if errors:
-        raise errors[0]
-    if not results:
-        raise LimitPassed
-    return results[0]
+def _nothing() -> None:
+    """Do nothing, where there is nothing to close."""

@@ -7,12 +7,13 @@ The phase "idle" differs. In a whole answer it is the time of one read. In a str
 chunk, however many reads that takes: the first read of a wait starts it, a keep-alive (`kept_alive`) starts it again,
 and a chunk ends the wait (`end`), so that the time of the consumer does not count.
 
-A call's deadline takes the place of the total, if it comes first. `LeashedLimits` has the other limits of middleware, so
-that streams without them do not pay for them.
+A call's deadline takes the place of the total, if it comes first. `LeashedLimits` has the other limits of middleware, and
+`HeldLimits` can be ended by a leash, so that calls without a leash do not pay for them.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from time import monotonic
 from typing import TYPE_CHECKING
@@ -203,6 +204,22 @@ class Limits:
         if end_wait is not None:
             end_wait()
 
+    @property
+    def aborted(self) -> bool:
+        """Whether `abort` was called."""
+        return self._aborted
+
+    def hold(self) -> None:
+        """Let the leash of the call, if it has one, end the waits from now on.
+
+        Raises:
+            Aborted: the leash has been stopped.
+        """
+
+    def over(self) -> None:
+        """Let nothing end the waits any more. The connection may be given to another call."""
+        self.waited()
+
     def for_httpx(self) -> dict[str, float | None]:
         """Return the `timeout` extension of an httpx request, for the time until the head of the response."""
         times, total = self._times, self._total
@@ -251,3 +268,36 @@ class LeashedLimits(Limits):
     def value(self) -> float | None:
         """Return the limit that passed, in seconds."""
         return self._waits.limit if self.strict else super().value()
+
+
+class HeldLimits(Limits):
+    """The remaining time of a whole attempt under a leash. Stopping the leash ends the attempt, until it is `over`."""
+
+    __slots__ = ("_leash", "_lock")
+
+    def __init__(self, times: Timeouts, leash: Leash, *, total: float | None, deadline: float | None) -> None:
+        super().__init__(times, total=total, deadline=deadline)
+        self._leash = leash
+        # Reentrant, because a signal handler may stop the leash while its own thread ends the attempt.
+        self._lock = threading.RLock()
+
+    def hold(self) -> None:
+        """Let the leash end the waits from now on.
+
+        Raises:
+            Aborted: the leash has been stopped.
+        """
+        self._leash.hold(self.abort)
+        self.waits(None)
+
+    def over(self) -> None:
+        """Let nothing end the waits any more. The connection may be given to another call."""
+        # An abort under way in another thread comes to its end first: it would cut the connection under the next call.
+        with self._lock:
+            self.waited()
+        self._leash.release(self.abort)
+
+    def abort(self) -> None:
+        """End the wait under way in another thread or task, and all later waits."""
+        with self._lock:
+            super().abort()

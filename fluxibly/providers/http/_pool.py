@@ -336,6 +336,7 @@ class Pool:
     async def _connect(self, slots: Slots, limits: Limits) -> Connection:
         route = self._route
         limits.connecting()
+        limits.waits(None)  # an abort may be the reason why a connection ended, and a new one is needed
         try:
             connection = Connection(await self._network.connect(route.host, route.port, limits))
         except OSError as error:

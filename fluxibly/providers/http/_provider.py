@@ -17,7 +17,6 @@ from fluxibly._checks import shown_url
 from fluxibly._logs import log_retry
 from fluxibly._states import TRANSITIONS, State
 from fluxibly.errors import AuthenticationError, ConnectionFailed, DeadlineExceeded, ProviderError
-from fluxibly.limits import time_left
 from fluxibly.providers.http._endpoint import Endpoint
 from fluxibly.providers.http._exchange import Authorizer
 from fluxibly.providers.http._httpx import AsyncHTTPXSender, HTTPXSender
@@ -45,7 +44,7 @@ async def find_key(endpoint: Endpoint, keys: Keys, request: Request) -> None:
     """Find the key of a request, unless the request has an authorization of its own."""
     if not endpoint.authorized_by(request):
         with _completed(endpoint, request):
-            await keys.find(time_left(request.call.leash, request.call.clock))
+            await keys.find(request.call)
 
 
 @contextmanager
@@ -53,6 +52,8 @@ def _completed(endpoint: Endpoint, request: Request) -> Generator[None]:
     """Complete an error of the credentials for the call."""
     try:
         yield
+    except Aborted:
+        raise endpoint.stopped(request) from None
     except ProviderError as error:
         raise endpoint.completed_with(error, request) from error.__cause__
 
@@ -67,8 +68,7 @@ async def worth_resending(
     if change is None and isinstance(error, AuthenticationError) and keys is not None and outgoing.key is not None:
         with _completed(endpoint, request):
             what = f"new {outgoing.key.name}" if isinstance(outgoing.key, Authorizer) else "a new api_key"
-            left = time_left(request.call.leash, request.call.clock)
-            change = f"sends {what}" if await keys.renew(outgoing.key, left) else None
+            change = f"sends {what}" if await keys.renew(outgoing.key, request.call) else None
     if change is None:
         return False
     log_retry(request, error, max(request.call.attempts - 1, 0), 0.0, change=change)
@@ -150,6 +150,9 @@ class _Stream:
         """Return the request to send and its limits, which begin now."""
         outgoing = self._endpoint.outgoing(self._request, stream=True)
         limits = self._limits = self._endpoint.limits(self._request, stream=True)
+        leash = self._request.call.leash
+        if leash is not None and leash.stopped:
+            raise self._endpoint.stopped(self._request)
         # An `abort` that came too early to find the limits has changed the state by now.
         self._check_wanted()
         return outgoing, limits
@@ -315,6 +318,7 @@ class _Shell:
         limits = endpoint.limits(request, stream=False)
         headers: Mapping[str, str] | None = None
         try:
+            limits.hold()
             exchange = await self._sender.send(outgoing, limits)
             try:
                 headers = exchange.headers
@@ -324,11 +328,19 @@ class _Shell:
                 while data := await exchange.read():
                     body.add(data)
             finally:
+                limits.over()  # before another call can take the connection
                 await exchange.release(ended=False)
-            return endpoint.response(headers, body.whole())
+            if not limits.aborted:  # else the body may have been cut
+                return endpoint.response(headers, body.whole())
+            raise Aborted
         except Exception as error:  # noqa: BLE001  # `fail` raises it, translated
+            limits.over()
+            if limits.aborted:
+                fail(error, endpoint.stopped(request))
             if again or not await worth_resending(endpoint, self._keys, outgoing, request, error):
                 fail(error, endpoint.failure(error, request, limits, headers))
+        finally:
+            limits.over()
         return await self._complete(request, again=True)
 
     def _open(self, stream: S) -> S:

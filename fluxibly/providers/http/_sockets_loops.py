@@ -7,17 +7,14 @@ outlives a loop can still close its connections.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import socket
-import sys
 from typing import TYPE_CHECKING, Any
 
+from fluxibly._loops import from_anywhere, trio_here
 from fluxibly.providers.http._limits import LimitPassed
 from fluxibly.providers.http._sockets import READ_SIZE, PlainSocket, as_limit, main_failure, resolve, with_address
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     import anyio
 
     from fluxibly.providers.http._limits import Limits
@@ -26,30 +23,6 @@ HEAD_START = 0.25
 """Seconds before the next address is tried as well (RFC 8305)."""
 READY_READS = 32
 """Maximum number of reads without a wait before other tasks get their turn."""
-
-
-def on_trio() -> bool:
-    """Whether this code runs in a task of trio; otherwise it runs in a task of asyncio."""
-    # trio is not imported for this: if nobody has imported trio, this is not a task of trio.
-    trio = sys.modules.get("trio")
-    return trio is not None and trio.lowlevel.in_trio_task()
-
-
-def from_anywhere(callback: Callable[[], object]) -> Callable[[], None]:
-    """Return a function for any thread to call. The loop that runs now then calls `callback`, unless it has ended."""
-    soon: Callable[[Callable[[], object]], object]
-    if on_trio():
-        import trio
-
-        soon = trio.lowlevel.current_trio_token().run_sync_soon
-    else:
-        soon = asyncio.get_running_loop().call_soon_threadsafe
-
-    def call() -> None:
-        with contextlib.suppress(RuntimeError):  # the loop has ended, so there is no wait to end
-            soon(callback)
-
-    return call
 
 
 class LoopEvent:
@@ -155,9 +128,7 @@ class Loops:
     """The network for event loops. Each loop has its own sockets."""
 
     def home(self) -> Any:
-        if on_trio():
-            import trio
-
+        if trio := trio_here():
             return trio.lowlevel.current_trio_token()
         return asyncio.get_running_loop()
 
@@ -224,7 +195,7 @@ class _Race:
         try:
             # A part of a request must not wait until the server has acknowledged the part before it.
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            kind: type[AsyncioSocket | TrioSocket] = TrioSocket if on_trio() else AsyncioSocket
+            kind: type[AsyncioSocket | TrioSocket] = TrioSocket if trio_here() else AsyncioSocket
             self.connected.append(await kind.connect(sock, info[4]))
         except OSError as error:
             failure = as_limit(error) if isinstance(error, TimeoutError) else error

@@ -6,7 +6,6 @@ response: then Ctrl-C, a time limit or a cancellation ends it at the next token 
 
 from __future__ import annotations
 
-import concurrent.futures
 import importlib.util
 import math
 import os
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 
 from fluxibly._checks import kind_of
+from fluxibly._threads import NotInTime, Worker
 from fluxibly.aggregate import Aggregator
 from fluxibly.errors import BadRequest, DeadlineExceeded, Phase, ProviderError, RequestTimeout, StreamStalled
 from fluxibly.limits import KEEP_ALIVES, ChunkWaits, time_left
@@ -56,10 +56,6 @@ class Limit(NamedTuple):
     stated: float = 0.0
     kept_alive: bool = False
     strict: bool = False
-
-
-class NotLoaded(Exception):  # users get the error of `LocalProvider.late`
-    """The model was not loaded in time."""
 
 
 class LocalProvider:
@@ -113,17 +109,6 @@ class LocalProvider:
         """Return an answer that is not streamed to the caller, and so has a limit on its total time."""
         times = self._timeouts if request.call.timeouts is None else request.call.timeouts
         return LocalStream(self, request, times, times.total)
-
-    def generation(self, request: Request, seconds: float | None) -> Generation:
-        """Start to generate the answer, and return its generation.
-
-        Raises:
-            NotLoaded: the model was not loaded within `seconds`. It is for a later call.
-        """
-        body = self.body(request)  # a request that is refused loads no model
-        generation = Generation(self._loaded(seconds), body)
-        generation.start()
-        return generation
 
     def body(self, request: Request) -> dict[str, Any]:
         """Return the body of the request to llama.cpp."""
@@ -181,35 +166,27 @@ class LocalProvider:
         error.phase = limit.phase
         return error
 
+    def given_up(self) -> ProviderError:
+        """Return the error for an answer that was stopped from elsewhere while it was being read."""
+        return ProviderError("the stream was closed while it was being read", provider="local", model=self._alias)
+
     def decoder(self) -> ChatDecoder:
         """Return a decoder for a single answer."""
         return self._codec.decoder()
 
-    def _load(self) -> Engine:
+    @property
+    def is_loaded(self) -> bool:
+        """Whether `load` returns at once."""
+        engine = self._engine
+        return engine is not None and engine.pid == os.getpid()
+
+    def load(self) -> Engine:
+        """Return the model, and load it if necessary. Nothing ends that."""
         with self._lock:
             engine = self._engine
             if engine is None or engine.pid != os.getpid():
                 engine = self._engine = load(model_path(self._model), self._settings, self._alias)
             return engine
-
-    def _loaded(self, seconds: float | None) -> Engine:
-        """Return the model, which another thread loads if that may take only `seconds`, because nothing ends it."""
-        engine = self._engine
-        if seconds is None or (engine is not None and engine.pid == os.getpid()):
-            return self._load()
-        loaded: concurrent.futures.Future[Engine] = concurrent.futures.Future()
-
-        def load() -> None:
-            try:
-                loaded.set_result(self._load())
-            except BaseException as error:  # noqa: BLE001  # raised where the model is awaited
-                loaded.set_exception(error)
-
-        threading.Thread(target=load, name="fluxibly-local-wait", daemon=True).start()
-        concurrent.futures.wait([loaded], seconds)
-        if not loaded.done():
-            raise NotLoaded
-        return loaded.result()
 
     def close(self) -> None:
         """Release the model. Its memory is freed with its last user, and a later call loads it again."""
@@ -249,6 +226,8 @@ class LocalStream:
         self._deadline = None if left is None else time.monotonic() + left
         self._decoder = provider.decoder()
         self._generation: Generation | None = None
+        self._loader: Worker | None = None
+        """The thread in which the model is loaded, while the reader waits for it."""
         self._chunks: deque[Chunk] = deque()
         self._total_end: float | None = None
         self._first = True
@@ -276,13 +255,20 @@ class LocalStream:
                 self._strict.came(time.monotonic(), output=any(chunk.has_output for chunk in self._chunks))
 
     def joined(self) -> Response:
-        """Read the whole answer and return it as a response."""
+        """Read the whole answer and return it as a response. The leash of the call can end it."""
+        leash = self._request.call.leash
         try:
+            if leash is not None:
+                leash.hold(self.abort)
             answer = Aggregator()
             for chunk in self:
                 answer.add(chunk)
+            if self._stopped:  # the end is not the answer's
+                raise self._provider.given_up()
             return answer.response().evolve(raw={"timings": self.timings})
         finally:
+            if leash is not None:
+                leash.release(self.abort)
             self.close()
 
     def close(self) -> None:
@@ -292,7 +278,10 @@ class LocalStream:
 
     def abort(self) -> None:
         """Stop the generation. A read in another thread ends at once."""
+        # The flag is set before the others are read, and `_begin` does the reverse, so at least one sees the other.
         self._stopped = True
+        if self._loader is not None:
+            self._loader.abort()
         if self._generation is not None:
             self._generation.stop()
 
@@ -314,16 +303,35 @@ class LocalStream:
 
     def _begin(self) -> Generation:
         limit = self._soonest(self._outer_limits(time.monotonic()))
-        try:
-            generation = self._generation = self._provider.generation(self._request, limit.seconds)
-        except NotLoaded:
-            self.close()
-            raise self._provider.late(limit) from None
+        body = self._provider.body(self._request)  # a request that is refused loads no model
+        generation = self._generation = Generation(self._model(limit), body)
         if self._stopped:  # stopped while the model was being loaded
-            generation.stop()
+            raise self._provider.given_up()
+        generation.start()
         if self._total is not None:
             self._total_end = time.monotonic() + self._total
         return generation
+
+    def _model(self, limit: Limit) -> Engine:
+        """Return the model. A call under a leash leaves the loading to another thread, because nothing ends it."""
+        provider = self._provider
+        if self._request.call.leash is None or provider.is_loaded:
+            return provider.load()
+        loader = self._loader = Worker()
+        if self._stopped:
+            loader.abort()
+        try:
+            return loader.run(provider.load, limit.seconds)
+        except NotInTime:
+            self.close()
+            raise provider.late(limit) from None
+        except InterruptedError:
+            if not self._stopped:
+                raise  # of the loading
+            raise provider.given_up() from None
+        finally:
+            self._loader = None
+            loader.stop(_nothing)
 
     def _next_event(self, generation: Generation) -> dict[str, Any] | None:
         now = time.monotonic()
@@ -331,7 +339,7 @@ class LocalStream:
         try:
             event = generation.next_event(limit.seconds)
         except Stopped:
-            raise ProviderError("the stream was closed while it was being read", provider="local") from None
+            raise self._provider.given_up() from None
         except RequestTimeout:
             self.close()
             raise self._provider.late(limit) from None
@@ -367,6 +375,10 @@ class LocalStream:
             yield Limit(self._wait_end - now, "idle", KEEP_ALIVES * idle, kept_alive=True)
         if self._total is not None and self._total_end is not None:
             yield Limit(self._total_end - now, "total", self._total)
+
+
+def _nothing() -> None:
+    """Do nothing, where there is nothing to close."""
 
 
 class AsyncLocalProvider(Threaded):

@@ -1,0 +1,33 @@
+"""The event loop that runs this code: asyncio's or trio's. Neither is imported here before code runs on it."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+
+def trio_here() -> Any:
+    """Return the module `trio` if this code runs in a task of trio, else None."""
+    # If nobody has imported trio, this is not a task of trio. That trio runs in this thread does not say enough: as the
+    # guest of another loop it does so while that loop's tasks run.
+    trio = sys.modules.get("trio")
+    return trio if trio is not None and trio.lowlevel.in_trio_task() else None
+
+
+def from_anywhere(callback: Callable[[], object]) -> Callable[[], None]:
+    """Return a function for any thread to call. The loop that runs now then calls `callback`, unless it has ended."""
+    soon: Callable[[Callable[[], object]], object]
+    if trio := trio_here():
+        soon = trio.lowlevel.current_trio_token().run_sync_soon
+    else:
+        import asyncio  # late: it takes as long to import as all of fluxibly
+
+        soon = asyncio.get_running_loop().call_soon_threadsafe
+
+    def call() -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has ended, so there is no wait to end
+            soon(callback)
+
+    return call

@@ -1,0 +1,89 @@
+"""Which event loop runs the code, and how other threads reach it."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import anyio
+import anyio.to_thread
+import pytest
+import trio
+import trio.lowlevel
+
+from fluxibly._loops import from_anywhere, trio_here
+from fluxibly.testing.modes import run_async
+
+BACKENDS = pytest.mark.parametrize("backend", ["asyncio", "trio"])
+
+
+class TestTrioHere:
+    @pytest.mark.parametrize(("backend", "module"), [("asyncio", None), ("trio", trio)])
+    def test_in_a_task(self, backend, module):
+        """Only a task of trio is one."""
+
+        async def look():
+            return trio_here()
+
+        assert run_async(look, backend) is module
+
+    def test_without_a_loop(self):
+        """A plain thread is no task of trio, also while trio runs in another thread."""
+        assert trio_here() is None
+        assert run_async(lambda: anyio.to_thread.run_sync(trio_here), "trio") is None
+
+    def test_trio_as_a_guest(self):
+        """While trio is the guest of an asyncio loop, the loop's own tasks are asyncio's, and trio's tasks are trio's."""
+
+        async def host():
+            loop = asyncio.get_running_loop()
+            done: asyncio.Future[object] = loop.create_future()
+            began = asyncio.Event()
+
+            async def guest():
+                began.set()
+                await trio.lowlevel.checkpoint()
+                return trio_here()
+
+            trio.lowlevel.start_guest_run(
+                guest,
+                run_sync_soon_threadsafe=loop.call_soon_threadsafe,
+                done_callback=lambda outcome: done.set_result(outcome.unwrap()),
+            )
+            await began.wait()
+            return trio_here(), await done
+
+        assert run_async(host) == (None, trio)
+
+
+class TestFromAnywhere:
+    @BACKENDS
+    def test_from_another_thread(self, backend):
+        """The loop calls the function, in its own thread."""
+        threads: list[object] = []
+
+        async def main():
+            called = anyio.Event()
+
+            def callback():
+                threads.append(threading.current_thread())
+                called.set()
+
+            call = from_anywhere(callback)
+            threading.Thread(target=call).start()
+            with anyio.fail_after(5):
+                await called.wait()
+            return threading.current_thread()
+
+        assert threads == [run_async(main, backend)]
+
+    @BACKENDS
+    def test_after_the_loop(self, backend):
+        """Nothing happens once the loop has ended."""
+        called: list[object] = []
+
+        async def main():
+            return from_anywhere(lambda: called.append(1))
+
+        run_async(main, backend)()
+        assert called == []
