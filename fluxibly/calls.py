@@ -277,6 +277,8 @@ class CallRecord:
     """The private data of middleware, each under its own key."""
     endings: list[Ending] | None
     """The cleanups that `on_end` registered, in the order of registration; None before the first."""
+    unfinished: list[Callable[[], object]] | None
+    """Functions that wait until what a given up `perform` does in another thread has returned."""
 
     def __init__(self) -> None:
         # A copied table takes a third of the time that setting each attribute would take.
@@ -317,7 +319,7 @@ class CallRecord:
         fork.sent_model = fork.model = None
         fork.usage = fork.finish_reason = fork.stats = fork.interruption = fork.said = None
         fork.attempt_times = fork.last_error = None
-        fork.endings = None
+        fork.endings = fork.unfinished = None
         return fork
 
     def branch(self, leash: Leash) -> CallRecord:
@@ -327,7 +329,7 @@ class CallRecord:
         branch.leash = leash
         branch.attempts = 0
         branch.sent_at = branch.sending = branch.interruption = branch.said = None
-        branch.endings = None
+        branch.endings = branch.unfinished = None
         return branch
 
     def join(self, branch: CallRecord) -> None:
@@ -340,6 +342,9 @@ class CallRecord:
 
     def take_endings(self, other: CallRecord) -> None:
         """Take over the cleanups of another record, whose flow ends with this one's."""
+        unfinished, other.unfinished = other.unfinished, None
+        if unfinished:
+            self.unfinished = [*(self.unfinished or ()), *unfinished]
         endings, other.endings = other.endings, None
         for ending in endings or ():
             ending.record = self
@@ -355,10 +360,15 @@ class CallRecord:
 
         A middleware cannot yield after a cancellation, nor when its consumer has left; a cleanup runs all the same::
 
-            yield from perform(slots.take, slots.atake)
-            ending = request.call.on_end(slots.give, slots.agive)
+            slot = slots.slot()
+            ending = request.call.on_end(slot.give, slot.agive)
+            yield from perform(slot.take, slot.atake)
             response = yield from call_next(request)
             yield from ending.run()
+
+        Register it before what it undoes, because a call can end while `perform` is at work. A cleanup has to know whether
+        there is something to undo. It runs after what `perform` does in another thread has returned; if that takes time,
+        the caller does not wait for it.
 
         The cleanup that was registered last runs first. A sync pipeline runs `call()` in a thread. An async pipeline awaits
         `acall()` in a task of its own, which no cancellation of the call reaches, or without `acall` runs `call()` in a
@@ -400,10 +410,10 @@ _BLANK: dict[str, Any] = {
         ("leash", "lanes", "timeouts", "sent_at", "first_chunk_at", "sending", "trace_headers", "claim", "sent_model")
     ),
     **dict.fromkeys(("model", "usage", "finish_reason", "last_error", "interruption", "said", "stats")),
-    **dict.fromkeys(("attempt_times", "endings", "delivered", "timings", "notes", "spent")),
+    **dict.fromkeys(("attempt_times", "endings", "unfinished", "delivered", "timings", "notes", "spent")),
 }
 """The attributes of a new record. `CallRecord.__init__` makes the collections, which are each record's own."""
-_NOT_JOINED = ("apart", "attempts", "sent_at", "lanes", "endings")
+_NOT_JOINED = ("apart", "attempts", "sent_at", "lanes", "endings", "unfinished")
 """The attributes that stay those of the call when a branch has won."""
 
 

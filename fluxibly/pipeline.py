@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 from fluxibly import provider as providers
 from fluxibly._drivers import stepping
 from fluxibly._drivers.diagnosis import explain
-from fluxibly._drivers.endings import arun_endings, run_endings
 from fluxibly._drivers.stack import SYSTEM_CLOCK as SYSTEM_CLOCK, AsyncStack, Clock as Clock, SyncStack
 from fluxibly._drivers.streams import AsyncStreamDriver, SyncStreamDriver
 from fluxibly._targets import TargetProviders
@@ -82,12 +81,8 @@ class Pipeline(SyncStack):
             raise
         finally:
             request.call.last_error = None  # its frames refer to the call
-            try:
-                if request.call.lanes is not None:
-                    request.call.lanes.end()
-            finally:
-                if request.call.endings:
-                    run_endings(request.call)
+            if request.call.endings or request.call.lanes is not None:
+                self.clean_up(request.call)
 
     @overload
     def stream(
@@ -183,12 +178,8 @@ class AsyncPipeline(AsyncStack):
             raise
         finally:
             request.call.last_error = None  # its frames refer to the call
-            try:
-                if request.call.lanes is not None:
-                    await request.call.lanes.end()
-            finally:
-                if request.call.endings:
-                    await arun_endings(request.call)
+            if request.call.endings or request.call.lanes is not None:
+                await self.clean_up(request.call)
 
     @overload
     def stream(

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import gc
 import logging
+import threading
+import time
 from contextlib import aclosing, suppress
 from contextvars import copy_context
+from unittest.mock import patch
 
 import anyio
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 from support import strategies as s
+from support.fast_clock import FastClock, FastWorker
 
 from fluxibly._logs import logger
 from fluxibly.errors import StreamInterrupted, root_cause
@@ -70,10 +74,10 @@ class Async(Sends, AsyncScriptedProvider):
 class Case:
     """A run: its outcome, the actions and log lines of the middleware, and the requests to the provider."""
 
-    def __init__(self, mode: Mode, kinds, answers, *, threaded: bool = False, **options) -> None:
+    def __init__(self, mode: Mode, kinds, answers, *, threaded: bool = False, clock=None, **options) -> None:
         self.mode = mode
         self.log: list[str] = []
-        self.clock = VirtualClock()
+        self.clock = clock or VirtualClock()
         kind = Async if mode.backend and not threaded else Sync
         self.provider = kind(*(answer.make() for answer in answers), clock=self.clock)
         self.provider.order, self.provider.raised = [], []
@@ -542,3 +546,33 @@ def test_powers_whole_and_streamed(kinds, answers):
         assert case.log == cases[0].log, case.mode
         case.check_ends()
         check_stream(case)
+
+
+def check_threads(case: Case) -> None:
+    """Check that no thread and no stream is left, as soon as what the threads do has returned."""
+    end = time.monotonic() + 5
+    while True:
+        left = [thread.name for thread in threading.enumerate() if thread.name.startswith("fluxibly")]
+        if not left and case.provider.opened == case.provider.closed:
+            return
+        assert time.monotonic() < end, left
+        time.sleep(0.001)
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=60)
+@given(
+    s.power_stacks.filter(lambda kinds: set(kinds) & {*s.RACES, s.looking_up}),
+    s.power_answers,
+    st.none() | st.integers(0, 6),
+    st.sampled_from(MODES),
+    st.booleans(),
+)
+def test_powers_with_threads_and_tasks(kinds, answers, stop_after, mode, threaded):
+    """Laws 2 to 6: branches that really run at once leave no flow, stream or thread, and their texts add up."""
+    with patch("fluxibly._drivers.limited.Worker", FastWorker):
+        case = Case(mode, kinds, answers, clock=FastClock(), stop_after=stop_after, threaded=threaded)
+    check_threads(case)
+    case.check_ends()
+    # The thread of a loser may reach its provider after the winner's output has gone out, so the order says nothing.
+    if mode.streaming and case.ran.response is not None:
+        assert case.ran.text == case.ran.response.text

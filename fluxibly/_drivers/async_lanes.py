@@ -13,18 +13,18 @@ from collections.abc import Sequence
 from contextvars import Context
 from typing import Any
 
+from fluxibly._drivers.endings import arun_endings
 from fluxibly._drivers.lanes import Lanes, report_given_up
 from fluxibly._drivers.stepping import in_context, throwable
 from fluxibly._loops import trio_here
-from fluxibly.calls import CallRecord
 from fluxibly.flow.effects import END, PULL, Adopt, AttemptEnd, Drop, Effect, Lane, Send, Source, Start, Wait
 
 
 class AsyncLanes(Lanes):
     """The lanes of one call. The flows are stepped in the task that makes the call."""
 
-    def __init__(self, stack: Any, call: CallRecord) -> None:
-        super().__init__(stack, call)
+    def __init__(self, stack: Any) -> None:
+        super().__init__(stack)
         self._changed: Any = None
         """The event that the call waits for, while it waits."""
 
@@ -47,26 +47,26 @@ class AsyncLanes(Lanes):
         if trio is None:
             import asyncio  # late: it takes as long to import as all of fluxibly
 
-            task = asyncio.get_running_loop().create_task(self._serve(lane, effect), context=context)
+            task = asyncio.get_running_loop().create_task(self._serve(lane, effect, context), context=context)
             task.add_done_callback(lambda _: self._done(lane))  # a task cancelled before its first step runs no code
             lane.work = task
         else:
             lane.work = trio.CancelScope()
-            trio.lowlevel.spawn_system_task(self._serve_on_trio, lane, effect, context=context)
+            trio.lowlevel.spawn_system_task(self._serve_on_trio, lane, effect, context, context=context)
 
-    async def _serve(self, lane: Lane, effect: Effect) -> None:
+    async def _serve(self, lane: Lane, effect: Effect, context: Context) -> None:
         try:
-            lane.outcome = await self.work(lane, effect)
+            lane.outcome = await self.work(lane, effect, context)
         except BaseException as error:  # noqa: BLE001  # it is raised where the lane is awaited
             lane.error = throwable(error)
 
-    async def _serve_on_trio(self, lane: Lane, effect: Effect) -> None:
+    async def _serve_on_trio(self, lane: Lane, effect: Effect, context: Context) -> None:
         import trio
 
         try:
             with lane.work:
                 try:
-                    lane.outcome = await self.work(lane, effect)
+                    lane.outcome = await self.work(lane, effect, context)
                 except trio.Cancelled:
                     raise
                 except BaseException as error:  # noqa: BLE001  # as above
@@ -79,13 +79,15 @@ class AsyncLanes(Lanes):
         if self._changed is not None:
             self._changed.set()
 
-    async def work(self, lane: Lane, effect: Effect) -> object:
-        """Carry out an effect of a lane. Runs in the context of the lane."""
+    async def work(self, lane: Lane, effect: Effect, context: Context) -> object:
+        """Carry out an effect of a lane. Runs in `context`."""
         if isinstance(effect, Send):
             if not effect.request.call.streaming:
                 return await self.stack.whole(effect)
-            lane.iterator = aiter(self.stack.open(effect))
-            lane.source.chunk = await anext(lane.iterator, END)
+            await _close(lane)
+            iterator = aiter(self.stack.open(effect))
+            lane.iterator = AsyncInContext(iterator, context)
+            lane.source.chunk = await anext(iterator, END)
             return lane.source
         if effect is PULL:
             lane.source.chunk = await anext(lane.iterator, END)
@@ -93,21 +95,25 @@ class AsyncLanes(Lanes):
         if isinstance(effect, AttemptEnd):
             await _close(lane)
             return None
-        return await self.stack.carry_out(effect, lane.flow, self.call)
+        return await self.stack.carry_out(effect, lane.flow, lane.call)
 
     async def wait(self, lanes: Sequence[Lane], seconds: float | None) -> Lane | None:
         """Wait until one of these lanes is done, and return it. Return None if the seconds pass first."""
-        import anyio  # late, to keep `import fluxibly` fast
-
-        end = None if seconds is None else self.now() + seconds
+        end = math.inf if seconds is None else self.now() + seconds
         while True:
             now = self.now()
-            if (lane := self.find(lanes, now)) is not None or (end is not None and now >= end):
+            if (lane := self.find(lanes, now)) is not None or now >= end:
                 return lane
-            until = self.end_of(lanes) if end is None else min(end, self.end_of(lanes))
-            self._changed = anyio.Event()
-            with anyio.move_on_after(None if until == math.inf else until - now):
-                await self._changed.wait()
+            until = min(end, self.end_of(lanes))
+            await self.await_change(None if until == math.inf else until - now)
+
+    async def await_change(self, seconds: float | None) -> None:
+        """Wait until something has changed, at most for a number of seconds."""
+        import anyio  # late, to keep `import fluxibly` fast
+
+        self._changed = anyio.Event()
+        with anyio.move_on_after(seconds):
+            await self._changed.wait()
 
     async def drop(self, lanes: Sequence[Lane]) -> None:
         """Give up lanes, and return when their tasks have ended. A cancellation meanwhile is raised afterwards."""
@@ -118,6 +124,9 @@ class AsyncLanes(Lanes):
         finally:
             for lane in given_up:
                 self.close_flow(lane)
+            for lane in given_up:
+                if lane.owns and lane.call.endings:
+                    await arun_endings(lane.call)
 
     def cut(self, lanes: Sequence[Lane]) -> None:
         """Cancel what is under way in lanes."""
@@ -159,16 +168,17 @@ class AsyncLanes(Lanes):
             self.open.remove(lane)
         iterator, lane.iterator = lane.iterator, None
         if into is not None:
-            into.iterator, into.reading, into.source = iterator, lane.reading, lane.source
-        elif iterator is not None and lane.reading is not None:
-            iterator = AsyncInContext(iterator, lane.reading)
+            into.iterator, into.source = iterator, lane.source
         return iterator, lane.source
 
     async def end(self) -> None:
         """Give up all lanes, because the call has ended."""
-        self.call.lanes = None
         if isinstance(sys.exception(), GeneratorExit):  # a coroutine that is being closed cannot wait
-            self.cut([*self.open])
+            lanes = [*self.open]
+            self.cut(lanes)
+            for lane in lanes:
+                if lane.owns and lane.call.endings:
+                    await arun_endings(lane.call)  # which does not wait then either
         else:
             await self.drop([*self.open])
 
@@ -184,7 +194,7 @@ class AsyncInContext:
 
     def __init__(self, iterator: Any, context: Context) -> None:
         self._iterator = iterator
-        self._context = context
+        self.context = context
         if hasattr(iterator, "abort"):
             self.abort = iterator.abort
 
@@ -192,13 +202,13 @@ class AsyncInContext:
         return self
 
     async def __anext__(self) -> Any:
-        item = await in_context(self._context, _next(self._iterator), _Steps())
+        item = await in_context(self.context, _next(self._iterator), _Steps())
         if item is END:
             raise StopAsyncIteration
         return item
 
     async def aclose(self) -> None:
-        await in_context(self._context, _aclose(self._iterator), _Steps())
+        await in_context(self.context, _aclose(self._iterator), _Steps())
 
 
 async def _next(iterator: Any) -> object:
@@ -212,14 +222,15 @@ async def _aclose(iterator: Any) -> None:
 
 
 async def _close(lane: Lane) -> None:
+    """Close the stream of a lane, if there is one."""
     iterator, lane.iterator = lane.iterator, None
-    await _aclose(iterator)
+    if iterator is not None:
+        await iterator.aclose()
 
 
 async def _release(lane: Lane) -> None:
-    """Close the stream of a lane, from outside of its task."""
+    """Close the stream of a lane that is given up."""
     try:
-        if lane.reading is not None:
-            await in_context(lane.reading, _close(lane), _Steps())
+        await _close(lane)
     except Exception as error:  # noqa: BLE001  # it belongs to an attempt that is over
         report_given_up("provider", error)

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Awaitable, Callable
 from contextvars import copy_context
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from fluxibly import _abandoned
 from fluxibly._loops import trio_here
@@ -30,8 +30,9 @@ TIME = 5.0
 
 def run_endings(call: CallRecord) -> None:
     """Run the cleanups of a record in a thread, and wait for them, unless the program is being ended."""
+    unfinished = call.unfinished
     thread = _start_in_thread(call)
-    if thread is None or _is_raised(KeyboardInterrupt, SystemExit):
+    if thread is None or unfinished or _is_raised(KeyboardInterrupt, SystemExit):
         return
     thread.join(TIME)
     if thread.is_alive():
@@ -52,12 +53,15 @@ def _start_in_thread(call: CallRecord) -> threading.Thread | None:
     try:
         thread.start()
     except RuntimeError:  # the interpreter shuts down, and starts no more threads
+        call.unfinished = None
         _run_all(call)
         return None
     return thread
 
 
 def _run_all(call: CallRecord) -> None:
+    while call.unfinished:
+        call.unfinished.pop()()
     while call.endings:
         effect = call.endings.pop().effect
         try:
@@ -72,6 +76,8 @@ async def arun_endings(call: CallRecord) -> None:
         _start_in_thread(call)
     elif _is_raised(GeneratorExit):  # a coroutine that is being closed cannot wait
         _abandoned.abandon(_Left(call))
+    elif call.unfinished:
+        _start_task(partial(_arun_all, call), partial(_run_rest, call))
     else:
         await _finished(partial(_arun_all, call), then=partial(_run_rest, call))
 
@@ -90,6 +96,9 @@ class _Left:
 
 
 async def _arun_all(call: CallRecord) -> None:
+    while call.unfinished:
+        await in_thread(call.unfinished[-1])
+        call.unfinished.pop()
     while call.endings:
         effect = call.endings.pop().effect
         try:
@@ -119,9 +128,47 @@ async def arun_now(effect: Cleanup) -> None:
         raise errors.pop()
 
 
-async def arun(effect: Perform) -> object:
-    """Await the async function of a `perform`, or run its sync function in a worker thread, and return its value."""
-    return await (in_thread(partial(run, effect)) if effect.acall is None else await_(effect.acall))
+async def arun(effect: Perform, call: CallRecord | None = None) -> object:
+    """Await the async function of a `perform`, or run its sync function in a worker thread, and return its value.
+
+    `call` is the record whose cleanups run only after that function has returned, also if nobody waits for it any more.
+    """
+    if effect.acall is not None:
+        return await await_(effect.acall)
+    work = _ThreadWork(effect)
+    try:
+        return await in_thread(work.run)
+    except BaseException:
+        if call is not None and work.give_up():
+            call.unfinished = [*(call.unfinished or ()), work.returned.wait]
+        raise
+
+
+class _ThreadWork:
+    """The sync function of a `perform`, for a worker thread."""
+
+    def __init__(self, effect: Perform) -> None:
+        self._effect = effect
+        self._lock = threading.Lock()
+        self._state: Literal["waiting", "running", "given up"] = "waiting"
+        self.returned = threading.Event()
+
+    def run(self) -> object:
+        with self._lock:
+            if self._state == "given up":  # the thread became free only afterwards
+                return None
+            self._state = "running"
+        try:
+            return run(self._effect)
+        finally:
+            self.returned.set()
+
+    def give_up(self) -> bool:
+        """Give the work up, unless it has begun. Return whether it goes on."""
+        with self._lock:
+            if self._state == "waiting":
+                self._state = "given up"
+            return self._state == "running" and not self.returned.is_set()
 
 
 def _nothing() -> None:

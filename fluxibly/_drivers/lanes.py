@@ -13,29 +13,29 @@ from typing import Any, cast
 
 from fluxibly._drivers import stepping
 from fluxibly._drivers.diagnosis import report
-from fluxibly.calls import CallRecord
+from fluxibly.calls import CallRecord, Perform
 from fluxibly.flow.compose import deadline_exceeded
 from fluxibly.flow.effects import PULL, AttemptEnd, Effect, Lane, Send, Sleep, Start, Wait
 from fluxibly.limits import time_left
 
 
 class Lanes:
-    """The state of all lanes of one call, and every decision about them that needs no I/O."""
+    """The state of all lanes of one call, and every decision about them that needs no I/O. `stack` makes the call."""
 
     now: Callable[[], float] = staticmethod(monotonic)
     """The time by which waits end, in seconds."""
 
-    def __init__(self, stack: Any, call: CallRecord) -> None:
+    def __init__(self, stack: Any) -> None:
         self.stack = stack
-        self.call = call
         self.open: list[Lane] = []
         """The lanes that have begun, and are neither dropped nor adopted."""
 
     def prepare(self, effect: Send | Start) -> tuple[Lane, Effect, Context | None]:
-        """Begin an effect in its lane. Return both, and the context to work in if it takes work, and not only time."""
+        """Begin an effect in its lane. Return both, and a context to work in if it takes work, and not only time."""
         lane = cast("Lane", effect.lane)
         begun: Effect = effect.effect if isinstance(effect, Start) else effect
-        lane.done, lane.outcome, lane.error, lane.waits, lane.until = False, None, None, None, None
+        lane.done = False
+        lane.outcome = lane.error = lane.waits = lane.until = lane.performing = None
         if lane not in self.open:
             self.open.append(lane)
         context: Context | None = None
@@ -44,24 +44,23 @@ class Lanes:
             lane.until = None if begun.seconds is None else self.now() + begun.seconds
         elif isinstance(begun, Sleep):
             self._sleep(lane, begun)
-        elif isinstance(begun, AttemptEnd):
-            context = lane.reading
-            lane.done = lane.iterator is None
-        elif begun is PULL:
-            context = lane.reading
-            if lane.call.timed:
-                lane.call.requested_at = lane.call.clock()
+        elif isinstance(begun, AttemptEnd) and lane.iterator is None:
+            lane.done = True
         else:
             context = lane.context.copy()
-            if isinstance(begun, Send) and begun.request.call.streaming:
-                lane.reading = context
-                lane.call.requested_at = lane.call.clock()
-                if lane.call.sent_at is None:
-                    lane.call.sent_at = lane.call.requested_at
-        return lane, begun, None if lane.done else context
+            if isinstance(begun, Perform):
+                lane.performing = begun.within or lane.call
+            elif begun is PULL or (isinstance(begun, Send) and begun.request.call.streaming):
+                self._note_times(lane.call)
+        return lane, begun, context
+
+    def _note_times(self, call: CallRecord) -> None:
+        call.requested_at = call.clock()
+        if call.sent_at is None:
+            call.sent_at = call.requested_at
 
     def _sleep(self, lane: Lane, effect: Sleep) -> None:
-        call = effect.within or self.call
+        call = effect.within or lane.call
         seconds, left = effect.seconds, time_left(call.leash, call.clock)
         if left is not None and left <= seconds:
             seconds = max(left, 0.0)

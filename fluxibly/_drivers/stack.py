@@ -22,7 +22,6 @@ from fluxibly.flow.effects import (
     Drop,
     Effect,
     Flow,
-    FlowEnd,
     Middleware,
     More,
     Perform,
@@ -270,9 +269,6 @@ class SyncStack(Stack):
         if isinstance(effect, Adopt):
             self.lanes_of(call).adopt(effect)
             return None
-        if isinstance(effect, FlowEnd):
-            run_endings(effect.call)
-            return None
         raise unknown_effect(flow, effect)
 
     def lanes_of(self, call: CallRecord) -> Any:
@@ -283,8 +279,17 @@ class SyncStack(Stack):
                 from fluxibly._drivers.sync_lanes import SyncLanes  # late, because few calls have several branches
 
                 make = SyncLanes
-            call.lanes = make(self, call)
+            call.lanes = make(self)
         return call.lanes
+
+    def clean_up(self, call: CallRecord) -> None:
+        """End the branches that are left of a call, and run its cleanups."""
+        try:
+            if call.lanes is not None:
+                call.lanes.end()
+        finally:
+            if call.endings:
+                run_endings(call)
 
     def sleep(self, seconds: float, call: CallRecord) -> None:
         """Wait, at most until the deadline of the call.
@@ -366,9 +371,6 @@ class AsyncStack(Stack):
         if isinstance(effect, Adopt):
             await self.lanes_of(call).adopt(effect)
             return None
-        if isinstance(effect, FlowEnd):
-            await arun_endings(effect.call)
-            return None
         raise unknown_effect(flow, effect)
 
     def lanes_of(self, call: CallRecord) -> Any:
@@ -379,8 +381,17 @@ class AsyncStack(Stack):
                 from fluxibly._drivers.async_lanes import AsyncLanes  # late, as above
 
                 make = AsyncLanes
-            call.lanes = make(self, call)
+            call.lanes = make(self)
         return call.lanes
+
+    async def clean_up(self, call: CallRecord) -> None:
+        """End the branches that are left of a call, and run its cleanups."""
+        try:
+            if call.lanes is not None:
+                await call.lanes.end()
+        finally:
+            if call.endings:
+                await arun_endings(call)
 
     async def sleep(self, seconds: float, call: CallRecord) -> None:
         """Wait, at most until the deadline of the call; see `SyncStack.sleep`."""
@@ -398,10 +409,10 @@ class AsyncStack(Stack):
             return None
         left = time_left(call.leash, call.clock)
         if left is None:
-            return await arun(effect)
+            return await arun(effect, call)
         from fluxibly._drivers.limited import NotInTime, awithin  # late, as above
 
         try:
-            return await awithin(self.clock, left, partial(arun, effect))
+            return await awithin(self.clock, left, partial(arun, effect, call))
         except NotInTime:
             raise deadline_exceeded(call, call.sent_model) from call.last_error

@@ -14,7 +14,7 @@ from typing import Any, Final, Literal
 from fluxibly import _abandoned
 from fluxibly._drivers import stepping
 from fluxibly._drivers.diagnosis import explain, report
-from fluxibly._drivers.endings import Home, arun_endings, run_endings
+from fluxibly._drivers.endings import Home
 from fluxibly._drivers.stack import AsyncStack, SyncStack
 from fluxibly._drivers.stepping import in_context
 from fluxibly._loops import trio_here
@@ -384,11 +384,9 @@ class SyncStreamDriver(StreamDriver):
         finally:
             try:
                 self.release()
-                if self.call.lanes is not None:
-                    self.call.lanes.end()
             finally:
-                if self.call.endings:
-                    run_endings(self.call)
+                if self.call.endings or self.call.lanes is not None:
+                    self.stack.clean_up(self.call)
 
     def close(self) -> None:
         """Give the stream up. A read in another thread ends as soon as the provider's stream can be aborted."""
@@ -531,11 +529,9 @@ class AsyncStreamDriver(StreamDriver):
         finally:
             try:
                 await self.release()
-                if self.call.lanes is not None:
-                    await self.call.lanes.end()
             finally:
-                if self.call.endings:
-                    await arun_endings(self.call)
+                if self.call.endings or self.call.lanes is not None:
+                    await self.stack.clean_up(self.call)
 
     async def read_on_trio(self) -> Chunk | Restart | None:
         """Run `advance` in a scope, so that `abort` can cancel this read and nothing else."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from contextvars import Context
+from functools import partial
 from queue import SimpleQueue
 from typing import Any, TypeAlias
 
+from fluxibly._drivers.endings import run_endings
 from fluxibly._drivers.lanes import Lanes, report_given_up
 from fluxibly._drivers.stepping import throwable
-from fluxibly.calls import CallRecord
 from fluxibly.flow.effects import END, PULL, Adopt, AttemptEnd, Drop, Effect, Lane, Send, Source, Start, Wait
 
 _Work: TypeAlias = SimpleQueue[tuple[Effect, Context] | None]
@@ -19,8 +20,8 @@ _Work: TypeAlias = SimpleQueue[tuple[Effect, Context] | None]
 class SyncLanes(Lanes):
     """The lanes of one call. The flows are stepped in the thread that makes the call."""
 
-    def __init__(self, stack: Any, call: CallRecord) -> None:
-        super().__init__(stack, call)
+    def __init__(self, stack: Any) -> None:
+        super().__init__(stack)
         self._changed = threading.Condition()
         self._aborted = False
 
@@ -50,7 +51,7 @@ class SyncLanes(Lanes):
             effect, context = item
             outcome, error = None, None
             try:
-                outcome = context.run(self.work, lane, effect)
+                outcome = context.run(self.work, lane, effect, context)
             except BaseException as raised:  # noqa: BLE001  # it is raised where the lane is awaited
                 error = throwable(raised)
             with self._changed:
@@ -62,8 +63,8 @@ class SyncLanes(Lanes):
                 lane.outcome = lane.error = None
                 _release(lane)
 
-    def work(self, lane: Lane, effect: Effect) -> object:
-        """Carry out an effect of a lane. Runs in the context of the lane."""
+    def work(self, lane: Lane, effect: Effect, context: Context) -> object:
+        """Carry out an effect of a lane. Runs in `context`."""
         if isinstance(effect, Send):
             with self._changed:  # so that a request counts as sent exactly if it was not dropped before
                 if lane.dropped:
@@ -71,10 +72,12 @@ class SyncLanes(Lanes):
                 effect.sent = True
             if not effect.request.call.streaming:
                 return self.stack.whole(effect)
-            lane.iterator = iter(self.stack.open(effect))
+            _close(lane)
+            iterator = iter(self.stack.open(effect))
+            lane.iterator = InContext(iterator, context)
             if lane.dropped:
-                getattr(lane.iterator, "abort", _nothing)()
-            lane.source.chunk = next(lane.iterator, END)
+                getattr(iterator, "abort", _nothing)()
+            lane.source.chunk = next(iterator, END)
             return lane.source
         if effect is PULL:
             lane.source.chunk = next(lane.iterator, END)
@@ -82,7 +85,7 @@ class SyncLanes(Lanes):
         if isinstance(effect, AttemptEnd):
             _close(lane)
             return None
-        return self.stack.carry_out(effect, lane.flow, self.call)
+        return self.stack.carry_out(effect, lane.flow, lane.call)
 
     def wait(self, lanes: Sequence[Lane], seconds: float | None) -> Lane | None:
         """Wait until one of these lanes is done, and return it. Return None if the seconds pass first.
@@ -96,8 +99,12 @@ class SyncLanes(Lanes):
                 now = self.now()
                 if (lane := self.find(lanes, now)) is not None or now >= end:
                     return lane
-                self._changed.wait(min(end, self.end_of(lanes)) - now)
+                self.await_change(min(end, self.end_of(lanes)) - now)
         raise ConnectionAbortedError("the stream was closed")
+
+    def await_change(self, seconds: float) -> None:
+        """Wait until something has changed, at most for a number of seconds."""
+        self._changed.wait(seconds)
 
     def drop(self, lanes: Sequence[Lane]) -> None:
         """Give up lanes. What a lane is doing ends as soon as it can be ended; its thread then releases what it holds."""
@@ -112,9 +119,19 @@ class SyncLanes(Lanes):
             self.stop(lane)
             if not busy:
                 _release(lane)
+            elif (record := lane.performing) is not None:
+                record.unfinished = [*(record.unfinished or ()), partial(self._await_end, lane)]
             self._leave(lane)
         for lane in given_up:
             self.close_flow(lane)
+        for lane in given_up:
+            if lane.owns and lane.call.endings:
+                run_endings(lane.call)
+
+    def _await_end(self, lane: Lane) -> None:
+        """Wait until the work in a lane has returned."""
+        with self._changed:
+            self._changed.wait_for(lambda: not lane.busy)
 
     def adopt(self, effect: Adopt) -> tuple[Any, Source]:
         """Take over the stream of a lane, which its own thread reads no longer. Return it with its source."""
@@ -123,9 +140,7 @@ class SyncLanes(Lanes):
         self._leave(lane)
         iterator, lane.iterator = lane.iterator, None
         if into is not None:
-            into.iterator, into.reading, into.source = iterator, lane.reading, lane.source
-        elif iterator is not None and lane.reading is not None:
-            iterator = InContext(iterator, lane.reading)
+            into.iterator, into.source = iterator, lane.source
         return iterator, lane.source
 
     def _leave(self, lane: Lane) -> None:
@@ -137,7 +152,6 @@ class SyncLanes(Lanes):
     def end(self) -> None:
         """Give up all lanes, because the call has ended."""
         self.drop([*self.open])
-        self.call.lanes = None
 
     def abort(self) -> None:
         """End a wait in another thread, and all later waits."""
@@ -151,7 +165,7 @@ class InContext:
 
     def __init__(self, iterator: Any, context: Context) -> None:
         self._iterator = iterator
-        self._run = context.run
+        self.context = context
         if hasattr(iterator, "abort"):
             self.abort = iterator.abort
 
@@ -159,26 +173,26 @@ class InContext:
         return self
 
     def __next__(self) -> Any:
-        item = self._run(next, self._iterator, END)
+        item = self.context.run(next, self._iterator, END)
         if item is END:
             raise StopIteration
         return item
 
     def close(self) -> None:
-        self._run(getattr(self._iterator, "close", _nothing))
+        self.context.run(getattr(self._iterator, "close", _nothing))
 
 
 def _close(lane: Lane) -> None:
-    """Close the stream of a lane. Runs in the context in which the stream is read."""
+    """Close the stream of a lane, if there is one."""
     iterator, lane.iterator = lane.iterator, None
-    getattr(iterator, "close", _nothing)()
+    if iterator is not None:
+        iterator.close()
 
 
 def _release(lane: Lane) -> None:
     """Close the stream of a lane that is given up, if there is one."""
     try:
-        if lane.reading is not None:
-            lane.reading.run(_close, lane)
+        _close(lane)
     except Exception as error:  # noqa: BLE001  # it belongs to an attempt that is over
         report_given_up("provider", error)
 

@@ -17,7 +17,6 @@ from fluxibly.flow.effects import (
     Drop,
     Effect,
     Flow,
-    FlowEnd,
     More,
     Send,
     Sleep,
@@ -125,7 +124,7 @@ class Combinator(Relay):
             yield AttemptEnd(request, error=GeneratorExit())
 
 
-_OF_VERBS = (Send, Sleep, Perform, AttemptEnd, AskEnd, FlowEnd, Start, Wait, Drop)
+_OF_VERBS = (Send, Sleep, Perform, AttemptEnd, AskEnd, Start, Wait, Drop)
 """The effects of `sleep`, `perform`, `ask` and `gather`."""
 
 

@@ -82,15 +82,6 @@ class AskEnd(Slotted):
         self.error = error
 
 
-class FlowEnd(Slotted):
-    """Announce that the flow of a branch's record has ended. The driver runs the cleanups of the record."""
-
-    __slots__ = ("call",)
-
-    def __init__(self, call: CallRecord) -> None:
-        self.call = call
-
-
 class Sleep(Slotted):
     """Wait."""
 
@@ -123,18 +114,21 @@ class Lane:
         "iterator",
         "leash",
         "outcome",
-        "reading",
+        "owns",
+        "performing",
         "source",
         "until",
         "waits",
         "work",
     )
 
-    def __init__(self, flow: Flow[Any], context: Context, call: CallRecord) -> None:
+    def __init__(self, flow: Flow[Any], context: Context, call: CallRecord, *, owns: bool) -> None:
         self.flow = flow
         """The flow of the branch."""
         self.call = call
         """The record of the branch."""
+        self.owns = owns
+        """Whether that record is the branch's own, so that its cleanups run when the branch ends."""
         self.context = context
         """The context in which that flow runs. Each effect is carried out in a copy of it."""
         self.leash: Leash | None = None
@@ -145,11 +139,11 @@ class Lane:
         self.error: BaseException | None = None
         self.source = Source(END)
         self.iterator: Any = None
-        """The stream of the provider, if one is open."""
-        self.reading: Context | None = None
-        """The context in which that stream is read."""
+        """The stream of the provider, if one is open. It is read and closed in a context of its own."""
         self.busy = False
         """Whether a thread or a task is at work."""
+        self.performing: CallRecord | None = None
+        """If that work is a middleware's own I/O, the record that it belongs to."""
         self.waits: Wait | None = None
         """The wait for other lanes under way, if there is one."""
         self.until: float | None = None
@@ -181,7 +175,7 @@ class Wait(Slotted):
 
 
 class Drop(Slotted):
-    """Give up what is under way in these lanes, release what they hold, and close their flows."""
+    """Give up what is under way in these lanes, release what they hold, close their flows, and run their cleanups."""
 
     __slots__ = ("lanes",)
 
@@ -200,7 +194,7 @@ class Adopt(Slotted):
 
 
 LaneEffect: TypeAlias = Start | Wait | Drop | Adopt
-Effect: TypeAlias = Send | Chunk | More | Pull | Restart | AttemptEnd | AskEnd | FlowEnd | Sleep | Perform | LaneEffect
+Effect: TypeAlias = Send | Chunk | More | Pull | Restart | AttemptEnd | AskEnd | Sleep | Perform | LaneEffect
 Flow: TypeAlias = Generator[Effect, Any, T]
 """The result of calling a middleware: a generator that yields effects and, at its end, returns a T."""
 CallNext: TypeAlias = Callable[[Request], Flow[Response]]

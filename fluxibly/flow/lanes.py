@@ -23,7 +23,6 @@ from fluxibly.flow.effects import (
     Drop,
     Effect,
     Flow,
-    FlowEnd,
     Lane,
     More,
     Perform,
@@ -43,12 +42,12 @@ from fluxibly.types import Chunk, Request, Response, Restart, replaced
 class Branch(Generic[T]):
     """One of several flows, and what has become of it. `call` is the record whose limits apply to it."""
 
-    def __init__(self, flow: Flow[T], call: CallRecord) -> None:
+    def __init__(self, flow: Flow[T], call: CallRecord, *, owns: bool) -> None:
         self.flow = flow
         self.call = call
         # Each flow has a context of its own, because flows that take turns would reset each other's context variables.
         self.context: Context = copy_context()
-        self.lane = Lane(flow, self.context, call)
+        self.lane = Lane(flow, self.context, call, owns=owns)
         self.lanes = [self.lane]
         """Its own lane, and those that races within it have begun."""
         self.held: list[Chunk] = []
@@ -146,7 +145,7 @@ class _Branches(Generic[T]):
 
     def begin(self, flow: Flow[T], call: CallRecord) -> Flow[Branch[T]]:
         """Begin a branch, and return it when it waits, or is over."""
-        branch = Branch(flow, call)
+        branch = Branch(flow, call, owns=call is not self.call)
         self.all.append(branch)
         yield from branch.advance()
         return self._stopped(branch)
@@ -171,20 +170,15 @@ class _Branches(Generic[T]):
         return branch
 
     def give_up(self, branches: Sequence[Branch[T]]) -> Flow[None]:
-        """Drop the lanes of some branches, end their flows, and run their cleanups."""
+        """End some branches, with all that belongs to them."""
         self.running.clear()
         if branches:
             yield Drop([lane for branch in branches for lane in branch.lanes])
-        for branch in branches:
-            if branch.call is not self.call and branch.call.endings:
-                yield FlowEnd(branch.call)
 
     def close(self, error: BaseException) -> None:
-        """End the flows that are left. Their cleanups run with those of the call, because nothing may be yielded."""
+        """End the flows that are left, because an error ends the whole call. The driver then ends the lanes."""
         for branch in self.all:
             branch.close(error)
-            if branch.call is not self.call:
-                self.call.take_endings(branch.call)
 
 
 class _Resumed(Generator[Effect, Any, T]):

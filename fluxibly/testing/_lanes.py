@@ -16,7 +16,6 @@ from fluxibly._drivers.stepping import in_context, throwable
 from fluxibly._drivers.sync_lanes import SyncLanes
 
 if TYPE_CHECKING:
-    from fluxibly.calls import CallRecord
     from fluxibly.flow.effects import Effect, Lane
 
 
@@ -39,16 +38,26 @@ class LaneClock(Protocol):
 
 
 class _Virtual(Lanes):
-    def __init__(self, clock: LaneClock, stack: Any, call: CallRecord) -> None:
-        super().__init__(stack, call)
+    def __init__(self, clock: LaneClock, stack: Any) -> None:
+        super().__init__(stack)
         self._clock = clock
         self.now = clock.now
 
-    def _begin(self, context: Context) -> LaneTime:
-        """Let the time of a lane begin now, in the context in which the lane works."""
+    def _begin(self, lane: Lane, context: Context) -> LaneTime:
+        """Let the time of a lane begin now."""
         time = LaneTime(self.now())
-        context.run(self._clock.lane.set, time)
+        self._set(lane, context, time)
         return time
+
+    def _ended(self, lane: Lane, context: Context, time: LaneTime) -> None:
+        """Note when a lane ended. What goes on in its contexts afterwards takes the time of the call."""
+        lane.until = time.now
+        self._set(lane, context, None)
+
+    def _set(self, lane: Lane, context: Context, time: LaneTime | None) -> None:
+        context.run(self._clock.lane.set, time)
+        if lane.iterator is not None:
+            lane.iterator.context.run(self._clock.lane.set, time)
 
     def _waited(self, lanes: Sequence[Lane], seconds: float | None) -> Lane | None:
         now = self.now()
@@ -56,24 +65,18 @@ class _Virtual(Lanes):
         self._clock.go_on_to(until)
         return self.find(lanes, until)
 
-    def _ended(self, lane: Lane, time: LaneTime) -> None:
-        """Note when a lane ended."""
-        lane.until = time.now
-        if lane.reading is not None:
-            lane.reading.run(self._clock.lane.set, None)
-
 
 class VirtualLanes(_Virtual, SyncLanes):
     """The lanes of a synchronous call."""
 
     def begin(self, lane: Lane, effect: Effect, context: Context) -> None:
         """Carry an effect out."""
-        time = self._begin(context)
+        time = self._begin(lane, context)
         try:
-            lane.outcome = context.run(self.work, lane, effect)
+            lane.outcome = context.run(self.work, lane, effect, context)
         except BaseException as error:  # noqa: BLE001  # it is raised where the lane is awaited
             lane.error = throwable(error)
-        self._ended(lane, time)
+        self._ended(lane, context, time)
 
     def wait(self, lanes: Sequence[Lane], seconds: float | None) -> Lane | None:
         """Let time pass until one of these lanes is done, and return it. Return None if the seconds pass first."""
@@ -87,15 +90,15 @@ class AsyncVirtualLanes(_Virtual, AsyncLanes):
         """Carry an effect out."""
         import anyio
 
-        time = self._begin(context)
+        time = self._begin(lane, context)
         try:
-            lane.outcome = await in_context(context, self.work(lane, effect), time)
+            lane.outcome = await in_context(context, self.work(lane, effect, context), time)
         except anyio.get_cancelled_exc_class():
             raise
         except BaseException as error:  # noqa: BLE001  # it is raised where the lane is awaited
             lane.error = throwable(error)
         finally:
-            self._ended(lane, time)
+            self._ended(lane, context, time)
 
     async def wait(self, lanes: Sequence[Lane], seconds: float | None) -> Lane | None:
         """Let time pass until one of these lanes is done, and return it. Return None if the seconds pass first."""

@@ -17,7 +17,7 @@ from fluxibly.aggregate import Aggregator, as_chunks
 from fluxibly.errors import StreamProtocolError
 from fluxibly.flow.verbs import check_seconds
 from fluxibly.limits import least
-from fluxibly.types import CallRecord, Chunk, ProviderInfo, Request, Response
+from fluxibly.types import Chunk, ProviderInfo, Request, Response
 
 if TYPE_CHECKING:
     from fluxibly.pipeline import Clock
@@ -102,17 +102,17 @@ class VirtualClock:
         with self._limit(seconds):
             return await call()
 
-    def lanes(self, stack: object, call: CallRecord) -> object:
+    def lanes(self, stack: object) -> object:
         """Return the lanes of a synchronous call, for the drivers."""
         from fluxibly.testing._lanes import VirtualLanes
 
-        return VirtualLanes(self, stack, call)
+        return VirtualLanes(self, stack)
 
-    def alanes(self, stack: object, call: CallRecord) -> object:
+    def alanes(self, stack: object) -> object:
         """Return the lanes of an asynchronous call, for the drivers."""
         from fluxibly.testing._lanes import AsyncVirtualLanes
 
-        return AsyncVirtualLanes(self, stack, call)
+        return AsyncVirtualLanes(self, stack)
 
     @contextmanager
     def _limit(self, seconds: float | None) -> Generator[None]:

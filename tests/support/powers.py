@@ -177,11 +177,11 @@ def smooth(pace: float) -> Middleware:
 
 
 def limited(take: Callable[[], object], give: Callable[[], object], agive: Any = None) -> Middleware:
-    """Take a slot before the call, and give it back however the call ends."""
+    """Take a slot before the call, and give it back however the call ends, if it was taken."""
 
     def limit(request: Request, call_next: CallNext) -> Flow[Response]:
-        yield from perform(take)
         slot = request.call.on_end(give, agive)
+        yield from perform(take)
         response = yield from call_next(request)
         yield from slot.run()
         return response

@@ -510,11 +510,16 @@ def stopping(name: str, log: Log) -> Any:
 
 
 def limiting(name: str, log: Log) -> Any:
+    taken = [0]
+
     def take():
+        taken[0] += 1
         log.append(f"{name} start")
 
     def give():
-        log.append(f"{name} end")
+        if taken[0]:
+            taken[0] -= 1
+            log.append(f"{name} end")
 
     async def agive():
         await anyio.lowlevel.checkpoint()
