@@ -61,6 +61,8 @@ class _Virtual(Lanes):
 
     def _waited(self, lanes: Sequence[Lane], seconds: float | None) -> Lane | None:
         now = self.now()
+        if (lane := self.find(lanes, now)) is not None:
+            return lane
         until = self.end_of(lanes) if seconds is None else min(self.end_of(lanes), now + seconds)
         self._clock.go_on_to(until)
         return self.find(lanes, until)

@@ -1092,11 +1092,15 @@ class TestSlots:
         """As many slots are given as were taken."""
         log = []
 
+        def give():
+            if log:
+                log.append("given")
+
         async def agive():
             await checkpoint()
-            log.append("given")
+            give()
 
-        stack = [limited(partial(log.append, "taken"), partial(log.append, "given"), agive)]
+        stack = [limited(partial(log.append, "taken"), give, agive)]
         run(mode, scripted(mode, answer), stack, REQUEST, stop_after=stop_after if mode.streaming else None)
         assert log == (["taken", "given"] if stop_after != 0 or not mode.streaming else [])
 
