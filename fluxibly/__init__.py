@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from fluxibly.pipeline import AsyncPipeline, Pipeline
     from fluxibly.provider import AsyncProvider, Provider
     from fluxibly.registry import register_llm_framework, register_middleware
+    from fluxibly.signals import Signal
     from fluxibly.target import Target
     from fluxibly.types import (
         Audio,
@@ -51,6 +52,7 @@ _NAMES = {
     "pipeline": "AsyncPipeline Pipeline",
     "provider": "AsyncProvider Provider",
     "registry": "register_llm_framework register_middleware",
+    "signals": "Signal",
     "target": "Target",
     "types": "Audio Chunk Document Image Message Request Response Restart StreamStats Tool ToolCall Usage",
 }
@@ -80,6 +82,7 @@ __all__ = [
     "Request",
     "Response",
     "Restart",
+    "Signal",
     "StreamInterrupted",
     "StreamStats",
     "Target",

@@ -24,7 +24,7 @@ DATA = "data"
 SIDE = "side"
 ROOMS = {
     "types calls limits messages parts errors aggregate provider _checks _dicts _extras _formats _merging _roots _values _states": DATA,
-    "_masking _logs _abandoned _loops _schema _threads _yaml": SIDE,
+    "_masking _logs _abandoned _loops _schema _threads _yaml signals": SIDE,
     "config": "config",
     "target": "target",
     "_targets": "targets",
@@ -205,6 +205,7 @@ PUBLIC = [
     "ask",
     "emit",
     "stop_when",
+    "Signal",
 ]
 
 

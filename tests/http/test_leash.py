@@ -279,6 +279,22 @@ class TestLateStops:
             assert provider.complete(ask("next")).text == "next"
             assert len(server.requests) == 2
 
+    def test_a_stop_when_the_connection_is_given_back(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The connection is another call's as soon as the pool has it, before the call that gave it back returns."""
+        request = leashed()
+        give_back = _pool.Slots.give_back
+
+        def then_stopped(slots: _pool.Slots, connection: _pool.Connection | None, *, reusable: bool) -> None:
+            give_back(slots, connection, reusable=reusable)
+            request.call.leash.stop()  # type: ignore[union-attr]
+
+        with serve(whole) as server, HTTPProvider(TinyCodec(), SERVICE, config(server.url)) as provider:
+            with monkeypatch.context() as patched, contextlib.suppress(ConnectionFailed):
+                patched.setattr(_pool.Slots, "give_back", then_stopped)
+                provider.complete(request)
+            assert provider.complete(ask("next")).text == "next"
+            assert (server.connections, len(server.requests)) == (1, 2)
+
     def test_within_a_signal_handler(self) -> None:
         """A stop may interrupt a stop, or the end of the attempt, in its own thread."""
         leash = Leash()

@@ -128,6 +128,9 @@ class Generation:
     def __init__(self, clock: list[float], gap: float, events: list[dict[str, Any]]) -> None:
         self.clock, self.gap, self.events = clock, gap, events
 
+    def start(self) -> None:
+        pass
+
     def next_event(self, timeout: float | None) -> dict[str, Any] | None:
         if timeout is not None and timeout < self.gap:
             self.clock[0] += timeout
@@ -160,7 +163,11 @@ class TestLocal:
 
         provider: Any = Provider()
         provider.decoder = OpenAICodec(service="tiny").decoder
-        provider.generation = lambda request, seconds: Generation(clock, gap, list(events))
+        provider.body, provider.load = (lambda request: {}), object
+        monkeypatch.setattr(
+            "fluxibly.providers.local._provider.Generation",
+            lambda engine, body: Generation(clock, gap, list(events)),
+        )
         return LocalStream(provider, Request(model="m", messages="hi"), timeouts, total=None), clock
 
     def test_a_long_prompt(self, monkeypatch: pytest.MonkeyPatch) -> None:

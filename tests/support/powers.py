@@ -5,7 +5,7 @@ Each is the short form of a middleware that users write: without options, and wi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -27,6 +27,7 @@ from fluxibly.flow import (
     stop_when,
 )
 from fluxibly.limits import Leash
+from fluxibly.signals import Signal
 from fluxibly.target import Target, to_targets
 from fluxibly.types import Chunk, Message, Request, Response
 
@@ -223,3 +224,56 @@ def informed(look_up: Callable[[], str], alook_up: Any, judge: Target | None = N
         return (yield from call_next(request.evolve(messages=(*request.messages, told))))
 
     return inform
+
+
+class Flight:
+    """A call whose answer others wait for."""
+
+    def __init__(self) -> None:
+        self.landed = Signal()
+        self.response: Response | None = None
+        """The answer; None if the call failed."""
+        self._seats = [None]
+
+    def leads(self) -> bool:
+        """Whether the caller makes the call. Only the first who asks does."""
+        try:
+            self._seats.pop()  # atomic
+        except IndexError:
+            return False
+        return True
+
+    def land(self) -> None:
+        """Wake those who wait. If the call failed, they share the `next`, which one of them makes."""
+        self.next = Flight()
+        self.landed.set()
+
+
+def single_flight(key: Callable[[Request], Hashable]) -> Middleware:
+    """Make one of several calls with the same key that run at once, and give its answer to the others.
+
+    If it fails, one of the others is made: each caller gets an answer, or the error of a call of its own.
+    """
+    flights: dict[Hashable, Flight] = {}
+
+    def shared(request: Request, call_next: CallNext) -> Flow[Response]:
+        of = key(request)
+        flight = flights.setdefault(of, Flight())
+        while not flight.leads():
+            yield from perform(flight.landed.wait, flight.landed.await_)
+            if flight.response is not None:
+                request.call.cache_hit = True
+                for chunk in as_chunks(flight.response):
+                    yield from emit(chunk)
+                return flight.response
+            flight = flight.next
+        flights.setdefault(of, flight)  # so that later calls join the next, too
+        try:
+            flight.response = yield from call_next(request)
+            return flight.response
+        finally:
+            if flights.get(of) is flight:
+                del flights[of]
+            flight.land()
+
+    return shared

@@ -218,7 +218,7 @@ class Limits:
 
     def over(self) -> None:
         """Let nothing end the waits any more. The connection may be given to another call."""
-        self.waited()
+        self._wait = None
 
     def for_httpx(self) -> dict[str, float | None]:
         """Return the `timeout` extension of an httpx request, for the time until the head of the response."""

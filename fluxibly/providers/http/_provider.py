@@ -334,7 +334,6 @@ class _Shell:
                 return endpoint.response(headers, body.whole())
             raise Aborted
         except Exception as error:  # noqa: BLE001  # `fail` raises it, translated
-            limits.over()
             if limits.aborted:
                 fail(error, endpoint.stopped(request))
             if again or not await worth_resending(endpoint, self._keys, outgoing, request, error):
