@@ -8,11 +8,11 @@ without waiting until it is gone.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Sequence
 from contextvars import Context
 from typing import Any
 
+from fluxibly._drivers.endings import is_raised
 from fluxibly._drivers.lanes import Lanes, report_given_up
 from fluxibly._drivers.stepping import in_context, throwable
 from fluxibly._loops import trio_here
@@ -97,17 +97,33 @@ class AsyncLanes(Lanes):
 
     async def wait(self, lanes: Sequence[Lane], seconds: float | None) -> Lane | None:
         """Wait until one of these lanes is done, and return it. Return None if the seconds pass first."""
-        import anyio  # late, to keep `import fluxibly` fast
-
-        end = None if seconds is None else self.now() + seconds
+        end = math.inf if seconds is None else self.now() + seconds
         while True:
             now = self.now()
-            if (lane := self.find(lanes, now)) is not None or (end is not None and now >= end):
+            if (lane := self.find(lanes, now)) is not None or now >= end:
                 return lane
-            until = self.end_of(lanes) if end is None else min(end, self.end_of(lanes))
-            self._changed = anyio.Event()
-            with anyio.move_on_after(None if until == math.inf else until - now):
-                await self._changed.wait()
+            await self._change(min(end, self.end_of(lanes)) - now)
+
+    async def _change(self, seconds: float) -> None:
+        """Wait until a task has ended, at most for some seconds."""
+        import anyio  # late, to keep `import fluxibly` fast
+
+        changed = self._changed = anyio.Event()
+        trio = trio_here()
+        if seconds == math.inf:
+            await changed.wait()
+        elif trio is None:
+            import asyncio  # late, as above
+
+            # A coroutine that is closed, or that the end of its event loop leaves behind, could not leave a cancel scope.
+            timer = asyncio.get_running_loop().call_later(seconds, changed.set)
+            try:
+                await changed.wait()
+            finally:
+                timer.cancel()
+        else:
+            with trio.move_on_after(seconds):
+                await changed.wait()
 
     async def drop(self, lanes: Sequence[Lane]) -> None:
         """Give up lanes, and return when their tasks have ended. A cancellation meanwhile is raised afterwards."""
@@ -167,7 +183,7 @@ class AsyncLanes(Lanes):
     async def end(self) -> None:
         """Give up all lanes, because the call has ended."""
         self.call.lanes = None
-        if isinstance(sys.exception(), GeneratorExit):  # a coroutine that is being closed cannot wait
+        if is_raised(GeneratorExit):  # a coroutine that is being closed cannot wait
             self.cut([*self.open])
         else:
             await self.drop([*self.open])
