@@ -8,12 +8,11 @@ without waiting until it is gone.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Sequence
 from contextvars import Context
 from typing import Any
 
-from fluxibly._drivers.endings import arun_endings
+from fluxibly._drivers.endings import arun_endings, is_raised
 from fluxibly._drivers.lanes import Lanes, report_given_up
 from fluxibly._drivers.stepping import in_context, throwable
 from fluxibly._loops import trio_here
@@ -105,15 +104,28 @@ class AsyncLanes(Lanes):
             if (lane := self.find(lanes, now)) is not None or now >= end:
                 return lane
             until = min(end, self.end_of(lanes))
-            await self.await_change(None if until == math.inf else until - now)
+            await self.await_change(until - now)
 
-    async def await_change(self, seconds: float | None) -> None:
+    async def await_change(self, seconds: float) -> None:
         """Wait until something has changed, at most for a number of seconds."""
         import anyio  # late, to keep `import fluxibly` fast
 
-        self._changed = anyio.Event()
-        with anyio.move_on_after(seconds):
-            await self._changed.wait()
+        changed = self._changed = anyio.Event()
+        trio = trio_here()
+        if seconds == math.inf:
+            await changed.wait()
+        elif trio is None:
+            import asyncio  # late, as above
+
+            # A coroutine that is closed, or that the end of its event loop leaves behind, could not leave a cancel scope.
+            timer = asyncio.get_running_loop().call_later(seconds, changed.set)
+            try:
+                await changed.wait()
+            finally:
+                timer.cancel()
+        else:
+            with trio.move_on_after(seconds):
+                await changed.wait()
 
     async def drop(self, lanes: Sequence[Lane]) -> None:
         """Give up lanes, and return when their tasks have ended. A cancellation meanwhile is raised afterwards."""
@@ -173,7 +185,7 @@ class AsyncLanes(Lanes):
 
     async def end(self) -> None:
         """Give up all lanes, because the call has ended."""
-        if isinstance(sys.exception(), GeneratorExit):  # a coroutine that is being closed cannot wait
+        if is_raised(GeneratorExit):  # a coroutine that is being closed cannot wait
             lanes = [*self.open]
             self.cut(lanes)
             for lane in lanes:

@@ -32,14 +32,14 @@ def run_endings(call: CallRecord) -> None:
     """Run the cleanups of a record in a thread, and wait for them, unless the program is being ended."""
     unfinished = call.unfinished
     thread = _start_in_thread(call)
-    if thread is None or unfinished or _is_raised(KeyboardInterrupt, SystemExit):
+    if thread is None or unfinished or is_raised(KeyboardInterrupt, SystemExit):
         return
     thread.join(TIME)
     if thread.is_alive():
         _report_slow()
 
 
-def _is_raised(*kinds: type[BaseException]) -> bool:
+def is_raised(*kinds: type[BaseException]) -> bool:
     """Whether an exception is on its way through the caller, or was, before its cleanup raised another."""
     raised = sys.exception()
     while raised is not None and not isinstance(raised, kinds):
@@ -72,9 +72,9 @@ def _run_all(call: CallRecord) -> None:
 
 async def arun_endings(call: CallRecord) -> None:
     """Run the cleanups of a record in the event loop, and wait for them, also if the caller is cancelled."""
-    if _is_raised(KeyboardInterrupt, SystemExit):
+    if is_raised(KeyboardInterrupt, SystemExit):
         _start_in_thread(call)
-    elif _is_raised(GeneratorExit):  # a coroutine that is being closed cannot wait
+    elif is_raised(GeneratorExit):  # a coroutine that is being closed cannot wait
         _abandoned.abandon(_Left(call))
     elif call.unfinished:
         _start_task(partial(_arun_all, call), partial(_run_rest, call))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Generator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from contextvars import Context, copy_context
 from typing import Any, Generic, TypeVar, overload
 
@@ -127,10 +127,14 @@ class Branch(Generic[T]):
         """End the flow, if it is not over, because an error ends the whole call. That error goes on in any case."""
         flow: Any = self.flow
         self.error = None  # it refers to frames that refer to this object
+        if isinstance(error, GeneratorExit):
+            with suppress(RuntimeError):  # a flow that yields once more
+                self.context.run(flow.close)
+            return
         with suppress(BaseException):
-            if getattr(flow, "gi_suspended", True) and not isinstance(error, GeneratorExit):
+            if getattr(flow, "gi_suspended", True):
                 self.context.run(flow.throw, error)
-        with suppress(RuntimeError):  # a flow that yields once more
+        with suppress(BaseException):  # as above
             self.context.run(flow.close)
 
 
@@ -176,9 +180,13 @@ class _Branches(Generic[T]):
             yield Drop([lane for branch in branches for lane in branch.lanes])
 
     def close(self, error: BaseException) -> None:
-        """End the flows that are left, because an error ends the whole call. The driver then ends the lanes."""
-        for branch in self.all:
-            branch.close(error)
+        """End the flows that are left, because an error ends the whole call. The driver then ends the lanes.
+
+        An error of a layer in its `finally` is raised when all flows have ended.
+        """
+        with ExitStack() as closing:
+            for branch in reversed(self.all):  # the stack is left from its end
+                closing.callback(branch.close, error)
 
 
 class _Resumed(Generator[Effect, Any, T]):

@@ -6,7 +6,6 @@ import asyncio
 import contextvars
 import gc
 import re
-import signal
 import subprocess
 import sys
 import threading
@@ -16,6 +15,7 @@ import anyio
 import pytest
 from anyio.lowlevel import checkpoint
 from support.calling import REQUEST, scripted
+from support.leftovers import interrupt_until
 from support.powers import deadline, limited
 
 from fluxibly import _abandoned
@@ -94,14 +94,6 @@ def in_order(mode, *, threaded=False):
     """Return the log of two layers with cleanups, as it has to be."""
     cleaned = "cleaned" if mode.backend is None or threaded else "acleaned"
     return ["inner ended", "outer ended", f"inner {cleaned}", f"outer {cleaned}"]
-
-
-def interrupt_until(over):
-    """Send Ctrl-C to the main thread, and again after a while, because a signal just before a wait does not end it."""
-    for seconds in (SOON, 3.0, 3.0):
-        if over.wait(seconds):
-            return
-        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
 
 class TestEveryEnd:

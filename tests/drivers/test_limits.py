@@ -6,7 +6,6 @@ import asyncio
 import contextvars
 import gc
 import logging
-import signal
 import threading
 import weakref
 from contextlib import suppress
@@ -16,6 +15,7 @@ import anyio
 import pytest
 from anyio.lowlevel import checkpoint
 from support.calling import REQUEST, scripted
+from support.leftovers import interrupt_until
 from support.powers import Fallback, deadline, stream_timeout
 
 from fluxibly.errors import (
@@ -1263,14 +1263,6 @@ class TestClosing:
         self.close_when(blocks, stream)
         assert list(stream) == []
         assert aborted.is_set()
-
-
-def interrupt_until(over):
-    """Send Ctrl-C to the main thread, and again after a while, because a signal just before a wait does not end it."""
-    for seconds in (SOON, 3.0, 3.0):
-        if over.wait(seconds):
-            return
-        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
 
 @pytest.mark.parametrize("when", WHEN)

@@ -35,8 +35,8 @@ class FastLanes(SyncLanes):
 class FastAsyncLanes(AsyncLanes):
     now = staticmethod(now)
 
-    async def await_change(self, seconds: float | None) -> None:
-        await super().await_change(None if seconds is None else seconds / SPEED)
+    async def await_change(self, seconds: float) -> None:
+        await super().await_change(seconds / SPEED)
 
 
 class FastClock:
