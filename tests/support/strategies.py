@@ -334,15 +334,15 @@ def filling(name: str, log: Log) -> Any:
 
 
 def heading(name: str, log: Log) -> Any:
-    """Put a text before the first chunk, whatever is in it."""
+    """Let out a text before the first chunk, whatever is in it."""
 
     def head(request, call_next):
         begun = False
 
         def fn(chunk):
             nonlocal begun
-            text, begun = chunk.text if begun else f"a: {chunk.text}", True
-            return attrs.evolve(chunk, text=text)
+            pieces, begun = [chunk] if begun else [Chunk("a: "), chunk], True
+            return pieces
 
         def at_restart():
             nonlocal begun
