@@ -179,7 +179,7 @@ class AsyncLanes(Lanes):
         if lane in self.open:
             self.open.remove(lane)
         iterator, lane.iterator = lane.iterator, None
-        if into is not None:
+        if into is not None and lane.call.streaming:
             into.iterator, into.source = iterator, lane.source
         return iterator, lane.source
 

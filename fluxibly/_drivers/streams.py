@@ -363,7 +363,7 @@ class SyncStreamDriver(StreamDriver):
             self.release()
         if isinstance(effect, Adopt):
             iterator, source = self.stack.lanes_of(self.call).adopt(effect)
-            if effect.into is None:
+            if effect.into is None and effect.lane.call.streaming:
                 self.release()
                 self.iterator, self.source = iterator, source
             return None
@@ -508,7 +508,7 @@ class AsyncStreamDriver(StreamDriver):
             await self.release()
         if isinstance(effect, Adopt):
             iterator, source = await self.stack.lanes_of(self.call).adopt(effect)
-            if effect.into is None:
+            if effect.into is None and effect.lane.call.streaming:
                 await self.release()
                 self.iterator, self.source = iterator, source
             return None

@@ -139,7 +139,7 @@ class SyncLanes(Lanes):
         lane.dropped = True
         self._leave(lane)
         iterator, lane.iterator = lane.iterator, None
-        if into is not None:
+        if into is not None and lane.call.streaming:
             into.iterator, into.source = iterator, lane.source
         return iterator, lane.source
 

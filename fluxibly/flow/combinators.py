@@ -93,7 +93,7 @@ class Combinator(Relay):
                 self.restarted()
         elif isinstance(effect, Restart):
             return self.see_restart(effect)
-        elif isinstance(effect, Adopt):
+        elif isinstance(effect, Adopt) and not effect.lane.call.nested:
             self.call = effect.lane.call
         elif isinstance(effect, AttemptEnd) and effect.error is not None and not effect.request.call.nested:
             self.failed()
@@ -124,7 +124,7 @@ class Combinator(Relay):
             yield AttemptEnd(request, error=GeneratorExit())
 
 
-_OF_VERBS = (Send, Sleep, Perform, AttemptEnd, AskEnd, Start, Wait, Drop)
+_OF_VERBS = (Send, Sleep, Perform, AttemptEnd, AskEnd, Start, Wait, Drop, Adopt)
 """The effects of `sleep`, `perform`, `ask` and `gather`."""
 
 
