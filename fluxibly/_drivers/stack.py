@@ -15,7 +15,7 @@ from fluxibly._drivers.diagnosis import raise_not_a_response, unknown_effect
 from fluxibly._drivers.endings import arun, arun_endings, arun_now, run_endings
 from fluxibly.calls import UNKNOWN, Cleanup, Targets
 from fluxibly.flow.compose import compose, deadline_exceeded, to_response
-from fluxibly.flow.effects import AskEnd, AttemptEnd, Effect, Flow, Middleware, More, Perform, Send, Sleep
+from fluxibly.flow.effects import AskEnd, Effect, Flow, Middleware, More, Perform, Send, Sleep
 from fluxibly.flow.verbs import run
 from fluxibly.limits import Leash, Timeouts, time_left, timeouts_of_call
 from fluxibly.provider import AsyncProvider, Provider, StreamingProvider
@@ -135,6 +135,7 @@ class Stack:
         state["call"] = call
         if request.target is not None and request.call.provider is not UNKNOWN:
             state["target"] = None  # it was for the pipeline around this one, from which the request comes
+        state["observers"] = ()
         copy = _new(request.__class__)
         _set_state(copy, "__dict__", state)
         return copy
@@ -236,9 +237,7 @@ class SyncStack(Stack):
 
     def carry_out(self, effect: Effect, flow: Flow[Response], call: CallRecord) -> object:
         """Carry out an effect, other than a call of the provider, and return its outcome."""
-        if isinstance(
-            effect, (AttemptEnd, More)
-        ):  # nothing to do: the layers have seen it, and a whole call has no chunks
+        if isinstance(effect, More):  # nothing to do: a whole call has no chunks
             return None
         if isinstance(effect, Sleep):
             self.sleep(effect.seconds, effect.within or call)
@@ -247,8 +246,7 @@ class SyncStack(Stack):
             with self.own_io(effect.within or call):
                 return run(effect)
         if isinstance(effect, AskEnd):
-            if effect.request.call.endings:
-                run_endings(effect.request.call)
+            run_endings(effect.request.call)
             return None
         raise unknown_effect(flow, effect)
 
@@ -313,9 +311,7 @@ class AsyncStack(Stack):
 
     async def carry_out(self, effect: Effect, flow: Flow[Response], call: CallRecord) -> object:
         """Carry out an effect, other than a call of the provider, and return its outcome."""
-        if isinstance(
-            effect, (AttemptEnd, More)
-        ):  # nothing to do: the layers have seen it, and a whole call has no chunks
+        if isinstance(effect, More):  # nothing to do: a whole call has no chunks
             return None
         if isinstance(effect, Sleep):
             await self.sleep(effect.seconds, effect.within or call)
@@ -324,8 +320,7 @@ class AsyncStack(Stack):
             with self.own_io(effect.within or call):
                 return await self.perform(effect, effect.within or call)
         if isinstance(effect, AskEnd):
-            if effect.request.call.endings:
-                await arun_endings(effect.request.call)
+            await arun_endings(effect.request.call)
             return None
         raise unknown_effect(flow, effect)
 

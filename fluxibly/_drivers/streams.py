@@ -22,7 +22,7 @@ from fluxibly.aggregate import as_chunk
 from fluxibly.errors import StreamInterrupted, interrupted
 from fluxibly.flow.combinators import resend_refused
 from fluxibly.flow.culprits import culprit, is_delivered, raise_not_delivered, raise_not_marked
-from fluxibly.flow.effects import END, PULL, AttemptEnd, Effect, Flow, More, Send, Sleep, Source
+from fluxibly.flow.effects import END, PULL, Effect, Flow, More, Release, Send, Sleep, Source
 from fluxibly.flow.relay import Turns
 from fluxibly.types import Chunk, Message, Request, Response, Restart
 
@@ -348,8 +348,9 @@ class SyncStreamDriver(StreamDriver):
             return self.source
         if isinstance(effect, (More, Restart)):
             return self.restarts
-        if isinstance(effect, AttemptEnd) and effect.error is not None and effect.request.call.streaming:
+        if isinstance(effect, Release):
             self.release()
+            return None
         return self.stack.carry_out(effect, self.flow, self.call)
 
     def release(self) -> None:
@@ -487,8 +488,9 @@ class AsyncStreamDriver(StreamDriver):
             return self.source
         if isinstance(effect, (More, Restart)):
             return self.restarts
-        if isinstance(effect, AttemptEnd) and effect.error is not None and effect.request.call.streaming:
+        if isinstance(effect, Release):
             await self.release()
+            return None
         return await self.stack.carry_out(effect, self.flow, self.call)
 
     async def release(self) -> None:

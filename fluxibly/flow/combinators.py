@@ -9,7 +9,7 @@ from typing import Any, TypeAlias, TypeVar
 from fluxibly._checks import kind_of
 from fluxibly.calls import CallRecord, Perform
 from fluxibly.errors import StreamInterrupted
-from fluxibly.flow.effects import PULL, AskEnd, AttemptEnd, Effect, Flow, More, Send, Sleep
+from fluxibly.flow.effects import PULL, AskEnd, Effect, Flow, More, Release, Send, Sleep
 from fluxibly.flow.relay import Relay, Seen
 from fluxibly.flow.verbs import discard
 from fluxibly.types import Chunk, Request, Response, Restart
@@ -80,7 +80,7 @@ class Combinator(Relay):
                 self.restarted()
         elif isinstance(effect, Restart):
             return self.see_restart(effect)
-        elif isinstance(effect, AttemptEnd) and effect.error is not None and not effect.request.call.nested:
+        elif isinstance(effect, Release):
             self.failed()
         return effect
 
@@ -100,13 +100,10 @@ class Combinator(Relay):
         return effect
 
     def broken_off(self) -> Flow[None]:
-        """Announce the end of the attempt that closing the inner flow has broken off, if there is one.
-
-        So the driver releases the connection there and then, and a span of the attempt ends.
-        """
-        if self.call.sending is not None:
-            request, self.call.sending = self.call.sending, None
-            yield AttemptEnd(request, error=GeneratorExit())
+        """Release the provider's stream of the attempt that closing the inner flow has broken off, if there is one."""
+        request, self.call.sending = self.call.sending, None
+        if request is not None and self.call.streaming:
+            yield Release(request, broken_off=True)
 
 
 def checked_effect(effect: object, *, chunks: bool) -> Effect:
@@ -117,7 +114,7 @@ def checked_effect(effect: object, *, chunks: bool) -> Effect:
     """
     if isinstance(effect, Send) and not effect.request.call.nested:
         raise TypeError("map_chunks, hold_back: expected no request between two chunks; write yield from ask(request)")
-    if not isinstance(effect, (Send, Sleep, Perform, AttemptEnd, AskEnd)):
+    if not isinstance(effect, (Send, Sleep, Perform, AskEnd)):
         who, what = ("map_chunks", "chunks, or from") if chunks else ("hold_back", "only from")
         raise TypeError(
             f"{who}: expected the function to yield {what} sleep(…), perform(…) and ask(…), got {kind_of(effect)}"

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from fluxibly._drivers.stepping import throw
 from fluxibly.flow.compose import compose
-from fluxibly.flow.effects import END, AskEnd, AttemptEnd, Effect, Middleware, More, Perform, Send, Sleep, Source
+from fluxibly.flow.effects import END, AskEnd, Effect, Middleware, More, Perform, Release, Send, Sleep, Source
 from fluxibly.types import Chunk, Request, Response, Restart
 
 
@@ -155,7 +155,7 @@ class ByHand:
                 outcome = self._restarts
                 if outcome:
                     self.events.append(effect)
-            elif not isinstance(effect, (AttemptEnd, AskEnd)):
+            elif not isinstance(effect, (Release, AskEnd)):
                 if isinstance(effect, Chunk):
                     self.events.append(effect)
                 if not self._read():
