@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Generator, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Generator, Iterable
 from inspect import iscoroutinefunction
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -242,10 +242,6 @@ class CallRecord:
     """The request of the attempt under way, or None."""
     spent: list[Spent]
     """The tokens of each attempt that was sent, in the order in which they ended, those of an `ask` included."""
-    watched: bool
-    """Whether a layer needs the effect that ends each attempt. The effect costs a pass through all the layers."""
-    trace_headers: Callable[[], Mapping[str, str]] | None
-    """Returns trace headers for an attempt. `send` adds them to the request."""
     claim: Claim | None
     """Keeps other instrumentations from measuring an attempt that is measured already."""
     sent_model: str | None
@@ -310,7 +306,7 @@ class CallRecord:
         """
         fork = self._copy()
         fork.nested = True
-        fork.streaming = fork.restarts = fork.timed = fork.cache_hit = fork.continued = False
+        fork.apart = fork.streaming = fork.restarts = fork.timed = fork.cache_hit = fork.continued = False
         fork.started_at = fork.requested_at = self.clock()
         fork.sent_at = fork.first_chunk_at = fork.sending = None
         fork.delivered = []
@@ -400,15 +396,13 @@ _BLANK: dict[str, Any] = {
     "target": None,
     "targets": _NO_TARGETS,
     "layers": (),
-    **dict.fromkeys(("streaming", "restarts", "nested", "apart", "timed", "watched", "cache_hit", "continued"), False),
+    **dict.fromkeys(("streaming", "restarts", "nested", "apart", "timed", "cache_hit", "continued"), False),
     "clock": perf_counter,
     "started_at": 0.0,
     "requested_at": 0.0,
     "attempts": 0,
     "sent_messages": (),
-    **dict.fromkeys(
-        ("leash", "lanes", "timeouts", "sent_at", "first_chunk_at", "sending", "trace_headers", "claim", "sent_model")
-    ),
+    **dict.fromkeys(("leash", "lanes", "timeouts", "sent_at", "first_chunk_at", "sending", "claim", "sent_model")),
     **dict.fromkeys(("model", "usage", "finish_reason", "last_error", "interruption", "said", "stats")),
     **dict.fromkeys(("attempt_times", "endings", "unfinished", "delivered", "timings", "notes", "spent")),
 }

@@ -110,6 +110,8 @@ class Request(Shown):
     target: Adapts | None = attrs.field(default=None, repr=False)
     """The `Target` that answers, in place of the pipeline's own provider."""
     call: CallRecord = attrs.field(factory=CallRecord, repr=False)
+    observers: tuple[Observer, ...] = attrs.field(default=(), init=False, repr=False)
+    """The observers of the layers that the request has passed, outermost first. `Tracing` adds its own (`observed`)."""
 
     def __attrs_post_init__(self) -> None:
         if self.target is not None:
@@ -152,6 +154,53 @@ class Adapts(Protocol):
     def adapt(self, request: Request, /) -> Request: ...
 
 
+class Attempt(Protocol):
+    """An attempt under way, as an observer follows it."""
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """The trace headers to send with the request."""
+        ...
+
+    def end(self, response: Response | None, error: BaseException | None, *, sent: bool) -> None:
+        """Note the end of the attempt. A GeneratorExit means that it was broken off.
+
+        Args:
+            sent: whether the provider was called. If not, there was no attempt, and nothing of it is recorded.
+        """
+        ...
+
+
+class Observer(Protocol):
+    """Follows the attempts that are made with a request, several at a time if branches of a race run side by side.
+
+    The methods of an observer and of what they return never raise.
+    """
+
+    def begin(self, request: Request, /) -> Attempt:
+        """Begin an attempt. The span that this makes current is that of the provider until the attempt ends."""
+        ...
+
+    def ask(self) -> AskObserver:
+        """Return the observer of an `ask` that was made with the request."""
+        ...
+
+
+class AskObserver(Observer, Protocol):
+    """Follows the attempts of an `ask`."""
+
+    def end(self, response: Response | None, error: BaseException | None, /) -> None:
+        """Note the end of the `ask`."""
+        ...
+
+
+def observed(request: Request, observers: tuple[Observer, ...]) -> Request:
+    """Return the request with these observers, in place of its own."""
+    state = request.__dict__.copy()
+    state["observers"] = observers
+    return _of_state(request, state)
+
+
 def _adapted(request: _R, target: object) -> _R:
     adapt = getattr(target, "adapt", None)
     if adapt is None or isinstance(target, type):
@@ -181,16 +230,26 @@ def _of_state(self: _T, state: dict[str, Any]) -> _T:
     return copy
 
 
-def with_headers(request: Request, added: Mapping[str, str]) -> Request:
-    """Return the request with the `added` headers, which replace its own headers of the same names (in any case)."""
-    if not added:
-        return request
-    if request.headers:
-        names = {name.lower() for name in added}
-        added = {name: value for name, value in request.headers.items() if name.lower() not in names} | dict(added)
+def unobserved(request: Request, attempts: Iterable[Attempt]) -> Request:
+    """Return the request of these attempts, as it is sent: with their headers, and without observers.
+
+    A header replaces the request's own of the same name (in any case), and those of the attempts before.
+    """
+    headers = request.headers
+    for attempt in attempts:
+        headers = with_headers(headers, attempt.headers)
     state = request.__dict__.copy()
-    state["headers"] = added
+    state["headers"] = headers
+    state["observers"] = ()
     return _of_state(request, state)
+
+
+def with_headers(headers: Mapping[str, str], added: Mapping[str, str]) -> Mapping[str, str]:
+    """Return `headers` with the `added` headers, which replace those of the same names (in any case)."""
+    if not headers or not added:
+        return headers or added
+    names = {name.lower() for name in added}
+    return {name: value for name, value in headers.items() if name.lower() not in names} | dict(added)
 
 
 # mypy does not accept a generic function as a converter. attrs reads the signature of a converter when a class is made,

@@ -16,7 +16,7 @@ from fluxibly._drivers.endings import arun_endings, is_raised
 from fluxibly._drivers.lanes import Lanes, report_given_up
 from fluxibly._drivers.stepping import in_context, throwable
 from fluxibly._loops import trio_here
-from fluxibly.flow.effects import END, PULL, Adopt, AttemptEnd, Drop, Effect, Lane, Send, Source, Start, Wait
+from fluxibly.flow.effects import END, PULL, Adopt, Drop, Effect, Lane, Release, Send, Source, Start, Wait
 
 
 class AsyncLanes(Lanes):
@@ -91,7 +91,7 @@ class AsyncLanes(Lanes):
         if effect is PULL:
             lane.source.chunk = await anext(lane.iterator, END)
             return None
-        if isinstance(effect, AttemptEnd):
+        if isinstance(effect, Release):
             await _close(lane)
             return None
         return await self.stack.carry_out(effect, lane.flow, lane.call)

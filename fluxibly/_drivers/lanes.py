@@ -15,7 +15,7 @@ from fluxibly._drivers import stepping
 from fluxibly._drivers.diagnosis import report
 from fluxibly.calls import CallRecord, Perform
 from fluxibly.flow.compose import deadline_exceeded
-from fluxibly.flow.effects import PULL, AttemptEnd, Effect, Lane, Send, Sleep, Start, Wait
+from fluxibly.flow.effects import PULL, Effect, Lane, Release, Send, Sleep, Start, Wait
 from fluxibly.limits import time_left
 
 
@@ -44,7 +44,7 @@ class Lanes:
             lane.until = None if begun.seconds is None else self.now() + begun.seconds
         elif isinstance(begun, Sleep):
             self._sleep(lane, begun)
-        elif isinstance(begun, AttemptEnd) and lane.iterator is None:
+        elif isinstance(begun, Release) and lane.iterator is None:
             lane.done = True
         else:
             context = lane.context.copy()

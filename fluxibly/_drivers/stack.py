@@ -18,7 +18,6 @@ from fluxibly.flow.compose import compose, deadline_exceeded, to_response
 from fluxibly.flow.effects import (
     Adopt,
     AskEnd,
-    AttemptEnd,
     Drop,
     Effect,
     Flow,
@@ -149,6 +148,7 @@ class Stack:
         state["call"] = call
         if request.target is not None and request.call.provider is not UNKNOWN:
             state["target"] = None  # it was for the pipeline around this one, from which the request comes
+        state["observers"] = ()
         copy = _new(request.__class__)
         _set_state(copy, "__dict__", state)
         return copy
@@ -250,9 +250,7 @@ class SyncStack(Stack):
 
     def carry_out(self, effect: Effect, flow: Flow[Response], call: CallRecord) -> object:
         """Carry out an effect, other than a call of the provider, and return its outcome."""
-        if isinstance(
-            effect, (AttemptEnd, More)
-        ):  # nothing to do: the layers have seen it, and a whole call has no chunks
+        if isinstance(effect, More):  # nothing to do: a whole call has no chunks
             return None
         if isinstance(effect, Sleep):
             self.sleep(effect.seconds, effect.within or call)
@@ -261,8 +259,7 @@ class SyncStack(Stack):
             with self.own_io(effect.within or call):
                 return run(effect)
         if isinstance(effect, AskEnd):
-            if effect.request.call.endings:
-                run_endings(effect.request.call)
+            run_endings(effect.request.call)
             return None
         if isinstance(effect, (Send, Start, Wait, Drop)):
             return self.lanes_of(call).carry_out(effect)
@@ -352,9 +349,7 @@ class AsyncStack(Stack):
 
     async def carry_out(self, effect: Effect, flow: Flow[Response], call: CallRecord) -> object:
         """Carry out an effect, other than a call of the provider, and return its outcome."""
-        if isinstance(
-            effect, (AttemptEnd, More)
-        ):  # nothing to do: the layers have seen it, and a whole call has no chunks
+        if isinstance(effect, More):  # nothing to do: a whole call has no chunks
             return None
         if isinstance(effect, Sleep):
             await self.sleep(effect.seconds, effect.within or call)
@@ -363,8 +358,7 @@ class AsyncStack(Stack):
             with self.own_io(effect.within or call):
                 return await self.perform(effect, effect.within or call)
         if isinstance(effect, AskEnd):
-            if effect.request.call.endings:
-                await arun_endings(effect.request.call)
+            await arun_endings(effect.request.call)
             return None
         if isinstance(effect, (Send, Start, Wait, Drop)):
             return await self.lanes_of(call).carry_out(effect)

@@ -23,7 +23,7 @@ from fluxibly.aggregate import as_chunk
 from fluxibly.errors import StreamInterrupted, interrupted
 from fluxibly.flow.combinators import resend_refused
 from fluxibly.flow.culprits import culprit, is_delivered, raise_not_delivered, raise_not_marked
-from fluxibly.flow.effects import END, PULL, Adopt, AttemptEnd, Effect, Flow, More, Send, Sleep, Source
+from fluxibly.flow.effects import END, PULL, Adopt, Effect, Flow, More, Release, Send, Sleep, Source
 from fluxibly.flow.relay import Turns
 from fluxibly.types import Chunk, Message, Request, Response, Restart
 
@@ -359,8 +359,9 @@ class SyncStreamDriver(StreamDriver):
             return self.source
         if isinstance(effect, (More, Restart)):
             return self.restarts
-        if isinstance(effect, AttemptEnd) and effect.error is not None and effect.request.call.streaming:
+        if isinstance(effect, Release):
             self.release()
+            return None
         if isinstance(effect, Adopt):
             iterator, source = self.stack.lanes_of(self.call).adopt(effect)
             if effect.into is None and effect.lane.call.streaming:
@@ -504,8 +505,9 @@ class AsyncStreamDriver(StreamDriver):
             return self.source
         if isinstance(effect, (More, Restart)):
             return self.restarts
-        if isinstance(effect, AttemptEnd) and effect.error is not None and effect.request.call.streaming:
+        if isinstance(effect, Release):
             await self.release()
+            return None
         if isinstance(effect, Adopt):
             iterator, source = await self.stack.lanes_of(self.call).adopt(effect)
             if effect.into is None and effect.lane.call.streaming:

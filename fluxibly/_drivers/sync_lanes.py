@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 from fluxibly._drivers.endings import run_endings
 from fluxibly._drivers.lanes import Lanes, report_given_up
 from fluxibly._drivers.stepping import throwable
-from fluxibly.flow.effects import END, PULL, Adopt, AttemptEnd, Drop, Effect, Lane, Send, Source, Start, Wait
+from fluxibly.flow.effects import END, PULL, Adopt, Drop, Effect, Lane, Release, Send, Source, Start, Wait
 
 _Work: TypeAlias = SimpleQueue[tuple[Effect, Context] | None]
 
@@ -82,7 +82,7 @@ class SyncLanes(Lanes):
         if effect is PULL:
             lane.source.chunk = next(lane.iterator, END)
             return None
-        if isinstance(effect, AttemptEnd):
+        if isinstance(effect, Release):
             _close(lane)
             return None
         return self.stack.carry_out(effect, lane.flow, lane.call)

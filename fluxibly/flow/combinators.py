@@ -13,11 +13,11 @@ from fluxibly.flow.effects import (
     PULL,
     Adopt,
     AskEnd,
-    AttemptEnd,
     Drop,
     Effect,
     Flow,
     More,
+    Release,
     Send,
     Sleep,
     Start,
@@ -95,7 +95,7 @@ class Combinator(Relay):
             return self.see_restart(effect)
         elif isinstance(effect, Adopt) and not effect.lane.call.nested:
             self.call = effect.lane.call
-        elif isinstance(effect, AttemptEnd) and effect.error is not None and not effect.request.call.nested:
+        elif isinstance(effect, Release):
             self.failed()
         return effect
 
@@ -115,16 +115,13 @@ class Combinator(Relay):
         return effect
 
     def broken_off(self) -> Flow[None]:
-        """Announce the end of the attempt that closing the inner flow has broken off, if there is one.
-
-        So the driver releases the connection there and then, and a span of the attempt ends.
-        """
-        if self.call.sending is not None:
-            request, self.call.sending = self.call.sending, None
-            yield AttemptEnd(request, error=GeneratorExit())
+        """Release the provider's stream of the attempt that closing the inner flow has broken off, if there is one."""
+        request, self.call.sending = self.call.sending, None
+        if request is not None and self.call.streaming:
+            yield Release(request, broken_off=True)
 
 
-_OF_VERBS = (Send, Sleep, Perform, AttemptEnd, AskEnd, Start, Wait, Drop, Adopt)
+_OF_VERBS = (Send, Sleep, Perform, AskEnd, Start, Wait, Drop, Adopt)
 """The effects of `sleep`, `perform`, `ask` and `gather`."""
 
 

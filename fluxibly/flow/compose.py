@@ -12,9 +12,9 @@ from fluxibly._checks import kind_of
 from fluxibly.aggregate import Aggregator
 from fluxibly.calls import CallRecord, Spent
 from fluxibly.errors import DeadlineExceeded, interrupted
-from fluxibly.flow.effects import END, AttemptEnd, CallNext, Flow, Middleware, More, Perform, Send, Source
+from fluxibly.flow.effects import END, CallNext, Flow, Middleware, More, Perform, Release, Send, Source
 from fluxibly.provider import pieces_of_stream, unmarked
-from fluxibly.types import Chunk, Request, Response, with_headers
+from fluxibly.types import Attempt, Chunk, Request, Response, unobserved
 
 
 def compose(middleware: Sequence[Middleware]) -> CallNext:
@@ -99,11 +99,16 @@ def send(request: Request) -> Flow[Response]:
     call.interruption = call.said = None
     call.sent_model = request.model
     call.sent_messages = request.messages
-    call.sending = request
     answer: Aggregator | None = None
     start = 0.0 if call.attempt_times is None else call.clock()
     claimed = None if call.claim is None else call.claim.enter()
-    effect = Send(request if call.trace_headers is None else with_headers(request, call.trace_headers()))
+    attempts: Sequence[Attempt] = ()
+    if request.observers:
+        attempts = [observer.begin(request) for observer in request.observers]
+        # What a provider makes of the request is no attempt of this call, so it has no observers.
+        request = unobserved(request, attempts)
+    call.sending = request
+    effect = Send(request)
     try:
         reply = yield effect
         if type(reply) is Source:
@@ -128,6 +133,8 @@ def send(request: Request) -> Flow[Response]:
         call.model = None if partial is None else partial.model or request.model
         call.usage = None if partial is None else partial.usage
         call.finish_reason = None if partial is None else partial.finish_reason
+        for attempt in reversed(attempts):
+            attempt.end(None, error, sent=effect.sent)
         if not effect.sent:  # the stream was closed unread, or a layer refused to send
             call.attempts -= 1
             call.sending = None
@@ -140,27 +147,26 @@ def send(request: Request) -> Flow[Response]:
             if isinstance(error, DeadlineExceeded) and error.__cause__ is None:
                 error.__cause__ = call.last_error
             call.last_error = error
-        if call.watched or call.streaming:
-            end = AttemptEnd(request, error=error)
-            yield end
-            end.error = None  # the frames that the error refers to may refer to this effect
+        if call.streaming:
+            yield Release(request)
         if partial is None or not partial.has_output:
             raise
         call.interruption = interrupted(request, partial, error)
         raise call.interruption from error
+    else:
+        call.model = response.model or request.model
+        call.usage = response.usage
+        call.finish_reason = response.finish_reason
+        call.sending = None
+        call.spent.append(_spent(Spent, (call.provider, call.sent_model, response.usage)))
+        for attempt in reversed(attempts):
+            attempt.end(response, None, sent=True)
+        return response
     finally:
         if call.attempt_times is not None:
             call.attempt_times.append(call.clock() - start)
         if claimed is not None and call.claim is not None:
             call.claim.leave(claimed)
-    call.model = response.model or request.model
-    call.usage = response.usage
-    call.finish_reason = response.finish_reason
-    call.sending = None
-    call.spent.append(_spent(Spent, (call.provider, call.sent_model, response.usage)))
-    if call.watched:
-        yield AttemptEnd(request, response)
-    return response
 
 
 def _turn_to(call: CallRecord, target: object) -> Flow[None]:

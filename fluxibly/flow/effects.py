@@ -17,10 +17,7 @@ T = TypeVar("T")
 
 
 class Send(Slotted):
-    """Call the provider. Outcome: its `Response` (or str), or in a stream a `Source` with the first chunk.
-
-    A layer that the effect passes may replace `request` to add headers, and nothing else.
-    """
+    """Call the provider. Outcome: its `Response` (or str), or in a stream a `Source` with the first chunk."""
 
     __slots__ = ("lane", "request", "sent")
 
@@ -56,30 +53,23 @@ class Pull(Slotted):
     __slots__ = ()
 
 
-class AttemptEnd(Slotted):
-    """Announce the end of an attempt, with its response or its error. A driver releases the stream of a failed attempt.
+class Release(Slotted):
+    """Release the provider's stream of an attempt that has failed, or that a layer has broken off."""
 
-    A success has this effect only if the call is `watched`. An attempt that a BaseException ends has none, except that
-    a combinator which breaks an attempt off announces it with a GeneratorExit.
-    """
+    __slots__ = ("broken_off", "request")
 
-    __slots__ = ("error", "request", "response")
-
-    def __init__(self, request: Request, response: Response | None = None, error: BaseException | None = None) -> None:
+    def __init__(self, request: Request, *, broken_off: bool = False) -> None:
         self.request = request
-        self.response = response
-        self.error = error
+        self.broken_off = broken_off
 
 
 class AskEnd(Slotted):
-    """Announce the end of an `ask`, with its response or its error. The driver runs the cleanups of its record."""
+    """Run the cleanups of the record of an `ask` that has ended. An `ask` without cleanups has no such effect."""
 
-    __slots__ = ("error", "request", "response")
+    __slots__ = ("request",)
 
-    def __init__(self, request: Request, response: Response | None = None, error: Exception | None = None) -> None:
+    def __init__(self, request: Request) -> None:
         self.request = request
-        self.response = response
-        self.error = error
 
 
 class Sleep(Slotted):
@@ -159,7 +149,7 @@ class Start(Slotted):
 
     __slots__ = ("effect", "lane")
 
-    def __init__(self, lane: Lane, effect: Pull | Sleep | Perform | Wait | AttemptEnd) -> None:
+    def __init__(self, lane: Lane, effect: Pull | Sleep | Perform | Wait | Release) -> None:
         self.lane = lane
         self.effect = effect
 
@@ -194,7 +184,7 @@ class Adopt(Slotted):
 
 
 LaneEffect: TypeAlias = Start | Wait | Drop | Adopt
-Effect: TypeAlias = Send | Chunk | More | Pull | Restart | AttemptEnd | AskEnd | Sleep | Perform | LaneEffect
+Effect: TypeAlias = Send | Chunk | More | Pull | Restart | Release | AskEnd | Sleep | Perform | LaneEffect
 Flow: TypeAlias = Generator[Effect, Any, T]
 """The result of calling a middleware: a generator that yields effects and, at its end, returns a T."""
 CallNext: TypeAlias = Callable[[Request], Flow[Response]]

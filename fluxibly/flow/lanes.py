@@ -18,7 +18,6 @@ from fluxibly.flow.combinators import effects_of
 from fluxibly.flow.effects import (
     PULL,
     Adopt,
-    AttemptEnd,
     CallNext,
     Drop,
     Effect,
@@ -27,6 +26,7 @@ from fluxibly.flow.effects import (
     More,
     Perform,
     Pull,
+    Release,
     Send,
     Sleep,
     Start,
@@ -104,7 +104,7 @@ class Branch(Generic[T]):
             if effect.lane is None:
                 return self._sent(effect)
             self.lanes.append(effect.lane)
-        elif isinstance(effect, (Pull, Sleep, Perform, Wait, AttemptEnd)):
+        elif isinstance(effect, (Pull, Sleep, Perform, Wait, Release)):
             if isinstance(effect, (Sleep, Perform)) and effect.within is None:
                 effect.within = self.call
             return Start(self.lane, effect)

@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeAlias, TypeGuard
 
 from fluxibly.errors import StreamInterrupted
 from fluxibly.flow.effects import Effect, Flow, More, T
-from fluxibly.types import Chunk, Message, Request, Restart
+from fluxibly.types import CallRecord, Chunk, Message, Request, Restart
 
 Seen: TypeAlias = Effect | Sequence[Effect] | StreamInterrupted | Literal[True]
 
@@ -39,17 +39,47 @@ class Relay:
 
     def over(self, flow: Flow[T]) -> Flow[T]:
         """Run `flow` and return its result."""
+        send = flow.send
+        watch = self if isinstance(self, Watch) else None  # the chunks of a watch take a shorter path
         outcome: Any = None
         error: BaseException | None = None
         # A pending outcome or error goes into the flow first, because `yield from` would resume the flow without it.
         while error is not None or outcome is not None or not self.done:
             try:
-                effect = flow.send(outcome) if error is None else flow.throw(error)
+                effect = send(outcome) if error is None else flow.throw(error)
             except StopIteration as stop:
                 result: T = stop.value
                 return result
             finally:
                 outcome = error = None  # the error refers to this frame
+            if watch is not None and type(effect) is Chunk:
+                # As `watch.note` does, because a call for each chunk would be most of its cost.
+                call, clock = watch.call, watch.call.clock
+                chunks, arrived, asked = watch.chunks, watch.arrived, watch.asked
+                left, stride, room = watch.left, watch.stride, watch.room
+                try:
+                    while type(effect) is Chunk:
+                        chunks.append(effect)
+                        left -= 1
+                        if not left:
+                            asked.append(call.requested_at)
+                            arrived.append(clock())
+                            left = watch.left = stride
+                            if len(arrived) == room:
+                                watch.flush()
+                                left, stride, room = watch.left, watch.stride, watch.room
+                        effect = send((yield effect))
+                except StopIteration as stop:
+                    result = stop.value
+                    return result
+                except GeneratorExit:
+                    flow.close()
+                    raise
+                except BaseException as thrown:  # noqa: BLE001  # it goes into the inner flow, which raises its own again
+                    error = thrown
+                    continue
+                finally:
+                    watch.left = left
             # `see` runs a user's function, and the inner layers have to end before the function's error goes outward.
             try:
                 outgoing: Any = self.see(effect)
@@ -128,6 +158,74 @@ class Turns:
         self._asked = request.messages
         self.output = self._fresh = False
         return False
+
+
+class Watch(Relay):
+    """A relay that only watches the chunks of a stream. Everything passes unchanged, and `take` gets many chunks at a time.
+
+    It notes the times of every chunk, or only of every second, fourth, … (`stride`).
+    """
+
+    stride = 1
+    left = 1
+    """The chunks until the next whose times are noted, that one included."""
+    room = 256
+    """The most times to collect before `take` takes them."""
+    characters = before_message = 0
+    """The characters of all messages, and of those before the message under way (`Chunk.added`)."""
+
+    def __init__(self, call: CallRecord) -> None:
+        self.call = call
+        self.chunks: list[Chunk] = []
+        """The chunks that `take` has not taken yet."""
+        self.arrived: list[float] = []
+        """When those arrived whose times are noted."""
+        self.asked: list[float] = []
+        """When the consumer had asked for them (`CallRecord.requested_at`)."""
+
+    @property
+    def message_length(self) -> int:
+        """The characters of the message under way."""
+        return self.characters - self.before_message
+
+    def take(self, lengths: Sequence[int]) -> None:
+        """Take what has arrived: at least one chunk, and the lengths of the texts. `characters` does not count them yet."""
+
+    def flush(self) -> None:
+        """Take what has arrived, so that everything is up to date."""
+        if self.chunks:
+            lengths = [len(chunk.text) for chunk in self.chunks]
+            self.take(lengths)
+            self.characters += sum(lengths)
+            self._clear()
+
+    def _clear(self) -> None:
+        self.chunks.clear()
+        self.arrived.clear()
+        self.asked.clear()
+
+    def note(self, chunk: Chunk) -> None:
+        """Note a chunk, as `over` does inline."""
+        self.chunks.append(chunk)
+        self.left -= 1
+        if not self.left:
+            self.asked.append(self.call.requested_at)
+            self.arrived.append(self.call.clock())
+            self.left = self.stride
+            if len(self.arrived) == self.room:
+                self.flush()
+
+    def restarted(self) -> None:
+        self._clear()
+        self.characters = self.before_message = 0
+
+    def see(self, effect: Effect) -> Effect:
+        if type(effect) is More:
+            if effect.chunk.added:
+                self.flush()
+                self.before_message = self.characters
+            self.note(effect.chunk)
+        return effect
 
 
 class OutputWatch(Relay):

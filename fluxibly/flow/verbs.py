@@ -15,7 +15,7 @@ from fluxibly.calls import CallRecord, Usage
 from fluxibly.flow.compose import code_of, compose, to_response
 from fluxibly.flow.effects import AskEnd, Effect, Flow, Middleware, More, Perform, Sleep, T
 from fluxibly.flow.relay import Relay, Seen
-from fluxibly.types import Adapts, Chunk, Message, Request, Response, replaced
+from fluxibly.types import Adapts, AskObserver, Chunk, Message, Request, Response, replaced
 
 HOW_TO_PERFORM = (
     "write perform(call, acall): the sync function first, the async one second; in a program without sync calls, "
@@ -110,7 +110,7 @@ def ask(request: Request, *, target: Adapts | None = None, through: Sequence[Mid
         answer = yield from ask(request.evolve(messages=f"Is this harmless? {text}"), target=judge, through=[Retry()])
 
     It is a call within the call: it has a record of its own, `through` is its own stack, outermost first, and it passes
-    the layers further out as an attempt does. So `Tracing` gives it a span. Its tokens are in `request.call.spent` and
+    the layers further out as an attempt does. Each `Tracing` further out gives it a span. Its tokens are in `request.call.spent` and
     `response.total_usage`; the call's own usage and attempts do not change. The limits of the call apply.
 
     Args:
@@ -128,27 +128,35 @@ def ask(request: Request, *, target: Adapts | None = None, through: Sequence[Mid
     if target is not None:
         request = request.evolve(target=target)
     call = request.call
-    inner = replaced(request, {"call": call.fork()})
-    return (yield from _asked(inner, compose(through)(inner), call))
+    observers = tuple([observer.ask() for observer in request.observers])
+    inner = replaced(request, {"call": call.fork(), "observers": observers})
+    return (yield from _asked(inner, compose(through)(inner), observers, call))
 
 
-def _asked(request: Request, flow: Flow[Response], outer: CallRecord) -> Flow[Response]:
+def _asked(
+    request: Request, flow: Flow[Response], observers: Sequence[AskObserver], outer: CallRecord
+) -> Flow[Response]:
     """Run the flow of a question, which belongs to the call of the record `outer`."""
     call = request.call
     before = len(call.spent)
     try:
         answered: object = yield from _Nested(call).over(flow)
         response = to_response(answered, "an ask's stack")
-    except Exception as error:
+    except BaseException as error:
+        for observer in reversed(observers):
+            observer.end(None, error)
+        if not isinstance(error, Exception):
+            outer.take_endings(call)  # a flow that is given up cannot yield, so the outer call cleans up
+            raise
         # The error may quote the question, and what is logged of an error is masked against these messages.
         outer.sent_messages = (*outer.sent_messages, *request.messages, *call.sent_messages)
-        yield AskEnd(request, error=error)
+        if call.endings:
+            yield AskEnd(request)
         raise
-    except BaseException:
-        outer.take_endings(call)  # a flow that is given up cannot yield, so the outer call cleans up
-        raise
-    if call.watched or call.endings:
-        yield AskEnd(request, response)
+    for observer in reversed(observers):
+        observer.end(response, None)
+    if call.endings:
+        yield AskEnd(request)
     if response.provider is None:
         response = response.evolve(provider=call.provider.telemetry_name)
     return response.evolve(total_usage=Usage.sum([spent.usage for spent in call.spent[before:]]))

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Literal
 
 import attrs
 
 from fluxibly._checks import one_of, validator
-from fluxibly.errors import StreamInterrupted
 from fluxibly.flow import CallNext, Flow
 from fluxibly.flow.culprits import check_delivered
-from fluxibly.flow.effects import More
-from fluxibly.telemetry._arrivals import LIMIT
 from fluxibly.telemetry._sdk import may_have_sdk
-from fluxibly.types import Chunk, Request, Response, Restart
+from fluxibly.types import Request, Response, observed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -73,75 +70,29 @@ class Tracing:
         object.__setattr__(self, "_mode", capture_mode(self.capture))
 
     def __call__(self, request: Request, call_next: CallNext) -> Flow[Response]:
-        # This does not use a `Relay`, because passing it each chunk costs three times as much as all the work here.
         source = self._source[0] if self._source else self._first()
         trace = None if source is None else source.begin(request)
         if trace is None:
             return (yield from call_next(request))
+        inner = observed(request, (*request.observers, trace))
         if trace.recorded is False:
             try:
-                return (yield from call_next(request))
+                return (yield from call_next(inner))
             finally:
                 trace.leave()
-        call, arrivals, answer = request.call, trace.arrivals, trace.answer
-        points = [] if arrivals is None else arrivals.points
-        until_noted = 0 if arrivals is None else 1  # chunks until the next recorded arrival
-        characters = before = 0  # of all messages, and of those before the message under way
-        effect: Any
-        outcome: Any = None
-        error: BaseException | None = None
+        arrivals = trace.arrivals
         try:
-            flow = call_next(request)
-            send = flow.send
-            while True:
-                try:
-                    effect = send(outcome) if error is None else flow.throw(error)
-                finally:
-                    error = None  # breaks the cycle: the error refers to this frame
-                try:
-                    while True:
-                        if type(effect) is Chunk:
-                            chunk = effect
-                        elif type(effect) is More:
-                            chunk = effect.chunk
-                            if chunk.added:
-                                before = characters
-                        else:
-                            break
-                        characters += len(chunk.text)
-                        until_noted -= 1
-                        if until_noted == 0 and arrivals is not None:
-                            points.append((call.clock(), call.requested_at, characters))
-                            until_noted = arrivals.stride if len(points) < LIMIT else arrivals.thin()
-                        if answer is not None:
-                            answer.add(chunk)
-                        effect = send((yield effect))
-                    trace.see(effect)
-                    outcome = yield effect
-                except StopIteration:
-                    raise
-                except GeneratorExit:
-                    flow.close()
-                    raise
-                except BaseException as thrown:  # noqa: BLE001  # goes into the flow, which raises it again if its own
-                    error = thrown
-                else:
-                    if type(effect) is Restart and outcome:
-                        answer = trace.restarted()
-                        characters = before = 0
-                        until_noted = 0 if arrivals is None else 1
-        except StopIteration as stop:
-            response = cast("Response", stop.value)
+            if arrivals is None:
+                response = yield from call_next(inner)
+            else:
+                response = yield from arrivals.over(call_next(inner))
+                arrivals.flush()
+                if arrivals.characters or request.call.interruption is not None:
+                    check_delivered(request.call, response, arrivals.message_length)
         except BaseException as raised:
-            trace.end(raised, None)
+            trace.end(None, raised)
             raise
-        if characters or call.interruption is not None:
-            try:
-                check_delivered(call, response, characters - before if call.streaming else None)
-            except StreamInterrupted as raised:
-                trace.end(raised, None)
-                raise
-        trace.end(None, response)
+        trace.end(response, None)
         return response
 
     def _first(self) -> SpanSource | None:

@@ -18,15 +18,14 @@ from fluxibly.telemetry import semconv
 from fluxibly.telemetry._attributes import error_name
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable, Mapping
 
     from opentelemetry.context import Context
     from opentelemetry.trace import Span, Tracer
 
-    from fluxibly.flow.effects import Send
     from fluxibly.telemetry._content import Capturing
     from fluxibly.telemetry._propagation import Entry
-    from fluxibly.types import Outcome, ProviderInfo, Request, Usage
+    from fluxibly.types import Outcome, ProviderInfo, Request, Response, Usage
 
 
 class Failure(NamedTuple):
@@ -62,29 +61,42 @@ def set_outcome(
 
 
 class Attempt:
-    """An attempt. `context` holds the span that is the parent of the attempt's."""
+    """An attempt. `context` holds the span that is the parent of the attempt's.
+
+    `send` calls `end`, which calls `when_ended` with the attempt and its own arguments.
+    """
 
     __slots__ = (
         "context",
-        "end",
+        "ended_at",
         "entry",
         "failure",
+        "headers",
         "live",
         "model",
         "outcome",
         "provider",
+        "request",
         "response_model",
-        "send",
-        "start",
+        "started_at",
         "usage",
+        "when_ended",
     )
 
-    def __init__(self, send: Send, context: Context) -> None:
-        self.send = send
+    def __init__(
+        self,
+        request: Request,
+        context: Context,
+        when_ended: Callable[[Attempt, Response | None, BaseException | None, bool], None],
+    ) -> None:
+        self.request = request
         self.context = context
-        self.start = self.end = time_ns()
-        self.provider: ProviderInfo = send.request.call.provider
-        self.model: str = send.request.model
+        self.when_ended = when_ended
+        self.headers: Mapping[str, str] = {}
+        self.started_at = time_ns()
+        self.ended_at: int | None = None
+        self.provider: ProviderInfo = request.call.provider
+        self.model: str = request.model
         self.live: Span | None = None
         self.entry: Entry | None = None
         """Keeps a span current during the attempt, if it is not current already."""
@@ -100,14 +112,21 @@ class Attempt:
             semconv.ATTEMPT_PROVIDER: self.provider.telemetry_name,
             semconv.ATTEMPT_MODEL: self.model,
         }
-        return tracer.start_span(semconv.ATTEMPT_SPAN, self.context, attributes=attributes, start_time=self.start)
+        return tracer.start_span(semconv.ATTEMPT_SPAN, self.context, attributes=attributes, start_time=self.started_at)
 
-    def finish(self, error: BaseException | None, failure: Failure | None, usage: Usage | None) -> None:
-        """Note how the attempt ended, now."""
-        self.end = time_ns()
+    def end(self, response: Response | None, error: BaseException | None, *, sent: bool) -> None:
+        self.when_ended(self, response, error, sent)
+
+    def finish(self, response: Response | None, error: BaseException | None, failure: Failure | None) -> None:
+        """Note how the attempt has ended."""
+        call = self.request.call
+        # A provider that turned to another service by itself has named it.
+        self.provider = call.provider
+        self.model = call.sent_model or self.model
+        self.response_model = None if response is None else response.model
+        self.usage = call.usage
         self.outcome = outcome_of(error)
         self.failure = failure
-        self.usage = usage
 
     def asked(self, provider: ProviderInfo, model: str) -> bool:
         """Whether the attempt asked this model of this provider."""
@@ -129,6 +148,6 @@ class Attempt:
                     attributes[semconv.ATTEMPT_INPUT] = self.usage.input_tokens
                 if self.usage.output_tokens is not None:
                     attributes[semconv.ATTEMPT_OUTPUT] = self.usage.output_tokens
-            set_outcome(span, attributes, self.outcome, self.failure, self.end)
+            set_outcome(span, attributes, self.outcome, self.failure, self.ended_at)
         finally:
-            span.end(self.end)
+            span.end(self.ended_at)

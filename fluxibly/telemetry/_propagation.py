@@ -24,10 +24,12 @@ except ValueError as problem:  # the import raises if OTEL_PROPAGATORS names a p
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Iterable, Mapping
 
     from opentelemetry.propagators.textmap import TextMapPropagator
     from opentelemetry.trace import Span
+
+    from fluxibly.types import Request, Response
 
 _W3C = {TraceContextTextMapPropagator, W3CBaggagePropagator}
 _HEX = [f"{byte:02x}" for byte in range(256)]
@@ -65,13 +67,6 @@ class Attached:
         except (AttributeError, ValueError):
             if get_current() is self.context:
                 attach(self.previous)
-
-
-class Unrecorded(Attached):
-    """All that is kept of a call whose span is not recorded."""
-
-    __slots__ = ()
-    recorded: Literal[False] = False
 
 
 class Entry(Attached):
@@ -125,24 +120,45 @@ def trace_headers(span: Span, context: Context) -> dict[str, str]:
     return {"traceparent": parent, "tracestate": state.to_header()}
 
 
-def headers_of_attempts(span: Span, context: Context) -> Callable[[], Mapping[str, str]]:
-    """Return the `CallRecord.trace_headers` of a call that passes `span` on.
+class Unrecorded:
+    """The observer of a call whose span is not recorded: it passes the span on in the trace headers of the attempts.
 
-    They are prepared for `context`, and made anew in any other, to which a middleware may have added baggage.
+    Args:
+        context: the context that `headers` are for. In another, to which a middleware may have added baggage, an attempt
+            has headers of its own.
+        current: keeps the span current until `leave`, unless it is the caller's own.
     """
-    prepared = trace_headers(span, context)
 
-    def headers() -> Mapping[str, str]:
+    __slots__ = ("context", "current", "headers", "span")
+    recorded: Literal[False] = False
+
+    def __init__(
+        self, span: Span, context: Context, headers: Mapping[str, str], current: Attached | None = None
+    ) -> None:
+        self.span = span
+        self.context = context
+        self.headers = headers
+        self.current = current
+
+    def begin(self, request: Request) -> Unrecorded:
         current = get_current()
-        if current is context:
-            return prepared
+        if current is self.context:
+            return self
         try:
-            return trace_headers(span, current)
+            return Unrecorded(self.span, current, trace_headers(self.span, current))
         except Exception as problem:  # noqa: BLE001  # telemetry never breaks a call
             report_once("propagation", f"the trace headers of a call are incomplete: {type(problem).__name__}")
-            return prepared
+            return self
 
-    return headers
+    def ask(self) -> Unrecorded:
+        return self
+
+    def end(self, response: Response | None, error: BaseException | None, *, sent: bool = True) -> None:
+        """Do nothing, since nothing is recorded."""
+
+    def leave(self) -> None:
+        if self.current is not None:
+            self.current.leave()
 
 
 def _is_usual(propagator: TextMapPropagator) -> bool:

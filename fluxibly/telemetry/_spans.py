@@ -7,11 +7,13 @@ standard error, and the call continues as if it were not traced.
 from __future__ import annotations
 
 import sys
+from time import time_ns
 from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
 from opentelemetry.context import Context, get_current
 from opentelemetry.trace import (
+    INVALID_SPAN,
     NoOpTracer,
     ProxyTracerProvider,
     Span,
@@ -26,7 +28,6 @@ from fluxibly._abandoned import end_all_before
 from fluxibly._logs import report_once
 from fluxibly.aggregate import Aggregator
 from fluxibly.errors import StreamInterrupted, outcome_of
-from fluxibly.flow.effects import AskEnd, AttemptEnd, Effect, Send
 from fluxibly.telemetry import semconv
 from fluxibly.telemetry._arrivals import Arrivals
 from fluxibly.telemetry._attempts import Attempt, failure_of, set_outcome
@@ -46,15 +47,16 @@ from fluxibly.telemetry._propagation import (
     Attached,
     Unrecorded,
     current_span,
-    headers_of_attempts,
     trace_headers,
     with_span,
 )
 from fluxibly.telemetry._sdk import UTIL_GENAI
-from fluxibly.types import Usage, with_headers
+from fluxibly.types import Usage
 
 if TYPE_CHECKING:
-    from fluxibly.types import CallRecord, ProviderInfo, Request, Response
+    from collections.abc import Mapping
+
+    from fluxibly.types import ProviderInfo, Request, Response
 
 
 _INTERNAL, _CLIENT = SpanKind.INTERNAL, SpanKind.CLIENT  # cached, because looking up an enum member is slow
@@ -86,11 +88,11 @@ class Recording:
 class CallTrace:
     """The span of a recorded call, or of an `ask` within it, and the spans of its attempts.
 
-    The span of a call is current until the call ends, that of an `ask` only during each of its attempts. An attempt has
-    a span of its own if there are several: the first is live only if `Recording.always` says so, the others always.
+    It is the observer of the attempts. The span of a call is current until the call ends, that of an `ask` only during
+    each of its attempts. An attempt has a span of its own if there are several, or if it is one of a race's. The first is
+    live only if `Recording.always` says so or it is one of a race's, the others always.
 
-    `see`, `restarted` and `end` never raise. `Tracing` does not pass chunks to `see`. For a stream, it adds them to
-    `arrivals` and, if content is captured, to `answer`.
+    No method raises.
     """
 
     recorded: Literal[True] = True
@@ -107,121 +109,100 @@ class CallTrace:
         self.provider = asked_provider(request)
         """The provider that the span named at its beginning."""
         self.spent_before = len(call.spent)
-        self.attempt: Attempt | None = None
-        """The attempt under way."""
         self.attempts: list[Attempt] = []
-        """The attempts that were sent and have ended."""
-        self.asks: dict[CallRecord, CallTrace] = {}
-        """The traces of the `ask`s under way."""
-        self.arrivals = Arrivals(call) if call.streaming else None
-        self.answer = Aggregator() if call.streaming and recording.capturing.mode != "none" else None
-        call.watched = True
-        call.timed = call.timed or call.streaming
+        """The attempts that were sent or are under way, in the order in which they began."""
+        self.asks: list[AskTrace] = []
+        """The `ask`s under way, and those within them."""
+        self.arrivals: Arrivals | None = None
+        """The chunks of a stream, for `Tracing` to run."""
+        if call.streaming:
+            self.arrivals = Arrivals(call, Aggregator() if recording.capturing.mode != "none" else None)
+            call.timed = True
 
     def enter(self, context: Context) -> None:
         """Make the span current in `context`, which is the current context."""
         self.current = Attached(self.context, context)
 
-    def see(self, effect: Effect) -> None:
-        """Handle an effect that goes outward and is not a chunk."""
-        try:
-            if type(effect) is Send:
-                trace = self._trace_of(effect.request) or self._begin_ask(effect.request)
-                trace.begin_attempt(effect)
-            elif type(effect) is AttemptEnd:
-                if ended := self._trace_of(effect.request):
-                    ended.end_attempt(effect.error, effect.response)
-            elif type(effect) is AskEnd and (ask := self.asks.pop(effect.request.call, None)):
-                ask.end(effect.error, effect.response)
-        except Exception as problem:  # noqa: BLE001  # telemetry never breaks a call
-            report(problem)
-
-    def _trace_of(self, request: Request) -> CallTrace | None:
-        """Return the trace that an attempt belongs to, or None for an `ask` that has no span yet."""
-        call = request.call
-        return self if call is self.call or not call.nested else self.asks.get(call)
-
-    def _begin_ask(self, request: Request) -> CallTrace:
+    def begin(self, request: Request) -> Attempt:
+        """Begin an attempt, and its span if it is live."""
         context = get_current()
-        ask = CallTrace(self.recording, self.recording.begin_span(request, context), request, context)
-        self.asks[request.call] = ask
-        return ask
-
-    def begin_attempt(self, send: Send) -> None:
-        """Begin the span of an attempt if it is live, and add trace headers to the request."""
-        if self.attempt is not None:  # a BaseException ended it, or it was refused, and an inner layer sends again
-            self.end_attempt(GeneratorExit(), None, is_latest=False)
-        context = get_current()
-        span = self.span
         if self.current is None:
-            context = with_span(span, context)
-        self.sent = send.request
-        attempt = self.attempt = Attempt(send, context)
-        if self.attempts or self.recording.always:
-            span = attempt.live = attempt.begin_span(self.recording.tracer, len(self.attempts))
-        if attempt.live is not None or self.current is None:
-            attempt.entry = current_span(span)
-        send.request = with_headers(send.request, trace_headers(span, context))
-
-    def end_attempt(self, error: BaseException | None, response: Response | None, *, is_latest: bool = True) -> None:
-        """End the attempt under way, if there is one. It is `is_latest` if the record does not know of a later one."""
-        attempt, self.attempt = self.attempt, None
-        if attempt is None:
-            return
-        if attempt.entry is not None:
-            attempt.entry.leave()
-        if not attempt.send.sent:
-            return  # it is recorded nowhere: a live span never ends, so it is never exported
+            context = with_span(self.span, context)
+        attempt = Attempt(request, context, self.end_attempt)
+        number = len(self.attempts)
         self.attempts.append(attempt)
-        call = attempt.send.request.call
-        if is_latest:  # a provider that turned to another service by itself has named it
-            attempt.provider = call.provider
-            attempt.model = call.sent_model or attempt.model
-        if response is not None:
-            attempt.response_model = response.model
-        attempt.finish(error, failure_of(error, (self.sent,), self.recording.capturing), call.usage)
-
-    def restarted(self) -> Aggregator | None:
-        """Discard all chunks so far, because the stream starts over. Return the new `answer`."""
-        if self.arrivals is not None:
-            self.arrivals.begin()
-        if self.answer is not None:
-            self.answer = Aggregator()
-        return self.answer
-
-    def end(self, error: BaseException | None, response: Response | None) -> None:
-        """End the span of a call that succeeded, failed, was cancelled or was abandoned, and all spans within it."""
-        left = GeneratorExit() if error is None else error
+        self.sent = request
         try:
-            for ask in reversed(self.asks.values()):
-                ask.end(left, None)
-            self.end_attempt(left, None)
+            span = self.span
+            if number or self.recording.always or request.call.apart:
+                span = attempt.live = attempt.begin_span(self.recording.tracer, number)
+            if attempt.live is not None or self.current is None:
+                attempt.entry = current_span(span)
+            attempt.headers = trace_headers(span, context)
         except Exception as problem:  # noqa: BLE001  # telemetry never breaks a call
             report(problem)
+        return attempt
+
+    def end_attempt(self, attempt: Attempt, response: Response | None, error: BaseException | None, sent: bool) -> None:
+        """End an attempt, unless it has ended with the call."""
+        if attempt.ended_at is not None:
+            return
+        attempt.ended_at = time_ns()
+        if not sent:  # it is recorded nowhere: a live span never ends, so it is never exported
+            self.attempts.remove(attempt)
+        elif response is not None:
+            self.sent = attempt.request
+        try:
+            if attempt.entry is not None:
+                attempt.entry.leave()
+            if sent:
+                failure = failure_of(error, (attempt.request,), self.recording.capturing)
+                attempt.finish(response, error, failure)
+        except Exception as problem:  # noqa: BLE001  # telemetry never breaks a call
+            report(problem)
+
+    def ask(self) -> AskTrace:
+        """Return the observer of an `ask`."""
+        return AskTrace(self.recording, self.asks)
+
+    def end(self, response: Response | None, error: BaseException | None) -> None:
+        """End the span of a call that succeeded, failed, was cancelled or was abandoned, and all spans within it."""
+        # A layer may have left a flow suspended, which an error's traceback then keeps alive.
+        left = GeneratorExit() if error is None else error
+        for ask in self.asks[::-1]:
+            ask.end(None, left)
+        for attempt in self.attempts[::-1]:
+            attempt.end(None, left, sent=True)
         if self.current is not None:
             self.current.leave()
         try:
+            if self.arrivals is not None:
+                self.arrivals.flush()
             try:
                 if self.span.is_recording():
-                    self._record(error, response)
+                    self._record(response, error)
             finally:
                 self.span.end()
         except Exception as problem:  # noqa: BLE001  # telemetry never breaks a call
             report(problem)
+        # The attempts and their requests refer to this trace.
+        self.attempts.clear()
+        self.sent = self.request
 
-    def _record(self, error: BaseException | None, response: Response | None) -> None:
+    def _record(self, response: Response | None, error: BaseException | None) -> None:
         outcome = outcome_of(error)
         provider, model, answered = named(self.request, outcome)
         own = self._own_attempts(provider, model)
-        if len(self.attempts) > 1 or self.recording.always:
-            for number, attempt in enumerate(self.attempts):
+        for number, attempt in enumerate(self.attempts):
+            if attempt.live is not None or len(self.attempts) > 1:
                 try:
                     attempt.record(self.recording.tracer, number, with_usage=attempt not in own)
                 except Exception as problem:  # noqa: BLE001  # the other spans are recorded all the same
                     report(problem)
-        partial = response or _partial(error) or (self.answer.response() if self.answer is not None else None)
+        answer = None if self.arrivals is None else self.arrivals.answer
+        partial = response or _partial(error) or (None if answer is None else answer.response())
         attributes = record_attributes(self.call, len(self.attempts)) | self._usage(own)
-        attributes |= self._answer(error, response, partial)
+        attributes |= self._answer(response, error, partial)
         if answered is not None:
             attributes.setdefault(semconv.RESPONSE_MODEL, answered)
         if provider is not self.provider:
@@ -252,7 +233,7 @@ class CallTrace:
         return usage_attributes(usage, total)
 
     def _answer(
-        self, error: BaseException | None, response: Response | None, partial: Response | None
+        self, response: Response | None, error: BaseException | None, partial: Response | None
     ) -> dict[str, Any]:
         """Return the attributes of the answer, or of the part of it that came."""
         call = self.call
@@ -267,6 +248,43 @@ class CallTrace:
             elif call.chunks > 0 and error is not None:
                 attributes.setdefault(semconv.RESPONSE_FINISH_REASONS, [call.finish_reason or "error"])
         return attributes
+
+
+class AskTrace:
+    """The observer of an `ask`, whose span begins with its first attempt. An `ask` that sends nothing has none.
+
+    Args:
+        under_way: the list that the `ask` is in until it ends.
+    """
+
+    def __init__(self, recording: Recording, under_way: list[AskTrace]) -> None:
+        self.recording = recording
+        self.under_way = under_way
+        self.trace: CallTrace | None = None
+        under_way.append(self)
+
+    def begin(self, request: Request) -> Attempt | Unrecorded:
+        """Begin an attempt, and with the first the span."""
+        try:
+            if self.trace is None:
+                context = get_current()
+                span = self.recording.begin_span(request, context)
+                self.trace = CallTrace(self.recording, span, request, context)
+            return self.trace.begin(request)
+        except Exception as problem:  # noqa: BLE001  # telemetry never breaks a call
+            report(problem)
+            return Unrecorded(INVALID_SPAN, get_current(), {})
+
+    def ask(self) -> AskTrace:
+        """Return the observer of an `ask` within this."""
+        return AskTrace(self.recording, self.under_way)
+
+    def end(self, response: Response | None, error: BaseException | None) -> None:
+        """End the span."""
+        if self in self.under_way:
+            self.under_way.remove(self)
+            if self.trace is not None:
+                self.trace.end(response, error)
 
 
 def _partial(error: BaseException | None) -> Response | None:
@@ -309,28 +327,28 @@ class SpanSource:
             provider = self.given or get_tracer_provider()
             recording = self._recording if provider is self._seen else self._recording_of(provider)
             context = get_current()
-            call = request.call
             if recording is None:
                 if context and (caller := get_current_span(context)).get_span_context().is_valid:
-                    call.trace_headers = headers_of_attempts(caller, context)
+                    return Unrecorded(caller, context, trace_headers(caller, context))
                 return None
             span = recording.begin_span(request, context)
             try:
-                if UTIL_GENAI in sys.modules and call.claim is None:
-                    claim(call)
+                if UTIL_GENAI in sys.modules and request.call.claim is None:
+                    claim(request.call)
                 if span.is_recording():
                     trace = CallTrace(recording, span, request, context)
                     trace.enter(context)
                     return trace
-                current = Unrecorded(with_span(span, context), context)
+                current = Attached(with_span(span, context), context)
             except BaseException:
                 span.end()
                 raise
+            headers: Mapping[str, str] = {}
             try:
-                call.trace_headers = headers_of_attempts(span, current.context)
+                headers = trace_headers(span, current.context)
             except Exception as problem:  # noqa: BLE001  # the span stays current, so inner calls are unsampled too
                 report(problem)
-            return current
+            return Unrecorded(span, current.context, headers, current)
         except Exception as problem:  # noqa: BLE001  # telemetry never breaks a call
             report(problem)
             return None

@@ -11,7 +11,7 @@ import attrs
 
 from fluxibly._logs import logger
 from fluxibly.errors import ServerError, root_cause
-from fluxibly.flow.effects import AttemptEnd, CallNext, Effect, Flow, More, Send
+from fluxibly.flow.effects import CallNext, Effect, Flow, More, Release, Send
 from fluxibly.flow.relay import Relay, Turns
 from fluxibly.testing.modes import Mode, Ran
 from fluxibly.testing.scripted import Answer, AsyncScriptedProvider, Cut, ScriptedProvider
@@ -154,9 +154,9 @@ class Probe(Relay):
             if self.turns.refuse(effect.request):
                 self.resent = "after a failure" if self.failed else "after an answer"
             self.failed = False
-        elif isinstance(effect, AttemptEnd):
-            self.failed = effect.error is not None
-            self.past_failure = self.past_failure or isinstance(effect.error, GeneratorExit)
+        elif isinstance(effect, Release):
+            self.failed = True
+            self.past_failure = self.past_failure or effect.broken_off
         return effect
 
     def see_chunk(self, chunk: Chunk) -> None:

@@ -13,13 +13,13 @@ from fluxibly.flow.effects import (
     PULL,
     Adopt,
     AskEnd,
-    AttemptEnd,
     Drop,
     Effect,
     Lane,
     Middleware,
     More,
     Perform,
+    Release,
     Send,
     Sleep,
     Source,
@@ -262,7 +262,7 @@ class ByHand(_Waiting):
                 outcome = self._restarts
                 if outcome:
                     self.events.append(effect)
-            elif not isinstance(effect, (AttemptEnd, AskEnd)):
+            elif not isinstance(effect, (Release, AskEnd)):
                 if isinstance(effect, Chunk):
                     self.events.append(effect)
                 if not self._read():
@@ -282,7 +282,7 @@ class ByHand(_Waiting):
         branch = self._branches.setdefault(lane, Branch(lane))
         if begun is PULL:
             self._read_in(branch)
-        elif isinstance(begun, AttemptEnd):
+        elif isinstance(begun, Release):
             lane.done = True
         elif not isinstance(begun, Wait):
             branch.wants = begun

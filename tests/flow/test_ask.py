@@ -5,6 +5,7 @@ from __future__ import annotations
 import attrs
 import pytest
 from support.calling import call
+from support.observing import Observing
 from support.powers import judged, limited, replayed, smooth, tools
 
 from fluxibly.calls import CallRecord
@@ -352,7 +353,6 @@ class Passing(Relay):
         self.log = []
 
     def __call__(self, request, call_next):
-        request.call.watched = True
         return (yield from self.over(call_next(request)))
 
     def see(self, effect):
@@ -363,16 +363,37 @@ class Passing(Relay):
 
 class TestLayers:
     def test_what_passes_the_layers_further_out(self, mode):
-        """A question passes them as an attempt, and its end."""
+        """A question passes them as an attempt, and so does its end if there is anything to clean up."""
         outer = Passing()
-        call(mode, [outer, asking("before")], "fine", "one", request=REQUEST)
-        assert outer.log == [("Send", "before?"), ("AskEnd", "before?"), ("Send", "hi")]
 
-    def test_an_error_is_announced(self, mode):
-        """The end of a question that failed has its error."""
-        outer = Passing()
+        def cleaning(request, call_next):
+            request.call.on_end(list)
+            return (yield from call_next(request))
+
+        call(mode, [outer, asking("before")], "fine", "one", request=REQUEST)
+        call(mode, [outer, asking("before", [cleaning])], ServerError("down"), request=REQUEST)
+        assert outer.log == [("Send", "before?"), ("Send", "hi"), ("Send", "before?"), ("AskEnd", "before?")]
+
+    def test_its_observers_are_those_further_out(self, mode):
+        """A layer further in does not observe it. Its end is noted whether it succeeds or not."""
+        outer, inner = Observing(), Observing()
+        call(mode, [outer, asking("before"), inner], "fine", "one", request=REQUEST)
+        (asked,) = outer.asks
+        assert asked.ends == [("fine", True), ("fine",)]
+        assert outer.ends == inner.ends == [("one", True)]
+        assert inner.asks == []
+        outer = Observing()
         call(mode, [outer, asking("before")], ServerError("down"), request=REQUEST)
-        assert outer.log == [("Send", "before?"), ("AskEnd", "before?")]
+        assert outer.asks[0].ends == [(ServerError, True), (ServerError,)]
+        assert outer.ends == []
+
+    def test_between_two_chunks_a_layer_further_in_does_not_observe_it(self, mode):
+        """Its flow is under way, but the question is asked outside of it."""
+        outer, inner = Observing(), Observing()
+        call(mode, [outer, asking("within"), inner], *script("within", ["one ", "two"], "fine"), request=REQUEST)
+        assert len(outer.asks) > 0
+        assert inner.asks == []
+        assert all(asked.ends == [("fine", True), ("fine",)] for asked in outer.asks)
 
     @pytest.mark.parametrize("when", WHEN)
     @pytest.mark.parametrize(

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import pytest
+from support.observing import Observing
 
 from fluxibly.errors import ServerError, StreamInterrupted
 from fluxibly.flow import Middleware, compose, perform, sleep
 from fluxibly.flow.compose import layer_name, send
-from fluxibly.flow.effects import END, AttemptEnd, Perform, Send, Sleep, Source
-from fluxibly.types import Chunk, Request, Response, Usage
+from fluxibly.flow.effects import END, Perform, Release, Send, Sleep, Source
+from fluxibly.types import Chunk, Request, Response, Usage, observed
 
 REQUEST = Request(model="m", messages="hi")
-REQUEST.call.watched = True
 
 
 def finish(flow, value=None):
@@ -95,14 +95,12 @@ class TestCompose:
 
 class TestSend:
     def test_a_whole_response(self):
-        """The flow sends, yields the end of the attempt and returns the response; the record has model and usage."""
+        """The flow sends and returns the response; the record has model and usage."""
         request = Request(model="m", messages="hi")
-        request.call.watched = True
         flow = send(request)
         assert next(flow) == Send(request)
         response = Response("ok", model="m-2", usage=Usage(input_tokens=1))
-        assert flow.send(response) == AttemptEnd(request, response)
-        assert finish(flow) is response
+        assert finish(flow, response) is response
         assert (request.call.attempts, request.call.model) == (1, "m-2")
         assert request.call.usage == Usage(input_tokens=1)
 
@@ -110,7 +108,7 @@ class TestSend:
         """A str becomes a response."""
         flow = send(REQUEST)
         next(flow)
-        assert flow.send("ok").response == Response("ok")
+        assert finish(flow, "ok") == Response("ok")
 
     def test_a_stream(self):
         """Each chunk goes out, and the source holds the next chunk when the flow is resumed."""
@@ -121,17 +119,16 @@ class TestSend:
         source.chunk = Chunk("b", finish_reason="stop")
         assert flow.send(None).text == "b"
         source.chunk = END
-        assert flow.send(None).response == Response("ab", finish_reason="stop")
         assert finish(flow) == Response("ab", finish_reason="stop")
 
     def test_an_error_before_output(self):
-        """The flow yields the end of the attempt, and raises the error unchanged."""
+        """The flow of a stream has it released, and raises the error unchanged."""
         error = ServerError("down")
         request = Request(model="m", messages="hi")
-        request.call.watched = True
+        request.call.streaming = True
         flow = send(request)
         next(flow).sent = True
-        assert flow.throw(error) == AttemptEnd(request, error=error)
+        assert flow.throw(error) == Release(request)
         with pytest.raises(ServerError) as caught:
             next(flow)
         assert caught.value is error
@@ -143,12 +140,11 @@ class TestSend:
         """After output the error becomes an interruption with the partial response."""
         error = ServerError("down")
         request = Request(model="m", messages="hi")
-        request.call.watched = True
+        request.call.streaming = True
         flow = send(request)
         next(flow).sent = True
         flow.send(Source(chunk))
-        end = flow.throw(error)
-        assert end.error is error
+        assert flow.throw(error) == Release(request)
         with pytest.raises(StreamInterrupted if output else ServerError) as caught:
             next(flow)
         if output:
@@ -161,3 +157,31 @@ class TestSend:
         next(flow)
         with pytest.raises(KeyboardInterrupt):
             flow.throw(KeyboardInterrupt())
+
+
+class TestObservers:
+    def test_an_attempt_is_begun_and_ended_once(self):
+        """The request that is sent has the headers of all, those of the innermost first, and no observers."""
+        outer, inner = Observing({"a": "outer", "b": "outer"}), Observing({"A": "inner"})
+        request = observed(Request(model="m", messages="hi", headers={"c": "own"}), (outer, inner))
+        flow = send(request)
+        effect = next(flow)
+        assert effect.request.headers == {"A": "inner", "b": "outer", "c": "own"}
+        assert effect.request.observers == ()
+        assert request.headers == {"c": "own"}
+        effect.sent = True
+        finish(flow, Response("ok"))
+        assert outer.ends == inner.ends == [("ok", True)]
+        assert [len(each.begun) for each in (outer, inner)] == [1, 1]
+
+    @pytest.mark.parametrize("sent", [True, False])
+    @pytest.mark.parametrize("error", [ServerError("down"), KeyboardInterrupt(), GeneratorExit()], ids=repr)
+    def test_every_error_ends_an_attempt(self, error, sent):
+        """So does the close of a flow, whether the provider was called or not."""
+        watching = Observing()
+        flow = send(observed(Request(model="m", messages="hi"), (watching,)))
+        next(flow).sent = sent
+        with pytest.raises(type(error)):
+            flow.throw(error)
+        flow.close()
+        assert watching.ends == [(type(error), sent)]

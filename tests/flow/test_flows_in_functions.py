@@ -10,12 +10,11 @@ import anyio
 import attrs
 import pytest
 from support.calling import call, scripted
+from support.observing import Observing
 from support.powers import smooth, tools
 
 from fluxibly.errors import ServerError, StreamInterrupted
 from fluxibly.flow import ask, emit, hold_back, map_chunks, perform, sleep, stop_when
-from fluxibly.flow.effects import AttemptEnd
-from fluxibly.flow.relay import Relay
 from fluxibly.middleware import Retry
 from fluxibly.pipeline import AsyncPipeline, Pipeline
 from fluxibly.testing import ScriptedProvider
@@ -78,23 +77,6 @@ def failing(error):
 
 def texts(ran):
     return [event.text for event in ran.events]
-
-
-class Ends(Relay):
-    """A middleware that keeps the ends of attempts, and the record."""
-
-    def __init__(self):
-        self.ends = []
-
-    def __call__(self, request, call_next):
-        self.record = request.call
-        request.call.watched = True
-        return (yield from self.over(call_next(request)))
-
-    def see(self, effect):
-        if isinstance(effect, AttemptEnd):
-            self.ends.append(type(effect.error))
-        return effect
 
 
 class TestMapChunks:
@@ -218,7 +200,7 @@ class TestMapChunks:
 
     def test_an_error_that_the_function_does_not_catch(self, streaming):
         """It ends the attempt there and then: the stream is closed before the error goes outward."""
-        ends, closed = Ends(), []
+        ends, closed = Observing(), []
         provider = scripted(streaming, ["a", "b", "c"])
 
         def fn(chunk):
@@ -238,7 +220,7 @@ class TestMapChunks:
         assert isinstance(error.__cause__, LookupError)
         assert error.partial.text == "a"
         assert closed == [(1, 1)]
-        assert ends.ends == [GeneratorExit]
+        assert ends.ends == [(GeneratorExit, True)]
         assert ends.record.sending is None
 
     def test_an_error_before_output_can_be_retried(self, streaming):
@@ -643,7 +625,7 @@ class TestHoldBack:
     @pytest.mark.parametrize("where", ["until", "check"])
     def test_an_error(self, streaming, where):
         """It ends the attempt; nothing goes out, so an outer layer may ask again."""
-        ends, failed = Ends(), []
+        ends, failed = Observing(), []
 
         def refuse(_):
             if not failed:
@@ -653,7 +635,7 @@ class TestHoldBack:
 
         made = call(streaming, [Retry(base_delay=0), ends, holding(**{where: refuse})], ["a", "b"], ["c"])
         assert made.response.text == "c"
-        assert ends.ends == ([GeneratorExit, type(None)] if where == "until" else [type(None)] * 2)
+        assert ends.ends == [(GeneratorExit if where == "until" else "ab", True), ("c", True)]
 
 
 class TestAsk:
@@ -692,7 +674,7 @@ class TestAsk:
 
     def test_an_error_of_a_question(self, streaming):
         """An error that the function does not catch ends the attempt, as any error does."""
-        ends = Ends()
+        ends = Observing()
 
         def guard(request, call_next):
             def fn(chunk):
@@ -702,7 +684,7 @@ class TestAsk:
 
         made = call(streaming, [ends, guard], ["a", "b"], ServerError("the judge is down"))
         assert isinstance(made.ran.error, ServerError)
-        assert ends.ends[-1] is GeneratorExit
+        assert ends.ends[-1] == (GeneratorExit, True)
         assert ends.record.sending is None
 
 
@@ -710,7 +692,7 @@ class TestPlainFunctions:
     @pytest.mark.parametrize("layer", ["map_chunks", "until", "stop_when"])
     def test_an_error_releases_the_stream_at_once(self, streaming, layer):
         """A plain function that raises ends the attempt there and then, and not at the end of the call."""
-        ends, closed = Ends(), []
+        ends, closed = Observing(), []
         provider = scripted(streaming, ["a", "b"], "c")
 
         def boom(_):
@@ -737,5 +719,5 @@ class TestPlainFunctions:
 
             assert run_async(main, streaming.backend) == ["sorry"]
         assert closed == [(1, 1)]
-        assert ends.ends == [GeneratorExit]
+        assert ends.ends == [(GeneratorExit, True)]
         assert ends.record.sending is None

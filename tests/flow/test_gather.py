@@ -269,7 +269,7 @@ class TestWhatIsRefused:
         assert isinstance(call.error, TypeError)
         assert str(call.error) == message
 
-    @pytest.mark.parametrize("value", [None, "text", 5, Response("x"), [steps(1)]], ids=repr)
+    @pytest.mark.parametrize("value", [None, "text", 5, Response("x"), ["text"]], ids=repr)
     def test_other_values(self, mode, value):
         """What is no flow is refused, and the message says what to write."""
         call = Call(mode, lambda request: gather(request, value))

@@ -5,12 +5,11 @@ from __future__ import annotations
 import attrs
 import pytest
 from support.calling import call, scripted
+from support.observing import Observing
 from support.powers import going_on, replayed, stopping_at, tools
 
 from fluxibly.errors import ServerError, StreamInterrupted
 from fluxibly.flow import emit, hold_back, map_chunks, stop_when
-from fluxibly.flow.effects import AttemptEnd
-from fluxibly.flow.relay import Relay
 from fluxibly.middleware import Logging, Retry, StreamMeter, Tracing, Validation
 from fluxibly.pipeline import AsyncPipeline, Pipeline
 from fluxibly.testing.modes import MODES, run_async
@@ -154,22 +153,6 @@ class TestFacts:
         assert [each.id for each in made.response.tool_calls] == ["0"]
 
 
-class Ends(Relay):
-    """A middleware that keeps the ends of attempts."""
-
-    def __init__(self):
-        self.ends = []
-
-    def __call__(self, request, call_next):
-        request.call.watched = True
-        return (yield from self.over(call_next(request)))
-
-    def see(self, effect):
-        if isinstance(effect, AttemptEnd):
-            self.ends.append(type(effect.error))
-        return effect
-
-
 class TestRelease:
     def test_the_stream_is_closed_before_the_last_chunk(self, streaming):
         """The connection is free when the consumer gets the last piece, and nothing more is read."""
@@ -193,9 +176,9 @@ class TestRelease:
 
     def test_the_attempt_was_abandoned(self, streaming):
         """The layers outside see the attempt end so, and the record has none under way."""
-        ends = Ends()
+        ends = Observing()
         made = call(streaming, [ends, stopping_at(",")], ["Hello, ", "world"])
-        assert ends.ends == [GeneratorExit]
+        assert ends.ends == [(GeneratorExit, True)]
         assert made.record.sending is None
         assert made.record.attempts == 1
 
@@ -215,7 +198,7 @@ class TestRelease:
 
     def test_an_error_of_the_function(self, streaming):
         """The stream is closed at once, and the error reaches the caller."""
-        ends = Ends()
+        ends = Observing()
 
         def boom(chunk):
             if chunk.text == "b":
@@ -225,7 +208,7 @@ class TestRelease:
         made = call(streaming, [ends, stopping(boom)], ["a", "b", "c"])
         assert isinstance(made.ran.error, StreamInterrupted)
         assert isinstance(made.ran.error.__cause__, LookupError)
-        assert ends.ends == [GeneratorExit]
+        assert ends.ends == [(GeneratorExit, True)]
 
     def test_a_consumer_that_leaves_at_the_last_chunk(self, streaming):
         """All that is left to close is closed."""

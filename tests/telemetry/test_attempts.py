@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from contextvars import copy_context
 
 import pytest
+from opentelemetry import trace
 from opentelemetry.trace import SpanKind, StatusCode
 from support.powers import Fallback, stopping_at, tools
 from support.tracing_tools import ANSWER, REQUEST, TOOL, Remote, failed, modes, remote, streams
@@ -15,7 +17,7 @@ from fluxibly.flow import ask, emit
 from fluxibly.middleware import Retry, Tracing, Validation
 from fluxibly.testing import Delay, VirtualClock
 from fluxibly.testing.modes import run
-from fluxibly.types import Chunk, ProviderInfo, Response, ToolCallDelta, Usage
+from fluxibly.types import Chunk, ProviderInfo, Response, ToolCallDelta, Usage, replaced
 
 pytestmark = pytest.mark.usefixtures("no_complaints")
 
@@ -390,3 +392,47 @@ def test_a_chunk_that_a_middleware_lets_out_before_anything_was_sent(mode, recor
     run(mode, remote(mode, ["a"], clock=clock), [recorder.tracing(), preface], REQUEST, clock=clock)
     assert recorder.call.attributes["fluxibly.outcome"] == "completed"
     assert "gen_ai.response.time_to_first_chunk" not in recorder.call.attributes
+
+
+# Branches of a race
+
+
+def branch_of(request):
+    """Return the request of a branch, with a record of its own."""
+    call = request.call.fork()
+    call.nested, call.apart = False, True
+    return replaced(request, {"call": call})
+
+
+@pytest.mark.parametrize("branches", [1, 2])
+def test_each_branch_of_a_race_has_a_span_of_its_own(branches, recorder):
+    """It is live, also if it is the only one. It is current in the context of its branch alone."""
+    current = []
+
+    def racing(request, call_next):
+        contexts = [copy_context() for _ in range(branches)]
+        flows = [call_next(branch_of(request)) for _ in range(branches)]
+        sends = [context.run(next, flow) for context, flow in zip(contexts, flows, strict=True)]
+        current.extend(context.run(trace.get_current_span) for context in contexts)
+        assert trace.get_current_span().name == "chat m-1"
+        answers = []
+        for send in sends:
+            answers.append((yield send))  # noqa: PERF401  # a comprehension cannot yield
+        with pytest.raises(StopIteration) as stopped:
+            contexts[-1].run(flows[-1].send, answers[-1])
+        for context, flow in zip(contexts[:-1], flows, strict=False):
+            context.run(flow.close)
+        return stopped.value.value
+
+    provider = Remote(*[Response("a", usage=LITTLE)] * branches)
+    ran = Pipeline(provider, [recorder.tracing(), racing]).complete(REQUEST)
+    assert ran.text == "a"
+    assert outcomes(recorder.attempts) == [*["abandoned"] * (branches - 1), "completed"]
+    numbers = [span.attributes["fluxibly.attempt.index"] for span in recorder.attempts]
+    assert numbers == list(range(branches))
+    sent = [request.headers["traceparent"].split("-")[2] for request in provider.requests]
+    expected = [f"{span.context.span_id:016x}" for span in recorder.attempts]
+    assert sent == expected
+    assert [f"{span.get_span_context().span_id:016x}" for span in current] == expected
+    assert {span.parent.span_id for span in recorder.attempts} == {recorder.call.context.span_id}
+    assert trace.get_current_span() is trace.INVALID_SPAN
