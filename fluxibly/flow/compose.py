@@ -102,11 +102,12 @@ def send(request: Request) -> Flow[Response]:
     answer: Aggregator | None = None
     start = 0.0 if call.attempt_times is None else call.clock()
     claimed = None if call.claim is None else call.claim.enter()
-    attempts: Sequence[Attempt] = ()
+    attempts: list[Attempt] | tuple[()] = ()
     if request.observers:
         attempts = [observer.begin(request) for observer in request.observers]
         # What a provider makes of the request is no attempt of this call, so it has no observers.
         request = unobserved(request, attempts)
+        attempts.reverse()  # the innermost ends first
     call.sending = request
     effect = Send(request)
     try:
@@ -133,7 +134,7 @@ def send(request: Request) -> Flow[Response]:
         call.model = None if partial is None else partial.model or request.model
         call.usage = None if partial is None else partial.usage
         call.finish_reason = None if partial is None else partial.finish_reason
-        for attempt in reversed(attempts):
+        for attempt in attempts:
             attempt.end(None, error, sent=effect.sent)
         if not effect.sent:  # the stream was closed unread, or a layer refused to send
             call.attempts -= 1
@@ -159,7 +160,7 @@ def send(request: Request) -> Flow[Response]:
         call.finish_reason = response.finish_reason
         call.sending = None
         call.spent.append(_spent(Spent, (call.provider, call.sent_model, response.usage)))
-        for attempt in reversed(attempts):
+        for attempt in attempts:
             attempt.end(response, None, sent=True)
         return response
     finally:
