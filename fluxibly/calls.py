@@ -216,6 +216,8 @@ class CallRecord:
     """Whether the consumer takes `Restart` events."""
     nested: bool
     """Whether this is the record of an `ask`: a call within a call, which is whole, and passes outer layers."""
+    observed: bool
+    """Whether a layer follows the attempts of this call (`Request.observers`)."""
     apart: bool
     """Whether this is the record of a branch of a race, which runs beside others."""
     lanes: Any
@@ -396,7 +398,7 @@ _BLANK: dict[str, Any] = {
     "target": None,
     "targets": _NO_TARGETS,
     "layers": (),
-    **dict.fromkeys(("streaming", "restarts", "nested", "apart", "timed", "cache_hit", "continued"), False),
+    **dict.fromkeys(("streaming", "restarts", "nested", "observed", "apart", "timed", "cache_hit", "continued"), False),
     "clock": perf_counter,
     "started_at": 0.0,
     "requested_at": 0.0,

@@ -52,7 +52,7 @@ __all__ = ["LLM", "AsyncLLM", "LLMConfig", "default_stack"]
 Prompt: TypeAlias = str | Message | Sequence[Message]
 
 
-_OVERRIDES = frozenset(field.name for field in attrs.fields(Request) if field.init) - {"messages", "call", "target"}
+_OVERRIDES = frozenset(field.name for field in attrs.fields(Request)) - {"messages", "call", "target"}
 """The names in `Overrides`, read from `Request`, because making a TypedDict at each import costs too much."""
 _INSTEAD = {
     "restarts": "only stream() takes it",

@@ -14,7 +14,7 @@ from fluxibly.config import LLMConfig, parameter_problems
 from fluxibly.errors import ConfigError, Problems
 from fluxibly.types import Request, replaced
 
-_FIELDS = {field.name: field for field in attrs.fields(Request) if field.init}
+_FIELDS = {field.name: field for field in attrs.fields(Request)}
 _SETTINGS = _FIELDS.keys() - {"messages", "call", "target", "model"}
 """The parameters that a target may set."""
 _DROPPED = _SETTINGS - {"metadata"}

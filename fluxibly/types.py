@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import wraps
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeAlias, TypeVar
 
 import attrs
 
@@ -110,8 +110,11 @@ class Request(Shown):
     target: Adapts | None = attrs.field(default=None, repr=False)
     """The `Target` that answers, in place of the pipeline's own provider."""
     call: CallRecord = attrs.field(factory=CallRecord, repr=False)
-    observers: tuple[Observer, ...] = attrs.field(default=(), init=False, repr=False)
-    """The observers of the layers that the request has passed, outermost first. `Tracing` adds its own (`observed`)."""
+    observers: ClassVar[tuple[Observer, ...]] = ()
+    """The observers of the layers that the request has passed, outermost first. `Tracing` adds its own (`observed`).
+
+    Only the requests of observed calls have an attribute of their own, so that other calls cost nothing more.
+    """
 
     def __attrs_post_init__(self) -> None:
         if self.target is not None:
@@ -194,7 +197,26 @@ class AskObserver(Observer, Protocol):
         ...
 
 
-def observed(request: Request, observers: tuple[Observer, ...]) -> Request:
+def observers_of(request: Request) -> tuple[Observer, ...]:
+    """Return the observers of the request's own call, not those of a call that this one is made within."""
+    return request.observers if request.call.observed else ()
+
+
+def observed(request: Request, observer: Observer, *, in_place: bool = False) -> Request:
+    """Return the request with one more observer.
+
+    Args:
+        in_place: whether to change the request itself, because nobody else has it.
+    """
+    observers = (*observers_of(request), observer)
+    request.call.observed = True
+    if in_place:
+        request.__dict__["observers"] = observers
+        return request
+    return observed_by(request, observers)
+
+
+def observed_by(request: Request, observers: tuple[Observer, ...]) -> Request:
     """Return the request with these observers, in place of its own."""
     state = request.__dict__.copy()
     state["observers"] = observers
@@ -240,7 +262,7 @@ def unobserved(request: Request, attempts: Iterable[Attempt]) -> Request:
         headers = with_headers(headers, attempt.headers)
     state = request.__dict__.copy()
     state["headers"] = headers
-    state["observers"] = ()
+    del state["observers"]
     return _of_state(request, state)
 
 

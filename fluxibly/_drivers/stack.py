@@ -148,8 +148,6 @@ class Stack:
         state["call"] = call
         if request.target is not None and request.call.provider is not UNKNOWN:
             state["target"] = None  # it was for the pipeline around this one, from which the request comes
-        if request.observers:
-            state["observers"] = ()  # those of the call around this one
         copy = _new(request.__class__)
         _set_state(copy, "__dict__", state)
         return copy

@@ -103,7 +103,7 @@ def send(request: Request) -> Flow[Response]:
     start = 0.0 if call.attempt_times is None else call.clock()
     claimed = None if call.claim is None else call.claim.enter()
     attempts: list[Attempt] | tuple[()] = ()
-    if request.observers:
+    if call.observed and request.observers:  # not those of a call that this one is made within
         attempts = [observer.begin(request) for observer in request.observers]
         # What a provider makes of the request is no attempt of this call, so it has no observers.
         request = unobserved(request, attempts)
@@ -160,8 +160,9 @@ def send(request: Request) -> Flow[Response]:
         call.finish_reason = response.finish_reason
         call.sending = None
         call.spent.append(_spent(Spent, (call.provider, call.sent_model, response.usage)))
-        for attempt in attempts:
-            attempt.end(response, None, sent=True)
+        if attempts:
+            for attempt in attempts:
+                attempt.end(response, None, sent=True)
         return response
     finally:
         if call.attempt_times is not None:

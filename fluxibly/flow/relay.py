@@ -65,7 +65,7 @@ class Relay:
                             asked.append(call.requested_at)
                             arrived.append(clock())
                             left = watch.left = stride
-                            if len(arrived) == room:
+                            if len(arrived) == room or len(chunks) > MANY:
                                 watch.flush()
                                 left, stride, room = watch.left, watch.stride, watch.room
                         effect = send((yield effect))
@@ -160,6 +160,10 @@ class Turns:
         return False
 
 
+MANY = 1000
+"""The number of chunks after which a watch takes what it has at the next time that it notes."""
+
+
 class Watch(Relay):
     """A relay that only watches the chunks of a stream. Everything passes unchanged, and `take` gets many chunks at a time.
 
@@ -212,7 +216,7 @@ class Watch(Relay):
             self.asked.append(self.call.requested_at)
             self.arrived.append(self.call.clock())
             self.left = self.stride
-            if len(self.arrived) == self.room:
+            if len(self.arrived) == self.room or len(self.chunks) > MANY:
                 self.flush()
 
     def restarted(self) -> None:

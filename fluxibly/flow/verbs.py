@@ -15,7 +15,7 @@ from fluxibly.calls import CallRecord, Usage
 from fluxibly.flow.compose import code_of, compose, to_response
 from fluxibly.flow.effects import AskEnd, Effect, Flow, Middleware, More, Perform, Sleep, T
 from fluxibly.flow.relay import Relay, Seen
-from fluxibly.types import Adapts, AskObserver, Chunk, Message, Request, Response, replaced
+from fluxibly.types import Adapts, AskObserver, Chunk, Message, Request, Response, observed_by, observers_of, replaced
 
 HOW_TO_PERFORM = (
     "write perform(call, acall): the sync function first, the async one second; in a program without sync calls, "
@@ -128,8 +128,8 @@ def ask(request: Request, *, target: Adapts | None = None, through: Sequence[Mid
     if target is not None:
         request = request.evolve(target=target)
     call = request.call
-    observers = tuple([observer.ask() for observer in request.observers])
-    inner = replaced(request, {"call": call.fork(), "observers": observers})
+    observers = tuple([observer.ask() for observer in observers_of(request)])
+    inner = observed_by(replaced(request, {"call": call.fork()}), observers)
     return (yield from _asked(inner, compose(through)(inner), observers, call))
 
 

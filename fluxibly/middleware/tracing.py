@@ -74,7 +74,8 @@ class Tracing:
         trace = None if source is None else source.begin(request)
         if trace is None:
             return (yield from call_next(request))
-        inner = observed(request, (*request.observers, trace))
+        # The outermost layer has a request that was made for this call, and that nobody else holds.
+        inner = observed(request, trace, in_place=request.call.layers[:1] == (self,))
         if trace.recorded is False:
             try:
                 return (yield from call_next(inner))

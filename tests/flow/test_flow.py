@@ -163,7 +163,7 @@ class TestObservers:
     def test_an_attempt_is_begun_and_ended_once(self):
         """The request that is sent has the headers of all, those of the innermost first, and no observers."""
         outer, inner = Observing({"a": "outer", "b": "outer"}), Observing({"A": "inner"})
-        request = observed(Request(model="m", messages="hi", headers={"c": "own"}), (outer, inner))
+        request = observed(observed(Request(model="m", messages="hi", headers={"c": "own"}), outer), inner)
         flow = send(request)
         effect = next(flow)
         assert effect.request.headers == {"A": "inner", "b": "outer", "c": "own"}
@@ -179,7 +179,7 @@ class TestObservers:
     def test_every_error_ends_an_attempt(self, error, sent):
         """So does the close of a flow, whether the provider was called or not."""
         watching = Observing()
-        flow = send(observed(Request(model="m", messages="hi"), (watching,)))
+        flow = send(observed(Request(model="m", messages="hi"), watching))
         next(flow).sent = sent
         with pytest.raises(type(error)):
             flow.throw(error)

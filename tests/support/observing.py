@@ -26,7 +26,7 @@ class Observing:
 
     def __call__(self, request: Request, call_next: CallNext) -> Flow[Response]:
         self.record = request.call
-        return (yield from call_next(observed(request, (*request.observers, self))))
+        return (yield from call_next(observed(request, self)))
 
     def begin(self, request: Request) -> Observing:
         self.begun.append(request)

@@ -83,9 +83,10 @@ def tokens_of(span, kind: str) -> int:
     )
 
 
-def check_spans(recorder, *, always=False):
+def check_spans(recorder, *, always=False, raced=False):
     """Check that every span has ended exactly once, and that attempts are children of their calls. Return the calls.
 
+    A single attempt has a span of its own only if all have (`always`), or if it was the branch of a race (`raced`).
     The live span of an attempt that never reached the provider never ends: it was refused, or its stream left unread.
     """
     started, ended = recorder.counting.started, recorder.counting.ended
@@ -98,9 +99,9 @@ def check_spans(recorder, *, always=False):
     for chat in chats:
         sent = chat.attributes["fluxibly.attempts"]
         mine = recorder.attempts_of(chat)
-        assert [attempt.attributes["fluxibly.attempt.index"] for attempt in mine] == [
-            *range(sent if always or sent > 1 else 0)
-        ]
+        if not (raced and sent == len(mine) == 1):
+            assert len(mine) == (sent if always or sent > 1 else 0)
+        assert [attempt.attributes["fluxibly.attempt.index"] for attempt in mine] == [*range(len(mine))]
         assert not [key for attempt in mine for key in attempt.attributes if key.startswith("gen_ai.")]
     for span in spans.values():
         outcome = span.attributes["fluxibly.outcome"]
@@ -157,7 +158,7 @@ def test_spans_always_end_exactly_once(mode, *, outer, inner, answers, stop_afte
         ran = run(mode, provider, stack, REQUEST, clock=clock, stop_after=stop_after, restarts=restarts)
     assert ran.leaks == []
     assert trace.get_current_span() is trace.INVALID_SPAN
-    calls = check_spans(recorder, always=attempts == "always")
+    calls = check_spans(recorder, always=attempts == "always", raced=bool({*s.RACES} & {*outer, *inner}))
     meters.check(recorder)
     assert len(calls) == len(passed)
     spent = passed[0].call.spent if passed else []
