@@ -137,6 +137,12 @@ class AsyncLanes(Lanes):
         finally:
             for lane in given_up:
                 self.close_flow(lane)
+            self._part()
+
+    def _part(self) -> None:
+        """Let go of the call when no lane is open. They refer to each other, and a stream that is dropped ends nothing."""
+        if not self.open:
+            self.call.lanes = None
 
     def cut(self, lanes: Sequence[Lane]) -> None:
         """Cancel what is under way in lanes."""
@@ -177,6 +183,7 @@ class AsyncLanes(Lanes):
         lane.dropped = True
         if lane in self.open:
             self.open.remove(lane)
+        self._part()
         iterator, lane.iterator = lane.iterator, None
         if into is not None:
             into.iterator, into.reading, into.source = iterator, lane.reading, lane.source

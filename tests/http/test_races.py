@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import random
 import threading
 import time
@@ -462,10 +461,12 @@ class TestCtrlC:
             assert (caught.value.__cause__, caught.value.__context__) == (None, None)
             assert eventually(lambda: len(ends.times) == 2)
 
-    def test_in_the_event_loop(self) -> None:
-        """On asyncio, Ctrl-C cancels the task that races."""
+    @pytest.mark.parametrize("streaming", [False, True], ids=["whole", "stream"])
+    @pytest.mark.parametrize("backend", ["asyncio", "trio"])
+    def test_in_an_event_loop(self, backend: Any, streaming: bool) -> None:
+        """There it cancels the main task, or is raised in it. The tasks of the race are gone when it gets out."""
         ends, ending, over = Ends(), Ending(), threading.Event()
-        caller = Caller(Mode(False, "asyncio"))
+        caller = Caller(Mode(streaming, backend))
 
         def script(peer: Peer, request: Received) -> None:
             if len(peer.server.requests) == 2:
@@ -474,13 +475,16 @@ class TestCtrlC:
 
         async def main() -> None:
             async with AsyncPipeline(caller.provider(server.url), [hedge(DELAY), ending]) as pipeline:
-                await pipeline.complete(ask())
+                if streaming:
+                    await anext(pipeline.stream(ask()))
+                else:
+                    await pipeline.complete(ask())
 
         with nothing_left(), serve(script) as server:
             with pytest.raises(KeyboardInterrupt):
-                asyncio.run(main())
+                anyio.run(main, backend=backend)
             over.set()
-            assert ending.ends == ["CancelledError"] * 2
+            assert ending.ends == ["CancelledError" if backend == "asyncio" else "KeyboardInterrupt"] * 2
             assert eventually(lambda: len(ends.times) == 2)
 
 
@@ -778,8 +782,7 @@ class TestClosing:
                         assert await anyio.to_thread.run_sync(eventually, lambda: len(ends.times) == 2)
 
                 anyio.run(main, backend=mode.backend)
-                del provider
-                gc.collect()  # the pool keeps what was dropped for the next call, and the call refers to its lanes
+                del provider  # its pool keeps the connections of dropped streams until the next call
 
     def test_the_end_of_the_event_loop(self, racing_on_asyncio: Racing) -> None:
         """The tasks that a program leaves behind are cancelled, and end."""
