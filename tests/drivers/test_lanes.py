@@ -250,6 +250,29 @@ class TestProviders:
         assert call(in_mode(backend, streaming), provider, [hedge(DELAY)]) == "answer"
         assert (ended, provider.closed) == ([1], 2)
 
+    @pytest.mark.parametrize("cancels", [1, 2, 3])
+    def test_cancelled_again_while_it_is_slow_to_be_cancelled(self, cancels):
+        """Further cancellations of the call do not keep it from waiting for its tasks."""
+
+        async def stubborn():
+            try:
+                await asyncio.sleep(LONG)
+            finally:
+                await asyncio.sleep(0.2)
+
+        async def main():
+            provider = Async(stubborn, stubborn)
+            task = asyncio.ensure_future(AsyncPipeline(provider, [hedge(DELAY)]).complete(REQUEST))
+            await asyncio.sleep(4 * DELAY)
+            for _ in range(cancels):
+                task.cancel()
+                await asyncio.sleep(0.02)
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert provider.opened == provider.closed > 0
+
+        asyncio.run(main())
+
     def test_an_error_at_the_end_of_a_loser(self, mode):
         """An error that the provider raises when it is closed, or ended, is nobody's."""
         provider = behaving(mode, WAIT, "answer", breaks=1)
@@ -327,8 +350,10 @@ class TestLayers:
         """A race that loses ends all of its branches, and keeps their cleanups, though a layer of one raises an error."""
         provider, layer, given = behaving(mode, WAIT, WAIT, WAIT, "answer"), Layer(*[ValueError("mine")] * 3), []
 
+        numbers = itertools.count(1)
+
         def cleaning(request, call_next):
-            number = provider.opened + 1
+            number = next(numbers)
             request.call.on_end(lambda: given.append(number))
             return (yield from call_next(request))
 
