@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from contextvars import Context
 from typing import Any
 
@@ -75,6 +76,8 @@ class AsyncLanes(Lanes):
 
     def _done(self, lane: Lane) -> None:
         lane.busy, lane.done = False, True
+        if lane.dropped:
+            lane.outcome = lane.error = None  # the frames of the error refer to the lane
         if self._changed is not None:
             self._changed.set()
 
@@ -148,7 +151,8 @@ class AsyncLanes(Lanes):
                 self.open.remove(lane)
             self.stop(lane)
             if lane.busy:
-                lane.work.cancel()
+                with suppress(RuntimeError):  # its event loop has ended
+                    lane.work.cancel()
 
     async def _gone(self, lanes: Sequence[Lane]) -> None:
         """Wait until the tasks of lanes have ended, and close their streams."""

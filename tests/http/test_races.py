@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+import random
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 import attrs
 import pytest
-from support.leftovers import eventually, nothing_left
+import trio
+from support.leftovers import eventually, interrupt_until, nothing_left
 from support.misbehaving import HEAD, Peer, Received, Script, serve
 from support.powers import hedge
 from support.tiny import DONE, SERVICE, TinyCodec, ask, config, event
@@ -411,3 +415,387 @@ class TestMany:
             assert texts == ["one", "two", "three"]
             assert len(server.requests) == 4
             assert server.connections == 2
+
+
+class Ending:
+    """A middleware that notes when its flows end."""
+
+    def __init__(self) -> None:
+        self.ends: list[str] = []
+
+    def __call__(self, request: Any, call_next: Any) -> Any:
+        how = "returned"
+        try:
+            return (yield from call_next(request))
+        except BaseException as error:
+            how = type(error).__name__
+            raise
+        finally:
+            self.ends.append(how)
+
+
+class TestCtrlC:
+    @pytest.mark.parametrize("streaming", [False, True], ids=["whole", "stream"])
+    def test_while_all_wait(self, streaming: bool) -> None:
+        """It gets out at once and unchanged, the layers have ended, and the connections are closed."""
+        ends, ending, over = Ends(), Ending(), threading.Event()
+        caller = Caller(Mode(streaming))
+
+        def script(peer: Peer, request: Received) -> None:
+            if len(peer.server.requests) == 2:
+                threading.Thread(target=interrupt_until, args=(over,)).start()
+            ends.silent(peer, request)
+
+        with (
+            nothing_left(),
+            serve(script) as server,
+            Pipeline(caller.provider(server.url), [ending, hedge(DELAY), ending]) as pipeline,
+        ):
+            began = time.monotonic()
+            with pytest.raises(KeyboardInterrupt) as caught:
+                pipeline.complete(ask()) if not streaming else list(pipeline.stream(ask()))
+            over.set()
+            assert time.monotonic() - began < 15  # the limits of the calls are longer
+            assert ending.ends == ["KeyboardInterrupt"] * 3
+            assert (caught.value.args, getattr(caught.value, "__notes__", [])) == ((), [])
+            assert (caught.value.__cause__, caught.value.__context__) == (None, None)
+            assert eventually(lambda: len(ends.times) == 2)
+
+    @pytest.mark.parametrize("streaming", [False, True], ids=["whole", "stream"])
+    @pytest.mark.parametrize("backend", ["asyncio", "trio"])
+    def test_in_an_event_loop(self, backend: Any, streaming: bool) -> None:
+        """There it cancels the main task, or is raised in it. The tasks of the race are gone when it gets out."""
+        ends, ending, over = Ends(), Ending(), threading.Event()
+        caller = Caller(Mode(streaming, backend))
+
+        def script(peer: Peer, request: Received) -> None:
+            if len(peer.server.requests) == 2:
+                threading.Thread(target=interrupt_until, args=(over,)).start()
+            ends.silent(peer, request)
+
+        async def main() -> None:
+            async with AsyncPipeline(caller.provider(server.url), [hedge(DELAY), ending]) as pipeline:
+                if streaming:
+                    await anext(pipeline.stream(ask()))
+                else:
+                    await pipeline.complete(ask())
+
+        with nothing_left(), serve(script) as server:
+            with pytest.raises(KeyboardInterrupt):
+                anyio.run(main, backend=backend)
+            over.set()
+            assert ending.ends == ["CancelledError" if backend == "asyncio" else "KeyboardInterrupt"] * 2
+            assert eventually(lambda: len(ends.times) == 2)
+
+
+def tasks() -> int:
+    """Return the number of the event loop's tasks."""
+    if trio.lowlevel.in_trio_run():
+        return trio.lowlevel.current_statistics().tasks_living
+    return len(asyncio.all_tasks())
+
+
+class Racing:
+    """Calls that race and never answer, on an event loop: `call` makes one, and `wait` returns when it waits."""
+
+    def __init__(self, mode: Mode) -> None:
+        self.mode = mode
+        self.ends = Ends()
+        self.ending = Ending()
+        self.pipeline: Any = None
+        self.server: Any = None
+
+    async def call(self) -> None:
+        """Make a call."""
+        if self.mode.streaming:
+            async with self.pipeline.stream(ask()) as stream:
+                await anext(stream)
+        else:
+            await self.pipeline.complete(ask())
+
+    async def waits(self) -> None:
+        """Wait until both requests of a race have arrived."""
+        assert await anyio.to_thread.run_sync(eventually, lambda: len(self.server.requests) >= 2)
+
+    def run(self, check: Callable[[Racing], Awaitable[object]], sent: int | None = 2) -> None:
+        """Run a check in an event loop. Then check that each layer has ended, and that nothing is left.
+
+        `sent` is the number of requests of all calls; None is any number.
+        """
+
+        async def main() -> None:
+            provider = Caller(self.mode).provider(self.server.url)
+            async with AsyncPipeline(provider, [self.ending, hedge(DELAY), self.ending]) as self.pipeline:
+                before = tasks()
+                await check(self)
+                await anyio.lowlevel.checkpoint()  # an event loop counts a task that has just ended
+                assert tasks() == before
+
+        with nothing_left(), serve(self.ends.silent) as self.server:
+            anyio.run(main, backend=self.mode.backend or "asyncio")
+            if sent is not None:
+                assert len(self.server.requests) == sent
+            assert eventually(lambda: self.server.closed._value == self.server.connections)
+
+
+@pytest.fixture(params=[mode for mode in MODES if mode.backend], ids=str)
+def racing(request: pytest.FixtureRequest) -> Racing:
+    return Racing(request.param)
+
+
+@pytest.fixture(params=[mode for mode in MODES if mode.backend == "asyncio"], ids=str)
+def racing_on_asyncio(request: pytest.FixtureRequest) -> Racing:
+    return Racing(request.param)
+
+
+class TestCancellation:
+    def test_asyncio_timeout(self, racing_on_asyncio: Racing) -> None:
+        """The task is as it was before."""
+
+        async def check(racing: Racing) -> None:
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(4 * DELAY):
+                    await racing.call()
+            task = asyncio.current_task()
+            assert task is not None
+            assert task.cancelling() == 0
+            await asyncio.sleep(0)
+
+        racing_on_asyncio.run(check)
+        assert racing_on_asyncio.ending.ends == ["CancelledError"] * 3
+
+    def test_asyncio_wait_for(self, racing_on_asyncio: Racing) -> None:
+        """The same for the older form."""
+
+        async def check(racing: Racing) -> None:
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(racing.call(), 4 * DELAY)
+
+        racing_on_asyncio.run(check)
+        assert racing_on_asyncio.ending.ends == ["CancelledError"] * 3
+
+    @pytest.mark.parametrize("gap", [0, 1, 2, 3])
+    def test_cancelled_twice(self, racing_on_asyncio: Racing, gap: int) -> None:
+        """A second cancellation, at once or some steps later, does not keep the race from ending its tasks."""
+
+        async def check(racing: Racing) -> None:
+            task = asyncio.ensure_future(racing.call())
+            await racing.waits()
+            task.cancel()
+            for _ in range(gap):
+                await asyncio.sleep(0)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+
+        racing_on_asyncio.run(check)
+        assert racing_on_asyncio.ending.ends == ["CancelledError"] * 3
+
+    def test_a_sibling_of_a_task_group(self, racing_on_asyncio: Racing) -> None:
+        """The error of another task cancels the race, and is the only one."""
+
+        async def check(racing: Racing) -> None:
+            async def fails() -> None:
+                await racing.waits()
+                raise LookupError("mine")
+
+            async def both() -> None:
+                async with asyncio.TaskGroup() as group:
+                    group.create_task(racing.call())
+                    group.create_task(fails())
+
+            with pytest.raises(ExceptionGroup) as caught:
+                await both()
+            assert [type(error) for error in caught.value.exceptions] == [LookupError]
+
+        racing_on_asyncio.run(check)
+        assert racing_on_asyncio.ending.ends == ["CancelledError"] * 3
+
+    @pytest.mark.parametrize("scope", [anyio.move_on_after, anyio.fail_after])
+    def test_scopes(self, racing: Racing, scope: Callable[[float], Any]) -> None:
+        """A scope around the call catches its own cancellation."""
+
+        async def check(racing: Racing) -> None:
+            with pytest.raises(TimeoutError) if scope is anyio.fail_after else nullcontext(), scope(4 * DELAY) as own:
+                await racing.call()
+            assert own.cancelled_caught
+
+        racing.run(check)
+        assert [*set(racing.ending.ends)] in (["Cancelled"], ["CancelledError"])
+
+    @pytest.mark.parametrize("scope", [trio.move_on_after, trio.fail_after])
+    @pytest.mark.parametrize("streaming", [False, True], ids=["whole", "stream"])
+    def test_scopes_of_trio(self, scope: Callable[[float], Any], streaming: bool) -> None:
+        """So does trio's own."""
+
+        async def check(racing: Racing) -> None:
+            raises: Any = pytest.raises(trio.TooSlowError) if scope is trio.fail_after else nullcontext()
+            with raises, scope(4 * DELAY):
+                await racing.call()
+
+        racing = Racing(Mode(streaming, "trio"))
+        racing.run(check)
+        assert racing.ending.ends == ["Cancelled"] * 3
+
+    def test_scopes_within_scopes(self, racing: Racing) -> None:
+        """The outer scope ends the race though an inner one shields what comes later."""
+
+        async def check(racing: Racing) -> None:
+            with anyio.move_on_after(4 * DELAY) as outer:
+                with anyio.move_on_after(NEVER) as inner:
+                    await racing.call()
+                raise AssertionError
+            assert (outer.cancelled_caught, inner.cancelled_caught) == (True, False)
+
+        racing.run(check)
+
+    def test_a_sibling_in_a_nursery(self, racing: Racing) -> None:
+        """The error of another task cancels the race."""
+
+        async def check(racing: Racing) -> None:
+            async def fails() -> None:
+                await racing.waits()
+                raise LookupError("mine")
+
+            async def both() -> None:
+                async with anyio.create_task_group() as group:
+                    group.start_soon(racing.call)
+                    group.start_soon(fails)
+
+            with pytest.raises(ExceptionGroup) as caught:
+                await both()
+            assert [type(error) for error in caught.value.exceptions] == [LookupError]
+
+        racing.run(check)
+
+    def test_at_any_time(self, racing: Racing) -> None:
+        """Whenever the call is cancelled, nothing is left."""
+        moments = random.Random(4)  # noqa: S311  # no secret
+
+        async def check(racing: Racing) -> None:
+            for _ in range(30):
+                with anyio.move_on_after(moments.choice([0, 0.001, 0.003, 0.02, DELAY, 2 * DELAY]) * moments.random()):
+                    await racing.call()
+
+        racing.run(check, sent=None)
+        assert set(racing.ending.ends) <= {"Cancelled", "CancelledError", "GeneratorExit"}
+
+    def test_while_a_later_chunk_is_read(self, racing: Racing) -> None:
+        """A cancellation after the win ends the winner's stream like any stream."""
+        if not racing.mode.streaming:
+            pytest.skip("a whole answer has no chunks")
+
+        def one_word(peer: Peer, request: Received) -> None:
+            peer.begin_stream()
+            peer.chunk(event("one"))
+            racing.ends.watch(peer)
+
+        script = in_turn(racing.ends.silent, one_word)
+
+        async def main() -> None:
+            async with AsyncPipeline(Caller(racing.mode).provider(server.url), [hedge(DELAY)]) as pipeline:
+                got: list[str] = []
+                with anyio.move_on_after(10 * DELAY) as scope:
+                    async with pipeline.stream(ask()) as stream:
+                        async for chunk in stream:
+                            got.append(chunk.text)  # noqa: PERF401  # the stream does not end by itself
+                assert (scope.cancelled_caught, got) == (True, ["one"])
+
+        with nothing_left(), serve(script) as server:
+            anyio.run(main, backend=racing.mode.backend or "asyncio")
+            assert eventually(lambda: len(racing.ends.times) == 2)
+
+
+class TestClosing:
+    def test_by_another_thread(self) -> None:
+        """A close ends the wait of the reader, who then finds the stream at its end."""
+        ends, ending = Ends(), Ending()
+
+        def close() -> None:
+            stream.close()
+
+        def script(peer: Peer, request: Received) -> None:
+            if len(peer.server.requests) == 2:
+                threading.Timer(DELAY, close).start()
+            ends.silent(peer, request)
+
+        with nothing_left(), serve(script) as server:
+            provider = Caller(Mode(True)).provider(server.url)
+            with Pipeline(provider, [ending, hedge(DELAY), ending]) as pipeline:
+                stream = pipeline.stream(ask())
+                began = time.monotonic()
+                assert list(stream) == []
+                assert time.monotonic() - began < 15
+                assert ending.ends == ["GeneratorExit"] * 3
+                assert eventually(lambda: len(ends.times) == 2)
+
+    @pytest.mark.parametrize("backend", ["asyncio", "trio"])
+    def test_by_another_task(self, backend: Any) -> None:
+        """The same on an event loop."""
+
+        async def check(racing: Racing) -> None:
+            stream = racing.pipeline.stream(ask())
+            got: list[Any] = []
+
+            async def read() -> None:
+                got.append([chunk async for chunk in stream])
+
+            async with anyio.create_task_group() as group:
+                group.start_soon(read)
+                await racing.waits()
+                await stream.aclose()
+            assert got == [[]]
+
+        racing = Racing(Mode(True, backend))
+        racing.run(check)
+        assert racing.ending.ends == ["GeneratorExit"] * 3
+
+    def test_a_stream_that_is_dropped(self, mode: Mode) -> None:
+        """A consumer that leaves after the first word has ended the winner's stream."""
+        if not mode.streaming:
+            pytest.skip("a whole answer has no chunks")
+        ends, ending = Ends(), Ending()
+
+        def one_word(peer: Peer, request: Received) -> None:
+            peer.begin_stream()
+            peer.chunk(event("one"))
+            ends.watch(peer)
+
+        stack = [hedge(DELAY), ending]
+        with nothing_left(), serve(in_turn(ends.silent, one_word)) as server:
+            provider = Caller(mode).provider(server.url)
+            if mode.backend is None:
+                with Pipeline(provider, stack) as pipeline:
+                    stream = pipeline.stream(ask())
+                    assert next(stream).text == "one"
+                    del stream
+                    assert ending.ends == ["GeneratorExit"] * 2
+                    assert eventually(lambda: len(ends.times) == 2)
+            else:
+
+                async def main() -> None:
+                    async with AsyncPipeline(provider, stack) as pipeline:
+                        stream = pipeline.stream(ask())
+                        assert (await anext(stream)).text == "one"
+                        del stream
+                        assert ending.ends == ["GeneratorExit"] * 2
+                        assert await anyio.to_thread.run_sync(eventually, lambda: len(ends.times) == 2)
+
+                anyio.run(main, backend=mode.backend)
+                del provider  # its pool keeps the connections of dropped streams until the next call
+
+    def test_the_end_of_the_event_loop(self, racing_on_asyncio: Racing) -> None:
+        """The tasks that a program leaves behind are cancelled, and end."""
+
+        async def main() -> None:
+            async with AsyncPipeline(Caller(racing.mode).provider(server.url), [hedge(DELAY), racing.ending]) as made:
+                racing.pipeline, racing.server = made, server
+                left.append(asyncio.ensure_future(racing.call()))
+                await racing.waits()
+
+        racing, left = racing_on_asyncio, list[Any]()
+        with nothing_left(), serve(racing.ends.silent) as server:
+            asyncio.run(main())
+            assert left[0].cancelled() or left[0].exception() is not None
+            assert len(racing.ending.ends) == 2
+            assert eventually(lambda: len(racing.ends.times) == 2)
