@@ -351,6 +351,7 @@ class CallRecord:
     def _copy(self) -> CallRecord:
         copy = object.__new__(CallRecord)
         copy.__dict__.update(self.__dict__)
+        copy.lanes = None
         return copy
 
     def on_end(self, call: Callable[[], object], acall: Callable[[], Awaitable[object]] | None = None) -> Ending:

@@ -284,6 +284,7 @@ class SyncStack(Stack):
             if call.lanes is not None:
                 call.lanes.end()
         finally:
+            call.lanes = None  # it holds the provider, and the record may be part of a cycle
             if call.endings:
                 run_endings(call)
 
@@ -383,6 +384,7 @@ class AsyncStack(Stack):
             if call.lanes is not None:
                 await call.lanes.end()
         finally:
+            call.lanes = None  # it holds the provider, and the record may be part of a cycle
             if call.endings:
                 await arun_endings(call)
 

@@ -577,7 +577,7 @@ class AsyncStreamDriver(StreamDriver):
             self.context.run(stepping.close, self.flow)
         finally:
             self.abort()
-            self.iterator = None
+            self.iterator = self.call.lanes = None
             if self.call.endings:
                 self.context.run((self.home or Home()).run_endings, self.call)
 
