@@ -49,9 +49,9 @@ class AsyncLanes(Lanes):
 
             task = asyncio.get_running_loop().create_task(self._serve(lane, effect, context), context=context)
             task.add_done_callback(lambda _: self._done(lane))  # a task cancelled before its first step runs no code
-            lane.work = task
+            lane.task = task
         else:
-            lane.work = trio.CancelScope()
+            lane.task = trio.CancelScope()
             trio.lowlevel.spawn_system_task(self._serve_on_trio, lane, effect, context, context=context)
 
     async def _serve(self, lane: Lane, effect: Effect, context: Context) -> None:
@@ -64,7 +64,7 @@ class AsyncLanes(Lanes):
         import trio
 
         try:
-            with lane.work:
+            with lane.task:
                 try:
                     lane.outcome = await self.work(lane, effect, context)
                 except trio.Cancelled:
@@ -152,7 +152,7 @@ class AsyncLanes(Lanes):
             self.stop(lane)
             if lane.busy:
                 with suppress(RuntimeError):  # its event loop has ended
-                    lane.work.cancel()
+                    lane.task.cancel()
 
     async def _gone(self, lanes: Sequence[Lane]) -> None:
         """Wait until the tasks of lanes have ended, and close their streams."""

@@ -23,7 +23,7 @@ from fluxibly.aggregate import as_chunk
 from fluxibly.errors import StreamInterrupted, interrupted
 from fluxibly.flow.combinators import resend_refused
 from fluxibly.flow.culprits import culprit, is_delivered, raise_not_delivered, raise_not_marked
-from fluxibly.flow.effects import END, PULL, Adopt, Effect, Flow, More, Release, Send, Sleep, Source
+from fluxibly.flow.effects import END, PULL, Adopt, Effect, Flow, More, Release, Send, Sleep, Source, Wait
 from fluxibly.flow.relay import Turns
 from fluxibly.types import Chunk, Message, Request, Response, Restart
 
@@ -337,8 +337,9 @@ class SyncStreamDriver(StreamDriver):
     def abort(self) -> None:
         """End a read in another thread, also one that waits for several branches."""
         super().abort()
-        if self.call.lanes is not None:
-            self.call.lanes.abort()
+        lanes = self.call.lanes
+        if lanes is not None:
+            lanes.abort()
 
     def carry_out(self, effect: Effect) -> object:
         """Carry an effect out and return its outcome."""
@@ -368,6 +369,8 @@ class SyncStreamDriver(StreamDriver):
                 self.release()
                 self.iterator, self.source = iterator, source
             return None
+        if isinstance(effect, Wait):
+            self.check_open()  # a close before the lanes were made found none to abort
         return self.stack.carry_out(effect, self.flow, self.call)
 
     def release(self) -> None:
@@ -429,6 +432,8 @@ class AsyncStreamDriver(StreamDriver):
     """On asyncio, the future that the read under way waits for."""
     scope: Any = None
     """On trio, the cancel scope of the read under way, which is entered and left within that read."""
+    elsewhere = False
+    """Whether the read under way waits for something else than the provider's stream."""
     cut = False
     """Whether `abort` has cancelled the read under way."""
     home: Home | None = None
@@ -514,7 +519,11 @@ class AsyncStreamDriver(StreamDriver):
                 await self.release()
                 self.iterator, self.source = iterator, source
             return None
-        return await self.stack.carry_out(effect, self.flow, self.call)
+        self.elsewhere = True
+        try:
+            return await self.stack.carry_out(effect, self.flow, self.call)
+        finally:
+            self.elsewhere = False
 
     async def release(self) -> None:
         """Close the provider's stream."""
@@ -545,7 +554,7 @@ class AsyncStreamDriver(StreamDriver):
 
     def abort(self) -> None:
         """End the read under way: by the provider's own `abort`, else by a cancellation that ends this read alone."""
-        if hasattr(self.iterator, "abort"):
+        if not self.elsewhere and hasattr(self.iterator, "abort"):
             super().abort()
         elif self.reading:
             cancel = getattr(self.scope or self.waits_for, "cancel", None)

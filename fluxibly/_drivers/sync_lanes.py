@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from contextvars import Context
-from functools import partial
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any, TypeAlias
 
 from fluxibly._drivers.endings import run_endings
@@ -14,15 +15,24 @@ from fluxibly._drivers.lanes import Lanes, report_given_up
 from fluxibly._drivers.stepping import throwable
 from fluxibly.flow.effects import END, PULL, Adopt, Drop, Effect, Lane, Release, Send, Source, Start, Wait
 
-_Work: TypeAlias = SimpleQueue[tuple[Effect, Context] | None]
+_Work: TypeAlias = tuple[Lane, Effect, Context]
 
 
 class SyncLanes(Lanes):
-    """The lanes of one call. The flows are stepped in the thread that makes the call."""
+    """The lanes of one call. The flows are stepped in the thread that makes the call.
+
+    There are as many threads as lanes that are at work at once: a thread that is free takes the next work of any lane. They
+    end when no lane is open.
+    """
 
     def __init__(self, stack: Any) -> None:
         super().__init__(stack)
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()  # reentrant, because a signal handler may close the stream
+        self._idle = 0
+        """The number of threads that wait for work."""
+        self._work: SimpleQueue[_Work | None] = SimpleQueue()
+        self._changes: SimpleQueue[None] = SimpleQueue()
+        """An entry for each change that may end a wait."""
         self._aborted = False
 
     def carry_out(self, effect: Send | Start | Wait | Drop) -> Lane | None:
@@ -38,35 +48,48 @@ class SyncLanes(Lanes):
         return None
 
     def begin(self, lane: Lane, effect: Effect, context: Context) -> None:
-        """Begin work in the thread of a lane."""
-        if lane.work is None:
-            work: _Work = SimpleQueue()
-            threading.Thread(target=self._serve, args=(lane, work), name="fluxibly-lane", daemon=True).start()
-            lane.work = work
-        lane.busy = True
-        lane.work.put((effect, context))
+        """Begin work in a thread."""
+        with self._lock:
+            lane.busy = True
+            has_thread = self._idle > 0
+            self._idle -= has_thread
+        if has_thread:
+            self._work.put((lane, effect, context))
+            return
+        try:
+            work = (lane, effect, context)
+            threading.Thread(target=self._serve, args=(work,), name="fluxibly-lane", daemon=True).start()
+        except BaseException:
+            lane.busy = False
+            raise
 
-    def _serve(self, lane: Lane, work: _Work) -> None:
-        while (item := work.get()) is not None:
-            effect, context = item
+    def _serve(self, work: _Work | None) -> None:
+        while work is not None:
+            lane, effect, context = work
             outcome, error = None, None
             try:
                 outcome = context.run(self.work, lane, effect, context)
             except BaseException as raised:  # noqa: BLE001  # it is raised where the lane is awaited
                 error = throwable(raised)
-            with self._changed:
-                lane.outcome, lane.error, lane.done, lane.busy = outcome, error, True, False
+            with self._lock:
                 dropped = lane.dropped
-                self._changed.notify_all()
-            del item, effect, context, outcome, error
+                lane.busy, lane.done = False, True
+                if not dropped:
+                    lane.outcome, lane.error = outcome, error
+                stays = bool(self.open)
+                self._idle += stays
+            self._changes.put(None)
             if dropped:
-                lane.outcome = lane.error = None
                 _release(lane)
+            if lane.returned is not None:
+                lane.returned.set()
+            del work, lane, effect, context, outcome, error  # they refer to the call
+            work = self._work.get() if stays else None
 
     def work(self, lane: Lane, effect: Effect, context: Context) -> object:
         """Carry out an effect of a lane. Runs in `context`."""
         if isinstance(effect, Send):
-            with self._changed:  # so that a request counts as sent exactly if it was not dropped before
+            with self._lock:  # so that a request counts as sent exactly if it was not dropped before
                 if lane.dropped:
                     raise InterruptedError("the branch was given up")
                 effect.sent = True
@@ -93,45 +116,42 @@ class SyncLanes(Lanes):
         Raises:
             ConnectionAbortedError: `abort` was called.
         """
-        with self._changed:
-            end = self.now() + (threading.TIMEOUT_MAX if seconds is None else seconds)
-            while not self._aborted:
-                now = self.now()
-                if (lane := self.find(lanes, now)) is not None or now >= end:
-                    return lane
-                self.await_change(min(end, self.end_of(lanes)) - now)
+        end = math.inf if seconds is None else self.now() + seconds
+        while not self._aborted:
+            now = self.now()
+            if (lane := self.find(lanes, now)) is not None or now >= end:
+                return lane
+            self.await_change(min(end, self.end_of(lanes)) - now)
         raise ConnectionAbortedError("the stream was closed")
 
     def await_change(self, seconds: float) -> None:
         """Wait until something has changed, at most for a number of seconds."""
-        self._changed.wait(seconds)
+        with suppress(Empty):
+            self._changes.get(timeout=None if seconds > threading.TIMEOUT_MAX else seconds)
 
     def drop(self, lanes: Sequence[Lane]) -> None:
         """Give up lanes. What a lane is doing ends as soon as it can be ended; its thread then releases what it holds."""
         given_up: list[Lane] = []
         for lane in lanes:
-            with self._changed:
+            with self._lock:
                 if lane.dropped:
                     continue
                 lane.dropped = True
                 busy = lane.busy
+                if busy and lane.performing is not None:
+                    lane.returned = threading.Event()
             given_up.append(lane)
             self.stop(lane)
             if not busy:
                 _release(lane)
             elif (record := lane.performing) is not None:
-                record.unfinished = [*(record.unfinished or ()), partial(self._await_end, lane)]
+                record.unfinished = [*(record.unfinished or ()), lane.returned.wait]
             self._leave(lane)
         for lane in given_up:
             self.close_flow(lane)
         for lane in given_up:
             if lane.owns and lane.call.endings:
                 run_endings(lane.call)
-
-    def _await_end(self, lane: Lane) -> None:
-        """Wait until the work in a lane has returned."""
-        with self._changed:
-            self._changed.wait_for(lambda: not lane.busy)
 
     def adopt(self, effect: Adopt) -> tuple[Any, Source]:
         """Take over the stream of a lane, which its own thread reads no longer. Return it with its source."""
@@ -144,10 +164,14 @@ class SyncLanes(Lanes):
         return iterator, lane.source
 
     def _leave(self, lane: Lane) -> None:
-        if lane in self.open:
-            self.open.remove(lane)
-        if lane.work is not None:
-            lane.work.put(None)
+        """Note that a lane is not open any more. End the threads if none is."""
+        with self._lock:
+            if lane in self.open:
+                self.open.remove(lane)
+            idle = 0 if self.open else self._idle
+            self._idle -= idle
+        for _ in range(idle):
+            self._work.put(None)
 
     def end(self) -> None:
         """Give up all lanes, because the call has ended."""
@@ -156,8 +180,7 @@ class SyncLanes(Lanes):
     def abort(self) -> None:
         """End a wait in another thread, and all later waits."""
         self._aborted = True
-        with self._changed:
-            self._changed.notify_all()
+        self._changes.put(None)
 
 
 class InContext:

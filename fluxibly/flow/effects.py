@@ -106,10 +106,11 @@ class Lane:
         "outcome",
         "owns",
         "performing",
+        "returned",
         "source",
+        "task",
         "until",
         "waits",
-        "work",
     )
 
     def __init__(self, flow: Flow[Any], context: Context, call: CallRecord, *, owns: bool) -> None:
@@ -140,8 +141,10 @@ class Lane:
         """When the wait or sleep under way ends at the latest, in seconds of the driver's time."""
         self.dropped = False
         """Whether the lane has been given up, or its stream taken over."""
-        self.work: Any = None
-        """The thread's queue, or the task."""
+        self.task: Any = None
+        """The task at work, or its cancel scope."""
+        self.returned: Any = None
+        """An event for the end of such I/O in a thread, if the lane was dropped meanwhile."""
 
 
 class Start(Slotted):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import threading
+import time
 from contextlib import suppress
 
 import anyio
@@ -12,11 +13,11 @@ import pytest
 from support.streams import REQUEST, Watch, texts
 
 from fluxibly.errors import ServerError
-from fluxibly.flow import sleep
+from fluxibly.flow import emit, gather, perform, sleep
 from fluxibly.middleware import Retry
 from fluxibly.pipeline import AsyncPipeline, Pipeline
 from fluxibly.testing import AsyncScriptedProvider, ScriptedProvider, VirtualClock
-from fluxibly.types import Response
+from fluxibly.types import Chunk, Response
 
 
 class TestClosing:
@@ -205,6 +206,79 @@ class TestClosing:
         anyio.run(main, backend=backend)
         assert ends == ["released", "reader went on"]
         assert watch.ends == ["GeneratorExit"]
+
+    @pytest.mark.parametrize("waits", ["sleep", "perform", "gather"])
+    def test_closing_ends_a_wait_between_two_turns(self, backend, waits):
+        """A close ends what the read waits for, although the stream of the turn before could be aborted."""
+
+        class Abortable:
+            def __init__(self):
+                self.left = ["one"]
+
+            def __aiter__(self):
+                return self
+
+            async def __anext__(self):
+                if not self.left:
+                    raise StopAsyncIteration
+                return self.left.pop()
+
+            def abort(self):
+                pass
+
+        class Provider:
+            def stream(self, request):
+                return Abortable()
+
+            async def complete(self, request):
+                raise AssertionError
+
+        async def wait():
+            await anyio.sleep(30)
+
+        def two_turns(request, call_next):
+            response = yield from call_next(request)
+            yield from emit(Chunk(added=(response.message,)))
+            if waits == "sleep":
+                yield from sleep(30)
+            elif waits == "perform":
+                yield from perform(None, wait)
+            else:
+                yield from gather(request, perform(None, wait), sleep(30))
+            return (yield from call_next(request))
+
+        async def main():
+            stream = AsyncPipeline(Provider(), [two_turns]).stream(REQUEST)
+            with anyio.fail_after(5):
+                async with anyio.create_task_group() as group:
+                    group.start_soon(read, stream)
+                    await anyio.sleep(0.1)
+                    await stream.aclose()
+
+        async def read(stream):
+            async for _ in stream:
+                pass
+
+        anyio.run(main, backend=backend)
+
+    def test_a_close_just_before_branches_begin_is_not_lost(self):
+        """A close in another thread ends the wait for branches, also if there were none when it came."""
+        streams = []
+
+        def closes():
+            closing = threading.Thread(target=streams[0].close)
+            closing.start()
+            closing.join()
+            yield from sleep(30)
+
+        def gathers(request, call_next):
+            yield from call_next(request)
+            yield from gather(request, closes(), sleep(30))
+
+        streams.append(Pipeline(ScriptedProvider("a"), [gathers]).stream(REQUEST))
+        begun = time.monotonic()
+        assert texts(streams[0]) == ["a"]
+        assert time.monotonic() - begun < 5
 
     def test_a_cancellation_meanwhile_is_not_lost(self, backend):
         """A reader that is cancelled and closed at the same time ends as cancelled."""

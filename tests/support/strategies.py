@@ -680,7 +680,7 @@ calls_of_tools = st.builds(
 )
 power_answers = st.lists(
     st.one_of(early_failures, late_failures, cuts, successes, calls_of_tools, calls_of_tools), min_size=1, max_size=5
-).map(lambda answers: [*answers, *[Script(("last",))] * 40])
+).map(lambda answers: [*answers, *[Script(("last",))] * 120])
 
 
 def build(kinds: list[Any], log: Log) -> list[Any]:
