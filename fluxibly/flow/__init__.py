@@ -18,7 +18,8 @@ The invariant of a stream: the driver has read one chunk ahead and put it into t
 chunk outward as an effect. When the flow is resumed, the driver has delivered the chunk and read the next chunk. So a
 layer that swallows a chunk yields `PULL` instead, and a layer that adds a chunk yields it wrapped in `More`.
 
-`combinators.py` has what the combinators share; `mapping.py`, `holding.py` and `stopping.py` have one each.
+`combinators.py` has what the combinators share; `mapping.py`, `holding.py` and `stopping.py` have one each. `lanes.py` has
+`race` and `gather`, for several flows of one call.
 
 Imports: data (`types`, `errors`, `aggregate`, `_checks`). Every room that composes or wraps flows imports from here.
 """
