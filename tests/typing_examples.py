@@ -36,9 +36,12 @@ from fluxibly import (
     Target,
     ToolCall,
     Usage,
+    ask,
     default_stack,
+    gather,
     map_chunks,
     perform,
+    race,
     register_llm_framework,
     register_middleware,
     sleep,
@@ -126,7 +129,25 @@ class Cache:
         return response
 
 
-own: list[Middleware] = [timing, shout, complete_only, Fallback(model="small"), Cache()]
+def hedge(request: Request, call_next: CallNext) -> Flow[Response]:
+    response = yield from race(call_next, [request, request.evolve(model="other")], delay=0.5)
+    assert_type(response, Response)
+    return response
+
+
+def informed(request: Request, call_next: CallNext) -> Flow[Response]:
+    def look_up() -> int:
+        return 3
+
+    fact, answer = yield from gather(request, perform(look_up), ask(request.evolve(messages="?")))
+    assert_type(fact, int)
+    assert_type(answer, Response)
+    numbers = yield from gather(request, *[perform(look_up) for _ in range(9)])
+    assert_type(numbers, list[int])
+    return (yield from call_next(request))
+
+
+own: list[Middleware] = [timing, shout, complete_only, Fallback(model="small"), Cache(), hedge, informed]
 
 # Providers of the user
 
