@@ -36,6 +36,9 @@ class Provider(Protocol):
     called and read in another thread while a limit applies, in a copy of the context. When the time is up, the caller
     stops waiting, and the provider runs on until it returns; then its stream is closed.
 
+    A stream may be opened in one thread, and read on and closed in another: where several requests of a call race, each is
+    sent in a thread of its own, and the winner's stream is read in the consumer's. All of it runs in one context.
+
     A call may also be given up in another thread, for example because another branch of it has answered. A provider whose
     wait can be ended from there calls `request.call.leash.hold(end)` before it waits, if there is a leash, and
     `release(end)` afterwards. The iterator of a stream may have a method `abort()` for the same: it ends a read in another
@@ -49,7 +52,8 @@ class Provider(Protocol):
 class AsyncProvider(Protocol):
     """A `Provider` with coroutine functions `complete` and `aclose`, and an async generator function `stream`.
 
-    Without `obeys = True`, a call with time limits is cancelled when its time is up.
+    Without `obeys = True`, a call with time limits is cancelled when its time is up. A stream may be opened in one task, and
+    read on and closed in another. So no cancel scope, task group or `asyncio.timeout` may be open across a `yield`.
     """
 
     async def complete(self, request: Request, /) -> Response | str: ...

@@ -76,14 +76,15 @@ class SyncLanes(Lanes):
                 lane.busy, lane.done = False, True
                 if not dropped:
                     lane.outcome, lane.error = outcome, error
-                stays = bool(self.open)
-                self._idle += stays
             self._changes.put(None)
             if dropped:
                 _release(lane)
             if lane.returned is not None:
                 lane.returned.set()
             del work, lane, effect, context, outcome, error  # they refer to the call
+            with self._lock:
+                stays = bool(self.open)
+                self._idle += stays
             work = self._work.get() if stays else None
 
     def work(self, lane: Lane, effect: Effect, context: Context) -> object:
