@@ -60,6 +60,7 @@ class Branch(Generic[T]):
 
     def advance(self, outcome: object = None, error: BaseException | None = None) -> Flow[None]:
         """Step the flow until it waits in its lane, brings output, or is over."""
+        flow = self.flow  # noqa: F841  # `diagnosis.live_layers` finds it here
         while (effect := self._step(outcome, error)) is not None:
             outcome = error = None
             try:

@@ -378,6 +378,26 @@ class TestLayers:
             assert call.ran.response.stats.time_to_first_chunk == 3
 
 
+class TestMistakes:
+    @pytest.mark.parametrize("when", ["before", "after"])
+    def test_what_is_no_effect(self, mode, when):
+        """The error names the middleware in the branch, before and after it has won."""
+
+        def sloppy(request, call_next):
+            if when == "before":
+                yield "text"
+            response = yield from call_next(request)
+            yield "text"
+            return response
+
+        call = Call(mode, [to("b"), sloppy], "one", "two")
+        error = call.ran.error
+        if isinstance(error, StreamInterrupted):
+            error = error.__cause__
+        assert isinstance(error, TypeError)
+        assert "sloppy yielded a str" in str(error)
+
+
 class TestEnds:
     def test_the_loser_is_over_before_the_answer_goes_on(self, mode):
         """A loser's `finally` runs before the answer reaches the layers further out."""
