@@ -184,6 +184,7 @@ class AsyncLanes(Lanes):
             self.open.remove(lane)
         iterator, lane.iterator = lane.iterator, None
         if into is not None and lane.call.streaming:
+            await _release(into)
             into.iterator, into.source = iterator, lane.source
         return iterator, lane.source
 

@@ -161,6 +161,7 @@ class SyncLanes(Lanes):
         self._leave(lane)
         iterator, lane.iterator = lane.iterator, None
         if into is not None and lane.call.streaming:
+            _release(into)
             into.iterator, into.source = iterator, lane.source
         return iterator, lane.source
 

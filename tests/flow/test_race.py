@@ -211,6 +211,30 @@ class TestStreams:
         if mode.streaming:
             assert "before" not in [event.model for event in call.ran.events]
 
+    @pytest.mark.parametrize("outer", [True, False])
+    def test_streams_of_earlier_attempts_are_closed(self, mode, outer):
+        """A stream that has ended is closed when the next attempt's takes its place, in the call and in a branch."""
+        opened, closed = [], []
+
+        class Empty:
+            def stream(self, request):
+                opened.append(Counted(Chunk(finish_reason="stop"), closed))
+                return opened[-1]
+
+        class AsyncEmpty(Empty):
+            async def complete(self, request):
+                return Response("", finish_reason="stop")
+
+        def thrice(request, call_next):
+            for _ in range(2):
+                yield from call_next(request)
+            return (yield from call_next(request))
+
+        stack = [*([to("b")] if outer else []), thrice, to("c", delay=0)]
+        run(mode, (AsyncEmpty if mode.backend else Empty)(), stack, REQUEST, clock=VirtualClock())
+        assert len(closed) == len({*map(id, closed)}) == len(opened)
+        assert len(opened) >= 3 or not mode.streaming
+
     def test_a_consumer_that_leaves(self, mode):
         """The winner's stream is closed."""
         if mode.streaming:
@@ -376,6 +400,34 @@ class TestLayers:
         if mode.streaming:
             assert call.ran.response.stats.chunks == 2
             assert call.ran.response.stats.time_to_first_chunk == 3
+
+
+class Counted:
+    """A stream of one item that counts how often it is closed. No garbage collector closes it."""
+
+    def __init__(self, item, closed):
+        self.items, self.closed = [item], closed
+
+    def __iter__(self):
+        return self
+
+    __aiter__ = __iter__
+
+    def __next__(self):
+        if not self.items:
+            raise StopIteration
+        return self.items.pop()
+
+    async def __anext__(self):
+        if not self.items:
+            raise StopAsyncIteration
+        return self.items.pop()
+
+    def close(self):
+        self.closed.append(self)
+
+    async def aclose(self):
+        self.closed.append(self)
 
 
 class TestMistakes:
