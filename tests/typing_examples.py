@@ -279,7 +279,7 @@ def access() -> None:
 def pipelines() -> None:
     request = Request(model="m", messages=[Message.user("hi")])
     assert_type(Pipeline(Parrot(), [timing]).complete(request), Response)
-    Pipeline(ScriptedProvider("hello"), own, clock=VirtualClock()).complete(request)
+    Pipeline(ScriptedProvider("a fact", "hello"), own, clock=VirtualClock()).complete(request)
     AsyncPipeline(AsyncScriptedProvider("hello"), own)
     AsyncPipeline(Parrot(), own)
     assert_type(Pipeline(Singer()).complete(request).text, str)
