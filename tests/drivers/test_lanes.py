@@ -33,6 +33,10 @@ AT_ONCE = 5.0
 VAR = ContextVar("VAR", default="nobody's")
 
 
+SYNC = [mode for mode in MODES if mode.backend is None]
+STREAMS = [mode for mode in MODES if mode.streaming]
+
+
 @pytest.fixture(params=MODES, ids=str)
 def mode(request):
     return request.param
@@ -279,11 +283,16 @@ class TestProviders:
         assert call(mode, provider, [hedge(DELAY)]) == "answer"
         assert closed(provider)
 
-    @pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt, asyncio.CancelledError])
+    @pytest.mark.parametrize(
+        ("mode", "kind"),
+        [
+            *itertools.product(MODES, [SystemExit, asyncio.CancelledError]),
+            *itertools.product(SYNC, [KeyboardInterrupt]),  # an event loop takes it for Ctrl-C
+        ],
+        ids=str,
+    )
     def test_a_base_exception(self, mode, kind):
         """It passes unchanged, though another branch goes on; all layers end, and all is closed."""
-        if mode.backend and kind is KeyboardInterrupt:
-            pytest.skip("an event loop itself takes it for Ctrl-C")
         error = kind("mine")
         provider, layer = behaving(mode, WAIT, error), Layer()
         with nothing_left(), pytest.raises(kind) as caught:
@@ -293,22 +302,21 @@ class TestProviders:
         assert layer.log == [kind.__name__] * 2
         assert closed(provider)
 
+    # A StopIteration ends the stream of a sync provider.
+    @pytest.mark.parametrize("mode", [mode for mode in MODES if mode.backend or not mode.streaming], ids=str)
     def test_stop_iteration(self, mode):
         """It would end a generator, so it is an error like any other."""
         error = StopIteration("mine")
-        if mode.streaming and mode.backend is None:
-            pytest.skip("it ends the stream of a sync provider")
         provider = behaving(mode, error, "answer")
         assert call(mode, provider, [hedge(LONG)]) == "answer"
         provider = behaving(mode, StopIteration("mine"), ServerError("later"))
         with pytest.raises(RuntimeError, match="StopIteration"):
             call(mode, provider, [hedge(LONG)])
 
+    @pytest.mark.parametrize("mode", SYNC, ids=str)
     @pytest.mark.parametrize("fails", [1, 2])
     def test_a_thread_that_does_not_start(self, mode, monkeypatch, fails):
         """The branch fails, and another goes on; if none can, the error says why."""
-        if mode.backend:
-            pytest.skip("needs no thread")
         start, number = threading.Thread.start, itertools.count(1)
 
         def limited_start(thread):
@@ -642,10 +650,9 @@ class TestContexts:
             "outside, afterwards": ["outside"],
         }
 
+    @pytest.mark.parametrize("mode", STREAMS, ids=str)
     def test_a_stream_keeps_its_context(self, mode):
         """The provider's stream of the winner runs in one context, though it changes threads or tasks; so does a loser's."""
-        if not mode.streaming:
-            pytest.skip("a whole answer is made in one step")
         seen = []
 
         class SyncStream:

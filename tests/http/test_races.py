@@ -37,6 +37,9 @@ NEVER = 30.0
 RETRIES = {"base_delay": 0.0}
 
 
+streams_only = pytest.mark.parametrize("mode", [mode for mode in MODES if mode.streaming], ids=str)
+
+
 @pytest.fixture(params=MODES, ids=str)
 def mode(request: pytest.FixtureRequest) -> Mode:
     return request.param  # type: ignore[no-any-return]
@@ -270,10 +273,9 @@ class TestFailures:
         with nothing_left(), serve(in_turn(lambda peer, _: peer.reset(), saying("one"))) as server:
             assert caller.call(server.url, hedge(NEVER)).text == "one"
 
+    @streams_only
     def test_the_winner_fails_after_output(self, mode: Mode) -> None:
         """A branch that has won is the call: its interruption is the call's."""
-        if not mode.streaming:
-            pytest.skip("a whole answer has no output before its end")
 
         def breaks(peer: Peer, request: Received) -> None:
             peer.begin_stream()
@@ -680,10 +682,11 @@ class TestCancellation:
         racing.run(check, sent=None)
         assert set(racing.ending.ends) <= {"Cancelled", "CancelledError", "GeneratorExit"}
 
+    @pytest.mark.parametrize(
+        "racing", [mode for mode in MODES if mode.backend and mode.streaming], ids=str, indirect=True
+    )
     def test_while_a_later_chunk_is_read(self, racing: Racing) -> None:
         """A cancellation after the win ends the winner's stream like any stream."""
-        if not racing.mode.streaming:
-            pytest.skip("a whole answer has no chunks")
 
         def one_word(peer: Peer, request: Received) -> None:
             peer.begin_stream()
@@ -750,10 +753,9 @@ class TestClosing:
         racing.run(check)
         assert racing.ending.ends == ["GeneratorExit"] * 3
 
+    @streams_only
     def test_a_stream_that_is_dropped(self, mode: Mode) -> None:
         """A consumer that leaves after the first word has ended the winner's stream."""
-        if not mode.streaming:
-            pytest.skip("a whole answer has no chunks")
         ends, ending = Ends(), Ending()
 
         def one_word(peer: Peer, request: Received) -> None:
