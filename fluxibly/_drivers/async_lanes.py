@@ -150,7 +150,7 @@ class AsyncLanes(Lanes):
             if lane in self.open:
                 self.open.remove(lane)
             self.stop(lane)
-            if lane.busy:
+            if lane.busy and not lane.cleaning:
                 with suppress(RuntimeError):  # its event loop has ended
                     lane.task.cancel()
 

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 from fluxibly._drivers import stepping
 from fluxibly._drivers.diagnosis import report
-from fluxibly.calls import CallRecord, Perform
+from fluxibly.calls import CallRecord, Cleanup, Perform
 from fluxibly.flow.compose import deadline_exceeded
 from fluxibly.flow.effects import PULL, Effect, Lane, Release, Send, Sleep, Start, Wait
 from fluxibly.limits import time_left
@@ -34,7 +34,7 @@ class Lanes:
         """Begin an effect in its lane. Return both, and a context to work in if it takes work, and not only time."""
         lane = cast("Lane", effect.lane)
         begun: Effect = effect.effect if isinstance(effect, Start) else effect
-        lane.done = False
+        lane.done = lane.cleaning = False
         lane.outcome = lane.error = lane.waits = lane.until = lane.performing = None
         if lane not in self.open:
             self.open.append(lane)
@@ -50,6 +50,7 @@ class Lanes:
             context = lane.context.copy()
             if isinstance(begun, Perform):
                 lane.performing = begun.within or lane.call
+                lane.cleaning = isinstance(begun, Cleanup)
             elif begun is PULL or (isinstance(begun, Send) and begun.request.call.streaming):
                 self._note_times(lane.call)
         return lane, begun, context

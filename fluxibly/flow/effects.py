@@ -96,6 +96,7 @@ class Lane:
     __slots__ = (
         "busy",
         "call",
+        "cleaning",
         "context",
         "done",
         "dropped",
@@ -135,6 +136,8 @@ class Lane:
         """Whether a thread or a task is at work."""
         self.performing: CallRecord | None = None
         """If that work is a middleware's own I/O, the record that it belongs to."""
+        self.cleaning = False
+        """Whether that I/O is a cleanup, which nothing cuts off."""
         self.waits: Wait | None = None
         """The wait for other lanes under way, if there is one."""
         self.until: float | None = None

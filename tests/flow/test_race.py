@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextvars
 
 import pytest
+from anyio.lowlevel import checkpoint
+from support.leftovers import eventually
 from support.powers import Fallback, deadline, hedge, tools
 
 from fluxibly.errors import DeadlineExceeded, ServerError, StreamInterrupted
 from fluxibly.flow import ask, emit, hold_back, map_chunks, race, sleep
 from fluxibly.middleware import Logging, Retry, StreamMeter, Timing
+from fluxibly.pipeline import AsyncPipeline, Pipeline
 from fluxibly.target import Target
 from fluxibly.testing import AsyncScriptedProvider, Cut, Delay, ScriptedProvider, VirtualClock
-from fluxibly.testing.modes import MODES, run
+from fluxibly.testing.modes import MODES, run, run_async
 from fluxibly.types import Chunk, Message, Request, Response, Restart, ToolCall, Usage
 
 REQUEST = Request(model="m", messages="hi")
@@ -565,6 +568,48 @@ class TestEnds:
 
         assert Call(mode, [outer, to("b"), cleaning], after(9, "slow"), after(1, "fast")).text == "fast"
         assert log == ["cleanup m", "answer", "cleanup b", "cleanup of the call"]
+
+    def test_a_cleanup_that_a_loser_has_just_begun(self, mode):
+        """It runs to its end, though the loser is given up before its first step."""
+        log = []
+
+        async def agive():
+            await checkpoint()
+            log.append("given")
+
+        def limited(request, call_next):
+            if request.model == "b":
+                return (yield from call_next(request))
+            slot = request.call.on_end(lambda: log.append("given"), agive)
+            response = yield from call_next(request)
+            yield from slot.run()
+            return response
+
+        class Both:
+            """A provider whose two answers come at the same time."""
+
+            def complete(self, request):
+                return Response("one")
+
+        class AsyncBoth:
+            async def complete(self, request):
+                await checkpoint()
+                return Response("one")
+
+            async def stream(self, request):
+                await checkpoint()
+                yield "one"
+
+        if mode.backend:
+
+            async def main():
+                pipeline = AsyncPipeline(AsyncBoth(), [to("b", delay=0), limited])
+                return await pipeline.complete(REQUEST)
+
+            run_async(main, mode.backend)
+        else:
+            Pipeline(Both(), [to("b", delay=0), limited]).complete(REQUEST)
+        assert eventually(lambda: log == ["given"])
 
     def test_the_request_stays_as_it_is(self, mode):
         """Law 7: the caller's request is never changed."""
