@@ -12,6 +12,7 @@ import anyio
 import attrs
 import pytest
 from support import powers
+from support.powers import hedge
 
 from fluxibly.errors import (
     DeadlineExceeded,
@@ -30,7 +31,7 @@ from fluxibly.middleware.retry import Retry
 from fluxibly.middleware.stream_meter import StreamMeter
 from fluxibly.middleware.timing import Timing
 from fluxibly.middleware.validation import Validation
-from fluxibly.pipeline import Pipeline
+from fluxibly.pipeline import AsyncPipeline, Pipeline
 from fluxibly.target import Target
 from fluxibly.testing import (
     AsyncScriptedProvider,
@@ -150,6 +151,70 @@ class TestClock:
         ran = run(mode, scripted(mode, "x"), [hasty], REQUEST, clock=clock)
         assert isinstance(ran.error, kind)
         assert (clock.now(), clock.sleeps) == (0, [])
+
+    def test_a_limit_that_is_over(self):
+        """A limit on one wait does not bound the next one where the provider's stream has a context of its own."""
+        clock = VirtualClock()
+        provider = ScriptedProvider(["a", Delay(4), "b", Delay(4), "c"], clock=clock)
+
+        async def texts():
+            async with AsyncPipeline(provider, clock=clock).stream(REQUEST, timeout=5) as stream:
+                return [chunk.text async for chunk in stream]
+
+        assert anyio.run(texts) == ["a", "b", "c"]
+        assert clock.now() == 8
+
+    @pytest.mark.parametrize("outer", [[], ["hold"], ["race"], ["race", "hold"]], ids=str)
+    @pytest.mark.parametrize("inner", [[], ["hold"], ["race"], ["race", "hold"]], ids=str)
+    @pytest.mark.parametrize(
+        ("backend", "provider"),
+        [(None, ScriptedProvider), ("asyncio", ScriptedProvider), ("trio", AsyncScriptedProvider)],
+    )
+    def test_the_time_of_a_stream_that_is_raced_for(self, backend, provider, inner, outer):
+        """Each chunk of a stream takes its time, during a race and after it, also in the stream of a pipeline within."""
+        clock = VirtualClock()
+
+        def hold(request, call_next):
+            return (yield from hold_back(call_next(request)))
+
+        layers = {"hold": hold, "race": hedge(2)}
+        kind = Pipeline if backend is None else AsyncPipeline
+        late = provider([Delay(99), "late"], [Delay(99), "late"], clock=clock)
+        steps = ["a", Delay(5), "b", Delay(3), "c"]
+        within = kind(provider(steps, steps, clock=clock), [layers[name] for name in inner], clock=clock)
+        target = Target((Within if backend is None else AsyncWithin)(within), model="within")
+        pipeline = kind(late, [hedge(2, to=[target]), *[layers[name] for name in outer]], clock=clock)
+        seen = []
+
+        async def read():
+            async with pipeline.stream(REQUEST) as stream:
+                seen.extend([(chunk.text, clock.now()) async for chunk in stream])
+
+        if backend is None:
+            with pipeline.stream(REQUEST) as stream:
+                seen.extend([(chunk.text, clock.now()) for chunk in stream])
+        else:
+            anyio.run(read, backend=backend)
+        held = "hold" in inner or "hold" in outer
+        assert seen == [(text, 10 if held else time) for text, time in [("a", 2), ("b", 7), ("c", 10)]]
+
+
+class Within:
+    """A provider that streams what a pipeline answers."""
+
+    def __init__(self, pipeline):
+        self.pipeline = pipeline
+
+    def stream(self, request):
+        with self.pipeline.stream(REQUEST) as stream:
+            yield from stream
+
+
+class AsyncWithin(Within):
+    async def stream(self, request):
+        async with self.pipeline.stream(REQUEST) as stream:
+            async for chunk in stream:
+                yield chunk
 
 
 @pytest.mark.parametrize(
