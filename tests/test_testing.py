@@ -757,6 +757,55 @@ class TestByHand:
         call.answer("hello")
         assert call.response == Response("hello")
 
+    def test_a_race(self):
+        """The test sees how long the call waits for its branches, and ends each as it likes."""
+        call = ByHand(hedge(2, copies=2), REQUEST)
+        assert call.waits == 2
+        call.go_on()
+        first, second = call.branches
+        call.finish(first, ServerError("down"))
+        assert call.branches[0] is second
+        call.finish(call.branches[1], "third")
+        assert call.response.text == "third"
+        assert call.branches == []
+
+    def test_branches_that_end_wrongly(self):
+        """A mistake of the test is an AssertionError that says what was expected, and changes nothing."""
+        call, other = ByHand(hedge(2), REQUEST), ByHand(hedge(2), REQUEST)
+        (branch,) = call.branches
+        for wrong in (other.branches[0], 0, "text"):
+            with pytest.raises(AssertionError, match=r"finish\(\): expected a branch of this call that waits"):
+                call.finish(wrong, "text")
+        with pytest.raises(AssertionError, match=r"finish\(\): expected one outcome, .*, got 2"):
+            call.finish(branch, "one", "two")
+        with pytest.raises(AssertionError, match=r"answer\(\): .* waits for its branches; write finish\(branch, …\)"):
+            call.answer("text")
+        with pytest.raises(AssertionError, match=r"go_on\(\): expected no result"):
+            call.go_on("text")
+        assert call.waits == 2
+        call.go_on()
+        with pytest.raises(AssertionError, match=r"go_on\(\): expected a call that waits for time"):
+            call.go_on()
+        assert repr(branch).startswith("Branch(waits for Send(")
+        call.finish(branch, "text")
+        assert call.response.text == "text"
+        with pytest.raises(AssertionError, match=r"finish\(\): expected a branch of this call that waits"):
+            call.finish(branch, "text")
+
+    def test_a_call_that_is_over(self):
+        """Nothing can be done with a call that is over, and its response stays."""
+        call = ByHand([], REQUEST)
+        call.answer("text")
+        for act in (call.go_on, lambda: call.fail(ServerError("down")), lambda: call.answer("again")):
+            with pytest.raises(AssertionError, match="got a call that is over"):
+                act()
+        assert call.response.text == "text"
+        closed = ByHand(hedge(2), REQUEST)
+        closed.close()
+        assert (closed.waits, closed.branches) == (None, [])
+        with pytest.raises(AssertionError, match="got a call that has failed or was closed"):
+            closed.response  # noqa: B018  # the look-up raises
+
     def test_an_error_that_passes(self):
         """An error that no middleware handles is raised by `fail`."""
         call = ByHand([], REQUEST)

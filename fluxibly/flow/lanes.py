@@ -275,18 +275,19 @@ def _first(
     """Run the branches until one has won. If all have failed, return the first."""
     call = requests[0].call
     waiting = deque(requests)
-    due = call.clock()
+    due = left = 0.0
     branch: Branch[Response] | None = None
     while True:
         if waiting and (branch is None or branch.over):
             record = call.branch(Leash.apart(call.leash))
             flow = call_next(replaced(waiting.popleft(), {"call": record}))
             branch = yield from branches.begin(flow, record)
-            due = call.clock() + delay
+            due, left = call.clock() + delay, delay
         else:
-            branch = yield from branches.next(max(0.0, due - call.clock()) if waiting else None)
+            branch = yield from branches.next(left if waiting else None)
             if branch is None:
                 continue
+            left = max(0.0, due - call.clock())
         if branch.output is not None or (branch.over and branch.error is None):
             return branch
         if branch.over and not waiting and not branches.running:
@@ -356,6 +357,7 @@ def gather(request: Request, /, *flows: Flow[Any]) -> Flow[Any]:
     Raises:
         TypeError: `request` is not a Request, or one of the flows is no generator, streams something, or sends a request of
             the call itself.
+        ValueError: one of the flows has begun, or is given twice.
     """
     if not isinstance(request, Request):  # pyright: ignore[reportUnnecessaryIsInstance]  # callers may be untyped
         raise TypeError(f"gather: expected a Request first, got {kind_of(request)}; write gather(request, …)")
@@ -366,7 +368,15 @@ def gather(request: Request, /, *flows: Flow[Any]) -> Flow[Any]:
                 f"gather: expected flows such as perform(…) or ask(…), got {kind_of(flow)}; write gather(request, "
                 "perform(call, acall), …)"
             )
+        if _has_begun(flow):
+            raise ValueError("gather: expected flows that have not begun, got one that has; call its function again")
+    if len({*flows}) < len(flows):  # its steps would be shared out among the results
+        raise ValueError("gather: expected a flow for each result, got one flow twice; call its function again")
     return _gather(request.call, [effects_of(flow, "gather: expected flows that yield only from") for flow in flows])
+
+
+def _has_begun(flow: Any) -> bool:
+    return flow.gi_frame is None or flow.gi_suspended or flow.gi_running
 
 
 def _gather(call: CallRecord, flows: Sequence[Flow[T]]) -> Flow[list[T]]:
