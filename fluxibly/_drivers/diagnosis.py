@@ -48,7 +48,7 @@ def live_layers(flow: Flow[Any]) -> Sequence[GeneratorType[Any, Any, Any]]:
         if within is None and inner.gi_frame is not None:
             # A combinator steps its inner flow by hand, so `gi_yieldfrom` does not show it.
             within = inner.gi_frame.f_locals.get("flow")
-        inner = within
+        inner = within if _is_generator(within) else getattr(within, "flow", None)  # the rest of a branch's flow
     return layers
 
 

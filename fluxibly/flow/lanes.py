@@ -60,7 +60,8 @@ class Branch(Generic[T]):
 
     def advance(self, outcome: object = None, error: BaseException | None = None) -> Flow[None]:
         """Step the flow until it waits in its lane, brings output, or is over."""
-        while (effect := self._step(outcome, error)) is not None:
+        flow = self.flow  # a local variable, by which a driver finds the layer that makes a mistake
+        while (effect := self._step(flow, outcome, error)) is not None:
             outcome = error = None
             try:
                 if isinstance(effect, (Chunk, More)):
@@ -83,12 +84,12 @@ class Branch(Generic[T]):
             except Exception as raised:  # noqa: BLE001  # it goes into the flow
                 error = raised
 
-    def _step(self, outcome: object, error: BaseException | None) -> Effect | None:
+    def _step(self, flow: Flow[T], outcome: object, error: BaseException | None) -> Effect | None:
         """Step the flow once. Return its next effect, or None if it is over."""
         try:
             if error is None:
-                return self.context.run(self.flow.send, outcome)
-            return self.context.run(self.flow.throw, error)
+                return self.context.run(flow.send, outcome)
+            return self.context.run(flow.throw, error)
         except StopIteration as stop:
             self.result = stop.value
         except Exception as failure:  # noqa: BLE001  # the flow has failed, and other branches go on
@@ -260,7 +261,11 @@ def _race(call_next: CallNext, requests: Sequence[Request], delay: float) -> Flo
             raise winner.error
         for chunk in winner.held:
             yield More(chunk)
-        return winner.result if winner.output is None else (yield from _Resumed(winner))
+        if winner.output is not None:
+            branches.all.remove(winner)  # from here on, errors and a close reach its flow through `yield from`
+            winner.result = yield from _Resumed(winner)
+        response: Response = winner.result
+        return response
     except BaseException as error:
         branches.close(error)
         raise
