@@ -5,15 +5,18 @@ The predicates take `object`: JSON, YAML and untyped callers give values of any 
 
 from __future__ import annotations
 
-import math
 import re
 import reprlib
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import wraps
 from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar, cast
 
 if TYPE_CHECKING:
     import attrs
+
+_LARGEST = sys.float_info.max
+"""The clocks work with floats, and a larger whole number is none."""
 
 
 def is_mapping(value: object) -> TypeGuard[Mapping[Any, Any]]:
@@ -67,7 +70,7 @@ def number(
     """
     if (
         is_number(value)
-        and (not finite or math.isfinite(value))
+        and (not finite or -_LARGEST <= value <= _LARGEST)
         and (low is None or value >= low)
         and (high is None or value <= high)
         and (above is None or value > above)

@@ -12,6 +12,7 @@ import anyio
 import attrs
 import pytest
 from support import powers
+from support.powers import hedge
 
 from fluxibly.errors import (
     DeadlineExceeded,
@@ -30,7 +31,7 @@ from fluxibly.middleware.retry import Retry
 from fluxibly.middleware.stream_meter import StreamMeter
 from fluxibly.middleware.timing import Timing
 from fluxibly.middleware.validation import Validation
-from fluxibly.pipeline import Pipeline
+from fluxibly.pipeline import AsyncPipeline, Pipeline
 from fluxibly.target import Target
 from fluxibly.testing import (
     AsyncScriptedProvider,
@@ -133,7 +134,14 @@ class TestClock:
 
     @pytest.mark.parametrize(
         ("seconds", "kind"),
-        [(-1, ValueError), (float("nan"), ValueError), (float("inf"), ValueError), ("1", TypeError), (None, TypeError)],
+        [
+            (-1, ValueError),
+            (float("nan"), ValueError),
+            (float("inf"), ValueError),
+            (10**400, ValueError),
+            ("1", TypeError),
+            (None, TypeError),
+        ],
     )
     def test_it_refuses_wrong_lengths(self, mode, seconds, kind):
         """A wrong length of a sleep is an error, and no time passes. A real clock would fail, or wait for ever."""
@@ -150,6 +158,70 @@ class TestClock:
         ran = run(mode, scripted(mode, "x"), [hasty], REQUEST, clock=clock)
         assert isinstance(ran.error, kind)
         assert (clock.now(), clock.sleeps) == (0, [])
+
+    def test_a_limit_that_is_over(self):
+        """A limit on one wait does not bound the next one where the provider's stream has a context of its own."""
+        clock = VirtualClock()
+        provider = ScriptedProvider(["a", Delay(4), "b", Delay(4), "c"], clock=clock)
+
+        async def texts():
+            async with AsyncPipeline(provider, clock=clock).stream(REQUEST, timeout=5) as stream:
+                return [chunk.text async for chunk in stream]
+
+        assert anyio.run(texts) == ["a", "b", "c"]
+        assert clock.now() == 8
+
+    @pytest.mark.parametrize("outer", [[], ["hold"], ["race"], ["race", "hold"]], ids=str)
+    @pytest.mark.parametrize("inner", [[], ["hold"], ["race"], ["race", "hold"]], ids=str)
+    @pytest.mark.parametrize(
+        ("backend", "provider"),
+        [(None, ScriptedProvider), ("asyncio", ScriptedProvider), ("trio", AsyncScriptedProvider)],
+    )
+    def test_the_time_of_a_stream_that_is_raced_for(self, backend, provider, inner, outer):
+        """Each chunk of a stream takes its time, during a race and after it, also in the stream of a pipeline within."""
+        clock = VirtualClock()
+
+        def hold(request, call_next):
+            return (yield from hold_back(call_next(request)))
+
+        layers = {"hold": hold, "race": hedge(2)}
+        kind = Pipeline if backend is None else AsyncPipeline
+        late = provider([Delay(99), "late"], [Delay(99), "late"], clock=clock)
+        steps = ["a", Delay(5), "b", Delay(3), "c"]
+        within = kind(provider(steps, steps, clock=clock), [layers[name] for name in inner], clock=clock)
+        target = Target((Within if backend is None else AsyncWithin)(within), model="within")
+        pipeline = kind(late, [hedge(2, to=[target]), *[layers[name] for name in outer]], clock=clock)
+        seen = []
+
+        async def read():
+            async with pipeline.stream(REQUEST) as stream:
+                seen.extend([(chunk.text, clock.now()) async for chunk in stream])
+
+        if backend is None:
+            with pipeline.stream(REQUEST) as stream:
+                seen.extend([(chunk.text, clock.now()) for chunk in stream])
+        else:
+            anyio.run(read, backend=backend)
+        held = "hold" in inner or "hold" in outer
+        assert seen == [(text, 10 if held else time) for text, time in [("a", 2), ("b", 7), ("c", 10)]]
+
+
+class Within:
+    """A provider that streams what a pipeline answers."""
+
+    def __init__(self, pipeline):
+        self.pipeline = pipeline
+
+    def stream(self, request):
+        with self.pipeline.stream(REQUEST) as stream:
+            yield from stream
+
+
+class AsyncWithin(Within):
+    async def stream(self, request):
+        async with self.pipeline.stream(REQUEST) as stream:
+            async for chunk in stream:
+                yield chunk
 
 
 @pytest.mark.parametrize(
@@ -691,6 +763,55 @@ class TestByHand:
         assert call.sleeps is None
         call.answer("hello")
         assert call.response == Response("hello")
+
+    def test_a_race(self):
+        """The test sees how long the call waits for its branches, and ends each as it likes."""
+        call = ByHand(hedge(2, copies=2), REQUEST)
+        assert call.waits == 2
+        call.go_on()
+        first, second = call.branches
+        call.finish(first, ServerError("down"))
+        assert call.branches[0] is second
+        call.finish(call.branches[1], "third")
+        assert call.response.text == "third"
+        assert call.branches == []
+
+    def test_branches_that_end_wrongly(self):
+        """A mistake of the test is an AssertionError that says what was expected, and changes nothing."""
+        call, other = ByHand(hedge(2), REQUEST), ByHand(hedge(2), REQUEST)
+        (branch,) = call.branches
+        for wrong in (other.branches[0], 0, "text"):
+            with pytest.raises(AssertionError, match=r"finish\(\): expected a branch of this call that waits"):
+                call.finish(wrong, "text")
+        with pytest.raises(AssertionError, match=r"finish\(\): expected one outcome, .*, got 2"):
+            call.finish(branch, "one", "two")
+        with pytest.raises(AssertionError, match=r"answer\(\): .* waits for its branches; write finish\(branch, …\)"):
+            call.answer("text")
+        with pytest.raises(AssertionError, match=r"go_on\(\): expected no result"):
+            call.go_on("text")
+        assert call.waits == 2
+        call.go_on()
+        with pytest.raises(AssertionError, match=r"go_on\(\): expected a call that waits for time"):
+            call.go_on()
+        assert repr(branch).startswith("Branch(waits for Send(")
+        call.finish(branch, "text")
+        assert call.response.text == "text"
+        with pytest.raises(AssertionError, match=r"finish\(\): expected a branch of this call that waits"):
+            call.finish(branch, "text")
+
+    def test_a_call_that_is_over(self):
+        """Nothing can be done with a call that is over, and its response stays."""
+        call = ByHand([], REQUEST)
+        call.answer("text")
+        for act in (call.go_on, lambda: call.fail(ServerError("down")), lambda: call.answer("again")):
+            with pytest.raises(AssertionError, match="got a call that is over"):
+                act()
+        assert call.response.text == "text"
+        closed = ByHand(hedge(2), REQUEST)
+        closed.close()
+        assert (closed.waits, closed.branches) == (None, [])
+        with pytest.raises(AssertionError, match="got a call that has failed or was closed"):
+            closed.response  # noqa: B018  # the look-up raises
 
     def test_an_error_that_passes(self):
         """An error that no middleware handles is raised by `fail`."""

@@ -60,8 +60,8 @@ class Branch(Generic[T]):
 
     def advance(self, outcome: object = None, error: BaseException | None = None) -> Flow[None]:
         """Step the flow until it waits in its lane, brings output, or is over."""
-        flow = self.flow  # noqa: F841  # `diagnosis.live_layers` finds it here
-        while (effect := self._step(outcome, error)) is not None:
+        flow = self.flow  # a local variable, by which a driver finds the layer that makes a mistake
+        while (effect := self._step(flow, outcome, error)) is not None:
             outcome = error = None
             try:
                 if isinstance(effect, (Chunk, More)):
@@ -84,12 +84,12 @@ class Branch(Generic[T]):
             except Exception as raised:  # noqa: BLE001  # it goes into the flow
                 error = raised
 
-    def _step(self, outcome: object, error: BaseException | None) -> Effect | None:
+    def _step(self, flow: Flow[T], outcome: object, error: BaseException | None) -> Effect | None:
         """Step the flow once. Return its next effect, or None if it is over."""
         try:
             if error is None:
-                return self.context.run(self.flow.send, outcome)
-            return self.context.run(self.flow.throw, error)
+                return self.context.run(flow.send, outcome)
+            return self.context.run(flow.throw, error)
         except StopIteration as stop:
             self.result = stop.value
         except Exception as failure:  # noqa: BLE001  # the flow has failed, and other branches go on
@@ -261,7 +261,11 @@ def _race(call_next: CallNext, requests: Sequence[Request], delay: float) -> Flo
             raise winner.error
         for chunk in winner.held:
             yield More(chunk)
-        return winner.result if winner.output is None else (yield from _Resumed(winner))
+        if winner.output is not None:
+            branches.all.remove(winner)  # from here on, errors and a close reach its flow through `yield from`
+            winner.result = yield from _Resumed(winner)
+        response: Response = winner.result
+        return response
     except BaseException as error:
         branches.close(error)
         raise
@@ -276,18 +280,19 @@ def _first(
     """Run the branches until one has won. If all have failed, return the first."""
     call = requests[0].call
     waiting = deque(requests)
-    due = call.clock()
+    due = left = 0.0
     branch: Branch[Response] | None = None
     while True:
         if waiting and (branch is None or branch.over):
             record = call.branch(Leash.apart(call.leash))
             flow = call_next(replaced(waiting.popleft(), {"call": record}))
             branch = yield from branches.begin(flow, record)
-            due = call.clock() + delay
+            due, left = call.clock() + delay, delay
         else:
-            branch = yield from branches.next(max(0.0, due - call.clock()) if waiting else None)
+            branch = yield from branches.next(left if waiting else None)
             if branch is None:
                 continue
+            left = max(0.0, due - call.clock())
         if branch.output is not None or (branch.over and branch.error is None):
             return branch
         if branch.over and not waiting and not branches.running:
@@ -357,6 +362,7 @@ def gather(request: Request, /, *flows: Flow[Any]) -> Flow[Any]:
     Raises:
         TypeError: `request` is not a Request, or one of the flows is no generator, streams something, or sends a request of
             the call itself.
+        ValueError: one of the flows has begun, or is given twice.
     """
     if not isinstance(request, Request):  # pyright: ignore[reportUnnecessaryIsInstance]  # callers may be untyped
         raise TypeError(f"gather: expected a Request first, got {kind_of(request)}; write gather(request, …)")
@@ -367,7 +373,15 @@ def gather(request: Request, /, *flows: Flow[Any]) -> Flow[Any]:
                 f"gather: expected flows such as perform(…) or ask(…), got {kind_of(flow)}; write gather(request, "
                 "perform(call, acall), …)"
             )
+        if _has_begun(flow):
+            raise ValueError("gather: expected flows that have not begun, got one that has; call its function again")
+    if len({*flows}) < len(flows):  # its steps would be shared out among the results
+        raise ValueError("gather: expected a flow for each result, got one flow twice; call its function again")
     return _gather(request.call, [effects_of(flow, "gather: expected flows that yield only from") for flow in flows])
+
+
+def _has_begun(flow: Any) -> bool:
+    return flow.gi_frame is None or flow.gi_suspended or flow.gi_running
 
 
 def _gather(call: CallRecord, flows: Sequence[Flow[T]]) -> Flow[list[T]]:

@@ -16,16 +16,23 @@ from fluxibly._drivers.stepping import in_context, throwable
 from fluxibly._drivers.sync_lanes import SyncLanes
 
 if TYPE_CHECKING:
-    from fluxibly.flow.effects import Effect, Lane
+    from fluxibly.flow.effects import Adopt, Effect, Lane, Source
 
 
 class LaneTime:
-    """The time in a lane while it carries an effect out."""
+    """The time in a lane.
+
+    Contexts are copied, by a stream of a call within the call for example, and a copy is beyond the reach of a later
+    `ContextVar.set`. So the copies share this object, and what changes is in here.
+    """
 
     waits_for: Any = None
 
-    def __init__(self, now: float) -> None:
-        self.now = now
+    def __init__(self, outer: LaneTime | None) -> None:
+        self.now: float | None = None
+        """The time while the lane carries an effect out. At other times it is None, and the time of `outer` applies."""
+        self.outer = outer
+        """The lane around this lane; None if it is in none."""
 
 
 class LaneClock(Protocol):
@@ -41,23 +48,29 @@ class _Virtual(Lanes):
     def __init__(self, clock: LaneClock, stack: Any) -> None:
         super().__init__(stack)
         self._clock = clock
+        self._times: dict[Lane, LaneTime] = {}
         self.now = clock.now
 
     def _begin(self, lane: Lane, context: Context) -> LaneTime:
         """Let the time of a lane begin now."""
-        time = LaneTime(self.now())
-        self._set(lane, context, time)
+        time = self._time_of(lane)
+        time.now = self.now()
+        context.run(self._clock.lane.set, time)
         return time
 
-    def _ended(self, lane: Lane, context: Context, time: LaneTime) -> None:
+    def _ended(self, lane: Lane, time: LaneTime) -> None:
         """Note when a lane ended. What goes on in its contexts afterwards takes the time of the call."""
-        lane.until = time.now
-        self._set(lane, context, None)
+        lane.until, time.now = time.now, None
 
-    def _set(self, lane: Lane, context: Context, time: LaneTime | None) -> None:
-        context.run(self._clock.lane.set, time)
-        if lane.iterator is not None:
-            lane.iterator.context.run(self._clock.lane.set, time)
+    def _adopted(self, effect: Adopt) -> None:
+        """Let a stream that another lane takes over go on in the time of that lane."""
+        if effect.into is not None:
+            self._time_of(effect.lane).outer = self._time_of(effect.into)
+
+    def _time_of(self, lane: Lane) -> LaneTime:
+        if lane not in self._times:
+            self._times[lane] = LaneTime(self._clock.lane.get())
+        return self._times[lane]
 
     def _waited(self, lanes: Sequence[Lane], seconds: float | None) -> Lane | None:
         now = self.now()
@@ -78,11 +91,16 @@ class VirtualLanes(_Virtual, SyncLanes):
             lane.outcome = context.run(self.work, lane, effect, context)
         except BaseException as error:  # noqa: BLE001  # it is raised where the lane is awaited
             lane.error = throwable(error)
-        self._ended(lane, context, time)
+        self._ended(lane, time)
 
     def wait(self, lanes: Sequence[Lane], seconds: float | None) -> Lane | None:
         """Let time pass until one of these lanes is done, and return it. Return None if the seconds pass first."""
         return self._waited(lanes, seconds)
+
+    def adopt(self, effect: Adopt) -> tuple[Any, Source]:
+        """Take over the stream of a lane. Return it with its source."""
+        self._adopted(effect)
+        return super().adopt(effect)
 
 
 class AsyncVirtualLanes(_Virtual, AsyncLanes):
@@ -100,7 +118,7 @@ class AsyncVirtualLanes(_Virtual, AsyncLanes):
         except BaseException as error:  # noqa: BLE001  # it is raised where the lane is awaited
             lane.error = throwable(error)
         finally:
-            self._ended(lane, context, time)
+            self._ended(lane, time)
 
     async def wait(self, lanes: Sequence[Lane], seconds: float | None) -> Lane | None:
         """Let time pass until one of these lanes is done, and return it. Return None if the seconds pass first."""
@@ -108,3 +126,8 @@ class AsyncVirtualLanes(_Virtual, AsyncLanes):
 
         await checkpoint()
         return self._waited(lanes, seconds)
+
+    async def adopt(self, effect: Adopt) -> tuple[Any, Source]:
+        """Take over the stream of a lane. Return it with its source."""
+        self._adopted(effect)
+        return await super().adopt(effect)

@@ -53,6 +53,12 @@ class _Waiting:
         """The I/O that waits for its result or its error, or None."""
         return self.wants if isinstance(self.wants, Perform) else None
 
+    @property
+    def _waits_for_what(self) -> str:
+        if self.wants is None:
+            return "is over"
+        return "waits for its branches" if isinstance(self.wants, Wait) else f"waits for {self.wants!r}"
+
 
 class Branch(_Waiting):
     """One of several things that a call of `ByHand` waits for at once. `ByHand.finish` ends it."""
@@ -60,6 +66,9 @@ class Branch(_Waiting):
     def __init__(self, lane: Lane) -> None:
         super().__init__()
         self.lane = lane
+
+    def __repr__(self) -> str:
+        return f"Branch({self._waits_for_what})"
 
 
 class ByHand(_Waiting):
@@ -127,7 +136,8 @@ class ByHand(_Waiting):
             AssertionError: the call is not over.
         """
         if self._response is None:
-            raise AssertionError(f"expected a finished call, got a call that waits for {self.wants!r}")
+            what = "has failed or was closed" if self.wants is None else self._waits_for_what
+            raise AssertionError(f"expected a finished call, got a call that {what}")
         return self._response
 
     def answer(self, response: Response | str) -> None:
@@ -155,9 +165,11 @@ class ByHand(_Waiting):
         """Raise an error where the call waits.
 
         Raises:
+            AssertionError: the call is over.
             BaseException: the error that the middleware let through. An `error` that is not an Exception always passes,
                 as in a pipeline.
         """
+        self._expect_waiting("fail")
         self._note_sent()
         self._throw(error)
 
@@ -165,10 +177,16 @@ class ByHand(_Waiting):
         """End a sleep, pass the result of I/O to the middleware, or let the time pass that it gives to its branches.
 
         Raises:
-            AssertionError: the call waits for branches without a limit of time.
+            AssertionError: the call is over, waits for branches without a limit of time, or gets a result from time.
         """
-        if isinstance(self.wants, Wait) and self.wants.seconds is None:
-            raise AssertionError("go_on(): expected a call that waits for time, got one that waits for its branches")
+        self._expect_waiting("go_on")
+        if isinstance(self.wants, Wait):
+            if self.wants.seconds is None:
+                raise AssertionError(
+                    "go_on(): expected a call that waits for time, got one that waits for its branches"
+                )
+            if result is not None:
+                raise AssertionError("go_on(): expected no result, because time passes; write finish(branch, …)")
         self._step(result)
 
     def finish(self, branch: Branch, *outcome: object) -> None:
@@ -180,14 +198,17 @@ class ByHand(_Waiting):
                 In a call that is streamed, the items of the stream, an exception among them ends it.
 
         Raises:
-            AssertionError: the branch does not wait for anything.
+            AssertionError: it is no branch of this call that waits, or there are several outcomes where no stream is.
         """
-        wants, lane = branch.wants, branch.lane
         if branch not in self.branches:
-            raise AssertionError("finish(): expected a branch that waits, got one that does not")
+            raise AssertionError("finish(): expected a branch of this call that waits, got one that does not")
+        wants, lane = branch.wants, branch.lane
+        streams = isinstance(wants, Send) and wants.request.call.streaming
+        if len(outcome) > 1 and not streams:
+            raise AssertionError(f"finish(): expected one outcome, because nothing streams, got {len(outcome)}")
         if isinstance(wants, Send):
             wants.sent = True
-            if wants.request.call.streaming:
+            if streams:
                 branch.left = iter(outcome)
                 outcome = (lane.source,)
                 self._read_in(branch)
@@ -208,12 +229,19 @@ class ByHand(_Waiting):
 
     def close(self) -> None:
         """Close the call, as a consumer does that stops reading."""
+        self.wants = None
+        self._branches.clear()
         self._flow.close()
+
+    def _expect_waiting(self, verb: str) -> None:
+        if self.wants is None:
+            raise AssertionError(f"{verb}(): expected a call that waits, got a call that is over")
 
     def _expect_sent(self, verb: str) -> Request:
         if self.sent is None:
             raise AssertionError(
-                f"{verb}(): expected a call that has sent a request, got a call that waits for {self.wants!r}"
+                f"{verb}(): expected a call that has sent a request, got a call that {self._waits_for_what}"
+                + ("; write finish(branch, …)" if isinstance(self.wants, Wait) else "")
             )
         return self.sent
 
@@ -231,12 +259,14 @@ class ByHand(_Waiting):
         return True
 
     def _throw(self, error: BaseException) -> None:
+        self.wants = None
         try:
             self._settle(throw(self._flow, error))
         except StopIteration as stop:
             self._end(stop)
 
     def _step(self, outcome: object) -> None:
+        self.wants = None
         try:
             self._settle(self._flow.send(outcome))
         except StopIteration as stop:

@@ -39,24 +39,31 @@ class VirtualClock:
         self.sleeps: list[float] = []
         self._time = 0.0
         # Calls of several threads and tasks each have a limit of their own.
-        self._end: ContextVar[float | None] = ContextVar("end", default=None)
-        """The time at which the limit of the call under way passes."""
+        self._limits: ContextVar[_Limit | None] = ContextVar("limits", default=None)
+        """The innermost limit of the call under way."""
         self._lock = threading.Lock()
         self.lane: ContextVar[LaneTime | None] = ContextVar("lane", default=None)
         """The time of the lane that the code runs in."""
 
     def now(self) -> float:
         """Return the time, in seconds."""
-        lane = self.lane.get()
-        return self._time if lane is None else lane.now
+        lane = self._busy_lane()
+        return self._time if lane is None or lane.now is None else lane.now
 
     def go_on_to(self, time: float) -> None:
         """Let time pass until `time`, without recording a sleep."""
-        lane = self.lane.get()
-        if lane is not None:
-            lane.now = max(lane.now, time)
-        else:
+        lane = self._busy_lane()
+        if lane is None or lane.now is None:
             self._time = max(self._time, time)
+        else:
+            lane.now = max(lane.now, time)
+
+    def _busy_lane(self) -> LaneTime | None:
+        """Return the innermost lane with a time of its own that the code runs in."""
+        lane = self.lane.get()
+        while lane is not None and lane.now is None:
+            lane = lane.outer
+        return lane
 
     def advance(self, seconds: float) -> None:
         """Let time pass without recording a sleep."""
@@ -71,7 +78,8 @@ class VirtualClock:
             ValueError: `seconds` is negative, infinite or NaN.
         """
         check_seconds(seconds)
-        end = self._end.get()
+        limit = self._limits.get()
+        end = None if limit is None else limit.soonest()
         with self._lock:
             self.sleeps.append(seconds)
             now = self.now()
@@ -116,10 +124,11 @@ class VirtualClock:
 
     @contextmanager
     def _limit(self, seconds: float | None) -> Generator[None]:
-        outer = self._end.get()
+        outer = self._limits.get()
         end = None if seconds is None else self.now() + seconds
-        soonest = least(end, outer)
-        self._end.set(soonest)
+        limit = _Limit(end, outer)
+        soonest = limit.soonest()
+        self._limits.set(limit)
         try:
             if seconds is not None and seconds <= 0:
                 raise _TimeUp
@@ -131,7 +140,21 @@ class VirtualClock:
                 raise  # an outer limit has passed
             raise NotInTime from None
         finally:
-            self._end.set(outer)
+            limit.end = None
+            self._limits.set(outer)
+
+
+class _Limit:
+    """A time limit, and those around it. Copies of a context share it, so that none of them keeps it when it is over."""
+
+    def __init__(self, end: float | None, outer: _Limit | None) -> None:
+        self.end = end
+        """The time at which it passes, or None when it is over."""
+        self.outer = outer
+
+    def soonest(self) -> float | None:
+        """Return the time at which the first of these limits passes."""
+        return self.end if self.outer is None else least(self.end, self.outer.soonest())
 
 
 class _TimeUp(BaseException):

@@ -19,9 +19,10 @@ from support.leftovers import eventually, interrupt_until, nothing_left, threads
 from support.powers import hedge, informed
 from support.streams import REQUEST, Watch
 
-from fluxibly.errors import ServerError
+from fluxibly.errors import ServerError, StreamInterrupted
 from fluxibly.flow import gather, perform, sleep
 from fluxibly.pipeline import AsyncPipeline, Pipeline
+from fluxibly.testing import ScriptedProvider
 from fluxibly.testing.modes import MODES
 
 DELAY = 0.03
@@ -353,6 +354,44 @@ class TestLayers:
         assert "Layer.__call__ yielded again after GeneratorExit" in caplog.text
         assert sorted(layer.log) == ["GeneratorExit", "returned"]
         assert closed(provider)
+
+    @pytest.mark.parametrize("races", [0, 1, 2])
+    @pytest.mark.parametrize("kind", [Pipeline, AsyncPipeline])
+    def test_a_winner_that_yields_in_its_finally(self, kind, races, caplog):
+        """A consumer that leaves the winner's stream gets no error, as without a race, and the layer is named."""
+        provider, layer = ScriptedProvider("one two", "one two"), Layer(partial(sleep, 0.0))
+        pipeline = kind(provider, [*[hedge(LONG)] * races, layer])
+
+        async def leave():
+            async with pipeline.stream(REQUEST) as stream:
+                assert (await anext(aiter(stream))).text == "one"
+
+        if kind is AsyncPipeline:
+            anyio.run(leave)
+        else:
+            with pipeline.stream(REQUEST) as stream:
+                assert next(iter(stream)).text == "one"
+        assert "Layer.__call__ yielded again after GeneratorExit" in caplog.text
+        assert layer.log == ["GeneratorExit"]
+        assert closed(provider)
+
+    @pytest.mark.parametrize("races", [1, 2])
+    @pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+    def test_a_layer_that_yields_no_effect(self, mode, races, before):
+        """The error names the layer within the race, before its output and after it."""
+
+        def rubbish(request, call_next):
+            if before:
+                yield "rubbish"
+            response = yield from call_next(request)
+            yield "rubbish"
+            return response
+
+        provider = behaving(mode, *["answer"] * 4)
+        with pytest.raises((TypeError, StreamInterrupted)) as caught:
+            call(mode, provider, [*[hedge(LONG)] * races, rubbish])
+        error = caught.value.__cause__ if isinstance(caught.value, StreamInterrupted) else caught.value
+        assert "<locals>.rubbish yielded a str" in str(error)
 
     def test_errors_in_a_race_that_is_given_up(self, mode):
         """A race that loses ends all of its branches, and keeps their cleanups, though a layer of one raises an error."""

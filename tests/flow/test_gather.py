@@ -286,6 +286,27 @@ class TestWhatIsRefused:
         call = Call(mode, lambda request: gather(request, acall()))
         assert "got a coroutine" in str(call.error)
 
+    def test_one_flow_twice(self, mode):
+        """The results of one flow cannot be two, so it is refused. One that has begun would lose what it waits for."""
+        flow = steps(1)
+        call = Call(mode, lambda request: gather(request, flow, flow))
+        assert isinstance(call.error, ValueError)
+        assert str(call.error) == (
+            "gather: expected a flow for each result, got one flow twice; call its function again"
+        )
+
+    @pytest.mark.parametrize("step", [next, list], ids=["under way", "over"])
+    def test_a_flow_that_has_begun(self, mode, step):
+        """A flow that has begun is refused, alone or among others: it would give a result that it does not have."""
+        for others in ([], [steps(1)]):
+            flow = steps(1)
+            step(flow)
+            call = Call(mode, lambda request, flow=flow, others=others: gather(request, flow, *others))
+            assert isinstance(call.error, ValueError)
+            assert str(call.error) == (
+                "gather: expected flows that have not begun, got one that has; call its function again"
+            )
+
     def test_no_request(self, mode):
         """The request of the call comes first."""
         call = Call(mode, lambda _: gather(steps(1), steps(2)))
