@@ -61,28 +61,31 @@ class Branch(Generic[T]):
     def advance(self, outcome: object = None, error: BaseException | None = None) -> Flow[None]:
         """Step the flow until it waits in its lane, brings output, or is over."""
         flow = self.flow  # a local variable, by which a driver finds the layer that makes a mistake
-        while (effect := self._step(flow, outcome, error)) is not None:
-            outcome = error = None
-            try:
-                if isinstance(effect, (Chunk, More)):
-                    chunk = effect if isinstance(effect, Chunk) else effect.chunk
-                    if chunk.has_output:
-                        self.output = effect
+        try:
+            while (effect := self._step(flow, outcome, error)) is not None:
+                outcome = error = None
+                try:
+                    if isinstance(effect, (Chunk, More)):
+                        chunk = effect if isinstance(effect, Chunk) else effect.chunk
+                        if chunk.has_output:
+                            self.output = effect
+                            return
+                        self.held.append(chunk)
+                        if effect is chunk:
+                            yield Start(self.lane, PULL)
+                            return
+                    elif isinstance(effect, Restart):
+                        self.held.clear()
+                        outcome = True
+                    elif (waiting := self._waiting(effect)) is not None:
+                        yield waiting
                         return
-                    self.held.append(chunk)
-                    if effect is chunk:
-                        yield Start(self.lane, PULL)
-                        return
-                elif isinstance(effect, Restart):
-                    self.held.clear()
-                    outcome = True
-                elif (waiting := self._waiting(effect)) is not None:
-                    yield waiting
-                    return
-                else:
-                    outcome = yield effect
-            except Exception as raised:  # noqa: BLE001  # it goes into the flow
-                error = raised
+                    else:
+                        outcome = yield effect
+                except Exception as raised:  # noqa: BLE001  # it goes into the flow
+                    error = raised
+        finally:
+            del error  # it refers to this frame
 
     def _step(self, flow: Flow[T], outcome: object, error: BaseException | None) -> Effect | None:
         """Step the flow once. Return its next effect, or None if it is over."""
@@ -271,6 +274,9 @@ def _race(call_next: CallNext, requests: Sequence[Request], delay: float) -> Flo
         raise
     finally:
         _count_attempts(branches)
+        for branch in branches.all:
+            if branch.call.__dict__ is not call.__dict__:
+                branch.call.last_error = None  # its frames refer to the branch
         call.leash = leash
 
 

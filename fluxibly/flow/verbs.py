@@ -143,6 +143,7 @@ def _asked(
         answered: object = yield from _Nested(call).over(flow)
         response = to_response(answered, "an ask's stack")
     except BaseException as error:
+        call.last_error = None  # its frames refer to the call
         for observer in reversed(observers):
             observer.end(None, error)
         if not isinstance(error, Exception):

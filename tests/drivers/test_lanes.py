@@ -9,8 +9,10 @@ import sys
 import threading
 import time
 import weakref
+from contextlib import suppress
 from contextvars import ContextVar
 from functools import partial
+from types import SimpleNamespace
 
 import anyio
 import anyio.lowlevel
@@ -20,7 +22,7 @@ from support.powers import hedge, informed
 from support.streams import REQUEST, Watch
 
 from fluxibly.errors import ServerError, StreamInterrupted
-from fluxibly.flow import gather, perform, sleep
+from fluxibly.flow import ask, gather, perform, sleep
 from fluxibly.pipeline import AsyncPipeline, Pipeline
 from fluxibly.testing import ScriptedProvider
 from fluxibly.testing.modes import MODES
@@ -619,6 +621,31 @@ class TestFrames:
                 gc.enable()
 
         anyio.run(main, backend=backend)
+
+    @pytest.mark.parametrize(
+        "layer",
+        [hedge(LONG), lambda request, _: gather(request, ask(request), ask(request)), lambda request, _: ask(request)],
+        ids=["race", "gather", "ask"],
+    )
+    def test_a_call_that_fails_is_freed(self, layer):
+        """So is what belongs to the branches of a call that fails, and to its questions."""
+        kept = []
+
+        class Held(ValueError):
+            def __init__(self):
+                kept.append(weakref.ref(self))
+
+        def complete(request):
+            raise Held
+
+        gc.disable()
+        try:
+            with suppress(Held):
+                Pipeline(SimpleNamespace(complete=complete), [layer]).complete(REQUEST)
+            assert kept
+            assert eventually(lambda: all(error() is None for error in kept))
+        finally:
+            gc.enable()
 
 
 class TestContexts:
