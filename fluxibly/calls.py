@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, Generator, Iterable
 from inspect import iscoroutinefunction
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from weakref import ref
 
 import attrs
 
@@ -220,6 +221,8 @@ class CallRecord:
     """Whether a layer follows the attempts of this call (`Request.observers`)."""
     apart: bool
     """Whether this is the record of a branch of a race, which runs beside others."""
+    aliases: tuple[ref[CallRecord], ...]
+    """The records of branches that have won, which are the same as this one."""
     lanes: Any
     """What the driver keeps of the branches under way; None before the first."""
     leash: Leash | None
@@ -333,10 +336,14 @@ class CallRecord:
     def join(self, branch: CallRecord) -> None:
         """Take over what has become of a branch. From now on, its record and this one are the same."""
         own = {name: self.__dict__[name] for name in _NOT_JOINED}
+        # A branch that has won may itself have been the call of a race within, whose winner is the same record, too.
+        same = [record for alias in branch.aliases if (record := alias()) is not None]
         self.__dict__.update(branch.__dict__)
         self.__dict__.update(own)
         self.take_endings(branch)
-        branch.__dict__ = self.__dict__
+        self.aliases = (*self.aliases, ref(branch), *branch.aliases)
+        for record in (branch, *same):
+            record.__dict__ = self.__dict__
 
     def take_endings(self, other: CallRecord) -> None:
         """Take over the cleanups of another record, whose flow ends with this one's."""
@@ -351,7 +358,7 @@ class CallRecord:
     def _copy(self) -> CallRecord:
         copy = object.__new__(CallRecord)
         copy.__dict__.update(self.__dict__)
-        copy.lanes = None
+        copy.lanes, copy.aliases = None, ()
         return copy
 
     def on_end(self, call: Callable[[], object], acall: Callable[[], Awaitable[object]] | None = None) -> Ending:
@@ -399,6 +406,7 @@ _BLANK: dict[str, Any] = {
     "target": None,
     "targets": _NO_TARGETS,
     "layers": (),
+    "aliases": (),
     **dict.fromkeys(("streaming", "restarts", "nested", "observed", "apart", "timed", "cache_hit", "continued"), False),
     "clock": perf_counter,
     "started_at": 0.0,
@@ -410,7 +418,7 @@ _BLANK: dict[str, Any] = {
     **dict.fromkeys(("attempt_times", "endings", "unfinished", "delivered", "timings", "notes", "spent")),
 }
 """The attributes of a new record. `CallRecord.__init__` makes the collections, which are each record's own."""
-_NOT_JOINED = ("apart", "attempts", "sent_at", "lanes", "endings", "unfinished")
+_NOT_JOINED = ("apart", "aliases", "attempts", "sent_at", "lanes", "endings", "unfinished")
 """The attributes that stay those of the call when a branch has won."""
 
 

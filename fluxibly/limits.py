@@ -9,7 +9,7 @@ from typing import Literal
 
 import attrs
 
-from fluxibly._checks import is_mapping, number, problem, suggests_names
+from fluxibly._checks import is_mapping, kind_of, number, problem, suggests_names
 from fluxibly._roots import ConfigError
 from fluxibly._values import Value
 
@@ -162,6 +162,10 @@ class Leash:
         first_chunk: float | None = None,
         idle: float | None = None,
     ) -> None:
+        if outer is not None and not isinstance(outer, Leash):  # pyright: ignore[reportUnnecessaryIsInstance]  # callers may be untyped
+            raise TypeError(
+                f"Leash: expected a Leash or None, got {kind_of(outer)}; write Leash(call.leash, deadline=…)"
+            )
         problems = [
             None if deadline in (None, math.inf) else _time_problem("deadline", deadline),
             None if first_chunk is None else seconds_problem("first_chunk", first_chunk),
@@ -202,6 +206,8 @@ class Leash:
         `end` returns at once and raises nothing. It may be called more than once, from any thread, and also by a `stop`
         that is under way while the wait is released. So it must know whether its wait is over.
         """
+        if not callable(end):  # pyright: ignore[reportUnnecessaryComparison]  # callers may be untyped
+            raise TypeError(f"Leash.hold: expected a function, got {kind_of(end)}")
         root = self if self._root is None else self._root
         # The end is noted before the flag is read, and `stop` does the reverse, so at least one of the two sees the other.
         root._ends.append(end)

@@ -257,3 +257,14 @@ class TestTimeoutOfACall:
             timeouts_of_call(timeout, streaming=False)
         assert str(in_the_call.value) == str(in_the_configuration.value)
         assert str(in_the_call.value).startswith("timeout: expected a number of seconds above 0, got ")
+
+
+@pytest.mark.parametrize("value", [5, "5", None], ids=repr)
+def test_what_is_no_leash_and_no_function(value):
+    """The message says what was expected."""
+    with pytest.raises(TypeError, match=r"Leash\.hold: expected a function, got"):
+        Leash().hold(value)
+    if value is not None:
+        for make in (Leash, Leash.apart):
+            with pytest.raises(TypeError, match=r"Leash: expected a Leash or None, got .*; write Leash\(call\.leash, "):
+                make(value)

@@ -63,27 +63,19 @@ class Branch(Generic[T]):
         flow = self.flow  # a local variable, by which a driver finds the layer that makes a mistake
         try:
             while (effect := self._step(flow, outcome, error)) is not None:
-                outcome = error = None
-                try:
-                    if isinstance(effect, (Chunk, More)):
-                        chunk = effect if isinstance(effect, Chunk) else effect.chunk
-                        if chunk.has_output:
-                            self.output = effect
-                            return
-                        self.held.append(chunk)
-                        if effect is chunk:
-                            yield Start(self.lane, PULL)
-                            return
-                    elif isinstance(effect, Restart):
-                        self.held.clear()
-                        outcome = True
-                    elif (waiting := self._waiting(effect)) is not None:
-                        yield waiting
+                outcome, error = (True if isinstance(effect, Restart) else None), None
+                outgoing, waits = self._outgoing(effect)
+                if outgoing is None:
+                    if self.output is not None:
                         return
-                    else:
-                        outcome = yield effect
+                    continue
+                try:
+                    outcome = yield outgoing
                 except Exception as raised:  # noqa: BLE001  # it goes into the flow
                     error = raised
+                else:
+                    if waits:
+                        return
         finally:
             del error  # it refers to this frame
 
@@ -102,21 +94,31 @@ class Branch(Generic[T]):
         self.over = True
         return None
 
-    def _waiting(self, effect: Effect) -> Effect | None:
-        """Return the effect that begins `effect` in the lane of this branch, or None if it belongs outside of it."""
+    def _outgoing(self, effect: Effect) -> tuple[Effect | None, bool]:
+        """Return what goes outward for an effect, if anything does, and whether the branch then waits in its lane."""
+        if isinstance(effect, (Chunk, More)):
+            chunk = effect if isinstance(effect, Chunk) else effect.chunk
+            if chunk.has_output:
+                self.output = effect
+                return None, False
+            self.held.append(chunk)
+            return (Start(self.lane, PULL), True) if effect is chunk else (None, False)
+        if isinstance(effect, Restart):
+            self.held.clear()
+            return None, False
         if isinstance(effect, Send):
             if effect.lane is None:
-                return self._sent(effect)
+                return self._sent(effect), True
             self.lanes.append(effect.lane)
         elif isinstance(effect, (Pull, Sleep, Perform, Wait, Release)):
             if isinstance(effect, (Sleep, Perform)) and effect.within is None:
                 effect.within = self.call
-            return Start(self.lane, effect)
+            return Start(self.lane, effect), True
         elif isinstance(effect, Start):
             self.lanes.append(effect.lane)
         elif isinstance(effect, Adopt) and effect.into is None:
             effect.into = self.lane
-        return None
+        return effect, False
 
     def _sent(self, effect: Send) -> Send:
         """Have a request sent in the lane of this branch."""

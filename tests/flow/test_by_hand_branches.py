@@ -123,7 +123,7 @@ class TestMistakes:
         performing = call.branches[0]
         call.finish(performing)
         for branch in (performing, other.branches[0]):
-            with pytest.raises(AssertionError, match=r"finish\(\): expected a branch that waits"):
+            with pytest.raises(AssertionError, match=r"finish\(\): expected a branch of this call that waits"):
                 call.finish(branch)
 
     def test_no_time_to_pass(self):

@@ -270,6 +270,15 @@ class TestLayers:
         assert call.clock.now() == 6
         assert call.record.attempts == 4
 
+    def test_turns_in_a_race_in_a_race(self, mode):
+        """What a later turn of the winner says is said of the call, however many races are around it."""
+        first = Response("Let me look. ", tool_calls=[ToolCall("c1", "clock", {})], model="m-1")
+        later = [Chunk("Noon.", model="m-2", usage=Usage(input_tokens=7, output_tokens=1))]
+        call = Call(mode, [hedge(4), hedge(4), hedge(4), tools({"clock": lambda: "noon"})], first, later)
+        assert call.text == "Noon."
+        record = call.record
+        assert (record.attempts, record.model, record.usage) == (2, "m-2", Usage(input_tokens=7, output_tokens=1))
+
     def test_another_target(self, mode):
         """A branch may ask another provider, and the answer says whose it is."""
 
