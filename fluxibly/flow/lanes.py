@@ -109,16 +109,21 @@ class Branch(Generic[T]):
         if isinstance(effect, Send):
             if effect.lane is None:
                 return self._sent(effect), True
-            self.lanes.append(effect.lane)
+            self._note(effect.lane)
         elif isinstance(effect, (Pull, Sleep, Perform, Wait, Release)):
             if isinstance(effect, (Sleep, Perform)) and effect.within is None:
                 effect.within = self.call
             return Start(self.lane, effect), True
         elif isinstance(effect, Start):
-            self.lanes.append(effect.lane)
+            self._note(effect.lane)
         elif isinstance(effect, Adopt) and effect.into is None:
             effect.into = self.lane
         return effect, False
+
+    def _note(self, lane: Lane) -> None:
+        """Note a lane of a race within, which ends with this branch."""
+        if lane not in self.lanes:
+            self.lanes.append(lane)
 
     def _sent(self, effect: Send) -> Send:
         """Have a request sent in the lane of this branch."""
