@@ -188,6 +188,17 @@ class Stack:
         """Return the whole answer of a provider as a stream of one item."""
         raise NotImplementedError
 
+    def make_lanes(self) -> Any:
+        """Return the lanes of a call, in which its branches go on."""
+        raise NotImplementedError
+
+    def lanes_of(self, call: CallRecord) -> Any:
+        """Return the lanes of a call, which are made when it first needs them. A test's clock may have lanes of its own."""
+        if call.lanes is None:
+            of_clock: Any = getattr(self.clock, "alanes" if self.asynchronous else "lanes", None)
+            call.lanes = self.make_lanes() if of_clock is None else of_clock(self)
+        return call.lanes
+
     @contextmanager
     def own_io(self, call: CallRecord) -> Generator[None]:
         """Run a middleware's own I/O, which is not part of the attempt that may be under way."""
@@ -267,16 +278,11 @@ class SyncStack(Stack):
             return None
         raise unknown_effect(flow, effect)
 
-    def lanes_of(self, call: CallRecord) -> Any:
-        """Return the lanes of a call, which are made when it first needs them. A test's clock may have lanes of its own."""
-        if call.lanes is None:
-            make: Any = getattr(self.clock, "lanes", None)
-            if make is None:
-                from fluxibly._drivers.sync_lanes import SyncLanes  # late, because few calls have several branches
+    def make_lanes(self) -> Any:
+        """Return the lanes of a call."""
+        from fluxibly._drivers.sync_lanes import SyncLanes  # late, because few calls have several branches
 
-                make = SyncLanes
-            call.lanes = make(self)
-        return call.lanes
+        return SyncLanes(self)
 
     def clean_up(self, call: CallRecord) -> None:
         """End the branches that are left of a call, and run its cleanups."""
@@ -367,16 +373,11 @@ class AsyncStack(Stack):
             return None
         raise unknown_effect(flow, effect)
 
-    def lanes_of(self, call: CallRecord) -> Any:
-        """Return the lanes of a call; see `SyncStack.lanes_of`."""
-        if call.lanes is None:
-            make: Any = getattr(self.clock, "alanes", None)
-            if make is None:
-                from fluxibly._drivers.async_lanes import AsyncLanes  # late, as above
+    def make_lanes(self) -> Any:
+        """Return the lanes of a call."""
+        from fluxibly._drivers.async_lanes import AsyncLanes  # late, as above
 
-                make = AsyncLanes
-            call.lanes = make(self)
-        return call.lanes
+        return AsyncLanes(self)
 
     async def clean_up(self, call: CallRecord) -> None:
         """End the branches that are left of a call, and run its cleanups."""
