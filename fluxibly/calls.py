@@ -224,7 +224,7 @@ class CallRecord:
     aliases: tuple[ref[CallRecord], ...]
     """The records of branches that have won, which are the same as this one."""
     lanes: Any
-    """What the driver keeps of the branches under way; None before the first."""
+    """The driver's lanes for the branches under way; None before the first."""
     leash: Leash | None
     """The limits that middleware have set; None nearly always."""
     timeouts: Timeouts | None

@@ -14,7 +14,7 @@ from contextvars import Context
 from typing import Any
 
 from fluxibly._drivers.endings import arun_endings, is_raised
-from fluxibly._drivers.lanes import Lanes, report_given_up
+from fluxibly._drivers.lanes import Lanes, StreamOfLane, report_given_up
 from fluxibly._drivers.stepping import in_context, throwable
 from fluxibly._loops import trio_here
 from fluxibly.flow.effects import END, PULL, Adopt, Drop, Effect, Lane, Release, Send, Source, Start, Wait
@@ -88,7 +88,7 @@ class AsyncLanes(Lanes):
                 return await self.stack.whole(effect)
             await _close(lane)
             iterator = aiter(self.stack.open(effect))
-            lane.iterator = AsyncInContext(iterator, context)
+            lane.iterator = AsyncStreamOfLane(iterator, context)
             lane.source.chunk = await anext(iterator, END)
             return lane.source
         if effect is PULL:
@@ -200,32 +200,18 @@ class AsyncLanes(Lanes):
             await self.drop([*self.open])
 
 
-class _Steps:
-    """What `in_context` reports to; a lane is not aborted by what it waits for."""
-
-    waits_for: Any = None
-
-
-class AsyncInContext:
-    """A stream of a provider, each step of which runs in the context in which the stream was opened."""
-
-    def __init__(self, iterator: Any, context: Context) -> None:
-        self._iterator = iterator
-        self.context = context
-        if hasattr(iterator, "abort"):
-            self.abort = iterator.abort
-
-    def __aiter__(self) -> AsyncInContext:
+class AsyncStreamOfLane(StreamOfLane):
+    def __aiter__(self) -> AsyncStreamOfLane:
         return self
 
     async def __anext__(self) -> Any:
-        item = await in_context(self.context, _next(self._iterator), _Steps())
+        item = await in_context(self.context, _next(self.iterator))
         if item is END:
             raise StopAsyncIteration
         return item
 
     async def aclose(self) -> None:
-        await in_context(self.context, _aclose(self._iterator), _Steps())
+        await in_context(self.context, _aclose(self.iterator))
 
 
 async def _next(iterator: Any) -> object:

@@ -114,6 +114,16 @@ class Lanes:
             report_given_up("middleware", error)
 
 
+class StreamOfLane:
+    """A stream of a provider, each step of which runs in the context in which the stream was opened."""
+
+    def __init__(self, iterator: Any, context: Context) -> None:
+        self.iterator = iterator
+        self.context = context
+        if hasattr(iterator, "abort"):
+            self.abort = iterator.abort
+
+
 def report_given_up(who: str, error: BaseException) -> None:
     """Log an error that came after a branch was given up, and that nobody else gets."""
     report(f"a {who} raised {type(error).__name__} while a branch of a race was given up; the call goes on")

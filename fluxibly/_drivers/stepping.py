@@ -79,13 +79,14 @@ class Waiter(Protocol):
 
 
 @coroutine
-def in_context(context: Context, work: Coroutine[Any, Any, T], waiter: Waiter) -> Generator[Any, Any, T]:
-    """Await `work`, and run each of its steps in `context`. `waiter` is told what the work waits for."""
+def in_context(context: Context, work: Coroutine[Any, Any, T], waiter: Waiter | None = None) -> Generator[Any, Any, T]:
+    """Await `work`, and run each of its steps in `context`. A `waiter` is told what the work waits for."""
     run = context.run
     try:
         waits_for = run(work.send, None)
         while True:
-            waiter.waits_for = waits_for
+            if waiter is not None:
+                waiter.waits_for = waits_for
             try:
                 value = yield waits_for
             except BaseException as error:  # noqa: BLE001  # it goes into the work

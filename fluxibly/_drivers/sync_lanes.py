@@ -11,7 +11,7 @@ from queue import Empty, SimpleQueue
 from typing import Any, TypeAlias
 
 from fluxibly._drivers.endings import run_endings
-from fluxibly._drivers.lanes import Lanes, report_given_up
+from fluxibly._drivers.lanes import Lanes, StreamOfLane, report_given_up
 from fluxibly._drivers.stepping import throwable
 from fluxibly.flow.effects import END, PULL, Adopt, Drop, Effect, Lane, Release, Send, Source, Start, Wait
 
@@ -98,7 +98,7 @@ class SyncLanes(Lanes):
                 return self.stack.whole(effect)
             _close(lane)
             iterator = iter(self.stack.open(effect))
-            lane.iterator = InContext(iterator, context)
+            lane.iterator = SyncStreamOfLane(iterator, context)
             if lane.dropped:
                 getattr(iterator, "abort", _nothing)()
             lane.source.chunk = next(iterator, END)
@@ -185,26 +185,18 @@ class SyncLanes(Lanes):
         self._changes.put(None)
 
 
-class InContext:
-    """A stream of a provider, each step of which runs in the context in which the stream was opened."""
-
-    def __init__(self, iterator: Any, context: Context) -> None:
-        self._iterator = iterator
-        self.context = context
-        if hasattr(iterator, "abort"):
-            self.abort = iterator.abort
-
-    def __iter__(self) -> InContext:
+class SyncStreamOfLane(StreamOfLane):
+    def __iter__(self) -> SyncStreamOfLane:
         return self
 
     def __next__(self) -> Any:
-        item = self.context.run(next, self._iterator, END)
+        item = self.context.run(next, self.iterator, END)
         if item is END:
             raise StopIteration
         return item
 
     def close(self) -> None:
-        self.context.run(getattr(self._iterator, "close", _nothing))
+        self.context.run(getattr(self.iterator, "close", _nothing))
 
 
 def _close(lane: Lane) -> None:

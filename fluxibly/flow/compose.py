@@ -105,7 +105,7 @@ def send(request: Request) -> Flow[Response]:
     attempts: list[Attempt] | tuple[()] = ()
     if call.observed and request.observers:  # not those of a call that this one is made within
         attempts = [observer.begin(request) for observer in request.observers]
-        # What a provider makes of the request is no attempt of this call, so it has no observers.
+        # A request that the provider makes of this one is no attempt of this call, so it has no observers.
         request = unobserved(request, attempts)
         attempts.reverse()  # the innermost ends first
     call.sending = request

@@ -26,8 +26,6 @@ class LaneTime:
     `ContextVar.set`. So the copies share this object, and what changes is in here.
     """
 
-    waits_for: Any = None
-
     def __init__(self, outer: LaneTime | None) -> None:
         self.now: float | None = None
         """The time while the lane carries an effect out. At other times it is None, and the time of `outer` applies."""
@@ -112,7 +110,7 @@ class AsyncVirtualLanes(_Virtual, AsyncLanes):
 
         time = self._begin(lane, context)
         try:
-            lane.outcome = await in_context(context, self.work(lane, effect, context), time)
+            lane.outcome = await in_context(context, self.work(lane, effect, context))
         except anyio.get_cancelled_exc_class():
             raise
         except BaseException as error:  # noqa: BLE001  # it is raised where the lane is awaited

@@ -177,27 +177,22 @@ def closed(provider):
     return eventually(lambda: provider.opened == provider.closed)
 
 
-class Layer:
-    """A middleware that logs how each of its flows ends, and then does something of its own."""
+class Layer(Watch):
+    """A middleware that records how each of its flows ends, and then does something of its own."""
 
-    def __init__(self, *ends):
-        self.ends = iter(ends)
-        self.log = []
+    def __init__(self, *acts):
+        super().__init__()
+        self.acts = iter(acts)
 
     def __call__(self, request, call_next):
-        end = next(self.ends, None)
-        how = "returned"
+        act = next(self.acts, None)
         try:
-            return (yield from call_next(request))
-        except BaseException as error:
-            how = type(error).__name__
-            raise
+            return (yield from super().__call__(request, call_next))
         finally:
-            self.log.append(how)
-            if isinstance(end, BaseException):
-                raise end
-            if end is not None:
-                yield from end()
+            if isinstance(act, BaseException):
+                raise act
+            if act is not None:
+                yield from act()
 
 
 def in_mode(backend, streaming):
@@ -302,7 +297,7 @@ class TestProviders:
             call(mode, provider, [hedge(DELAY), layer])
         assert caught.value is error or mode.backend == "asyncio"
         assert not getattr(caught.value, "__notes__", [])
-        assert layer.log == [kind.__name__] * 2
+        assert layer.ends == [kind.__name__] * 2
         assert closed(provider)
 
     # A StopIteration ends the stream of a sync provider.
@@ -332,11 +327,11 @@ class TestProviders:
             patch.setattr(threading.Thread, "start", limited_start)
             if fails == 1:
                 assert call(mode, provider, [hedge(LONG), layer]) == "answer"
-                assert layer.log == ["RuntimeError", "returned"]
+                assert layer.ends == ["RuntimeError", "returned"]
             else:
                 with pytest.raises(RuntimeError, match="can't start new thread"):
                     call(mode, provider, [hedge(LONG), layer])
-                assert layer.log == ["RuntimeError"] * 2
+                assert layer.ends == ["RuntimeError"] * 2
         assert closed(provider)
 
 
@@ -346,7 +341,7 @@ class TestLayers:
         provider, layer = behaving(mode, WAIT, "answer"), Layer(ValueError("mine"))
         assert call(mode, provider, [hedge(DELAY), layer]) == "answer"
         assert "a middleware raised ValueError while a branch of a race was given up" in caplog.text
-        assert sorted(layer.log) == ["GeneratorExit", "returned"]
+        assert sorted(layer.ends) == ["GeneratorExit", "returned"]
         assert closed(provider)
 
     def test_a_loser_that_yields_in_its_finally(self, mode, caplog):
@@ -354,7 +349,7 @@ class TestLayers:
         provider, layer = behaving(mode, WAIT, "answer"), Layer(partial(sleep, 0.0))
         assert call(mode, provider, [hedge(DELAY), layer]) == "answer"
         assert "Layer.__call__ yielded again after GeneratorExit" in caplog.text
-        assert sorted(layer.log) == ["GeneratorExit", "returned"]
+        assert sorted(layer.ends) == ["GeneratorExit", "returned"]
         assert closed(provider)
 
     @pytest.mark.parametrize("races", [0, 1, 2])
@@ -374,7 +369,7 @@ class TestLayers:
             with pipeline.stream(REQUEST) as stream:
                 assert next(iter(stream)).text == "one"
         assert "Layer.__call__ yielded again after GeneratorExit" in caplog.text
-        assert layer.log == ["GeneratorExit"]
+        assert layer.ends == ["GeneratorExit"]
         assert closed(provider)
 
     @pytest.mark.parametrize("races", [1, 2])
@@ -407,7 +402,7 @@ class TestLayers:
             return (yield from call_next(request))
 
         assert call(mode, provider, [hedge(6 * DELAY), hedge(4 * DELAY), cleaning, layer]) == "answer"
-        assert sorted(layer.log) == ["GeneratorExit"] * 3 + ["returned"]
+        assert sorted(layer.ends) == ["GeneratorExit"] * 3 + ["returned"]
         assert sorted(given) == [1, 2, 3, 4]
         assert closed(provider)
 
@@ -422,7 +417,7 @@ class TestLayers:
 
         anyio.run(main, backend=backend)
         assert set(watch.ends) <= {"CancelledError", "Cancelled"}
-        assert len(layer.log) == 2
+        assert len(layer.ends) == 2
         assert provider.closed == 2
 
 
@@ -442,7 +437,7 @@ class TestCtrlC:
         over.set()
         assert time.monotonic() - began < LONG / 2
         assert not getattr(caught.value, "__notes__", [])
-        assert layer.log == ["KeyboardInterrupt"]
+        assert layer.ends == ["KeyboardInterrupt"]
 
     def test_while_functions_run(self):
         """The functions run on unseen."""
@@ -469,12 +464,12 @@ class TestCtrlC:
         with nothing_left(), pytest.raises(KeyboardInterrupt):
             Pipeline(Sync(), [hedge(0.0), layer, slow]).complete(REQUEST)
         over.set()
-        assert layer.log == ["KeyboardInterrupt"] * 2
+        assert layer.ends == ["KeyboardInterrupt"] * 2
 
 
 class TestGather:
     def test_a_cancellation(self, backend):
-        """What was performed is cancelled, and its tasks are gone."""
+        """The I/O of the middleware is cancelled, and its tasks are gone."""
         log = []
 
         async def slow():
@@ -521,7 +516,7 @@ class TestGather:
         with nothing_left(), pytest.raises(LookupError, match="mine"):
             call(mode, behaving(mode), [layer, both])
         assert time.monotonic() - began < LONG / 2
-        assert layer.log == ["LookupError"]
+        assert layer.ends == ["LookupError"]
 
 
 class Hand:
@@ -547,7 +542,7 @@ class TestClosedCoroutines:
             hand = Hand(streaming, provider, hedge(delay), layer)
             await hand.begin()
             hand.coroutine.close()
-            assert set(layer.log) == {"GeneratorExit"}
+            assert set(layer.ends) == {"GeneratorExit"}
             await asyncio.sleep(DELAY)
             assert provider.opened == provider.closed > 0
             assert len(asyncio.all_tasks()) == 1
@@ -564,7 +559,7 @@ class TestClosedCoroutines:
             await asyncio.sleep(DELAY)
             with pytest.raises(ValueError, match=r"first|second"):
                 hand.coroutine.close()
-            assert set(layer.log) == {"GeneratorExit"}
+            assert set(layer.ends) == {"GeneratorExit"}
             await asyncio.sleep(DELAY)
             assert provider.opened == provider.closed
             assert len(asyncio.all_tasks()) == 1
@@ -593,7 +588,7 @@ class TestClosedCoroutines:
             assert left() is None
         finally:
             sys.unraisablehook = hook
-        assert layer.log == ["GeneratorExit"]
+        assert layer.ends == ["GeneratorExit"]
         assert RuntimeError not in raised
 
 

@@ -39,7 +39,7 @@ def ask(prompt="Hi"):
 
 
 class Service:
-    """What both providers ask. It answers "one two", or an error the first `failures` times, once `everyone` is there."""
+    """The script of both providers. It answers "one two", or an error the first `failures` times, once `everyone` is there."""
 
     def __init__(self, failures=0):
         self.everyone = Signal()
@@ -222,7 +222,7 @@ class TestFailures:
         assert len(calls.service.asked) == 3
 
     def test_a_retry_within(self, mode):
-        """What is retried inside is still one flight."""
+        """Retries inside belong to the same flight."""
         layers = [single_flight(prompt_of), Retry(max_retries=1)]
         ran = run(mode, provider_for(mode, ServerError("no"), "yes"), layers, ask())
         assert ran.response.text == "yes"

@@ -171,7 +171,7 @@ class TestFailures:
         assert call.clock.now() == 1
 
     def test_an_error_of_the_first_step(self, mode):
-        """What has not begun does not begin."""
+        """Flows that have not begun do not begin."""
         log = []
 
         def fails():

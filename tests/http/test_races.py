@@ -18,6 +18,7 @@ import trio
 from support.leftovers import eventually, interrupt_until, nothing_left
 from support.misbehaving import HEAD, Peer, Received, Script, serve
 from support.powers import hedge
+from support.streams import Watch
 from support.tiny import DONE, SERVICE, TinyCodec, ask, config, event
 from support.tracing_tools import Recorder
 
@@ -419,28 +420,11 @@ class TestMany:
             assert server.connections == 2
 
 
-class Ending:
-    """A middleware that notes when its flows end."""
-
-    def __init__(self) -> None:
-        self.ends: list[str] = []
-
-    def __call__(self, request: Any, call_next: Any) -> Any:
-        how = "returned"
-        try:
-            return (yield from call_next(request))
-        except BaseException as error:
-            how = type(error).__name__
-            raise
-        finally:
-            self.ends.append(how)
-
-
 class TestCtrlC:
     @pytest.mark.parametrize("streaming", [False, True], ids=["whole", "stream"])
     def test_while_all_wait(self, streaming: bool) -> None:
         """It gets out at once and unchanged, the layers have ended, and the connections are closed."""
-        ends, ending, over = Ends(), Ending(), threading.Event()
+        ends, ending, over = Ends(), Watch(), threading.Event()
         caller = Caller(Mode(streaming))
 
         def script(peer: Peer, request: Received) -> None:
@@ -467,7 +451,7 @@ class TestCtrlC:
     @pytest.mark.parametrize("backend", ["asyncio", "trio"])
     def test_in_an_event_loop(self, backend: Any, streaming: bool) -> None:
         """There it cancels the main task, or is raised in it. The tasks of the race are gone when it gets out."""
-        ends, ending, over = Ends(), Ending(), threading.Event()
+        ends, ending, over = Ends(), Watch(), threading.Event()
         caller = Caller(Mode(streaming, backend))
 
         def script(peer: Peer, request: Received) -> None:
@@ -503,7 +487,7 @@ class Racing:
     def __init__(self, mode: Mode) -> None:
         self.mode = mode
         self.ends = Ends()
-        self.ending = Ending()
+        self.ending = Watch()
         self.pipeline: Any = None
         self.server: Any = None
 
@@ -712,7 +696,7 @@ class TestCancellation:
 class TestClosing:
     def test_by_another_thread(self) -> None:
         """A close ends the wait of the reader, who then finds the stream at its end."""
-        ends, ending = Ends(), Ending()
+        ends, ending = Ends(), Watch()
 
         def close() -> None:
             stream.close()
@@ -756,7 +740,7 @@ class TestClosing:
     @streams_only
     def test_a_stream_that_is_dropped(self, mode: Mode) -> None:
         """A consumer that leaves after the first word has ended the winner's stream."""
-        ends, ending = Ends(), Ending()
+        ends, ending = Ends(), Watch()
 
         def one_word(peer: Peer, request: Received) -> None:
             peer.begin_stream()
