@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         sleep,
         stop_when,
     )
+    from fluxibly.functions import register_function
     from fluxibly.llm import LLM, AsyncLLM, default_stack
     from fluxibly.pipeline import AsyncPipeline, Pipeline
     from fluxibly.provider import AsyncProvider, Provider
@@ -48,6 +49,7 @@ _NAMES = {
     "config": "LLMConfig",
     "errors": "FluxiblyError ProviderError StreamInterrupted",
     "flow": "CallNext Flow Middleware ask emit gather map_chunks perform race sleep stop_when",
+    "functions": "register_function",
     "llm": "LLM AsyncLLM default_stack",
     "pipeline": "AsyncPipeline Pipeline",
     "provider": "AsyncProvider Provider",
@@ -57,7 +59,7 @@ _NAMES = {
     "types": "Audio Chunk Document Image Message Request Response Restart StreamStats Tool ToolCall Usage",
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names.split()}
-_ROOMS = {"errors", "flow", "middleware", "providers", "telemetry", "testing"}
+_ROOMS = {"errors", "flow", "middleware", "providers", "stores", "telemetry", "testing"}
 """Modules that users work with: `fluxibly.errors.NotFound` needs no import of its own, and completion shows them."""
 _MODULES = {*_NAMES, *_ROOMS, "aggregate", "calls", "limits", "messages", "parts", "stream"}
 
@@ -96,6 +98,7 @@ __all__ = [
     "map_chunks",
     "perform",
     "race",
+    "register_function",
     "register_llm_framework",
     "register_middleware",
     "sleep",

@@ -74,6 +74,26 @@ def log_retry(request: Request, error: Exception, attempt: int, wait: float, *, 
         log(logging.WARNING, template, **values)
 
 
+def log_decision(request: Request, middleware: str, what: str, error: Exception | None = None) -> None:
+    """Note a decision for the trace of a call, and log it: as a WARNING if an `error` led to it, else at DEBUG.
+
+    Args:
+        middleware: the name of its class.
+        what: see `CallRecord.decide`.
+        error: the error that led to it.
+    """
+    request.call.decide(middleware, what)
+    level = logging.DEBUG if error is None else logging.WARNING
+    if logger.isEnabledFor(level):
+        template = 'LLM call decision | middleware=%s, decision="%s"'
+        values: dict[str, Any] = {"middleware": middleware, "decision": one_line(what)}
+        if error is not None:
+            template += ', error_type=%s, error_message="%s"'
+            values["error_type"] = error_type(error)
+            values["error_message"] = one_line(error_message(error, (request,)))
+        log(level, template, **values)
+
+
 _CONTROLS = re.compile("[\\x00-\\x08\\x0a-\\x1f\\x7f-\\x9f\\u2028\\u2029\\ud800-\\udfff]")
 
 

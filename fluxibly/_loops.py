@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,24 @@ def trio_here() -> Any:
     # guest of another loop it does so while that loop's tasks run.
     trio = sys.modules.get("trio")
     return trio if trio is not None and trio.lowlevel.in_trio_task() else None
+
+
+async def wait_for(event: Any, seconds: float) -> None:
+    """Wait for an anyio event, at most for a number of seconds, which may be infinite."""
+    if seconds == math.inf:
+        await event.wait()
+    elif trio := trio_here():
+        with trio.move_on_after(seconds):
+            await event.wait()
+    else:
+        import asyncio  # late: it takes as long to import as all of fluxibly
+
+        # A coroutine that is closed, or that the end of its event loop leaves behind, could not leave a cancel scope.
+        timer = asyncio.get_running_loop().call_later(seconds, event.set)
+        try:
+            await event.wait()
+        finally:
+            timer.cancel()
 
 
 def from_anywhere(callback: Callable[[], object]) -> Callable[[], None]:

@@ -1,4 +1,4 @@
-"""The entry points by which other packages bring frameworks and middleware."""
+"""The entry points by which other packages bring frameworks, middleware and functions."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from fluxibly.errors import ConfigError
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
-Kind: TypeAlias = Literal["frameworks", "middleware"]
-WHAT = {"fluxibly.frameworks": "framework", "fluxibly.middleware": "middleware"}
+Kind: TypeAlias = Literal["frameworks", "middleware", "functions"]
+WHAT = {"fluxibly.frameworks": "framework", "fluxibly.middleware": "middleware", "fluxibly.functions": "function"}
 """What the entry points of a group are."""
 
 
@@ -73,6 +73,27 @@ def load(point: EntryPoint) -> Callable[..., Any]:
     if not callable(loaded):
         raise ConfigError(f"{what}: expected a class or another callable, got {kind_of(loaded)}")
     return cast("Callable[..., Any]", loaded)
+
+
+def check_registration(name: object, value: object, what: str) -> None:
+    """Check what a `register_…` function gets. `what` is the kind of thing that is registered.
+
+    Raises:
+        ValueError: the name is empty.
+        TypeError: `value` cannot be called.
+    """
+    if not isinstance(name, str) or not name.strip():
+        raise ValueError(f"{what} name: expected a non-empty str, got {name!r}")
+    if not callable(value):
+        raise TypeError(f"the {what} {name!r}: expected a class or another callable, got {kind_of(value)}")
+
+
+def is_redefinition(old: object, new: object) -> bool:
+    """Whether two classes or functions are the same, or the second is a new definition of the first, as notebooks make."""
+    if old is new:
+        return True
+    names = [(getattr(each, "__module__", None), getattr(each, "__qualname__", None)) for each in (old, new)]
+    return names[0] == names[1] and None not in names[0]
 
 
 def one_line(error: BaseException) -> str:

@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Generator, Iterable
+from collections.abc import Awaitable, Callable, Generator, Iterable, Sequence
 from inspect import iscoroutinefunction
-from time import perf_counter
+from time import perf_counter, time_ns
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from weakref import ref
 
@@ -120,6 +120,16 @@ class Spent(NamedTuple):
     usage: Usage | None
 
 
+class Decision(NamedTuple):
+    """Something that a middleware has decided about a call, for its trace."""
+
+    middleware: str
+    what: str
+    """The decision and its reason, without any content of the call."""
+    at: int
+    """Nanoseconds since the epoch."""
+
+
 class Targets(Protocol):
     """The providers of a pipeline: its own, for the target None, and those of the targets that requests name."""
 
@@ -197,6 +207,9 @@ class Ending:
         """
         if self._take():
             yield self.effect
+
+
+_DECISIONS = "fluxibly.decisions"
 
 
 class CallRecord:
@@ -303,6 +316,21 @@ class CallRecord:
     def info_of(self, target: object) -> ProviderInfo:
         """Return the description of the provider that a target stands for. None is the pipeline's own."""
         return self.targets.info_of(target)
+
+    def decide(self, middleware: str, what: str) -> None:
+        """Note what a middleware has decided about this call, and why. Its trace shows it.
+
+        Args:
+            middleware: the name of its class.
+            what: the decision and its reason, such as "asks gpt-4o-mini after RateLimitError". It quotes no content.
+        """
+        self.notes.setdefault(_DECISIONS, []).append(Decision(middleware, what, time_ns()))
+
+    @property
+    def decisions(self) -> Sequence[Decision]:
+        """What middleware have decided about this call, in order. Branches and `ask`s have those of their call."""
+        decisions: Sequence[Decision] = self.notes.get(_DECISIONS, ())
+        return decisions
 
     def fork(self) -> CallRecord:
         """Return the record of a whole call within this call.

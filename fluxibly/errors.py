@@ -6,7 +6,7 @@ code that makes an error from a server's message masks it first.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal, ParamSpec, TypeAlias, TypeVar
 
 from fluxibly._roots import BadPrompt as BadPrompt, ConfigError as ConfigError, FluxiblyError as FluxiblyError
@@ -72,6 +72,7 @@ class ProviderError(FluxiblyError):
         code: the service's own error code.
         provider, model: the provider and the model of the request.
         request_id: the service's id of the request, for its support.
+        rate_limits: the service's rate-limit headers, by lower-case name, as `Response` has them.
         body: an excerpt of the body that the service sent, with secrets masked.
     """
 
@@ -88,6 +89,7 @@ class ProviderError(FluxiblyError):
         provider: str | None = None,
         model: str | None = None,
         request_id: str | None = None,
+        rate_limits: Mapping[str, str] | None = None,
         body: str | None = None,
     ) -> None:
         super().__init__(message)
@@ -98,6 +100,7 @@ class ProviderError(FluxiblyError):
         self.provider = provider
         self.model = model
         self.request_id = request_id
+        self.rate_limits: Mapping[str, str] = {} if rate_limits is None else rate_limits
         self.body = body
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -182,6 +185,22 @@ class StreamProtocolError(ProviderError):
     """The service's answer is malformed, too large or cut off, and therefore incomplete. Retryable."""
 
     default_retryable = True
+
+
+class CircuitOpen(ProviderError):
+    """`CircuitBreaker` sent nothing, because the provider has failed too often. `retry_after` says when it may ask again."""
+
+
+class RateLimitWait(ProviderError):
+    """`RateLimit` sent nothing, because the wait would be too long. `retry_after` is that wait in seconds."""
+
+
+class QueueFull(ProviderError):
+    """`Concurrency` sent nothing, because too many calls wait already, or this one has waited too long."""
+
+
+REFUSALS = (CircuitOpen, RateLimitWait, QueueFull)
+"""The errors of middleware that refuse a call before anything is sent. Another provider may take it."""
 
 
 class StreamInterrupted(FluxiblyError):

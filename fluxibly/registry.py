@@ -7,13 +7,22 @@ import importlib.util
 import os
 import re
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, cast
 
 from fluxibly._checks import did_you_mean, is_list, is_mapping, kind_of, nearest
 from fluxibly._extras import pip_install
-from fluxibly._plugins import WHAT, Kind, entry_points, installed_points, load, package_of
+from fluxibly._plugins import (
+    WHAT,
+    Kind,
+    check_registration,
+    entry_points,
+    installed_points,
+    is_redefinition,
+    load,
+    package_of,
+)
 from fluxibly.config import LLMConfig
 from fluxibly.errors import ConfigError, FrameworkNotRegistered, Problems
 from fluxibly.flow import Middleware
@@ -178,10 +187,22 @@ _BUILT_IN_MIDDLEWARE = {
     "metrics": "Metrics",
     "timing": "Timing",
     "stream_meter": "StreamMeter",
+    "deadline": "Deadline",
     "validation": "Validation",
+    "fallback": "Fallback",
+    "balance": "Balance",
+    "hedge": "Hedge",
     "retry": "Retry",
+    "circuit_breaker": "CircuitBreaker",
+    "rate_limit": "RateLimit",
+    "concurrency": "Concurrency",
+    "stream_timeout": "StreamTimeout",
 }
 """The classes, by their names in configurations, in the order of a stack: the outermost first."""
+_IN_DEFAULT = ("Tracing", "Logging", "Metrics", "Timing", "StreamMeter", "Validation", "Retry")
+"""The classes of the default stack."""
+_OUTSIDE_OF_OWN = "validation"
+"""The built-in layer inside of which the default stack has a user's own layers."""
 _DEFAULT = ("default", "default_stack")
 """The names of the default stack in configurations."""
 
@@ -207,11 +228,11 @@ def register_llm_framework(
         ValueError: the name is in use, or empty.
         TypeError: `provider` cannot be called.
     """
-    _check(name, provider, "framework")
+    check_registration(name, provider, "framework")
     new = Framework(name=name, sync=provider, asynchronous=async_provider)
     with _lock:
         old = _frameworks.get(name)
-        taken = old is not None and not _same(old.sync, provider)
+        taken = old is not None and not is_redefinition(old.sync, provider)
         if not replace and (
             taken or (old is None and (name in _built_in_frameworks() or name in entry_points("frameworks")))
         ):
@@ -232,33 +253,18 @@ def register_middleware(name: str, factory: MiddlewareFactory, *, replace: bool 
         ValueError: the name is in use, or empty.
         TypeError: `factory` cannot be called.
     """
-    _check(name, factory, "middleware")
+    check_registration(name, factory, "middleware")
     with _lock:
         old = _middleware.get(name)
-        taken = old is not None and not _same(old, factory)
+        taken = old is not None and not is_redefinition(old, factory)
         built_in = name in _BUILT_IN_MIDDLEWARE or name in _DEFAULT
         if not replace and (taken or (old is None and (built_in or name in entry_points("middleware")))):
             raise ValueError(f"the middleware {name!r} is registered already; pass replace=True to take it over")
         _middleware[name] = factory
 
 
-def _check(name: object, factory: object, what: str) -> None:
-    if not isinstance(name, str) or not name.strip():
-        raise ValueError(f"{what} name: expected a non-empty str, got {name!r}")
-    if not callable(factory):
-        raise TypeError(f"the {what} {name!r}: expected a class or another callable, got {kind_of(factory)}")
-
-
-def _same(old: object, new: object) -> bool:
-    """Whether two classes are the same, or the second is a new definition of the first."""
-    if old is new:
-        return True
-    names = [(getattr(x, "__module__", None), getattr(x, "__qualname__", None)) for x in (old, new)]
-    return names[0] == names[1] and None not in names[0]
-
-
 class Plugin(NamedTuple):
-    """A framework or middleware of another package, as `doctor` shows it."""
+    """A framework, middleware or function of another package, as `doctor` shows it."""
 
     name: str
     state: Literal["ready", "broken", "not used"]
@@ -268,7 +274,9 @@ class Plugin(NamedTuple):
 
 def plugins(kind: Kind) -> Iterator[Plugin]:
     """Load each plugin, and yield its state."""
-    built_in = _built_in_frameworks() if kind == "frameworks" else _BUILT_IN_MIDDLEWARE
+    built_in: Container[str] = ()
+    if kind != "functions":
+        built_in = _built_in_frameworks() if kind == "frameworks" else _BUILT_IN_MIDDLEWARE
     used = entry_points(kind)
     for point in installed_points(kind):
         name, package = point.name, package_of(point)
@@ -430,9 +438,11 @@ def _plain(name: str) -> str:
 def default_stack(config: LLMConfig, *layers: Middleware) -> tuple[Middleware, ...]:
     """Return the default stack, outermost first, with `layers` in it.
 
-    A layer of a built-in class takes the place of the default's layer of that class. Any other layer goes outside of
-    `Retry`, in the order given, so that it sees a call once, however many attempts it takes. (To add a layer inside of
-    `Retry`, write `[*default_stack(config), layer]`.)
+    A layer of a built-in class takes the place of the default's layer of that class; if the default has none, it goes to the
+    place that suits it, such as `Fallback` outside of `Retry`, and `RateLimit` inside. Of one class there may be several
+    layers, which keep their order. A layer of your own goes inside of `Validation` and outside of `Fallback` and `Retry`, in
+    the order given, so that it sees a call once, however many attempts it takes. (To add a layer inside of everything
+    else, write `[*default_stack(config), layer]`.)
 
     Raises:
         TypeError: a layer is not a middleware.
@@ -442,20 +452,24 @@ def default_stack(config: LLMConfig, *layers: Middleware) -> tuple[Middleware, .
 
 def _default_stack(max_retries: int, layers: Iterable[Middleware]) -> tuple[Middleware, ...]:
     module = importlib.import_module("fluxibly.middleware")
-    kinds = [getattr(module, name) for name in _BUILT_IN_MIDDLEWARE.values()]
-    stack = {kind: kind() for kind in kinds} | {module.Retry: module.Retry(max_retries=max_retries)}
+    # Not by `isinstance`, because that would load the classes of all built-in layers.
+    given: dict[str, list[Middleware]] = {name: [] for name in _BUILT_IN_MIDDLEWARE.values()}
     own: list[Middleware] = []
     for layer in layers:
         if not callable(layer) or isinstance(layer, type):
             raise TypeError(f"default_stack: expected middleware, like Retry(max_retries=5), got {kind_of(layer)}")
-        kind = next((kind for kind in kinds if isinstance(layer, kind)), None)
-        if kind is None:
-            own.append(layer)
-        else:
-            stack[kind] = layer
-    place = kinds.index(module.Retry)
-    ordered = [stack[kind] for kind in kinds]
-    return (*ordered[:place], *own, *ordered[place:])
+        names = [cls.__name__ for cls in type(layer).__mro__ if cls.__module__.startswith("fluxibly.middleware.")]
+        (given[names[0]] if names and names[0] in given else own).append(layer)
+    ordered: list[Middleware] = []
+    for name, kind in _BUILT_IN_MIDDLEWARE.items():
+        if given[kind]:
+            ordered += given[kind]
+        elif kind in _IN_DEFAULT:
+            settings = {"max_retries": max_retries} if kind == "Retry" else {}
+            ordered.append(getattr(module, kind)(**settings))
+        if name == _OUTSIDE_OF_OWN:
+            ordered += own
+    return tuple(ordered)
 
 
 def make_middleware(items: Sequence[Any], *, max_retries: int = 3, path: str = "middleware") -> tuple[Middleware, ...]:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from queue import SimpleQueue
+from contextlib import suppress
+from queue import Empty, SimpleQueue
+from threading import TIMEOUT_MAX
 
-from fluxibly._loops import from_anywhere
+from fluxibly._loops import from_anywhere, wait_for
 
 
 class Signal:
     """Something that happens once. Threads, and tasks of any event loop, wait for it, as many as like at the same time.
 
     In a middleware, `yield from perform(signal.wait, signal.await_)` waits for it in sync and async calls alike. An async
-    call that waits takes no thread. Neither wait has a time limit of its own.
+    call that waits takes no thread. `yield from sleep(seconds, until=signal)` waits at most so long.
     """
 
     __slots__ = ("_is_set", "_waiters")
@@ -36,10 +39,10 @@ class Signal:
         for wake in self._waiters.copy():
             wake()
 
-    def wait(self) -> None:
-        """Wait in a thread until it has happened. Ctrl-C interrupts the wait."""
+    def wait(self, seconds: float | None = None, /) -> bool:
+        """Wait in a thread until it has happened, at most for `seconds`. Return whether it has. Ctrl-C interrupts the wait."""
         if self._is_set:
-            return
+            return True
         # A queue, because its `put` may interrupt its `get` in the same thread, unlike the methods of an event or a lock.
         woken: SimpleQueue[None] = SimpleQueue()
 
@@ -49,14 +52,16 @@ class Signal:
         try:
             self._waiters[wake] = None
             if not self._is_set:
-                woken.get()
+                with suppress(Empty):
+                    woken.get(timeout=None if seconds is None or seconds > TIMEOUT_MAX else seconds)
         finally:
-            self._waiters.pop(wake, None)
+            self.detach(wake)
+        return self._is_set
 
-    async def await_(self) -> None:
-        """Wait in a task of asyncio or trio until it has happened."""
+    async def await_(self, seconds: float | None = None, /) -> bool:
+        """Wait in a task of asyncio or trio until it has happened, at most for `seconds`. Return whether it has."""
         if self._is_set:
-            return
+            return True
         import anyio  # late, to keep `import fluxibly` fast
 
         woken = anyio.Event()
@@ -64,9 +69,20 @@ class Signal:
         try:
             self._waiters[wake] = None
             if not self._is_set:
-                await woken.wait()
+                await wait_for(woken, math.inf if seconds is None else seconds)
         finally:
-            self._waiters.pop(wake, None)
+            self.detach(wake)
+        return self._is_set
+
+    def attach(self, wake: Callable[[], object], /) -> None:
+        """Let `set` call a function, or call it now if it has happened. The function returns at once and raises nothing."""
+        self._waiters[wake] = None
+        if self._is_set:
+            wake()
+
+    def detach(self, wake: Callable[[], object], /) -> None:
+        """Forget a function that was attached."""
+        self._waiters.pop(wake, None)
 
     def __repr__(self) -> str:
         return f"Signal(is_set={self._is_set})"

@@ -24,7 +24,7 @@ DATA = "data"
 SIDE = "side"
 ROOMS = {
     "types calls limits messages parts errors aggregate provider _checks _dicts _extras _formats _merging _roots _values _states": DATA,
-    "_masking _logs _abandoned _loops _schema _threads _yaml signals": SIDE,
+    "_masking _logs _abandoned _loops _plugins _schema _threads _yaml functions signals": SIDE,
     "config": "config",
     "target": "target",
     "_targets": "targets",
@@ -34,7 +34,8 @@ ROOMS = {
     "middleware": "middleware",
     "stream": "stream",
     "pipeline": "pipeline",
-    "registry _plugins _settings": "registry",
+    "registry _settings": "registry",
+    "stores": "stores",
     "llm": "llm",
     "testing": "testing",
     "cli": "cli",
@@ -59,7 +60,8 @@ ARROWS = {
     "config": BASE,
     "telemetry": {"flow", *BASE},
     "drivers": {"flow", *BASE},
-    "middleware": {"flow", "telemetry", *BASE},
+    "middleware": {"flow", "telemetry", "stores", "target", *BASE},
+    "stores": BASE,
     "services": {DATA},
     "dialects": {DATA},
     "http": {"dialects", "config", *BASE},
@@ -175,6 +177,7 @@ PUBLIC = [
     "LLMConfig",
     "register_llm_framework",
     "register_middleware",
+    "register_function",
     "Pipeline",
     "AsyncPipeline",
     "Provider",
@@ -221,7 +224,7 @@ class TestExports:
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         before, after = map(set, map(str.split, done.stdout.splitlines()))
         shown = {name for name in before if not name.startswith("__")}
-        assert shown == {*PUBLIC, "errors", "flow", "middleware", "providers", "telemetry", "testing"}
+        assert shown == {*PUBLIC, "errors", "flow", "middleware", "providers", "stores", "telemetry", "testing"}
         assert after == before
         assert "__version__" in before
 

@@ -8,7 +8,7 @@ without waiting until it is gone.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from contextvars import Context
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 from fluxibly._drivers.endings import arun_endings, is_raised
 from fluxibly._drivers.lanes import Lanes, StreamOfLane, report_given_up
 from fluxibly._drivers.stepping import in_context, throwable
-from fluxibly._loops import trio_here
+from fluxibly._loops import from_anywhere, trio_here, wait_for
 from fluxibly.flow.effects import END, PULL, Adopt, Drop, Effect, Lane, Release, Send, Source, Start, Wait
 
 
@@ -78,8 +78,7 @@ class AsyncLanes(Lanes):
         lane.busy, lane.done = False, True
         if lane.dropped:
             lane.outcome = lane.error = None  # the frames of the error refer to the lane
-        if self._changed is not None:
-            self._changed.set()
+        self._wake()
 
     async def work(self, lane: Lane, effect: Effect, context: Context) -> object:
         """Carry out an effect of a lane. Runs in `context`."""
@@ -113,22 +112,16 @@ class AsyncLanes(Lanes):
         """Wait until something has changed, at most for a number of seconds."""
         import anyio  # late, to keep `import fluxibly` fast
 
-        changed = self._changed = anyio.Event()
-        trio = trio_here()
-        if seconds == math.inf:
-            await changed.wait()
-        elif trio is None:
-            import asyncio  # late, as above
+        self._changed = anyio.Event()
+        await wait_for(self._changed, seconds)
 
-            # A coroutine that is closed, or that the end of its event loop leaves behind, could not leave a cancel scope.
-            timer = asyncio.get_running_loop().call_later(seconds, changed.set)
-            try:
-                await changed.wait()
-            finally:
-                timer.cancel()
-        else:
-            with trio.move_on_after(seconds):
-                await changed.wait()
+    def waker(self) -> Callable[[], object]:
+        """Return a function that ends a wait of these lanes, for any thread to call."""
+        return from_anywhere(self._wake)
+
+    def _wake(self) -> None:
+        if self._changed is not None:
+            self._changed.set()
 
     async def drop(self, lanes: Sequence[Lane]) -> None:
         """Give up lanes, and return when their tasks have ended. A cancellation meanwhile is raised afterwards."""

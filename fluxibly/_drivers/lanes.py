@@ -35,7 +35,7 @@ class Lanes:
         lane = cast("Lane", effect.lane)
         begun: Effect = effect.effect if isinstance(effect, Start) else effect
         lane.done = lane.cleaning = False
-        lane.outcome = lane.error = lane.waits = lane.until = lane.performing = None
+        lane.outcome = lane.error = lane.waits = lane.until = lane.performing = lane.signal = None
         if lane not in self.open:
             self.open.append(lane)
         context: Context | None = None
@@ -67,6 +67,23 @@ class Lanes:
             seconds = max(left, 0.0)
             lane.error = deadline_exceeded(call, call.sent_model)
         lane.until = self.now() + seconds
+        if effect.until is not None:
+            lane.signal, lane.wake = effect.until, self.waker()
+            lane.signal.attach(lane.wake)
+
+    def waker(self) -> Callable[[], object]:
+        """Return a function that ends a wait of these lanes, for any thread to call."""
+        return lambda: None
+
+    def settle(self, lane: Lane, *, woken: bool) -> None:
+        """End the sleep of a lane, if it was one for a signal too."""
+        signal, lane.signal = lane.signal, None
+        if signal is not None and lane.wake is not None:
+            signal.detach(lane.wake)
+            lane.wake = None
+            lane.outcome = woken
+            if woken:
+                lane.error = None
 
     def find(self, lanes: Sequence[Lane], now: float) -> Lane | None:
         """Return the first of these lanes that is done.
@@ -77,8 +94,11 @@ class Lanes:
         for lane in lanes:
             if not lane.done:
                 found = None if lane.waits is None else self.find(lane.waits.lanes, now)
-                lane.done = found is not None or (lane.until is not None and now >= lane.until)
+                woken = lane.signal is not None and lane.signal.is_set
+                lane.done = woken or found is not None or (lane.until is not None and now >= lane.until)
                 lane.outcome = found or lane.outcome
+                if lane.done:
+                    self.settle(lane, woken=woken)
             if lane.done:
                 if lane.error is not None and not isinstance(lane.error, Exception):
                     raise lane.error
@@ -97,6 +117,7 @@ class Lanes:
 
     def stop(self, lane: Lane) -> None:
         """End the call of a provider that goes on in a lane, if the provider can be ended from elsewhere."""
+        self.settle(lane, woken=False)
         try:
             if lane.leash is not None:
                 lane.leash.stop()

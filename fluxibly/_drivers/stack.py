@@ -18,6 +18,7 @@ from fluxibly.flow.compose import compose, deadline_exceeded, to_response
 from fluxibly.flow.effects import (
     Adopt,
     AskEnd,
+    Awaited,
     Drop,
     Effect,
     Flow,
@@ -54,6 +55,14 @@ class SystemClock:
         import anyio
 
         await anyio.sleep(seconds)
+
+    def pause(self, seconds: float, until: Awaited, /) -> None:
+        """Wait, at most until a signal is set."""
+        until.wait(seconds)
+
+    async def apause(self, seconds: float, until: Awaited, /) -> None:
+        """Do as `pause`, on asyncio or trio."""
+        await until.await_(seconds)
 
 
 SYSTEM_CLOCK = SystemClock()
@@ -199,6 +208,18 @@ class Stack:
             call.lanes = self.make_lanes() if of_clock is None else of_clock(self)
         return call.lanes
 
+    def _until_deadline(self, seconds: float, call: CallRecord) -> tuple[float, bool]:
+        """Return how long a wait may take, and whether the deadline of the call then ends it."""
+        left = time_left(call.leash, call.clock)
+        return (seconds, False) if left is None or seconds < left else (max(left, 0.0), True)
+
+    def _slept(self, until: Awaited | None, call: CallRecord, *, late: bool) -> bool:
+        """Return whether the signal of a wait that is over is set."""
+        woken = until is not None and until.is_set
+        if late and not woken:
+            raise deadline_exceeded(call, call.sent_model)
+        return woken
+
     @contextmanager
     def own_io(self, call: CallRecord) -> Generator[None]:
         """Run a middleware's own I/O, which is not part of the attempt that may be under way."""
@@ -263,8 +284,7 @@ class SyncStack(Stack):
         if isinstance(effect, More):  # nothing to do: a whole call has no chunks
             return None
         if isinstance(effect, Sleep):
-            self.sleep(effect.seconds, effect.within or call)
-            return None
+            return self.sleep(effect, effect.within or call)
         if isinstance(effect, Perform):
             with self.own_io(effect.within or call):
                 return run(effect)
@@ -294,18 +314,20 @@ class SyncStack(Stack):
             if call.endings:
                 run_endings(call)
 
-    def sleep(self, seconds: float, call: CallRecord) -> None:
-        """Wait, at most until the deadline of the call.
+    def sleep(self, effect: Sleep, call: CallRecord) -> bool:
+        """Wait, at most until the deadline of the call. Return whether the signal that the wait is for is set.
 
         Raises:
             DeadlineExceeded: the deadline has passed.
         """
-        left = time_left(call.leash, call.clock)
-        if left is None or seconds < left:
-            self.clock.sleep(seconds)
-            return
-        self.clock.sleep(max(left, 0.0))
-        raise deadline_exceeded(call, call.sent_model)
+        until = effect.until
+        seconds, late = self._until_deadline(effect.seconds, call)
+        pause: Any = getattr(self.clock, "pause", None)
+        if until is not None and pause is not None:
+            pause(seconds, until)
+        elif until is None or not until.is_set:
+            self.clock.sleep(seconds)  # in a test's time, all of it passes at once
+        return self._slept(until, call, late=late)
 
 
 class AsyncStack(Stack):
@@ -358,8 +380,7 @@ class AsyncStack(Stack):
         if isinstance(effect, More):  # nothing to do: a whole call has no chunks
             return None
         if isinstance(effect, Sleep):
-            await self.sleep(effect.seconds, effect.within or call)
-            return None
+            return await self.sleep(effect, effect.within or call)
         if isinstance(effect, Perform):
             with self.own_io(effect.within or call):
                 return await self.perform(effect, effect.within or call)
@@ -389,14 +410,16 @@ class AsyncStack(Stack):
             if call.endings:
                 await arun_endings(call)
 
-    async def sleep(self, seconds: float, call: CallRecord) -> None:
+    async def sleep(self, effect: Sleep, call: CallRecord) -> bool:
         """Wait, at most until the deadline of the call; see `SyncStack.sleep`."""
-        left = time_left(call.leash, call.clock)
-        if left is None or seconds < left:
-            await self.clock.asleep(seconds)
-            return
-        await self.clock.asleep(max(left, 0.0))
-        raise deadline_exceeded(call, call.sent_model)
+        until = effect.until
+        seconds, late = self._until_deadline(effect.seconds, call)
+        pause: Any = getattr(self.clock, "apause", None)
+        if until is not None and pause is not None:
+            await pause(seconds, until)
+        elif until is None or not until.is_set:
+            await self.clock.asleep(seconds)  # as there
+        return self._slept(until, call, late=late)
 
     async def perform(self, effect: Perform, call: CallRecord) -> object:
         """Do a middleware's own I/O, at most until the deadline of the call."""

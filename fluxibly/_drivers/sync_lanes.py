@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from contextvars import Context
+from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any, TypeAlias
 
@@ -129,6 +130,10 @@ class SyncLanes(Lanes):
         """Wait until something has changed, at most for a number of seconds."""
         with suppress(Empty):
             self._changes.get(timeout=None if seconds > threading.TIMEOUT_MAX else seconds)
+
+    def waker(self) -> Callable[[], object]:
+        """Return a function that ends a wait of these lanes, for any thread to call."""
+        return partial(self._changes.put, None)
 
     def drop(self, lanes: Sequence[Lane]) -> None:
         """Give up lanes. What a lane is doing ends as soon as it can be ended; its thread then releases what it holds."""

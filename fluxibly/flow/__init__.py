@@ -27,7 +27,7 @@ Imports: data (`types`, `errors`, `aggregate`, `_checks`). Every room that compo
 from typing import TYPE_CHECKING
 
 from fluxibly.aggregate import Aggregator, as_chunk, as_chunks
-from fluxibly.flow.compose import compose
+from fluxibly.flow.compose import compose, provider_of
 from fluxibly.flow.effects import CallNext, Flow, Middleware
 from fluxibly.flow.holding import hold_back
 from fluxibly.flow.mapping import map_chunks
@@ -48,6 +48,7 @@ __all__ = [
     "hold_back",
     "map_chunks",
     "perform",
+    "provider_of",
     "race",
     "sleep",
     "stop_when",

@@ -14,7 +14,7 @@ from fluxibly.calls import CallRecord, Spent
 from fluxibly.errors import DeadlineExceeded, interrupted
 from fluxibly.flow.effects import END, CallNext, Flow, Middleware, More, Perform, Release, Send, Source
 from fluxibly.provider import pieces_of_stream, unmarked
-from fluxibly.types import Attempt, Chunk, Request, Response, unobserved
+from fluxibly.types import Attempt, Chunk, ProviderInfo, Request, Response, unobserved
 
 
 def compose(middleware: Sequence[Middleware]) -> CallNext:
@@ -173,11 +173,26 @@ def send(request: Request) -> Flow[Response]:
 
 def _turn_to(call: CallRecord, target: object) -> Flow[None]:
     """Make the provider of another target the provider of the call."""
+    call.provider = yield from _info_of(call, target)
+    call.target = target
+
+
+def _info_of(call: CallRecord, target: object) -> Flow[ProviderInfo]:
     if not call.targets.is_made(target):
         # Making a provider may read files or load a model, which must not hold up an event loop.
         yield Perform(partial(call.targets.info_of, target), None, call)
-    call.provider = call.targets.info_of(target)
-    call.target = target
+    return call.targets.info_of(target)
+
+
+def provider_of(request: Request) -> Flow[ProviderInfo]:
+    """Return the description of the provider that a request goes to, as it stands: `yield from provider_of(request)`.
+
+    The provider of a target is made, if it does not exist yet.
+
+    Raises:
+        FluxiblyError: it cannot be made: the framework is unknown, a key is missing, and so on.
+    """
+    return _info_of(request.call, request.target)
 
 
 def check_deadline(call: CallRecord, model: str | None, wait: float = 0.0) -> None:

@@ -72,14 +72,26 @@ class AskEnd(Slotted):
         self.request = request
 
 
+class Awaited(Protocol):
+    """What a `Sleep` may wait for: a `fluxibly.Signal`."""
+
+    @property
+    def is_set(self) -> bool: ...
+    def wait(self, seconds: float | None = None, /) -> bool: ...
+    async def await_(self, seconds: float | None = None, /) -> bool: ...
+    def attach(self, wake: Callable[[], object], /) -> None: ...
+    def detach(self, wake: Callable[[], object], /) -> None: ...
+
+
 class Sleep(Slotted):
-    """Wait."""
+    """Wait, at most until a signal is set. Outcome: whether it is."""
 
-    __slots__ = ("seconds", "within")
+    __slots__ = ("seconds", "until", "within")
 
-    def __init__(self, seconds: float, within: CallRecord | None = None) -> None:
+    def __init__(self, seconds: float, until: Awaited | None = None) -> None:
         self.seconds = seconds
-        self.within = within
+        self.until = until
+        self.within: CallRecord | None = None
         """The record whose limits apply; None for the record of the whole call."""
 
 
@@ -108,10 +120,12 @@ class Lane:
         "owns",
         "performing",
         "returned",
+        "signal",
         "source",
         "task",
         "until",
         "waits",
+        "wake",
     )
 
     def __init__(self, flow: Flow[Any], context: Context, call: CallRecord, *, owns: bool) -> None:
@@ -142,6 +156,9 @@ class Lane:
         """The wait for other lanes under way, if there is one."""
         self.until: float | None = None
         """When the wait or sleep under way ends at the latest, in seconds of the driver's time."""
+        self.signal: Awaited | None = None
+        """The signal that ends the sleep under way, and the function that it calls then."""
+        self.wake: Callable[[], object] | None = None
         self.dropped = False
         """Whether the lane has been given up, or its stream taken over."""
         self.task: Any = None

@@ -13,7 +13,7 @@ import attrs
 from fluxibly._checks import is_number, kind_of, number
 from fluxibly.calls import CallRecord, Usage
 from fluxibly.flow.compose import code_of, compose, to_response
-from fluxibly.flow.effects import AskEnd, Effect, Flow, Middleware, More, Perform, Sleep, T
+from fluxibly.flow.effects import AskEnd, Awaited, Effect, Flow, Middleware, More, Perform, Sleep, T
 from fluxibly.flow.relay import Relay, Seen
 from fluxibly.types import Adapts, AskObserver, Chunk, Message, Request, Response, observed_by, observers_of, replaced
 
@@ -25,10 +25,19 @@ _LAZY = CO_COROUTINE | CO_GENERATOR | CO_ASYNC_GENERATOR
 _UNFINISHED = (CoroutineType, GeneratorType, AsyncGeneratorType)
 
 
-def sleep(seconds: float) -> Flow[None]:
-    """Wait for a number of seconds: `yield from sleep(0.5)`. An async pipeline lets other tasks run meanwhile."""
+def sleep(seconds: float, *, until: Awaited | None = None) -> Flow[bool]:
+    """Wait for a number of seconds: `yield from sleep(0.5)`. An async pipeline lets other tasks run meanwhile.
+
+    Args:
+        seconds: the length of the wait.
+        until: a `Signal` that ends the wait when it is set.
+
+    Returns:
+        Whether that signal is set.
+    """
     check_seconds(seconds)
-    yield Sleep(seconds)
+    woken: bool | None = yield Sleep(seconds, until)
+    return bool(woken)
 
 
 def check_seconds(seconds: object, name: str = "sleep") -> None:

@@ -1,15 +1,78 @@
 """The built-in middleware, a file each. A middleware holds no state of a call: the call's record does (`request.call`).
 
-Imports: `flow`, `telemetry`, data and its helpers; never a provider. Imported by: `llm` (the default stack) and `registry`, by
-name.
+What calls share on purpose, such as the places of a limit, is in one object that the middleware holds, or in a store.
+
+Imports: `flow`, `telemetry`, `stores`, `target`, data and its helpers; never a provider. Imported by: `registry`, by name.
+Each class is loaded when it is first asked for, because most stacks have few of them.
 """
 
-from fluxibly.middleware.logging import Logging
-from fluxibly.middleware.metrics import Metrics
-from fluxibly.middleware.retry import Retry
-from fluxibly.middleware.stream_meter import StreamMeter
-from fluxibly.middleware.timing import Timing
-from fluxibly.middleware.tracing import Tracing
-from fluxibly.middleware.validation import Validation
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["Logging", "Metrics", "Retry", "StreamMeter", "Timing", "Tracing", "Validation"]
+if TYPE_CHECKING:
+    from fluxibly.middleware.balance import Balance
+    from fluxibly.middleware.circuit_breaker import CircuitBreaker
+    from fluxibly.middleware.concurrency import Concurrency
+    from fluxibly.middleware.deadline import Deadline
+    from fluxibly.middleware.fallback import Fallback
+    from fluxibly.middleware.hedge import Hedge
+    from fluxibly.middleware.logging import Logging
+    from fluxibly.middleware.metrics import Metrics
+    from fluxibly.middleware.rate_limit import RateLimit
+    from fluxibly.middleware.retry import Retry, RetryBudget
+    from fluxibly.middleware.stream_meter import StreamMeter
+    from fluxibly.middleware.stream_timeout import StreamTimeout
+    from fluxibly.middleware.timing import Timing
+    from fluxibly.middleware.tracing import Tracing
+    from fluxibly.middleware.validation import Validation
+
+_MODULE_OF = {
+    "Balance": "balance",
+    "CircuitBreaker": "circuit_breaker",
+    "Concurrency": "concurrency",
+    "Deadline": "deadline",
+    "Fallback": "fallback",
+    "Hedge": "hedge",
+    "Logging": "logging",
+    "Metrics": "metrics",
+    "RateLimit": "rate_limit",
+    "Retry": "retry",
+    "RetryBudget": "retry",
+    "StreamMeter": "stream_meter",
+    "StreamTimeout": "stream_timeout",
+    "Timing": "timing",
+    "Tracing": "tracing",
+    "Validation": "validation",
+}
+
+__all__ = [
+    "Balance",
+    "CircuitBreaker",
+    "Concurrency",
+    "Deadline",
+    "Fallback",
+    "Hedge",
+    "Logging",
+    "Metrics",
+    "RateLimit",
+    "Retry",
+    "RetryBudget",
+    "StreamMeter",
+    "StreamTimeout",
+    "Timing",
+    "Tracing",
+    "Validation",
+]
+
+
+def __getattr__(name: str) -> Any:
+    from importlib import import_module
+
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    globals()[name] = value  # the next one who asks finds it without this function
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, *globals()})

@@ -213,6 +213,10 @@ class CallTrace:
             attributes |= {semconv.REQUEST_MODEL: model, semconv.REQUESTED_MODEL: self.request.model}
             self.span.update_name(f"{semconv.CHAT} {model}")
         requests = (self.request,) if self.sent.messages is self.request.messages else (self.request, self.sent)
+        if not self.call.nested:  # an `ask` shares those of its call
+            for decision in self.call.decisions:
+                said = {semconv.DECISION_BY: decision.middleware, semconv.DECISION: decision.what}
+                self.span.add_event(semconv.DECISION_EVENT, said, decision.at)
         set_outcome(self.span, attributes, outcome, failure_of(error, requests, self.recording.capturing))
         if self.recording.capturing.mode != "none":
             captured = Captured(self.sent, partial, whole=error is None)

@@ -99,7 +99,7 @@ class TestGathers:
         assert call.sent is None
         call.finish(performing, "read")
         call.answer("hello")
-        assert call.response.text == "hello read None"
+        assert call.response.text == "hello read False"
 
     def test_a_question(self):
         """The request of a question is answered whole, also in a stream."""

@@ -23,10 +23,11 @@ def finish(flow, value=None):
 
 class TestVerbs:
     def test_sleep(self):
-        """`sleep` yields the seconds and returns None."""
+        """`sleep` yields the seconds, and returns whether the signal is set."""
         flow = sleep(2.5)
         assert next(flow) == Sleep(2.5)
-        assert finish(flow) is None
+        assert finish(flow) is False
+        assert finish(sleep(1, until=Signal()), True) is True
 
     def test_perform(self):
         """`perform` yields both functions and returns the value that the driver sends."""

@@ -41,6 +41,7 @@ from fluxibly.providers.http._exchange import (
     Outgoing,
     as_headers,
     header,
+    rate_limits_of,
     with_header_facts,
     with_more,
 )
@@ -297,6 +298,7 @@ class Endpoint:
         if headers is not None:
             if error.request_id is None:
                 error.request_id = request_id_of(headers)
+            error.rate_limits = error.rate_limits or rate_limits_of(headers)
             if error.retry_after is None:
                 error.retry_after = retry_after_of(headers, None, "", now=time.time())
         if secrets := self._secrets_of(request):

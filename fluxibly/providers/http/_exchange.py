@@ -137,10 +137,18 @@ T = TypeVar("T", Response, Chunk)
 _RATE_LIMIT = re.compile(r"(x-|anthropic-)?ratelimit-|retry-after|x-(trial-)?endpoint-(monthly-)?call-")
 
 
+def rate_limits_of(headers: Mapping[str, str]) -> dict[str, str]:
+    """Return the rate-limit headers. Moments come with the server's own `date`, because the clocks may differ."""
+    limits = {name: value for name, value in headers.items() if _RATE_LIMIT.match(name)}
+    if "date" in headers and any(name.startswith("anthropic-") for name in limits):
+        limits["date"] = headers["date"]
+    return limits
+
+
 def with_header_facts(item: T, headers: Mapping[str, str]) -> T:
     """Return a response, or a stream's first chunk, with the request id and the rate limits of the headers."""
     request_id = request_id_of(headers)
-    limits = {name: value for name, value in headers.items() if _RATE_LIMIT.match(name)}
+    limits = rate_limits_of(headers)
     if isinstance(item, Response):
         if request_id or limits:
             return item.evolve(request_id=item.request_id or request_id, rate_limits={**limits, **item.rate_limits})

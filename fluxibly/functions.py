@@ -1,0 +1,78 @@
+"""Functions by name. YAML names a function, and never the path of any code."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from inspect import isasyncgenfunction, iscoroutinefunction, isgeneratorfunction
+from typing import Any, TypeVar
+
+from fluxibly._checks import did_you_mean, kind_of
+from fluxibly._plugins import check_registration, entry_points, is_redefinition, load
+from fluxibly.errors import ConfigError
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_functions: dict[str, Callable[..., Any]] = {}
+_lock = threading.Lock()
+
+
+def register_function(name: str, function: F, *, replace: bool = False) -> F:
+    """Register a function, so that YAML can name it wherever a middleware takes a function.
+
+    Another package registers its functions by the entry-point group `fluxibly.functions`.
+
+    Args:
+        name: the name for configurations.
+        function: the function, or any callable.
+        replace: take over a name that is in use. (A function may always replace an earlier definition of itself, as
+            notebooks do.)
+
+    Returns:
+        The function.
+
+    Raises:
+        ValueError: the name is in use, or empty.
+        TypeError: `function` cannot be called.
+    """
+    check_registration(name, function, "function")
+    with _lock:
+        old = _functions.get(name)
+        taken = old is not None and not is_redefinition(old, function)
+        if not replace and (taken or (old is None and name in entry_points("functions"))):
+            raise ValueError(f"the function {name!r} is registered already; pass replace=True to take it over")
+        _functions[name] = function
+    return function
+
+
+def find_function(name: str) -> Callable[..., Any]:
+    """Return the function that is registered under a name, or that an installed package has under it.
+
+    Raises:
+        ConfigError: there is none, or the package's entry point is broken.
+    """
+    if name in _functions:
+        return _functions[name]
+    points = entry_points("functions")
+    if name in points:
+        return load(points[name])
+    known = sorted({*_functions, *points})
+    near = did_you_mean(name, known) or "; write register_function(name, function) before the configuration is read"
+    raise ConfigError(f"function {name!r} not registered{near}. Registered functions: {known}")
+
+
+def to_function(value: Any) -> Any:
+    """Return the function that a registered name stands for, and everything else as it is. It is a converter of attrs."""
+    return find_function(value) if isinstance(value, str) else value
+
+
+def check_function(name: str, value: object) -> str | None:
+    """Check a function that a middleware calls by itself, so one that returns its value at once."""
+    if not callable(value):
+        return f"{name}: expected a function, got {kind_of(value)}"
+    call = value if hasattr(value, "__code__") else getattr(type(value), "__call__", None)  # noqa: B004  # the method itself
+    if iscoroutinefunction(call) or isgeneratorfunction(call) or isasyncgenfunction(call):
+        return (
+            f"{name}: expected a plain function, got one that returns {kind_of(value)} first; write def, not async def"
+        )
+    return None

@@ -1,0 +1,51 @@
+"""What calls share a state by: the provider, the provider and the model, or a key of the user's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, TypeAlias
+
+import attrs
+
+from fluxibly._checks import problem, validator
+from fluxibly.flow import Flow, provider_of
+from fluxibly.functions import check_function, find_function
+from fluxibly.types import ProviderInfo, Request
+
+By: TypeAlias = Literal["provider", "provider and model"] | Callable[[Request], object]
+_WORDS = ("provider", "provider and model")
+
+
+def _to_by(value: Any) -> Any:
+    return find_function(value) if isinstance(value, str) and value not in _WORDS else value
+
+
+def _by_problem(name: str, value: object) -> str | None:
+    if value in _WORDS:
+        return None
+    if not callable(value):
+        return problem(name, "'provider', 'provider and model' or a function of the request", value)
+    return check_function(name, value)
+
+
+def by_field() -> Any:
+    """Return the field `by` of a middleware whose calls share a state: by provider, by provider and model, or by a
+    function of the request.
+    """
+    return attrs.field(default="provider and model", converter=_to_by, validator=validator(_by_problem), kw_only=True)
+
+
+def key_of(request: Request, by: By) -> Flow[str]:
+    """Return the key of the state that a request shares."""
+    info = yield from provider_of(request)
+    return name_of(info, request, by)
+
+
+def name_of(info: ProviderInfo, request: Request, by: By) -> str:
+    """Return the key of the state that a request to a provider shares, such as "openai@api.openai.com:443/gpt-4o"."""
+    if callable(by):
+        return str(by(request))
+    provider = info.name if info.framework == "custom" else info.framework
+    if info.server_address is not None:
+        provider = f"{provider}@{info.server_address}:{info.server_port}"
+    return provider if by == "provider" else f"{provider}/{request.model}"

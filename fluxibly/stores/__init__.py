@@ -1,0 +1,1 @@
+"""Where middleware keep what calls share."""
