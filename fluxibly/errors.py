@@ -199,6 +199,10 @@ class QueueFull(ProviderError):
     """`Concurrency` sent nothing, because too many calls wait already, or this one has waited too long."""
 
 
+class StoreError(FluxiblyError):
+    """A store that middleware share something in has failed; `__cause__` is its error. See `on_store_error`."""
+
+
 REFUSALS = (CircuitOpen, RateLimitWait, QueueFull)
 """The errors of middleware that refuse a call before anything is sent. Another provider may take it."""
 

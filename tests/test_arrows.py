@@ -23,7 +23,7 @@ MODULES = {
 DATA = "data"
 SIDE = "side"
 ROOMS = {
-    "types calls limits messages parts errors aggregate provider _checks _dicts _extras _formats _merging _roots _values _states": DATA,
+    "types calls limits messages parts errors aggregate provider _checks _dicts _durations _extras _formats _merging _roots _values _states": DATA,
     "_masking _logs _abandoned _loops _plugins _schema _threads _yaml functions signals": SIDE,
     "config": "config",
     "target": "target",

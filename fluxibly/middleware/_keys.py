@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal, TypeAlias
 
-import attrs
-
-from fluxibly._checks import problem, validator
+from fluxibly._checks import problem
 from fluxibly.flow import Flow, provider_of
 from fluxibly.functions import check_function, find_function
 from fluxibly.types import ProviderInfo, Request
@@ -16,23 +14,18 @@ By: TypeAlias = Literal["provider", "provider and model"] | Callable[[Request], 
 _WORDS = ("provider", "provider and model")
 
 
-def _to_by(value: Any) -> Any:
+def to_by(value: Any) -> Any:
+    """Return what a `by` stands for, where YAML may have the name of a function. It is a converter of attrs."""
     return find_function(value) if isinstance(value, str) and value not in _WORDS else value
 
 
-def _by_problem(name: str, value: object) -> str | None:
+def check_by(name: str, value: object) -> str | None:
+    """Check a `by`."""
     if value in _WORDS:
         return None
     if not callable(value):
         return problem(name, "'provider', 'provider and model' or a function of the request", value)
     return check_function(name, value)
-
-
-def by_field() -> Any:
-    """Return the field `by` of a middleware whose calls share a state: by provider, by provider and model, or by a
-    function of the request.
-    """
-    return attrs.field(default="provider and model", converter=_to_by, validator=validator(_by_problem), kw_only=True)
 
 
 def key_of(request: Request, by: By) -> Flow[str]:

@@ -14,7 +14,8 @@ from fluxibly import errors
 from fluxibly.errors import ProviderError
 from fluxibly.providers.dialects.errors import EXCERPT_LENGTH, error_of_payload, error_of_response, read_report
 from fluxibly.providers.dialects.openai_chat import OpenAICodec
-from fluxibly.providers.dialects.retry_after import duration, retry_after_of
+from fluxibly._durations import duration
+from fluxibly.providers.dialects.retry_after import retry_after_of
 
 NOW = 1_700_000_000.0
 

@@ -9,6 +9,7 @@ from fluxibly.errors import ServerError, StreamInterrupted
 from fluxibly.flow import Middleware, compose, perform, sleep
 from fluxibly.flow.compose import layer_name, send
 from fluxibly.flow.effects import END, Perform, Release, Send, Sleep, Source
+from fluxibly.signals import Signal
 from fluxibly.types import Chunk, Request, Response, Usage, observed
 
 REQUEST = Request(model="m", messages="hi")

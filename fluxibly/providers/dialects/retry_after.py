@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
-from email.utils import parsedate_to_datetime
 from typing import Any, cast
+
+from fluxibly._durations import date_of, duration, number_of
 
 _EPOCH_SECONDS = 1e9
 """A reset "time" above this is seconds since 1970 rather than a wait; above a thousand times this, milliseconds."""
 
-_DURATION = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m(?!s))?(?:(\d+(?:\.\d+)?)s)?(?:(\d+(?:\.\d+)?)ms)?", re.ASCII)
 _TRY_AGAIN_IN = re.compile(
     r"(?:try again|retry) (?:in|after) ((?:\d+(?:\.\d+)?(?:ms|[dhms]))+)", re.ASCII | re.IGNORECASE
 )
@@ -32,7 +31,7 @@ def retry_after_of(headers: Mapping[str, str], payload: object, message: str, *,
         message: the service's message.
         now: the current time in seconds since 1970, for the dates.
     """
-    milliseconds = _number(headers.get("retry-after-ms"))
+    milliseconds = number_of(headers.get("retry-after-ms"))
     hints = (
         None if milliseconds is None else milliseconds / 1_000,
         _retry_after(headers, now),
@@ -57,18 +56,6 @@ def retry_info(payload: object) -> float | None:
     return None
 
 
-def duration(text: str) -> float | None:
-    """Return the seconds of "48s", "6m0s", "1.5s", "20ms", "1d2h", or of a bare number from 0; None for other text."""
-    number = _number(text)
-    if number is not None:
-        return number
-    match = _DURATION.fullmatch(text.strip())
-    if match is None or not match[0]:
-        return None
-    days, hours, minutes, seconds, milliseconds = (float(part or 0) for part in match.groups())
-    return _finite(days * 86_400 + hours * 3_600 + minutes * 60 + seconds + milliseconds / 1_000)
-
-
 def _retry_after(headers: Mapping[str, str], now: float) -> float | None:
     value = headers.get("retry-after")
     if not value:
@@ -76,10 +63,10 @@ def _retry_after(headers: Mapping[str, str], now: float) -> float | None:
     seconds = duration(value)
     if seconds is not None:
         return seconds
-    moment = _date(value)
+    moment = date_of(value)
     if moment is None:
         return None
-    server_now = _date(headers.get("date", ""))  # the server's clock may differ from the local clock
+    server_now = date_of(headers.get("date", ""))  # the server's clock may differ from the local clock
     return max(0.0, moment - (now if server_now is None else server_now))
 
 
@@ -111,23 +98,3 @@ def _in_message(message: str) -> float | None:
 
 def _field(value: object, name: str) -> Any:
     return cast("dict[str, Any]", value).get(name) if isinstance(value, dict) else None
-
-
-def _number(text: str | None) -> float | None:
-    """Return the number from 0 that a text is; None for other text."""
-    try:
-        number = float(text or "")
-    except ValueError:
-        return None
-    return _finite(number) if number >= 0 else None
-
-
-def _finite(number: float) -> float | None:
-    return number if math.isfinite(number) else None
-
-
-def _date(text: str) -> float | None:
-    try:
-        return parsedate_to_datetime(text).timestamp()
-    except (ValueError, OverflowError):
-        return None

@@ -1,0 +1,121 @@
+"""How many tokens a call will take, learned from the calls before it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+from fluxibly._checks import is_number, kind_of
+from fluxibly.errors import StreamInterrupted
+from fluxibly.types import CallRecord, Request, Text, Usage
+
+_BYTES_A_TOKEN = 3.5
+"""As measured for common tokenizers: English has more, other scripts and JSON have less."""
+FIRST_OUTPUT = 256.0
+"""The output tokens that are expected before any call has shown how many there are."""
+_MEMORY = 50
+"""About so many calls are remembered."""
+_MODELS = 1000
+"""The most models to remember."""
+
+
+class Estimate(NamedTuple):
+    """The tokens that a call is expected to take."""
+
+    input: float
+    output: float
+    size: int
+    """The bytes of the request's texts."""
+    total: float
+
+
+class _Learned:
+    """The means of one model."""
+
+    __slots__ = ("calls", "input_per_byte", "output")
+
+    def __init__(self, output: float) -> None:
+        self.calls = 0
+        self.input_per_byte = 1 / _BYTES_A_TOKEN
+        self.output = output
+
+
+class Estimates:
+    """The estimates of one middleware. Threads may lose one another's updates, which does no harm to a mean.
+
+    Args:
+        own: the user's function, which returns the tokens of a request. None: they are learned from usage.
+        middleware: the name of its class.
+        output: the output tokens to expect before any call has shown how many there are.
+    """
+
+    def __init__(self, own: Callable[[Request], float] | None, middleware: str, output: float = FIRST_OUTPUT) -> None:
+        self._own = own
+        self._middleware = middleware
+        self._output = output
+        self._models: dict[str, _Learned] = {}
+
+    def of(self, request: Request, name: str) -> Estimate:
+        """Estimate a request. `name` is the model's, with its provider's."""
+        learned = self._models.get(name)
+        if learned is None:
+            if len(self._models) >= _MODELS:
+                self._models.clear()
+            learned = self._models[name] = _Learned(self._output)
+        size = size_of(request)
+        input_tokens = size * learned.input_per_byte + 1
+        output = learned.output if request.max_tokens is None else min(learned.output, request.max_tokens)
+        if self._own is None:
+            return Estimate(input_tokens, output, size, input_tokens + output)
+        total = self._own(request)
+        if not is_number(total) or not 0 <= total < math.inf:
+            got = kind_of(total) if not is_number(total) else repr(total)
+            raise TypeError(
+                f"{self._middleware}: expected a number of tokens from 0 up from estimate(request), got {got}"
+            )
+        return Estimate(min(input_tokens, total), max(0.0, total - input_tokens), size, total)
+
+    def learn(self, name: str, estimate: Estimate, usage: Usage) -> None:
+        """Learn from what an answer has used."""
+        learned = self._models.get(name)
+        if learned is None:
+            return
+        learned.calls += 1
+        weight = 1 / min(learned.calls, _MEMORY)
+        if usage.input_tokens is not None and estimate.size:
+            learned.input_per_byte += weight * (usage.input_tokens / estimate.size - learned.input_per_byte)
+        if usage.output_tokens is not None:
+            learned.output += weight * (usage.output_tokens - learned.output)
+
+    def taken(self, name: str, estimate: Estimate, call: CallRecord, error: BaseException | None) -> float:
+        """Return the tokens that count for the last attempt of a call, which ended with an error or without.
+
+        Without usage: nothing, if it failed before output; the estimated input, if it was cut off before output; after
+        output, the estimated input and what the characters that came are worth.
+        """
+        if call.usage is not None and call.usage.total_tokens is not None:
+            return float(call.usage.total_tokens)
+        if error is None:
+            return estimate.total
+        characters = len(error.partial.text) if isinstance(error, StreamInterrupted) else call.characters
+        if characters:
+            learned = self._models.get(name)
+            return estimate.input + characters * (1 / _BYTES_A_TOKEN if learned is None else learned.input_per_byte)
+        return 0.0 if isinstance(error, Exception) else estimate.input
+
+
+def size_of(request: Request) -> int:
+    """Return the bytes of a request's texts and tools. Media are not counted: what they take is learned with the rest."""
+    size = 0
+    for message in request.messages:
+        for part in message.content:
+            if isinstance(part, Text):
+                size += _length(part.text)
+    for tool in request.tools:
+        size += _length(tool.description or "") + len(repr(tool.parameters))
+    return size
+
+
+def _length(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode(errors="surrogatepass"))

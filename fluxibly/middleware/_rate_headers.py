@@ -1,0 +1,62 @@
+"""The rate limits that services send with their answers, in the headers of OpenAI's and Anthropic's families."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from datetime import datetime
+from typing import NamedTuple
+
+from fluxibly._durations import date_of, duration, number_of
+
+_SHORTEST = 0.001
+"""Below this many seconds, rounding hides the rate."""
+
+
+class Told(NamedTuple):
+    """A limit as a service has it just now."""
+
+    name: str
+    """ "requests" or "tokens"."""
+    rate: float
+    """At least so many units a second are allowed until the limit is reset."""
+    seconds: float
+    """The seconds until then."""
+
+
+def told_limits(headers: Mapping[str, str]) -> Iterator[Told]:
+    """Yield the limits of an answer's headers, which have lower-case names."""
+    for name in ("requests", "tokens"):
+        yield from _told(
+            name,
+            headers.get(f"x-ratelimit-limit-{name}"),
+            headers.get(f"x-ratelimit-remaining-{name}"),
+            duration(headers.get(f"x-ratelimit-reset-{name}", "")),
+        )
+        # Where a service counts input and output apart, the sum is that of the limit that is nearest.
+        yield from _told(
+            name,
+            headers.get(f"anthropic-ratelimit-{name}-limit"),
+            headers.get(f"anthropic-ratelimit-{name}-remaining"),
+            _until(headers.get(f"anthropic-ratelimit-{name}-reset", ""), headers.get("date", "")),
+        )
+
+
+def _told(name: str, limit: str | None, remaining: str | None, seconds: float | None) -> Iterator[Told]:
+    total, left = number_of(limit), number_of(remaining)
+    if total is None or left is None or seconds is None or seconds < _SHORTEST or not total:
+        return
+    # The reset is the time until all of the limit is there again. A bucket that fills steadily gives back what is used at
+    # `used / seconds`; a window that ends then still has `left / seconds`. The headers do not say which of the two it is,
+    # so the larger rate holds: it lowers a bucket's rate to what it is once half of it is used.
+    yield Told(name, max(left, total - left) / seconds, seconds)
+
+
+def _until(moment: str, date: str) -> float | None:
+    """Return the seconds from a response's own date, or now, to a moment (RFC 3339)."""
+    try:
+        then = datetime.fromisoformat(moment).timestamp()
+    except (ValueError, OverflowError):
+        return None
+    now = date_of(date)
+    return max(0.0, then - (time.time() if now is None else now))

@@ -1,0 +1,254 @@
+"""Middleware that keeps calls under a rate of requests and tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import attrs
+
+from fluxibly._checks import number, one_of, validator
+from fluxibly._logs import log_decision
+from fluxibly.errors import REFUSALS, ConfigError, ProviderError, RateLimitWait, root_cause
+from fluxibly.flow import CallNext, Flow, provider_of
+from fluxibly.functions import check_function, to_function
+from fluxibly.middleware._estimates import FIRST_OUTPUT, Estimate, Estimates
+from fluxibly.middleware._keys import By, check_by, name_of, to_by
+from fluxibly.middleware._rate_headers import told_limits
+from fluxibly.middleware._shared import (
+    ON_STORE_ERROR,
+    OnStoreError,
+    Shared,
+    new_name,
+    run_later,
+    wait_for_turn,
+)
+from fluxibly.stores import Limit, Store, Turn, to_store
+from fluxibly.types import ProviderInfo, Request, Response
+
+_optional = attrs.validators.optional
+_MOST_LOWERED = 10_000
+
+
+class _Use:
+    """What one call takes of the limits, and what has become of it."""
+
+    __slots__ = (
+        "attempts",
+        "cost",
+        "error",
+        "estimate",
+        "info",
+        "key",
+        "name",
+        "request",
+        "reserved",
+        "response",
+        "who",
+    )
+
+    def __init__(self, request: Request, info: ProviderInfo, name: str) -> None:
+        self.request = request
+        self.info = info
+        self.name = name
+        """The provider and the model, or whatever else has limits of its own."""
+        self.key = f"rate {name}"
+        self.who = new_name()
+        self.attempts = request.call.attempts
+        """The attempts of the call before this one."""
+        self.estimate: Estimate | None = None
+        self.cost = 0.0
+        """The tokens that were reserved."""
+        self.reserved = False
+        self.response: Response | None = None
+        self.error: BaseException | None = None
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class RateLimit:
+    """Middleware that keeps calls under a rate. Calls that are too early wait, first come, first served.
+
+    Both limits are kept at once, by the generic cell rate algorithm (GCRA, ITU-T I.371): calls are spread evenly, after a
+    `burst` that a pause allows. The tokens of a call are estimated before it is sent, learned from the usage of earlier
+    calls, and corrected when its usage is known. What failed before any output gives its tokens back; the request is never
+    given back.
+
+    Args:
+        requests: the most requests in `per` seconds; None: no limit.
+        tokens: the most tokens in `per` seconds, input and output together; None: no limit.
+        per: the seconds that they are for.
+        burst: the requests that may go at once after a pause; tokens, where only `tokens` is given. By default what one
+            second allows, and at least one call.
+        max_wait: the most seconds to wait. A call that would wait longer is refused at once.
+        learn: whether the rate-limit headers of answers (`x-ratelimit-*`, `anthropic-ratelimit-*`) lower the rate, never
+            above the numbers given here, and `Retry-After` stops all calls that share the limit.
+        estimate: a function that returns the tokens of a request, in place of the learned estimate.
+        give_back: whether a call that took fewer tokens than estimated gives the rest back. Without it the limit holds
+            strictly, and less of it is used.
+        by: what has limits of its own: "provider", "provider and model" (the default), or what a function of the request
+            returns.
+        store: where the state is: "memory" (the default: each instance has its own), or a `fluxibly.stores.Store`.
+        block: the seconds for which a process reserves ahead in a store that does I/O. A memory store needs none.
+        on_store_error: what happens when the store fails: "local" keeps the limit in this process until it works again,
+            "raise" raises `StoreError`, "open" lets calls pass.
+
+    Raises:
+        RateLimitWait: the wait would be longer than `max_wait`. `retry_after` is that wait.
+        ConfigError: neither `requests` nor `tokens` is given.
+    """
+
+    requests: float | None = attrs.field(default=None, validator=_optional(validator(number, above=0)))
+    tokens: float | None = attrs.field(default=None, validator=_optional(validator(number, above=0)))
+    per: float = attrs.field(default=60.0, validator=validator(number, above=0))
+    burst: float | None = attrs.field(default=None, validator=_optional(validator(number, 1)))
+    max_wait: float = attrs.field(default=60.0, validator=validator(number, 0))
+    learn: bool = attrs.field(default=True, validator=attrs.validators.instance_of(bool))
+    estimate: Callable[[Request], float] | None = attrs.field(
+        default=None, converter=to_function, validator=_optional(validator(check_function))
+    )
+    give_back: bool = attrs.field(default=True, validator=attrs.validators.instance_of(bool))
+    by: By = attrs.field(default="provider and model", converter=to_by, validator=validator(check_by))
+    store: Store = attrs.field(default=None, converter=to_store)
+    block: float = attrs.field(default=0.1, validator=validator(number, 0))
+    on_store_error: OnStoreError = attrs.field(default="local", validator=validator(one_of, ON_STORE_ERROR))
+    _shared: Shared = attrs.field(init=False, repr=False)
+    _estimates: Estimates = attrs.field(init=False, repr=False)
+    _limits: tuple[Limit, ...] = attrs.field(init=False, repr=False)
+    """The limits, and what a call without tokens takes of them."""
+    _lowered: dict[tuple[str, str], None] = attrs.field(init=False, repr=False, factory=dict[tuple[str, str], None])
+    """The limits, by key and name, that the headers of an answer have lowered."""
+
+    def __attrs_post_init__(self) -> None:
+        if self.requests is None and self.tokens is None:
+            raise ConfigError("RateLimit: expected requests=… or tokens=…, got neither; write RateLimit(requests=600)")
+        limits: list[Limit] = []
+        first_output = FIRST_OUTPUT
+        if self.requests is not None:
+            rate = self.requests / self.per
+            limits.append(Limit("requests", rate, max(1.0, rate) if self.burst is None else self.burst, 1.0))
+        if self.tokens is not None:
+            rate = self.tokens / self.per
+            own_burst = None if self.requests is not None else self.burst
+            limits.append(Limit("tokens", rate, rate if own_burst is None else own_burst, 0.0))
+            first_output = min(first_output, self.tokens / 10)
+        made = {
+            "_shared": Shared(self.store, self.on_store_error, "RateLimit"),
+            "_estimates": Estimates(self.estimate, "RateLimit", first_output),
+            "_limits": tuple(limits),
+        }
+        for name, value in made.items():
+            object.__setattr__(self, name, value)
+
+    def __call__(self, request: Request, call_next: CallNext) -> Flow[Response]:
+        call, shared = request.call, self._shared
+        info = yield from provider_of(request)
+        use = _Use(request, info, name_of(info, request, self.by))
+        limits = self._limits if self.tokens is None else self._with_tokens(use)
+        ending = None if shared.local else run_later(call, shared, partial(self._settle, use))
+        try:
+            if ending is None:
+                turn = shared.store.reserve(use.key, use.who, limits, call.clock())
+            else:
+                turn = yield from shared.ask(call, "reserve", use.key, use.who, limits)
+            if turn is not None:
+                yield from self._wait(use, limits, turn)
+            use.reserved = True
+            use.response = response = yield from call_next(request)
+        except BaseException as error:
+            use.error = error
+            if ending is not None and isinstance(error, Exception):
+                yield from ending.run()
+            raise
+        finally:
+            if ending is None:
+                for method, *args in self._settle(use):
+                    getattr(shared.store, method)(*args, call.clock())
+        if ending is not None:
+            yield from ending.run()
+        return response
+
+    def _with_tokens(self, use: _Use) -> tuple[Limit, ...]:
+        """Estimate the tokens of a call, and return the limits with what it takes of them.
+
+        Raises:
+            RateLimitWait: the user's estimate is above the user's `burst`, so that no wait would be long enough.
+        """
+        use.estimate = self._estimates.of(use.request, use.name)
+        *others, (name, rate, burst, _) = self._limits
+        use.cost = use.estimate.total
+        if self.burst is None or self.requests is not None:
+            burst = max(burst, use.cost)
+        elif use.cost > burst:
+            if self.estimate is not None:
+                raise self._refusal(use, f"its {use.cost:.0f} tokens are more than burst={burst:g}", None)
+            use.cost = burst  # a guess may be wrong, and is corrected afterwards
+        return (*others, Limit(name, rate, burst, use.cost))
+
+    def _wait(self, use: _Use, limits: tuple[Limit, ...], turn: Turn) -> Flow[None]:
+        def refuse(turn: Turn, waited: float) -> RateLimitWait:
+            why = f"it would wait {waited + turn.seconds:.3g} s (max_wait={self.max_wait:g}), with {turn.ahead} calls ahead"
+            return self._refusal(use, why, turn.seconds)
+
+        ask = partial(self._shared.ask, use.request.call, "reserve", use.key, use.who, limits)
+        waited = yield from wait_for_turn(use.request, ask, turn, self.max_wait, refuse)
+        log_decision(use.request, "RateLimit", f"let the call wait {waited:.3g} s ({self._numbers()})")
+
+    def _refusal(self, use: _Use, why: str, wait: float | None) -> RateLimitWait:
+        request, info = use.request, use.info
+        log_decision(request, "RateLimit", f"refuses the call: {why} ({self._numbers()})")
+        return RateLimitWait(
+            f"RateLimit ({self._numbers()}) refuses a call of {request.model} at {info.name}: {why}; send fewer calls, or "
+            "ask another provider",
+            retry_after=wait,
+            provider=info.framework,
+            model=request.model,
+        )
+
+    def _numbers(self) -> str:
+        given = {"requests": self.requests, "tokens": self.tokens, "per": self.per}
+        return ", ".join([f"{name}={value:g}" for name, value in given.items() if value is not None])
+
+    def _settle(self, use: _Use) -> list[tuple[Any, ...]]:
+        """Return what the store has to do when a call ends, as calls of its methods."""
+        if not use.reserved:
+            return [("release", use.key, use.who)]
+        calls: list[tuple[Any, ...]] = []
+        call = use.request.call
+        sent = call.attempts > use.attempts
+        if use.estimate is not None:
+            taken = self._estimates.taken(use.name, use.estimate, call, use.error) if sent else 0.0
+            if sent and call.usage is not None:
+                self._estimates.learn(use.name, use.estimate, call.usage)
+            more = taken - use.cost
+            if more > 0 or (more < 0 and self.give_back):
+                calls.append(("correct", use.key, self._limits[-1]._replace(cost=more)))
+        if sent and self.learn:
+            calls += self._learned(use)
+        use.error = None  # its frames refer to the call
+        return calls
+
+    def _learned(self, use: _Use) -> list[tuple[Any, ...]]:
+        """Return what the store has to do because of the headers of an answer."""
+        cause = None if use.error is None else root_cause(use.error)
+        refusal = cause if isinstance(cause, ProviderError) and not isinstance(cause, REFUSALS) else None
+        answer = use.response or refusal
+        if answer is None:
+            return []
+        calls: list[tuple[Any, ...]] = []
+        if answer.rate_limits:
+            told = {each.name: each for each in told_limits(answer.rate_limits)}
+            for limit in self._limits:
+                now, place = told.get(limit.name), (use.key, limit.name)
+                # What was lowered rises again, but never above the numbers that the user gave.
+                if now is not None and (now.rate < limit.rate or place in self._lowered):
+                    calls.append(("throttle", use.key, limit.name, now.rate, now.seconds))
+                    if len(self._lowered) >= _MOST_LOWERED:
+                        self._lowered.clear()
+                    self._lowered[place] = None
+        if refusal is not None and refusal.retry_after is not None and 0 < refusal.retry_after < math.inf:
+            calls.append(("throttle", use.key, "requests", 0.0, refusal.retry_after))
+            what = f"stops all calls of {use.name} for {refusal.retry_after:.3g} s, as the service asked"
+            log_decision(use.request, "RateLimit", what)
+        return calls

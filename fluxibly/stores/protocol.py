@@ -1,0 +1,133 @@
+"""`Store`: what a store does for the middleware that share something."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+from fluxibly._checks import kind_of
+from fluxibly.errors import ConfigError
+from fluxibly.signals import Signal
+
+
+class Limit(NamedTuple):
+    """One of the limits that a call has to keep, and what the call takes of it."""
+
+    name: str
+    """What is counted, such as "requests" or "tokens"."""
+    rate: float
+    """Units a second, above 0."""
+    burst: float
+    """The units that may be taken at once after a pause."""
+    cost: float
+    """The units that the call takes, from 0 up."""
+
+
+class Turn(NamedTuple):
+    """The wait of a call that has not got what it asked for. It asks again after `seconds`, or when `signal` is set."""
+
+    seconds: float
+    """The estimated wait. It may be infinite, where only other calls can say when they end."""
+    ahead: int
+    """The number of calls that wait before this one."""
+    signal: Signal | None
+    """Set when asking again is worth it. None, where a store cannot say: ask again after half of `seconds` or so."""
+
+
+class Entry(NamedTuple):
+    """A value that a store keeps."""
+
+    value: bytes
+    left: float
+    """The seconds until it is forgotten; infinite if it is kept for good."""
+
+
+@runtime_checkable
+class Store(Protocol):
+    """What middleware share, under keys. Each method is atomic, and is called from any thread or event loop.
+
+    Every method has a twin for async calls, whose name begins with "a". A store that does no I/O sets `local`: the methods
+    are then called where the call is, and the twins are never used.
+
+    `now` is the caller's time in seconds of a monotonic clock. A store with a clock of its own (a server) ignores it.
+    `who` names one call, the same in all methods. What a store keeps for a key it may forget once nothing depends on it.
+
+    Errors of a store are handled by the middleware, as its `on_store_error` says.
+    """
+
+    local: bool
+
+    def reserve(self, key: str, who: str, limits: tuple[Limit, ...], now: float) -> Turn | None:
+        """Take what a call costs of several limits, all or nothing: None if it may go, else its turn in the queue.
+
+        First come, first served. Each limit is a generic cell rate algorithm (GCRA, as in ITU-T I.371). A call keeps its
+        place in the queue until it has got what it needs, or `release` ends its wait.
+        """
+        ...
+
+    def correct(self, key: str, limit: Limit, now: float) -> None:
+        """Take `limit.cost` more, or give it back if it is negative. It refuses nothing."""
+        ...
+
+    def throttle(self, key: str, name: str, rate: float, seconds: float, now: float) -> None:
+        """Let a limit of that name have at most `rate` units a second, for the next `seconds`. 0: let nothing pass."""
+        ...
+
+    def lease(self, key: str, who: str, size: int, now: float, *, wait: bool = True) -> Turn | None:
+        """Take one of `size` places: None if the call has got it, else its turn in the queue. Without `wait`, it has none."""
+        ...
+
+    def renew(self, key: str, who: str, now: float) -> bool:
+        """Keep a place for longer. Return whether it was still held. A store with such limits renews by itself."""
+        ...
+
+    def release(self, key: str, who: str, now: float) -> None:
+        """Give a place back, or leave the queue of `reserve` or `lease`. Otherwise do nothing."""
+        ...
+
+    def add(self, key: str, amount: float, per: float | None, now: float, *, most: float | None = None) -> float | None:
+        """Add to a sum over the last `per` seconds (None: for good), and return it. None: it would exceed `most`."""
+        ...
+
+    def load(self, key: str, now: float) -> Entry | None:
+        """Return the value under a key, or None."""
+        ...
+
+    def save(self, key: str, value: bytes | None, seconds: float | None, now: float) -> None:
+        """Keep a value for `seconds` (None: for good). The value None forgets the key, and its sum."""
+        ...
+
+    async def areserve(self, key: str, who: str, limits: tuple[Limit, ...], now: float) -> Turn | None: ...
+    async def acorrect(self, key: str, limit: Limit, now: float) -> None: ...
+    async def athrottle(self, key: str, name: str, rate: float, seconds: float, now: float) -> None: ...
+    async def alease(self, key: str, who: str, size: int, now: float, *, wait: bool = True) -> Turn | None: ...
+    async def arenew(self, key: str, who: str, now: float) -> bool: ...
+    async def arelease(self, key: str, who: str, now: float) -> None: ...
+    async def aadd(
+        self, key: str, amount: float, per: float | None, now: float, *, most: float | None = None
+    ) -> float | None: ...
+    async def aload(self, key: str, now: float) -> Entry | None: ...
+    async def asave(self, key: str, value: bytes | None, seconds: float | None, now: float) -> None: ...
+
+
+def to_store(value: Any) -> Any:
+    """Return the store that a URL stands for: None and "memory" are a new `MemoryStore`. It is a converter of attrs.
+
+    Raises:
+        ConfigError: it is neither a URL of a known kind nor a store.
+    """
+    if value is None or value == "memory":
+        from fluxibly.stores.memory import MemoryStore
+
+        return MemoryStore()
+    expected = "store: expected 'memory' or an object with the methods of fluxibly.stores.Store"
+    if isinstance(value, str):
+        raise ConfigError(f"{expected}, got the URL {value.partition(':')[0] + ':…' if ':' in value else value!r}")
+    if isinstance(value, type):
+        raise ConfigError(f"{expected}, got the class {value.__name__}; write {value.__name__}()")
+    missing = [name for name in _METHODS if not callable(getattr(value, name, None))]
+    if missing:
+        raise ConfigError(f"{expected}, got {kind_of(value)} without {', '.join(missing)}")
+    return value
+
+
+_METHODS = tuple(name for name in vars(Store) if not name.startswith("_") and name != "local")
