@@ -32,6 +32,13 @@ class ProviderInfo(Value):
     server_address: str | None = None
     server_port: int | None = None
     in_process: bool = False
+    key: str = attrs.field(init=False, eq=False, repr=False)
+    """The provider and its server, such as "openai@api.openai.com:443", for state that is kept for each provider."""
+
+    def __attrs_post_init__(self) -> None:
+        who = self.name if self.framework == "custom" else self.framework
+        server = "" if self.server_address is None else f"@{self.server_address}:{self.server_port}"
+        object.__setattr__(self, "key", who + server)
 
 
 UNKNOWN = ProviderInfo()

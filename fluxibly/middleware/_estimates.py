@@ -111,11 +111,8 @@ def size_of(request: Request) -> int:
     for message in request.messages:
         for part in message.content:
             if isinstance(part, Text):
-                size += _length(part.text)
+                text = part.text
+                size += len(text) if text.isascii() else len(text.encode(errors="surrogatepass"))
     for tool in request.tools:
-        size += _length(tool.description or "") + len(repr(tool.parameters))
+        size += len(tool.description or "") + len(repr(tool.parameters))
     return size
-
-
-def _length(text: str) -> int:
-    return len(text) if text.isascii() else len(text.encode(errors="surrogatepass"))

@@ -30,15 +30,11 @@ def check_by(name: str, value: object) -> str | None:
 
 def key_of(request: Request, by: By) -> Flow[str]:
     """Return the key of the state that a request shares."""
-    info = yield from provider_of(request)
-    return name_of(info, request, by)
+    return name_of((yield from provider_of(request)), request, by)
 
 
 def name_of(info: ProviderInfo, request: Request, by: By) -> str:
     """Return the key of the state that a request to a provider shares, such as "openai@api.openai.com:443/gpt-4o"."""
-    if callable(by):
-        return str(by(request))
-    provider = info.name if info.framework == "custom" else info.framework
-    if info.server_address is not None:
-        provider = f"{provider}@{info.server_address}:{info.server_port}"
-    return provider if by == "provider" else f"{provider}/{request.model}"
+    if by == "provider and model":
+        return f"{info.key}/{request.model}"
+    return info.key if by == "provider" else str(by(request))

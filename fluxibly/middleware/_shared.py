@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Awaitable, Callable
 from functools import partial
 from itertools import count
-from os import getpid
 from typing import Any, Literal, TypeAlias
 
 from fluxibly._logs import report_once
@@ -26,8 +26,23 @@ _numbers = count()
 
 
 def new_name() -> str:
-    """Return a name that no other call has, in this process or another on this machine."""
-    return f"{getpid()}.{next(_numbers)}"
+    """Return a name that no other call has, in this process or another."""
+    return f"{_process.name}{next(_numbers)}"
+
+
+class _Process:
+    """The part of a name that no other process has. A forked process gets its own."""
+
+    def __init__(self) -> None:
+        self.renew()
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self.renew)
+
+    def renew(self) -> None:
+        self.name = f"{os.urandom(8).hex()}."
+
+
+_process = _Process()
 
 
 class Shared:

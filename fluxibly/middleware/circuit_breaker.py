@@ -74,7 +74,7 @@ class CircuitBreaker:
 
     def __call__(self, request: Request, call_next: CallNext) -> Flow[Response]:
         call, shared = request.call, self._shared
-        info = yield from provider_of(request)
+        info = call.info_of(None) if request.target is None else (yield from provider_of(request))
         key = f"circuit {name_of(info, request, self.by)}"
         opened: Entry | None
         if shared.local:

@@ -59,7 +59,7 @@ class Concurrency:
 
     def __call__(self, request: Request, call_next: CallNext) -> Flow[Response]:
         call, shared = request.call, self._shared
-        info = yield from provider_of(request)
+        info = call.info_of(None) if request.target is None else (yield from provider_of(request))
         name = name_of(info, request, self.by)
         key, who = f"concurrency {name}", new_name()
         if shared.local:

@@ -35,19 +35,12 @@ _MOST_LOWERED = 10_000
 class _Use:
     """What one call takes of the limits, and what has become of it."""
 
-    __slots__ = (
-        "attempts",
-        "cost",
-        "error",
-        "estimate",
-        "info",
-        "key",
-        "name",
-        "request",
-        "reserved",
-        "response",
-        "who",
-    )
+    estimate: Estimate | None = None
+    cost = 0.0
+    """The tokens that were reserved."""
+    reserved = False
+    response: Response | None = None
+    error: BaseException | None = None
 
     def __init__(self, request: Request, info: ProviderInfo, name: str) -> None:
         self.request = request
@@ -58,12 +51,6 @@ class _Use:
         self.who = new_name()
         self.attempts = request.call.attempts
         """The attempts of the call before this one."""
-        self.estimate: Estimate | None = None
-        self.cost = 0.0
-        """The tokens that were reserved."""
-        self.reserved = False
-        self.response: Response | None = None
-        self.error: BaseException | None = None
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -143,7 +130,7 @@ class RateLimit:
 
     def __call__(self, request: Request, call_next: CallNext) -> Flow[Response]:
         call, shared = request.call, self._shared
-        info = yield from provider_of(request)
+        info = call.info_of(None) if request.target is None else (yield from provider_of(request))
         use = _Use(request, info, name_of(info, request, self.by))
         limits = self._limits if self.tokens is None else self._with_tokens(use)
         ending = None if shared.local else run_later(call, shared, partial(self._settle, use))
@@ -158,16 +145,21 @@ class RateLimit:
             use.response = response = yield from call_next(request)
         except BaseException as error:
             use.error = error
-            if ending is not None and isinstance(error, Exception):
+            if ending is None:
+                self._settle_now(use)
+            elif isinstance(error, Exception):
                 yield from ending.run()
             raise
-        finally:
-            if ending is None:
-                for method, *args in self._settle(use):
-                    getattr(shared.store, method)(*args, call.clock())
         if ending is not None:
             yield from ending.run()
+        elif use.estimate is not None or response.rate_limits:
+            self._settle_now(use)
         return response
+
+    def _settle_now(self, use: _Use) -> None:
+        store, now = self._shared.store, use.request.call.clock()
+        for method, *args in self._settle(use):
+            getattr(store, method)(*args, now)
 
     def _with_tokens(self, use: _Use) -> tuple[Limit, ...]:
         """Estimate the tokens of a call, and return the limits with what it takes of them.
@@ -223,7 +215,8 @@ class RateLimit:
                 self._estimates.learn(use.name, use.estimate, call.usage)
             more = taken - use.cost
             if more > 0 or (more < 0 and self.give_back):
-                calls.append(("correct", use.key, self._limits[-1]._replace(cost=more)))
+                name, rate, burst, _ = self._limits[-1]
+                calls.append(("correct", use.key, Limit(name, rate, burst, more)))
         if sent and self.learn:
             calls += self._learned(use)
         use.error = None  # its frames refer to the call

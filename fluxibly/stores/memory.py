@@ -82,26 +82,37 @@ class _Rates(_Queue[tuple[Limit, ...]]):
         return 1.0 / limit.rate
 
     def reserve(self, who: str, limits: tuple[Limit, ...], now: float) -> Turn | None:
-        waits = who in self.waiting
-        others = self.ahead(who) if waits else ()
-        ahead = len(others) if waits else len(self.waiting)
-        wait = max(0.0, self.closed_until - now)
+        wait = self.closed_until - now
+        ahead = 0
+        if self.waiting:
+            ahead = len(self.ahead(who)) if who in self.waiting else len(self.waiting)
         taken: list[tuple[str, float]] = []
         for limit in limits:
-            gap = self.gap(limit, now)
-            before = self.queued.get(limit.name, 0.0) if not waits else _needed(others, limit.name)
-            arrival = max(self.arrivals.get(limit.name, now), now) + limit.cost * gap
-            taken.append((limit.name, arrival))
-            wait = max(wait, arrival + before * gap - now - limit.burst * gap)
+            name, rate, burst, cost = limit
+            gap = self.gap(limit, now) if self.ceilings else 1.0 / rate
+            arrival = self.arrivals.get(name, now)
+            arrival = (arrival if arrival > now else now) + cost * gap
+            taken.append((name, arrival))
+            needed = arrival - now - burst * gap
+            if ahead:
+                needed += self._needed(who, name) * gap
+            if needed > wait:
+                wait = needed
         # A wait below a nanosecond is a rounding error, and would be asked for again and again.
         if ahead or wait > 1e-9:
-            if not waits:
+            if who not in self.waiting:
                 self._count(limits, 1)
-            return self.turn(who, limits, wait, ahead)
+            return self.turn(who, limits, max(0.0, wait), ahead)
         self.arrivals.update(taken)
-        if waits:
+        if who in self.waiting:
             self.leave(who)
         return None
+
+    def _needed(self, who: str, name: str) -> float:
+        """Return what those who wait before a caller need of a limit."""
+        if who not in self.waiting:
+            return self.queued.get(name, 0.0)
+        return sum([limit.cost for limits in self.ahead(who) for limit in limits if limit.name == name])
 
     def leave(self, who: str, *, wake: bool = True) -> tuple[Limit, ...] | None:
         limits = super().leave(who, wake=wake)
@@ -118,10 +129,6 @@ class _Rates(_Queue[tuple[Limit, ...]]):
         return not self.waiting and now >= max(times)
 
 
-def _needed(others: list[tuple[Limit, ...]] | tuple[()], name: str) -> float:
-    return sum([limit.cost for limits in others for limit in limits if limit.name == name])
-
-
 class _Places(_Queue[None]):
     """The places under one key."""
 
@@ -132,14 +139,26 @@ class _Places(_Queue[None]):
     def lease(self, who: str, size: int, *, wait: bool) -> Turn | None:
         if who in self.held:
             return None
-        ahead = len(self.ahead(who)) if who in self.waiting else len(self.waiting)
+        ahead = 0
+        if self.waiting:
+            ahead = len(self.ahead(who)) if who in self.waiting else len(self.waiting)
         if ahead or len(self.held) >= size:
             return self.turn(who, None, math.inf, ahead) if wait else Turn(math.inf, ahead, None)
         self.held[who] = None
-        self.leave(who, wake=False)
-        if len(self.held) < size:
-            self.wake()
+        if self.waiting:
+            self.leave(who, wake=False)
+            if len(self.held) < size:
+                self.wake()
         return None
+
+    def release(self, who: str) -> None:
+        """Give a place back, or leave the queue."""
+        if who not in self.held:
+            self.leave(who)
+            return
+        del self.held[who]
+        if self.waiting:
+            self.wake()
 
     def is_idle(self, now: float) -> bool:
         return not self.held and not self.waiting
@@ -258,10 +277,8 @@ class MemoryStore:
         with self._lock:
             places = self._places.get(key)
             if places is not None:
-                places.leave(who)
-                if who in places.held:
-                    del places.held[who]
-                    places.wake()
+                places.release(who)
+                return
             rates = self._rates.get(key)
             if rates is not None:
                 rates.leave(who)
