@@ -57,8 +57,9 @@ def find_function(name: str) -> Callable[..., Any]:
     if name in points:
         return load(points[name])
     known = sorted({*_functions, *points})
-    near = did_you_mean(name, known) or "; write register_function(name, function) before the configuration is read"
-    raise ConfigError(f"function {name!r} not registered{near}. Registered functions: {known}")
+    near = did_you_mean(name, known)
+    advice = near or f"; write register_function({name!r}, function) before the configuration is read."
+    raise ConfigError(f"function {name!r} not registered{advice} Registered functions: {known}")
 
 
 def to_function(value: Any) -> Any:
@@ -70,9 +71,8 @@ def check_function(name: str, value: object) -> str | None:
     """Check a function that a middleware calls by itself, so one that returns its value at once."""
     if not callable(value):
         return f"{name}: expected a function, got {kind_of(value)}"
-    call = value if hasattr(value, "__code__") else getattr(type(value), "__call__", None)  # noqa: B004  # the method itself
-    if iscoroutinefunction(call) or isgeneratorfunction(call) or isasyncgenfunction(call):
-        return (
-            f"{name}: expected a plain function, got one that returns {kind_of(value)} first; write def, not async def"
-        )
+    for call in (value, getattr(type(value), "__call__", None)):  # noqa: B004  # the method itself
+        if iscoroutinefunction(call) or isasyncgenfunction(call) or isgeneratorfunction(call):
+            kind = "a generator function" if isgeneratorfunction(call) else "an async function"
+            return f"{name}: expected a plain function, got {kind}; write def, and return the value"
     return None
