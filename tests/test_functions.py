@@ -119,11 +119,11 @@ class TestInConfigurations:
         register_function("words", words)
         with pytest.raises(ConfigError) as caught:
             limit_of({"tokens": 100, "estimate": "word", "by": "elsewhere"})
-        assert caught.value.problems == [
-            "middleware[0].rate_limit.estimate: function 'word' not registered; did you mean 'words'? Registered functions: "
-            "['words']",
-            "middleware[0].rate_limit.by: function 'elsewhere' not registered; write register_function('elsewhere', "
-            "function) before the configuration is read. Registered functions: ['words']",
+        path, known = "middleware[0].rate_limit", "Registered functions: ['words']"
+        advice = "write register_function('elsewhere', function) before the configuration is read."
+        assert [*caught.value.problems] == [
+            f"{path}.estimate: function 'word' not registered; did you mean 'words'? {known}",
+            f"{path}.by: function 'elsewhere' not registered; {advice} {known}",
         ]
 
     @pytest.mark.parametrize("path", ["os.system", "os:system", "builtins.eval", "acme:words"])
