@@ -91,13 +91,12 @@ class _Rates(_Queue[tuple[Limit, ...]]):
             name, rate, burst, cost = limit
             gap = self.gap(limit, now) if self.ceilings else 1.0 / rate
             arrival = self.arrivals.get(name, now)
-            arrival = (arrival if arrival > now else now) + cost * gap
+            arrival = (max(now, arrival)) + cost * gap
             taken.append((name, arrival))
             needed = arrival - now - burst * gap
             if ahead:
                 needed += self._needed(who, name) * gap
-            if needed > wait:
-                wait = needed
+            wait = max(wait, needed)
         # A wait below a nanosecond is a rounding error, and would be asked for again and again.
         if ahead or wait > 1e-9:
             if who not in self.waiting:

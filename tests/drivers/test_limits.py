@@ -16,7 +16,7 @@ import pytest
 from anyio.lowlevel import checkpoint
 from support.calling import REQUEST, scripted
 from support.leftovers import interrupt_until
-from support.powers import Fallback, deadline, stream_timeout
+from support.powers import deadline, stream_timeout
 
 from fluxibly.errors import (
     DeadlineExceeded,
@@ -30,7 +30,7 @@ from fluxibly.errors import (
 )
 from fluxibly.flow import ask, map_chunks, perform, sleep
 from fluxibly.limits import Leash, Timeouts
-from fluxibly.middleware import Logging, Retry
+from fluxibly.middleware import Fallback, Logging, Retry
 from fluxibly.pipeline import SYSTEM_CLOCK, AsyncPipeline, Pipeline
 from fluxibly.target import Target
 from fluxibly.testing import AsyncScriptedProvider, Delay, ScriptedProvider, VirtualClock

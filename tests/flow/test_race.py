@@ -7,11 +7,11 @@ import contextvars
 import pytest
 from anyio.lowlevel import checkpoint
 from support.leftovers import eventually
-from support.powers import Fallback, deadline, hedge, tools
+from support.powers import deadline, hedge, tools
 
 from fluxibly.errors import DeadlineExceeded, ServerError, StreamInterrupted
 from fluxibly.flow import ask, emit, hold_back, map_chunks, race, sleep
-from fluxibly.middleware import Logging, Retry, StreamMeter, Timing
+from fluxibly.middleware import Fallback, Logging, Retry, StreamMeter, Timing
 from fluxibly.pipeline import AsyncPipeline, Pipeline
 from fluxibly.target import Target
 from fluxibly.testing import AsyncScriptedProvider, Cut, Delay, ScriptedProvider, VirtualClock

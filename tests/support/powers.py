@@ -9,9 +9,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
-import attrs
-
-from fluxibly.errors import ProviderError, StreamInterrupted
+from fluxibly.errors import StreamInterrupted
 from fluxibly.flow import (
     CallNext,
     Flow,
@@ -28,27 +26,8 @@ from fluxibly.flow import (
 )
 from fluxibly.limits import Leash
 from fluxibly.signals import Signal
-from fluxibly.target import Target, to_targets
+from fluxibly.target import Target
 from fluxibly.types import Chunk, Message, Request, Response
-
-
-@attrs.frozen(kw_only=True)
-class Fallback:
-    """Ask other models in turn after an error of a provider, unless output has gone out."""
-
-    to: tuple[Target, ...] = attrs.field(converter=to_targets)
-
-    @property
-    def targets(self) -> tuple[Target, ...]:
-        return self.to
-
-    def __call__(self, request: Request, call_next: CallNext) -> Flow[Response]:
-        for target in (None, *self.to):
-            try:
-                return (yield from call_next(request if target is None else request.evolve(target=target)))
-            except ProviderError as error:
-                last = error
-        raise last
 
 
 def deadline(seconds: float) -> Middleware:

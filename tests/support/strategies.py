@@ -21,7 +21,7 @@ from fluxibly.errors import (
     root_cause,
 )
 from fluxibly.flow import ask, emit, gather, hold_back, map_chunks, perform, sleep
-from fluxibly.middleware import Logging, Metrics, Retry, StreamMeter, Timing, Tracing, Validation
+from fluxibly.middleware import Fallback, Logging, Metrics, Retry, StreamMeter, Timing, Tracing, Validation
 from fluxibly.target import Target
 from fluxibly.testing import Cut, Delay
 from fluxibly.types import (
@@ -549,7 +549,7 @@ class Other:
 
 
 def diverting(name: str, log: Log) -> Any:
-    return powers.Fallback(to=[Target(Other(), model="m-3", drop=["temperature"])])
+    return Fallback(to=[Target(Other(), model="m-3", drop=["temperature"])])
 
 
 def hedging(name: str, log: Log) -> Any:
