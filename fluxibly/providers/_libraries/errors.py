@@ -37,13 +37,6 @@ _WORDS: Final = {
 }
 _QUOTED: Final = re.compile(r"""["'](?:code|type)["']: ?["']([\w.-]+)["']""")
 """The codes and types in a body that LiteLLM quotes in its message, and keeps nowhere else."""
-_NO_FALLBACK: Final = ". All fallback attempts failed"
-"""The end of LiteLLM's message about the last of its `fallbacks`. Only that message is left of the fallback's error."""
-_MAY_PASS: Final = re.compile(
-    r"(litellm\.APIConnectionError: )*"  # a synchronous call wraps every error in it
-    r"litellm\.(RateLimitError|ServiceUnavailableError|InternalServerError|BadGatewayError|Timeout|APIConnectionError)\b"
-    r"(?!: litellm\.)"
-)
 _NOTHING_CAME: Final = ("No generation", "Unexpected response type", "Response missing", "Received response with null")
 
 
@@ -89,12 +82,6 @@ def _translated(error: Exception, library: str, *, streamed: bool) -> Exception 
     while isinstance(inner := getattr(error, "original_exception", None), Exception):
         causes += [*_reasons(error)][1:]  # LiteLLM's MidStreamFallbackError itself adds no information
         error = inner
-    last, none_answered, _ = str(error).partition(_NO_FALLBACK)
-    if none_answered:
-        return ProviderError(
-            f"neither the model nor any of the fallbacks of {library} answered; the last error was: {last}",
-            retryable=_MAY_PASS.match(last) is not None,
-        )
     reasons = [*_reasons(error), *causes]
     names = {kind.__name__ for reason in reasons for kind in type(reason).__mro__}
     own_names = {kind.__name__ for kind in type(error).__mro__}
