@@ -4,12 +4,25 @@ Imports: `flow`, `telemetry`, data and its helpers; never a provider. Imported b
 name.
 """
 
+from fluxibly.middleware.deadline import Deadline
 from fluxibly.middleware.logging import Logging
 from fluxibly.middleware.metrics import Metrics
 from fluxibly.middleware.retry import Retry, RetryBudget
 from fluxibly.middleware.stream_meter import StreamMeter
+from fluxibly.middleware.stream_timeout import StreamTimeout
 from fluxibly.middleware.timing import Timing
 from fluxibly.middleware.tracing import Tracing
 from fluxibly.middleware.validation import Validation
 
-__all__ = ["Logging", "Metrics", "Retry", "RetryBudget", "StreamMeter", "Timing", "Tracing", "Validation"]
+__all__ = [
+    "Deadline",
+    "Logging",
+    "Metrics",
+    "Retry",
+    "RetryBudget",
+    "StreamMeter",
+    "StreamTimeout",
+    "Timing",
+    "Tracing",
+    "Validation",
+]
