@@ -7,11 +7,11 @@ import contextvars
 import pytest
 from anyio.lowlevel import checkpoint
 from support.leftovers import eventually
-from support.powers import deadline, hedge, tools
+from support.powers import hedge, tools
 
 from fluxibly.errors import DeadlineExceeded, ServerError, StreamInterrupted
 from fluxibly.flow import ask, emit, hold_back, map_chunks, race, sleep
-from fluxibly.middleware import Fallback, Logging, Retry, StreamMeter, Timing
+from fluxibly.middleware import Deadline, Fallback, Logging, Retry, StreamMeter, Timing
 from fluxibly.pipeline import AsyncPipeline, Pipeline
 from fluxibly.target import Target
 from fluxibly.testing import AsyncScriptedProvider, Cut, Delay, ScriptedProvider, VirtualClock
@@ -311,14 +311,14 @@ class TestLayers:
 
     def test_a_deadline_outside(self, mode):
         """A deadline ends all branches."""
-        call = Call(mode, [deadline(4), to("b")], after(9, "slow"), after(9, "slow"))
+        call = Call(mode, [Deadline(4), to("b")], after(9, "slow"), after(9, "slow"))
         assert isinstance(call.ran.error, DeadlineExceeded)
         assert call.clock.now() == 4
         assert call.record.leash is None
 
     def test_a_deadline_within(self, mode):
         """Each branch has its own deadline, and it is gone with the branch."""
-        call = Call(mode, [to("b"), deadline(3)], after(9, "slow"), after(2, "fast", Delay(0.5), " one"))
+        call = Call(mode, [to("b"), Deadline(3)], after(9, "slow"), after(2, "fast", Delay(0.5), " one"))
         assert call.text == "fast one"
         assert call.record.leash is None
 
@@ -329,7 +329,7 @@ class TestLayers:
             yield from sleep(50)
             return (yield from call_next(request))
 
-        call = Call(mode, [to("b", delay=1), deadline(3), sleepy])
+        call = Call(mode, [to("b", delay=1), Deadline(3), sleepy])
         assert isinstance(call.ran.error, DeadlineExceeded)
         assert call.clock.now() == 4
 

@@ -10,7 +10,6 @@ from contextlib import AsyncExitStack, ExitStack
 import pytest
 from support.calling import REQUEST, call, scripted
 from support.misbehaving import serve
-from support.powers import deadline
 from support.tiny import DONE, SERVICE, TinyCodec, config, event
 from support.tracing_tools import Recorder, remote
 
@@ -40,7 +39,7 @@ from fluxibly.errors import (
     root_cause,
 )
 from fluxibly.flow import hold_back
-from fluxibly.middleware import Fallback, Metrics, Retry, Validation
+from fluxibly.middleware import Deadline, Fallback, Metrics, Retry, Validation
 from fluxibly.pipeline import AsyncPipeline, Pipeline
 from fluxibly.providers.http import AsyncHTTPProvider, HTTPProvider
 from fluxibly.target import Target
@@ -203,7 +202,7 @@ class TestWhen:
 class TestDeadlines:
     def test_it_stops_when_the_time_is_up(self, mode):
         """The error says so; its notes and its cause say what failed."""
-        made = call(mode, [deadline(5), Fallback(["m-2", "m-3"])], ServerError("a"), [Delay(9), "late"])
+        made = call(mode, [Deadline(5), Fallback(["m-2", "m-3"])], ServerError("a"), [Delay(9), "late"])
         assert isinstance(made.ran.error, DeadlineExceeded)
         assert models(made) == ["m-1", "m-2"]
         assert made.clock.now() == 5
@@ -220,7 +219,7 @@ class TestDeadlines:
 
         clock = VirtualClock()
         provider = scripted(mode, *[ServerError("down")] * 3)
-        ran = run(mode, provider, [deadline(12), Fallback(["m-2", "m-3"]), slow], REQUEST, clock=clock)
+        ran = run(mode, provider, [Deadline(12), Fallback(["m-2", "m-3"]), slow], REQUEST, clock=clock)
         assert isinstance(ran.error, DeadlineExceeded)
         assert len(provider.requests) == 2
         assert isinstance(ran.error.__cause__, ServerError)

@@ -24,40 +24,9 @@ from fluxibly.flow import (
     sleep,
     stop_when,
 )
-from fluxibly.limits import Leash
 from fluxibly.signals import Signal
 from fluxibly.target import Target
 from fluxibly.types import Chunk, Message, Request, Response
-
-
-def deadline(seconds: float) -> Middleware:
-    """Bound the time of everything inside."""
-
-    def bounded(request: Request, call_next: CallNext) -> Flow[Response]:
-        call = request.call
-        outer = call.leash
-        call.leash = Leash(outer, deadline=call.clock() + seconds)
-        try:
-            return (yield from call_next(request))
-        finally:
-            call.leash = outer
-
-    return bounded
-
-
-def stream_timeout(*, first_chunk: float | None = None, idle: float | None = None) -> Middleware:
-    """Bound the waits of a stream, whatever keeps it alive."""
-
-    def watched(request: Request, call_next: CallNext) -> Flow[Response]:
-        call = request.call
-        outer = call.leash
-        call.leash = Leash(outer, first_chunk=first_chunk, idle=idle)
-        try:
-            return (yield from call_next(request))
-        finally:
-            call.leash = outer
-
-    return watched
 
 
 def tools(functions: dict[str, Callable[..., str]], max_turns: int = 10) -> Middleware:

@@ -21,7 +21,18 @@ from fluxibly.errors import (
     root_cause,
 )
 from fluxibly.flow import ask, emit, gather, hold_back, map_chunks, perform, sleep
-from fluxibly.middleware import Fallback, Logging, Metrics, Retry, StreamMeter, Timing, Tracing, Validation
+from fluxibly.middleware import (
+    Deadline,
+    Fallback,
+    Logging,
+    Metrics,
+    Retry,
+    StreamMeter,
+    StreamTimeout,
+    Timing,
+    Tracing,
+    Validation,
+)
 from fluxibly.target import Target
 from fluxibly.testing import Cut, Delay
 from fluxibly.types import (
@@ -446,11 +457,11 @@ def annotating(name: str, log: Log) -> Any:
 
 
 def bounding(name: str, log: Log) -> Any:
-    return powers.deadline(6)
+    return Deadline(6)
 
 
 def pacing(name: str, log: Log) -> Any:
-    return powers.stream_timeout(first_chunk=4, idle=3)
+    return StreamTimeout(first_chunk=4, idle=3)
 
 
 def turning(name: str, log: Log) -> Any:

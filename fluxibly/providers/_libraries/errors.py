@@ -16,6 +16,7 @@ import attrs
 from fluxibly import errors
 from fluxibly._masking import mask_secrets
 from fluxibly.errors import FluxiblyError, Phase, ProviderError
+from fluxibly.limits import before_the_deadline, who_limits
 from fluxibly.providers._libraries.calls import LibraryTimeout
 from fluxibly.providers.dialects.errors import Report, error_of, error_of_payload, error_of_response
 
@@ -112,14 +113,14 @@ def _passed(error: LibraryTimeout, library: str, *, streamed: bool) -> ProviderE
     """Return the error for a time limit of fluxibly."""
     if error.phase == "deadline":
         return errors.DeadlineExceeded(
-            f"the answer (through {library}) was not complete before the deadline; give the call more time"
+            f"the answer (through {library}) was not complete {before_the_deadline(error.leash)}; give the call more time"
         )
     if error.strict:
         kind = errors.StreamStalled if error.phase == "idle" else errors.RequestTimeout
         what = "chunk" if error.phase == "idle" else "output"
         late = kind(
-            f"the stream sent no {what} for longer than {error.seconds:g} s (the {error.phase} limit of a middleware, "
-            f"through {library}); try again, or increase the limit"
+            f"the stream sent no {what} for longer than {error.seconds:g} s (the {error.phase} limit of "
+            f"{who_limits(error.leash, error.phase)}, through {library}); try again, or increase the limit"
         )
         late.phase = error.phase
         return late
