@@ -379,7 +379,10 @@ class TestSettings:
         [
             ({"limits": 5}, "Retry: limits: expected a table of classes of errors and numbers of retries"),
             ({"limits": None}, "Retry: limits: expected a table of classes"),
-            ({"limits": {"RateLimitEror": 5}}, "no error 'RateLimitEror' in fluxibly.errors; did you mean 'RateLimitError'?"),
+            (
+                {"limits": {"RateLimitEror": 5}},
+                "no error 'RateLimitEror' in fluxibly.errors; did you mean 'RateLimitError'?",
+            ),
             ({"limits": {429: 5}}, "limits: expected classes of errors, or their names, as keys, got 429"),
             ({"limits": {int: 5}}, "limits: expected classes of errors"),
             ({"limits": {KeyboardInterrupt: 5}}, "limits: expected classes of errors"),
