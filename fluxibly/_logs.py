@@ -94,19 +94,6 @@ def log_decision(request: Request, middleware: str, what: str, error: Exception 
         log(level, template, **values)
 
 
-def log_not_retried(request: Request, error: Exception, attempt: int, reason: str) -> None:
-    """Log that attempt number `attempt` (counted from 0) failed, and why no other follows though it might help."""
-    if logger.isEnabledFor(logging.WARNING):
-        log(
-            logging.WARNING,
-            'LLM attempt failed, will not retry | attempt=%d, reason="%s", error_type=%s, error_message="%s"',
-            attempt=attempt + 1,
-            reason=reason,
-            error_type=error_type(error),
-            error_message=one_line(error_message(error, (request,))),
-        )
-
-
 _CONTROLS = re.compile("[\\x00-\\x08\\x0a-\\x1f\\x7f-\\x9f\\u2028\\u2029\\ud800-\\udfff]")
 
 

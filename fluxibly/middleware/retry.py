@@ -13,7 +13,7 @@ import attrs
 
 from fluxibly import errors
 from fluxibly._checks import did_you_mean, is_mapping, number, one_of, problem, unknown_settings, validator, whole
-from fluxibly._logs import log_not_retried, log_retry
+from fluxibly._logs import log_decision, log_retry
 from fluxibly.errors import FluxiblyError, ProviderError, StreamInterrupted, error_type, root_cause
 from fluxibly.flow import CallNext, Flow, sleep
 from fluxibly.flow.compose import check_deadline
@@ -275,7 +275,7 @@ class Retry:
 
 def _say_used_up(budget: RetryBudget, request: Request, error: Exception, attempt: int) -> None:
     reason = f"the budget of Retry is used up: {budget}"
-    log_not_retried(request, error, attempt, reason)
+    log_decision(request, "Retry", f"does not retry after attempt {attempt + 1}: {reason}", error)
     note = f"not retried, because {reason}"
     if note not in getattr(error, "__notes__", ()):
         error.add_note(note)

@@ -263,7 +263,7 @@ class TestBudget:
         record = caplog.records[-1]
         assert record.levelno == logging.WARNING
         assert record.getMessage() == (
-            f'LLM attempt failed, will not retry | attempt=2, reason="{reason}", error_type=ServerError, '
+            f'LLM call decision | middleware=Retry, decision="does not retry after attempt 2: {reason}", error_type=ServerError, '
             'error_message="no"'
         )
         assert (record.attempt, record.reason, record.error_type) == (2, reason, "ServerError")
