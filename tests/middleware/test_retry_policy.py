@@ -266,7 +266,8 @@ class TestBudget:
             f'LLM call decision | middleware=Retry, decision="does not retry after attempt 2: {reason}", error_type=ServerError, '
             'error_message="no"'
         )
-        assert (record.attempt, record.reason, record.error_type) == (2, reason, "ServerError")
+        assert (record.middleware, record.error_type) == ("Retry", "ServerError")
+        assert second.record.decisions[-1].what == f"does not retry after attempt 2: {reason}"
 
     def test_the_note_is_there_once(self, mode):
         """However many layers share the budget."""
