@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import attrs
 
@@ -23,7 +24,7 @@ from fluxibly.flow.compose import check_deadline
 from fluxibly.target import Target
 from fluxibly.types import Request
 
-LISTED = attrs.validators.instance_of(tuple)
+LISTED: Any = attrs.validators.min_len(1)
 """The validator of the targets. A configuration's error lists what is wrong with each setting that has a validator."""
 
 
