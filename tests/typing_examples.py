@@ -196,7 +196,7 @@ provider: Provider = Parrot()
 async_provider: AsyncProvider = AsyncParrot(LLMConfig(framework="parrot", model="m"))
 
 register_llm_framework("parrot", Parrot, async_provider=AsyncParrot)
-register_middleware("fallback", Fallback)
+register_middleware("my_fallback", Fallback)
 register_middleware("others", Others)
 register_middleware("shout", lambda: shout)
 
@@ -314,7 +314,7 @@ def main(file: Path) -> None:
         additional_params={"top_k": 4},
         middleware=None,
     )
-    file.write_text("llm: {framework: parrot, model: m, middleware: [logging, fallback: {model: small}, shout]}")
+    file.write_text("llm: {framework: parrot, model: m, middleware: [logging, my_fallback: {model: small}, shout]}")
     sync_calls(config)
     asyncio.run(async_calls(config))
     stacks(config, file)

@@ -211,6 +211,8 @@ class _Load:
         self._lock = threading.Lock()
         self._policy = policy
         self._calls = 0
+        self._rests_until = -math.inf
+        """The end of the longest rest."""
         given = weights or [1.0] * len(targets)
         # As shares of the largest, so that neither sums nor quotients overflow.
         shares = [max(weight / max(given), 1e-9) for weight in given]
@@ -221,20 +223,25 @@ class _Load:
         """Choose a target that was not tried, and count a call that asks it."""
         with self._lock:
             self._calls += 1
-            left = [place for place in self.places if place.index not in tried]
-            awake = [place for place in left if place.rests_until <= now]
-            if not awake:
-                place = min(left, key=lambda place: place.rests_until)
-            elif key is not None:
+            awake: Sequence[_Place] = self.places
+            if tried or now < self._rests_until:
+                left = [place for place in self.places if place.index not in tried]
+                awake = [place for place in left if place.rests_until <= now]
+                if not awake:
+                    return self._begun(min(left, key=lambda place: place.rests_until), now, streaming, rests=True)
+            if key is not None:
                 place = max(awake, key=lambda place: place.score(key))
             else:
                 place = self._best(awake, now, streaming=streaming)
-            turn = _Turn(place.index, now, streaming=streaming, rests=not awake)
-            place.last = self._calls
-            place.busy += 1
-            if self._policy == "fastest":
-                place.waiting[streaming][turn] = now
-            return turn
+            return self._begun(place, now, streaming)
+
+    def _begun(self, place: _Place, now: float, streaming: bool, *, rests: bool = False) -> _Turn:
+        turn = _Turn(place.index, now, streaming=streaming, rests=rests)
+        place.last = self._calls
+        place.busy += 1
+        if self._policy == "fastest":
+            place.waiting[streaming][turn] = now
+        return turn
 
     def _best(self, places: Sequence[_Place], now: float, *, streaming: bool) -> _Place:
         if self._policy == "random":
@@ -261,9 +268,9 @@ class _Load:
     def succeeded(self, turn: _Turn, now: float) -> None:
         """Note an answer, after which a target that was asked while it rested rests no longer."""
         self.answered(turn, now, turn.begun)
-        place = self.places[turn.place]
         if turn.rests:
             with self._lock:
+                place = self.places[turn.place]
                 if place.rested_at <= turn.begun:
                     place.rests_until = -math.inf
 
@@ -273,6 +280,7 @@ class _Load:
             place = self.places[turn.place]
             place.rested_at = now
             place.rests_until = max(place.rests_until, now + seconds)
+            self._rests_until = max(self._rests_until, place.rests_until)
 
     def end(self, turn: _Turn) -> None:
         """Count a call that asks a target no longer, however it has ended."""
@@ -301,8 +309,11 @@ def _in_turn(places: Sequence[_Place]) -> _Place:
         place.credit += place.weight
         total += place.weight
     enough = total / (2 * len(places) - 2)
-    behind = [place for place in places if place.credit >= enough * (1 - 1e-9)]  # sums of floats are not exact
-    chosen = min(behind or places, key=lambda place: (total - enough - place.credit) / place.weight)
+    least = enough * (1 - 1e-9)  # because sums of floats are not exact
+    chosen, soonest = places[0], math.inf
+    for place in places:
+        if place.credit >= least and (due := (total - enough - place.credit) / place.weight) < soonest:
+            chosen, soonest = place, due
     chosen.credit -= total
     return chosen
 

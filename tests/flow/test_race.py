@@ -61,6 +61,16 @@ def to(*models, delay=2.0):
     return racing
 
 
+def patient(*models):
+    """Race so that a failure does not send the next request."""
+
+    def racing(request, call_next):
+        requests = [request, *[request.evolve(model=model) for model in models]]
+        return (yield from race(call_next, requests, 2, after_failure=False))
+
+    return racing
+
+
 class TestWhoWins:
     def test_the_first_in_time(self, mode):
         """An answer within the delay needs no second request."""
@@ -113,6 +123,20 @@ class TestWhoWins:
         call = Call(mode, [to("b")], after(5, "one"), after(1, ServerError("down")))
         assert call.text == "one"
         assert call.clock.now() == 5
+
+    def test_a_failure_that_sends_nothing(self, mode):
+        """With `after_failure=False`, the next waits for its time."""
+        first = ServerError("down")
+        assert Call(mode, [patient("b")], after(1, first), "never").ran.error is first
+        call = Call(mode, [patient("b", "c")], after(9, "slow"), after(0.5, ServerError("down")), after(1, "three"))
+        assert (call.text, call.clock.now()) == ("three", 5)
+
+    def test_failures_of_all_that_were_sent(self, mode):
+        """With `after_failure=False`, they end the race, though a request is left."""
+        first = ServerError("first")
+        call = Call(mode, [patient("b", "c")], after(3, first), after(0.5, ServerError("second")), "never")
+        assert call.ran.error is first
+        assert (call.models, call.clock.now()) == (["m", "b"], 3)
 
     def test_all_fail(self, mode):
         """The error of the first is raised, and the facts of the call are those of the first."""

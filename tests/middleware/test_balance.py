@@ -15,7 +15,6 @@ import pytest
 from hypothesis import given, strategies as st
 from support.calling import REQUEST, scripted
 from support.misbehaving import serve
-from support.powers import deadline
 from support.tiny import SERVICE, TinyCodec, config, whole
 from support.tracing_tools import Recorder
 
@@ -30,7 +29,7 @@ from fluxibly.errors import (
     ServerError,
     StreamInterrupted,
 )
-from fluxibly.middleware import Balance, Fallback
+from fluxibly.middleware import Balance, Deadline, Fallback
 from fluxibly.middleware.balance import EXPLORE, _in_turn, _Load, _Place
 from fluxibly.pipeline import AsyncPipeline, Pipeline
 from fluxibly.providers.http import HTTPProvider
@@ -295,7 +294,7 @@ class TestRests:
                 raise
 
         calls = Calls(mode, Balance([*"ab"], policy="round_robin"), down(), "late")
-        calls.ran = run(mode, calls.provider, [deadline(5), calls.balance, slow], REQUEST, clock=calls.clock)
+        calls.ran = run(mode, calls.provider, [Deadline(5), calls.balance, slow], REQUEST, clock=calls.clock)
         assert isinstance(calls.ran.error, DeadlineExceeded)
         assert len(calls.provider.requests) == 1
 
@@ -586,7 +585,7 @@ def test_a_server_that_is_killed():
 
     with serve(dies) as first, serve(whole) as second:
         providers = [HTTPProvider(TinyCodec(), SERVICE, config(each.url)) for each in (first, second)]
-        balance = Balance([Target(each) for each in providers])
+        balance = Balance([Target(each) for each in providers], policy="round_robin")
         texts = []
         with Pipeline(providers[0], [balance]) as pipeline:
             threads = [threading.Thread(target=lambda: texts.append(pipeline.complete(REQUEST).text)) for _ in range(8)]

@@ -22,8 +22,10 @@ from fluxibly.errors import (
 )
 from fluxibly.flow import ask, emit, gather, hold_back, map_chunks, perform, sleep
 from fluxibly.middleware import (
+    Balance,
     Deadline,
     Fallback,
+    Hedge,
     Logging,
     Metrics,
     Retry,
@@ -563,8 +565,16 @@ def diverting(name: str, log: Log) -> Any:
     return Fallback(to=[Target(Other(), model="m-3", drop=["temperature"])])
 
 
+def balancing(name: str, log: Log) -> Any:
+    return Balance([Target(Other(), model="m-3"), "m-4", "m-5"], policy="round_robin", cool_down=5)
+
+
+def falling_back_anew(name: str, log: Log) -> Any:
+    return Fallback("m-6", on_interrupt="restart", when=lambda error: not isinstance(error, RateLimitError))
+
+
 def hedging(name: str, log: Log) -> Any:
-    return powers.hedge(2)
+    return Hedge(2, max_share=1.0)
 
 
 def racing(name: str, log: Log) -> Any:
@@ -573,7 +583,7 @@ def racing(name: str, log: Log) -> Any:
 
 
 def hedging_to_another(name: str, log: Log) -> Any:
-    return powers.hedge(3, to=[Target(Other(), model="m-3")])
+    return Hedge(3, to=[Target(Other(), model="m-3"), "m-7"], at_most=2, max_share=1.0)
 
 
 def looking_up(name: str, log: Log) -> Any:
@@ -624,6 +634,8 @@ POWERS = (
     limiting,
     prefacing,
     diverting,
+    balancing,
+    falling_back_anew,
     hedging,
     hedging,
     racing,
