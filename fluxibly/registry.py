@@ -178,8 +178,10 @@ _BUILT_IN_MIDDLEWARE = {
     "metrics": "Metrics",
     "timing": "Timing",
     "stream_meter": "StreamMeter",
+    "deadline": "Deadline",
     "validation": "Validation",
     "retry": "Retry",
+    "stream_timeout": "StreamTimeout",
 }
 """The classes, by their names in configurations, in the order of a stack: the outermost first."""
 _DEFAULT = ("default", "default_stack")
