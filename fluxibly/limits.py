@@ -27,6 +27,7 @@ _LEFT_OUT = _LeftOut()
 _WHOLE_ANSWER = 600.0
 """Seconds for an answer that is not streamed, unless a limit is set: reasoning models think for minutes."""
 
+_USUAL = 1e9
 _PHASES = ("deadline", "first_chunk", "idle")
 """The limits of a leash."""
 
@@ -173,13 +174,9 @@ class Leash:
             raise TypeError(
                 f"Leash: expected a Leash or None, got {kind_of(outer)}; write Leash(call.leash, deadline=…)"
             )
-        problems = [
-            None if deadline in (None, math.inf) else _time_problem("deadline", deadline),
-            None if first_chunk is None else seconds_problem("first_chunk", first_chunk),
-            None if idle is None else seconds_problem("idle", idle),
-        ]
-        if any(problems):
-            raise ConfigError.of([found for found in problems if found])
+        usual = deadline is None or (type(deadline) is float and deadline > -math.inf)
+        if not (usual and _is_usual(first_chunk) and _is_usual(idle)):
+            _check_limits(deadline, first_chunk, idle)
         if outer is None:
             self.deadline, self.first_chunk, self.idle = deadline, first_chunk, idle
             self._by = (by, by, by)
@@ -265,6 +262,21 @@ def least(one: float | None, other: float | None) -> float | None:
     if one is None or other is None:
         return one if other is None else other
     return min(one, other)
+
+
+def _is_usual(limit: float | None) -> bool:
+    """Whether a limit is certainly right. The checks cost more than all else of a leash."""
+    return limit is None or (type(limit) in (float, int) and 0 < limit < _USUAL)
+
+
+def _check_limits(deadline: float | None, first_chunk: float | None, idle: float | None) -> None:
+    problems = [
+        None if deadline in (None, math.inf) else _time_problem("deadline", deadline),
+        None if first_chunk is None else seconds_problem("first_chunk", first_chunk),
+        None if idle is None else seconds_problem("idle", idle),
+    ]
+    if any(problems):
+        raise ConfigError.of([found for found in problems if found])
 
 
 def _is_stricter(limit: float | None, than: float | None) -> bool:

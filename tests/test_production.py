@@ -54,7 +54,6 @@ def file(tmp_path):
         stack = settings["llm"]["middleware"][0]["default_stack"]
         stack["retry"]["max_delay"] = 0.01
         stack.update(layers)
-        stack.pop("hedge")
         path = tmp_path / "stack.yaml"
         path.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
         return path

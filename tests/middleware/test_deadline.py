@@ -13,11 +13,20 @@ from support.calling import REQUEST, call
 from support.misbehaving import HEAD, Peer, Received, serve
 from support.tiny import event, for_ever, over_http, silent, silent_after
 
-from fluxibly.errors import DeadlineExceeded, RateLimitError, ServerError, StreamInterrupted, outcome_of, root_cause
+from fluxibly.errors import (
+    ConfigError,
+    DeadlineExceeded,
+    RateLimitError,
+    ServerError,
+    StreamInterrupted,
+    outcome_of,
+    root_cause,
+)
 from fluxibly.flow import perform, sleep
 from fluxibly.limits import Leash
 from fluxibly.middleware import Deadline, Logging, Retry, StreamTimeout
 from fluxibly.pipeline import SYSTEM_CLOCK
+from fluxibly.registry import make_middleware
 from fluxibly.testing import Delay, check_middleware
 from fluxibly.testing.modes import MODES, run
 
@@ -229,6 +238,16 @@ class TestSettings:
         """The error has the class, the name and what is expected."""
         with pytest.raises(ValueError, match=r"^Deadline: seconds: expected a number of seconds above 0, got "):
             Deadline(seconds)
+
+    def test_in_a_configuration(self):
+        """It has a name, and a wrong setting its path."""
+        assert make_middleware([{"deadline": {"seconds": 30}}]) == (Deadline(30),)
+        with pytest.raises(
+            ConfigError, match=r"middleware\[0\]\.deadline\.seconds: expected a number of seconds above 0"
+        ):
+            make_middleware([{"deadline": {"seconds": 0}}])
+        with pytest.raises(ConfigError, match=r"middleware\[0\]\.deadline\.seconds: is required"):
+            make_middleware(["deadline"])
 
     def test_missing_seconds(self):
         """A deadline has no default."""

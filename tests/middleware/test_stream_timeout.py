@@ -11,9 +11,10 @@ from support.calling import call
 from support.misbehaving import serve
 from support.tiny import event, for_ever, over_http, silent, silent_after
 
-from fluxibly.errors import RequestTimeout, StreamInterrupted, StreamStalled, outcome_of, root_cause
+from fluxibly.errors import ConfigError, RequestTimeout, StreamInterrupted, StreamStalled, outcome_of, root_cause
 from fluxibly.flow import sleep
 from fluxibly.middleware import Logging, Retry, StreamTimeout
+from fluxibly.registry import make_middleware
 from fluxibly.testing import Delay, check_middleware
 from fluxibly.testing.modes import MODES
 from fluxibly.types import Chunk
@@ -172,6 +173,14 @@ class TestSettings:
         """A layer that does nothing is a mistake."""
         with pytest.raises(ValueError, match=re.escape("expected first_chunk or idle, in seconds, got neither")):
             StreamTimeout(**settings)
+
+    def test_in_a_configuration(self):
+        """It has a name, and a wrong setting its path."""
+        assert make_middleware([{"stream_timeout": {"idle": 5}}]) == (StreamTimeout(idle=5),)
+        with pytest.raises(ConfigError, match=r"middleware\[0\]\.stream_timeout\.idle: expected a number of seconds"):
+            make_middleware([{"stream_timeout": {"idle": 0}}])
+        with pytest.raises(ConfigError, match=r"middleware\[0\]\.stream_timeout: expected first_chunk or idle"):
+            make_middleware(["stream_timeout"])
 
     def test_by_keyword_only(self):
         """A bare number would not say which limit it is."""

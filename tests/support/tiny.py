@@ -12,11 +12,18 @@ import attrs
 import httpx
 
 from fluxibly.config import LLMConfig, Timeouts
-from fluxibly.errors import AuthenticationError, ProviderError, RateLimitError, ServerError, StreamProtocolError
-from fluxibly.pipeline import SYSTEM_CLOCK
+from fluxibly.errors import (
+    AuthenticationError,
+    FluxiblyError,
+    ProviderError,
+    RateLimitError,
+    ServerError,
+    StreamProtocolError,
+)
+from fluxibly.pipeline import AsyncPipeline, Pipeline
 from fluxibly.providers.dialects.codec import Encoded, Event, Framing, Service
 from fluxibly.providers.http import AsyncHTTPProvider, HTTPProvider
-from fluxibly.testing.modes import Mode, Ran, run
+from fluxibly.testing.modes import Mode, Ran
 from fluxibly.types import Chunk, Request, Response
 from support.misbehaving import Peer, Received, Script
 
@@ -183,7 +190,30 @@ class Caller:
 
 def over_http(mode: Mode, url: str, middleware: list[Any]) -> tuple[Ran, float]:
     """Make a call through middleware over real connections, and return its result and its seconds."""
-    provider = (AsyncHTTPProvider if mode.backend else HTTPProvider)(TinyCodec(), SERVICE, config(url, timeout=60))
+    ran = Ran()
+    settings = config(url, timeout=60)
+
+    def call() -> None:
+        with Pipeline(HTTPProvider(TinyCodec(), SERVICE, settings), middleware) as pipeline:
+            if mode.streaming:
+                ran.events.extend(pipeline.stream(ask()))
+            else:
+                ran.response = pipeline.complete(ask())
+
+    async def acall() -> None:
+        async with AsyncPipeline(AsyncHTTPProvider(TinyCodec(), SERVICE, settings), middleware) as pipeline:
+            if not mode.streaming:
+                ran.response = await pipeline.complete(ask())
+                return
+            async for chunk in pipeline.stream(ask()):
+                ran.events.append(chunk)
+
     begun = time.monotonic()
-    ran = run(mode, provider, middleware, ask(), clock=SYSTEM_CLOCK)
+    try:
+        if mode.backend is None:
+            call()
+        else:
+            anyio.run(acall, backend=mode.backend)
+    except FluxiblyError as error:
+        ran.error = error
     return ran, time.monotonic() - begun
