@@ -82,8 +82,7 @@ def idle() -> dict[str, Stack]:
     return {
         "without": Stack([]),
         "Fallback": Stack([Fallback([other])]),
-        "Balance": Stack([Balance([other, Target(Obedient())])]),
-        "Hedge, no times yet": Stack([Hedge("p95", max_share=0.0001)]),
+        "Balance, two models": Stack([Balance(["one", "other"])]),
         "Retry": Stack([Retry()]),
         "Deadline": Stack([Deadline(60)]),
         "StreamTimeout": Stack([StreamTimeout(first_chunk=30, idle=10)]),
