@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from inspect import isasyncgenfunction, iscoroutinefunction, isgeneratorfunction
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from fluxibly._checks import did_you_mean, kind_of
 from fluxibly._plugins import check_registration, entry_points, is_redefinition, load
@@ -62,9 +62,12 @@ def find_function(name: str) -> Callable[..., Any]:
     raise ConfigError(f"function {name!r} not registered{advice} Registered functions: {known}")
 
 
-def to_function(value: Any) -> Any:
-    """Return the function that a registered name stands for, and everything else as it is. It is a converter of attrs."""
-    return find_function(value) if isinstance(value, str) else value
+def to_function(value: F | str | None) -> F | None:
+    """Return the function that a registered name stands for, and everything else as it is.
+
+    A converter of attrs calls it; with the type of its own parameter it tells type checkers what the field takes.
+    """
+    return cast("F", find_function(value)) if isinstance(value, str) else value
 
 
 def check_function(name: str, value: object) -> str | None:

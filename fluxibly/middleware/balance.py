@@ -40,6 +40,13 @@ def _weights_problem(name: str, weights: Any) -> str | None:
     return next((each for each in found if each is not None), None)
 
 
+Key: TypeAlias = Callable[[Request], object]
+
+
+def _to_key(value: Key | str | None) -> Key | None:
+    return to_function(value)
+
+
 @attrs.frozen(eq=False)
 class Balance:
     """Middleware that spreads calls over several models or providers.
@@ -83,10 +90,10 @@ class Balance:
         validator=attrs.validators.optional(validator(_weights_problem)),
     )
     cool_down: float = attrs.field(default=30.0, kw_only=True, validator=validator(number, 0, unit="seconds"))
-    by: Callable[[Request], object] | None = attrs.field(
+    by: Key | None = attrs.field(
         default=None,
         kw_only=True,
-        converter=to_function,
+        converter=_to_key,
         validator=attrs.validators.optional(validator(check_function)),
     )
     _load: _Load = attrs.field(init=False, repr=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal, TypeAlias
 
 import attrs
 
@@ -15,6 +15,12 @@ from fluxibly.functions import check_function, to_function
 from fluxibly.middleware._going_on import LISTED, Trail, goes_on_after
 from fluxibly.target import Target, to_targets
 from fluxibly.types import Request, Response, Restart
+
+When: TypeAlias = Callable[[Exception], bool]
+
+
+def _to_when(value: When | str | None) -> When | None:
+    return to_function(value)
 
 
 @attrs.frozen
@@ -44,10 +50,10 @@ class Fallback:
     """
 
     to: tuple[Target, ...] = attrs.field(converter=to_targets, validator=LISTED)
-    when: Callable[[Any], bool] | None = attrs.field(
+    when: When | None = attrs.field(
         default=None,
         kw_only=True,
-        converter=to_function,
+        converter=_to_when,
         validator=attrs.validators.optional(validator(check_function)),
     )
     on_interrupt: Literal["raise", "restart"] = attrs.field(
@@ -90,7 +96,7 @@ class Fallback:
         cause = root_cause(error)
         if self.when is None or isinstance(cause, DeadlineExceeded):
             return goes_on_after(cause)
-        answer = self.when(cause)
+        answer = self.when(cause if isinstance(cause, Exception) else error)
         if not isinstance(answer, bool):  # pyright: ignore[reportUnnecessaryIsInstance]  # callers may be untyped
             raise TypeError(
                 f"Fallback(when=…): expected True to ask the next target, or False to raise the error, got {kind_of(answer)}"
