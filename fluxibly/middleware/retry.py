@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import random
-import threading
-from collections import deque
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, Literal, TypeAlias, cast
@@ -19,6 +17,8 @@ from fluxibly.flow import CallNext, Flow, sleep
 from fluxibly.flow.compose import check_deadline
 from fluxibly.flow.relay import OutputWatch
 from fluxibly.flow.verbs import discard
+from fluxibly.functions import to_function
+from fluxibly.stores import MemoryStore
 from fluxibly.types import Request, Response, Restart
 
 Decide: TypeAlias = Callable[[Exception, int], bool | float | None]
@@ -52,37 +52,22 @@ class RetryBudget:
 
     ratio: float = attrs.field(default=0.2, validator=validator(number, 0))
     floor: int = attrs.field(default=10, validator=validator(whole, 0))
-    _lock: threading.Lock = attrs.field(factory=threading.Lock, init=False, repr=False)
-    _calls: deque[float] = attrs.field(factory=deque[float], init=False, repr=False)
-    """When each call of the last seconds began."""
-    _retries: deque[float] = attrs.field(factory=deque[float], init=False, repr=False)
+    _sums: MemoryStore = attrs.field(factory=MemoryStore, init=False, repr=False)
+    """The calls and the retries of the last seconds."""
 
     def count(self, now: float) -> None:
         """Count a call that begins at `now`, a time of its `call.clock`."""
-        with self._lock:
-            self._calls.append(now)
-            _forget(self._calls, now)
+        self._sums.add("calls", 1.0, _WINDOW, now)
 
     def take(self, now: float) -> bool:
         """Take a retry out of the budget, and return True; or return False if it is used up."""
-        with self._lock:
-            _forget(self._calls, now)
-            _forget(self._retries, now)
-            allowed = len(self._retries) + 1 <= max(self.floor, self.ratio * len(self._calls))
-            if allowed:
-                self._retries.append(now)
-            return allowed
+        calls = self._sums.add("calls", 0.0, _WINDOW, now) or 0.0
+        most = max(self.floor, self.ratio * calls)
+        return self._sums.add("retries", 1.0, _WINDOW, now, most=most) is not None
 
-    def give_back(self) -> None:
+    def give_back(self, now: float) -> None:
         """Give back a retry that was taken, but not made."""
-        with self._lock:
-            if self._retries:
-                self._retries.pop()
-
-
-def _forget(times: deque[float], now: float) -> None:
-    while times and times[0] <= now - _WINDOW:
-        times.popleft()
+        self._sums.add("retries", -1.0, _WINDOW, now)
 
 
 def _to_budget(value: RetryBudget | Mapping[str, Any] | None) -> RetryBudget | None:
@@ -127,6 +112,10 @@ def _limits_problem(name: str, value: object) -> str | None:
     return None
 
 
+def _to_decide(value: Decide | str | None) -> Decide | None:
+    return to_function(value)
+
+
 def _decide_problem(name: str, value: object) -> str | None:
     expected = "a function of the error and the number of the attempt, or None"
     return None if value is None or callable(value) else problem(name, expected, value)
@@ -159,7 +148,8 @@ class Retry:
         decide: a function of the error and the number of the failed attempt (from 0). It returns None for the usual rule,
             True to retry with the usual wait whether the error is marked retryable or not, False to raise the error, or
             the seconds to wait before a retry. The error is the cause where a stream was interrupted. It is asked only
-            where a retry is possible at all: all other settings still apply, and nothing is sent again after output.
+            where a retry is possible at all: all other settings still apply, and nothing is sent again after output. In
+            YAML, its registered name.
         budget: a `RetryBudget` that many calls share; in YAML a table, as `{ratio: 0.2, floor: 10}`. If it is used up,
             the error is raised with a note that says so.
         uniform: the source of jitter, for tests.
@@ -182,7 +172,7 @@ class Retry:
     limits: Mapping[type[Exception], int] = attrs.field(
         default=_NONE, converter=_to_limits, validator=validator(_limits_problem), repr=_show_limits, hash=False
     )
-    decide: Decide | None = attrs.field(default=None, validator=validator(_decide_problem))
+    decide: Decide | None = attrs.field(default=None, converter=_to_decide, validator=validator(_decide_problem))
     budget: RetryBudget | None = attrs.field(
         default=cast("RetryBudget | None", None), converter=_to_budget, validator=validator(_budget_problem)
     )
@@ -213,7 +203,7 @@ class Retry:
                     raise
                 if isinstance(error, StreamInterrupted) and not (yield Restart(error_type(error))):
                     if self.budget is not None:
-                        self.budget.give_back()
+                        self.budget.give_back(call.clock())
                     raise
                 change = "starts the stream over" if isinstance(error, StreamInterrupted) else ""
                 log_retry(request, error, attempt, wait, change=change)

@@ -390,7 +390,7 @@ class TestSettings:
             ({"limits": {ServerError: -1}}, "limits.ServerError: expected a whole number from 0 up, got -1"),
             ({"limits": {ServerError: True}}, "limits.ServerError: expected a whole number from 0 up, got True"),
             ({"limits": {"ServerError": 1.5}}, "limits.ServerError: expected a whole number from 0 up, got 1.5"),
-            ({"decide": "always"}, "decide: expected a function of the error and the number of the attempt, or None"),
+            ({"decide": 3}, "decide: expected a function of the error and the number of the attempt, or None"),
             ({"budget": 5}, "budget: expected a RetryBudget(ratio=…, floor=…) or None (in YAML, a table), got 5"),
             ({"budget": {"ratio": -1}}, "budget.ratio: expected a number from 0 up, got -1"),
             ({"budget": {"floor": 1.5}}, "budget.floor: expected a whole number from 0 up, got 1.5"),
