@@ -11,10 +11,10 @@ from support.dialects import interrupted, sse
 from support.recordings import load
 
 from fluxibly import errors
+from fluxibly._durations import duration
 from fluxibly.errors import ProviderError
 from fluxibly.providers.dialects.errors import EXCERPT_LENGTH, error_of_payload, error_of_response, read_report
 from fluxibly.providers.dialects.openai_chat import OpenAICodec
-from fluxibly._durations import duration
 from fluxibly.providers.dialects.retry_after import retry_after_of
 
 NOW = 1_700_000_000.0
