@@ -189,7 +189,11 @@ class TestSettings:
 class TestBy:
     @pytest.mark.parametrize(
         ("by", "sent"),
-        [("provider", [0, 1, 2]), ("provider and model", [0, 0, 1]), (lambda request: request.metadata["who"], [0, 1, 0])],
+        [
+            ("provider", [0, 1, 2]),
+            ("provider and model", [0, 0, 1]),
+            (lambda request: request.metadata["who"], [0, 1, 0]),
+        ],
     )
     def test_what_has_a_limit_of_its_own(self, by, sent):
         simulation = Simulation(Concurrency(1, by=by))
