@@ -9,6 +9,7 @@ import threading
 import time
 
 import anyio
+import anyio.lowlevel
 import pytest
 from hypothesis import given, settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -26,7 +27,7 @@ from fluxibly.errors import (
 from fluxibly.middleware.concurrency import Concurrency
 from fluxibly.pipeline import AsyncPipeline, Pipeline
 from fluxibly.stores import MemoryStore
-from fluxibly.testing import ScriptedProvider, VirtualClock, check_middleware
+from fluxibly.testing import ScriptedProvider, check_middleware
 from fluxibly.testing.modes import BACKENDS, MODES, run_async
 from fluxibly.types import Request
 
@@ -287,7 +288,7 @@ TestBounded = Bounded.TestCase
 TestBounded.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_a_thousand_calls(seed):
     """A busy provider: calls come at random, some fail, some are cancelled or left half way."""
     chance = random.Random(seed)
@@ -404,7 +405,7 @@ class TestManyAtOnce:
                 at_once += 1
                 most = max(most, at_once)
                 try:
-                    await anyio.sleep(0)
+                    await anyio.lowlevel.checkpoint()
                 finally:
                     at_once -= 1
                 return "fine"
@@ -492,11 +493,10 @@ def test_a_deadline_ends_the_wait():
     assert (late.ended_at, next_one.sent_at) == (2, [5])
 
 
-@pytest.mark.parametrize("clock", [VirtualClock()])
-def test_memory_is_bounded(clock):
-    """100,000 keys that nobody uses any more are forgotten."""
+def test_memory_is_bounded():
+    """20,000 keys that nobody uses any more are forgotten."""
     layer = Concurrency(1, by=lambda request: request.metadata["who"])
-    pipeline = Pipeline(type("P", (), {"complete": lambda self, request: "fine"})(), [layer], clock=clock)
-    for number in range(100_000):
+    pipeline = Pipeline(type("P", (), {"complete": lambda self, request: "fine"})(), [layer])
+    for number in range(20_000):
         pipeline.complete(Request(model="m", messages="Hi", metadata={"who": number}))
     assert len(layer.store._places) <= 1024

@@ -155,7 +155,7 @@ class Call:
                 until.attach(wake)
                 self._letting_go.append(lambda: until.detach(wake))
         elif isinstance(wants, Send):
-            reply = self._sent(wants.request)
+            reply = self._sent(wants)
             if self.record.streaming and not wants.request.call.nested:
                 left = iter(reply.items)
                 self._at(now + reply.latency, lambda: flow.stream(*left))
@@ -171,7 +171,7 @@ class Call:
             if wants.seconds is not None:
                 self._at(now + wants.seconds, flow.go_on)
         else:
-            raise AssertionError(f"the simulation does not know {wants!r}")
+            raise NotImplementedError(f"the simulation does not know {wants!r}")
 
     def _follow_branches(self, flow: _Paced) -> None:
         for branch in flow.branches:
@@ -194,15 +194,16 @@ class Call:
                 assert wants.call is not None
                 self.simulation.at(now, partial(finish, branch, wants, wants.call()))
             elif isinstance(wants, Send):
-                reply = self._sent(wants.request)
+                reply = self._sent(wants)
                 self.pace = reply.gap
                 outcome = reply.items if wants.request.call.streaming else (reply.outcome,)
                 self.simulation.at(now + reply.latency, partial(finish, branch, wants, *outcome))
             else:
-                raise AssertionError(f"the simulation does not know {wants!r} in a branch")
+                raise NotImplementedError(f"the simulation does not know {wants!r} in a branch")
 
-    def _sent(self, request: Request) -> Reply:
+    def _sent(self, send: Send) -> Reply:
         now = self.simulation.now
+        send.sent = True
         self.sent_at.append(now)
         self.simulation.sent.append((now, self))
         for look in self.simulation.when_sent:
