@@ -15,6 +15,9 @@ _LONGEST = 1e8
 """Above this many seconds, it is no limit but a mistake."""
 _HORIZON = 60.0
 """The seconds over which what is left of a limit is spread."""
+_SHARE = 0.95
+"""The share of the rate at which a bucket fills that is used, so that it never gets quite empty: requests do not arrive as
+evenly as they are sent."""
 
 
 class Told(NamedTuple):
@@ -48,14 +51,16 @@ def told_limits(headers: Mapping[str, str]) -> Iterator[Told]:
 
 def _told(name: str, limit: str | None, remaining: str | None, seconds: float | None) -> Iterator[Told]:
     total, left = number_of(limit), number_of(remaining)
+    if seconds is not None and seconds == int(seconds):
+        seconds -= 1  # it is rounded up, as a rule, and to guess too low a rate would slow calls down for nothing
     if total is None or left is None or seconds is None or total < 1 or not _SHORTEST <= seconds <= _LONGEST:
         return
     # The reset is the time until all of the limit is there again, so a bucket fills at `used / seconds`. What is left may be
-    # used as well, and is spread over a minute: the rate sinks to that at which the bucket fills as the bucket gets empty.
+    # used as well, and is spread over a minute: the rate sinks to almost that at which the bucket fills as the bucket gets empty.
     # A limit for a day that is half used up thus slows nobody down. A window, which fills all at once at its end, looks the
     # same in the headers, and is not told apart.
     used = max(0.0, total - left)
-    yield Told(name, left / _HORIZON + used / seconds, min(seconds, _HORIZON))
+    yield Told(name, left / _HORIZON + _SHARE * used / seconds, min(seconds, _HORIZON))
 
 
 def _until(moment: str, date: str) -> float | None:

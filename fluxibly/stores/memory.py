@@ -120,11 +120,11 @@ class _Rates(_Queue[tuple[Limit, ...]]):
             arrival = self.arrivals.get(name, now)
             arrival = max(now, arrival)
             taken.append((name, arrival + cost * gap))
-            needed = arrival + (cost - burst) * gap - now
-            if ahead:
-                needed += self._needed(before, name) * gap + max(0.0, closed - arrival)
-            if self.ceilings and needed > 0:
-                needed = self._with_end_of_ceiling(limit, needed, now)
+            if ahead or self.ceilings:
+                units = (arrival - now) / gap + (self._needed(before, name) if ahead else 0.0)
+                needed = self._wait_after(units, limit, gap, now) + (max(0.0, closed - arrival) if ahead else 0.0)
+            else:
+                needed = arrival + (cost - burst) * gap - now
             wait = max(wait, needed)
         # A wait below a nanosecond is a rounding error, and would be asked for again and again.
         if ahead or wait > 1e-9:
@@ -138,12 +138,16 @@ class _Rates(_Queue[tuple[Limit, ...]]):
             self.leave(who)
         return None
 
-    def _with_end_of_ceiling(self, limit: Limit, wait: float, now: float) -> float:
-        """Return a wait at the rate of now, but at the usual rate from the end of a `throttle` on."""
-        ceiling = self.ceilings.get(limit.name)
-        if ceiling is None or wait <= (left := ceiling[1] - now):
-            return wait
-        return left + (wait - left) / limit.rate / self.gap(limit, now)
+    def _wait_after(self, units: float, limit: Limit, gap: float, now: float) -> float:
+        """Return the seconds until a call may go after which so many units are taken, at a `gap` that a ceiling may set."""
+        name, rate, burst, cost = limit
+        ceiling = self.ceilings.get(name)
+        if ceiling is None:
+            return (units + cost - burst) * gap
+        # A lower rate has a smaller burst: what the same time allows, and at least one call.
+        wait = (units + cost - max(burst / rate / gap, min(cost, burst))) * gap
+        left = ceiling[1] - now
+        return wait if wait <= left else left + max(0.0, (units - left / gap + cost - burst) / rate)
 
     def _needed(self, before: list[tuple[Limit, ...]] | None, name: str) -> float:
         """Return what those who came before need of a limit. None: all who wait."""

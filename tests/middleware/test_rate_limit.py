@@ -7,6 +7,8 @@ import math
 import random
 import threading
 import time
+from datetime import UTC, datetime
+from email.utils import format_datetime
 
 import anyio
 import pytest
@@ -77,6 +79,21 @@ def openai_headers(limit, remaining, reset, name="requests"):
         f"x-ratelimit-limit-{name}": str(limit),
         f"x-ratelimit-remaining-{name}": str(remaining),
         f"x-ratelimit-reset-{name}": reset,
+    }
+
+
+def of_openai(left, seconds):
+    return openai_headers(60, left, f"{seconds * 1000:.0f}ms")
+
+
+def of_anthropic(left, seconds):
+    # A moment in whole seconds.
+    reset = datetime.fromtimestamp(1_800_000_000 + math.ceil(seconds), UTC)
+    return {
+        "anthropic-ratelimit-requests-limit": "60",
+        "anthropic-ratelimit-requests-remaining": str(left),
+        "anthropic-ratelimit-requests-reset": reset.strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "date": format_datetime(datetime.fromtimestamp(1_800_000_000, UTC), usegmt=True),
     }
 
 
@@ -508,7 +525,8 @@ class TestPauses:
 
 
 class TestHeaders:
-    def test_a_smaller_limit_slows_down(self):
+    @pytest.mark.parametrize("headers_of", [of_openai, of_anthropic])
+    def test_a_smaller_limit_slows_down(self, headers_of):
         """A service with one request a second gets no more once its bucket is empty, and its numbers never raise ours."""
         simulation = Simulation(RateLimit(requests=600, max_wait=1e9))
         service = Bucket(1.0, 60.0)
@@ -519,11 +537,10 @@ class TestHeaders:
             now = simulation.now
             if service.room(now) < 1:
                 refused += 1
-                headers = openai_headers(60, 0, f"{service.level}s")
+                headers = headers_of(0, service.level)
                 return Reply(0.2, RateLimitError("slow", retry_after=1, rate_limits=headers))
             service.add(1, now)
-            headers = openai_headers(60, int(service.room(now)), f"{service.level:.3f}s")
-            return Reply(0.2, answer(1, rate_limits=headers))
+            return Reply(0.2, answer(1, rate_limits=headers_of(int(service.room(now)), service.level)))
 
         simulation.reply = reply
         for _ in range(400):
@@ -546,7 +563,7 @@ class TestHeaders:
             assert bucket.level <= 1 + 1e-5
 
         simulation.when_sent.append(sent)
-        headers = openai_headers(total, 0, "60s")
+        headers = openai_headers(total, 0, "61s")
         for _ in range(20):
             simulation.call(reply=Reply(0.1, answer(1, rate_limits=headers)))
         simulation.run()
@@ -560,21 +577,21 @@ class TestHeaders:
     def test_rise_again_before_they_are_over(self):
         """A later answer with a higher rate lifts a lower one at once."""
         simulation = Simulation(RateLimit(requests=60, max_wait=1e9))
-        simulation.call(reply=Reply(0, answer(1, rate_limits=openai_headers(6, 0, "60s"))))
+        simulation.call(reply=Reply(0, answer(1, rate_limits=openai_headers(6, 0, "61s"))))
         simulation.run(0)
         slow = simulation.call(reply=Reply(0, answer(1, rate_limits=openai_headers(600, 599, "0.1s"))))
         simulation.call()
         simulation.call()
         simulation.run()
-        assert slow.sent_at == pytest.approx([10])
-        assert [made.sent_at[0] for made in simulation.calls[2:]] == pytest.approx([11, 12])
+        assert slow.sent_at == pytest.approx([10 / 0.95])
+        assert [made.sent_at[0] for made in simulation.calls[2:]] == pytest.approx([10 / 0.95 + 1, 10 / 0.95 + 2])
 
     def test_a_limit_for_a_day_slows_nobody_down_at_half(self):
         """What is left of it may be used."""
-        (told,) = told_limits(openai_headers(14_400, 7000, "12h20m0s"))
+        (told,) = told_limits(openai_headers(14_400, 7000, "12h20m1s"))
         assert told.rate > 100
-        (told,) = told_limits(openai_headers(14_400, 0, "24h0m0s"))
-        assert told.rate == pytest.approx(14_400 / 86_400)
+        (told,) = told_limits(openai_headers(14_400, 0, "24h0m1s"))
+        assert told.rate == pytest.approx(0.95 * 14_400 / 86_400)
 
     @pytest.mark.parametrize(
         "headers",
@@ -613,17 +630,17 @@ class TestHeaders:
             "date": "Sun, 05 Apr 2026 14:27:58 GMT",
         }
         (told,) = told_limits(headers)
-        assert (told.name, told.seconds) == ("requests", 45)
-        assert told.rate == pytest.approx(1000 / 60 + 3000 / 45)
+        assert (told.name, told.seconds) == ("requests", 44)
+        assert told.rate == pytest.approx(1000 / 60 + 0.95 * 3000 / 44)
 
     def test_of_tokens(self):
         simulation = Simulation(RateLimit(tokens=6000, max_wait=1e9, estimate=lambda _: 100))
-        headers = openai_headers(600, 0, "60s", name="tokens")
+        headers = openai_headers(600, 0, "61s", name="tokens")
         simulation.call(reply=Reply(0, answer(100, rate_limits=headers)))
         simulation.run(0)
         simulation.call(reply=Reply(0, answer(100)))
         simulation.run()
-        assert simulation.sent[1][0] == pytest.approx(10)
+        assert simulation.sent[1][0] == pytest.approx(10 / 0.95)
 
 
 class TestEstimates:

@@ -126,8 +126,10 @@ class TestChangesOfARate:
             if step[0] == "ask":
                 count += 1
                 turn = store.reserve("k", f"{count}", (limit(step[1], burst=burst),), now)
-                if abs(level + step[1] - burst) > 1e-6:
-                    assert (turn is None) == (level + step[1] < burst)
+                share = min(1.0, ceiling) if now < until else 1.0
+                room = max(burst * share, min(step[1], burst)) - level - step[1]
+                if abs(room) > 1e-6:
+                    assert (turn is None) == (room > 0)
                 if turn is None:
                     level += step[1]
                 else:

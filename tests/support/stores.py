@@ -175,7 +175,9 @@ class StoreLaws:
         """It holds for its time, and frees nothing that was taken before."""
         for number in range(3):
             assert self.reserve(f"{number}", self.limit(burst=3)) is None
-        self.do("throttle", "k", "requests", 0.25 / self.tick, 10 * self.tick)
+        self.do("throttle", "k", "requests", 0.25 / self.tick, 100 * self.tick)
+        assert self.reserve("late", self.limit(burst=3)) == self.near(12), "the burst is smaller, too"
+        self.do("throttle", "k", "requests", 0.25 / self.tick, 4 * self.tick)
         assert self.reserve("late", self.limit(burst=3)) == self.near(4)
         self.do("release", "k", "late")
         self.do("throttle", "k", "requests", 99 / self.tick, 10 * self.tick)  # a higher one is none
