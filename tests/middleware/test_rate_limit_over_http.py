@@ -40,14 +40,13 @@ def call_in_threads(llm, threads, each):
     return texts, errors
 
 
-def check_pause(service, at_once):
-    """Check that all requests came before or after one pause, and that none was refused after it."""
-    times = sorted([*service.answered, *service.refused])
-    pauses = [number for number in range(1, len(times)) if times[number] - times[number - 1] > 0.8]
-    assert len(pauses) == 1
-    assert pauses[0] <= at_once, "more than were on their way"
-    assert service.refused
-    assert max(service.refused) < times[pauses[0]], "refused after the pause"
+def check_pause(service):
+    """Check that all requests came before or after a pause, and that none was refused after it."""
+    first, last = min(service.refused), max(service.refused)
+    times = [*service.answered, *service.refused]
+    assert not [at for at in times if last + 0.5 < at < last + 0.95], "some did not stop"
+    assert last < first + 0.9, "refused after the pause"
+    assert any(at > last + 0.95 for at in service.answered)
 
 
 def test_headers_slow_it_down_before_any_429():
@@ -71,7 +70,7 @@ def test_a_429_stops_all_threads(framework):
     ):
         texts, errors = call_in_threads(llm, 20, 3)
     assert (len(texts), errors) == (60, [])
-    check_pause(service, 20)
+    check_pause(service)
 
 
 def test_without_it_many_are_refused():
@@ -102,4 +101,4 @@ async def test_tasks(anyio_backend):
                 for _ in range(50):
                     tasks.start_soon(work)
     assert texts == ["fine"] * 50
-    check_pause(service, 50)
+    check_pause(service)
