@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from inspect import isasyncgenfunction, iscoroutinefunction, isgeneratorfunction
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from fluxibly._checks import did_you_mean, kind_of
 from fluxibly._plugins import check_registration, entry_points, is_redefinition, load
@@ -57,22 +57,25 @@ def find_function(name: str) -> Callable[..., Any]:
     if name in points:
         return load(points[name])
     known = sorted({*_functions, *points})
-    near = did_you_mean(name, known) or "; write register_function(name, function) before the configuration is read"
-    raise ConfigError(f"function {name!r} not registered{near}. Registered functions: {known}")
+    near = did_you_mean(name, known)
+    advice = near or f"; write register_function({name!r}, function) before the configuration is read."
+    raise ConfigError(f"function {name!r} not registered{advice} Registered functions: {known}")
 
 
-def to_function(value: Any) -> Any:
-    """Return the function that a registered name stands for, and everything else as it is. It is a converter of attrs."""
-    return find_function(value) if isinstance(value, str) else value
+def to_function(value: F | str | None) -> F | None:
+    """Return the function that a registered name stands for, and everything else as it is.
+
+    A converter of attrs calls it; with the type of its own parameter it tells type checkers what the field takes.
+    """
+    return cast("F", find_function(value)) if isinstance(value, str) else value
 
 
 def check_function(name: str, value: object) -> str | None:
     """Check a function that a middleware calls by itself, so one that returns its value at once."""
     if not callable(value):
         return f"{name}: expected a function, got {kind_of(value)}"
-    call = value if hasattr(value, "__code__") else getattr(type(value), "__call__", None)  # noqa: B004  # the method itself
-    if iscoroutinefunction(call) or isgeneratorfunction(call) or isasyncgenfunction(call):
-        return (
-            f"{name}: expected a plain function, got one that returns {kind_of(value)} first; write def, not async def"
-        )
+    for call in (value, getattr(type(value), "__call__", None)):  # noqa: B004  # the method itself
+        if iscoroutinefunction(call) or isasyncgenfunction(call) or isgeneratorfunction(call):
+            kind = "a generator function" if isgeneratorfunction(call) else "an async function"
+            return f"{name}: expected a plain function, got {kind}; write def, and return the value"
     return None

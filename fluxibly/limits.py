@@ -27,6 +27,10 @@ _LEFT_OUT = _LeftOut()
 _WHOLE_ANSWER = 600.0
 """Seconds for an answer that is not streamed, unless a limit is set: reasoning models think for minutes."""
 
+_USUAL = 1e9
+_PHASES = ("deadline", "first_chunk", "idle")
+"""The limits of a leash."""
+
 KEEP_ALIVES = 10
 """How many times `idle` a wait for one chunk may take, if only keep-alives arrive."""
 
@@ -112,7 +116,7 @@ class Leash:
         def deadline(request: Request, call_next: CallNext) -> Flow[Response]:
             call = request.call
             outer = call.leash
-            call.leash = Leash(outer, deadline=call.clock() + 5)
+            call.leash = Leash(outer, deadline=call.clock() + 5, by="my middleware")
             try:
                 return (yield from call_next(request))
             finally:
@@ -140,15 +144,18 @@ class Leash:
             The error is `DeadlineExceeded`.
         first_chunk: seconds of waiting from the sending of a streamed request to its first chunk with output.
         idle: seconds of waiting for each later chunk of a stream. Neither includes the time of the consumer.
+        by: who sets these limits, for the messages of errors: a str, or a middleware, whose `repr` is shown.
 
     Raises:
         ConfigError: a limit is not a number, or `first_chunk` or `idle` is not above 0.
     """
 
-    __slots__ = ("_ends", "_root", "_stopped", "deadline", "first_chunk", "idle")
+    __slots__ = ("_by", "_ends", "_root", "_stopped", "deadline", "first_chunk", "idle")
     deadline: float | None
     first_chunk: float | None
     idle: float | None
+    _by: tuple[object, object, object]
+    """Who set each of these limits, in this order; None if it is not known."""
     _root: Leash | None
     """The leash that is stopped for this leash. None is the leash itself, which so refers to itself in no circle."""
     _ends: list[Callable[[], object]]
@@ -161,25 +168,29 @@ class Leash:
         deadline: float | None = None,
         first_chunk: float | None = None,
         idle: float | None = None,
+        by: object = None,
     ) -> None:
         if outer is not None and not isinstance(outer, Leash):  # pyright: ignore[reportUnnecessaryIsInstance]  # callers may be untyped
             raise TypeError(
                 f"Leash: expected a Leash or None, got {kind_of(outer)}; write Leash(call.leash, deadline=…)"
             )
-        problems = [
-            None if deadline in (None, math.inf) else _time_problem("deadline", deadline),
-            None if first_chunk is None else seconds_problem("first_chunk", first_chunk),
-            None if idle is None else seconds_problem("idle", idle),
-        ]
-        if any(problems):
-            raise ConfigError.of([found for found in problems if found])
+        usual = deadline is None or (type(deadline) is float and deadline > -math.inf)
+        if not (usual and _is_usual(first_chunk) and _is_usual(idle)):
+            _check_limits(deadline, first_chunk, idle)
         if outer is None:
             self.deadline, self.first_chunk, self.idle = deadline, first_chunk, idle
+            self._by = (by, by, by)
             self._begin()
         else:
             self.deadline = least(deadline, outer.deadline)
             self.first_chunk = least(first_chunk, outer.first_chunk)
             self.idle = least(idle, outer.idle)
+            of_deadline, of_first_chunk, of_idle = outer._by
+            self._by = (
+                by if _is_stricter(deadline, outer.deadline) else of_deadline,
+                by if _is_stricter(first_chunk, outer.first_chunk) else of_first_chunk,
+                by if _is_stricter(idle, outer.idle) else of_idle,
+            )
             self._root = outer if outer._root is None else outer._root
 
     def _begin(self) -> None:
@@ -194,6 +205,11 @@ class Leash:
         leash = cls(outer)
         leash._begin()
         return leash
+
+    def set_by(self, phase: str) -> str | None:
+        """Return who set the limit that applies to a phase ("deadline", "first_chunk" or "idle"), in words for a message; None if it is not known."""
+        by = self._by[_PHASES.index(phase)] if phase in _PHASES else None
+        return by if by is None or isinstance(by, str) else repr(by)
 
     @property
     def stopped(self) -> bool:
@@ -246,6 +262,36 @@ def least(one: float | None, other: float | None) -> float | None:
     if one is None or other is None:
         return one if other is None else other
     return min(one, other)
+
+
+def _is_usual(limit: float | None) -> bool:
+    """Whether a limit is certainly right. The checks cost more than all else of a leash."""
+    return limit is None or (type(limit) in (float, int) and 0 < limit < _USUAL)
+
+
+def _check_limits(deadline: float | None, first_chunk: float | None, idle: float | None) -> None:
+    problems = [
+        None if deadline in (None, math.inf) else _time_problem("deadline", deadline),
+        None if first_chunk is None else seconds_problem("first_chunk", first_chunk),
+        None if idle is None else seconds_problem("idle", idle),
+    ]
+    if any(problems):
+        raise ConfigError.of([found for found in problems if found])
+
+
+def _is_stricter(limit: float | None, than: float | None) -> bool:
+    return limit is not None and (than is None or limit < than)
+
+
+def before_the_deadline(leash: Leash | None) -> str:
+    """Return "before the deadline" for a message, with who set it."""
+    who = None if leash is None else leash.set_by("deadline")
+    return "before the deadline" if who is None else f"before the deadline (set by {who})"
+
+
+def who_limits(leash: Leash | None, phase: str) -> str:
+    """Return for a message whose limit applies to the waits of a stream."""
+    return (None if leash is None else leash.set_by(phase)) or "a middleware"
 
 
 def time_left(leash: Leash | None, clock: Callable[[], float]) -> float | None:

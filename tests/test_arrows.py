@@ -253,7 +253,10 @@ class TestExports:
         ("module", "names"),
         [
             ("fluxibly.llm", "LLM LLMConfig"),
-            ("fluxibly.middleware", "Logging Timing Tracing Metrics Retry Validation StreamMeter"),
+            (
+                "fluxibly.middleware",
+                "Deadline Logging Timing Tracing Metrics Retry RetryBudget StreamMeter StreamTimeout Validation",
+            ),
             (
                 "fluxibly.testing",
                 "ScriptedProvider AsyncScriptedProvider VirtualClock ByHand check_middleware check_provider check_codec",

@@ -12,6 +12,7 @@ import pytest
 from fluxibly.config import LLMConfig
 from fluxibly.errors import ConfigError
 from fluxibly.limits import ChunkWaits, Leash, Timeouts, time_left, timeouts_of_call
+from fluxibly.middleware import Deadline
 
 
 def limits_of(leash):
@@ -65,6 +66,17 @@ class TestLeash:
         with pytest.raises(ConfigError) as caught:
             Leash(**limits)
         assert caught.value.problems == problems
+
+    def test_who_set_a_limit(self):
+        """Of each limit, it is whoever set the stricter one; a middleware is named by its repr."""
+        outer = Leash(deadline=9, first_chunk=2, by="outer")
+        leash = Leash(outer, deadline=5, first_chunk=3, idle=1, by=Deadline(5))
+        phases = ("deadline", "first_chunk", "idle")
+        assert [leash.set_by(phase) for phase in phases] == ["Deadline(5)", "outer", "Deadline(5)"]
+        assert [Leash.apart(leash).set_by(phase) for phase in phases] == [leash.set_by(phase) for phase in phases]
+        assert [Leash(leash, deadline=1).set_by(phase) for phase in phases] == [None, "outer", "Deadline(5)"]
+        assert Leash(Leash(idle=3, by="outer"), idle=3, by="inner").set_by("idle") == "outer"
+        assert leash.set_by("total") is None
 
     def test_its_repr(self):
         """A leash shows its limits."""

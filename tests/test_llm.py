@@ -35,7 +35,23 @@ from fluxibly import (
 )
 from fluxibly.errors import ConfigError, DeadlineExceeded, RequestTimeout, ServerError
 from fluxibly.limits import Timeouts
-from fluxibly.middleware import Logging, Metrics, Retry, StreamMeter, Timing, Tracing, Validation
+from fluxibly.middleware import (
+    Balance,
+    CircuitBreaker,
+    Concurrency,
+    Deadline,
+    Fallback,
+    Hedge,
+    Logging,
+    Metrics,
+    RateLimit,
+    Retry,
+    StreamMeter,
+    StreamTimeout,
+    Timing,
+    Tracing,
+    Validation,
+)
 from fluxibly.testing import AsyncScriptedProvider, ScriptedProvider
 from fluxibly.testing.modes import BACKENDS
 
@@ -415,6 +431,34 @@ class TestStacks:
         assert [type(layer) for layer in stack[:5]] == [Tracing, Logging, Metrics, Timing, StreamMeter]
         assert stack[5:] == (validation, mine, other, retry)
         assert default_stack(attrs.evolve(ECHO, max_retries=1))[-1] == Retry(max_retries=1)
+
+    def test_the_places_of_other_layers(self):
+        """A built-in layer that the default stack has none of goes to its own place; several of a class keep their order."""
+
+        def mine(request, call_next):
+            return (yield from call_next(request))
+
+        per_minute, per_day = RateLimit(requests=60), RateLimit(requests=1000, per=86_400)
+        places, deadline, breaker = Concurrency(9), Deadline(30), CircuitBreaker()
+        balance, hedge, fallback = Balance(["a", "b"]), Hedge(2.0), Fallback(["c"])
+        silence = StreamTimeout(idle=5)
+        given = (silence, places, per_minute, mine, breaker, hedge, balance, fallback, per_day, deadline)
+        *before, after_meter, validation, own, one, two, three, retry, four, five, six, seven, eight = default_stack(
+            ECHO, *given
+        )
+        assert [type(layer) for layer in before] == [Tracing, Logging, Metrics, Timing, StreamMeter]
+        assert (after_meter, own, one, two, three) == (deadline, mine, fallback, balance, hedge)
+        assert (type(validation), type(retry)) == (Validation, Retry)
+        assert (four, five, six, seven, eight) == (breaker, per_minute, per_day, places, silence)
+
+    def test_a_class_of_the_users_own(self):
+        """A subclass of a built-in class takes its place."""
+
+        class Patient(Retry):
+            pass
+
+        patient = Patient(max_retries=9)
+        assert default_stack(ECHO, patient)[-1] is patient
 
     @pytest.mark.parametrize("layer", ["retry", None, Retry, {"retry": {}}])
     def test_what_is_no_layer(self, layer):

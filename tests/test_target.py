@@ -7,11 +7,10 @@ import traceback
 
 import attrs
 import pytest
-from support.powers import Fallback
 
-from fluxibly import LLM, AsyncLLM, LLMConfig, Message, Request, Target, register_llm_framework, register_middleware
+from fluxibly import LLM, AsyncLLM, LLMConfig, Message, Request, Target, register_llm_framework
 from fluxibly.errors import AuthenticationError, ConfigError, FrameworkNotRegistered
-from fluxibly.middleware import Retry
+from fluxibly.middleware import Fallback, Retry
 from fluxibly.registry import frameworks, make_provider
 from fluxibly.target import to_targets
 
@@ -387,8 +386,6 @@ class TestToTargets:
 class TestYAML:
     @pytest.fixture
     def write(self, tmp_path):
-        register_middleware("fallback", Fallback)
-
         def write(targets):
             file = tmp_path / "framework.yaml"
             file.write_text(f"llm:\n  framework: echo\n  model: m\n  middleware:\n    - fallback: {{to: {targets}}}\n")
@@ -404,7 +401,9 @@ class TestYAML:
             write(f"[gpt-4o-mini, {{framework: anthropic, model: x, api_key: {key}, top_p: 1, drop: [seed]}}]")
         )
         (fallback,) = llm.pipeline.middleware
-        assert repr(fallback) == "Fallback(to=(Target('gpt-4o-mini'), Target('anthropic:x', drop=['seed'])))"
+        assert repr(fallback) == (
+            "Fallback(to=(Target('gpt-4o-mini'), Target('anthropic:x', drop=['seed'])), when=None, on_interrupt='raise')"
+        )
         assert fallback.to[1].config.fixed_key == "sk-1"
         assert "sk-1" not in repr((llm, llm.pipeline, fallback))
 

@@ -26,6 +26,7 @@ from fluxibly.errors import (
 )
 from fluxibly.flow import ask, emit, hold_back, map_chunks, perform, sleep, stop_when
 from fluxibly.limits import Leash
+from fluxibly.middleware import Deadline, Fallback, StreamTimeout
 from fluxibly.middleware.logging import Logging
 from fluxibly.middleware.retry import Retry
 from fluxibly.middleware.stream_meter import StreamMeter
@@ -693,9 +694,9 @@ class TestCheckMiddleware:
             powers.stopping_at("o"),
             powers.stopping_at(","),
             powers.limited(lambda: None, lambda: None),
-            powers.deadline(5),
-            powers.stream_timeout(first_chunk=5, idle=5),
-            powers.Fallback(to=["m-2"]),
+            Deadline(5),
+            StreamTimeout(first_chunk=5, idle=5),
+            Fallback(to=["m-2"]),
         ],
         ids=lambda middleware: getattr(middleware, "__qualname__", type(middleware).__name__).partition(".")[0],
     )

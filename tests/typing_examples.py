@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from pathlib import Path
 from time import perf_counter
 from typing import assert_type
@@ -31,6 +31,7 @@ from fluxibly import (
     Request,
     Response,
     Restart,
+    Signal,
     StreamInterrupted,
     StreamStats,
     Target,
@@ -42,15 +43,42 @@ from fluxibly import (
     map_chunks,
     perform,
     race,
+    register_function,
     register_llm_framework,
     register_middleware,
     sleep,
 )
 from fluxibly.config import Secret, Timeouts
-from fluxibly.errors import BadPrompt
+from fluxibly.errors import (
+    BadPrompt,
+    CircuitOpen,
+    DeadlineExceeded,
+    QueueFull,
+    RateLimitError,
+    RateLimitWait,
+    ServerError,
+)
 from fluxibly.flow import hold_back
 from fluxibly.llm import LLM as SameLLM  # noqa: N811  # LLM is a class
-from fluxibly.middleware import Logging, Metrics, Retry, StreamMeter, Timing, Tracing, Validation
+from fluxibly.middleware import (
+    Balance,
+    CircuitBreaker,
+    Concurrency,
+    Deadline,
+    Fallback,
+    Hedge,
+    Logging,
+    Metrics,
+    RateLimit,
+    Retry,
+    RetryBudget,
+    StreamMeter,
+    StreamTimeout,
+    Timing,
+    Tracing,
+    Validation,
+)
+from fluxibly.stores import Entry, MemoryStore, Store
 from fluxibly.target import to_targets
 from fluxibly.testing import AsyncScriptedProvider, ScriptedProvider, VirtualClock
 
@@ -77,7 +105,7 @@ def complete_only(request: Request, call_next: CallNext) -> Flow[Response]:
 
 
 @attrs.frozen(kw_only=True)
-class Fallback:
+class MyFallback:
     model: str
 
     def __call__(self, request: Request, call_next: CallNext) -> Flow[Response]:
@@ -147,7 +175,7 @@ def informed(request: Request, call_next: CallNext) -> Flow[Response]:
     return (yield from call_next(request))
 
 
-own: list[Middleware] = [timing, shout, complete_only, Fallback(model="small"), Cache(), hedge, informed]
+own: list[Middleware] = [timing, shout, complete_only, MyFallback(model="small"), Cache(), hedge, informed]
 
 # Providers of the user
 
@@ -196,7 +224,7 @@ provider: Provider = Parrot()
 async_provider: AsyncProvider = AsyncParrot(LLMConfig(framework="parrot", model="m"))
 
 register_llm_framework("parrot", Parrot, async_provider=AsyncParrot)
-register_middleware("fallback", Fallback)
+register_middleware("my_fallback", MyFallback)
 register_middleware("others", Others)
 register_middleware("shout", lambda: shout)
 
@@ -258,6 +286,52 @@ def stacks(config: LLMConfig, file: Path) -> None:
     assert_type(AsyncLLM.from_yaml(str(file)), AsyncLLM)
 
 
+def tokens_of(request: Request) -> int:
+    return len(request.messages)
+
+
+def patience(error: Exception, attempt: int) -> float | None:
+    return 0.5 if isinstance(error, RateLimitError) and attempt < 2 else None
+
+
+def production(config: LLMConfig) -> None:
+    shared = MemoryStore()
+    budget = RetryBudget(ratio=0.1, floor=5)
+    register_function("tokens_of", tokens_of)
+    layers: list[Middleware] = [
+        Deadline(30),
+        Fallback(["m-2", config, Target(config, drop=["seed"])], when=lambda error: isinstance(error, ServerError)),
+        Balance(["m-2", "m-3"], policy="fastest", weights=[1, 2], by=lambda request: request.model),
+        Hedge("p95", to=["m-2"], at_most=2, max_share=0.2),
+        Hedge(2.0),
+        Retry(limits={RateLimitError: 5, "ServerError": 2}, decide=patience, budget=budget),
+        CircuitBreaker(failures=3, by="provider", store=shared),
+        RateLimit(requests=600, tokens=90_000, estimate=tokens_of, store=shared, on_store_error="open"),
+        RateLimit(tokens=90_000, estimate="tokens_of", by="tokens_of", store="memory"),
+        Concurrency(20, queue=100, store=shared),
+        StreamTimeout(first_chunk=20, idle=5),
+    ]
+    LLM(config, default_stack(config, *layers)).close()
+    store: Store = shared
+    assert_type(store.load("a key", 0.0), Entry | None)
+    try:
+        LLM(config).complete("hi")
+    except (CircuitOpen, RateLimitWait, QueueFull) as error:
+        assert_type(error.retry_after, float | None)
+        assert_type(error.rate_limits, Mapping[str, str])
+    except DeadlineExceeded:
+        pass
+
+
+def gate(opened: Signal) -> Middleware:
+    def wait(request: Request, call_next: CallNext) -> Flow[Response]:
+        assert_type((yield from sleep(1.0, until=opened)), bool)
+        request.call.decide("gate", "lets the call pass")
+        return (yield from call_next(request))
+
+    return wait
+
+
 def token() -> str:
     return "a token"
 
@@ -314,10 +388,12 @@ def main(file: Path) -> None:
         additional_params={"top_k": 4},
         middleware=None,
     )
-    file.write_text("llm: {framework: parrot, model: m, middleware: [logging, fallback: {model: small}, shout]}")
+    file.write_text("llm: {framework: parrot, model: m, middleware: [logging, my_fallback: {model: small}, shout]}")
     sync_calls(config)
     asyncio.run(async_calls(config))
     stacks(config, file)
+    production(config)
+    Pipeline(provider, [gate(Signal())])
     access()
     pipelines()
     targets(config)

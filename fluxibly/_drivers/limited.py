@@ -14,7 +14,7 @@ from fluxibly._threads import NotInTime as NotInTime, Worker
 from fluxibly.aggregate import pieces_of
 from fluxibly.errors import Phase, ProviderError, RequestTimeout, StreamStalled
 from fluxibly.flow.compose import deadline_exceeded
-from fluxibly.limits import ChunkWaits, Leash, Timeouts
+from fluxibly.limits import ChunkWaits, Leash, Timeouts, who_limits
 from fluxibly.types import Request
 
 T = TypeVar("T")
@@ -22,11 +22,15 @@ _NO_LIMITS = Timeouts(None, None, None, total=None)
 
 
 class _Limit(NamedTuple):
-    """A limit on a wait, as it was set and as a time of the call's clock, at which it passes."""
+    """A limit on a wait, as it was set and as a time of the call's clock, at which it passes.
+
+    `strict`: a middleware has set it.
+    """
 
     end: float
     phase: Phase
     seconds: float | None
+    strict: bool = False
 
     @classmethod
     def of(cls, seconds: float | None, phase: Phase, start: float) -> _Limit:
@@ -41,7 +45,7 @@ class CallLimits:
         self._request = request
         self._clock = call.clock
         self._times = call.timeouts or _NO_LIMITS
-        leash = call.leash or Leash()
+        leash = self._leash = call.leash or Leash()
         self._deadline = _Limit.of(leash.deadline, "deadline", 0.0)
         total = self._times.stream_total if streaming else self._times.total
         self._total = _Limit.of(total, "total", self._clock())
@@ -56,7 +60,7 @@ class CallLimits:
         limits = [self._deadline, self._total]
         if waits is not None:
             end = waits.end(now)
-            limits.append(_Limit(math.inf if end is None else end, waits.phase, waits.limit))
+            limits.append(_Limit(math.inf if end is None else end, waits.phase, waits.limit, strict=True))
             times = self._times
             limits.append(
                 _Limit.of(times.first_byte, "first_byte", now) if self._first else _Limit.of(times.idle, "idle", now)
@@ -75,12 +79,13 @@ class CallLimits:
     def error(self) -> ProviderError:
         """Return the error for the limit of the last wait, which has passed."""
         request, call = self._request, self._request.call
-        _, phase, seconds = self._next
+        _, phase, seconds, strict = self._next
         if phase == "deadline":
             return deadline_exceeded(call, request.model)
         kind = StreamStalled if phase == "idle" else RequestTimeout
+        which = f"the limit {phase} of {who_limits(self._leash, phase)}" if strict else phase
         error = kind(
-            f"{request.model} at {call.provider.name} took longer than {seconds:g} s ({phase}); allow more time, or ask "
+            f"{request.model} at {call.provider.name} took longer than {seconds:g} s ({which}); allow more time, or ask "
             "for less",
             provider=call.provider.framework,
             model=request.model,

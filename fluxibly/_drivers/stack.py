@@ -150,7 +150,7 @@ class Stack:
             if streaming or isinstance(timeout, Timeouts):
                 call.leash = Leash()  # without a limit of its own, but it says that the call has limits (`timeouts`)
             else:
-                call.leash = Leash(deadline=call.started_at + timeout)
+                call.leash = Leash(deadline=call.started_at + timeout, by=f"timeout={timeout:g}")
         state = request.__dict__.copy()
         name, value = state.popitem()  # CPython then gives the copy its own table of keys, in which lookups are fast
         state[name] = value

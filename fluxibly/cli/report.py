@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import attrs
@@ -82,11 +82,21 @@ def span_trees(spans: Sequence[ReadableSpan]) -> list[Tree]:
     def grow(span: ReadableSpan, above: Tree | None) -> Tree:
         line = _line(span)
         tree = Tree(line, guide_style="dim") if above is None else above.add(line)
+        for decision in _decisions(span):
+            tree.add(Text(decision, "yellow"))
         for child in children.get(span.context.span_id if span.context is not None else 0, []):
             grow(child, tree)
         return tree
 
     return [grow(span, None) for span in children.get(None, [])]
+
+
+def _decisions(span: ReadableSpan) -> Iterator[str]:
+    """Yield what middleware decided about a call."""
+    for event in span.events:
+        if event.name == semconv.DECISION_EVENT:
+            said = event.attributes or {}
+            yield f"{said.get(semconv.DECISION_BY)} {said.get(semconv.DECISION)}"
 
 
 def _line(span: ReadableSpan) -> Text:

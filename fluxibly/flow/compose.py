@@ -215,6 +215,8 @@ def deadline_exceeded(call: CallRecord, model: str | None, what: str = "has pass
         whom += f", {seconds:.3g} s after its start"
         if seconds < 0:
             advice = "a deadline is a time of call.clock: write call.clock() + seconds"
+        if (who := call.leash.set_by("deadline")) is not None:
+            whom += f", set by {who}"
     error = DeadlineExceeded(
         f"the deadline of the call {what} ({whom}); {advice}",
         provider=call.provider.framework,

@@ -221,7 +221,9 @@ class _Resumed(Generator[Effect, Any, T]):
         self._run(self.flow.close)
 
 
-def race(call_next: CallNext, requests: Sequence[Request], delay: float) -> Flow[Response]:
+def race(
+    call_next: CallNext, requests: Sequence[Request], delay: float, *, after_failure: bool = True
+) -> Flow[Response]:
     """Send several requests, and return the response of the first that answers::
 
         def hedge(request: Request, call_next: CallNext) -> Flow[Response]:
@@ -243,6 +245,8 @@ def race(call_next: CallNext, requests: Sequence[Request], delay: float) -> Flow
         call_next: the rest of the stack.
         requests: the requests, made by `request.evolve(…)` of the request of the call; the first is sent first.
         delay: in seconds.
+        after_failure: whether a failure sends the next request at once. Otherwise it waits for its time, and if all that
+            were sent have failed, no further one is.
 
     Raises:
         TypeError: `requests` is not a sequence of requests, or `delay` is not a number.
@@ -250,16 +254,18 @@ def race(call_next: CallNext, requests: Sequence[Request], delay: float) -> Flow
     """
     requests = _checked_requests(requests)
     check_seconds(delay, "race: delay")
-    return _race(call_next, requests, delay) if len(requests) > 1 else call_next(requests[0])
+    if len(requests) == 1:
+        return call_next(requests[0])
+    return _race(call_next, requests, delay, after_failure=after_failure)
 
 
-def _race(call_next: CallNext, requests: Sequence[Request], delay: float) -> Flow[Response]:
+def _race(call_next: CallNext, requests: Sequence[Request], delay: float, *, after_failure: bool) -> Flow[Response]:
     call = requests[0].call
     leash = call.leash
     branches: _Branches[Response] = _Branches(call)
     try:
         try:
-            winner = yield from _first(branches, call_next, requests, delay)
+            winner = yield from _first(branches, call_next, requests, delay, after_failure=after_failure)
         except Exception:
             yield from branches.give_up(branches.all)
             raise
@@ -288,28 +294,36 @@ def _race(call_next: CallNext, requests: Sequence[Request], delay: float) -> Flo
 
 
 def _first(
-    branches: _Branches[Response], call_next: CallNext, requests: Sequence[Request], delay: float
+    branches: _Branches[Response],
+    call_next: CallNext,
+    requests: Sequence[Request],
+    delay: float,
+    *,
+    after_failure: bool,
 ) -> Flow[Branch[Response]]:
     """Run the branches until one has won. If all have failed, return the first."""
     call = requests[0].call
     waiting = deque(requests)
     due = left = 0.0
     branch: Branch[Response] | None = None
+    is_next = True  # whether the next request goes out now
     while True:
-        if waiting and (branch is None or branch.over):
+        if waiting and is_next:
             record = call.branch(Leash.apart(call.leash))
             flow = call_next(replaced(waiting.popleft(), {"call": record}))
             branch = yield from branches.begin(flow, record)
             due, left = call.clock() + delay, delay
         else:
             branch = yield from branches.next(left if waiting else None)
-            if branch is None:
-                continue
             left = max(0.0, due - call.clock())
-        if branch.output is not None or (branch.over and branch.error is None):
-            return branch
-        if branch.over and not waiting and not branches.running:
-            return branches.all[0]
+        if branch is None:
+            is_next = True
+        else:
+            if branch.output is not None or (branch.over and branch.error is None):
+                return branch
+            is_next = branch.over and after_failure
+            if branch.over and not branches.running and not (waiting and is_next):
+                return branches.all[0]
 
 
 def _count_attempts(branches: _Branches[Response]) -> None:

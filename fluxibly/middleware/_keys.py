@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 from fluxibly._checks import problem
 from fluxibly.flow import Flow, provider_of
@@ -14,9 +14,15 @@ By: TypeAlias = Literal["provider", "provider and model"] | Callable[[Request], 
 _WORDS = ("provider", "provider and model")
 
 
-def to_by(value: Any) -> Any:
+def to_by(value: By | str) -> By:
     """Return what a `by` stands for, where YAML may have the name of a function. It is a converter of attrs."""
-    return find_function(value) if isinstance(value, str) and value not in _WORDS else value
+    if callable(value):
+        return value
+    if value == "provider":
+        return "provider"
+    if value == "provider and model":
+        return "provider and model"
+    return find_function(value) if isinstance(value, str) else value  # pyright: ignore[reportUnnecessaryIsInstance]  # callers may be untyped
 
 
 def check_by(name: str, value: object) -> str | None:

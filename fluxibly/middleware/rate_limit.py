@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import attrs
 
@@ -66,6 +66,13 @@ class _Use:
         return "".join(self.request.call.delivered[self.delivered :])
 
 
+Tokens: TypeAlias = Callable[[Request], float]
+
+
+def _to_estimate(value: Tokens | str | None) -> Tokens | None:
+    return to_function(value)
+
+
 @attrs.frozen(kw_only=True, eq=False)
 class RateLimit:
     """Middleware that keeps calls under a rate. Calls that are too early wait, first come, first served.
@@ -105,8 +112,8 @@ class RateLimit:
     burst: float | None = attrs.field(default=None, validator=_optional(validator(number, 1)))
     max_wait: float = attrs.field(default=60.0, validator=validator(number, 0))
     learn: bool = attrs.field(default=True, validator=attrs.validators.instance_of(bool))
-    estimate: Callable[[Request], float] | None = attrs.field(
-        default=None, converter=to_function, validator=_optional(validator(check_function))
+    estimate: Tokens | None = attrs.field(
+        default=None, converter=_to_estimate, validator=_optional(validator(check_function))
     )
     give_back: bool = attrs.field(default=True, validator=attrs.validators.instance_of(bool))
     by: By = attrs.field(default="provider and model", converter=to_by, validator=validator(check_by))

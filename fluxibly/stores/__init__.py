@@ -5,7 +5,33 @@
 Imports: data and its helpers. Imported by: `middleware`.
 """
 
+from typing import Any
+
+from fluxibly._checks import kind_of
+from fluxibly.errors import ConfigError
 from fluxibly.stores.memory import MemoryStore
-from fluxibly.stores.protocol import Entry, Limit, Store, Turn, to_store
+from fluxibly.stores.protocol import Entry, Limit, Store, Turn
 
 __all__ = ["Entry", "Limit", "MemoryStore", "Store", "Turn", "to_store"]
+
+
+def to_store(value: Any) -> Any:
+    """Return the store that a URL stands for: None and "memory" are a new `MemoryStore`. It is a converter of attrs.
+
+    Raises:
+        ConfigError: it is neither a URL of a known kind nor a store.
+    """
+    if value is None or value == "memory":
+        return MemoryStore()
+    expected = "store: expected 'memory' or an object with the methods of fluxibly.stores.Store"
+    if isinstance(value, str):
+        raise ConfigError(f"{expected}, got the URL {value.partition(':')[0] + ':…' if ':' in value else value!r}")
+    if isinstance(value, type):
+        raise ConfigError(f"{expected}, got the class {value.__name__}; write {value.__name__}()")
+    missing = [name for name in _METHODS if not callable(getattr(value, name, None))]
+    if missing:
+        raise ConfigError(f"{expected}, got {kind_of(value)} without {', '.join(missing)}")
+    return value
+
+
+_METHODS = tuple(name for name in vars(Store) if not name.startswith("_") and name != "local")

@@ -193,6 +193,36 @@ def test_tokens_of_other_attempts_and_of_asks_are_shown(tmp_path):
     assert "6tokens out" in page.text
 
 
+def test_decisions_are_shown(tmp_path):
+    """What middleware decided stands under the call, in order, and not under its attempts."""
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+
+    def router(request, call_next):
+        with pytest.raises(Overloaded):
+            yield from call_next(request)
+        request.call.decide("Router", "asks <m-2> after Overloaded")
+        response = yield from call_next(request.evolve(model="m-2"))
+        request.call.decide("Router", "is content")
+        return response
+
+    path = tmp_path / "trace.jsonl"
+    provider = TracerProvider(shutdown_on_exit=False)
+    provider.add_span_processor(SimpleSpanProcessor(OTLPFileSpanExporter(path)))
+    stack = [Tracing(tracer_provider=provider), router]
+    Pipeline(Remote(Overloaded("full"), "Paris."), stack).complete(Request(model="m-1", messages="Hi"))
+    provider.shutdown()
+    lines = [line.strip() for line in terminal(path).splitlines()]
+    place = lines.index("Router asks <m-2> after Overloaded")
+    assert lines[place - 1].startswith("chat m-2")
+    assert lines[place + 1] == "Router is content"
+    page = trace_html.render(path)
+    assert page.count('<div class="decision">Router asks &lt;m-2&gt; after Overloaded</div>') == 1
+    call, *attempts = trace_file.read(path)[0].walk()
+    assert call[1].decisions == ["Router asks <m-2> after Overloaded", "Router is content"]
+    assert [span.decisions for _, span in attempts] == [[], []]
+
+
 POINTS = [(2.0, 2.0, 5), (2.1, 0.1, 9), (6.0, 3.9, 12), (9.0, 0.1, 20), (9.1, 0.1, 24)]
 
 

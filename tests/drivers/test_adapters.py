@@ -6,12 +6,11 @@ import threading
 
 import anyio
 import pytest
-from support.powers import deadline
 
 from fluxibly import LLM, LLMConfig, register_llm_framework
 from fluxibly.errors import DeadlineExceeded, ServerError, StreamInterrupted
 from fluxibly.flow import map_chunks
-from fluxibly.middleware import Retry
+from fluxibly.middleware import Deadline, Retry
 from fluxibly.parts import Reasoning, ToolCall
 from fluxibly.pipeline import AsyncPipeline, Pipeline
 from fluxibly.testing import VirtualClock
@@ -230,7 +229,7 @@ class TestStreamOnly:
                 clock.sleep(10)
                 yield "two"
 
-        ran = run(Mode(False, mode.backend), Slow(), [deadline(5)], REQUEST, clock=clock)
+        ran = run(Mode(False, mode.backend), Slow(), [Deadline(5)], REQUEST, clock=clock)
         assert isinstance(ran.error, DeadlineExceeded)
 
     def test_it_is_closed_with_its_pipeline(self, mode):

@@ -16,13 +16,14 @@ import pytest
 from anyio.lowlevel import checkpoint
 from support.calling import REQUEST, scripted
 from support.leftovers import interrupt_until
-from support.powers import deadline, limited
+from support.powers import limited
 
 from fluxibly import _abandoned
 from fluxibly._drivers import endings
 from fluxibly._logs import forget_reports
 from fluxibly.errors import ServerError, StreamInterrupted, root_cause
 from fluxibly.flow import ask, sleep
+from fluxibly.middleware import Deadline
 from fluxibly.pipeline import AsyncPipeline, Pipeline
 from fluxibly.testing import AsyncScriptedProvider, ScriptedProvider, VirtualClock
 from fluxibly.testing.modes import MODES, run
@@ -461,7 +462,7 @@ class TestHandle:
             return response
 
         async def main(inner):
-            stack = [deadline(3), limited(lambda: None, partial(log.append, "given"), agive), *inner]
+            stack = [Deadline(3), limited(lambda: None, partial(log.append, "given"), agive), *inner]
             await AsyncPipeline(AsyncScriptedProvider("a"), stack, clock=clock).complete(REQUEST)
 
         for inner in ([], [late]):

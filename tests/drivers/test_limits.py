@@ -16,7 +16,6 @@ import pytest
 from anyio.lowlevel import checkpoint
 from support.calling import REQUEST, scripted
 from support.leftovers import interrupt_until
-from support.powers import Fallback, deadline, stream_timeout
 
 from fluxibly.errors import (
     DeadlineExceeded,
@@ -30,7 +29,7 @@ from fluxibly.errors import (
 )
 from fluxibly.flow import ask, map_chunks, perform, sleep
 from fluxibly.limits import Leash, Timeouts
-from fluxibly.middleware import Logging, Retry
+from fluxibly.middleware import Deadline, Fallback, Logging, Retry, StreamTimeout
 from fluxibly.pipeline import SYSTEM_CLOCK, AsyncPipeline, Pipeline
 from fluxibly.target import Target
 from fluxibly.testing import AsyncScriptedProvider, Delay, ScriptedProvider, VirtualClock
@@ -146,18 +145,21 @@ class TestDeadline:
 
     def test_before_output(self, mode):
         """The call ends at its deadline, with an error that no layer retries."""
-        made, provider, clock = slowly(mode, [Retry(), deadline(3)], [Delay(5), "late"], "again")
+        made, provider, clock = slowly(mode, [Retry(), Deadline(3)], [Delay(5), "late"], "again")
         assert type(made.error) is DeadlineExceeded
         assert (made.error.phase, made.error.retryable) == ("deadline", False)
         assert (made.error.model, made.error.provider) == ("m-1", "scripted")
         assert made.error.__cause__ is None
-        assert "the deadline of the call has passed (m-1 at ScriptedProvider, 3 s after its start)" in str(made.error)
+        assert (
+            "the deadline of the call has passed (m-1 at ScriptedProvider, 3 s after its start, set by Deadline(3))"
+            in str(made.error)
+        )
         assert (clock.now(), len(provider.requests)) == (3, 1)
         assert outcome_of(made.error) == "failed"
 
     def test_after_output(self, stream_mode):
         """A stream that its deadline ends after output is interrupted by it."""
-        made, _, clock = slowly(stream_mode, [deadline(3)], ["half ", Delay(5), "late"])
+        made, _, clock = slowly(stream_mode, [Deadline(3)], ["half ", Delay(5), "late"])
         assert type(made.error) is StreamInterrupted
         assert type(made.error.__cause__) is DeadlineExceeded
         assert made.error.partial.text == "half "
@@ -166,18 +168,18 @@ class TestDeadline:
 
     def test_in_time(self, mode):
         """A call that ends before its deadline is not affected."""
-        made, _, clock = slowly(mode, [deadline(4)], ["a", Delay(2), "b", Delay(1), "c"])
+        made, _, clock = slowly(mode, [Deadline(4)], ["a", Delay(2), "b", Delay(1), "c"])
         assert (made.text, clock.now()) == ("abc", 3)
 
     def test_the_time_of_the_consumer_counts(self, stream_mode):
         """A consumer that takes its time uses up the deadline."""
-        made, _, _ = slowly(stream_mode, [deadline(3)], ["a", "b", "c"], pause=2)
+        made, _, _ = slowly(stream_mode, [Deadline(3)], ["a", "b", "c"], pause=2)
         assert made.texts == ["a", "b"]
         assert type(root_cause(made.error)) is DeadlineExceeded
 
     def test_the_earlier_counts(self, mode):
         """Of two deadlines the earlier ends the call, whichever middleware is further out."""
-        for middleware in ([deadline(3), deadline(9)], [deadline(9), deadline(3)]):
+        for middleware in ([Deadline(3), Deadline(9)], [Deadline(9), Deadline(3)]):
             made, _, clock = slowly(mode, middleware, [Delay(20), "late"])
             assert type(made.error) is DeadlineExceeded
             assert clock.now() == 3
@@ -192,7 +194,7 @@ class TestDeadline:
             yield from sleep(5)
             return response
 
-        made, _, clock = slowly(mode, [deadline(9), outside, deadline(3)], "fine")
+        made, _, clock = slowly(mode, [Deadline(9), outside, Deadline(3)], "fine")
         assert (made.text, clock.now()) == ("fine", 5)
         assert [leash.deadline for leash in seen] == [9]
 
@@ -204,7 +206,7 @@ class TestDeadline:
                 return (yield from call_next(request))
             return (yield from call_next(request))
 
-        made, provider, _ = slowly(mode, [deadline(3), slow], [Delay(5), "late"], "again")
+        made, provider, _ = slowly(mode, [Deadline(3), slow], [Delay(5), "late"], "again")
         assert type(made.error) is DeadlineExceeded
         assert len(provider.requests) == 1
 
@@ -216,21 +218,21 @@ class TestDeadline:
                 assert (request.call.attempts, request.call.sending) == (0, None)
 
         clock = VirtualClock()
-        made, provider, _ = slowly(mode, [deadline(3), wasteful], "never", clock=clock)
+        made, provider, _ = slowly(mode, [Deadline(3), wasteful], "never", clock=clock)
         assert type(made.error) is DeadlineExceeded
         assert provider.requests == []
 
     def test_a_fallback_asks_nobody_after_it(self, mode):
         """A target that is asked after the deadline gets no request."""
         other = scripted(mode, "never")
-        made, _, _ = slowly(mode, [deadline(3), Fallback(to=[Target(other)])], [Delay(5), "late"])
+        made, _, _ = slowly(mode, [Deadline(3), Fallback(to=[Target(other)])], [Delay(5), "late"])
         assert type(made.error) is DeadlineExceeded
         assert other.requests == []
 
     def test_the_log_says_so(self, mode, caplog):
         """A call that its deadline ends has failed, and the log names the deadline."""
         caplog.set_level(logging.INFO, logger="fluxibly")
-        slowly(mode, [Logging(), deadline(3)], ["half ", Delay(5), "late"])
+        slowly(mode, [Logging(), Deadline(3)], ["half ", Delay(5), "late"])
         last = caplog.records[-1]
         assert (last.levelname, last.outcome, last.error_type) == ("ERROR", "failed", "DeadlineExceeded")
 
@@ -239,7 +241,7 @@ class TestDeadlineOfRetries:
     def test_the_deadline_ends_the_last_attempt(self, mode):
         """An attempt that the deadline ends is the last. The error has the error of the attempt before as its cause."""
         first = ServerError("first")
-        made, provider, clock = slowly(mode, [deadline(3), waiting(1)], first, [Delay(5), "late"], "never")
+        made, provider, clock = slowly(mode, [Deadline(3), waiting(1)], first, [Delay(5), "late"], "never")
         assert type(made.error) is DeadlineExceeded
         assert made.error.__cause__ is first
         assert (clock.now(), len(provider.requests)) == (3, 2)
@@ -248,7 +250,7 @@ class TestDeadlineOfRetries:
     def test_no_wait_ends_after_the_deadline(self, mode, wait):
         """If the wait for the next attempt would end at the deadline or after it, the call ends at once."""
         first = ServerError("first")
-        made, provider, clock = slowly(mode, [deadline(3), waiting(wait)], [Delay(1), first], "never")
+        made, provider, clock = slowly(mode, [Deadline(3), waiting(wait)], [Delay(1), first], "never")
         assert type(made.error) is DeadlineExceeded
         assert made.error.__cause__ is first
         assert "would pass during a wait" in str(made.error)
@@ -256,19 +258,19 @@ class TestDeadlineOfRetries:
 
     def test_the_wait_that_a_service_asks_for(self, mode):
         """A wait that the service asked for may not end after the deadline either."""
-        made, _, clock = slowly(mode, [deadline(3), Retry()], RateLimitError("slow", retry_after=10), "never")
+        made, _, clock = slowly(mode, [Deadline(3), Retry()], RateLimitError("slow", retry_after=10), "never")
         assert type(made.error) is DeadlineExceeded
         assert type(made.error.__cause__) is RateLimitError
         assert clock.now() == 0
 
     def test_an_error_that_is_not_retried(self, mode):
         """A call that would end anyway ends with its own error, however late it is."""
-        made, _, _ = slowly(mode, [deadline(3), Retry(max_retries=0)], ServerError("mine"))
+        made, _, _ = slowly(mode, [Deadline(3), Retry(max_retries=0)], ServerError("mine"))
         assert type(made.error) is ServerError
 
     def test_a_restart(self, stream_mode):
         """No stream begins again if its deadline would pass during the wait. The consumer keeps what it has."""
-        middleware = [deadline(3), waiting(5, on_interrupt="restart")]
+        middleware = [Deadline(3), waiting(5, on_interrupt="restart")]
         clock = VirtualClock()
         provider = scripted(stream_mode, ["half", ServerError("cut")], "never", clock=clock)
 
@@ -291,9 +293,9 @@ class TestDeadlineOfRetries:
 
     def test_one_deadline_for_each_attempt(self, mode):
         """A deadline inside of Retry is the attempt's own; it is not retried either."""
-        made, provider, _ = slowly(mode, [waiting(0), deadline(3)], [Delay(2), ServerError("a")], [Delay(2), "fine"])
+        made, provider, _ = slowly(mode, [waiting(0), Deadline(3)], [Delay(2), ServerError("a")], [Delay(2), "fine"])
         assert made.text == "fine"
-        made, provider, clock = slowly(mode, [waiting(0), deadline(3)], [Delay(5), "late"], "never")
+        made, provider, clock = slowly(mode, [waiting(0), Deadline(3)], [Delay(5), "late"], "never")
         assert type(made.error) is DeadlineExceeded
         assert (clock.now(), len(provider.requests)) == (3, 1)
 
@@ -318,7 +320,7 @@ class TestWaitsOfMiddleware:
             return response
 
         for layer in (before, after):
-            made, provider, clock = slowly(mode, [deadline(3), layer], Chunkless())
+            made, provider, clock = slowly(mode, [Deadline(3), layer], Chunkless())
             assert type(made.error) is DeadlineExceeded
             assert made.error.__cause__ is None
             assert "None" not in str(made.error)
@@ -332,7 +334,7 @@ class TestWaitsOfMiddleware:
             yield from sleep(2)
             return (yield from call_next(request))
 
-        made, _, clock = slowly(mode, [deadline(3), nap], "fine")
+        made, _, clock = slowly(mode, [Deadline(3), nap], "fine")
         assert (made.text, clock.now()) == ("fine", 2)
 
     def test_a_perform(self, mode):
@@ -355,7 +357,7 @@ class TestWaitsOfMiddleware:
             yield from perform(save, asave)
             return response
 
-        made, _, _ = slowly(mode, [deadline(3), saving], Chunkless(), clock=clock)
+        made, _, _ = slowly(mode, [Deadline(3), saving], Chunkless(), clock=clock)
         if mode.backend is None:
             assert made.text == ""
             assert ends == [5]
@@ -374,7 +376,7 @@ class TestWaitsOfMiddleware:
         async def main():
             provider = AsyncScriptedProvider("never")
             with pytest.raises(DeadlineExceeded):
-                await AsyncPipeline(provider, [deadline(SOON), saving], clock=STILL).complete(REQUEST)
+                await AsyncPipeline(provider, [Deadline(SOON), saving], clock=STILL).complete(REQUEST)
             assert not release.is_set()
             release.set()
 
@@ -395,7 +397,7 @@ class TestWaitsOfMiddleware:
 
         async def main(clock):
             with pytest.raises(DeadlineExceeded):
-                await AsyncPipeline(AsyncScriptedProvider("x"), [deadline(3), saving], clock=clock).complete(REQUEST)
+                await AsyncPipeline(AsyncScriptedProvider("x"), [Deadline(3), saving], clock=clock).complete(REQUEST)
 
         anyio.run(main, clock, backend=backend)
         assert did == []
@@ -410,7 +412,7 @@ class TestWaitsOfMiddleware:
             yield from sleep(10)
             return (yield from call_next(request))
 
-        made, _, _ = slowly(mode, [deadline(3), again], failure, "never")
+        made, _, _ = slowly(mode, [Deadline(3), again], failure, "never")
         assert type(made.error) is DeadlineExceeded
         assert made.error.__cause__ is failure
 
@@ -437,7 +439,7 @@ class TestAsk:
 
     def test_its_own_deadline(self, mode):
         """The deadline of a question ends the question, and nothing else."""
-        made, _, clock, errors = self.asked(mode, lambda _: [deadline(1)], [Delay(5), "late"], [Delay(5), "fine"])
+        made, _, clock, errors = self.asked(mode, lambda _: [Deadline(1)], [Delay(5), "late"], [Delay(5), "fine"])
         assert made.text == "fine"
         assert [type(error) for error in errors] == [DeadlineExceeded]
         assert clock.now() == 6
@@ -449,7 +451,7 @@ class TestAsk:
             yield from sleep(5)
             return (yield from call_next(request))
 
-        made, _, clock, errors = self.asked(mode, lambda _: [deadline(1), sleeping], "fine")
+        made, _, clock, errors = self.asked(mode, lambda _: [Deadline(1), sleeping], "fine")
         assert (made.text, clock.now()) == ("fine", 1)
         assert [type(error) for error in errors] == [DeadlineExceeded]
 
@@ -461,7 +463,7 @@ class TestAsk:
 
             return layer
 
-        made, _, clock, errors = self.asked(mode, lambda clock: [deadline(1), performing(clock)], "asked", "fine")
+        made, _, clock, errors = self.asked(mode, lambda clock: [Deadline(1), performing(clock)], "asked", "fine")
         assert made.text == "fine"
         assert [type(error) for error in errors] == ([] if mode.backend is None else [DeadlineExceeded])
         assert clock.now() == (5 if mode.backend is None else 1)
@@ -469,7 +471,7 @@ class TestAsk:
     def test_the_deadline_of_the_call(self, mode):
         """A question has no more time than its call."""
         made, provider, clock, _ = self.asked(
-            mode, lambda _: [deadline(9)], [Delay(5), "late"], "never", outer=[deadline(3)]
+            mode, lambda _: [Deadline(9)], [Delay(5), "late"], "never", outer=[Deadline(3)]
         )
         assert type(made.error) is DeadlineExceeded
         assert (clock.now(), len(provider.requests)) == (3, 1)
@@ -480,13 +482,13 @@ class TestAsk:
         def judging(request, call_next):
             def each(chunk):
                 with suppress(DeadlineExceeded):
-                    yield from ask(request, through=[deadline(1)])
+                    yield from ask(request, through=[Deadline(1)])
                 yield chunk
 
             return (yield from map_chunks(call_next(request), each))
 
         answers = [["a", Delay(1), "b"], [Delay(5), "late"], [Delay(5), "late"]]
-        made, _, clock = slowly(stream_mode, [stream_timeout(idle=1), judging], *answers)
+        made, _, clock = slowly(stream_mode, [StreamTimeout(idle=1), judging], *answers)
         assert (made.text, clock.now()) == ("ab", 3)
 
 
@@ -494,21 +496,21 @@ class TestStreamTimeout:
     def test_first_chunk(self, stream_mode):
         """All waits until a chunk with output together are bounded; a chunk without output does not end them."""
         answer = [Chunk(model="m-1"), Delay(2), Chunk(), Delay(2), "late"]
-        made, _, clock = slowly(stream_mode, [stream_timeout(first_chunk=3)], answer)
+        made, _, clock = slowly(stream_mode, [StreamTimeout(first_chunk=3)], answer)
         assert type(made.error) is RequestTimeout
         assert (made.error.phase, made.error.retryable, clock.now()) == ("first_chunk", True, 3)
-        assert "longer than 3 s (first_chunk)" in str(made.error)
+        assert "longer than 3 s (the limit first_chunk of StreamTimeout(first_chunk=3))" in str(made.error)
 
     def test_first_chunk_leaves_the_consumer_out(self, stream_mode):
         """The time that the consumer takes for chunks without output does not count, nor does what comes after output."""
         answer = [Chunk(model="m-1"), Delay(1), Chunk(), Delay(2), "a", Delay(9), "b"]
-        made, _, _ = slowly(stream_mode, [stream_timeout(first_chunk=3)], answer, pause=50)
+        made, _, _ = slowly(stream_mode, [StreamTimeout(first_chunk=3)], answer, pause=50)
         assert made.text == "ab"
 
     def test_idle(self, stream_mode):
         """Each wait after output is bounded."""
         answer = ["a", Delay(2), "b", Delay(2), Chunk(), Delay(3), "late"]
-        made, _, clock = slowly(stream_mode, [stream_timeout(idle=2)], answer)
+        made, _, clock = slowly(stream_mode, [StreamTimeout(idle=2)], answer)
         assert type(made.error) is StreamInterrupted
         assert made.error.partial.text == "ab"
         assert type(made.error.__cause__) is StreamStalled
@@ -518,30 +520,30 @@ class TestStreamTimeout:
     def test_idle_leaves_the_consumer_out(self, stream_mode):
         """Neither the consumer's time counts, nor the waits before output."""
         answer = [Delay(9), Chunk(model="m-1"), Delay(9), "a", Delay(2), "b"]
-        made, _, _ = slowly(stream_mode, [stream_timeout(idle=2)], answer, pause=50)
+        made, _, _ = slowly(stream_mode, [StreamTimeout(idle=2)], answer, pause=50)
         assert made.text == "ab"
 
     def test_an_attempt_may_be_retried(self, stream_mode):
         """A stream that brought no output in time is retried, and the limit begins anew."""
         answers = [[Delay(5), "late"], [Delay(2), "fine"]]
-        made, _, clock = slowly(stream_mode, [waiting(0), stream_timeout(first_chunk=3)], *answers)
+        made, _, clock = slowly(stream_mode, [waiting(0), StreamTimeout(first_chunk=3)], *answers)
         assert (made.text, clock.now()) == ("fine", 5)
 
     def test_the_smaller_limits_count(self, stream_mode):
         """Of nested limits the smaller counts, and a deadline counts beside them."""
-        nested = [stream_timeout(first_chunk=9, idle=2), stream_timeout(first_chunk=3, idle=9)]
+        nested = [StreamTimeout(first_chunk=9, idle=2), StreamTimeout(first_chunk=3, idle=9)]
         for middleware in (nested, nested[::-1]):
             made, _, clock = slowly(stream_mode, middleware, [Delay(20), "late"])
             assert (made.error.phase, clock.now()) == ("first_chunk", 3)
             made, _, clock = slowly(stream_mode, middleware, ["a", Delay(20), "late"])
             assert (root_cause(made.error).phase, clock.now()) == ("idle", 2)
-            made, _, clock = slowly(stream_mode, [deadline(1), *middleware], ["a", Delay(20), "late"])
+            made, _, clock = slowly(stream_mode, [Deadline(1), *middleware], ["a", Delay(20), "late"])
             assert (root_cause(made.error).phase, clock.now()) == ("deadline", 1)
 
     def test_a_whole_answer(self):
         """The limits of a stream do not apply to a whole answer."""
         for mode in (mode for mode in MODES if not mode.streaming):
-            made, _, _ = slowly(mode, [stream_timeout(first_chunk=1, idle=1)], [Delay(5), "fine"])
+            made, _, _ = slowly(mode, [StreamTimeout(first_chunk=1, idle=1)], [Delay(5), "fine"])
             assert made.text == "fine"
 
 
@@ -624,8 +626,17 @@ class TestTimeout:
 
     def test_a_deadline_of_middleware_applies(self, mode):
         """A longer `timeout=` does not put off the deadline of a middleware."""
-        made, _, clock = slowly(mode, [deadline(3)], [Delay(5), "late"], timeout=9)
+        made, _, clock = slowly(mode, [Deadline(3)], [Delay(5), "late"], timeout=9)
         assert type(made.error) is DeadlineExceeded
+        assert clock.now() == 3
+        assert "set by Deadline(3))" in str(made.error)
+
+    def test_an_error_names_the_limit(self, mode):
+        """Of a deadline further away, or of a longer limit on waits, the error says nothing."""
+        stack = [Deadline(9), StreamTimeout(first_chunk=8)]
+        made, _, clock = slowly(mode, stack, [Delay(50), "late"], timeout=3)
+        named = "took longer than 3 s (first_byte)" if mode.streaming else "set by timeout=3)"
+        assert named in str(made.error)
         assert clock.now() == 3
 
     def test_questions_have_them_too(self, mode):
@@ -690,7 +701,7 @@ def test_answers_that_are_adapted(mode):
 
     provider = Blocking()
     try:
-        made = Made(mode, Half(provider), [deadline(SOON), Simulating()], clock=STILL)
+        made = Made(mode, Half(provider), [Deadline(SOON), Simulating()], clock=STILL)
         assert not provider.returned.is_set()
     finally:
         provider.release.set()
@@ -713,7 +724,7 @@ def test_a_sync_provider_that_blocks(backend, kind, limit):
     mode = next(mode for mode in MODES if mode.backend == backend and mode.streaming == (kind != "whole"))
     provider = {"stream after output": Blocking("a"), "stream that opens": Opening()}.get(kind) or Blocking()
     timeout = {"deadline": None, "timeout": SOON, "total": Timeouts(total=SOON)}[limit]
-    middleware = [deadline(SOON)] if limit == "deadline" else []
+    middleware = [Deadline(SOON)] if limit == "deadline" else []
     try:
         made = Made(mode, provider, middleware, clock=STILL, timeout=timeout)
         assert not provider.returned.is_set()
@@ -771,7 +782,7 @@ class TestThreads:
         provider = Where(error=error)
         token = VAR.set("the caller's")
         try:
-            made = Made(mode, provider, [deadline(LONG)], clock=SYSTEM_CLOCK)
+            made = Made(mode, provider, [Deadline(LONG)], clock=SYSTEM_CLOCK)
             assert VAR.get() == "the caller's"
         finally:
             VAR.reset(token)
@@ -787,7 +798,7 @@ class TestThreads:
         """A provider that keeps the limits by itself is called in the caller's own thread, and read there."""
         mode = MODES[0] if not streaming else STREAMS[0]
         provider = Where(obeys=True)
-        made = Made(mode, provider, [deadline(LONG)], clock=SYSTEM_CLOCK)
+        made = Made(mode, provider, [Deadline(LONG)], clock=SYSTEM_CLOCK)
         assert made.text == "ab"
         assert provider.threads == {threading.get_ident()}
 
@@ -800,14 +811,14 @@ class TestThreads:
                 return (yield from call_next(request.evolve(target=target)))
 
             for mode in (MODES[0], STREAMS[0]):
-                assert Made(mode, own, [deadline(LONG), turning], clock=SYSTEM_CLOCK).text == "ab"
+                assert Made(mode, own, [Deadline(LONG), turning], clock=SYSTEM_CLOCK).text == "ab"
             assert own.threads == set()
             assert (threading.get_ident() in other.threads) is other.obeys
 
     def test_a_stream_that_is_not_read_to_its_end(self):
         """A consumer that leaves early waits until the provider's stream is closed, and the thread ends."""
         provider = Where()
-        with Pipeline(provider, [deadline(LONG)]).stream(REQUEST) as stream:
+        with Pipeline(provider, [Deadline(LONG)]).stream(REQUEST) as stream:
             next(stream)
         assert provider.closed == 1
 
@@ -843,7 +854,7 @@ class TestThreads:
 
         for provider in (NoStream(), Empty()):
             plain = Made(stream_mode, provider, [], clock=SYSTEM_CLOCK).error
-            limited = Made(stream_mode, provider, [deadline(LONG)], clock=SYSTEM_CLOCK).error
+            limited = Made(stream_mode, provider, [Deadline(LONG)], clock=SYSTEM_CLOCK).error
             assert type(plain) is type(limited) is TypeError
             assert str(plain) == str(limited)
 
@@ -858,7 +869,7 @@ class TestThreads:
                 yield next(iter(()))
 
         plain = Made(mode, Stops(), [], clock=SYSTEM_CLOCK).error
-        limited = Made(mode, Stops(), [deadline(LONG)], clock=SYSTEM_CLOCK).error
+        limited = Made(mode, Stops(), [Deadline(LONG)], clock=SYSTEM_CLOCK).error
         assert type(plain) is type(limited) is RuntimeError
         assert str(plain) == str(limited)
 
@@ -922,7 +933,7 @@ class TestAsyncProviders:
 
         async def main():
             with pytest.raises(DeadlineExceeded):
-                await read(AsyncPipeline(provider, [deadline(SOON)], clock=STILL), streaming=streaming)
+                await read(AsyncPipeline(provider, [Deadline(SOON)], clock=STILL), streaming=streaming)
             assert backend == "trio" or cancelling() == 0
             await checkpoint()
 
@@ -943,7 +954,7 @@ class TestAsyncProviders:
 
         async def main():
             with pytest.raises(DeadlineExceeded):
-                await read(AsyncPipeline(Late(), [deadline(SOON)], clock=STILL), streaming=streaming)
+                await read(AsyncPipeline(Late(), [Deadline(SOON)], clock=STILL), streaming=streaming)
             assert backend == "trio" or cancelling() == 0
             await checkpoint()
 
@@ -963,7 +974,7 @@ class TestAsyncProviders:
                 yield await self.complete(request)
 
         async def main():
-            response = await read(AsyncPipeline(Obeys(), [deadline(SOON)], clock=STILL), streaming=streaming)
+            response = await read(AsyncPipeline(Obeys(), [Deadline(SOON)], clock=STILL), streaming=streaming)
             assert response.text == "mine"
 
         anyio.run(main, backend=backend)
@@ -985,7 +996,7 @@ def test_an_async_provider_that_never_waits(backend):
         now = staticmethod(clock.now)
 
     async def consume():
-        async with AsyncPipeline(Ready(), [deadline(3)], clock=Real()).stream(REQUEST) as stream:
+        async with AsyncPipeline(Ready(), [Deadline(3)], clock=Real()).stream(REQUEST) as stream:
             async for chunk in stream:
                 texts.append(chunk.text)
                 clock.advance(2)
@@ -1013,7 +1024,7 @@ def test_a_sync_provider_is_not_read_after_the_deadline():
         now = staticmethod(clock.now)
 
     def consume():
-        for chunk in Pipeline(Ready(), [deadline(3)], clock=Real()).stream(REQUEST):
+        for chunk in Pipeline(Ready(), [Deadline(3)], clock=Real()).stream(REQUEST):
             texts.append(chunk.text)
             clock.advance(2)
 
@@ -1041,7 +1052,7 @@ class TestCancellation:
         return Cancelled(*(["a"] if when == "after output" else []))
 
     async def call(self, provider, when, seconds=LONG):
-        middleware = [stream_timeout(first_chunk=LONG, idle=LONG), deadline(seconds)]
+        middleware = [StreamTimeout(first_chunk=LONG, idle=LONG), Deadline(seconds)]
         await read(AsyncPipeline(provider, middleware), streaming=when != "whole")
 
     def test_by_asyncio_timeout(self, when):
@@ -1124,7 +1135,7 @@ class TestScopes:
 
         async def main():
             providers = [AsyncScriptedProvider("a b c d e") for _ in range(3)]
-            streams = [AsyncPipeline(provider, [deadline(LONG)]).stream(REQUEST) for provider in providers]
+            streams = [AsyncPipeline(provider, [Deadline(LONG)]).stream(REQUEST) for provider in providers]
             for _ in range(2):
                 for stream in streams:
                     await anext(stream)
@@ -1141,7 +1152,7 @@ class TestScopes:
         texts = []
 
         async def main():
-            stream = AsyncPipeline(AsyncScriptedProvider("a b c"), [deadline(LONG)]).stream(REQUEST)
+            stream = AsyncPipeline(AsyncScriptedProvider("a b c"), [Deadline(LONG)]).stream(REQUEST)
 
             async def read_one():
                 with anyio.move_on_after(LONG):
@@ -1171,7 +1182,7 @@ class TestClosing:
     def test_by_another_thread(self):
         """The reader stops at once and quietly. The provider's stream is closed when its read has returned."""
         provider = Blocking("a")
-        stream = Pipeline(provider, [deadline(LONG)]).stream(REQUEST)
+        stream = Pipeline(provider, [Deadline(LONG)]).stream(REQUEST)
         next(stream)
         self.close_when(provider.blocks, stream)
         assert list(stream) == []
@@ -1199,7 +1210,7 @@ class TestClosing:
             closed.set()
 
         provider = Blocking("a", "b")
-        stream = Pipeline(provider, [deadline(LONG), working]).stream(REQUEST)
+        stream = Pipeline(provider, [Deadline(LONG), working]).stream(REQUEST)
         thread = threading.Thread(target=close)
         thread.start()
         assert [chunk.text for chunk in stream] == ["a"]
@@ -1211,7 +1222,7 @@ class TestClosing:
     def test_while_it_is_opened(self):
         """A close while the provider opens its stream ends the read; what was opened is closed."""
         provider = Opening()
-        stream = Pipeline(provider, [deadline(LONG)]).stream(REQUEST)
+        stream = Pipeline(provider, [Deadline(LONG)]).stream(REQUEST)
         self.close_when(provider.blocks, stream)
         assert list(stream) == []
         provider.release.set()
@@ -1222,7 +1233,7 @@ class TestClosing:
         provider = Cancelled("a")
 
         async def main():
-            stream = AsyncPipeline(provider, [deadline(LONG)]).stream(REQUEST)
+            stream = AsyncPipeline(provider, [Deadline(LONG)]).stream(REQUEST)
             await anext(stream)
             waits = anyio.Event()
             provider.waits = waits.set
@@ -1259,7 +1270,7 @@ class TestClosing:
             def stream(self, request):
                 return Abortable()
 
-        stream = Pipeline(Aborts(), [deadline(LONG)]).stream(REQUEST)
+        stream = Pipeline(Aborts(), [Deadline(LONG)]).stream(REQUEST)
         self.close_when(blocks, stream)
         assert list(stream) == []
         assert aborted.is_set()
@@ -1276,7 +1287,7 @@ def test_ctrl_c(when):
         assert provider.blocks.wait(LONG)
         interrupt_until(over)
 
-    pipeline = Pipeline(provider, [deadline(LONG)])
+    pipeline = Pipeline(provider, [Deadline(LONG)])
     thread = threading.Thread(target=interrupt)
     thread.start()
     try:
@@ -1298,7 +1309,7 @@ def test_a_late_call_leaves_no_cycle(backend, streaming, texts):
     provider, errors = Blocking(*texts), []
 
     def call():
-        pipeline = Pipeline(provider, [deadline(0.01)], clock=STILL)
+        pipeline = Pipeline(provider, [Deadline(0.01)], clock=STILL)
         try:
             list(pipeline.stream(REQUEST)) if streaming else pipeline.complete(REQUEST)
         except (DeadlineExceeded, StreamInterrupted) as error:
@@ -1307,7 +1318,7 @@ def test_a_late_call_leaves_no_cycle(backend, streaming, texts):
 
     async def acall():
         try:
-            await read(AsyncPipeline(Cancelled(*texts), [deadline(0.01)], clock=STILL), streaming=streaming)
+            await read(AsyncPipeline(Cancelled(*texts), [Deadline(0.01)], clock=STILL), streaming=streaming)
         except (DeadlineExceeded, StreamInterrupted) as error:
             errors.extend([weakref.ref(error), weakref.ref(root_cause(error))])
         return [error() for error in errors]
@@ -1332,7 +1343,7 @@ class TestVirtualTime:
         async def one(name, limit, delay):
             provider = AsyncScriptedProvider([Delay(delay), "x"], clock=clock)
             try:
-                ends[name] = (await AsyncPipeline(provider, [deadline(limit)], clock=clock).complete(REQUEST)).text
+                ends[name] = (await AsyncPipeline(provider, [Deadline(limit)], clock=clock).complete(REQUEST)).text
             except DeadlineExceeded:
                 ends[name] = "late"
 
@@ -1351,7 +1362,7 @@ class TestVirtualTime:
 
         class Outer:
             def complete(self, request):
-                inner = Pipeline(ScriptedProvider([Delay(5), "x"], clock=clock), [deadline(limit)], clock=clock)
+                inner = Pipeline(ScriptedProvider([Delay(5), "x"], clock=clock), [Deadline(limit)], clock=clock)
                 try:
                     return inner.complete(request)
                 except DeadlineExceeded as error:
@@ -1362,10 +1373,10 @@ class TestVirtualTime:
                 yield self.complete(request)
 
         limit = 2
-        assert Made(mode, Outer(), [deadline(4)], clock=clock).text == "instead"
+        assert Made(mode, Outer(), [Deadline(4)], clock=clock).text == "instead"
         assert (len(inner_errors), clock.now()) == (1, 2)
         limit = 9
-        made = Made(mode, Outer(), [deadline(1)], clock=clock)
+        made = Made(mode, Outer(), [Deadline(1)], clock=clock)
         assert type(made.error) is DeadlineExceeded
         assert (len(inner_errors), clock.now()) == (1, 3)
 
@@ -1376,7 +1387,7 @@ class TestVirtualTime:
 
         async def main():
             with pytest.raises(DeadlineExceeded):
-                await AsyncPipeline(provider, [deadline(3)], clock=clock).complete(REQUEST)
+                await AsyncPipeline(provider, [Deadline(3)], clock=clock).complete(REQUEST)
 
         anyio.run(main, backend=backend)
         assert clock.now() == 3

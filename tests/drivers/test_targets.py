@@ -13,11 +13,10 @@ import anyio
 import pytest
 from anyio import from_thread
 from support.canned_server import canned_server
-from support.powers import Fallback
 
 from fluxibly import LLM, AsyncLLM, LLMConfig, Target, ask, register_llm_framework
 from fluxibly.errors import AuthenticationError, ConfigError, ProviderError, RateLimitError, ServerError
-from fluxibly.middleware import Logging, Retry
+from fluxibly.middleware import Fallback, Logging, Retry
 from fluxibly.pipeline import AsyncPipeline, Pipeline
 from fluxibly.provider import Provider
 from fluxibly.testing import AsyncScriptedProvider, Cut, ScriptedProvider
@@ -502,7 +501,14 @@ class TestOverHTTP:
         what = "streaming request" if mode.streaming else "request"
         assert messages[0].startswith(f"LLM {what} started | name=OpenAIProvider, framework=openai, model=gpt,")
         assert any("completed | " in message for message in messages)
-        assert not any("failed" in message or "sk-" in message for message in messages)
+        (decision,) = [message for message in messages if message.startswith("LLM call decision")]
+        address = servers[1].url.removeprefix("http://")
+        assert decision == (
+            "LLM call decision | middleware=Fallback, "
+            f'decision="asks claude-x at anthropic ({address}) after ServerError", error_type=ServerError, '
+            'error_message="openai (gpt): 127.0.0.1 answered 500: it is down. The service failed; try again."'
+        )
+        assert not any("LLM call failed" in message or "sk-" in message for message in messages)
 
         (asked,) = servers[0].seen
         assert asked.headers["authorization"] == f"Bearer {KEY}"
@@ -534,33 +540,54 @@ class TestOverHTTP:
         assert order == list("aabb" if inside else "abab")
 
     def test_a_key_that_is_missing_by_then(self, mode, servers, monkeypatch):
-        """Is an AuthenticationError, so that a fallback goes on to the next target."""
+        """Is an AuthenticationError, so that whoever catches errors of providers goes on to the next target."""
         seen = []
 
-        class Watched(Fallback):
-            def __call__(self, request, call_next):
-                def watch(request):
-                    try:
-                        return (yield from call_next(request))
-                    except ProviderError as error:
-                        seen.append((type(error), request.call.provider.framework, request.call.attempts))
-                        raise
-
-                return (yield from super().__call__(request, watch))
+        def fallback(request, call_next):
+            for asked in (request, *[request.evolve(target=Target(to)) for to in ("anthropic:claude-x", "echo:m")]):
+                try:
+                    return (yield from call_next(asked))
+                except ProviderError as error:
+                    seen.append((type(error), request.call.provider.framework, request.call.attempts))
+                    monkeypatch.delenv("ANTHROPIC_API_KEY", raising=False)
+            raise AssertionError
 
         monkeypatch.setenv("ANTHROPIC_API_KEY", OTHER_KEY)
-        fallback = Watched(to=["anthropic:claude-x", "echo:m"])
-
-        def forget(request, call_next):
-            monkeypatch.delenv("ANTHROPIC_API_KEY")
-            return (yield from call_next(request))
-
-        _, response = make_call(mode, servers, [forget, fallback])
+        _, response = make_call(mode, servers, [fallback])
         assert (response.text, response.provider) == ("hi", "echo")
         assert seen == [(ServerError, "openai", 1), (AuthenticationError, "openai", 1)]
 
     def test_a_configuration_that_cannot_work(self, mode, servers):
-        """Is no error of a provider: no other target hides it."""
+        """Is no error of a provider."""
         config = LLMConfig(framework="azure", model="m", api_key=OTHER_KEY)
         with pytest.raises(ConfigError, match="azure has no default address: set api_base"):
-            make_call(mode, servers, [Fallback(to=[config, "echo:m"])])
+            make_call(mode, servers, [sent_to(Target(config))])
+
+    def test_a_fallback_skips_what_cannot_be_asked(self, mode, servers, monkeypatch, caplog):
+        """A target without its key, or whose configuration cannot work: the log and the error say so."""
+        config = LLMConfig(framework="azure", model="m", api_key=OTHER_KEY)
+        monkeypatch.setenv("ANTHROPIC_API_KEY", OTHER_KEY)
+
+        def forget(request, call_next):
+            monkeypatch.delenv("ANTHROPIC_API_KEY", raising=False)
+            return (yield from call_next(request))
+
+        stack = [forget, Fallback(to=["anthropic:claude-x", config, "echo:m"])]
+        _, response = make_call(mode, servers, stack)
+        assert (response.text, response.provider) == ("hi", "echo")
+        decisions = [record.decision for record in caplog.records]
+        assert decisions == [
+            "skips claude-x at anthropic, which cannot be asked: AuthenticationError",
+            "skips m at azure, which cannot be asked: ConfigError",
+            "asks m at echo after ServerError",
+        ]
+
+        monkeypatch.setenv("ANTHROPIC_API_KEY", OTHER_KEY)
+        with pytest.raises(ServerError) as caught:
+            make_call(mode, servers, [forget, Fallback(to=["anthropic:claude-x", config])])
+        first, second, third = caught.value.__notes__
+        assert "gpt at openai" in first
+        assert "failed with ServerError: " in first
+        assert second.startswith("Fallback: claude-x at anthropic could not be asked: AuthenticationError: ")
+        assert third.startswith("Fallback: m at azure could not be asked: ConfigError: azure has no default address")
+        assert "sk-" not in "".join(caught.value.__notes__)

@@ -28,7 +28,10 @@ class TestVerbs:
         flow = sleep(2.5)
         assert next(flow) == Sleep(2.5)
         assert finish(flow) is False
-        assert finish(sleep(1, until=Signal()), True) is True
+        signal = Signal()
+        flow = sleep(1, until=signal)
+        assert next(flow).until is signal
+        assert finish(flow, True) is True
 
     def test_perform(self):
         """`perform` yields both functions and returns the value that the driver sends."""

@@ -7,12 +7,12 @@ import threading
 
 import pytest
 from anyio.lowlevel import checkpoint
-from support.powers import deadline, informed
+from support.powers import informed
 
 from fluxibly.errors import DeadlineExceeded, ServerError
 from fluxibly.flow import ask, emit, gather, hold_back, map_chunks, perform, race, sleep
 from fluxibly.flow.compose import send
-from fluxibly.middleware import Retry
+from fluxibly.middleware import Deadline, Retry
 from fluxibly.testing import AsyncScriptedProvider, Delay, ScriptedProvider, VirtualClock
 from fluxibly.testing.modes import MODES, run
 from fluxibly.types import Chunk, Request, Response
@@ -195,7 +195,7 @@ class TestFailures:
 
     def test_a_deadline(self, mode):
         """The limits of the call hold for each flow."""
-        call = Call(mode, lambda request: gather(request, steps(2), steps(1, 50)), stack=[deadline(4)])
+        call = Call(mode, lambda request: gather(request, steps(2), steps(1, 50)), stack=[Deadline(4)])
         assert isinstance(call.error, DeadlineExceeded)
         assert call.clock.now() == 4
 

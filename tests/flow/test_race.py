@@ -7,11 +7,11 @@ import contextvars
 import pytest
 from anyio.lowlevel import checkpoint
 from support.leftovers import eventually
-from support.powers import Fallback, deadline, hedge, tools
+from support.powers import hedge, tools
 
 from fluxibly.errors import DeadlineExceeded, ServerError, StreamInterrupted
 from fluxibly.flow import ask, emit, hold_back, map_chunks, race, sleep
-from fluxibly.middleware import Logging, Retry, StreamMeter, Timing
+from fluxibly.middleware import Deadline, Fallback, Logging, Retry, StreamMeter, Timing
 from fluxibly.pipeline import AsyncPipeline, Pipeline
 from fluxibly.target import Target
 from fluxibly.testing import AsyncScriptedProvider, Cut, Delay, ScriptedProvider, VirtualClock
@@ -57,6 +57,16 @@ def to(*models, delay=2.0):
 
     def racing(request, call_next):
         return (yield from race(call_next, [request, *[request.evolve(model=model) for model in models]], delay))
+
+    return racing
+
+
+def patient(*models):
+    """Race so that a failure does not send the next request."""
+
+    def racing(request, call_next):
+        requests = [request, *[request.evolve(model=model) for model in models]]
+        return (yield from race(call_next, requests, 2, after_failure=False))
 
     return racing
 
@@ -113,6 +123,20 @@ class TestWhoWins:
         call = Call(mode, [to("b")], after(5, "one"), after(1, ServerError("down")))
         assert call.text == "one"
         assert call.clock.now() == 5
+
+    def test_a_failure_that_sends_nothing(self, mode):
+        """With `after_failure=False`, the next waits for its time."""
+        first = ServerError("down")
+        assert Call(mode, [patient("b")], after(1, first), "never").ran.error is first
+        call = Call(mode, [patient("b", "c")], after(9, "slow"), after(0.5, ServerError("down")), after(1, "three"))
+        assert (call.text, call.clock.now()) == ("three", 5)
+
+    def test_failures_of_all_that_were_sent(self, mode):
+        """With `after_failure=False`, they end the race, though a request is left."""
+        first = ServerError("first")
+        call = Call(mode, [patient("b", "c")], after(3, first), after(0.5, ServerError("second")), "never")
+        assert call.ran.error is first
+        assert (call.models, call.clock.now()) == (["m", "b"], 3)
 
     def test_all_fail(self, mode):
         """The error of the first is raised, and the facts of the call are those of the first."""
@@ -311,14 +335,14 @@ class TestLayers:
 
     def test_a_deadline_outside(self, mode):
         """A deadline ends all branches."""
-        call = Call(mode, [deadline(4), to("b")], after(9, "slow"), after(9, "slow"))
+        call = Call(mode, [Deadline(4), to("b")], after(9, "slow"), after(9, "slow"))
         assert isinstance(call.ran.error, DeadlineExceeded)
         assert call.clock.now() == 4
         assert call.record.leash is None
 
     def test_a_deadline_within(self, mode):
         """Each branch has its own deadline, and it is gone with the branch."""
-        call = Call(mode, [to("b"), deadline(3)], after(9, "slow"), after(2, "fast", Delay(0.5), " one"))
+        call = Call(mode, [to("b"), Deadline(3)], after(9, "slow"), after(2, "fast", Delay(0.5), " one"))
         assert call.text == "fast one"
         assert call.record.leash is None
 
@@ -329,7 +353,7 @@ class TestLayers:
             yield from sleep(50)
             return (yield from call_next(request))
 
-        call = Call(mode, [to("b", delay=1), deadline(3), sleepy])
+        call = Call(mode, [to("b", delay=1), Deadline(3), sleepy])
         assert isinstance(call.ran.error, DeadlineExceeded)
         assert call.clock.now() == 4
 

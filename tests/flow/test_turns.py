@@ -7,11 +7,11 @@ import logging
 import attrs
 import pytest
 from support.calling import call, scripted
-from support.powers import Fallback, going_on, replayed, tools
+from support.powers import going_on, replayed, tools
 
 from fluxibly.errors import ProviderError, ServerError, StreamInterrupted
 from fluxibly.flow import emit, hold_back, map_chunks, perform
-from fluxibly.middleware import Logging, Retry, StreamMeter, Timing, Tracing, Validation
+from fluxibly.middleware import Fallback, Logging, Retry, StreamMeter, Timing, Tracing, Validation
 from fluxibly.pipeline import AsyncPipeline, Pipeline
 from fluxibly.testing.modes import MODES, run_async
 from fluxibly.types import Chunk, Message, Reasoning, Request, Response, Restart, ToolCall, ToolCallDelta, Usage
@@ -267,6 +267,14 @@ class TestWithoutAMark:
             assert "inventing returned a response with 1 messages in `added`" in str(error)
 
 
+def asking_anew(request, call_next):
+    """Ask another model, after any error of a provider, whatever has gone out."""
+    try:
+        return (yield from call_next(request))
+    except ProviderError:
+        return (yield from call_next(request.evolve(model="m-2")))
+
+
 class TestRetries:
     """A later turn that fails before its output."""
 
@@ -287,17 +295,24 @@ class TestRetries:
         assert len(made.provider.requests) == 2
 
     @pytest.mark.parametrize("between", [[], [holding], [mapping(louder)]], ids=["", "hold", "upper"])
-    def test_a_fallback_outside_of_a_stream(self, streaming, between):
+    def test_asking_anew_outside_of_a_stream(self, streaming, between):
         """A layer that asks anew, because it does not know of the turns, does not deliver the first answer twice."""
-        made = call(streaming, [*between, Fallback(to=["m-2"]), CLOCK], turn(), ServerError("down"), turn(), LAST)
+        made = call(streaming, [*between, asking_anew, CLOCK], turn(), ServerError("down"), turn(), LAST)
         assert isinstance(made.ran.error, StreamInterrupted)
         assert "again after output" in str(made.ran.error)
         assert shown(made.ran).lower() == "let me look. "
         assert len(made.provider.requests) == 2
 
-    def test_a_fallback_of_an_answer_that_is_held(self, streaming):
+    def test_a_fallback_outside_of_a_stream(self, streaming):
+        """`Fallback` knows that a turn has gone out."""
+        made = call(streaming, [Fallback("m-2"), CLOCK], turn(), ServerError("down"), turn(), LAST)
+        assert isinstance(made.ran.error, StreamInterrupted)
+        assert isinstance(made.ran.error.__cause__, ServerError)
+        assert len(made.provider.requests) == 2
+
+    def test_asking_anew_for_an_answer_that_is_held(self, streaming):
         """A hold-back does not mix what it holds with an answer that begins anew."""
-        layers = [holding, Fallback(to=["m-2"]), in_two_parts]
+        layers = [holding, asking_anew, in_two_parts]
         made = call(streaming, layers, long("one "), ServerError("down"), "one two")
         assert "again after output" in str(made.ran.error)
         assert made.ran.events == []

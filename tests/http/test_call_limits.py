@@ -13,7 +13,7 @@ import anyio
 import httpx
 import pytest
 from support.misbehaving import HEAD, Peer, Received, Script, serve
-from support.tiny import DONE, SERVICE, Caller, TinyCodec, ask, config, event
+from support.tiny import DONE, SERVICE, Caller, TinyCodec, ask, config, event, for_ever, silent, silent_after
 
 from fluxibly.errors import DeadlineExceeded, RequestTimeout, ServerError, StreamStalled
 from fluxibly.limits import Leash, Timeouts
@@ -57,32 +57,6 @@ def limited(times: Timeouts) -> Request:
     return request
 
 
-def for_ever(piece: str, *before: str) -> Script:
-    """Return a script that streams the texts `before`, and then `piece` again and again."""
-
-    def script(peer: Peer, request: Received) -> None:
-        peer.begin_stream()
-        for text in before:
-            peer.chunk(text)
-        while not peer.server.over.is_set():
-            peer.chunk(piece)
-            time.sleep(0.01)
-
-    return script
-
-
-def silent_after(*before: str) -> Script:
-    """Return a script that streams the texts `before`, and then nothing."""
-
-    def script(peer: Peer, request: Received) -> None:
-        peer.begin_stream()
-        for text in before:
-            peer.chunk(text)
-        peer.wait_for_end()
-
-    return script
-
-
 def slowly(*texts: str, gap: float = LONG) -> Script:
     """Return a script that answers a whole or streamed call, and takes `gap` seconds before each text but the first."""
 
@@ -105,10 +79,6 @@ def slow_to_begin(peer: Peer, request: Received) -> None:
     """Answer after a while. A script for a server."""
     time.sleep(LONG)
     slowly("hello", gap=0)(peer, request)
-
-
-def silent(peer: Peer, request: Received) -> None:
-    peer.wait_for_end()
 
 
 def head_byte_by_byte(peer: Peer, request: Received) -> None:
@@ -160,7 +130,10 @@ class TestDeadline:
     @pytest.mark.parametrize("deadline", [0.0, -1.0])
     def test_that_has_passed(self, caller: Caller, method: str, deadline: float) -> None:
         """Nothing is sent."""
-        with serve(silent) as server, pytest.raises(DeadlineExceeded, match="before the request was sent") as caught:
+        with (
+            serve(silent) as server,
+            pytest.raises(DeadlineExceeded, match="the request was not sent before the deadline") as caught,
+        ):
             getattr(caller, method)(server.url, request=leashed(deadline=deadline))
         assert (caught.value.phase, caught.value.model, server.connections) == ("deadline", "tiny-1", 0)
 
@@ -309,7 +282,10 @@ class TestKeys:
             now[0] += 3
             return vault.give()
 
-        with serve(refusing) as server, pytest.raises(DeadlineExceeded, match="before the request was sent"):
+        with (
+            serve(refusing) as server,
+            pytest.raises(DeadlineExceeded, match="the request was not sent before the deadline"),
+        ):
             getattr(caller, method)(server.url, request=request, key=give)
         assert (vault.asked, len(server.requests)) == (2, 1)
 

@@ -245,7 +245,8 @@ def drive(case: Case, mode: str, server: Canned, request: Request, timeout: floa
 
 def asking(case: Case, timeouts: Timeouts | None = None, **limits: float) -> Request:
     """Return a request with limits. Its attempts begin `deadline` seconds before the deadline."""
-    leash = Leash(None, **({**limits, "deadline": 100 + limits["deadline"]} if "deadline" in limits else limits))
+    times = {**limits, "deadline": 100 + limits["deadline"]} if "deadline" in limits else limits
+    leash = Leash(None, **times, by="the test")
     return Request(model=case.model, messages="a b c d", call=record(timeouts, leash))
 
 
@@ -256,7 +257,9 @@ class TestCalls:
         server.stall = "stream" not in mode
         server.stall_after = True
         began = time.monotonic()
-        with pytest.raises(DeadlineExceeded, match="before the deadline; give the call more time") as caught:
+        with pytest.raises(
+            DeadlineExceeded, match=r"before the deadline \(set by the test\); give the call more time"
+        ) as caught:
             drive(case, mode, server, asking(case, deadline=LONG), 60)
         error = caught.value
         assert (error.phase, error.retryable, error.provider) == ("deadline", False, case.library.framework)
@@ -289,14 +292,14 @@ class TestStreamedCalls:
     def test_no_output(self, server: Canned, case: Case, mode: str) -> None:
         """The error of a stream that brings no output in time is retryable."""
         server.stall = True
-        with pytest.raises(RequestTimeout, match=r"no output .* \(the first_chunk limit of a middleware") as caught:
+        with pytest.raises(RequestTimeout, match=r"no output .* \(the first_chunk limit of the test") as caught:
             drive(case, mode, server, asking(case, first_chunk=SHORT), 60)
         assert (caught.value.phase, caught.value.retryable) == ("first_chunk", True)
 
     def test_no_further_chunk(self, server: Canned, case: Case, mode: str) -> None:
         """Keep-alives do not start the limit again, and the connection is closed."""
         server.stall_after = True
-        with pytest.raises(StreamStalled, match=r"no chunk .* \(the idle limit of a middleware") as caught:
+        with pytest.raises(StreamStalled, match=r"no chunk .* \(the idle limit of the test") as caught:
             drive(case, mode, server, asking(case, idle=SHORT), 60)
         assert (caught.value.phase, caught.value.retryable) == ("idle", True)
         assert server.gone.wait(10)

@@ -159,13 +159,9 @@ MESSAGE: dict[str, Any] = {
 
 
 class Stream:
-    """What a reader needs to know of the stream and of the service that answers."""
+    """What a reader needs to know of the stream."""
 
-    service = "gemini"
     received_finish_reason = "tool_calls"
-
-    def read(self, stream: Any) -> None:
-        pass
 
 
 def gemini(*, stream: bool) -> Response:
@@ -177,7 +173,7 @@ def gemini(*, stream: bool) -> Response:
     if not stream:
         choice = {"index": 0, "message": dict(MESSAGE), "finish_reason": "tool_calls"}
         return response_of(litellm.ModelResponse(**BASE, choices=[choice]), "gemini")
-    reader, answer = StreamReader(Stream()), Aggregator()  # type: ignore[arg-type]  # an Answerer's part that is used
+    reader, answer = StreamReader("gemini"), Aggregator()
     reader.opened(Stream())
     fields = {"citation": {"title": "T"}, "odd": 1}
     deltas: list[dict[str, Any]] = [

@@ -352,5 +352,5 @@ class TestSettings:
         """The repr shows all settings, so that `repr(pipeline)` is readable."""
         assert repr(Retry(max_retries=5)) == (
             "Retry(max_retries=5, base_delay=0.5, max_delay=8.0, max_retry_after=60.0, total_time=None, "
-            "on_interrupt='raise')"
+            "on_interrupt='raise', limits={}, decide=None, budget=None)"
         )

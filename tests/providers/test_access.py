@@ -96,17 +96,6 @@ class TestHeaders:
         case.library.call("sync", settings, headers={"x-call": "one"})
         assert (server.last.headers["x-gateway"], server.last.headers["x-call"]) == ("harbour", "one")
 
-    @pytest.mark.parametrize("case", cases("openai/"))
-    def test_not_to_the_service_of_a_fallback(self, server: Canned, case: Any) -> None:
-        """LiteLLM does not pass the headers of one service on to another."""
-        server.refuse = refusing(500, lambda seen: not seen.path.endswith("/messages"), "down")
-        other = {"model": "anthropic/claude-test", "api_base": server.url, "api_key": "other"}
-        settings = case.config(server, headers={"x-gateway": TOKEN})
-        case.library.call("sync", settings, headers={"x-call": "one"}, extra={"fallbacks": [other]})
-        assert server.seen[0].headers["x-gateway"] == TOKEN
-        assert server.last.path.endswith("/messages")
-        assert ("x-gateway" in server.last.headers, server.last.headers["x-call"]) == (False, "one")
-
     def test_they_are_secret(self, server: Canned, mode: str) -> None:
         """Values of headers are masked in the repr and in errors, also if the server quotes them."""
         config = config_for(server, headers={"x-gateway": TOKEN})

@@ -86,7 +86,8 @@ def leashed(*, deadline: float | None = None, **limits: float) -> Request:
     """Return a request under a leash. Each of its attempts begins `deadline` seconds before the deadline."""
     request = Request(model="m", messages="hi")
     request.call.clock = lambda: 100.0
-    request.call.leash = Leash(None, deadline=None if deadline is None else 100.0 + deadline, **limits)
+    end = None if deadline is None else 100.0 + deadline
+    request.call.leash = Leash(None, deadline=end, **limits, by="the test")
     return request
 
 
@@ -142,7 +143,7 @@ class TestDeadline:
     def test_it_ends_every_wait(self, model: Model, mode: str, path: str, events: Events, gap: float) -> None:
         """Whatever the model does, the call ends at its deadline."""
         model.events, model.gap = events, gap
-        with pytest.raises(DeadlineExceeded, match="not complete before the deadline; give the call more") as caught:
+        with pytest.raises(DeadlineExceeded, match=r"not complete before the deadline \(set by the test\)") as caught:
             drive(mode, path, leashed(deadline=SHORT))
         error = caught.value
         assert (error.phase, error.retryable, error.provider, error.model) == ("deadline", False, "local", "tiny.gguf")
@@ -196,7 +197,7 @@ class TestChunks:
     def test_no_output(self, model: Model, stream_mode: str, path: str) -> None:
         """News of the prompt do not start the limit on the first chunk again."""
         model.events, model.gap = [PROGRESS] * 1000, 0.01
-        with pytest.raises(RequestTimeout, match="the limit first_chunk of a middleware") as caught:
+        with pytest.raises(RequestTimeout, match="the limit first_chunk of the test") as caught:
             drive(stream_mode, path, leashed(first_chunk=SHORT))
         error = caught.value
         assert (type(error), error.phase, error.retryable) == (RequestTimeout, "first_chunk", True)
@@ -212,7 +213,7 @@ class TestChunks:
     def test_no_further_chunk(self, model: Model, stream_mode: str, path: str) -> None:
         """Nor do they start the limit on later chunks again."""
         model.events, model.gap = [said("one "), *[PROGRESS] * 1000], 0.01
-        with pytest.raises(StreamStalled, match="the limit idle of a middleware") as caught:
+        with pytest.raises(StreamStalled, match="the limit idle of the test") as caught:
             drive(stream_mode, path, leashed(idle=SHORT))
         assert (caught.value.phase, caught.value.retryable) == ("idle", True)
 

@@ -9,9 +9,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
-import attrs
-
-from fluxibly.errors import ProviderError, StreamInterrupted
+from fluxibly.errors import StreamInterrupted
 from fluxibly.flow import (
     CallNext,
     Flow,
@@ -26,59 +24,9 @@ from fluxibly.flow import (
     sleep,
     stop_when,
 )
-from fluxibly.limits import Leash
 from fluxibly.signals import Signal
-from fluxibly.target import Target, to_targets
+from fluxibly.target import Target
 from fluxibly.types import Chunk, Message, Request, Response
-
-
-@attrs.frozen(kw_only=True)
-class Fallback:
-    """Ask other models in turn after an error of a provider, unless output has gone out."""
-
-    to: tuple[Target, ...] = attrs.field(converter=to_targets)
-
-    @property
-    def targets(self) -> tuple[Target, ...]:
-        return self.to
-
-    def __call__(self, request: Request, call_next: CallNext) -> Flow[Response]:
-        for target in (None, *self.to):
-            try:
-                return (yield from call_next(request if target is None else request.evolve(target=target)))
-            except ProviderError as error:
-                last = error
-        raise last
-
-
-def deadline(seconds: float) -> Middleware:
-    """Bound the time of everything inside."""
-
-    def bounded(request: Request, call_next: CallNext) -> Flow[Response]:
-        call = request.call
-        outer = call.leash
-        call.leash = Leash(outer, deadline=call.clock() + seconds)
-        try:
-            return (yield from call_next(request))
-        finally:
-            call.leash = outer
-
-    return bounded
-
-
-def stream_timeout(*, first_chunk: float | None = None, idle: float | None = None) -> Middleware:
-    """Bound the waits of a stream, whatever keeps it alive."""
-
-    def watched(request: Request, call_next: CallNext) -> Flow[Response]:
-        call = request.call
-        outer = call.leash
-        call.leash = Leash(outer, first_chunk=first_chunk, idle=idle)
-        try:
-            return (yield from call_next(request))
-        finally:
-            call.leash = outer
-
-    return watched
 
 
 def tools(functions: dict[str, Callable[..., str]], max_turns: int = 10) -> Middleware:

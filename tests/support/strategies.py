@@ -21,7 +21,20 @@ from fluxibly.errors import (
     root_cause,
 )
 from fluxibly.flow import ask, emit, gather, hold_back, map_chunks, perform, sleep
-from fluxibly.middleware import Logging, Metrics, Retry, StreamMeter, Timing, Tracing, Validation
+from fluxibly.middleware import (
+    Balance,
+    Deadline,
+    Fallback,
+    Hedge,
+    Logging,
+    Metrics,
+    Retry,
+    StreamMeter,
+    StreamTimeout,
+    Timing,
+    Tracing,
+    Validation,
+)
 from fluxibly.target import Target
 from fluxibly.testing import Cut, Delay
 from fluxibly.types import (
@@ -446,11 +459,11 @@ def annotating(name: str, log: Log) -> Any:
 
 
 def bounding(name: str, log: Log) -> Any:
-    return powers.deadline(6)
+    return Deadline(6)
 
 
 def pacing(name: str, log: Log) -> Any:
-    return powers.stream_timeout(first_chunk=4, idle=3)
+    return StreamTimeout(first_chunk=4, idle=3)
 
 
 def turning(name: str, log: Log) -> Any:
@@ -549,11 +562,19 @@ class Other:
 
 
 def diverting(name: str, log: Log) -> Any:
-    return powers.Fallback(to=[Target(Other(), model="m-3", drop=["temperature"])])
+    return Fallback(to=[Target(Other(), model="m-3", drop=["temperature"])])
+
+
+def balancing(name: str, log: Log) -> Any:
+    return Balance([Target(Other(), model="m-3"), "m-4", "m-5"], policy="round_robin", cool_down=5)
+
+
+def falling_back_anew(name: str, log: Log) -> Any:
+    return Fallback("m-6", on_interrupt="restart", when=lambda error: not isinstance(error, RateLimitError))
 
 
 def hedging(name: str, log: Log) -> Any:
-    return powers.hedge(2)
+    return Hedge(2, max_share=1.0)
 
 
 def racing(name: str, log: Log) -> Any:
@@ -562,7 +583,7 @@ def racing(name: str, log: Log) -> Any:
 
 
 def hedging_to_another(name: str, log: Log) -> Any:
-    return powers.hedge(3, to=[Target(Other(), model="m-3")])
+    return Hedge(3, to=[Target(Other(), model="m-3"), "m-7"], at_most=2, max_share=1.0)
 
 
 def looking_up(name: str, log: Log) -> Any:
@@ -613,6 +634,8 @@ POWERS = (
     limiting,
     prefacing,
     diverting,
+    balancing,
+    falling_back_anew,
     hedging,
     hedging,
     racing,

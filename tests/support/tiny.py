@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -11,11 +12,20 @@ import attrs
 import httpx
 
 from fluxibly.config import LLMConfig, Timeouts
-from fluxibly.errors import AuthenticationError, ProviderError, RateLimitError, ServerError, StreamProtocolError
+from fluxibly.errors import (
+    AuthenticationError,
+    FluxiblyError,
+    ProviderError,
+    RateLimitError,
+    ServerError,
+    StreamProtocolError,
+)
+from fluxibly.pipeline import AsyncPipeline, Pipeline
 from fluxibly.providers.dialects.codec import Encoded, Event, Framing, Service
 from fluxibly.providers.http import AsyncHTTPProvider, HTTPProvider
+from fluxibly.testing.modes import Mode, Ran
 from fluxibly.types import Chunk, Request, Response
-from support.misbehaving import Peer, Received
+from support.misbehaving import Peer, Received, Script
 
 KEY = "sk-tiny-0123456789"
 SERVICE = Service(framework="tiny", telemetry_name="tiny", base_url=None, env_var="TINY_API_KEY")
@@ -30,6 +40,36 @@ def event(text: str) -> str:
 def whole(peer: Peer, request: Received) -> None:
     """Answer with the prompt. A script for a server."""
     peer.answer({"text": request.json["prompt"]})
+
+
+def for_ever(piece: str, *before: str) -> Script:
+    """Return a script that streams the texts `before`, and then `piece` again and again."""
+
+    def script(peer: Peer, request: Received) -> None:
+        peer.begin_stream()
+        for text in before:
+            peer.chunk(text)
+        while not peer.server.over.is_set():
+            peer.chunk(piece)
+            time.sleep(0.01)
+
+    return script
+
+
+def silent_after(*before: str) -> Script:
+    """Return a script that streams the texts `before`, and then nothing."""
+
+    def script(peer: Peer, request: Received) -> None:
+        peer.begin_stream()
+        for text in before:
+            peer.chunk(text)
+        peer.wait_for_end()
+
+    return script
+
+
+def silent(peer: Peer, request: Received) -> None:
+    peer.wait_for_end()
 
 
 class TinyDecoder:
@@ -146,3 +186,34 @@ class Caller:
         async for chunk in provider.stream(request):
             self.got.append(chunk)
         return self.got
+
+
+def over_http(mode: Mode, url: str, middleware: list[Any]) -> tuple[Ran, float]:
+    """Make a call through middleware over real connections, and return its result and its seconds."""
+    ran = Ran()
+    settings = config(url, timeout=60)
+
+    def call() -> None:
+        with Pipeline(HTTPProvider(TinyCodec(), SERVICE, settings), middleware) as pipeline:
+            if mode.streaming:
+                ran.events.extend(pipeline.stream(ask()))
+            else:
+                ran.response = pipeline.complete(ask())
+
+    async def acall() -> None:
+        async with AsyncPipeline(AsyncHTTPProvider(TinyCodec(), SERVICE, settings), middleware) as pipeline:
+            if not mode.streaming:
+                ran.response = await pipeline.complete(ask())
+                return
+            async for chunk in pipeline.stream(ask()):
+                ran.events.append(chunk)
+
+    begun = time.monotonic()
+    try:
+        if mode.backend is None:
+            call()
+        else:
+            anyio.run(acall, backend=mode.backend)
+    except FluxiblyError as error:
+        ran.error = error
+    return ran, time.monotonic() - begun

@@ -8,13 +8,13 @@ from contextvars import copy_context
 import pytest
 from opentelemetry import trace
 from opentelemetry.trace import SpanKind, StatusCode
-from support.powers import Fallback, stopping_at, tools
+from support.powers import stopping_at, tools
 from support.tracing_tools import ANSWER, REQUEST, TOOL, Remote, failed, modes, remote, streams
 
 from fluxibly import LLM, Pipeline, Target, sleep
 from fluxibly.errors import BadRequest, ConfigError, Overloaded, ResponseInvalid, StreamInterrupted
 from fluxibly.flow import ask, emit
-from fluxibly.middleware import Retry, Tracing, Validation
+from fluxibly.middleware import Fallback, Retry, Tracing, Validation
 from fluxibly.testing import Delay, VirtualClock
 from fluxibly.testing.modes import run
 from fluxibly.types import Chunk, ProviderInfo, Response, ToolCallDelta, Usage, replaced

@@ -25,14 +25,13 @@ from opentelemetry.sdk.metrics.export import (
 )
 from opentelemetry.sdk.metrics.view import DropAggregation, View
 from support.meters import WHO, Meters
-from support.powers import Fallback
 from support.tracing_tools import ANSWER, REQUEST, AsyncRemote, Recorder, Remote, remote
 
 from fluxibly import Target
 from fluxibly._logs import forget_reports
 from fluxibly.errors import BadRequest, Overloaded, RateLimitError, ResponseInvalid, StreamStalled
 from fluxibly.flow import ask
-from fluxibly.middleware import Metrics, Retry, StreamMeter, Validation
+from fluxibly.middleware import Fallback, Metrics, Retry, StreamMeter, Validation
 from fluxibly.pipeline import AsyncPipeline, Pipeline
 from fluxibly.telemetry import _metrics as instruments, semconv
 from fluxibly.testing import Delay, VirtualClock

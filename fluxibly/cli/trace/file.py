@@ -53,6 +53,8 @@ class TracedSpan:
     attributes: dict[str, Any]
     failed: bool
     message: str
+    decisions: list[str] = attrs.field(factory=list[str])
+    """What middleware decided about the call, such as "Fallback asks …", in order."""
     children: list[TracedSpan] = attrs.field(factory=list["TracedSpan"])
 
     @property
@@ -196,7 +198,15 @@ def _spans(request: Mapping[str, Any]) -> Iterator[TracedSpan]:
                     attributes=_usable(_attributes(span.get("attributes", ()))),
                     failed=status.get("code") in (ERROR, "STATUS_CODE_ERROR"),
                     message=_text(status.get("message") or ""),
+                    decisions=[*_decisions(span.get("events") or ())],
                 )
+
+
+def _decisions(events: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+    for event in events:
+        if event.get("name") == semconv.DECISION_EVENT:
+            said = _attributes(event.get("attributes", ()))
+            yield f"{said.get(semconv.DECISION_BY, '')} {said.get(semconv.DECISION, '')}".strip()
 
 
 def _text(value: object) -> str:

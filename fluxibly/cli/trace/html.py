@@ -124,6 +124,7 @@ def _waterfall(root: TracedSpan) -> str:
         )
         if why := span.error:
             rows.append(f'<div class="why">{escape(why)}</div>')
+        rows += [f'<div class="decision">{escape(decision)}</div>' for decision in span.decisions]
     seconds = whole / 1e9
     return (
         f'<div class="waterfall"><div class="lines">{lines(seconds)}</div>{"".join(rows)}'

@@ -42,6 +42,7 @@ def _trace(root: TracedSpan, names: int) -> RenderableType:
         margin = (0, 0, 0, len(_branch(depth)) + 2)
         if why := span.error:
             parts.append(Padding(Text(why, style=colour), margin))
+        parts += [Padding(Text(decision, style="yellow"), margin) for decision in span.decisions]
         if facts := [*call_facts(span), *stream_facts(span)]:
             parts.append(Padding(Facts(facts), margin))
     return Group(*parts)

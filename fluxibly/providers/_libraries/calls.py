@@ -31,15 +31,24 @@ class LibraryTimeout(Exception):  # it never leaves the providers
     """An expired time limit of fluxibly.
 
     `phase` names the limit of `seconds`. `kept_alive`: items came, but without output. `strict`: a middleware has set the
-    limit, and no item without output restarts it.
+    limit, and no item without output restarts it. `leash`: that of the call, which knows who has set the limit.
     """
 
-    def __init__(self, phase: Phase, seconds: float, *, kept_alive: bool = False, strict: bool = False) -> None:
+    def __init__(
+        self,
+        phase: Phase,
+        seconds: float,
+        *,
+        kept_alive: bool = False,
+        strict: bool = False,
+        leash: Leash | None = None,
+    ) -> None:
         super().__init__(phase, seconds)
         self.phase: Phase = phase
         self.seconds = seconds
         self.kept_alive = kept_alive
         self.strict = strict
+        self.leash = leash
 
 
 _Limit: TypeAlias = tuple[float | None, LibraryTimeout]
@@ -98,7 +107,7 @@ class LibraryLimits:
 
     def for_deadline(self, now: float) -> _Limit:
         left = None if self.deadline is None else self.deadline - now
-        return left, LibraryTimeout("deadline", left or 0.0)
+        return left, LibraryTimeout("deadline", left or 0.0, leash=self.leash)
 
 
 class _StreamTime:
@@ -131,7 +140,7 @@ class _StreamTime:
         if limits.stream is not None:
             found.append((self._started + limits.stream - now, LibraryTimeout("total", limits.stream)))
         if self._strict is not None and (end := self._strict.end(now)) is not None:
-            late = LibraryTimeout(self._strict.phase, self._strict.limit or 0.0, strict=True)
+            late = LibraryTimeout(self._strict.phase, self._strict.limit or 0.0, strict=True, leash=limits.leash)
             found.append((end - now, late))
         return _soonest(found)
 

@@ -16,6 +16,7 @@ import attrs
 from fluxibly import errors
 from fluxibly._masking import mask_secrets
 from fluxibly.errors import FluxiblyError, Phase, ProviderError
+from fluxibly.limits import before_the_deadline, who_limits
 from fluxibly.providers._libraries.calls import LibraryTimeout
 from fluxibly.providers.dialects.errors import Report, error_of, error_of_payload, error_of_response
 
@@ -37,13 +38,6 @@ _WORDS: Final = {
 }
 _QUOTED: Final = re.compile(r"""["'](?:code|type)["']: ?["']([\w.-]+)["']""")
 """The codes and types in a body that LiteLLM quotes in its message, and keeps nowhere else."""
-_NO_FALLBACK: Final = ". All fallback attempts failed"
-"""The end of LiteLLM's message about the last of its `fallbacks`. Only that message is left of the fallback's error."""
-_MAY_PASS: Final = re.compile(
-    r"(litellm\.APIConnectionError: )*"  # a synchronous call wraps every error in it
-    r"litellm\.(RateLimitError|ServiceUnavailableError|InternalServerError|BadGatewayError|Timeout|APIConnectionError)\b"
-    r"(?!: litellm\.)"
-)
 _NOTHING_CAME: Final = ("No generation", "Unexpected response type", "Response missing", "Received response with null")
 
 
@@ -89,12 +83,6 @@ def _translated(error: Exception, library: str, *, streamed: bool) -> Exception 
     while isinstance(inner := getattr(error, "original_exception", None), Exception):
         causes += [*_reasons(error)][1:]  # LiteLLM's MidStreamFallbackError itself adds no information
         error = inner
-    last, none_answered, _ = str(error).partition(_NO_FALLBACK)
-    if none_answered:
-        return ProviderError(
-            f"neither the model nor any of the fallbacks of {library} answered; the last error was: {last}",
-            retryable=_MAY_PASS.match(last) is not None,
-        )
     reasons = [*_reasons(error), *causes]
     names = {kind.__name__ for reason in reasons for kind in type(reason).__mro__}
     own_names = {kind.__name__ for kind in type(error).__mro__}
@@ -125,14 +113,14 @@ def _passed(error: LibraryTimeout, library: str, *, streamed: bool) -> ProviderE
     """Return the error for a time limit of fluxibly."""
     if error.phase == "deadline":
         return errors.DeadlineExceeded(
-            f"the answer (through {library}) was not complete before the deadline; give the call more time"
+            f"the answer (through {library}) was not complete {before_the_deadline(error.leash)}; give the call more time"
         )
     if error.strict:
         kind = errors.StreamStalled if error.phase == "idle" else errors.RequestTimeout
         what = "chunk" if error.phase == "idle" else "output"
         late = kind(
-            f"the stream sent no {what} for longer than {error.seconds:g} s (the {error.phase} limit of a middleware, "
-            f"through {library}); try again, or increase the limit"
+            f"the stream sent no {what} for longer than {error.seconds:g} s (the {error.phase} limit of "
+            f"{who_limits(error.leash, error.phase)}, through {library}); try again, or increase the limit"
         )
         late.phase = error.phase
         return late

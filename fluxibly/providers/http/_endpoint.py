@@ -28,7 +28,7 @@ from fluxibly.errors import (
     ProviderError,
     StreamProtocolError,
 )
-from fluxibly.limits import Timeouts, time_left
+from fluxibly.limits import Timeouts, before_the_deadline, time_left
 from fluxibly.providers.dialects.codec import Codec, Encoded, Event, Learner, Service
 from fluxibly.providers.dialects.errors import ADVICE, request_id_of
 from fluxibly.providers.dialects.json_values import REPAIRS, is_utf8
@@ -105,7 +105,7 @@ class Endpoint:
             return Limits(times, total=total, streaming=stream)
         deadline = time_left(leash, call.clock)
         if deadline is not None and deadline <= 0:
-            late = DeadlineExceeded("the deadline passed before the request was sent; give the call more time")
+            late = DeadlineExceeded(f"the request was not sent {before_the_deadline(leash)}; give the call more time")
             raise self.completed_with(late, request)
         if stream and (leash.first_chunk is not None or leash.idle is not None):
             return LeashedLimits(times, leash, total=total, deadline=deadline)
@@ -327,7 +327,9 @@ class Endpoint:
         self, error: Exception, request: Request, limits: Limits, headers: Mapping[str, str] | None
     ) -> Exception:
         """Return the error that the caller gets for an exception. Exceptions of other origin stay as they are."""
-        ours = translated(error, self.host, self.port, limits, framework=self.service.framework)
+        ours = translated(
+            error, self.host, self.port, limits, framework=self.service.framework, leash=request.call.leash
+        )
         return error if ours is None else self.completed_with(ours, request, headers)
 
 

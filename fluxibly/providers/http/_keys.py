@@ -18,7 +18,7 @@ from anyio.lowlevel import RunVar
 from fluxibly._loops import from_anywhere
 from fluxibly._threads import NotInTime, Worker
 from fluxibly.errors import AuthenticationError, ConnectionFailed, DeadlineExceeded
-from fluxibly.limits import time_left
+from fluxibly.limits import before_the_deadline, time_left
 from fluxibly.providers.http._limits import Aborted, LimitPassed
 from fluxibly.providers.http._sockets_threads import finished
 
@@ -118,7 +118,7 @@ class Keys:
         with suppress(LimitPassed):
             if left is None or left > 0:
                 return await self._renew_under(leash, refused, left)
-        raise DeadlineExceeded("no key came before the deadline; give the call more time")
+        raise DeadlineExceeded(f"no key came {before_the_deadline(leash)}; give the call more time")
 
     async def _renew_under(self, leash: Leash, refused: Key | None, seconds: float | None) -> bool:
         """Do the work of `_renew`. Raise LimitPassed if it takes longer than `seconds`, Aborted if the leash was stopped."""

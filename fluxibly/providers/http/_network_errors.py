@@ -22,7 +22,7 @@ from fluxibly.errors import (
     StreamProtocolError,
     StreamStalled,
 )
-from fluxibly.limits import KEEP_ALIVES
+from fluxibly.limits import KEEP_ALIVES, Leash, before_the_deadline, who_limits
 from fluxibly.providers.http._limits import ConnectionLost, LimitPassed, Limits, NotHTTP
 
 _PROGRAMS = {
@@ -37,13 +37,18 @@ _ADDRESS = re.compile(r"\('([0-9A-Fa-f.:]+)', ([0-9]+)")
 """The address in the messages of asyncio and trio."""
 
 
-def translated(error: Exception, host: str, port: int, limits: Limits, *, framework: str = "") -> ProviderError | None:
-    """Return the error that users catch for an error of a socket, TLS, httpx or this package; None for other errors."""
+def translated(
+    error: Exception, host: str, port: int, limits: Limits, *, framework: str = "", leash: Leash | None = None
+) -> ProviderError | None:
+    """Return the error that users catch for an error of a socket, TLS, httpx or this package; None for other errors.
+
+    `leash` is that of the call, which knows who has set a limit.
+    """
     if isinstance(error, ProviderError):
         return error
     where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     if isinstance(error, (LimitPassed, httpx.TimeoutException)):
-        return _late(error, where, limits)
+        return _late(error, where, limits, leash)
     if isinstance(error, ConnectionLost):
         if error.silent:
             return ConnectionFailed(f"{where} closed the connection without a response")
@@ -61,24 +66,25 @@ def translated(error: Exception, host: str, port: int, limits: Limits, *, framew
     return None
 
 
-def _late(error: Exception, where: str, limits: Limits) -> RequestTimeout:
+def _late(error: Exception, where: str, limits: Limits, leash: Leash | None) -> RequestTimeout:
     if isinstance(error, httpx.TimeoutException):
         limits.passed_in_httpx(connecting=isinstance(error, (httpx.ConnectTimeout, httpx.PoolTimeout)))
     phase = limits.passed
     if phase == "deadline":
-        return _at_deadline(where, limits.phase)
+        return _at_deadline(where, limits.phase, leash)
     value = limits.value()
     within = "" if value is None else f" within {value:g} s"
     stalled = phase == "idle" and limits.streaming
+    who = who_limits(leash, phase)
     message = {
         "connect": f"no connection to {where}{within} (the limit timeout.connect)",
         "first_byte": f"{where} did not begin its response{within} (the limit timeout.first_byte)",
-        "first_chunk": f"{where} sent no output{within} (the limit first_chunk of a middleware)",
+        "first_chunk": f"{where} sent no output{within} (the limit first_chunk of {who})",
         "idle": f"{where} sent no more of its response{within} (the limit timeout.idle)",
         "total": f"{where} did not finish its response{within} (the limit timeout.total)",
     }[phase]
     if stalled and limits.strict:
-        message = f"{where} sent no chunk{within} (the limit idle of a middleware)"
+        message = f"{where} sent no chunk{within} (the limit idle of {who})"
     elif stalled and value is not None:
         message = f"{where} sent no event{within} (the limit timeout.idle)"
         if limits.only_kept_alive:
@@ -91,12 +97,12 @@ def _late(error: Exception, where: str, limits: Limits) -> RequestTimeout:
     return timeout
 
 
-def _at_deadline(where: str, phase: Phase) -> DeadlineExceeded:
+def _at_deadline(where: str, phase: Phase, leash: Leash | None) -> DeadlineExceeded:
     what = {
         "connect": f"no connection to {where}",
         "first_byte": f"{where} did not begin its response",
     }.get(phase, f"{where} did not finish its response")
-    return DeadlineExceeded(f"{what} before the deadline; give the call more time")
+    return DeadlineExceeded(f"{what} {before_the_deadline(leash)}; give the call more time")
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

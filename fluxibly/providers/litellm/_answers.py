@@ -15,7 +15,6 @@ from fluxibly.providers.dialects.openai_chat import Body, ChatDecoder, OpenAICod
 from fluxibly.providers.dialects.openai_parts import items_of
 from fluxibly.providers.dialects.openai_request import Quirks, chat_body
 from fluxibly.providers.http import end_connection
-from fluxibly.providers.litellm._services import Answerer
 from fluxibly.types import Chunk, Message, Opaque, Request, Response, ToolCall, ToolCallDelta
 
 _SERVICE = "the service (through LiteLLM)"
@@ -74,10 +73,10 @@ def _plain(answer: Any) -> dict[str, Any]:
 
 
 class StreamReader:
-    """A reader for a single stream of LiteLLM."""
+    """A reader for a single stream of LiteLLM. `service` answers, by LiteLLM's name."""
 
-    def __init__(self, answerer: Answerer) -> None:
-        self._answerer = answerer
+    def __init__(self, service: str) -> None:
+        self._service = service
         self._decoder = ChatDecoder(_SERVICE)
         self._message: _Message | None = None
         self._stream: Any = None
@@ -86,9 +85,8 @@ class StreamReader:
         self._first: dict[str, Any] = {}
 
     def opened(self, stream: Any) -> Any:
-        """Keep the stream, record which service sends it, and return it."""
+        """Keep the stream, and return it."""
         self._stream = stream
-        self._answerer.read(stream)
         request_id, limits = _headers(stream)
         self._first = {"request_id": request_id, "rate_limits": limits or None}
         return stream
@@ -103,7 +101,7 @@ class StreamReader:
         hidden: Any = getattr(item, "_hidden_params", None) or {}
         self._model = hidden.get("provider_response_model") or self._model or plain.get("model")
         plain["model"] = self._model
-        message = self._message = self._message or _Message(self._answerer.service)
+        message = self._message = self._message or _Message(self._service)
         for choice in plain.get("choices") or ():
             message.prepare(choice.get("delta"))
             if choice.get("finish_reason"):
@@ -116,7 +114,7 @@ class StreamReader:
         Raises:
             StreamProtocolError: the stream was cut off.
         """
-        message = self._message or _Message(self._answerer.service)
+        message = self._message or _Message(self._service)
         chunks = [*map(message.taken, self._decoder.end())]
         if rest := message.rest():
             chunks.append(rest)

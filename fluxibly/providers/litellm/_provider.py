@@ -38,7 +38,6 @@ from fluxibly.providers._libraries.calls import (
 from fluxibly.providers._libraries.errors import ErrorTranslator
 from fluxibly.providers._libraries.loops import PerLoop, on_asyncio
 from fluxibly.providers._libraries.services import Services
-from fluxibly.providers.dialects.json_values import as_array
 from fluxibly.providers.litellm._answers import (
     StreamReader,
     aclose_stream,
@@ -48,21 +47,11 @@ from fluxibly.providers.litellm._answers import (
     response_of,
 )
 from fluxibly.providers.litellm._clients import aclose_all, aclose_idle, close_idle
-from fluxibly.providers.litellm._services import (
-    Answerer,
-    check_long_prompts,
-    service_of,
-    telemetry_name,
-    without_access,
-)
+from fluxibly.providers.litellm._services import check_fallbacks, service_of, telemetry_name
 from fluxibly.types import Chunk, ProviderInfo, Request, Response
 
 _COST_MAP = "LITELLM_LOCAL_MODEL_COST_MAP"
 _KEY_VARIABLES = ("_API_KEY", "_ACCESS_KEY", "_TOKEN", "_SECRET")
-_NO_FALLBACKS = (
-    "LiteLLM's `fallbacks` do not work for streams that are read synchronously or on trio: use asyncio, or a "
-    'middleware that retries with another model: call_next(request.evolve(model="…"))'
-)
 _importing = threading.Lock()
 
 
@@ -102,13 +91,14 @@ class LiteLLMProvider:
         config: `api_key`, `api_base`, `headers` and `timeout` are passed on.
 
     Raises:
-        ConfigError: LiteLLM does not know which service has the model.
+        ConfigError: LiteLLM does not know which service has the model, or its own fallbacks are configured.
         AuthenticationError: the API key is malformed.
     """
 
     obeys = True
 
     def __init__(self, config: LLMConfig) -> None:
+        check_fallbacks(config.additional_params, "additional_params.", ConfigError)
         self._litellm = _load()
         self._service = service_of(self._litellm, config.model, config.additional_params, config.api_base)
         self.info = _info(self._service, config)
@@ -126,24 +116,21 @@ class LiteLLMProvider:
         Raises:
             ProviderError: the service or the connection failed, or the model does not support the request.
         """
-        keywords, answerer = self.prepare(request, stream=False)
+        keywords, service = self.prepare(request, stream=False)
         try:
             limits = self.limits.of_call(request.call)
             answer = call_within(lambda: self._litellm.completion(**keywords), limits)
-            answerer.read(answer)
-            return response_of(answer, answerer.service)
+            return response_of(answer, service)
         except Exception as error:  # noqa: BLE001  # raised below, without LiteLLM's exception as its context
             failure = self.explain(error, request)
         raise failure
 
     def stream(self, request: Request) -> LibraryStream:
-        """Return the model's answer as a stream; errors as for `complete`, and BadRequest if there are `fallbacks`."""
-        keywords, answerer = self.prepare(request, stream=True)
-        reader = StreamReader(answerer)
+        """Return the model's answer as a stream; errors as for `complete`."""
+        keywords, service = self.prepare(request, stream=True)
+        reader = StreamReader(service)
 
         def open_stream() -> OpenStream:
-            if keywords.get("fallbacks"):  # LiteLLM would return an asynchronous stream, which cannot be read here
-                raise BadRequest(_NO_FALLBACKS)
             stream = reader.opened(self._litellm.completion(**keywords))
             return OpenStream(stream, partial(close_stream, stream), partial(cut_stream, stream))
 
@@ -154,12 +141,16 @@ class LiteLLMProvider:
         """Close the idle connections of LiteLLM's clients, which the whole process shares."""
         close_idle(self._litellm)
 
-    def prepare(self, request: Request, *, stream: bool) -> tuple[dict[str, Any], Answerer]:
-        """Return the keywords of a call and its `Answerer`. Entries of `extra` are keywords, which go into the body.
+    def prepare(self, request: Request, *, stream: bool) -> tuple[dict[str, Any], str]:
+        """Return the keywords of a call, and LiteLLM's name for the service, which is recorded on the call.
+
+        Entries of `extra` are keywords, which go into the body.
 
         Raises:
-            BadRequest: LiteLLM does not support a parameter, or the key would go to another service.
+            BadRequest: LiteLLM does not support a parameter, or would fall back to other models by itself.
         """
+        check_fallbacks(request.extra, "extra.", BadRequest)
+        check_fallbacks({"model_fallbacks": self._litellm.model_fallbacks}, "litellm.", BadRequest)
         base = self._access.get("api_base")
         service = service_of(self._litellm, request.extra.get("model", request.model), request.extra, base)
         keywords = {**self._settings, **body_of(request, service, stream=stream)}
@@ -170,13 +161,12 @@ class LiteLLMProvider:
         if service == self._service:  # the key and the headers must not be sent to another service
             keywords = {**self._access, **keywords}
             headers = self._headers | headers
-        if fallbacks := as_array(keywords.get("fallbacks")):
-            keywords["fallbacks"] = without_access(self._litellm, fallbacks, service, keywords, request.headers)
-        if "api_key" in keywords or self._headers:
-            check_long_prompts(self._litellm, service, keywords)
         if headers:
             keywords["extra_headers"] = headers
-        return keywords, Answerer(self._litellm, self._services, request.call, service, keywords)
+        if service:
+            base = keywords.get("api_base")
+            self._services.note(request.call, self._services.at(telemetry_name(service), base))
+        return keywords, service
 
     def explain(self, error: Exception, request: Request, *, streamed: bool = False) -> Exception:
         """Return fluxibly's error for an exception of LiteLLM."""
@@ -205,12 +195,11 @@ class AsyncLiteLLMProvider:
         """Return the model's whole answer; see `LiteLLMProvider.complete`."""
         if not on_asyncio():
             return cast("Response", await self._threaded.complete(request))
-        keywords, answerer = self._sync.prepare(request, stream=False)
+        keywords, service = self._sync.prepare(request, stream=False)
         try:
             limits = self._sync.limits.of_call(request.call)
             answer = await acall_within(lambda: _per_loop.get().acompletion(**keywords), limits)
-            answerer.read(answer)
-            return response_of(answer, answerer.service)
+            return response_of(answer, service)
         except Exception as error:  # noqa: BLE001  # raised below, without LiteLLM's exception as its context
             failure = self._sync.explain(error, request)
         raise failure
@@ -220,8 +209,8 @@ class AsyncLiteLLMProvider:
         return self._steps(request) if on_asyncio() else cast("AsyncGenerator[Chunk]", self._threaded.stream(request))
 
     def _steps(self, request: Request) -> AsyncGenerator[Chunk]:
-        keywords, answerer = self._sync.prepare(request, stream=True)
-        reader = StreamReader(answerer)
+        keywords, service = self._sync.prepare(request, stream=True)
+        reader = StreamReader(service)
 
         async def open_stream() -> AsyncIterator[Any]:
             return _AsyncStream(reader.opened(await _per_loop.get().acompletion(**keywords)))

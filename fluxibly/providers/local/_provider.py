@@ -21,7 +21,7 @@ from fluxibly._checks import kind_of
 from fluxibly._threads import NotInTime, Worker
 from fluxibly.aggregate import Aggregator
 from fluxibly.errors import BadRequest, DeadlineExceeded, Phase, ProviderError, RequestTimeout, StreamStalled
-from fluxibly.limits import KEEP_ALIVES, ChunkWaits, time_left
+from fluxibly.limits import KEEP_ALIVES, ChunkWaits, before_the_deadline, time_left, who_limits
 from fluxibly.provider import Threaded, in_thread
 from fluxibly.providers.dialects.codec import Event
 from fluxibly.providers.dialects.openai_chat import ChatDecoder, OpenAICodec
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from typing import Self
 
     from fluxibly.config import LLMConfig
-    from fluxibly.limits import Timeouts
+    from fluxibly.limits import Leash, Timeouts
 
 INFO = ProviderInfo(name="LocalProvider", framework="local", telemetry_name="local", in_process=True)
 DONE = Event(b"[DONE]")
@@ -148,8 +148,8 @@ class LocalProvider:
             f"the local model {self._alias} refuses the request: {error}", provider="local", model=self._alias
         )
 
-    def late(self, limit: Limit) -> RequestTimeout:
-        """Return the error for a time limit that passed."""
+    def late(self, limit: Limit, leash: Leash | None) -> RequestTimeout:
+        """Return the error for a time limit that passed. `leash` is that of the call, which knows who has set it."""
         what = {
             "idle": "only news of the prompt came" if limit.kept_alive else "no further output came",
             "first_byte": "no output came",
@@ -157,9 +157,12 @@ class LocalProvider:
         }.get(limit.phase, "the answer was not complete")
         within, longer = f"within {limit.stated:g} s", "increase `timeout`"
         if limit.phase == "deadline":
-            within, longer = "before the deadline", "give the call more time"
+            within, longer = before_the_deadline(leash), "give the call more time"
         elif limit.strict:
-            within, longer = f"{within} (the limit {limit.phase} of a middleware)", "increase the limit"
+            within, longer = (
+                f"{within} (the limit {limit.phase} of {who_limits(leash, limit.phase)})",
+                "increase the limit",
+            )
         kind = {"idle": StreamStalled, "deadline": DeadlineExceeded}.get(limit.phase, RequestTimeout)
         text = f"the local model {self._alias}: {what} {within}; {longer}, or request less"
         error = kind(text, provider="local", model=self._alias)
@@ -324,7 +327,7 @@ class LocalStream:
             return loader.run(provider.load, limit.seconds)
         except NotInTime:
             self.close()
-            raise provider.late(limit) from None
+            raise provider.late(limit, self._request.call.leash) from None
         except InterruptedError:
             if not self._stopped:
                 raise  # of the loading
@@ -342,7 +345,7 @@ class LocalStream:
             raise self._provider.given_up() from None
         except RequestTimeout:
             self.close()
-            raise self._provider.late(limit) from None
+            raise self._provider.late(limit, self._request.call.leash) from None
         except (ValueError, RuntimeError) as error:
             self._over = True
             raise self._provider.refusal(error) from error
@@ -354,7 +357,7 @@ class LocalStream:
         limit = min(limits, key=lambda limit: math.inf if limit.seconds is None else limit.seconds)
         if limit.seconds is not None and limit.seconds <= 0:
             self.close()
-            raise self._provider.late(limit)
+            raise self._provider.late(limit, self._request.call.leash)
         return limit
 
     def _outer_limits(self, now: float) -> Iterator[Limit]:
