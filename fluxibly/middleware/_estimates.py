@@ -7,8 +7,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from fluxibly._checks import is_number, kind_of
-from fluxibly.errors import StreamInterrupted
-from fluxibly.types import CallRecord, Request, Text, Usage
+from fluxibly.types import Request, Text, Usage
 
 _BYTES_A_TOKEN = 3.5
 """As measured for common tokenizers: English has more, other scripts and JSON have less."""
@@ -77,7 +76,7 @@ class Estimates:
         return Estimate(min(input_tokens, total), max(0.0, total - input_tokens), size, total)
 
     def learn(self, name: str, estimate: Estimate, usage: Usage) -> None:
-        """Learn from what an answer has used."""
+        """Learn from what a whole answer has used."""
         learned = self._models.get(name)
         if learned is None:
             return
@@ -88,21 +87,23 @@ class Estimates:
         if usage.output_tokens is not None:
             learned.output += weight * (usage.output_tokens - learned.output)
 
-    def taken(self, name: str, estimate: Estimate, call: CallRecord, error: BaseException | None) -> float:
-        """Return the tokens that count for the last attempt of a call, which ended with an error or without.
+    def taken(self, estimate: Estimate, usage: Usage | None, error: BaseException | None, text: str) -> float:
+        """Return the tokens that count for an attempt, which ended with an error or without.
 
-        Without usage: nothing, if it failed before output; the estimated input, if it was cut off before output; after
-        output, the estimated input and what the characters that came are worth.
+        What is not known of them is estimated: nothing, if it failed before output; the input, if it was cut off before
+        output; after output, the input and what the text that came is worth.
+
+        Args:
+            usage: what the service has told. Of an attempt that was cut off, it may not have counted all of the output.
+            text: the output that came before the error.
         """
-        if call.usage is not None and call.usage.total_tokens is not None:
-            return float(call.usage.total_tokens)
         if error is None:
-            return estimate.total
-        characters = len(error.partial.text) if isinstance(error, StreamInterrupted) else call.characters
-        if characters:
-            learned = self._models.get(name)
-            return estimate.input + characters * (1 / _BYTES_A_TOKEN if learned is None else learned.input_per_byte)
-        return 0.0 if isinstance(error, Exception) else estimate.input
+            return estimate.total if usage is None or usage.total_tokens is None else float(usage.total_tokens)
+        usage = usage or Usage()
+        if not text and usage.total_tokens is None and isinstance(error, Exception):
+            return 0.0
+        input_tokens = estimate.input if usage.input_tokens is None else usage.input_tokens
+        return input_tokens + max(bytes_of(text) / _BYTES_A_TOKEN, usage.output_tokens or 0)
 
 
 def size_of(request: Request) -> int:
@@ -112,7 +113,12 @@ def size_of(request: Request) -> int:
         for part in message.content:
             if isinstance(part, Text):
                 text = part.text
-                size += len(text) if text.isascii() else len(text.encode(errors="surrogatepass"))
+                size += len(text) if text.isascii() else bytes_of(text)
     for tool in request.tools:
         size += len(tool.description or "") + len(repr(tool.parameters))
     return size
+
+
+def bytes_of(text: str) -> int:
+    """Return the bytes of a text, which may have half a surrogate pair."""
+    return len(text) if text.isascii() else len(text.encode(errors="surrogatepass"))

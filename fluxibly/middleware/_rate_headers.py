@@ -11,6 +11,13 @@ from fluxibly._durations import date_of, duration, number_of
 
 _SHORTEST = 0.001
 """Below this many seconds, rounding hides the rate."""
+_LONGEST = 1e8
+"""Above this many seconds, it is no limit but a mistake."""
+_HORIZON = 60.0
+"""The seconds over which what is left of a limit is spread."""
+_SHARE = 0.95
+"""The share of the rate at which a bucket fills that is used, so that it never gets quite empty: requests do not arrive as
+evenly as they are sent."""
 
 
 class Told(NamedTuple):
@@ -19,9 +26,9 @@ class Told(NamedTuple):
     name: str
     """ "requests" or "tokens"."""
     rate: float
-    """At least so many units a second are allowed until the limit is reset."""
+    """So many units a second are allowed now."""
     seconds: float
-    """The seconds until then."""
+    """The seconds for which that holds."""
 
 
 def told_limits(headers: Mapping[str, str]) -> Iterator[Told]:
@@ -44,12 +51,16 @@ def told_limits(headers: Mapping[str, str]) -> Iterator[Told]:
 
 def _told(name: str, limit: str | None, remaining: str | None, seconds: float | None) -> Iterator[Told]:
     total, left = number_of(limit), number_of(remaining)
-    if total is None or left is None or seconds is None or seconds < _SHORTEST or not total:
+    if seconds is not None and seconds == int(seconds):
+        seconds -= 1  # it is rounded up, as a rule, and to guess too low a rate would slow calls down for nothing
+    if total is None or left is None or seconds is None or total < 1 or not _SHORTEST <= seconds <= _LONGEST:
         return
-    # The reset is the time until all of the limit is there again. A bucket that fills steadily gives back what is used at
-    # `used / seconds`; a window that ends then still has `left / seconds`. The headers do not say which of the two it is,
-    # so the larger rate holds: it lowers a bucket's rate to what it is once half of it is used.
-    yield Told(name, max(left, total - left) / seconds, seconds)
+    # The reset is the time until all of the limit is there again, so a bucket fills at `used / seconds`. What is left may be
+    # used as well, and is spread over a minute: the rate sinks to almost that at which the bucket fills as the bucket gets empty.
+    # A limit for a day that is half used up thus slows nobody down. A window, which fills all at once at its end, looks the
+    # same in the headers, and is not told apart.
+    used = max(0.0, total - left)
+    yield Told(name, left / _HORIZON + _SHARE * used / seconds, min(seconds, _HORIZON))
 
 
 def _until(moment: str, date: str) -> float | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from functools import partial
 from itertools import count
 from typing import Any, Literal, TypeAlias
@@ -22,6 +23,10 @@ ON_STORE_ERROR = ("local", "raise", "open")
 _LONGEST_PAUSE = 30.0
 """The most seconds until a store that has failed is tried again."""
 _POLL = 0.05
+"""The seconds after which a call asks again for a place, where a store cannot say when that is worth it."""
+_SHORTEST_POLL = 0.001
+_MOST_OWED = 10_000
+"""The most releases to keep for a store that has failed."""
 _numbers = count()
 
 
@@ -63,66 +68,148 @@ class Shared:
         self._middleware = middleware
         self._spare = MemoryStore()
         """What takes the place of a store that has failed."""
+        self._has_spared = False
+        """Whether it ever has."""
+        self._owed: dict[tuple[str, str], None] = {}
+        """The keys and callers of which the store has not been told yet that they have ended."""
         self._down_until = -math.inf
         self._pause = 0.0
 
     def ask(self, call: CallRecord, method: str, *args: Any, **options: Any) -> Flow[Any]:
-        """Call a method of the store: `turn = yield from shared.ask(call, "lease", key, who, 3)`."""
+        """Call a method of the store: `turn = yield from shared.ask(call, "lease", key, who, 3)`.
+
+        Raises:
+            StoreError: the store has failed, and the user wants that raised.
+        """
         if self.local:
             return getattr(self.store, method)(*args, call.clock(), **options)
         return (
             yield from perform(
-                partial(self.do, call, method, *args, **options), partial(self.ado, call, method, *args, **options)
+                partial(self._do, call, method, *args, **options), partial(self._ado, call, method, *args, **options)
             )
         )
 
-    def do(self, call: CallRecord, method: str, *args: Any, **options: Any) -> Any:
-        """Call a method of the store from where no flow runs, as in a cleanup."""
-        now = call.clock()
-        if self.local or now >= self._down_until:
-            try:
-                result = getattr(self.store, method)(*args, now, **options)
-            except Exception as error:  # noqa: BLE001  # a store is anybody's code
-                self._failed(error, now)
-            else:
-                self._pause = 0.0
-                return result
-        return self._instead(method, *args, now, **options)
+    def tell(self, call: CallRecord, method: str, *args: Any, **options: Any) -> Flow[Any]:
+        """Do as `ask` after the provider has been asked: a failure of the store changes nothing, and the result is None."""
+        try:
+            return (yield from self.ask(call, method, *args, **options))
+        except StoreError as error:
+            self._report_late(error)
 
-    async def ado(self, call: CallRecord, method: str, *args: Any, **options: Any) -> Any:
-        """Do as `do`, in an async call."""
-        now = call.clock()
-        if now >= self._down_until:
-            try:
-                result = await getattr(self.store, f"a{method}")(*args, now, **options)
-            except Exception as error:  # noqa: BLE001  # as above
-                self._failed(error, now)
-            else:
-                self._pause = 0.0
-                return result
-        return self._instead(method, *args, now, **options)
+    def give(self, call: CallRecord, method: str, *args: Any) -> None:
+        """Do as `tell` where no flow runs, as in a cleanup."""
+        try:
+            self._do(call, method, *args)
+        except StoreError as error:
+            self._report_late(error)
 
-    def _failed(self, error: Exception, now: float) -> None:
-        """Take note of an error of the store.
+    async def agive(self, call: CallRecord, method: str, *args: Any) -> None:
+        """Do as `give`, in an async call."""
+        try:
+            await self._ado(call, method, *args)
+        except StoreError as error:
+            self._report_late(error)
+
+    def _do(self, call: CallRecord, method: str, *args: Any, **options: Any) -> Any:
+        now, pause = call.clock(), self._pause
+        if not self._begin(now):
+            return self._instead(method, *args, now, **options)
+        try:
+            result = getattr(self.store, method)(*args, now, **options)
+        except Exception as error:  # noqa: BLE001  # a store is anybody's code
+            self._failed(error, now, pause, method, args)
+            return self._instead(method, *args, now, **options)
+        except BaseException:
+            self._owe(method, args)
+            raise
+        self._worked(method, args, now)
+        while (owed := self._next_owed()) is not None:
+            try:
+                self.store.release(*owed, now)
+            except Exception:  # noqa: BLE001  # the next call finds out, and this one has its result
+                self._owed[owed] = None
+                break
+        return result
+
+    async def _ado(self, call: CallRecord, method: str, *args: Any, **options: Any) -> Any:
+        now, pause = call.clock(), self._pause
+        if not self._begin(now):
+            return self._instead(method, *args, now, **options)
+        try:
+            result = await getattr(self.store, f"a{method}")(*args, now, **options)
+        except Exception as error:  # noqa: BLE001  # as above
+            self._failed(error, now, pause, method, args)
+            return self._instead(method, *args, now, **options)
+        except BaseException:
+            self._owe(method, args)
+            raise
+        self._worked(method, args, now)
+        while (owed := self._next_owed()) is not None:
+            try:
+                await self.store.arelease(*owed, now)
+            except Exception:  # noqa: BLE001  # as above
+                self._owed[owed] = None
+                break
+        return result
+
+    def _begin(self, now: float) -> bool:
+        """Return whether the store is to be asked now."""
+        if self._pause:
+            if now < self._down_until:
+                return False
+            self._down_until = now + self._pause  # this call finds out, and others do not wait for it meanwhile
+        return True
+
+    def _worked(self, method: str, args: tuple[Any, ...], now: float) -> None:
+        self._pause = 0.0
+        if self._has_spared and method in ("reserve", "lease", "release"):
+            self._spare.release(args[0], args[1], now)  # what the call had, or waited for, while the store was down
+
+    def _owe(self, method: str, args: tuple[Any, ...]) -> None:
+        """Keep a release for when the store works again. Otherwise, a place would be lost."""
+        if method == "release" and len(self._owed) < _MOST_OWED:
+            self._owed[args[0], args[1]] = None
+
+    def _next_owed(self) -> tuple[str, str] | None:
+        """Take a release that the store has to be told of yet, now that it works."""
+        if not self._owed:
+            return None
+        with suppress(KeyError):  # another thread has taken the last
+            return self._owed.popitem()[0]
+        return None
+
+    def _failed(self, error: Exception, now: float, pause: float, method: str, args: tuple[Any, ...]) -> None:
+        """Take note of an error of the store, which was asked when the pause was `pause`.
 
         Raises:
             StoreError: the user wants it raised.
         """
+        self._owe(method, args)
         if isinstance(error, DeadlineExceeded):
             raise error
         name, kind = type(self.store).__name__, type(error).__name__
         if self._on_error == "raise":
             raise StoreError(f"{self._middleware}: its store {name} failed with {kind}; see __cause__") from error
-        self._pause = min(max(1.0, 2 * self._pause), _LONGEST_PAUSE)
-        self._down_until = now + self._pause
+        if self._pause == pause:  # many that ask at once make the pause no longer than one does
+            self._pause = min(max(1.0, 2 * pause), _LONGEST_PAUSE)
+            self._down_until = now + self._pause
         goes_on = "keeps its state in this process" if self._on_error == "local" else "lets calls pass"
         report_once(
             f"store {self._middleware} {name}",
             f"{self._middleware}: its store {name} failed with {kind}; until it works again, {self._middleware} {goes_on}",
         )
 
+    def _report_late(self, error: StoreError) -> None:
+        report_once(
+            f"late store {self._middleware} {type(self.store).__name__}",
+            f"{error} (after the provider was asked, so the call goes on as if the store had worked)",
+        )
+
     def _instead(self, method: str, *args: Any, **options: Any) -> Any:
+        """Do what the user wants done in place of asking the store."""
+        self._owe(method, args)
         if self._on_error == "local":
+            self._has_spared = True
             return getattr(self._spare, method)(*args, **options)
         return 0.0 if method == "add" else None
 
@@ -168,19 +255,19 @@ def _pause(turn: Turn) -> float:
         return turn.seconds if not turn.ahead else max(turn.seconds, 1.0)
     if turn.seconds == math.inf:
         return _POLL
-    return turn.seconds if turn.seconds < 0.02 else min(turn.seconds / 2, 0.25)
+    return max(turn.seconds, _SHORTEST_POLL) if turn.seconds < 0.02 else min(turn.seconds / 2, 0.25)
 
 
 def run_later(call: CallRecord, shared: Shared, last: Callable[[], list[tuple[Any, ...]]]) -> Any:
-    """Register what a call gives back to a store that does I/O when it ends: `last` returns calls of `Shared.do`."""
+    """Register what a call gives back to a store that does I/O when it ends: `last` returns calls of `Shared.give`."""
 
     def give_back() -> None:
         for method, *args in last():
-            shared.do(call, method, *args)
+            shared.give(call, method, *args)
 
     async def agive_back() -> None:
         for method, *args in last():
-            await shared.ado(call, method, *args)
+            await shared.agive(call, method, *args)
 
     acall: Callable[[], Awaitable[object]] = agive_back
     return call.on_end(give_back, acall)

@@ -22,12 +22,52 @@ from fluxibly.flow import CallNext, Flow, provider_of
 from fluxibly.middleware._keys import By, check_by, name_of, to_by
 from fluxibly.middleware._shared import ON_STORE_ERROR, OnStoreError, Shared, new_name, run_later
 from fluxibly.stores import Entry, Store, to_store
-from fluxibly.types import CallRecord, ProviderInfo, Request, Response
+from fluxibly.types import ProviderInfo, Request, Response
 
 FAILURES = (ServerError, ConnectionFailed, RequestTimeout, StreamProtocolError)
 """The errors that say that a provider is down, and not that this request is wrong."""
 _REMEMBERED = 86_400.0
 """The seconds after which a circuit that nobody asked for is closed again without a probe."""
+_NEVER_OPENED = b""
+_OPEN = b"open "
+"""The beginning of the state of a circuit that is open, or half-open after a while. A name follows, new for each change."""
+_CLOSED = b"closed "
+
+
+class _Circuit:
+    """A circuit as one call has found it."""
+
+    state = _NEVER_OPENED
+
+    def __init__(self, request: Request, info: ProviderInfo, key: str) -> None:
+        self.request = request
+        self.call = request.call
+        self.info = info
+        self.key = key
+        self.begin()
+
+    def begin(self) -> None:
+        """Note that the provider is asked now."""
+        self._began = self.call.clock()
+        self._attempts = self.call.attempts
+
+    def is_failure(self, error: Exception) -> bool:
+        """Whether an error says that the provider is down."""
+        cause, call = root_cause(error), self.call
+        if not isinstance(cause, DeadlineExceeded):
+            return isinstance(cause, FAILURES)
+        # A provider that got the rest of a call's time, after others had used most of it, has not failed.
+        leash = call.leash
+        if leash is None or leash.deadline is None or call.attempts == self._attempts:
+            return False
+        return call.clock() - self._began >= (leash.deadline - call.started_at) / 2
+
+    def is_answer(self, error: Exception) -> bool:
+        """Whether an error says that the provider is there."""
+        cause = root_cause(error)
+        if isinstance(cause, (*REFUSALS, DeadlineExceeded)) or self.call.attempts == self._attempts:
+            return False
+        return isinstance(cause, ProviderError)
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -75,70 +115,93 @@ class CircuitBreaker:
     def __call__(self, request: Request, call_next: CallNext) -> Flow[Response]:
         call, shared = request.call, self._shared
         info = call.info_of(None) if request.target is None else (yield from provider_of(request))
-        key = f"circuit {name_of(info, request, self.by)}"
-        opened: Entry | None
-        if shared.local:
-            opened = shared.store.load(key, call.clock())
-        else:
-            opened = yield from shared.ask(call, "load", key)
-        if opened is not None:
-            return (yield from self._half_open(request, call_next, info, key, opened))
-        began = call.clock()
+        circuit = _Circuit(request, info, f"circuit {name_of(info, request, self.by)}")
+        while True:
+            if shared.local:
+                found: Entry | None = shared.store.load(circuit.key, call.clock())
+            else:
+                found = yield from shared.ask(call, "load", circuit.key)
+            circuit.state = _NEVER_OPENED if found is None else found.value
+            if found is None or not found.value.startswith(_OPEN):
+                break
+            response = yield from self._probe(circuit, call_next, found.left - _REMEMBERED)
+            if response is not None:
+                return response
         try:
             return (yield from call_next(request))
         except Exception as error:
-            if _is_failure(error, call, began):
-                yield from self._count(request, info, key, error)
+            if circuit.is_failure(error):
+                yield from self._count(circuit, error)
             raise
 
-    def _count(self, request: Request, info: ProviderInfo, key: str, error: Exception) -> Flow[None]:
-        call, shared = request.call, self._shared
-        count = yield from shared.ask(call, "add", key, 1.0, self.within)
-        # Calls that were under way when the circuit opened do not keep it open for longer.
-        if count >= self.failures and (yield from shared.ask(call, "load", key)) is None:
-            yield from self._open(request, info, key, error, f"{self.failures} failures within {self.within:g} s")
+    def _count(self, circuit: _Circuit, error: Exception) -> Flow[None]:
+        """Count a failure while the circuit is closed, and open it if there are too many."""
+        # Each state has a sum of its own, so that a circuit that closes begins anew.
+        key = f"{circuit.key} {circuit.state.decode()}"
+        count = yield from self._shared.tell(circuit.call, "add", key, 1.0, self.within)
+        if (count or 0.0) >= self.failures:
+            yield from self._open(circuit, error, f"{self.failures} failures within {self.within:g} s")
 
-    def _open(self, request: Request, info: ProviderInfo, key: str, error: Exception, why: str) -> Flow[None]:
-        yield from self._shared.ask(request.call, "save", key, b"open", self.open_for + _REMEMBERED)
-        what = f"opens the circuit of {request.model} at {info.name} for {self.open_for:g} s: {why}"
-        log_decision(request, "CircuitBreaker", what, error)
-
-    def _half_open(
-        self, request: Request, call_next: CallNext, info: ProviderInfo, key: str, opened: Entry
-    ) -> Flow[Response]:
-        left = opened.left - _REMEMBERED
+    def _probe(self, circuit: _Circuit, call_next: CallNext, left: float) -> Flow[Response | None]:
+        """Try a provider again if it is time, and return its answer. Return None if the circuit has changed meanwhile."""
+        call, shared, request = circuit.call, self._shared, circuit.request
         if left > 0:
-            raise self._refusal(request, info, f"is open for {left:.3g} s more", left)
-        call, shared = request.call, self._shared
-        probes, who, began = f"{key} probes", new_name(), call.clock()
-        ending = None if shared.local else run_later(call, shared, lambda: [("release", probes, who)])
+            raise self._refusal(circuit, f"is open for {left:.3g} s more", left)
+        key, who = f"{circuit.key} probes", new_name()
+        ending = None if shared.local else run_later(call, shared, lambda: [("release", key, who)])
         try:
-            busy = yield from shared.ask(call, "lease", probes, who, self.probes, wait=False)
+            busy = yield from shared.ask(call, "lease", key, who, self.probes, wait=False)
             if busy is not None:
-                raise self._refusal(request, info, f"has {self.probes} probes under way", None)
-            log_decision(request, "CircuitBreaker", f"tries {request.model} at {info.name} again, with this call")
-            response = yield from call_next(request)
-            yield from self._close(request, info, key)
+                raise self._refusal(circuit, f"has {self.probes} probes under way", None)
+            response: Response | None = None
+            if (yield from self._is_as_it_was(circuit)):
+                log_decision(
+                    request, "CircuitBreaker", f"tries {request.model} at {circuit.info.name} again, with this call"
+                )
+                circuit.begin()
+                response = yield from call_next(request)
+                yield from self._close(circuit)
         except Exception as error:
-            if _is_failure(error, call, began):
-                yield from self._open(request, info, key, error, f"a probe failed with {error_type(error)}")
-            elif _is_answer(error):
-                yield from self._close(request, info, key)
+            if circuit.is_failure(error):
+                yield from self._open(circuit, error, f"a probe failed with {error_type(error)}")
+            elif circuit.is_answer(error):
+                yield from self._close(circuit)
             if ending is not None:
                 yield from ending.run()
             raise
         finally:
             if ending is None:
-                shared.store.release(probes, who, call.clock())
+                shared.store.release(key, who, call.clock())
         if ending is not None:
             yield from ending.run()
         return response
 
-    def _close(self, request: Request, info: ProviderInfo, key: str) -> Flow[None]:
-        yield from self._shared.ask(request.call, "save", key, None, None)
-        log_decision(request, "CircuitBreaker", f"closes the circuit of {request.model} at {info.name}")
+    def _open(self, circuit: _Circuit, error: Exception, why: str) -> Flow[None]:
+        if (yield from self._change(circuit, _OPEN, self.open_for + _REMEMBERED)):
+            what = f"opens the circuit of {circuit.request.model} at {circuit.info.name} for {self.open_for:g} s: {why}"
+            log_decision(circuit.request, "CircuitBreaker", what, error)
 
-    def _refusal(self, request: Request, info: ProviderInfo, why: str, left: float | None) -> CircuitOpen:
+    def _close(self, circuit: _Circuit) -> Flow[None]:
+        if (yield from self._change(circuit, _CLOSED, _REMEMBERED)):
+            what = f"closes the circuit of {circuit.request.model} at {circuit.info.name}"
+            log_decision(circuit.request, "CircuitBreaker", what)
+
+    def _change(self, circuit: _Circuit, state: bytes, seconds: float) -> Flow[bool]:
+        """Change the state of a circuit, unless it has changed since the call began. Return whether this has changed it.
+
+        So calls that were under way when it opened neither close it nor keep it open, nor open it again after a probe.
+        """
+        if not (yield from self._is_as_it_was(circuit)):
+            return False
+        yield from self._shared.tell(circuit.call, "save", circuit.key, state + new_name().encode(), seconds)
+        return True
+
+    def _is_as_it_was(self, circuit: _Circuit) -> Flow[bool]:
+        found: Entry | None = yield from self._shared.tell(circuit.call, "load", circuit.key)
+        return circuit.state == (_NEVER_OPENED if found is None else found.value)
+
+    def _refusal(self, circuit: _Circuit, why: str, left: float | None) -> CircuitOpen:
+        request, info = circuit.request, circuit.info
         log_decision(
             request, "CircuitBreaker", f"refuses the call: the circuit of {request.model} at {info.name} {why}"
         )
@@ -149,21 +212,3 @@ class CircuitBreaker:
             provider=info.framework,
             model=request.model,
         )
-
-
-def _is_failure(error: Exception, call: CallRecord, began: float) -> bool:
-    """Whether an error says that a provider is down, which had been asked at the time `began`."""
-    cause = root_cause(error)
-    if isinstance(cause, DeadlineExceeded):
-        # A provider that got the rest of a call's time, after others had used most of it, has not failed.
-        leash = call.leash
-        if leash is None or leash.deadline is None or not call.attempts:
-            return False
-        return call.clock() - began >= (leash.deadline - call.started_at) / 2
-    return isinstance(cause, FAILURES)
-
-
-def _is_answer(error: Exception) -> bool:
-    """Whether an error says that a provider is there."""
-    cause = root_cause(error)
-    return isinstance(cause, ProviderError) and not isinstance(cause, (*REFUSALS, DeadlineExceeded))

@@ -11,7 +11,7 @@ import attrs
 
 from fluxibly._checks import number, one_of, validator
 from fluxibly._logs import log_decision
-from fluxibly.errors import REFUSALS, ConfigError, ProviderError, RateLimitWait, root_cause
+from fluxibly.errors import REFUSALS, ConfigError, ProviderError, RateLimitWait, StreamInterrupted, root_cause
 from fluxibly.flow import CallNext, Flow, provider_of
 from fluxibly.functions import check_function, to_function
 from fluxibly.middleware._estimates import FIRST_OUTPUT, Estimate, Estimates
@@ -51,6 +51,19 @@ class _Use:
         self.who = new_name()
         self.attempts = request.call.attempts
         """The attempts of the call before this one."""
+        self.delivered = len(request.call.delivered)
+        """The number of texts that the call had delivered before this attempt."""
+
+    @property
+    def model(self) -> str:
+        """The model of which the estimates are, with its provider."""
+        return f"{self.info.key}/{self.request.model}"
+
+    def output(self) -> str:
+        """Return the text of an attempt that has ended with an error."""
+        if isinstance(self.error, StreamInterrupted):
+            return self.error.partial.text
+        return "".join(self.request.call.delivered[self.delivered :])
 
 
 Tokens: TypeAlias = Callable[[Request], float]
@@ -174,7 +187,7 @@ class RateLimit:
         Raises:
             RateLimitWait: the user's estimate is above the user's `burst`, so that no wait would be long enough.
         """
-        use.estimate = self._estimates.of(use.request, use.name)
+        use.estimate = self._estimates.of(use.request, use.model)
         *others, (name, rate, burst, _) = self._limits
         use.cost = use.estimate.total
         if self.burst is None or self.requests is not None:
@@ -217,9 +230,12 @@ class RateLimit:
         call = use.request.call
         sent = call.attempts > use.attempts
         if use.estimate is not None:
-            taken = self._estimates.taken(use.name, use.estimate, call, use.error) if sent else 0.0
-            if sent and call.usage is not None:
-                self._estimates.learn(use.name, use.estimate, call.usage)
+            taken = 0.0
+            if sent:
+                output = "" if use.error is None else use.output()
+                taken = self._estimates.taken(use.estimate, call.usage, use.error, output)
+                if use.error is None and call.usage is not None:
+                    self._estimates.learn(use.model, use.estimate, call.usage)
             more = taken - use.cost
             if more > 0 or (more < 0 and self.give_back):
                 name, rate, burst, _ = self._limits[-1]
@@ -244,9 +260,10 @@ class RateLimit:
                 # What was lowered rises again, but never above the numbers that the user gave.
                 if now is not None and (now.rate < limit.rate or place in self._lowered):
                     calls.append(("throttle", use.key, limit.name, now.rate, now.seconds))
-                    if len(self._lowered) >= _MOST_LOWERED:
-                        self._lowered.clear()
-                    self._lowered[place] = None
+                    if now.rate >= limit.rate:
+                        self._lowered.pop(place, None)
+                    elif len(self._lowered) < _MOST_LOWERED:
+                        self._lowered[place] = None
         if refusal is not None and refusal.retry_after is not None and 0 < refusal.retry_after < math.inf:
             calls.append(("throttle", use.key, "requests", 0.0, refusal.retry_after))
             what = f"stops all calls of {use.name} for {refusal.retry_after:.3g} s, as the service asked"

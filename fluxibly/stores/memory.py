@@ -34,6 +34,8 @@ class _Queue(Generic[W]):
     def leave(self, who: str, *, wake: bool = True) -> W | None:
         """Let a caller leave, and wake the next one if it was the first."""
         if who not in self.waiting:
+            # It may have left already, and been interrupted before it could wake the next.
+            self.wake()
             return None
         first = next(iter(self.waiting)) == who
         what = self.waiting.pop(who)
@@ -63,6 +65,8 @@ class _Rates(_Queue[tuple[Limit, ...]]):
 
     def __init__(self) -> None:
         super().__init__()
+        self.limits: tuple[Limit, ...] = ()
+        """The limits of the last call that asked."""
         self.arrivals: dict[str, float] = {}
         """For each limit, when it would be unused if nothing more were taken: GCRA's theoretical arrival time."""
         self.ceilings: dict[str, tuple[float, float]] = {}
@@ -74,44 +78,82 @@ class _Rates(_Queue[tuple[Limit, ...]]):
 
     def gap(self, limit: Limit, now: float) -> float:
         """Return the seconds that one unit of a limit takes."""
+        usual = 1.0 / limit.rate
         ceiling = self.ceilings.get(limit.name)
-        if ceiling is not None:
-            if now < ceiling[1]:
-                return 1.0 / min(limit.rate, ceiling[0])
-            del self.ceilings[limit.name]
-        return 1.0 / limit.rate
+        if ceiling is None:
+            return usual
+        rate, until = ceiling
+        slow = max(usual, 1.0 / rate)
+        if now < until:
+            return slow
+        del self.ceilings[limit.name]
+        self._rescale(limit.name, until, usual / slow)
+        return usual
+
+    def _rescale(self, name: str, at: float, factor: float) -> None:
+        """Keep the units that are taken of a limit, from a time on at which each takes `factor` times as long."""
+        arrival = self.arrivals.get(name, at)
+        if arrival > at:
+            self.arrivals[name] = at + (arrival - at) * factor
+
+    def slow_down(self, name: str, rate: float, until: float, now: float) -> None:
+        """Let a limit have at most a rate until some time."""
+        limit = next((limit for limit in self.limits if limit.name == name), None)
+        before = None if limit is None else self.gap(limit, now)
+        self.ceilings[name] = (rate, until)
+        if limit is not None and before is not None:
+            self._rescale(name, now, self.gap(limit, now) / before)
 
     def reserve(self, who: str, limits: tuple[Limit, ...], now: float) -> Turn | None:
-        wait = self.closed_until - now
+        self.limits = limits
+        closed = self.closed_until
+        wait = closed - now
         ahead = 0
+        before: list[tuple[Limit, ...]] | None = None
         if self.waiting:
-            ahead = len(self.ahead(who)) if who in self.waiting else len(self.waiting)
+            before = self.ahead(who) if who in self.waiting else None
+            ahead = len(self.waiting) if before is None else len(before)
         taken: list[tuple[str, float]] = []
         for limit in limits:
             name, rate, burst, cost = limit
             gap = self.gap(limit, now) if self.ceilings else 1.0 / rate
             arrival = self.arrivals.get(name, now)
-            arrival = (max(now, arrival)) + cost * gap
-            taken.append((name, arrival))
-            needed = arrival - now - burst * gap
-            if ahead:
-                needed += self._needed(who, name) * gap
+            arrival = max(now, arrival)
+            taken.append((name, arrival + cost * gap))
+            if ahead or self.ceilings:
+                units = (arrival - now) / gap + (self._needed(before, name) if ahead else 0.0)
+                needed = self._wait_after(units, limit, gap, now) + (max(0.0, closed - arrival) if ahead else 0.0)
+            else:
+                needed = arrival + (cost - burst) * gap - now
             wait = max(wait, needed)
         # A wait below a nanosecond is a rounding error, and would be asked for again and again.
         if ahead or wait > 1e-9:
-            if who not in self.waiting:
+            is_new = who not in self.waiting
+            turn = self.turn(who, limits, max(0.0, wait), ahead)
+            if is_new:
                 self._count(limits, 1)
-            return self.turn(who, limits, max(0.0, wait), ahead)
+            return turn
         self.arrivals.update(taken)
         if who in self.waiting:
             self.leave(who)
         return None
 
-    def _needed(self, who: str, name: str) -> float:
-        """Return what those who wait before a caller need of a limit."""
-        if who not in self.waiting:
+    def _wait_after(self, units: float, limit: Limit, gap: float, now: float) -> float:
+        """Return the seconds until a call may go after which so many units are taken, at a `gap` that a ceiling may set."""
+        name, rate, burst, cost = limit
+        ceiling = self.ceilings.get(name)
+        if ceiling is None:
+            return (units + cost - burst) * gap
+        # A lower rate has a smaller burst: what the same time allows, and at least one call.
+        wait = (units + cost - max(burst / rate / gap, min(cost, burst))) * gap
+        left = ceiling[1] - now
+        return wait if wait <= left else left + max(0.0, (units - left / gap + cost - burst) / rate)
+
+    def _needed(self, before: list[tuple[Limit, ...]] | None, name: str) -> float:
+        """Return what those who came before need of a limit. None: all who wait."""
+        if before is None:
             return self.queued.get(name, 0.0)
-        return sum([limit.cost for limits in self.ahead(who) for limit in limits if limit.name == name])
+        return sum([limit.cost for limits in before for limit in limits if limit.name == name])
 
     def leave(self, who: str, *, wake: bool = True) -> tuple[Limit, ...] | None:
         limits = super().leave(who, wake=wake)
@@ -120,7 +162,7 @@ class _Rates(_Queue[tuple[Limit, ...]]):
         return limits
 
     def _count(self, limits: tuple[Limit, ...], sign: int) -> None:
-        for limit in limits:
+        for limit in limits:  # from 0 again once nobody waits, without the rounding errors
             self.queued[limit.name] = self.queued.get(limit.name, 0.0) + sign * limit.cost if self.waiting else 0.0
 
     def is_idle(self, now: float) -> bool:
@@ -253,7 +295,7 @@ class MemoryStore:
             if rate <= 0:
                 rates.closed_until = max(rates.closed_until, now + seconds)
             else:
-                rates.ceilings[name] = (rate, now + seconds)
+                rates.slow_down(name, rate, now + seconds, now)
             rates.wake()
 
     def lease(self, key: str, who: str, size: int, now: float, *, wait: bool = True) -> Turn | None:
