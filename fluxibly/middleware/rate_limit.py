@@ -35,24 +35,39 @@ _MOST_LOWERED = 10_000
 class _Use:
     """What one call takes of the limits, and what has become of it."""
 
-    estimate: Estimate | None = None
-    cost = 0.0
-    """The tokens that were reserved."""
-    reserved = False
-    response: Response | None = None
-    error: BaseException | None = None
+    __slots__ = (
+        "attempts",
+        "cost",
+        "delivered",
+        "error",
+        "estimate",
+        "info",
+        "key",
+        "name",
+        "request",
+        "reserved",
+        "response",
+        "who",
+    )
 
     def __init__(self, request: Request, info: ProviderInfo, name: str) -> None:
+        call = request.call
         self.request = request
         self.info = info
         self.name = name
         """The provider and the model, or whatever else has limits of its own."""
-        self.key = f"rate {name}"
+        self.key = "rate " + name
         self.who = new_name()
-        self.attempts = request.call.attempts
+        self.attempts = call.attempts
         """The attempts of the call before this one."""
-        self.delivered = len(request.call.delivered)
+        self.delivered = len(call.delivered)
         """The number of texts that the call had delivered before this attempt."""
+        self.estimate: Estimate | None = None
+        self.cost = 0.0
+        """The tokens that were reserved."""
+        self.reserved = False
+        self.response: Response | None = None
+        self.error: BaseException | None = None
 
     @property
     def model(self) -> str:

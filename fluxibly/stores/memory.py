@@ -14,6 +14,8 @@ W = TypeVar("W")
 
 _SWEEP = 1024
 """The number of keys from which on those that nothing depends on are forgotten."""
+_ROUNDING = 1e-9
+"""A wait below so many seconds is a rounding error, and would be asked for again and again."""
 _PARTS = 1000
 """The most parts of a sum. Amounts that came within a thousandth of the time are added up, and forgotten together."""
 
@@ -106,37 +108,52 @@ class _Rates(_Queue[tuple[Limit, ...]]):
 
     def reserve(self, who: str, limits: tuple[Limit, ...], now: float) -> Turn | None:
         self.limits = limits
-        closed = self.closed_until
-        wait = closed - now
-        ahead = 0
-        before: list[tuple[Limit, ...]] | None = None
-        if self.waiting:
-            before = self.ahead(who) if who in self.waiting else None
-            ahead = len(self.waiting) if before is None else len(before)
-        taken: list[tuple[str, float]] = []
+        if self.waiting or self.ceilings or self.closed_until > now:
+            return self._reserve_in_turn(who, limits, now)
+        arrivals, wait = self.arrivals, 0.0
+        taken: dict[str, float] = {}
+        for name, rate, burst, cost in limits:
+            arrival = arrivals.get(name, now)
+            if arrival < now:  # noqa: PLR1730  # each call comes here, and a call of `max` would be a tenth of it
+                arrival = now
+            taken[name] = arrival + cost / rate
+            needed = arrival + (cost - burst) / rate - now
+            if needed > wait:  # noqa: PLR1730  # as above
+                wait = needed
+        if wait > _ROUNDING:
+            return self._queue(who, limits, wait, 0)
+        arrivals.update(taken)
+        return None
+
+    def _reserve_in_turn(self, who: str, limits: tuple[Limit, ...], now: float) -> Turn | None:
+        """Do as `reserve` while calls wait, or a service has asked for less."""
+        wait = self.closed_until - now
+        before = self.ahead(who) if who in self.waiting else None
+        ahead = len(self.waiting) if before is None else len(before)
+        taken: dict[str, float] = {}
         for limit in limits:
-            name, rate, burst, cost = limit
-            gap = self.gap(limit, now) if self.ceilings else 1.0 / rate
-            arrival = self.arrivals.get(name, now)
-            arrival = max(now, arrival)
-            taken.append((name, arrival + cost * gap))
-            if ahead or self.ceilings:
-                units = (arrival - now) / gap + (self._needed(before, name) if ahead else 0.0)
-                needed = self._wait_after(units, limit, gap, now) + (max(0.0, closed - arrival) if ahead else 0.0)
-            else:
-                needed = arrival + (cost - burst) * gap - now
-            wait = max(wait, needed)
-        # A wait below a nanosecond is a rounding error, and would be asked for again and again.
-        if ahead or wait > 1e-9:
-            is_new = who not in self.waiting
-            turn = self.turn(who, limits, max(0.0, wait), ahead)
-            if is_new:
-                self._count(limits, 1)
-            return turn
+            gap = self.gap(limit, now)
+            arrival = max(now, self.arrivals.get(limit.name, now))
+            taken[limit.name] = arrival + limit.cost * gap
+            units = (arrival - now) / gap
+            paused = 0.0
+            if ahead:
+                units += self._needed(before, limit.name)
+                paused = max(0.0, self.closed_until - arrival)
+            wait = max(wait, self._wait_after(units, limit, gap, now) + paused)
+        if ahead or wait > _ROUNDING:
+            return self._queue(who, limits, max(0.0, wait), ahead)
         self.arrivals.update(taken)
         if who in self.waiting:
             self.leave(who)
         return None
+
+    def _queue(self, who: str, limits: tuple[Limit, ...], wait: float, ahead: int) -> Turn:
+        is_new = who not in self.waiting
+        turn = self.turn(who, limits, wait, ahead)
+        if is_new:
+            self._count(limits, 1)
+        return turn
 
     def _wait_after(self, units: float, limit: Limit, gap: float, now: float) -> float:
         """Return the seconds until a call may go after which so many units are taken, at a `gap` that a ceiling may set."""
