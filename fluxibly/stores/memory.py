@@ -298,8 +298,8 @@ class MemoryStore:
             rates = self._rates.get(key)
             if rates is None:
                 rates = self._rates[key] = _Rates()
-            before = max(rates.arrivals.get(limit.name, now), now)
-            rates.arrivals[limit.name] = before + limit.cost * rates.gap(limit, now)
+            gap = rates.gap(limit, now)  # first, because it may change the arrivals
+            rates.arrivals[limit.name] = max(rates.arrivals.get(limit.name, now), now) + limit.cost * gap
             if limit.cost < 0:
                 rates.wake()
 
