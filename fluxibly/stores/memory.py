@@ -108,52 +108,57 @@ class _Rates(_Queue[tuple[Limit, ...]]):
 
     def reserve(self, who: str, limits: tuple[Limit, ...], now: float) -> Turn | None:
         self.limits = limits
-        if self.waiting or self.ceilings or self.closed_until > now:
-            return self._reserve_in_turn(who, limits, now)
-        arrivals, wait = self.arrivals, 0.0
-        taken: dict[str, float] = {}
-        for name, rate, burst, cost in limits:
-            arrival = arrivals.get(name, now)
-            if arrival < now:  # noqa: PLR1730  # each call comes here, and a call of `max` would be a tenth of it
-                arrival = now
-            taken[name] = arrival + cost / rate
-            needed = arrival + (cost - burst) / rate - now
-            if needed > wait:  # noqa: PLR1730  # as above
-                wait = needed
-        if wait > _ROUNDING:
-            return self._queue(who, limits, wait, 0)
-        arrivals.update(taken)
-        return None
-
-    def _reserve_in_turn(self, who: str, limits: tuple[Limit, ...], now: float) -> Turn | None:
-        """Do as `reserve` while calls wait, or a service has asked for less."""
-        wait = self.closed_until - now
-        before = self.ahead(who) if who in self.waiting else None
-        ahead = len(self.waiting) if before is None else len(before)
-        taken: dict[str, float] = {}
+        closed = self.closed_until
+        if not self.waiting and not self.ceilings and closed <= now and self._take(limits, now):
+            return None
+        wait = closed - now
+        ahead = 0
+        before: list[tuple[Limit, ...]] | None = None
+        if self.waiting:
+            before = self.ahead(who) if who in self.waiting else None
+            ahead = len(self.waiting) if before is None else len(before)
+        taken: list[tuple[str, float]] = []
         for limit in limits:
-            gap = self.gap(limit, now)
-            arrival = max(now, self.arrivals.get(limit.name, now))
-            taken[limit.name] = arrival + limit.cost * gap
-            units = (arrival - now) / gap
-            paused = 0.0
-            if ahead:
-                units += self._needed(before, limit.name)
-                paused = max(0.0, self.closed_until - arrival)
-            wait = max(wait, self._wait_after(units, limit, gap, now) + paused)
+            name, rate, burst, cost = limit
+            gap = self.gap(limit, now) if self.ceilings else 1.0 / rate
+            arrival = self.arrivals.get(name, now)
+            arrival = max(now, arrival)
+            taken.append((name, arrival + cost * gap))
+            if ahead or self.ceilings:
+                units = (arrival - now) / gap + (self._needed(before, name) if ahead else 0.0)
+                needed = self._wait_after(units, limit, gap, now) + (max(0.0, closed - arrival) if ahead else 0.0)
+            else:
+                needed = arrival + (cost - burst) * gap - now
+            wait = max(wait, needed)
         if ahead or wait > _ROUNDING:
-            return self._queue(who, limits, max(0.0, wait), ahead)
+            is_new = who not in self.waiting
+            turn = self.turn(who, limits, max(0.0, wait), ahead)
+            if is_new:
+                self._count(limits, 1)
+            return turn
         self.arrivals.update(taken)
         if who in self.waiting:
             self.leave(who)
         return None
 
-    def _queue(self, who: str, limits: tuple[Limit, ...], wait: float, ahead: int) -> Turn:
-        is_new = who not in self.waiting
-        turn = self.turn(who, limits, wait, ahead)
-        if is_new:
-            self._count(limits, 1)
-        return turn
+    def _take(self, limits: tuple[Limit, ...], now: float) -> bool:
+        """Take what a call costs at the usual rates. Return False, and take nothing, if it has to wait."""
+        taken: dict[str, float] = {}
+        for name, rate, burst, cost in limits:
+            arrival = max(self.arrivals.get(name, now), now)
+            if arrival + (cost - burst) / rate - now > _ROUNDING:
+                return False
+            taken[name] = arrival + cost / rate
+        self.arrivals.update(taken)
+        return True
+
+    def correct(self, limit: Limit, now: float) -> None:
+        """Take more of a limit, or give it back."""
+        name, rate, _, cost = limit
+        gap = self.gap(limit, now) if self.ceilings else 1.0 / rate
+        self.arrivals[name] = max(self.arrivals.get(name, now), now) + cost * gap
+        if cost < 0 and self.waiting:
+            self.wake()
 
     def _wait_after(self, units: float, limit: Limit, gap: float, now: float) -> float:
         """Return the seconds until a call may go after which so many units are taken, at a `gap` that a ceiling may set."""
@@ -298,10 +303,7 @@ class MemoryStore:
             rates = self._rates.get(key)
             if rates is None:
                 rates = self._rates[key] = _Rates()
-            gap = rates.gap(limit, now)  # first, because it may change the arrivals
-            rates.arrivals[limit.name] = max(rates.arrivals.get(limit.name, now), now) + limit.cost * gap
-            if limit.cost < 0:
-                rates.wake()
+            rates.correct(limit, now)
 
     def throttle(self, key: str, name: str, rate: float, seconds: float, now: float) -> None:
         """Slow a limit down for a while; see `Store.throttle`."""

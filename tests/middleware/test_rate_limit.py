@@ -190,7 +190,7 @@ class TestSettings:
         async def estimate(request):
             return 1
 
-        with pytest.raises(ValueError, match="estimate: expected a plain function, got an async function"):
+        with pytest.raises(ValueError, match="estimate: expected a plain function, got an async function; write def"):
             RateLimit(tokens=1, estimate=estimate)
 
     def test_without_numbers(self):
@@ -688,7 +688,8 @@ class TestEstimates:
 
     def test_respect_max_tokens(self):
         layer = RateLimit(tokens=1e6)
-        assert layer._estimates.of(Request(model="m", messages="x", max_tokens=10), "m").output == 10
+        estimate = layer._estimates.of(Request(model="m", messages="x", max_tokens=10), "m")
+        assert estimate.total - estimate.input == 10
 
     def test_size(self):
         """Texts count in bytes, and tools too; media do not."""
