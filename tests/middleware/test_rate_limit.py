@@ -436,7 +436,7 @@ def test_a_thousand_calls(seed, give_back):
 
 @given(
     st.lists(st.tuples(st.sampled_from([0.0, 0.3, 2.0]), st.sampled_from([1, 4, 10])), min_size=1, max_size=40),
-    st.sampled_from([0.0, 2.0, 20.0]),
+    st.sampled_from([0.05, 2.05, 20.05]),  # no wait is just as long, which rounding would decide
 )
 @settings(max_examples=80, deadline=None)
 def test_who_is_refused(arrivals, max_wait):
