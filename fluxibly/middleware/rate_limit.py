@@ -103,7 +103,8 @@ class RateLimit:
             "raise" raises `StoreError`, "open" lets calls pass.
 
     Raises:
-        RateLimitWait: the wait would be longer than `max_wait`. `retry_after` is that wait.
+        RateLimitWait: the wait would be longer than `max_wait`, or end after the deadline of the call. `retry_after` is that
+            wait.
         ConfigError: neither `requests` nor `tokens` is given.
     """
 
@@ -209,7 +210,9 @@ class RateLimit:
 
     def _wait(self, use: _Use, limits: tuple[Limit, ...], turn: Turn) -> Flow[None]:
         def refuse(turn: Turn, waited: float) -> RateLimitWait:
-            why = f"it would wait {waited + turn.seconds:.3g} s (max_wait={self.max_wait:g}), with {turn.ahead} calls ahead"
+            wait = waited + turn.seconds
+            bound = f"max_wait={self.max_wait:g}" if wait > self.max_wait else "past the deadline of the call"
+            why = f"it would wait {wait:.3g} s ({bound}), with {turn.ahead} calls ahead"
             return self._refusal(use, why, turn.seconds)
 
         ask = partial(self._shared.ask, use.request.call, "reserve", use.key, use.who, limits)
