@@ -9,7 +9,7 @@ import asyncio
 import logging
 import random
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import count
 from typing import Any
@@ -80,6 +80,14 @@ class Watched:
         self.layer = layer
         self.under_way = 0
         self.reached = 0
+        self.problems: list[AssertionError] = []
+        """What was found while calls ran. The layers further out might handle an error that is raised there."""
+
+    def look(self, what: Callable[..., None], *args: Any) -> None:
+        try:
+            what(*args)
+        except AssertionError as problem:
+            self.problems.append(problem)
 
     def __call__(self, request, call_next):
         clock = request.call.clock
@@ -87,7 +95,7 @@ class Watched:
         self.reached += 1
 
         def passing(asked):
-            self.passes(reached, asked, clock())
+            self.look(self.passes, reached, asked, clock())
             reached.passed.append(asked)
             try:
                 return (yield from call_next(asked))
@@ -103,9 +111,8 @@ class Watched:
             self.arrives(reached)
             return (yield from self.layer(request, passing))
         finally:
-            assert request.call.leash is leash
             self.under_way -= 1
-            self.leaves(reached, clock())
+            self.look(self.leaves, reached, clock(), request.call.leash is leash)
 
     def arrives(self, reached: Reached) -> None:
         """Look at a request that comes to the layer."""
@@ -116,11 +123,14 @@ class Watched:
     def ends(self, asked: Request) -> None:
         """Note that a request that had passed has ended."""
 
-    def leaves(self, reached: Reached, now: float) -> None:
+    def leaves(self, reached: Reached, now: float, leash_is_back: bool) -> None:
         """Note that the layer is done with a request."""
+        assert leash_is_back
 
     def check(self) -> None:
         """Check what is left when all calls are over."""
+        if self.problems:
+            raise self.problems[0]
         assert self.under_way == 0
         if hasattr(self.layer, "store"):
             assert left_in(self.layer.store) == {}
@@ -138,7 +148,8 @@ class Watched:
 class Bounding(Watched):
     """`Deadline`: a call ends in time."""
 
-    def leaves(self, reached, now):
+    def leaves(self, reached, now, leash_is_back):
+        super().leaves(reached, now, leash_is_back)
         assert now <= reached.at + self.layer.seconds + 1e-9
 
 
@@ -233,7 +244,8 @@ class Queueing(Watched):
             assert reached.number >= self.last.get(key, -1), "not first come, first served"
         self.last[key] = reached.number
 
-    def leaves(self, reached, now):
+    def leaves(self, reached, now, leash_is_back):
+        super().leaves(reached, now, leash_is_back)
         if not reached.passed:
             assert now - reached.at <= self.layer.max_wait + 1e-6
 
@@ -270,7 +282,7 @@ class Placing(Queueing):
     def ends(self, asked):
         self.at_once[self.key(asked)] -= 1
 
-    def look(self):
+    def is_fair(self):
         """Check that nobody waits while a place is free."""
         if self.is_near:
             for places in self.layer.store._places.values():
@@ -415,7 +427,7 @@ class Provider:
         return kind("scripted", retry_after=after)
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     layers=STACKS,
     store=STORES,
@@ -437,7 +449,7 @@ def test_many_calls_keep_the_limits(*, layers, store, number, a_second, failing,
     outermost = Watched(lambda request, call_next: call_next(request))
     provider = Provider(chance, failing)
     simulation = Simulation([outermost, *stack], provider)
-    simulation.checks += [layer.look for layer in stack if isinstance(layer, Placing)]
+    simulation.checks += [layer.is_fair for layer in stack if isinstance(layer, Placing)]
     over: Counter[int] = Counter()
     simulation.when_ended.append(lambda made: over.update([made.number]))
     left: set[int] = set()
