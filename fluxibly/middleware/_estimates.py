@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 from fluxibly._checks import is_number, kind_of
 from fluxibly.types import Request, Text, Usage
@@ -19,16 +18,6 @@ _MODELS = 1000
 """The most models to remember."""
 
 
-class Estimate(NamedTuple):
-    """The tokens that a call is expected to take."""
-
-    input: float
-    output: float
-    size: int
-    """The bytes of the request's texts."""
-    total: float
-
-
 class _Learned:
     """The means of one model."""
 
@@ -40,8 +29,51 @@ class _Learned:
         self.output = output
 
 
+class Estimate:
+    """The tokens that a call is expected to take."""
+
+    __slots__ = ("_learned", "input", "size", "total")
+
+    def __init__(self, learned: _Learned, size: int, input_tokens: float, total: float) -> None:
+        self._learned = learned
+        self.size = size
+        """The bytes of the request's texts."""
+        self.input = input_tokens
+        self.total = total
+        """The tokens of input and output together."""
+
+    def learn(self, usage: Usage) -> None:
+        """Learn from what the whole answer has used. Threads may lose one another's updates, which does no harm to a mean."""
+        learned, size, taken, output = self._learned, self.size, usage.input_tokens, usage.output_tokens
+        learned.calls += 1
+        weight = 1 / min(learned.calls, _MEMORY)
+        if taken is not None and size:
+            learned.input_per_byte += weight * (taken / size - learned.input_per_byte)
+        if output is not None:
+            learned.output += weight * (output - learned.output)
+
+    def taken(self, usage: Usage | None, error: BaseException | None, text: str) -> float:
+        """Return the tokens that count for an attempt, which ended with an error or without.
+
+        What is not known of them is estimated: nothing, if it failed before output; the input, if it was cut off before
+        output; after output, the input and what the text that came is worth.
+
+        Args:
+            usage: what the service has told. Of an attempt that was cut off, it may not have counted all of the output.
+            text: the output that came before the error.
+        """
+        total = None if usage is None else usage.total_tokens
+        if error is None:
+            return self.total if total is None else float(total)
+        if not text and total is None and isinstance(error, Exception):
+            return 0.0
+        usage = usage or Usage()
+        input_tokens = self.input if usage.input_tokens is None else usage.input_tokens
+        return input_tokens + max(bytes_of(text) / _BYTES_A_TOKEN, usage.output_tokens or 0)
+
+
 class Estimates:
-    """The estimates of one middleware. Threads may lose one another's updates, which does no harm to a mean.
+    """The estimates of one middleware, learned for each model.
 
     Args:
         own: the user's function, which returns the tokens of a request. None: they are learned from usage.
@@ -56,7 +88,11 @@ class Estimates:
         self._models: dict[str, _Learned] = {}
 
     def of(self, request: Request, name: str) -> Estimate:
-        """Estimate a request. `name` is the model's, with its provider's."""
+        """Estimate a request. `name` is the model's, with its provider's.
+
+        Raises:
+            TypeError: the user's function has returned something else than a number of tokens.
+        """
         learned = self._models.get(name)
         if learned is None:
             if len(self._models) >= _MODELS:
@@ -64,46 +100,18 @@ class Estimates:
             learned = self._models[name] = _Learned(self._output)
         size = size_of(request)
         input_tokens = size * learned.input_per_byte + 1
-        output = learned.output if request.max_tokens is None else min(learned.output, request.max_tokens)
         if self._own is None:
-            return Estimate(input_tokens, output, size, input_tokens + output)
+            output, most = learned.output, request.max_tokens
+            return Estimate(
+                learned, size, input_tokens, input_tokens + (output if most is None or most > output else most)
+            )
         total = self._own(request)
         if not is_number(total) or not 0 <= total < math.inf:
             got = kind_of(total) if not is_number(total) else repr(total)
             raise TypeError(
                 f"{self._middleware}: expected a number of tokens from 0 up from estimate(request), got {got}"
             )
-        return Estimate(min(input_tokens, total), max(0.0, total - input_tokens), size, total)
-
-    def learn(self, name: str, estimate: Estimate, usage: Usage) -> None:
-        """Learn from what a whole answer has used."""
-        learned = self._models.get(name)
-        if learned is None:
-            return
-        learned.calls += 1
-        weight = 1 / min(learned.calls, _MEMORY)
-        if usage.input_tokens is not None and estimate.size:
-            learned.input_per_byte += weight * (usage.input_tokens / estimate.size - learned.input_per_byte)
-        if usage.output_tokens is not None:
-            learned.output += weight * (usage.output_tokens - learned.output)
-
-    def taken(self, estimate: Estimate, usage: Usage | None, error: BaseException | None, text: str) -> float:
-        """Return the tokens that count for an attempt, which ended with an error or without.
-
-        What is not known of them is estimated: nothing, if it failed before output; the input, if it was cut off before
-        output; after output, the input and what the text that came is worth.
-
-        Args:
-            usage: what the service has told. Of an attempt that was cut off, it may not have counted all of the output.
-            text: the output that came before the error.
-        """
-        if error is None:
-            return estimate.total if usage is None or usage.total_tokens is None else float(usage.total_tokens)
-        usage = usage or Usage()
-        if not text and usage.total_tokens is None and isinstance(error, Exception):
-            return 0.0
-        input_tokens = estimate.input if usage.input_tokens is None else usage.input_tokens
-        return input_tokens + max(bytes_of(text) / _BYTES_A_TOKEN, usage.output_tokens or 0)
+        return Estimate(learned, size, min(input_tokens, total), total)
 
 
 def size_of(request: Request) -> int:

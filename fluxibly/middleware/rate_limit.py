@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -26,6 +26,7 @@ from fluxibly.middleware._shared import (
     wait_for_turn,
 )
 from fluxibly.stores import Limit, Store, Turn, to_store
+from fluxibly.stores.protocol import make_limit
 from fluxibly.types import ProviderInfo, Request, Response
 
 _optional = attrs.validators.optional
@@ -123,7 +124,11 @@ class RateLimit:
     _shared: Shared = attrs.field(init=False, repr=False)
     _estimates: Estimates = attrs.field(init=False, repr=False)
     _limits: tuple[Limit, ...] = attrs.field(init=False, repr=False)
-    """The limits, and what a call without tokens takes of them."""
+    """The limits, with what a call takes of them, if it takes no tokens."""
+    _fixed: tuple[Limit, ...] = attrs.field(init=False, repr=False)
+    """The limits of which every call takes the same."""
+    _own_burst: bool = attrs.field(init=False, repr=False)
+    """Whether the user gave a burst of tokens."""
     _lowered: dict[tuple[str, str], None] = attrs.field(init=False, repr=False, factory=dict[tuple[str, str], None])
     """The limits, by key and name, that the headers of an answer have lowered."""
 
@@ -144,6 +149,8 @@ class RateLimit:
             "_shared": Shared(self.store, self.on_store_error, "RateLimit"),
             "_estimates": Estimates(self.estimate, "RateLimit", first_output),
             "_limits": tuple(limits),
+            "_fixed": tuple(limits[:1] if self.requests is not None else ()),
+            "_own_burst": self.burst is not None and self.requests is None,
         }
         for name, value in made.items():
             object.__setattr__(self, name, value)
@@ -177,6 +184,7 @@ class RateLimit:
         return response
 
     def _settle_now(self, use: _Use) -> None:
+        """Settle a call with a store that does no I/O."""
         store, now = self._shared.store, use.request.call.clock()
         for method, *args in self._settle(use):
             getattr(store, method)(*args, now)
@@ -187,16 +195,17 @@ class RateLimit:
         Raises:
             RateLimitWait: the user's estimate is above the user's `burst`, so that no wait would be long enough.
         """
-        use.estimate = self._estimates.of(use.request, use.model)
-        *others, (name, rate, burst, _) = self._limits
-        use.cost = use.estimate.total
-        if self.burst is None or self.requests is not None:
-            burst = max(burst, use.cost)
-        elif use.cost > burst:
-            if self.estimate is not None:
-                raise self._refusal(use, f"its {use.cost:.0f} tokens are more than burst={burst:g}", None)
-            use.cost = burst  # a guess may be wrong, and is corrected afterwards
-        return (*others, Limit(name, rate, burst, use.cost))
+        use.estimate = self._estimates.of(use.request, use.name if self.by == "provider and model" else use.model)
+        name, rate, burst, _ = self._limits[-1]
+        cost = use.cost = use.estimate.total
+        if cost > burst:
+            if not self._own_burst:
+                burst = cost
+            elif self.estimate is not None:
+                raise self._refusal(use, f"its {cost:.0f} tokens are more than burst={burst:g}", None)
+            else:
+                cost = use.cost = burst  # a guess may be wrong, and is corrected afterwards
+        return (*self._fixed, make_limit(name, rate, burst, cost))
 
     def _wait(self, use: _Use, limits: tuple[Limit, ...], turn: Turn) -> Flow[None]:
         def refuse(turn: Turn, waited: float) -> RateLimitWait:
@@ -227,45 +236,45 @@ class RateLimit:
         if not use.reserved:
             return [("release", use.key, use.who)]
         calls: list[tuple[Any, ...]] = []
-        call = use.request.call
+        call, estimate, error = use.request.call, use.estimate, use.error
         sent = call.attempts > use.attempts
-        if use.estimate is not None:
+        if estimate is not None:
             taken = 0.0
             if sent:
-                output = "" if use.error is None else use.output()
-                taken = self._estimates.taken(use.estimate, call.usage, use.error, output)
-                if use.error is None and call.usage is not None:
-                    self._estimates.learn(use.model, use.estimate, call.usage)
+                taken = estimate.taken(call.usage, error, "" if error is None else use.output())
+                if error is None and call.usage is not None:
+                    estimate.learn(call.usage)
             more = taken - use.cost
             if more > 0 or (more < 0 and self.give_back):
                 name, rate, burst, _ = self._limits[-1]
-                calls.append(("correct", use.key, Limit(name, rate, burst, more)))
+                calls.append(("correct", use.key, make_limit(name, rate, burst, more)))
         if sent and self.learn:
-            calls += self._learned(use)
+            cause = None if error is None else root_cause(error)
+            refusal = cause if isinstance(cause, ProviderError) and not isinstance(cause, REFUSALS) else None
+            answer = use.response or refusal
+            if answer is not None and answer.rate_limits:
+                calls += self._learned(use.key, answer.rate_limits)
+            if refusal is not None:
+                calls += self._stopped(use, refusal.retry_after)
         use.error = None  # its frames refer to the call
         return calls
 
-    def _learned(self, use: _Use) -> list[tuple[Any, ...]]:
-        """Return what the store has to do because of the headers of an answer."""
-        cause = None if use.error is None else root_cause(use.error)
-        refusal = cause if isinstance(cause, ProviderError) and not isinstance(cause, REFUSALS) else None
-        answer = use.response or refusal
-        if answer is None:
-            return []
-        calls: list[tuple[Any, ...]] = []
-        if answer.rate_limits:
-            told = {each.name: each for each in told_limits(answer.rate_limits)}
-            for limit in self._limits:
-                now, place = told.get(limit.name), (use.key, limit.name)
-                # What was lowered rises again, but never above the numbers that the user gave.
-                if now is not None and (now.rate < limit.rate or place in self._lowered):
-                    calls.append(("throttle", use.key, limit.name, now.rate, now.seconds))
-                    if now.rate >= limit.rate:
-                        self._lowered.pop(place, None)
-                    elif len(self._lowered) < _MOST_LOWERED:
-                        self._lowered[place] = None
-        if refusal is not None and refusal.retry_after is not None and 0 < refusal.retry_after < math.inf:
-            calls.append(("throttle", use.key, "requests", 0.0, refusal.retry_after))
-            what = f"stops all calls of {use.name} for {refusal.retry_after:.3g} s, as the service asked"
+    def _learned(self, key: str, headers: Mapping[str, str]) -> Iterator[tuple[Any, ...]]:
+        """Yield what the store has to do because of the headers of an answer."""
+        told = {each.name: each for each in told_limits(headers)}
+        for limit in self._limits:
+            now, place = told.get(limit.name), (key, limit.name)
+            # What was lowered rises again, but never above the numbers that the user gave.
+            if now is not None and (now.rate < limit.rate or place in self._lowered):
+                yield ("throttle", key, limit.name, now.rate, now.seconds)
+                if now.rate >= limit.rate:
+                    self._lowered.pop(place, None)
+                elif len(self._lowered) < _MOST_LOWERED:
+                    self._lowered[place] = None
+
+    def _stopped(self, use: _Use, wait: float | None) -> Iterator[tuple[Any, ...]]:
+        """Yield what the store has to do because a service has refused a call, and asks for a wait."""
+        if wait is not None and 0 < wait < math.inf:
+            yield ("throttle", use.key, "requests", 0.0, wait)
+            what = f"stops all calls of {use.name} for {wait:.3g} s, as the service asked"
             log_decision(use.request, "RateLimit", what)
-        return calls

@@ -14,6 +14,8 @@ W = TypeVar("W")
 
 _SWEEP = 1024
 """The number of keys from which on those that nothing depends on are forgotten."""
+_ROUNDING = 1e-9
+"""A wait below so many seconds is a rounding error, and would be asked for again and again."""
 _PARTS = 1000
 """The most parts of a sum. Amounts that came within a thousandth of the time are added up, and forgotten together."""
 
@@ -107,6 +109,8 @@ class _Rates(_Queue[tuple[Limit, ...]]):
     def reserve(self, who: str, limits: tuple[Limit, ...], now: float) -> Turn | None:
         self.limits = limits
         closed = self.closed_until
+        if not self.waiting and not self.ceilings and closed <= now and self._take(limits, now):
+            return None
         wait = closed - now
         ahead = 0
         before: list[tuple[Limit, ...]] | None = None
@@ -126,8 +130,7 @@ class _Rates(_Queue[tuple[Limit, ...]]):
             else:
                 needed = arrival + (cost - burst) * gap - now
             wait = max(wait, needed)
-        # A wait below a nanosecond is a rounding error, and would be asked for again and again.
-        if ahead or wait > 1e-9:
+        if ahead or wait > _ROUNDING:
             is_new = who not in self.waiting
             turn = self.turn(who, limits, max(0.0, wait), ahead)
             if is_new:
@@ -137,6 +140,25 @@ class _Rates(_Queue[tuple[Limit, ...]]):
         if who in self.waiting:
             self.leave(who)
         return None
+
+    def _take(self, limits: tuple[Limit, ...], now: float) -> bool:
+        """Take what a call costs at the usual rates. Return False, and take nothing, if it has to wait."""
+        taken: dict[str, float] = {}
+        for name, rate, burst, cost in limits:
+            arrival = max(self.arrivals.get(name, now), now)
+            if arrival + (cost - burst) / rate - now > _ROUNDING:
+                return False
+            taken[name] = arrival + cost / rate
+        self.arrivals.update(taken)
+        return True
+
+    def correct(self, limit: Limit, now: float) -> None:
+        """Take more of a limit, or give it back."""
+        name, rate, _, cost = limit
+        gap = self.gap(limit, now) if self.ceilings else 1.0 / rate
+        self.arrivals[name] = max(self.arrivals.get(name, now), now) + cost * gap
+        if cost < 0 and self.waiting:
+            self.wake()
 
     def _wait_after(self, units: float, limit: Limit, gap: float, now: float) -> float:
         """Return the seconds until a call may go after which so many units are taken, at a `gap` that a ceiling may set."""
@@ -281,10 +303,7 @@ class MemoryStore:
             rates = self._rates.get(key)
             if rates is None:
                 rates = self._rates[key] = _Rates()
-            before = max(rates.arrivals.get(limit.name, now), now)
-            rates.arrivals[limit.name] = before + limit.cost * rates.gap(limit, now)
-            if limit.cost < 0:
-                rates.wake()
+            rates.correct(limit, now)
 
     def throttle(self, key: str, name: str, rate: float, seconds: float, now: float) -> None:
         """Slow a limit down for a while; see `Store.throttle`."""

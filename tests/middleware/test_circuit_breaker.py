@@ -387,8 +387,8 @@ class Broken(RuleBasedStateMachine):
 
     @initialize(
         failures=st.integers(1, 3),
-        within=st.sampled_from([2.0, 30.0]),
-        open_for=st.sampled_from([1.0, 10.0]),
+        within=st.sampled_from([2.03, 30.03]),  # no two moments fall together, which rounding would decide
+        open_for=st.sampled_from([1.07, 10.07]),
         probes=st.integers(1, 3),
     )
     def begin(self, failures, within, open_for, probes):

@@ -190,7 +190,7 @@ class TestSettings:
         async def estimate(request):
             return 1
 
-        with pytest.raises(ValueError, match="estimate: expected a plain function, got one that returns"):
+        with pytest.raises(ValueError, match="estimate: expected a plain function, got an async function; write def"):
             RateLimit(tokens=1, estimate=estimate)
 
     def test_without_numbers(self):
@@ -436,7 +436,7 @@ def test_a_thousand_calls(seed, give_back):
 
 @given(
     st.lists(st.tuples(st.sampled_from([0.0, 0.3, 2.0]), st.sampled_from([1, 4, 10])), min_size=1, max_size=40),
-    st.sampled_from([0.0, 2.0, 20.0]),
+    st.sampled_from([0.05, 2.05, 20.05]),  # no wait is just as long, which rounding would decide
 )
 @settings(max_examples=80, deadline=None)
 def test_who_is_refused(arrivals, max_wait):
@@ -688,7 +688,8 @@ class TestEstimates:
 
     def test_respect_max_tokens(self):
         layer = RateLimit(tokens=1e6)
-        assert layer._estimates.of(Request(model="m", messages="x", max_tokens=10), "m").output == 10
+        estimate = layer._estimates.of(Request(model="m", messages="x", max_tokens=10), "m")
+        assert estimate.total - estimate.input == 10
 
     def test_size(self):
         """Texts count in bytes, and tools too; media do not."""

@@ -76,7 +76,7 @@ def test_a_429_stops_all_threads(framework):
 def test_without_it_many_are_refused():
     """The same load, with Retry alone: so the tests above have something to find."""
     with (
-        limited_server(capacity=20, rate=20) as service,
+        limited_server(capacity=10, rate=1) as service,
         LLM(config_of("openai", service.url), [Retry(max_retries=1, max_retry_after=0)]) as llm,
     ):
         _, errors = call_in_threads(llm, 20, 3)

@@ -271,8 +271,8 @@ class TestFailures:
             thread.join(10)
         assert layer._shared._pause == 1
 
-    @given(st.lists(st.tuples(st.booleans(), st.sampled_from([0.3, 1.0, 5.0, 40.0])), max_size=12), st.integers(0, 99))
-    @settings(max_examples=30, deadline=None)
+    @given(st.lists(st.tuples(st.booleans(), st.sampled_from([0.3, 1.0, 5.0, 40.0])), max_size=8), st.integers(0, 99))
+    @settings(max_examples=10, deadline=None)
     def test_no_place_is_lost(self, phases, seed):
         """A store that comes and goes while calls run, fail, are cancelled and left: at the end, nobody holds a place."""
         chance = random.Random(seed)  # noqa: S311  # the same calls in each run

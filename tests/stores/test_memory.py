@@ -6,7 +6,7 @@ import math
 import threading
 
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import example, given, settings, strategies as st
 from support.stores import StoreLaws
 
 from fluxibly.errors import ConfigError
@@ -111,6 +111,7 @@ class TestChangesOfARate:
             max_size=60,
         )
     )
+    @example([*[("ask", 1.0)] * 3, ("slow", 0.5, 1.0), ("pass", 1.0), ("give", 0.0), ("ask", 1.0)])
     @settings(max_examples=200, deadline=None)
     def test_never_free_what_was_taken(self, steps):
         """However a rate changes, no window has more than its rate and one burst; a plain bucket agrees about each."""
