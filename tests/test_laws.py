@@ -112,6 +112,8 @@ class Case:
         ends = sorted(line.split()[0] for line in self.log if line.endswith(" end"))
         assert starts == ends
         assert self.ran.leaks == []
+        assert not [line for line in self.log if line.endswith("another leash")]
+        s.check_limits(self.stack, exact=isinstance(self.clock, VirtualClock))
 
 
 @many
@@ -252,7 +254,8 @@ def test_streams_given_up(kinds, answers, reads, how):
     """Law 2: a consumer that raises, breaks off or drops its stream ends every flow, even through the collector."""
     log: list[str] = []
     provider = ScriptedProvider(*(answer.make() for answer in answers))
-    pipeline = Pipeline(provider, s.build(kinds, log), clock=VirtualClock())
+    stack = s.build(kinds, log)
+    pipeline = Pipeline(provider, stack, clock=VirtualClock())
     before = dict(copy_context())
     with suppress(Exception):
         if how == "error":
@@ -278,6 +281,7 @@ def test_streams_given_up(kinds, answers, reads, how):
     assert provider.opened == provider.closed
     starts = sorted(line.split()[0] for line in log if " start" in line)
     assert starts == sorted(line.split()[0] for line in log if line.endswith(" end"))
+    s.check_limits(stack)
 
 
 @many
@@ -411,12 +415,13 @@ def test_cancellations_pass(kinds, answers, after, mode):
             await anyio.lowlevel.checkpoint()
 
     provider = Cancels(*(answer.make() for answer in answers))
+    stack = s.build(kinds, log)
     scopes, notes = [], []
 
     async def main():
         with anyio.CancelScope() as scope:
             scopes.append(scope)
-            pipeline = AsyncPipeline(provider, s.build(kinds, log), clock=VirtualClock())
+            pipeline = AsyncPipeline(provider, stack, clock=VirtualClock())
             try:
                 if mode.streaming:
                     async with pipeline.stream(REQUEST) as stream:
@@ -438,10 +443,11 @@ def test_cancellations_pass(kinds, answers, after, mode):
     assert provider.opened == provider.closed
     starts = sorted(line.split()[0] for line in log if " start" in line)
     assert starts == sorted(line.split()[0] for line in log if line.endswith(" end"))
+    s.check_limits(stack)
 
 
 @many
-@given(s.stacks, s.clean_answers, s.clean_answers, st.data())
+@given(s.stacks.filter(lambda kinds: not set(kinds) & set(s.LIMITS)), s.clean_answers, s.clean_answers, st.data())
 def test_calls_keep_apart(kinds, one, two, data):
     """Laws 5 and 8: streams of the same stack, read in any turns, have the same outcomes as alone."""
     alone = [Case(Mode(streaming=True), kinds, answers) for answers in (one, two)]
@@ -518,6 +524,7 @@ def test_interrupts_pass_powers(kinds, answers, mode):
     assert not any(hasattr(step, "__notes__") for step in raised)
     assert case.provider.opened == case.provider.closed
     assert case.ran.leaks == []
+    s.check_limits(case.stack)
 
 
 @many
@@ -533,7 +540,9 @@ def test_every_attempt_is_spent_once(kinds, answers, mode):
 
 @many
 @given(
-    st.lists(st.sampled_from((*s.SAME_WHOLE, *s.SAME_WHOLE, *s.WATCHING, s.shouting, s.dropping)), max_size=6).flatmap(
+    st.lists(
+        st.sampled_from((*s.SAME_WHOLE, *s.SAME_WHOLE, *s.WATCHING, s.shouting, s.dropping, *s.LIMITS)), max_size=6
+    ).flatmap(
         lambda kinds: st.sampled_from([kinds, [s.turning, *kinds]])  # layers outside of turns see each turn of a stream
     ),
     st.lists(st.one_of(s.successes, s.calls_of_tools), max_size=4),

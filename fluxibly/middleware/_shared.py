@@ -26,6 +26,8 @@ _LONGEST_PAUSE = 30.0
 _POLL = 0.05
 """The seconds after which a call asks again for a place, where a store cannot say when that is worth it."""
 _SHORTEST_POLL = 0.001
+_ROUNDING = 1e-6
+"""The seconds by which a difference of two times may be wrong."""
 _MOST_OWED = 10_000
 """The most releases to keep for a store that has failed."""
 _numbers = count()
@@ -236,16 +238,18 @@ def wait_for_turn(
     """
     call = request.call
     began = call.clock()
+    end = began + max_wait
     waiting: Turn | None = turn
     while waiting is not None:
-        waited = call.clock() - began
-        left = max_wait - waited
+        now = call.clock()
+        # The difference of near times is exact, so a clock reaches the end. The rest of `max_wait` may be too little to move it.
+        left = end - now
         estimated = 0.0 if waiting.seconds == math.inf else waiting.seconds
         if call.leash is not None:
             check_deadline(call, request.model)
             left = min(left, time_left(call.leash, call.clock) or left)
-        if left <= 0 or estimated > left:
-            raise refuse(waiting, waited)
+        if left <= 0 or estimated > left + _ROUNDING:
+            raise refuse(waiting, now - began)
         yield from sleep(min(_pause(waiting), left), until=waiting.signal)
         waiting = yield from ask()
     return call.clock() - began

@@ -331,8 +331,8 @@ class ByHand(_Waiting):
 
     def _adopt(self, effect: Adopt) -> None:
         """Make the stream of a branch that of the call, or that of another branch."""
-        branch = self._branches.pop(effect.lane)
-        if not effect.lane.call.streaming:
+        branch = self._branches.pop(effect.lane, None)
+        if branch is None or not effect.lane.call.streaming:  # a branch that ends before it waits has no stream
             return
         if effect.into is None:
             self.left, self._source = branch.left, effect.lane.source

@@ -7,9 +7,9 @@ from support.powers import hedge, informed
 
 from fluxibly.errors import ServerError
 from fluxibly.flow import gather, perform, sleep
-from fluxibly.middleware import Retry
+from fluxibly.middleware import Hedge, Retry
 from fluxibly.testing import ByHand
-from fluxibly.types import Chunk, Request
+from fluxibly.types import Chunk, Request, Response
 
 REQUEST = Request(model="m", messages="hi")
 
@@ -33,6 +33,22 @@ class TestRaces:
         call.finish(second, "hello")
         assert call.response.text == "hello"
         assert call.branches == []
+
+    @pytest.mark.parametrize("streaming", [False, True])
+    def test_a_branch_that_ends_before_it_waits(self, streaming):
+        """It is refused by a layer, or answered by one, and has no stream."""
+
+        def refuse(request, call_next):
+            yield from ()
+            raise ServerError("no")
+
+        def answer(request, call_next):
+            yield from ()
+            return Response("kept")
+
+        with pytest.raises(ServerError, match="no"):
+            ByHand([Hedge(2), refuse], REQUEST, streaming=streaming)
+        assert ByHand([Hedge(2), answer], REQUEST, streaming=streaming).response.text == "kept"
 
     def test_a_failure_starts_the_next(self):
         """No time has to pass then."""

@@ -81,6 +81,16 @@ class TestInAllModes:
             "send less"
         ).replace("ScriptedProvider", type(made.provider).info.name)
 
+    @pytest.mark.parametrize("began", [0.1, 1e9 + 0.1])
+    def test_the_end_of_a_wait(self, began):
+        """What rounding leaves of a wait may be too little for the clock to move, and is no wait."""
+        simulation = Simulation(Concurrency(1, max_wait=3.3))
+        simulation.call(reply=Reply(1e12))
+        simulation.run(began)
+        late = simulation.call()
+        simulation.run(began + 10, most=1000)
+        assert isinstance(late.error, QueueFull)
+
     def test_waits_no_longer_than_max_wait(self, mode):
         """In virtual time nobody sets the signal, so all of the wait passes."""
         layer = Concurrency(1, max_wait=7)

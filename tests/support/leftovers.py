@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 AT_LEAST = 0.1
 """Seconds between the beginning of a wait and Ctrl-C."""
@@ -41,6 +42,17 @@ def nothing_left() -> Iterator[None]:
     yield
     assert eventually(lambda: not threads()), threads()
     assert eventually(lambda: open_files() <= before), (before, open_files())
+
+
+def left_in(store: Any) -> dict[str, list[str]]:
+    """Return the calls that a memory store, or one around a memory store, still has a place or a wait of, by key."""
+    kept = getattr(store, "inner", store)
+    found: dict[str, list[str]] = {}
+    for key, places in kept._places.items():
+        found[key] = [*places.held, *places.waiting, *places.signals]
+    for key, rates in kept._rates.items():
+        found[key] = [*rates.waiting, *rates.signals, *[name for name, units in rates.queued.items() if units]]
+    return {key: left for key, left in found.items() if left}
 
 
 def interrupt_until(over: threading.Event) -> None:

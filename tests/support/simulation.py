@@ -16,8 +16,9 @@ from typing import Any
 
 import attrs
 
+from fluxibly.errors import RequestTimeout, StreamStalled
 from fluxibly.flow.compose import deadline_exceeded
-from fluxibly.flow.effects import Perform, Pull, Send, Sleep, Wait
+from fluxibly.flow.effects import Lane, Perform, Pull, Send, Sleep, Wait
 from fluxibly.limits import Leash
 from fluxibly.testing import ByHand
 from fluxibly.types import CallRecord, Chunk, Request, Response, replaced
@@ -46,24 +47,39 @@ class _Paced(ByHand):
 
     def read_on(self, record: CallRecord) -> None:
         """Deliver the chunk, and read the next."""
+        self._deliver(record)
+        if self._read():
+            self._step(None)
+
+    def fail_to_read(self, record: CallRecord, error: Exception) -> None:
+        """Deliver the chunk, and fail to read the next."""
+        self._deliver(record)
+        self._throw(error)
+
+    def _deliver(self, record: CallRecord) -> None:
         chunk, self.wants = self.wants, None
         if isinstance(chunk, Chunk):
             self.events.append(chunk)
             record.delivered.append(chunk.text)
-        if self._read():
-            self._step(None)
+
+    def lanes(self) -> list[Lane]:
+        """Return the lanes that are neither dropped nor adopted."""
+        return [*self._branches]
 
 
 class Call:
     """A call of a simulation, and what has become of it."""
 
-    def __init__(self, simulation: Simulation, number: int, request: Request, reply: Any, *, streaming: bool) -> None:
+    def __init__(
+        self, simulation: Simulation, number: int, request: Request, reply: Any, *, streaming: bool, restarts: bool
+    ) -> None:
         self.simulation = simulation
         self.number = number
         self.request = request
         self.record = request.call
         self.reply = reply
         self.streaming = streaming
+        self.restarts = restarts
         self.began_at = simulation.now
         self.sent_at: list[float] = []
         """When each of its requests was sent."""
@@ -71,10 +87,14 @@ class Call:
         self.error: BaseException | None = None
         self.response: Response | None = None
         self.flow: _Paced | None = None
+        self.events: list[Any] = []
+        """What its consumer got."""
         self._step = 0
         self._letting_go: list[Callable[[], object]] = []
         self._branches: dict[Any, Any] = {}
         """What each branch waits for that the simulation looks after."""
+        self._lanes: list[Lane] = []
+        """The lanes of the branches that were there after the last step."""
 
     def __repr__(self) -> str:
         return f"Call({self.number}, began_at={self.began_at}, sent_at={self.sent_at}, ended_at={self.ended_at})"
@@ -95,7 +115,8 @@ class Call:
 
     def begin(self, layers: Sequence[Any]) -> None:
         def made() -> None:
-            self.flow = _Paced(layers, self.request, streaming=self.streaming)
+            self.flow = _Paced(layers, self.request, streaming=self.streaming, restarts=self.restarts)
+            self.events = self.flow.events
 
         self._go(made)
 
@@ -122,6 +143,11 @@ class Call:
                 self.error = error
                 self.flow = None
             flow = self.flow
+            left, self._lanes = self._lanes, [] if flow is None or flow.wants is None else flow.lanes()
+            going_on = [self.record.__dict__, *(lane.call.__dict__ for lane in self._lanes)]
+            for lane in left:
+                if lane.owns and not any(lane.call.__dict__ is record for record in going_on):
+                    _clean_up(lane.call)
             if flow is None or flow.wants is None:
                 self._end()
                 return
@@ -142,8 +168,12 @@ class Call:
         """Let what the call waits for happen in its time."""
         wants, now = flow.wants, self.simulation.now
         leash = self.record.leash
-        if leash is not None and leash.deadline is not None:
-            self._at(leash.deadline, lambda: flow.fail(deadline_exceeded(self.record, self.request.model)))
+        if leash is not None and leash.deadline is not None and not isinstance(wants, Wait):
+            late = partial(deadline_exceeded, self.record, self.request.model)
+            if isinstance(wants, (Chunk, Pull)):
+                self._at(leash.deadline, lambda: flow.fail_to_read(self.record, late()))
+            else:
+                self._at(leash.deadline, lambda: flow.fail(late()))
         if isinstance(wants, Sleep):
             self._at(now + wants.seconds, lambda: flow.go_on(wants.until is not None and wants.until.is_set))
             if wants.until is not None:
@@ -158,14 +188,22 @@ class Call:
             reply = self._sent(wants)
             if self.record.streaming and not wants.request.call.nested:
                 left = iter(reply.items)
-                self._at(now + reply.latency, lambda: flow.stream(*left))
+                if (too_late := _too_late(reply, leash)) is None:
+                    self._at(now + reply.latency, lambda: flow.stream(*left))
+                else:
+                    self._at(now + too_late, lambda: flow.fail(RequestTimeout("nothing came in time")))
                 self.pace = reply.gap
             elif isinstance(reply.outcome, Exception):
                 self._at(now + reply.latency, partial(flow.fail, reply.outcome))
             else:
                 self._at(now + reply.latency, partial(flow.answer, reply.outcome))
         elif isinstance(wants, (Chunk, Pull)):
-            self._at(now + self.pace, lambda: flow.read_on(self.record))
+            if leash is not None and leash.idle is not None and leash.idle < self.pace:
+                self._at(
+                    now + leash.idle, lambda: flow.fail_to_read(self.record, StreamStalled("nothing came in time"))
+                )
+            else:
+                self._at(now + self.pace, lambda: flow.read_on(self.record))
         elif isinstance(wants, Wait):
             self._follow_branches(flow)
             if wants.seconds is not None:
@@ -184,20 +222,31 @@ class Call:
                 if not self.is_over and branch in flow.branches and branch.wants is wants:
                     self._go(lambda: flow.finish(branch, *outcome))
 
-            end: Callable[[], None] = partial(finish, branch, wants)
+            end: Callable[..., None] = partial(finish, branch, wants)
             now = self.simulation.now
+            record = branch.lane.call
+            if isinstance(wants, (Sleep, Send)) and record.leash is not None and record.leash.deadline is not None:
+                late = partial(deadline_exceeded, record, self.request.model)
+                self.simulation.at(record.leash.deadline, lambda end=end, late=late: end(late()))  # type: ignore[misc]
             if isinstance(wants, Sleep):
                 self.simulation.at(now + wants.seconds, end)
                 if wants.until is not None:
                     wants.until.attach(lambda end=end: self.simulation.at(self.simulation.now, end))
             elif isinstance(wants, Perform):
                 assert wants.call is not None
-                self.simulation.at(now, partial(finish, branch, wants, wants.call()))
+                try:
+                    result = wants.call()
+                except Exception as error:  # noqa: BLE001  # it goes into the branch
+                    result = error
+                self.simulation.at(now, partial(end, result))
             elif isinstance(wants, Send):
                 reply = self._sent(wants)
                 self.pace = reply.gap
-                outcome = reply.items if wants.request.call.streaming else (reply.outcome,)
-                self.simulation.at(now + reply.latency, partial(finish, branch, wants, *outcome))
+                if wants.request.call.streaming and (too_late := _too_late(reply, record.leash)) is not None:
+                    self.simulation.at(now + too_late, partial(end, RequestTimeout("nothing came in time")))
+                else:
+                    outcome = reply.items if wants.request.call.streaming else (reply.outcome,)
+                    self.simulation.at(now + reply.latency, partial(end, *outcome))
             else:
                 raise NotImplementedError(f"the simulation does not know {wants!r} in a branch")
 
@@ -225,12 +274,24 @@ class Call:
         if self.flow is not None and self.error is None:
             self.response = getattr(self.flow, "_response", None)
         self.flow = None
-        while self.record.endings:
-            effect = self.record.endings.pop().effect
-            assert effect.call is not None
-            effect.call()
+        _clean_up(self.record)
         for look in self.simulation.when_ended:
             look(self)
+
+
+def _too_late(reply: Reply, leash: Leash | None) -> float | None:
+    """Return the seconds after which a stream's first chunk is too late, or None if it comes in time."""
+    if leash is None or leash.first_chunk is None or leash.first_chunk >= reply.latency:
+        return None
+    return leash.first_chunk
+
+
+def _clean_up(record: CallRecord) -> None:
+    """Run the cleanups of a record, as a driver does when its flow has ended."""
+    while record.endings:
+        effect = record.endings.pop().effect
+        assert effect.call is not None
+        effect.call()
 
 
 class Simulation:
@@ -270,6 +331,7 @@ class Simulation:
         *,
         reply: Reply | Callable[[Call], Reply] | None = None,
         streaming: bool = False,
+        restarts: bool = False,
         deadline: float | None = None,
     ) -> Call:
         """Begin a call now."""
@@ -278,7 +340,7 @@ class Simulation:
         if deadline is not None:
             record.leash = Leash(deadline=self.now + deadline)
         own = replaced(request, {"call": record})
-        call = Call(self, len(self.calls), own, reply or self.reply, streaming=streaming)
+        call = Call(self, len(self.calls), own, reply or self.reply, streaming=streaming, restarts=restarts)
         self.calls.append(call)
         self.active[call] = None
         call.begin(self.layers)

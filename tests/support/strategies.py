@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import anyio
@@ -20,21 +21,27 @@ from fluxibly.errors import (
     StreamInterrupted,
     root_cause,
 )
-from fluxibly.flow import ask, emit, gather, hold_back, map_chunks, perform, sleep
+from fluxibly.flow import ask, emit, gather, hold_back, map_chunks, perform, provider_of, sleep
 from fluxibly.middleware import (
     Balance,
+    CircuitBreaker,
+    Concurrency,
     Deadline,
     Fallback,
     Hedge,
     Logging,
     Metrics,
+    RateLimit,
     Retry,
+    RetryBudget,
     StreamMeter,
     StreamTimeout,
     Timing,
     Tracing,
     Validation,
 )
+from fluxibly.middleware._keys import name_of
+from fluxibly.stores import MemoryStore
 from fluxibly.target import Target
 from fluxibly.testing import Cut, Delay
 from fluxibly.types import (
@@ -51,12 +58,16 @@ from fluxibly.types import (
     Usage,
 )
 from support import powers
+from support.leftovers import eventually, left_in
+from support.stores import SlowStore
 
 # Each run makes its scripts from the drawn values, because an exception that was raised keeps its traceback.
 
 ERRORS = (ServerError, RateLimitError, ConnectionFailed, AuthenticationError, ValueError)
 texts = st.text(alphabet="aab\n☃", min_size=1, max_size=4)
-errors = st.sampled_from(ERRORS).map(lambda kind: lambda: kind("scripted"))
+errors = st.sampled_from(
+    (*[lambda kind=kind: kind("scripted") for kind in ERRORS], lambda: RateLimitError("scripted", retry_after=3))
+)
 usages = st.builds(Usage, input_tokens=st.integers(0, 9), output_tokens=st.integers(0, 9))
 chunks = st.one_of(
     texts,
@@ -134,6 +145,7 @@ Log = list[str]
 
 def observer(name: str, log: Log) -> Any:
     def observe(request, call_next):
+        call, leash = request.call, request.call.leash
         log.append(f"{name} start {request.model}")
         try:
             response = yield from call_next(request)
@@ -143,6 +155,8 @@ def observer(name: str, log: Log) -> Any:
             log.append(f"{name} failed {type(root_cause(error)).__name__}")
             raise
         finally:
+            if call.leash is not leash:
+                log.append(f"{name} found another leash")
             log.append(f"{name} end")
 
     return observe
@@ -619,6 +633,7 @@ def looking_up(name: str, log: Log) -> Any:
 
 
 RACES = (hedging, racing, hedging_to_another)
+RESENDING = (*RACES, *RACES, diverting, balancing, falling_back_anew, bounding, pacing)
 SAME_WHOLE = (judging, asking_first, limiting, diverting, prefacing)
 """The powers that do the same for whole answers and streams."""
 POWERS = (
@@ -666,16 +681,108 @@ BUILT_IN = tuple(
         "checked": lambda: Validation(empty="retry", hold=True, check=lambda r: "no b" if "b" not in r.text else None),
     }.items()
 )
-RETRIES = (
-    _built_in(lambda: Retry(max_retries=2, uniform=max), "retry"),
-    _built_in(lambda: Retry(max_retries=2, uniform=max, on_interrupt="restart"), "retry_restart"),
+RETRIES = tuple(
+    _built_in(make, name)
+    for name, make in {
+        "retry": lambda: Retry(max_retries=2, uniform=max),
+        "retry_restart": lambda: Retry(max_retries=2, uniform=max, on_interrupt="restart"),
+        "retry_limits": lambda: Retry(max_retries=1, uniform=max, limits={RateLimitError: 2, ConnectionFailed: 0}),
+        "retry_decide": lambda: Retry(
+            max_retries=2, uniform=max, decide=lambda error, n: {ValueError: True, ServerError: 0.5}.get(type(error))
+        ),
+        "retry_budget": lambda: Retry(max_retries=3, uniform=max, budget=RetryBudget(ratio=0, floor=1)),
+        "retry_refused": lambda: Retry(max_retries=1, decide=lambda error, n: 1.0),
+    }.items()
 )
+
+
+# Middleware that limit what passes. Each stack has a store of its own, which some of its layers share.
+
+
+class Passed:
+    """A layer right inside of a `RateLimit`, which notes when requests pass it."""
+
+    def __init__(self, limit: RateLimit) -> None:
+        self.limit = limit
+        self.times: dict[str, list[float]] = {}
+
+    def __call__(self, request, call_next):
+        info = yield from provider_of(request)
+        self.times.setdefault(name_of(info, request, self.limit.by), []).append(request.call.clock())
+        return (yield from call_next(request))
+
+
+TOKENS = 25
+"""More than any of the scripted answers uses."""
+
+
+def _limiting(make: Callable[[Any], Any], name: str) -> Any:
+    def kind(_: str, log: Log, store: Any) -> Any:
+        return make(store)
+
+    kind.__name__ = name
+    return kind
+
+
+def _tokens(store: Any) -> RateLimit:
+    return RateLimit(tokens=100, per=10, burst=60, max_wait=4, estimate=lambda _: TOKENS, give_back=False, store=store)
+
+
+LIMITS = tuple(
+    _limiting(make, name)
+    for name, make in {
+        "place": lambda store: Concurrency(1, max_wait=3),
+        "shared_place": lambda store: Concurrency(1, max_wait=2, store=store),
+        "shared_places": lambda store: Concurrency(2, max_wait=0, store=store),
+        "no_queue": lambda store: Concurrency(1, queue=0, by="provider", store=store),
+        "far_place": lambda store: Concurrency(1, max_wait=1, store=SlowStore()),
+        "rate": lambda store: RateLimit(requests=1, per=3, max_wait=5),
+        "shared_rate": lambda store: RateLimit(requests=2, per=4, burst=2, max_wait=1, store=store),
+        "far_rate": lambda store: RateLimit(requests=2, per=2, burst=1, max_wait=2, store=SlowStore()),
+        "tokens": lambda store: _tokens(None),
+        "far_tokens": lambda store: _tokens(SlowStore()),
+        "learned_tokens": lambda store: RateLimit(requests=9, tokens=60, per=6, max_wait=9, by="provider"),
+        "circuit": lambda store: CircuitBreaker(failures=1, open_for=1),
+        "shared_circuit": lambda store: CircuitBreaker(failures=2, open_for=0.5, store=store),
+        "far_circuit": lambda store: CircuitBreaker(failures=1, open_for=0.5, probes=2, store=SlowStore()),
+    }.items()
+)
+
+
+def check_limits(layers: Sequence[Any], *, exact: bool = True) -> None:
+    """Check that nothing has passed beyond a limit, and that nobody is left: in a place, in a queue, or as a probe.
+
+    Times are only compared where they are `exact`. Real time goes on between what a layer reads and what is noted.
+    """
+    passed: dict[Any, list[float]] = {}
+    for layer in layers:
+        if isinstance(layer, Passed) and exact:
+            for key, times in layer.times.items():
+                together = passed.setdefault((layer.limit.store, layer.limit.requests, key), [])
+                together += times
+                check_rate(together, layer.limit, TOKENS if layer.limit.estimate else 0)
+        elif isinstance(layer, (RateLimit, Concurrency, CircuitBreaker)):
+            assert eventually(lambda store=layer.store: not left_in(store)), (layer, left_in(layer.store))
+            assert not layer._shared._owed
+
+
+def check_rate(times: Sequence[float], layer: RateLimit, tokens: float = 0) -> None:
+    """Check that in no window of time more has passed than the limits allow. Each time has taken at least `tokens`."""
+    for limit in layer._limits:
+        level, before = 0.0, -math.inf
+        for time in sorted(times):
+            level = max(0.0, level - limit.rate * (time - before)) + (1 if limit.name == "requests" else tokens)
+            before = time
+            assert level <= limit.burst + 1e-6, (layer, times)
+
+
 WATCHING = (observer, sleeping, performing, setting_context, evolving, annotating, filling)
 WRAPPING = (shouting, dropping, doubling, heading, buffering, gathering, holding, holding_until, checking)
 HANDLING = (retrying, falling_back, restarting, salvaging, apologising, answering_anew, *RETRIES)
 ENDING = (short_circuit, raising_before, raising_after)
-KINDS = (*WATCHING, *WATCHING, *BUILT_IN, *WRAPPING, *WRAPPING, *HANDLING, *HANDLING, *ENDING)
+KINDS = (*WATCHING, *WATCHING, *BUILT_IN, *WRAPPING, *WRAPPING, *HANDLING, *HANDLING, *LIMITS, *ENDING)
 
+some_watching = (observer, sleeping, setting_context, filling)
 some_wrapping = st.lists(st.sampled_from(WRAPPING), max_size=2)
 
 
@@ -686,13 +793,20 @@ def around(handling: tuple[Any, ...]) -> st.SearchStrategy[list[Any]]:
     )
 
 
-stacks = st.one_of(st.lists(st.sampled_from(KINDS), max_size=6), around(HANDLING))
+# Retries of all kinds around limits, in any order and nesting.
+limited_stacks = st.lists(
+    st.one_of(st.sampled_from(LIMITS), st.sampled_from((*HANDLING, *some_watching))), min_size=2, max_size=6
+)
+stacks = st.one_of(st.lists(st.sampled_from(KINDS), max_size=6), around(HANDLING), limited_stacks)
 any_stacks = st.one_of(stacks, around((*HANDLING, asking_again)))
 """Also stacks with a middleware that is refused in a stream and allowed in a whole call."""
 
 
-power_stacks = st.lists(
-    st.sampled_from((*POWERS, *POWERS, *WATCHING, *BUILT_IN, *WRAPPING, *HANDLING)), max_size=7
+power_stacks = st.one_of(
+    st.lists(st.sampled_from((*POWERS, *POWERS, *WATCHING, *BUILT_IN, *WRAPPING, *HANDLING)), max_size=7),
+    st.lists(
+        st.one_of(st.sampled_from(LIMITS), st.sampled_from((*POWERS, *RESENDING, *RETRIES))), min_size=2, max_size=7
+    ),
 ).filter(lambda kinds: set(kinds) & set(POWERS))
 calls_of_tools = st.builds(
     lambda texts, arguments: Script(
@@ -708,8 +822,13 @@ power_answers = st.lists(
 
 def build(kinds: list[Any], log: Log) -> list[Any]:
     """Return a new stack of these kinds, with an observer outermost and another innermost."""
-    layers = [observer, *kinds, observer]
-    return [kind(f"{n}:{kind.__name__}", log) for n, kind in enumerate(layers)]
+    store = MemoryStore()
+    layers: list[Any] = []
+    for n, kind in enumerate([observer, *kinds, observer]):
+        layers.append(kind(f"{n}:{kind.__name__}", log, *([store] if kind in LIMITS else [])))
+        if isinstance(layers[-1], RateLimit):
+            layers.append(Passed(layers[-1]))
+    return layers
 
 
 requests = st.builds(Request, model=st.just("m"), messages=texts, temperature=st.none() | st.floats(0, 2))

@@ -157,6 +157,7 @@ def test_spans_always_end_exactly_once(mode, *, outer, inner, answers, stop_afte
     with Watching():
         ran = run(mode, provider, stack, REQUEST, clock=clock, stop_after=stop_after, restarts=restarts)
     assert ran.leaks == []
+    s.check_limits(stack)
     assert trace.get_current_span() is trace.INVALID_SPAN
     calls = check_spans(recorder, always=attempts == "always", raced=bool({*s.RACES} & {*outer, *inner}))
     meters.check(recorder)
