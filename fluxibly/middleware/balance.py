@@ -17,6 +17,7 @@ from fluxibly.errors import ContextLengthExceeded, FluxiblyError, StreamInterrup
 from fluxibly.flow import CallNext, Flow, provider_of
 from fluxibly.functions import check_function, to_function
 from fluxibly.middleware._going_on import LISTED, Trail, goes_on_after, whom
+from fluxibly.middleware._keys import text_of
 from fluxibly.middleware._outputs import FirstOutput, asked_at
 from fluxibly.target import Target, to_targets
 from fluxibly.types import Request, Response
@@ -52,7 +53,7 @@ class Balance:
     """Middleware that spreads calls over several models or providers.
 
     The pipeline's own provider is not among them unless it is listed (the name of a model is that model of the pipeline's
-    provider). A target that fails rests: calls ask the others for `cool_down` seconds, or as long as the service said
+    provider). A request that has a target already, from a `Fallback` outside for example, goes to that target. A target that fails rests: calls ask the others for `cool_down` seconds, or as long as the service said
     (`Retry-After`). If all rest, the one is asked whose rest ends first. After which errors a target rests is
     `Fallback`'s rule, except that `ContextLengthExceeded` says nothing about the target.
 
@@ -111,13 +112,16 @@ class Balance:
         return self.to
 
     def __call__(self, request: Request, call_next: CallNext) -> Flow[Response]:
+        if request.target is not None:
+            return (yield from call_next(request))
         call, clock, load = request.call, request.call.clock, self._load
-        key = None if self.by is None else self.by(request)
+        found = None if self.by is None else self.by(request)
+        key = None if found is None else text_of(found)
         trail: Trail | None = None
         tried: set[int] = set()
         while True:
             asked = request
-            turn = load.begin(clock(), tried, streaming=call.streaming, key=None if key is None else str(key))
+            turn = load.begin(clock(), tried, streaming=call.streaming, key=key)
             made = False
             watch: FirstOutput | None = None
             try:

@@ -316,6 +316,14 @@ class TestRests:
         assert ran.response.text == "fine"
         assert [asked.model for asked in other.requests] == ["o-1", "o-2"]
 
+    def test_a_fallback_outside(self, mode):
+        """Its targets are asked themselves, and not spread over those of `Balance`."""
+        other = scripted(mode, "fine")
+        calls = Calls(mode, Balance([*"ab"], policy="round_robin"), down(), down())
+        assert calls.make(stack=[Fallback([Target(other, model="o")])]) == "ab"
+        assert calls.ran.response.text == "fine"
+        assert [asked.model for asked in other.requests] == ["o"]
+
 
 class TestTold:
     def test_the_log_says_who_rests_and_who_is_asked(self, mode, caplog):
@@ -355,6 +363,13 @@ class TestSticky:
         for user in ("one", "two", 3):
             assert len({calls.make(REQUEST.evolve(metadata={"user": user})) for _ in range(3)}) == 1
         assert calls.several(3) in {"abc", "bca", "cab"}
+
+    @pytest.mark.parametrize("key", [object(), (_ for _ in ())], ids=["an object", "a generator"])
+    def test_a_key_that_is_none(self, mode, key):
+        """Its text is another for each call and in each process."""
+        calls = Calls(mode, Balance([*"ab"], by=lambda request: key), "never")
+        assert calls.make() == ""
+        assert str(calls.ran.error).startswith("by: expected a key from its function, such as a str or a number, got a")
 
     def test_the_next_while_it_rests(self, mode):
         """And back again."""
