@@ -86,10 +86,15 @@ class Trail:
         self.decided(f"asks {whom(asked)} after {error_type(error)}{again}", error)
 
     def tell(self, error: BaseException) -> None:
-        """Add all that has failed to the error that is raised. A failure alone needs no note."""
+        """Add all that has failed to the error that is raised. A failure alone needs no note.
+
+        A provider may raise one and the same error again and again, so a note that it has already is not added.
+        """
         if len(self._notes) > 1:
+            there = {*getattr(error, "__notes__", ())}
             for note in self._notes:
-                error.add_note(note)
+                if note not in there:
+                    error.add_note(note)
 
     def check_deadline(self, asked: Request) -> None:
         """Raise `DeadlineExceeded`, with all that has failed, if the deadline of the call has passed."""

@@ -11,6 +11,7 @@ from fluxibly._checks import kind_of, one_of, validator
 from fluxibly.errors import DeadlineExceeded, StreamInterrupted, error_type, root_cause
 from fluxibly.flow import CallNext, Flow
 from fluxibly.flow.relay import OutputWatch
+from fluxibly.flow.verbs import discard
 from fluxibly.functions import check_function, to_function
 from fluxibly.middleware._going_on import LISTED, Trail, goes_on_after
 from fluxibly.target import Target, to_targets
@@ -98,6 +99,7 @@ class Fallback:
             return goes_on_after(cause)
         answer = self.when(cause if isinstance(cause, Exception) else error)
         if not isinstance(answer, bool):  # pyright: ignore[reportUnnecessaryIsInstance]  # callers may be untyped
+            discard(answer)
             raise TypeError(
                 f"Fallback(when=…): expected True to ask the next target, or False to raise the error, got {kind_of(answer)}"
             )

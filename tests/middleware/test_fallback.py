@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import re
 import threading
@@ -189,6 +190,17 @@ class TestWhen:
         assert isinstance(made.ran.error, TypeError)
         assert str(made.ran.error).startswith("Fallback(when=…): expected True to ask the next target, or False to")
 
+    @pytest.mark.filterwarnings("error")
+    def test_a_coroutine(self, mode):
+        """It is closed, so that Python does not warn of it besides."""
+
+        async def when(error):
+            return True
+
+        made = call(mode, Fallback("m-2", when=lambda error: error and when(error)), ServerError("down"), "fine")
+        assert str(made.ran.error).endswith("got a coroutine")
+        gc.collect()
+
     def test_the_cause_of_an_interruption(self, stream_mode):
         """`when` gets what the provider raised."""
         asked = []
@@ -306,6 +318,15 @@ class TestTold:
         quoting = ServerError("cannot answer: What is the capital of France?")
         made = call(mode, Fallback("m-2"), quoting, ServerError("down"))
         assert made.ran.error.__notes__[0] == "Fallback: m-1 at scripted failed with ServerError: cannot answer: […]"
+
+    def test_one_error_again_and_again(self, mode):
+        """A provider may raise the same object each time. Its notes stay those of one call."""
+        error = ServerError("down")
+        for _ in range(3):
+            call(mode, Fallback(["m-2", "m-2"]), error, error, error)
+        assert error.__notes__ == [
+            f"Fallback: {model} at scripted failed with ServerError: down" for model in ("m-1", "m-2", "m-2")
+        ]
 
     def test_the_trace_names_who_answered(self, mode):
         """The call's span has the provider and the model that answered, the attempts theirs, and the decision."""

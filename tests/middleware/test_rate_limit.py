@@ -190,7 +190,7 @@ class TestSettings:
         async def estimate(request):
             return 1
 
-        with pytest.raises(ValueError, match="estimate: expected a plain function, got one that returns"):
+        with pytest.raises(ValueError, match="estimate: expected a plain function, got an async function"):
             RateLimit(tokens=1, estimate=estimate)
 
     def test_without_numbers(self):
