@@ -23,7 +23,7 @@ from fluxibly.aggregate import as_chunk
 from fluxibly.errors import StreamInterrupted, interrupted
 from fluxibly.flow.combinators import resend_refused
 from fluxibly.flow.culprits import culprit, is_delivered, raise_not_delivered, raise_not_marked
-from fluxibly.flow.effects import END, PULL, Adopt, Effect, Flow, More, Release, Send, Sleep, Source, Wait
+from fluxibly.flow.effects import END, PULL, Adopt, Effect, Flow, More, Release, Send, Sleep, Source
 from fluxibly.flow.relay import Turns
 from fluxibly.types import Chunk, Message, Request, Response, Restart
 
@@ -379,8 +379,7 @@ class SyncStreamDriver(StreamDriver):
             return None
         if isinstance(effect, Sleep):
             return self.sleep(effect)
-        if isinstance(effect, Wait):
-            self.check_open()  # a close before the lanes were made found none to abort
+        self.check_open()  # a close may have found nothing to abort: no lanes were made yet, or a function was running
         return self.stack.carry_out(effect, self.flow, self.call)
 
     def sleep(self, effect: Sleep) -> bool:
@@ -554,6 +553,7 @@ class AsyncStreamDriver(StreamDriver):
                 await self.release()
                 self.iterator, self.source = iterator, source
             return None
+        self.check_open()  # a close finds nothing to cancel while what the read has waited for is done already
         self.elsewhere = True
         try:
             return await self.stack.carry_out(effect, self.flow, self.call)

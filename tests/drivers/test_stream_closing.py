@@ -377,6 +377,38 @@ class TestClosing:
         assert texts(Pipeline(ScriptedProvider("a"), [wait]).stream(REQUEST)) == ["a"]
         assert ends == [seconds > 0, True] * 2
 
+    def test_an_async_close_at_the_end_of_a_wait(self, backend):
+        """It finds nothing to cancel, because the wait is over, but the next wait does not begin."""
+        provider, watch = AsyncScriptedProvider("a"), Watch()
+
+        async def main():
+            waiting, over = anyio.Event(), anyio.Event()
+
+            async def step():
+                waiting.set()
+                await over.wait()
+
+            def wait(request, call_next):
+                yield from perform(None, step)
+                yield from sleep(20)
+                return (yield from call_next(request))
+
+            stream = AsyncPipeline(provider, [watch, wait]).stream(REQUEST)
+
+            async def read():
+                assert [chunk async for chunk in stream] == []
+
+            with anyio.fail_after(10):
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(read)
+                    await waiting.wait()
+                    over.set()
+                    await stream.aclose()
+
+        anyio.run(main, backend=backend)
+        assert not provider.requests
+        assert watch.ends == ["GeneratorExit"]
+
     def test_an_async_close_during_a_wait_sends_nothing_more(self, backend):
         """The wait of a retry in another task ends with the stream, not with another attempt."""
 
