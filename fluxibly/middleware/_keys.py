@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal, TypeAlias
 
-from fluxibly._checks import problem
+from fluxibly._checks import kind_of, problem
 from fluxibly.flow import Flow, provider_of
+from fluxibly.flow.verbs import discard, is_unfinished
 from fluxibly.functions import check_function, find_function
 from fluxibly.types import ProviderInfo, Request
 
@@ -43,4 +44,19 @@ def name_of(info: ProviderInfo, request: Request, by: By) -> str:
     """Return the key of the state that a request to a provider shares, such as "openai@api.openai.com:443/gpt-4o"."""
     if by == "provider and model":
         return f"{info.key}/{request.model}"
-    return info.key if by == "provider" else str(by(request))
+    return info.key if by == "provider" else text_of(by(request))
+
+
+def text_of(key: object) -> str:
+    """Return the text of a key that the user's function has returned.
+
+    Raises:
+        TypeError: its text is another for each call, so calls would share nothing.
+    """
+    if isinstance(key, str):
+        return key
+    kind = type(key)
+    if is_unfinished(key) or (kind.__str__ is object.__str__ and kind.__repr__ is object.__repr__):
+        discard(key)
+        raise TypeError(f"by: expected a key from its function, such as a str or a number, got {kind_of(key)}")
+    return str(key)

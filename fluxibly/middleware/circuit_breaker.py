@@ -56,10 +56,13 @@ class _Circuit:
         cause, call = root_cause(error), self.call
         if not isinstance(cause, DeadlineExceeded):
             return isinstance(cause, FAILURES)
-        # A provider that got the rest of a call's time, after others had used most of it, has not failed.
-        leash = call.leash
-        if leash is None or leash.deadline is None or call.attempts == self._attempts:
+        if call.attempts == self._attempts:
             return False
+        leash = call.leash
+        if leash is None or leash.deadline is None or call.clock() < leash.deadline:
+            # A deadline further in has passed, or would have passed during a wait after an error.
+            return not isinstance(cause.__cause__, ProviderError) or isinstance(cause.__cause__, FAILURES)
+        # A provider that got the rest of a call's time, after others had used most of it, has not failed.
         return call.clock() - self._began >= (leash.deadline - call.started_at) / 2
 
     def is_answer(self, error: Exception) -> bool:
