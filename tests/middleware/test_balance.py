@@ -27,6 +27,7 @@ from fluxibly.errors import (
     ContextLengthExceeded,
     DeadlineExceeded,
     RateLimitError,
+    RateLimitWait,
     ServerError,
     StreamInterrupted,
 )
@@ -270,13 +271,13 @@ class TestRests:
         assert [place.rests_until for place in stack[0]._load.places] == [35, -math.inf]
 
     def test_a_wait_that_is_too_long(self, mode):
-        """What was not sent is not the fault of a target."""
+        """A target whose limit leaves no time rests until it does, and another is asked."""
         stack = [Balance([*"ab"], policy="round_robin"), RateLimit(requests=1)]
         made = call(mode, stack, *["fine"] * 3)
-        for expected in (None, DeadlineExceeded):
+        for expected in (type(None), RateLimitWait):
             ran = run(mode, made.provider, [Deadline(5), *stack], REQUEST, clock=made.clock)
-            assert type(ran.error) is expected if expected else ran.error is None
-        assert [place.rests_until for place in stack[0]._load.places] == [-math.inf] * 2
+            assert type(ran.error) is expected
+        assert [place.rests_until for place in stack[0]._load.places] == [60, 60]
 
     def test_a_prompt_that_is_too_long(self, mode):
         """Another target may take it, but the first is fine for others."""
