@@ -23,6 +23,7 @@ from fluxibly.errors import (
 from fluxibly.flow import Flow, provider_of
 from fluxibly.flow.compose import check_deadline
 from fluxibly.limits import time_left
+from fluxibly.middleware._keys import whom
 from fluxibly.target import Target
 from fluxibly.types import Request
 
@@ -43,20 +44,6 @@ def has_time(call: CallRecord) -> bool:
     """Whether the deadline of a call has not passed, as the layer that asks has it. One further in may have."""
     left = time_left(call.leash, call.clock)
     return left is None or left > 0
-
-
-def whom(request: Request) -> str:
-    """Name the model and the provider that a request goes to, such as "gpt-4o at openai (api.openai.com:443)"."""
-    target, targets = request.target, request.call.targets
-    if targets.is_made(target):
-        info = targets.info_of(target)
-        provider = info.name if info.framework == "custom" else info.framework
-        if info.server_address is not None:
-            provider = f"{provider} ({info.server_address}:{info.server_port})"
-    else:
-        config = target.config if isinstance(target, Target) else None
-        provider = repr(target) if config is None else config.framework
-    return f"{request.model} at {provider}"
 
 
 class Trail:

@@ -1,4 +1,4 @@
-"""What calls share a state by: the provider, the provider and the model, or a key of the user's own."""
+"""The names of providers and models: keys of the state that calls share, and words for messages."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from fluxibly._checks import kind_of, problem
 from fluxibly.flow import Flow, provider_of
 from fluxibly.flow.verbs import discard, is_unfinished
 from fluxibly.functions import check_function, find_function
+from fluxibly.target import Target
 from fluxibly.types import ProviderInfo, Request
 
 By: TypeAlias = Literal["provider", "provider and model"] | Callable[[Request], object]
@@ -60,3 +61,17 @@ def text_of(key: object) -> str:
         discard(key)
         raise TypeError(f"by: expected a key from its function, such as a str or a number, got {kind_of(key)}")
     return str(key)
+
+
+def whom(request: Request) -> str:
+    """Name the model and the provider that a request goes to, such as "gpt-4o at openai (api.openai.com:443)"."""
+    target, targets = request.target, request.call.targets
+    if targets.is_made(target):
+        info = targets.info_of(target)
+        provider = info.name if info.framework == "custom" else info.framework
+        if info.server_address is not None:
+            provider = f"{provider} ({info.server_address}:{info.server_port})"
+    else:
+        config = target.config if isinstance(target, Target) else None
+        provider = repr(target) if config is None else config.framework
+    return f"{request.model} at {provider}"

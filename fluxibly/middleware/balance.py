@@ -23,8 +23,8 @@ from fluxibly.errors import (
 )
 from fluxibly.flow import CallNext, Flow, provider_of
 from fluxibly.functions import check_function, to_function
-from fluxibly.middleware._going_on import LISTED, Trail, goes_on_after, whom
-from fluxibly.middleware._keys import text_of
+from fluxibly.middleware._going_on import LISTED, Trail, goes_on_after
+from fluxibly.middleware._keys import text_of, whom
 from fluxibly.middleware._outputs import FirstOutput, asked_at
 from fluxibly.target import Target, to_targets
 from fluxibly.types import Request, Response

@@ -14,8 +14,7 @@ from fluxibly._checks import number, problem, validator, whole
 from fluxibly._logs import log_decision
 from fluxibly.errors import FluxiblyError, error_type
 from fluxibly.flow import CallNext, Flow, provider_of, race
-from fluxibly.middleware._going_on import whom
-from fluxibly.middleware._keys import key_of, name_of
+from fluxibly.middleware._keys import key_of, name_of, whom
 from fluxibly.middleware._outputs import FirstOutput, asked_at
 from fluxibly.target import Target, to_targets
 from fluxibly.types import Request, Response

@@ -15,7 +15,7 @@ from fluxibly.errors import REFUSALS, ConfigError, ProviderError, RateLimitWait,
 from fluxibly.flow import CallNext, Flow, provider_of
 from fluxibly.functions import check_function, to_function
 from fluxibly.middleware._estimates import FIRST_OUTPUT, Estimate, Estimates
-from fluxibly.middleware._keys import By, check_by, name_of, to_by
+from fluxibly.middleware._keys import By, check_by, name_of, to_by, whom
 from fluxibly.middleware._rate_headers import told_limits
 from fluxibly.middleware._shared import (
     ON_STORE_ERROR,
@@ -223,7 +223,7 @@ class RateLimit:
         request, info = use.request, use.info
         log_decision(request, "RateLimit", f"refuses the call: {why} ({self._numbers()})")
         return RateLimitWait(
-            f"RateLimit ({self._numbers()}) refuses a call of {request.model} at {info.name}: {why}; send fewer calls, or "
+            f"RateLimit ({self._numbers()}) refuses a call of {whom(request)}: {why}; send fewer calls, or "
             "ask another provider",
             retry_after=wait,
             provider=info.framework,

@@ -72,7 +72,7 @@ class TestInAllModes:
         assert made.ran.error.retry_after == pytest.approx(30)
         assert not made.ran.error.retryable
         assert str(made.ran.error) == (
-            "CircuitBreaker refuses a call of m-1 at ScriptedProvider: the circuit is open for 30 s more; ask another "
+            "CircuitBreaker refuses a call of m-1 at scripted: the circuit is open for 30 s more; ask another "
             "provider, or later"
         )
 

@@ -81,8 +81,7 @@ class TestInAllModes:
         assert not made.provider.requests
         assert (made.ran.error.retryable, made.ran.error.provider, made.ran.error.model) == (False, "scripted", "m-1")
         assert str(made.ran.error) == (
-            "Concurrency refuses a call of m-1 at ScriptedProvider: 0 calls wait already (queue=0); raise limit=1, or "
-            "send less"
+            "Concurrency refuses a call of m-1 at scripted: 0 calls wait already (queue=0); raise limit=1, or send less"
         ).replace("ScriptedProvider", type(made.provider).info.name)
 
     @pytest.mark.parametrize("began", [0.1, 1e9 + 0.1])

@@ -112,7 +112,7 @@ class TestInAllModes:
         assert (made.provider.requests, made.clock.sleeps, made.ran.error.retryable) == ([], [], False)
         assert made.ran.error.retry_after == pytest.approx(100)
         assert str(made.ran.error) == (
-            "RateLimit (requests=1, per=100) refuses a call of m-1 at ScriptedProvider: it would wait 100 s (max_wait=60), "
+            "RateLimit (requests=1, per=100) refuses a call of m-1 at scripted: it would wait 100 s (max_wait=60), "
             "with 0 calls ahead; send fewer calls, or ask another provider"
         )
         assert layer.store._rates["rate scripted/m-1"].waiting == {}
