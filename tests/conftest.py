@@ -12,6 +12,8 @@ import pytest
 from hypothesis import settings
 from support.canned_server import Canned, canned_server
 
+from fluxibly.testing.modes import MODES, Mode
+
 if TYPE_CHECKING:
     from support.tiny import Caller
 
@@ -25,6 +27,20 @@ settings.load_profile("ours")
 def anyio_backend(request: pytest.FixtureRequest) -> str:
     """The event loop of an async test: each test runs on both."""
     return str(request.param)
+
+
+@pytest.fixture(params=MODES, ids=str)
+def mode(request: pytest.FixtureRequest) -> Mode:
+    """A mode of calls: each test runs in all six."""
+    mode: Mode = request.param
+    return mode
+
+
+@pytest.fixture(params=[mode for mode in MODES if mode.streaming], ids=str)
+def stream_mode(request: pytest.FixtureRequest) -> Mode:
+    """A mode of streams: each test runs in all three."""
+    mode: Mode = request.param
+    return mode
 
 
 @pytest.fixture(scope="module")

@@ -18,11 +18,6 @@ ECHO = LLMConfig(framework="echo", model="m")
 STREAMS = [mode for mode in MODES if mode.streaming]
 
 
-@pytest.fixture(params=MODES, ids=str)
-def mode(request):
-    return request.param
-
-
 @pytest.fixture(autouse=True)
 def _registry(monkeypatch):
     monkeypatch.setattr("fluxibly.registry._frameworks", {})

@@ -51,11 +51,6 @@ from fluxibly.types import Chunk, Message, Request, Response, Restart, ToolCallD
 REQUEST = Request(model="m", messages="hi")
 
 
-@pytest.fixture(params=MODES, ids=str)
-def mode(request):
-    return request.param
-
-
 def scripted(mode, *answers, **options):
     return (AsyncScriptedProvider if mode.backend else ScriptedProvider)(*answers, **options)
 

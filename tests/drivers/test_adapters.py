@@ -18,7 +18,6 @@ from fluxibly.testing.modes import MODES, Mode, run, run_async
 from fluxibly.types import Chunk, Message, ProviderInfo, Request, Response, ToolCallDelta, Usage
 
 REQUEST = Request(model="m", messages="hi")
-STREAMS = [mode for mode in MODES if mode.streaming]
 WHOLE = [mode for mode in MODES if not mode.streaming]
 THOUGHTS = (Reasoning(text="first", raw={"signature": "a"}), Reasoning(text="second", raw={"signature": "b"}))
 ANSWERS = {
@@ -49,16 +48,6 @@ ANSWERS = {
         Response(tool_calls=[ToolCall(id="a", name="look", arguments={"at": "it"})]),
     ),
 }
-
-
-@pytest.fixture(params=MODES, ids=str)
-def mode(request):
-    return request.param
-
-
-@pytest.fixture(params=STREAMS, ids=str)
-def stream_mode(request):
-    return request.param
 
 
 class Singer:

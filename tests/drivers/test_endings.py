@@ -37,16 +37,6 @@ LONG = 30.0
 VAR = contextvars.ContextVar("VAR", default="nobody's")
 
 
-@pytest.fixture(params=MODES, ids=str)
-def mode(request):
-    return request.param
-
-
-@pytest.fixture(params=STREAMS, ids=str)
-def stream_mode(request):
-    return request.param
-
-
 @pytest.fixture
 def soon(monkeypatch):
     """Give cleanups little time."""

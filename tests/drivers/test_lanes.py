@@ -40,11 +40,6 @@ SYNC = [mode for mode in MODES if mode.backend is None]
 STREAMS = [mode for mode in MODES if mode.streaming]
 
 
-@pytest.fixture(params=MODES, ids=str)
-def mode(request):
-    return request.param
-
-
 def call(mode, provider, stack):
     """Make a call in a mode, with real time. Return its text."""
     if mode.backend is None:

@@ -52,16 +52,6 @@ class StillClock(type(SYSTEM_CLOCK)):
 STILL = StillClock()
 
 
-@pytest.fixture(params=MODES, ids=str)
-def mode(request):
-    return request.param
-
-
-@pytest.fixture(params=STREAMS, ids=str)
-def stream_mode(request):
-    return request.param
-
-
 def workers():
     """Return the threads in which limited calls are made."""
     return [thread for thread in threading.enumerate() if thread.name == "fluxibly-worker"]

@@ -23,15 +23,10 @@ from fluxibly.middleware import Logging, Metrics, Retry, StreamMeter, Timing, Tr
 from fluxibly.pipeline import AsyncPipeline, Pipeline
 from fluxibly.provider import AsyncProvider, Provider
 from fluxibly.testing import AsyncScriptedProvider, ScriptedProvider, VirtualClock
-from fluxibly.testing.modes import BACKENDS, MODES, Mode, run, run_async
+from fluxibly.testing.modes import BACKENDS, Mode, run, run_async
 from fluxibly.types import CallRecord, Chunk, ProviderInfo, Request, Response
 
 REQUEST = Request(model="m", messages="hi")
-
-
-@pytest.fixture(params=MODES, ids=str)
-def mode(request):
-    return request.param
 
 
 @pytest.fixture(params=BACKENDS)

@@ -25,11 +25,6 @@ ENOUGH = 20
 """Seconds that no test lasts."""
 
 
-@pytest.fixture(params=MODES, ids=str)
-def mode(request):
-    return request.param
-
-
 def prompt_of(request):
     return request.model, request.messages[-1].text
 

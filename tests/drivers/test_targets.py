@@ -20,17 +20,12 @@ from fluxibly.middleware import Fallback, Logging, Retry
 from fluxibly.pipeline import AsyncPipeline, Pipeline
 from fluxibly.provider import Provider
 from fluxibly.testing import AsyncScriptedProvider, Cut, ScriptedProvider
-from fluxibly.testing.modes import MODES, Mode, run, run_async
+from fluxibly.testing.modes import Mode, run, run_async
 from fluxibly.types import ProviderInfo, Request, Response, Usage
 
 REQUEST = Request(
     model="gpt", messages="hi", seed=7, temperature=0.9, extra={"of": "openai"}, headers={"x-gateway": "s-1"}
 )
-
-
-@pytest.fixture(params=MODES, ids=str)
-def mode(request):
-    return request.param
 
 
 @pytest.fixture(autouse=True)

@@ -22,11 +22,6 @@ from fluxibly.types import Chunk, Message, Request, Response, ToolCallDelta, Usa
 REQUEST = Request(model="m", messages="hi")
 
 
-@pytest.fixture(params=MODES, ids=str)
-def mode(request):
-    return request.param
-
-
 @pytest.fixture(params=[mode for mode in MODES if mode.streaming], ids=str)
 def streaming(request):
     return request.param

@@ -16,11 +16,6 @@ REQUEST = Request(model="m", messages="hi")
 STREAMS = [mode for mode in MODES if mode.streaming]
 
 
-@pytest.fixture(params=MODES, ids=str)
-def mode(request):
-    return request.param
-
-
 @pytest.fixture(params=STREAMS, ids=str)
 def streaming(request):
     return request.param

@@ -8,7 +8,7 @@ import pytest
 from fluxibly.flow import map_chunks
 from fluxibly.middleware import Validation
 from fluxibly.testing import AsyncScriptedProvider, ScriptedProvider
-from fluxibly.testing.modes import MODES, run
+from fluxibly.testing.modes import run
 from fluxibly.types import Chunk, Opaque, Reasoning, Request, Response, ToolCall, ToolCallDelta, Usage
 
 REQUEST = Request(model="m", messages="hi")
@@ -18,11 +18,6 @@ ANSWER = ['{"number"', ": 1}"]
 @attrs.frozen
 class Answer:
     number: int
-
-
-@pytest.fixture(params=MODES, ids=str)
-def mode(request):
-    return request.param
 
 
 def mapping(fn, at_end=None):

@@ -24,11 +24,6 @@ from fluxibly.types import Chunk, Reasoning, Request, Response, Restart, ToolCal
 REQUEST = Request(model="m", messages="hi")
 
 
-@pytest.fixture(params=MODES, ids=str)
-def mode(request):
-    return request.param
-
-
 @pytest.fixture(params=[mode for mode in MODES if mode.streaming], ids=str)
 def streaming(request):
     return request.param

@@ -12,15 +12,10 @@ import pytest
 from fluxibly.errors import StreamInterrupted
 from fluxibly.flow import perform, sleep
 from fluxibly.testing import AsyncScriptedProvider, ScriptedProvider, check_middleware
-from fluxibly.testing.modes import MODES, run
+from fluxibly.testing.modes import run
 from fluxibly.types import Request
 
 REQUEST = Request(model="m", messages="hi")
-
-
-@pytest.fixture(params=MODES, ids=str)
-def mode(request):
-    return request.param
 
 
 @pytest.fixture(autouse=True)

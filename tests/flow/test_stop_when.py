@@ -19,11 +19,6 @@ REQUEST = Request(model="m", messages="hi")
 END = Chunk(finish_reason="length", usage=Usage(output_tokens=9))
 
 
-@pytest.fixture(params=MODES, ids=str)
-def mode(request):
-    return request.param
-
-
 @pytest.fixture(params=[mode for mode in MODES if mode.streaming], ids=str)
 def streaming(request):
     return request.param

@@ -19,11 +19,6 @@ from fluxibly.types import Chunk, Message, Reasoning, Request, Response, Restart
 REQUEST = Request(model="m", messages="What time is it?")
 
 
-@pytest.fixture(params=MODES, ids=str)
-def mode(request):
-    return request.param
-
-
 @pytest.fixture(params=[mode for mode in MODES if mode.streaming], ids=str)
 def streaming(request):
     return request.param

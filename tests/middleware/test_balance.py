@@ -37,20 +37,9 @@ from fluxibly.pipeline import AsyncPipeline, Pipeline
 from fluxibly.providers.http import HTTPProvider
 from fluxibly.target import Target
 from fluxibly.testing import Delay, ScriptedProvider, VirtualClock, check_middleware
-from fluxibly.testing.modes import BACKENDS, MODES, Mode, run
+from fluxibly.testing.modes import BACKENDS, Mode, run
 
-STREAMS = [mode for mode in MODES if mode.streaming]
 WHOLE = Mode(streaming=False)
-
-
-@pytest.fixture(params=MODES, ids=str)
-def mode(request):
-    return request.param
-
-
-@pytest.fixture(params=STREAMS, ids=str)
-def stream_mode(request):
-    return request.param
 
 
 class Calls:

@@ -44,16 +44,11 @@ from fluxibly.middleware.deadline import Deadline
 from fluxibly.middleware.retry import Retry
 from fluxibly.pipeline import AsyncPipeline, Pipeline
 from fluxibly.testing import VirtualClock, check_middleware
-from fluxibly.testing.modes import BACKENDS, MODES, run, run_async
+from fluxibly.testing.modes import BACKENDS, run, run_async
 from fluxibly.types import Request
 
 FAILURES = [ServerError, Overloaded, ConnectionFailed, RequestTimeout, StreamStalled, StreamProtocolError]
 ANSWERS = [AuthenticationError, BadRequest, ContentFiltered, RateLimitError, ProviderError]
-
-
-@pytest.fixture(params=MODES, ids=str)
-def mode(request):
-    return request.param
 
 
 def down():

@@ -32,7 +32,7 @@ from fluxibly.middleware.concurrency import Concurrency
 from fluxibly.pipeline import AsyncPipeline, Pipeline
 from fluxibly.stores import MemoryStore
 from fluxibly.testing import ScriptedProvider, check_middleware
-from fluxibly.testing.modes import BACKENDS, MODES, run_async
+from fluxibly.testing.modes import BACKENDS, run_async
 from fluxibly.types import Request
 
 LATENCIES = st.sampled_from([0.0, 0.5, 1.0, 3.0])
@@ -43,11 +43,6 @@ REPLIES = st.builds(
     items=st.sampled_from([("a", "b"), ("a", ServerError("cut")), (ServerError("down"),), ()]),
     gap=LATENCIES,
 )
-
-
-@pytest.fixture(params=MODES, ids=str)
-def mode(request):
-    return request.param
 
 
 class TestInAllModes:

@@ -28,23 +28,12 @@ from fluxibly.middleware import Deadline, Logging, Retry, StreamTimeout
 from fluxibly.pipeline import SYSTEM_CLOCK
 from fluxibly.registry import make_middleware
 from fluxibly.testing import Delay, check_middleware
-from fluxibly.testing.modes import MODES, run
+from fluxibly.testing.modes import run
 
-STREAMS = [mode for mode in MODES if mode.streaming]
 SHORT = 0.15
 """A deadline that passes, in seconds."""
 AT_ONCE = 5.0
 """Seconds within which a call has ended that would last for ever without its deadline."""
-
-
-@pytest.fixture(params=MODES, ids=str)
-def mode(request):
-    return request.param
-
-
-@pytest.fixture(params=STREAMS, ids=str)
-def stream_mode(request):
-    return request.param
 
 
 class TestEnd:

@@ -45,10 +45,9 @@ from fluxibly.pipeline import AsyncPipeline, Pipeline
 from fluxibly.providers.http import AsyncHTTPProvider, HTTPProvider
 from fluxibly.target import Target
 from fluxibly.testing import Delay, VirtualClock, check_middleware
-from fluxibly.testing.modes import MODES, run, run_async
+from fluxibly.testing.modes import run, run_async
 from fluxibly.types import Chunk, Request, Restart
 
-STREAMS = [mode for mode in MODES if mode.streaming]
 GO_ON = (
     AuthenticationError,
     CircuitOpen,
@@ -67,16 +66,6 @@ GO_ON = (
     StreamProtocolError,
 )
 STAY = (BadRequest, ContentFiltered, ValueError, ConfigError)
-
-
-@pytest.fixture(params=MODES, ids=str)
-def mode(request):
-    return request.param
-
-
-@pytest.fixture(params=STREAMS, ids=str)
-def stream_mode(request):
-    return request.param
 
 
 def models(made):

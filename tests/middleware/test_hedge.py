@@ -23,20 +23,8 @@ from fluxibly.middleware.hedge import LEAST, MODELS, RECENT, SAMPLES, _Shares, _
 from fluxibly.pipeline import AsyncPipeline, Pipeline
 from fluxibly.providers.http import AsyncHTTPProvider, HTTPProvider
 from fluxibly.testing import Delay, ScriptedProvider, VirtualClock, check_middleware
-from fluxibly.testing.modes import BACKENDS, MODES, run, run_async
+from fluxibly.testing.modes import BACKENDS, run, run_async
 from fluxibly.types import Chunk
-
-STREAMS = [mode for mode in MODES if mode.streaming]
-
-
-@pytest.fixture(params=MODES, ids=str)
-def mode(request):
-    return request.param
-
-
-@pytest.fixture(params=STREAMS, ids=str)
-def stream_mode(request):
-    return request.param
 
 
 def after(seconds, *steps):

@@ -23,16 +23,6 @@ WHOLE = [mode for mode in MODES if not mode.streaming]
 NAME = "name=ScriptedProvider, framework=scripted, model=m-1, prompt_length=30"
 
 
-@pytest.fixture(params=MODES, ids=str)
-def mode(request):
-    return request.param
-
-
-@pytest.fixture(params=STREAMS, ids=str)
-def stream_mode(request):
-    return request.param
-
-
 @pytest.fixture
 def lines(caplog):
     """A function that returns the lines logged so far, from DEBUG up."""

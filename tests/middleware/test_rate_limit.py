@@ -33,13 +33,8 @@ from fluxibly.middleware.rate_limit import RateLimit
 from fluxibly.middleware.retry import Retry
 from fluxibly.pipeline import AsyncPipeline, Pipeline
 from fluxibly.testing import check_middleware
-from fluxibly.testing.modes import BACKENDS, MODES, run_async
+from fluxibly.testing.modes import BACKENDS, run_async
 from fluxibly.types import Chunk, Message, Request, Response, Tool, Usage
-
-
-@pytest.fixture(params=MODES, ids=str)
-def mode(request):
-    return request.param
 
 
 class Bucket:

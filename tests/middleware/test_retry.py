@@ -28,20 +28,8 @@ from fluxibly.flow import hold_back, sleep
 from fluxibly.middleware import Retry
 from fluxibly.pipeline import AsyncPipeline, Pipeline
 from fluxibly.testing import AsyncScriptedProvider, Cut, Delay, ScriptedProvider, VirtualClock
-from fluxibly.testing.modes import BACKENDS, MODES
+from fluxibly.testing.modes import BACKENDS
 from fluxibly.types import Chunk, Restart
-
-STREAMS = [mode for mode in MODES if mode.streaming]
-
-
-@pytest.fixture(params=MODES, ids=str)
-def mode(request):
-    return request.param
-
-
-@pytest.fixture(params=STREAMS, ids=str)
-def stream_mode(request):
-    return request.param
 
 
 def down():

@@ -33,18 +33,6 @@ from fluxibly.testing import VirtualClock, check_middleware
 from fluxibly.testing.modes import MODES, run
 from fluxibly.types import Restart
 
-STREAMS = [mode for mode in MODES if mode.streaming]
-
-
-@pytest.fixture(params=MODES, ids=str)
-def mode(request):
-    return request.param
-
-
-@pytest.fixture(params=STREAMS, ids=str)
-def stream_mode(request):
-    return request.param
-
 
 class OutOfService(ServerError):
     """A subclass of a user's own."""

@@ -23,15 +23,10 @@ from fluxibly.middleware.rate_limit import RateLimit
 from fluxibly.pipeline import AsyncPipeline, Pipeline
 from fluxibly.stores import Turn
 from fluxibly.testing import ScriptedProvider
-from fluxibly.testing.modes import BACKENDS, MODES, run_async
+from fluxibly.testing.modes import BACKENDS, run_async
 
 KEY = "concurrency scripted/m-1"
 DOWN = ConnectionError("no store")
-
-
-@pytest.fixture(params=MODES, ids=str)
-def mode(request):
-    return request.param
 
 
 @pytest.fixture(autouse=True)

@@ -19,21 +19,10 @@ from fluxibly.testing import Delay, check_middleware
 from fluxibly.testing.modes import MODES
 from fluxibly.types import Chunk
 
-STREAMS = [mode for mode in MODES if mode.streaming]
 SHORT = 0.15
 """A limit that passes, in seconds."""
 AT_ONCE = 5.0
 """Seconds within which a call has ended that would last for ever without its limit."""
-
-
-@pytest.fixture(params=MODES, ids=str)
-def mode(request):
-    return request.param
-
-
-@pytest.fixture(params=STREAMS, ids=str)
-def stream_mode(request):
-    return request.param
 
 
 class TestFirstChunk:

@@ -15,11 +15,6 @@ from fluxibly.testing.modes import MODES
 from fluxibly.types import Request
 
 
-@pytest.fixture(params=MODES, ids=str)
-def mode(request):
-    return request.param
-
-
 def retry():
     return Retry(base_delay=2, max_delay=2, uniform=lambda low, high: high)
 

@@ -18,7 +18,6 @@ from fluxibly.testing import Delay
 from fluxibly.testing.modes import MODES
 from fluxibly.types import Chunk, Message, Response, ToolCall, ToolCallDelta
 
-STREAMS = [mode for mode in MODES if mode.streaming]
 SCHEMA = {"type": "object", "properties": {"age": {"type": "integer"}}, "required": ["age"]}
 TOOL_CALL = Chunk(tool_calls=(ToolCallDelta(index=0, id="c1", name="look", arguments="{}"),))
 
@@ -31,16 +30,6 @@ class Person:
     height: float | None = None
     active: bool = True
     kind: Literal["cat", "dog"] = "cat"
-
-
-@pytest.fixture(params=MODES, ids=str)
-def mode(request):
-    return request.param
-
-
-@pytest.fixture(params=STREAMS, ids=str)
-def stream_mode(request):
-    return request.param
 
 
 def invalid(made):

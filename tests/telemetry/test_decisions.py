@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 
-import pytest
 from support.tracing_tools import REQUEST, Recorder, everything, remote
 
 from fluxibly.errors import CircuitOpen, ProviderError, RateLimitError, ServerError
@@ -13,12 +12,7 @@ from fluxibly.middleware.concurrency import Concurrency
 from fluxibly.middleware.rate_limit import RateLimit
 from fluxibly.middleware.retry import Retry
 from fluxibly.testing import VirtualClock
-from fluxibly.testing.modes import MODES, run
-
-
-@pytest.fixture(params=MODES, ids=str)
-def mode(request):
-    return request.param
+from fluxibly.testing.modes import run
 
 
 def trace(mode, layers, *answers, clock=None, recorder=None):
