@@ -70,7 +70,7 @@ def number(
     """
     if (
         is_number(value)
-        and (not finite or -_LARGEST <= value <= _LARGEST)
+        and (-_LARGEST <= value <= _LARGEST or (not finite and isinstance(value, float)))
         and (low is None or value >= low)
         and (high is None or value <= high)
         and (above is None or value > above)

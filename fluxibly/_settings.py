@@ -8,7 +8,7 @@ from typing import Any
 
 import attrs
 
-from fluxibly._checks import unknown_settings
+from fluxibly._checks import is_number, unknown_settings
 from fluxibly._plugins import one_line
 from fluxibly.errors import ConfigError
 
@@ -22,6 +22,13 @@ def settings_problems(
     missing = [f"{path}.{name}: is required" for name in required if name not in settings]
     wrong = [_at(path, names, factory, text) for text in _wrong_values(factory, settings)]
     return [*unknown, *missing, *wrong] or [_at(path, names, factory, text) for text in _messages(error)]
+
+
+def example(factory: Callable[..., Any], given: object) -> str:
+    """Return a table of settings, for a message to someone who has written a value in its place."""
+    names = _parameters(factory)[0]
+    shown = given if is_number(given) else "…"  # a text may be a secret
+    return f"{{{names[0]}: {shown}}}" if names else "{}"
 
 
 def _parameters(factory: Callable[..., Any]) -> tuple[list[str], list[str], bool]:

@@ -8,7 +8,7 @@ import os
 import re
 import threading
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, cast
 
 from fluxibly._checks import did_you_mean, is_list, is_mapping, kind_of, nearest
@@ -498,7 +498,8 @@ def _made(item: Any, path: str, max_retries: int) -> tuple[Middleware, ...]:
     if name not in _DEFAULT or name in _middleware:
         return (_make(name, settings, path),)
     path = f"{path}.{name}"
-    table = _table(settings, path, "middleware and their settings, e.g. - default_stack: {retry: {max_retries: 5}}")
+    expected = "middleware and their settings, e.g. - default_stack: {retry: {max_retries: 5}}"
+    table = _table(settings, path, lambda: expected)
     problems = Problems()
     layers = [problems.of(_make, str(each), table[each], path) for each in table]
     problems.check()
@@ -517,22 +518,28 @@ def _name_and_settings(item: Any, path: str) -> tuple[str, object]:
     return str(name), settings
 
 
-def _table(settings: object, path: str, expected: str) -> Mapping[Any, Any]:
+def _example(factory: Callable[..., Any], name: str, given: object) -> str:
+    from fluxibly._settings import example  # late, because most settings are right
+
+    return f"settings, e.g. - {name}: {example(factory, given)}"
+
+
+def _table(settings: object, path: str, expected: Callable[[], str]) -> Mapping[Any, Any]:
     """Return settings as a table, which is empty if there are none. `expected` describes it."""
     if settings is None:
         return {}
     if not is_mapping(settings):
-        raise ConfigError(f"{path}: expected a table of {expected}")
+        raise ConfigError(f"{path}: expected a table of {expected()}")
     return settings
 
 
 def _make(name: str, given: object, path: str) -> Middleware:
-    settings = _table(given, f"{path}.{name}", "settings, e.g. - retry: {max_retries: 5}")
     factory = _find_middleware(name, path)
     if _is_middleware_function(factory):
-        if settings:
+        if given:
             raise ConfigError(f"{path}.{name}: this middleware is a function without settings")
         return factory  # type: ignore[return-value]  # a generator function is a middleware
+    settings = _table(given, f"{path}.{name}", partial(_example, factory, name, given))
     try:
         return factory(**settings)
     except Exception as error:

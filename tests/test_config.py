@@ -625,7 +625,7 @@ llm:
             "llm.middleware[1].retry.base_delay: expected a number from 0 up, got -1",
             "llm.middleware[2]: middleware 'loging' not registered; did you mean 'logging'?",
             "llm.middleware[4]: expected the name of a middleware or a table of one name, got a list",
-            "llm.middleware[5].retry: expected a table of settings, e.g. - retry: {max_retries: 5}",
+            "llm.middleware[5].retry: expected a table of settings, e.g. - retry: {max_retries: …}",
         ]
 
     def test_the_middleware_alone(self, file):

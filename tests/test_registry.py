@@ -218,7 +218,10 @@ def with_targets(*, to):
         ({"os.system": {}}, ["0]: middleware 'os.system' not registered. Available middleware: "]),
         ({"retry": {"max_retrys": 1}}, ["0].retry.max_retrys: there is no such setting; did you mean 'max_retries'?"]),
         ({"retry": {"max_retries": -1}}, ["0].retry.max_retries: expected a whole number from 0 up, got -1"]),
-        ({"retry": 3}, ["0].retry: expected a table of settings"]),
+        ({"retry": 3}, ["0].retry: expected a table of settings, e.g. - retry: {max_retries: 3}"]),
+        ({"deadline": 30}, ["0].deadline: expected a table of settings, e.g. - deadline: {seconds: 30}"]),
+        ({"fallback": ["m-2"]}, ["0].fallback: expected a table of settings, e.g. - fallback: {to: …}"]),
+        ({"logging": True}, ["0].logging: expected a table of settings, e.g. - logging: {}"]),
         ({"retry": {}, "logging": {}}, ["0]: expected a table of one name"]),
         (3, ["0]: expected the name of a middleware or a table of one name, got an int"]),
         (

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Generator
 from contextvars import Context, copy_context
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from fluxibly import _abandoned
 from fluxibly._drivers import stepping
@@ -23,9 +23,12 @@ from fluxibly.aggregate import as_chunk
 from fluxibly.errors import StreamInterrupted, interrupted
 from fluxibly.flow.combinators import resend_refused
 from fluxibly.flow.culprits import culprit, is_delivered, raise_not_delivered, raise_not_marked
-from fluxibly.flow.effects import END, PULL, Adopt, Effect, Flow, More, Release, Send, Sleep, Source, Wait
+from fluxibly.flow.effects import END, PULL, Adopt, Effect, Flow, More, Release, Send, Sleep, Source
 from fluxibly.flow.relay import Turns
 from fluxibly.types import Chunk, Message, Request, Response, Restart
+
+if TYPE_CHECKING:
+    from fluxibly.signals import Signal
 
 CLOSING: Final = "closing"
 
@@ -263,6 +266,8 @@ _STATES: Final[dict[str, State]] = {
 
 class SyncStreamDriver(StreamDriver):
     stack: SyncStack
+    closing: Signal | None = None
+    """What a close sets while a layer sleeps."""
 
     def __init__(self, stack: SyncStack, request: Request, flow: Flow[Response]) -> None:
         super().__init__(stack, request, flow)
@@ -335,11 +340,14 @@ class SyncStreamDriver(StreamDriver):
             raise
 
     def abort(self) -> None:
-        """End a read in another thread, also one that waits for several branches."""
+        """End a read in another thread, also one that waits for several branches, or sleeps."""
         super().abort()
         lanes = self.call.lanes
         if lanes is not None:
             lanes.abort()
+        closing = self.closing
+        if closing is not None:
+            closing.set()
 
     def carry_out(self, effect: Effect) -> object:
         """Carry an effect out and return its outcome."""
@@ -369,9 +377,35 @@ class SyncStreamDriver(StreamDriver):
                 self.release()
                 self.iterator, self.source = iterator, source
             return None
-        if isinstance(effect, Wait):
-            self.check_open()  # a close before the lanes were made found none to abort
+        if isinstance(effect, Sleep):
+            return self.sleep(effect)
+        self.check_open()  # a close may have found nothing to abort: no lanes were made yet, or a function was running
         return self.stack.carry_out(effect, self.flow, self.call)
+
+    def sleep(self, effect: Sleep) -> bool:
+        """Wait, at most until another thread closes the stream. Return whether the signal that the wait is for is set.
+
+        Raises:
+            ConnectionAbortedError: the stream was closed.
+            DeadlineExceeded: the deadline of the call has passed.
+        """
+        from fluxibly.signals import Signal  # late, because few streams wait
+
+        until = effect.until
+        # It is set before the stage is read, and a close does the reverse, so at least one sees the other.
+        closing = self.closing = Signal()
+        wait = Sleep(effect.seconds, closing)
+        if until is not None:
+            until.attach(closing.set)
+        try:
+            self.check_open()
+            self.stack.sleep(wait, effect.within or self.call)
+            self.check_open()
+        finally:
+            self.closing = None
+            if until is not None:
+                until.detach(closing.set)
+        return until is not None and until.is_set
 
     def release(self) -> None:
         """Close the provider's stream."""
@@ -519,6 +553,7 @@ class AsyncStreamDriver(StreamDriver):
                 await self.release()
                 self.iterator, self.source = iterator, source
             return None
+        self.check_open()  # a close finds nothing to cancel while what the read has waited for is done already
         self.elsewhere = True
         try:
             return await self.stack.carry_out(effect, self.flow, self.call)

@@ -63,7 +63,7 @@ def perform(call: Callable[[], T] | None, acall: Callable[[], Awaitable[T]] | No
         TypeError: `call` returns a coroutine, or `acall` does not; or `call` is None in a sync pipeline.
     """
     for function in (call, acall):
-        if _is_unfinished(function) or call is acall is None:
+        if is_unfinished(function) or call is acall is None:
             discard(function)
             raise TypeError(f"perform: expected a function, got {kind_of(function)}; {HOW_TO_PERFORM}")
     # A driver sees only the function that it runs, and a mistake has to show in every mode.
@@ -210,7 +210,7 @@ async def await_(acall: Callable[[], Awaitable[object]]) -> object:
 
 def _value(result: object, function: object) -> object:
     """Return the result of a function. A coroutine is none, and a guard would take it for true."""
-    if not _is_unfinished(result):
+    if not is_unfinished(result):
         return result
     discard(result)
     raise TypeError(
@@ -219,7 +219,8 @@ def _value(result: object, function: object) -> object:
     )
 
 
-def _is_unfinished(value: object) -> bool:
+def is_unfinished(value: object) -> bool:
+    """Whether a value is a coroutine, a generator or anything else that has to be awaited or run first."""
     return isinstance(value, _UNFINISHED) or hasattr(type(value), "__await__")
 
 

@@ -9,6 +9,7 @@ import attrs
 
 from fluxibly._logs import log_decision, one_line
 from fluxibly._masking import error_message
+from fluxibly.calls import CallRecord
 from fluxibly.errors import (
     BadRequest,
     ContentFiltered,
@@ -21,6 +22,8 @@ from fluxibly.errors import (
 )
 from fluxibly.flow import Flow, provider_of
 from fluxibly.flow.compose import check_deadline
+from fluxibly.limits import time_left
+from fluxibly.middleware._keys import whom
 from fluxibly.target import Target
 from fluxibly.types import Request
 
@@ -28,25 +31,19 @@ LISTED: Any = attrs.validators.min_len(1)
 """The validator of the targets. A configuration's error lists what is wrong with each setting that has a validator."""
 
 
-def goes_on_after(error: BaseException) -> bool:
+def goes_on_after(error: BaseException, call: CallRecord) -> bool:
     """Whether another target may answer a request that has failed with this error."""
     if isinstance(error, ContextLengthExceeded):  # a longer context may fit elsewhere
         return True
-    return isinstance(error, ProviderError) and not isinstance(error, (BadRequest, ContentFiltered, DeadlineExceeded))
+    if isinstance(error, DeadlineExceeded):
+        return has_time(call)
+    return isinstance(error, ProviderError) and not isinstance(error, (BadRequest, ContentFiltered))
 
 
-def whom(request: Request) -> str:
-    """Name the model and the provider that a request goes to, such as "gpt-4o at openai (api.openai.com:443)"."""
-    target, targets = request.target, request.call.targets
-    if targets.is_made(target):
-        info = targets.info_of(target)
-        provider = info.name if info.framework == "custom" else info.framework
-        if info.server_address is not None:
-            provider = f"{provider} ({info.server_address}:{info.server_port})"
-    else:
-        config = target.config if isinstance(target, Target) else None
-        provider = repr(target) if config is None else config.framework
-    return f"{request.model} at {provider}"
+def has_time(call: CallRecord) -> bool:
+    """Whether the deadline of a call has not passed, as the layer that asks has it. One further in may have."""
+    left = time_left(call.leash, call.clock)
+    return left is None or left > 0
 
 
 class Trail:
@@ -86,10 +83,15 @@ class Trail:
         self.decided(f"asks {whom(asked)} after {error_type(error)}{again}", error)
 
     def tell(self, error: BaseException) -> None:
-        """Add all that has failed to the error that is raised. A failure alone needs no note."""
+        """Add all that has failed to the error that is raised. A failure alone needs no note.
+
+        A provider may raise one and the same error again and again, so a note that it has already is not added.
+        """
         if len(self._notes) > 1:
+            there = {*getattr(error, "__notes__", ())}
             for note in self._notes:
-                error.add_note(note)
+                if note not in there:
+                    error.add_note(note)
 
     def check_deadline(self, asked: Request) -> None:
         """Raise `DeadlineExceeded`, with all that has failed, if the deadline of the call has passed."""

@@ -1,13 +1,15 @@
-"""What calls share a state by: the provider, the provider and the model, or a key of the user's own."""
+"""The names of providers and models: keys of the state that calls share, and words for messages."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Literal, TypeAlias
 
-from fluxibly._checks import problem
+from fluxibly._checks import kind_of, problem
 from fluxibly.flow import Flow, provider_of
+from fluxibly.flow.verbs import discard, is_unfinished
 from fluxibly.functions import check_function, find_function
+from fluxibly.target import Target
 from fluxibly.types import ProviderInfo, Request
 
 By: TypeAlias = Literal["provider", "provider and model"] | Callable[[Request], object]
@@ -43,4 +45,33 @@ def name_of(info: ProviderInfo, request: Request, by: By) -> str:
     """Return the key of the state that a request to a provider shares, such as "openai@api.openai.com:443/gpt-4o"."""
     if by == "provider and model":
         return f"{info.key}/{request.model}"
-    return info.key if by == "provider" else str(by(request))
+    return info.key if by == "provider" else text_of(by(request))
+
+
+def text_of(key: object) -> str:
+    """Return the text of a key that the user's function has returned.
+
+    Raises:
+        TypeError: its text is another for each call, so calls would share nothing.
+    """
+    if isinstance(key, str):
+        return key
+    kind = type(key)
+    if is_unfinished(key) or (kind.__str__ is object.__str__ and kind.__repr__ is object.__repr__):
+        discard(key)
+        raise TypeError(f"by: expected a key from its function, such as a str or a number, got {kind_of(key)}")
+    return str(key)
+
+
+def whom(request: Request) -> str:
+    """Name the model and the provider that a request goes to, such as "gpt-4o at openai (api.openai.com:443)"."""
+    target, targets = request.target, request.call.targets
+    if targets.is_made(target):
+        info = targets.info_of(target)
+        provider = info.name if info.framework == "custom" else info.framework
+        if info.server_address is not None:
+            provider = f"{provider} ({info.server_address}:{info.server_port})"
+    else:
+        config = target.config if isinstance(target, Target) else None
+        provider = repr(target) if config is None else config.framework
+    return f"{request.model} at {provider}"

@@ -14,6 +14,7 @@ from fluxibly._logs import report_once
 from fluxibly.errors import DeadlineExceeded, FluxiblyError, StoreError
 from fluxibly.flow import Flow, perform, sleep
 from fluxibly.flow.compose import check_deadline
+from fluxibly.limits import time_left
 from fluxibly.stores import MemoryStore, Turn
 from fluxibly.types import CallRecord, Request
 
@@ -244,10 +245,11 @@ def wait_for_turn(
         ask: asks the store again.
         turn: what the store said at first.
         max_wait: the most seconds to wait.
-        refuse: makes the error for a wait that would be longer. It gets the turn, and the seconds waited.
+        refuse: makes the error for a wait that would be longer, or end after the deadline of the call: another provider may
+            have time for it yet. It gets the turn, and the seconds waited.
 
     Raises:
-        DeadlineExceeded: the wait would end after the deadline of the call.
+        DeadlineExceeded: the deadline of the call has passed.
     """
     call = request.call
     began = call.clock()
@@ -258,10 +260,11 @@ def wait_for_turn(
         # The difference of near times is exact, so a clock reaches the end. The rest of `max_wait` may be too little to move it.
         left = end - now
         estimated = 0.0 if waiting.seconds == math.inf else waiting.seconds
+        if call.leash is not None:
+            check_deadline(call, request.model)
+            left = min(left, time_left(call.leash, call.clock) or left)
         if left <= 0 or estimated > left + _ROUNDING:
             raise refuse(waiting, now - began)
-        if call.leash is not None:
-            check_deadline(call, request.model, estimated)
         yield from sleep(min(_pause(waiting), left), until=waiting.signal)
         waiting = yield from ask()
     return call.clock() - began

@@ -13,10 +13,18 @@ import attrs
 
 from fluxibly import provider as providers
 from fluxibly._checks import number, one_of, problem, validator
-from fluxibly.errors import ContextLengthExceeded, FluxiblyError, StreamInterrupted, error_type, root_cause
+from fluxibly.errors import (
+    ContextLengthExceeded,
+    DeadlineExceeded,
+    FluxiblyError,
+    StreamInterrupted,
+    error_type,
+    root_cause,
+)
 from fluxibly.flow import CallNext, Flow, provider_of
 from fluxibly.functions import check_function, to_function
-from fluxibly.middleware._going_on import LISTED, Trail, goes_on_after, whom
+from fluxibly.middleware._going_on import LISTED, Trail, goes_on_after
+from fluxibly.middleware._keys import text_of, whom
 from fluxibly.middleware._outputs import FirstOutput, asked_at
 from fluxibly.target import Target, to_targets
 from fluxibly.types import Request, Response
@@ -52,9 +60,10 @@ class Balance:
     """Middleware that spreads calls over several models or providers.
 
     The pipeline's own provider is not among them unless it is listed (the name of a model is that model of the pipeline's
-    provider). A target that fails rests: calls ask the others for `cool_down` seconds, or as long as the service said
+    provider). A request that has a target already, from a `Fallback` outside for example, goes to that target. A target that fails rests: calls ask the others for `cool_down` seconds, or as long as the service said
     (`Retry-After`). If all rest, the one is asked whose rest ends first. After which errors a target rests is
-    `Fallback`'s rule, except that `ContextLengthExceeded` says nothing about the target.
+    `Fallback`'s rule, except that `ContextLengthExceeded` says nothing about the target, nor does a wait that is too long for
+    the deadline of the call.
 
     A call that has failed in this way before output goes on with the next best target, each at most once. If all fail,
     the last error is raised, and its notes (`__notes__`) list every failure. A target whose provider cannot be made,
@@ -111,14 +120,17 @@ class Balance:
         return self.to
 
     def __call__(self, request: Request, call_next: CallNext) -> Flow[Response]:
+        if request.target is not None:
+            return (yield from call_next(request))
         call, clock, load = request.call, request.call.clock, self._load
-        key = None if self.by is None else self.by(request)
+        found = None if self.by is None else self.by(request)
+        key = None if found is None else text_of(found)
         trail: Trail | None = None
         tried: set[int] = set()
         while True:
             asked = request
-            turn = load.begin(clock(), tried, streaming=call.streaming, key=None if key is None else str(key))
-            made = False
+            turn = load.begin(clock(), tried, streaming=call.streaming, key=key)
+            made, attempts = False, call.attempts
             watch: FirstOutput | None = None
             try:
                 tried.add(turn.place)
@@ -144,9 +156,9 @@ class Balance:
                     trail.tell(error)
                     raise
                 cause = root_cause(error)
-                failed = goes_on_after(cause) if made else isinstance(error, FluxiblyError)
+                failed = goes_on_after(cause, call) if made else isinstance(error, FluxiblyError)
                 rest: float | None = None
-                if failed and not isinstance(cause, ContextLengthExceeded):
+                if failed and not self._is_no_fault(cause, sent=call.attempts > attempts):
                     rest = self._rest_after(cause)
                     load.rest(turn, clock(), rest)
                     trail.decided(f"lets {whom(asked)} rest for {rest:.3g} s after {error_type(error)}", error)
@@ -157,6 +169,11 @@ class Balance:
                 trail.check_deadline(asked)
             finally:
                 load.end(turn)
+
+    @staticmethod
+    def _is_no_fault(cause: BaseException, *, sent: bool) -> bool:
+        """Whether an error says nothing about the target, though another may answer."""
+        return isinstance(cause, ContextLengthExceeded) or (isinstance(cause, DeadlineExceeded) and not sent)
 
     def _rest_after(self, cause: BaseException) -> float:
         """Return for how many seconds a target rests after an error: what the service has asked for, or `cool_down`."""

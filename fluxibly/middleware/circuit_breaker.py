@@ -19,7 +19,7 @@ from fluxibly.errors import (
     root_cause,
 )
 from fluxibly.flow import CallNext, Flow, provider_of
-from fluxibly.middleware._keys import By, check_by, name_of, to_by
+from fluxibly.middleware._keys import By, check_by, name_of, to_by, whom
 from fluxibly.middleware._shared import ON_STORE_ERROR, OnStoreError, Shared, new_name, run_later
 from fluxibly.stores import Entry, Store, to_store
 from fluxibly.types import ProviderInfo, Request, Response
@@ -56,10 +56,13 @@ class _Circuit:
         cause, call = root_cause(error), self.call
         if not isinstance(cause, DeadlineExceeded):
             return isinstance(cause, FAILURES)
-        # A provider that got the rest of a call's time, after others had used most of it, has not failed.
-        leash = call.leash
-        if leash is None or leash.deadline is None or call.attempts == self._attempts:
+        if call.attempts == self._attempts:
             return False
+        leash = call.leash
+        if leash is None or leash.deadline is None or call.clock() < leash.deadline:
+            # A deadline further in has passed, or would have passed during a wait after an error.
+            return not isinstance(cause.__cause__, ProviderError) or isinstance(cause.__cause__, FAILURES)
+        # A provider that got the rest of a call's time, after others had used most of it, has not failed.
         return call.clock() - self._began >= (leash.deadline - call.started_at) / 2
 
     def is_answer(self, error: Exception) -> bool:
@@ -155,9 +158,7 @@ class CircuitBreaker:
                 raise self._refusal(circuit, f"has {self.probes} probes under way", None)
             response: Response | None = None
             if (yield from self._is_as_it_was(circuit)):
-                log_decision(
-                    request, "CircuitBreaker", f"tries {request.model} at {circuit.info.name} again, with this call"
-                )
+                log_decision(request, "CircuitBreaker", f"tries {whom(request)} again, with this call")
                 circuit.begin()
                 response = yield from call_next(request)
                 yield from self._close(circuit)
@@ -178,12 +179,12 @@ class CircuitBreaker:
 
     def _open(self, circuit: _Circuit, error: Exception, why: str) -> Flow[None]:
         if (yield from self._change(circuit, _OPEN, self.open_for + _REMEMBERED)):
-            what = f"opens the circuit of {circuit.request.model} at {circuit.info.name} for {self.open_for:g} s: {why}"
+            what = f"opens the circuit of {whom(circuit.request)} for {self.open_for:g} s: {why}"
             log_decision(circuit.request, "CircuitBreaker", what, error)
 
     def _close(self, circuit: _Circuit) -> Flow[None]:
         if (yield from self._change(circuit, _CLOSED, _REMEMBERED)):
-            what = f"closes the circuit of {circuit.request.model} at {circuit.info.name}"
+            what = f"closes the circuit of {whom(circuit.request)}"
             log_decision(circuit.request, "CircuitBreaker", what)
 
     def _change(self, circuit: _Circuit, state: bytes, seconds: float) -> Flow[bool]:
@@ -202,12 +203,9 @@ class CircuitBreaker:
 
     def _refusal(self, circuit: _Circuit, why: str, left: float | None) -> CircuitOpen:
         request, info = circuit.request, circuit.info
-        log_decision(
-            request, "CircuitBreaker", f"refuses the call: the circuit of {request.model} at {info.name} {why}"
-        )
+        log_decision(request, "CircuitBreaker", f"refuses the call: the circuit of {whom(request)} {why}")
         return CircuitOpen(
-            f"CircuitBreaker refuses a call of {request.model} at {info.name}: the circuit {why}; ask another provider, "
-            "or later",
+            f"CircuitBreaker refuses a call of {whom(request)}: the circuit {why}; ask another provider, or later",
             retry_after=left,
             provider=info.framework,
             model=request.model,

@@ -10,7 +10,7 @@ from fluxibly._checks import number, one_of, validator, whole
 from fluxibly._logs import log_decision
 from fluxibly.errors import QueueFull
 from fluxibly.flow import CallNext, Flow, provider_of
-from fluxibly.middleware._keys import By, check_by, name_of, to_by
+from fluxibly.middleware._keys import By, check_by, name_of, to_by, whom
 from fluxibly.middleware._shared import (
     ON_STORE_ERROR,
     OnStoreError,
@@ -97,6 +97,6 @@ class Concurrency:
         log_decision(request, "Concurrency", f"let the call wait {waited:.3g} s for one of {self.limit} places")
 
     def _full(self, request: Request, info: ProviderInfo, why: str) -> QueueFull:
-        what = f"Concurrency refuses a call of {request.model} at {info.name}: {why}; raise limit={self.limit}, or send less"
+        what = f"Concurrency refuses a call of {whom(request)}: {why}; raise limit={self.limit}, or send less"
         log_decision(request, "Concurrency", f"refuses the call: {why}")
         return QueueFull(what, provider=info.framework, model=request.model)

@@ -11,10 +11,11 @@ from fluxibly._checks import kind_of, one_of, validator
 from fluxibly.errors import DeadlineExceeded, StreamInterrupted, error_type, root_cause
 from fluxibly.flow import CallNext, Flow
 from fluxibly.flow.relay import OutputWatch
+from fluxibly.flow.verbs import discard
 from fluxibly.functions import check_function, to_function
-from fluxibly.middleware._going_on import LISTED, Trail, goes_on_after
+from fluxibly.middleware._going_on import LISTED, Trail, goes_on_after, has_time
 from fluxibly.target import Target, to_targets
-from fluxibly.types import Request, Response, Restart
+from fluxibly.types import CallRecord, Request, Response, Restart
 
 When: TypeAlias = Callable[[Exception], bool]
 
@@ -27,9 +28,10 @@ def _to_when(value: When | str | None) -> When | None:
 class Fallback:
     """Middleware that asks other models or providers, in order, when a request has failed before output.
 
-    It goes on after every `ProviderError` but `ContentFiltered`, `BadRequest` and `DeadlineExceeded`. After
-    `ContextLengthExceeded`, which is a `BadRequest`, it does go on, because a longer context may fit elsewhere; and also
-    after `CircuitOpen`, `RateLimitWait` and `QueueFull`. A `Retry` inside of it tries each target again.
+    It goes on after every `ProviderError` but `ContentFiltered` and `BadRequest`. After `ContextLengthExceeded`, which is a
+    `BadRequest`, it does go on, because a longer context may fit elsewhere; and also after `CircuitOpen`, `RateLimitWait`
+    and `QueueFull`. After `DeadlineExceeded` it goes on if time is left: if the deadline was set further in, or would have
+    passed during a wait. A `Retry` inside of it tries each target again.
 
     A target whose provider cannot be made, because a key is missing for example, is skipped. If all fail, the last error
     is raised, and its notes (`__notes__`) list every failure. If the deadline of the call has passed, `DeadlineExceeded`
@@ -38,7 +40,7 @@ class Fallback:
     Args:
         to: the targets, in order: `Target`s, and everything that `Target(to=…)` takes. One alone stands for a list of one.
         when: a function that gets the error (of an interrupted stream: its cause) and returns whether to go on, in place
-            of the rule above. It is not asked about `DeadlineExceeded`. In YAML, its registered name.
+            of the rule above. It is not asked once the deadline of the call has passed. In YAML, its registered name.
         on_interrupt: how to handle a stream that fails after output. "raise" raises `StreamInterrupted`. "restart"
             emits a `Restart` and asks the next target, if the consumer (`stream(…, restarts=True)`) or an outer hold-back
             accepts restarts.
@@ -83,7 +85,11 @@ class Fallback:
                 # Another error after output is not the provider's: an inner layer has failed.
                 output = watch is not None and watch.done and not interrupted
                 following: Request | None = None
-                if not output and (not interrupted or self.on_interrupt == "restart") and self._goes_on_after(error):
+                if (
+                    not output
+                    and (not interrupted or self.on_interrupt == "restart")
+                    and self._goes_on_after(error, call)
+                ):
                     trail.check_deadline(asked)
                     following = yield from trail.next(left)
                 if following is None or (interrupted and not (yield Restart(error_type(error)))):
@@ -92,12 +98,13 @@ class Fallback:
                 trail.goes_on(following, error)
                 asked = following
 
-    def _goes_on_after(self, error: Exception) -> bool:
+    def _goes_on_after(self, error: Exception, call: CallRecord) -> bool:
         cause = root_cause(error)
-        if self.when is None or isinstance(cause, DeadlineExceeded):
-            return goes_on_after(cause)
+        if self.when is None or (isinstance(cause, DeadlineExceeded) and not has_time(call)):
+            return goes_on_after(cause, call)
         answer = self.when(cause if isinstance(cause, Exception) else error)
         if not isinstance(answer, bool):  # pyright: ignore[reportUnnecessaryIsInstance]  # callers may be untyped
+            discard(answer)
             raise TypeError(
                 f"Fallback(when=…): expected True to ask the next target, or False to raise the error, got {kind_of(answer)}"
             )

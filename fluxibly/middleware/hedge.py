@@ -14,8 +14,7 @@ from fluxibly._checks import number, problem, validator, whole
 from fluxibly._logs import log_decision
 from fluxibly.errors import FluxiblyError, error_type
 from fluxibly.flow import CallNext, Flow, provider_of, race
-from fluxibly.middleware._going_on import whom
-from fluxibly.middleware._keys import key_of, name_of
+from fluxibly.middleware._keys import key_of, name_of, whom
 from fluxibly.middleware._outputs import FirstOutput, asked_at
 from fluxibly.target import Target, to_targets
 from fluxibly.types import Request, Response
@@ -63,7 +62,7 @@ class Hedge:
     Args:
         after: seconds, more than 0, or a percentile of the times so far, from "p50" to "p99", such as "p95".
         to: the targets of further requests, in turn; by default they go to whom the first went.
-        at_most: the most further requests of a call, 1 or more. Each follows the one before after the same time.
+        at_most: the most further requests of a call, from 1 to 100. Each follows the one before after the same time.
         max_share: the most further requests in the last hundred calls, as a share of these calls, from 0 to 1. The first
             in a hundred calls is always allowed; 1 is no limit.
 
@@ -79,7 +78,7 @@ class Hedge:
         converter=_to_targets,
         validator=attrs.validators.optional(attrs.validators.instance_of(tuple)),
     )
-    at_most: int = attrs.field(default=1, kw_only=True, validator=validator(whole, 1))
+    at_most: int = attrs.field(default=1, kw_only=True, validator=validator(whole, 1, 100))
     max_share: float = attrs.field(default=0.1, kw_only=True, validator=validator(number, 0, 1))
     _times: _Times | None = attrs.field(init=False, repr=False)
     _shares: _Shares = attrs.field(init=False, repr=False)

@@ -15,7 +15,7 @@ from fluxibly.errors import REFUSALS, ConfigError, ProviderError, RateLimitWait,
 from fluxibly.flow import CallNext, Flow, provider_of
 from fluxibly.functions import check_function, to_function
 from fluxibly.middleware._estimates import FIRST_OUTPUT, Estimate, Estimates
-from fluxibly.middleware._keys import By, check_by, name_of, to_by
+from fluxibly.middleware._keys import By, check_by, name_of, to_by, whom
 from fluxibly.middleware._rate_headers import told_limits
 from fluxibly.middleware._shared import (
     ON_STORE_ERROR,
@@ -103,7 +103,8 @@ class RateLimit:
             "raise" raises `StoreError`, "open" lets calls pass.
 
     Raises:
-        RateLimitWait: the wait would be longer than `max_wait`. `retry_after` is that wait.
+        RateLimitWait: the wait would be longer than `max_wait`, or end after the deadline of the call. `retry_after` is that
+            wait.
         ConfigError: neither `requests` nor `tokens` is given.
     """
 
@@ -209,7 +210,9 @@ class RateLimit:
 
     def _wait(self, use: _Use, limits: tuple[Limit, ...], turn: Turn) -> Flow[None]:
         def refuse(turn: Turn, waited: float) -> RateLimitWait:
-            why = f"it would wait {waited + turn.seconds:.3g} s (max_wait={self.max_wait:g}), with {turn.ahead} calls ahead"
+            wait = waited + turn.seconds
+            bound = f"max_wait={self.max_wait:g}" if wait > self.max_wait else "past the deadline of the call"
+            why = f"it would wait {wait:.3g} s ({bound}), with {turn.ahead} calls ahead"
             return self._refusal(use, why, turn.seconds)
 
         ask = partial(self._shared.ask, use.request.call, "reserve", use.key, use.who, limits)
@@ -220,7 +223,7 @@ class RateLimit:
         request, info = use.request, use.info
         log_decision(request, "RateLimit", f"refuses the call: {why} ({self._numbers()})")
         return RateLimitWait(
-            f"RateLimit ({self._numbers()}) refuses a call of {request.model} at {info.name}: {why}; send fewer calls, or "
+            f"RateLimit ({self._numbers()}) refuses a call of {whom(request)}: {why}; send fewer calls, or "
             "ask another provider",
             retry_after=wait,
             provider=info.framework,

@@ -17,7 +17,7 @@ from fluxibly.flow import CallNext, Flow, sleep
 from fluxibly.flow.compose import check_deadline
 from fluxibly.flow.relay import OutputWatch
 from fluxibly.flow.verbs import discard
-from fluxibly.functions import to_function
+from fluxibly.functions import check_function, to_function
 from fluxibly.stores import MemoryStore
 from fluxibly.types import Request, Response, Restart
 
@@ -116,11 +116,6 @@ def _to_decide(value: Decide | str | None) -> Decide | None:
     return to_function(value)
 
 
-def _decide_problem(name: str, value: object) -> str | None:
-    expected = "a function of the error and the number of the attempt, or None"
-    return None if value is None or callable(value) else problem(name, expected, value)
-
-
 def _show_limits(limits: Mapping[type[Exception], int]) -> str:
     return f"{{{', '.join(f'{kind.__name__}: {limit}' for kind, limit in limits.items())}}}"
 
@@ -172,7 +167,9 @@ class Retry:
     limits: Mapping[type[Exception], int] = attrs.field(
         default=_NONE, converter=_to_limits, validator=validator(_limits_problem), repr=_show_limits, hash=False
     )
-    decide: Decide | None = attrs.field(default=None, converter=_to_decide, validator=validator(_decide_problem))
+    decide: Decide | None = attrs.field(
+        default=None, converter=_to_decide, validator=attrs.validators.optional(validator(check_function))
+    )
     budget: RetryBudget | None = attrs.field(
         default=cast("RetryBudget | None", None), converter=_to_budget, validator=validator(_budget_problem)
     )

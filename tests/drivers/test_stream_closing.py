@@ -12,6 +12,7 @@ import anyio
 import pytest
 from support.streams import REQUEST, Watch, texts
 
+from fluxibly import Signal
 from fluxibly.errors import ServerError
 from fluxibly.flow import emit, gather, perform, sleep
 from fluxibly.middleware import Retry
@@ -334,6 +335,78 @@ class TestClosing:
         thread.join(10)
         assert got == [[]]
         assert len(provider.requests) == 1
+        assert watch.ends == ["GeneratorExit"]
+
+    @pytest.mark.parametrize("until", [None, Signal()], ids=["for a time", "for a signal"])
+    def test_closing_ends_a_wait(self, until):
+        """A wait in another thread ends at once, whatever it waits for."""
+        waiting = threading.Event()
+
+        def wait(request, call_next):
+            waiting.set()
+            yield from sleep(20, until=until)
+            return (yield from call_next(request))
+
+        provider, watch = ScriptedProvider("a"), Watch()
+        stream = Pipeline(provider, [watch, wait]).stream(REQUEST)
+        got = []
+        thread = threading.Thread(target=lambda: got.append(texts(stream)))
+        thread.start()
+        assert waiting.wait(10)
+        stream.close()
+        thread.join(10)
+        assert got == [[]]
+        assert not provider.requests
+        assert watch.ends == ["GeneratorExit"]
+
+    @pytest.mark.parametrize("seconds", [0, 20])
+    def test_a_signal_ends_a_wait(self, seconds):
+        """Set before the wait, by another thread during it, or not in time."""
+        ends = []
+
+        def wait(request, call_next):
+            for signal in (Signal(), Signal()):
+                timer = threading.Timer(0.05, signal.set)
+                timer.start()
+                ends.append((yield from sleep(seconds, until=signal)))
+                timer.join()
+                ends.append((yield from sleep(20, until=signal)))
+                assert not signal._waiters
+            return (yield from call_next(request))
+
+        assert texts(Pipeline(ScriptedProvider("a"), [wait]).stream(REQUEST)) == ["a"]
+        assert ends == [seconds > 0, True] * 2
+
+    def test_an_async_close_at_the_end_of_a_wait(self, backend):
+        """It finds nothing to cancel, because the wait is over, but the next wait does not begin."""
+        provider, watch = AsyncScriptedProvider("a"), Watch()
+
+        async def main():
+            waiting, over = anyio.Event(), anyio.Event()
+
+            async def step():
+                waiting.set()
+                await over.wait()
+
+            def wait(request, call_next):
+                yield from perform(None, step)
+                yield from sleep(20)
+                return (yield from call_next(request))
+
+            stream = AsyncPipeline(provider, [watch, wait]).stream(REQUEST)
+
+            async def read():
+                assert [chunk async for chunk in stream] == []
+
+            with anyio.fail_after(10):
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(read)
+                    await waiting.wait()
+                    over.set()
+                    await stream.aclose()
+
+        anyio.run(main, backend=backend)
+        assert not provider.requests
         assert watch.ends == ["GeneratorExit"]
 
     def test_an_async_close_during_a_wait_sends_nothing_more(self, backend):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import re
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from contextlib import suppress
 import anyio
 import pytest
 from hypothesis import given, strategies as st
-from support.calling import REQUEST, scripted
+from support.calling import REQUEST, call, scripted
 from support.misbehaving import serve
 from support.tiny import SERVICE, TinyCodec, config, whole
 from support.tracing_tools import Recorder
@@ -26,10 +27,11 @@ from fluxibly.errors import (
     ContextLengthExceeded,
     DeadlineExceeded,
     RateLimitError,
+    RateLimitWait,
     ServerError,
     StreamInterrupted,
 )
-from fluxibly.middleware import Balance, Deadline, Fallback
+from fluxibly.middleware import Balance, Deadline, Fallback, RateLimit
 from fluxibly.middleware.balance import EXPLORE, _in_turn, _Load, _Place
 from fluxibly.pipeline import AsyncPipeline, Pipeline
 from fluxibly.providers.http import HTTPProvider
@@ -252,13 +254,30 @@ class TestRests:
         assert isinstance(calls.ran.error, StreamInterrupted)
         assert calls.several(3) == "bbb"
 
-    @pytest.mark.parametrize("error", [BadRequest("no"), ValueError("no"), DeadlineExceeded("late")], ids=repr)
+    @pytest.mark.parametrize("error", [BadRequest("no"), ValueError("no")], ids=repr)
     def test_other_errors(self, mode, error):
         """They say nothing about the target, and are raised."""
         calls = Calls(mode, Balance([*"ab"], policy="round_robin"), error, *["fine"] * 2)
         assert calls.make() == "a"
         assert calls.ran.error is error
         assert calls.several(2) == "ba"
+
+    def test_one_that_uses_up_its_own_time(self, mode):
+        """It rests, and the call goes on with another."""
+        stack = [Balance([*"ab"], policy="round_robin"), Deadline(5)]
+        made = call(mode, stack, [Delay(9), "late"], *["fine"] * 3)
+        assert made.response.text == "fine"
+        assert made.clock.now() == 5
+        assert [place.rests_until for place in stack[0]._load.places] == [35, -math.inf]
+
+    def test_a_wait_that_is_too_long(self, mode):
+        """A target whose limit leaves no time rests until it does, and another is asked."""
+        stack = [Balance([*"ab"], policy="round_robin"), RateLimit(requests=1)]
+        made = call(mode, stack, *["fine"] * 3)
+        for expected in (type(None), RateLimitWait):
+            ran = run(mode, made.provider, [Deadline(5), *stack], REQUEST, clock=made.clock)
+            assert type(ran.error) is expected
+        assert [place.rests_until for place in stack[0]._load.places] == [60, 60]
 
     def test_a_prompt_that_is_too_long(self, mode):
         """Another target may take it, but the first is fine for others."""
@@ -316,6 +335,14 @@ class TestRests:
         assert ran.response.text == "fine"
         assert [asked.model for asked in other.requests] == ["o-1", "o-2"]
 
+    def test_a_fallback_outside(self, mode):
+        """Its targets are asked themselves, and not spread over those of `Balance`."""
+        other = scripted(mode, "fine")
+        calls = Calls(mode, Balance([*"ab"], policy="round_robin"), down(), down())
+        assert calls.make(stack=[Fallback([Target(other, model="o")])]) == "ab"
+        assert calls.ran.response.text == "fine"
+        assert [asked.model for asked in other.requests] == ["o"]
+
 
 class TestTold:
     def test_the_log_says_who_rests_and_who_is_asked(self, mode, caplog):
@@ -355,6 +382,13 @@ class TestSticky:
         for user in ("one", "two", 3):
             assert len({calls.make(REQUEST.evolve(metadata={"user": user})) for _ in range(3)}) == 1
         assert calls.several(3) in {"abc", "bca", "cab"}
+
+    @pytest.mark.parametrize("key", [object(), (_ for _ in ())], ids=["an object", "a generator"])
+    def test_a_key_that_is_none(self, mode, key):
+        """Its text is another for each call and in each process."""
+        calls = Calls(mode, Balance([*"ab"], by=lambda request: key), "never")
+        assert calls.make() == ""
+        assert str(calls.ran.error).startswith("by: expected a key from its function, such as a str or a number, got a")
 
     def test_the_next_while_it_rests(self, mode):
         """And back again."""

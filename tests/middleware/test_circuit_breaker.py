@@ -40,6 +40,7 @@ from fluxibly.errors import (
 )
 from fluxibly.middleware.circuit_breaker import CircuitBreaker
 from fluxibly.middleware.concurrency import Concurrency
+from fluxibly.middleware.deadline import Deadline
 from fluxibly.middleware.retry import Retry
 from fluxibly.pipeline import AsyncPipeline, Pipeline
 from fluxibly.testing import VirtualClock, check_middleware
@@ -71,7 +72,7 @@ class TestInAllModes:
         assert made.ran.error.retry_after == pytest.approx(30)
         assert not made.ran.error.retryable
         assert str(made.ran.error) == (
-            "CircuitBreaker refuses a call of m-1 at ScriptedProvider: the circuit is open for 30 s more; ask another "
+            "CircuitBreaker refuses a call of m-1 at scripted: the circuit is open for 30 s more; ask another "
             "provider, or later"
         )
 
@@ -319,6 +320,26 @@ class TestDeadlines:
         layer = CircuitBreaker(failures=1)
         simulation = Simulation([late, layer])
         made = simulation.call(reply=Reply(100), deadline=10)
+        simulation.run(20)
+        assert isinstance(made.error, DeadlineExceeded)
+        simulation.layers = [layer]
+        assert isinstance(simulation.call().error, CircuitOpen) is opens
+
+    @pytest.mark.parametrize(
+        ("layers", "outcome", "opens"),
+        [
+            ([Deadline(5)], "fine", True),
+            ([Retry(), Deadline(5)], "fine", True),
+            ([Retry()], ServerError("down", retry_after=50), True),
+            ([Retry()], RateLimitError("slow", retry_after=50), False),
+        ],
+        ids=["further in", "twice", "wait after a failure", "wait after an answer"],
+    )
+    def test_further_in(self, layers, outcome, opens):
+        """While the call has time, the provider has failed, unless its last error says that it is there."""
+        layer = CircuitBreaker(failures=1)
+        simulation = Simulation([layer, *layers])
+        made = simulation.call(reply=Reply(9 if outcome == "fine" else 1, outcome), deadline=30)
         simulation.run(20)
         assert isinstance(made.error, DeadlineExceeded)
         simulation.layers = [layer]

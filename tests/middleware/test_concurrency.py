@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import logging
 import math
 import random
 import threading
 import time
+import uuid
+from pathlib import Path
 
 import anyio
 import anyio.lowlevel
@@ -77,8 +81,7 @@ class TestInAllModes:
         assert not made.provider.requests
         assert (made.ran.error.retryable, made.ran.error.provider, made.ran.error.model) == (False, "scripted", "m-1")
         assert str(made.ran.error) == (
-            "Concurrency refuses a call of m-1 at ScriptedProvider: 0 calls wait already (queue=0); raise limit=1, or "
-            "send less"
+            "Concurrency refuses a call of m-1 at scripted: 0 calls wait already (queue=0); raise limit=1, or send less"
         ).replace("ScriptedProvider", type(made.provider).info.name)
 
     @pytest.mark.parametrize("began", [0.1, 1e9 + 0.1])
@@ -212,6 +215,28 @@ class TestBy:
             simulation.call(Request(model=model, messages="Hi", metadata={"who": who}))
         simulation.run()
         assert [each.sent_at[0] for each in simulation.calls] == sent
+
+    @pytest.mark.filterwarnings("error")
+    @pytest.mark.parametrize("lazy", [True, False])
+    def test_a_key_that_is_none(self, mode, lazy):
+        """A limit for each call would be no limit."""
+
+        async def look_up(request):
+            return "a"
+
+        made = call(mode, Concurrency(1, by=lambda request: look_up(request) if lazy else object()), "never")
+        kind = "a coroutine" if lazy else "an object"
+        assert str(made.ran.error) == f"by: expected a key from its function, such as a str or a number, got {kind}"
+        gc.collect()  # Python warns of a coroutine that nobody awaited
+
+    @pytest.mark.parametrize("key", [None, 3, 2.5, ("a", 1), b"a", uuid.UUID(int=1), Path("a")], ids=repr)
+    def test_keys(self, key):
+        """Equal keys share a limit."""
+        layer = Concurrency(1, by=lambda _: copy.deepcopy(key))
+        pipeline = Pipeline(ScriptedProvider("one", "two"), [layer])
+        for _ in range(2):
+            pipeline.complete(REQUEST)
+        assert [*layer.store._places] == [f"concurrency {key}"]
 
     def test_a_target_counts_where_it_goes(self):
         """A call to another provider takes a place of that provider."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import re
 import threading
@@ -65,7 +66,7 @@ GO_ON = (
     ServerError,
     StreamProtocolError,
 )
-STAY = (BadRequest, ContentFiltered, DeadlineExceeded, ValueError, ConfigError)
+STAY = (BadRequest, ContentFiltered, ValueError, ConfigError)
 
 
 @pytest.fixture(params=MODES, ids=str)
@@ -177,10 +178,19 @@ class TestWhen:
         assert call(mode, Fallback("m-2", when=when), down, "fine").ran.error is down
         assert asked == [error, down]
 
-    def test_a_deadline_is_not_asked_about(self, mode):
+    def test_a_deadline_that_has_passed_is_not_asked_about(self, mode):
         """No time is left for anybody."""
         fallback = Fallback("m-2", when=lambda error: True)
-        assert isinstance(call(mode, fallback, DeadlineExceeded("late"), "fine").ran.error, DeadlineExceeded)
+        made = call(mode, [Deadline(5), fallback], [Delay(9), "late"], "fine")
+        assert isinstance(made.ran.error, DeadlineExceeded)
+        assert models(made) == ["m-1"]
+
+    @pytest.mark.parametrize("goes_on", [True, False])
+    def test_a_deadline_further_in_is_asked_about(self, mode, goes_on):
+        """As about any other error."""
+        fallback = Fallback("m-2", when=lambda error: isinstance(error, DeadlineExceeded) and goes_on)
+        made = call(mode, [fallback, Deadline(5)], [Delay(9), "late"], "fine")
+        assert models(made) == ["m-1", "m-2"][: 1 + goes_on]
 
     @pytest.mark.parametrize("answer", [None, 1, "yes"])
     def test_it_returns_a_bool(self, mode, answer):
@@ -188,6 +198,17 @@ class TestWhen:
         made = call(mode, Fallback("m-2", when=lambda error: answer), ServerError("down"), "fine")
         assert isinstance(made.ran.error, TypeError)
         assert str(made.ran.error).startswith("Fallback(when=…): expected True to ask the next target, or False to")
+
+    @pytest.mark.filterwarnings("error")
+    def test_a_coroutine(self, mode):
+        """It is closed, so that Python does not warn of it besides."""
+
+        async def when(error):
+            return True
+
+        made = call(mode, Fallback("m-2", when=lambda error: error and when(error)), ServerError("down"), "fine")
+        assert str(made.ran.error).endswith("got a coroutine")
+        gc.collect()
 
     def test_the_cause_of_an_interruption(self, stream_mode):
         """`when` gets what the provider raised."""
@@ -206,6 +227,24 @@ class TestDeadlines:
         assert isinstance(made.ran.error, DeadlineExceeded)
         assert models(made) == ["m-1", "m-2"]
         assert made.clock.now() == 5
+
+    def test_one_for_each_target(self, mode):
+        """A target that uses up its own time leaves the rest to the next."""
+        slow = [Delay(9), "late"]
+        made = call(mode, [Deadline(12), Fallback(["m-2", "m-3"]), Deadline(5)], slow, slow, "fine")
+        assert made.response.text == "fine"
+        assert made.clock.now() == 10
+        made = call(mode, [Deadline(8), Fallback(["m-2", "m-3"]), Deadline(5)], slow, slow, "fine")
+        assert isinstance(made.ran.error, DeadlineExceeded)
+        assert "set by Deadline(8)" in str(made.ran.error)
+        assert (made.clock.now(), models(made)) == (8, ["m-1", "m-2"])
+
+    def test_a_wait_that_is_too_long(self, mode):
+        """The service asks for more time than is left, so another is asked at once."""
+        busy = RateLimitError("slow down", retry_after=20)
+        made = call(mode, [Deadline(10), Fallback("m-2"), Retry()], busy, "fine")
+        assert made.response.text == "fine"
+        assert made.clock.now() == 0
 
     def test_nothing_is_asked_after_it(self, mode):
         """Though the error alone would not end it."""
@@ -306,6 +345,15 @@ class TestTold:
         quoting = ServerError("cannot answer: What is the capital of France?")
         made = call(mode, Fallback("m-2"), quoting, ServerError("down"))
         assert made.ran.error.__notes__[0] == "Fallback: m-1 at scripted failed with ServerError: cannot answer: […]"
+
+    def test_one_error_again_and_again(self, mode):
+        """A provider may raise the same object each time. Its notes stay those of one call."""
+        error = ServerError("down")
+        for _ in range(3):
+            call(mode, Fallback(["m-2", "m-2"]), error, error, error)
+        assert error.__notes__ == [
+            f"Fallback: {model} at scripted failed with ServerError: down" for model in ("m-1", "m-2", "m-2")
+        ]
 
     def test_the_trace_names_who_answered(self, mode):
         """The call's span has the provider and the model that answered, the attempts theirs, and the decision."""

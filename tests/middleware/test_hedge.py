@@ -363,7 +363,8 @@ class TestSettings:
             ({"after": "2s"}, 'Hedge: after: expected seconds, or one of "p50" to "p99", got \'2s\''),
             ({"after": None}, "Hedge: after: expected a number of seconds above 0, got None"),
             ({"after": 2, "to": []}, "to: expected at least one target, got none"),
-            ({"after": 2, "at_most": 0}, "Hedge: at_most: expected a whole number from 1 up, got 0"),
+            ({"after": 2, "at_most": 0}, "Hedge: at_most: expected a whole number from 1 to 100, got 0"),
+            ({"after": 2, "at_most": 10**9}, "Hedge: at_most: expected a whole number from 1 to 100, got 1000000000"),
             ({"after": 2, "max_share": 1.1}, "Hedge: max_share: expected a number from 0 to 1, got 1.1"),
         ],
         ids=str,
@@ -389,7 +390,7 @@ class TestSettings:
         assert caught.value.problems == (
             f'{path}.after: expected seconds, or one of "p50" to "p99", got \'p100\'',
             f"{path}.to: expected at least one target, got none",
-            f"{path}.at_most: expected a whole number from 1 up, got 0",
+            f"{path}.at_most: expected a whole number from 1 to 100, got 0",
             f"{path}.max_share: expected a number from 0 to 1, got 2",
         )
 

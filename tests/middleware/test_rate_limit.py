@@ -20,7 +20,6 @@ from support.simulation import Reply, Simulation
 from fluxibly import LLM, race, register_function
 from fluxibly.errors import (
     ConfigError,
-    DeadlineExceeded,
     Overloaded,
     RateLimitError,
     RateLimitWait,
@@ -113,7 +112,7 @@ class TestInAllModes:
         assert (made.provider.requests, made.clock.sleeps, made.ran.error.retryable) == ([], [], False)
         assert made.ran.error.retry_after == pytest.approx(100)
         assert str(made.ran.error) == (
-            "RateLimit (requests=1, per=100) refuses a call of m-1 at ScriptedProvider: it would wait 100 s (max_wait=60), "
+            "RateLimit (requests=1, per=100) refuses a call of m-1 at scripted: it would wait 100 s (max_wait=60), "
             "with 0 calls ahead; send fewer calls, or ask another provider"
         )
         assert layer.store._rates["rate scripted/m-1"].waiting == {}
@@ -717,14 +716,15 @@ class TestEstimates:
 
 
 def test_a_deadline_that_a_wait_would_pass():
-    """The call fails at once, and leaves the queue."""
+    """The call is refused at once, so that another provider may take it, and leaves the queue."""
     simulation = Simulation(RateLimit(requests=6))
     simulation.call()
     late = simulation.call(deadline=5)
     after = simulation.call()
     simulation.run()
-    assert isinstance(late.error, DeadlineExceeded)
-    assert (late.ended_at, after.sent_at) == (0, [10])
+    assert isinstance(late.error, RateLimitWait)
+    assert "it would wait 10 s (past the deadline of the call), with 0 calls ahead" in str(late.error)
+    assert (late.ended_at, late.error.retry_after, after.sent_at) == (0, 10, [10])
 
 
 @given(st.lists(st.sampled_from([0.0, 0.4, 2.0]), min_size=2, max_size=20), st.booleans())

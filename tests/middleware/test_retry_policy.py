@@ -231,12 +231,16 @@ class TestDecide:
         assert made.record.attempts == 1
 
     def test_a_coroutine_function(self, mode):
-        """It would need to be awaited; Python does not warn of it besides."""
+        """It would need to be awaited. One that shows only in the call is closed, so that Python does not warn of it."""
 
         async def decide(error, attempt):
             return True
 
-        made = call(mode, Retry(decide=decide), ServerError("no"), "fine")
+        with pytest.raises(ValueError, match="Retry: decide: expected a plain function, got an async function"):
+            Retry(decide=decide)
+        made = call(
+            mode, Retry(decide=lambda error, attempt: error and decide(error, attempt)), ServerError("no"), "fine"
+        )
         assert str(made.ran.error).endswith("got a coroutine")
 
     def test_its_own_error_reaches_the_caller(self, mode):
@@ -390,7 +394,8 @@ class TestSettings:
             ({"limits": {ServerError: -1}}, "limits.ServerError: expected a whole number from 0 up, got -1"),
             ({"limits": {ServerError: True}}, "limits.ServerError: expected a whole number from 0 up, got True"),
             ({"limits": {"ServerError": 1.5}}, "limits.ServerError: expected a whole number from 0 up, got 1.5"),
-            ({"decide": 3}, "decide: expected a function of the error and the number of the attempt, or None"),
+            ({"decide": 3}, "Retry: decide: expected a function, got an int"),
+            ({"base_delay": 10**400}, "Retry: base_delay: expected a number from 0 up, got 1000"),
             ({"budget": 5}, "budget: expected a RetryBudget(ratio=…, floor=…) or None (in YAML, a table), got 5"),
             ({"budget": {"ratio": -1}}, "budget.ratio: expected a number from 0 up, got -1"),
             ({"budget": {"floor": 1.5}}, "budget.floor: expected a whole number from 0 up, got 1.5"),

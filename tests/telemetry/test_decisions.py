@@ -61,13 +61,13 @@ def test_a_refusal(mode):
     assert decisions(opening.call) == [
         (
             "CircuitBreaker",
-            f"opens the circuit of {REQUEST.model} at OpenAIProvider for 30 s: 1 failures within 30 s",
+            f"opens the circuit of {REQUEST.model} at openai (api.test:443) for 30 s: 1 failures within 30 s",
         )
     ]
     assert decisions(refused.call) == [
         (
             "CircuitBreaker",
-            f"refuses the call: the circuit of {REQUEST.model} at OpenAIProvider is open for 30 s more",
+            f"refuses the call: the circuit of {REQUEST.model} at openai (api.test:443) is open for 30 s more",
         )
     ]
     assert not refused.attempts
