@@ -501,7 +501,7 @@ class Run:
 many = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
-@settings(many, max_examples=200)
+@settings(many, max_examples=80)
 @given(STACKS, ORDERS, STORES, LOADS)
 def test_many_calls_keep_the_limits(layers, order, store, load):
     """Whatever the stack, the calls, the failures and the consumers: see the classes above, and `check_end`."""
@@ -511,7 +511,7 @@ def test_many_calls_keep_the_limits(layers, order, store, load):
     run.check()
 
 
-@settings(many, max_examples=60)
+@settings(many, max_examples=30)
 @given(STACKS, ORDERS, LOADS, st.sampled_from([0.1, 0.5, 1.0]), st.sampled_from([*METHODS, None, None, None]))
 def test_a_store_that_fails(layers, order, load, share, method):
     """Every call ends as it should, and nobody is left in the store nor in what takes its place."""
