@@ -18,7 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 from support.leftovers import left_in
 from support.simulation import Call, Reply, Simulation
-from support.stores import SlowStore
+from support.stores import METHODS, SlowStore
 from support.strategies import check_rate
 
 from fluxibly._logs import logger
@@ -44,6 +44,7 @@ from fluxibly.middleware import (
     StreamTimeout,
 )
 from fluxibly.middleware._keys import name_of
+from fluxibly.middleware._shared import ON_STORE_ERROR
 from fluxibly.stores import MemoryStore
 from fluxibly.types import Chunk, Request, Response, Restart, Usage
 
@@ -132,12 +133,20 @@ class Watched:
         if self.problems:
             raise self.problems[0]
         assert self.under_way == 0
-        if hasattr(self.layer, "store"):
+        if self.has_store:
             assert left_in(self.layer.store) == {}
             assert not self.layer._shared._owed
 
     def key(self, asked: Request) -> str:
         return name_of(asked.call.info_of(asked.target), asked, self.layer.by)
+
+    def forget(self) -> None:
+        """Forget how limits were kept, because they hold in the store and in what takes its place, and not in both together."""
+        self.problems.clear()
+
+    @property
+    def has_store(self) -> bool:
+        return hasattr(self.layer, "store")
 
     @property
     def is_near(self) -> bool:
@@ -261,6 +270,10 @@ class Rating(Queueing):
         super().passes(reached, asked, now)
         self.times.setdefault(self.key(asked), []).append(now)
 
+    def forget(self):
+        super().forget()
+        self.times.clear()
+
     def check(self):
         super().check()
         for times in self.times.values():
@@ -290,7 +303,7 @@ class Placing(Queueing):
 
     def check(self):
         super().check()
-        assert not +self.at_once
+        assert not any(self.at_once.values())
 
 
 TOKENS = 30
@@ -360,6 +373,7 @@ STACKS = st.tuples(
         open_for=[0.5, 10.0],
         probes=[1, 3],
         by=BYS,
+        on_store_error=ON_STORE_ERROR,
     ),
     maybe(
         Rating,
@@ -372,6 +386,7 @@ STACKS = st.tuples(
         estimate=[False, True],
         give_back=[True, False],
         by=BYS,
+        on_store_error=ON_STORE_ERROR,
     ),
     maybe(
         Placing,
@@ -380,6 +395,7 @@ STACKS = st.tuples(
         queue=[0, 3, 1000],
         max_wait=[0.0, 3.0, 60.0],
         by=BYS,
+        on_store_error=ON_STORE_ERROR,
     ),
     maybe(Watched, _of_no_store(StreamTimeout), first_chunk=[None, 1.0, 4.0], idle=[0.3, 1.0]),
 )
@@ -429,54 +445,97 @@ class Provider:
         return kind("scripted", retry_after=after)
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(
-    layers=STACKS,
-    order=ORDERS,
-    store=STORES,
-    number=st.sampled_from([1, 3, 30, 100, 200]),
-    a_second=st.sampled_from([0.5, 5, 50]),
-    failing=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
-    leaving=st.sampled_from([0.0, 0.0, 0.3]),
-    seed=st.integers(0, 999),
+LOADS = st.fixed_dictionaries(
+    {
+        "number": st.sampled_from([1, 3, 30, 100, 200]),
+        "a_second": st.sampled_from([0.5, 5, 50]),
+        "failing": st.sampled_from([0.0, 0.1, 0.5, 1.0]),
+        "leaving": st.sampled_from([0.0, 0.0, 0.3]),
+        "seed": st.integers(0, 999),
+    }
 )
-def test_many_calls_keep_the_limits(*, layers, order, store, number, a_second, failing, leaving, seed):
-    """Whatever the stack, the calls, the failures and the consumers: see the classes above, and `check_end`."""
-    chance = random.Random(seed)  # noqa: S311  # the same calls in each run
-    shared = store()
-    makes = layers if order is None else [layers[n] for n in order]
-    stack = [make(shared) for make in makes if make is not None]
-    if not shared.local:  # without signals, those who wait ask again and again
-        number = min(number, 30)
-    outermost = Watched(lambda request, call_next: call_next(request))
-    provider = Provider(chance, failing)
-    simulation = Simulation([outermost, *stack], provider)
-    simulation.checks += [layer.is_fair for layer in stack if isinstance(layer, Placing)]
-    over: Counter[int] = Counter()
-    simulation.when_ended.append(lambda made: over.update([made.number]))
-    left: set[int] = set()
 
-    def leave(made: Call) -> None:
-        if not made.is_over:
-            left.add(made.number)
-            chance.choice([made.close, made.cancel])()
 
-    def begin() -> None:
+class Run:
+    """Calls that come at random, of which some are left by their consumers."""
+
+    def __init__(self, layers, order, store, *, number, a_second, failing, leaving, seed):
+        makes = layers if order is None else [layers[n] for n in order]
+        self.stack: list[Watched] = [make(store) for make in makes if make is not None]
+        self.outermost = Watched(lambda request, call_next: call_next(request))
+        self.chance = random.Random(seed)  # noqa: S311  # the same calls in each run
+        self.provider = Provider(self.chance, failing)
+        self.simulation = Simulation([self.outermost, *self.stack], self.provider)
+        self.over: Counter[int] = Counter()
+        self.simulation.when_ended.append(lambda made: self.over.update([made.number]))
+        self.leaving = leaving
+        self.left: set[int] = set()
+        if not store.local:  # without signals, those who wait ask again and again
+            number = min(number, 30)
+        for _ in range(number):
+            self.simulation.at(self.chance.uniform(0, number / a_second), self.begin)
+
+    def begin(self) -> None:
+        chance, simulation = self.chance, self.simulation
         streaming = chance.random() < 0.6
         made = simulation.call(streaming=streaming, restarts=streaming and chance.random() < 0.5)
-        if chance.random() < leaving:
-            simulation.at(simulation.now + chance.expovariate(1), partial(leave, made))
+        if chance.random() < self.leaving:
+            simulation.at(simulation.now + chance.expovariate(1), partial(self.leave, made))
 
-    for _ in range(number):
-        simulation.at(chance.uniform(0, number / a_second), begin)
+    def leave(self, made: Call) -> None:
+        if not made.is_over:
+            self.left.add(made.number)
+            self.chance.choice([made.close, made.cancel])()
+
+    def check(self) -> None:
+        """Check what has become of the calls, and what is left of them."""
+        calls = self.simulation.calls
+        assert not self.simulation.active
+        assert self.over == Counter(range(len(calls))), "each call ends once"
+        for made in calls:
+            check_end(made, self.provider.whole, was_left=made.number in self.left)
+        for layer in (self.outermost, *self.stack):
+            layer.check()
+
+
+many = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+@settings(many, max_examples=80)
+@given(STACKS, ORDERS, STORES, LOADS)
+def test_many_calls_keep_the_limits(layers, order, store, load):
+    """Whatever the stack, the calls, the failures and the consumers: see the classes above, and `check_end`."""
+    run = Run(layers, order, store(), **load)
+    run.simulation.checks += [layer.is_fair for layer in run.stack if isinstance(layer, Placing)]
+    run.simulation.run()
+    run.check()
+
+
+@settings(many, max_examples=30)
+@given(STACKS, ORDERS, LOADS, st.sampled_from([0.1, 0.5, 1.0]), st.sampled_from([*METHODS, None, None, None]))
+def test_a_store_that_fails(layers, order, load, share, method):
+    """Every call ends as it should, and nobody is left in the store nor in what takes its place."""
+    store = SlowStore()
+    run = Run(layers, order, store, **load)
+    simulation, chance = run.simulation, run.chance
+
+    def fails(asked: str) -> BaseException | None:
+        is_down = int(simulation.now) // 5 % 2 == 0 and method in (None, asked) and chance.random() < share
+        return ConnectionError("no store") if is_down else None
+
+    store.fails = fails
     simulation.run()
-    assert not simulation.active
-    assert len(simulation.calls) == number
-    assert over == Counter(range(number)), "each call ends once"
-    for made in simulation.calls:
-        check_end(made, provider.whole, was_left=made.number in left)
-    for layer in (outermost, *stack):
-        layer.check()
+    store.fails = lambda _: None
+    run.leaving = run.provider.failing = 0.0
+    for _ in range(4):  # the store is told of what has ended meanwhile by the next call through each layer
+        simulation.run(simulation.now + 200)
+        run.begin()
+    simulation.run()
+    for layer in run.stack:
+        if layer.has_store:
+            layer.forget()
+            assert left_in(layer.layer._shared._spare) == {}
+    run.check()
 
 
 def check_end(made: Call, whole: set[str], *, was_left: bool) -> None:

@@ -28,6 +28,8 @@ _POLL = 0.05
 _SHORTEST_POLL = 0.001
 _ROUNDING = 1e-6
 """The seconds by which a difference of two times may be wrong."""
+_QUEUES = ("reserve", "lease")
+"""The methods of a store that may let a caller wait in a queue."""
 _MOST_OWED = 10_000
 """The most releases to keep for a store that has failed."""
 _numbers = count()
@@ -75,6 +77,8 @@ class Shared:
         """Whether it ever has."""
         self._owed: dict[tuple[str, str], None] = {}
         """The keys and callers of which the store has not been told yet that they have ended."""
+        self._queued: dict[tuple[str, str], None] = {}
+        """The keys and callers who wait in the store, as far as is known."""
         self._down_until = -math.inf
         self._pause = 0.0
 
@@ -125,7 +129,7 @@ class Shared:
         except BaseException:
             self._owe(method, args)
             raise
-        self._worked(method, args, now)
+        self._worked(method, args, now, result)
         while (owed := self._next_owed()) is not None:
             try:
                 self.store.release(*owed, now)
@@ -146,7 +150,7 @@ class Shared:
         except BaseException:
             self._owe(method, args)
             raise
-        self._worked(method, args, now)
+        self._worked(method, args, now, result)
         while (owed := self._next_owed()) is not None:
             try:
                 await self.store.arelease(*owed, now)
@@ -163,15 +167,21 @@ class Shared:
             self._down_until = now + self._pause  # this call finds out, and others do not wait for it meanwhile
         return True
 
-    def _worked(self, method: str, args: tuple[Any, ...], now: float) -> None:
+    def _worked(self, method: str, args: tuple[Any, ...], now: float, result: object) -> None:
         self._pause = 0.0
+        if method in _QUEUES and result is not None:
+            self._queued[args[0], args[1]] = None
+        elif self._queued and method in (*_QUEUES, "release"):
+            self._queued.pop((args[0], args[1]), None)
         if self._has_spared and method in ("reserve", "lease", "release"):
             self._spare.release(args[0], args[1], now)  # what the call had, or waited for, while the store was down
 
     def _owe(self, method: str, args: tuple[Any, ...]) -> None:
         """Keep a release for when the store works again. Otherwise, a place would be lost."""
-        if method == "release" and len(self._owed) < _MOST_OWED:
-            self._owed[args[0], args[1]] = None
+        if method == "release":
+            self._queued.pop((args[0], args[1]), None)
+            if len(self._owed) < _MOST_OWED:
+                self._owed[args[0], args[1]] = None
 
     def _next_owed(self) -> tuple[str, str] | None:
         """Take a release that the store has to be told of yet, now that it works."""
@@ -188,6 +198,8 @@ class Shared:
             StoreError: the user wants it raised.
         """
         self._owe(method, args)
+        if method in _QUEUES:
+            self._queued[args[0], args[1]] = None  # the store may have done it all the same
         if isinstance(error, DeadlineExceeded):
             raise error
         name, kind = type(self.store).__name__, type(error).__name__
@@ -211,10 +223,13 @@ class Shared:
     def _instead(self, method: str, *args: Any, **options: Any) -> Any:
         """Do what the user wants done in place of asking the store."""
         self._owe(method, args)
+        result = 0.0 if method == "add" else None
         if self._on_error == "local":
             self._has_spared = True
-            return getattr(self._spare, method)(*args, **options)
-        return 0.0 if method == "add" else None
+            result = getattr(self._spare, method)(*args, **options)
+        if method in _QUEUES and result is None and (args[0], args[1]) in self._queued:
+            self._owe("release", args)  # the call goes on, and others would wait behind it
+        return result
 
 
 def wait_for_turn(

@@ -297,6 +297,41 @@ class TestFailures:
         assert spare is None or spare.is_idle(0.0)
         assert not layer._shared._owed
 
+    @pytest.mark.parametrize("on_store_error", ["local", "open"])
+    @pytest.mark.parametrize("is_done", [True, False])
+    def test_a_place_in_the_queue_of_a_store_that_fails(self, on_store_error, is_done):
+        """A call that goes on without the store leaves the store's queue, and nobody waits behind it."""
+        store = SlowStore()
+        ways = store.inner.reserve
+
+        def reserve(*args):
+            turn = ways(*args)
+            if is_done and down:
+                raise DOWN
+            return turn
+
+        down: list[bool] = []
+        store.inner.reserve = reserve
+        store.fails = lambda _: DOWN if down and not is_done else None
+        simulation = Simulation(
+            RateLimit(requests=10, per=10, store=store, on_store_error=on_store_error), Reply(100.0)
+        )
+        first, second = simulation.call(), simulation.call()
+        assert second.waits
+        down.append(True)
+        simulation.run(0.6)
+        assert (len(first.sent_at), len(second.sent_at)) == (1, 1), "it went on without the store"
+        down.clear()
+        simulation.run(10)
+        third, fourth = simulation.call(), simulation.call()
+        simulation.run(12)
+        # The third call finds out that the store works, which is told then of what has ended, and asks again.
+        assert [made.sent_at for made in (third, fourth)] == [
+            [pytest.approx(10, abs=0.3)],
+            [pytest.approx(11, abs=0.3)],
+        ]
+        assert store.queued() == []
+
     def test_a_breaker_without_its_store(self):
         """It goes on in this process."""
         store = SlowStore()
