@@ -33,6 +33,8 @@ Policy: TypeAlias = Literal["round_robin", "random", "least_busy", "fastest"]
 POLICIES = ("round_robin", "random", "least_busy", "fastest")
 EXPLORE = 20
 """Of so many calls, "fastest" sends one to the target that was asked the longest time ago."""
+LONGEST = 86_400.0
+"""The most seconds for which a target rests because its service asks for it. More is a mistake of the service."""
 NEWEST = 0.3
 """The share of the newest time in a learned time."""
 
@@ -61,7 +63,7 @@ class Balance:
 
     The pipeline's own provider is not among them unless it is listed (the name of a model is that model of the pipeline's
     provider). A request that has a target already, from a `Fallback` outside for example, goes to that target. A target that fails rests: calls ask the others for `cool_down` seconds, or as long as the service said
-    (`Retry-After`). If all rest, the one is asked whose rest ends first. After which errors a target rests is
+    (`Retry-After`), if that is a day at most. If all rest, the one is asked whose rest ends first. After which errors a target rests is
     `Fallback`'s rule, except that `ContextLengthExceeded` says nothing about the target, nor does a wait that is too long for
     the deadline of the call.
 
@@ -157,7 +159,6 @@ class Balance:
                     raise
                 cause = root_cause(error)
                 failed = goes_on_after(cause, call) if made else isinstance(error, FluxiblyError)
-                rest: float | None = None
                 if failed and not self._is_no_fault(cause, sent=call.attempts > attempts):
                     rest = self._rest_after(cause)
                     load.rest(turn, clock(), rest)
@@ -178,7 +179,7 @@ class Balance:
     def _rest_after(self, cause: BaseException) -> float:
         """Return for how many seconds a target rests after an error: what the service has asked for, or `cool_down`."""
         wait: object = getattr(cause, "retry_after", None)
-        return wait if isinstance(wait, (int, float)) and 0 <= wait < math.inf else self.cool_down
+        return wait if isinstance(wait, (int, float)) and 0 <= wait <= LONGEST else self.cool_down
 
 
 class _Place:

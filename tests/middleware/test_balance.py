@@ -229,6 +229,8 @@ class TestRests:
             (RateLimitError("slow"), 30),
             (RateLimitError("slow", retry_after=7), 7),
             (CircuitOpen("open", retry_after=90), 90),
+            (RateLimitError("slow", retry_after=86_400), 86_400),
+            (RateLimitError("slow", retry_after=86_401), 30),
             (ServerError("down", retry_after=-1), 30),
             (ServerError("down", retry_after=float("nan")), 30),
             (ServerError("down", retry_after=float("inf")), 30),
