@@ -157,13 +157,7 @@ class Balance:
                 if watch is not None and watch.done and not interrupted:  # an inner layer has failed, after output
                     trail.tell(error)
                     raise
-                cause = root_cause(error)
-                failed = goes_on_after(cause, call) if made else isinstance(error, FluxiblyError)
-                if failed and not self._is_no_fault(cause, sent=call.attempts > attempts):
-                    rest = self._rest_after(cause)
-                    load.rest(turn, clock(), rest)
-                    trail.decided(f"lets {whom(asked)} rest for {rest:.3g} s after {error_type(error)}", error)
-                trail.failed(asked, error) if made else trail.skipped(asked, error)
+                failed = self._note(error, turn, asked, trail, made=made, sent=call.attempts > attempts)
                 if not failed or interrupted or len(tried) == len(self.to):
                     trail.tell(error)
                     raise
@@ -171,10 +165,22 @@ class Balance:
             finally:
                 load.end(turn)
 
-    @staticmethod
-    def _is_no_fault(cause: BaseException, *, sent: bool) -> bool:
-        """Whether an error says nothing about the target, though another may answer."""
-        return isinstance(cause, ContextLengthExceeded) or (isinstance(cause, DeadlineExceeded) and not sent)
+    def _note(self, error: Exception, turn: _Turn, asked: Request, trail: Trail, *, made: bool, sent: bool) -> bool:
+        """Note an error, and let the target rest if it is at fault. Return whether another target may answer.
+
+        Args:
+            made: whether the target's provider exists.
+            sent: whether the provider was asked.
+        """
+        cause = root_cause(error)
+        failed = goes_on_after(cause, asked.call) if made else isinstance(error, FluxiblyError)
+        is_no_fault = isinstance(cause, ContextLengthExceeded) or (isinstance(cause, DeadlineExceeded) and not sent)
+        if failed and not is_no_fault:
+            rest = self._rest_after(cause)
+            self._load.rest(turn, asked.call.clock(), rest)
+            trail.decided(f"lets {whom(asked)} rest for {rest:.3g} s after {error_type(error)}", error)
+        trail.failed(asked, error) if made else trail.skipped(asked, error)
+        return failed
 
     def _rest_after(self, cause: BaseException) -> float:
         """Return for how many seconds a target rests after an error: what the service has asked for, or `cool_down`."""
