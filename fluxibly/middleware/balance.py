@@ -63,11 +63,11 @@ class Balance:
 
     The pipeline's own provider is not among them unless it is listed (the name of a model is that model of the pipeline's
     provider). A request that has a target already, from a `Fallback` outside for example, goes to that target. A target that fails rests: calls ask the others for `cool_down` seconds, or as long as the service said
-    (`Retry-After`), if that is a day at most. If all rest, the one is asked whose rest ends first. After which errors a target rests is
-    `Fallback`'s rule, except that `ContextLengthExceeded` says nothing about the target, nor does a wait that is too long for
-    the deadline of the call.
+    (`Retry-After`), if that is a day at most. If all rest, calls ask the target whose rest ends first. A target
+    rests after the errors after which `Fallback` goes on, except two that say nothing about the target:
+    `ContextLengthExceeded`, and a wait that is too long for the deadline of the call.
 
-    A call that has failed in this way before output goes on with the next best target, each at most once. If all fail,
+    A call that has failed like this before output goes on with the next best target, and asks each at most once. If all fail,
     the last error is raised, and its notes (`__notes__`) list every failure. A target whose provider cannot be made,
     because a key is missing for example, is skipped, and rests.
 
@@ -76,15 +76,15 @@ class Balance:
     Args:
         to: the targets: `Target`s, and everything that `Target(to=…)` takes.
         policy: which target is asked. "round_robin": one after the other, those of higher weight more often. "random":
-            by chance, by weight. "least_busy": that with the fewest calls under way for its weight, a stream until it has
-            ended; among equals, in turn. "fastest": that with the shortest time for its weight, to the first output of a
-            stream, or the end of a whole answer, as learned from the calls so far and those that wait; one call of 20
-            asks the target that was asked the longest time ago, so that one that was slow is found again.
+            at random, by weight. "least_busy": the target with the fewest calls under way for its weight, in turn among
+            equals; a stream counts until it has ended. "fastest": the target with the shortest time for its weight, to
+            the first output of a stream or the end of a whole answer, as learned from the calls so far and those under
+            way. One call in 20 asks the target that was not asked for the longest time, which may have become faster.
         weights: a positive number for each target, in the order of `to`; by default all are equal.
         cool_down: in seconds; 0 or more.
         by: a function of the request that returns a key, such as the user or the conversation. Calls with the same key
             ask the same target while it does not rest, in every process, so that its prompt cache stays warm; `policy`
-            applies where it returns None. If a target is added or removed, only the keys move that it gets or had. In
+            applies where it returns None. If you add or remove a target, only the keys move that it gets or had. In
             YAML, its registered name.
 
     Raises:
