@@ -33,6 +33,8 @@ Policy: TypeAlias = Literal["round_robin", "random", "least_busy", "fastest"]
 POLICIES = ("round_robin", "random", "least_busy", "fastest")
 EXPLORE = 20
 """Of so many calls, "fastest" sends one to the target that was asked the longest time ago."""
+LONGEST = 86_400.0
+"""The most seconds for which a target rests because its service asks for it. More is a mistake of the service."""
 NEWEST = 0.3
 """The share of the newest time in a learned time."""
 
@@ -61,11 +63,11 @@ class Balance:
 
     The pipeline's own provider is not among them unless it is listed (the name of a model is that model of the pipeline's
     provider). A request that has a target already, from a `Fallback` outside for example, goes to that target. A target that fails rests: calls ask the others for `cool_down` seconds, or as long as the service said
-    (`Retry-After`). If all rest, the one is asked whose rest ends first. After which errors a target rests is
-    `Fallback`'s rule, except that `ContextLengthExceeded` says nothing about the target, nor does a wait that is too long for
-    the deadline of the call.
+    (`Retry-After`), if that is a day at most. If all rest, calls ask the target whose rest ends first. A target
+    rests after the errors after which `Fallback` goes on, except two that say nothing about the target:
+    `ContextLengthExceeded`, and a wait that is too long for the deadline of the call.
 
-    A call that has failed in this way before output goes on with the next best target, each at most once. If all fail,
+    A call that has failed like this before output goes on with the next best target, and asks each at most once. If all fail,
     the last error is raised, and its notes (`__notes__`) list every failure. A target whose provider cannot be made,
     because a key is missing for example, is skipped, and rests.
 
@@ -74,15 +76,15 @@ class Balance:
     Args:
         to: the targets: `Target`s, and everything that `Target(to=…)` takes.
         policy: which target is asked. "round_robin": one after the other, those of higher weight more often. "random":
-            by chance, by weight. "least_busy": that with the fewest calls under way for its weight, a stream until it has
-            ended; among equals, in turn. "fastest": that with the shortest time for its weight, to the first output of a
-            stream, or the end of a whole answer, as learned from the calls so far and those that wait; one call of 20
-            asks the target that was asked the longest time ago, so that one that was slow is found again.
+            at random, by weight. "least_busy": the target with the fewest calls under way for its weight, in turn among
+            equals; a stream counts until it has ended. "fastest": the target with the shortest time for its weight, to
+            the first output of a stream or the end of a whole answer, as learned from the calls so far and those under
+            way. One call in 20 asks the target that was not asked for the longest time, which may have become faster.
         weights: a positive number for each target, in the order of `to`; by default all are equal.
         cool_down: in seconds; 0 or more.
         by: a function of the request that returns a key, such as the user or the conversation. Calls with the same key
             ask the same target while it does not rest, in every process, so that its prompt cache stays warm; `policy`
-            applies where it returns None. If a target is added or removed, only the keys move that it gets or had. In
+            applies where it returns None. If you add or remove a target, only the keys move that it gets or had. In
             YAML, its registered name.
 
     Raises:
@@ -155,14 +157,7 @@ class Balance:
                 if watch is not None and watch.done and not interrupted:  # an inner layer has failed, after output
                     trail.tell(error)
                     raise
-                cause = root_cause(error)
-                failed = goes_on_after(cause, call) if made else isinstance(error, FluxiblyError)
-                rest: float | None = None
-                if failed and not self._is_no_fault(cause, sent=call.attempts > attempts):
-                    rest = self._rest_after(cause)
-                    load.rest(turn, clock(), rest)
-                    trail.decided(f"lets {whom(asked)} rest for {rest:.3g} s after {error_type(error)}", error)
-                trail.failed(asked, error) if made else trail.skipped(asked, error)
+                failed = self._note(error, turn, asked, trail, made=made, sent=call.attempts > attempts)
                 if not failed or interrupted or len(tried) == len(self.to):
                     trail.tell(error)
                     raise
@@ -170,15 +165,27 @@ class Balance:
             finally:
                 load.end(turn)
 
-    @staticmethod
-    def _is_no_fault(cause: BaseException, *, sent: bool) -> bool:
-        """Whether an error says nothing about the target, though another may answer."""
-        return isinstance(cause, ContextLengthExceeded) or (isinstance(cause, DeadlineExceeded) and not sent)
+    def _note(self, error: Exception, turn: _Turn, asked: Request, trail: Trail, *, made: bool, sent: bool) -> bool:
+        """Note an error, and let the target rest if it is at fault. Return whether another target may answer.
+
+        Args:
+            made: whether the target's provider exists.
+            sent: whether the provider was asked.
+        """
+        cause = root_cause(error)
+        failed = goes_on_after(cause, asked.call) if made else isinstance(error, FluxiblyError)
+        is_no_fault = isinstance(cause, ContextLengthExceeded) or (isinstance(cause, DeadlineExceeded) and not sent)
+        if failed and not is_no_fault:
+            rest = self._rest_after(cause)
+            self._load.rest(turn, asked.call.clock(), rest)
+            trail.decided(f"lets {whom(asked)} rest for {rest:.3g} s after {error_type(error)}", error)
+        trail.failed(asked, error) if made else trail.skipped(asked, error)
+        return failed
 
     def _rest_after(self, cause: BaseException) -> float:
         """Return for how many seconds a target rests after an error: what the service has asked for, or `cool_down`."""
         wait: object = getattr(cause, "retry_after", None)
-        return wait if isinstance(wait, (int, float)) and 0 <= wait < math.inf else self.cool_down
+        return wait if isinstance(wait, (int, float)) and 0 <= wait <= LONGEST else self.cool_down
 
 
 class _Place:

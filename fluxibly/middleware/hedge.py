@@ -47,21 +47,21 @@ def _to_targets(value: Any) -> Any:
 class Hedge:
     """Middleware that sends a request again when its answer is late, and takes whichever comes first.
 
-    The first whose answer has come, or in a stream whose first output has, is the answer of the call. The others are given
-    up there and then: their connections are released, and their attempts count as abandoned. A request that has failed is
-    not sent again because of that: that is for `Retry` and `Fallback`. If all fail, the error of the first is raised.
+    The first whole answer wins; in a stream, the first output. The other requests are given up at once: their connections are
+    released, and their attempts count as abandoned. A failed request is not sent again; `Retry` and `Fallback` do that. If all
+    fail, the error of the first is raised.
 
-    A percentile is that of the last 200 calls to the same provider and model, whole and streamed apart: of the times to the
-    first output of a stream, and to the end of a whole answer. Below 20 samples nothing is sent again. A request that was
-    given up counts with the time that it had, so that the times of the quick ones alone do not make `after` shorter and
-    shorter. What a request waits in a `RateLimit` or `Concurrency` inside of it counts, too.
+    A percentile is taken over the last 200 calls to the same provider and model, whole and streamed apart: of the times to
+    the end of a whole answer, or to the first output of a stream. Below 20 samples nothing is sent again. A request that was
+    given up counts with the time that it had: the quick ones alone would make the percentile shrink. Waits in a `RateLimit`
+    or `Concurrency` inside of it count, too.
 
-    Each further request costs tokens, and load on a service that may be slow because it has too much of it. All calls
+    Each further request costs tokens, and adds to the load of a service that may be slow because of its load. All calls
     through one instance share the times and the limit `max_share`.
 
     Args:
         after: seconds, more than 0, or a percentile of the times so far, from "p50" to "p99", such as "p95".
-        to: the targets of further requests, in turn; by default they go to whom the first went.
+        to: the targets of further requests, in turn; by default, that of the first request.
         at_most: the most further requests of a call, from 1 to 100. Each follows the one before after the same time.
         max_share: the most further requests in the last hundred calls, as a share of these calls, from 0 to 1. The first
             in a hundred calls is always allowed; 1 is no limit.

@@ -155,7 +155,7 @@ class Retry:
     """
 
     max_retries: int = attrs.field(default=3, validator=validator(whole, 0))
-    base_delay: float = attrs.field(default=0.5, validator=validator(number, 0, finite=False))
+    base_delay: float = attrs.field(default=0.5, validator=validator(number, 0))
     max_delay: float = attrs.field(default=8.0, validator=validator(number, 0, finite=False))
     max_retry_after: float = attrs.field(default=60.0, validator=validator(number, 0, finite=False))
     total_time: float | None = attrs.field(

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import threading
+import weakref
 from collections import Counter
 from contextlib import suppress
 
@@ -219,6 +220,8 @@ class TestRests:
             (RateLimitError("slow"), 30),
             (RateLimitError("slow", retry_after=7), 7),
             (CircuitOpen("open", retry_after=90), 90),
+            (RateLimitError("slow", retry_after=86_400), 86_400),
+            (RateLimitError("slow", retry_after=86_401), 30),
             (ServerError("down", retry_after=-1), 30),
             (ServerError("down", retry_after=float("nan")), 30),
             (ServerError("down", retry_after=float("inf")), 30),
@@ -290,6 +293,36 @@ class TestRests:
         assert calls.ran.error.__notes__ == [
             f"Balance: {model} at scripted failed with ServerError: {n}" for n, model in enumerate("abc")
         ]
+
+    @pytest.mark.parametrize("streaming", [False, True])
+    @pytest.mark.parametrize("most", [1, 2], ids=["another answers", "all fail"])
+    def test_no_cycles(self, streaming, most):
+        """An error refers to the frames that it went through, so none of them may keep it."""
+        errors = []
+
+        class Down(ServerError):
+            def __init__(self):
+                super().__init__("down")
+                errors.append(weakref.ref(self))
+
+        class Failing:
+            def complete(self, request):
+                if len(errors) == most:
+                    return "fine"
+                raise Down
+
+            def stream(self, request):
+                yield self.complete(request)
+
+        pipeline = Pipeline(Failing(), [Balance([*"ab"])])
+        gc.collect()
+        gc.disable()
+        try:
+            with suppress(ServerError):
+                list(pipeline.stream(REQUEST)) if streaming else pipeline.complete(REQUEST)
+            assert [error() for error in errors] == [None] * most
+        finally:
+            gc.enable()
 
     def test_no_time_is_left(self, mode):
         """Nothing is sent after the deadline."""

@@ -383,6 +383,7 @@ class TestSettings:
             ({"limits": {ServerError: True}}, "limits.ServerError: expected a whole number from 0 up, got True"),
             ({"limits": {"ServerError": 1.5}}, "limits.ServerError: expected a whole number from 0 up, got 1.5"),
             ({"decide": 3}, "Retry: decide: expected a function, got an int"),
+            ({"base_delay": math.inf}, "Retry: base_delay: expected a number from 0 up, got inf"),
             ({"base_delay": 10**400}, "Retry: base_delay: expected a number from 0 up, got 1000"),
             ({"budget": 5}, "budget: expected a RetryBudget(ratio=…, floor=…) or None (in YAML, a table), got 5"),
             ({"budget": {"ratio": -1}}, "budget.ratio: expected a number from 0 up, got -1"),
