@@ -93,6 +93,11 @@ def _range(low: float | None, high: float | None) -> str:
     return f" from {low:g} up" if high is None else f" from {low:g} to {high:g}"
 
 
+def truth(name: str, value: object) -> str | None:
+    """Check True or False."""
+    return None if isinstance(value, bool) else problem(name, "True or False", value)
+
+
 def text(name: str, value: object, *, empty: bool = False) -> str | None:
     """Check a str with more than white space in it; with `empty`, any str."""
     if isinstance(value, str) and (empty or value.strip()):

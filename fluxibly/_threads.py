@@ -2,15 +2,41 @@
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 from collections.abc import Callable
 from contextvars import copy_context
-from typing import TypeAlias, TypeVar, cast
+from typing import Protocol, TypeAlias, TypeVar, cast
+from weakref import WeakSet
 
 T = TypeVar("T")
 _Answers: TypeAlias = queue.SimpleQueue[tuple[object, BaseException | None] | None]
 """Where a call leaves its result or its error. None: `abort` was called."""
+
+
+class _Locked(Protocol):
+    def renew_lock(self) -> None: ...
+
+
+_locked: WeakSet[_Locked] = WeakSet()
+
+
+def renew_lock_after_fork(owner: _Locked) -> None:
+    """Have an object get a new lock in each process that is forked from this one.
+
+    Another thread may hold the lock at that moment, and would never release it in the new process, where it does not exist.
+    """
+    _locked.add(owner)
+
+
+def _renew_locks() -> None:
+    for owner in [*_locked]:
+        owner.renew_lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_locks)
 
 
 class NotInTime(Exception):

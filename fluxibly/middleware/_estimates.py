@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
-from fluxibly._checks import is_number, kind_of
+from fluxibly._checks import number
+from fluxibly.flow.verbs import discard
 from fluxibly.types import Request, Text, Usage
 
 _BYTES_A_TOKEN = 3.5
@@ -106,11 +106,9 @@ class Estimates:
                 learned, size, input_tokens, input_tokens + (output if most is None or most > output else most)
             )
         total = self._own(request)
-        if not is_number(total) or not 0 <= total < math.inf:
-            got = kind_of(total) if not is_number(total) else repr(total)
-            raise TypeError(
-                f"{self._middleware}: expected a number of tokens from 0 up from estimate(request), got {got}"
-            )
+        if (wrong := number("estimate(request)", total, 0, unit="tokens")) is not None:
+            discard(total)
+            raise TypeError(f"{self._middleware}: {wrong}")
         return Estimate(learned, size, min(input_tokens, total), total)
 
 

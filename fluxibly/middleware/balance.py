@@ -13,6 +13,7 @@ import attrs
 
 from fluxibly import provider as providers
 from fluxibly._checks import number, one_of, problem, validator
+from fluxibly._threads import renew_lock_after_fork
 from fluxibly.errors import (
     ContextLengthExceeded,
     DeadlineExceeded,
@@ -62,10 +63,12 @@ class Balance:
     """Middleware that spreads calls over several models or providers.
 
     The pipeline's own provider is not among them unless it is listed (the name of a model is that model of the pipeline's
-    provider). A request that has a target already, from a `Fallback` outside for example, goes to that target. A target that fails rests: calls ask the others for `cool_down` seconds, or as long as the service said
-    (`Retry-After`), if that is a day at most. If all rest, calls ask the target whose rest ends first. A target
-    rests after the errors after which `Fallback` goes on, except two that say nothing about the target:
-    `ContextLengthExceeded`, and a wait that is too long for the deadline of the call.
+    provider). A request that has a target already, from a `Fallback` outside for example, goes to that target.
+
+    A target that fails rests: calls ask the others for `cool_down` seconds, or as long as the service said (`Retry-After`),
+    if that is a day at most. If all rest, calls ask the target whose rest ends first. A target rests after the errors after
+    which `Fallback` goes on, except two that say nothing about the target: `ContextLengthExceeded`, and a deadline that
+    passed before anything was sent.
 
     A call that has failed like this before output goes on with the next best target, and asks each at most once. If all fail,
     the last error is raised, and its notes (`__notes__`) list every failure. A target whose provider cannot be made,
@@ -239,7 +242,8 @@ class _Load:
     """What all calls know of the targets: who is busy, who rests, who is fast."""
 
     def __init__(self, targets: Sequence[Target], weights: Sequence[float] | None, policy: Policy) -> None:
-        self._lock = threading.Lock()
+        self.renew_lock()
+        renew_lock_after_fork(self)
         self._policy = policy
         self._calls = 0
         self._rests_until = -math.inf
@@ -249,6 +253,10 @@ class _Load:
         shares = [max(weight / max(given), 1e-9) for weight in given]
         names = _names(targets)
         self.places = [_Place(n, name, share) for n, (name, share) in enumerate(zip(names, shares, strict=True))]
+
+    def renew_lock(self) -> None:
+        """Make a new lock."""
+        self._lock = threading.Lock()
 
     def begin(self, now: float, tried: Container[int], *, streaming: bool, key: str | None = None) -> _Turn:
         """Choose a target that was not tried, and count a call that asks it."""

@@ -12,6 +12,7 @@ import attrs
 
 from fluxibly._checks import number, problem, validator, whole
 from fluxibly._logs import log_decision
+from fluxibly._threads import renew_lock_after_fork
 from fluxibly.errors import FluxiblyError, error_type
 from fluxibly.flow import CallNext, Flow, provider_of, race
 from fluxibly.middleware._keys import key_of, name_of, whom
@@ -214,8 +215,13 @@ class _Times:
 
     def __init__(self, percent: int) -> None:
         self._percent = percent
-        self._lock = threading.Lock()
+        self.renew_lock()
+        renew_lock_after_fork(self)
         self._samples: tuple[dict[str, _Sample], dict[str, _Sample]] = ({}, {})
+
+    def renew_lock(self) -> None:
+        """Make a new lock."""
+        self._lock = threading.Lock()
 
     def add(self, key: str, seconds: float, *, streaming: bool) -> None:
         """Learn a time."""
@@ -245,10 +251,15 @@ class _Shares:
 
     def __init__(self, share: float) -> None:
         self._share = share
-        self._lock = threading.Lock()
+        self.renew_lock()
+        renew_lock_after_fork(self)
         self._recent: deque[int] = deque()
         """The number of further requests that were sent while each call was the newest."""
         self._sum = 0
+
+    def renew_lock(self) -> None:
+        """Make a new lock."""
+        self._lock = threading.Lock()
 
     def begin(self) -> None:
         """Count a call."""

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 import attrs
 
-from fluxibly._checks import number, one_of, validator
+from fluxibly._checks import number, one_of, truth, validator
 from fluxibly._logs import log_decision
 from fluxibly.errors import REFUSALS, ConfigError, ProviderError, RateLimitWait, StreamInterrupted, root_cause
 from fluxibly.flow import CallNext, Flow, provider_of
@@ -31,6 +31,10 @@ from fluxibly.types import ProviderInfo, Request, Response
 
 _optional = attrs.validators.optional
 _MOST_LOWERED = 10_000
+_SLOWEST = 1e-9
+"""The lowest rate. Below it, times overflow."""
+_LONGEST_STOP = 86_400.0
+"""The most seconds for which a service's `Retry-After` stops calls. More is a mistake of the service."""
 
 
 class _Use:
@@ -113,11 +117,11 @@ class RateLimit:
     per: float = attrs.field(default=60.0, validator=validator(number, above=0))
     burst: float | None = attrs.field(default=None, validator=_optional(validator(number, 1)))
     max_wait: float = attrs.field(default=60.0, validator=validator(number, 0))
-    learn: bool = attrs.field(default=True, validator=attrs.validators.instance_of(bool))
+    learn: bool = attrs.field(default=True, validator=validator(truth))
     estimate: Tokens | None = attrs.field(
         default=None, converter=_to_estimate, validator=_optional(validator(check_function))
     )
-    give_back: bool = attrs.field(default=True, validator=attrs.validators.instance_of(bool))
+    give_back: bool = attrs.field(default=True, validator=validator(truth))
     by: By = attrs.field(default="provider and model", converter=to_by, validator=validator(check_by))
     store: Store = attrs.field(default=None, converter=to_store)
     block: float = attrs.field(default=0.1, validator=validator(number, 0))
@@ -136,6 +140,12 @@ class RateLimit:
     def __attrs_post_init__(self) -> None:
         if self.requests is None and self.tokens is None:
             raise ConfigError("RateLimit: expected requests=… or tokens=…, got neither; write RateLimit(requests=600)")
+        for name in ("requests", "tokens"):
+            count: float | None = getattr(self, name)
+            if count is not None and not _SLOWEST <= count / self.per < math.inf:
+                raise ConfigError(
+                    f"RateLimit: {name}: expected at least {_SLOWEST:g} a second, got {count:g} in {self.per:g} s"
+                )
         limits: list[Limit] = []
         first_output = FIRST_OUTPUT
         if self.requests is not None:
@@ -277,7 +287,7 @@ class RateLimit:
 
     def _stopped(self, use: _Use, wait: float | None) -> Iterator[tuple[Any, ...]]:
         """Yield what the store has to do because a service has refused a call, and asks for a wait."""
-        if wait is not None and 0 < wait < math.inf:
+        if wait is not None and 0 < wait <= _LONGEST_STOP:
             yield ("throttle", use.key, "requests", 0.0, wait)
-            what = f"stops all calls of {use.name} for {wait:.3g} s, as the service asked"
+            what = f"stops all calls that share a limit with {whom(use.request)} for {wait:.3g} s, as the service asked"
             log_decision(use.request, "RateLimit", what)

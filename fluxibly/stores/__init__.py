@@ -25,7 +25,8 @@ def to_store(value: Any) -> Any:
         return MemoryStore()
     expected = "store: expected 'memory' or an object with the methods of fluxibly.stores.Store"
     if isinstance(value, str):
-        raise ConfigError(f"{expected}, got the URL {value.partition(':')[0] + ':…' if ':' in value else value!r}")
+        scheme, colon, _ = value.partition(":")
+        raise ConfigError(f"{expected}, got {scheme + ':…' if colon else value!r}")  # a URL may have a password
     if isinstance(value, type):
         raise ConfigError(f"{expected}, got the class {value.__name__}; write {value.__name__}()")
     missing = [name for name in _METHODS if not callable(getattr(value, name, None))]

@@ -7,6 +7,7 @@ from collections import deque
 from threading import RLock
 from typing import Any, Generic, TypeVar
 
+from fluxibly._threads import renew_lock_after_fork
 from fluxibly.signals import Signal
 from fluxibly.stores.protocol import Entry, Limit, Turn
 
@@ -278,7 +279,8 @@ class MemoryStore:
     local = True
 
     def __init__(self) -> None:
-        self._lock = RLock()  # reentrant, because a signal handler may close a stream
+        self.renew_lock()
+        renew_lock_after_fork(self)
         self._rates: dict[str, _Rates] = {}
         self._places: dict[str, _Places] = {}
         self._sums: dict[str, _Sum] = {}
@@ -287,6 +289,10 @@ class MemoryStore:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
+
+    def renew_lock(self) -> None:
+        """Make a new lock."""
+        self._lock = RLock()  # reentrant, because a signal handler may close a stream
 
     def reserve(self, key: str, who: str, limits: tuple[Limit, ...], now: float) -> Turn | None:
         """Take what a call costs of several limits; see `Store.reserve`."""

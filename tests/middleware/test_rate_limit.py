@@ -188,6 +188,9 @@ class TestSettings:
             RateLimit(tokens=1, estimate=estimate)
 
     def test_without_numbers(self):
+        for numbers in ({"tokens": 1e-300, "per": 1e300}, {"requests": 1e-320}, {"requests": 1e300, "per": 1e-300}):
+            with pytest.raises(ConfigError, match="expected at least 1e-09 a second, got"):
+                RateLimit(**numbers)
         with pytest.raises(ConfigError) as caught:
             RateLimit()
         assert str(caught.value) == (
@@ -232,13 +235,11 @@ class TestSettings:
         check_middleware(RateLimit(requests=1000))
         check_middleware(RateLimit(tokens=1_000_000))
 
-    @pytest.mark.parametrize("value", [-1, math.nan, math.inf, "9", None, True])
+    @pytest.mark.parametrize("value", [-1, math.nan, math.inf, 10**400, "9", None, True])
     def test_an_estimate_that_is_no_number(self, value):
         made = Simulation(RateLimit(tokens=1000, estimate=lambda _: value)).call()
         assert isinstance(made.error, TypeError)
-        assert str(made.error).startswith(
-            "RateLimit: expected a number of tokens from 0 up from estimate(request), got "
-        )
+        assert str(made.error).startswith("RateLimit: estimate(request): expected a number of tokens from 0 up, got ")
 
     def test_an_estimate_above_the_burst(self):
         """No wait would be long enough."""
@@ -814,9 +815,9 @@ def test_what_is_logged(caplog):
     numbers = "(requests=60, tokens=1e+06, per=60)"
     line = 'LLM call decision | middleware=RateLimit, decision="{}"'
     assert caplog.messages == [
-        line.format("stops all calls of unknown/m for 3 s, as the service asked"),
+        line.format("stops all calls that share a limit with m at unknown for 3 s, as the service asked"),
         line.format(f"let the call wait 3.5 s {numbers}"),
-        line.format("stops all calls of unknown/m for 30 s, as the service asked"),
+        line.format("stops all calls that share a limit with m at unknown for 30 s, as the service asked"),
         line.format(f"refuses the call: it would wait 30 s (max_wait=5), with 0 calls ahead {numbers}"),
     ]
 

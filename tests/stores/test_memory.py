@@ -218,8 +218,8 @@ class TestUrls:
     @pytest.mark.parametrize(
         ("value", "got"),
         [
-            ("memori", "the URL 'memori'"),
-            ("redis://:password@host", "the URL 'redis:…'"),
+            ("memori", "'memori'"),
+            ("redis://:password@host", "'redis:…'"),
             (MemoryStore, "the class MemoryStore; write MemoryStore()"),
             (3, "an int without reserve, correct, throttle, lease"),
         ],

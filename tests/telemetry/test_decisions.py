@@ -38,7 +38,7 @@ def test_a_wait_and_a_pause(mode):
     (first, second) = [each for each in decisions(recorder.call) if each[0] == "RateLimit"]
     assert first == (
         "RateLimit",
-        f"stops all calls of openai@api.test:443/{REQUEST.model} for 3 s, as the service asked",
+        f"stops all calls that share a limit with {REQUEST.model} at openai (api.test:443) for 3 s, as the service asked",
     )
     # Of the ten seconds between two requests, Retry has waited three.
     assert second[1] == "let the call wait 7 s (requests=6, per=60)"
