@@ -186,7 +186,7 @@ class TestOverHTTP:
             peer.answer("no", status="503 No")
 
         with serve(script) as server:
-            ran, seconds = over_http(mode, server.url, [Deadline(SHORT), Retry(max_retries=10**6, max_delay=0.01)])
+            ran, seconds = over_http(mode, server.url, [Deadline(4 * SHORT), Retry(max_retries=10**6, max_delay=0.01)])
             assert len(server.requests) > 1
         assert type(ran.error) is DeadlineExceeded
         assert isinstance(ran.error.__cause__, ServerError)
