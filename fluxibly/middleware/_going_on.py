@@ -31,13 +31,11 @@ LISTED: Any = attrs.validators.min_len(1)
 """The validator of the targets. A configuration's error lists what is wrong with each setting that has a validator."""
 
 
-def goes_on_after(error: BaseException, call: CallRecord) -> bool:
+def goes_on_after(error: BaseException) -> bool:
     """Whether another target may answer a request that has failed with this error."""
     if isinstance(error, ContextLengthExceeded):  # a longer context may fit elsewhere
         return True
-    if isinstance(error, DeadlineExceeded):
-        return has_time(call)
-    return isinstance(error, ProviderError) and not isinstance(error, (BadRequest, ContentFiltered))
+    return isinstance(error, ProviderError) and not isinstance(error, (BadRequest, ContentFiltered, DeadlineExceeded))
 
 
 def has_time(call: CallRecord) -> bool:

@@ -16,7 +16,6 @@ from fluxibly._checks import number, one_of, problem, validator
 from fluxibly._threads import renew_lock_after_fork
 from fluxibly.errors import (
     ContextLengthExceeded,
-    DeadlineExceeded,
     FluxiblyError,
     StreamInterrupted,
     error_type,
@@ -67,8 +66,7 @@ class Balance:
 
     A target that fails rests: calls ask the others for `cool_down` seconds, or as long as the service said (`Retry-After`),
     if that is a day at most. If all rest, calls ask the target whose rest ends first. A target rests after the errors after
-    which `Fallback` goes on, except two that say nothing about the target: `ContextLengthExceeded`, and a deadline that
-    passed before anything was sent.
+    which `Fallback` goes on, except `ContextLengthExceeded`, which says nothing about the target.
 
     A call that has failed like this before output goes on with the next best target, and asks each at most once. If all fail,
     the last error is raised, and its notes (`__notes__`) list every failure. A target whose provider cannot be made,
@@ -135,7 +133,7 @@ class Balance:
         while True:
             asked = request
             turn = load.begin(clock(), tried, streaming=call.streaming, key=key)
-            made, attempts = False, call.attempts
+            made = False
             watch: FirstOutput | None = None
             try:
                 tried.add(turn.place)
@@ -160,7 +158,7 @@ class Balance:
                 if watch is not None and watch.done and not interrupted:  # an inner layer has failed, after output
                     trail.tell(error)
                     raise
-                failed = self._note(error, turn, asked, trail, made=made, sent=call.attempts > attempts)
+                failed = self._note(error, turn, asked, trail, made=made)
                 if not failed or interrupted or len(tried) == len(self.to):
                     trail.tell(error)
                     raise
@@ -168,17 +166,15 @@ class Balance:
             finally:
                 load.end(turn)
 
-    def _note(self, error: Exception, turn: _Turn, asked: Request, trail: Trail, *, made: bool, sent: bool) -> bool:
+    def _note(self, error: Exception, turn: _Turn, asked: Request, trail: Trail, *, made: bool) -> bool:
         """Note an error, and let the target rest if it is at fault. Return whether another target may answer.
 
         Args:
             made: whether the target's provider exists.
-            sent: whether the provider was asked.
         """
         cause = root_cause(error)
-        failed = goes_on_after(cause, asked.call) if made else isinstance(error, FluxiblyError)
-        is_no_fault = isinstance(cause, ContextLengthExceeded) or (isinstance(cause, DeadlineExceeded) and not sent)
-        if failed and not is_no_fault:
+        failed = goes_on_after(cause) if made else isinstance(error, FluxiblyError)
+        if failed and not isinstance(cause, ContextLengthExceeded):
             rest = self._rest_after(cause)
             self._load.rest(turn, asked.call.clock(), rest)
             trail.decided(f"lets {whom(asked)} rest for {rest:.3g} s after {error_type(error)}", error)

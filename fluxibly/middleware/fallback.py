@@ -28,10 +28,9 @@ def _to_when(value: When | str | None) -> When | None:
 class Fallback:
     """Middleware that asks other models or providers, in order, when a request has failed before output.
 
-    It goes on after every `ProviderError` but `ContentFiltered` and `BadRequest`. After `ContextLengthExceeded`, which is a
-    `BadRequest`, it does go on, because a longer context may fit elsewhere; and also after `CircuitOpen`, `RateLimitWait`
-    and `QueueFull`. After `DeadlineExceeded` it goes on if time is left: if the deadline was set further in, or would have
-    passed during a wait. A `Retry` inside of it tries each target again.
+    It goes on after every `ProviderError` but `ContentFiltered`, `BadRequest` and `DeadlineExceeded`. After
+    `ContextLengthExceeded`, which is a `BadRequest`, it does go on, because a longer context may fit elsewhere; and also after
+    `CircuitOpen`, `RateLimitWait` and `QueueFull`. A `Retry` inside of it tries each target again.
 
     A target whose provider cannot be made, because a key is missing for example, is skipped. If all fail, the last error
     is raised, and its notes (`__notes__`) list every failure. If the deadline of the call has passed, `DeadlineExceeded`
@@ -40,7 +39,8 @@ class Fallback:
     Args:
         to: the targets, in order: `Target`s, and everything that `Target(to=…)` takes. One alone stands for a list of one.
         when: a function that gets the error (of an interrupted stream: its cause) and returns whether to go on, in place
-            of the rule above. It is not asked once the deadline of the call has passed. In YAML, its registered name.
+            of the rule above; also about the `DeadlineExceeded` of a deadline further in, which leaves time for others. It is
+            not asked once the deadline of the call has passed. In YAML, its registered name.
         on_interrupt: how to handle a stream that fails after output. "raise" raises `StreamInterrupted`. "restart"
             emits a `Restart` and asks the next target, if the consumer (`stream(…, restarts=True)`) or an outer hold-back
             accepts restarts.
@@ -101,7 +101,7 @@ class Fallback:
     def _goes_on_after(self, error: Exception, call: CallRecord) -> bool:
         cause = root_cause(error)
         if self.when is None or (isinstance(cause, DeadlineExceeded) and not has_time(call)):
-            return goes_on_after(cause, call)
+            return goes_on_after(cause)
         answer = self.when(cause if isinstance(cause, Exception) else error)
         if not isinstance(answer, bool):  # pyright: ignore[reportUnnecessaryIsInstance]  # callers may be untyped
             discard(answer)

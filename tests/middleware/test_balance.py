@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import math
 import re
 import subprocess
 import sys
@@ -246,21 +245,13 @@ class TestRests:
         assert isinstance(calls.ran.error, StreamInterrupted)
         assert calls.several(3) == "bbb"
 
-    @pytest.mark.parametrize("error", [BadRequest("no"), ValueError("no")], ids=repr)
+    @pytest.mark.parametrize("error", [BadRequest("no"), ValueError("no"), DeadlineExceeded("late")], ids=repr)
     def test_other_errors(self, mode, error):
         """They say nothing about the target, and are raised."""
         calls = Calls(mode, Balance([*"ab"], policy="round_robin"), error, *["fine"] * 2)
         assert calls.make() == "a"
         assert calls.ran.error is error
         assert calls.several(2) == "ba"
-
-    def test_one_that_uses_up_its_own_time(self, mode):
-        """It rests, and the call goes on with another."""
-        stack = [Balance([*"ab"], policy="round_robin"), Deadline(5)]
-        made = call(mode, stack, [Delay(9), "late"], *["fine"] * 3)
-        assert made.response.text == "fine"
-        assert made.clock.now() == 5
-        assert [place.rests_until for place in stack[0]._load.places] == [35, -math.inf]
 
     def test_a_wait_that_is_too_long(self, mode):
         """A target whose limit leaves no time rests until it does, and another is asked."""

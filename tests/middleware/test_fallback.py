@@ -65,7 +65,7 @@ GO_ON = (
     ServerError,
     StreamProtocolError,
 )
-STAY = (BadRequest, ContentFiltered, ValueError, ConfigError)
+STAY = (BadRequest, ContentFiltered, DeadlineExceeded, ValueError, ConfigError)
 
 
 def models(made):
@@ -218,20 +218,22 @@ class TestDeadlines:
         assert made.clock.now() == 5
 
     def test_one_for_each_target(self, mode):
-        """A target that uses up its own time leaves the rest to the next."""
+        """A target that uses up its own time leaves the rest to the next, if the user says so."""
         slow = [Delay(9), "late"]
-        made = call(mode, [Deadline(12), Fallback(["m-2", "m-3"]), Deadline(5)], slow, slow, "fine")
+        fallback = Fallback(["m-2", "m-3"], when=lambda error: isinstance(error, DeadlineExceeded))
+        made = call(mode, [Deadline(12), fallback, Deadline(5)], slow, slow, "fine")
         assert made.response.text == "fine"
         assert made.clock.now() == 10
-        made = call(mode, [Deadline(8), Fallback(["m-2", "m-3"]), Deadline(5)], slow, slow, "fine")
+        made = call(mode, [Deadline(8), fallback, Deadline(5)], slow, slow, "fine")
         assert isinstance(made.ran.error, DeadlineExceeded)
         assert "set by Deadline(8)" in str(made.ran.error)
         assert (made.clock.now(), models(made)) == (8, ["m-1", "m-2"])
 
     def test_a_wait_that_is_too_long(self, mode):
-        """The service asks for more time than is left, so another is asked at once."""
+        """The service asks for more time than is left, so another is asked at once, if the user says so."""
         busy = RateLimitError("slow down", retry_after=20)
-        made = call(mode, [Deadline(10), Fallback("m-2"), Retry()], busy, "fine")
+        fallback = Fallback("m-2", when=lambda error: isinstance(error, DeadlineExceeded))
+        made = call(mode, [Deadline(10), fallback, Retry()], busy, "fine")
         assert made.response.text == "fine"
         assert made.clock.now() == 0
 
