@@ -335,7 +335,7 @@ class CallRecord:
 
     @property
     def decisions(self) -> Sequence[Decision]:
-        """What middleware have decided about this call, in order. Branches and `ask`s have those of their call."""
+        """The decisions of middleware about this call, in order. Branches and `ask`s have those of their call."""
         decisions: Sequence[Decision] = self.notes.get(_DECISIONS, ())
         return decisions
 

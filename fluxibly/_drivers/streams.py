@@ -267,7 +267,7 @@ _STATES: Final[dict[str, State]] = {
 class SyncStreamDriver(StreamDriver):
     stack: SyncStack
     closing: Signal | None = None
-    """What a close sets while a layer sleeps."""
+    """The signal that a close sets while a layer sleeps."""
 
     def __init__(self, stack: SyncStack, request: Request, flow: Flow[Response]) -> None:
         super().__init__(stack, request, flow)

@@ -73,7 +73,7 @@ class AskEnd(Slotted):
 
 
 class Awaited(Protocol):
-    """What a `Sleep` may wait for: a `fluxibly.Signal`."""
+    """A signal that a `Sleep` may wait for: a `fluxibly.Signal`."""
 
     @property
     def is_set(self) -> bool: ...

@@ -45,7 +45,7 @@ def has_time(call: CallRecord) -> bool:
 
 
 class Trail:
-    """What has failed in one call of a middleware, for the log, the trace and the error that the caller gets.
+    """The failures of one call of a middleware, for the log, the trace and the error that the caller gets.
 
     Args:
         middleware: the name of its class.

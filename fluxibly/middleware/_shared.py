@@ -19,7 +19,7 @@ from fluxibly.stores import MemoryStore, Turn
 from fluxibly.types import CallRecord, Request
 
 OnStoreError: TypeAlias = Literal["local", "raise", "open"]
-"""What happens to a call when the store of its middleware fails."""
+"""How a call goes on when the store of its middleware fails."""
 ON_STORE_ERROR = ("local", "raise", "open")
 _LONGEST_PAUSE = 30.0
 """The most seconds until a store that has failed is tried again."""
@@ -72,7 +72,7 @@ class Shared:
         self._on_error = on_error
         self._middleware = middleware
         self._spare = MemoryStore()
-        """What takes the place of a store that has failed."""
+        """The store that takes the place of one that has failed."""
         self._has_spared = False
         """Whether it ever has."""
         self._owed: dict[tuple[str, str], None] = {}
@@ -273,7 +273,7 @@ def wait_for_turn(
 def _pause(turn: Turn) -> float:
     """Return the seconds after which a call asks again, if nothing wakes it before."""
     if turn.signal is not None:
-        # Whoever is not first is woken when it is, and asks before only to see whether its wait has grown.
+        # A call that is not first is woken when it is, and asks before only to see whether its wait has grown.
         return turn.seconds if not turn.ahead else max(turn.seconds, 1.0)
     if turn.seconds == math.inf:
         return _POLL

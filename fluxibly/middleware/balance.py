@@ -188,7 +188,7 @@ class Balance:
 
 
 class _Place:
-    """What is known of one target."""
+    """The facts that are known of one target."""
 
     __slots__ = ("busy", "credit", "index", "last", "learned", "name", "rested_at", "rests_until", "waiting", "weight")
 
@@ -235,7 +235,7 @@ class _Turn:
 
 
 class _Load:
-    """What all calls know of the targets: who is busy, who rests, who is fast."""
+    """The facts that all calls share: which targets are busy, rest, or are fast."""
 
     def __init__(self, targets: Sequence[Target], weights: Sequence[float] | None, policy: Policy) -> None:
         self.renew_lock()

@@ -211,7 +211,7 @@ class _Sample:
 
 
 class _Times:
-    """What the calls have learned: the times of each provider and model, whole and streamed apart."""
+    """The times of each provider and model, whole and streamed apart, as the calls have learned them."""
 
     def __init__(self, percent: int) -> None:
         self._percent = percent

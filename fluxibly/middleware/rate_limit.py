@@ -38,7 +38,7 @@ _LONGEST_STOP = 86_400.0
 
 
 class _Use:
-    """What one call takes of the limits, and what has become of it."""
+    """The share of the limits that one call takes, and how the call ended."""
 
     estimate: Estimate | None = None
     cost = 0.0
@@ -277,7 +277,7 @@ class RateLimit:
         told = {each.name: each for each in told_limits(headers)}
         for limit in self._limits:
             now, place = told.get(limit.name), (key, limit.name)
-            # What was lowered rises again, but never above the numbers that the user gave.
+            # A lowered rate rises again, but never above the numbers that the user gave.
             if now is not None and (now.rate < limit.rate or place in self._lowered):
                 yield ("throttle", key, limit.name, now.rate, now.seconds)
                 if now.rate >= limit.rate:

@@ -22,7 +22,7 @@ _PARTS = 1000
 
 
 class _Queue(Generic[W]):
-    """Those who wait for one thing, first come, first served. Only the first has its signal set."""
+    """The callers that wait for one thing, first come, first served. Only the first has its signal set."""
 
     def __init__(self) -> None:
         self.waiting: dict[str, W] = {}

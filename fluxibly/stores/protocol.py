@@ -11,7 +11,7 @@ class Limit(NamedTuple):
     """One of the limits that a call has to keep, and what the call takes of it."""
 
     name: str
-    """What is counted, such as "requests" or "tokens"."""
+    """The thing that is counted, such as "requests" or "tokens"."""
     rate: float
     """Units a second, above 0."""
     burst: float
@@ -50,7 +50,7 @@ class Entry(NamedTuple):
 
 @runtime_checkable
 class Store(Protocol):
-    """What middleware share, under keys. Each method is atomic, and is called from any thread or event loop.
+    """The state that middleware share, under keys. Each method is atomic, and is called from any thread or event loop.
 
     Every method has a twin for async calls, whose name begins with "a". A store that does no I/O sets `local`: the methods
     are then called where the call is, and the twins are never used.

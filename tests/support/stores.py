@@ -1,4 +1,4 @@
-"""What every store has to do, as a class of tests; and stores that do I/O, to try middleware with."""
+"""The laws of every store, as a class of tests; and stores that do I/O, to try middleware with."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ class TracedSpan:
     failed: bool
     message: str
     decisions: list[str] = attrs.field(factory=list[str])
-    """What middleware decided about the call, such as "Fallback asks …", in order."""
+    """The decisions of middleware about the call, such as "Fallback asks …", in order."""
     children: list[TracedSpan] = attrs.field(factory=list["TracedSpan"])
 
     @property
