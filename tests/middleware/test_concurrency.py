@@ -136,7 +136,7 @@ class TestSettings:
             ("{limit: 0}", "llm.middleware[0].concurrency.limit: expected a whole number from 1 up, got 0"),
             ("{limit: '3'}", "llm.middleware[0].concurrency.limit: expected a whole number from 1 up, got '3'"),
             ("{limit: 1, by: user}", "function 'user' not registered"),
-            ("{limit: 1, store: 'redis://h'}", "got the URL 'redis:…'"),
+            ("{limit: 1, store: 'redis://h'}", "got 'redis:…'"),
         ],
     )
     def test_that_are_wrong_in_yaml(self, value, message, tmp_path):
@@ -170,8 +170,8 @@ class TestSettings:
         [
             (MemoryStore, "got the class MemoryStore; write MemoryStore()"),
             (object(), "got an object without reserve, correct, throttle"),
-            ("memori", "got the URL 'memori'"),
-            ("redis://secret@host", "got the URL 'redis:…'"),
+            ("memori", "got 'memori'"),
+            ("redis://secret@host", "got 'redis:…'"),
         ],
     )
     def test_stores_that_are_none(self, store, message):
