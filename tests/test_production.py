@@ -141,7 +141,7 @@ def test_a_stream_that_falls_silent(file, gguf):
 
     script = Script(down)
     with serve(script) as server:
-        traced = Traced(file(server, stream_timeout={"first_chunk": 2, "idle": 0.3}, retry={"max_retries": 0}))
+        traced = Traced(file(server, stream_timeout={"first_chunk": 4, "idle": 0.5}, retry={"max_retries": 0}))
         with traced.llm as llm:
             llm.complete(QUESTION)  # loads the local model
             script.answer = silent
