@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from itertools import count
@@ -291,5 +291,4 @@ def run_later(call: CallRecord, shared: Shared, last: Callable[[], list[tuple[An
         for method, *args in last():
             await shared.agive(call, method, *args)
 
-    acall: Callable[[], Awaitable[object]] = agive_back
-    return call.on_end(give_back, acall)
+    return call.on_end(give_back, agive_back)

@@ -6,6 +6,7 @@ import math
 import random
 import threading
 from collections.abc import Callable, Container, Sequence
+from functools import partial
 from hashlib import blake2b
 from typing import Any, Literal, TypeAlias
 
@@ -27,7 +28,7 @@ from fluxibly.middleware._going_on import LISTED, Trail, goes_on_after
 from fluxibly.middleware._keys import text_of, whom
 from fluxibly.middleware._outputs import FirstOutput, asked_at
 from fluxibly.target import Target, to_targets
-from fluxibly.types import Request, Response
+from fluxibly.types import CallRecord, Request, Response
 
 Policy: TypeAlias = Literal["round_robin", "random", "least_busy", "fastest"]
 POLICIES = ("round_robin", "random", "least_busy", "fastest")
@@ -146,7 +147,7 @@ class Balance:
                     yield from provider_of(asked)
                 made = True
                 if call.streaming:
-                    watch = FirstOutput(lambda turn=turn: load.answered(turn, clock(), asked_at(call, turn.begun)))  # type: ignore[misc]
+                    watch = FirstOutput(partial(self._answered, turn, call))
                     response = yield from watch.over(call_next(asked))
                 else:
                     response = yield from call_next(asked)
@@ -165,6 +166,10 @@ class Balance:
                 trail.check_deadline(asked)
             finally:
                 load.end(turn)
+
+    def _answered(self, turn: _Turn, call: CallRecord) -> None:
+        """Learn from the first output of a stream."""
+        self._load.answered(turn, call.clock(), asked_at(call, turn.begun))
 
     def _note(self, error: Exception, turn: _Turn, asked: Request, trail: Trail, *, made: bool) -> bool:
         """Note an error, and let the target rest if it is at fault. Return whether another target may answer.

@@ -194,7 +194,7 @@ def test_tokens_of_other_attempts_and_of_asks_are_shown(tmp_path):
 
 
 def test_decisions_are_shown(tmp_path):
-    """What middleware decided stands under the call, in order, and not under its attempts."""
+    """The decisions of middleware stand under the call, in order, and not under its attempts."""
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 
