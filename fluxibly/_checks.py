@@ -138,6 +138,11 @@ def validator(check: Callable[..., str | None], *bounds: Any, **options: Any) ->
 _SECRET = re.compile("key|token|secret|password|credential|auth|cookie|header", re.IGNORECASE)
 
 
+def is_secret(name: str) -> bool:
+    """Whether a setting or a header of this name has a secret value, such as `x-api-key`."""
+    return _SECRET.search(name) is not None
+
+
 def repr_without_secrets(settings: object) -> str:
     """Return the `repr` of settings, with the texts under names like `api_key` or `headers` masked."""
     return repr(_without_secrets(settings, secret=False))

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Generator, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Generator, Iterable, Mapping, Sequence
 from inspect import iscoroutinefunction
 from time import perf_counter, time_ns
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -17,6 +17,8 @@ from fluxibly._checks import kind_of
 from fluxibly._values import Slotted, Value
 
 if TYPE_CHECKING:
+    from decimal import Decimal
+
     from fluxibly.limits import Leash, Timeouts
     from fluxibly.messages import Message
 
@@ -32,6 +34,8 @@ class ProviderInfo(Value):
     server_address: str | None = None
     server_port: int | None = None
     in_process: bool = False
+    identity: str = attrs.field(default="", eq=False, repr=False)
+    """Everything in the configuration that an answer may depend on, for the keys of caches; by default `key`. No secrets."""
     key: str = attrs.field(init=False, eq=False, repr=False)
     """The provider and its server, such as "openai@api.openai.com:443", for state that is kept for each provider."""
 
@@ -39,6 +43,8 @@ class ProviderInfo(Value):
         who = self.name if self.framework == "custom" else self.framework
         server = "" if self.server_address is None else f"@{self.server_address}:{self.server_port}"
         object.__setattr__(self, "key", who + server)
+        if not self.identity:
+            object.__setattr__(self, "identity", self.key)
 
 
 UNKNOWN = ProviderInfo()
@@ -289,7 +295,11 @@ class CallRecord:
     """The text of the last attempt's answer, if it was streamed to its end."""
     stats: StreamStats | None
     cache_hit: bool
-    """Set by a middleware that answers from a cache."""
+    """Whether the last answer came from a cache. Set by the middleware that has the cache."""
+    cost: Decimal | None
+    """The price of all attempts in US dollars, once `Cost` has found it. None: it is not known."""
+    costs: Mapping[tuple[ProviderInfo, str], Decimal]
+    """The parts of `cost`, by provider and model."""
     attempt_times: list[float] | None
     """The duration of each attempt in seconds, if `Timing` asked for it."""
     timings: dict[str, float]
@@ -347,6 +357,7 @@ class CallRecord:
         fork = self._copy()
         fork.nested = True
         fork.apart = fork.streaming = fork.restarts = fork.timed = fork.cache_hit = fork.continued = False
+        fork.cost = None
         fork.started_at = fork.requested_at = self.clock()
         fork.sent_at = fork.first_chunk_at = fork.sending = None
         fork.delivered = []
@@ -449,7 +460,8 @@ _BLANK: dict[str, Any] = {
     "attempts": 0,
     "sent_messages": (),
     **dict.fromkeys(("leash", "lanes", "timeouts", "sent_at", "first_chunk_at", "sending", "claim", "sent_model")),
-    **dict.fromkeys(("model", "usage", "finish_reason", "last_error", "interruption", "said", "stats")),
+    "costs": {},
+    **dict.fromkeys(("model", "usage", "finish_reason", "last_error", "interruption", "said", "stats", "cost")),
     **dict.fromkeys(("attempt_times", "endings", "unfinished", "delivered", "timings", "notes", "spent")),
 }
 """The attributes of a new record. `CallRecord.__init__` makes the collections, which are each record's own."""

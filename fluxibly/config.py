@@ -12,6 +12,7 @@ import attrs
 from fluxibly._checks import (
     is_list,
     is_mapping,
+    is_secret,
     kind_of,
     mapping,
     number,
@@ -369,3 +370,18 @@ def _timeouts(table: Mapping[str, Any]) -> Timeouts:
         if not problems:
             return timeouts
     raise ConfigError.of(problems)
+
+
+def identity_of(framework: str, url: object, config: LLMConfig | None) -> str:
+    """Return what an answer depends on beside the request, without secrets: see `ProviderInfo.identity`.
+
+    Args:
+        url: the base URL that requests go to, or None if only the framework knows it.
+    """
+    found: list[object] = [framework, None if url is None else shown_url(str(url))]
+    if config is not None:
+        headers = {name.lower(): value for name, value in config.headers.items() if not is_secret(name)}
+        found += [config.region, config.project, sorted(headers.items()), sorted(config.quirks.items())]
+    while found[-1] in (None, []):
+        found.pop()
+    return repr(found)

@@ -199,6 +199,29 @@ class QueueFull(ProviderError):
     """`Concurrency` sent nothing, because too many calls wait already, or this one has waited too long."""
 
 
+class BudgetExceeded(FluxiblyError):
+    """`Budget` sent nothing, because the call would cost more than is left, or ended a stream that ran over."""
+
+
+class GuardRefused(FluxiblyError):
+    """`Guard` refused a request or an answer; `reason` says why. In a stream after output it is the cause of an error."""
+
+    def __init__(self, message: str = "", *, reason: str = "") -> None:
+        super().__init__(message)
+        self.reason = reason or message
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (_refused, (*self.args, self.reason))
+
+
+def _refused(message: str, reason: str) -> GuardRefused:
+    return GuardRefused(message, reason=reason)
+
+
+class NotRecorded(FluxiblyError):
+    """`Replay` has no recording of a request."""
+
+
 class StoreError(FluxiblyError):
     """A store that middleware share something in has failed; `__cause__` is its error. See `on_store_error`."""
 

@@ -57,6 +57,7 @@ from fluxibly.parts import (
 )
 
 if TYPE_CHECKING:
+    from decimal import Decimal
     from typing import Self
 
     from attrs import frozen as chunk_class
@@ -335,6 +336,10 @@ class Response(Value):
     """The provider that answered, by its name in telemetry, such as "anthropic"."""
     total_usage: Usage | None = attrs.field(default=None, kw_only=True, eq=False)
     """The tokens of all attempts of the call, as far as the services reported them: retries, rejected answers, `ask`s."""
+    cost: Decimal | None = attrs.field(default=None, kw_only=True, eq=False)
+    """The price of all attempts of the call in US dollars, if the stack has `Cost`. None: it is not known."""
+    cache_hit: bool = attrs.field(default=False, kw_only=True, eq=False)
+    """Whether the answer came from a cache."""
     request_id: str | None = attrs.field(default=None, kw_only=True, eq=False)
     rate_limits: Mapping[str, str] = attrs.field(factory=table, kw_only=True, eq=False)
     """The service's rate-limit headers, by lower-case name."""
@@ -409,6 +414,10 @@ class Response(Value):
             counts: Any = getattr(self, name)
             if counts is not None:
                 found[name] = {key: value for key, value in attrs.asdict(counts).items() if value is not None}
+        if self.cost is not None:
+            found["cost"] = str(self.cost)
+        if self.cache_hit:
+            found["cache_hit"] = True
         if self.alternatives:
             found["alternatives"] = [other.to_dict() for other in self.alternatives]
         if self.added:
@@ -463,6 +472,17 @@ _WORDS = ("finish_reason", "raw_finish_reason", "model", "provider", "id", "requ
 _COUNTS = {"usage": Usage, "total_usage": Usage, "stats": StreamStats}
 
 
+def _dollars(amount: str | None, path: str) -> Decimal | None:
+    from decimal import Decimal, InvalidOperation
+
+    if amount is None:
+        return None
+    try:
+        return Decimal(amount)
+    except InvalidOperation:
+        raise ValueError(f"{path}: expected a number in a string, got {amount!r}") from None
+
+
 def _response(given: object, path: str) -> Response:
     from fluxibly._dicts import Reader, numbers, part_from_dict
 
@@ -475,6 +495,8 @@ def _response(given: object, path: str) -> Response:
         counts = fields.table(name)
         found[name] = None if counts is None else numbers(counts, kind, fields.at(name))
     found["elapsed"] = fields.take("elapsed", (int, float), "a number")
+    found["cost"] = _dollars(fields.text("cost"), fields.at("cost"))
+    found["cache_hit"] = fields.take("cache_hit", bool, "true or false") is True
     found["alternatives"] = [
         _response(other, f"{fields.at('alternatives')}[{number}]")
         for number, other in enumerate(fields.items("alternatives"))

@@ -212,7 +212,7 @@ def with_targets(*, to):
         (
             "retri",
             [
-                "0]: middleware 'retri' not registered; did you mean 'retry'? Available middleware: ['balance', 'circuit_breaker', "
+                "0]: middleware 'retri' not registered; did you mean 'retry'? Available middleware: ['balance', 'budget', 'cache', "
             ],
         ),
         ({"os.system": {}}, ["0]: middleware 'os.system' not registered. Available middleware: "]),

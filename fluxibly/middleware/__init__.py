@@ -10,14 +10,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fluxibly.middleware.balance import Balance
+    from fluxibly.middleware.budget import Budget
+    from fluxibly.middleware.cache import Cache
     from fluxibly.middleware.circuit_breaker import CircuitBreaker
     from fluxibly.middleware.concurrency import Concurrency
+    from fluxibly.middleware.cost import Cost
     from fluxibly.middleware.deadline import Deadline
     from fluxibly.middleware.fallback import Fallback
+    from fluxibly.middleware.guard import Guard
     from fluxibly.middleware.hedge import Hedge
     from fluxibly.middleware.logging import Logging
     from fluxibly.middleware.metrics import Metrics
     from fluxibly.middleware.rate_limit import RateLimit
+    from fluxibly.middleware.record import Record
+    from fluxibly.middleware.redact import Redact
+    from fluxibly.middleware.replay import Replay
     from fluxibly.middleware.retry import Retry, RetryBudget
     from fluxibly.middleware.stream_meter import StreamMeter
     from fluxibly.middleware.stream_timeout import StreamTimeout
@@ -27,14 +34,21 @@ if TYPE_CHECKING:
 
 _MODULE_OF = {
     "Balance": "balance",
+    "Budget": "budget",
+    "Cache": "cache",
     "CircuitBreaker": "circuit_breaker",
     "Concurrency": "concurrency",
+    "Cost": "cost",
     "Deadline": "deadline",
     "Fallback": "fallback",
+    "Guard": "guard",
     "Hedge": "hedge",
     "Logging": "logging",
     "Metrics": "metrics",
     "RateLimit": "rate_limit",
+    "Record": "record",
+    "Redact": "redact",
+    "Replay": "replay",
     "Retry": "retry",
     "RetryBudget": "retry",
     "StreamMeter": "stream_meter",
@@ -46,14 +60,21 @@ _MODULE_OF = {
 
 __all__ = [
     "Balance",
+    "Budget",
+    "Cache",
     "CircuitBreaker",
     "Concurrency",
+    "Cost",
     "Deadline",
     "Fallback",
+    "Guard",
     "Hedge",
     "Logging",
     "Metrics",
     "RateLimit",
+    "Record",
+    "Redact",
+    "Replay",
     "Retry",
     "RetryBudget",
     "StreamMeter",

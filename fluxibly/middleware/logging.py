@@ -66,12 +66,14 @@ def _started(request: Request, prompt_length: int) -> None:
 
 
 def _completed(request: Request, response: Response, elapsed: float, prompt_length: int) -> None:
+    template, more = _found("LLM request completed | elapsed_time=%.2fs, prompt_length=%d, response_length=%d", request)
     log(
         logging.INFO,
-        "LLM request completed | elapsed_time=%.2fs, prompt_length=%d, response_length=%d",
+        template,
         elapsed_time=elapsed,
         prompt_length=prompt_length,
         response_length=len(response.text),
+        **more,
         outcome="completed",
     )
     if logger.isEnabledFor(logging.DEBUG):
@@ -89,12 +91,14 @@ def _streamed(request: Request, response: Response, elapsed: float) -> None:
     total_length = request.call.characters if response.added else len(response.text)
     # A response that was not streamed (a cache hit) reaches the consumer as one chunk, but only after this line.
     total_chunks = request.call.chunks or int(bool(response.has_output or response.finish_reason))
+    template, more = _found("LLM streaming completed | elapsed_time=%.2fs, total_chunks=%d, total_length=%d", request)
     log(
         logging.INFO,
-        "LLM streaming completed | elapsed_time=%.2fs, total_chunks=%d, total_length=%d",
+        template,
         elapsed_time=elapsed,
         total_chunks=total_chunks,
         total_length=total_length,
+        **more,
         outcome="completed",
     )
     if logger.isEnabledFor(logging.DEBUG):
@@ -105,6 +109,19 @@ def _streamed(request: Request, response: Response, elapsed: float) -> None:
             total_length=total_length,
             avg_chunk_size=total_length / total_chunks if total_chunks else 0.0,
         )
+
+
+def _found(template: str, request: Request) -> tuple[str, dict[str, Any]]:
+    """Add what layers further in have found about a call to the line of its end: a hit of a cache, and the cost."""
+    call = request.call
+    more: dict[str, Any] = {}
+    if call.cache_hit:
+        template += ", cache_hit=%s"
+        more["cache_hit"] = True
+    if call.cost is not None:
+        template += ", cost=%.6f"
+        more["cost"] = call.cost
+    return template, more
 
 
 def _ended(request: Request, error: BaseException, elapsed: float) -> None:

@@ -240,6 +240,8 @@ class _Sum:
     def add(self, amount: float, per: float | None, now: float, most: float | None) -> float | None:
         self.per = per
         self._forget(now)
+        if amount < 0:
+            return self._take_off(-amount)
         if most is not None and self.total + amount > most:
             return None
         self.total += amount
@@ -249,6 +251,16 @@ class _Sum:
                 self.parts.append((at, last + amount))
             else:
                 self.parts.append((now, amount))
+        return self.total
+
+    def _take_off(self, amount: float) -> float:
+        """Take an amount off the oldest parts, which are forgotten first."""
+        self.total = max(0.0, self.total - amount)
+        while self.parts and amount > 0:
+            at, first = self.parts.popleft()
+            if first > amount:
+                self.parts.appendleft((at, first - amount))
+            amount -= first
         return self.total
 
     def _forget(self, now: float) -> None:

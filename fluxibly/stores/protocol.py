@@ -92,7 +92,11 @@ class Store(Protocol):
         ...
 
     def add(self, key: str, amount: float, per: float | None, now: float, *, most: float | None = None) -> float | None:
-        """Add to a sum over the last `per` seconds (None: for good), and return it. None: it would exceed `most`."""
+        """Add to a sum over the last `per` seconds (None: for good), and return it. None: it would exceed `most`.
+
+        A negative amount is taken off what was added first, so that the sum is never too low for the time that is left.
+        `most` does not bound it, and the sum does not fall below 0.
+        """
         ...
 
     def load(self, key: str, now: float) -> Entry | None:

@@ -126,6 +126,8 @@ def record_attributes(call: CallRecord, attempts: int) -> dict[str, Any]:
     attributes: dict[str, Any] = {semconv.ATTEMPTS: attempts}
     if call.cache_hit:
         attributes[semconv.CACHE_HIT] = True
+    if call.cost is not None:
+        attributes[semconv.COST] = float(call.cost)
     if call.streaming:
         attributes[semconv.STREAM_CHUNKS] = call.chunks
         attributes[semconv.STREAM_CHARACTERS] = call.characters

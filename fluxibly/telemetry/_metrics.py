@@ -54,6 +54,7 @@ class _Instruments:
     """Counts tokens, as `input` does. With the released names, both are the same histogram."""
     first_chunk: Histogram
     per_chunk: Histogram
+    cost: Histogram
     usage: Mapping[str, Counter]
     """The token counters, by the field of `Usage` that they count."""
 
@@ -82,6 +83,9 @@ class _Instruments:
                 names.time_per_output_chunk,
                 description="Mean wait for a chunk after the first, one value a stream",
             ),
+            cost=histogram(
+                semconv.COST, "{USD}", semconv.COST_BOUNDARIES, "Price of a call's attempts at one provider and model"
+            ),
             usage={
                 field: meter.create_counter(name, unit="{token}", description="Tokens, as the service counted them")
                 for field, name in names.usage.items()
@@ -105,8 +109,10 @@ class _Attributes:
 
 _Kind: TypeAlias = tuple[int, str, str | None, Outcome, str | None]
 """The `id()` of the provider, the requested model, the model that answered, the outcome, the error."""
-_Measured: TypeAlias = tuple[_Attributes, float | None, Usage | None, float | None, float | None, SpanContext]
-"""Attributes, duration, usage, time to the first chunk, mean wait for the later chunks, current span.
+_Measured: TypeAlias = tuple[
+    _Attributes, float | None, Usage | None, float | None, float | None, float | None, SpanContext
+]
+"""Attributes, duration, usage, time to the first chunk, mean wait for the later chunks, cost, current span.
 
 There is no duration with the tokens of attempts at other providers and models than the call is named after."""
 
@@ -118,6 +124,8 @@ _NO_USAGE = Usage(input_tokens=0, output_tokens=0)
 from calls that did not fail."""
 
 
+_COST_RECORDED = "fluxibly.cost_recorded"
+_NO_COSTS: dict[tuple[ProviderInfo, str], float] = {}
 _Tokens: TypeAlias = dict[tuple[ProviderInfo, str], Usage | None]
 """The tokens of a call by the provider and the model that were asked."""
 
@@ -137,6 +145,7 @@ class MetricRecorder:
     def __init__(self, provider: MeterProvider, names: semconv.MetricNames, *, collects: bool) -> None:
         meter = provider.get_meter(semconv.METER)
         self.names = names
+        self.meters = id(provider)
         self.instruments = _Instruments.of(meter, names)
         self.kinds: dict[_Kind, _Attributes] = {}
         self.waiting: deque[_Measured] = deque()
@@ -174,16 +183,30 @@ class MetricRecorder:
             if stats is not None and stats.chunks > 1:
                 mean = stats.streaming_time / (stats.chunks - 1)
         span = get_current_span().get_span_context()
-        measured = (attributes, now - call.started_at, usage, first, mean, span)
+        costs = dict(self.costs_of(call)) if call.costs else _NO_COSTS
+        cost = costs.pop((provider, model), None) if costs else None
+        measured = (attributes, now - call.started_at, usage, first, mean, cost, span)
         # The first call of a kind is recorded at once, because a histogram begins with its first value.
         if known and self.collects and len(self.waiting) < WAITING:
             self.waiting.append(measured)
         else:
             self.write(measured)
-        if elsewhere:
-            for (who, asked), used in elsewhere.items():
+        if elsewhere or costs:
+            for who, asked in {**(elsewhere or {}), **costs}:
                 attributes = self.new_kind((id(who), asked, None, outcome, name), who)
-                self.write((attributes, None, used, None, None, span))
+                used = None if elsewhere is None else elsewhere.get((who, asked))
+                self.write((attributes, None, used, None, None, costs.get((who, asked)), span))
+
+    def costs_of(self, call: CallRecord) -> Iterable[tuple[tuple[ProviderInfo, str], float]]:
+        """Yield the costs of a call by provider and model, once for each meter provider.
+
+        Two `Metrics`, one for each edition of the conventions, would record the same histogram twice.
+        """
+        recorded: list[int] = call.notes.setdefault(_COST_RECORDED, [])
+        if self.meters not in recorded:
+            recorded.append(self.meters)
+            for key, cost in call.costs.items():
+                yield key, float(cost)
 
     def new_kind(self, kind: _Kind, provider: ProviderInfo) -> _Attributes:
         """Return the attributes of a kind of call, and keep them."""
@@ -202,7 +225,7 @@ class MetricRecorder:
         return ()
 
     def write(self, measured: _Measured) -> None:
-        attributes, duration, usage, first, mean, span = measured
+        attributes, duration, usage, first, mean, cost, span = measured
         to = self.instruments
         context = set_span_in_context(NonRecordingSpan(span), Context())  # for exemplars: the span itself may be gone
         if duration is not None:
@@ -218,6 +241,8 @@ class MetricRecorder:
             to.first_chunk.record(first, attributes.call, context)
         if mean is not None:
             to.per_chunk.record(mean, attributes.call, context)
+        if cost is not None:
+            to.cost.record(cost, attributes.call, context)
 
     def attributes(
         self, provider: ProviderInfo, model: str, answered: str | None, outcome: Outcome, error: str | None

@@ -86,6 +86,8 @@ DECISION_EVENT: Final = "fluxibly.decision"
 DECISION_BY: Final = "fluxibly.decision.middleware"
 DECISION: Final = "fluxibly.decision.what"
 CACHE_HIT: Final = "fluxibly.cache.hit"
+COST: Final = "fluxibly.cost"
+"""US dollars, of all attempts of the call; on the span of a call, and a histogram."""
 STREAM_CHUNKS: Final = "fluxibly.stream.chunks"
 STREAM_CHARACTERS: Final = "fluxibly.stream.characters"
 STREAM_GAP_P50: Final = "fluxibly.stream.gap_p50"
@@ -145,5 +147,7 @@ LATEST: Final = MetricNames(
 
 DURATION_BOUNDARIES: Final = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92)
 """Seconds."""
+COST_BOUNDARIES: Final = tuple(10.0**n for n in range(-6, 3))
+"""US dollars."""
 TOKEN_BOUNDARIES: Final = tuple(float(4**n) for n in range(14))
 """1 to 67,108,864 tokens."""

@@ -17,6 +17,7 @@ import anyio
 import attrs
 
 from fluxibly._threads import NotInTime, Worker
+from fluxibly.config import identity_of
 from fluxibly.errors import AuthenticationError, ConfigError, Phase
 from fluxibly.limits import KEEP_ALIVES, ChunkWaits, Leash, Timeouts, time_left
 from fluxibly.providers._libraries.services import server_of
@@ -191,6 +192,7 @@ def info_of(config: LLMConfig | None, *, name: str, framework: str, telemetry_na
         telemetry_name=telemetry_name,
         server_address=address,
         server_port=port,
+        identity=identity_of(f"{framework} {telemetry_name}", None if config is None else config.api_base, config),
     )
 
 

@@ -17,7 +17,7 @@ import httpx
 from fluxibly._checks import kind_of, secrets_in_query
 from fluxibly._logs import log
 from fluxibly._masking import mask_secrets
-from fluxibly.config import LLMConfig
+from fluxibly.config import LLMConfig, identity_of
 from fluxibly.errors import (
     AuthenticationError,
     BadRequest,
@@ -85,6 +85,7 @@ class Endpoint:
             telemetry_name=service.telemetry_name,
             server_address=self.host,
             server_port=self.port,
+            identity=identity_of(service.framework, self.url, config),
         )
         self._prepared: dict[tuple[Key | None, tuple[tuple[str, str], ...]], Headers] = {}
 
