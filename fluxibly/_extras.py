@@ -18,6 +18,7 @@ EXTRAS: Final[Mapping[str, tuple[str, ...]]] = {
     "vertex": ("google-auth[requests]",),
     "schema": ("jsonschema",),
     "brotli": ("brotli",),
+    "prices": ("genai-prices",),
 }
 
 

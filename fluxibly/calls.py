@@ -131,6 +131,12 @@ class Spent(NamedTuple):
     model: str
     """The model that was asked for."""
     usage: Usage | None
+    answered: str | None = None
+    """The model that answered, as its response names it."""
+    refused: bool = False
+    """Whether the service refused the request with an HTTP status, so that nothing was spent."""
+    guess: Usage | None = None
+    """What counts for a budget where the service did not report all tokens. Only calls with a budget have it."""
 
 
 class Decision(NamedTuple):
@@ -273,6 +279,8 @@ class CallRecord:
     """The request of the attempt under way, or None."""
     spent: list[Spent]
     """The tokens of each attempt that was sent, in the order in which they ended, those of an `ask` included."""
+    when_spent: list[Callable[[CallRecord], object]] | None
+    """The functions to call after each addition to `spent`. None: the call has no budget."""
     claim: Claim | None
     """Keeps other instrumentations from measuring an attempt that is measured already."""
     sent_model: str | None
@@ -462,6 +470,7 @@ _BLANK: dict[str, Any] = {
     **dict.fromkeys(("leash", "lanes", "timeouts", "sent_at", "first_chunk_at", "sending", "claim", "sent_model")),
     "costs": {},
     **dict.fromkeys(("model", "usage", "finish_reason", "last_error", "interruption", "said", "stats", "cost")),
+    "when_spent": None,
     **dict.fromkeys(("attempt_times", "endings", "unfinished", "delivered", "timings", "notes", "spent")),
 }
 """The attributes of a new record. `CallRecord.__init__` makes the collections, which are each record's own."""

@@ -23,7 +23,7 @@ MODULES = {
 DATA = "data"
 SIDE = "side"
 ROOMS = {
-    "types calls limits messages parts errors aggregate provider _checks _dicts _durations _extras _formats _merging _roots _values _states": DATA,
+    "_tokens types calls limits messages parts errors aggregate provider _checks _dicts _durations _extras _formats _merging _roots _values _states": DATA,
     "_masking _logs _abandoned _loops _plugins _schema _threads _yaml functions signals": SIDE,
     "config": "config",
     "target": "target",
@@ -36,6 +36,7 @@ ROOMS = {
     "pipeline": "pipeline",
     "registry _settings": "registry",
     "stores": "stores",
+    "prices": "prices",
     "llm": "llm",
     "testing": "testing",
     "cli": "cli",
@@ -60,8 +61,9 @@ ARROWS = {
     "config": BASE,
     "telemetry": {"flow", *BASE},
     "drivers": {"flow", *BASE},
-    "middleware": {"flow", "telemetry", "stores", "target", *BASE},
+    "middleware": {"flow", "telemetry", "stores", "prices", "target", *BASE},
     "stores": BASE,
+    "prices": BASE,
     "services": {DATA},
     "dialects": {DATA},
     "http": {"dialects", "config", *BASE},

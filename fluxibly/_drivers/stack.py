@@ -110,6 +110,8 @@ class Stack:
             if isinstance(layer, type):
                 raise TypeError(f"a middleware is an object; {layer.__name__} is a class: write {layer.__name__}()")
         self._run = compose(self.middleware)
+        self.counts_spent = any(getattr(layer, "counts_spent", False) is True for layer in self.middleware)
+        """Whether a layer counts what every attempt spends, of other layers too."""
         self.simulates_stream = any(getattr(layer, "simulates_stream", False) is True for layer in self.middleware)
         """Whether a provider without `stream` answers a stream with its whole answer, because a layer asks for that."""
 
@@ -142,6 +144,8 @@ class Stack:
         call.layers = self.middleware
         call.clock = self._now
         call.started_at = self._now()
+        if self.counts_spent:
+            call.when_spent = []
         if streaming:
             call.streaming = True
             call.restarts = restarts

@@ -9,9 +9,10 @@ from types import CodeType, CoroutineType, FunctionType, GeneratorType
 from typing import Any, TypeGuard, cast
 
 from fluxibly._checks import kind_of
+from fluxibly._tokens import guessed_usage
 from fluxibly.aggregate import Aggregator
 from fluxibly.calls import CallRecord, Spent
-from fluxibly.errors import DeadlineExceeded, interrupted
+from fluxibly.errors import DeadlineExceeded, ProviderError, interrupted
 from fluxibly.flow.effects import END, CallNext, Flow, Middleware, More, Perform, Release, Send, Source
 from fluxibly.provider import pieces_of_stream, unmarked
 from fluxibly.types import Attempt, Chunk, ProviderInfo, Request, Response, unobserved
@@ -140,7 +141,8 @@ def send(request: Request) -> Flow[Response]:
             call.attempts -= 1
             call.sending = None
             raise
-        call.spent.append(_spent(Spent, (call.provider, call.sent_model, call.usage)))
+        refused = isinstance(error, ProviderError) and error.status is not None and call.usage is None
+        _note_spent(call, request, partial, error, refused=refused)
         if not isinstance(error, Exception):
             raise
         call.sending = None
@@ -159,7 +161,7 @@ def send(request: Request) -> Flow[Response]:
         call.usage = response.usage
         call.finish_reason = response.finish_reason
         call.sending = None
-        call.spent.append(_spent(Spent, (call.provider, call.sent_model, response.usage)))
+        _note_spent(call, request, response, None)
         if attempts:
             for attempt in attempts:
                 attempt.end(response, None, sent=True)
@@ -169,6 +171,21 @@ def send(request: Request) -> Flow[Response]:
             call.attempt_times.append(call.clock() - start)
         if claimed is not None and call.claim is not None:
             call.claim.leave(claimed)
+
+
+def _note_spent(
+    call: CallRecord, request: Request, answer: Response | None, error: BaseException | None, *, refused: bool = False
+) -> None:
+    """Add an attempt to what the call has spent. `answer` is the part that came, if there is an error."""
+    usage, guess = call.usage, None
+    counts = call.when_spent
+    if counts is not None and (usage is None or error is not None):
+        guess = guessed_usage(request, answer, usage, error)
+    answered = None if answer is None else answer.model
+    call.spent.append(_spent(Spent, (call.provider, call.sent_model, usage, answered, refused, guess)))
+    if counts:
+        for count in counts:
+            count(call)
 
 
 def _turn_to(call: CallRecord, target: object) -> Flow[None]:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from fluxibly._checks import number
+from fluxibly._tokens import BYTES_A_TOKEN, bytes_of, size_of
 from fluxibly.flow.verbs import discard
-from fluxibly.types import Request, Text, Usage
+from fluxibly.types import Request, Usage
 
-_BYTES_A_TOKEN = 3.5
-"""As measured for common tokenizers: English has more, other scripts and JSON have less."""
 FIRST_OUTPUT = 256.0
 """The output tokens that are expected before any call has shown how many there are."""
 _MEMORY = 50
@@ -25,7 +24,7 @@ class _Learned:
 
     def __init__(self, output: float) -> None:
         self.calls = 0
-        self.input_per_byte = 1 / _BYTES_A_TOKEN
+        self.input_per_byte = 1 / BYTES_A_TOKEN
         self.output = output
 
 
@@ -69,7 +68,7 @@ class Estimate:
             return 0.0
         usage = usage or Usage()
         input_tokens = self.input if usage.input_tokens is None else usage.input_tokens
-        return input_tokens + max(bytes_of(text) / _BYTES_A_TOKEN, usage.output_tokens or 0)
+        return input_tokens + max(bytes_of(text) / BYTES_A_TOKEN, usage.output_tokens or 0)
 
 
 class Estimates:
@@ -110,21 +109,3 @@ class Estimates:
             discard(total)
             raise TypeError(f"{self._middleware}: {wrong}")
         return Estimate(learned, size, min(input_tokens, total), total)
-
-
-def size_of(request: Request) -> int:
-    """Return the bytes of a request's texts and tools. Media are not counted: what they take is learned with the rest."""
-    size = 0
-    for message in request.messages:
-        for part in message.content:
-            if isinstance(part, Text):
-                text = part.text
-                size += len(text) if text.isascii() else bytes_of(text)
-    for tool in request.tools:
-        size += len(tool.description or "") + len(repr(tool.parameters))
-    return size
-
-
-def bytes_of(text: str) -> int:
-    """Return the bytes of a text, which may have half a surrogate pair."""
-    return len(text) if text.isascii() else len(text.encode(errors="surrogatepass"))

@@ -48,8 +48,8 @@ def name_of(info: ProviderInfo, request: Request, by: By) -> str:
     return info.key if by == "provider" else text_of(by(request))
 
 
-def text_of(key: object) -> str:
-    """Return the text of a key that the user's function has returned.
+def text_of(key: object, name: str = "by") -> str:
+    """Return the text of a key that the user's function has returned. `name` is the setting's.
 
     Raises:
         TypeError: its text is another for each call, so calls would share nothing.
@@ -59,7 +59,7 @@ def text_of(key: object) -> str:
     kind = type(key)
     if is_unfinished(key) or (kind.__str__ is object.__str__ and kind.__repr__ is object.__repr__):
         discard(key)
-        raise TypeError(f"by: expected a key from its function, such as a str or a number, got {kind_of(key)}")
+        raise TypeError(f"{name}: expected a key from its function, such as a str or a number, got {kind_of(key)}")
     return str(key)
 
 

@@ -18,6 +18,7 @@ from support.calling import REQUEST, call
 from support.simulation import Reply, Simulation
 
 from fluxibly import LLM, race, register_function
+from fluxibly._tokens import bytes_of, size_of
 from fluxibly.errors import (
     ConfigError,
     Overloaded,
@@ -27,7 +28,6 @@ from fluxibly.errors import (
     StreamInterrupted,
     root_cause,
 )
-from fluxibly.middleware._estimates import bytes_of, size_of
 from fluxibly.middleware._rate_headers import told_limits
 from fluxibly.middleware.rate_limit import RateLimit
 from fluxibly.middleware.retry import Retry
