@@ -21,7 +21,10 @@ from fluxibly.errors import ConfigError
 
 GivenPrices: TypeAlias = Mapping[str, tuple[float, float]]
 """US dollars for a million tokens of input and of output, by model."""
+_FREE = Decimal(0)
 _MILLION = Decimal(1_000_000)
+_NANO = 1_000_000_000
+_ROUNDING = 1e-6
 _MOST = 1_000
 """The most models whose prices are kept."""
 
@@ -33,6 +36,9 @@ class FlatPrice(NamedTuple):
     output: Decimal
     cached: Decimal
     cache_write: Decimal
+    nano_input: float
+    nano_output: float
+    """The same in billionths of a dollar."""
 
     def cost(self, usage: Usage) -> Decimal | None:
         """Return what tokens cost; None if the service did not count them all."""
@@ -44,6 +50,18 @@ class FlatPrice(NamedTuple):
         if usage.cache_write_tokens:
             cost += usage.cache_write_tokens * (self.cache_write - self.input)
         return cost
+
+    def nano(self, taken: float, given: float, usage: Usage | None = None) -> float:
+        """Return what tokens of input and of output cost, in whole billionths of a dollar, rounded up.
+
+        Args:
+            usage: says how many tokens of the input were cached.
+        """
+        nano = taken * self.nano_input + given * self.nano_output
+        if usage is not None and (usage.cached_tokens or usage.cache_write_tokens):
+            nano += (usage.cached_tokens or 0) * float((self.cached - self.input) * _NANO)
+            nano += (usage.cache_write_tokens or 0) * float((self.cache_write - self.input) * _NANO)
+        return float(math.ceil(nano - _ROUNDING))
 
 
 class _LibraryPrice(NamedTuple):
@@ -57,6 +75,17 @@ class _LibraryPrice(NamedTuple):
         return (
             None if usage.input_tokens is None or usage.output_tokens is None else _ask(self.model, self.service, usage)
         )
+
+    def nano(self, taken: float, given: float, usage: Usage | None = None) -> float:
+        """Do as `FlatPrice.nano`."""
+        cached, written = (None, None) if usage is None else (usage.cached_tokens, usage.cache_write_tokens)
+        counts = Usage(
+            input_tokens=math.ceil(taken),
+            output_tokens=math.ceil(given),
+            cached_tokens=cached,
+            cache_write_tokens=written,
+        )
+        return float(math.ceil((self.cost(counts) or _FREE) * _NANO))
 
 
 Price: TypeAlias = FlatPrice | _LibraryPrice
@@ -110,9 +139,10 @@ class Prices:
         """Whether the package has to be imported for the prices of attempts, which takes half a second (`load`)."""
         if self.is_loaded:
             return False
-        return any(
-            not self.is_given(each.provider, each.model, each.answered) for each in spent if each.usage is not None
-        )
+        for each in spent:
+            if each.usage is not None and (each.provider.key, each.model, each.answered) not in self._found:
+                return not self.is_given(each.provider, each.model, each.answered)
+        return False
 
     def is_given(self, info: ProviderInfo, model: str, answered: str | None = None) -> bool:
         """Whether the user has given the price of a model, or there is none to look up."""
@@ -123,6 +153,10 @@ class Prices:
         import genai_prices
 
         _loaded[:] = [genai_prices]
+
+    def kept(self, info: ProviderInfo, model: str) -> Price | None:
+        """Return the price of a model if it is known and has been asked for before."""
+        return self._found.get((info.key, model, None))
 
     def of(self, info: ProviderInfo, model: str, answered: str | None = None) -> Price | None:
         """Return the price of a model, or None if it is not known.
@@ -179,7 +213,6 @@ class Prices:
         )
 
 
-_FREE = Decimal(0)
 _UNKNOWN = object()
 _loaded: list[Any] = []
 
@@ -194,7 +227,8 @@ def _flat(
     """Return a price of dollars for a million tokens. Cached tokens cost what others do, unless they have a price."""
     cached = price if cached is None else cached
     cache_write = price if cache_write is None else cache_write
-    return FlatPrice(*(each / _MILLION for each in (price, output, cached, cache_write)))
+    one, other = price / _MILLION, output / _MILLION
+    return FlatPrice(one, other, cached / _MILLION, cache_write / _MILLION, float(one * _NANO), float(other * _NANO))
 
 
 def _names(info: ProviderInfo, model: str, answered: str | None) -> list[str]:
@@ -286,8 +320,3 @@ def _calculated(model: str, service: str, usage: Usage) -> Any:
         return package.calc_price(package.Usage(**known), model, provider_id=service)
     except (LookupError, ValueError):
         return None
-
-
-def nano_dollars(cost: Decimal) -> int:
-    """Return a cost in whole billionths of a dollar, rounded up, which add up without errors."""
-    return math.ceil(cost * 1_000_000_000)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
-from decimal import Decimal
 
 import pytest
 from genai_prices import Usage as PricedUsage, calc_price
@@ -12,8 +12,7 @@ from hypothesis import given, settings, strategies as st
 
 from fluxibly._logs import forget_reports
 from fluxibly.calls import ProviderInfo, Spent, Usage
-from fluxibly.errors import ConfigError
-from fluxibly.prices import FlatPrice, Prices, check_prices, nano_dollars
+from fluxibly.prices import FlatPrice, Prices, check_prices
 
 
 def info(framework, service=None, address="api.example.com", **fields):
@@ -163,12 +162,20 @@ class TestAttempts:
 
 
 def test_nano_dollars_are_whole_and_rounded_up():
-    assert [nano_dollars(Decimal(each)) for each in ("0", "0.0000000001", "0.000000002", "1.5")] == [
+    """So they add up without errors, and never to too little."""
+    prices = Prices({"m": (0.15, 0.6), "free": (0, 0)}, "Cost")
+    price = prices.of(OPENAI, "m")
+    assert [price.nano(*tokens) for tokens in ((0, 0), (1, 0), (2, 0), (1, 1), (1000, 100))] == [
         0,
-        1,
-        2,
-        1_500_000_000,
+        150,
+        300,
+        750,
+        210_000,
     ]
+    assert Prices({"m": (0.0001, 0)}, "Cost").of(OPENAI, "m").nano(1, 0) == 1
+    for provider, model, _ in KNOWN:
+        price, usage = prices.of(provider, model), Usage(input_tokens=1000, output_tokens=100, cached_tokens=10)
+        assert price.nano(1000, 100, usage) == math.ceil(price.cost(usage) * 1_000_000_000)
 
 
 def test_many_models_do_not_pile_up():

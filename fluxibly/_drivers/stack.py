@@ -175,6 +175,8 @@ class Stack:
         state["elapsed"] = call.clock() - call.started_at
         if call.stats is not None:
             state["stats"] = call.stats
+        if call.cost is not None:
+            state["cost"] = call.cost
         if value.provider is None:
             state["provider"] = call.provider.telemetry_name
         spent = call.spent

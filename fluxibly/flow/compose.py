@@ -161,7 +161,12 @@ def send(request: Request) -> Flow[Response]:
         call.usage = response.usage
         call.finish_reason = response.finish_reason
         call.sending = None
-        _note_spent(call, request, response, None)
+        if call.when_spent is None:
+            call.spent.append(
+                _spent(Spent, (call.provider, call.sent_model, response.usage, response.model, False, None))
+            )
+        else:
+            _note_spent(call, request, response, None)
         if attempts:
             for attempt in attempts:
                 attempt.end(response, None, sent=True)

@@ -169,7 +169,7 @@ def _asked(
         yield AskEnd(request)
     if response.provider is None:
         response = response.evolve(provider=call.provider.telemetry_name)
-    return response.evolve(total_usage=Usage.sum([spent.usage for spent in call.spent[before:]]))
+    return response.evolve(total_usage=Usage.sum([spent.usage for spent in call.spent[before:]]), cost=call.cost)
 
 
 class _Nested(Relay):

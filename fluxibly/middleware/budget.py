@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from decimal import Decimal
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -23,13 +22,12 @@ from fluxibly.functions import check_function, find_function
 from fluxibly.middleware._estimates import FIRST_OUTPUT, Estimate, Estimates
 from fluxibly.middleware._keys import text_of, whom
 from fluxibly.middleware._shared import ON_STORE_ERROR, OnStoreError, Shared, run_later
-from fluxibly.prices import GivenPrices, Price, Prices, check_prices, nano_dollars
+from fluxibly.prices import GivenPrices, Price, Prices, check_prices
 from fluxibly.stores import Store, to_store
 from fluxibly.types import CallRecord, Chunk, ProviderInfo, Request, Response, Usage
 
 _optional = attrs.validators.optional
 Scope: TypeAlias = Literal["instance", "call"] | Callable[[Request], object]
-_FREE = Decimal(0)
 _NANO = 1_000_000_000
 _FORGOTTEN = 0.998
 """The share of `per` after which a store may have forgotten a reservation, because it adds up what came at nearly one time."""
@@ -71,28 +69,36 @@ class _Limit(NamedTuple):
 
 
 class _InCall:
-    """What one budget knows of one call. The call's branches and `ask`s share it."""
+    """What one budget knows of one call. The call's branches and `ask`s share it.
 
-    def __init__(self, key: str) -> None:
-        self.key = key
+    Args:
+        keys: the keys of the sums, one for each limit.
+    """
+
+    __slots__ = ("counted", "keys", "sums", "under_way")
+
+    def __init__(self, keys: tuple[str, ...]) -> None:
+        self.keys = keys
         self.counted = 0
         """The entries of `CallRecord.spent` that are counted."""
         self.under_way = 0
         """The attempts that hold a reservation."""
         self.sums: dict[str, float] = {}
-        """What the call itself has spent, by unit, for a budget of each call."""
+        """What the call itself has spent, for a budget of each call."""
 
-    def add(self, unit: str, amount: float, most: float | None) -> float | None:
+    def add(self, key: str, amount: float, most: float | None) -> float | None:
         """Do as `Store.add`."""
-        total = self.sums.get(unit, 0.0) + amount
+        total = self.sums.get(key, 0.0) + amount
         if amount >= 0 and most is not None and total > most:
             return None
-        self.sums[unit] = total
+        self.sums[key] = total
         return total
 
 
 class _Use:
     """The reservation of one attempt."""
+
+    __slots__ = ("began", "estimate", "info", "of_call", "output", "price", "request", "reserved")
 
     def __init__(self, request: Request, info: ProviderInfo, of_call: _InCall, estimate: Estimate) -> None:
         self.request = request
@@ -101,7 +107,7 @@ class _Use:
         self.estimate = estimate
         self.price: Price | None = None
         self.began = request.call.clock()
-        self.reserved: dict[str, float] = {}
+        self.reserved: list[float] = []
         """The amount that is reserved of each limit."""
         self.output = estimate.total - estimate.input
         """The tokens of output that the reservation is for."""
@@ -155,6 +161,10 @@ class Budget:
     _limits: tuple[_Limit, ...] = attrs.field(init=False, repr=False)
     _prices: Prices | None = attrs.field(init=False, repr=False)
     """None: the budget is one of tokens alone."""
+    _keys: tuple[str, ...] = attrs.field(init=False, repr=False)
+    """The keys of the sums, unless the scope is a function."""
+    _is_local: bool = attrs.field(init=False, repr=False)
+    """Whether the sums are kept without I/O."""
     _note: str = attrs.field(init=False, repr=False)
     """The name of what this budget notes in the record of a call."""
 
@@ -171,26 +181,33 @@ class Budget:
         if self.cost is not None:
             limits.append(_Limit("dollars", self.cost * _NANO))
         first_output = FIRST_OUTPUT if self.tokens is None else min(FIRST_OUTPUT, self.tokens / 10)
+        shared = Shared(self.store, self.on_store_error, "Budget")
         free = self.unknown == "free"
         made = {
-            "_shared": Shared(self.store, self.on_store_error, "Budget"),
+            "_shared": shared,
             "_estimates": Estimates(None, "Budget", first_output),
             "_limits": tuple(limits),
             "_prices": None if self.cost is None else Prices(self.prices, "Budget", needed=not free),
+            "_is_local": shared.local or self.scope == "call",
             "_note": f"fluxibly.budget.{id(self)}",
         }
         for name, value in made.items():
             object.__setattr__(self, name, value)
+        object.__setattr__(self, "_keys", self._keys_of(self.scope) if isinstance(self.scope, str) else ())
 
     def __call__(self, request: Request, call_next: CallNext) -> Flow[Response]:
         call = request.call
         info = call.info_of(None) if request.target is None else (yield from provider_of(request))
-        use = _Use(request, info, self._in_call(request), self._estimates.of(request, f"{info.key}/{request.model}"))
+        of_call = call.notes.get(self._note) or self._in_call(request)
+        use = _Use(request, info, of_call, self._estimates.of(request, f"{info.key}/{request.model}"))
         if self._prices is not None:
-            use.price = yield from self._price(self._prices, request, info)
+            use.price = self._prices.kept(info, request.model) or (yield from self._price(self._prices, request, info))
         ending = None if self._is_local else run_later(call, self._shared, partial(self._settled, use))
+        of_call.under_way += 1
         try:
-            yield from self._reserve(use)
+            lacking = yield from self._take(use, math.ceil(use.estimate.input), math.ceil(use.output))
+            if lacking is not None:
+                raise (yield from self._refusal(use, lacking))
             flow = call_next(request)
             response = yield from _Meter(self, use).over(flow) if call.streaming else flow
         except BaseException as error:
@@ -207,26 +224,21 @@ class Budget:
             yield from ending.run()
         return response
 
-    @property
-    def _is_local(self) -> bool:
-        """Whether the sums are kept without I/O."""
-        return self._shared.local or self.scope == "call"
-
     def _in_call(self, request: Request) -> _InCall:
-        call = request.call
-        found: _InCall | None = call.notes.get(self._note)
-        if found is None:
-            scope = self.scope
-            key = scope if isinstance(scope, str) else f"of {text_of(scope(request), 'scope')}"
-            found = call.notes[self._note] = _InCall(
-                f"budget {key}" + ("" if self.per is None else f" per {self.per:g}")
-            )
-            if call.when_spent is None:  # the layers of an `ask` are not the call's
-                call.when_spent = []
-            call.when_spent.append(self._when_spent)
-            if not self._is_local:
-                run_later(call, self._shared, partial(self._rest, call))
+        """Return what this budget knows of a call that it meets for the first time."""
+        call, scope = request.call, self.scope
+        keys = self._keys if isinstance(scope, str) else self._keys_of(f"of {text_of(scope(request), 'scope')}")
+        found = call.notes[self._note] = _InCall(keys)
+        if call.when_spent is None:  # the layers of an `ask` are not the call's
+            call.when_spent = []
+        call.when_spent.append(self._when_spent)
+        if not self._is_local:
+            run_later(call, self._shared, partial(self._rest, call))
         return found
+
+    def _keys_of(self, scope: str) -> tuple[str, ...]:
+        per = "" if self.per is None else f" per {self.per:g}"
+        return tuple([f"budget {scope}{per} {limit.unit}" for limit in self._limits])
 
     def _price(self, prices: Prices, request: Request, info: ProviderInfo) -> Flow[Price | None]:
         """Return the price of a request's model, or None if it counts nothing.
@@ -246,33 +258,33 @@ class Budget:
 
     # The sums
 
-    def _add(self, use: _Use, limit: _Limit, amount: float, *, bounded: bool) -> Flow[float | None]:
-        """Add an amount to what is spent, and return the sum. None: it would exceed the limit."""
-        most = limit.most if bounded else None
+    def _take(self, use: _Use, taken: float, given: float) -> Flow[_Limit | None]:
+        """Reserve tokens of input and of output, of each limit, all or nothing. Return the limit of which too little is left."""
+        amounts = self._amounts(taken, given, use.price)
+        for place, limit in enumerate(self._limits):
+            if (yield from self._add(use, place, amounts[place], limit.most)) is None:
+                for before in range(place):
+                    yield from self._add(use, before, -amounts[before], None)
+                return limit
+        use.reserved = (
+            [one + other for one, other in zip(use.reserved, amounts, strict=True)] if use.reserved else amounts
+        )
+        return None
+
+    def _add(self, use: _Use, place: int, amount: float, most: float | None) -> Flow[float | None]:
+        """Add an amount to what is spent of a limit, and return the sum. None: it would exceed `most`."""
         if self._is_local:
-            return self._add_now(use, limit.unit, amount, most)
-        key = f"{use.of_call.key} {limit.unit}"
-        total: float | None = yield from self._shared.ask(use.request.call, "add", key, amount, self.per, most=most)
+            return self._add_now(use, place, amount, most)
+        call, key = use.request.call, use.of_call.keys[place]
+        total: float | None = yield from self._shared.ask(call, "add", key, amount, self.per, most=most)
         return total
 
-    def _add_now(self, use: _Use, unit: str, amount: float, most: float | None = None) -> float | None:
+    def _add_now(self, use: _Use, place: int, amount: float, most: float | None = None) -> float | None:
+        key = use.of_call.keys[place]
         if self.scope == "call":
-            return use.of_call.add(unit, amount, most)
-        key = f"{use.of_call.key} {unit}"
+            return use.of_call.add(key, amount, most)
         total: float | None = self._shared.store.add(key, amount, self.per, use.request.call.clock(), most=most)
         return total
-
-    def _reserve(self, use: _Use) -> Flow[None]:
-        """Reserve what an attempt is expected to spend.
-
-        Raises:
-            BudgetExceeded: less is left.
-        """
-        use.of_call.under_way += 1
-        expected = Usage(input_tokens=math.ceil(use.estimate.input), output_tokens=math.ceil(use.output))
-        lacking = yield from self._take(use, expected)
-        if lacking is not None:
-            raise (yield from self._refusal(use, lacking, self._amount(lacking, expected, use.price)))
 
     def extend(self, use: _Use, output: float) -> Flow[None]:
         """Reserve more for a stream whose output has become longer than was expected.
@@ -281,8 +293,7 @@ class Budget:
             BudgetExceeded: too little is left.
         """
         for tokens in (output + _STEP, output):
-            more = Usage(input_tokens=0, output_tokens=math.ceil(tokens - use.output))
-            if (yield from self._take(use, more)) is None:
+            if (yield from self._take(use, 0.0, math.ceil(tokens - use.output))) is None:
                 use.output = tokens
                 return
         log_decision(use.request, "Budget", f"ends the stream: it ran over the budget ({self._numbers()})")
@@ -291,22 +302,10 @@ class Budget:
             "budget, or ask for less with max_tokens"
         )
 
-    def _take(self, use: _Use, expected: Usage) -> Flow[_Limit | None]:
-        """Reserve an amount of each limit, all or nothing. Return the limit of which too little is left."""
-        taken: list[tuple[_Limit, float]] = []
-        for limit in self._limits:
-            amount = self._amount(limit, expected, use.price)
-            if (yield from self._add(use, limit, amount, bounded=True)) is None:
-                for other, given_back in taken:
-                    yield from self._add(use, other, -given_back, bounded=False)
-                    use.reserved[other.unit] -= given_back
-                return limit
-            taken.append((limit, amount))
-            use.reserved[limit.unit] = use.reserved.get(limit.unit, 0.0) + amount
-        return None
-
-    def _refusal(self, use: _Use, limit: _Limit, needed: float) -> Flow[BudgetExceeded]:
-        spent = yield from self._add(use, limit, 0.0, bounded=False)
+    def _refusal(self, use: _Use, limit: _Limit) -> Flow[BudgetExceeded]:
+        place = self._limits.index(limit)
+        needed = self._amounts(math.ceil(use.estimate.input), math.ceil(use.output), use.price)[place]
+        spent = yield from self._add(use, place, 0.0, None)
         left = max(0.0, limit.most - (spent or 0.0))
         why = f"it needs about {limit.said(needed)}, and {limit.said(left)} are left"
         log_decision(use.request, "Budget", f"refuses the call: {why} ({self._numbers()})")
@@ -322,61 +321,66 @@ class Budget:
 
     # What was spent
 
-    def _amount(self, limit: _Limit, usage: Usage, price: Price | None) -> float:
-        if limit.unit == "tokens":
-            return float(usage.total_tokens or 0)
-        if price is None:
-            return 0.0
-        if usage.input_tokens is None or usage.output_tokens is None:
-            usage = attrs.evolve(usage, input_tokens=usage.input_tokens or 0, output_tokens=usage.output_tokens or 0)
-        return float(nano_dollars(price.cost(usage) or _FREE))
-
-    def _uncounted(self, of_call: _InCall, spent: Sequence[Spent]) -> dict[str, float]:
-        """Return the amounts that attempts have spent since they were last counted, and count them."""
-        new = spent[of_call.counted :]
-        of_call.counted = len(spent)
-        amounts: dict[str, float] = {limit.unit: 0.0 for limit in self._limits}
-        for each in new:
-            usage = each.guess or each.usage
-            if usage is not None and not each.refused:
-                prices, price = self._prices, None
-                if prices is not None:
-                    price = prices.of(each.provider, each.model, each.answered)
-                    if price is None and self.unknown == "raise":  # one that was not made through this layer
-                        prices.report(each)
-                for limit in self._limits:
-                    amounts[limit.unit] += self._amount(limit, usage, price)
+    def _amounts(self, taken: float, given: float, price: Price | None, usage: Usage | None = None) -> list[float]:
+        """Return what tokens of input and of output take of each limit. `usage` says how many of the input were cached."""
+        amounts: list[float] = []
+        if self.tokens is not None:
+            amounts.append(taken + given)
+        if self.cost is not None:
+            amounts.append(0.0 if price is None else price.nano(taken, given, usage))
         return amounts
 
-    def _changes(self, use: _Use) -> dict[str, float]:
+    def _uncounted(self, of_call: _InCall, spent: Sequence[Spent]) -> list[float]:
+        """Return the amounts that attempts have spent since they were last counted, and count them."""
+        totals = [0.0] * len(self._limits)
+        for each in spent[of_call.counted :]:
+            usage = each.guess or each.usage
+            if usage is not None and not each.refused:
+                price = None if self._prices is None else self._price_of(self._prices, each)
+                amounts = self._amounts(usage.input_tokens or 0, usage.output_tokens or 0, price, usage)
+                totals = [one + other for one, other in zip(totals, amounts, strict=True)]
+        of_call.counted = len(spent)
+        return totals
+
+    def _price_of(self, prices: Prices, spent: Spent) -> Price | None:
+        """Return the price of an attempt, which may be one that was not made through this layer."""
+        price = prices.of(spent.provider, spent.model, spent.answered)
+        if price is None and self.unknown == "raise":
+            prices.report(spent)
+        return price
+
+    def _changes(self, use: _Use) -> list[float]:
         """Return the changes of the sums that put what was spent in place of what was reserved."""
         call, of_call = use.request.call, use.of_call
         of_call.under_way -= 1
-        # What was reserved so long ago is forgotten already.
-        late = self.per is not None and call.clock() - use.began >= _FORGOTTEN * self.per
         changes = self._uncounted(of_call, call.spent)
-        for unit, amount in use.reserved.items():
-            changes[unit] -= 0.0 if late else amount
+        # What was reserved long ago is forgotten already.
+        if use.reserved and (self.per is None or call.clock() - use.began < _FORGOTTEN * self.per):
+            return [change - amount for change, amount in zip(changes, use.reserved, strict=True)]
         return changes
+
+    def _settle_now(self, use: _Use) -> None:
+        for place, change in enumerate(self._changes(use)):
+            if change:
+                self._add_now(use, place, change)
 
     def _settled(self, use: _Use) -> list[tuple[Any, ...]]:
         """Return the changes as calls of the store's methods."""
         return self._additions(use.of_call, self._changes(use))
 
-    def _additions(self, of_call: _InCall, changes: Mapping[str, float]) -> list[tuple[Any, ...]]:
-        return [("add", f"{of_call.key} {unit}", change, self.per) for unit, change in changes.items() if change]
-
-    def _settle_now(self, use: _Use) -> None:
-        for unit, amount in self._changes(use).items():
-            if amount:
-                self._add_now(use, unit, amount)
+    def _additions(self, of_call: _InCall, changes: Sequence[float]) -> list[tuple[Any, ...]]:
+        return [("add", key, change, self.per) for key, change in zip(of_call.keys, changes, strict=True) if change]
 
     def _when_spent(self, call: CallRecord) -> None:
         """Count an attempt that was not made through this layer, such as a judge's after the answer."""
         of_call: _InCall | None = call.notes.get(self._note)
-        if of_call is not None and not of_call.under_way and self._shared.local and self.scope != "call":
-            for unit, amount in self._uncounted(of_call, call.spent).items():
-                self._shared.store.add(f"{of_call.key} {unit}", amount, self.per, call.clock())
+        if of_call is None or of_call.under_way or not self._is_local:
+            return
+        for key, amount in zip(of_call.keys, self._uncounted(of_call, call.spent), strict=True):
+            if self.scope == "call":
+                of_call.add(key, amount, None)
+            else:
+                self._shared.store.add(key, amount, self.per, call.clock())
 
     def _rest(self, call: CallRecord) -> list[tuple[Any, ...]]:
         """Do as `_when_spent` at the end of a call, with a store that does I/O."""

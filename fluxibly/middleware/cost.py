@@ -60,15 +60,14 @@ class Cost:
         if self._prices.must_load(spent):
             yield from perform(self._prices.load)
         self._count(call, spent)
-        return response if response.cost == call.cost else response.evolve(cost=call.cost)
+        return response
 
     def _count(self, call: CallRecord, spent: Sequence[Spent]) -> None:
         """Find the cost of attempts, and keep it in the record of their call."""
-        if len(spent) == 1:
+        if len(spent) == 1:  # as nearly always
             only = spent[0]
             call.cost = cost = self._prices.cost_of(only)
-            if cost is not None:
-                call.costs = {(only.provider, only.model): cost}
+            call.costs = {} if cost is None else {(only.provider, only.model): cost}
             return
         costs: dict[tuple[ProviderInfo, str], Decimal] = {}
         total: Decimal | None = Decimal(0)
