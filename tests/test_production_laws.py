@@ -22,6 +22,7 @@ from support.stores import METHODS, SlowStore
 from support.strategies import check_rate
 
 from fluxibly._logs import logger
+from fluxibly.calls import Spent
 from fluxibly.errors import (
     BadRequest,
     ConnectionFailed,
@@ -33,6 +34,7 @@ from fluxibly.errors import (
 )
 from fluxibly.middleware import (
     Balance,
+    Budget,
     CircuitBreaker,
     Concurrency,
     Deadline,
@@ -306,6 +308,37 @@ class Placing(Queueing):
         assert not any(self.at_once.values())
 
 
+class Spending(Watched):
+    """`Budget`: what is reserved never exceeds it, and what is counted in the end is what was spent."""
+
+    def __init__(self, layer):
+        super().__init__(layer)
+        self.spent: dict[int, list[Spent]] = {}
+        """The list of each call, which its branches share."""
+
+    def arrives(self, reached):
+        self.spent[id(reached.request.call.spent)] = reached.request.call.spent
+
+    def passes(self, reached, asked, now):
+        if self.is_near:
+            assert self.total(now) <= self.layer.tokens
+
+    def total(self, now):
+        per = self.layer.per
+        key = f"budget instance{'' if per is None else f' per {per:g}'} tokens"
+        return getattr(self.layer.store, "inner", self.layer.store).add(key, 0.0, per, now)
+
+    def forget(self):
+        super().forget()
+        self.spent.clear()
+
+    def check(self):
+        super().check()
+        if self.layer.per is None and self.spent:
+            entries = [each for spent in self.spent.values() for each in spent]
+            assert self.total(0.0) == sum((each.guess or each.usage).total_tokens for each in entries)
+
+
 TOKENS = 30
 """What each request is estimated at where no token is given back, which is more than it uses."""
 DOWN = (ServerError, Overloaded, ConnectionFailed)
@@ -376,6 +409,13 @@ STACKS = st.tuples(
         on_store_error=ON_STORE_ERROR,
     ),
     maybe(
+        Spending,
+        lambda store, **chosen: Budget(store=store, **chosen),
+        tokens=[100.0, 1000.0, 1e6],
+        per=[None, 5.0, 60.0],
+        on_store_error=ON_STORE_ERROR,
+    ),
+    maybe(
         Rating,
         rate_limit,
         requests=[None, 5.0, 50.0],
@@ -399,7 +439,7 @@ STACKS = st.tuples(
     ),
     maybe(Watched, _of_no_store(StreamTimeout), first_chunk=[None, 1.0, 4.0], idle=[0.3, 1.0]),
 )
-ORDERS = st.none() | st.permutations(range(8))
+ORDERS = st.none() | st.permutations(range(9))
 """None is the documented order."""
 STORES = st.sampled_from([MemoryStore, MemoryStore, MemoryStore, SlowStore])
 

@@ -198,7 +198,9 @@ class Budget:
     def __call__(self, request: Request, call_next: CallNext) -> Flow[Response]:
         call = request.call
         info = call.info_of(None) if request.target is None else (yield from provider_of(request))
-        of_call = call.notes.get(self._note) or self._in_call(request)
+        if call.when_spent is None:  # the layers of an `ask` are not the call's
+            call.when_spent = []
+        of_call = call.notes.get(self._note) or self._in_call(request, call.when_spent)
         use = _Use(request, info, of_call, self._estimates.of(request, f"{info.key}/{request.model}"))
         if self._prices is not None:
             use.price = self._prices.kept(info, request.model) or (yield from self._price(self._prices, request, info))
@@ -224,14 +226,12 @@ class Budget:
             yield from ending.run()
         return response
 
-    def _in_call(self, request: Request) -> _InCall:
+    def _in_call(self, request: Request, counts: list[Callable[[CallRecord], object]]) -> _InCall:
         """Return what this budget knows of a call that it meets for the first time."""
         call, scope = request.call, self.scope
         keys = self._keys if isinstance(scope, str) else self._keys_of(f"of {text_of(scope(request), 'scope')}")
         found = call.notes[self._note] = _InCall(keys)
-        if call.when_spent is None:  # the layers of an `ask` are not the call's
-            call.when_spent = []
-        call.when_spent.append(self._when_spent)
+        counts.append(self._when_spent)
         if not self._is_local:
             run_later(call, self._shared, partial(self._rest, call))
         return found
