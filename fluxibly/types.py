@@ -660,7 +660,8 @@ _WORDS_OF_CHUNK = ("finish_reason", "raw_finish_reason", "model", "id", "request
 
 def _set_fields(value: Any) -> dict[str, Any]:
     """Return the fields of an object of attrs that differ from their defaults."""
-    fields = [(field.name, field.default) for field in attrs.fields(type(value))]
+    kind: Any = type(value)
+    fields = [(field.name, field.default) for field in attrs.fields(kind)]
     return {name: found for name, default in fields if (found := getattr(value, name)) != default}
 
 

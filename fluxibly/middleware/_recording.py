@@ -9,7 +9,7 @@ from __future__ import annotations
 import builtins
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
@@ -129,7 +129,7 @@ class RecordingFile:
                 os.close(descriptor)
 
     @contextmanager
-    def _locked(self, descriptor: int) -> Iterator[None]:
+    def _locked(self, descriptor: int) -> Generator[None]:
         """Keep other processes out, where the system can. Within itself, it would wait for ever."""
         fcntl: Any = None
         with suppress(ImportError):  # as on Windows
@@ -244,8 +244,8 @@ class Exchange:
             found is None or is_mapping(found) for found in (self._answer, self._error)
         ):
             raise self._wrong("expected a list as chunks, and tables as answer and error")
-        self._items: list[Any] = chunks or []
-        self._made: tuple[Sequence[Chunk], Response] | None = None
+        self._items: list[Any] | None = chunks
+        self._made: tuple[Sequence[Chunk] | None, Response] | None = None
 
     @property
     def is_whole(self) -> bool:
@@ -258,27 +258,27 @@ class Exchange:
         return self._error is not None
 
     @property
-    def chunks(self) -> Sequence[Chunk]:
-        """The chunks that came; none if the answer came whole."""
+    def chunks(self) -> Sequence[Chunk] | None:
+        """The chunks that came; None if the answer came whole, or nothing before an error."""
         return self._parts()[0]
 
     def response(self) -> Response:
         """Return the answer, or what had come of it, as a response that nobody else has."""
         return self._parts()[1].evolve()
 
-    def _parts(self) -> tuple[Sequence[Chunk], Response]:
+    def _parts(self) -> tuple[Sequence[Chunk] | None, Response]:
         if self._made is None:  # two threads may both make them, to the same effect
             chunks: list[Chunk] = []
             answer = Aggregator()
             try:
-                for number, item in enumerate(self._items):
+                for number, item in enumerate(self._items or ()):
                     chunk = _chunk(item, number)
                     chunks.append(chunk)
                     answer.add(chunk)
                 response = answer.response() if self._answer is None else Response.from_dict(self._answer)
             except (TypeError, ValueError) as error:
                 raise self._wrong(str(error)) from None
-            self._made = chunks, response
+            self._made = None if self._items is None else chunks, response
         return self._made
 
     def error(self) -> tuple[Exception, bool]:
@@ -661,10 +661,8 @@ class Recorder:
         key = request_key(request, self._info) if self._key is None else self._key
         fields: dict[str, Any] = {"version": VERSION, "key": key, "request": request_fields(request, self._info)}
         arrivals = self._arrivals
-        if (
-            arrivals is not None
-            and arrivals.all
-            and (arrivals.has_output or response is None or not response.has_output)
+        if arrivals is not None and (
+            arrivals.all if response is None else arrivals.has_output or not response.has_output
         ):
             fields["chunks"] = [*map(self._item, arrivals.all, arrivals.times)]
         if error is not None:

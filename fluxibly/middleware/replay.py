@@ -8,7 +8,7 @@ import attrs
 
 from fluxibly._checks import one_of, validator
 from fluxibly._logs import log_decision, report_once
-from fluxibly.aggregate import Aggregator, as_chunks
+from fluxibly.aggregate import as_chunks
 from fluxibly.errors import NotRecorded, interrupted
 from fluxibly.flow import CallNext, Flow, perform, provider_of
 from fluxibly.flow.effects import More, Release
@@ -103,7 +103,9 @@ class Replay:
         response = exchange.response()
         chunks = exchange.chunks
         if call.streaming:
-            for chunk in chunks or (() if exchange.failed else as_chunks(response)):
+            if chunks is None:
+                chunks = as_chunks(response) if response.has_output or response.added else ()
+            for chunk in chunks:
                 yield More(chunk)
         if not exchange.is_whole:
             raise NotRecorded(
@@ -116,12 +118,9 @@ class Replay:
         if not call.streaming:
             raise error
         yield Release(request)  # as after every attempt of a stream that has failed
-        answer = Aggregator()
-        for chunk in chunks:
-            answer.add(chunk)
-        if not (in_stream and any(chunk.has_output for chunk in chunks)):
+        if not (in_stream and any(chunk.has_output for chunk in chunks or ())):
             raise error
-        call.interruption = interrupted(request, answer.response(), error)
+        call.interruption = interrupted(request, response, error)
         raise call.interruption from error
 
     def _not_recorded(self, request: Request, info: ProviderInfo, problem: str) -> NotRecorded:
@@ -137,7 +136,7 @@ class Replay:
         differs = (
             f"differs in {' and '.join(filter(None, (', '.join(shown[:-1]), shown[-1])))}"
             if shown
-            else ("differs only in what is not shown there: the provider's configuration, or a secret")
+            else "differs only in what is not shown there: the provider's configuration, or a secret"
         )
         return NotRecorded(f"Replay: {what}; the nearest ({nearest.place}) {differs}; {self._advice()}")
 

@@ -42,7 +42,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def recording(request: pytest.FixtureRequest) -> Record | Replay:
     """A middleware that answers the test's calls from its recording, or records them; see `--llm-record`."""
     file = recording_of(request.node)
-    which: str = request.config.getoption("--llm-record")
+    which = request.config.getoption("--llm-record")
     if which == "none":
         return _Recorded(file)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -62,13 +62,14 @@ class _Recorded(Replay):
 def recording_of(test: pytest.Item) -> Path:
     """Return the file of a test's recording: `recordings/MODULE/TEST.jsonl` beside its module.
 
-    The name is safe on every file system, and no other test of the module has it.
+    The name is safe on every file system.
     """
     whole = ".".join(test.nodeid.split("::")[1:])
     name, bracket, parameters = whole.partition("[")
     parameters = parameters.removesuffix("]")
-    safe = re.sub(r"[^A-Za-z0-9_.-]", "_", f"{name}-{parameters}" if bracket else name)[:_LONGEST].rstrip(".")
-    # Ids may differ only in what is replaced or cut here, or in upper and lower case.
-    if not safe.endswith(parameters) or parameters != parameters.lower() or len(safe) == _LONGEST:
+    plain = f"{name}-{parameters}" if bracket else name
+    safe = re.sub(r"[^A-Za-z0-9_.-]", "_", plain)[:_LONGEST].rstrip(".")
+    # Names may differ only in what is replaced or cut here, and parameters also in upper and lower case.
+    if safe != plain or parameters != parameters.lower():
         safe += f"-{sha256(whole.encode()).hexdigest()[:8]}"
     return test.path.parent / "recordings" / test.path.stem / f"{safe}.jsonl"
