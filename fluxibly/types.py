@@ -658,7 +658,7 @@ class Chunk(Value):
 _WORDS_OF_CHUNK = ("finish_reason", "raw_finish_reason", "model", "id", "request_id")
 
 
-def _set_fields(value: Any) -> dict[str, Any]:
+def _set_fields(value: object) -> dict[str, Any]:
     """Return the fields of an object of attrs that differ from their defaults."""
     kind: Any = type(value)
     fields = [(field.name, field.default) for field in attrs.fields(kind)]

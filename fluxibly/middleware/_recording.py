@@ -414,7 +414,11 @@ _SETTINGS = (
 
 
 def request_fields(request: Request, info: ProviderInfo) -> dict[str, Any]:
-    """Return what a line says of a request. Secret headers are left out, and secrets in `extra` masked."""
+    """Return what a line says of a request. Secret headers are left out, and secrets in `extra` masked.
+
+    Raises:
+        TypeError: the request has something that JSON does not have. (Some of that has a key.)
+    """
     found: dict[str, Any] = {
         "provider": info.key,
         "model": request.model,
@@ -435,7 +439,10 @@ def request_fields(request: Request, info: ProviderInfo) -> dict[str, Any]:
     headers = {name.lower(): value for name, value in request.headers.items() if not is_secret(name)}
     if headers:
         found["headers"] = dict(sorted(headers.items()))
-    return cast("dict[str, Any]", plain(found, request))
+    try:
+        return cast("dict[str, Any]", plain(found, request))
+    except TypeError as error:
+        raise TypeError(f"the request: {str(error).partition(': ')[2]}") from None
 
 
 _OF_THE_CALL = ("elapsed", "stats", "total_usage", "cost", "cache_hit")
@@ -658,8 +665,9 @@ class Recorder:
     def _fields(self) -> dict[str, Any]:
         """Return the exchange as JSON values, in the order in which a person reads them."""
         request, error, response = self._request, self._error, self._response
+        asked = request_fields(request, self._info)
         key = request_key(request, self._info) if self._key is None else self._key
-        fields: dict[str, Any] = {"version": VERSION, "key": key, "request": request_fields(request, self._info)}
+        fields: dict[str, Any] = {"version": VERSION, "key": key, "request": asked}
         arrivals = self._arrivals
         if arrivals is not None and (
             arrivals.all if response is None else arrivals.has_output or not response.has_output

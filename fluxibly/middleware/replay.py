@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 import attrs
 
 from fluxibly._checks import one_of, validator
-from fluxibly._logs import log_decision, report_once
+from fluxibly._logs import log_decision
 from fluxibly.aggregate import as_chunks
 from fluxibly.errors import NotRecorded, interrupted
 from fluxibly.flow import CallNext, Flow, perform, provider_of
@@ -76,15 +76,12 @@ class Replay:
         if not self._exchanges.loaded:
             yield from perform(self._load)
         info = yield from provider_of(request)
-        key, problem = _key_of(request, info)
+        key = _key_of(request, info)
         exchange = None if key is None else self._exchanges.take(key)
         if exchange is not None:
             return (yield from self._replayed(request, exchange))
         if self.missing == "error":
-            raise self._not_recorded(request, info, problem)
-        if key is None:
-            report_once(f"keyless {self._file.path}", f"Replay sends a call, and does not record it: {problem}")
-            return (yield from call_next(request))
+            raise self._not_recorded(request, info)
         log_decision(request, "Replay", f"asks, because {self.file!r} has no recording of the request")
         recorder = Recorder(request, info, self._file, key=key, exchanges=self._exchanges)
         return (yield from recorder.over(call_next))
@@ -123,12 +120,14 @@ class Replay:
         call.interruption = interrupted(request, response, error)
         raise call.interruption from error
 
-    def _not_recorded(self, request: Request, info: ProviderInfo, problem: str) -> NotRecorded:
+    def _not_recorded(self, request: Request, info: ProviderInfo) -> NotRecorded:
         """Return the error for a request that is not recorded. It quotes no content."""
-        if problem:
-            return NotRecorded(f"Replay: a request to {request.model} cannot have been recorded: {problem}")
+        try:
+            fields = request_fields(request, info)
+        except TypeError as error:
+            return NotRecorded(f"Replay: a call of {request.model} cannot have been recorded: {error}")
         what = f"{self.file!r} has no recording of this request to {request.model} at {info.key}"
-        found = self._exchanges.nearest(request_fields(request, info))
+        found = self._exchanges.nearest(fields)
         if found is None:
             return NotRecorded(f"Replay: {what}, nor of any other; {self._advice()}")
         nearest, names = found
@@ -141,9 +140,9 @@ class Replay:
         return NotRecorded(f"Replay: {what}; the nearest ({nearest.place}) {differs}; {self._advice()}")
 
 
-def _key_of(request: Request, info: ProviderInfo) -> tuple[str | None, str]:
-    """Return the key of a request, or None and why it has none."""
+def _key_of(request: Request, info: ProviderInfo) -> str | None:
+    """Return the key of a request, or None if it has none, and so cannot be recorded."""
     try:
-        return request_key(request, info), ""
-    except TypeError as error:
-        return None, str(error)
+        return request_key(request, info)
+    except TypeError:
+        return None
