@@ -18,7 +18,7 @@ from typing import Any, cast
 
 from fluxibly import errors
 from fluxibly._checks import is_list, is_mapping, is_number, is_secret, is_whole, kind_of, problem, without_secrets
-from fluxibly._dicts import plain
+from fluxibly._dicts import Reader, plain
 from fluxibly._logs import report_once
 from fluxibly._masking import error_message, mask_request, mask_secrets
 from fluxibly._threads import renew_lock_after_fork
@@ -268,14 +268,9 @@ class Exchange:
 
     def _parts(self) -> tuple[Sequence[Chunk] | None, Response]:
         if self._made is None:  # two threads may both make them, to the same effect
-            chunks: list[Chunk] = []
-            answer = Aggregator()
             try:
-                for number, item in enumerate(self._items or ()):
-                    chunk = _chunk(item, number)
-                    chunks.append(chunk)
-                    answer.add(chunk)
-                response = answer.response() if self._answer is None else Response.from_dict(self._answer)
+                chunks = [_chunk(item, number) for number, item in enumerate(self._items or ())]
+                response = _joined(chunks) if self._answer is None else Response.from_dict(self._answer)
             except (TypeError, ValueError) as error:
                 raise self._wrong(str(error)) from None
             self._made = None if self._items is None else chunks, response
@@ -286,7 +281,7 @@ class Exchange:
         try:
             return error_of(self._error or {}, self._parts()[1])
         except (TypeError, ValueError) as error:
-            raise self._wrong(f"error: {error}") from None
+            raise self._wrong(str(error)) from None
 
     def _wrong(self, problem: str) -> ConfigError:
         return ConfigError(f"{self.where}: {problem}")
@@ -297,6 +292,17 @@ def _chunk(item: Any, number: int) -> Chunk:
     if not is_list(item) or len(item) != 2 or not is_number(item[0]):
         raise ValueError(f"chunks[{number}]: expected a list of a time and a chunk, got {kind_of(item)}")
     return Chunk(item[1]) if isinstance(item[1], str) else Chunk.from_dict(item[1])
+
+
+def _joined(chunks: Iterable[Chunk]) -> Response:
+    """Return the response that chunks add up to."""
+    answer = Aggregator()
+    for chunk in chunks:
+        if chunk.text_only:
+            answer.texts.append(chunk.text)
+        else:
+            answer.add(chunk)
+    return answer.response()
 
 
 class Exchanges:
@@ -459,6 +465,21 @@ def answer_fields(response: Response, info: ProviderInfo) -> dict[str, Any]:
     return found
 
 
+_OF_A_PROVIDER = ("status", "code", "retryable", "retry_after", "provider", "model", "request_id")
+_OF_AN_ERROR = (
+    "class",
+    "raised",
+    "message",
+    "interrupted",
+    *_OF_A_PROVIDER,
+    "rate_limits",
+    "phase",
+    "reason",
+    "problem",
+    "response",
+)
+
+
 def error_fields(error: Exception, request: Request) -> dict[str, Any]:
     """Return what a line says of an error. Its message is masked as in logs, and free of the request's secrets."""
     cause = root_cause(error)
@@ -472,8 +493,7 @@ def error_fields(error: Exception, request: Request) -> dict[str, Any]:
         "interrupted": True if cause is not error else None,
     }
     if isinstance(cause, ProviderError):
-        names = ("status", "code", "retryable", "retry_after", "provider", "model", "request_id")
-        found |= {name: getattr(cause, name) for name in names}
+        found |= {name: getattr(cause, name) for name in _OF_A_PROVIDER}
         found["rate_limits"] = dict(cause.rate_limits) or None
     if isinstance(cause, RequestTimeout) and cause.phase != type(cause).phase:
         found["phase"] = cause.phase
@@ -499,43 +519,62 @@ def _secrets(value: object, *, secret: bool = False) -> Iterator[str]:
 
 
 def _known_class(kind: type[BaseException]) -> type[Exception]:
-    """Return the nearest base of a class that every program has: of `fluxibly.errors`, or Python's own."""
+    """Return the nearest base of a class that every program has, of `fluxibly.errors` or Python's own."""
     for base in kind.__mro__:
         if base is Exception:
             break
-        if getattr(errors, base.__name__, None) is base or getattr(builtins, base.__name__, None) is base:
+        if getattr(errors, base.__name__, None) is base or _takes_a_message(base):
             return cast("type[Exception]", base)
     return FluxiblyError
 
 
-def error_of(fields: Mapping[str, Any], partial: Response) -> tuple[Exception, bool]:
-    """Return the error that a line describes, and whether it interrupted a stream. `partial` is what came before it."""
-    name, raised, message = (fields.get(each) for each in ("class", "raised", "message"))
-    text = str(message or "")
-    if raised is not None:
-        text = f"{raised}: {text}"
-    kind: Any = getattr(errors, str(name), None) or getattr(builtins, str(name), None)
+def _takes_a_message(kind: type) -> bool:
+    """Whether a class is Python's own, and made with a message alone."""
+    if getattr(builtins, kind.__name__, None) is not kind:
+        return False
+    try:
+        kind("")
+    except TypeError:
+        return False
+    return True
+
+
+def error_of(given: Mapping[str, Any], partial: Response) -> tuple[Exception, bool]:
+    """Return the error that a line describes, and whether it interrupted a stream. `partial` is what came before it.
+
+    Raises:
+        TypeError: the class is not made with a message alone.
+        ValueError: a field is unknown or of the wrong type. The error names its path.
+    """
+    fields = Reader(given, "error")
+    name, raised, message = fields.needed("class"), fields.text("raised"), fields.text("message", "")
+    is_interruption = fields.take("interrupted", bool, "true or false", default=False)
+    found: dict[str, Any] = {each: fields.text(each) for each in ("code", "provider", "model", "request_id")}
+    found["retryable"] = fields.take("retryable", bool, "true or false")
+    found["status"] = fields.take("status", int, "a whole number")
+    found["retry_after"] = fields.take("retry_after", (int, float), "a number")
+    found["rate_limits"] = fields.table("rate_limits")
+    phase, reason, problem = fields.text("phase"), fields.text("reason", ""), fields.text("problem", "")
+    response = fields.table("response")
+    fields.done(_OF_AN_ERROR)
+    kind: Any = getattr(errors, name, None) or getattr(builtins, name, None)
     if not (isinstance(kind, type) and issubclass(kind, Exception)):
-        kind, text = ProviderError if "retryable" in fields else FluxiblyError, f"{name}: {text}"
+        kind, raised = FluxiblyError if found["retryable"] is None else ProviderError, name
+    text = message if raised is None else f"{raised}: {message}"
     error: Exception
     if issubclass(kind, ProviderError):
-        names = ("retryable", "retry_after", "status", "code", "provider", "model", "request_id", "rate_limits")
-        error = kind(text, **{each: fields[each] for each in names if each in fields})
-        if "phase" in fields:
-            cast("Any", error).phase = fields["phase"]
+        error = kind(text, **found)
+        if phase is not None:
+            cast("Any", error).phase = phase
     elif issubclass(kind, StreamInterrupted):
         error = kind(text, partial=partial)
     elif issubclass(kind, GuardRefused):
-        error = kind(text, reason=str(fields.get("reason", "")))
+        error = kind(text, reason=reason)
     elif issubclass(kind, ResponseInvalid):
-        response = Response.from_dict(fields.get("response") or {})
-        error = kind(text, response=response, problem=str(fields.get("problem", "")))
+        error = kind(text, response=Response.from_dict(response or {}), problem=problem)
     else:
-        try:
-            error = kind(text)
-        except TypeError:  # a class of Python's that takes more than a message
-            error = FluxiblyError(f"{name}: {text}")
-    return error, fields.get("interrupted") is True
+        error = kind(text)
+    return error, is_interruption
 
 
 # Recording
@@ -573,6 +612,13 @@ class _Arrivals(Watch):
                 return
         del self.all[begin:]
         del self.times[begin:]
+
+    def items(self, start: float) -> list[Any]:
+        """Return the chunks, each with its seconds since `start`."""
+        return [
+            [round(time - start, 3), chunk.text if chunk.text_only else chunk.to_dict()]
+            for time, chunk in zip(self.times, self.all, strict=True)
+        ]
 
     @property
     def has_output(self) -> bool:
@@ -672,7 +718,7 @@ class Recorder:
         if arrivals is not None and (
             arrivals.all if response is None else arrivals.has_output or not response.has_output
         ):
-            fields["chunks"] = [*map(self._item, arrivals.all, arrivals.times)]
+            fields["chunks"] = arrivals.items(self._start)
         if error is not None:
             if isinstance(error, Exception):
                 fields["error"] = error_fields(error, request)
@@ -692,11 +738,4 @@ class Recorder:
 
     def _aggregated(self, arrivals: _Arrivals | None) -> dict[str, Any]:
         """Return what a replay makes of the chunks alone."""
-        answer = Aggregator()
-        for chunk in arrivals.all if arrivals is not None else ():
-            answer.add(chunk)
-        return answer_fields(answer.response(), self._info)
-
-    def _item(self, chunk: Chunk, time: float) -> list[Any]:
-        seconds = round(max(time - self._start, 0.0), 3)
-        return [seconds, chunk.text if chunk.text_only else chunk.to_dict()]
+        return answer_fields(_joined(() if arrivals is None else arrivals.all), self._info)
