@@ -37,7 +37,7 @@ from fluxibly.errors import (
 )
 from fluxibly.flow import CallNext, Flow
 from fluxibly.flow.culprits import check_delivered
-from fluxibly.flow.effects import Effect, Release
+from fluxibly.flow.effects import Effect, Release, Send
 from fluxibly.flow.relay import Watch
 from fluxibly.middleware._outputs import asked_at
 from fluxibly.middleware._request_key import request_key
@@ -587,6 +587,8 @@ class _Arrivals(Watch):
         super().__init__(call)
         self.all: list[Chunk] = []
         self.times: list[float] = []
+        self._has_failed = False
+        """Whether the last attempt has failed."""
 
     def take(self, lengths: Sequence[int]) -> None:
         self.all += self.chunks
@@ -599,11 +601,14 @@ class _Arrivals(Watch):
 
     def see(self, effect: Effect) -> Effect:
         if type(effect) is Release:
-            self._attempt_failed()
+            self._has_failed = True
+        elif type(effect) is Send and self._has_failed and not effect.request.call.nested:
+            self._forget_failure()
         return super().see(effect)
 
-    def _attempt_failed(self) -> None:
+    def _forget_failure(self) -> None:
         """Forget what an attempt said that has failed before output: it does not belong to the answer of the next."""
+        self._has_failed = False
         self.flush()
         begin = len(self.all)
         while begin and not self.all[begin - 1].added:
@@ -715,9 +720,8 @@ class Recorder:
         key = request_key(request, self._info) if self._key is None else self._key
         fields: dict[str, Any] = {"version": VERSION, "key": key, "request": asked}
         arrivals = self._arrivals
-        if arrivals is not None and (
-            arrivals.all if response is None else arrivals.has_output or not response.has_output
-        ):
+        # A stream without chunks may also have come whole, with the response.
+        if arrivals is not None and (arrivals.all or (response is not None and not response.has_output)):
             fields["chunks"] = arrivals.items(self._start)
         if error is not None:
             if isinstance(error, Exception):
