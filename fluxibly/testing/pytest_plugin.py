@@ -64,9 +64,9 @@ def recording_of(test: pytest.Item) -> Path:
 
     The name is safe on every file system.
     """
-    whole = ".".join(test.nodeid.split("::")[1:])
+    whole = test.nodeid.partition("::")[2]
     name, bracket, parameters = whole.partition("[")
-    parameters = parameters.removesuffix("]")
+    name, parameters = name.replace("::", "."), parameters.removesuffix("]")
     plain = f"{name}-{parameters}" if bracket else name
     safe = re.sub(r"[^A-Za-z0-9_.-]", "_", plain)[:_LONGEST].rstrip(".")
     # Names may differ only in what is replaced or cut here, and parameters also in upper and lower case.
