@@ -77,59 +77,36 @@ def names(folder):
 
 def test_record_and_replay(project, tmp_path):
     """Recorded with a server, the tests pass when it is gone. What is missing is said, with what to do."""
+    folder = tmp_path / "recordings" / "test_it"
     with canned_server() as server:
         url = f"{server.url}/v1"
-        status, output = project("--llm-record=missing", server=url)
-        assert status == 0, output
-        assert len(server.seen) == 6
+        status, output = project("-k", "whole", server=url)
+        assert (status, "there is no file" in output, server.seen, folder.exists()) == (1, True, [], False)
         status, output = project("--llm-record=missing", server=url)
         assert (status, len(server.seen)) == (0, 6), output
+        for _ in range(2):  # each begins the file anew
+            status, output = project("--llm-record=all", "-k", "whole", server=url)
+            assert status == 0, output
+        assert len(server.seen) == 8
     status, output = project(server=url)
     assert status == 0, output
     assert "7 passed" in output
-    folder = tmp_path / "recordings" / "test_it"
     one, long, longer, other, whole_async, whole = names(folder)
     assert one == "TestStreams.test_stream-" + "a" * 76 + one[100:]
     assert (len(one), len(long), one != long) == (115, 115, True)
     assert longer == "TestStreams.test_stream-one.jsonl"
     assert other.startswith("TestStreams.test_stream-two_Zwei-")
     assert (whole_async, whole) == ("test_async.jsonl", "test_whole.jsonl")
-    line = json.loads((folder / whole).read_text())
-    assert line["answer"]["text"] == "You said: Hello there"
+    (line,) = (folder / whole).read_text().splitlines()
+    assert json.loads(line)["answer"]["text"] == "You said: Hello there"
     assert "sk-any-key" not in "".join(path.read_text() for path in folder.iterdir())
-    (folder / whole).write_text((folder / whole).read_text().replace('"key": "', '"key": "0'))
+    (folder / whole).write_text(line.replace('"key": "', '"key": "0'))
     (folder / whole_async).unlink()
     status, output = project(server=url)
     assert (status, "2 failed, 5 passed" in output) == (1, True)
     assert "differs only in what is not shown there" in output
     assert "there is no file" in output
     assert output.count("; run pytest --llm-record=missing to record it") >= 2
-
-
-def test_record_all(project, tmp_path):
-    """It begins each file anew."""
-    with canned_server() as server:
-        url = f"{server.url}/v1"
-        for count in (1, 2):
-            status, output = project("--llm-record=all", "-k", "whole", server=url)
-            assert (status, len(server.seen)) == (0, count), output
-    (file,) = (tmp_path / "recordings" / "test_it").iterdir()
-    assert len(file.read_text().splitlines()) == 1
-    assert project("-k", "whole", server=url)[0] == 0
-
-
-def test_a_wrong_choice(project):
-    status, output = project("--llm-record=some")
-    assert status == 4
-    assert "invalid choice: 'some' (choose from" in output
-
-
-def test_nothing_is_made_without_recording(project, tmp_path):
-    """Without the option, no folder is made, and nothing is sent."""
-    with canned_server() as server:
-        assert project("-k", "whole", server=f"{server.url}/v1")[0] == 1
-        assert server.seen == []
-    assert not (tmp_path / "recordings").exists()
 
 
 @pytest.mark.parametrize(
