@@ -624,9 +624,11 @@ for number in range(200):
 
 
 class TestTornLines:
-    def test_a_line_of_its_own_after_a_torn_one(self, file, reports):
+    @pytest.mark.parametrize("half", ["", "\ud83d"], ids=["UTF-8", "ASCII"])
+    def test_a_line_of_its_own_after_a_torn_one(self, half, file, reports):
         """What a program that was killed has left is left out, whatever follows it."""
-        line = encoded({"version": 1, "key": "k", "request": {"model": "mö"}, "answer": {"text": 'a"\\b é'}})
+        answer = {"text": 'a"\\b é', "raw": {"yes": True, "no": False, "none": None, "number": -1.5e-7, "half": half}}
+        line = encoded({"version": 1, "key": "k", "request": {"model": "mö"}, "answer": answer})
         for cut in range(1, len(line) - 2):
             file.write_bytes(line[:cut])
             Pipeline(ScriptedProvider("hi"), [Record(file)]).complete(REQUEST)

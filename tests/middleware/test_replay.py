@@ -19,7 +19,7 @@ from hypothesis import given, settings, strategies as st
 from support import strategies
 from support.calling import REQUEST, call, scripted
 
-from fluxibly import LLM, LLMConfig, Target, emit, errors
+from fluxibly import LLM, LLMConfig, Target, emit, errors, map_chunks
 from fluxibly._logs import forget_reports
 from fluxibly.errors import (
     AuthenticationError,
@@ -437,6 +437,35 @@ class TestInAStack:
         assert two.ran.response == one.ran.response
         assert type(root_cause(two.ran.error or error)) in (type(error), RateLimitError)
         assert (two.ran.error is None) == (one.ran.error is None)
+
+    def test_what_a_failed_attempt_said_before_output(self, stream_mode, file):
+        """It is no part of the next attempt's answer, as layers between see it."""
+
+        def mapped(request, call_next):
+            return (yield from map_chunks(call_next(request), lambda chunk: [chunk]))
+
+        stack = [mapped, Retry()]
+        one = call(stream_mode, [*stack, Record(file)], [Chunk(model="m-9"), ServerError("down")], "up")
+        two = call(stream_mode, [*stack, Replay(file)])
+        assert two.response == one.response
+        assert two.response.model is None
+
+    def test_a_layer_that_goes_on_after_an_interruption(self, stream_mode, file):
+        """What has interrupted an attempt is forgotten when the next one begins."""
+
+        def go_on(request, call_next):
+            try:
+                return (yield from call_next(request))
+            except StreamInterrupted as error:
+                turn = (error.partial.message, Message.user("Go on."))
+            yield from emit(Chunk(added=turn))
+            response = yield from call_next(request.evolve(messages=(*request.messages, *turn)))
+            return response.evolve(added=turn)
+
+        one = call(stream_mode, [go_on, Record(file)], ["Par", ServerError("down")], "is")
+        two = call(stream_mode, [StreamMeter(), go_on, Replay(file)])
+        assert two.response == one.response
+        assert two.response.text == "is"
 
     def test_a_layer_that_swallows_an_interruption(self, stream_mode, file):
         """It is found, as it is with the provider itself."""
