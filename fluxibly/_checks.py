@@ -143,9 +143,14 @@ def is_secret(name: str) -> bool:
     return _SECRET.search(name) is not None
 
 
+def without_secrets(settings: object) -> object:
+    """Return settings with the texts under names like `api_key` or `headers` masked."""
+    return _without_secrets(settings, secret=False)
+
+
 def repr_without_secrets(settings: object) -> str:
     """Return the `repr` of settings, with the texts under names like `api_key` or `headers` masked."""
-    return repr(_without_secrets(settings, secret=False))
+    return repr(without_secrets(settings))
 
 
 def shown_url(url: str) -> str:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeAlias, T
 
 import attrs
 
-from fluxibly._checks import kind_of, repr_of_headers, repr_without_secrets
+from fluxibly._checks import is_list, is_whole, kind_of, repr_of_headers, repr_without_secrets
 from fluxibly._values import Shown, Value
 from fluxibly.calls import (
     CallRecord as CallRecord,
@@ -610,6 +610,36 @@ class Chunk(Value):
     def __str__(self) -> str:
         return self.text
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the chunk as JSON values, without the fields that it does not set: `from_dict` makes the same chunk of them."""
+        from fluxibly._dicts import part_to_dict, plain
+
+        found: dict[str, Any] = {name: text for name in ("text", "reasoning") if (text := getattr(self, name))}
+        if self.parts:
+            found["parts"] = [part_to_dict(part) for part in self.parts]
+        if self.tool_calls:
+            found["tool_calls"] = [plain(_set_fields(delta), self) for delta in self.tool_calls]
+        for name in (*_WORDS_OF_CHUNK, "rate_limits", "details"):
+            value: Any = getattr(self, name)
+            if value is not None:
+                found[name] = plain(value, self)
+        if self.usage is not None:
+            found["usage"] = _set_fields(self.usage)
+        if self.alternatives:
+            found["alternatives"] = [[index, chunk.to_dict()] for index, chunk in self.alternatives]
+        if self.added is not None:
+            found["added"] = [message.to_dict() for message in self.added]
+        return found
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Chunk:
+        """Return the chunk of a mapping that `to_dict` made.
+
+        Raises:
+            ValueError: a field is unknown or of the wrong type. The error names its path.
+        """
+        return _chunk(fields, "a chunk")
+
     @property
     def has_output(self) -> bool:
         """Whether the chunk, of whatever choice, contains text, reasoning, part of a tool call, media or an opaque part.
@@ -623,6 +653,62 @@ class Chunk(Value):
             or (self.parts and any(not isinstance(part, (Reasoning, Text)) or part.text for part in self.parts))
             or (self.alternatives and any(chunk.has_output for _, chunk in self.alternatives))
         )
+
+
+_WORDS_OF_CHUNK = ("finish_reason", "raw_finish_reason", "model", "id", "request_id")
+
+
+def _set_fields(value: object) -> dict[str, Any]:
+    """Return the fields of an object of attrs that differ from their defaults."""
+    kind: Any = type(value)
+    fields = [(field.name, field.default) for field in attrs.fields(kind)]
+    return {name: found for name, default in fields if (found := getattr(value, name)) != default}
+
+
+def _chunk(given: object, path: str) -> Chunk:
+    from fluxibly._dicts import Reader, numbers, part_from_dict
+
+    fields = Reader(given, path)
+    found: dict[str, Any] = {name: fields.text(name) for name in _WORDS_OF_CHUNK}
+    found["rate_limits"], found["details"] = fields.table("rate_limits"), fields.table("details")
+    usage = fields.table("usage")
+    found["usage"] = None if usage is None else numbers(usage, Usage, fields.at("usage"))
+    found["parts"] = tuple(
+        [part_from_dict(part, f"{fields.at('parts')}[{n}]") for n, part in enumerate(fields.items("parts"))]
+    )
+    found["tool_calls"] = tuple(
+        [_delta(delta, f"{fields.at('tool_calls')}[{n}]") for n, delta in enumerate(fields.items("tool_calls"))]
+    )
+    found["alternatives"] = tuple(
+        [_alternative(pair, f"{fields.at('alternatives')}[{n}]") for n, pair in enumerate(fields.items("alternatives"))]
+    )
+    added = fields.take("added", list, "a list")
+    found["added"] = None if added is None else tuple([Message.from_dict(message) for message in added])
+    chunk = Chunk(fields.text("text", ""), reasoning=fields.text("reasoning", ""), **found)
+    fields.done([field.name for field in attrs.fields(Chunk) if field.init])
+    return chunk
+
+
+def _delta(given: object, path: str) -> ToolCallDelta:
+    from fluxibly._dicts import Reader
+
+    fields = Reader(given, path)
+    delta = ToolCallDelta(
+        index=fields.take("index", int, "a whole number"),
+        id=fields.text("id"),
+        name=fields.text("name"),
+        arguments=fields.text("arguments", ""),
+        signature=fields.text("signature"),
+        raw=fields.table("raw"),
+    )
+    fields.done([field.name for field in attrs.fields(ToolCallDelta)])
+    return delta
+
+
+def _alternative(pair: Any, path: str) -> tuple[int, Chunk]:
+    if not is_list(pair) or len(pair) != 2 or not is_whole(pair[0]):
+        raise ValueError(f"{path}: expected a pair of a number and a chunk, got {kind_of(pair)}")
+    return pair[0], _chunk(pair[1], f"{path}[1]")
 
 
 @attrs.frozen(repr=False, eq=False)

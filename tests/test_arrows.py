@@ -78,7 +78,7 @@ ARROWS = {
     "pipeline": {"stream", "drivers", "targets", "flow", *BASE},
     "registry": {"flow", "services", "config", *BASE},
     "llm": {"pipeline", "stream", "registry", "target", "config", "flow", DATA},
-    "testing": {"pipeline", "stream", "flow", "drivers", "dialects", *BASE},
+    "testing": {"pipeline", "stream", "flow", "drivers", "dialects", "middleware", *BASE},
     "cli": set(ROOMS.values()),
 }
 """The rooms that a room may import from, besides itself."""

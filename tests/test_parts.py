@@ -268,6 +268,64 @@ class TestJSON:
         again = Response.from_dict(json.loads(json.dumps(response.to_dict())))
         assert (again, again.order, repr(again.parts)) == (response, response.order, repr(response.parts))
 
+    @given(parts, st.integers(0, 2))
+    def test_chunks_survive(self, given_parts: list[Part], number: int) -> None:
+        """A chunk that was stored as JSON is the same chunk; it has only the fields that it sets."""
+        response = Response.from_parts(given_parts, usage=Usage(input_tokens=3), details={"a": [None]})
+        for chunk in as_chunks(response):
+            both = attrs.evolve(chunk, alternatives=((number, chunk),), added=(Message.assistant(given_parts),))
+            for each in (chunk, both):
+                again = Chunk.from_dict(json.loads(json.dumps(each.to_dict())))
+                assert (again, again.details, again.text_only) == (each, each.details, each.text_only)
+
+    def test_all_fields_of_a_chunk_survive(self) -> None:
+        """Also those that equality leaves out, and an empty mark."""
+        delta = ToolCallDelta(index=0, id="", name="f", arguments="{}", signature="S", raw={"a": None})
+        chunk = Chunk(
+            "x",
+            reasoning="hm",
+            parts=(PNG, Reasoning(signature="S"), Text("", raw={"cited": True}), SEARCH),
+            tool_calls=(delta, ToolCallDelta(arguments="}")),
+            finish_reason="",
+            raw_finish_reason="END",
+            usage=Usage(),
+            model="m",
+            id="1",
+            added=(),
+            request_id="r",
+            rate_limits={"x-ratelimit-limit": "3"},
+            details={"citations": ["u"]},
+        )
+        again = Chunk.from_dict(json.loads(json.dumps(chunk.to_dict())))
+        assert again == chunk
+        assert repr(again) == repr(chunk)
+        assert Chunk("x").to_dict() == {"text": "x"}
+        assert Chunk().to_dict() == {}
+
+    @pytest.mark.parametrize(
+        ("fields", "message"),
+        [
+            ({"text": 3}, "a chunk.text: expected a str, got 3"),
+            ({"txt": "secret"}, "a chunk.txt: unknown field; did you mean 'text'?"),
+            ({"text_only": True}, "a chunk.text_only: unknown field; did you mean 'text'?"),
+            ({"usage": {"input": 1}}, "a chunk.usage.input: unknown field; did you mean 'input_tokens'?"),
+            ({"added": "secret"}, "a chunk.added: expected a list, got a str"),
+            ({"parts": [{"type": "secret"}]}, "a chunk.parts[0].type: expected one of"),
+            ({"tool_calls": [{"index": "0"}]}, "a chunk.tool_calls[0].index: expected a whole number, got a str"),
+            (
+                {"alternatives": [[1, {"txt": ""}], [0]]},
+                "a chunk.alternatives[1]: expected a pair of a number and a chunk",
+            ),
+            ({"alternatives": [[1, {"txt": "secret"}]]}, "a chunk.alternatives[0][1].txt: unknown field"),
+        ],
+        ids=str,
+    )
+    def test_mistakes_in_a_chunk(self, fields: dict[str, Any], message: str) -> None:
+        """They are named with their path."""
+        with pytest.raises(ValueError, match="a chunk") as caught:
+            Chunk.from_dict(fields)
+        assert str(caught.value).startswith(message)
+
     def test_all_fields_of_a_response_survive(self) -> None:
         """Also those that equality leaves out."""
         response = Response(

@@ -238,5 +238,6 @@ class OutputWatch(Relay):
     def see(self, effect: Effect) -> Effect:
         if isinstance(effect, (Chunk, More)):
             chunk = effect if isinstance(effect, Chunk) else effect.chunk
-            self.done = chunk.has_output
+            # It may be done already: the outcome of a More goes into the flow first, so the loop runs once more.
+            self.done = self.done or chunk.has_output
         return effect

@@ -427,6 +427,20 @@ class TestOutputWatch:
         assert ran.response.text == "a"
         assert outcomes == ["async" if streaming.backend else "sync"]
 
+    def test_what_follows_output_changes_nothing(self, streaming):
+        """After output that a layer lets out by itself, and a chunk without output, nothing is begun again."""
+        begun = []
+
+        def emitting(request, call_next):
+            begun.append(request.model)
+            yield from emit(Chunk("x"))
+            yield from emit(Chunk(id="1"))
+            raise ServerError("down")
+
+        ran = run(streaming, scripted(streaming), [Retry(), emitting], REQUEST)
+        assert isinstance(ran.error, StreamInterrupted)
+        assert (ran.text, len(begun)) == ("x", 1)
+
 
 class TestAttempts:
     """The chunks of one answer after those of another, which failed or was void."""

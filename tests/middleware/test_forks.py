@@ -57,6 +57,8 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
         "Retry(budget=RetryBudget())",
         "Balance(['a', 'b'])",
         "Hedge('p95')",
+        "Record('/dev/null')",
+        "Replay('/dev/null', missing='ask')",
     ],
 )
 def test_a_lock_of_another_thread(layer):

@@ -1,0 +1,745 @@
+"""Recordings: files of exchanges with a model, a line each, which `Record` writes and `Replay` reads.
+
+A line is a JSON object: `version`, `key`, `request`, and what came: `chunks` with their times, or the whole `answer`, or an
+`error`, which may follow chunks. `answer` stands beside `chunks` if a middleware has changed it.
+"""
+
+from __future__ import annotations
+
+import builtins
+import json
+import os
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from importlib import import_module
+from pathlib import Path
+from threading import RLock
+from typing import Any, cast
+
+from fluxibly import errors
+from fluxibly._checks import is_list, is_mapping, is_number, is_secret, is_whole, kind_of, problem, without_secrets
+from fluxibly._dicts import Reader, plain
+from fluxibly._logs import report_once
+from fluxibly._masking import error_message, mask_request, mask_secrets
+from fluxibly._threads import renew_lock_after_fork
+from fluxibly.aggregate import Aggregator
+from fluxibly.errors import (
+    ConfigError,
+    FluxiblyError,
+    GuardRefused,
+    NotRecorded,
+    ProviderError,
+    RequestTimeout,
+    ResponseInvalid,
+    StreamInterrupted,
+    outcome_of,
+    root_cause,
+)
+from fluxibly.flow import CallNext, Flow
+from fluxibly.flow.culprits import check_delivered
+from fluxibly.flow.effects import Effect, Release, Send
+from fluxibly.flow.relay import Watch
+from fluxibly.middleware._outputs import asked_at
+from fluxibly.middleware._request_key import request_key
+from fluxibly.types import CallRecord, Chunk, ProviderInfo, Request, Response
+
+VERSION = 1
+"""The version of the format. Lines of a later version are refused."""
+_TORN = 6
+"""The characters at the end of a line that a cut within a word or an escape makes unreadable."""
+
+
+# Files
+
+
+def to_file(value: str | os.PathLike[str]) -> str:
+    """Return a path as a str. It is a converter of attrs."""
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def check_file(name: str, value: object) -> str | None:
+    """Check a path."""
+    if isinstance(value, str) and value.strip() and "\0" not in value:
+        return None
+    return problem(name, "the path of a file (a str or a pathlib.Path)", value)
+
+
+class RecordingFile:
+    """A file to which exchanges are appended, by any number of threads and processes.
+
+    Args:
+        name: the path as the user gave it.
+        middleware: the name of the class that writes, for messages.
+    """
+
+    def __init__(self, name: str, middleware: str) -> None:
+        self.name = name
+        self.path = os.path.abspath(name)  # noqa: PTH100  # a path of Path.resolve would not be the user's, who may use links
+        self._middleware = middleware
+        self._writing = False
+        self.renew_lock()
+        renew_lock_after_fork(self)
+
+    def renew_lock(self) -> None:
+        """Make a new lock."""
+        self._lock = RLock()  # a signal handler may make a call within `append`
+        self._writing = False
+
+    def check_folder(self) -> None:
+        """Check that the file's folder exists.
+
+        Raises:
+            ConfigError: it does not.
+        """
+        folder = os.path.dirname(self.path)  # noqa: PTH120  # as above
+        if not os.path.isdir(folder):  # noqa: PTH112  # as above
+            shown = os.path.dirname(self.name)  # noqa: PTH120  # as above
+            raise ConfigError(
+                f"{self._middleware}: file: expected a file in a folder that exists, got {self.name!r}; make the folder "
+                f"{shown!r} first"
+            )
+
+    def append(self, exchange: Mapping[str, Any]) -> None:
+        """Append an exchange as a line. A failure is reported once, and leaves no part of a line behind."""
+        try:
+            self._append(encoded(exchange))
+        except OSError as error:
+            report_once(
+                f"recording {self.path}",
+                f"{self._middleware} cannot write {self.name!r} ({error.strerror or type(error).__name__}); the calls go on, "
+                "and are not recorded",
+            )
+
+    def _append(self, line: bytes) -> None:
+        with self._lock:
+            # Only the owner may read the file, because it has the prompts.
+            flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0)
+            descriptor = os.open(self.path, flags, 0o600)
+            try:
+                with self._locked(descriptor):
+                    end = os.lseek(descriptor, 0, os.SEEK_END)
+                    if end and not _ends_a_line(descriptor, end):
+                        line = b"\n" + line
+                    try:
+                        _write(descriptor, line)
+                    except OSError:
+                        os.ftruncate(descriptor, end)
+                        raise
+            finally:
+                os.close(descriptor)
+
+    @contextmanager
+    def _locked(self, descriptor: int) -> Generator[None]:
+        """Keep other processes out, where the system can. Within itself, it would wait for ever."""
+        fcntl: Any = None
+        with suppress(ImportError):  # as on Windows
+            fcntl = import_module("fcntl")
+        if fcntl is None or self._writing:
+            yield
+            return
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        self._writing = True
+        try:
+            yield
+        finally:
+            self._writing = False
+            with suppress(OSError):
+                # By itself, because a process that was forked meanwhile keeps the descriptor open.
+                fcntl.flock(descriptor, fcntl.LOCK_UN)
+
+
+def _ends_a_line(descriptor: int, end: int) -> bool:
+    """Whether a file ends with a line. A program that was killed may have left a part of one."""
+    os.lseek(descriptor, end - 1, os.SEEK_SET)
+    return os.read(descriptor, 1) == b"\n"
+
+
+def _write(descriptor: int, line: bytes) -> None:
+    while line:  # once, unless the disk is nearly full
+        line = line[os.write(descriptor, line) :]
+
+
+def encoded(exchange: Mapping[str, Any]) -> bytes:
+    """Return an exchange as a line, in which other letters than ASCII's can be read."""
+    try:
+        return json.dumps(exchange, ensure_ascii=False).encode() + b"\n"
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return json.dumps(exchange).encode() + b"\n"
+
+
+def read_lines(name: str, path: str) -> list[Exchange]:
+    """Return the exchanges of a file. Lines that are cut off are left out, which is reported once.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        OSError: it cannot be read.
+        ConfigError: a line is no exchange, or is written in a later version of the format. The error has its number.
+    """
+    found: list[Exchange] = []
+    for number, line in enumerate(Path(path).read_bytes().split(b"\n"), 1):
+        if not line.strip():
+            continue
+        where = f"line {number} of {name!r}"
+        try:
+            text = line.decode("utf-8-sig")
+            value = json.loads(text)
+        except UnicodeDecodeError as error:
+            if error.end < len(line):
+                raise ConfigError(f"{where}: expected UTF-8, got other bytes at {error.start}") from None
+        except json.JSONDecodeError as error:
+            if not error.msg.startswith("Unterminated string") and error.pos < len(error.doc.rstrip()) - _TORN:
+                raise ConfigError(f"{where}: expected JSON: {error.msg} at character {error.pos + 1}") from None
+        except RecursionError:
+            raise ConfigError(f"{where}: expected an exchange, got tables that are nested too deeply") from None
+        else:
+            found.append(Exchange(f"line {number}", name, value))
+            continue
+        report_once(
+            f"cut recording {path}",
+            f"{where} is cut off, as if a program had been killed while it wrote the line; Replay leaves such lines out",
+        )
+    return found
+
+
+# Exchanges
+
+
+class Exchange:
+    """An exchange that was recorded.
+
+    Args:
+        place: where it stands in its file, such as "line 3".
+        name: the file, as the user gave it.
+        fields: what stands there.
+
+    Raises:
+        ConfigError: that is no exchange.
+    """
+
+    def __init__(self, place: str, name: str, fields: object) -> None:
+        self.place = place
+        self.where = f"{place} of {name!r}"
+        if not is_mapping(fields):
+            raise self._wrong(f"expected a table, got {kind_of(fields)}")
+        version = fields.get("version")
+        if not is_whole(version) or version < 1:
+            raise self._wrong("version: expected a whole number from 1 up")
+        if version > VERSION:
+            raise self._wrong(
+                f"version: expected at most {VERSION}, got {version}, which a newer fluxibly writes; update fluxibly, or "
+                "record again"
+            )
+        key, request = fields.get("key"), fields.get("request")
+        if not isinstance(key, str) or not is_mapping(request):
+            raise self._wrong("expected a str as key, and a table as request")
+        self.key = key
+        self.request: Mapping[str, Any] = request
+        chunks, self._answer, self._error, self.ended = (
+            fields.get(name) for name in ("chunks", "answer", "error", "ended")
+        )
+        if chunks is None and self._answer is None and self._error is None:
+            raise self._wrong("expected chunks, an answer or an error, got none of them")
+        if not (chunks is None or is_list(chunks)) or not all(
+            found is None or is_mapping(found) for found in (self._answer, self._error)
+        ):
+            raise self._wrong("expected a list as chunks, and tables as answer and error")
+        self._items: list[Any] | None = chunks
+        self._made: tuple[Sequence[Chunk] | None, Response] | None = None
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the answer is whole, or has failed: nobody has stopped it."""
+        return self.ended is None
+
+    @property
+    def failed(self) -> bool:
+        """Whether the exchange ended with an error."""
+        return self._error is not None
+
+    @property
+    def chunks(self) -> Sequence[Chunk] | None:
+        """The chunks that came; None if the answer came whole, or nothing before an error."""
+        return self._parts()[0]
+
+    def response(self) -> Response:
+        """Return the answer, or what had come of it, as a response that nobody else has."""
+        return self._parts()[1].evolve()
+
+    def _parts(self) -> tuple[Sequence[Chunk] | None, Response]:
+        if self._made is None:  # two threads may both make them, to the same effect
+            try:
+                chunks = [_chunk(item, number) for number, item in enumerate(self._items or ())]
+                response = _joined(chunks) if self._answer is None else Response.from_dict(self._answer)
+            except (TypeError, ValueError) as error:
+                raise self._wrong(str(error)) from None
+            self._made = None if self._items is None else chunks, response
+        return self._made
+
+    def error(self) -> tuple[Exception, bool]:
+        """Return the error, made anew, and whether it interrupted a stream."""
+        try:
+            return error_of(self._error or {}, self._parts()[1])
+        except (TypeError, ValueError) as error:
+            raise self._wrong(str(error)) from None
+
+    def _wrong(self, problem: str) -> ConfigError:
+        return ConfigError(f"{self.where}: {problem}")
+
+
+def _chunk(item: Any, number: int) -> Chunk:
+    """Return the chunk of a pair of a time and a text, or a table."""
+    if not is_list(item) or len(item) != 2 or not is_number(item[0]):
+        raise ValueError(f"chunks[{number}]: expected a list of a time and a chunk, got {kind_of(item)}")
+    return Chunk(item[1]) if isinstance(item[1], str) else Chunk.from_dict(item[1])
+
+
+def _joined(chunks: Iterable[Chunk]) -> Response:
+    """Return the response that chunks add up to."""
+    answer = Aggregator()
+    for chunk in chunks:
+        if chunk.text_only:
+            answer.texts.append(chunk.text)
+        else:
+            answer.add(chunk)
+    return answer.response()
+
+
+class Exchanges:
+    """The exchanges that `Replay` has, and which of them is next for each key."""
+
+    def __init__(self) -> None:
+        self.loaded = False
+        self._of: dict[str, list[Exchange]] = {}
+        self._next: dict[str, int] = {}
+        self._begun: set[str] = set()
+        """The keys of what was left out, because nobody has read it to its end."""
+        self.renew_lock()
+        renew_lock_after_fork(self)
+
+    def renew_lock(self) -> None:
+        """Make a new lock."""
+        self._lock = RLock()
+
+    def load(self, file: RecordingFile, *, advice: str, whole: bool) -> None:
+        """Read a file, unless that is done.
+
+        Args:
+            advice: how to make the file, for messages.
+            whole: whether to leave out what nobody has read to its end, and to do without a file.
+
+        Raises:
+            NotRecorded: the file does not exist, or cannot be read.
+            ConfigError: a line of it is no exchange.
+        """
+        with self._lock:
+            if self.loaded:
+                return
+            try:
+                found = read_lines(file.name, file.path)
+            except OSError as error:
+                if not isinstance(error, FileNotFoundError):
+                    raise NotRecorded(f"Replay: cannot read {file.name!r}: {error.strerror}") from error
+                if not whole:
+                    raise NotRecorded(f"Replay: there is no file {file.name!r}; {advice}") from None
+                found = []
+            for exchange in found:
+                if exchange.is_whole or not whole:
+                    self._of.setdefault(exchange.key, []).append(exchange)
+                else:
+                    self._begun.add(exchange.key)
+            self.loaded = True
+
+    def begin(self, key: str) -> bool:
+        """Return whether a recording that is not whole is the first of its key that is left out."""
+        with self._lock:
+            is_first = key not in self._begun
+            self._begun.add(key)
+            return is_first
+
+    def add(self, exchange: Exchange) -> None:
+        """Add an exchange, which is the last of its key."""
+        with self._lock:
+            self._of.setdefault(exchange.key, []).append(exchange)
+
+    def take(self, key: str) -> Exchange | None:
+        """Return the next exchange of a key: in recorded order, and the last again and again. None: there is none."""
+        with self._lock:
+            found = self._of.get(key)
+            if found is None:
+                return None
+            number = self._next.get(key, 0)
+            self._next[key] = min(number + 1, len(found) - 1)
+            return found[number]
+
+    def nearest(self, request: Mapping[str, Any]) -> tuple[Exchange, list[str]] | None:
+        """Return the exchange whose request is most like one, with the names of what differs. None: there is none."""
+        with self._lock:
+            found = [exchange for of_key in self._of.values() for exchange in of_key]
+        compared = [(exchange, differences(request, exchange.request)) for exchange in found]
+        # Requests to another model are likely to be meant for something else.
+        return min(compared, key=lambda pair: ("model" in pair[1], "provider" in pair[1], len(pair[1])), default=None)
+
+
+def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """Name the fields in which two requests differ, such as "messages[1]". Nothing of their contents is quoted."""
+    found: list[str] = []
+    for name in {**one, **other}:
+        mine, others = one.get(name), other.get(name)
+        if mine == others:
+            continue
+        if is_list(mine) and is_list(others) and name == "messages":
+            pairs = zip(mine, others, strict=False)
+            found += [f"messages[{number}]" for number, (each, its) in enumerate(pairs) if each != its]
+            if len(mine) != len(others):
+                found.append(f"the number of messages ({len(mine)}, recorded {len(others)})")
+        elif is_mapping(mine) and is_mapping(others) and name in ("extra", "headers"):
+            found += [f"{name}.{key}" for key in {**mine, **others} if mine.get(key) != others.get(key)]
+        else:
+            found.append(name)
+    return found
+
+
+# What is recorded
+
+
+_SETTINGS = (
+    "tool_choice",
+    "temperature",
+    "max_tokens",
+    "top_p",
+    "top_k",
+    "frequency_penalty",
+    "presence_penalty",
+    "stop",
+    "seed",
+    "n",
+    "reasoning_effort",
+    "response_format",
+)
+
+
+def request_fields(request: Request, info: ProviderInfo) -> dict[str, Any]:
+    """Return what a line says of a request. Secret headers are left out, and secrets in `extra` masked.
+
+    Raises:
+        TypeError: the request has something that JSON does not have. (Some of that has a key.)
+    """
+    found: dict[str, Any] = {
+        "provider": info.key,
+        "model": request.model,
+        "messages": [message.to_dict() for message in request.messages],
+    }
+    if request.tools:
+        names = ("name", "description", "parameters", "strict")
+        found["tools"] = [
+            {name: value for name in names if (value := getattr(tool, name)) not in (None, "")}
+            for tool in request.tools
+        ]
+    for name in _SETTINGS:
+        value = getattr(request, name)
+        if value not in (None, ()):
+            found[name] = value
+    if request.extra:
+        found["extra"] = without_secrets(request.extra)
+    headers = {name.lower(): value for name, value in request.headers.items() if not is_secret(name)}
+    if headers:
+        found["headers"] = dict(sorted(headers.items()))
+    try:
+        return cast("dict[str, Any]", plain(found, request))
+    except TypeError as error:
+        raise TypeError(f"the request: {str(error).partition(': ')[2]}") from None
+
+
+_OF_THE_CALL = ("elapsed", "stats", "total_usage", "cost", "cache_hit")
+"""The fields of a response that the call gives it, and not the model."""
+
+
+def answer_fields(response: Response, info: ProviderInfo) -> dict[str, Any]:
+    """Return what a line says of an answer. Its provider is named if it is another than the asked one."""
+    found = response.to_dict()
+    for name in _OF_THE_CALL:
+        found.pop(name, None)
+    if found.get("provider") == info.telemetry_name:
+        del found["provider"]
+    return found
+
+
+_OF_A_PROVIDER = ("status", "code", "retryable", "retry_after", "provider", "model", "request_id")
+_OF_AN_ERROR = (
+    "class",
+    "raised",
+    "message",
+    "interrupted",
+    *_OF_A_PROVIDER,
+    "rate_limits",
+    "phase",
+    "reason",
+    "problem",
+    "response",
+)
+
+
+def error_fields(error: Exception, request: Request) -> dict[str, Any]:
+    """Return what a line says of an error. Its message is masked as in logs, and free of the request's secrets."""
+    cause = root_cause(error)
+    secrets = [*_secrets(request.extra), *[value for name, value in request.headers.items() if is_secret(name)]]
+
+    kind = _known_class(type(cause))
+    found: dict[str, Any] = {
+        "class": kind.__name__,
+        "raised": None if type(cause) is kind else type(cause).__qualname__,
+        "message": mask_secrets(error_message(error, (request,)), secrets),
+        "interrupted": True if cause is not error else None,
+    }
+    if isinstance(cause, ProviderError):
+        found |= {name: getattr(cause, name) for name in _OF_A_PROVIDER}
+        found["rate_limits"] = dict(cause.rate_limits) or None
+    if isinstance(cause, RequestTimeout) and cause.phase != type(cause).phase:
+        found["phase"] = cause.phase
+    if isinstance(cause, GuardRefused):
+        found["reason"] = mask_secrets(mask_request(cause.reason, request), secrets)
+    if isinstance(cause, ResponseInvalid):
+        found["problem"] = mask_secrets(mask_request(cause.problem, request, [cause.response.message]), secrets)
+        found["response"] = cause.response.to_dict()
+    return {name: plain(value, cause) for name, value in found.items() if value is not None}
+
+
+def _secrets(value: object, *, secret: bool = False) -> Iterator[str]:
+    """Yield the texts under secret names in JSON values."""
+    if isinstance(value, str):
+        if secret:
+            yield value
+    elif is_mapping(value):
+        for name, each in value.items():
+            yield from _secrets(each, secret=secret or is_secret(str(name)))
+    elif isinstance(value, (list, tuple)):
+        for each in cast("Iterable[object]", value):
+            yield from _secrets(each, secret=secret)
+
+
+def _known_class(kind: type[BaseException]) -> type[Exception]:
+    """Return the nearest base of a class that every program has, of `fluxibly.errors` or Python's own."""
+    for base in kind.__mro__:
+        if base is Exception:
+            break
+        if getattr(errors, base.__name__, None) is base or _takes_a_message(base):
+            return cast("type[Exception]", base)
+    return FluxiblyError
+
+
+def _takes_a_message(kind: type) -> bool:
+    """Whether a class is Python's own, and made with a message alone."""
+    if getattr(builtins, kind.__name__, None) is not kind:
+        return False
+    try:
+        kind("")
+    except TypeError:
+        return False
+    return True
+
+
+def error_of(given: Mapping[str, Any], partial: Response) -> tuple[Exception, bool]:
+    """Return the error that a line describes, and whether it interrupted a stream. `partial` is what came before it.
+
+    Raises:
+        TypeError: the class is not made with a message alone.
+        ValueError: a field is unknown or of the wrong type. The error names its path.
+    """
+    fields = Reader(given, "error")
+    name, raised, message = fields.needed("class"), fields.text("raised"), fields.text("message", "")
+    is_interruption = fields.take("interrupted", bool, "true or false", default=False)
+    found: dict[str, Any] = {each: fields.text(each) for each in ("code", "provider", "model", "request_id")}
+    found["retryable"] = fields.take("retryable", bool, "true or false")
+    found["status"] = fields.take("status", int, "a whole number")
+    found["retry_after"] = fields.take("retry_after", (int, float), "a number")
+    found["rate_limits"] = fields.table("rate_limits")
+    phase, reason, problem = fields.text("phase"), fields.text("reason", ""), fields.text("problem", "")
+    response = fields.table("response")
+    fields.done(_OF_AN_ERROR)
+    kind: Any = getattr(errors, name, None) or getattr(builtins, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, Exception)):
+        kind, raised = FluxiblyError if found["retryable"] is None else ProviderError, name
+    text = message if raised is None else f"{raised}: {message}"
+    error: Exception
+    if issubclass(kind, ProviderError):
+        error = kind(text, **found)
+        if phase is not None:
+            cast("Any", error).phase = phase
+    elif issubclass(kind, StreamInterrupted):
+        error = kind(text, partial=partial)
+    elif issubclass(kind, GuardRefused):
+        error = kind(text, reason=reason)
+    elif issubclass(kind, ResponseInvalid):
+        error = kind(text, response=Response.from_dict(response or {}), problem=problem)
+    else:
+        error = kind(text)
+    return error, is_interruption
+
+
+# Recording
+
+
+class _Arrivals(Watch):
+    """A watch that keeps the chunks of a stream, and when they came."""
+
+    def __init__(self, call: CallRecord) -> None:
+        super().__init__(call)
+        self.all: list[Chunk] = []
+        self.times: list[float] = []
+        self._has_failed = False
+        """Whether the last attempt has failed."""
+
+    def take(self, lengths: Sequence[int]) -> None:
+        self.all += self.chunks
+        self.times += self.arrived
+
+    def restarted(self) -> None:
+        super().restarted()
+        self.all.clear()
+        self.times.clear()
+
+    def see(self, effect: Effect) -> Effect:
+        if type(effect) is Release:
+            self._has_failed = True
+        elif type(effect) is Send and self._has_failed and not effect.request.call.nested:
+            self._forget_failure()
+        return super().see(effect)
+
+    def _forget_failure(self) -> None:
+        """Forget what an attempt said that has failed before output: it does not belong to the answer of the next."""
+        self._has_failed = False
+        self.flush()
+        begin = len(self.all)
+        while begin and not self.all[begin - 1].added:
+            begin -= 1
+            if self.all[begin].has_output:
+                return
+        del self.all[begin:]
+        del self.times[begin:]
+
+    def items(self, start: float) -> list[Any]:
+        """Return the chunks, each with its seconds since `start`."""
+        return [
+            [round(time - start, 3), chunk.text if chunk.text_only else chunk.to_dict()]
+            for time, chunk in zip(self.times, self.all, strict=True)
+        ]
+
+    @property
+    def has_output(self) -> bool:
+        """Whether output has come, or a mark."""
+        return any(chunk.added is not None or chunk.has_output for chunk in self.all)
+
+
+class Recorder:
+    """The recording of one exchange, which goes through `over`.
+
+    Args:
+        info: the provider that the request goes to.
+        file: where the exchange is written.
+        key: the key of the request; without it, the recorder finds it.
+        exchanges: where whole answers are kept for later requests, if failures are not recorded.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        info: ProviderInfo,
+        file: RecordingFile,
+        *,
+        key: str | None = None,
+        exchanges: Exchanges | None = None,
+    ) -> None:
+        self._request = request
+        self._info = info
+        self._file = file
+        self._key = key
+        self._exchanges = exchanges
+        self._arrivals: _Arrivals | None = None
+        self._start = 0.0
+        self._response: Response | None = None
+        self._error: BaseException | None = None
+
+    def over(self, call_next: CallNext) -> Flow[Response]:
+        """Run the rest of the stack, and record what comes of it."""
+        call = self._request.call
+        arrivals = self._arrivals = _Arrivals(call) if call.streaming else None
+        begun = call.clock()
+        try:
+            flow = call_next(self._request)
+            response = yield from flow if arrivals is None else arrivals.over(flow)
+            if arrivals is not None:
+                arrivals.flush()
+            check_delivered(call, response, None if arrivals is None else arrivals.message_length)
+            answered = response.provider or call.provider.telemetry_name
+            self._response = response.evolve(provider=answered)
+        except Exception as error:
+            if self._exchanges is None and not isinstance(root_cause(error), (NotRecorded, ConfigError)):
+                self._error = error
+                yield from self._written(begun)
+            raise
+        except BaseException as error:
+            # What has brought no output is nothing that anybody has missed, such as the loser of a race.
+            if arrivals is not None:
+                arrivals.flush()
+                # A program that asks for what is missing would else add the same part at each run.
+                if arrivals.has_output and (self._exchanges is None or self._exchanges.begin(self._key or "")):
+                    self._error = error
+                    self._start = asked_at(call, begun)
+                    call.on_end(self.write)
+            raise
+        yield from self._written(begun)
+        return response
+
+    def _written(self, begun: float) -> Flow[None]:
+        """Write the exchange, in a thread where the call is async. No deadline cuts that off."""
+        call = self._request.call
+        if self._arrivals is not None:
+            self._arrivals.flush()
+        self._start = asked_at(call, begun)
+        yield from call.on_end(self.write).run()
+
+    def write(self) -> None:
+        """Append the exchange to the file. What goes wrong is reported, and changes nothing."""
+        try:
+            fields = self._fields()
+        except Exception as error:  # noqa: BLE001  # a recording never breaks a call
+            why = str(error) if type(error) is TypeError else type(error).__name__  # other errors may quote content
+            report_once(f"recording {self._file.path} {why}", f"a call is not recorded in {self._file.name!r}: {why}")
+            return
+        finally:
+            self._error = None  # its frames refer to the recorder
+        self._file.append(fields)
+        if self._exchanges is not None and "ended" not in fields:
+            self._exchanges.add(Exchange("a new line", self._file.name, fields))
+
+    def _fields(self) -> dict[str, Any]:
+        """Return the exchange as JSON values, in the order in which a person reads them."""
+        request, error, response = self._request, self._error, self._response
+        asked = request_fields(request, self._info)
+        key = request_key(request, self._info) if self._key is None else self._key
+        fields: dict[str, Any] = {"version": VERSION, "key": key, "request": asked}
+        arrivals = self._arrivals
+        # A stream without chunks may also have come whole, with the response.
+        if arrivals is not None and (arrivals.all or (response is not None and not response.has_output)):
+            fields["chunks"] = arrivals.items(self._start)
+        if error is not None:
+            if isinstance(error, Exception):
+                fields["error"] = error_fields(error, request)
+            else:
+                fields["ended"] = outcome_of(error)
+        elif response is not None:
+            answer = answer_fields(response, self._info)
+            if "chunks" not in fields or answer != self._aggregated(arrivals):
+                fields["answer"] = answer
+            if response.parsed is not None and "parsed" not in answer:
+                report_once(
+                    f"parsed recording {self._file.path}",
+                    f"the recording {self._file.name!r} has no `parsed`, because {kind_of(response.parsed)} is not JSON; "
+                    "have Record and Replay inside of Validation, which then parses the recorded text",
+                )
+        return fields
+
+    def _aggregated(self, arrivals: _Arrivals | None) -> dict[str, Any]:
+        """Return what a replay makes of the chunks alone."""
+        return answer_fields(_joined(() if arrivals is None else arrivals.all), self._info)
