@@ -19,8 +19,12 @@ _MAY_END = re.compile(rf"[{_STOPS}\n]")
 class Borders(Protocol):
     """The search for borders in a text that comes in pieces. A border counts once a character follows it."""
 
+    def skip(self, text: str) -> bool:
+        """Take the next piece of the text, if it is easy to see that it makes no border known. If not, return False."""
+        ...
+
     def find(self, text: str) -> Sequence[int]:
-        """Return the borders that the next piece of the text makes known, as offsets into it. 0 stands before it."""
+        """Take the next piece, and return the borders that the next piece of the text makes known, as offsets into it. 0 stands before it."""
         ...
 
 
@@ -32,10 +36,15 @@ class Lengths:
         self._left = length
         """The characters until the next border."""
 
-    def find(self, text: str) -> Sequence[int]:
+    def skip(self, text: str) -> bool:
         left = self._left - len(text)
-        if left >= 0:
-            self._left = left
+        if left < 0:
+            return False
+        self._left = left
+        return True
+
+    def find(self, text: str) -> Sequence[int]:
+        if self.skip(text):
             return ()
         borders = range(self._left, len(text), self._length)
         self._left = borders[-1] + self._length - len(text)
@@ -53,12 +62,19 @@ class Sentences:
         self._tail = ""
         """A short text that decides as the text since the last border does: empty, a word, a stop, or a line's end."""
 
+    def skip(self, text: str) -> bool:
+        if self._tail == "x":
+            return not _MAY_END.search(text)
+        if self._tail or _MAY_END.search(text):
+            return False
+        if text.strip():
+            self._tail = "x"
+        return True
+
     def find(self, text: str) -> Sequence[int]:
-        tail = self._tail
-        if tail in ("", "x") and not _MAY_END.search(text):
-            if not tail and text.strip():
-                self._tail = "x"
+        if self.skip(text):
             return ()
+        tail = self._tail
         whole = tail + text
         borders: list[int] = []
         start, after = 0, ""

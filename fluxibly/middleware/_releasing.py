@@ -44,7 +44,7 @@ def release_checked(flow: Flow[Response], checker: Checker, borders: MakeBorders
     discards what is held.
     """
     releaser = _Releaser(checker, borders)
-    response, error = yield from caught(releaser.over(flow))
+    response, error = yield from caught(releaser.over(flow, releaser.hold))
     try:
         if error is not None:
             raise releaser.error(error)
@@ -69,11 +69,12 @@ def _check_added(added: Sequence[Message], checker: Checker, borders: MakeBorder
 
 
 def _check_message(response: Response, checker: Checker, borders: MakeBorders) -> Flow[None]:
-    if borders is not None:
+    if borders is not None and borders().find(response.text):
         message = _Message(borders)
         for chunk in as_chunks(response.evolve(added=())):
             for so_far in message.take(chunk):
                 yield from checker.check(so_far)
+                message.release()
     yield from checker.check(response)
 
 
@@ -82,13 +83,11 @@ class _Message:
 
     def __init__(self, borders: MakeBorders) -> None:
         self.borders = None if borders is None else borders()
-        self.answer = Aggregator()
-        """All that has come."""
         self.held: list[Chunk] = []
         """What has not gone out: without borders as it came, else in pieces that follow one another in the answer."""
         self.late: list[Chunk] = []
         """What goes out at the end wherever it came: other choices, usage, details and so on."""
-        self.let_out = Response()
+        self._gone: list[Chunk] = []
         """What has gone out."""
         self._content = Aggregator()
         """What has been checked, without tool calls."""
@@ -99,14 +98,13 @@ class _Message:
 
     def take(self, chunk: Chunk) -> Iterator[Response]:
         """Take the next chunk. Yield the response so far at each border, and go on when it has passed (`release`)."""
-        self.answer.add(chunk)
         if self.borders is None:
             self.held.append(chunk)
             return
         if chunk.reasoning or chunk.parts:
             self.held.append(Chunk(reasoning=chunk.reasoning, parts=chunk.parts))
         if chunk.text:
-            yield from self.take_text(chunk.text, self.borders.find(chunk.text))
+            yield from self._take_text(chunk.text, self.borders.find(chunk.text))
         if chunk.tool_calls:
             self._calls = True
             self.held.append(Chunk(tool_calls=chunk.tool_calls))
@@ -115,8 +113,7 @@ class _Message:
             if not is_empty(rest):
                 self.late.append(rest)
 
-    def take_text(self, text: str, borders: Sequence[int]) -> Iterator[Response]:
-        """Do as `take` for a text, which has made these borders known."""
+    def _take_text(self, text: str, borders: Sequence[int]) -> Iterator[Response]:
         start = 0
         for border in borders:
             if border > start:
@@ -127,8 +124,7 @@ class _Message:
                 end -= 1
             if end > self._checked:  # not if the check at an empty mark was here, too
                 yield self._so_far(end)
-        if start < len(text):
-            self.held.append(Chunk(text[start:]))
+        self.held.append(Chunk(text[start:]))
 
     def _so_far(self, end: int) -> Response:
         """Return the response up to the held piece number `end`."""
@@ -151,18 +147,60 @@ class _Message:
         pieces = self.held[: self._due]
         del self.held[: self._due]
         self._checked = self._due = 0
-        self.let_out = self._content.response()
+        self._gone += pieces
         return pieces
 
     def release_all(self) -> Sequence[Chunk]:
         """Note that everything has passed a check. Return what goes out."""
-        pieces = self.held if self.borders is None else [*_joined(self.held), *self.late]
-        self._keep(self.held[self._checked :])
+        pieces = self.held
+        if self.borders is not None:
+            self._keep(pieces[self._checked :])
+            pieces = [*_joined(pieces), *self.late]
         self.held, self.late = [], []
         self._checked = self._due = 0
         self._calls = False
-        self.let_out = self.answer.response()
+        self._gone += pieces
         return pieces
+
+    @property
+    def has_output(self) -> bool:
+        """Whether output has come."""
+        return any(piece.has_output for piece in self._all())
+
+    @property
+    def text(self) -> str:
+        """The text that has come."""
+        return "".join([piece.text for piece in self._all()])
+
+    @property
+    def let_out(self) -> Response:
+        """What has gone out."""
+        return _response_of(self._gone)
+
+    @property
+    def answer(self) -> Response:
+        """All that has come."""
+        return _response_of(self._all())
+
+    def says_more(self, response: Response) -> bool:
+        """Whether something besides text has come that a response of the same text does not have."""
+        if all(piece.text_only for piece in self._all()):
+            return False
+        answer = self.answer
+        return any(getattr(answer, name) != getattr(response, name) for name in _BESIDE_TEXT)
+
+    def _all(self) -> Sequence[Chunk]:
+        return (*self._gone, *self.held, *self.late)
+
+
+_BESIDE_TEXT = ("reasoning", "tool_calls", "media", "opaque", "alternatives", "details")
+
+
+def _response_of(pieces: Sequence[Chunk]) -> Response:
+    answer = Aggregator()
+    for piece in pieces:
+        answer.add(piece)
+    return answer.response()
 
 
 def _joined(pieces: Sequence[Chunk]) -> Iterator[Chunk]:
@@ -198,20 +236,23 @@ class _Releaser(Combinator):
         self.call.interruption = None  # what was interrupted is void
 
     def failed(self) -> None:
-        if not self.message.answer.has_output:
+        if not self.message.has_output:
             self.message = _Message(self.borders)
 
+    def hold(self, chunk: Chunk) -> bool:
+        """Keep a chunk of text with no border in it, as most are. Return False for any other."""
+        if not chunk.text_only:
+            return False
+        text = chunk.text
+        if text:
+            message = self.message
+            if message.borders is not None and not message.borders.skip(text):
+                return False
+            self.turns.output = True
+            message.held.append(chunk)
+        return True
+
     def see(self, effect: Effect) -> Seen | Flow[Seen]:
-        if type(effect) is Chunk and effect.text_only:  # as most are
-            message, text = self.message, effect.text
-            if text:
-                self.turns.output = True
-                message.answer.texts.append(text)
-                found = () if message.borders is None else message.borders.find(text)
-                if found:
-                    return self._checked(message.take_text(text, found), reads=True)
-                message.held.append(effect)
-            return READ
         if isinstance(effect, More):  # also in a call that a layer has made a whole one
             return self.see_chunk(effect, effect.chunk)
         return super().see(effect)
@@ -230,7 +271,7 @@ class _Releaser(Combinator):
     def see_request(self, effect: Send) -> Seen:
         # The held output of the first answer would go out together with a second answer's output.
         refused = self.turns.refuse(effect.request)
-        return resend_refused(effect.request, self.message.answer.response()) if refused else effect
+        return resend_refused(effect.request, self.message.answer) if refused else effect
 
     def see_restart(self, effect: Restart) -> Seen:
         # While the consumer has received nothing, a Restart is accepted here and need not reach it. After a mark it is not
@@ -261,7 +302,7 @@ class _Releaser(Combinator):
         if chunk.added:
             yield from self._check_turn(chunk.added)
         elif any(piece.has_output for piece in (*message.held, *message.late)):
-            yield from self.checker.check(_said(message.answer.response()))
+            yield from self.checker.check(_said(message.answer))
         yield from self._let_out(message.release_all())
         self.released = True
         yield More(Chunk(added=chunk.added))
@@ -274,8 +315,8 @@ class _Releaser(Combinator):
     def _check_turn(self, added: Sequence[Message]) -> Flow[None]:
         """Check the message that a mark ends, and the messages that the mark adds besides."""
         said: Message | None = None
-        if self.message.answer.has_output:
-            response = _said(self.message.answer.response())
+        if self.message.has_output:
+            response = _said(self.message.answer)
             yield from self.checker.check(response)
             said = response.message
         before = self.checker.added
@@ -285,29 +326,27 @@ class _Releaser(Combinator):
             self.checker.added = before  # the mark has not passed yet
 
     def finish(self, response: Response) -> Flow[None]:
-        """Check the last message, and let out what is held of it."""
+        """Check the last message, and let out what is held of it.
+
+        Raises:
+            StreamInterrupted: the flow has returned another text than it has streamed.
+        """
         message = self.message
         if not self.checker.added:  # no mark has passed, so those before it came with the response
             yield from _check_added(response.added, self.checker, self.borders)
-        if message.answer.has_output or not response.has_output:
-            self._check_delivered(response)
-            yield from self.checker.check(response)
-            # The provider's stream is at its end, so each chunk goes out as a More, which reads nothing.
-            yield from self._let_out(message.release_all())
-        else:
+        streamed = message.has_output
+        if response.has_output and not streamed:
             yield from _check_message(response, self.checker, self.borders)
-
-    def _check_delivered(self, response: Response) -> None:
-        """Check that the flow has returned what it has streamed, because that goes out, and the response is checked.
-
-        Raises:
-            StreamInterrupted: it has returned another text.
-        """
-        answer = self.message.answer
-        if response.text is self.call.said or not answer.has_output:
             return
-        if not is_delivered(self.call, response, "".join(answer.texts)):
-            raise_not_delivered(self.call, response, self.message.let_out)
+        # What was streamed goes out, and the response is checked.
+        same = response.text is self.call.said or not streamed
+        if not same and not is_delivered(self.call, response, message.text):
+            raise_not_delivered(self.call, response, message.let_out)
+        yield from self.checker.check(response)
+        if message.says_more(response):  # a layer has taken it out of the response alone
+            yield from self.checker.check(message.answer)
+        # The provider's stream is at its end, so each chunk goes out as a More, which reads nothing.
+        yield from self._let_out(message.release_all())
 
     def error(self, stopped: StreamInterrupted) -> BaseException:
         """Return the error to raise for an interrupted stream. Its `partial` is what has gone out of the message."""
