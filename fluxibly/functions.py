@@ -70,12 +70,18 @@ def to_function(value: F | str | None) -> F | None:
     return cast("F", find_function(value)) if isinstance(value, str) else value
 
 
-def check_function(name: str, value: object) -> str | None:
-    """Check a function that a middleware calls by itself, so one that returns its value at once."""
+def check_function(name: str, value: object, *, flows: bool = False) -> str | None:
+    """Check a function that a middleware calls by itself: one that returns its value at once, or a flow if it takes `flows`."""
     if not callable(value):
         return f"{name}: expected a function, got {kind_of(value)}"
     for call in (value, getattr(type(value), "__call__", None)):  # noqa: B004  # the method itself
-        if iscoroutinefunction(call) or isasyncgenfunction(call) or isgeneratorfunction(call):
-            kind = "a generator function" if isgeneratorfunction(call) else "an async function"
+        generates = isgeneratorfunction(call)
+        if flows and (iscoroutinefunction(call) or isasyncgenfunction(call)):
+            return (
+                f"{name}: expected a plain function or a generator function, got an async function; write def, and wait by "
+                "result = yield from perform(call, acall)"
+            )
+        if not flows and (iscoroutinefunction(call) or isasyncgenfunction(call) or generates):
+            kind = "a generator function" if generates else "an async function"
             return f"{name}: expected a plain function, got {kind}; write def, and return the value"
     return None

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from types import GeneratorType
 from typing import Any, Literal, TypeAlias, TypeGuard
 
 from fluxibly.errors import StreamInterrupted
-from fluxibly.flow.effects import Effect, Flow, More, T
+from fluxibly.flow.effects import PULL, Effect, Flow, More, T
 from fluxibly.types import CallRecord, Chunk, Message, Request, Restart
 
 Seen: TypeAlias = Effect | Sequence[Effect] | StreamInterrupted | Literal[True]
@@ -37,8 +37,13 @@ class Relay:
     def restarted(self) -> None:
         """Reset the state after an accepted `Restart`: all chunks before it are void."""
 
-    def over(self, flow: Flow[T]) -> Flow[T]:
-        """Run `flow` and return its result."""
+    def over(self, flow: Flow[T], hold: Callable[[Chunk], bool] | None = None) -> Flow[T]:
+        """Run `flow` and return its result.
+
+        Args:
+            hold: takes each chunk of the provider's that comes, and says whether it has kept it. The driver then reads the
+                next, and `see` does not get it.
+        """
         send = flow.send
         watch = self if isinstance(self, Watch) else None  # the chunks of a watch take a shorter path
         outcome: Any = None
@@ -80,6 +85,20 @@ class Relay:
                     continue
                 finally:
                     watch.left = left
+            if hold is not None and type(effect) is Chunk:
+                try:
+                    while type(effect) is Chunk and hold(effect):
+                        yield PULL
+                        effect = send(None)
+                except StopIteration as stop:
+                    result = stop.value
+                    return result
+                except GeneratorExit:
+                    flow.close()
+                    raise
+                except BaseException as thrown:  # noqa: BLE001  # as above
+                    error = thrown
+                    continue
             # `see` runs a user's function, and the inner layers have to end before the function's error goes outward.
             try:
                 outgoing: Any = self.see(effect)

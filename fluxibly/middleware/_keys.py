@@ -67,11 +67,14 @@ def whom(request: Request) -> str:
     """Name the model and the provider that a request goes to, such as "gpt-4o at openai (api.openai.com:443)"."""
     target, targets = request.target, request.call.targets
     if targets.is_made(target):
-        info = targets.info_of(target)
-        provider = info.name if info.framework == "custom" else info.framework
-        if info.server_address is not None:
-            provider = f"{provider} ({info.server_address}:{info.server_port})"
+        provider = name_of_provider(targets.info_of(target))
     else:
         config = target.config if isinstance(target, Target) else None
         provider = repr(target) if config is None else config.framework
     return f"{request.model} at {provider}"
+
+
+def name_of_provider(info: ProviderInfo) -> str:
+    """Name a provider, such as "openai (api.openai.com:443)"."""
+    name = info.name if info.framework == "custom" else info.framework
+    return name if info.server_address is None else f"{name} ({info.server_address}:{info.server_port})"

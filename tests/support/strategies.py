@@ -28,6 +28,7 @@ from fluxibly.middleware import (
     Concurrency,
     Deadline,
     Fallback,
+    Guard,
     Hedge,
     Logging,
     Metrics,
@@ -263,6 +264,27 @@ def checking(name: str, log: Log) -> Any:
         return (yield from hold_back(call_next(request), check=check))
 
     return checked
+
+
+def guarding(name: str, log: Log) -> Any:
+    def output(response):
+        log.append(f"{name} checks")
+        return "a snowman" if "☃" in response.text else None
+
+    return Guard(output=output)
+
+
+def guarding_sentences(name: str, log: Log) -> Any:
+    return Guard(output=lambda _: None, release="sentence")
+
+
+def guarding_lengths(name: str, log: Log) -> Any:
+    """Wait at each border."""
+
+    def output(response):
+        yield from sleep(0)
+
+    return Guard(output=output, release=2)
 
 
 def retrying(name: str, log: Log) -> Any:
@@ -777,7 +799,10 @@ def check_rate(times: Sequence[float], layer: RateLimit, tokens: float = 0) -> N
 
 
 WATCHING = (observer, sleeping, performing, setting_context, evolving, annotating, filling)
-WRAPPING = (shouting, dropping, doubling, heading, buffering, gathering, holding, holding_until, checking)
+WRAPPING = (
+    *(shouting, dropping, doubling, heading, buffering, gathering, holding, holding_until, checking),
+    *(guarding, guarding_sentences, guarding_lengths),
+)
 HANDLING = (retrying, falling_back, restarting, salvaging, apologising, answering_anew, *RETRIES)
 ENDING = (short_circuit, raising_before, raising_after)
 KINDS = (*WATCHING, *WATCHING, *BUILT_IN, *WRAPPING, *WRAPPING, *HANDLING, *HANDLING, *LIMITS, *ENDING)
