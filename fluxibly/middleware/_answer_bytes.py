@@ -35,7 +35,7 @@ def to_bytes(answer: Answer) -> bytes:
             "text": None if pieces.text == answer.kept.text else pieces.text,
             "lengths": pieces.lengths.tolist(),
             "others": [chunk_to_dict(chunk) for chunk in pieces.others],
-            "waits": [round(wait, 6) for wait in pieces.waits],
+            "times": [round(at - pieces.times[0], 6) for at in pieces.times],
         }
     return _written([VERSION, response, parsed]) + b"\n" + _written(chunks)
 
@@ -74,19 +74,19 @@ def _pieces(value: Any, text: str) -> Pieces | None:
         return None
     fields = Reader(value, "chunks")
     own = fields.text("text")
-    lengths, waits = fields.items("lengths"), fields.items("waits")
+    lengths, times = fields.items("lengths"), fields.items("times")
     others = [chunk_from_dict(other, f"others[{number}]") for number, other in enumerate(fields.items("others"))]
     texts = text if own is None else own
     is_complete = (
         all(map(is_whole, lengths))
-        and all(map(is_number, waits))
-        and len(lengths) == len(waits)
+        and all(map(is_number, times))
+        and len(times) in (0, len(lengths))
         and sum([length for length in lengths if length > 0]) == len(texts)
         and len([length for length in lengths if length < 0]) == len(others)
     )
     if not is_complete:
         raise ValueError("chunks: expected lengths that are those of the texts")
-    return Pieces(texts, array("i", lengths), others, array("d", waits))
+    return Pieces(texts, array("i", lengths), others, array("d", times))
 
 
 def chunk_to_dict(chunk: Chunk) -> dict[str, Any]:

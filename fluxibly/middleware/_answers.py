@@ -15,7 +15,7 @@ import attrs
 
 from fluxibly._threads import renew_lock_after_fork
 from fluxibly.aggregate import as_chunks
-from fluxibly.flow.effects import Effect, Release
+from fluxibly.flow.effects import Effect, More, Release
 from fluxibly.flow.relay import Watch
 from fluxibly.types import CallRecord, Chunk, Response
 
@@ -27,6 +27,8 @@ _RESPONSE = 2000
 """The bytes that a response with its key takes in memory beside its texts, about."""
 _CHUNK = 500
 """The bytes that a chunk takes with more than text."""
+_STRIDE = 256
+"""The chunks after which a stream is looked at whose times are not noted."""
 _DEPTH = 20
 """The levels to which the size of an answer is measured."""
 
@@ -37,34 +39,30 @@ class Pieces:
     Most of them are only text, so the texts are kept as one, with their lengths.
     """
 
-    __slots__ = ("lengths", "others", "text", "waits")
+    __slots__ = ("lengths", "others", "text", "times")
 
-    def __init__(self, text: str, lengths: array[int], others: Sequence[Chunk], waits: array[float]) -> None:
+    def __init__(self, text: str, lengths: array[int], others: Sequence[Chunk], times: array[float]) -> None:
         self.text = text
         """The texts of the chunks that have nothing else."""
         self.lengths = lengths
         """The length of each of these texts; -1 stands for the next of the `others`."""
         self.others = others
-        self.waits = waits
-        """For each chunk, the seconds after the one before."""
+        self.times = times
+        """When each chunk came, in seconds from any moment on; empty if that was not noted."""
 
     @classmethod
     def of(cls, chunks: Sequence[Chunk], times: Sequence[float], text: str) -> Pieces:
         """Return the pieces of chunks, and of the times at which they came. `text` is that of the answer."""
-        lengths = array("i")
-        texts: list[str] = []
+        # Without a loop over all chunks, because a stream may have thousands.
+        texts = [chunk.text for chunk in chunks]
+        lengths = array("i", map(len, texts))
         others: list[Chunk] = []
-        for given in chunks:
-            chunk = given if given.text_only else _cleaned(given)
-            if chunk.text_only:
-                texts.append(chunk.text)
-                lengths.append(len(chunk.text))
-            else:
-                others.append(chunk)
-                lengths.append(-1)
+        for number in [number for number, chunk in enumerate(chunks) if not chunk.text_only]:
+            others.append(_cleaned(chunks[number]))
+            lengths[number] = -1
+            texts[number] = ""
         joined = "".join(texts)
-        waits = array("d", [after - before for before, after in zip([*times[:1], *times], times, strict=False)])
-        return cls(text if joined == text else joined, lengths, others, waits)
+        return cls(text if joined == text else joined, lengths, others, array("d", times))
 
     def __iter__(self) -> Iterator[Chunk]:
         """Yield chunks for one caller."""
@@ -164,20 +162,26 @@ def _size(value: object, depth: int = _DEPTH) -> int:
 
 
 class Recorder(Watch):
-    """A relay that keeps the chunks of the answer that passes, and when they came.
+    """A relay that keeps the chunks of the answer that passes.
 
     Args:
         most: the bytes of text from which on an answer is not kept.
+        timed: whether to note when each chunk comes.
     """
 
-    def __init__(self, call: CallRecord, most: float) -> None:
+    def __init__(self, call: CallRecord, most: float, *, timed: bool) -> None:
         super().__init__(call)
+        self._timed = timed
+        if not timed:
+            self.left = self.stride = _STRIDE
         self._most = most
         self._begin()
 
     def _begin(self) -> None:
         self._came: list[Chunk] = []
         self._times: list[float] = []
+        self._mark = 0
+        """The number of chunks up to the last mark that has begun a message."""
         self._too_long = False
 
     def restarted(self) -> None:
@@ -191,48 +195,49 @@ class Recorder(Watch):
             self._times.clear()
         else:
             self._came += self.chunks
-            self._times += self.arrived
+            if self._timed:
+                self._times += self.arrived
 
     def see(self, effect: Effect) -> Effect:
         if type(effect) is Release and effect.request.call.streaming:
             self._forget_failure()
-        return super().see(effect)
+        super().see(effect)
+        if type(effect) is More and effect.chunk.added:
+            self.flush()
+            self._mark = len(self._came)
+        return effect
 
     def _forget_failure(self) -> None:
         """Forget what an attempt that has failed said, unless it had output: it does not belong to the next answer."""
         self.flush()
-        begin = self._message_begin()
-        if not any(chunk.has_output for chunk in self._came[begin:]):
-            del self._came[begin:], self._times[begin:]
-
-    def _message_begin(self) -> int:
-        """Return the number of chunks before the message under way. A mark that begins it is one of its own."""
-        for number in reversed(range(len(self._came))):
-            if self._came[number].added:
-                return number + 1
-        return 0
-
-    def is_said_by(self, response: Response) -> bool:
-        """Whether a response is what has passed."""
-        self.flush()
-        said = self._came[max(0, self._message_begin() - 1) :]
-        if not any(chunk.has_output for chunk in said):
-            return True  # its last message comes whole, with the response
-        return "".join([chunk.text for chunk in said]) == response.text
+        if not _has_output(self._came[self._mark :]):
+            del self._came[self._mark :], self._times[self._mark :]
 
     def pieces(self, response: Response) -> Pieces | None:
-        """Return the chunks that have passed, and after them what of the response has not."""
+        """Return the chunks of the answer: those that have passed, and after them what of the response has not.
+
+        Returns:
+            None, if they would be too long.
+
+        Raises:
+            ValueError: the text of the response is not that of the chunks.
+        """
         self.flush()
-        if self._too_long or not self._came:
+        came, times, mark = self._came, self._times, self._mark
+        if self._too_long or not came:
             return None
-        came, times = self._came, self._times
-        begin = self._message_begin()
-        mark = came[begin - 1] if begin else None
-        streamed = (mark is not None and mark.has_output) or any(chunk.has_output for chunk in came[begin:])
-        if not streamed and response.has_output:
+        said = came[max(0, mark - 1) :]  # the chunk of a mark may have a part of the message that it begins
+        if _has_output(said):
+            if "".join([chunk.text for chunk in said]) != response.text:
+                raise ValueError("expected the text of the chunks")
+        elif response.has_output:  # its last message comes whole, with the response
             rest = as_chunks(response.evolve(added=()))
-            came, times = [*came[:begin], *rest], [*times[:begin], *[times[-1]] * len(rest)]
+            came, times = [*came[:mark], *rest], [*times[:mark], *times[-1:] * len(rest)]
         return Pieces.of(came, times, response.text)
+
+
+def _has_output(chunks: Sequence[Chunk]) -> bool:
+    return any(chunk.has_output for chunk in chunks)
 
 
 class MemoryAnswers:

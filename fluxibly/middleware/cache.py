@@ -190,7 +190,9 @@ class Cache:
         call = request.call
         recorder: Recorder | None = None
         if call.streaming:
-            recorder = Recorder(call, math.inf if self.max_bytes is None else self.max_bytes)
+            most = math.inf if self.max_bytes is None else self.max_bytes
+            # Others may replay what is in a store at its own pace.
+            recorder = Recorder(call, most, timed=self.pace or self.store != "memory")
             response = yield from recorder.over(call_next(request))
         else:
             response = yield from call_next(request)
@@ -208,15 +210,14 @@ class Cache:
         if pieces is None:
             for chunk in as_chunks(answer.response):
                 yield More(chunk)
-        elif not self.pace:
+        elif not (self.pace and pieces.times):
             for chunk in pieces:
                 yield More(chunk)
         else:
-            at = call.clock()
-            for chunk, wait in zip(pieces, pieces.waits, strict=True):
-                at += wait
+            behind = call.clock() - pieces.times[0]
+            for chunk, at in zip(pieces, pieces.times, strict=True):
                 # What the consumer takes for a chunk is part of the wait for the next.
-                if (left := at - call.clock()) > 0:
+                if (left := at + behind - call.clock()) > 0:
                     yield from sleep(left)
                 yield More(chunk)
 
@@ -225,10 +226,12 @@ def _answer_of(response: object, call: CallRecord, recorder: Recorder | None) ->
     """Return the answer that a call has got, if it is whole."""
     if not isinstance(response, Response) or response.finish_reason == "error" or call.interruption is not None:
         return None
-    if recorder is not None and not recorder.is_said_by(response):
+    try:
+        pieces = None if recorder is None else recorder.pieces(response)
+    except ValueError:
         return None  # a layer has changed it, and the driver will refuse it
     try:
-        return Answer.of(response, call, None if recorder is None else recorder.pieces(response))
+        return Answer.of(response, call, pieces)
     except Exception as error:  # noqa: BLE001  # what a user's class does when it is copied
         _report_unkept(error)
         return None

@@ -6,7 +6,7 @@ import os
 import sqlite3
 import time
 from collections.abc import Callable, Generator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from threading import RLock
@@ -20,6 +20,7 @@ from fluxibly.stores.protocol import Entry
 
 T = TypeVar("T")
 
+_now = time.time
 MAX_BYTES = 4_000_000_000
 _BUSY = 5.0
 """The most seconds to wait for another process that writes."""
@@ -84,6 +85,8 @@ class _Side:
     def __init__(self) -> None:
         self.lock = RLock()  # reentrant, because a signal handler may close a stream
         self.connection: sqlite3.Connection | None = None
+        self.file: tuple[int, int] | None = None
+        """What identifies the file that was opened last."""
 
     def close(self) -> None:
         connection, self.connection = self.connection, None
@@ -123,8 +126,6 @@ class SQLiteStore:
             raise ConfigError(f"SQLiteStore: the folder {os.fspath(self.path.parent)!r} does not exist; make it first")
         self._reader, self._writer = _Side(), _Side()
         """A connection of its own for reading, so that no read waits for a process that writes."""
-        self._file: tuple[int, int] | None = None
-        """What identifies the file that is open."""
         self._uses: dict[str, None] = {}
         """The values that were read since that was last written down, in order."""
         self._noted_at = time.monotonic()
@@ -166,7 +167,7 @@ class SQLiteStore:
         if not found:
             return None
         value, until = found[0]
-        left = float("inf") if until is None else until - time.time()
+        left = float("inf") if until is None else until - _now()
         if left <= 0:
             return None
         uses = self._uses
@@ -187,7 +188,7 @@ class SQLiteStore:
         if value is None or size > self.max_bytes:
             self._write(partial(_forget, key, sums=value is None))
         else:
-            until = None if seconds is None else time.time() + seconds
+            until = None if seconds is None else _now() + seconds
             self._write(partial(self._save, (key, value, until, size)))
 
     def _save(self, row: tuple[object, ...], db: sqlite3.Connection) -> None:
@@ -256,7 +257,7 @@ class SQLiteStore:
         except sqlite3.DatabaseError as error:
             if not _is_damage(error):
                 raise self._translated(error) from error
-        self._set_aside()
+        self._set_aside(side)
         try:
             with side.lock:
                 return work(self._opened(side))
@@ -270,37 +271,38 @@ class SQLiteStore:
 
     def _opened(self, side: _Side) -> sqlite3.Connection:
         """Return the connection of a side, which is opened if it is not. The caller has its lock."""
-        if side.connection is None:
+        while side.connection is None:
             # The permissions of the file, which those beside it get, too, are set before there is anything in it.
             with suppress(FileExistsError):
                 os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+            side.file = _identity(self.path)
             db = sqlite3.connect(self.path, timeout=_BUSY, isolation_level=None, check_same_thread=False)
             try:
-                self._file = _identity(self.path)
-                _prepare(db)
-            except BaseException:
-                db.close()
-                raise
-            side.connection = db
+                if _identity(self.path) == side.file:  # else somebody has just set it aside
+                    _prepare(db)
+                    side.connection = db
+            finally:
+                if side.connection is None:
+                    db.close()
         return side.connection
 
-    def _set_aside(self) -> None:
-        """Give the damaged file another name, unless another thread or process has done so."""
+    def _set_aside(self, side: _Side) -> None:
+        """Give the damaged file of a side another name, unless another thread or process has done so."""
         with self._reader.lock, self._writer.lock:
             self.close()
-            with _alone_with(self.path):
-                if self._file is not None and _identity(self.path) == self._file:
-                    number = 1
-                    while (aside := Path(f"{self.path}.broken-{number}")).exists():
-                        number += 1
-                    for suffix in ("", "-wal", "-shm"):
-                        with suppress(FileNotFoundError):
-                            Path(f"{self.path}{suffix}").rename(f"{aside}{suffix}")
-                    report_once(
-                        f"sqlite {aside}",
-                        f"SQLiteStore: the file {os.fspath(self.path)!r} is damaged; it is now {aside.name!r}, beside a new one",
-                    )
-            self._file = None
+            with _alone(self.path):
+                if side.file is None or _identity(self.path) != side.file:
+                    return
+                number = 1
+                while (aside := Path(f"{self.path}.broken-{number}")).exists():
+                    number += 1
+                for suffix in ("", "-wal", "-shm"):
+                    with suppress(FileNotFoundError):
+                        Path(f"{self.path}{suffix}").rename(f"{aside}{suffix}")
+        report_once(
+            f"sqlite {aside}",
+            f"SQLiteStore: the file {os.fspath(self.path)!r} is damaged; it is now {aside.name!r}, beside a new one",
+        )
 
     async def aload(self, key: str, now: float) -> Entry | None:
         return await _in_thread(partial(self.load, key, now), abandon=True)
@@ -353,7 +355,7 @@ def _transaction(db: sqlite3.Connection) -> Generator[None]:
 
 def _forget_expired(db: sqlite3.Connection) -> int:
     """Forget the values and sums that are over. Return the bytes that the values took."""
-    now = (time.time(),)
+    now = (_now(),)
     sizes: list[tuple[int]] = db.execute(_FORGET_VALUES, now).fetchall()
     db.execute(_FORGET_PARTS, now)
     db.execute(_FORGET_SUMS, now)
@@ -376,22 +378,21 @@ def _exact(amount: float) -> float:
 
 def _add(key: str, amount: float, per: float | None, most: float | None, db: sqlite3.Connection) -> float | None:
     """Add to a sum, in a transaction."""
-    now = time.time()
+    now = _now()
     found: list[tuple[float]] = db.execute("SELECT total FROM fluxibly_sums WHERE key = ?", (key,)).fetchall()
     total = found[0][0] if found else 0
     if per is not None and found:
         total = _moved_on(key, total, now, per, db)
+    refused = amount >= 0 and most is not None and total + amount > most
     if amount < 0:
         total = max(0, _exact(total + amount))
         _take_off(key, -amount, db)
-    elif most is not None and total + amount > most:
-        return None
-    else:
+    elif not refused:
         total = _exact(total + amount)
         if per is not None and amount:
             _add_part(key, amount, now, per, db)
     db.execute(_SUM, (key, total, None if per is None else now + per))
-    return total
+    return None if refused else total
 
 
 def _moved_on(key: str, total: float, now: float, per: float, db: sqlite3.Connection) -> float:
@@ -448,22 +449,20 @@ def _identity(path: Path) -> tuple[int, int] | None:
 
 
 @contextmanager
-def _alone_with(path: Path) -> Generator[None]:
-    """Keep other processes from renaming a file meanwhile. Whoever waited finds another file under its name."""
-    try:
-        import fcntl
-    except ImportError:  # on Windows, where a file that is open cannot be renamed anyway
-        yield
-        return
-    with suppress(FileNotFoundError):
-        file = os.open(path, os.O_RDONLY)
-        try:
+def _alone(path: Path) -> Generator[None]:
+    """Keep other threads and processes from renaming a file meanwhile."""
+    with _renaming, ExitStack() as locks:
+        with suppress(ImportError):  # on Windows, where a file that is open cannot be renamed anyway
+            import fcntl
+
+            # A file of its own: to close the database, opened once more, would take the locks of SQLite away.
+            file = os.open(f"{path}.broken-lock", os.O_CREAT | os.O_RDWR, 0o600)
+            locks.callback(os.close, file)
             fcntl.flock(file, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(file)
-        return
-    yield
+        yield
+
+
+_renaming = RLock()
 
 
 # SQLite forbids to use or even to close in a forked process what was opened before. So all files are closed at a fork, and
