@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
+import tracemalloc
 from collections import OrderedDict
 from fractions import Fraction
 
@@ -12,17 +14,19 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from support import powers, strategies
 from support.calling import REQUEST, call, scripted
+from support.meters import Meters
 from support.rich import USAGE, answered, rich
+from support.tracing_tools import Recorder
 
 from fluxibly import LLM, LLMConfig, register_function
 from fluxibly._logs import forget_reports
 from fluxibly.errors import ConfigError, ServerError, StreamInterrupted, root_cause
 from fluxibly.flow import emit, hold_back
-from fluxibly.middleware import Cache, Fallback, Hedge, Logging, Retry, Validation
+from fluxibly.middleware import Cache, Fallback, Hedge, Logging, Retry, Tracing, Validation
 from fluxibly.middleware._answers import Answer, MemoryAnswers
 from fluxibly.stores import MemoryStore
 from fluxibly.target import Target
-from fluxibly.testing import Delay, check_middleware
+from fluxibly.testing import Delay, VirtualClock, check_middleware
 from fluxibly.testing.modes import MODES, run
 from fluxibly.types import (
     CallRecord,
@@ -220,6 +224,23 @@ class TestHits:
         call(mode, layers)
         assert "cache_hit=True" in caplog.text
 
+    def test_show_in_traces_and_metrics(self, mode):
+        """The span says so and has no tokens of the call, and no token metric counts any."""
+        recorder, meters = Recorder(), Meters()
+        layers = [Tracing(tracer_provider=recorder.tracer_provider), meters.metrics(), Cache()]
+        script = ["Hello", Chunk(usage=USAGE, finish_reason="stop")]
+        call(mode, layers, script)
+        call(mode, layers)
+        first, hit = recorder.exporter.get_finished_spans()
+        assert "fluxibly.cache.hit" not in first.attributes
+        assert hit.attributes["fluxibly.cache.hit"] is True
+        assert hit.attributes["fluxibly.attempts"] == 0
+        assert not [key for key in hit.attributes if "usage" in key]
+        [tokens] = [
+            p for p in meters.points()["gen_ai.client.token.usage"] if p.attributes["gen_ai.token.type"] == "input"
+        ]
+        assert (tokens.count, tokens.sum) == (1, 3)
+
 
 class TestPace:
     SCRIPT = (Delay(5), "one ", Delay(2), "two ", Delay(0.5), Chunk("three", finish_reason="stop"))
@@ -236,7 +257,7 @@ class TestPace:
         """Its time is part of the pace."""
         cache = Cache(pace=True)
         call(stream_mode, cache, self.SCRIPT)
-        clock = strategies_clock()
+        clock = VirtualClock()
         provider = scripted(stream_mode)
         run(stream_mode, provider, [cache], REQUEST, clock=clock, watch=lambda _: clock.advance(1))
         assert clock.sleeps == pytest.approx([1])
@@ -247,12 +268,6 @@ class TestPace:
             cache = Cache(pace=pace)
             call(SYNC_STREAM if not mode.streaming or not pace else SYNC, cache, self.SCRIPT)
             assert call(mode, cache).clock.sleeps == []
-
-
-def strategies_clock():
-    from fluxibly.testing import VirtualClock
-
-    return VirtualClock()
 
 
 class TestWishes:
@@ -565,7 +580,7 @@ class TestMemory:
             if step == "save":
                 length, seconds = more
                 answer = self.answer(length)
-                size_of[length] = answer.size + kept_key(what)
+                size_of[length] = answer.size + sys.getsizeof(what)
                 kept.save(what, answer, seconds, now)
                 model.pop(what, None)
                 model[what] = (length, math.inf if seconds is None else now + seconds)
@@ -587,7 +602,7 @@ class TestMemory:
     def test_ttl(self, mode, later):
         """An answer is kept for so long, from when it came."""
         cache = Cache(ttl=10)
-        clock = strategies_clock()
+        clock = VirtualClock()
 
         def ask(mode, *answers):
             return run(mode, scripted(mode, *answers, clock=clock), [cache], REQUEST, clock=clock).response
@@ -600,7 +615,6 @@ class TestMemory:
 
     def test_is_measured(self):
         """What an answer takes is near what it is said to take."""
-        import tracemalloc
 
         def answers():
             for number in range(60):
@@ -621,12 +635,6 @@ class TestMemory:
         taken = tracemalloc.get_traced_memory()[0] - before
         tracemalloc.stop()
         assert 0.5 < kept._taken / taken < 2
-
-
-def kept_key(key):
-    import sys
-
-    return sys.getsizeof(key)
 
 
 def test_errors_pass(mode):

@@ -57,6 +57,7 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
         "Retry(budget=RetryBudget())",
         "Balance(['a', 'b'])",
         "Hedge('p95')",
+        "Cache()",
     ],
 )
 def test_a_lock_of_another_thread(layer):
