@@ -61,7 +61,9 @@ def request_key(request: Request, info: ProviderInfo, namespace: str = "") -> st
     if request.extra:
         given["extra"] = request.extra
     if request.headers:
-        given["headers"] = {name.lower(): value for name, value in request.headers.items() if not is_secret(name)}
+        headers = {name.lower(): value for name, value in request.headers.items() if not is_secret(name)}
+        if headers:
+            given["headers"] = headers
     found.append(given)
     found += map(_of_message, request.messages)
     return sha256(_encoded(found)).hexdigest()[:40]

@@ -103,6 +103,10 @@ class Shared:
         except StoreError as error:
             self._report_late(error)
 
+    def do(self, call: CallRecord, method: str, *args: Any) -> Any:
+        """Do as `ask`, of a store that does no I/O, but may fail."""
+        return self._do(call, method, *args)
+
     def give(self, call: CallRecord, method: str, *args: Any) -> None:
         """Do as `tell` where no flow runs, as in a cleanup."""
         try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import attrs
 
 from fluxibly._checks import number, one_of, validator, whole
@@ -73,6 +75,10 @@ class _Circuit:
         return isinstance(cause, ProviderError)
 
 
+def _to_store(value: Any) -> Any:
+    return to_store(value, ("load", "save", "add", "lease", "release"))
+
+
 @attrs.frozen(kw_only=True, eq=False)
 class CircuitBreaker:
     """Middleware that stops asking a provider that fails, and asks it again after a while.
@@ -108,7 +114,7 @@ class CircuitBreaker:
     open_for: float = attrs.field(default=30.0, validator=validator(number, above=0))
     probes: int = attrs.field(default=1, validator=validator(whole, 1))
     by: By = attrs.field(default="provider and model", converter=to_by, validator=validator(check_by))
-    store: Store = attrs.field(default=None, converter=to_store)
+    store: Store = attrs.field(default=None, converter=_to_store)
     on_store_error: OnStoreError = attrs.field(default="local", validator=validator(one_of, ON_STORE_ERROR))
     _shared: Shared = attrs.field(init=False, repr=False)
 

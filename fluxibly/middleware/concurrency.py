@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import attrs
 
@@ -21,6 +22,10 @@ from fluxibly.middleware._shared import (
 )
 from fluxibly.stores import Store, Turn, to_store
 from fluxibly.types import ProviderInfo, Request, Response
+
+
+def _to_store(value: Any) -> Any:
+    return to_store(value, ("lease", "release"))
 
 
 @attrs.frozen(eq=False)
@@ -48,7 +53,7 @@ class Concurrency:
     queue: int = attrs.field(default=1000, validator=validator(whole, 0), kw_only=True)
     max_wait: float = attrs.field(default=60.0, validator=validator(number, 0), kw_only=True)
     by: By = attrs.field(default="provider and model", converter=to_by, validator=validator(check_by), kw_only=True)
-    store: Store = attrs.field(default=None, converter=to_store, kw_only=True)
+    store: Store = attrs.field(default=None, converter=_to_store, kw_only=True)
     on_store_error: OnStoreError = attrs.field(
         default="local", validator=validator(one_of, ON_STORE_ERROR), kw_only=True
     )

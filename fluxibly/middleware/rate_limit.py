@@ -78,6 +78,10 @@ def _to_estimate(value: Tokens | str | None) -> Tokens | None:
     return to_function(value)
 
 
+def _to_store(value: Any) -> Any:
+    return to_store(value, ("reserve", "correct", "throttle", "release"))
+
+
 @attrs.frozen(kw_only=True, eq=False)
 class RateLimit:
     """Middleware that keeps calls under a rate. Calls that are too early wait, first come, first served.
@@ -123,7 +127,7 @@ class RateLimit:
     )
     give_back: bool = attrs.field(default=True, validator=validator(truth))
     by: By = attrs.field(default="provider and model", converter=to_by, validator=validator(check_by))
-    store: Store = attrs.field(default=None, converter=to_store)
+    store: Store = attrs.field(default=None, converter=_to_store)
     block: float = attrs.field(default=0.1, validator=validator(number, 0))
     on_store_error: OnStoreError = attrs.field(default="local", validator=validator(one_of, ON_STORE_ERROR))
     _shared: Shared = attrs.field(init=False, repr=False)

@@ -1,26 +1,39 @@
 """Stores: where middleware keep what calls share, such as the places of a limit.
 
-`MemoryStore` shares it within one process. A store of your own, on a server for example, has the methods of `Store`.
+`MemoryStore` shares it within one process, and `SQLiteStore` between the processes of one machine. A store of your own, on
+a server for example, has the methods of `Store`.
 
 Imports: data and its helpers. Imported by: `middleware`.
 """
 
 from collections.abc import Collection
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fluxibly._checks import kind_of
 from fluxibly.errors import ConfigError
 from fluxibly.stores.memory import MemoryStore
 from fluxibly.stores.protocol import Entry, Limit, Store, Turn
 
-__all__ = ["Entry", "Limit", "MemoryStore", "Store", "Turn", "to_store"]
+if TYPE_CHECKING:
+    from fluxibly.stores.sqlite import SQLiteStore
+
+__all__ = ["Entry", "Limit", "MemoryStore", "SQLiteStore", "Store", "Turn", "to_store"]
 
 
-def to_store(value: Any, needs: Collection[str] | None = None) -> Any:
+def __getattr__(name: str) -> Any:
+    if name != "SQLiteStore":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from fluxibly.stores.sqlite import SQLiteStore  # late, because few programs need sqlite3
+
+    return SQLiteStore
+
+
+def to_store(value: Any, needs: Collection[str] | None = None, *, max_bytes: int | None = None) -> Any:
     """Return the store that a URL stands for: None and "memory" are a new `MemoryStore`. It is a converter of attrs.
 
     Args:
         needs: the methods that the store must have; None: all.
+        max_bytes: the most bytes that a store in a file may keep (`SQLiteStore`); None: its own default.
 
     Raises:
         ConfigError: it is neither a URL of a known kind nor a store.
@@ -30,10 +43,16 @@ def to_store(value: Any, needs: Collection[str] | None = None) -> Any:
     methods = (
         _METHODS if needs is None else [name for name in _METHODS if name.removeprefix("a") in needs or name in needs]
     )
-    expected = "store: expected 'memory' or an object with the methods of fluxibly.stores.Store"
+    in_file = set(methods) <= _IN_FILES
+    kinds = "'memory', 'sqlite:PATH'" if in_file else "'memory'"
+    expected = f"store: expected {kinds} or an object with the methods of fluxibly.stores.Store"
     if isinstance(value, str):
-        scheme, colon, _ = value.partition(":")
-        raise ConfigError(f"{expected}, got {scheme + ':…' if colon else value!r}")  # a URL may have a password
+        scheme, colon, path = value.partition(":")
+        if scheme == "sqlite" and in_file:
+            return _in_file(path, max_bytes)
+        got = scheme + ":…" if colon else value  # a URL may have a password
+        why = f"; {_NOT_YET[scheme]}" if scheme in _NOT_YET else ""
+        raise ConfigError(f"{expected}, got {got!r}{why}")
     if isinstance(value, type):
         raise ConfigError(f"{expected}, got the class {value.__name__}; write {value.__name__}()")
     missing = [name for name in methods if not callable(getattr(value, name, None))]
@@ -42,4 +61,20 @@ def to_store(value: Any, needs: Collection[str] | None = None) -> Any:
     return value
 
 
+def _in_file(path: str, max_bytes: int | None) -> Any:
+    if path.startswith("//") or path in ("", ":memory:"):
+        advice = "for memory alone, write 'memory'" if path == ":memory:" else "write 'sqlite:answers.db', for example"
+        raise ConfigError(f"store: expected the path of a file after 'sqlite:', got {path!r}; {advice}")
+    from fluxibly.stores.sqlite import MAX_BYTES, SQLiteStore  # late, as above
+
+    return SQLiteStore(path, max_bytes=MAX_BYTES if max_bytes is None else max_bytes)
+
+
 _METHODS = tuple(name for name in vars(Store) if not name.startswith("_") and name != "local")
+_IN_FILES = {f"{twin}{name}" for twin in ("", "a") for name in ("load", "save", "add")}
+_NOT_YET = {
+    "sqlite": "a file has no queues and limits yet, only values and sums",
+    "redis": "there is no store on a Redis server yet",
+    "rediss": "there is no store on a Redis server yet",
+}
+"""What a known kind of URL cannot be used for."""

@@ -4,8 +4,17 @@ from __future__ import annotations
 
 import pytest
 
+from fluxibly.testing.modes import MODES, Mode
+
 
 @pytest.fixture(autouse=True)
 def own_functions(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forget afterwards which functions a test has registered."""
     monkeypatch.setattr("fluxibly.functions._functions", {})
+
+
+@pytest.fixture(params=[MODES[0], MODES[-1]], ids=lambda mode: f"then {mode}")
+def later(request: pytest.FixtureRequest) -> Mode:
+    """The mode of a later call: whole, or a stream."""
+    mode: Mode = request.param
+    return mode

@@ -59,6 +59,8 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
         "Hedge('p95')",
         "Record('/dev/null')",
         "Replay('/dev/null', missing='ask')",
+        "Cache()",
+        "Budget(tokens=1e9)",
     ],
 )
 def test_a_lock_of_another_thread(layer):

@@ -67,7 +67,7 @@ class SlowStore:
         return [who for kind in kinds for state in kind.values() for who in state.waiting]
 
 
-class StoreLaws:
+class Laws:
     """Inherit these tests in a class that has `make`, and `pass_time` where its time is not a variable.
 
     `tick` is the unit of time in seconds: a store with a clock of its own takes one that its precision allows.
@@ -86,6 +86,7 @@ class StoreLaws:
     @pytest.fixture(params=["sync", "asyncio", "trio"], autouse=True)
     def _begin(self, request: pytest.FixtureRequest) -> None:
         self.way = request.param
+        self.folder = request.getfixturevalue("tmp_path")
         self.time = 100.0
         self.store = self.make()
 
@@ -98,6 +99,124 @@ class StoreLaws:
 
         return run_async(ado, self.way)
 
+    def near(self, expected: float) -> Any:
+        return pytest.approx(expected, abs=max(self.slack, 1e-6))
+
+
+class ValueLaws(Laws):
+    """The laws of `load` and `save`."""
+
+    def test_values(self):
+        """A value is kept for its time, and replaced as a whole."""
+        assert self.do("load", "v") is None
+        self.do("save", "v", b"\x00one", 10 * self.tick)
+        entry = self.do("load", "v")
+        assert (entry.value, entry.left / self.tick) == (b"\x00one", self.near(10))
+        self.do("save", "v", b"two", None)
+        assert (self.do("load", "v").value, self.do("load", "v").left) == (b"two", math.inf)
+        self.do("save", "v", b"three", 2 * self.tick)
+        self.pass_time(2.5)
+        assert self.do("load", "v") is None
+        self.do("save", "v", b"four", None)
+        self.do("save", "v", None, None)
+        assert self.do("load", "v") is None
+
+    def test_values_of_any_bytes(self):
+        """They come back as they were, the empty one too, under any key."""
+        for number, value in enumerate((b"", b"\x00\xff\n", bytes(range(256)) * 1000)):
+            key = f"{number} \u2603 'x'; --"
+            self.do("save", key, value, None)
+            assert self.do("load", key).value == value
+
+    def test_values_of_many_threads(self):
+        """Each reads whole values, and the last one saved stays."""
+        wrong: list[bytes] = []
+
+        def work(number: int) -> None:
+            for turn in range(20):
+                self.store.save("t", bytes([number]) * 3000, None, self.time)
+                found = self.store.load("t", self.time)
+                if found is None or len(found.value) != 3000 or len(set(found.value)) != 1:
+                    wrong.append(b"" if found is None else found.value)
+                self.store.save(f"{number} {turn}", b"own", None, self.time)
+
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert not wrong
+        assert all(self.do("load", f"{n} {turn}").value == b"own" for n in range(8) for turn in range(20))
+
+
+class SumLaws(Laws):
+    """The laws of `add`."""
+
+    def test_sums(self):
+        """A sum forgets what is old, and refuses what would be too much."""
+        assert self.do("add", "s", 2.0, 10 * self.tick) == 2
+        self.pass_time(6)
+        assert self.do("add", "s", 3.0, 10 * self.tick) == 5
+        assert self.do("add", "s", 3.0, 10 * self.tick, most=7.0) is None
+        assert self.do("add", "s", 2.0, 10 * self.tick, most=7.0) == 7
+        self.pass_time(5)
+        assert self.do("add", "s", 0.0, 10 * self.tick) == 5
+        self.pass_time(20)
+        assert self.do("add", "s", 0.0, 10 * self.tick) == 0
+
+    def test_sums_for_good(self):
+        for total in (1, 2, 3):
+            assert self.do("add", "g", 1.0, None) == total
+            self.pass_time(5)
+        self.do("save", "g", None, None)
+        assert self.do("add", "g", 1.0, None) == 1
+
+    def test_sums_are_taken_back(self):
+        """What is taken off comes from what was added first, and the sum does not fall below 0."""
+        self.do("add", "b", 5.0, 10 * self.tick)
+        self.pass_time(6)
+        self.do("add", "b", 3.0, 10 * self.tick)
+        assert self.do("add", "b", -2.0, 10 * self.tick, most=0.0) == 6
+        self.pass_time(5)
+        assert self.do("add", "b", 0.0, 10 * self.tick) == 3, "what was left of the first is over"
+        assert self.do("add", "b", -4.0, 10 * self.tick) == 0
+        assert self.do("add", "b", -4.0, None) == 0
+
+    def test_whole_amounts_are_kept_exactly(self):
+        """Nano-dollars of a large budget add up to the last one."""
+        for per in (None, 1000 * self.tick):
+            for number in range(5):
+                total = self.do("add", f"whole {per}", 10**12 + 1, per)
+                assert total == (number + 1) * (10**12 + 1)
+            assert self.do("add", f"whole {per}", -(10**12 + 1), per) == 4 * (10**12 + 1)
+
+    def test_sums_are_apart(self):
+        for key in ("one", "two"):
+            assert self.do("add", key, 1.0, None) == 1
+            assert self.do("add", f"{key} in time", 1.0, 5 * self.tick) == 1
+
+    def test_sums_of_many_threads(self):
+        """No addition is lost, and no thread gets past `most`."""
+        sums: list[float | None] = []
+
+        def work() -> None:
+            sums.extend(self.store.add("m", 1.0, 1000 * self.tick, self.time, most=50.0) for _ in range(10))
+
+        threads = [threading.Thread(target=work) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert sorted([each for each in sums if each is not None]) == [*range(1, 51)]
+        assert sums.count(None) == 30
+
+
+class StoreLaws(ValueLaws, SumLaws):
+    """The laws of a store that has all methods.
+
+    Inherit these tests in a class that has `make`, and `pass_time` where its time is not a variable.
+    """
+
     def reserve(self, who: str, *limits: Limit, key: str = "k") -> float | None:
         """Return the wait in ticks, or None."""
         turn = self.do("reserve", key, who, limits)
@@ -105,9 +224,6 @@ class StoreLaws:
 
     def limit(self, cost: float = 1, burst: float = 1, name: str = "requests", rate: float = 1) -> Limit:
         return Limit(name, rate / self.tick, burst, cost)
-
-    def near(self, expected: float) -> Any:
-        return pytest.approx(expected, abs=max(self.slack, 1e-6))
 
     def test_it_is_a_store(self):
         assert isinstance(self.store, Store)
@@ -209,40 +325,6 @@ class StoreLaws:
 
     def test_a_release_of_nothing(self):
         self.do("release", "nowhere", "nobody")
-
-    def test_sums(self):
-        """A sum forgets what is old, and refuses what would be too much."""
-        assert self.do("add", "s", 2.0, 10 * self.tick) == 2
-        self.pass_time(6)
-        assert self.do("add", "s", 3.0, 10 * self.tick) == 5
-        assert self.do("add", "s", 3.0, 10 * self.tick, most=7.0) is None
-        assert self.do("add", "s", 2.0, 10 * self.tick, most=7.0) == 7
-        self.pass_time(5)
-        assert self.do("add", "s", 0.0, 10 * self.tick) == 5
-        self.pass_time(20)
-        assert self.do("add", "s", 0.0, 10 * self.tick) == 0
-
-    def test_sums_for_good(self):
-        for total in (1, 2, 3):
-            assert self.do("add", "g", 1.0, None) == total
-            self.pass_time(5)
-        self.do("save", "g", None, None)
-        assert self.do("add", "g", 1.0, None) == 1
-
-    def test_values(self):
-        """A value is kept for its time, and replaced as a whole."""
-        assert self.do("load", "v") is None
-        self.do("save", "v", b"\x00one", 10 * self.tick)
-        entry = self.do("load", "v")
-        assert (entry.value, entry.left / self.tick) == (b"\x00one", self.near(10))
-        self.do("save", "v", b"two", None)
-        assert (self.do("load", "v").value, self.do("load", "v").left) == (b"two", math.inf)
-        self.do("save", "v", b"three", 2 * self.tick)
-        self.pass_time(2.5)
-        assert self.do("load", "v") is None
-        self.do("save", "v", b"four", None)
-        self.do("save", "v", None, None)
-        assert self.do("load", "v") is None
 
     def test_many_threads(self):
         """No place is given twice, nor lost; no addition is lost."""

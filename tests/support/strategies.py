@@ -24,6 +24,7 @@ from fluxibly.errors import (
 from fluxibly.flow import ask, emit, gather, hold_back, map_chunks, perform, provider_of, sleep
 from fluxibly.middleware import (
     Balance,
+    Cache,
     CircuitBreaker,
     Concurrency,
     Deadline,
@@ -692,6 +693,7 @@ def _built_in(make: Callable[[], Any], name: str) -> Any:
 BUILT_IN = tuple(
     _built_in(make, name)
     for name, make in {
+        "cache": Cache,
         "logging": Logging,
         "tracing": Tracing,
         "metrics": Metrics,
