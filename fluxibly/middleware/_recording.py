@@ -99,10 +99,10 @@ class RecordingFile:
                 f"{shown!r} first"
             )
 
-    def append(self, exchange: Mapping[str, Any]) -> None:
-        """Append an exchange as a line. A failure is reported once, and leaves no part of a line behind."""
+    def append(self, line: bytes) -> None:
+        """Append a line. A failure is reported once, and leaves no part of the line behind."""
         try:
-            self._append(encoded(exchange))
+            self._append(line)
         except OSError as error:
             report_once(
                 f"recording {self.path}",
@@ -484,7 +484,6 @@ def error_fields(error: Exception, request: Request) -> dict[str, Any]:
     """Return what a line says of an error. Its message is masked as in logs, and free of the request's secrets."""
     cause = root_cause(error)
     secrets = [*_secrets(request.extra), *[value for name, value in request.headers.items() if is_secret(name)]]
-
     kind = _known_class(type(cause))
     found: dict[str, Any] = {
         "class": kind.__name__,
@@ -549,9 +548,9 @@ def error_of(given: Mapping[str, Any], partial: Response) -> tuple[Exception, bo
     fields = Reader(given, "error")
     name, raised, message = fields.needed("class"), fields.text("raised"), fields.text("message", "")
     is_interruption = fields.take("interrupted", bool, "true or false", default=False)
-    found: dict[str, Any] = {each: fields.text(each) for each in ("code", "provider", "model", "request_id")}
+    # A user's provider may give a code that is a number, for example; nothing depends on these.
+    found = {each: fields.value(each) for each in ("status", "code", "provider", "model", "request_id")}
     found["retryable"] = fields.take("retryable", bool, "true or false")
-    found["status"] = fields.take("status", int, "a whole number")
     found["retry_after"] = fields.take("retry_after", (int, float), "a number")
     found["rate_limits"] = fields.table("rate_limits")
     phase, reason, problem = fields.text("phase"), fields.text("reason", ""), fields.text("problem", "")
@@ -703,13 +702,14 @@ class Recorder:
         """Append the exchange to the file. What goes wrong is reported, and changes nothing."""
         try:
             fields = self._fields()
+            line = encoded(fields)
         except Exception as error:  # noqa: BLE001  # a recording never breaks a call
             why = str(error) if type(error) is TypeError else type(error).__name__  # other errors may quote content
             report_once(f"recording {self._file.path} {why}", f"a call is not recorded in {self._file.name!r}: {why}")
             return
         finally:
             self._error = None  # its frames refer to the recorder
-        self._file.append(fields)
+        self._file.append(line)
         if self._exchanges is not None and "ended" not in fields:
             self._exchanges.add(Exchange("a new line", self._file.name, fields))
 

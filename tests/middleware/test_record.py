@@ -452,6 +452,17 @@ class TestWhatCannotBeRecorded:
         assert "is not recorded" in reports()
         assert lines(file) == []
 
+    def test_an_answer_that_is_too_deep(self, mode, file, reports):
+        deep = {}
+        for _ in range(100_000):
+            deep = {"a": deep}
+        assert call(mode, Record(file), Response("hi", details=deep)).response.text == "hi"
+        assert reports() == (
+            f"fluxibly: a call is not recorded in {str(file)!r}: {'Chunk' if mode.streaming else 'Response'}.to_dict: "
+            "expected JSON values: they are nested too deeply\n"
+        )
+        assert lines(file) == []
+
     def test_a_parsed_instance(self, file, reports):
         """JSON has no instances, so the user is told where to put the layer."""
 

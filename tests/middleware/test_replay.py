@@ -284,6 +284,11 @@ class TestErrors:
         assert str(again) == "it failed"
         assert {**vars(again)} == {**vars(error)}
 
+    def test_a_code_that_is_a_number(self, file):
+        """As a user's provider may give it."""
+        record(file, ServerError("down", code=7))
+        assert call(MODES[0], Replay(file)).ran.error.code == 7
+
     def test_in_all_modes(self, mode, file):
         """After output it is the cause of StreamInterrupted, which has what came."""
         call(mode, Record(file), ["a", Chunk(usage=Usage(output_tokens=1)), "b", ServerError("down")])
