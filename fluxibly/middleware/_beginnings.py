@@ -32,7 +32,7 @@ class Beginnings(NamedTuple):
     """What is known of an expression."""
 
     regex: re.Pattern[str]
-    """Matches from a place to the end of the text, if a match that begins there may depend on what follows."""
+    """Matches from a place in the text to its end, if a match that begins there may depend on what follows."""
     ahead: float
     """The most characters from its beginning on that a match may depend on; infinity if there is no bound."""
     behind: int
@@ -52,7 +52,8 @@ def beginnings(regex: re.Pattern[str], unknown: int) -> Beginnings:
         # The module has no public name. It has been the same for many years, and the test of this module would notice.
         items = list(import_module("re._parser").parse(regex.pattern, regex.flags & ~re.DEBUG))
         multiline = bool(flags & re.MULTILINE)
-        return Beginnings(re.compile(_begun(items, multiline), flags), _ahead(items)[1], _behind(items))
+        sources = _begun(items, multiline, first=True) or [NEVER]
+        return Beginnings(re.compile("|".join(sources), flags), _ahead(items)[1], _behind(items))
     except (ImportError, AttributeError, _Unknown):
         return Beginnings(re.compile("(?s:.)"), math.inf, unknown)
 
@@ -127,48 +128,54 @@ def _is_endless(high: Any) -> bool:
     return str(high) == "MAXREPEAT"
 
 
-def _begun(items: Sequence[Any], multiline: bool) -> str:
-    """Return the source of an expression for the texts that end within `items`."""
+def _begun(items: Sequence[Any], multiline: bool, *, first: bool = False) -> list[str]:
+    """Return the sources of expressions for the texts that end within `items`.
+
+    Args:
+        first: whether they stand at the beginning of the whole expression. The empty text is no beginning.
+    """
     if not items:
-        return NEVER
+        return []
     (op, value), *rest = items
-    inside = _begun_in(str(op), value, multiline)
+    found = _begun_in(str(op), value, multiline, first=first)
     after = _begun(rest, multiline)
-    found = [] if inside == NEVER else [inside]
-    if after != NEVER:
-        found.append(f"{_source_of(str(op), value)}{after}")
-    return f"(?:{'|'.join(found)})" if found else NEVER
+    return [*found, f"{_source_of(str(op), value)}{_any(after)}"] if after else found
 
 
-def _begun_in(op: str, value: Any, multiline: bool) -> str:
+def _any(sources: list[str]) -> str:
+    return sources[0] if len(sources) == 1 else f"(?:{'|'.join(sources)})"
+
+
+def _begun_in(op: str, value: Any, multiline: bool, *, first: bool) -> list[str]:
     match op:
         case "LITERAL" | "NOT_LITERAL" | "ANY" | "IN":
-            return _END
+            return [] if first else [_END]
         case "AT":
             place = str(value)
             if place == "AT_END" and not multiline:
-                return rf"\n?{_END}"
-            return NEVER if place.startswith("AT_BEGINNING") else _END
+                return [rf"\n?{_END}"]
+            return [] if first or place.startswith("AT_BEGINNING") else [_END]
         case "BRANCH":
-            found = [each for each in (_begun(items, multiline) for items in value[1]) if each != NEVER]
-            return f"(?:{'|'.join(found)})" if found else NEVER
+            return [source for items in value[1] for source in _begun(items, multiline, first=first)]
         case "SUBPATTERN":
             inner = multiline or bool(value[1] & re.MULTILINE)
-            return NEVER if _begun(value[3], inner) == NEVER else _grouped(value, lambda items: _begun(items, inner))
+            found = _begun(value[3], inner, first=first)
+            return [_grouped(value, lambda _: _any(found))] if found else []
         case "ATOMIC_GROUP":
-            return _begun(value, multiline)
+            return _begun(value, multiline, first=first)
         case "MAX_REPEAT" | "MIN_REPEAT" | "POSSESSIVE_REPEAT":
             _, high, repeated = value
             last = _begun(repeated, multiline)
-            if last == NEVER or (not _is_endless(high) and high < 1):
-                return NEVER
+            if not last or (not _is_endless(high) and high < 1):
+                return []
             # Fewer characters of the same kind do not reach the end if the most do not, so none are given back.
             plain = "+" if len(repeated) == 1 and str(repeated[0][0]) in _CHARACTERS else ""
-            return f"(?:{_source(repeated)}){_times(0, high if _is_endless(high) else high - 1)}{plain}{last}"
+            before = f"(?:{_source(repeated)}){_times(0, high if _is_endless(high) else high - 1)}{plain}"
+            return [f"{before}{_any(last)}"]
         case "ASSERT" | "ASSERT_NOT":
-            return _begun(value[1], multiline) if value[0] > 0 else NEVER
+            return _begun(value[1], multiline) if value[0] > 0 else []
         case "FAILURE":
-            return NEVER
+            return []
         case _:
             raise _Unknown(op)
 

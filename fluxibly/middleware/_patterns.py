@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from typing import TypeAlias, cast
 
@@ -28,14 +28,14 @@ SENTENCE = 1_000
 class Pattern:
     """An expression for what to find.
 
-    `check` returns how many characters of a match count; 0 if it is none after all. Without any of `words` in a text, there
-    is no match.
+    `check` returns how many characters of a match count; 0 if it is none after all. Every match has `word` in it, or before
+    it.
     """
 
     name: str
     regex: re.Pattern[str]
     check: Callable[[str], int] | None = None
-    words: tuple[str, ...] = ()
+    word: str = ""
     known: bool = False
     """Whether it is known by name, so that all that it finds has a character of `TELLING`."""
     begins: re.Pattern[str] = attrs.field(init=False, repr=False)
@@ -56,33 +56,33 @@ class Pattern:
         ):
             object.__setattr__(self, name, value)
 
-    def find(self, text: str, at: int, stop: int, offset: int | None) -> Iterator[Span]:
-        """Yield the matches that begin from `at` on and before `stop`.
+    def find(self, text: str, at: int, stop: int, offset: int | None) -> list[Span]:
+        """Return the matches that begin from `at` on and before `stop`.
 
         Args:
             offset: the place of `text` in the answer that it is a part of, which bounds what an expression without a
                 longest match sees; None: there is no bound.
         """
-        if self.words and not any(word in text for word in self.words):
-            return
-        endless = self.ahead is None and offset is not None
+        found: list[Span] = []
+        if self.word not in text:
+            return found
         end = border = len(text)
         while at < stop:
-            if endless:
-                border = (at + cast("int", offset)) // BLOCK * BLOCK + BLOCK - cast("int", offset)
+            if self.ahead is None and offset is not None:
+                border = (at + offset) // BLOCK * BLOCK + BLOCK - offset
                 end = border + BLOCK
             match = self.regex.search(text, at, end)
             if match is None or match.start() >= min(border, stop):
-                if not endless or border >= stop:
-                    # An empty match may stand at the end.
-                    return
+                if border >= stop:
+                    return found
                 at = border
                 continue
             start = match.start()
             length = match.end() - start if self.check is None else self.check(match[0])
             if length:
-                yield start, start + length
+                found.append((start, start + length))
             at = start + (length or 1)
+        return found
 
     def undecided(self, text: str, at: int, offset: int) -> int:
         """Return the first place from `at` on where more text may decide whether a match begins there."""
@@ -310,23 +310,22 @@ def _bearer(text: str) -> int:
     return len(text) if any(character.isdigit() for character in text) else 0
 
 
-_SOURCES: Mapping[str, tuple[tuple[str, Callable[[str], int] | None, tuple[str, ...]], ...]] = {
-    "email": ((_EMAIL, _email, ("@",)),),
-    "phone": ((_PHONE, _phone, ()),),
-    "card": ((_CARD, _card, ()),),
-    "iban": ((_IBAN, _iban, ()),),
-    "ip": ((_V4, _v4, (".",)), (_V6, _v6, (":",))),
-    "key": ((_KEYS, _key, ()), (_PEM, None, ("-----BEGIN ",)), (_BEARER, _bearer, ("earer ",))),
+_SOURCES: Mapping[str, tuple[tuple[str, Callable[[str], int] | None, str], ...]] = {
+    "email": ((_EMAIL, _email, "@"),),
+    "phone": ((_PHONE, _phone, ""),),
+    "card": ((_CARD, _card, ""),),
+    "iban": ((_IBAN, _iban, ""),),
+    "ip": ((_V4, _v4, "."), (_V6, _v6, ":")),
+    "key": ((_KEYS, _key, ""), (_PEM, None, "-----BEGIN "), (_BEARER, _bearer, "earer ")),
 }
+"""The expressions of each name, with their checks and words."""
 NAMES = tuple(_SOURCES)
 
 
 @cache
 def _known(name: str) -> tuple[Pattern, ...]:
     """Return what a name stands for. The expressions are compiled when they are first needed."""
-    return tuple(
-        [Pattern(name, re.compile(source), check, words, known=True) for source, check, words in _SOURCES[name]]
-    )
+    return tuple([Pattern(name, re.compile(source), check, word, known=True) for source, check, word in _SOURCES[name]])
 
 
 def to_patterns(given: object) -> tuple[Pattern | Function, ...]:

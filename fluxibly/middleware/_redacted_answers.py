@@ -34,6 +34,8 @@ class AnswerScanner:
         """Begin an answer, or a message."""
         self._text = Scanner(self._matcher, self._replacing)
         self._reasoning = Scanner(self._matcher, self._replacing)
+        self._reasoned = False
+        """Whether reasoning came last."""
         self._thinking = False
         """Whether there was reasoning since the last complete block."""
         self._calls: list[_Call] = []
@@ -66,7 +68,8 @@ class AnswerScanner:
         if not chunk.text_only:
             return self._other(chunk)
         text = chunk.text
-        if self._reasoning.begun and text:
+        if self._reasoned and text:
+            self._reasoned = False
             made = Chunk(self._text.take(text), reasoning=self._reasoning.end())
             return made if made.has_output else None
         if self._text.passes(text):
@@ -97,8 +100,10 @@ class AnswerScanner:
         calls_begin = any(self._find(delta) is None for delta in chunk.tool_calls)
         before = self._text.end() if chunk.reasoning or parts_stand else ""
         reasoning = self._reasoning.take(chunk.reasoning)
+        self._reasoned = self._reasoned or bool(chunk.reasoning)
         if chunk.parts or chunk.text or calls_begin:
             reasoning += self._reasoning.end()
+            self._reasoned = False
         text = self._text.take(chunk.text)
         if calls_begin:
             text += self._text.end()

@@ -36,8 +36,9 @@ def texts_of(message: Message) -> list[str]:
     if len(texts) < len(message.content):
         texts += [part.transcript or "" for part in message.content if isinstance(part, Audio)]
         texts += [part.name or "" for part in message.content if isinstance(part, Document)]
-    texts += [call.raw_arguments for call in message.tool_calls]
-    texts += [part.text for part in message.reasoning]
+    if message.tool_calls or message.reasoning:
+        texts += [call.raw_arguments for call in message.tool_calls]
+        texts += [part.text for part in message.reasoning]
     return texts if message.name is None else [*texts, message.name]
 
 

@@ -63,21 +63,21 @@ class Matcher:
             re.compile("|".join([each.begins.pattern for each in bounded if each.begins.flags == one]), one)
             for one in flags
         ]
-        self._telling = self._beginning = None
+        self.telling: re.Pattern[str] | None = None
+        """Finds a character without which a text has no match. None: there is no such character."""
+        self.calm: re.Pattern[str] | None = None
+        """Matches the beginning of a text that has none of these, up to where the beginning of a match may stand."""
         if known and not (placeholder is not None and head is None):
             mark = "" if head is None else re.escape(head)
-            self._telling = re.compile(f"[{mark}{TELLING}]").search
-            # No match begins with white space or these marks, and none that has begun before ends so without one of the
-            # characters that are left out here.
-            self._beginning = re.compile(rf"[^{mark}{TELLING}+(:]*+(?<=[\s,;!?])\Z").match
+            self.telling = re.compile(f"[{mark}{TELLING}]")
+            # A beginning of a match without any of the characters of `other` has none of `border` in it.
+            border, other = r"\s,;!?", rf"{mark}{TELLING}+(:"
+            run = f"[^{border}{other}]*+"
+            self.calm = re.compile(rf"(?:{run}[{border}])*+(?={run}\Z)")
 
     def finds_nothing(self, text: str) -> bool:
         """Whether a quick look tells that a text has no match."""
-        return self._telling is not None and self._telling(text) is None
-
-    def begins_nothing(self, text: str) -> bool:
-        """Whether a quick look tells that a text has no match, and that none begins in it that could go on behind it."""
-        return self._beginning is not None and self._beginning(text) is not None
+        return self.telling is not None and self.telling.search(text) is None
 
     def undecided(self, text: str, at: int, offset: int) -> int:
         """Return the first place from `at` on where more text may decide whether a match begins there."""
@@ -161,6 +161,7 @@ class Scanner:
 
     def __init__(self, matcher: Matcher, replacing: Replacing) -> None:
         self._matcher = matcher
+        self._calm = matcher.calm
         self._replacing = replacing
         self.changed = False
         """Whether something has been replaced since `changed` was last reset."""
@@ -179,26 +180,37 @@ class Scanner:
         """What functions have found in earlier sentences, by the place in the whole text."""
 
     @property
-    def begun(self) -> bool:
-        """Whether some of the text has come."""
-        return bool(self._text)
-
-    @property
     def held(self) -> str:
         """What is held back."""
         return self._text[self._at :]
 
     def passes(self, piece: str) -> bool:
         """Take a piece if a quick look tells that all of it can be let out unchanged, and return whether it does."""
-        if self._at < len(self._text) or not self._matcher.begins_nothing(piece):
+        text = self._text
+        if self._calm is None or self._at < len(text):
             return False
-        self._text += piece
-        self._forget(len(self._text))
+        calm = self._calm.match(piece)
+        if calm is None or calm.end() < len(piece):
+            return False
+        # Of the place in the whole text, nothing depends that a quick look is for.
+        text = self._text = (text + piece)[-self._matcher.behind :]
+        self._at = len(text)
         return True
 
     def take(self, piece: str) -> str:
         """Take a piece, and return what can be let out."""
-        return "" if not piece else piece if self.passes(piece) else _outcome(self.pieces(piece))
+        if self._calm is None:
+            return _outcome(self.pieces(piece))
+        text = self._text + piece
+        calm = self._calm.match(text, self._at)
+        if calm is None:
+            return _outcome(self.pieces(piece))
+        # As `pieces` does, of a text without a match.
+        let_out = self._matcher.undecided(text, calm.end(), self._offset)
+        made = text[self._at : let_out]
+        self._text = text
+        self._forget(let_out)
+        return made
 
     def end(self) -> str:
         """Return the rest of the text, and begin another."""

@@ -16,7 +16,7 @@ from fluxibly.middleware._placeholders import Came, Replaced, Sent, Template, ch
 from fluxibly.middleware._redacted_answers import AnswerScanner
 from fluxibly.middleware._redacted_messages import changed_message, changed_values, texts_of
 from fluxibly.middleware._redacting import Matcher, redacted
-from fluxibly.types import Request, Response
+from fluxibly.types import Message, Request, Response
 
 Patterns: TypeAlias = Sequence[str] | Mapping[str, bool | str | Finder | Mapping[str, str]]
 """What to find: names, or a mapping of names to patterns."""
@@ -100,42 +100,46 @@ class Redact:
         return redacted(text, self._all, Replaced(self._template))
 
     def __call__(self, request: Request, call_next: CallNext) -> Flow[Response]:
-        sent = Sent(self._template, self._all, self._placeholder)
-        if self.outgoing:
-            request = self._replaced_in(request, sent)
-        if not self.incoming and not sent.originals:
+        originals: Mapping[str, str] = {}
+        if self.outgoing and not self._finds_nothing_in(request.messages):
+            request, originals = self._replaced_in(request)
+        if not self.incoming and not originals:
             return (yield from call_next(request))
-        came = Came(self._template, sent.originals)
-        matcher = self._restoring if sent.originals else self._all
-        whole = not request.call.streaming
-        inner: list[Response] = []
-        flow = _noted(call_next(request), inner)
-        if whole:
+        matcher = self._restoring if originals else self._all
+        flow = call_next(request)
+        whole: list[Response] = []
+        if request.call.streaming:
+            flow = _noted(flow, whole)
+        else:
             response = yield from flow
-            if _is_text(response) and matcher.finds_nothing(response.text):
+            if matcher.finds_nothing(response.text) and _is_text(response):
                 return response
+            whole.append(response)
             flow = _returned(response)
+        came = Came(self._template, originals)
         scanner = AnswerScanner(matcher, came, spelled=not self.incoming)
         response = yield from map_chunks(flow, scanner.chunk, scanner.end, at_restart=scanner.begin)
-        parsed = inner[0].parsed
-        if parsed is not None and response.parsed is None:
-            # A value of another type may have the text before the changes.
-            with suppress(TypeError, ValueError, RecursionError):
-                response = response.evolve(parsed=changed_values(parsed, scanner.text, strict=True))
         came.tell(request, "in the answer")
+        if whole[0].parsed is not None and response.parsed is None:
+            # It is made of the text before the changes. A value of another type is left out.
+            with suppress(TypeError, ValueError, RecursionError):
+                response = response.evolve(parsed=changed_values(whole[0].parsed, scanner.text, strict=True))
         return response
 
-    def _replaced_in(self, request: Request, sent: Sent) -> Request:
-        """Return the request with all matches in its messages replaced."""
-        messages = request.messages
-        if all(self._all.finds_nothing(text) for message in messages for text in texts_of(message)):
-            return request
-        sent.avoid(messages)
-        changed = tuple([changed_message(message, sent) for message in messages])
-        if all(new is old for new, old in zip(changed, messages, strict=True)):
-            return request
+    def _finds_nothing_in(self, messages: Sequence[Message]) -> bool:
+        """Whether a quick look tells that messages have no match."""
+        finds_nothing = self._all.finds_nothing
+        return all(finds_nothing(text) for message in messages for text in texts_of(message))
+
+    def _replaced_in(self, request: Request) -> tuple[Request, Mapping[str, str]]:
+        """Return the request with all matches replaced, and with `restore` their originals by the placeholders."""
+        sent = Sent(self._template, self._all, self._placeholder)
+        sent.avoid(request.messages)
+        messages = tuple([changed_message(message, sent) for message in request.messages])
+        if all(new is old for new, old in zip(messages, request.messages, strict=True)):
+            return request, {}
         sent.tell(request, "in what is sent")
-        return request.evolve(messages=changed)
+        return request.evolve(messages=messages), sent.originals
 
 
 def _noted(flow: Flow[Response], inner: list[Response]) -> Flow[Response]:
