@@ -7,8 +7,9 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple, Protocol
 
-from fluxibly.middleware._patterns import SENTENCE, TELLING, Function, Pattern
+from fluxibly.middleware._patterns import BLOCK, SENTENCE, TELLING, Function, Pattern
 
+_BORDERS = r"\s,;!?"
 RESTORED = ""
 """The name of the pattern that finds placeholders."""
 
@@ -36,26 +37,20 @@ class Matcher:
     """Several patterns, of which all matches are found. It has no state, and serves any number of calls.
 
     Args:
-        known: whether all patterns are known by name, so that a quick look can tell that a text has nothing of them.
         placeholder: the expression for placeholders; None: they are not restored.
         head: the character with which every placeholder begins; None: they begin with different ones.
     """
 
     def __init__(
-        self,
-        patterns: Iterable[Pattern | Function],
-        *,
-        known: bool,
-        placeholder: Pattern | None = None,
-        head: str | None = None,
+        self, patterns: Iterable[Pattern | Function], placeholder: Pattern | None = None, head: str | None = None
     ) -> None:
         given = [*([] if placeholder is None else [placeholder]), *patterns]
         self.expressions = [each for each in given if isinstance(each, Pattern)]
         self.functions = [each for each in given if isinstance(each, Function)]
         self.behind = max([1, *[each.behind for each in self.expressions]])
         """The most characters before a place that its matches depend on."""
-        self._endless = [each for each in self.expressions if each.ahead is None]
         bounded = [each for each in self.expressions if each.ahead is not None]
+        self._endless = [each for each in self.expressions if each.ahead is None]
         self._ahead = max([each.ahead or 0 for each in bounded], default=0)
         # One expression for several takes a fraction of the time.
         flags = {each.begins.flags for each in bounded}
@@ -63,21 +58,30 @@ class Matcher:
             re.compile("|".join([each.begins.pattern for each in bounded if each.begins.flags == one]), one)
             for one in flags
         ]
-        self.telling: re.Pattern[str] | None = None
-        """Finds a character without which a text has no match. None: there is no such character."""
+        # The quick look. A head that is a border could not be told from one.
+        plain = placeholder is None or (head is not None and not re.match(f"[{_BORDERS}]", head))
+        mark = re.escape(head) if placeholder is not None and head is not None and plain else ""
+        self._telling = re.compile(f"[{mark}{TELLING}]").search
+        """Finds a character without which a text has no match of the patterns that are known by name."""
+        self._unknown = [each for each in self.expressions if not each.known and (each is not placeholder or not plain)]
+        """The patterns that a text without such a character may match."""
         self.calm: re.Pattern[str] | None = None
-        """Matches the beginning of a text that has none of these, up to where the beginning of a match may stand."""
-        if known and not (placeholder is not None and head is None):
-            mark = "" if head is None else re.escape(head)
-            self.telling = re.compile(f"[{mark}{TELLING}]")
-            # A beginning of a match without any of the characters of `other` has none of `border` in it.
-            border, other = r"\s,;!?", rf"{mark}{TELLING}+(:"
-            run = f"[^{border}{other}]*+"
-            self.calm = re.compile(rf"(?:{run}[{border}])*+(?={run}\Z)")
+        """Matches the beginning of a text without any match, up to where the beginning of a match may stand; None: a quick look
+        tells nothing."""
+        if not self._unknown and not self.functions:
+            # A beginning of a match that has none of these characters has none of the borders in it.
+            run = rf"[^{_BORDERS}{mark}{TELLING}+(:]*+"
+            self.calm = re.compile(rf"(?:{run}[{_BORDERS}])*+(?={run}\Z)")
 
     def finds_nothing(self, text: str) -> bool:
         """Whether a quick look tells that a text has no match."""
-        return self.telling is not None and self.telling.search(text) is None
+        if self._telling(text) is not None or self.functions:
+            return False
+        if not self._unknown:
+            return True
+        return not any(
+            [each.regex.search(text) or (each in self._endless and len(text) > BLOCK) for each in self._unknown]
+        )
 
     def undecided(self, text: str, at: int, offset: int) -> int:
         """Return the first place from `at` on where more text may decide whether a match begins there."""

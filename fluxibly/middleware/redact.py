@@ -84,13 +84,11 @@ class Redact:
             raise ConfigError("Redact: restore=True restores what was replaced in what is sent; set outgoing=True")
         if not self.outgoing and not self.incoming:
             raise ConfigError("Redact: outgoing=False and incoming=False leave nothing to do; leave Redact out")
-        known = all(isinstance(each, Pattern) and each.known for each in patterns)
         placeholder = template.placeholders({each.name for each in patterns}) if self.restore else None
-        found = patterns if self.incoming else ()
         for name, value in (
             ("_template", template),
-            ("_all", Matcher(patterns, known=known)),
-            ("_restoring", Matcher(found, known=known or not found, placeholder=placeholder, head=template.head)),
+            ("_all", Matcher(patterns)),
+            ("_restoring", Matcher(patterns if self.incoming else (), placeholder, template.head)),
             ("_placeholder", placeholder),
         ):
             object.__setattr__(self, name, value)
