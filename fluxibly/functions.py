@@ -56,10 +56,15 @@ def find_function(name: str) -> Callable[..., Any]:
     points = entry_points("functions")
     if name in points:
         return load(points[name])
-    known = sorted({*_functions, *points})
+    known = known_functions()
     near = did_you_mean(name, known)
     advice = near or f"; write register_function({name!r}, function) before the configuration is read."
     raise ConfigError(f"function {name!r} not registered{advice} Registered functions: {known}")
+
+
+def known_functions() -> list[str]:
+    """Return the names of all registered functions."""
+    return sorted({*_functions, *entry_points("functions")})
 
 
 def to_function(value: F | str | None) -> F | None:

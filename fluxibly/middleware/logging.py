@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import attrs
 
-from fluxibly._logs import log, logger, one_line
+from fluxibly._checks import kind_of, validator
+from fluxibly._logs import log, logger, one_line, report_once
 from fluxibly._masking import error_message
 from fluxibly.errors import error_type, outcome_of
 from fluxibly.flow import CallNext, Flow
 from fluxibly.flow.culprits import check_delivered
-from fluxibly.types import Request, Response
+from fluxibly.middleware._redact_setting import RedactSetting, check_redact, redact_text, to_redact
+from fluxibly.types import Request, Response, Text
 
 PREVIEW = 100
 """The number of characters of a prompt or an answer that a DEBUG line shows."""
@@ -27,7 +30,16 @@ class Logging:
     call also has its `outcome` ("completed", "failed", "abandoned", "cancelled", "stalled"). Prompts and answers appear
     only at DEBUG, and the texts of the request are masked in error messages. Times are in seconds, lengths in
     characters.
+
+    Args:
+        redact: a `Redact`, or a function that receives a text and returns the text to log instead, for previews and error
+            messages. If it raises, they are left empty.
+
+    Raises:
+        ConfigError: `redact` is none of these.
     """
+
+    redact: RedactSetting | None = attrs.field(default=None, converter=to_redact, validator=validator(check_redact))
 
     def __call__(self, request: Request, call_next: CallNext) -> Flow[Response]:
         call = request.call
@@ -41,15 +53,36 @@ class Logging:
             if call.interruption is not None:
                 check_delivered(call, response)
         except BaseException as error:
-            _ended(request, error, call.clock() - start)
+            _ended(request, error, call.clock() - start, self._shown)
             raise
         if logger.isEnabledFor(logging.INFO):
             elapsed = call.clock() - start
             if call.streaming:
                 _streamed(request, response, elapsed)
             else:
-                _completed(request, response, elapsed, prompt_length)
+                _completed(request, response, elapsed, prompt_length, self._shown)
         return response
+
+    def _shown(self, *texts: str) -> str:
+        """Return texts as they are logged: joined, after `redact`; an empty str if that fails."""
+        redact = redact_text(self.redact)
+        if redact is None:
+            return "".join(texts)
+        try:
+            # Each by itself, because a border between two texts may end what is to be found.
+            return "".join([_text(redact(text)) for text in texts])
+        except Exception as problem:  # noqa: BLE001  # the user's function, whose failure must not end the call
+            kind = type(problem).__name__
+            report_once(
+                "redact of logging", f"Logging: redact raised {kind}; the log leaves out the texts for which it raises"
+            )
+            return ""
+
+
+def _text(redacted: object) -> str:
+    if not isinstance(redacted, str):
+        raise TypeError(f"redact: expected a str as its result, got {kind_of(redacted)}")
+    return redacted
 
 
 def _started(request: Request, prompt_length: int) -> None:
@@ -65,7 +98,9 @@ def _started(request: Request, prompt_length: int) -> None:
     )
 
 
-def _completed(request: Request, response: Response, elapsed: float, prompt_length: int) -> None:
+def _completed(
+    request: Request, response: Response, elapsed: float, prompt_length: int, shown: Callable[..., str]
+) -> None:
     template, more = _found("LLM request completed | elapsed_time=%.2fs, prompt_length=%d, response_length=%d", request)
     log(
         logging.INFO,
@@ -80,8 +115,8 @@ def _completed(request: Request, response: Response, elapsed: float, prompt_leng
         log(
             logging.DEBUG,
             'LLM request details | prompt_preview="%s", response_preview="%s", elapsed_time=%.3f',
-            prompt_preview=_preview("".join(message.text for message in request.messages)),
-            response_preview=_preview(response.text),
+            prompt_preview=_preview(shown(*_texts(request))),
+            response_preview=_preview(shown(response.text)),
             elapsed_time=elapsed,
         )
 
@@ -124,7 +159,7 @@ def _found(template: str, request: Request) -> tuple[str, dict[str, Any]]:
     return template, more
 
 
-def _ended(request: Request, error: BaseException, elapsed: float) -> None:
+def _ended(request: Request, error: BaseException, elapsed: float, shown: Callable[..., str]) -> None:
     """Log the end of a call that raised: it failed, was cancelled, or was abandoned by its consumer."""
     call = request.call
     outcome = outcome_of(error)
@@ -141,12 +176,16 @@ def _ended(request: Request, error: BaseException, elapsed: float) -> None:
     values = {
         "elapsed_time": elapsed,
         "error_type": error_type(error),
-        "error_message": one_line(error_message(error, (request,))),
+        "error_message": one_line(shown(error_message(error, (request,)))),
     }
     if call.streaming:
         template += ", chunks_received=%d"
         values["chunks_received"] = call.chunks
     log(logging.ERROR, template, **values, outcome=outcome)
+
+
+def _texts(request: Request) -> list[str]:
+    return [part.text for message in request.messages for part in message.content if isinstance(part, Text)]
 
 
 def _preview(text: str) -> str:

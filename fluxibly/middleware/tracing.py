@@ -9,12 +9,11 @@ import attrs
 from fluxibly._checks import one_of, validator
 from fluxibly.flow import CallNext, Flow
 from fluxibly.flow.culprits import check_delivered
+from fluxibly.middleware._redact_setting import RedactSetting, check_redact, redact_text, to_redact
 from fluxibly.telemetry._sdk import may_have_sdk
 from fluxibly.types import Request, Response, observed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from opentelemetry._logs import LoggerProvider
     from opentelemetry.trace import TracerProvider
 
@@ -47,17 +46,18 @@ class Tracing:
             `gen_ai.client.inference.operation.details`) or "both". None uses what `telemetry.setup(capture=…)` says
             (unless there is a `tracer_provider`), else the environment variable
             OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT as it is when this object is created, else "none".
-        redact: a function that receives every text that would be recorded, including error messages, and returns the
-            text to record instead. If it raises, no content of that call is recorded.
+        redact: a `Redact`, or a function that receives a text and returns the text to record instead. Every text that would be
+            recorded passes it, including error messages. If it raises, no content of that call is recorded.
         tracer_provider, logger_provider: by default the global providers.
 
     Raises:
         ValueError: `attempts` or `capture` is not one of these words.
+        ConfigError: `redact` is none of these.
     """
 
     attempts: Literal["auto", "always"] = attrs.field(default="auto", validator=validator(one_of, ("auto", "always")))
     capture: Capture | None = None
-    redact: Callable[[str], str] | None = None
+    redact: RedactSetting | None = attrs.field(default=None, converter=to_redact, validator=validator(check_redact))
     tracer_provider: TracerProvider | None = None
     logger_provider: LoggerProvider | None = None
     _mode: Capture = attrs.field(init=False, repr=False, eq=False)
@@ -102,7 +102,7 @@ class Tracing:
         from fluxibly.telemetry._content import Capturing
         from fluxibly.telemetry._spans import SpanSource
 
-        capturing = Capturing(self._mode, self.redact, self.logger_provider)
+        capturing = Capturing(self._mode, redact_text(self.redact), self.logger_provider)
         source = SpanSource(
             self.tracer_provider, capturing, chosen=self.capture is not None, always=self.attempts == "always"
         )
