@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator, Mapping
+from decimal import Decimal
 from pathlib import Path
 from time import perf_counter
 from typing import assert_type
@@ -51,8 +52,11 @@ from fluxibly import (
 from fluxibly.config import Secret, Timeouts
 from fluxibly.errors import (
     BadPrompt,
+    BudgetExceeded,
     CircuitOpen,
     DeadlineExceeded,
+    GuardRefused,
+    NotRecorded,
     QueueFull,
     RateLimitError,
     RateLimitWait,
@@ -62,14 +66,21 @@ from fluxibly.flow import hold_back
 from fluxibly.llm import LLM as SameLLM  # noqa: N811  # LLM is a class
 from fluxibly.middleware import (
     Balance,
+    Budget,
+    Cache,
     CircuitBreaker,
     Concurrency,
+    Cost,
     Deadline,
     Fallback,
+    Guard,
     Hedge,
     Logging,
     Metrics,
     RateLimit,
+    Record,
+    Redact,
+    Replay,
     Retry,
     RetryBudget,
     StreamMeter,
@@ -134,7 +145,7 @@ class Others:
         return (yield from call_next(request.evolve(target=None)))
 
 
-class Cache:
+class OwnCache:
     def __init__(self) -> None:
         self.answers: dict[str, Response] = {}
 
@@ -175,7 +186,7 @@ def informed(request: Request, call_next: CallNext) -> Flow[Response]:
     return (yield from call_next(request))
 
 
-own: list[Middleware] = [timing, shout, complete_only, MyFallback(model="small"), Cache(), hedge, informed]
+own: list[Middleware] = [timing, shout, complete_only, MyFallback(model="small"), OwnCache(), hedge, informed]
 
 # Providers of the user
 
@@ -320,6 +331,48 @@ def production(config: LLMConfig) -> None:
         assert_type(error.retry_after, float | None)
         assert_type(error.rate_limits, Mapping[str, str])
     except DeadlineExceeded:
+        pass
+
+
+def harmless(response: Response) -> str | None:
+    return "rude" if "fool" in response.text else None
+
+
+def judged(response: Response, request: Request) -> Flow[str | None]:
+    answer = yield from ask(request.evolve(messages=f"Fine? {response.text}"))
+    return None if answer.text == "yes" else "not fine"
+
+
+def find_people(text: str) -> list[tuple[int, int]]:
+    return [(0, 3)] if text.startswith("Ada") else []
+
+
+def remembering(config: LLMConfig) -> None:
+    personal = Redact(patterns={"email": True, "ticket": r"T-\d+", "person": find_people}, restore=True)
+    layers: list[Middleware] = [
+        Tracing(redact=personal),
+        Logging(redact=personal),
+        Logging(redact=lambda text: text.upper()),
+        Cost(prices={"m": (0.15, 0.6)}),
+        personal,
+        Redact(patterns=["email", "key"], replace="<{name}>"),
+        Cache("sqlite:answers.db", namespace="app", ttl=3600, max_bytes=10_000_000),
+        Cache(namespace=lambda request: request.model, key=lambda request: request.messages[-1].text, pace=True),
+        Record("calls.jsonl"),
+        Replay("calls.jsonl", missing="ask"),
+        Guard(input=lambda request: None, output=harmless, release="sentence"),
+        Guard(output=judged, release=200),
+        Guard(output=harmless, refusal="I cannot say that."),
+        Budget(tokens=1000, cost=0.5, per=60, scope=lambda request: request.metadata["user"], unknown="free"),
+    ]
+    response = LLM(config, layers).complete("hi")
+    assert_type(response.cost, Decimal | None)
+    assert_type(response.cache_hit, bool)
+    try:
+        LLM(config).complete("hi")
+    except GuardRefused as error:
+        assert_type(error.reason, str)
+    except (BudgetExceeded, NotRecorded):
         pass
 
 
