@@ -87,7 +87,8 @@ class Flights(Generic[T]):
         stream = self._streams.get(key)
         if stream is not None and waits:
             try:
-                if (yield from self._landed_soon(call, stream, self._patience)):
+                landed = yield from self._landed_soon(call, stream, self._patience)
+                if landed and stream.answer is not None:  # else this call asks
                     mine.land(stream.answer)
             except BaseException:
                 self.leave(call, key, mine)
@@ -122,7 +123,9 @@ class Flights(Generic[T]):
             return True
         if flight.is_of(call):
             return False
+        check_deadline(call, call.sent_model)
         left = time_left(call.leash, call.clock)
+        left = None if left is None else max(left, 0.0)
         wait: Callable[[], bool] = partial(flight.wait, left)
         landed = yield from perform(wait, partial(flight.landed.await_, left))
         if not landed:

@@ -169,7 +169,7 @@ class TestSettings:
         ("store", "message"),
         [
             (MemoryStore, "got the class MemoryStore; write MemoryStore()"),
-            (object(), "got an object without reserve, correct, throttle"),
+            (object(), "got an object without lease, release, alease, arelease"),
             ("memori", "got 'memori'"),
             ("redis://secret@host", "got 'redis:…'"),
         ],
