@@ -9,7 +9,11 @@ import asyncio
 import importlib.util
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 from benchmarks.in_process import CHUNK, REQUEST, Fixed
@@ -18,12 +22,19 @@ from fluxibly import Chunk, Middleware, Pipeline, Request, Response, Target, Usa
 from fluxibly.errors import CircuitOpen, ServerError
 from fluxibly.middleware import (
     Balance,
+    Budget,
+    Cache,
     CircuitBreaker,
     Concurrency,
+    Cost,
     Deadline,
     Fallback,
+    Guard,
     Hedge,
     RateLimit,
+    Record,
+    Redact,
+    Replay,
     Retry,
     StreamTimeout,
 )
@@ -33,7 +44,13 @@ CALLS = 500
 CHUNKS = 5_000
 PEER_CALLS = 20
 NO_LIMIT = 1e12
-ANSWER = Response("Paris.", usage=Usage(input_tokens=8, output_tokens=2))
+PRICES = {"m": (1.0, 2.0)}
+USAGE = Usage(input_tokens=8, output_tokens=2)
+ANSWER = Response("Paris.", usage=USAGE, finish_reason="stop")
+LONG = REQUEST.evolve(messages="What is the capital of France? " * 33)
+"""A request with 1 KB of messages."""
+SKIPPED = REQUEST.evolve(metadata={"cache": "skip"})
+REFRESHED = REQUEST.evolve(metadata={"cache": "refresh"})
 
 
 class Obedient(Fixed):
@@ -69,11 +86,39 @@ class Down(Obedient):
         raise ServerError("down")
 
 
+class Addresses(Obedient):
+    """A provider whose answers and chunks each have an address to redact."""
+
+    def complete(self, request: Request) -> Response:
+        return ANSWER.evolve(text="Write to ada@example.com.")
+
+    def stream(self, request: Request) -> Iterator[Chunk]:
+        for _ in range(CHUNKS):
+            yield Chunk("ada@example.com ")
+
+
+class Sentences(Obedient):
+    """A provider whose every tenth chunk ends a sentence."""
+
+    def stream(self, request: Request) -> Iterator[Chunk]:
+        for number in range(CHUNKS):
+            yield CHUNK if number % 10 else Chunk("tok. ")
+
+
 class Stack(NamedTuple):
-    """A provider and the layers around it."""
+    """A provider and the layers around it, and the request that they get."""
 
     layers: Sequence[Middleware]
     provider: Any = Obedient()
+    request: Request = REQUEST
+
+
+def passes(_: object) -> None:
+    """Find nothing wrong with a request or an answer."""
+
+
+def refuses(_: object) -> str:
+    return "no"
 
 
 def idle() -> dict[str, Stack]:
@@ -90,11 +135,28 @@ def idle() -> dict[str, Stack]:
         "RateLimit, requests": Stack([RateLimit(requests=NO_LIMIT)]),
         "RateLimit, both": Stack([RateLimit(requests=NO_LIMIT, tokens=NO_LIMIT)]),
         "Concurrency": Stack([Concurrency(100)]),
+        "Cache, skipped": Stack([Cache()], request=SKIPPED),
+        "Budget": Stack([Budget(tokens=NO_LIMIT)]),
+        "Cost": Stack([Cost(prices=PRICES)]),
+        "Redact": Stack([Redact()]),
+        "Guard, of requests": Stack([Guard(input=passes)]),
     }
 
 
-def at_work() -> dict[str, Stack]:
-    """Return middleware whose every call needs them. What a failed attempt costs by itself stands first."""
+WITH_EACH_CHUNK = ("Budget", "Redact")
+"""Middleware that is idle in a call, and has to look at each chunk of a stream."""
+
+
+def at_work(folder: Path) -> dict[str, Stack]:
+    """Return middleware whose every call needs them. What a failed attempt costs by itself stands first.
+
+    Args:
+        folder: where recordings are written.
+    """
+    cache, recorded = Cache(), str(folder / "calls.jsonl")
+    for layer in (cache, Record(recorded)):
+        for request in (REQUEST, LONG):
+            Pipeline(Obedient(), [layer]).complete(request)
     other = Target(Obedient())
     opened = CircuitBreaker(failures=1, open_for=86_400)
     _refused(Pipeline(Down(), [opened]).complete)
@@ -105,12 +167,44 @@ def at_work() -> dict[str, Stack]:
         "Retry, once": Stack([Retry(base_delay=0)], EverySecond()),
         "CircuitBreaker, open": Stack([opened], Down()),
         "Hedge, one branch": Stack([Hedge(60.0)]),
+        "without, answering": Stack([]),
+        "Cache, hit": Stack([cache]),
+        "Cache, hit of 1 KB": Stack([cache], request=LONG),
+        "Cache, miss": Stack([Cache()], request=REFRESHED),
+        "Record": Stack([Record(str(folder / "more.jsonl"))]),
+        "Replay": Stack([Replay(recorded)]),
+        "Budget, in dollars": Stack([Budget(cost=NO_LIMIT, prices=PRICES)]),
+        "Redact, both ways": Stack([Redact()], Addresses(), REQUEST.evolve(messages="I am ada@example.com.")),
+        "Guard, of answers": Stack([Guard(output=passes)]),
+        "Guard, refusing": Stack([Guard(output=refuses, refusal="Sorry.")]),
     }
 
 
-def _refused(call: Callable[[Request], object]) -> None:
+def streamed(folder: Path) -> dict[str, Stack]:
+    """Return middleware that has to do something with each chunk."""
+    cache, recorded = Cache(), str(folder / "streams.jsonl")
+    for layer in (cache, Record(recorded)):
+        for _ in Pipeline(Obedient(), [layer]).stream(REQUEST):
+            pass
+    return {
+        "without": Stack([]),
+        "Cache, hit": Stack([cache]),
+        "Cache, miss": Stack([Cache()], request=REFRESHED),
+        "Record": Stack([Record(str(folder / "more_streams.jsonl"))]),
+        "Replay": Stack([Replay(recorded)]),
+        "Budget": Stack([Budget(tokens=NO_LIMIT)]),
+        "Redact, nothing found": Stack([Redact()]),
+        "Redact, found in each": Stack([Redact()], Addresses()),
+        "Guard, of all": Stack([Guard(output=passes)]),
+        "Guard, every 200": Stack([Guard(output=passes, release=200)]),
+        "Guard, no sentence": Stack([Guard(output=passes, release="sentence")]),
+        "Guard, sentences": Stack([Guard(output=passes, release="sentence")], Sentences()),
+    }
+
+
+def _refused(call: Callable[[Request], object], request: Request = REQUEST) -> None:
     try:  # noqa: SIM105  # a context manager would cost as much as the call
-        call(REQUEST)
+        call(request)
     except (ServerError, CircuitOpen):
         pass
 
@@ -120,7 +214,7 @@ def calls_of(stack: Stack) -> Callable[[], None]:
 
     def run() -> None:
         for _ in range(CALLS):
-            _refused(complete)
+            _refused(complete, stack.request)
 
     return run
 
@@ -129,13 +223,13 @@ def chunks_of(stack: Stack) -> Callable[[], None]:
     stream = Pipeline(stack.provider, stack.layers).stream
 
     def run() -> None:
-        for _ in stream(REQUEST):
+        for _ in stream(stack.request):
             pass
 
     return run
 
 
-def ours() -> None:
+def ours(folder: Path) -> None:
     stacks = idle()
     table(
         "A call, idle",
@@ -144,20 +238,29 @@ def ours() -> None:
     )
     table(
         "A streamed chunk, idle",
-        interleaved({name: chunks_of(stack) for name, stack in stacks.items()}, per_run=CHUNKS),
+        interleaved(
+            {name: chunks_of(stack) for name, stack in stacks.items() if name not in WITH_EACH_CHUNK}, per_run=CHUNKS
+        ),
         goal="<= 0.1 µs more",
     )
-    table("A call, at work", interleaved({name: calls_of(s) for name, s in at_work().items()}, per_run=CALLS))
+    table("A call, at work", interleaved({name: calls_of(s) for name, s in at_work(folder).items()}, per_run=CALLS))
+    table(
+        "A streamed chunk, at work",
+        interleaved({name: chunks_of(stack) for name, stack in streamed(folder).items()}, per_run=CHUNKS),
+        goal="<= 0.5 µs more",
+    )
 
 
 # Other libraries: the same with the middleware and without, so that what it takes is the difference.
 
-PEERS = ("langchain_core", "litellm", "pydantic_ai", "instructor")
+PEERS = ("langchain_core", "langchain", "litellm", "pydantic_ai", "instructor")
+WHOLE = ("cache, hit", "cost, alone")
+"""What is compared by all that it takes, because nothing else is done."""
 Pairs = dict[str, Callable[[], object]]
 
 
-def _fluxibly() -> Pairs:
-    stacks, work = idle(), at_work()
+def _fluxibly(folder: Path) -> Pairs:
+    stacks, work = idle(), at_work(folder)
     pipelines = {
         "plain": stacks["without"],
         "fallback, idle": stacks["Fallback"],
@@ -165,15 +268,20 @@ def _fluxibly() -> Pairs:
         "retry, idle": stacks["Retry"],
         "rate limit": stacks["RateLimit, both"],
         "concurrency": stacks["Concurrency"],
+        "cache, hit": work["Cache, hit"],
+        "cost": stacks["Cost"],
+        "redact": work["Redact, both ways"],
+        "guard": work["Guard, of answers"],
     }
-    return {name: _call(Pipeline(stack.provider, stack.layers)) for name, stack in pipelines.items()}
+    return {name: _call(Pipeline(stack.provider, stack.layers), stack.request) for name, stack in pipelines.items()}
 
 
-def _call(pipeline: Pipeline) -> Callable[[], object]:
-    return lambda: pipeline.complete(REQUEST)
+def _call(pipeline: Pipeline, request: Request) -> Callable[[], object]:
+    return lambda: pipeline.complete(request)
 
 
-def _langchain() -> Pairs:
+def _langchain_core() -> Pairs:
+    from langchain_core.caches import InMemoryCache
     from langchain_core.language_models.fake_chat_models import FakeListChatModel
     from langchain_core.rate_limiters import InMemoryRateLimiter
 
@@ -191,6 +299,7 @@ def _langchain() -> Pairs:
         "fallback, once": failing.with_fallbacks([plain]),
         "retry, idle": plain.with_retry(),
         "rate limit": limited,
+        "cache, hit": FakeListChatModel(responses=["Paris."], cache=InMemoryCache()),
     }
     return {name: _invoke(model) for name, model in models.items()}
 
@@ -199,8 +308,25 @@ def _invoke(model: Any) -> Callable[[], object]:
     return lambda: model.invoke("What is the capital of France?")
 
 
+def _langchain() -> Pairs:
+    from langchain.agents import create_agent
+    from langchain.agents.middleware import PIIMiddleware
+    from langchain_core.language_models.fake_chat_models import FakeListChatModel
+
+    model: Any = FakeListChatModel(responses=["Write to ada@example.com."])
+    redact: Any = PIIMiddleware("email", apply_to_output=True)
+    agents: dict[str, Any] = {"plain": create_agent(model), "redact": create_agent(model, middleware=[redact])}
+    messages = {"messages": [{"role": "user", "content": "I am ada@example.com."}]}
+
+    def call(agent: Any) -> Callable[[], object]:
+        return lambda: agent.invoke(messages)
+
+    return {name: call(agent) for name, agent in agents.items()}
+
+
 def _litellm() -> Pairs:
     import litellm
+    from litellm.caching.caching import Cache as LiteLLMCache
 
     litellm.suppress_debug_info = True
     logging.getLogger("LiteLLM Router").setLevel(logging.CRITICAL)
@@ -225,7 +351,25 @@ def _litellm() -> Pairs:
         ),
     }
     messages = [{"role": "user", "content": "What is the capital of France?"}]
-    return {name: _route(router, messages) for name, router in routers.items()}
+    priced = {**good, "model": "openai/gpt-4o", "messages": messages}
+    stored: Any = LiteLLMCache()
+
+    def cached() -> Any:
+        litellm.cache = stored  # for this call alone, because the routers would use it, too
+        try:
+            return litellm.completion(**priced, caching=True)
+        finally:
+            litellm.cache = None
+
+    calls = {name: _route(router, messages) for name, router in routers.items()}
+    answer: Any = litellm.completion(**priced)
+    calls["cost, alone"] = lambda: litellm.completion_cost(completion_response=answer)
+    with suppress(ImportError):  # of what its proxy needs
+        cached()
+        time.sleep(0.5)  # it stores an answer in another thread
+        if cached()._hidden_params.get("cache_hit"):
+            calls["cache, hit"] = cached
+    return calls
 
 
 def _route(router: Any, messages: Sequence[Mapping[str, str]]) -> Callable[[], object]:
@@ -233,7 +377,7 @@ def _route(router: Any, messages: Sequence[Mapping[str, str]]) -> Callable[[], o
 
 
 def _pydantic_ai(runner: asyncio.Runner) -> Pairs:
-    from pydantic_ai import direct
+    from pydantic_ai import Agent, direct
     from pydantic_ai.exceptions import ModelHTTPError
     from pydantic_ai.messages import ModelRequest, ModelResponse, TextPart
     from pydantic_ai.models.concurrency import ConcurrencyLimitedModel
@@ -258,16 +402,31 @@ def _pydantic_ai(runner: asyncio.Runner) -> Pairs:
     def call(model: Any) -> Callable[[], object]:
         return lambda: runner.run(direct.model_request(model, messages))
 
-    return {name: call(model) for name, model in models.items()}
+    def run(agent: Any) -> Callable[[], object]:
+        return lambda: runner.run(agent.run("What is the capital of France?"))
+
+    guarded: Any = Agent(good)
+    guarded.output_validator(lambda answer: answer)
+    agents = {"plain, by an agent": run(Agent(good)), "guard": run(guarded)}
+    return {name: call(model) for name, model in models.items()} | agents
 
 
 def _instructor() -> Pairs:
     import instructor
+    from instructor.cache import AutoCache
     from openai.types.chat import ChatCompletion
-    from pydantic import BaseModel
+    from pydantic import BaseModel, field_validator
 
     class City(BaseModel):
         city: str
+
+    class Checked(BaseModel):
+        city: str
+
+        @field_validator("city")
+        @classmethod
+        def is_fine(cls, city: str) -> str:
+            return city
 
     message = {"role": "assistant", "content": '{"city": "Paris"}'}
     choice = {"index": 0, "finish_reason": "stop", "message": message}
@@ -275,39 +434,52 @@ def _instructor() -> Pairs:
         {"id": "1", "object": "chat.completion", "created": 1, "model": "m", "choices": [choice]}
     )
     patched: Any = instructor.patch(create=lambda **_: raw, mode=instructor.Mode.JSON)
-    options = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "response_model": City}
+    options = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
+    cache = AutoCache(maxsize=128)
     return {
-        "plain": lambda: patched(**options, max_retries=0),
-        "retry, idle": lambda: patched(**options, max_retries=3),
+        "plain": lambda: patched(**options, response_model=City, max_retries=0),
+        "retry, idle": lambda: patched(**options, response_model=City, max_retries=3),
+        "cache, hit": lambda: patched(**options, response_model=City, max_retries=0, cache=cache),
+        "guard": lambda: patched(**options, response_model=Checked, max_retries=0),
     }
 
 
-def peers() -> None:
+def peers(folder: Path) -> None:
     with asyncio.Runner() as runner:
         makers: dict[str, Callable[[], Pairs]] = {
-            "langchain_core": _langchain,
+            "langchain_core": _langchain_core,
+            "langchain": _langchain,
             "litellm": _litellm,
             "pydantic_ai": lambda: _pydantic_ai(runner),
             "instructor": _instructor,
         }
         absent = [name for name in PEERS if importlib.util.find_spec(name) is None]
-        found = {"fluxibly": _fluxibly()} | {name: makers[name]() for name in PEERS if name not in absent}
+        found = {"fluxibly": _fluxibly(folder)} | {name: makers[name]() for name in PEERS if name not in absent}
         runs: dict[str, Callable[[], None]] = {}
         for library, pairs in found.items():
             runs[library] = _repeat(pairs["plain"])  # not shown: the first after another library has cold caches
             runs |= {f"{library}: {what}": _repeat(call) for what, call in pairs.items()}
         results = interleaved(runs, per_run=PEER_CALLS)
-    own = {what: results[f"fluxibly: {what}"] - results["fluxibly: plain"] for what in found["fluxibly"]}
+
+    def more_of(library: str, what: str) -> float:
+        """Return what a call takes more than a plain call of the library."""
+        by_agent = what == "guard" and "plain, by an agent" in found[library]
+        plain = "plain, by an agent" if by_agent else "plain"
+        return results[f"{library}: {what}"] - (0 if what in WHOLE else results[f"{library}: {plain}"])
+
+    own = {what: more_of("fluxibly", what) for what in found["fluxibly"]}
+    own["cost, alone"] = own["cost"]
     print(
         "\nWhat the same costs elsewhere: a call, what it takes more than a plain call, and that as a ratio to fluxibly's"
+        f"\n({' and '.join(WHOLE)}: all that it takes)"
     )
     print(f"  {'':34}  {'µs':>10}  {'more':>10}  {'ratio':>7}")
     for library, pairs in found.items():
         for what in pairs:
             name = f"{library}: {what}"
-            more = results[name] - results[f"{library}: plain"]
-            is_noise = abs(more) < 0.1 * results[f"{library}: plain"] or own.get(what, 0) <= 0
-            ratio = "" if what == "plain" else "noise" if is_noise else f"{more / own[what]:.1f}"
+            more = more_of(library, what)
+            is_noise = more < 0.1 * results[f"{library}: plain"] or own.get(what, 0) <= 0
+            ratio = "" if what.startswith("plain") else "noise" if is_noise else f"{more / own[what]:.1f}"
             print(f"  {name:34}  {results[name]:10.1f}  {more:10.1f}  {ratio:>7}")
     left_out(absent)
 
@@ -323,8 +495,9 @@ def _repeat(call: Callable[[], object]) -> Callable[[], None]:
 def main() -> None:
     """Run all benchmarks of middleware, with logging off and without a telemetry SDK."""
     logging.getLogger("fluxibly").setLevel(logging.CRITICAL + 1)
-    ours()
-    peers()
+    with TemporaryDirectory() as name:
+        ours(Path(name))
+        peers(Path(name))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from typing import Protocol
 
 _ALONE = "\u3002\uff01\uff1f"
 """The stops of Chinese and Japanese, which need no white space behind them."""
+_STOPS_ALONE = frozenset(_ALONE)
 _STOPS = ".!?\u2026" + _ALONE
 _CLOSING = "\"'\u201d\u2019\u00bb)\\]}*_\u300d\u300f\uff09\u3011\u300b"
 """Closing quotes and brackets, and what ends emphasis in Markdown."""
@@ -80,7 +81,7 @@ class Sentences:
         start, after = 0, ""
         for end in _END.finditer(whole):
             stop, at = end[1], end.end()
-            alone = stop is not None and any(sign in _ALONE for sign in stop)
+            alone = stop is not None and not _STOPS_ALONE.isdisjoint(stop)
             if at == len(whole):  # what follows is not known yet
                 after = "x\n" if stop is None else _ALONE[0] if alone else "."
             elif stop is None or alone or whole[at].isspace():
