@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import json
 from array import array
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
-import attrs
-
 from fluxibly._checks import is_list, is_number, is_whole
-from fluxibly._dicts import Reader, numbers, part_from_dict, part_to_dict, plain
+from fluxibly._dicts import Reader
 from fluxibly.middleware._answers import Answer, Pieces
-from fluxibly.types import Chunk, Message, Response, ToolCallDelta, Usage
+from fluxibly.types import Chunk, Response
 
 VERSION = 1
 """The form of the bytes. Another one is not read."""
-_WORDS = ("text", "reasoning", "finish_reason", "raw_finish_reason", "model", "id")
-"""The fields of a chunk that are a str."""
 
 
 def to_bytes(answer: Answer) -> bytes:
@@ -34,7 +30,7 @@ def to_bytes(answer: Answer) -> bytes:
         chunks = {
             "text": None if pieces.text == answer.kept.text else pieces.text,
             "lengths": pieces.lengths.tolist(),
-            "others": [chunk_to_dict(chunk) for chunk in pieces.others],
+            "others": [chunk.to_dict() for chunk in pieces.others],
             "times": [round(at - pieces.times[0], 6) for at in pieces.times],
         }
     return _written([VERSION, response, parsed]) + b"\n" + _written(chunks)
@@ -75,7 +71,7 @@ def _pieces(value: Any, text: str) -> Pieces | None:
     fields = Reader(value, "chunks")
     own = fields.text("text")
     lengths, times = fields.items("lengths"), fields.items("times")
-    others = [chunk_from_dict(other, f"others[{number}]") for number, other in enumerate(fields.items("others"))]
+    others = [Chunk.from_dict(other) for other in fields.items("others")]
     texts = text if own is None else own
     is_complete = (
         all(map(is_whole, lengths))
@@ -87,62 +83,3 @@ def _pieces(value: Any, text: str) -> Pieces | None:
     if not is_complete:
         raise ValueError("chunks: expected lengths that are those of the texts")
     return Pieces(texts, array("i", lengths), others, array("d", times))
-
-
-def chunk_to_dict(chunk: Chunk) -> dict[str, Any]:
-    """Return a chunk as JSON values, without what is true of one call only: `chunk_from_dict` makes the same chunk.
-
-    Raises:
-        TypeError: something in it is not JSON.
-    """
-    found: dict[str, Any] = {name: value for name in _WORDS if (value := getattr(chunk, name))}
-    if chunk.usage is not None:
-        found["usage"] = {name: value for name, value in attrs.asdict(chunk.usage).items() if value is not None}
-    if chunk.tool_calls:
-        found["tool_calls"] = [_set_fields(delta) for delta in chunk.tool_calls]
-    if chunk.parts:
-        found["parts"] = [part_to_dict(part) for part in chunk.parts]
-    if chunk.alternatives:
-        found["alternatives"] = [[index, chunk_to_dict(other)] for index, other in chunk.alternatives]
-    if chunk.added is not None:
-        found["added"] = [message.to_dict() for message in chunk.added]
-    if chunk.details:
-        found["details"] = plain(chunk.details, chunk)
-    return found
-
-
-def _set_fields(delta: ToolCallDelta) -> Any:
-    fields = attrs.asdict(delta, recurse=False)
-    return plain({name: value for name, value in fields.items() if value not in (None, "")}, delta)
-
-
-def chunk_from_dict(value: Any, path: str) -> Chunk:
-    """Return the chunk of a mapping that `chunk_to_dict` made.
-
-    Raises:
-        ValueError: a field is unknown or of the wrong type. The error names its path.
-    """
-    fields = Reader(value, path)
-    found: dict[str, Any] = {name: text for name in _WORDS if (text := fields.text(name)) is not None}
-    usage, added = fields.table("usage"), fields.value("added")
-    if usage is not None:
-        found["usage"] = numbers(usage, Usage, fields.at("usage"))
-    if added is not None:
-        found["added"] = tuple([Message.from_dict(message) for message in added])
-    found["tool_calls"] = tuple([_delta(delta, fields.at("tool_calls")) for delta in fields.items("tool_calls")])
-    found["parts"] = tuple([part_from_dict(part, fields.at("parts")) for part in fields.items("parts")])
-    found["alternatives"] = tuple(
-        [(index, chunk_from_dict(other, fields.at("alternatives"))) for index, other in fields.items("alternatives")]
-    )
-    found["details"] = fields.table("details")
-    fields.done(())
-    return Chunk(**found)
-
-
-def _delta(value: Mapping[str, Any], path: str) -> ToolCallDelta:
-    fields = Reader(value, path)
-    index = fields.take("index", int, "a whole number")
-    found = {name: fields.text(name) for name in ("id", "name", "signature")}
-    delta = ToolCallDelta(index=index, arguments=fields.text("arguments", ""), raw=fields.table("raw"), **found)
-    fields.done(())
-    return delta

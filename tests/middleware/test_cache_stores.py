@@ -17,7 +17,7 @@ from support.stores import SlowStore
 from fluxibly._logs import forget_reports
 from fluxibly.errors import DeadlineExceeded, FluxiblyError
 from fluxibly.middleware import Cache, Deadline, Validation
-from fluxibly.middleware._answer_bytes import chunk_from_dict, chunk_to_dict, from_bytes, to_bytes
+from fluxibly.middleware._answer_bytes import from_bytes, to_bytes
 from fluxibly.middleware._answers import Answer, Pieces
 from fluxibly.stores import Entry, MemoryStore, SQLiteStore, sqlite
 from fluxibly.testing import Delay, check_middleware
@@ -367,7 +367,7 @@ class TestBytes:
     @given(strategies.chunks)
     def test_of_chunks(self, chunk):
         chunk = chunk if isinstance(chunk, Chunk) else Chunk(chunk)
-        assert chunk_from_dict(chunk_to_dict(chunk), "a chunk") == chunk
+        assert Chunk.from_dict(chunk.to_dict()) == chunk
 
 
 def test_it_is_never_an_error_of_the_call(mode, local):
