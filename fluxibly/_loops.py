@@ -14,7 +14,9 @@ def trio_here() -> Any:
     # If nobody has imported trio, this is not a task of trio. That trio runs in this thread does not say enough: as the
     # guest of another loop it does so while that loop's tasks run.
     trio = sys.modules.get("trio")
-    return trio if trio is not None and trio.lowlevel.in_trio_task() else None
+    # Another thread may be in the middle of the first import of trio, and then no code runs on it yet.
+    in_trio_task = getattr(getattr(trio, "lowlevel", None), "in_trio_task", None)
+    return trio if in_trio_task is not None and in_trio_task() else None
 
 
 async def wait_for(event: Any, seconds: float) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
+import types
 
 import anyio
 import anyio.to_thread
@@ -26,6 +28,12 @@ class TestTrioHere:
             return trio_here()
 
         assert run_async(look, backend) is module
+
+    @pytest.mark.parametrize("begun", [types.ModuleType("trio"), types.SimpleNamespace(lowlevel=types.ModuleType("x"))])
+    def test_while_trio_is_imported(self, begun, monkeypatch):
+        """Another thread may have begun with it."""
+        monkeypatch.setitem(sys.modules, "trio", begun)
+        assert trio_here() is None
 
     def test_without_a_loop(self):
         """A plain thread is no task of trio, also while trio runs in another thread."""
