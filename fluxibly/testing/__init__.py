@@ -1,6 +1,7 @@
 """Tools to test middleware, providers and codecs: scripts, a virtual clock, flows stepped by hand, and checks of the laws.
 
 They need no test framework. Imports: the rooms up to `pipeline`, and `dialects`; no room of the library imports this one.
+The module `pytest_plugin` stands apart: it needs pytest, and imports `middleware`.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -602,9 +602,9 @@ import sys
 from fluxibly import Pipeline, Request
 from fluxibly.middleware import Record
 from fluxibly.testing import ScriptedProvider
-pipeline = Pipeline(ScriptedProvider(*["x" * 20_000] * 200), [Record(sys.argv[1])])
+pipeline = Pipeline(ScriptedProvider(*["x" * 20_000] * 80), [Record(sys.argv[1])])
 sys.stdin.readline()
-for number in range(200):
+for number in range(80):
     pipeline.complete(Request(model=sys.argv[2], messages="Hi"))
 """
         command = [sys.executable, "-c", script, str(file)]
@@ -616,7 +616,7 @@ for number in range(200):
         for process in both:
             assert process.communicate(timeout=100)[1] == b""
         models = [line["request"]["model"] for line in lines(file)]
-        assert (models.count("a"), models.count("b")) == (200, 200)
+        assert (models.count("a"), models.count("b")) == (80, 80)
 
     def test_a_call_within_the_writing(self, file, monkeypatch):
         """As a signal handler may make one: it does not wait for itself."""

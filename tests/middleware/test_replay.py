@@ -486,7 +486,7 @@ class TestInAStack:
         assert isinstance(error, StreamInterrupted)
         assert "swallow returned an answer after" in str(error)
 
-    @settings(max_examples=60)
+    @settings(max_examples=40)
     @given(any_answers, any_stacks, st.sampled_from(MODES), st.booleans(), st.booleans())
     def test_a_stack_does_as_it_did(self, answers, kinds, mode, outermost, restarts):
         """Whatever the stack and the answers: a replay of its attempts, or of the whole call, is as it was recorded."""
