@@ -124,19 +124,15 @@ class Function:
 
 
 # What is known by name. Each expression begins with a character or a set of characters, so that the search for it skips the
-# others fast, and looks back over that character. None has a repetition within another that could share characters with it,
+# others fast, and may look back over that character. None has a repetition within another that could share characters with it,
 # so the time that it takes grows with the length of the text alone.
 
 _LETTER = "0-9A-Za-z_\u00c0-\u024f"
-_EMAIL = rf"[{_LETTER}](?<![{_LETTER}]{{2}})[{_LETTER}.%+'-]{{0,63}}@(?:[{_LETTER}-]{{1,63}}\.){{1,8}}(?:xn--[0-9A-Za-z-]{{1,59}}|[A-Za-z]{{2,24}})"
-_NO_EMAIL = re.compile(r"(?:.*[^\w])?git@|.*@\dx\.")
-"""The user of Git servers; and the names of images for dense screens, such as icon@2x.png."""
-
-
-def _email(text: str) -> int:
-    return 0 if _NO_EMAIL.match(text) else len(text)
-
-
+# Not the user of Git servers, nor the names of images for dense screens, such as icon@2x.png.
+_EMAIL = (
+    rf"[{_LETTER}][{_LETTER}.%+'-]{{0,63}}(?<!\bgit)@(?!\dx\.)"
+    rf"(?:[{_LETTER}-]{{1,63}}\.){{1,8}}(?:xn--[0-9A-Za-z-]{{1,59}}|[A-Za-z]{{2,24}})"
+)
 _GAP = "[ .\\-/()\u00a0]{0,2}"
 _PHONE = "|".join(
     [
@@ -311,7 +307,7 @@ def _bearer(text: str) -> int:
 
 
 _SOURCES: Mapping[str, tuple[tuple[str, Callable[[str], int] | None, str], ...]] = {
-    "email": ((_EMAIL, _email, "@"),),
+    "email": ((_EMAIL, None, "@"),),
     "phone": ((_PHONE, _phone, ""),),
     "card": ((_CARD, _card, ""),),
     "iban": ((_IBAN, _iban, ""),),
