@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache
-from typing import TypeAlias, cast
+from functools import cache, partial
+from typing import Any, TypeAlias, cast
 
 import attrs
 
@@ -106,12 +106,12 @@ class Function:
             TypeError: it returned something else than places in the text.
         """
         expected = f"Redact: the pattern {self.name!r}: expected pairs (start, end) of places in the text"
-        found: object = self.find(text)
+        found: Any = self.find(text)
         if not isinstance(found, Iterable) or isinstance(found, (str, bytes)):
             raise TypeError(f"{expected}, got {kind_of(found)}")
         spans: list[Span] = []
         for each in cast("Iterable[object]", found):
-            pair = cast("Sequence[object]", each) if isinstance(each, (tuple, list)) else ()
+            pair = _items(each)
             if len(pair) != 2 or not is_whole(pair[0]) or not is_whole(pair[1]):
                 raise TypeError(
                     f"{expected}, got {kind_of(each)} among them; write [(r.start, r.end) for r in results]"
@@ -121,6 +121,10 @@ class Function:
             if pair[0] < pair[1]:
                 spans.append((pair[0], pair[1]))
         return spans
+
+
+def _items(value: object) -> Sequence[object]:
+    return cast("Sequence[object]", value) if isinstance(value, (tuple, list)) else ()
 
 
 # What is known by name. Each expression begins with a character or a set of characters, so that the search for it skips the
@@ -330,14 +334,19 @@ def to_patterns(given: object) -> tuple[Pattern | Function, ...]:
     Raises:
         ConfigError: it lists all that are wrong.
     """
-    if not is_mapping(given) and not isinstance(given, (list, tuple)):
+    if is_mapping(given):
+        return _all_of([partial(_of_mapping, name, pattern) for name, pattern in given.items()])
+    if not isinstance(given, (list, tuple)):
         raise ConfigError(f"{_EXPECTED}, got {kind_of(given)}")
-    wanted: Mapping[object, object] = given if is_mapping(given) else dict.fromkeys(given)  # pyright: ignore[reportUnknownArgumentType]
+    return _all_of([partial(_of_list, name) for name in cast("Sequence[object]", given)])
+
+
+def _all_of(makers: Sequence[Callable[[], tuple[Pattern | Function, ...]]]) -> tuple[Pattern | Function, ...]:
     found: list[Pattern | Function] = []
     problems: list[str] = []
-    for name, pattern in wanted.items():
+    for make in makers:
         try:
-            found += _of_list(name) if pattern is None and not is_mapping(given) else _of_mapping(name, pattern)
+            found += make()
         except ConfigError as error:
             problems += error.problems
     if problems:
