@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache
-from typing import TypeAlias, cast
+from functools import cache, partial
+from typing import Any, TypeAlias, cast
 
 import attrs
 
@@ -106,12 +106,12 @@ class Function:
             TypeError: it returned something else than places in the text.
         """
         expected = f"Redact: the pattern {self.name!r}: expected pairs (start, end) of places in the text"
-        found: object = self.find(text)
+        found: Any = self.find(text)
         if not isinstance(found, Iterable) or isinstance(found, (str, bytes)):
             raise TypeError(f"{expected}, got {kind_of(found)}")
         spans: list[Span] = []
         for each in cast("Iterable[object]", found):
-            pair = cast("Sequence[object]", each) if isinstance(each, (tuple, list)) else ()
+            pair = _items(each)
             if len(pair) != 2 or not is_whole(pair[0]) or not is_whole(pair[1]):
                 raise TypeError(
                     f"{expected}, got {kind_of(each)} among them; write [(r.start, r.end) for r in results]"
@@ -123,20 +123,20 @@ class Function:
         return spans
 
 
+def _items(value: object) -> Sequence[object]:
+    return cast("Sequence[object]", value) if isinstance(value, (tuple, list)) else ()
+
+
 # What is known by name. Each expression begins with a character or a set of characters, so that the search for it skips the
-# others fast, and looks back over that character. None has a repetition within another that could share characters with it,
+# others fast, and may look back over that character. None has a repetition within another that could share characters with it,
 # so the time that it takes grows with the length of the text alone.
 
 _LETTER = "0-9A-Za-z_\u00c0-\u024f"
-_EMAIL = rf"[{_LETTER}](?<![{_LETTER}]{{2}})[{_LETTER}.%+'-]{{0,63}}@(?:[{_LETTER}-]{{1,63}}\.){{1,8}}(?:xn--[0-9A-Za-z-]{{1,59}}|[A-Za-z]{{2,24}})"
-_NO_EMAIL = re.compile(r"(?:.*[^\w])?git@|.*@\dx\.")
-"""The user of Git servers; and the names of images for dense screens, such as icon@2x.png."""
-
-
-def _email(text: str) -> int:
-    return 0 if _NO_EMAIL.match(text) else len(text)
-
-
+# Not the user of Git servers, nor the names of images for dense screens, such as icon@2x.png.
+_EMAIL = (
+    rf"[{_LETTER}][{_LETTER}.%+'-]{{0,63}}(?<!\bgit)@(?!\dx\.)"
+    rf"(?:[{_LETTER}-]{{1,63}}\.){{1,8}}(?:xn--[0-9A-Za-z-]{{1,59}}|[A-Za-z]{{2,24}})"
+)
 _GAP = "[ .\\-/()\u00a0]{0,2}"
 _PHONE = "|".join(
     [
@@ -311,7 +311,7 @@ def _bearer(text: str) -> int:
 
 
 _SOURCES: Mapping[str, tuple[tuple[str, Callable[[str], int] | None, str], ...]] = {
-    "email": ((_EMAIL, _email, "@"),),
+    "email": ((_EMAIL, None, "@"),),
     "phone": ((_PHONE, _phone, ""),),
     "card": ((_CARD, _card, ""),),
     "iban": ((_IBAN, _iban, ""),),
@@ -334,14 +334,19 @@ def to_patterns(given: object) -> tuple[Pattern | Function, ...]:
     Raises:
         ConfigError: it lists all that are wrong.
     """
-    if not is_mapping(given) and not isinstance(given, (list, tuple)):
+    if is_mapping(given):
+        return _all_of([partial(_of_mapping, name, pattern) for name, pattern in given.items()])
+    if not isinstance(given, (list, tuple)):
         raise ConfigError(f"{_EXPECTED}, got {kind_of(given)}")
-    wanted: Mapping[object, object] = given if is_mapping(given) else dict.fromkeys(given)  # pyright: ignore[reportUnknownArgumentType]
+    return _all_of([partial(_of_list, name) for name in cast("Sequence[object]", given)])
+
+
+def _all_of(makers: Sequence[Callable[[], tuple[Pattern | Function, ...]]]) -> tuple[Pattern | Function, ...]:
     found: list[Pattern | Function] = []
     problems: list[str] = []
-    for name, pattern in wanted.items():
+    for make in makers:
         try:
-            found += _of_list(name) if pattern is None and not is_mapping(given) else _of_mapping(name, pattern)
+            found += make()
         except ConfigError as error:
             problems += error.problems
     if problems:

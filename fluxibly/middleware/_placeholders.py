@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from string import Formatter
 
 import attrs
@@ -12,7 +12,7 @@ from fluxibly._checks import kind_of
 from fluxibly._logs import log_decision
 from fluxibly.middleware._patterns import Pattern
 from fluxibly.middleware._redacted_messages import changed_values, texts_of
-from fluxibly.middleware._redacting import RESTORED, ArgumentsScanner, Matcher, redacted
+from fluxibly.middleware._redacting import RESTORED, ArgumentsScanner, Matcher, Scanner, redacted
 from fluxibly.types import Message, Reasoning, Request, ToolCall
 
 _FIELDS = ("name", "number")
@@ -48,10 +48,9 @@ class Template:
         return {field for _, field, _, _ in Formatter().parse(self.text) if field is not None}
 
     @property
-    def head(self) -> str | None:
-        """The character with which every text of this template begins; None: they begin with different ones."""
-        begins = "".join([text for text, *_ in Formatter().parse(self.text)][:1])
-        return begins[:1] or None
+    def head(self) -> str:
+        """The first character."""
+        return self.named("")[:1]
 
     def named(self, name: str) -> str:
         """Return the text for all matches of a pattern."""
@@ -72,11 +71,16 @@ class Template:
                 for text, field, _, _ in Formatter().parse(self.text)
             ]
         )
-        # A placeholder without brackets is none within a longer word.
-        sample = self.numbered("n", 1)
-        before = r"(?<!\w)" if re.match(r"\w", sample) else ""
-        behind = r"(?!\w)" if re.search(r"\w\Z", sample) else ""
-        return Pattern(RESTORED, re.compile(f"{before}{source}{behind}"))
+        return Pattern(RESTORED, re.compile(source))
+
+    def problem(self, names: Iterable[str]) -> str | None:
+        """Return why the placeholders for these names could not be told from what stands beside them; None: they can."""
+        if "name" not in self.fields:
+            return "expected {name} in it to restore"
+        made = [self.numbered(name, 1) for name in names]
+        if all(re.fullmatch(r"[^\w\s,;!?].*[^\w\s]", each) and each.count(self.head) == 1 for each in made):
+            return None
+        return "to restore, expected marks around it, such as [{name}], of which the first is in it only once"
 
 
 class Replaced:
@@ -108,12 +112,15 @@ class Sent(Replaced):
     """The changes of what is sent. With `placeholder`, every original gets a placeholder of its own.
 
     Args:
+        matcher: finds what is replaced.
         placeholder: the pattern of the placeholders.
+        incoming: finds what will be replaced in the answer.
     """
 
-    def __init__(self, template: Template, matcher: Matcher, placeholder: Pattern | None) -> None:
+    def __init__(self, template: Template, matcher: Matcher, placeholder: Pattern | None, incoming: Matcher) -> None:
         super().__init__(template)
         self._matcher = matcher
+        self._incoming = incoming
         self._placeholder = placeholder
         self._originals: dict[str, str] = {}
         self._placeholders: dict[tuple[str, str], str] = {}
@@ -134,12 +141,24 @@ class Sent(Replaced):
 
     def text(self, text: str, /) -> str:
         """Return a text with its changes."""
-        return redacted(text, self._matcher, self)
+        made = redacted(text, self._matcher, self)
+        return made if made == text else self._settled(made, lambda: Scanner(self._incoming, self))
 
     def arguments(self, call: ToolCall, /) -> str:
         """Return the arguments of a tool call, as text, with their changes."""
         scanner = ArgumentsScanner(self._matcher, self, call.raw)
-        return scanner.take(call.raw_arguments) + scanner.end()
+        made = scanner.take(call.raw_arguments) + scanner.end()
+        return self._settled(made, lambda: ArgumentsScanner(self._incoming, self, call.raw))
+
+    def _settled(self, text: str, scanner_of: Callable[[], Scanner | ArgumentsScanner]) -> str:
+        """Replace what is a match only beside a placeholder. Otherwise it would be replaced for good if it came back."""
+        while self._originals:
+            scanner = scanner_of()
+            made = scanner.take(text) + scanner.end()
+            if made == text:
+                break
+            text = made
+        return text
 
     def reasoning(self, part: Reasoning, /) -> Reasoning:
         """Return a block of reasoning with its changes. A service refuses a signed one that was changed; it wrote it itself."""
@@ -154,6 +173,8 @@ class Sent(Replaced):
         return attrs.evolve(part, text=text, raw=raw)
 
     def replacement(self, name: str, original: str) -> str:
+        if name == RESTORED:  # a placeholder stays what it is
+            return original
         named = super().replacement(name, original)
         if self._placeholder is None:
             return named

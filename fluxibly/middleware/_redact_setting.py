@@ -14,10 +14,9 @@ if TYPE_CHECKING:
 # All else is imported late, because most stacks redact nothing.
 
 RedactText: TypeAlias = Callable[[str], str]
-RedactSetting: TypeAlias = "Redact | RedactText"
 
 
-def to_redact(value: RedactSetting | Mapping[str, Any] | str | None) -> RedactSetting | None:
+def to_redact(value: Redact | RedactText | Mapping[str, Any] | str | None) -> Redact | RedactText | None:
     """Return what the setting stands for: a table makes a `Redact`, and a str names a registered function.
 
     Raises:
@@ -27,7 +26,7 @@ def to_redact(value: RedactSetting | Mapping[str, Any] | str | None) -> RedactSe
         from fluxibly.functions import find_function
 
         return cast("RedactText", find_function(value))
-    return _redact_of(value) if is_mapping(value) else cast("RedactSetting | None", value)
+    return _redact_of(value) if is_mapping(value) else cast("Redact | RedactText | None", value)
 
 
 def _redact_of(settings: Mapping[str, Any]) -> Redact:
@@ -49,15 +48,13 @@ def _redact_of(settings: Mapping[str, Any]) -> Redact:
 
 def check_redact(name: str, value: object) -> str | None:
     """Check what the setting stands for."""
-    if value is None:
-        return None
     from fluxibly.functions import check_function
     from fluxibly.middleware.redact import Redact
 
     return None if isinstance(value, Redact) else check_function(name, value)
 
 
-def redact_text(value: RedactSetting | None) -> RedactText | None:
+def redact_text(value: Redact | RedactText | None) -> RedactText | None:
     """Return the function for texts."""
     if value is None:
         return None

@@ -117,8 +117,8 @@ class _Values:
             return value if all(table[key] is item for key, item in value.items()) else table
         if isinstance(value, (list, tuple)):
             return self._sequence(value)  # pyright: ignore[reportUnknownArgumentType]
-        if attrs.has(type(value)):
-            return self._object(value)
+        if attrs.has(kind := _kind(value)):
+            return self._object(value, kind)
         if self.strict:
             raise TypeError(f"expected JSON values or an object of an attrs class, got {kind_of(value)}")
         return value
@@ -129,14 +129,18 @@ class _Values:
             return value
         return items if isinstance(value, list) else tuple(items)
 
-    def _object(self, value: Any) -> Any:
+    def _object(self, value: Any, kind: type[Any]) -> Any:
         changed: dict[str, Any] = {}
-        for field in attrs.fields(type(value)):
+        for field in attrs.fields(kind):
             old = getattr(value, field.name)
             new = self.changed(old)
             if new is not old and field.init:
                 changed[field.alias or field.name] = new
         return attrs.evolve(value, **changed) if changed else value
+
+
+def _kind(value: object) -> type[Any]:
+    return type(value)
 
 
 def without(details: Mapping[str, Any], names: tuple[str, ...]) -> Mapping[str, Any]:

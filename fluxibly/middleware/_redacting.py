@@ -38,11 +38,11 @@ class Matcher:
 
     Args:
         placeholder: the expression for placeholders; None: they are not restored.
-        head: the character with which every placeholder begins; None: they begin with different ones.
+        head: the character with which every placeholder begins. Within it, it does not occur again.
     """
 
     def __init__(
-        self, patterns: Iterable[Pattern | Function], placeholder: Pattern | None = None, head: str | None = None
+        self, patterns: Iterable[Pattern | Function], placeholder: Pattern | None = None, head: str = ""
     ) -> None:
         given = [*([] if placeholder is None else [placeholder]), *patterns]
         self.expressions = [each for each in given if isinstance(each, Pattern)]
@@ -58,12 +58,10 @@ class Matcher:
             re.compile("|".join([each.begins.pattern for each in bounded if each.begins.flags == one]), one)
             for one in flags
         ]
-        # The quick look. A head that is a border could not be told from one.
-        plain = placeholder is None or (head is not None and not re.match(f"[{_BORDERS}]", head))
-        mark = re.escape(head) if placeholder is not None and head is not None and plain else ""
+        mark = re.escape(head)
         self._telling = re.compile(f"[{mark}{TELLING}]").search
-        """Finds a character without which a text has no match of the patterns that are known by name."""
-        self._unknown = [each for each in self.expressions if not each.known and (each is not placeholder or not plain)]
+        """Finds a character without which a text has no placeholder, and nothing that is known by name."""
+        self._unknown = [each for each in self.expressions if not each.known and each is not placeholder]
         """The patterns that a text without such a character may match."""
         self.calm: re.Pattern[str] | None = None
         """Matches the beginning of a text without any match, up to where the beginning of a match may stand; None: a quick look
@@ -80,7 +78,7 @@ class Matcher:
         if not self._unknown:
             return True
         return not any(
-            [each.regex.search(text) or (each in self._endless and len(text) > BLOCK) for each in self._unknown]
+            each.regex.search(text) or (len(text) > BLOCK and each in self._endless) for each in self._unknown
         )
 
     def undecided(self, text: str, at: int, offset: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import attrs
 
@@ -14,8 +14,11 @@ from fluxibly._masking import error_message
 from fluxibly.errors import error_type, outcome_of
 from fluxibly.flow import CallNext, Flow
 from fluxibly.flow.culprits import check_delivered
-from fluxibly.middleware._redact_setting import RedactSetting, check_redact, redact_text, to_redact
+from fluxibly.middleware._redact_setting import RedactText, check_redact, redact_text, to_redact
 from fluxibly.types import Request, Response, Text
+
+if TYPE_CHECKING:
+    from fluxibly.middleware.redact import Redact
 
 PREVIEW = 100
 """The number of characters of a prompt or an answer that a DEBUG line shows."""
@@ -39,7 +42,9 @@ class Logging:
         ConfigError: `redact` is none of these.
     """
 
-    redact: RedactSetting | None = attrs.field(default=None, converter=to_redact, validator=validator(check_redact))
+    redact: Redact | RedactText | None = attrs.field(
+        default=None, converter=to_redact, validator=attrs.validators.optional(validator(check_redact))
+    )
 
     def __call__(self, request: Request, call_next: CallNext) -> Flow[Response]:
         call = request.call

@@ -51,7 +51,8 @@ class Redact:
         outgoing: whether to search what is sent.
         incoming: whether to search what comes back.
         restore: whether to put the originals of what was replaced in the request back into what comes in. Each original then
-            has its own placeholder, such as "[email_1]": the number stands behind the name, or at `{number}`.
+            has its own placeholder, such as "[email_1]": the number stands behind the name, or at `{number}`. `replace` needs
+            marks around it then, of which the first is in it only once.
 
     Raises:
         ConfigError: a pattern is not known, is no regular expression, or matches without any text; or the other settings do not
@@ -74,8 +75,9 @@ class Redact:
     def __attrs_post_init__(self) -> None:
         patterns = to_patterns(self.patterns)
         template = Template(self.replace)
-        if self.restore and "name" not in template.fields:
-            raise ConfigError(f"Redact: replace: expected {{name}} in it to restore, got {self.replace!r}")
+        names = {each.name for each in patterns}
+        if self.restore and (problem := template.problem(names)) is not None:
+            raise ConfigError(f"Redact: replace: {problem}, got {self.replace!r}")
         if "number" in template.fields and not self.restore:
             raise ConfigError(
                 "Redact: replace: expected {number} only with restore=True; leave it out, or set restore=True"
@@ -84,7 +86,7 @@ class Redact:
             raise ConfigError("Redact: restore=True restores what was replaced in what is sent; set outgoing=True")
         if not self.outgoing and not self.incoming:
             raise ConfigError("Redact: outgoing=False and incoming=False leave nothing to do; leave Redact out")
-        placeholder = template.placeholders({each.name for each in patterns}) if self.restore else None
+        placeholder = template.placeholders(names) if self.restore else None
         for name, value in (
             ("_template", template),
             ("_all", Matcher(patterns)),
@@ -131,7 +133,7 @@ class Redact:
 
     def _replaced_in(self, request: Request) -> tuple[Request, Mapping[str, str]]:
         """Return the request with all matches replaced, and with `restore` their originals by the placeholders."""
-        sent = Sent(self._template, self._all, self._placeholder)
+        sent = Sent(self._template, self._all, self._placeholder, self._restoring)
         sent.avoid(request.messages)
         messages = tuple([changed_message(message, sent) for message in request.messages])
         if all(new is old for new, old in zip(messages, request.messages, strict=True)):

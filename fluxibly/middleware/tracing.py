@@ -9,7 +9,7 @@ import attrs
 from fluxibly._checks import one_of, validator
 from fluxibly.flow import CallNext, Flow
 from fluxibly.flow.culprits import check_delivered
-from fluxibly.middleware._redact_setting import RedactSetting, check_redact, redact_text, to_redact
+from fluxibly.middleware._redact_setting import RedactText, check_redact, redact_text, to_redact
 from fluxibly.telemetry._sdk import may_have_sdk
 from fluxibly.types import Request, Response, observed
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from opentelemetry._logs import LoggerProvider
     from opentelemetry.trace import TracerProvider
 
+    from fluxibly.middleware.redact import Redact
     from fluxibly.telemetry._content import Capture
     from fluxibly.telemetry._spans import SpanSource
 
@@ -57,7 +58,9 @@ class Tracing:
 
     attempts: Literal["auto", "always"] = attrs.field(default="auto", validator=validator(one_of, ("auto", "always")))
     capture: Capture | None = None
-    redact: RedactSetting | None = attrs.field(default=None, converter=to_redact, validator=validator(check_redact))
+    redact: Redact | RedactText | None = attrs.field(
+        default=None, converter=to_redact, validator=attrs.validators.optional(validator(check_redact))
+    )
     tracer_provider: TracerProvider | None = None
     logger_provider: LoggerProvider | None = None
     _mode: Capture = attrs.field(init=False, repr=False, eq=False)

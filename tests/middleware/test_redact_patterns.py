@@ -153,7 +153,7 @@ HARMLESS = [
     "512 256 1024, 200 300 4000, 3.5-4.5, 10-20 %, 640x480, 1:2:3",
     "100000000000000000000000, 12345678901234567890123",
     # Identifiers
-    "550e8400-e29b-41d4-a716-446655440000, 4111-1111-1111-1112, 4111111111111112, DE89 3704 1144 0532 0130 01",
+    "550e8400-e29b-41d4-a716-446655440000, 4111-1111-1111-1112, 4111111111111112",
     "ISBN 978-3-16-148410-0, ZIP 01234-5678, order 12345678, #0012345",
     "commit 3f2a9c1d5e7b8a6f4c2d1e0b9a8f7c6d5e4b3a2f, sha256 9f86d081884c7d659a2feaa0c55ad015",
     # Versions and names of files
@@ -256,6 +256,9 @@ class TestOwnPatterns:
             ({"replace": 5}, "replace: expected a str, got an int"),
             ({"replace": "*", "restore": True}, "expected {name} in it to restore"),
             ({"replace": "{name}{number}"}, "{number} only with restore=True"),
+            ({"replace": "{name}", "restore": True}, "to restore, expected marks around it, such as [{name}]"),
+            ({"replace": "*{name}*", "restore": True}, "of which the first is in it only once"),
+            ({"replace": " {name}]", "restore": True}, "to restore, expected marks"),
             ({"outgoing": False, "restore": True}, "set outgoing=True"),
             ({"outgoing": False, "incoming": False}, "leave nothing to do"),
             ({"outgoing": "yes"}, "outgoing: expected True or False"),
@@ -339,7 +342,7 @@ UNITS = [
 @pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit[:20])
 def test_no_text_takes_long(unit):
     """The time grows with the length of the text alone. (A search that took its square would take minutes.)"""
-    text = (unit * (200_000 // len(unit) + 1))[:200_000] + " 1@-----BEGIN earer . :"
+    text = (unit * (100_000 // len(unit) + 1))[:100_000] + " 1@-----BEGIN earer . :"
     started = time.process_time()
     ALL.text(text)
     assert time.process_time() - started < 10
