@@ -6,42 +6,22 @@ A line is a JSON object: `version`, `key`, `request`, and what came: `chunks` wi
 
 from __future__ import annotations
 
-import builtins
 import json
 import os
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 from threading import RLock
-from typing import Any, cast
+from typing import Any
 
-from fluxibly import errors
-from fluxibly._checks import is_list, is_mapping, is_number, is_secret, is_whole, kind_of, problem, without_secrets
-from fluxibly._dicts import Reader, plain
+from fluxibly._checks import is_list, is_mapping, is_number, is_whole, kind_of, problem
 from fluxibly._logs import report_once
-from fluxibly._masking import error_message, mask_request, mask_secrets
 from fluxibly._threads import renew_lock_after_fork
 from fluxibly.aggregate import Aggregator
-from fluxibly.errors import (
-    ConfigError,
-    FluxiblyError,
-    GuardRefused,
-    NotRecorded,
-    ProviderError,
-    RequestTimeout,
-    ResponseInvalid,
-    StreamInterrupted,
-    outcome_of,
-    root_cause,
-)
-from fluxibly.flow import CallNext, Flow
-from fluxibly.flow.culprits import check_delivered
-from fluxibly.flow.effects import Effect, Release, Send
-from fluxibly.flow.relay import Watch
-from fluxibly.middleware._outputs import asked_at
-from fluxibly.middleware._request_key import request_key
-from fluxibly.types import CallRecord, Chunk, ProviderInfo, Request, Response
+from fluxibly.errors import ConfigError, NotRecorded
+from fluxibly.middleware._exchange_fields import error_of
+from fluxibly.types import Chunk, Response
 
 VERSION = 1
 """The version of the format. Lines of a later version are refused."""
@@ -270,7 +250,7 @@ class Exchange:
         if self._made is None:  # two threads may both make them, to the same effect
             try:
                 chunks = [_chunk(item, number) for number, item in enumerate(self._items or ())]
-                response = _joined(chunks) if self._answer is None else Response.from_dict(self._answer)
+                response = joined(chunks) if self._answer is None else Response.from_dict(self._answer)
             except (TypeError, ValueError) as error:
                 raise self._wrong(str(error)) from None
             self._made = None if self._items is None else chunks, response
@@ -294,7 +274,7 @@ def _chunk(item: Any, number: int) -> Chunk:
     return Chunk(item[1]) if isinstance(item[1], str) else Chunk.from_dict(item[1])
 
 
-def _joined(chunks: Iterable[Chunk]) -> Response:
+def joined(chunks: Iterable[Chunk]) -> Response:
     """Return the response that chunks add up to."""
     answer = Aggregator()
     for chunk in chunks:
@@ -398,348 +378,3 @@ def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
         else:
             found.append(name)
     return found
-
-
-# What is recorded
-
-
-_SETTINGS = (
-    "tool_choice",
-    "temperature",
-    "max_tokens",
-    "top_p",
-    "top_k",
-    "frequency_penalty",
-    "presence_penalty",
-    "stop",
-    "seed",
-    "n",
-    "reasoning_effort",
-    "response_format",
-)
-
-
-def request_fields(request: Request, info: ProviderInfo) -> dict[str, Any]:
-    """Return what a line says of a request. Secret headers are left out, and secrets in `extra` masked.
-
-    Raises:
-        TypeError: the request has something that JSON does not have. (Some of that has a key.)
-    """
-    found: dict[str, Any] = {
-        "provider": info.key,
-        "model": request.model,
-        "messages": [message.to_dict() for message in request.messages],
-    }
-    if request.tools:
-        names = ("name", "description", "parameters", "strict")
-        found["tools"] = [
-            {name: value for name in names if (value := getattr(tool, name)) not in (None, "")}
-            for tool in request.tools
-        ]
-    for name in _SETTINGS:
-        value = getattr(request, name)
-        if value not in (None, ()):
-            found[name] = value
-    if request.extra:
-        found["extra"] = without_secrets(request.extra)
-    headers = {name.lower(): value for name, value in request.headers.items() if not is_secret(name)}
-    if headers:
-        found["headers"] = dict(sorted(headers.items()))
-    try:
-        return cast("dict[str, Any]", plain(found, request))
-    except TypeError as error:
-        raise TypeError(f"the request: {str(error).partition(': ')[2]}") from None
-
-
-_OF_THE_CALL = ("elapsed", "stats", "total_usage", "cost", "cache_hit")
-"""The fields of a response that the call gives it, and not the model."""
-
-
-def answer_fields(response: Response, info: ProviderInfo) -> dict[str, Any]:
-    """Return what a line says of an answer. Its provider is named if it is another than the asked one."""
-    found = response.to_dict()
-    for name in _OF_THE_CALL:
-        found.pop(name, None)
-    if found.get("provider") == info.telemetry_name:
-        del found["provider"]
-    return found
-
-
-_OF_A_PROVIDER = ("status", "code", "retryable", "retry_after", "provider", "model", "request_id")
-_OF_AN_ERROR = (
-    "class",
-    "raised",
-    "message",
-    "interrupted",
-    *_OF_A_PROVIDER,
-    "rate_limits",
-    "phase",
-    "reason",
-    "problem",
-    "response",
-)
-
-
-def error_fields(error: Exception, request: Request) -> dict[str, Any]:
-    """Return what a line says of an error. Its message is masked as in logs, and free of the request's secrets."""
-    cause = root_cause(error)
-    secrets = [*_secrets(request.extra), *[value for name, value in request.headers.items() if is_secret(name)]]
-    kind = _known_class(type(cause))
-    found: dict[str, Any] = {
-        "class": kind.__name__,
-        "raised": None if type(cause) is kind else type(cause).__qualname__,
-        "message": mask_secrets(error_message(error, (request,)), secrets),
-        "interrupted": True if cause is not error else None,
-    }
-    if isinstance(cause, ProviderError):
-        found |= {name: getattr(cause, name) for name in _OF_A_PROVIDER}
-        found["rate_limits"] = dict(cause.rate_limits) or None
-    if isinstance(cause, RequestTimeout) and cause.phase != type(cause).phase:
-        found["phase"] = cause.phase
-    if isinstance(cause, GuardRefused):
-        found["reason"] = mask_secrets(mask_request(cause.reason, request), secrets)
-    if isinstance(cause, ResponseInvalid):
-        found["problem"] = mask_secrets(mask_request(cause.problem, request, [cause.response.message]), secrets)
-        found["response"] = cause.response.to_dict()
-    return {name: plain(value, cause) for name, value in found.items() if value is not None}
-
-
-def _secrets(value: object, *, secret: bool = False) -> Iterator[str]:
-    """Yield the texts under secret names in JSON values."""
-    if isinstance(value, str):
-        if secret:
-            yield value
-    elif is_mapping(value):
-        for name, each in value.items():
-            yield from _secrets(each, secret=secret or is_secret(str(name)))
-    elif isinstance(value, (list, tuple)):
-        for each in cast("Iterable[object]", value):
-            yield from _secrets(each, secret=secret)
-
-
-def _known_class(kind: type[BaseException]) -> type[Exception]:
-    """Return the nearest base of a class that every program has, of `fluxibly.errors` or Python's own."""
-    for base in kind.__mro__:
-        if base is Exception:
-            break
-        if getattr(errors, base.__name__, None) is base or _takes_a_message(base):
-            return cast("type[Exception]", base)
-    return FluxiblyError
-
-
-def _takes_a_message(kind: type) -> bool:
-    """Whether a class is Python's own, and made with a message alone."""
-    if getattr(builtins, kind.__name__, None) is not kind:
-        return False
-    try:
-        kind("")
-    except TypeError:
-        return False
-    return True
-
-
-def error_of(given: Mapping[str, Any], partial: Response) -> tuple[Exception, bool]:
-    """Return the error that a line describes, and whether it interrupted a stream. `partial` is what came before it.
-
-    Raises:
-        TypeError: the class is not made with a message alone.
-        ValueError: a field is unknown or of the wrong type. The error names its path.
-    """
-    fields = Reader(given, "error")
-    name, raised, message = fields.needed("class"), fields.text("raised"), fields.text("message", "")
-    is_interruption = fields.take("interrupted", bool, "true or false", default=False)
-    # A user's provider may give a code that is a number, for example; nothing depends on these.
-    found = {each: fields.value(each) for each in ("status", "code", "provider", "model", "request_id")}
-    found["retryable"] = fields.take("retryable", bool, "true or false")
-    found["retry_after"] = fields.take("retry_after", (int, float), "a number")
-    found["rate_limits"] = fields.table("rate_limits")
-    phase, reason, problem = fields.text("phase"), fields.text("reason", ""), fields.text("problem", "")
-    response = fields.table("response")
-    fields.done(_OF_AN_ERROR)
-    kind: Any = getattr(errors, name, None) or getattr(builtins, name, None)
-    if not (isinstance(kind, type) and issubclass(kind, Exception)):
-        kind, raised = FluxiblyError if found["retryable"] is None else ProviderError, name
-    text = message if raised is None else f"{raised}: {message}"
-    error: Exception
-    if issubclass(kind, ProviderError):
-        error = kind(text, **found)
-        if phase is not None:
-            cast("Any", error).phase = phase
-    elif issubclass(kind, StreamInterrupted):
-        error = kind(text, partial=partial)
-    elif issubclass(kind, GuardRefused):
-        error = kind(text, reason=reason)
-    elif issubclass(kind, ResponseInvalid):
-        error = kind(text, response=Response.from_dict(response or {}), problem=problem)
-    else:
-        error = kind(text)
-    return error, is_interruption
-
-
-# Recording
-
-
-class _Arrivals(Watch):
-    """A watch that keeps the chunks of a stream, and when they came."""
-
-    def __init__(self, call: CallRecord) -> None:
-        super().__init__(call)
-        self.all: list[Chunk] = []
-        self.times: list[float] = []
-        self._has_failed = False
-        """Whether the last attempt has failed."""
-
-    def take(self, lengths: Sequence[int]) -> None:
-        self.all += self.chunks
-        self.times += self.arrived
-
-    def restarted(self) -> None:
-        super().restarted()
-        self.all.clear()
-        self.times.clear()
-
-    def see(self, effect: Effect) -> Effect:
-        if type(effect) is Release:
-            self._has_failed = True
-        elif type(effect) is Send and self._has_failed and not effect.request.call.nested:
-            self._forget_failure()
-        return super().see(effect)
-
-    def _forget_failure(self) -> None:
-        """Forget what an attempt said that has failed before output: it does not belong to the answer of the next."""
-        self._has_failed = False
-        self.flush()
-        begin = len(self.all)
-        while begin and not self.all[begin - 1].added:
-            begin -= 1
-            if self.all[begin].has_output:
-                return
-        del self.all[begin:]
-        del self.times[begin:]
-
-    def items(self, start: float) -> list[Any]:
-        """Return the chunks, each with its seconds since `start`."""
-        return [
-            [round(time - start, 3), chunk.text if chunk.text_only else chunk.to_dict()]
-            for time, chunk in zip(self.times, self.all, strict=True)
-        ]
-
-    @property
-    def has_output(self) -> bool:
-        """Whether output has come, or a mark."""
-        return any(chunk.added is not None or chunk.has_output for chunk in self.all)
-
-
-class Recorder:
-    """The recording of one exchange, which goes through `over`.
-
-    Args:
-        info: the provider that the request goes to.
-        file: where the exchange is written.
-        key: the key of the request; without it, the recorder finds it.
-        exchanges: where whole answers are kept for later requests, if failures are not recorded.
-    """
-
-    def __init__(
-        self,
-        request: Request,
-        info: ProviderInfo,
-        file: RecordingFile,
-        *,
-        key: str | None = None,
-        exchanges: Exchanges | None = None,
-    ) -> None:
-        self._request = request
-        self._info = info
-        self._file = file
-        self._key = key
-        self._exchanges = exchanges
-        self._arrivals: _Arrivals | None = None
-        self._start = 0.0
-        self._response: Response | None = None
-        self._error: BaseException | None = None
-
-    def over(self, call_next: CallNext) -> Flow[Response]:
-        """Run the rest of the stack, and record what comes of it."""
-        call = self._request.call
-        arrivals = self._arrivals = _Arrivals(call) if call.streaming else None
-        begun = call.clock()
-        try:
-            flow = call_next(self._request)
-            response = yield from flow if arrivals is None else arrivals.over(flow)
-            if arrivals is not None:
-                arrivals.flush()
-            check_delivered(call, response, None if arrivals is None else arrivals.message_length)
-            answered = response.provider or call.provider.telemetry_name
-            self._response = response.evolve(provider=answered)
-        except Exception as error:
-            if self._exchanges is None and not isinstance(root_cause(error), (NotRecorded, ConfigError)):
-                self._error = error
-                yield from self._written(begun)
-            raise
-        except BaseException as error:
-            # What has brought no output is nothing that anybody has missed, such as the loser of a race.
-            if arrivals is not None:
-                arrivals.flush()
-                # A program that asks for what is missing would else add the same part at each run.
-                if arrivals.has_output and (self._exchanges is None or self._exchanges.begin(self._key or "")):
-                    self._error = error
-                    self._start = asked_at(call, begun)
-                    call.on_end(self.write)
-            raise
-        yield from self._written(begun)
-        return response
-
-    def _written(self, begun: float) -> Flow[None]:
-        """Write the exchange, in a thread where the call is async. No deadline cuts that off."""
-        call = self._request.call
-        if self._arrivals is not None:
-            self._arrivals.flush()
-        self._start = asked_at(call, begun)
-        yield from call.on_end(self.write).run()
-
-    def write(self) -> None:
-        """Append the exchange to the file. What goes wrong is reported, and changes nothing."""
-        try:
-            fields = self._fields()
-            line = encoded(fields)
-        except Exception as error:  # noqa: BLE001  # a recording never breaks a call
-            why = str(error) if type(error) is TypeError else type(error).__name__  # other errors may quote content
-            report_once(f"recording {self._file.path} {why}", f"a call is not recorded in {self._file.name!r}: {why}")
-            return
-        finally:
-            self._error = None  # its frames refer to the recorder
-        self._file.append(line)
-        if self._exchanges is not None and "ended" not in fields:
-            self._exchanges.add(Exchange("a new line", self._file.name, fields))
-
-    def _fields(self) -> dict[str, Any]:
-        """Return the exchange as JSON values, in the order in which a person reads them."""
-        request, error, response = self._request, self._error, self._response
-        asked = request_fields(request, self._info)
-        key = request_key(request, self._info) if self._key is None else self._key
-        fields: dict[str, Any] = {"version": VERSION, "key": key, "request": asked}
-        arrivals = self._arrivals
-        # A stream without chunks may also have come whole, with the response.
-        if arrivals is not None and (arrivals.all or (response is not None and not response.has_output)):
-            fields["chunks"] = arrivals.items(self._start)
-        if error is not None:
-            if isinstance(error, Exception):
-                fields["error"] = error_fields(error, request)
-            else:
-                fields["ended"] = outcome_of(error)
-        elif response is not None:
-            answer = answer_fields(response, self._info)
-            if "chunks" not in fields or answer != self._aggregated(arrivals):
-                fields["answer"] = answer
-            if response.parsed is not None and "parsed" not in answer:
-                report_once(
-                    f"parsed recording {self._file.path}",
-                    f"the recording {self._file.name!r} has no `parsed`, because {kind_of(response.parsed)} is not JSON; "
-                    "have Record and Replay inside of Validation, which then parses the recorded text",
-                )
-        return fields
-
-    def _aggregated(self, arrivals: _Arrivals | None) -> dict[str, Any]:
-        """Return what a replay makes of the chunks alone."""
-        return answer_fields(_joined(() if arrivals is None else arrivals.all), self._info)

@@ -6,7 +6,8 @@ import attrs
 
 from fluxibly._checks import validator
 from fluxibly.flow import CallNext, Flow, provider_of
-from fluxibly.middleware._recording import Recorder, RecordingFile, check_file, to_file
+from fluxibly.middleware._recorder import Recorder
+from fluxibly.middleware._recording import RecordingFile, check_file, to_file
 from fluxibly.types import Request, Response
 
 

@@ -12,15 +12,9 @@ from fluxibly.aggregate import as_chunks
 from fluxibly.errors import NotRecorded, interrupted
 from fluxibly.flow import CallNext, Flow, perform, provider_of
 from fluxibly.flow.effects import More, Release
-from fluxibly.middleware._recording import (
-    Exchange,
-    Exchanges,
-    Recorder,
-    RecordingFile,
-    check_file,
-    request_fields,
-    to_file,
-)
+from fluxibly.middleware._exchange_fields import request_fields
+from fluxibly.middleware._recorder import Recorder
+from fluxibly.middleware._recording import Exchange, Exchanges, RecordingFile, check_file, to_file
 from fluxibly.middleware._request_key import request_key
 from fluxibly.types import ProviderInfo, Request, Response
 
