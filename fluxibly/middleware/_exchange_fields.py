@@ -69,14 +69,14 @@ def request_fields(request: Request, info: ProviderInfo) -> dict[str, Any]:
         raise TypeError(f"the request: {str(error).partition(': ')[2]}") from None
 
 
-_OF_THE_CALL = ("elapsed", "stats", "total_usage", "cost", "cache_hit")
-"""The fields of a response that the call gives it, and not the model."""
+_LEFT_OUT = ("elapsed", "stats", "total_usage", "cost", "cache_hit", "raw")
+"""The fields of a response that the call gives it, and `raw`, which says the same again in the service's words."""
 
 
 def answer_fields(response: Response, info: ProviderInfo) -> dict[str, Any]:
     """Return what a line says of an answer. Its provider is named if it is another than the asked one."""
     found = response.to_dict()
-    for name in _OF_THE_CALL:
+    for name in _LEFT_OUT:
         found.pop(name, None)
     if found.get("provider") == info.telemetry_name:
         del found["provider"]
