@@ -301,6 +301,10 @@ def tokens_of(request: Request) -> int:
     return len(request.messages)
 
 
+def places_of(text: str) -> list[tuple[int, int]]:
+    return [(0, 3)] if text.startswith("Ada") else []
+
+
 def patience(error: Exception, attempt: int) -> float | None:
     return 0.5 if isinstance(error, RateLimitError) and attempt < 2 else None
 
@@ -309,6 +313,7 @@ def production(config: LLMConfig) -> None:
     shared = MemoryStore()
     budget = RetryBudget(ratio=0.1, floor=5)
     register_function("tokens_of", tokens_of)
+    register_function("places_of", places_of)
     layers: list[Middleware] = [
         Deadline(30),
         Fallback(["m-2", config, Target(config, drop=["seed"])], when=lambda error: isinstance(error, ServerError)),
@@ -321,6 +326,11 @@ def production(config: LLMConfig) -> None:
         RateLimit(tokens=90_000, estimate="tokens_of", by="tokens_of", store="memory"),
         Concurrency(20, queue=100, store=shared),
         StreamTimeout(first_chunk=20, idle=5),
+        Redact(patterns={"email": True, "ticket": r"T-\d+", "person": places_of}, restore=True),
+        Redact(patterns=["email", "places_of"]),
+        Logging(redact=Redact(incoming=False)),
+        Tracing(redact=str.upper),
+        Logging(redact={"patterns": ["email"]}),
     ]
     LLM(config, default_stack(config, *layers)).close()
     store: Store = shared

@@ -181,11 +181,6 @@ class Scanner:
         self._told: list[Found] = []
         """What functions have found in earlier sentences, by the place in the whole text."""
 
-    @property
-    def held(self) -> str:
-        """What is held back."""
-        return self._text[self._at :]
-
     def passes(self, piece: str) -> bool:
         """Take a piece if a quick look tells that all of it can be let out unchanged, and return whether it does."""
         text = self._text

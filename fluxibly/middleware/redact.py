@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import attrs
 
@@ -22,8 +22,10 @@ Patterns: TypeAlias = Sequence[str] | Mapping[str, bool | str | Finder | Mapping
 """What to find: names, or a mapping of names to patterns."""
 
 
-def _copied(value: Any) -> Any:
-    return dict(value) if is_mapping(value) else tuple(value) if isinstance(value, (list, tuple)) else value  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+def _copied(patterns: Patterns) -> Patterns:
+    if is_mapping(patterns):
+        return dict(patterns)
+    return tuple(patterns) if isinstance(patterns, list) else patterns
 
 
 @attrs.frozen(kw_only=True, eq=False)
