@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeAlias, cast
+from typing import Any, Protocol, TypeAlias, TypeVar, cast
 
 import attrs
 
@@ -32,6 +32,33 @@ class _Call:
             signature=self.signature,
             raw=self.raw,
         )
+
+
+class BegunCall(Protocol):
+    """A tool call of which fragments have come."""
+
+    @property
+    def index(self) -> int | None: ...
+    @property
+    def id(self) -> str | None: ...
+
+
+_C = TypeVar("_C", bound=BegunCall)
+
+
+def continued_call(calls: Sequence[_C], delta: ToolCallDelta) -> _C | None:
+    """Return the call that a fragment continues: the call with its index, else with its id, else the last call.
+
+    A fragment with both a name and a new id begins a call whatever its index, because some services number every call 0.
+    """
+    begins = bool(delta.name and delta.id)
+    for call in reversed(calls):
+        if delta.index is not None:
+            if call.index == delta.index and not (begins and call.id and call.id != delta.id):
+                return call
+        elif (delta.id and call.id == delta.id) or (not delta.id and not delta.name):
+            return call
+    return None
 
 
 class _Thought:
@@ -157,7 +184,7 @@ class Aggregator:
         self._marks.append((before, part))
 
     def _add_call(self, delta: ToolCallDelta) -> None:
-        call = self._find(delta)
+        call = continued_call(self._calls, delta)
         if call is None:
             call = _Call(delta)
             self._calls.append(call)
@@ -170,21 +197,6 @@ class Aggregator:
                 call.raw = delta.raw if call.raw is None else {**call.raw, **delta.raw}
         if delta.arguments:
             call.arguments.append(delta.arguments)
-
-    def _find(self, delta: ToolCallDelta) -> _Call | None:
-        """Return the call that a fragment continues: the call with its index, else with its id, else the last call.
-
-        A fragment with both a name and a new id begins a call whatever its index, because some services number every
-        call 0.
-        """
-        begins = bool(delta.name and delta.id)
-        for call in reversed(self._calls):
-            if delta.index is not None:
-                if call.index == delta.index and not (begins and call.id and call.id != delta.id):
-                    return call
-            elif (delta.id and call.id == delta.id) or (not delta.id and not delta.name):
-                return call
-        return None
 
     def response(self) -> Response:
         """Return the response that the chunks so far add up to."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal, TypeAlias
+from collections.abc import Callable, Sequence
+from typing import Literal, TypeAlias, cast
 
 from fluxibly._checks import kind_of, problem
 from fluxibly.flow import Flow, provider_of
@@ -18,21 +18,25 @@ _WORDS = ("provider", "provider and model")
 
 def to_by(value: By | str) -> By:
     """Return what a `by` stands for, where YAML may have the name of a function. It is a converter of attrs."""
-    if callable(value):
-        return value
-    if value == "provider":
-        return "provider"
-    if value == "provider and model":
-        return "provider and model"
-    return find_function(value) if isinstance(value, str) else value  # pyright: ignore[reportUnnecessaryIsInstance]  # callers may be untyped
+    return cast("By", word_or_function(value, _WORDS))
 
 
 def check_by(name: str, value: object) -> str | None:
     """Check a `by`."""
-    if value in _WORDS:
+    return check_word_or_function(name, value, _WORDS)
+
+
+def word_or_function(value: object, words: Sequence[str]) -> object:
+    """Return one of the words as it is, and the function that another str names."""
+    return find_function(value) if isinstance(value, str) and value not in words else value
+
+
+def check_word_or_function(name: str, value: object, words: Sequence[str]) -> str | None:
+    """Check a setting that is one of the words, or a function of the request."""
+    if value in words:
         return None
     if not callable(value):
-        return problem(name, "'provider', 'provider and model' or a function of the request", value)
+        return problem(name, f"{', '.join(map(repr, words))} or a function of the request", value)
     return check_function(name, value)
 
 

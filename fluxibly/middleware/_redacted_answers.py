@@ -7,6 +7,7 @@ from typing import Any
 
 import attrs
 
+from fluxibly.aggregate import continued_call
 from fluxibly.middleware._redacted_messages import changed_media, changed_message, changed_values, without
 from fluxibly.middleware._redacting import ArgumentsScanner, Matcher, Replacing, Scanner
 from fluxibly.types import Chunk, Media, Part, Reasoning, ToolCall, ToolCallDelta
@@ -97,7 +98,7 @@ class AnswerScanner:
         blocks = any(isinstance(part, Reasoning) for part in chunk.parts)
         completes = self._thinking or bool(chunk.reasoning)
         parts_stand = any(not isinstance(part, Reasoning) or not completes for part in chunk.parts)
-        calls_begin = any(self._find(delta) is None for delta in chunk.tool_calls)
+        calls_begin = any(continued_call(self._calls, delta) is None for delta in chunk.tool_calls)
         before = self._text.end() if chunk.reasoning or parts_stand else ""
         reasoning = self._reasoning.take(chunk.reasoning)
         self._reasoned = self._reasoned or bool(chunk.reasoning)
@@ -153,20 +154,9 @@ class AnswerScanner:
 
     # Tool calls
 
-    def _find(self, delta: ToolCallDelta) -> _Call | None:
-        """Return the call that a fragment continues, as `Aggregator` does."""
-        begins = bool(delta.name and delta.id)
-        for call in reversed(self._calls):
-            if delta.index is not None:
-                if call.index == delta.index and not (begins and call.id and call.id != delta.id):
-                    return call
-            elif (delta.id and call.id == delta.id) or (not delta.id and not delta.name):
-                return call
-        return None
-
     def _delta(self, delta: ToolCallDelta) -> list[ToolCallDelta]:
         made: list[ToolCallDelta] = []
-        call = self._find(delta)
+        call = continued_call(self._calls, delta)
         if call is None:
             # Once another call has the same number, a fragment of the first could no longer be told from its own.
             made += [rest for each in self._calls if not each.is_told_from(delta) for rest in each.end()]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
 import attrs
 
-from fluxibly._checks import number, one_of, problem, validator
+from fluxibly._checks import number, one_of, validator
 from fluxibly._logs import log_decision
 from fluxibly._tokens import BYTES_A_TOKEN, bytes_of
 from fluxibly.calls import Spent
@@ -18,9 +18,8 @@ from fluxibly.flow import CallNext, Flow, perform, provider_of
 from fluxibly.flow.combinators import Combinator
 from fluxibly.flow.effects import Effect, More
 from fluxibly.flow.relay import Seen
-from fluxibly.functions import check_function, find_function
 from fluxibly.middleware._estimates import FIRST_OUTPUT, Estimate, Estimates
-from fluxibly.middleware._keys import text_of, whom
+from fluxibly.middleware._keys import check_word_or_function, text_of, whom, word_or_function
 from fluxibly.middleware._shared import ON_STORE_ERROR, OnStoreError, Shared, run_later
 from fluxibly.prices import GivenPrices, Price, Prices, check_prices
 from fluxibly.stores import Store, to_store
@@ -28,6 +27,7 @@ from fluxibly.types import CallRecord, Chunk, ProviderInfo, Request, Response, U
 
 _optional = attrs.validators.optional
 Scope: TypeAlias = Literal["instance", "call"] | Callable[[Request], object]
+_WORDS = ("instance", "call")
 _NANO = 1_000_000_000
 _FORGOTTEN = 0.998
 """The share of `per` after which a store may have forgotten a reservation, because it adds up what came at nearly one time."""
@@ -36,21 +36,11 @@ _STEP = 64
 
 
 def _to_scope(value: Scope | str) -> Scope:
-    if callable(value):
-        return value
-    if value == "instance":
-        return "instance"
-    if value == "call":
-        return "call"
-    return find_function(value) if isinstance(value, str) else value  # pyright: ignore[reportUnnecessaryIsInstance]  # callers may be untyped
+    return cast("Scope", word_or_function(value, _WORDS))
 
 
 def _check_scope(name: str, value: object) -> str | None:
-    if value in ("instance", "call"):
-        return None
-    if not callable(value):
-        return problem(name, "'instance', 'call' or a function of the request", value)
-    return check_function(name, value)
+    return check_word_or_function(name, value, _WORDS)
 
 
 def _to_store(value: Any) -> Any:
