@@ -221,7 +221,7 @@ def with_targets(*, to):
         ({"retry": 3}, ["0].retry: expected a table of settings, e.g. - retry: {max_retries: 3}"]),
         ({"deadline": 30}, ["0].deadline: expected a table of settings, e.g. - deadline: {seconds: 30}"]),
         ({"fallback": ["m-2"]}, ["0].fallback: expected a table of settings, e.g. - fallback: {to: …}"]),
-        ({"logging": True}, ["0].logging: expected a table of settings, e.g. - logging: {}"]),
+        ({"stream_meter": True}, ["0].stream_meter: expected a table of settings, e.g. - stream_meter: {}"]),
         ({"retry": {}, "logging": {}}, ["0]: expected a table of one name"]),
         (3, ["0]: expected the name of a middleware or a table of one name, got an int"]),
         (

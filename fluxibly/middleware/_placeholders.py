@@ -12,7 +12,7 @@ from fluxibly._checks import kind_of
 from fluxibly._logs import log_decision
 from fluxibly.middleware._patterns import Pattern
 from fluxibly.middleware._redacted_messages import changed_values, texts_of
-from fluxibly.middleware._redacting import RESTORED, ArgumentsScanner, Matcher, Scanner, redacted
+from fluxibly.middleware._redacting import RESTORED, ArgumentsScanner, Matcher, Scanner, redacted, redacted_arguments
 from fluxibly.types import Message, Reasoning, Request, ToolCall
 
 _FIELDS = ("name", "number")
@@ -146,9 +146,12 @@ class Sent(Replaced):
 
     def arguments(self, call: ToolCall, /) -> str:
         """Return the arguments of a tool call, as text, with their changes."""
-        scanner = ArgumentsScanner(self._matcher, self, call.raw)
-        made = scanner.take(call.raw_arguments) + scanner.end()
-        return self._settled(made, lambda: ArgumentsScanner(self._incoming, self, call.raw))
+        made = redacted_arguments(call, self._matcher, self)
+        return (
+            made
+            if made == call.raw_arguments
+            else self._settled(made, lambda: ArgumentsScanner(self._incoming, self, call.raw))
+        )
 
     def _settled(self, text: str, scanner_of: Callable[[], Scanner | ArgumentsScanner]) -> str:
         """Replace what is a match only beside a placeholder. Otherwise it would be replaced for good if it came back."""

@@ -9,7 +9,7 @@ import attrs
 
 from fluxibly.aggregate import continued_call
 from fluxibly.middleware._redacted_messages import changed_media, changed_message, changed_values, without
-from fluxibly.middleware._redacting import ArgumentsScanner, Matcher, Replacing, Scanner
+from fluxibly.middleware._redacting import ArgumentsScanner, Matcher, Replacing, Scanner, redacted_arguments
 from fluxibly.types import Chunk, Media, Part, Reasoning, ToolCall, ToolCallDelta
 
 SPELLED = ("logprobs", "logprobsResult")
@@ -54,8 +54,7 @@ class AnswerScanner:
 
     def arguments(self, call: ToolCall, /) -> str:
         """Return the arguments of a tool call, as text, with their changes."""
-        scanner = ArgumentsScanner(self._matcher, self._replacing, call.raw)
-        return scanner.take(call.raw_arguments) + scanner.end()
+        return redacted_arguments(call, self._matcher, self._replacing)
 
     def reasoning(self, part: Reasoning, /) -> Reasoning:
         """Return a block of reasoning with its changes. `raw` stays, because it goes back to the service."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TypeVar
 
@@ -37,7 +38,7 @@ def texts_of(message: Message) -> list[str]:
         texts += [part.transcript or "" for part in message.content if isinstance(part, Audio)]
         texts += [part.name or "" for part in message.content if isinstance(part, Document)]
     if message.tool_calls or message.reasoning:
-        texts += [call.raw_arguments for call in message.tool_calls]
+        texts += [_unescaped(call) for call in message.tool_calls]
         texts += [part.text for part in message.reasoning]
     return texts if message.name is None else [*texts, message.name]
 
@@ -56,6 +57,14 @@ def changed_message(message: Message, changes: Changes) -> Message:
         changed["name"] = None
     differs = any(not _are_same(value, getattr(message, name)) for name, value in changed.items())
     return attrs.evolve(message, **changed) if differs else message
+
+
+def _unescaped(call: ToolCall) -> str:
+    """Return the arguments of a tool call, as text, in which every letter stands for itself."""
+    raw = call.raw_arguments
+    if "\\" not in raw or not call.arguments:
+        return raw
+    return json.dumps(dict(call.arguments), ensure_ascii=False, default=str)
 
 
 def _are_same(new: Any, old: Any) -> bool:

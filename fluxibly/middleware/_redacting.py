@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple, Protocol
 
 from fluxibly.middleware._patterns import BLOCK, SENTENCE, TELLING, Function, Pattern
+from fluxibly.types import ToolCall
 
 _BORDERS = r"\s,;!?"
 RESTORED = ""
@@ -63,10 +64,12 @@ class Matcher:
         """Finds a character without which a text has no placeholder, and nothing that is known by name."""
         self._unknown = [each for each in self.expressions if not each.known and each is not placeholder]
         """The patterns that a text without such a character may match."""
+        self.is_known = not self._unknown and not self.functions
+        """Whether all that is found is known by name, or a placeholder."""
         self.calm: re.Pattern[str] | None = None
         """Matches the beginning of a text without any match, up to where the beginning of a match may stand; None: a quick look
         tells nothing."""
-        if not self._unknown and not self.functions:
+        if self.is_known:
             # A beginning of a match that has none of these characters has none of the borders in it.
             run = rf"[^{_BORDERS}{mark}{TELLING}+(:]*+"
             self.calm = re.compile(rf"(?:{run}[{_BORDERS}])*+(?={run}\Z)")
@@ -381,6 +384,14 @@ def _meant(unit: str) -> str:
         return str(json.loads(f'"{unit}"'))
     except ValueError:  # it is no escape
         return unit[-1]
+
+
+def redacted_arguments(call: ToolCall, matcher: Matcher, replacing: Replacing) -> str:
+    """Return the arguments of a whole tool call, as text, with all matches replaced."""
+    if matcher.is_known and matcher.finds_nothing(call.raw_arguments):
+        return call.raw_arguments
+    scanner = ArgumentsScanner(matcher, replacing, call.raw)
+    return scanner.take(call.raw_arguments) + scanner.end()
 
 
 class ArgumentsScanner:

@@ -69,7 +69,7 @@ class Redact:
     _all: Matcher = attrs.field(init=False, repr=False)
     """Finds what the patterns find."""
     _restoring: Matcher = attrs.field(init=False, repr=False)
-    """Finds placeholders, and with `incoming` what the patterns find."""
+    """With `restore`: finds placeholders, and with `incoming` what the patterns find."""
     _placeholder: Pattern | None = attrs.field(init=False, repr=False)
     """Finds whatever looks like a placeholder; None: there are none."""
     _template: Template = attrs.field(init=False, repr=False)
@@ -88,11 +88,15 @@ class Redact:
             raise ConfigError("Redact: restore=True restores what was replaced in what is sent; set outgoing=True")
         if not self.outgoing and not self.incoming:
             raise ConfigError("Redact: outgoing=False and incoming=False leave nothing to do; leave Redact out")
+        everything = Matcher(patterns)
         placeholder = template.placeholders(names) if self.restore else None
+        restoring = everything
+        if placeholder is not None:
+            restoring = Matcher(patterns if self.incoming else (), placeholder, template.head)
         for name, value in (
             ("_template", template),
-            ("_all", Matcher(patterns)),
-            ("_restoring", Matcher(patterns if self.incoming else (), placeholder, template.head)),
+            ("_all", everything),
+            ("_restoring", restoring),
             ("_placeholder", placeholder),
         ):
             object.__setattr__(self, name, value)
@@ -130,6 +134,8 @@ class Redact:
 
     def _finds_nothing_in(self, messages: Sequence[Message]) -> bool:
         """Whether a quick look tells that messages have no match."""
+        if not self._all.is_known and any(message.tool_calls for message in messages):
+            return False  # the strings in JSON begin and end elsewhere than the JSON
         finds_nothing = self._all.finds_nothing
         return all(finds_nothing(text) for message in messages for text in texts_of(message))
 

@@ -63,6 +63,17 @@ class TestWhatIsSent:
         assert messages[4].name is None
         assert request.messages[1].text == f"I am {JOE}."
 
+    @pytest.mark.parametrize(
+        "escaped", ['{"a": "Ann\\nLee é"}', '{"a": "Ann\\u000aLee \\u00e9"}', '{"a": "Ann\\nLee é']
+    )
+    def test_strings_in_json_are_searched_as_what_they_stand_for(self, mode, escaped):
+        """Also for where a text begins, for line ends and for letters that are escaped."""
+        request = asked("a", Message.assistant("", tool_calls=[ToolCall("c", "f", raw_arguments=escaped)]), "b")
+        for pattern in ("^Ann", r"(?<=Ann)\n", "é"):
+            made = call(mode, Redact(patterns={"x": pattern}), "ok", request=request)
+            sent_call = made.provider.requests[0].messages[1].tool_calls[0]
+            assert "[x]" in sent_call.raw_arguments
+
     def test_what_has_nothing_stays(self, mode):
         """Without a match, the very request goes on; of another, only the messages that have one are made anew."""
         made = call(mode, Redact(), "ok", request=asked("Hi"))
@@ -168,6 +179,12 @@ class TestRestore:
         redact = Redact(patterns={"email": True, "quoted": r"\[[a-z_0-9]+\] \w+"}, restore=True)
         made = call(mode, redact, "[email_1] here, [other] there", request=asked(JOE))
         assert made.response.text == f"{JOE} here, [quoted]"
+
+    def test_a_placeholder_that_is_escaped_in_json(self, mode):
+        """What an earlier tool call has literally is not given out, however it is written."""
+        earlier = ToolCall("c", "f", raw_arguments='{"a": "\\u005bemail_1\\u005d"}')
+        made = call(mode, Redact(restore=True), "ok", request=asked(Message.assistant("", tool_calls=[earlier]), JOE))
+        assert sent(made)[1] == "[email_2]"
 
     def test_what_is_a_match_only_beside_a_placeholder(self, mode):
         """It is replaced as well, because it would be taken for made up in an echo."""
