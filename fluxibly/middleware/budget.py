@@ -338,7 +338,8 @@ class Budget:
             if usage is not None and not each.refused:
                 price = None if self._prices is None else self._price_of(self._prices, each)
                 amounts = self._amounts(usage.input_tokens or 0, usage.output_tokens or 0, price, usage)
-                totals = [one + other for one, other in zip(totals, amounts, strict=True)]
+                # Nothing that a provider reports gives anything back.
+                totals = [one + max(other, 0.0) for one, other in zip(totals, amounts, strict=True)]
         of_call.counted = len(spent)
         return totals
 
