@@ -5,6 +5,7 @@ The predicates take `object`: JSON, YAML and untyped callers give values of any 
 
 from __future__ import annotations
 
+import os
 import re
 import reprlib
 import sys
@@ -37,6 +38,14 @@ def is_whole(value: object) -> TypeGuard[int]:
 def is_number(value: object) -> TypeGuard[float]:
     """Whether `value` is a number. True and False are not."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def is_path(text: str) -> bool:
+    """Whether the system could have a file of this name. No name has a NUL, or half a surrogate pair."""
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
 
 
 def kind_of(value: object) -> str:
