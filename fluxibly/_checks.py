@@ -9,7 +9,7 @@ import os
 import re
 import reprlib
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import wraps
 from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar, cast
 
@@ -169,6 +169,19 @@ def shown_url(url: str) -> str:
     scheme = re.match(r"\w+:/*", login)
     shown = f"{scheme[0] if scheme else ''}***@{rest}" if at else url
     return _QUERY.sub(lambda match: f"{match[1]}***" if _SECRET.search(match[1]) else match[0], shown)
+
+
+def secrets_in(settings: object, *, secret: bool = False) -> Iterator[str]:
+    """Yield the texts that `without_secrets` masks. `secret` says that all of them are."""
+    if isinstance(settings, str):
+        if secret:
+            yield settings
+    elif is_mapping(settings):
+        for name, each in settings.items():
+            yield from secrets_in(each, secret=secret or is_secret(str(name)))
+    elif isinstance(settings, (list, tuple)):
+        for each in cast("Iterable[object]", settings):
+            yield from secrets_in(each, secret=secret)
 
 
 def secrets_in_query(url: str) -> list[str]:

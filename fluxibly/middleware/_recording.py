@@ -9,7 +9,7 @@ from __future__ import annotations
 import builtins
 import json
 import os
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from copy import deepcopy
 from importlib import import_module
@@ -27,6 +27,7 @@ from fluxibly._checks import (
     is_whole,
     kind_of,
     problem,
+    secrets_in,
     without_secrets,
 )
 from fluxibly._dicts import Reader, plain
@@ -499,7 +500,7 @@ _OF_AN_ERROR = (
 def error_fields(error: Exception, request: Request) -> dict[str, Any]:
     """Return what a line says of an error. Its message is masked as in logs, and free of the request's secrets."""
     cause = root_cause(error)
-    secrets = [*_secrets(request.extra), *[value for name, value in request.headers.items() if is_secret(name)]]
+    secrets = [*secrets_in(request.extra), *[value for name, value in request.headers.items() if is_secret(name)]]
     kind = _known_class(type(cause))
     found: dict[str, Any] = {
         "class": kind.__name__,
@@ -518,19 +519,6 @@ def error_fields(error: Exception, request: Request) -> dict[str, Any]:
         found["problem"] = mask_secrets(mask_request(cause.problem, request, [cause.response.message]), secrets)
         found["response"] = cause.response.to_dict()
     return {name: plain(value, cause) for name, value in found.items() if value is not None}
-
-
-def _secrets(value: object, *, secret: bool = False) -> Iterator[str]:
-    """Yield the texts under secret names in JSON values."""
-    if isinstance(value, str):
-        if secret:
-            yield value
-    elif is_mapping(value):
-        for name, each in value.items():
-            yield from _secrets(each, secret=secret or is_secret(str(name)))
-    elif isinstance(value, (list, tuple)):
-        for each in cast("Iterable[object]", value):
-            yield from _secrets(each, secret=secret)
 
 
 def _known_class(kind: type[BaseException]) -> type[Exception]:
