@@ -495,3 +495,15 @@ def test_two_budgets_on_one_store():
     Pipeline(ScriptedProvider(answer(10, 570)), [one], clock=clock).complete(REQUEST)
     with pytest.raises(BudgetExceeded):
         Pipeline(ScriptedProvider(answer()), [two], clock=clock).complete(REQUEST)
+
+
+def test_a_name_that_reads_as_another_budget():
+    """A user cannot take a name by which another's budget in the same store is used up."""
+    store = SlowStore()
+    for_good, hourly = (
+        Budget(tokens=600, per=per, scope=lambda request: request.metadata["user"], store=store) for per in (None, 60)
+    )
+    clock = VirtualClock()
+    for layer, user in ((for_good, "ada per 60"), (hourly, "ada")):
+        request = REQUEST.evolve(metadata={"user": user})
+        Pipeline(ScriptedProvider(answer(10, 570)), [layer], clock=clock).complete(request)
