@@ -5,10 +5,11 @@ The predicates take `object`: JSON, YAML and untyped callers give values of any 
 
 from __future__ import annotations
 
+import os
 import re
 import reprlib
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import wraps
 from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar, cast
 
@@ -37,6 +38,14 @@ def is_whole(value: object) -> TypeGuard[int]:
 def is_number(value: object) -> TypeGuard[float]:
     """Whether `value` is a number. True and False are not."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def is_path(text: str) -> bool:
+    """Whether the system could have a file of this name. No name has a NUL, or half a surrogate pair."""
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
 
 
 def kind_of(value: object) -> str:
@@ -160,6 +169,19 @@ def shown_url(url: str) -> str:
     scheme = re.match(r"\w+:/*", login)
     shown = f"{scheme[0] if scheme else ''}***@{rest}" if at else url
     return _QUERY.sub(lambda match: f"{match[1]}***" if _SECRET.search(match[1]) else match[0], shown)
+
+
+def secrets_in(settings: object, *, secret: bool = False) -> Iterator[str]:
+    """Yield the texts that `without_secrets` masks. `secret` says that all of them are."""
+    if isinstance(settings, str):
+        if secret:
+            yield settings
+    elif is_mapping(settings):
+        for name, each in settings.items():
+            yield from secrets_in(each, secret=secret or is_secret(str(name)))
+    elif isinstance(settings, (list, tuple)):
+        for each in cast("Iterable[object]", settings):
+            yield from secrets_in(each, secret=secret)
 
 
 def secrets_in_query(url: str) -> list[str]:

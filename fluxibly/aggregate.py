@@ -198,6 +198,14 @@ class Aggregator:
         if delta.arguments:
             call.arguments.append(delta.arguments)
 
+    def join_texts(self) -> None:
+        """Join the last texts, so that a `response` after every few chunks does not take longer and longer."""
+        start = 0
+        if self._marks:
+            start, mark = self._marks[-1]
+            start = mark.end if isinstance(mark, _Thought) else start
+        self.texts[start:] = ["".join(self.texts[start:])]
+
     def response(self) -> Response:
         """Return the response that the chunks so far add up to."""
         fields: dict[str, Any] = dict(self._fields)

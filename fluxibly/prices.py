@@ -13,6 +13,8 @@ from collections.abc import Iterable, Mapping
 from decimal import Decimal
 from typing import Any, NamedTuple, TypeAlias, cast
 
+import attrs
+
 from fluxibly._checks import is_list, is_mapping, is_number, kind_of
 from fluxibly._extras import pip_install
 from fluxibly._logs import report_once
@@ -45,10 +47,9 @@ class FlatPrice(NamedTuple):
         if usage.input_tokens is None or usage.output_tokens is None:
             return None
         cost = usage.input_tokens * self.input + usage.output_tokens * self.output
-        if usage.cached_tokens:
-            cost += usage.cached_tokens * (self.cached - self.input)
-        if usage.cache_write_tokens:
-            cost += usage.cache_write_tokens * (self.cache_write - self.input)
+        if usage.cached_tokens or usage.cache_write_tokens:
+            read, written = _in_cache(usage, usage.input_tokens)
+            cost += read * (self.cached - self.input) + written * (self.cache_write - self.input)
         return cost
 
     def nano(self, taken: float, given: float, usage: Usage | None = None) -> float:
@@ -59,9 +60,19 @@ class FlatPrice(NamedTuple):
         """
         nano = taken * self.nano_input + given * self.nano_output
         if usage is not None and (usage.cached_tokens or usage.cache_write_tokens):
-            nano += (usage.cached_tokens or 0) * float((self.cached - self.input) * _NANO)
-            nano += (usage.cache_write_tokens or 0) * float((self.cache_write - self.input) * _NANO)
+            read, written = _in_cache(usage, taken)
+            nano += read * float((self.cached - self.input) * _NANO)
+            nano += written * float((self.cache_write - self.input) * _NANO)
         return float(math.ceil(nano - _ROUNDING))
+
+
+def _in_cache(usage: Usage, taken: float) -> tuple[int, int]:
+    """Return the tokens of the input that were read from a prompt cache, and those that were written to it.
+
+    A service may report more of them than input, which would make the input cost less than nothing.
+    """
+    read = min(usage.cached_tokens or 0, math.ceil(taken))
+    return read, min(usage.cache_write_tokens or 0, math.ceil(taken) - read)
 
 
 class _LibraryPrice(NamedTuple):
@@ -72,9 +83,12 @@ class _LibraryPrice(NamedTuple):
 
     def cost(self, usage: Usage) -> Decimal | None:
         """Do as `FlatPrice.cost`."""
-        return (
-            None if usage.input_tokens is None or usage.output_tokens is None else _ask(self.model, self.service, usage)
-        )
+        if usage.input_tokens is None or usage.output_tokens is None:
+            return None
+        if usage.cached_tokens or usage.cache_write_tokens:
+            read, written = _in_cache(usage, usage.input_tokens)
+            usage = attrs.evolve(usage, cached_tokens=read, cache_write_tokens=written)
+        return _ask(self.model, self.service, usage)
 
     def nano(self, taken: float, given: float, usage: Usage | None = None) -> float:
         """Do as `FlatPrice.nano`."""

@@ -584,3 +584,32 @@ class TestMedia:
         """Other schemes may be known to a service."""
         assert Image(url="gs://bucket/a.png").url == "gs://bucket/a.png"
         assert Document(url="data:text/plain,hi").url == "data:text/plain,hi"
+
+
+_pieces = st.sampled_from(
+    [
+        Chunk("a"),
+        Chunk(" b"),
+        Chunk(""),
+        Chunk(reasoning="hm"),
+        Chunk("c", reasoning="so"),
+        Chunk(parts=[Reasoning(text="hm", signature="S")]),
+        Chunk(parts=[Opaque("anthropic", {"type": "x"})]),
+        Chunk(parts=[Text("", raw={"citations": [1]})]),
+        Chunk(tool_calls=[ToolCallDelta(index=0, id="c1", name="tide", arguments="{")]),
+        Chunk(tool_calls=[ToolCallDelta(index=0, arguments="}")]),
+    ]
+)
+
+
+@given(st.lists(st.tuples(_pieces, st.booleans()), max_size=12))
+def test_texts_that_are_joined_on_the_way(pieces):
+    """The response is the same, with each part in its place."""
+    plain, joined = Aggregator(), Aggregator()
+    for chunk, join in pieces:
+        plain.add(chunk)
+        joined.add(chunk)
+        if join:
+            joined.join_texts()
+        assert joined.response() == plain.response()
+        assert joined.response().parts == plain.response().parts

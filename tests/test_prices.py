@@ -102,6 +102,15 @@ class TestGiven:
         usage = Usage(input_tokens=1_000_000, output_tokens=0, cached_tokens=900_000, cache_write_tokens=50)
         assert price.cost(usage) == 1
 
+    @pytest.mark.parametrize("counts", [{"cached_tokens": 10**9}, {"cached_tokens": 60, "cache_write_tokens": 10**9}])
+    @pytest.mark.parametrize(("provider", "model", "service"), KNOWN)
+    def test_more_cached_tokens_than_input(self, provider, model, service, counts):
+        """Some services count them beside the input. They cost something then, as the input does."""
+        price = Prices(None, "Cost").of(provider, model)
+        usage = Usage(input_tokens=100, output_tokens=0, **counts)
+        assert price.cost(usage) > 0
+        assert price.nano(100, 0, usage) == math.ceil(price.cost(usage) * 1_000_000_000)
+
     def test_for_one_provider(self):
         prices = Prices({"m": (1, 1), "groq:m": (2, 2)}, "Cost")
         one = Usage(input_tokens=1_000_000, output_tokens=0)

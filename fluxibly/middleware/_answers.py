@@ -161,6 +161,10 @@ def _size(value: object, depth: int = _DEPTH) -> int:
     return size + sum([_size(item, depth - 1) for item in held])
 
 
+class TextChanged(Exception):
+    """A layer has changed the text of an answer after it was streamed."""
+
+
 class Recorder(Watch):
     """A relay that keeps the chunks of the answer that passes.
 
@@ -220,7 +224,8 @@ class Recorder(Watch):
             None, if they would be too long.
 
         Raises:
-            ValueError: the text of the response is not that of the chunks.
+            TextChanged: the text of the response is not that of the chunks.
+            Exception: what a user's class in a chunk raises when it is copied.
         """
         self.flush()
         came, times, mark = self._came, self._times, self._mark
@@ -229,7 +234,7 @@ class Recorder(Watch):
         said = came[max(0, mark - 1) :]  # the chunk of a mark may have a part of the message that it begins
         if _has_output(said):
             if "".join([chunk.text for chunk in said]) != response.text:
-                raise ValueError("expected the text of the chunks")
+                raise TextChanged
         elif response.has_output:  # its last message comes whole, with the response
             rest = as_chunks(response.evolve(added=()))
             came, times = [*came[:mark], *rest], [*times[:mark], *times[-1:] * len(rest)]

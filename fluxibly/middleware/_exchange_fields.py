@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import builtins
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, cast
 
 from fluxibly import errors
-from fluxibly._checks import is_mapping, is_secret, without_secrets
+from fluxibly._checks import is_secret, secrets_in, without_secrets
 from fluxibly._dicts import Reader, plain
 from fluxibly._masking import error_message, mask_request, mask_secrets
 from fluxibly.errors import (
@@ -101,7 +101,7 @@ _OF_AN_ERROR = (
 def error_fields(error: Exception, request: Request) -> dict[str, Any]:
     """Return what a line says of an error. Its message is masked as in logs, and free of the request's secrets."""
     cause = root_cause(error)
-    secrets = [*_secrets(request.extra), *[value for name, value in request.headers.items() if is_secret(name)]]
+    secrets = [*secrets_in(request.extra), *[value for name, value in request.headers.items() if is_secret(name)]]
     kind = _known_class(type(cause))
     found: dict[str, Any] = {
         "class": kind.__name__,
@@ -120,19 +120,6 @@ def error_fields(error: Exception, request: Request) -> dict[str, Any]:
         found["problem"] = mask_secrets(mask_request(cause.problem, request, [cause.response.message]), secrets)
         found["response"] = cause.response.to_dict()
     return {name: plain(value, cause) for name, value in found.items() if value is not None}
-
-
-def _secrets(value: object, *, secret: bool = False) -> Iterator[str]:
-    """Yield the texts under secret names in JSON values."""
-    if isinstance(value, str):
-        if secret:
-            yield value
-    elif is_mapping(value):
-        for name, each in value.items():
-            yield from _secrets(each, secret=secret or is_secret(str(name)))
-    elif isinstance(value, (list, tuple)):
-        for each in cast("Iterable[object]", value):
-            yield from _secrets(each, secret=secret)
 
 
 def _known_class(kind: type[BaseException]) -> type[Exception]:

@@ -59,12 +59,13 @@ def text_of(key: object, name: str = "by") -> str:
         TypeError: its text is another for each call, so calls would share nothing.
     """
     if isinstance(key, str):
-        return key
+        # A user's name may have half a surrogate pair, at which a store would fail, for all users.
+        return key if key.isascii() else key.encode(errors="backslashreplace").decode()
     kind = type(key)
     if is_unfinished(key) or (kind.__str__ is object.__str__ and kind.__repr__ is object.__repr__):
         discard(key)
         raise TypeError(f"{name}: expected a key from its function, such as a str or a number, got {kind_of(key)}")
-    return str(key)
+    return text_of(str(key), name)
 
 
 def whom(request: Request) -> str:

@@ -10,12 +10,13 @@ import json
 import os
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from copy import deepcopy
 from importlib import import_module
 from pathlib import Path
 from threading import RLock
 from typing import Any
 
-from fluxibly._checks import is_list, is_mapping, is_number, is_whole, kind_of, problem
+from fluxibly._checks import is_list, is_mapping, is_number, is_path, is_whole, kind_of, problem
 from fluxibly._logs import report_once
 from fluxibly._threads import renew_lock_after_fork
 from fluxibly.aggregate import Aggregator
@@ -39,7 +40,7 @@ def to_file(value: str | os.PathLike[str]) -> str:
 
 def check_file(name: str, value: object) -> str | None:
     """Check a path."""
-    if isinstance(value, str) and value.strip() and "\0" not in value:
+    if isinstance(value, str) and value.strip() and is_path(value):
         return None
     return problem(name, "the path of a file (a str or a pathlib.Path)", value)
 
@@ -54,7 +55,7 @@ class RecordingFile:
 
     def __init__(self, name: str, middleware: str) -> None:
         self.name = name
-        self.path = os.path.abspath(name)  # noqa: PTH100  # a path of Path.resolve would not be the user's, who may use links
+        self.path = os.path.abspath(os.path.expanduser(name))  # noqa: PTH100, PTH111  # a path of Path.resolve would not be the user's, who may use links
         self._middleware = middleware
         self._writing = False
         self.renew_lock()
@@ -66,11 +67,13 @@ class RecordingFile:
         self._writing = False
 
     def check_folder(self) -> None:
-        """Check that the file's folder exists.
+        """Check that the file's folder exists, and that the file is not itself a folder.
 
         Raises:
-            ConfigError: it does not.
+            ConfigError: it does not, or is.
         """
+        if os.path.isdir(self.path):  # noqa: PTH112  # as above
+            raise ConfigError(f"{self._middleware}: file: expected the path of a file, got the folder {self.name!r}")
         folder = os.path.dirname(self.path)  # noqa: PTH120  # as above
         if not os.path.isdir(folder):  # noqa: PTH112  # as above
             shown = os.path.dirname(self.name)  # noqa: PTH120  # as above
@@ -170,6 +173,8 @@ def read_lines(name: str, path: str) -> list[Exchange]:
         except json.JSONDecodeError as error:
             if not error.msg.startswith("Unterminated string") and error.pos < len(error.doc.rstrip()) - _TORN:
                 raise ConfigError(f"{where}: expected JSON: {error.msg} at character {error.pos + 1}") from None
+        except ValueError:
+            raise ConfigError(f"{where}: expected JSON, got a number with too many digits") from None
         except RecursionError:
             raise ConfigError(f"{where}: expected an exchange, got tables that are nested too deeply") from None
         else:
@@ -239,12 +244,13 @@ class Exchange:
 
     @property
     def chunks(self) -> Sequence[Chunk] | None:
-        """The chunks that came; None if the answer came whole, or nothing before an error."""
-        return self._parts()[0]
+        """The chunks that came, for one caller; None if the answer came whole, or nothing before an error."""
+        chunks = self._parts()[0]
+        return None if chunks is None else [chunk if chunk.text_only else deepcopy(chunk) for chunk in chunks]
 
     def response(self) -> Response:
         """Return the answer, or what had come of it, as a response that nobody else has."""
-        return self._parts()[1].evolve()
+        return deepcopy(self._parts()[1])
 
     def _parts(self) -> tuple[Sequence[Chunk] | None, Response]:
         if self._made is None:  # two threads may both make them, to the same effect
@@ -259,7 +265,7 @@ class Exchange:
     def error(self) -> tuple[Exception, bool]:
         """Return the error, made anew, and whether it interrupted a stream."""
         try:
-            return error_of(self._error or {}, self._parts()[1])
+            return error_of(self._error or {}, self.response())
         except (TypeError, ValueError) as error:
             raise self._wrong(str(error)) from None
 

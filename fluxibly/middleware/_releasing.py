@@ -132,6 +132,7 @@ class _Message:
         self.held[self._checked : end] = pieces
         self._due = self._checked + len(pieces)
         self._keep(pieces)
+        self._content.join_texts()
         return self._content.response()
 
     def _keep(self, pieces: Sequence[Chunk]) -> None:

@@ -128,7 +128,7 @@ class Shared:
         try:
             result = getattr(self.store, method)(*args, now, **options)
         except Exception as error:  # noqa: BLE001  # a store is anybody's code
-            self._failed(error, now, pause, method, args)
+            self._failed(error, call.clock(), pause, method, args)
             return self._instead(method, *args, now, **options)
         except BaseException:
             self._owe(method, args)
@@ -149,7 +149,7 @@ class Shared:
         try:
             result = await getattr(self.store, f"a{method}")(*args, now, **options)
         except Exception as error:  # noqa: BLE001  # as above
-            self._failed(error, now, pause, method, args)
+            self._failed(error, call.clock(), pause, method, args)
             return self._instead(method, *args, now, **options)
         except BaseException:
             self._owe(method, args)
@@ -196,7 +196,7 @@ class Shared:
         return None
 
     def _failed(self, error: Exception, now: float, pause: float, method: str, args: tuple[Any, ...]) -> None:
-        """Take note of an error of the store, which was asked when the pause was `pause`.
+        """Take note of an error of the store, which it raised at `now`, and which was asked when the pause was `pause`.
 
         Raises:
             StoreError: the user wants it raised.

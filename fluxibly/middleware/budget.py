@@ -219,7 +219,11 @@ class Budget:
     def _in_call(self, request: Request, counts: list[Callable[[CallRecord], object]]) -> _InCall:
         """Return what this budget knows of a call that it meets for the first time."""
         call, scope = request.call, self.scope
-        keys = self._keys if isinstance(scope, str) else self._keys_of(f"of {text_of(scope(request), 'scope')}")
+        if isinstance(scope, str):
+            keys = self._keys
+        else:
+            name = text_of(scope(request), "scope")
+            keys = self._keys_of(f"of {len(name)} {name}")  # a name may read as if it had other words behind it
         found = call.notes[self._note] = _InCall(keys)
         counts.append(self._when_spent)
         if not self._is_local:
@@ -328,7 +332,8 @@ class Budget:
             if usage is not None and not each.refused:
                 price = None if self._prices is None else self._price_of(self._prices, each)
                 amounts = self._amounts(usage.input_tokens or 0, usage.output_tokens or 0, price, usage)
-                totals = [one + other for one, other in zip(totals, amounts, strict=True)]
+                # Nothing that a provider reports gives anything back.
+                totals = [one + max(other, 0.0) for one, other in zip(totals, amounts, strict=True)]
         of_call.counted = len(spent)
         return totals
 

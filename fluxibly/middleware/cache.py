@@ -18,7 +18,7 @@ from fluxibly.flow import CallNext, Flow, as_chunks, provider_of, sleep
 from fluxibly.flow.effects import More
 from fluxibly.functions import check_function, to_function
 from fluxibly.middleware._answer_bytes import from_bytes, to_bytes
-from fluxibly.middleware._answers import Answer, MemoryAnswers, Recorder
+from fluxibly.middleware._answers import Answer, MemoryAnswers, Recorder, TextChanged
 from fluxibly.middleware._flights import Flight, Flights
 from fluxibly.middleware._request_key import VERSION, request_key
 from fluxibly.middleware._shared import Shared
@@ -228,10 +228,9 @@ def _answer_of(response: object, call: CallRecord, recorder: Recorder | None) ->
         return None
     try:
         pieces = None if recorder is None else recorder.pieces(response)
-    except ValueError:
-        return None  # a layer has changed it, and the driver will refuse it
-    try:
         return Answer.of(response, call, pieces)
+    except TextChanged:
+        return None  # the driver will refuse it
     except Exception as error:  # noqa: BLE001  # what a user's class does when it is copied
         _report_unkept(error)
         return None

@@ -41,11 +41,13 @@ def _release_problem(name: str, value: object) -> str | None:
     return problem(name, "'all', 'sentence' or a number of characters of at least 1", value)
 
 
-def _checked(check: Callable[..., str | None], **options: Any) -> Any:
-    """Make a validator that raises a ConfigError."""
+def _checked(check: Callable[..., str | None], *, optional: bool = True, **options: Any) -> Any:
+    """Make a validator that raises a ConfigError. `optional` says whether None is valid."""
 
     def validate(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
-        if value is not None and (found := check(attribute.name, value, **options)) is not None:
+        if optional and value is None:
+            return
+        if (found := check(attribute.name, value, **options)) is not None:
             raise ConfigError(f"Guard: {found}")
 
     return validate
@@ -87,7 +89,9 @@ class Guard:
     output: OutputCheck | None = attrs.field(
         default=None, converter=_to_output, validator=_checked(check_function, flows=True)
     )
-    release: Literal["all", "sentence"] | int = attrs.field(default="all", validator=_checked(_release_problem))
+    release: Literal["all", "sentence"] | int = attrs.field(
+        default="all", validator=_checked(_release_problem, optional=False)
+    )
     refusal: str | None = attrs.field(default=None, validator=_checked(text))
     _takes_request: bool = attrs.field(init=False, repr=False, eq=False)
     """Whether `output` takes the request, too."""

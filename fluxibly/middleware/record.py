@@ -27,7 +27,7 @@ class Record:
         file: the path of the file, in a folder that exists.
 
     Raises:
-        ConfigError: the folder does not exist.
+        ConfigError: the folder does not exist, or the path is that of a folder.
         ValueError: `file` is not a path.
     """
 

@@ -13,7 +13,7 @@ from threading import RLock
 from typing import TypeVar
 from weakref import WeakSet
 
-from fluxibly._checks import whole
+from fluxibly._checks import is_path, whole
 from fluxibly._logs import report_once
 from fluxibly.errors import ConfigError, StoreError
 from fluxibly.stores.protocol import Entry
@@ -118,7 +118,7 @@ class SQLiteStore:
             raise ConfigError(f"SQLiteStore: {found}")
         self.path = Path(path).expanduser().absolute()
         self.max_bytes = max_bytes
-        if not os.fspath(path) or self.path.is_dir():
+        if not os.fspath(path) or not is_path(os.fspath(path)) or self.path.is_dir():
             raise ConfigError(
                 f"SQLiteStore: expected the path of a file, got {os.fspath(path)!r}; write sqlite:answers.db"
             )

@@ -23,7 +23,7 @@ from fluxibly.errors import (
     ServerError,
     StreamProtocolError,
 )
-from fluxibly.providers.dialects import decoding, encoding, json_values
+from fluxibly.providers.dialects import decoding, encoding, json_values, openai_parts
 from fluxibly.providers.dialects.anthropic import AnthropicCodec
 from fluxibly.providers.dialects.codec import Codec
 from fluxibly.providers.dialects.cohere import CohereCodec
@@ -31,7 +31,7 @@ from fluxibly.providers.dialects.gemini import GeminiCodec
 from fluxibly.providers.dialects.ollama import OllamaCodec
 from fluxibly.providers.dialects.openai_chat import OpenAICodec
 from fluxibly.providers.dialects.openai_responses import ResponsesCodec
-from fluxibly.types import Image, Request, Tool, ToolCall
+from fluxibly.types import Image, Request, Tool, ToolCall, Usage
 
 CODECS: list[Codec] = [
     OpenAICodec(),
@@ -256,6 +256,8 @@ def test_sums_of_what_is_known() -> None:
         3,
     )
     assert [json_values.as_count(value) for value in (3, -1, True, 2.5, "3", None)] == [3, None, None, None, None, None]
+    assert json_values.as_count(10**400) is None
+    assert openai_parts.usage_of({"prompt_tokens": 10**400, "completion_tokens": 2}) == Usage(output_tokens=2)
 
 
 def test_arguments_that_are_sent_back() -> None:

@@ -79,6 +79,14 @@ class TestKeys:
         assert "no: ***" in str(error)
         assert GATEWAY not in shown(error)
 
+    def test_an_answer_that_quotes_a_secret_of_the_call(self) -> None:
+        """A refusal has the secrets in the call's `extra` masked, and only these."""
+        at, request = endpoint(), ask(extra={"auth": [{"api_token": GATEWAY}], "style": "formal"})
+        body = json.dumps({"error": {"message": f"no: {GATEWAY} formal", "code": GATEWAY}}).encode()
+        error = at.refuse(401, {}, body, request)
+        assert "no: *** formal" in str(error)
+        assert GATEWAY not in shown(error)
+
     def test_the_last_keys_and_the_headers_stay_secret(self) -> None:
         """However often the key changes, the headers and the last 64 keys are masked. Older keys are forgotten."""
         at = endpoint(**{"x-gateway": GATEWAY})

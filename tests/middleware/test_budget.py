@@ -49,6 +49,20 @@ class TestInAllModes:
         call(mode, layer, answer(20, 30))
         assert spent(layer) == 65
 
+    def test_a_provider_cannot_give_anything_back(self, mode):
+        layer = Budget(tokens=1000)
+        call(mode, layer, answer(100, 30))
+        call(mode, layer, answer(-100, -30))
+        assert spent(layer) == 130
+
+    def test_names_that_a_store_cannot_write(self, mode, tmp_path, capsys):
+        """The store does not fail at half a surrogate pair, for other users either."""
+        layer = Budget(tokens=400, scope=lambda request: request.metadata["user"], store=f"sqlite:{tmp_path / 'b.db'}")
+        users = [REQUEST.evolve(metadata={"user": name}) for name in ("ada", "\ud800", "ada")]
+        errors = [type(call(mode, layer, answer(390), request=user).ran.error) for user in users]
+        assert errors == [type(None), type(None), BudgetExceeded]
+        assert capsys.readouterr().err == ""
+
     def test_refuses_a_call_before_anything_is_sent(self, mode):
         layer = Budget(tokens=1000)
         call(mode, layer, answer(900, 90))
@@ -481,3 +495,15 @@ def test_two_budgets_on_one_store():
     Pipeline(ScriptedProvider(answer(10, 570)), [one], clock=clock).complete(REQUEST)
     with pytest.raises(BudgetExceeded):
         Pipeline(ScriptedProvider(answer()), [two], clock=clock).complete(REQUEST)
+
+
+def test_a_name_that_reads_as_another_budget():
+    """A user cannot take a name by which another's budget in the same store is used up."""
+    store = SlowStore()
+    for_good, hourly = (
+        Budget(tokens=600, per=per, scope=lambda request: request.metadata["user"], store=store) for per in (None, 60)
+    )
+    clock = VirtualClock()
+    for layer, user in ((for_good, "ada per 60"), (hourly, "ada")):
+        request = REQUEST.evolve(metadata={"user": user})
+        Pipeline(ScriptedProvider(answer(10, 570)), [layer], clock=clock).complete(request)

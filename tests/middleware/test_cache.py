@@ -364,6 +364,8 @@ class TestWhatIsNotKept:
 
         for _ in range(2):
             assert isinstance(call(mode, [Cache(), parsing], "one").response.parsed, Own)
+            streamed = call(mode, Cache(), ["one", Chunk(details={"own": Own()})])
+            assert (streamed.ran.error, streamed.response.text) == (None, "one")
         assert capsys.readouterr().err.count("Cache: an answer cannot be kept (TypeError)") == 1
 
     def test_requests_without_a_key(self, mode, capsys):

@@ -711,6 +711,7 @@ class TestSettings:
             ({"output": 1}, "output: expected a function, got an int"),
             ({"output": passes, "release": "word"}, "release: expected 'all', 'sentence' or a number"),
             ({"output": passes, "release": 0}, "release: expected"),
+            ({"output": passes, "release": None}, "release: expected 'all', 'sentence' or a number"),
             ({"output": passes, "release": True}, "release: expected"),
             ({"output": passes, "release": 1.5}, "release: expected"),
             ({"output": passes, "refusal": ""}, "refusal: expected a non-empty str"),

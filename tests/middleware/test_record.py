@@ -484,13 +484,15 @@ class TestWhatCannotBeRecorded:
         assert made.response.parsed == {"a": 1}
         assert short(lines(file)[0])["answer"]["parsed"] == {"a": 1}
 
-    def test_a_file_that_cannot_be_written(self, mode, tmp_path, reports):
+    def test_a_file_that_cannot_be_written(self, mode, file, reports):
         """The call has its answer; that nothing is recorded is said once."""
-        for _ in range(2):
-            assert call(mode, Record(tmp_path), "hi").response.text == "hi"
+        layers = [Record(file), Record(file)]
+        file.mkdir()
+        for layer in layers:
+            assert call(mode, layer, "hi").response.text == "hi"
         assert (
             reports()
-            == f"fluxibly: Record cannot write {str(tmp_path)!r} (Is a directory); the calls go on, and are not recorded\n"
+            == f"fluxibly: Record cannot write {str(file)!r} (Is a directory); the calls go on, and are not recorded\n"
         )
 
     @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such limit")
@@ -523,7 +525,8 @@ class TestSettings:
         assert repr(Record(file)) == f"Record(file={str(file)!r})"
 
     @pytest.mark.parametrize(
-        ("given", "got"), [(None, "None"), ("", "''"), (3, "3"), (b"a", "a bytes"), ("a\0b", r"'a\x00b'")]
+        ("given", "got"),
+        [(None, "None"), ("", "''"), (3, "3"), (b"a", "a bytes"), ("a\0b", r"'a\x00b'"), ("\ud800", r"'\ud800'")],
     )
     def test_a_file_that_is_none(self, given, got):
         for kind in (Record, Replay):
@@ -540,6 +543,19 @@ class TestSettings:
                 make()
             assert f"file: expected a file in a folder that exists, got {name!r}; make the folder" in str(caught.value)
         Replay(name)  # it needs no folder, and its first call says what is missing
+
+    def test_a_folder_in_place_of_a_file(self, tmp_path):
+        for make in (lambda: Record(tmp_path), lambda: Replay(tmp_path, missing="ask")):
+            with pytest.raises(ConfigError) as caught:
+                make()
+            assert str(caught.value).endswith(f"file: expected the path of a file, got the folder {str(tmp_path)!r}")
+
+    def test_a_file_in_the_home_folder(self, mode, tmp_path, monkeypatch):
+        """As in the URL of a store."""
+        monkeypatch.setenv("HOME", str(tmp_path))
+        call(mode, Record("~/a.jsonl"), "hi")
+        assert call(mode, Replay("~/a.jsonl")).response.text == "hi"
+        assert len(lines(tmp_path / "a.jsonl")) == 1
 
     def test_in_yaml(self, tmp_path):
         config = tmp_path / "llm.yaml"

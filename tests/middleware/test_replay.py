@@ -101,6 +101,18 @@ class TestAnswers:
         assert [event.text for event in made.ran.events] == (["Hello", " there"] if mode.streaming else [])
 
     @pytest.mark.parametrize("recorded", SYNC, ids=str)
+    def test_what_a_caller_changes_is_its_own(self, mode, recorded, file):
+        answer = Response("Hi", details={"cites": [1]})
+        call(recorded, Record(file), answer)
+        layer = Replay(file)
+        for _ in range(2):
+            made = call(mode, layer)
+            assert made.response.details == {"cites": [1]}
+            for event in (made.response, *made.ran.events):
+                if event.details:
+                    event.details["cites"].append(2)
+
+    @pytest.mark.parametrize("recorded", SYNC, ids=str)
     def test_everything_comes_back(self, mode, recorded, file):
         """Whole and streamed serve each other."""
         original = call(recorded, Record(file), RICH).response
@@ -729,10 +741,13 @@ class TestWhatIsMissing:
             'write Replay(…, missing="ask")'
         )
 
-    def test_a_file_that_cannot_be_read(self, tmp_path):
-        for missing in ("error", "ask"):
-            text = self.failure(tmp_path, REQUEST, missing=missing)
-            assert text == f"Replay: cannot read {str(tmp_path)!r}: Is a directory"
+    def test_a_file_that_cannot_be_read(self, file):
+        pipelines = [replaying(file, missing=missing) for missing in ("error", "ask")]
+        file.mkdir()
+        for pipeline in pipelines:
+            with pytest.raises(NotRecorded) as caught:
+                pipeline.complete(REQUEST)
+            assert str(caught.value) == f"Replay: cannot read {str(file)!r}: Is a directory"
 
     def test_a_file_that_comes_later(self, file):
         """The next call looks again."""
@@ -754,6 +769,7 @@ class TestBrokenFiles:
             ),
             (b"[1]", "expected a table, got a list"),
             (b'\xff\xff{"version": 1}', "expected UTF-8, got other bytes at 0"),
+            (b"[" + b"1" * 5000 + b"]", "expected JSON, got a number with too many digits"),
             (b"[" * 100_000 + b"]" * 100_000, "expected an exchange, got tables that are nested too deeply"),
         ],
         ids=lambda value: str(value)[:20],

@@ -22,7 +22,7 @@ from fluxibly.middleware.concurrency import Concurrency
 from fluxibly.middleware.rate_limit import RateLimit
 from fluxibly.pipeline import AsyncPipeline, Pipeline
 from fluxibly.stores import Turn
-from fluxibly.testing import ScriptedProvider
+from fluxibly.testing import ScriptedProvider, VirtualClock
 from fluxibly.testing.modes import BACKENDS, run_async
 
 KEY = "concurrency scripted/m-1"
@@ -169,6 +169,20 @@ class TestFailures:
             "state in this process"
             for name in ("Concurrency", "RateLimit", "CircuitBreaker")
         ]
+
+    def test_a_store_that_fails_late(self):
+        """The pause begins when it has failed, not when it was asked."""
+        clock = VirtualClock()
+        store = SlowStore()
+
+        def fails(_):
+            clock.advance(5)  # as a file that another process has locked
+            return DOWN
+
+        store.fails = fails
+        pipeline = Pipeline(ScriptedProvider("one", "two"), [RateLimit(requests=100, store=store)], clock=clock)
+        assert [pipeline.complete(REQUEST).text for _ in range(2)] == ["one", "two"]
+        assert store.asked == ["reserve"]
 
     def test_local_limits(self):
         """Also while the store is down there is never more than the limit."""

@@ -440,6 +440,8 @@ class TestUrls:
             ("sqlite::memory:", "got ':memory:'; for memory alone, write 'memory'"),
             ("sqlite:/no/such/folder/a.db", "the folder '/no/such/folder' does not exist; make it first"),
             ("sqlite:/", "expected the path of a file, got '/'"),
+            ("sqlite:a\0b", r"expected the path of a file, got 'a\x00b'"),
+            ("sqlite:\ud800", r"expected the path of a file, got '\ud800'"),
             ("redis://u:password@host", "got 'redis:…'; there is no store on a Redis server yet"),
         ],
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import msgspec
 
@@ -99,9 +99,13 @@ def as_text(value: object) -> str:
     return value if isinstance(value, str) else ""
 
 
+MOST: Final = 2**53
+"""The largest count. A larger one is nonsense, and what is reckoned with floats would fail on it."""
+
+
 def as_count(value: object) -> int | None:
-    """Return `value` if it is a count (an integer from 0), else None."""
-    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
+    """Return `value` if it is a count (an integer from 0 that a float can hold exactly), else None."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MOST else None
 
 
 def sum_known(*counts: int | None) -> int | None:

@@ -9,7 +9,7 @@ from typing import Any, Final, Literal, cast
 
 from fluxibly.providers.dialects.decoding import to_json
 from fluxibly.providers.dialects.encoding import media_data
-from fluxibly.providers.dialects.json_values import as_array, as_object, as_text
+from fluxibly.providers.dialects.json_values import MOST, as_array, as_object, as_text
 from fluxibly.types import Audio, Image, Opaque, Reasoning, ToolCallDelta, Usage
 
 DIALECT: Final = "openai-chat"
@@ -334,5 +334,5 @@ def beside_tokens(usage: object) -> dict[str, Any]:
 def _count(value: object) -> int | None:
     """Return `value` as a number of tokens, if it is a number. Some services send floats."""
     if type(value) is int:
-        return value if value >= 0 else None
-    return int(value) if isinstance(value, float) and 0 <= value < 1e15 else None
+        return value if 0 <= value <= MOST else None
+    return int(value) if isinstance(value, float) and 0 <= value <= MOST else None

@@ -14,7 +14,7 @@ from logging import WARNING
 
 import httpx
 
-from fluxibly._checks import kind_of, secrets_in_query
+from fluxibly._checks import kind_of, secrets_in, secrets_in_query
 from fluxibly._logs import log
 from fluxibly._masking import mask_secrets
 from fluxibly.config import LLMConfig, identity_of
@@ -246,7 +246,9 @@ class Endpoint:
 
     def _secrets_of(self, request: Request) -> tuple[str, ...]:
         """Return what is masked in the errors of a request, which may have an authorization of its own."""
-        return (*self.secrets, *request.headers.values()) if request.headers else self.secrets
+        if not (request.headers or request.extra):
+            return self.secrets
+        return (*self.secrets, *request.headers.values(), *secrets_in(request.extra))
 
     def decoded(self, body: bytes) -> Response:
         """Decode a whole body. Errors quote the body with the API key masked; a response is not masked."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from typing import TYPE_CHECKING, Any, cast
 
-from fluxibly._checks import kind_of
+from fluxibly._checks import kind_of, secrets_in
 from fluxibly._extras import pip_install
 from fluxibly.aggregate import as_chunks
 from fluxibly.config import LLMConfig
@@ -58,7 +58,8 @@ class _Answer:
 
     def explain(self, error: Exception, streamed: bool = False) -> Exception:  # a callback's shape
         asked = self._request
-        return self._source.explain(error, asked.model, streamed=streamed, more_secrets=asked.headers.values())
+        secrets = (*asked.headers.values(), *secrets_in(asked.extra))
+        return self._source.explain(error, asked.model, streamed=streamed, more_secrets=secrets)
 
     def response(self, message: object) -> Response:
         self._see(cast("BaseMessage", message))

@@ -18,6 +18,7 @@ from typing import Any, cast
 
 import httpx
 
+from fluxibly._checks import secrets_in
 from fluxibly._extras import pip_install
 from fluxibly._merging import merge_into
 from fluxibly.config import LLMConfig
@@ -171,8 +172,8 @@ class LiteLLMProvider:
     def explain(self, error: Exception, request: Request, *, streamed: bool = False) -> Exception:
         """Return fluxibly's error for an exception of LiteLLM."""
         held = [value for name, value in os.environ.items() if name.endswith(_KEY_VARIABLES) and len(value) > 8]
-        headers = (*self._headers.values(), *request.headers.values())
-        secrets = tuple(secret for secret in (self._key, *headers, *held) if secret)
+        given = (*self._headers.values(), *request.headers.values(), *secrets_in(request.extra))
+        secrets = tuple(secret for secret in (self._key, *given, *held) if secret)
         explain = ErrorTranslator(library="LiteLLM", framework="litellm", secrets=secrets)
         return explain(error, request.model, streamed=streamed)
 
