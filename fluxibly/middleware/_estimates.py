@@ -86,6 +86,11 @@ class Estimates:
         self._output = output
         self._models: dict[str, _Learned] = {}
 
+    def afresh(self, request: Request, name: str) -> Estimate:
+        """Forget what was learned of a model, and estimate a request."""
+        self._models.pop(name, None)
+        return self.of(request, name)
+
     def of(self, request: Request, name: str) -> Estimate:
         """Estimate a request. `name` is the model's, with its provider's.
 

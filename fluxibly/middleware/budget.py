@@ -94,11 +94,15 @@ class _Use:
         self.request = request
         self.info = info
         self.of_call = of_call
-        self.estimate = estimate
         self.price: Price | None = None
         self.began = request.call.clock()
         self.reserved: list[float] = []
         """The amount that is reserved of each limit."""
+        self.expect(estimate)
+
+    def expect(self, estimate: Estimate) -> None:
+        """Set what the attempt is expected to take."""
+        self.estimate = estimate
         self.output = estimate.total - estimate.input
         """The tokens of output that the reservation is for."""
 
@@ -198,6 +202,10 @@ class Budget:
         of_call.under_way += 1
         try:
             lacking = yield from self._take(use, math.ceil(use.estimate.input), math.ceil(use.output))
+            if lacking is not None and self._needed(use, lacking) > lacking.most:
+                # What was learned, of one long answer perhaps, would refuse all calls for good, and learn nothing new.
+                use.expect(self._estimates.afresh(request, f"{info.key}/{request.model}"))
+                lacking = yield from self._take(use, math.ceil(use.estimate.input), math.ceil(use.output))
             if lacking is not None:
                 raise (yield from self._refusal(use, lacking))
             flow = call_next(request)
@@ -298,7 +306,7 @@ class Budget:
 
     def _refusal(self, use: _Use, limit: _Limit) -> Flow[BudgetExceeded]:
         place = self._limits.index(limit)
-        needed = self._amounts(math.ceil(use.estimate.input), math.ceil(use.output), use.price)[place]
+        needed = self._needed(use, limit)
         spent = yield from self._add(use, place, 0.0, None)
         left = max(0.0, limit.most - (spent or 0.0))
         why = f"it needs about {limit.said(needed)}, and {limit.said(left)} are left"
@@ -307,6 +315,11 @@ class Budget:
             f"Budget ({self._numbers()}) refuses a call of {whom(use.request)}: {why}; raise the budget, or ask for less "
             "with max_tokens"
         )
+
+    def _needed(self, use: _Use, limit: _Limit) -> float:
+        """Return what an attempt is expected to take of a limit."""
+        amounts = self._amounts(math.ceil(use.estimate.input), math.ceil(use.output), use.price)
+        return amounts[self._limits.index(limit)]
 
     def _numbers(self) -> str:
         given = {"tokens": self.tokens, "cost": self.cost, "per": self.per}

@@ -49,6 +49,16 @@ class TestInAllModes:
         call(mode, layer, answer(20, 30))
         assert spent(layer) == 65
 
+    @pytest.mark.parametrize("answered", [(10, 1200), (2**53, 2**53)], ids=str)
+    def test_an_answer_beyond_the_whole_budget(self, mode, answered):
+        """The calls after it are not refused for good, because what it took is no longer counted."""
+        for options in ({"scope": "call"}, {"scope": lambda request: request.metadata["user"]}):
+            layer = Budget(tokens=1000, **options)
+            first, second = (REQUEST.evolve(metadata={"user": name}) for name in ("one", "two"))
+            call(mode, layer, answer(*answered), request=first)
+            for _ in range(2):
+                assert call(mode, layer, answer(), request=second).response.text == "Paris."
+
     def test_a_provider_cannot_give_anything_back(self, mode):
         layer = Budget(tokens=1000)
         call(mode, layer, answer(100, 30))
