@@ -239,7 +239,7 @@ class Budget:
         return found
 
     def _keys_of(self, scope: str) -> tuple[str, ...]:
-        per = "" if self.per is None else f" per {self.per:g}"
+        per = "" if self.per is None else f" per {self.per:.17g}"
         return tuple([f"budget {scope}{per} {limit.unit}" for limit in self._limits])
 
     def _price(self, prices: Prices, request: Request, info: ProviderInfo) -> Flow[Price | None]:

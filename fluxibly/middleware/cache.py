@@ -84,7 +84,7 @@ class Cache:
         TypeError: `key` or `namespace` returns something else than a str.
     """
 
-    store: str | Store = "memory"
+    store: str | Store = attrs.field(default="memory", converter=attrs.converters.default_if_none("memory"))
     ttl: float | None = attrs.field(default=None, validator=_optional(validator(number, above=0)), kw_only=True)
     max_bytes: int | None = attrs.field(default=None, validator=_optional(validator(whole, 1)), kw_only=True)
     namespace: str | Text | None = attrs.field(

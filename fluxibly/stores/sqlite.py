@@ -271,6 +271,8 @@ class SQLiteStore:
 
     def _opened(self, side: _Side) -> sqlite3.Connection:
         """Return the connection of a side, which is opened if it is not. The caller has its lock."""
+        if side.connection is not None and _identity(self.path) != side.file:
+            side.close()  # somebody has removed the file, and other processes would not see what is written there
         while side.connection is None:
             # The permissions of the file, which those beside it get, too, are set before there is anything in it.
             with suppress(FileExistsError):

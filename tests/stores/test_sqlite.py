@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections import OrderedDict
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -319,6 +320,21 @@ class TestFiles:
             thread.join(30)
         assert [each.name for each in path.parent.glob("*.broken-?")] == ["answers.db.broken-1"]
         assert all(stores[0].load(f"{number}", 0.0) is not None for number in range(len(stores)))
+
+    @pytest.mark.parametrize("how", ["removed", "renamed"])
+    def test_that_are_gone(self, path, how):
+        """Somebody has removed or renamed the file: this process goes on in the new one, as all others do."""
+        one, other = SQLiteStore(path), SQLiteStore(path)
+        one.add("k", 5, None, 0.0)
+        assert other.add("k", 1, None, 0.0) == 6
+        for name in (path, Path(f"{path}-wal"), Path(f"{path}-shm")):
+            if how == "removed":
+                name.unlink(missing_ok=True)
+            elif name.exists():
+                name.rename(name.with_name(f"old {name.name}"))
+        assert one.add("k", 2, None, 0.0) == 2
+        assert other.add("k", 3, None, 0.0) == 5
+        assert other.load("x", 0.0) is None
 
     def test_that_are_full(self, path):
         """What is there can be read; more cannot be kept, and room can be made."""
