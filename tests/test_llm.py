@@ -549,7 +549,7 @@ class TestStacks:
         """The repr shows the model and the stack that would run, without the key."""
         config = attrs.evolve(ECHO, api_key="sk-secret-0123456789")
         llm = LLM(config, [Logging(), StreamMeter()])
-        assert repr(llm) == "LLM('echo', 'm', middleware=[Logging(), StreamMeter()])"
+        assert repr(llm) == "LLM('echo', 'm', middleware=[Logging(redact=None), StreamMeter()])"
         assert "sk-secret" not in repr(vars(llm))
 
     def test_without_any_configuration(self):

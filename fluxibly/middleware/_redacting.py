@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple, Protocol
 
@@ -119,8 +120,13 @@ def _joined(found: list[Found], text: str, originals: Mapping[str, str]) -> list
     if not found:
         return found
     kept = [each for each in found if each.name == RESTORED and text[each.start : each.end] in originals]
-    others = [each for each in found if each.name != RESTORED]
-    found = kept + [each for each in others if not any(each.start < one.end and one.start < each.end for one in kept)]
+    starts = [each.start for each in kept]
+
+    def is_free(one: Found) -> bool:
+        before = bisect_left(starts, one.end)
+        return not before or kept[before - 1].end <= one.start
+
+    found = [*kept, *[each for each in found if each.name != RESTORED and is_free(each)]]
     found.sort(key=lambda each: (each.start, -each.end))
     joined: list[Found] = []
     for each in found:

@@ -359,7 +359,7 @@ expressions = st.recursive(
         st.tuples(inner, inner).map("".join),
         st.tuples(inner, inner).map(lambda two: f"(?:{two[0]}|{two[1]})"),
         st.tuples(inner, st.sampled_from(["*", "+", "?", "{1,3}", "*?", "++", "{2}"])).map(
-            lambda two: f"({two[0]}){two[1]}"
+            lambda two: f"(?:{two[0]}){two[1]}"
         ),
         inner.map(lambda one: f"(?={one})"),
         inner.map(lambda one: f"(?!{one})"),
