@@ -35,6 +35,10 @@ Text: TypeAlias = Callable[[Request], str]
 """A function of the user's that names something about a request."""
 
 
+def _to_store(value: str | Store | None) -> str | Store:
+    return "memory" if value is None else value
+
+
 def _to_key(value: Text | str | None) -> Text | None:
     return to_function(value)
 
@@ -84,7 +88,7 @@ class Cache:
         TypeError: `key` or `namespace` returns something else than a str.
     """
 
-    store: str | Store = attrs.field(default="memory", converter=attrs.converters.default_if_none("memory"))
+    store: str | Store = attrs.field(default="memory", converter=_to_store)
     ttl: float | None = attrs.field(default=None, validator=_optional(validator(number, above=0)), kw_only=True)
     max_bytes: int | None = attrs.field(default=None, validator=_optional(validator(whole, 1)), kw_only=True)
     namespace: str | Text | None = attrs.field(

@@ -558,6 +558,10 @@ class TestKeys:
 
 
 class TestMemory:
+    def test_is_the_default(self):
+        """Also where nothing is given for it, as in other layers."""
+        assert Cache(None).store == Cache(store=None).store == Cache().store == "memory"
+
     def answer(self, length):
         return Answer.of(Response("x" * length), CallRecord(), None)
 
