@@ -27,6 +27,8 @@ pytestmark = pytest.mark.usefixtures("quick_collector")
 REQUEST = Request(model="m", messages="hi")
 WHOLE = [mode for mode in MODES if not mode.streaming]
 STREAMS = [mode for mode in MODES if mode.streaming]
+SHARING = {*s.LIMITS, "retry_budget"}
+"""The layers whose calls share something on purpose."""
 many = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
@@ -447,7 +449,7 @@ def test_cancellations_pass(kinds, answers, after, mode):
 
 
 @many
-@given(s.stacks.filter(lambda kinds: not set(kinds) & set(s.LIMITS)), s.clean_answers, s.clean_answers, st.data())
+@given(s.stacks.filter(lambda kinds: not set(kinds) & SHARING), s.clean_answers, s.clean_answers, st.data())
 def test_calls_keep_apart(kinds, one, two, data):
     """Laws 5 and 8: streams of the same stack, read in any turns, have the same outcomes as alone."""
     alone = [Case(Mode(streaming=True), kinds, answers) for answers in (one, two)]
