@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("quick_collector")
 REQUEST = Request(model="m", messages="hi")
 WHOLE = [mode for mode in MODES if not mode.streaming]
 STREAMS = [mode for mode in MODES if mode.streaming]
-SHARING = {*s.LIMITS, "retry_budget", "cache"}
+SHARING = {*s.LIMITS, *[kind for kind in (*s.BUILT_IN, *s.RETRIES) if kind.__name__ in ("cache", "retry_budget")]}
 """The layers whose calls share something on purpose."""
 many = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 

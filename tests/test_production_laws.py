@@ -37,10 +37,13 @@ from fluxibly.middleware import (
     Budget,
     CircuitBreaker,
     Concurrency,
+    Cost,
     Deadline,
     Fallback,
+    Guard,
     Hedge,
     RateLimit,
+    Redact,
     Retry,
     RetryBudget,
     StreamTimeout,
@@ -369,7 +372,10 @@ def _of_no_store(kind: Any) -> Any:
 
 BYS = ("provider", "provider and model", "provider and model")
 STACKS = st.tuples(
+    maybe(Watched, _of_no_store(Cost), prices=[{"m": (1, 1)}]),
     maybe(Bounding, _of_no_store(Deadline), seconds=[0.5, 3.0, 20.0]),
+    maybe(Watched, _of_no_store(Redact), patterns=[("email", "card")], restore=[False, True]),
+    maybe(Watched, _of_no_store(Guard), output=[lambda _: None], release=["all", "sentence", 3]),
     st.one_of(
         maybe(GoingOn, _of_no_store(Fallback), to=[["m-2"], ["m-2", "m-3"]], on_interrupt=["raise", "restart"]),
         maybe(
@@ -439,7 +445,7 @@ STACKS = st.tuples(
     ),
     maybe(Watched, _of_no_store(StreamTimeout), first_chunk=[None, 1.0, 4.0], idle=[0.3, 1.0]),
 )
-ORDERS = st.none() | st.permutations(range(9))
+ORDERS = st.none() | st.permutations(range(12))
 """None is the documented order."""
 STORES = st.sampled_from([MemoryStore, MemoryStore, MemoryStore, SlowStore])
 
