@@ -136,7 +136,7 @@ class Spent(NamedTuple):
     refused: bool = False
     """Whether the service refused the request with an HTTP status, so that nothing was spent."""
     guess: Usage | None = None
-    """What counts for a budget where the service did not report all tokens. Only calls with a budget have it."""
+    """The tokens that count for a budget where the service did not report all. Only calls with a budget have it."""
 
 
 class Decision(NamedTuple):

@@ -2,7 +2,7 @@
 
 Everything here is immutable by contract. `Request`, `Response`, `Message` and their parts enforce the contract. `Chunk`
 is immutable only for type checkers: a stream makes a chunk for every few characters, and enforcement would double the
-cost of a chunk.
+cost of a chunk. Requests, responses and chunks stand together, with their forms as JSON values, because each refers to the others.
 """
 
 from __future__ import annotations

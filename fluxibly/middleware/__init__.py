@@ -2,7 +2,7 @@
 
 What calls share on purpose, such as the places of a limit, is in one object that the middleware holds, or in a store.
 
-Imports: `flow`, `telemetry`, `stores`, `target`, data and its helpers; never a provider. Imported by: `registry`, by name.
+Imports: `flow`, `telemetry`, `stores`, `prices`, `target`, data and its helpers; never a provider. Imported by: `registry`, by name.
 Each class is loaded when it is first asked for, because most stacks have few of them.
 """
 

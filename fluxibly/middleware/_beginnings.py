@@ -1,4 +1,4 @@
-"""What a regular expression may still match when the text goes on: its beginnings.
+"""The beginnings of a regular expression: all that it may still match when the text goes on.
 
 Python's `re` does not say whether more text could change what it finds. So a second expression is made of the first one's
 syntax tree: it matches from a place to the end of the text if a match that begins at that place may need more text.
