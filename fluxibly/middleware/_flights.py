@@ -27,7 +27,7 @@ class Flight(Generic[T]):
         self.landed = Signal()
         """Set when the call has an answer, or has failed."""
         self._call = call.notes
-        """The list that the branches and the `ask`s of a call have in common."""
+        """The notes that the branches and the `ask`s of a call have in common."""
         self._thread = get_ident()
 
     def land(self, answer: T | None) -> None:
