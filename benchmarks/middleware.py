@@ -255,7 +255,7 @@ def ours(folder: Path) -> None:
 
 PEERS = ("langchain_core", "langchain", "litellm", "pydantic_ai", "instructor")
 WHOLE = ("cache, hit", "cost, alone")
-"""What is compared by all that it takes, because nothing else is done."""
+"""The cases that are compared by all that they take, because nothing else is done in them."""
 Pairs = dict[str, Callable[[], object]]
 
 

@@ -152,6 +152,11 @@ def is_secret(name: str) -> bool:
     return _SECRET.search(name) is not None
 
 
+def public_headers(headers: Mapping[str, str]) -> dict[str, str]:
+    """Return the headers that are not secret, with their names in lower case."""
+    return {name.lower(): value for name, value in headers.items() if not is_secret(name)}
+
+
 def without_secrets(settings: object) -> object:
     """Return settings with the texts under names like `api_key` or `headers` masked."""
     return _without_secrets(settings, secret=False)

@@ -12,12 +12,12 @@ import attrs
 from fluxibly._checks import (
     is_list,
     is_mapping,
-    is_secret,
     kind_of,
     mapping,
     number,
     one_of,
     problem,
+    public_headers,
     repr_of_headers,
     repr_without_secrets,
     shown_url,
@@ -380,8 +380,8 @@ def identity_of(framework: str, url: object, config: LLMConfig | None) -> str:
     """
     found: list[object] = [framework, None if url is None else shown_url(str(url))]
     if config is not None:
-        headers = {name.lower(): value for name, value in config.headers.items() if not is_secret(name)}
-        found += [config.region, config.project, sorted(headers.items()), sorted(config.quirks.items())]
+        headers = sorted(public_headers(config.headers).items())
+        found += [config.region, config.project, headers, sorted(config.quirks.items())]
     while found[-1] in (None, []):
         found.pop()
     return repr(found)

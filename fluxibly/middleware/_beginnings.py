@@ -29,7 +29,7 @@ _REPEATS = {"MAX_REPEAT": "", "MIN_REPEAT": "?", "POSSESSIVE_REPEAT": "+"}
 
 
 class Beginnings(NamedTuple):
-    """What is known of an expression."""
+    """The facts about an expression."""
 
     regex: re.Pattern[str]
     """Matches from a place in the text to its end, if a match that begins there may depend on what follows."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from fluxibly import errors
-from fluxibly._checks import is_secret, secrets_in, without_secrets
+from fluxibly._checks import is_secret, public_headers, secrets_in, without_secrets
 from fluxibly._dicts import Reader, plain
 from fluxibly._masking import error_message, mask_request, mask_secrets
 from fluxibly.errors import (
@@ -60,7 +60,7 @@ def request_fields(request: Request, info: ProviderInfo) -> dict[str, Any]:
             found[name] = value
     if request.extra:
         found["extra"] = without_secrets(request.extra)
-    headers = {name.lower(): value for name, value in request.headers.items() if not is_secret(name)}
+    headers = public_headers(request.headers)
     if headers:
         found["headers"] = dict(sorted(headers.items()))
     try:

@@ -127,7 +127,7 @@ def _items(value: object) -> Sequence[object]:
     return cast("Sequence[object]", value) if isinstance(value, (tuple, list)) else ()
 
 
-# What is known by name. Each expression begins with a character or a set of characters, so that the search for it skips the
+# The patterns that have a name. Each expression begins with a character or a set of characters, so that the search for it skips the
 # others fast, and may look back over that character. None has a repetition within another that could share characters with it,
 # so the time that it takes grows with the length of the text alone.
 

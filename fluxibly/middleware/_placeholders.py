@@ -1,4 +1,4 @@
-"""What takes the place of matches: the names of patterns, or placeholders that can be told apart and restored."""
+"""The replacements of matches: the names of patterns, or placeholders that can be told apart and restored."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ class Sent(Replaced):
         self._numbers: dict[str, int] = {}
         """The last number of each pattern."""
         self._taken: set[str] = set()
-        """What looks like a placeholder in the request itself, and may come back from the model as it is."""
+        """The texts in the request itself that look like placeholders, and may come back from the model as they are."""
 
     @property
     def originals(self) -> Mapping[str, str]:

@@ -118,7 +118,7 @@ class Recorder:
                 yield from self._written(begun)
             raise
         except BaseException as error:
-            # What has brought no output is nothing that anybody has missed, such as the loser of a race.
+            # A call without output, such as the loser of a race, is not recorded: nobody misses it.
             if arrivals is not None:
                 arrivals.flush()
                 # A program that asks for what is missing would else add the same part at each run.

@@ -16,7 +16,7 @@ _M = TypeVar("_M", bound=Media)
 
 
 class Changes(Protocol):
-    """What becomes of the texts of messages."""
+    """The changes of the texts of messages."""
 
     def text(self, text: str, /) -> str:
         """Return a text with its changes."""

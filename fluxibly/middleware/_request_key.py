@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from fluxibly._checks import is_secret
+from fluxibly._checks import public_headers
 from fluxibly._dicts import plain
 from fluxibly.types import Message, ProviderInfo, Request, Text
 
@@ -61,7 +61,7 @@ def request_key(request: Request, info: ProviderInfo, namespace: str = "") -> st
     if request.extra:
         given["extra"] = request.extra
     if request.headers:
-        headers = {name.lower(): value for name, value in request.headers.items() if not is_secret(name)}
+        headers = public_headers(request.headers)
         if headers:
             given["headers"] = headers
     found.append(given)

@@ -23,13 +23,14 @@ from fluxibly.middleware._keys import check_word_or_function, text_of, whom, wor
 from fluxibly.middleware._shared import ON_STORE_ERROR, OnStoreError, Shared, run_later
 from fluxibly.prices import GivenPrices, Price, Prices, check_prices
 from fluxibly.stores import Store, to_store
+from fluxibly.stores.protocol import PARTS
 from fluxibly.types import CallRecord, Chunk, ProviderInfo, Request, Response, Usage
 
 _optional = attrs.validators.optional
 Scope: TypeAlias = Literal["instance", "call"] | Callable[[Request], object]
 _WORDS = ("instance", "call")
 _NANO = 1_000_000_000
-_FORGOTTEN = 0.998
+_FORGOTTEN = 1 - 2 / PARTS
 """The share of `per` after which a store may have forgotten a reservation, because it adds up what came at nearly one time."""
 _STEP = 64
 """The tokens by which the reservation of a stream grows that runs over it."""
@@ -275,17 +276,20 @@ class Budget:
 
     def _add(self, use: _Use, place: int, amount: float, most: float | None) -> Flow[float | None]:
         """Add an amount to what is spent of a limit, and return the sum. None: it would exceed `most`."""
+        call = use.request.call
         if self._is_local:
-            return self._add_now(use, place, amount, most)
-        call, key = use.request.call, use.of_call.keys[place]
+            return self._add_now(call, use.of_call, place, amount, most)
+        key = use.of_call.keys[place]
         total: float | None = yield from self._shared.ask(call, "add", key, amount, self.per, most=most)
         return total
 
-    def _add_now(self, use: _Use, place: int, amount: float, most: float | None = None) -> float | None:
-        key = use.of_call.keys[place]
+    def _add_now(
+        self, call: CallRecord, of_call: _InCall, place: int, amount: float, most: float | None = None
+    ) -> float | None:
+        key = of_call.keys[place]
         if self.scope == "call":
-            return use.of_call.add(key, amount, most)
-        total: float | None = self._shared.store.add(key, amount, self.per, use.request.call.clock(), most=most)
+            return of_call.add(key, amount, most)
+        total: float | None = self._shared.store.add(key, amount, self.per, call.clock(), most=most)
         return total
 
     def extend(self, use: _Use, output: float) -> Flow[None]:
@@ -370,7 +374,7 @@ class Budget:
     def _settle_now(self, use: _Use) -> None:
         for place, change in enumerate(self._changes(use)):
             if change:
-                self._add_now(use, place, change)
+                self._add_now(use.request.call, use.of_call, place, change)
 
     def _settled(self, use: _Use) -> list[tuple[Any, ...]]:
         """Return the changes as calls of the store's methods."""
@@ -384,11 +388,8 @@ class Budget:
         of_call: _InCall | None = call.notes.get(self._note)
         if of_call is None or of_call.under_way or not self._is_local:
             return
-        for key, amount in zip(of_call.keys, self._uncounted(of_call, call.spent), strict=True):
-            if self.scope == "call":
-                of_call.add(key, amount, None)
-            else:
-                self._shared.store.add(key, amount, self.per, call.clock())
+        for place, amount in enumerate(self._uncounted(of_call, call.spent)):
+            self._add_now(call, of_call, place, amount)
 
     def _rest(self, call: CallRecord) -> list[tuple[Any, ...]]:
         """Do as `_when_spent` at the end of a call, with a store that does I/O."""

@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 
 from fluxibly._threads import renew_lock_after_fork
 from fluxibly.signals import Signal
-from fluxibly.stores.protocol import Entry, Limit, Turn
+from fluxibly.stores.protocol import PARTS, Entry, Limit, Turn
 
 W = TypeVar("W")
 
@@ -17,8 +17,6 @@ _SWEEP = 1024
 """The number of keys from which on those that nothing depends on are forgotten."""
 _ROUNDING = 1e-9
 """A wait below so many seconds is a rounding error, and would be asked for again and again."""
-_PARTS = 1000
-"""The most parts of a sum. Amounts that came within a thousandth of the time are added up, and forgotten together."""
 
 
 class _Queue(Generic[W]):
@@ -246,7 +244,7 @@ class _Sum:
             return None
         self.total += amount
         if per is not None and amount:
-            if self.parts and now - self.parts[-1][0] < per / _PARTS:
+            if self.parts and now - self.parts[-1][0] < per / PARTS:
                 at, last = self.parts.pop()
                 self.parts.append((at, last + amount))
             else:

@@ -6,6 +6,9 @@ from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 from fluxibly.signals import Signal
 
+PARTS = 1000
+"""The most parts of a sum. Amounts that came within a thousandth of the time are added up, and forgotten together."""
+
 
 class Limit(NamedTuple):
     """One of the limits that a call has to keep, and what the call takes of it."""

@@ -16,7 +16,7 @@ from weakref import WeakSet
 from fluxibly._checks import is_path, whole
 from fluxibly._logs import report_once
 from fluxibly.errors import ConfigError, StoreError
-from fluxibly.stores.protocol import Entry
+from fluxibly.stores.protocol import PARTS, Entry
 
 T = TypeVar("T")
 
@@ -32,8 +32,6 @@ _MOST_USES = 1000
 """The most values whose use is remembered until then."""
 _SWEEP = 256
 """The number of changes after which what has expired is forgotten."""
-_PARTS = 1000
-"""The most parts of a sum. Amounts that came within a thousandth of the time are added up, and forgotten together."""
 
 # Times are those of the system's clock, because other processes read them. Which value was used last is counted, so that a
 # clock that jumps puts nothing out of order.
@@ -418,7 +416,7 @@ def _add_part(key: str, amount: float, now: float, per: float, db: sqlite3.Conne
     last: list[tuple[float, float]] = db.execute(
         "SELECT at, amount FROM fluxibly_parts WHERE key = ? ORDER BY at DESC LIMIT 1", (key,)
     ).fetchall()
-    at, before = last[0] if last and now - last[0][0] < per / _PARTS else (now, 0)
+    at, before = last[0] if last and now - last[0][0] < per / PARTS else (now, 0)
     db.execute(_PART, (key, at, _exact(before + amount)))
 
 

@@ -37,19 +37,6 @@ from fluxibly.testing.modes import BACKENDS, MODES, run_async
 from fluxibly.types import Chunk, Image, Message, Opaque, Reasoning, Request, Response, Tool, ToolCallDelta, Usage
 
 
-@pytest.fixture
-def file(tmp_path):
-    return tmp_path / "answers.jsonl"
-
-
-@pytest.fixture
-def reports(capsys):
-    """Return a function that returns what was reported on stderr since the last call."""
-    forget_reports()
-    yield lambda: capsys.readouterr().err
-    forget_reports()
-
-
 def lines(file):
     return [json.loads(line) for line in file.read_bytes().splitlines()] if file.exists() else []
 

@@ -20,7 +20,6 @@ from support import strategies
 from support.calling import REQUEST, call, scripted
 
 from fluxibly import LLM, LLMConfig, Target, emit, errors, map_chunks
-from fluxibly._logs import forget_reports
 from fluxibly.errors import (
     AuthenticationError,
     BadRequest,
@@ -43,19 +42,6 @@ from fluxibly.testing.modes import BACKENDS, MODES, run, run_async
 from fluxibly.types import Chunk, Image, Message, Opaque, Reasoning, Request, Response, Restart, ToolCall, Usage
 
 SYNC = [mode for mode in MODES if mode.backend is None]
-
-
-@pytest.fixture
-def file(tmp_path):
-    return tmp_path / "answers.jsonl"
-
-
-@pytest.fixture
-def reports(capsys):
-    """Return a function that returns what was reported on stderr since the last call."""
-    forget_reports()
-    yield lambda: capsys.readouterr().err
-    forget_reports()
 
 
 def record(file, *answers, request=REQUEST, mode=SYNC[0]):
