@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import json
 import logging
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 
 import pytest
 from support.misbehaving import serve
@@ -157,12 +156,14 @@ def test_each_layer_keeps_its_promise(caller, server, tmp_path, caplog):
     assert len(server.requests) == 2
     assert ADA not in caplog.text
     assert "key-of-the-test" not in caplog.text
-    gc.collect()  # what is left of the models closes its files, which removes some of them
     for kept in tmp_path.iterdir():
-        if kept.name != "stack.yaml":
-            assert ADA.encode() not in kept.read_bytes(), kept.name
-            assert b"key-of-the-test" not in kept.read_bytes(), kept.name
-            assert kept.stat().st_mode & 0o077 == 0, kept.name
+        if kept.name == "stack.yaml":
+            continue
+        with suppress(FileNotFoundError):  # SQLite removes its log when the last of the models is collected
+            content, rights = kept.read_bytes(), kept.stat().st_mode & 0o077
+            assert ADA.encode() not in content, kept.name
+            assert b"key-of-the-test" not in content, kept.name
+            assert rights == 0, kept.name
     # The cache is outside of the recording, which has what became of the call, and not its failed attempt.
     (line,) = (tmp_path / "calls.jsonl").read_text(encoding="utf-8").splitlines()
     assert json.loads(line)["request"]["messages"][-1]["content"] == "Write to [email_1]"
