@@ -218,6 +218,14 @@ def _refused(message: str, reason: str) -> GuardRefused:
     return GuardRefused(message, reason=reason)
 
 
+class MaxTurnsExceeded(FluxiblyError):
+    """The model still called tools after the last turn that `Tools` allows. `partial` is its last answer, with `added`."""
+
+    def __init__(self, message: str = "", *, partial: Response | None = None) -> None:
+        super().__init__(message)
+        self.partial = partial
+
+
 class NotRecorded(FluxiblyError):
     """`Replay` has no recording of a request."""
 

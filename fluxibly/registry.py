@@ -189,12 +189,16 @@ _BUILT_IN_MIDDLEWARE = {
     "stream_meter": "StreamMeter",
     "cost": "Cost",
     "deadline": "Deadline",
+    "defaults": "Defaults",
+    "tools": "Tools",
+    "continue": "Continue",
     "redact": "Redact",
     "cache": "Cache",
     "record": "Record",
     "replay": "Replay",
     "guard": "Guard",
     "validation": "Validation",
+    "extract_reasoning": "ExtractReasoning",
     "fallback": "Fallback",
     "balance": "Balance",
     "hedge": "Hedge",
@@ -204,6 +208,7 @@ _BUILT_IN_MIDDLEWARE = {
     "rate_limit": "RateLimit",
     "concurrency": "Concurrency",
     "stream_timeout": "StreamTimeout",
+    "simulate_stream": "SimulateStream",
 }
 """The classes, by their names in configurations, in the order of a stack: the outermost first."""
 _IN_DEFAULT = ("Tracing", "Logging", "Metrics", "Timing", "StreamMeter", "Validation", "Retry")

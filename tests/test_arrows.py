@@ -24,7 +24,7 @@ DATA = "data"
 SIDE = "side"
 ROOMS = {
     "_tokens types calls limits messages parts errors aggregate provider _checks _dicts _durations _extras _formats _merging _roots _values _states": DATA,
-    "_masking _logs _abandoned _loops _plugins _schema _threads _yaml functions signals": SIDE,
+    "_masking _logs _abandoned _loops _plugins _schemas _threads _yaml functions signals tools": SIDE,
     "config": "config",
     "target": "target",
     "_targets": "targets",
@@ -38,6 +38,7 @@ ROOMS = {
     "stores": "stores",
     "prices": "prices",
     "llm": "llm",
+    "explain": "explain",
     "testing": "testing",
     "cli": "cli",
     "providers.services": "services",
@@ -75,9 +76,10 @@ ARROWS = {
     "stream": {"drivers", "flow", *BASE},
     "target": {"config", "registry", *BASE},
     "targets": {"target", "registry", *BASE},
-    "pipeline": {"stream", "drivers", "targets", "flow", *BASE},
+    "explain": {"target", "registry", "services", "flow", "config", *BASE},
+    "pipeline": {"stream", "drivers", "targets", "explain", "flow", *BASE},
     "registry": {"flow", "services", "config", *BASE},
-    "llm": {"pipeline", "stream", "registry", "target", "config", "flow", DATA},
+    "llm": {"pipeline", "stream", "registry", "explain", "target", "config", "flow", *BASE},
     "testing": {"pipeline", "stream", "flow", "drivers", "dialects", "middleware", *BASE},
     "cli": set(ROOMS.values()),
 }

@@ -14,8 +14,11 @@ if TYPE_CHECKING:
     from fluxibly.middleware.cache import Cache
     from fluxibly.middleware.circuit_breaker import CircuitBreaker
     from fluxibly.middleware.concurrency import Concurrency
+    from fluxibly.middleware.continuation import Continue
     from fluxibly.middleware.cost import Cost
     from fluxibly.middleware.deadline import Deadline
+    from fluxibly.middleware.defaults import Defaults
+    from fluxibly.middleware.extract_reasoning import ExtractReasoning
     from fluxibly.middleware.fallback import Fallback
     from fluxibly.middleware.guard import Guard
     from fluxibly.middleware.hedge import Hedge
@@ -26,9 +29,11 @@ if TYPE_CHECKING:
     from fluxibly.middleware.redact import Redact
     from fluxibly.middleware.replay import Replay
     from fluxibly.middleware.retry import Retry, RetryBudget
+    from fluxibly.middleware.simulate_stream import SimulateStream
     from fluxibly.middleware.stream_meter import StreamMeter
     from fluxibly.middleware.stream_timeout import StreamTimeout
     from fluxibly.middleware.timing import Timing
+    from fluxibly.middleware.tools import Tools
     from fluxibly.middleware.tracing import Tracing
     from fluxibly.middleware.validation import Validation
 
@@ -38,8 +43,11 @@ _MODULE_OF = {
     "Cache": "cache",
     "CircuitBreaker": "circuit_breaker",
     "Concurrency": "concurrency",
+    "Continue": "continuation",
     "Cost": "cost",
     "Deadline": "deadline",
+    "Defaults": "defaults",
+    "ExtractReasoning": "extract_reasoning",
     "Fallback": "fallback",
     "Guard": "guard",
     "Hedge": "hedge",
@@ -51,9 +59,11 @@ _MODULE_OF = {
     "Replay": "replay",
     "Retry": "retry",
     "RetryBudget": "retry",
+    "SimulateStream": "simulate_stream",
     "StreamMeter": "stream_meter",
     "StreamTimeout": "stream_timeout",
     "Timing": "timing",
+    "Tools": "tools",
     "Tracing": "tracing",
     "Validation": "validation",
 }
@@ -64,8 +74,11 @@ __all__ = [
     "Cache",
     "CircuitBreaker",
     "Concurrency",
+    "Continue",
     "Cost",
     "Deadline",
+    "Defaults",
+    "ExtractReasoning",
     "Fallback",
     "Guard",
     "Hedge",
@@ -77,9 +90,11 @@ __all__ = [
     "Replay",
     "Retry",
     "RetryBudget",
+    "SimulateStream",
     "StreamMeter",
     "StreamTimeout",
     "Timing",
+    "Tools",
     "Tracing",
     "Validation",
 ]

@@ -10,7 +10,7 @@ import attrs
 
 from fluxibly._checks import kind_of, one_of, validator, whole
 from fluxibly._logs import log, log_retry
-from fluxibly._schema import check_schema, parse
+from fluxibly._schemas.checking import check_schema, parse
 from fluxibly.errors import ConfigError, ResponseInvalid
 from fluxibly.flow import CallNext, Flow, hold_back
 from fluxibly.flow.relay import OutputWatch
