@@ -12,7 +12,7 @@ import attrs
 
 from fluxibly._checks import kind_of, number, problem, truth, validator, whole
 from fluxibly._logs import report_once
-from fluxibly._schema import parse
+from fluxibly._schemas.checking import parse
 from fluxibly.errors import ConfigError, DeadlineExceeded, error_type
 from fluxibly.flow import CallNext, Flow, as_chunks, provider_of, sleep
 from fluxibly.flow.effects import More

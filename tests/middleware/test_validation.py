@@ -11,7 +11,7 @@ import attrs
 import pytest
 from support.calling import REQUEST, call
 
-from fluxibly._schema import parse
+from fluxibly._schemas.checking import parse
 from fluxibly.errors import ConfigError, ResponseInvalid, ServerError, StreamInterrupted, root_cause
 from fluxibly.middleware import Retry, Validation
 from fluxibly.testing import Delay
