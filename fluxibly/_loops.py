@@ -68,7 +68,7 @@ def run_to_end(function: Callable[[], Awaitable[T]]) -> T:
     """
     import asyncio  # late, as above
 
-    if asyncio._get_running_loop() is None and trio_here() is None:  # noqa: SLF001  # documented for this purpose
+    if asyncio._get_running_loop() is None and trio_here() is None:  # documented for this purpose
         # With a factory, the loop that the caller may have set for this thread stays.
         with asyncio.Runner(loop_factory=asyncio.new_event_loop) as runner:
             return runner.run(_awaited(function))

@@ -58,8 +58,8 @@ class FunctionTool(Tool, Generic[P, R]):
     """
 
     function: Callable[P, R] = attrs.field(kw_only=True, repr=False, eq=False)
-    _arguments: tuple[_Argument, ...] = attrs.field(default=(), kw_only=True, repr=False, eq=False)
-    _takes_any: bool = attrs.field(default=False, kw_only=True, repr=False, eq=False)
+    _arguments: tuple[_Argument, ...] = attrs.field(default=(), kw_only=True, repr=False, eq=False, alias="arguments")
+    _takes_any: bool = attrs.field(default=False, kw_only=True, repr=False, eq=False, alias="takes_any")
     """Whether the function takes arguments of any name (`**kwargs`)."""
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -80,21 +80,19 @@ class FunctionTool(Tool, Generic[P, R]):
             raise BadArguments(f"{call.error}; expected a JSON object with {self._expected()}")
         given: Mapping[str, Any] = call.arguments
         known = {argument.name for argument in self._arguments}
-        problems = [
-            f"{argument.name}: is required, and missing"
-            for argument in self._arguments
-            if argument.required and argument.name not in given
-        ]
+        problems: list[str] = []
+        if not self._takes_any:
+            unknown = [name for name in given if name not in known]
+            problems += [f"{name} is unknown; expected {self._expected()}" for name in unknown]
         found: dict[str, Any] = {}
-        for name, value in given.items():
-            if name not in known and not self._takes_any:
-                problems.append(f"{name}: is unknown; expected {self._expected()}")
-        for argument in self._arguments:
-            if argument.name in given:
+        for name, kind, required in self._arguments:
+            if name in given:
                 try:
-                    found[argument.name] = _structured(given[argument.name], argument)
+                    found[name] = given[name] if kind is Any else structured(given[name], kind, name)
                 except ValueError as error:
                     problems.append(str(error))
+            elif required:
+                problems.append(f"{name} is required, and missing")
         if problems:
             raise BadArguments("; ".join(problems))
         return {**given, **found} if self._takes_any else found
@@ -121,10 +119,6 @@ class FunctionTool(Tool, Generic[P, R]):
         if _is_content(result):
             return cast("Content", result)
         return _as_json(result, self.name)
-
-
-def _structured(value: object, argument: _Argument) -> object:
-    return value if argument.kind is Any else structured(value, argument.kind, argument.name)
 
 
 def _is_content(value: object) -> bool:
@@ -189,7 +183,7 @@ def tool(
         def get_weather(city: str, unit: Literal["c", "f"] = "c") -> str:
             \"\"\"Return the weather of a city.
 
-            Args:
+    Args:
                 city: its English name.
             \"\"\"
 
@@ -213,12 +207,20 @@ def tool(
     if function is None:
         return partial(tool, name=name, description=description, parameters=parameters)
     if isinstance(function, FunctionTool):
-        name = function.name if name is None else name
-        description = function.description if description is None else description
-        if parameters is None:
-            return attrs.evolve(function, name=_checked_name(name, function), description=description)
-        function = function.function
+        return _changed(cast("FunctionTool[..., Any]", function), name, description, parameters)
     return _made(function, name, description, parameters)
+
+
+def _changed(
+    made: FunctionTool[..., Any], name: str | None, description: str | None, parameters: Mapping[str, Any] | None
+) -> FunctionTool[..., Any]:
+    name = made.name if name is None else name
+    description = made.description if description is None else description
+    if parameters is not None:
+        return _made(made.function, name, description, parameters)
+    if (name, description) == (made.name, made.description):
+        return made
+    return attrs.evolve(made, name=_checked_name(name, made), description=description)
 
 
 def _made(
@@ -229,7 +231,9 @@ def _made(
     inner, bound = _inner(function)
     called = _checked_name(name, inner)
     if isinstance(function, type):
-        raise ConfigError(f"tool({called}): expected a function, got a class; write a function that returns an instance")
+        raise ConfigError(
+            f"tool({called}): expected a function, got a class; write a function that returns an instance"
+        )
     for test in (inspect.isgeneratorfunction, inspect.isasyncgenfunction):
         if _is_kind(function, test):
             raise ConfigError(
@@ -242,7 +246,9 @@ def _made(
     text = said.text if description is None else description
     if parameters is not None:
         if not is_mapping(parameters):
-            raise ConfigError(f"tool({called}): parameters: expected a JSON Schema (a mapping), got {kind_of(parameters)}")
+            raise ConfigError(
+                f"tool({called}): parameters: expected a JSON Schema (a mapping), got {kind_of(parameters)}"
+            )
         arguments = _of_schema(parameters, named, called, takes_any=takes_any)
         return FunctionTool(called, text, parameters, function=function, arguments=arguments, takes_any=takes_any)
     if takes_any:
@@ -263,10 +269,8 @@ def _inner(function: Any) -> tuple[Any, set[str]]:
     while isinstance(function, partial):
         bound |= function.keywords.keys()
         function = function.func
-    if not hasattr(function, "__name__") or not hasattr(function, "__code__"):
-        call = getattr(type(function), "__call__", None)  # noqa: B004  # the method itself
-        if inspect.isfunction(call) and not isinstance(function, type) and not hasattr(function, "__wrapped__"):
-            return call, bound
+    if not hasattr(function, "__name__"):  # an object with `__call__`
+        function = getattr(function.__class__, "__call__", function)  # noqa: B004  # the method itself
     return function, bound
 
 
@@ -279,7 +283,7 @@ def _is_kind(function: Any, test: Callable[[Any], bool]) -> bool:
 def _checked_name(name: str | None, inner: Any) -> str:
     found = name
     if found is None:
-        found = getattr(inner, "__name__", type(inner).__name__)
+        found = getattr(inner, "__name__", inner.__class__.__name__)
         if found == "__call__":
             found = inner.__qualname__.split(".")[-2]
     if not isinstance(found, str) or _NAME.fullmatch(found) is None:
@@ -329,9 +333,7 @@ def _hints(inner: Any, called: str) -> dict[str, Any]:
         raise ConfigError(f"tool({called}): {error}, or write tool(function, parameters={{…}})") from None
 
 
-def _schema(
-    kinds: Mapping[str, Any], arguments: Sequence[_Argument], said: Described, called: str
-) -> dict[str, Any]:
+def _schema(kinds: Mapping[str, Any], arguments: Sequence[_Argument], said: Described, called: str) -> dict[str, Any]:
     """Return the JSON Schema of a function's arguments."""
     described_kinds = {name: _with_description(kind, said.parameters.get(name)) for name, kind in kinds.items()}
     try:
@@ -361,7 +363,7 @@ def _of_schema(
     """Return the arguments that a JSON Schema names. Their values are not converted."""
     properties: object = parameters.get("properties", {})
     required: object = parameters.get("required", [])
-    if not is_mapping(properties) or not (is_list(required) or isinstance(required, tuple)):
+    if not is_mapping(properties) or not is_list(required):
         raise ConfigError(f"tool({called}): parameters: expected the JSON Schema of an object, with 'properties'")
     names = {each.name for each in named}
     unknown = [name for name in properties if name not in names]

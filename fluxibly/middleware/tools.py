@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from inspect import isawaitable
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any, Literal, TypeAlias, TypeVar, cast
 
 import attrs
 
@@ -25,6 +25,7 @@ from fluxibly.middleware._keys import whom
 from fluxibly.tools import BadArguments, FunctionTool, tool
 from fluxibly.types import Chunk, Content, Message, Request, Response, Tool, ToolCall, ToolRun, observers_of
 
+T = TypeVar("T")
 Verdict: TypeAlias = Generator[Any, Any, bool] | bool
 """True to run the function, False to refuse; or a flow that returns one of these."""
 Approve: TypeAlias = Callable[[ToolCall], Verdict] | Callable[[ToolCall, Request], Verdict]
@@ -36,10 +37,12 @@ _CUT = ("length", "content_filter", "error")
 
 
 def _to_tools(values: Function | Iterable[Function]) -> tuple[FunctionTool[..., Any], ...]:
-    given = [values] if isinstance(values, str) or callable(values) else values
-    if not isinstance(given, Iterable) or isinstance(given, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]  # callers may be untyped
-        raise ConfigError(f"Tools: functions: expected a list of functions, got {kind_of(given)}; write Tools([function])")
-    made = [_to_tool(value, number) for number, value in enumerate(given)]
+    if isinstance(values, str) or callable(values):
+        values = [values]
+    if not isinstance(values, Iterable) or isinstance(values, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]  # callers may be untyped
+        got = kind_of(cast("Any", values))
+        raise ConfigError(f"Tools: functions: expected a list of functions, got {got}; write Tools([function])")
+    made = [_to_tool(value, number) for number, value in enumerate(values)]
     if not made:
         raise ConfigError("Tools: functions: expected at least one function, got none; write Tools([function])")
     names = [each.name for each in made]
@@ -51,15 +54,14 @@ def _to_tools(values: Function | Iterable[Function]) -> tuple[FunctionTool[..., 
     return tuple(made)
 
 
-def _to_tool(value: object, number: int) -> FunctionTool[..., Any]:
+def _to_tool(value: Any, number: int) -> FunctionTool[..., Any]:
     if isinstance(value, (Tool, Mapping)) and not isinstance(value, FunctionTool):
         raise ConfigError(
-            f"Tools: functions[{number}]: expected a function, got {kind_of(cast('object', value))}, which has none; give "
+            f"Tools: functions[{number}]: expected a function, got {kind_of(cast('Any', value))}, which has none; give "
             "such tools to the call itself, complete(…, tools=[…]), and its answer has their calls"
         )
     try:
-        function = find_function(value) if isinstance(value, str) else value
-        return function if isinstance(function, FunctionTool) else tool(cast("Callable[..., Any]", function))
+        return tool(find_function(value) if isinstance(value, str) else cast("Callable[..., Any]", value))
     except ConfigError as error:
         raise ConfigError(f"Tools: functions[{number}]: {error}") from None
 
@@ -132,21 +134,25 @@ class Tools:
     def __call__(self, request: Request, call_next: CallNext) -> Flow[Response]:
         asked = request.evolve(tools=self._with_tools_of(request))
         added: tuple[Message, ...] = ()
-        for turn in range(1, self.max_turns + 1):
+        turns = 1
+        while True:
             response = yield from call_next(asked)
             if not response.tool_calls or not self._runs_calls_of(response, request):
                 return response.evolve(added=(*added, *response.added)) if added else response
-            if turn < self.max_turns:
-                results = yield from self._results(response.tool_calls, asked)
-                said = (response.message, *results)
-                yield from emit(Chunk(added=said))
-                added = (*added, *response.added, *said)
-                asked = asked.evolve(messages=(*request.messages, *added), tool_choice=None)
-        raise MaxTurnsExceeded(
-            f"Tools: {whom(asked)} still calls tools after {self.max_turns} requests; increase max_turns, or tell the model "
-            "when to answer",
-            partial=response.evolve(added=(*added, *response.added)),
-        )
+            added = (*added, *response.added)
+            if turns == self.max_turns:
+                log_decision(request, "Tools", f"gives up after {turns} requests")
+                raise MaxTurnsExceeded(
+                    f"Tools: {whom(asked)} still calls tools after {turns} requests; increase max_turns, or tell the model "
+                    "when to answer",
+                    partial=response.evolve(added=added),
+                )
+            results = yield from self._results(response.tool_calls, asked)
+            said = (response.message, *results)
+            yield from emit(Chunk(added=said))
+            added = (*added, *said)
+            asked = asked.evolve(messages=(*request.messages, *added), tool_choice=None)
+            turns += 1
 
     def _with_tools_of(self, request: Request) -> tuple[Tool, ...]:
         """Return the tools of a request, and ours."""
@@ -178,24 +184,18 @@ class Tools:
 
     def _results(self, calls: Sequence[ToolCall], request: Request) -> Flow[list[Message]]:
         """Return the results of calls, in their order."""
-        begun: list[Message | Flow[Message]] = []
-        for call in calls:
-            begun.append((yield from self._begun(call, request)))
+        begun = yield from _in_order([self._begun(call, request) for call in calls])
         running = [each for each in begun if not isinstance(each, Message)]
-        done: list[Message] = []
-        if self.parallel:
-            done = yield from gather(request, *running)
-        else:
-            for flow in running:
-                done.append((yield from flow))
-        following = iter(done)
+        following = iter((yield from gather(request, *running) if self.parallel else _in_order(running)))
         return [each if isinstance(each, Message) else next(following) for each in begun]
 
     def _begun(self, call: ToolCall, request: Request) -> Flow[Message | Flow[Message]]:
         """Return the flow that runs the function of a call; or what the model is told if it may not run."""
         chosen = self._by_name.get(call.name)
         if chosen is None:
-            return self._told(call, request, f"there is no tool {call.name!r}; expected one of {', '.join(self._by_name)}")
+            return self._told(
+                call, request, f"there is no tool {call.name!r}; expected one of {', '.join(self._by_name)}"
+            )
         try:
             arguments = chosen.read(call)
         except BadArguments as error:
@@ -234,6 +234,7 @@ class Tools:
         try:
             content = yield from _performed(_Work(chosen, arguments, runs))
             result = Message.tool(content, call)
+            return result
         except Exception as error:
             failure = error
             if self.on_error == "raise" or (isinstance(error, DeadlineExceeded) and not has_time(request.call)):
@@ -245,6 +246,7 @@ class Tools:
             message = as_text(error)
             text = f"{chosen.name} raised {type(error).__name__}{f': {message}' if message else ''}"
             result = Message.tool(text, call, is_error=True)
+            return result
         except BaseException as error:
             failure = error
             raise
@@ -252,7 +254,15 @@ class Tools:
             for run in reversed(runs):
                 run.end(result, failure)
             del failure  # its frames refer to this one
-        return result
+
+
+def _in_order(flows: Iterable[Flow[T]]) -> Flow[list[T]]:
+    """Run flows one after the other, and return their results."""
+    results: list[T] = []
+    for flow in flows:
+        result = yield from flow
+        results.append(result)
+    return results
 
 
 class _Pending:
@@ -283,7 +293,7 @@ class _Work:
             return self.chosen.content_of(await awaitable)
 
     @contextmanager
-    def _current(self) -> Iterator[None]:
+    def _current(self) -> Generator[None]:
         with ExitStack() as leaving:
             for run in self.runs:
                 leaving.callback(run.leave, run.enter())

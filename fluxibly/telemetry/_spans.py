@@ -92,7 +92,7 @@ class Recording:
     ) -> ToolTrace | None:
         """Begin the span of a tool's function, whose parent is in `context`. It is in `under_way` until it ends."""
         try:
-            return ToolTrace(self.tracer, self.capturing, tool, call, context, under_way)
+            return ToolTrace(self, tool, call, context, under_way)
         except Exception as problem:  # noqa: BLE001  # telemetry never breaks a call
             report(problem)
             return None
@@ -325,15 +325,9 @@ class ToolTrace:
     """
 
     def __init__(
-        self,
-        tracer: Tracer,
-        capturing: Capturing,
-        tool: Tool,
-        call: ToolCall,
-        context: Context,
-        under_way: list[AskTrace | ToolTrace],
+        self, recording: Recording, tool: Tool, call: ToolCall, context: Context, under_way: list[AskTrace | ToolTrace]
     ) -> None:
-        self.capturing = capturing
+        self.capturing = capturing = recording.capturing
         self.under_way = under_way
         attributes: dict[str, Any] = {
             semconv.OPERATION: semconv.EXECUTE_TOOL,
@@ -346,7 +340,8 @@ class ToolTrace:
             attributes[semconv.TOOL_DESCRIPTION] = description
         if (arguments := capturing.of_tool(partial(tool_arguments, call))) is not None:
             attributes[semconv.TOOL_CALL_ARGUMENTS] = arguments
-        self.span = tracer.start_span(f"{semconv.EXECUTE_TOOL} {tool.name}", context, _INTERNAL, attributes)
+        name = f"{semconv.EXECUTE_TOOL} {tool.name}"
+        self.span = recording.tracer.start_span(name, context, _INTERNAL, attributes)
         under_way.append(self)
 
     def enter(self) -> Entry | None:
@@ -376,8 +371,9 @@ class ToolTrace:
                 captured = None if result is None else self.capturing.of_tool(partial(tool_result, result))
                 if captured is not None:
                     attributes[semconv.TOOL_CALL_RESULT] = captured
-                failed = error is not None and not isinstance(error, GeneratorExit)
-                failure = Failure(error_name(error), error_type(error), "") if failed else None
+                failure = None
+                if error is not None and not isinstance(error, GeneratorExit):
+                    failure = Failure(error_name(error), error_type(error), "")
                 set_outcome(self.span, attributes, outcome_of(error), failure)
             finally:
                 self.span.end()
