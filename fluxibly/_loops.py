@@ -76,6 +76,10 @@ def run_to_end(function: Callable[[], Awaitable[T]]) -> T:
 
 
 async def _awaited(function: Callable[[], Awaitable[T]]) -> T:
+    # The context may be that of a task of trio, and anyio then takes this loop for trio's.
+    sniffio = sys.modules.get("sniffio")
+    if sniffio is not None:
+        sniffio.current_async_library_cvar.set("asyncio")  # in the context of this task alone
     return await function()
 
 
