@@ -545,7 +545,8 @@ def test_every_attempt_is_spent_once(kinds, answers, mode):
     st.lists(
         st.sampled_from((*s.SAME_WHOLE, *s.SAME_WHOLE, *s.WATCHING, s.shouting, s.dropping, *s.LIMITS)), max_size=6
     ).flatmap(
-        lambda kinds: st.sampled_from([kinds, [s.turning, *kinds]])  # layers outside of turns see each turn of a stream
+        # Layers outside of turns see each turn of a stream.
+        lambda kinds: st.sampled_from([kinds, *[[turns, *kinds] for turns in (s.turning, s.running, s.running_async)]])
     ),
     st.lists(st.one_of(s.successes, s.calls_of_tools), max_size=4),
 )

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 import attrs
 from hypothesis import strategies as st
 
@@ -40,6 +41,7 @@ from fluxibly.middleware import (
     StreamMeter,
     StreamTimeout,
     Timing,
+    Tools,
     Tracing,
     Validation,
 )
@@ -525,6 +527,30 @@ def turning(name: str, log: Log) -> Any:
     return loop
 
 
+def running(name: str, log: Log) -> Any:
+    """Run a function for each call of the model, side by side."""
+
+    def look():
+        log.append(f"{name} looks")
+        return "noon"
+
+    return Tools(look, max_turns=3)
+
+
+def running_async(name: str, log: Log) -> Any:
+    """Run an async function for each call that is approved, one after the other."""
+
+    async def look():
+        await anyio.lowlevel.checkpoint()
+        raise ValueError("it is dark")
+
+    def approve(called, request):
+        yield from sleep(0.25)
+        return called.id != "id1"
+
+    return Tools(look, max_turns=2, parallel=False, approve=approve)
+
+
 def continuing(name: str, log: Log) -> Any:
     return powers.going_on(2)
 
@@ -667,7 +693,8 @@ POWERS = (
     bounding,
     pacing,
     turning,
-    turning,
+    running,
+    running_async,
     continuing,
     judging,
     asking_first,
