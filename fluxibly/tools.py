@@ -180,12 +180,8 @@ def tool(
     """Make a tool of a Python function, sync or async, for `Tools` or for `llm.complete(…, tools=[…])`::
 
         @tool
-        def get_weather(city: str, unit: Literal["c", "f"] = "c") -> str:
-            \"\"\"Return the weather of a city.
-
-    Args:
-                city: its English name.
-            \"\"\"
+        def get_weather(city: Annotated[str, "its English name"], unit: Literal["c", "f"] = "c") -> str:
+            "Return the weather in a city."
 
     A parameter's type may be an attrs class, a dataclass, a TypedDict, a msgspec Struct, a pydantic model, an Enum, a
     `Literal`, a list, a dict, a union and so on; a parameter without an annotation takes any JSON value. What is said of a

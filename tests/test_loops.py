@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import sys
 import threading
 import types
 
 import anyio
+import anyio.lowlevel
 import anyio.to_thread
 import pytest
 import trio
 import trio.lowlevel
 
-from fluxibly._loops import from_anywhere, trio_here
+from fluxibly._loops import from_anywhere, run_to_end, trio_here
 from fluxibly.testing.modes import run_async
 
 BACKENDS = pytest.mark.parametrize("backend", ["asyncio", "trio"])
@@ -95,3 +97,64 @@ class TestFromAnywhere:
 
         run_async(main, backend)()
         assert called == []
+
+
+class TestRunToEnd:
+    @pytest.mark.parametrize("backend", ["asyncio", "trio", None])
+    def test_wherever_it_is_called(self, backend):
+        """In a thread without a loop, and in a task of either kind, with the caller's context variables."""
+        told = contextvars.ContextVar("told", default="nothing")
+
+        async def function():
+            await anyio.lowlevel.checkpoint()
+            return told.get()
+
+        async def task():
+            told.set("task")
+            return run_to_end(function)
+
+        if backend is None:
+            token = told.set("thread")
+            assert run_to_end(function) == "thread"
+            told.reset(token)
+        else:
+            assert run_async(task, backend) == "task"
+
+    @pytest.mark.parametrize("within", [False, True])
+    def test_an_error(self, within):
+        async def function():
+            raise KeyError("none")
+
+        async def task():
+            with pytest.raises(KeyError, match="none"):
+                run_to_end(function)
+
+        if within:
+            run_async(task)
+        else:
+            with pytest.raises(KeyError, match="none"):
+                run_to_end(function)
+
+    def test_an_interrupt_of_the_wait_cancels(self, monkeypatch):
+        """Ctrl-C while a loop in another thread is awaited ends the function there, too."""
+        began, ended = threading.Event(), threading.Event()
+
+        async def function():
+            try:
+                began.set()
+                await anyio.sleep_forever()
+            finally:
+                ended.set()
+
+        def interrupted(self):
+            assert began.wait(30)
+            raise KeyboardInterrupt
+
+        async def task():
+            monkeypatch.setattr("concurrent.futures.Future.result", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                run_to_end(function)
+            monkeypatch.undo()
+
+        run_async(task)
+        assert ended.wait(30)

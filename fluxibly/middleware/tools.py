@@ -193,9 +193,8 @@ class Tools:
         """Return the flow that runs the function of a call; or what the model is told if it may not run."""
         chosen = self._by_name.get(call.name)
         if chosen is None:
-            return self._told(
-                call, request, f"there is no tool {call.name!r}; expected one of {', '.join(self._by_name)}"
-            )
+            known = ", ".join([each.name for each in request.tools])
+            return self._told(call, request, f"there is no tool {call.name!r}; expected one of {known}")
         try:
             arguments = chosen.read(call)
         except BadArguments as error:

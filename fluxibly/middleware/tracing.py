@@ -35,7 +35,8 @@ class Tracing:
     later attempt, which is current during that attempt. If there were several attempts, the span of the first is
     recorded afterwards. The span of a call has the tokens of all attempts at the provider and the model that it names:
     those that answered. Attempts elsewhere have their tokens as `fluxibly.attempt.…`, and the call has the sum of all
-    tokens as `fluxibly.usage.total_…`. An `ask` within the call has a span of its own, with its own tokens and attempts.
+    tokens as `fluxibly.usage.total_…`. An `ask` within the call has a span of its own, with its own tokens and attempts. So
+    has each run of a tool's function (`Tools`), which is current in the function: `execute_tool NAME`.
 
     SDKs behind a provider may be instrumented, too. Instrumentations that are built on opentelemetry-util-genai record
     nothing during an attempt, whether the call is sampled or not. They do record calls that a middleware makes itself, in

@@ -16,7 +16,7 @@ from fluxibly.cli.trace import file as trace_file, html as trace_html, terminal 
 from fluxibly.cli.trace.plot import plot, ticks
 from fluxibly.errors import Overloaded, ProviderError
 from fluxibly.flow import ask
-from fluxibly.middleware import Retry, StreamMeter, Tracing
+from fluxibly.middleware import Retry, StreamMeter, Tools, Tracing
 from fluxibly.pipeline import Pipeline
 from fluxibly.telemetry._file_exporter import OTLPFileSpanExporter
 from fluxibly.testing import Delay, VirtualClock
@@ -158,6 +158,31 @@ def test_the_page_shows_messages_errors_and_arrivals(path):
     assert "1abandoned" in page.text
     assert "5calls" in page.text
     assert "2,400tokens in" in page.text
+
+
+def test_the_runs_of_tools_are_shown_and_are_no_calls(tmp_path):
+    """They stand among the attempts of their call, and are not counted among the calls."""
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+
+    def look(word: str) -> str:
+        raise LookupError
+
+    path = tmp_path / "trace.jsonl"
+    provider = TracerProvider(shutdown_on_exit=False)
+    provider.add_span_processor(SimpleSpanProcessor(OTLPFileSpanExporter(path)))
+    answer = Response("", tool_calls=[ToolCall("c1", "look", {"word": "life"})], finish_reason="tool_call")
+    stack = [Tracing(tracer_provider=provider), Tools(look)]
+    Pipeline(Remote(answer, "It is 42."), stack).complete(Request(model="m-1", messages=CHAT))
+    provider.shutdown()
+    text = terminal(path)
+    assert text.index("attempt 1") < text.index("execute_tool look") < text.index("attempt 2")
+    assert "LookupError" in text
+    page = Page()
+    page.feed(trace_html.render(path))
+    assert "execute_tool look" in page.text
+    assert "1call" in page.text
+    assert "0failed" in page.text
 
 
 def test_tokens_of_other_attempts_and_of_asks_are_shown(tmp_path):

@@ -674,6 +674,34 @@ class TestCallsThatAreGivenUp:
         assert 1 <= len(ended) <= calls
         assert (len(provider.requests), provider.opened) == (1, provider.closed)
 
+    @pytest.mark.parametrize("backend", BACKENDS)
+    def test_the_others_of_a_turn_that_has_failed(self, backend):
+        """`on_error="raise"` cancels them."""
+        ended = []
+
+        async def main():
+            began = anyio.Event()
+
+            async def hang():
+                began.set()
+                try:
+                    await anyio.sleep_forever()
+                finally:
+                    ended.append("hang")
+
+            async def fail():
+                await began.wait()
+                raise ValueError("no")
+
+            pipeline = AsyncPipeline(
+                AsyncScriptedProvider(calling("hang", "fail")), [Tools([hang, fail], on_error="raise")]
+            )
+            with pytest.raises(ValueError, match="no"):
+                await pipeline.complete(REQUEST)
+
+        run_async(main, backend)
+        assert ended == ["hang"]
+
     def test_a_stream_that_is_left_before_the_functions_run(self, stream_mode, counted):
         """None runs."""
         made = call(stream_mode, Tools(counted.clock), calling("clock", text="Let me look."), stop_after=1)

@@ -39,7 +39,10 @@ def _when(roots: Iterable[TracedSpan]) -> str:
 
 
 def _calls(roots: Iterable[TracedSpan]) -> list[TracedSpan]:
-    return [span for root in roots for _, span in root.walk() if semconv.OPERATION in span.attributes]
+    operations = {None, semconv.EXECUTE_TOOL}  # the run of a tool is no call of a model
+    return [
+        span for root in roots for _, span in root.walk() if span.attributes.get(semconv.OPERATION) not in operations
+    ]
 
 
 def _tokens(roots: Iterable[TracedSpan], keys: Iterable[str]) -> int:
