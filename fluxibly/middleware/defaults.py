@@ -72,7 +72,7 @@ class Defaults:
         if problems:
             raise ConfigError.of(problems)
         copied = {name: dict(value) if name in _REPRS else value for name, value in found.items() if value is not None}
-        self.__attrs_init__(copied)
+        object.__setattr__(self, "parameters", copied)
 
     def __repr__(self) -> str:
         shown = [f"{name}={_REPRS.get(name, repr)(value)}" for name, value in self.parameters.items()]
