@@ -537,7 +537,7 @@ def test_many_threads_share_one():
 def test_a_real_model(gguf, streamed):
     """Eight tokens at a time go on to a whole answer, by a prefill."""
     config = LLMConfig(framework="local", model=str(gguf), temperature=0)
-    question = "What is the capital of France? Answer in a sentence."
+    question = "Name three colors, and say a word about each."
     records = []
 
     def note(request, call_next):
