@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Iterator, Mapping
 from decimal import Decimal
 from pathlib import Path
 from time import perf_counter
-from typing import assert_type
+from typing import Annotated, Literal, assert_type
 
 import attrs
 
@@ -48,6 +48,7 @@ from fluxibly import (
     register_llm_framework,
     register_middleware,
     sleep,
+    tool,
 )
 from fluxibly.config import Secret, Timeouts
 from fluxibly.errors import (
@@ -56,6 +57,7 @@ from fluxibly.errors import (
     CircuitOpen,
     DeadlineExceeded,
     GuardRefused,
+    MaxTurnsExceeded,
     NotRecorded,
     QueueFull,
     RateLimitError,
@@ -90,12 +92,14 @@ from fluxibly.middleware import (
     StreamMeter,
     StreamTimeout,
     Timing,
+    Tools,
     Tracing,
     Validation,
 )
 from fluxibly.stores import Entry, MemoryStore, Store
 from fluxibly.target import to_targets
 from fluxibly.testing import AsyncScriptedProvider, ScriptedProvider, VirtualClock
+from fluxibly.tools import FunctionTool
 
 # Middleware of the user
 
@@ -450,6 +454,41 @@ def targets(config: LLMConfig) -> None:
     assert_type(to_targets("parrot:m"), tuple[Target, ...])
 
 
+@tool
+def get_weather(city: Annotated[str, "its English name"], unit: Literal["c", "f"] = "c") -> str:
+    """Return the weather in a city."""
+    return f"20 {unit} in {city}"
+
+
+@tool(name="tide", description="Return when high tide is.")
+async def high_tide(place: str) -> int:
+    return len(place)
+
+
+def untyped(**arguments: object) -> object:
+    return arguments
+
+
+def confirm(call: ToolCall, request: Request) -> Flow[bool]:
+    answer = yield from ask(request.evolve(messages=f"May {call.name} run?"))
+    return answer.text == "yes"
+
+
+def tools() -> None:
+    assert_type(get_weather("Rome", unit="f"), str)
+    made: list[FunctionTool] = [get_weather, tool(untyped, parameters={"type": "object", "properties": {}})]
+    assert_type(made[0].name, str)
+    call = ToolCall("c1", "get_weather", {"city": "Rome"})
+    stack = [Tools(made, approve=confirm), Tools(high_tide, max_turns=3, parallel=False)]
+    pipeline = Pipeline(ScriptedProvider(Response(tool_calls=[call]), "yes", "20 degrees"), stack)
+    try:
+        response = pipeline.complete(Request(model="m", messages="How warm is it?"))
+        assert_type(response.added, tuple[Message, ...])
+    except MaxTurnsExceeded as error:
+        assert_type(error.partial, Response | None)
+    Pipeline(ScriptedProvider("hi")).complete(Request(model="m", messages="hi", tools=[get_weather, high_tide]))
+
+
 def main(file: Path) -> None:
     config = LLMConfig(
         framework="parrot",
@@ -468,6 +507,7 @@ def main(file: Path) -> None:
     access()
     pipelines()
     targets(config)
+    tools()
 
 
 if __name__ == "__main__":

@@ -65,6 +65,31 @@ with pipeline.stream(Request(model="gpt-4o-mini", messages="Count")) as stream:
 telemetry.shutdown()
 """
 
+WITH_TOOLS = """
+import sys
+from fluxibly.middleware import Tools, Tracing
+from fluxibly.pipeline import Pipeline
+from fluxibly.telemetry import setup
+from fluxibly.testing import ScriptedProvider
+from fluxibly.types import ProviderInfo, Request, Response, ToolCall
+
+class Remote(ScriptedProvider):
+    info = ProviderInfo(name="OpenAIProvider", telemetry_name="openai", server_address="api.test", server_port=443)
+
+def look_up(word: str) -> str:
+    "Looks things up."
+    return f"{word} is forty two"
+
+def fails() -> str:
+    raise LookupError
+
+telemetry = setup(otlp=sys.argv[1], headers={"x-mlflow-experiment-id": "0"})
+answer = Response("", tool_calls=[ToolCall("c1", "look_up", {"word": "life"}), ToolCall("c2", "fails")])
+stack = [Tracing(capture="span"), Tools([look_up, fails])]
+Pipeline(Remote(answer, "Forty two."), stack).complete(Request(model="with-tools", messages="What is life?"))
+telemetry.shutdown()
+"""
+
 
 @pytest.fixture(autouse=True, scope="module")
 def asked_for(request: pytest.FixtureRequest) -> None:
@@ -188,6 +213,24 @@ def test_phoenix_shows_the_conversation_the_tree_and_the_tokens_once(phoenix):
     assert abandoned["llm.output_messages.0.message.content"] == "one two "
     assert {call["status_code"] for call in calls} == {"UNSET"}
     assert sum(attempt["status_code"] == "ERROR" for attempt in attempts) == 3
+
+
+def test_phoenix_shows_the_tools(phoenix):
+    """The runs of functions hang under their call, with what went in and what came out."""
+    subprocess.run([sys.executable, "-c", WITH_TOOLS, phoenix], check=True, timeout=120, capture_output=True)
+    spans, tools = [], {}
+    for _ in range(60):
+        spans = spans_of(phoenix)
+        tools = {span["name"]: span for span in spans if span["name"].startswith("execute_tool ")}
+        if len(tools) == 2 and any(span["name"] == "chat with-tools" for span in spans):
+            break
+        time.sleep(0.5)
+    (call,) = [span for span in spans if span["name"] == "chat with-tools"]
+    assert {*tools} == {"execute_tool look_up", "execute_tool fails"}
+    assert {span["parent_id"] for span in tools.values()} == {call["context"]["span_id"]}
+    assert (tools["execute_tool fails"]["status_code"], call["status_code"]) == ("ERROR", "UNSET")
+    assert "life is forty two" in json.dumps(tools["execute_tool look_up"]["attributes"])
+    assert "LLM" not in {span["span_kind"] for span in tools.values()}
 
 
 def test_phoenix_shows_a_chat_of_the_readmes(phoenix):

@@ -22,6 +22,8 @@ import attrs
 from fluxibly._checks import text, whole
 from fluxibly._extras import pip_install
 from fluxibly.errors import ConfigError, ProviderError, RequestTimeout
+from fluxibly.providers.local._model import has_tools_in_template
+from fluxibly.providers.local._tools import TEMPLATE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 QUEUE_LIMIT = 64
 """The number of events that wait for a slow consumer before the callback itself waits."""
 OWN_TEMPLATE = "model"
+TOOLS_TEMPLATE = "tools"
 DEFAULT_TEMPLATE = "chatml"
 
 
@@ -49,7 +52,8 @@ class Settings:
         n_batch: the number of prompt tokens processed at a time; a call can be cancelled between two batches.
         n_parallel: the number of answers generated at once, which share `n_ctx`; further calls wait.
         n_gpu_layers: the number of layers to put on a GPU, if xllamacpp was built for GPUs (-1: as many as fit).
-        chat_template: the name of a template of llama.cpp, a Jinja template, or "model" for the file's own template.
+        chat_template: the name of a template of llama.cpp, a Jinja template, "model" for the file's own template, or "tools"
+            for ChatML with tools.
 
     """
 
@@ -71,7 +75,7 @@ class Settings:
     @property
     def takes_tools(self) -> bool:
         """Whether the template may mention tools. The named templates of llama.cpp do not."""
-        return self.chat_template == OWN_TEMPLATE or "tools" in self.chat_template
+        return self.chat_template in (OWN_TEMPLATE, TOOLS_TEMPLATE) or "tools" in self.chat_template
 
 
 SETTINGS = frozenset(field.name for field in attrs.fields(Settings))
@@ -96,8 +100,10 @@ class Engine:
         params.n_batch = params.n_ubatch = settings.n_batch
         params.n_gpu_layers = settings.n_gpu_layers
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = settings.n_threads
-        if settings.chat_template != OWN_TEMPLATE:
-            params.chat_template = settings.chat_template
+        template = settings.chat_template
+        if template != OWN_TEMPLATE:
+            params.chat_template = TEMPLATE if template == TOOLS_TEMPLATE else template
+        self.takes_tools = settings.takes_tools and (template != OWN_TEMPLATE or has_tools_in_template(path))
         params.cache_ram_mib = 0  # the default caches up to 8 GB of old prompts
         params.verbosity = -1
         params.offline = True
@@ -107,10 +113,10 @@ class Engine:
         try:
             self.server = _start(library, params)
         except RuntimeError as error:
-            template = "" if settings.chat_template == DEFAULT_TEMPLATE else ", or chat_template is invalid"
+            wrong = "" if template == DEFAULT_TEMPLATE else ", or chat_template is invalid"
             raise ProviderError(
                 f"llama.cpp could not load {path.name}: the file is damaged, in an unknown format, or too large for "
-                f"the memory with n_ctx={settings.n_ctx}{template}",
+                f"the memory with n_ctx={settings.n_ctx}{wrong}",
                 provider="local",
                 model=alias,
             ) from error

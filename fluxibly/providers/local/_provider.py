@@ -28,6 +28,7 @@ from fluxibly.providers.dialects.openai_chat import ChatDecoder, OpenAICodec
 from fluxibly.providers.dialects.openai_request import Quirks
 from fluxibly.providers.local._engine import SETTINGS, Engine, Generation, Stopped, load, missing, settings_of
 from fluxibly.providers.local._model import DEFAULT_MODEL, check_gguf, model_path, named_model
+from fluxibly.providers.local._tools import CallReader, schema_of_call, tools_to_call
 from fluxibly.types import Chunk, Media, Prefill, ProviderInfo, Request, Response
 
 if TYPE_CHECKING:
@@ -113,12 +114,7 @@ class LocalProvider:
     def body(self, request: Request) -> dict[str, Any]:
         """Return the body of the request to llama.cpp."""
         if request.tools and not self._settings.takes_tools:
-            raise BadRequest(
-                f"tools: the chat template {self._settings.chat_template!r} of the local model {self._alias} does not "
-                "support tools; if the model does, set additional_params: {chat_template: model}",
-                provider="local",
-                model=self._alias,
-            )
+            raise self.no_tools("if the model does, set additional_params: {chat_template: model}, else")
         for message in request.messages:
             for part in message.content:
                 if isinstance(part, Media) and (message.role != "assistant" or part.raw is None):
@@ -131,8 +127,20 @@ class LocalProvider:
         extra = {name: value for name, value in request.extra.items() if name not in SETTINGS}
         encoded = self._codec.encode(request.evolve(extra=extra), stream=True)
         body: dict[str, Any] = msgspec.json.decode(encoded.body)
+        if tools := tools_to_call(request):
+            body["response_format"] = {"type": "json_object", "schema": schema_of_call(tools)}
+            body["tool_choice"] = "auto"
         body["return_progress"] = True  # sends events during a long prompt, so that it can be cancelled
         return body
+
+    def no_tools(self, advice: str) -> BadRequest:
+        """Return the error for a request with tools, to a model whose chat template has no place for them."""
+        return BadRequest(
+            f"tools: the chat template {self._settings.chat_template!r} of the local model {self._alias} does not support "
+            f"tools; {advice} set additional_params: {{chat_template: tools}}",
+            provider="local",
+            model=self._alias,
+        )
 
     def failure(self, error: Mapping[str, Any]) -> ProviderError:
         """Return llama.cpp's error as fluxibly's."""
@@ -228,6 +236,8 @@ class LocalStream:
         left = time_left(request.call.leash, request.call.clock)
         self._deadline = None if left is None else time.monotonic() + left
         self._decoder = provider.decoder()
+        self._call: CallReader | None = None
+        """Reads the answer as a tool call, if the model has to make one."""
         self._generation: Generation | None = None
         self._loader: Worker | None = None
         """The thread in which the model is loaded, while the reader waits for it."""
@@ -251,7 +261,7 @@ class LocalStream:
         return self._chunks.popleft()
 
     def _take(self, chunks: Iterable[Chunk]) -> None:
-        self._chunks.extend(chunks)
+        self._chunks.extend(chunks if self._call is None else map(self._call.read, chunks))
         if self._chunks:
             self._wait_end = None
             if self._strict is not None:
@@ -307,7 +317,12 @@ class LocalStream:
     def _begin(self) -> Generation:
         limit = self._soonest(self._outer_limits(time.monotonic()))
         body = self._provider.body(self._request)  # a request that is refused loads no model
-        generation = self._generation = Generation(self._model(limit), body)
+        if tools_to_call(self._request):
+            self._call = CallReader()
+        engine = self._model(limit)
+        if self._request.tools and not engine.takes_tools:
+            raise self._provider.no_tools("choose another model, or")
+        generation = self._generation = Generation(engine, body)
         if self._stopped:  # stopped while the model was being loaded
             raise self._provider.given_up()
         generation.start()
