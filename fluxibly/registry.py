@@ -462,16 +462,22 @@ def default_stack(config: LLMConfig, *layers: Middleware) -> tuple[Middleware, .
     return _default_stack(config.max_retries, layers)
 
 
+def built_in_kind(layer: object) -> str | None:
+    """Return the name of the built-in class that a layer is of, such as "Retry"; None for a layer of the user's own."""
+    # Not by `isinstance`, because that would load the classes of all built-in layers.
+    names = [cls.__name__ for cls in type(layer).__mro__ if cls.__module__.startswith("fluxibly.middleware.")]
+    return names[0] if names and names[0] in _BUILT_IN_MIDDLEWARE.values() else None
+
+
 def _default_stack(max_retries: int, layers: Iterable[Middleware]) -> tuple[Middleware, ...]:
     module = importlib.import_module("fluxibly.middleware")
-    # Not by `isinstance`, because that would load the classes of all built-in layers.
     given: dict[str, list[Middleware]] = {name: [] for name in _BUILT_IN_MIDDLEWARE.values()}
     own: list[Middleware] = []
     for layer in layers:
         if not callable(layer) or isinstance(layer, type):
             raise TypeError(f"default_stack: expected middleware, like Retry(max_retries=5), got {kind_of(layer)}")
-        names = [cls.__name__ for cls in type(layer).__mro__ if cls.__module__.startswith("fluxibly.middleware.")]
-        (given[names[0]] if names and names[0] in given else own).append(layer)
+        kind = built_in_kind(layer)
+        (own if kind is None else given[kind]).append(layer)
     ordered: list[Middleware] = []
     for name, kind in _BUILT_IN_MIDDLEWARE.items():
         if given[kind]:
