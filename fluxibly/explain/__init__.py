@@ -8,9 +8,9 @@ classes. Imported by: `pipeline` and `llm`, when somebody asks.
 """
 
 from fluxibly.explain.chain import Chain, Layer
-from fluxibly.explain.explanation import Explanation, WorstCases, explain
+from fluxibly.explain.explanation import Explanation, explain
 from fluxibly.explain.rules import Finding, Match, Rule, inside, outside, register_rule, rules
-from fluxibly.explain.worst import WorstCase
+from fluxibly.explain.worst import WorstCase, WorstCases
 
 __all__ = [
     "Chain",

@@ -95,6 +95,12 @@ class Chain:
         return (layer for layer in self.layers if layer.kind in kinds)
 
     @property
+    def title(self) -> str:
+        """What is explained, in a few words."""
+        count = len(self.layers)
+        return self.clean(f"{self.framework or 'a provider'}, {count} layer{'' if count == 1 else 's'}")
+
+    @property
     def framework(self) -> str | None:
         """The framework of the provider at the end, if it is known."""
         if self.config is not None:

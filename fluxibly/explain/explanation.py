@@ -12,17 +12,9 @@ from fluxibly.explain.chain import Chain, Layer
 from fluxibly.explain.drawing import flowchart
 from fluxibly.explain.layers import Search
 from fluxibly.explain.rules import Finding, findings
-from fluxibly.explain.text import Cap, text_of
-from fluxibly.explain.worst import WorstCase
+from fluxibly.explain.text import text_of
+from fluxibly.explain.worst import CallBudget, WorstCases
 from fluxibly.types import ProviderInfo
-
-
-@attrs.frozen
-class WorstCases:
-    """The worst case of a whole answer, and that of a stream."""
-
-    whole: WorstCase
-    stream: WorstCase
 
 
 @attrs.frozen(eq=False, repr=False)
@@ -30,34 +22,31 @@ class Explanation:
     """What a stack does, what a call may come to, and which of its orders hurt. Its `str` is the text, 80 columns wide.
 
     Attributes:
-        title: what is explained.
-        layers: the layers, outermost first.
+        chain: the stack as the rules see it.
         worst_case: the most that a call may come to: `worst_case.whole` and `worst_case.stream`.
         warnings: what hurts, each with its rule, its layers and a `str`.
         notes: what is good to know.
     """
 
-    title: str
-    layers: tuple[Layer, ...]
+    chain: Chain
     worst_case: WorstCases
-    caps: tuple[Cap, ...]
-    """The budgets of a call."""
     warnings: list[Finding]
     notes: list[Finding]
-    provider: str
-    """The provider at the end, in words."""
-    chain: Chain
-    """The stack as the rules see it."""
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """The layers, outermost first."""
+        return self.chain.layers
 
     def __str__(self) -> str:
-        return text_of(self, self.chain)
+        return text_of(self.chain, self.worst_case, self.warnings, self.notes)
 
     def __repr__(self) -> str:
-        return f"Explanation({self.title}: {len(self.layers)} layers, {len(self.warnings)} warnings, {len(self.notes)} notes)"
+        return f"Explanation({self.chain.title}: {len(self.warnings)} warnings, {len(self.notes)} notes)"
 
     def mermaid(self) -> str:
         """Return a flowchart of the stack in the language of Mermaid. What a warning is about is red."""
-        return flowchart(self)
+        return flowchart(self.chain, self.warnings)
 
     def check(self) -> None:
         """Raise an error if there are warnings.
@@ -86,18 +75,16 @@ def explain(
     """
     chain = Chain(middleware, provider=provider, config=config, info=info)
     found = [*findings(chain)]
-    count = len(chain.layers)
+    budgets = [
+        CallBudget(str(layer), layer.layer.tokens, layer.layer.cost)
+        for layer in chain.of("Budget")
+        if layer.layer.scope == "call"
+    ]
     return Explanation(
-        title=f"{chain.framework or 'a provider'}, {count} layer{'' if count == 1 else 's'}",
-        layers=chain.layers,
-        worst_case=WorstCases(*(Search(chain, streaming=streaming).run() for streaming in (False, True))),
-        caps=tuple(
-            Cap(str(layer), layer.layer.tokens, layer.layer.cost)
-            for layer in chain.of("Budget")
-            if layer.layer.scope == "call"
+        chain,
+        WorstCases(
+            whole=Search(chain, streaming=False).run(), stream=Search(chain, streaming=True).run(), budgets=budgets
         ),
         warnings=[each for each in found if each.rule.level == "warning"],
         notes=[each for each in found if each.rule.level == "note"],
-        provider=chain.provider_shown,
-        chain=chain,
     )

@@ -138,7 +138,7 @@ def _listed(layers: list[Layer]) -> str:
 
 
 def _retries(retry: Any) -> bool:
-    return max(retry.max_retries, *retry.limits.values(), 0) > 0
+    return bool(max(retry.max_retries, *retry.limits.values(), 0) > 0)
 
 
 def _retries_usually(retry: Any) -> bool:
@@ -161,8 +161,7 @@ def _judges(validation: Any) -> bool:
 
 def _holds(layer: Any) -> bool:
     """Whether a Guard or a Validation holds the chunks of a stream back."""
-    holds: bool = layer.hold if hasattr(layer, "hold") else layer.output is not None
-    return holds
+    return layer.hold is True if hasattr(layer, "hold") else layer.output is not None
 
 
 def _records(layer: Any) -> bool:

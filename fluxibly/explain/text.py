@@ -7,41 +7,28 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-import attrs
-
 from fluxibly.explain.layers import about
-from fluxibly.explain.worst import WorstCase, shown_number
+from fluxibly.explain.worst import ATTEMPTS, CallBudget, WorstCase, WorstCases, shown_number
 
 if TYPE_CHECKING:
     from fluxibly.explain.chain import Chain, Layer
-    from fluxibly.explain.explanation import Explanation
     from fluxibly.explain.rules import Finding
 
 WIDTH = 80
 _NO_TOKENS = "no limit: set max_tokens"
 
 
-@attrs.frozen
-class Cap:
-    """What a Budget of each call allows."""
-
-    by: str
-    tokens: float | None
-    cost: float | None
-
-
-def text_of(explanation: Explanation, chain: Chain) -> str:
+def text_of(chain: Chain, worst: WorstCases, warnings: Sequence[Finding], notes: Sequence[Finding]) -> str:
     """Return the text: the tree, the worst case, the warnings and the notes."""
-    lines = [*_wrapped(f"{explanation.title}, outermost first", ""), ""]
-    for layer in explanation.layers:
+    lines = [*_wrapped(f"{chain.title}, outermost first", ""), ""]
+    for layer in chain.layers:
         lines += _tree_of(layer, chain)
-    lines += _wrapped(
-        explanation.provider or "not known", "      ", first=f"{len(explanation.layers) + 1:>3}  (provider) "
-    )
-    lines += ["", "The worst case of a call:", *_worst(explanation)]
-    lines += ["", *_found("warning", explanation.warnings)]
-    if explanation.notes:
-        lines += ["", *_found("note", explanation.notes)]
+    provider = f"{len(chain.layers) + 1:>3}  (provider)  "
+    lines += _wrapped(chain.provider_shown or "not known", "       ", first=provider)
+    lines += ["", "The worst case of a call:", *_worst(worst)]
+    lines += ["", *_found("warning", warnings)]
+    if notes:
+        lines += ["", *_found("note", notes)]
     return "\n".join(line.rstrip() for line in lines)
 
 
@@ -66,12 +53,12 @@ def _tree_of(layer: Layer, chain: Chain) -> Iterator[str]:
     yield side
 
 
-def _worst(explanation: Explanation) -> Iterator[str]:
-    whole, stream = explanation.worst_case.whole, explanation.worst_case.stream
+def _worst(worst: WorstCases) -> Iterator[str]:
+    whole, stream = worst.whole, worst.stream
     yield from _both("requests", _requests(whole), _requests(stream))
     yield from _both("longest wait", _wait(whole), _wait(stream))
-    yield from _both("output tokens", _tokens(whole, explanation.caps), _tokens(stream, explanation.caps))
-    money = [f"${cap.cost:g} by {cap.by}" for cap in explanation.caps if cap.cost is not None]
+    yield from _both("output tokens", _tokens(whole, worst.budgets), _tokens(stream, worst.budgets))
+    money = [f"${budget.cost:g} by {budget.by}" for budget in worst.budgets if budget.cost is not None]
     if money:
         yield from _row("cost", ", ".join(money))
     more = dict.fromkeys([*whole.not_counted, *stream.not_counted])
@@ -99,17 +86,16 @@ def _requests(case: WorstCase) -> str:
 def _wait(case: WorstCase) -> str:
     if math.isinf(case.seconds):
         return f"no limit: {'; '.join(case.unlimited) or 'longer than any clock can tell'}"
-    parts = [f"{duration(seconds)} {'in ' if who == 'attempts' else 'by '}{who}" for who, seconds in case.waits.items()]
+    parts = [f"{duration(seconds)} {'in ' if who == ATTEMPTS else 'by '}{who}" for who, seconds in case.waits.items()]
     if len(parts) < 2:
         return "".join(parts) or "none"
     return f"{duration(case.seconds)} = {' + '.join(parts)}"
 
 
-def _tokens(case: WorstCase, caps: Sequence[Cap]) -> str:
-    limits = [cap for cap in caps if cap.tokens is not None and (case.tokens is None or cap.tokens < case.tokens)]
-    if limits:
-        least = min(limits, key=lambda cap: cap.tokens or 0.0)
-        return f"{least.tokens:,.0f} with the input, by {least.by}"
+def _tokens(case: WorstCase, budgets: Sequence[CallBudget]) -> str:
+    caps = [(budget.tokens, budget.by) for budget in budgets if budget.tokens is not None]
+    if caps and (case.tokens is None or min(caps)[0] < case.tokens):
+        return f"about {min(caps)[0]:,.0f} with the input, by {min(caps)[1]}"
     if case.tokens is None:
         return _NO_TOKENS
     if case.requests > 1 and case.tokens % case.requests == 0:

@@ -79,6 +79,26 @@ class WorstCase:
         return attrs.evolve(self, not_counted=_with(self.not_counted, what))
 
 
+@attrs.frozen
+class CallBudget:
+    """What a `Budget` allows each call."""
+
+    by: str
+    tokens: float | None
+    """Tokens of input and output together; None: no limit."""
+    cost: float | None
+    """US dollars; None: no limit."""
+
+
+@attrs.frozen(kw_only=True)
+class WorstCases:
+    """The worst case of a whole answer and that of a stream, and what budgets allow a call, whatever these say."""
+
+    whole: WorstCase
+    stream: WorstCase
+    budgets: Sequence[CallBudget] = ()
+
+
 def in_turn(cases: Iterable[WorstCase], what: str) -> WorstCase:
     """Return the case in which several things happen, one after the other. `what` is a word for them: "targets"."""
     first, *others = cases
