@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
@@ -14,6 +15,7 @@ from fluxibly._logs import logger
 from fluxibly.config import LLMConfig
 from fluxibly.explain.chain import Chain, Layer, config_of, targets_of
 from fluxibly.providers.services import OWN_MODELS, framework_of_model
+from fluxibly.registry import frameworks
 
 _SHOWN = 4
 """The most inner layers that a finding names."""
@@ -192,8 +194,8 @@ def _several(kind: str, when: Callable[[Any], bool] | None = None) -> Find:
 def _foreign_models(chain: Chain) -> Iterator[Match]:
     asked = chain.framework
     vendor = OWN_MODELS.get(asked or "")
-    if vendor is None or (chain.config is not None and chain.config.api_base is not None):
-        return  # a service or a gateway that has the models of many
+    if vendor is None or _asks_a_gateway(chain):
+        return  # it may have the models of many vendors
     balanced = False
     for layer in chain.layers:
         for target in targets_of(layer.layer):
@@ -201,6 +203,14 @@ def _foreign_models(chain: Chain) -> Iterator[Match]:
             if owner is not None and owner != vendor and not balanced and config_of(target) is None:
                 yield Match((layer,), f"{layer} asks {asked} for the model {target.to!r}; write '{owner}:{target.to}'")
         balanced = balanced or layer.kind == "Balance"
+
+
+def _asks_a_gateway(chain: Chain) -> bool:
+    """Whether requests may go to another server than the vendor's."""
+    framework = frameworks().get(chain.framework or "")
+    variable = None if framework is None else framework.url_var
+    own_server = chain.config is not None and chain.config.api_base is not None
+    return own_server or bool(variable and os.environ.get(variable))
 
 
 def _sdk_retries(chain: Chain) -> Iterator[Match]:
@@ -249,7 +259,8 @@ _BUILT_IN = (
     Rule(
         "cache-outside-of-redact",
         outside("Cache", "Redact"),
-        reason="what Redact replaces stands in the cache in clear",
+        reason="what Redact restores stands in the cache in clear, and requests that differ only in what it replaces are asked "
+        "anew",
         cure="put Cache inside of Redact",
     ),
     Rule(
@@ -261,7 +272,7 @@ _BUILT_IN = (
     Rule(
         "content-outside-of-redact",
         outside(("Tracing", "Logging"), "Redact", when_outer=_shows_content),
-        reason="spans with captured content, and log lines at DEBUG, show what Redact replaces",
+        reason="spans with captured content, and log lines at DEBUG, show what Redact replaces or has restored",
         cure="pass redact=Redact(…) to the layer, too; or capture nothing, and log from INFO up",
     ),
     Rule(
@@ -328,7 +339,8 @@ _BUILT_IN = (
     Rule(
         "budget-outside-of-attempts",
         outside("Budget", _ATTEMPTS, when_inner=_sends_again),
-        reason="only the first attempt asks whether the budget has enough left, and those that follow are sent anyway",
+        reason="only the first attempt asks whether enough is left, at the price of the pipeline's own model; those that "
+        "follow are sent anyway",
         cure="put Budget inside, where it sees each attempt",
     ),
     Rule(
