@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from fluxibly.registry import register_llm_framework, register_middleware
     from fluxibly.signals import Signal
     from fluxibly.target import Target
+    from fluxibly.tools import tool
     from fluxibly.types import (
         Audio,
         Chunk,
@@ -56,6 +57,7 @@ _NAMES = {
     "registry": "register_llm_framework register_middleware",
     "signals": "Signal",
     "target": "Target",
+    "tools": "tool",
     "types": "Audio Chunk Document Image Message Request Response Restart StreamStats Tool ToolCall Usage",
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names.split()}
@@ -103,6 +105,7 @@ __all__ = [
     "register_middleware",
     "sleep",
     "stop_when",
+    "tool",
 ]
 
 

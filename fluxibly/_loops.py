@@ -1,12 +1,18 @@
-"""The event loop that runs this code: asyncio's or trio's. Neither is imported here before code runs on it."""
+"""The event loop that runs this code, asyncio's or trio's, and a loop for code that has none.
+
+Neither library is imported here before it is needed.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import math
 import sys
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Awaitable, Callable
+from contextvars import copy_context
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 def trio_here() -> Any:
@@ -52,3 +58,55 @@ def from_anywhere(callback: Callable[[], object]) -> Callable[[], None]:
             soon(callback)
 
     return call
+
+
+def run_to_end(function: Callable[[], Awaitable[T]]) -> T:
+    """Run an async function to its end, for a caller that is not async, in an event loop of asyncio of its own.
+
+    A thread runs one loop at a time. So if one runs here already, as in a notebook, the function runs in another thread.
+    An exception that ends the wait, such as Ctrl-C, cancels the function.
+    """
+    import asyncio  # late, as above
+
+    if asyncio._get_running_loop() is None and trio_here() is None:  # documented for this purpose
+        # With a factory, the loop that the caller may have set for this thread stays.
+        with asyncio.Runner(loop_factory=asyncio.new_event_loop) as runner:
+            return runner.run(_awaited(function))
+    return _run_in_thread(function)
+
+
+async def _awaited(function: Callable[[], Awaitable[T]]) -> T:
+    # The context may be that of a task of trio, and anyio then takes this loop for trio's.
+    sniffio = sys.modules.get("sniffio")
+    if sniffio is not None:
+        sniffio.current_async_library_cvar.set("asyncio")  # in the context of this task alone
+    return await function()
+
+
+def _run_in_thread(function: Callable[[], Awaitable[T]]) -> T:
+    import asyncio
+    from concurrent.futures import Future
+    from threading import Thread
+
+    done: Future[T] = Future()
+    cancels: list[Callable[[], object]] = []
+
+    async def cancellable() -> T:
+        task = asyncio.current_task()
+        if task is not None:
+            cancels.append(from_anywhere(task.cancel))
+        return await function()
+
+    def run() -> None:
+        try:
+            done.set_result(run_to_end(cancellable))
+        except BaseException as error:  # noqa: BLE001  # it is raised where the result is awaited
+            done.set_exception(error)
+
+    Thread(target=copy_context().run, args=(run,), name="fluxibly-loop", daemon=True).start()
+    try:
+        return done.result()
+    except BaseException:
+        for cancel in cancels:
+            cancel()
+        raise

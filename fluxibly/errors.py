@@ -225,6 +225,13 @@ class MaxTurnsExceeded(FluxiblyError):
         super().__init__(message)
         self.partial = partial
 
+    def __reduce__(self) -> tuple[object, ...]:
+        return (_too_many_turns, (*self.args, self.partial))
+
+
+def _too_many_turns(message: str, partial: Response | None) -> MaxTurnsExceeded:
+    return MaxTurnsExceeded(message, partial=partial)
+
 
 class NotRecorded(FluxiblyError):
     """`Replay` has no recording of a request."""

@@ -90,3 +90,27 @@ def check_function(name: str, value: object, *, flows: bool = False) -> str | No
             kind = "a generator function" if generates else "an async function"
             return f"{name}: expected a plain function, got {kind}; write def, and return the value"
     return None
+
+
+def arity(name: str, function: Callable[..., Any], *, most: int, takes: str) -> int:
+    """Return how many arguments a function takes: as many as it has positional parameters without a default, at least one.
+
+    Args:
+        takes: what it may take, for the message.
+
+    Raises:
+        ConfigError: it cannot take as few, or needs more than `most`.
+    """
+    from inspect import signature  # late, because it takes long to load
+
+    try:
+        parameters = signature(function).parameters.values()
+    except (TypeError, ValueError):  # a function that is written in C need not have one
+        return 1
+    positional = [each for each in parameters if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
+    several = any(each.kind is each.VAR_POSITIONAL for each in parameters)
+    needed = sum([each.default is each.empty for each in positional])
+    missing = [each for each in parameters if each.kind is each.KEYWORD_ONLY and each.default is each.empty]
+    if needed > most or missing or not (positional or several):
+        raise ConfigError(f"{name}: expected a function that takes {takes}, got one with {signature(function)}")
+    return max(needed, 1)

@@ -189,6 +189,26 @@ class Observer(Protocol):
         """Return the observer of an `ask` that was made with the request."""
         ...
 
+    def run_tool(self, tool: Tool, call: ToolCall, /) -> ToolRun | None:
+        """Begin to follow the run of a tool's function for a call of the model. None: it need not be followed."""
+        ...
+
+
+class ToolRun(Protocol):
+    """The run of a tool's function, as an observer follows it."""
+
+    def enter(self) -> object:
+        """Make its span current, in the thread or task that calls the function. Return a token for `leave`."""
+        ...
+
+    def leave(self, token: Any, /) -> None:
+        """Make the span current that was before."""
+        ...
+
+    def end(self, result: Message | None, error: BaseException | None, /) -> None:
+        """Note the end. If there are both, the result tells the model of the error."""
+        ...
+
 
 class AskObserver(Observer, Protocol):
     """Follows the attempts of an `ask`."""

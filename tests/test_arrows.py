@@ -213,6 +213,7 @@ PUBLIC = [
     "emit",
     "stop_when",
     "Signal",
+    "tool",
 ]
 
 

@@ -12,7 +12,6 @@ import attrs
 
 from fluxibly._checks import kind_of, number, problem, truth, validator, whole
 from fluxibly._logs import report_once
-from fluxibly._schemas.checking import parse
 from fluxibly.errors import ConfigError, DeadlineExceeded, error_type
 from fluxibly.flow import CallNext, Flow, as_chunks, provider_of, sleep
 from fluxibly.flow.effects import More
@@ -329,6 +328,6 @@ def _name(key: str) -> str:
 def _parse_again(call: CallRecord, text: str) -> Any:
     """Parse an answer as the `Validation` of the stack does, because a store keeps no objects of classes."""
     for layer in call.layers:
-        if isinstance(layer, Validation) and layer.schema is not None:
-            return parse(text, layer.schema)
+        if isinstance(layer, Validation) and layer.shape is not None:
+            return layer.shape.parse(text)
     raise ValueError("no Validation of the stack has a schema")

@@ -15,7 +15,7 @@ from fluxibly.flow import CallNext, Flow
 from fluxibly.flow.combinators import effects_of
 from fluxibly.flow.relay import is_flow
 from fluxibly.flow.verbs import discard
-from fluxibly.functions import check_function, to_function
+from fluxibly.functions import arity, check_function, to_function
 from fluxibly.middleware._borders import Borders, Lengths, Sentences
 from fluxibly.middleware._keys import name_of_provider, whom
 from fluxibly.middleware._releasing import check_whole, release_checked
@@ -106,13 +106,14 @@ class Guard:
                 f"release={self.release!r}"
             )
         if self.input is not None:
-            _parameters("input", self.input, most=1)
+            _arity("input", self.input, most=1, takes="the request")
         borders: Callable[[], Borders] | None = Sentences
         if self.release != "sentence":
             borders = None if self.release == "all" else partial(Lengths, self.release)
         object.__setattr__(self, "_borders", borders)
-        takes = self.output is not None and _parameters("output", self.output, most=2) == 2
-        object.__setattr__(self, "_takes_request", takes)
+        takes = "the response, or the response and the request"
+        both = self.output is not None and _arity("output", self.output, most=2, takes=takes) == 2
+        object.__setattr__(self, "_takes_request", both)
 
     def __call__(self, request: Request, call_next: CallNext) -> Flow[Response]:
         if self.input is not None:
@@ -196,23 +197,9 @@ def _reason(name: str, found: object) -> Flow[str | None]:
     )
 
 
-def _parameters(name: str, function: Callable[..., Any], *, most: int) -> int:
-    """Return how many arguments a function takes: as many as it has positional parameters without a default, at least one.
-
-    Raises:
-        ConfigError: it cannot take as few, or needs more than `most`.
-    """
-    from inspect import signature  # late, because it takes long to load
-
+def _arity(name: str, function: Callable[..., Any], *, most: int, takes: str) -> int:
+    """Return how many arguments a function takes; see `arity`."""
     try:
-        parameters = signature(function).parameters.values()
-    except (TypeError, ValueError):  # a function that is written in C need not have one
-        return 1
-    positional = [each for each in parameters if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
-    several = any(each.kind is each.VAR_POSITIONAL for each in parameters)
-    needed = sum([each.default is each.empty for each in positional])
-    missing = [each for each in parameters if each.kind is each.KEYWORD_ONLY and each.default is each.empty]
-    if needed > most or missing or not (positional or several):
-        takes = "the request" if name == "input" else "the response, or the response and the request"
-        raise ConfigError(f"Guard: {name}: expected a function that takes {takes}, got one with {signature(function)}")
-    return max(needed, 1)
+        return arity(name, function, most=most, takes=takes)
+    except ConfigError as error:
+        raise ConfigError(f"Guard: {error}") from None

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Literal
 
 import attrs
 
 from fluxibly._checks import kind_of, one_of, validator, whole
 from fluxibly._logs import log, log_retry
-from fluxibly._schemas.checking import check_schema, parse
+from fluxibly._schemas.shapes import Shape, shape_of
 from fluxibly.errors import ConfigError, ResponseInvalid
 from fluxibly.flow import CallNext, Flow, hold_back
 from fluxibly.flow.relay import OutputWatch
@@ -19,26 +19,22 @@ from fluxibly.types import Message, Reasoning, Request, Response, Text
 EMPTY = "the answer is empty"
 
 
-def _checked_schema(instance: object, attribute: object, schema: Any) -> None:
-    if schema is not None:
-        check_schema(schema)
-
-
 @attrs.frozen(kw_only=True)
 class Validation:
     """Middleware that checks each complete answer, and optionally asks the model again with a correction.
 
-    With `schema`, the response's `parsed` is the decoded JSON or an instance of the attrs class. The usage is that of
-    the last answer.
+    With `schema`, the response's `parsed` is the decoded JSON or an instance of the type. The schema is not sent:
+    `llm.complete(…, into=Person)` sends and checks it. The usage is that of the last answer.
 
     Args:
         empty: how to handle an answer with neither text nor tool calls: "warn" logs it, "raise" raises
             `ResponseInvalid`, "retry" asks again.
         check: a function that receives the response, and returns None if the response is good, or else a correction to
             send to the model. An exception that it raises reaches the caller.
-        schema: a JSON Schema that the text, parsed as JSON, must match (needs jsonschema), or an attrs class that
-            cattrs must be able to build from the JSON. Numbers, strings and booleans are not converted to one another.
-            A Markdown code fence around the JSON is ignored.
+        schema: a JSON Schema that the text, parsed as JSON, must match (needs jsonschema), or a type whose instance it must
+            make: an attrs class, a dataclass, a TypedDict, a msgspec Struct, a pydantic model, a list or a union of these.
+            Numbers, strings and booleans are not converted to one another. A Markdown code fence around the JSON is ignored.
+            A value that is not an object may also be the property `value` of one.
         max_retries: how often to ask again, for all reasons together. After that, `ResponseInvalid` is raised.
         hold: hold a stream back until the answer has passed. Without `hold`, a stream is checked at its end. By then it
             is too late to ask again, so a problem is raised at once (as the cause of `StreamInterrupted`, if text has
@@ -51,12 +47,22 @@ class Validation:
     check: Callable[[Response], str | None] | None = attrs.field(
         default=None, validator=attrs.validators.optional(attrs.validators.is_callable())
     )
-    schema: Mapping[str, Any] | type[Any] | None = attrs.field(default=None, validator=_checked_schema)
+    schema: Any = attrs.field(default=None)
     max_retries: int = attrs.field(default=2, validator=validator(whole, 0))
     hold: bool = False
+    _shape: Shape | None = attrs.field(init=False, repr=False, eq=False, default=None)
+
+    def __attrs_post_init__(self) -> None:
+        if self.schema is not None:
+            object.__setattr__(self, "_shape", shape_of(self.schema, "Validation(schema=…)"))
+
+    @property
+    def shape(self) -> Shape | None:
+        """The shape that answers have to have; None: any."""
+        return self._shape
 
     def __call__(self, request: Request, call_next: CallNext) -> Flow[Response]:
-        if self.empty == "warn" and self.check is None and self.schema is None and not self.hold:
+        if self.empty == "warn" and self.check is None and self._shape is None and not self.hold:
             response = yield from call_next(request)
             self.judge(response, _Verdict())
             return response
@@ -90,9 +96,9 @@ class Validation:
             if self.empty != "warn":
                 raise verdict.reject(response, EMPTY, retry=self.empty == "retry")
             log(logging.WARNING, "LLM response is empty")
-        if self.schema is not None and not response.tool_calls:
+        if self._shape is not None and not response.tool_calls:
             try:
-                verdict.parsed = parse(response.text, self.schema)
+                verdict.parsed = self._shape.parse(response.text)
             except ConfigError:
                 raise
             except ValueError as error:

@@ -114,7 +114,7 @@ class Capturing:
             if self.mode in ("event", "both"):
                 in_event = {key: _plain(value) for key, value in content.items()}
         except RecursionError:
-            report_once("deep content", "content is not captured for calls in which it is nested too deeply")
+            _report_deep()
             return
         except Exception as problem:  # noqa: BLE001  # the user's `redact` failed, so no content may be recorded
             _report(problem)
@@ -123,6 +123,19 @@ class Capturing:
             span.set_attributes(on_span)
         if self.mode in ("event", "both"):
             self._emit({**attributes, **in_event}, context)
+
+    def of_tool(self, make: Callable[[Redact], Any]) -> str | None:
+        """Return the arguments or the result of a tool, which `make` makes, for its span; None if they are not captured."""
+        if self.mode not in ("span", "both"):
+            return None
+        try:
+            content = make(unchanged if self.redact is None else self._redacted)
+            return content if isinstance(content, str) else _encoded(content)
+        except RecursionError:
+            _report_deep()
+        except Exception as problem:  # noqa: BLE001  # the user's `redact` failed, so no content may be recorded
+            _report(problem)
+        return None
 
     def _emit(self, attributes: dict[str, Any], context: Context) -> None:
         from opentelemetry._logs import LogRecord, get_logger
@@ -152,6 +165,10 @@ def _report(problem: Exception) -> None:
     report_once(
         "redact", f"redact raised {type(problem).__name__}; content is not captured for calls in which it raises"
     )
+
+
+def _report_deep() -> None:
+    report_once("deep content", "content is not captured for calls in which it is nested too deeply")
 
 
 def _encoded(value: Any) -> str:
@@ -279,8 +296,19 @@ def _media(media: Media, redact: Redact) -> Json:
 
 
 def _tool_call(call: ToolCall, redact: Redact) -> Json:
-    arguments = redact(call.raw_arguments) if call.error else _redacted(call.arguments, redact, keys=True)
-    return {"type": "tool_call", "id": call.id, "name": call.name, "arguments": arguments}
+    return {"type": "tool_call", "id": call.id, "name": call.name, "arguments": tool_arguments(call, redact)}
+
+
+def tool_arguments(call: ToolCall, redact: Redact = unchanged) -> Any:
+    """Return the arguments of a tool call as a JSON value; a str if they are not JSON."""
+    return redact(call.raw_arguments) if call.error else _redacted(call.arguments, redact, keys=True)
+
+
+def tool_result(message: Message, redact: Redact = unchanged) -> Any:
+    """Return a tool's result: its text, or its parts if it has media."""
+    if any(isinstance(part, Media) for part in message.content):
+        return list(_parts(message.content, redact))
+    return redact(message.text)
 
 
 def _redacted(value: Any, redact: Redact, *, keys: bool = False) -> Any:

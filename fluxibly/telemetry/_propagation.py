@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from opentelemetry.propagators.textmap import TextMapPropagator
     from opentelemetry.trace import Span
 
-    from fluxibly.types import Request, Response
+    from fluxibly.types import Request, Response, Tool, ToolCall
 
 _W3C = {TraceContextTextMapPropagator, W3CBaggagePropagator}
 _HEX = [f"{byte:02x}" for byte in range(256)]
@@ -152,6 +152,9 @@ class Unrecorded:
 
     def ask(self) -> Unrecorded:
         return self
+
+    def run_tool(self, tool: Tool, call: ToolCall) -> None:
+        """Return None, since nothing is recorded. The span of the call is current while the function runs."""
 
     def end(self, response: Response | None, error: BaseException | None, *, sent: bool = True) -> None:
         """Do nothing, since nothing is recorded."""

@@ -7,6 +7,7 @@ standard error, and the call continues as if it were not traced.
 from __future__ import annotations
 
 import sys
+from functools import partial
 from time import time_ns
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -27,14 +28,15 @@ from opentelemetry.trace import (
 from fluxibly._abandoned import end_all_before
 from fluxibly._logs import report_once
 from fluxibly.aggregate import Aggregator
-from fluxibly.errors import StreamInterrupted, outcome_of
+from fluxibly.errors import StreamInterrupted, error_type, outcome_of
 from fluxibly.telemetry import semconv
 from fluxibly.telemetry._arrivals import Arrivals
-from fluxibly.telemetry._attempts import Attempt, failure_of, set_outcome
+from fluxibly.telemetry._attempts import Attempt, Failure, failure_of, set_outcome
 from fluxibly.telemetry._attributes import (
     add_response,
     add_unstreamed,
     asked_provider,
+    error_name,
     named,
     provider_attributes,
     record_attributes,
@@ -42,9 +44,10 @@ from fluxibly.telemetry._attributes import (
     usage_attributes,
 )
 from fluxibly.telemetry._claim import claim
-from fluxibly.telemetry._content import Captured, Capturing
+from fluxibly.telemetry._content import Captured, Capturing, tool_arguments, tool_result
 from fluxibly.telemetry._propagation import (
     Attached,
+    Entry,
     Unrecorded,
     current_span,
     trace_headers,
@@ -56,7 +59,7 @@ from fluxibly.types import Usage
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from fluxibly.types import ProviderInfo, Request, Response
+    from fluxibly.types import Message, ProviderInfo, Request, Response, Tool, ToolCall
 
 
 _INTERNAL, _CLIENT = SpanKind.INTERNAL, SpanKind.CLIENT  # cached, because looking up an enum member is slow
@@ -83,6 +86,16 @@ class Recording:
             _INTERNAL if request.call.provider.in_process else _CLIENT,
             request_attributes(request),
         )
+
+    def begin_tool(
+        self, tool: Tool, call: ToolCall, context: Context, under_way: list[AskTrace | ToolTrace]
+    ) -> ToolTrace | None:
+        """Begin the span of a tool's function, whose parent is in `context`. It is in `under_way` until it ends."""
+        try:
+            return ToolTrace(self, tool, call, context, under_way)
+        except Exception as problem:  # noqa: BLE001  # telemetry never breaks a call
+            report(problem)
+            return None
 
 
 class CallTrace:
@@ -111,8 +124,8 @@ class CallTrace:
         self.spent_before = len(call.spent)
         self.attempts: list[Attempt] = []
         """The attempts that were sent or are under way, in the order in which they began."""
-        self.asks: list[AskTrace] = []
-        """The `ask`s under way, and those within them."""
+        self.within: list[AskTrace | ToolTrace] = []
+        """The `ask`s and the tools under way, and those within them."""
         self.arrivals: Arrivals | None = None
         """The chunks of a stream, for `Tracing` to run."""
         if call.streaming:
@@ -163,14 +176,18 @@ class CallTrace:
 
     def ask(self) -> AskTrace:
         """Return the observer of an `ask`."""
-        return AskTrace(self.recording, self.asks)
+        return AskTrace(self.recording, self.within)
+
+    def run_tool(self, tool: Tool, call: ToolCall) -> ToolTrace | None:
+        """Begin the span of a tool's function."""
+        return self.recording.begin_tool(tool, call, get_current(), self.within)
 
     def end(self, response: Response | None, error: BaseException | None) -> None:
         """End the span of a call that succeeded, failed, was cancelled or was abandoned, and all spans within it."""
         # A layer may have left a flow suspended, which an error's traceback then keeps alive.
         left = GeneratorExit() if error is None else error
-        for ask in self.asks[::-1]:
-            ask.end(None, left)
+        for inner in self.within[::-1]:
+            inner.end(None, left)
         for attempt in self.attempts[::-1]:
             attempt.end(None, left, sent=True)
         if self.current is not None:
@@ -261,7 +278,7 @@ class AskTrace:
         under_way: the list that the `ask` is in until it ends.
     """
 
-    def __init__(self, recording: Recording, under_way: list[AskTrace]) -> None:
+    def __init__(self, recording: Recording, under_way: list[AskTrace | ToolTrace]) -> None:
         self.recording = recording
         self.under_way = under_way
         self.trace: CallTrace | None = None
@@ -283,12 +300,85 @@ class AskTrace:
         """Return the observer of an `ask` within this."""
         return AskTrace(self.recording, self.under_way)
 
+    def run_tool(self, tool: Tool, call: ToolCall) -> ToolTrace | None:
+        """Begin the span of a tool's function."""
+        context = get_current()
+        if self.trace is not None:
+            context = with_span(self.trace.span, context)
+        return self.recording.begin_tool(tool, call, context, self.under_way)
+
     def end(self, response: Response | None, error: BaseException | None) -> None:
         """End the span."""
         if self in self.under_way:
             self.under_way.remove(self)
             if self.trace is not None:
                 self.trace.end(response, error)
+
+
+class ToolTrace:
+    """The span of a tool's function, which runs for a call of the model.
+
+    The span has the error's class alone, because the message may quote arguments, or what the function works with.
+
+    Args:
+        under_way: the list that it is in until it ends.
+    """
+
+    def __init__(
+        self, recording: Recording, tool: Tool, call: ToolCall, context: Context, under_way: list[AskTrace | ToolTrace]
+    ) -> None:
+        self.capturing = capturing = recording.capturing
+        self.under_way = under_way
+        attributes: dict[str, Any] = {
+            semconv.OPERATION: semconv.EXECUTE_TOOL,
+            semconv.TOOL_NAME: tool.name,
+            semconv.TOOL_TYPE: "function",
+        }
+        if call.id:
+            attributes[semconv.TOOL_CALL_ID] = call.id
+        if description := capturing.redacted(tool.description):
+            attributes[semconv.TOOL_DESCRIPTION] = description
+        if (arguments := capturing.of_tool(partial(tool_arguments, call))) is not None:
+            attributes[semconv.TOOL_CALL_ARGUMENTS] = arguments
+        name = f"{semconv.EXECUTE_TOOL} {tool.name}"
+        self.span = recording.tracer.start_span(name, context, _INTERNAL, attributes)
+        under_way.append(self)
+
+    def enter(self) -> Entry | None:
+        """Make the span current, in this thread or task."""
+        try:
+            return current_span(self.span)
+        except Exception as problem:  # noqa: BLE001  # telemetry never breaks a call
+            report(problem)
+            return None
+
+    def leave(self, token: Entry | None) -> None:
+        """Make the span current that was before."""
+        try:
+            if token is not None:
+                token.leave()
+        except Exception as problem:  # noqa: BLE001  # telemetry never breaks a call
+            report(problem)
+
+    def end(self, result: Message | None, error: BaseException | None) -> None:
+        """End the span."""
+        if self not in self.under_way:
+            return
+        self.under_way.remove(self)
+        try:
+            try:
+                attributes: dict[str, Any] = {}
+                captured = None if result is None else self.capturing.of_tool(partial(tool_result, result))
+                if captured is not None:
+                    attributes[semconv.TOOL_CALL_RESULT] = captured
+                failure = None
+                if error is not None and not isinstance(error, GeneratorExit):
+                    failure = Failure(error_name(error), error_type(error), "")
+                set_outcome(self.span, attributes, outcome_of(error), failure)
+            finally:
+                self.span.end()
+        except Exception as problem:  # noqa: BLE001  # telemetry never breaks a call
+            report(problem)
 
 
 def _partial(error: BaseException | None) -> Response | None:

@@ -11,7 +11,7 @@ import attrs
 import pytest
 from support.calling import REQUEST, call
 
-from fluxibly._schemas.checking import parse
+from fluxibly._schemas.shapes import shape_of
 from fluxibly.errors import ConfigError, ResponseInvalid, ServerError, StreamInterrupted, root_cause
 from fluxibly.middleware import Retry, Validation
 from fluxibly.testing import Delay
@@ -189,26 +189,26 @@ class TestSchemas:
             ('{"name": "Ann"}', "required field missing @ Person.age"),
             (
                 '{"name": 5, "age": "x"}',
-                "expected str @ Person.name; invalid value for type, expected int @ Person.age",
+                "expected a string, got an integer @ Person.name; expected an integer, got a string @ Person.age",
             ),
-            ('{"name": "Ann", "age": 2.7}', "expected int @ Person.age"),
-            ('{"name": "Ann", "age": true}', "expected int @ Person.age"),
-            ('{"name": "Ann", "age": 3, "active": "no"}', "expected bool @ Person.active"),
-            ('{"name": "Ann", "age": 3, "tags": [1]}', "expected str @ Person.tags[0]"),
-            ('{"name": "Ann", "age": 3, "kind": "cow"}', "@ Person.kind"),
+            ('{"name": "Ann", "age": 2.7}', "expected an integer, got a number @ Person.age"),
+            ('{"name": "Ann", "age": true}', "expected an integer, got a boolean @ Person.age"),
+            ('{"name": "Ann", "age": 3, "active": "no"}', "expected a boolean, got a string @ Person.active"),
+            ('{"name": "Ann", "age": 3, "tags": [1]}', "expected a string, got an integer @ Person.tags[0]"),
+            ('{"name": "Ann", "age": 3, "kind": "cow"}', "expected one of 'cat', 'dog', got 'cow' @ Person.kind"),
             ('{"name": "Ann", "age": -3}', "'age' must be >= 0: -3"),
         ],
     )
     def test_an_answer_that_does_not_fit_a_class(self, text, problem):
         """The problem names the field and the expected value, so that the model can correct it."""
         with pytest.raises(ValueError, match=re.escape(problem)):
-            parse(text, Person)
+            shape_of(Person).parse(text)
 
     def test_an_answer_that_does_not_match_a_schema(self):
         """The problem names each mismatch with its path."""
         schema = {"type": "array", "items": SCHEMA}
         with pytest.raises(ValueError, match="does not match the JSON Schema") as caught:
-            parse('[{"age": "x"}, {}]', schema)
+            shape_of(schema).parse('[{"age": "x"}, {}]')
         assert str(caught.value) == (
             "the answer does not match the JSON Schema: $[0].age: 'x' is not of type 'integer'; "
             "$[1]: 'age' is a required property"
@@ -289,8 +289,8 @@ class TestSettings:
         [
             ({"type": "objekt"}, "is not a JSON Schema: 'objekt' is not valid"),
             ({"a": {1, 2}}, "is not a JSON Schema: "),
-            ("object", "expected a JSON Schema (a mapping) or an attrs class, got 'object'"),
-            (int, "expected a JSON Schema (a mapping) or an attrs class, got <class 'int'>"),
+            ("object", "or a JSON Schema, got 'object'"),
+            (complex, "Validation(schema=…): complex has no JSON Schema: expected an attrs class"),
         ],
         ids=str,
     )
@@ -314,9 +314,7 @@ class TestSettings:
         made = call(mode, Validation(schema={"$ref": "http://127.0.0.1:9/schema.json"}), "3")
         error = root_cause(made.ran.error)
         assert isinstance(error, ConfigError)
-        assert (
-            str(error) == "Validation(schema=…) refers to 'http://127.0.0.1:9/schema.json', which is not in the schema"
-        )
+        assert str(error) == "the JSON Schema refers to 'http://127.0.0.1:9/schema.json', which is not in it"
 
     def test_without_jsonschema_the_extra_is_named(self, monkeypatch):
         """The error has the command that installs jsonschema."""
@@ -327,7 +325,7 @@ class TestSettings:
     def test_an_attrs_class_needs_no_extra(self, monkeypatch):
         """Only a JSON Schema needs jsonschema."""
         monkeypatch.setitem(sys.modules, "jsonschema", None)
-        assert parse('{"name": "Ann", "age": 3}', Person) == Person("Ann", 3)
+        assert shape_of(Person).parse('{"name": "Ann", "age": 3}') == Person("Ann", 3)
 
 
 def test_the_response_is_otherwise_the_provider_s(mode):

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fluxibly.flow import CallNext, Flow
-from fluxibly.types import CallRecord, Request, Response, observed
+from fluxibly.types import CallRecord, Request, Response, Tool, ToolCall, observed
 
 
 class Observing:
@@ -35,6 +35,9 @@ class Observing:
     def ask(self) -> Observing:
         self.asks.append(Observing(self.headers))
         return self.asks[-1]
+
+    def run_tool(self, tool: Tool, call: ToolCall) -> None:
+        """Follow no tools."""
 
     def end(self, response: Response | None, error: BaseException | None, **facts: bool) -> None:
         self.ends.append((type(error) if response is None else response.text, *facts.values()))
