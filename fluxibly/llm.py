@@ -9,7 +9,8 @@ import attrs
 
 from fluxibly._checks import did_you_mean, kind_of
 from fluxibly._merging import composed
-from fluxibly.config import LLMConfig, parameter_problems
+from fluxibly._parameters import parameter_problems
+from fluxibly.config import LLMConfig
 from fluxibly.errors import ConfigError, Problems
 from fluxibly.flow import Middleware
 from fluxibly.limits import Timeouts
