@@ -9,6 +9,7 @@ from typing import Any, TypeAlias, cast
 
 import attrs
 
+from fluxibly._merging import composed
 from fluxibly.config import LLMConfig
 from fluxibly.explain.chain import Chain, Layer, adapted, config_of, targets_of, template_of
 from fluxibly.explain.worst import ATTEMPTS, WorstCase, at_once, in_turn
@@ -210,13 +211,13 @@ def _continue(case: Case) -> WorstCase:
 
 
 def _defaults(case: Case) -> WorstCase:
-    parameters: Mapping[str, Any] = case.layer.parameters
-    missing = {
-        name: parameters[name]
-        for name in ("max_tokens", "n")
-        if name in parameters and getattr(case.request, name) is None
+    request, parameters = case.request, case.layer.parameters
+    changes = {
+        name: parameters[name] for name in ("max_tokens", "n") if name in parameters and getattr(request, name) is None
     }
-    return case.inner(case.request.evolve(**missing) if missing else None)
+    if "extra" in parameters:
+        changes["extra"] = composed(parameters["extra"], request.extra)
+    return case.inner(request.evolve(**changes) if changes else None)
 
 
 def _cache(case: Case) -> WorstCase:

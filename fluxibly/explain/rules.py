@@ -228,7 +228,8 @@ def _sdk_retries(chain: Chain) -> Iterator[Match]:
 
 
 _SDK_RETRIES = ("max_retries", "num_retries")
-_CLIENTS = ("client", "_client")
+_CLIENTS = ("client", "_client", "_source")
+"""The attributes of a provider that may hold an SDK's client; `_source` is that of our LangChain provider."""
 
 
 def _sdk_settings(config: LLMConfig | None, path: str) -> Iterator[str]:

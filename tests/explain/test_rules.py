@@ -27,6 +27,7 @@ from fluxibly.middleware import (
     CircuitBreaker,
     Concurrency,
     Deadline,
+    Defaults,
     Fallback,
     Guard,
     Hedge,
@@ -37,11 +38,13 @@ from fluxibly.middleware import (
     Replay,
     Retry,
     StreamMeter,
+    Tools,
     Tracing,
     Validation,
 )
 from fluxibly.providers.openai import OpenAIProvider
 from fluxibly.testing import Delay, ScriptedProvider, VirtualClock
+from fluxibly.types import ToolCall
 
 ADDRESS = "ada@example.org"
 MAIL = Request(model="m", messages=f"Write to {ADDRESS}.")
@@ -274,6 +277,108 @@ def test_a_bad_answer_that_stays():
     judge = Validation(check=lambda response: "be good" if response.text == "bad" else None, max_retries=0)
     hurts, fine = [judge, Cache()], [Cache(), judge]
     assert compare("cache-inside-of-validation", second, hurts, fine) == (ResponseInvalid, "good")
+
+
+@proves("defaults-inside-of-cache")
+def test_an_answer_to_other_parameters(tmp_path):
+    """A program with other defaults gets the answer of the first from the cache that they share."""
+
+    def second(stack: list[Any]) -> object:
+        first, *_ = (layer for layer in stack if isinstance(layer, Cache))
+        Calls(stack, "in JSON").outcome()
+        others = [Cache(first.store, namespace="n") if layer is first else Defaults(seed=2) for layer in stack]
+        return Calls(others, "in prose").outcome()
+
+    hurts, fine = (Cache(f"sqlite:{tmp_path / name}.db", namespace="n") for name in ("hurts", "fine"))
+    made = compare("defaults-inside-of-cache", second, [hurts, Defaults(seed=1)], [Defaults(seed=1), fine])
+    assert made == ("in JSON", "in prose")
+
+
+# Tools
+
+CALL = Response(tool_calls=[ToolCall(id="1", name="pay", arguments={"whom": "ada"})], finish_reason="tool_call")
+
+
+class Payments:
+    """A function that must not run twice, with what it was called with."""
+
+    def __init__(self, result: str = "paid") -> None:
+        self.made: list[str] = []
+        self.result = result
+
+    def tools(self) -> Tools:
+        def pay(whom: str) -> str:
+            """Pay somebody."""
+            self.made.append(whom)
+            return self.result
+
+        return Tools([pay])
+
+
+@pytest.mark.parametrize("kind", ["Retry", "Fallback", "Balance"])
+@proves("tools-inside-of-attempts")
+def test_a_function_that_runs_twice(kind):
+    """The second turn fails, and all begins again: the function runs twice. Else only the turn begins again."""
+    payments = Payments()
+
+    def times(stack: list[Any]) -> int:
+        payments.made.clear()
+        assert (
+            Calls(stack, CALL, *down(1), *([CALL] if isinstance(stack[1], Tools) else []), "Done.").outcome() == "Done."
+        )
+        return len(payments.made)
+
+    hurts, fine = [SEVERAL[kind](), payments.tools()], [payments.tools(), SEVERAL[kind]()]
+    assert compare("tools-inside-of-attempts", times, hurts, fine) == (2, 1)
+
+
+@proves("tools-inside-of-attempts")
+def test_a_function_that_runs_for_each_request_of_a_race():
+    """A second loop begins while the first is slow, and each runs the function; else the winner's call runs alone."""
+    payments = Payments()
+
+    def times(stack: list[Any]) -> int:
+        payments.made.clear()
+        clock = VirtualClock()
+
+        class Slow(ScriptedProvider):
+            def complete(self, request: Request) -> Response:
+                clock.sleep(5.0)
+                return Response("Done.") if request.messages[-1].role == "tool" else CALL
+
+        Pipeline(Slow(), stack, clock=clock).complete(REQUEST)
+        return len(payments.made)
+
+    hurts, fine = [Hedge(1.0, max_share=1), payments.tools()], [payments.tools(), Hedge(1.0, max_share=1)]
+    assert compare("tools-inside-of-attempts", times, hurts, fine) == (2, 1)
+
+
+@proves("tools-inside-of-guard")
+def test_a_function_with_arguments_that_were_not_checked():
+    """The function has run before the guard sees anything; else the guard refuses its call."""
+    payments = Payments()
+
+    def made(stack: list[Any]) -> list[str]:
+        payments.made.clear()
+        Calls(stack, CALL, "Done.").outcome()
+        return [*payments.made]
+
+    guard = Guard(output=lambda response: "no payments" if response.tool_calls else None)
+    hurts, fine = [guard, payments.tools()], [payments.tools(), guard]
+    assert compare("tools-inside-of-guard", made, hurts, fine) == (["ada"], [])
+
+
+@proves("tools-inside-of-redact")
+def test_a_result_that_leaves_as_it_is():
+    """The model's service gets the address in the function's result; else the name of its pattern."""
+
+    def is_sent(stack: list[Any]) -> bool:
+        calls = Calls(stack, CALL, "Done.")
+        assert calls.outcome() == "Done."
+        return ADDRESS in str(calls.provider.requests[-1].messages)
+
+    tools = Payments(f"paid to {ADDRESS}").tools()
+    assert compare("tools-inside-of-redact", is_sent, [Redact(), tools], [tools, Redact()]) == (True, False)
 
 
 # Attempts
@@ -656,6 +761,26 @@ def test_retries_of_litellm():
             counts.append(len(server.seen))
     _compared.append("sdk-retries")
     assert counts[0] > counts[1] == 2
+
+
+@pytest.mark.skipif(find_spec("langchain_openai") is None, reason="needs langchain-openai")
+@proves("sdk-retries")
+def test_retries_of_a_chat_model():
+    """A chat model of LangChain retries by its SDK, unless it is told not to."""
+    from langchain_openai import ChatOpenAI
+
+    from fluxibly.providers.langchain import LangChainProvider
+
+    for retries, count in ((1, 4), (0, 2)):
+        with canned_server() as server:
+            server.fail = (503, '{"error": {"message": "down"}}', {})
+            chat_model = ChatOpenAI(model="m", api_key="sk-test", base_url=f"{server.url}/v1", max_retries=retries)
+            with Pipeline(LangChainProvider.wrap(chat_model), [Retry(max_retries=1, **AT_ONCE)]) as pipeline:
+                assert ("sdk-retries" in {each.rule.name for each in pipeline.explain().warnings}) is bool(retries)
+                with pytest.raises(FluxiblyError):
+                    pipeline.complete(REQUEST)
+            assert len(server.seen) == count
+    _compared.append("sdk-retries")
 
 
 @proves("foreign-model")
