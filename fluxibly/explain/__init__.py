@@ -9,7 +9,7 @@ classes. Imported by: `pipeline` and `llm`, when somebody asks.
 
 from fluxibly.explain.chain import Chain, Layer
 from fluxibly.explain.explanation import Explanation, explain
-from fluxibly.explain.rules import Finding, Match, Rule, inside, outside, register_rule, rules
+from fluxibly.explain.rules import Finding, Match, Rule, all_rules, inside, outside, register_rule
 from fluxibly.explain.worst import WorstCase, WorstCases
 
 __all__ = [
@@ -21,9 +21,9 @@ __all__ = [
     "Rule",
     "WorstCase",
     "WorstCases",
+    "all_rules",
     "explain",
     "inside",
     "outside",
     "register_rule",
-    "rules",
 ]

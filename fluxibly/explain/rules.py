@@ -405,7 +405,7 @@ _lock = threading.Lock()
 _rules: dict[str, Rule] = {rule.name: rule for rule in _BUILT_IN}
 
 
-def rules() -> Mapping[str, Rule]:
+def all_rules() -> Mapping[str, Rule]:
     """Return all rules by their names: the built-in ones, and those that were registered."""
     with _lock:
         return dict(_rules)
@@ -431,7 +431,7 @@ def register_rule(rule: Rule, *, replace: bool = False) -> None:
 
 def findings(chain: Chain) -> Iterator[Finding]:
     """Yield what the rules find in a chain. One that raises is found itself, as a note."""
-    for rule in rules().values():
+    for rule in all_rules().values():
         try:
             found = [*rule.find(chain)]
         except Exception as error:  # noqa: BLE001  # a user's function may raise anything

@@ -19,7 +19,7 @@ from support.tracing_tools import Recorder
 
 from fluxibly import LLM, LLMConfig, Message, Pipeline, Request, Response, Target, Usage
 from fluxibly.errors import BudgetExceeded, CircuitOpen, FluxiblyError, ResponseInvalid, ServerError
-from fluxibly.explain import rules
+from fluxibly.explain import all_rules
 from fluxibly.middleware import (
     Balance,
     Budget,
@@ -822,12 +822,12 @@ def test_a_model_at_the_wrong_vendor(monkeypatch):
 
 def test_every_rule_is_proved():
     """Each rule has a test that shows its harm, and each such test is of a rule."""
-    assert set(PROVED) == set(rules())
+    assert set(PROVED) == set(all_rules())
 
 
 def test_every_rule_says_what_to_do():
     """Each row has a reason and a cure, which fit into one sentence."""
-    for rule in rules().values():
+    for rule in all_rules().values():
         assert rule.reason[0].islower() or rule.reason.startswith("Retry")
         assert not rule.reason.endswith(".")
         assert not rule.cure.endswith(".")
