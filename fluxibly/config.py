@@ -263,6 +263,7 @@ QUIRKS: Mapping[str, Callable[[str, object], str | None]] = {
     "message_fields": partial(_names, known=_MESSAGE_FIELDS),
     "thinks_first": _flag,
     "thinking_parts": _flag,
+    "prefill": partial(one_of, choices=("", "message", "prefix", "continue_final_message")),
 }
 """The check of each quirk: a field of `Quirks` in `providers/dialects/openai_request.py`, which says what it means."""
 PLACE = ("region", "project")

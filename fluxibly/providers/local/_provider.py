@@ -28,7 +28,7 @@ from fluxibly.providers.dialects.openai_chat import ChatDecoder, OpenAICodec
 from fluxibly.providers.dialects.openai_request import Quirks
 from fluxibly.providers.local._engine import SETTINGS, Engine, Generation, Stopped, load, missing, settings_of
 from fluxibly.providers.local._model import DEFAULT_MODEL, check_gguf, model_path, named_model
-from fluxibly.types import Chunk, Media, ProviderInfo, Request, Response
+from fluxibly.types import Chunk, Media, Prefill, ProviderInfo, Request, Response
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from fluxibly.config import LLMConfig
     from fluxibly.limits import Leash, Timeouts
 
-INFO = ProviderInfo(name="LocalProvider", framework="local", telemetry_name="local", in_process=True)
+INFO = ProviderInfo(name="LocalProvider", framework="local", telemetry_name="local", in_process=True, prefill=Prefill())
 DONE = Event(b"[DONE]")
 
 
