@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from pathlib import Path
     from typing import Literal, Self, TypedDict, Unpack
 
+    from fluxibly.explain import Explanation
     from fluxibly.messages import Tool
 
     class Overrides(TypedDict, total=False):
@@ -76,7 +77,9 @@ class _LLM(Generic[_P]):
 
     pipeline: _P
 
-    def __init__(self, config: LLMConfig, middleware: Iterable[Middleware] | None = None) -> None:
+    def __init__(
+        self, config: LLMConfig, middleware: Iterable[Middleware] | None = None, *, strict: bool = False
+    ) -> None:
         if not isinstance(config, LLMConfig):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"{type(self).__name__}: expected an LLMConfig, got {kind_of(config)}")
         self.config = config
@@ -106,16 +109,29 @@ class _LLM(Generic[_P]):
         layers = ", ".join(map(repr, self._stack))
         return f"{type(self).__name__}({self.config.framework!r}, {self.config.model!r}, middleware=[{layers}])"
 
+    def explain(self) -> Explanation:
+        """Return what the stack does, what a call may come to, and warnings of orders that hurt. Nothing is sent."""
+        from fluxibly.explain import explain  # late, because no call needs it
+
+        pipeline = self.pipeline
+        return explain(pipeline.middleware, provider=pipeline.provider, config=self.config, info=pipeline.info)
+
     @classmethod
     def from_yaml(
-        cls, file: str | Path, *, section: str = "llm", middleware: Iterable[Middleware] | None = None
+        cls,
+        file: str | Path,
+        *,
+        section: str = "llm",
+        middleware: Iterable[Middleware] | None = None,
+        strict: bool = False,
     ) -> Self:
         """Return a model that is configured by a section of a YAML file; see `LLMConfig.from_yaml`.
 
         Raises:
             ConfigError: it lists every problem of the settings, the framework and the middleware.
         """
-        return cls(*read_yaml(file, section, middleware=middleware))
+        config, layers = read_yaml(file, section, middleware=middleware)
+        return cls(config, layers, strict=strict)
 
     def request(self, prompt: Prompt, overrides: Mapping[str, Any]) -> Request:
         """Return the request for a prompt and the settings of a call.
@@ -189,15 +205,20 @@ class LLM(_LLM[Pipeline]):
     Args:
         config: the model and its settings.
         middleware: the stack, outermost first; by default the configuration's stack, else the default stack.
+        strict: whether the warnings of `explain()` are errors.
 
     Raises:
         FrameworkNotRegistered: the configuration's framework is unknown.
-        ConfigError: an extra or a key is missing, or a middleware is unknown.
+        ConfigError: an extra or a key is missing, or a middleware is unknown; with `strict`, all warnings.
     """
 
-    def __init__(self, config: LLMConfig, middleware: Iterable[Middleware] | None = None) -> None:
+    def __init__(
+        self, config: LLMConfig, middleware: Iterable[Middleware] | None = None, *, strict: bool = False
+    ) -> None:
         super().__init__(config, middleware)
         self.pipeline = Pipeline(make_provider(config, asynchronous=False), self._stack, framework=config.framework)
+        if strict:
+            self.explain().check()
 
     def forward(
         self, prompt: Prompt, *, timeout: float | Timeouts | None = None, **overrides: Unpack[Overrides]
@@ -334,9 +355,13 @@ class LLM(_LLM[Pipeline]):
 class AsyncLLM(_LLM[AsyncPipeline]):
     """A language model with asynchronous methods, for asyncio and trio. It takes the same arguments as `LLM`."""
 
-    def __init__(self, config: LLMConfig, middleware: Iterable[Middleware] | None = None) -> None:
+    def __init__(
+        self, config: LLMConfig, middleware: Iterable[Middleware] | None = None, *, strict: bool = False
+    ) -> None:
         super().__init__(config, middleware)
         self.pipeline = AsyncPipeline(make_provider(config, asynchronous=True), self._stack, framework=config.framework)
+        if strict:
+            self.explain().check()
 
     async def forward(
         self, prompt: Prompt, *, timeout: float | Timeouts | None = None, **overrides: Unpack[Overrides]

@@ -462,6 +462,13 @@ def default_stack(config: LLMConfig, *layers: Middleware) -> tuple[Middleware, .
     return _default_stack(config.max_retries, layers)
 
 
+def built_in_kind(layer: object) -> str | None:
+    """Return the name of the built-in class that a layer is of, such as "Retry"; None for a layer of the user's own."""
+    # Not by `isinstance`, because that would load the classes of all built-in layers.
+    names = [cls.__name__ for cls in type(layer).__mro__ if cls.__module__.startswith("fluxibly.middleware.")]
+    return names[0] if names and names[0] in _BUILT_IN_MIDDLEWARE.values() else None
+
+
 def _default_stack(max_retries: int, layers: Iterable[Middleware]) -> tuple[Middleware, ...]:
     module = importlib.import_module("fluxibly.middleware")
     given: dict[str, list[Middleware]] = {name: [] for name in _BUILT_IN_MIDDLEWARE.values()}
@@ -469,7 +476,7 @@ def _default_stack(max_retries: int, layers: Iterable[Middleware]) -> tuple[Midd
     for layer in layers:
         if not callable(layer) or isinstance(layer, type):
             raise TypeError(f"default_stack: expected middleware, like Retry(max_retries=5), got {kind_of(layer)}")
-        kind = _built_in_kind(layer)
+        kind = built_in_kind(layer)
         (own if kind is None else given[kind]).append(layer)
     ordered: list[Middleware] = []
     for name, cls in _BUILT_IN_MIDDLEWARE.items():
@@ -498,7 +505,7 @@ def stack_into(stack: Sequence[Middleware], schema: object) -> tuple[Middleware,
     inner = {*kinds[kinds.index("Validation") + 1 :]}
     place = len(stack)
     for number, layer in enumerate(stack):
-        kind = _built_in_kind(layer)
+        kind = built_in_kind(layer)
         if kind == "Validation":
             changed: Any = attrs.evolve(cast("Any", layer), schema=schema)
             return (*stack[:number], changed, *stack[number + 1 :])
@@ -506,15 +513,6 @@ def stack_into(stack: Sequence[Middleware], schema: object) -> tuple[Middleware,
             place = min(place, number)
     added: Middleware = importlib.import_module("fluxibly.middleware").Validation(schema=schema)
     return (*stack[:place], added, *stack[place:])
-
-
-def _built_in_kind(layer: object) -> str | None:
-    """Return the name of the built-in class that a layer is an instance of.
-
-    (Not by `isinstance`, because that would load the classes of all built-in layers.)
-    """
-    names = [cls.__name__ for cls in type(layer).__mro__ if cls.__module__.startswith("fluxibly.middleware.")]
-    return names[0] if names and names[0] in _BUILT_IN_MIDDLEWARE.values() else None
 
 
 def make_middleware(items: Sequence[Any], *, max_retries: int = 3, path: str = "middleware") -> tuple[Middleware, ...]:

@@ -327,3 +327,41 @@ ALIASES: Final[Mapping[str, str]] = {
     for alias in aliases.split()
 }
 """Other names that users try for a service: in small letters, without spaces and punctuation."""
+
+_MODEL_NAMES: Final[Mapping[str, str]] = {
+    "gpt-": "openai",
+    "chatgpt-": "openai",
+    "o1": "openai",
+    "o3": "openai",
+    "o4": "openai",
+    "claude-": "anthropic",
+    "gemini-": "gemini",
+    "mistral-": "mistral",
+    "deepseek-": "deepseek",
+    "grok-": "xai",
+}
+"""How the names of models begin that one vendor is known by, and the framework of that vendor."""
+
+
+def framework_of_model(name: str) -> str | None:
+    """Return the framework whose vendor a bare name of a model is known by, such as "anthropic" for "claude-sonnet-4-5"."""
+    return next((framework for begins, framework in _MODEL_NAMES.items() if name.startswith(begins)), None)
+
+
+OWN_MODELS: Final[Mapping[str, str]] = {
+    "anthropic": "anthropic",
+    "cohere": "cohere",
+    "deepseek": "deepseek",
+    "echo": "echo",
+    "gemini": "gemini",
+    "minimax": "minimax",
+    "mistral": "mistral",
+    "moonshot": "moonshot",
+    "openai": "openai",
+    "openai-responses": "openai",
+    "perplexity": "perplexity",
+    "xai": "xai",
+    "xai-responses": "xai",
+    "zai": "zai",
+}
+"""The frameworks that have the models of one vendor alone, and the vendor's framework. Others serve the models of many."""
