@@ -10,7 +10,6 @@ import attrs
 from fluxibly._checks import did_you_mean, kind_of
 from fluxibly._merging import composed
 from fluxibly._parameters import parameter_problems
-from fluxibly._schemas.shapes import shape_of
 from fluxibly.config import LLMConfig
 from fluxibly.errors import ConfigError, Problems, ResponseInvalid
 from fluxibly.flow import Middleware
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     from pathlib import Path
     from typing import Literal, Self, TypedDict, Unpack
 
+    from fluxibly._schemas.shapes import Shape
     from fluxibly.explain import Explanation
     from fluxibly.messages import Tool
 
@@ -162,7 +162,7 @@ class _LLM(Generic[_P]):
         if overrides.get("response_format") is not None:
             raise TypeError("into= and response_format= both say what the answer has to be; expected only one of them")
         request = self.request(prompt, overrides)
-        return request.evolve(response_format=shape_of(into, "into").response_format)
+        return request.evolve(response_format=_shape(into).response_format)
 
     def _into(self, into: object) -> _P:
         """Return the pipeline whose answers have to fit a type, which is kept."""
@@ -193,10 +193,21 @@ def parsed_of(response: Response, into: object) -> Any:
     problem = "the model called tools, and gave no answer"
     if not response.tool_calls:
         try:
-            return shape_of(into).parse(response.text)  # null, or a layer further out has changed the text
+            return _shape(into).parse(response.text)  # null, or a layer further out has changed the text
         except ValueError as error:
             problem = str(error)
     raise ResponseInvalid(f"the answer did not pass validation: {problem}", response=response, problem=problem)
+
+
+def _shape(into: object) -> Shape:
+    """Return the shape of the answers that `into=` describes.
+
+    Raises:
+        ConfigError: it describes none.
+    """
+    from fluxibly._schemas.shapes import shape_of  # late, because most programs parse no answers
+
+    return shape_of(into, "into")
 
 
 class LLM(_LLM[Pipeline]):
@@ -300,7 +311,7 @@ class LLM(_LLM[Pipeline]):
             ConfigError: `into` describes no answers.
             FluxiblyError: the call failed.
         """
-        return parsed_of(self.complete(prompt, timeout=timeout, into=shape_of(into, "into").wanted, **overrides), into)
+        return parsed_of(self.complete(prompt, timeout=timeout, into=_shape(into).wanted, **overrides), into)
 
     @overload
     def stream(
@@ -417,7 +428,7 @@ class AsyncLLM(_LLM[AsyncPipeline]):
         self, prompt: Prompt, into: object, *, timeout: float | Timeouts | None = None, **overrides: Unpack[Overrides]
     ) -> Any:
         """Return the model's answer as an instance of a type: `await llm.parse("Who is Ann?", Person)`; see `LLM.parse`."""
-        wanted = shape_of(into, "into").wanted
+        wanted = _shape(into).wanted
         return parsed_of(await self.complete(prompt, timeout=timeout, into=wanted, **overrides), into)
 
     @overload

@@ -16,7 +16,6 @@ from fluxibly._drivers.streams import (
     is_occupied,
 )
 from fluxibly._loops import trio_here
-from fluxibly._schemas.shapes import Shape
 from fluxibly.types import Chunk, Response, Restart
 
 if TYPE_CHECKING:
@@ -199,6 +198,8 @@ class AsyncStream(Generic[Event]):
 def _partial_parsed(driver: StreamDriver) -> Any:
     if driver.response is not None and driver.response.parsed is not None:
         return driver.response.parsed
+    from fluxibly._schemas.shapes import Shape  # late, because it imports the JSON library
+
     shapes: list[Any] = [getattr(layer, "shape", None) for layer in driver.call.layers]
     shape = next((each for each in shapes if isinstance(each, Shape)), None)
     return None if shape is None else shape.partial(driver.text)

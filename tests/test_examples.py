@@ -123,6 +123,7 @@ def at(server, tmp_path):
     """Return the example's configuration for a server in place of the local model."""
     settings = yaml.safe_load((PRODUCTION / "stack.yaml").read_text(encoding="utf-8"))
     settings["llm"] |= {"framework": "vllm", "model": "small", "api_base": server.url}
+    del settings["llm"]["additional_params"]
     file = tmp_path / "stack.yaml"
     file.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
     return file

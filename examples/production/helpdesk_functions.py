@@ -30,7 +30,7 @@ def order_status(order: str) -> str:
     """Return the state of an order.
 
     Args:
-        order: the order's number, such as A-1041.
+        order: the number of the order, as the customer gives it.
     """
     return ORDERS.get(order, f"there is no order {order}")
 
