@@ -16,9 +16,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
+import attrs
+
 from benchmarks.in_process import CHUNK, REQUEST, Fixed
 from benchmarks.measure import interleaved, left_out, table
-from fluxibly import Chunk, Middleware, Pipeline, Request, Response, Target, Usage
+from fluxibly import Chunk, Middleware, Pipeline, Request, Response, Target, ToolCall, Usage
 from fluxibly.errors import CircuitOpen, ServerError
 from fluxibly.middleware import (
     Balance,
@@ -26,8 +28,11 @@ from fluxibly.middleware import (
     Cache,
     CircuitBreaker,
     Concurrency,
+    Continue,
     Cost,
     Deadline,
+    Defaults,
+    ExtractReasoning,
     Fallback,
     Guard,
     Hedge,
@@ -36,7 +41,10 @@ from fluxibly.middleware import (
     Redact,
     Replay,
     Retry,
+    SimulateStream,
     StreamTimeout,
+    Tools,
+    Validation,
 )
 
 os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
@@ -105,6 +113,63 @@ class Sentences(Obedient):
             yield CHUNK if number % 10 else Chunk("tok. ")
 
 
+class Calling(Obedient):
+    """A provider that calls a function, and answers with what it got."""
+
+    def complete(self, request: Request) -> Response:
+        if request.messages[-1].role == "tool":
+            return ANSWER.evolve()
+        return Response(tool_calls=[ToolCall("c1", "weather", raw_arguments='{"city": "Paris"}')], usage=USAGE)
+
+
+class Cut(Obedient):
+    """A provider whose answers need two requests."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def complete(self, request: Request) -> Response:
+        self.calls += 1
+        return ANSWER.evolve(finish_reason="length" if self.calls % 2 else "stop")
+
+
+class Thinking(Obedient):
+    """A provider that writes its reasoning into its text, and a tag in every tenth chunk."""
+
+    def complete(self, request: Request) -> Response:
+        return ANSWER.evolve(text="<think>Which country?</think>Paris.")
+
+    def stream(self, request: Request) -> Iterator[Chunk]:
+        yield Chunk("<think>")
+        for _ in range(CHUNKS):
+            yield CHUNK
+
+
+class Json(Obedient):
+    """A provider that answers with an object."""
+
+    def complete(self, request: Request) -> Response:
+        return ANSWER.evolve(text='{"city": "Paris"}')
+
+
+class Words(Obedient):
+    """A provider whose chunks have ten words each."""
+
+    def stream(self, request: Request) -> Iterator[Chunk]:
+        for _ in range(CHUNKS // 10):
+            yield Chunk("tok " * 10)
+
+
+@attrs.define
+class City:
+    city: str
+
+
+def weather(city: str) -> str:
+    """Return the weather in a city."""
+    return f"{city}: sunny"
+
+
 class Stack(NamedTuple):
     """A provider and the layers around it, and the request that they get."""
 
@@ -140,10 +205,15 @@ def idle() -> dict[str, Stack]:
         "Cost": Stack([Cost(prices=PRICES)]),
         "Redact": Stack([Redact()]),
         "Guard, of requests": Stack([Guard(input=passes)]),
+        "Defaults, all set": Stack([Defaults(temperature=0.5)], request=REQUEST.evolve(temperature=0.0)),
+        "Tools, not called": Stack([Tools([weather])]),
+        "Continue": Stack([Continue()]),
+        "ExtractReasoning": Stack([ExtractReasoning()]),
+        "SimulateStream, whole": Stack([SimulateStream(by="whole")]),
     }
 
 
-WITH_EACH_CHUNK = ("Budget", "Redact")
+WITH_EACH_CHUNK = ("Budget", "Redact", "ExtractReasoning")
 """Middleware that is idle in a call, and has to look at each chunk of a stream."""
 
 
@@ -177,6 +247,11 @@ def at_work(folder: Path) -> dict[str, Stack]:
         "Redact, both ways": Stack([Redact()], Addresses(), REQUEST.evolve(messages="I am ada@example.com.")),
         "Guard, of answers": Stack([Guard(output=passes)]),
         "Guard, refusing": Stack([Guard(output=refuses, refusal="Sorry.")]),
+        "Defaults, two": Stack([Defaults(temperature=0.5, seed=1)]),
+        "Tools, one call": Stack([Tools([weather])], Calling()),
+        "Continue, once": Stack([Continue()], Cut()),
+        "ExtractReasoning, a tag": Stack([ExtractReasoning()], Thinking()),
+        "Validation, into a class": Stack([Validation(schema=City)], Json()),
     }
 
 
@@ -199,6 +274,11 @@ def streamed(folder: Path) -> dict[str, Stack]:
         "Guard, every 200": Stack([Guard(output=passes, release=200)]),
         "Guard, no sentence": Stack([Guard(output=passes, release="sentence")]),
         "Guard, sentences": Stack([Guard(output=passes, release="sentence")], Sentences()),
+        "Tools, not called": Stack([Tools([weather])]),
+        "Continue": Stack([Continue()]),
+        "ExtractReasoning, no tag": Stack([ExtractReasoning()]),
+        "ExtractReasoning, in it": Stack([ExtractReasoning()], Thinking()),
+        "SimulateStream, ten words": Stack([SimulateStream()], Words()),
     }
 
 
@@ -254,7 +334,7 @@ def ours(folder: Path) -> None:
 # Other libraries: the same with the middleware and without, so that what it takes is the difference.
 
 PEERS = ("langchain_core", "langchain", "litellm", "pydantic_ai", "instructor")
-WHOLE = ("cache, hit", "cost, alone")
+WHOLE = ("cache, hit", "cost, alone", "parse")
 """The cases that are compared by all that they take, because nothing else is done in them."""
 Pairs = dict[str, Callable[[], object]]
 
@@ -272,6 +352,8 @@ def _fluxibly(folder: Path) -> Pairs:
         "cost": stacks["Cost"],
         "redact": work["Redact, both ways"],
         "guard": work["Guard, of answers"],
+        "tools": work["Tools, one call"],
+        "parse": work["Validation, into a class"],
     }
     return {name: _call(Pipeline(stack.provider, stack.layers), stack.request) for name, stack in pipelines.items()}
 
@@ -280,9 +362,17 @@ def _call(pipeline: Pipeline, request: Request) -> Callable[[], object]:
     return lambda: pipeline.complete(request)
 
 
+def _city() -> Any:
+    """Return the class that the other libraries parse answers into."""
+    from pydantic import create_model
+
+    return create_model("City", city=(str, ...))
+
+
 def _langchain_core() -> Pairs:
     from langchain_core.caches import InMemoryCache
     from langchain_core.language_models.fake_chat_models import FakeListChatModel
+    from langchain_core.output_parsers import PydanticOutputParser
     from langchain_core.rate_limiters import InMemoryRateLimiter
 
     class Failing(FakeListChatModel):
@@ -300,6 +390,7 @@ def _langchain_core() -> Pairs:
         "retry, idle": plain.with_retry(),
         "rate limit": limited,
         "cache, hit": FakeListChatModel(responses=["Paris."], cache=InMemoryCache()),
+        "parse": FakeListChatModel(responses=['{"city": "Paris"}']) | PydanticOutputParser(pydantic_object=_city()),
     }
     return {name: _invoke(model) for name, model in models.items()}
 
@@ -311,11 +402,24 @@ def _invoke(model: Any) -> Callable[[], object]:
 def _langchain() -> Pairs:
     from langchain.agents import create_agent
     from langchain.agents.middleware import PIIMiddleware
-    from langchain_core.language_models.fake_chat_models import FakeListChatModel
+    from langchain_core.language_models.fake_chat_models import FakeListChatModel, FakeMessagesListChatModel
+    from langchain_core.messages import AIMessage
 
+    class Calls(FakeMessagesListChatModel):
+        """A model that calls a function, and then answers, and so on."""
+
+        def bind_tools(self, *_: Any, **__: Any) -> Any:
+            return self
+
+    asks = AIMessage("", tool_calls=[{"name": "weather", "args": {"city": "Paris"}, "id": "c1"}])
+    calls: Any = Calls(responses=[asks, AIMessage("Paris.")])
     model: Any = FakeListChatModel(responses=["Write to ada@example.com."])
     redact: Any = PIIMiddleware("email", apply_to_output=True)
-    agents: dict[str, Any] = {"plain": create_agent(model), "redact": create_agent(model, middleware=[redact])}
+    agents: dict[str, Any] = {
+        "plain": create_agent(model),
+        "redact": create_agent(model, middleware=[redact]),
+        "tools": create_agent(calls, tools=[weather]),
+    }
     messages = {"messages": [{"role": "user", "content": "I am ada@example.com."}]}
 
     def call(agent: Any) -> Callable[[], object]:
@@ -377,9 +481,9 @@ def _route(router: Any, messages: Sequence[Mapping[str, str]]) -> Callable[[], o
 
 
 def _pydantic_ai(runner: asyncio.Runner) -> Pairs:
-    from pydantic_ai import Agent, direct
+    from pydantic_ai import Agent, PromptedOutput, direct
     from pydantic_ai.exceptions import ModelHTTPError
-    from pydantic_ai.messages import ModelRequest, ModelResponse, TextPart
+    from pydantic_ai.messages import ModelRequest, ModelResponse, TextPart, ToolCallPart
     from pydantic_ai.models.concurrency import ConcurrencyLimitedModel
     from pydantic_ai.models.fallback import FallbackModel
     from pydantic_ai.models.function import FunctionModel
@@ -405,9 +509,22 @@ def _pydantic_ai(runner: asyncio.Runner) -> Pairs:
     def run(agent: Any) -> Callable[[], object]:
         return lambda: runner.run(agent.run("What is the capital of France?"))
 
+    def calls(messages: Any, _: Any) -> ModelResponse:
+        if any(part.part_kind == "tool-return" for part in messages[-1].parts):
+            return answer()
+        return ModelResponse(parts=[ToolCallPart("weather", {"city": "Paris"}, "c1")])
+
+    def in_json(*_: Any) -> ModelResponse:
+        return ModelResponse(parts=[TextPart('{"city": "Paris"}')])
+
     guarded: Any = Agent(good)
     guarded.output_validator(lambda answer: answer)
-    agents = {"plain, by an agent": run(Agent(good)), "guard": run(guarded)}
+    agents = {
+        "plain, by an agent": run(Agent(good)),
+        "guard": run(guarded),
+        "tools": run(Agent(FunctionModel(calls), tools=[weather])),
+        "parse": run(Agent(FunctionModel(in_json), output_type=PromptedOutput(_city()))),
+    }
     return {name: call(model) for name, model in models.items()} | agents
 
 
@@ -417,8 +534,7 @@ def _instructor() -> Pairs:
     from openai.types.chat import ChatCompletion
     from pydantic import BaseModel, field_validator
 
-    class City(BaseModel):
-        city: str
+    city = _city()
 
     class Checked(BaseModel):
         city: str
@@ -437,9 +553,10 @@ def _instructor() -> Pairs:
     options = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
     cache = AutoCache(maxsize=128)
     return {
-        "plain": lambda: patched(**options, response_model=City, max_retries=0),
-        "retry, idle": lambda: patched(**options, response_model=City, max_retries=3),
-        "cache, hit": lambda: patched(**options, response_model=City, max_retries=0, cache=cache),
+        "plain": lambda: patched(**options, response_model=city, max_retries=0),
+        "parse": lambda: patched(**options, response_model=city, max_retries=0),
+        "retry, idle": lambda: patched(**options, response_model=city, max_retries=3),
+        "cache, hit": lambda: patched(**options, response_model=city, max_retries=0, cache=cache),
         "guard": lambda: patched(**options, response_model=Checked, max_retries=0),
     }
 
@@ -463,7 +580,7 @@ def peers(folder: Path) -> None:
 
     def more_of(library: str, what: str) -> float:
         """Return what a call takes more than a plain call of the library."""
-        by_agent = what == "guard" and "plain, by an agent" in found[library]
+        by_agent = what in ("guard", "tools") and "plain, by an agent" in found[library]
         plain = "plain, by an agent" if by_agent else "plain"
         return results[f"{library}: {what}"] - (0 if what in WHOLE else results[f"{library}: {plain}"])
 

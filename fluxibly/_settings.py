@@ -18,7 +18,9 @@ def settings_problems(
 ) -> list[str]:
     """List what is wrong with the settings of a middleware that could not be made. `error` is what it raised."""
     names, required, any_name = _parameters(factory)
-    unknown = [] if any_name else unknown_settings(settings, names, f"{path}.")
+    if any_name:
+        names = [*names, *[name for name in settings if isinstance(name, str)]]
+    unknown = unknown_settings(settings, names, f"{path}.")
     missing = [f"{path}.{name}: is required" for name in required if name not in settings]
     wrong = [_at(path, names, factory, text) for text in _wrong_values(factory, settings)]
     return [*unknown, *missing, *wrong] or [_at(path, names, factory, text) for text in _messages(error)]

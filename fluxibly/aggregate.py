@@ -384,6 +384,16 @@ def as_chunks(response: Response) -> list[Chunk]:
     return [*mark, *first, attrs.evolve(last, **fields)]
 
 
+def around_text(chunk: Chunk) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the fields of a chunk that stand before its text, and those that stand after it."""
+    before = {name: getattr(chunk, name) for name in _BEFORE_TEXT}
+    return before, {name: getattr(chunk, name) for name in _AFTER_TEXT}
+
+
+_BEFORE_TEXT = ("reasoning", "parts", "model", "id", "request_id", "rate_limits", "added")
+_AFTER_TEXT = ("tool_calls", "finish_reason", "raw_finish_reason", "usage", "alternatives", "details")
+
+
 def pieces_of(item: object) -> Sequence[Chunk] | None:
     """Return the chunks that an item of a provider's stream stands for: a Chunk, a str or a Response. None: it is none."""
     if isinstance(item, Chunk):

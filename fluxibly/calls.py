@@ -23,6 +23,17 @@ if TYPE_CHECKING:
     from fluxibly.messages import Message
 
 
+class Prefill(NamedTuple):
+    """How a service goes on with an assistant's message that ends a request, where others begin another message."""
+
+    models: str = ""
+    """The models that do so: a regular expression, which is searched for in their names."""
+    body: Mapping[str, Any] | None = None
+    """The fields with which the request has to ask for it (`Request.extra`)."""
+    echoes: bool = False
+    """Whether the answer repeats the message."""
+
+
 @attrs.frozen(kw_only=True, repr=False, eq=False)
 class ProviderInfo(Value):
     """The identity of a provider, for logs (`name` is the provider's class), spans and error messages."""
@@ -36,6 +47,8 @@ class ProviderInfo(Value):
     in_process: bool = False
     identity: str = attrs.field(default="", eq=False, repr=False)
     """Everything in the configuration that an answer may depend on, for the keys of caches; by default `key`. No secrets."""
+    prefill: Prefill | None = attrs.field(default=None, eq=False, repr=False)
+    """How the service goes on with an assistant's message that ends a request. None: it does not, or that is not known."""
     key: str = attrs.field(init=False, eq=False, repr=False)
     """The provider and its server, such as "openai@api.openai.com:443", for state that is kept for each provider."""
 

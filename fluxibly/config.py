@@ -14,7 +14,6 @@ from fluxibly._checks import (
     is_mapping,
     kind_of,
     mapping,
-    number,
     one_of,
     problem,
     public_headers,
@@ -26,6 +25,7 @@ from fluxibly._checks import (
     unknown_settings,
     whole,
 )
+from fluxibly._parameters import PARAMETERS, parameter_problems
 from fluxibly._values import Value
 from fluxibly.errors import ConfigError, Problems
 from fluxibly.limits import KEEP_ALIVES as KEEP_ALIVES, Timeouts as Timeouts, seconds_problem
@@ -225,23 +225,6 @@ class LLMConfig(Value):
         return cast("LLMConfig", config)
 
 
-PARAMETERS: Mapping[str, Callable[[str, object], str | None]] = {
-    "model": text,
-    "temperature": partial(number, low=0, high=2),
-    "max_tokens": partial(whole, low=1),
-    "top_p": partial(number, low=0, high=1),
-    "top_k": whole,
-    "frequency_penalty": partial(number, low=-2, high=2),
-    "presence_penalty": partial(number, low=-2, high=2),
-    "seed": whole,
-    "n": partial(whole, low=1),
-    "tool_choice": partial(text, empty=True),
-    "reasoning_effort": partial(text, empty=True),
-    "extra": mapping,
-    "headers": partial(mapping, keys=str, values=str),
-    "metadata": mapping,
-}
-"""The check of each parameter that a configuration or a call may have."""
 _LACKED = ("response_format", *[name for name in PARAMETERS if name not in ("model", "extra", "headers", "metadata")])
 
 
@@ -280,12 +263,11 @@ QUIRKS: Mapping[str, Callable[[str, object], str | None]] = {
     "message_fields": partial(_names, known=_MESSAGE_FIELDS),
     "thinks_first": _flag,
     "thinking_parts": _flag,
+    "prefill": partial(one_of, choices=("", "message", "prefix", "continue_final_message")),
 }
 """The check of each quirk: a field of `Quirks` in `providers/dialects/openai_request.py`, which says what it means."""
 PLACE = ("region", "project")
 """The settings for services that run in a cloud, where an account has projects and the cloud has regions."""
-_NEVER_NONE = ("model", "extra", "headers", "metadata")
-"""The parameters for which None does not mean "not sent"."""
 
 
 def _problems(config: LLMConfig) -> list[str]:
@@ -323,17 +305,6 @@ def _is_address(url: str) -> bool:
     """Whether a URL is an http(s) address with a valid port. Sockets would take a port over 65535 for another port."""
     match = _ADDRESS.fullmatch(url)
     return match is not None and (not match["port"] or 0 < int(match["port"]) < 65536)
-
-
-def parameter_problems(parameters: Mapping[str, object]) -> list[str]:
-    """List the problems of the parameters of a configuration or a call."""
-    return [
-        found
-        for name, value in parameters.items()
-        if name in PARAMETERS
-        and (value is not None or name in _NEVER_NONE)
-        and (found := PARAMETERS[name](name, value))
-    ]
 
 
 def _read(name: str, value: Any) -> Any:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Generator, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias, overload
+from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar, overload
 
 import attrs
 
 from fluxibly._checks import did_you_mean, kind_of
 from fluxibly._merging import composed
-from fluxibly.config import LLMConfig, parameter_problems
-from fluxibly.errors import ConfigError, Problems
+from fluxibly._parameters import parameter_problems
+from fluxibly.config import LLMConfig
+from fluxibly.errors import ConfigError, Problems, ResponseInvalid
 from fluxibly.flow import Middleware
 from fluxibly.limits import Timeouts
 from fluxibly.messages import Message
 from fluxibly.pipeline import AsyncPipeline, Pipeline
-from fluxibly.registry import check_config, default_stack, make_middleware, make_provider, read_yaml
+from fluxibly.registry import check_config, default_stack, make_middleware, make_provider, read_yaml, stack_into
 from fluxibly.stream import AsyncStream, Stream
 from fluxibly.types import Chunk, Request, Response, Restart
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from pathlib import Path
     from typing import Literal, Self, TypedDict, Unpack
 
+    from fluxibly._schemas.shapes import Shape
+    from fluxibly.explain import Explanation
     from fluxibly.messages import Tool
 
     class Overrides(TypedDict, total=False):
@@ -60,13 +63,23 @@ _INSTEAD = {
     "system": "write [Message.system(…), Message.user(…)] as the prompt",
 }
 """The advice for settings that other clients have."""
+MOST_TYPES = 256
+"""The most types of `into=` whose pipelines are kept."""
 _FROM_CONFIG = ("model", "temperature", "max_tokens", "top_p", "frequency_penalty", "presence_penalty")
 
 
-class _LLM:
+_P = TypeVar("_P", Pipeline, AsyncPipeline)
+_T = TypeVar("_T")
+
+
+class _LLM(Generic[_P]):
     """The base of `LLM` and `AsyncLLM`: the configuration, and the construction of requests from prompts."""
 
-    def __init__(self, config: LLMConfig, middleware: Iterable[Middleware] | None = None) -> None:
+    pipeline: _P
+
+    def __init__(
+        self, config: LLMConfig, middleware: Iterable[Middleware] | None = None, *, strict: bool = False
+    ) -> None:
         if not isinstance(config, LLMConfig):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"{type(self).__name__}: expected an LLMConfig, got {kind_of(config)}")
         self.config = config
@@ -83,6 +96,8 @@ class _LLM:
             problems.of(check_targets, stack or ())
         problems.check()
         self._stack = stack or ()
+        self._pipelines_into: dict[object, _P] = {}
+        """The pipelines for the types of `into=`, which share the provider of `pipeline`."""
         self._template = Request(
             model=config.model,
             messages="-",
@@ -94,16 +109,29 @@ class _LLM:
         layers = ", ".join(map(repr, self._stack))
         return f"{type(self).__name__}({self.config.framework!r}, {self.config.model!r}, middleware=[{layers}])"
 
+    def explain(self) -> Explanation:
+        """Return what the stack does, what a call may come to, and warnings of orders that hurt. Nothing is sent."""
+        from fluxibly.explain import explain  # late, because no call needs it
+
+        pipeline = self.pipeline
+        return explain(pipeline.middleware, provider=pipeline.provider, config=self.config, info=pipeline.info)
+
     @classmethod
     def from_yaml(
-        cls, file: str | Path, *, section: str = "llm", middleware: Iterable[Middleware] | None = None
+        cls,
+        file: str | Path,
+        *,
+        section: str = "llm",
+        middleware: Iterable[Middleware] | None = None,
+        strict: bool = False,
     ) -> Self:
         """Return a model that is configured by a section of a YAML file; see `LLMConfig.from_yaml`.
 
         Raises:
             ConfigError: it lists every problem of the settings, the framework and the middleware.
         """
-        return cls(*read_yaml(file, section, middleware=middleware))
+        config, layers = read_yaml(file, section, middleware=middleware)
+        return cls(config, layers, strict=strict)
 
     def request(self, prompt: Prompt, overrides: Mapping[str, Any]) -> Request:
         """Return the request for a prompt and the settings of a call.
@@ -129,22 +157,79 @@ class _LLM:
             changes["extra"] = composed(self.config.additional_params, changes["extra"])
         return self._template.evolve(messages=prompt, **changes)
 
+    def _request_into(self, prompt: Prompt, overrides: Mapping[str, Any], into: object) -> Request:
+        """Return the request of a call with `into=`."""
+        if overrides.get("response_format") is not None:
+            raise TypeError("into= and response_format= both say what the answer has to be; expected only one of them")
+        request = self.request(prompt, overrides)
+        return request.evolve(response_format=_shape(into).response_format)
 
-class LLM(_LLM):
+    def _into(self, into: object) -> _P:
+        """Return the pipeline whose answers have to fit a type, which is kept."""
+        try:
+            found = self._pipelines_into.get(into)
+        except TypeError:  # it has no hash, like a JSON Schema
+            return self._made_into(into)
+        if found is None:
+            found = self._made_into(into)
+            if len(self._pipelines_into) >= MOST_TYPES:
+                self._pipelines_into.clear()
+            self._pipelines_into[into] = found
+        found.closed = self.pipeline.closed
+        return found
+
+    def _made_into(self, into: object) -> _P:
+        return self.pipeline.with_middleware(stack_into(self._stack, into))
+
+
+def parsed_of(response: Response, into: object) -> Any:
+    """Return the value that an answer was parsed into.
+
+    Raises:
+        ResponseInvalid: the answer has none.
+    """
+    if response.parsed is not None:
+        return response.parsed
+    problem = "the model called tools, and gave no answer"
+    if not response.tool_calls:
+        try:
+            return _shape(into).parse(response.text)  # null, or a layer further out has changed the text
+        except ValueError as error:
+            problem = str(error)
+    raise ResponseInvalid(f"the answer did not pass validation: {problem}", response=response, problem=problem)
+
+
+def _shape(into: object) -> Shape:
+    """Return the shape of the answers that `into=` describes.
+
+    Raises:
+        ConfigError: it describes none.
+    """
+    from fluxibly._schemas.shapes import shape_of  # late, because most programs parse no answers
+
+    return shape_of(into, "into")
+
+
+class LLM(_LLM[Pipeline]):
     """A language model with synchronous methods. Many threads may use it at once.
 
     Args:
         config: the model and its settings.
         middleware: the stack, outermost first; by default the configuration's stack, else the default stack.
+        strict: whether the warnings of `explain()` are errors.
 
     Raises:
         FrameworkNotRegistered: the configuration's framework is unknown.
-        ConfigError: an extra or a key is missing, or a middleware is unknown.
+        ConfigError: an extra or a key is missing, or a middleware is unknown; with `strict`, all warnings.
     """
 
-    def __init__(self, config: LLMConfig, middleware: Iterable[Middleware] | None = None) -> None:
+    def __init__(
+        self, config: LLMConfig, middleware: Iterable[Middleware] | None = None, *, strict: bool = False
+    ) -> None:
         super().__init__(config, middleware)
         self.pipeline = Pipeline(make_provider(config, asynchronous=False), self._stack, framework=config.framework)
+        if strict:
+            self.explain().check()
 
     def forward(
         self, prompt: Prompt, *, timeout: float | Timeouts | None = None, **overrides: Unpack[Overrides]
@@ -171,10 +256,62 @@ class LLM(_LLM):
         return self.stream(prompt, timeout=timeout, **overrides).texts()
 
     def complete(
-        self, prompt: Prompt, *, timeout: float | Timeouts | None = None, **overrides: Unpack[Overrides]
+        self,
+        prompt: Prompt,
+        *,
+        timeout: float | Timeouts | None = None,
+        into: Any = None,
+        **overrides: Unpack[Overrides],
     ) -> Response:
-        """Return the model's answer to a prompt as a `Response`, with usage, finish reason and all other fields."""
+        """Return the model's answer to a prompt as a `Response`, with usage, finish reason and all other fields.
+
+        Args:
+            timeout: the time limits of this call; see `Pipeline.complete`.
+            into: the type that the answer has to make, or a JSON Schema; see `parse`. `response.parsed` is the instance. If the
+                model calls tools instead, `parsed` is None.
+            overrides: settings that take precedence over the configuration; see `Request`.
+
+        Raises:
+            ResponseInvalid: the answer does not fit `into`, even after the model was asked again.
+            ConfigError: `into` describes no answers.
+        """
+        if into is not None:
+            return self._into(into).complete(self._request_into(prompt, overrides, into), timeout=timeout)
         return self.pipeline.complete(self.request(prompt, overrides), timeout=timeout)
+
+    @overload
+    def parse(
+        self,
+        prompt: Prompt,
+        into: type[_T],
+        *,
+        timeout: float | Timeouts | None = None,
+        **overrides: Unpack[Overrides],
+    ) -> _T: ...
+    @overload
+    def parse(
+        self, prompt: Prompt, into: object, *, timeout: float | Timeouts | None = None, **overrides: Unpack[Overrides]
+    ) -> Any: ...
+    def parse(
+        self, prompt: Prompt, into: object, *, timeout: float | Timeouts | None = None, **overrides: Unpack[Overrides]
+    ) -> Any:
+        """Return the model's answer as an instance of a type: `ann = llm.parse("Who is Ann?", Person)`.
+
+        The service gets the type's JSON Schema in the form that it takes. The answer is checked, and the model asked again with
+        the problem if it does not fit: as often as the `Validation` of the stack says, or else twice.
+
+        Args:
+            into: an attrs class, a dataclass, a TypedDict, a msgspec Struct, a pydantic model, `list[Person]`, a union of these,
+                or a JSON Schema (needs jsonschema).
+            timeout: the time limits of this call; see `Pipeline.complete`.
+            overrides: settings that take precedence over the configuration; see `Request`.
+
+        Raises:
+            ResponseInvalid: the answer does not fit, or the model called tools.
+            ConfigError: `into` describes no answers.
+            FluxiblyError: the call failed.
+        """
+        return parsed_of(self.complete(prompt, timeout=timeout, into=_shape(into).wanted, **overrides), into)
 
     @overload
     def stream(
@@ -183,11 +320,18 @@ class LLM(_LLM):
         *,
         restarts: Literal[False] = False,
         timeout: float | Timeouts | None = None,
+        into: Any = None,
         **overrides: Unpack[Overrides],
     ) -> Stream[Chunk]: ...
     @overload
     def stream(
-        self, prompt: Prompt, *, restarts: bool, timeout: float | Timeouts | None = None, **overrides: Unpack[Overrides]
+        self,
+        prompt: Prompt,
+        *,
+        restarts: bool,
+        timeout: float | Timeouts | None = None,
+        into: Any = None,
+        **overrides: Unpack[Overrides],
     ) -> Stream[Chunk | Restart]: ...
     def stream(
         self,
@@ -195,9 +339,17 @@ class LLM(_LLM):
         *,
         restarts: bool = False,
         timeout: float | Timeouts | None = None,
+        into: Any = None,
         **overrides: Unpack[Overrides],
     ) -> Stream[Any]:
-        """Return the model's answer as a `Stream`; see `Pipeline.stream`."""
+        """Return the model's answer as a `Stream`; see `Pipeline.stream`.
+
+        With `into` (see `parse`), `stream.partial_parsed` is the value so far, and `stream.response.parsed` the instance. A stream is
+        not held back, so an answer that does not fit raises at its end; `Validation(hold=True)` asks again.
+        """
+        if into is not None:
+            request = self._request_into(prompt, overrides, into)
+            return self._into(into).stream(request, restarts=restarts, timeout=timeout)
         return self.pipeline.stream(self.request(prompt, overrides), restarts=restarts, timeout=timeout)
 
     def close(self) -> None:
@@ -211,12 +363,16 @@ class LLM(_LLM):
         self.close()
 
 
-class AsyncLLM(_LLM):
+class AsyncLLM(_LLM[AsyncPipeline]):
     """A language model with asynchronous methods, for asyncio and trio. It takes the same arguments as `LLM`."""
 
-    def __init__(self, config: LLMConfig, middleware: Iterable[Middleware] | None = None) -> None:
+    def __init__(
+        self, config: LLMConfig, middleware: Iterable[Middleware] | None = None, *, strict: bool = False
+    ) -> None:
         super().__init__(config, middleware)
         self.pipeline = AsyncPipeline(make_provider(config, asynchronous=True), self._stack, framework=config.framework)
+        if strict:
+            self.explain().check()
 
     async def forward(
         self, prompt: Prompt, *, timeout: float | Timeouts | None = None, **overrides: Unpack[Overrides]
@@ -243,10 +399,37 @@ class AsyncLLM(_LLM):
         return self.stream(prompt, timeout=timeout, **overrides).texts()
 
     async def complete(
-        self, prompt: Prompt, *, timeout: float | Timeouts | None = None, **overrides: Unpack[Overrides]
+        self,
+        prompt: Prompt,
+        *,
+        timeout: float | Timeouts | None = None,
+        into: Any = None,
+        **overrides: Unpack[Overrides],
     ) -> Response:
-        """Return the model's answer to a prompt as a `Response`, with usage, finish reason and all other fields."""
+        """Return the model's answer to a prompt as a `Response`; see `LLM.complete`."""
+        if into is not None:
+            return await self._into(into).complete(self._request_into(prompt, overrides, into), timeout=timeout)
         return await self.pipeline.complete(self.request(prompt, overrides), timeout=timeout)
+
+    @overload
+    async def parse(
+        self,
+        prompt: Prompt,
+        into: type[_T],
+        *,
+        timeout: float | Timeouts | None = None,
+        **overrides: Unpack[Overrides],
+    ) -> _T: ...
+    @overload
+    async def parse(
+        self, prompt: Prompt, into: object, *, timeout: float | Timeouts | None = None, **overrides: Unpack[Overrides]
+    ) -> Any: ...
+    async def parse(
+        self, prompt: Prompt, into: object, *, timeout: float | Timeouts | None = None, **overrides: Unpack[Overrides]
+    ) -> Any:
+        """Return the model's answer as an instance of a type: `await llm.parse("Who is Ann?", Person)`; see `LLM.parse`."""
+        wanted = _shape(into).wanted
+        return parsed_of(await self.complete(prompt, timeout=timeout, into=wanted, **overrides), into)
 
     @overload
     def stream(
@@ -255,11 +438,18 @@ class AsyncLLM(_LLM):
         *,
         restarts: Literal[False] = False,
         timeout: float | Timeouts | None = None,
+        into: Any = None,
         **overrides: Unpack[Overrides],
     ) -> AsyncStream[Chunk]: ...
     @overload
     def stream(
-        self, prompt: Prompt, *, restarts: bool, timeout: float | Timeouts | None = None, **overrides: Unpack[Overrides]
+        self,
+        prompt: Prompt,
+        *,
+        restarts: bool,
+        timeout: float | Timeouts | None = None,
+        into: Any = None,
+        **overrides: Unpack[Overrides],
     ) -> AsyncStream[Chunk | Restart]: ...
     def stream(
         self,
@@ -267,9 +457,13 @@ class AsyncLLM(_LLM):
         *,
         restarts: bool = False,
         timeout: float | Timeouts | None = None,
+        into: Any = None,
         **overrides: Unpack[Overrides],
     ) -> AsyncStream[Any]:
-        """Return the model's answer as an `AsyncStream`, for `async with`; see `AsyncPipeline.stream`."""
+        """Return the model's answer as an `AsyncStream`, for `async with`; see `AsyncPipeline.stream` and `LLM.stream`."""
+        if into is not None:
+            request = self._request_into(prompt, overrides, into)
+            return self._into(into).stream(request, restarts=restarts, timeout=timeout)
         return self.pipeline.stream(self.request(prompt, overrides), restarts=restarts, timeout=timeout)
 
     async def aclose(self) -> None:

@@ -19,9 +19,17 @@ from fluxibly.types import Chunk, Request, Response, Restart
 if TYPE_CHECKING:
     from typing import Self
 
+    from fluxibly.explain import Explanation
+
 
 def _nothing() -> None:
     """Do nothing, where there is nothing to close."""
+
+
+def _explained(stack: Pipeline | AsyncPipeline) -> Explanation:
+    from fluxibly.explain import explain as explained  # late, because no call needs it
+
+    return explained(stack.middleware, provider=stack.provider, info=stack.info)
 
 
 class Pipeline(SyncStack):
@@ -37,6 +45,10 @@ class Pipeline(SyncStack):
     def make_targets(self) -> TargetProviders:
         """Return the providers of the targets that requests may name."""
         return TargetProviders(self.info, asynchronous=False)
+
+    def explain(self) -> Explanation:
+        """Return what the stack does, what a call may come to, and warnings of orders that hurt. Nothing is sent."""
+        return _explained(self)
 
     def complete(self, request: Request, *, timeout: float | Timeouts | None = None) -> Response:
         """Send a request through the stack to the provider, and return the whole response.
@@ -134,6 +146,10 @@ class AsyncPipeline(AsyncStack):
     def make_targets(self) -> TargetProviders:
         """Return the providers of the targets that requests may name."""
         return TargetProviders(self.info, asynchronous=True)
+
+    def explain(self) -> Explanation:
+        """Return what the stack does, what a call may come to, and warnings of orders that hurt. Nothing is sent."""
+        return _explained(self)
 
     async def complete(self, request: Request, *, timeout: float | Timeouts | None = None) -> Response:
         """Send a request through the stack to the provider, and return the whole response.

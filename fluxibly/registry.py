@@ -462,26 +462,57 @@ def default_stack(config: LLMConfig, *layers: Middleware) -> tuple[Middleware, .
     return _default_stack(config.max_retries, layers)
 
 
+def built_in_kind(layer: object) -> str | None:
+    """Return the name of the built-in class that a layer is of, such as "Retry"; None for a layer of the user's own."""
+    # Not by `isinstance`, because that would load the classes of all built-in layers.
+    names = [cls.__name__ for cls in type(layer).__mro__ if cls.__module__.startswith("fluxibly.middleware.")]
+    return names[0] if names and names[0] in _BUILT_IN_MIDDLEWARE.values() else None
+
+
 def _default_stack(max_retries: int, layers: Iterable[Middleware]) -> tuple[Middleware, ...]:
     module = importlib.import_module("fluxibly.middleware")
-    # Not by `isinstance`, because that would load the classes of all built-in layers.
     given: dict[str, list[Middleware]] = {name: [] for name in _BUILT_IN_MIDDLEWARE.values()}
     own: list[Middleware] = []
     for layer in layers:
         if not callable(layer) or isinstance(layer, type):
             raise TypeError(f"default_stack: expected middleware, like Retry(max_retries=5), got {kind_of(layer)}")
-        names = [cls.__name__ for cls in type(layer).__mro__ if cls.__module__.startswith("fluxibly.middleware.")]
-        (given[names[0]] if names and names[0] in given else own).append(layer)
+        kind = built_in_kind(layer)
+        (own if kind is None else given[kind]).append(layer)
     ordered: list[Middleware] = []
-    for name, kind in _BUILT_IN_MIDDLEWARE.items():
-        if given[kind]:
-            ordered += given[kind]
-        elif kind in _IN_DEFAULT:
-            settings = {"max_retries": max_retries} if kind == "Retry" else {}
-            ordered.append(getattr(module, kind)(**settings))
+    for name, cls in _BUILT_IN_MIDDLEWARE.items():
+        if given[cls]:
+            ordered += given[cls]
+        elif cls in _IN_DEFAULT:
+            settings = {"max_retries": max_retries} if cls == "Retry" else {}
+            ordered.append(getattr(module, cls)(**settings))
         if name == _OUTSIDE_OF_OWN:
             ordered += own
     return tuple(ordered)
+
+
+def stack_into(stack: Sequence[Middleware], schema: object) -> tuple[Middleware, ...]:
+    """Return a stack whose answers have to fit a schema.
+
+    The outermost `Validation` gets the schema. If there is none, one is added, outside of the first layer that the default stack
+    has inside of it (`Fallback`, `Retry`, …).
+
+    Raises:
+        ConfigError: the schema describes no answers.
+    """
+    import attrs
+
+    kinds = list(_BUILT_IN_MIDDLEWARE.values())
+    inner = {*kinds[kinds.index("Validation") + 1 :]}
+    place = len(stack)
+    for number, layer in enumerate(stack):
+        kind = built_in_kind(layer)
+        if kind == "Validation":
+            changed: Any = attrs.evolve(cast("Any", layer), schema=schema)
+            return (*stack[:number], changed, *stack[number + 1 :])
+        if kind in inner:
+            place = min(place, number)
+    added: Middleware = importlib.import_module("fluxibly.middleware").Validation(schema=schema)
+    return (*stack[:place], added, *stack[place:])
 
 
 def make_middleware(items: Sequence[Any], *, max_retries: int = 3, path: str = "middleware") -> tuple[Middleware, ...]:

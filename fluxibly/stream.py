@@ -74,6 +74,15 @@ class Stream(Generic[Event]):
         """
         return _response(self._driver)
 
+    @property
+    def partial_parsed(self) -> Any:
+        """The value of the JSON that has come so far, if `into=` or a `Validation` says what it has to be; None before that.
+
+        What is open ends here. It is an instance of the type if it fits already, and plain JSON values else. Of a list, the
+        items are instances, and the last is left out until it fits.
+        """
+        return _partial_parsed(self._driver)
+
     def close(self) -> None:
         """Abandon the stream, unless it has ended. A second close does nothing.
 
@@ -155,6 +164,11 @@ class AsyncStream(Generic[Event]):
         """
         return _response(self._driver)
 
+    @property
+    def partial_parsed(self) -> Any:
+        """The value of the JSON that has come so far; see `Stream.partial_parsed`."""
+        return _partial_parsed(self._driver)
+
     async def aclose(self) -> None:
         """Abandon the stream, unless it has ended. A second close does nothing.
 
@@ -179,6 +193,16 @@ class AsyncStream(Generic[Event]):
                     yield event.text
         finally:
             await self.aclose()
+
+
+def _partial_parsed(driver: StreamDriver) -> Any:
+    if driver.response is not None and driver.response.parsed is not None:
+        return driver.response.parsed
+    from fluxibly._schemas.shapes import Shape  # late, because it imports the JSON library
+
+    shapes: list[Any] = [getattr(layer, "shape", None) for layer in driver.call.layers]
+    shape = next((each for each in shapes if isinstance(each, Shape)), None)
+    return None if shape is None else shape.partial(driver.text)
 
 
 def _response(driver: StreamDriver) -> Response:

@@ -10,7 +10,8 @@ import attrs
 
 from fluxibly import provider as providers
 from fluxibly._checks import did_you_mean, is_mapping, kind_of, nearest, problem
-from fluxibly.config import LLMConfig, parameter_problems
+from fluxibly._parameters import parameter_problems
+from fluxibly.config import LLMConfig
 from fluxibly.errors import ConfigError, Problems
 from fluxibly.types import Request, replaced
 

@@ -18,6 +18,7 @@ from fluxibly._checks import is_list, is_whole, kind_of, repr_of_headers, repr_w
 from fluxibly._values import Shown, Value
 from fluxibly.calls import (
     CallRecord as CallRecord,
+    Prefill as Prefill,
     ProviderInfo as ProviderInfo,
     StreamStats as StreamStats,
     Usage as Usage,

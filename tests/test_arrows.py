@@ -23,7 +23,7 @@ MODULES = {
 DATA = "data"
 SIDE = "side"
 ROOMS = {
-    "_tokens types calls limits messages parts errors aggregate provider _checks _dicts _durations _extras _formats _merging _roots _values _states": DATA,
+    "_tokens types calls limits messages parts errors aggregate provider _checks _dicts _durations _extras _formats _inline_thinking _merging _parameters _roots _values _states": DATA,
     "_masking _logs _abandoned _loops _plugins _schemas _threads _yaml functions signals tools": SIDE,
     "config": "config",
     "target": "target",

@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator, AsyncIterable, Generator, Iterable
 from contextlib import contextmanager
+from copy import copy
 from functools import partial
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from fluxibly import provider as providers
 from fluxibly._abandoned import end_pending, pending
@@ -34,6 +35,9 @@ from fluxibly.flow.verbs import run
 from fluxibly.limits import Leash, Timeouts, time_left, timeouts_of_call
 from fluxibly.provider import AsyncProvider, Provider, StreamingProvider
 from fluxibly.types import CallRecord, Chunk, ProviderInfo, Request, Response, Usage
+
+if TYPE_CHECKING:
+    from typing import Self
 
 
 class Clock(Protocol):
@@ -96,12 +100,15 @@ class Stack:
     ) -> None:
         providers.check(provider)
         self.provider: Any = providers.for_pipeline(provider, asynchronous=self.asynchronous)
-        self.middleware: tuple[Middleware, ...] = tuple(middleware)
         self.info: ProviderInfo = providers.info_of(provider, framework)
         self.targets = self.make_targets()
         self.clock = clock
         self._now = clock.now
         self.closed = False
+        self._set_middleware(middleware)
+
+    def _set_middleware(self, middleware: Iterable[Middleware]) -> None:
+        self.middleware: tuple[Middleware, ...] = tuple(middleware)
         for layer in self.middleware:
             if not callable(layer):
                 raise TypeError(
@@ -118,6 +125,12 @@ class Stack:
     def make_targets(self) -> TargetProviders:
         """Return the providers of the targets that requests may name."""
         raise NotImplementedError
+
+    def with_middleware(self, middleware: Iterable[Middleware]) -> Self:
+        """Return a pipeline with another stack before the same provider, which belongs to this pipeline: close this."""
+        other = copy(self)
+        other._set_middleware(middleware)
+        return other
 
     def __repr__(self) -> str:
         layers = ", ".join(map(repr, self.middleware))

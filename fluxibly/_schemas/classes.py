@@ -48,7 +48,7 @@ class Field(NamedTuple):
     description: str = ""
 
 
-def fields_of(kind: type) -> list[Field] | None:
+def fields_of(kind: Any) -> list[Field] | None:
     """Return the fields of an attrs class, a dataclass or a TypedDict; None for other types.
 
     Raises:
@@ -98,6 +98,26 @@ def is_pydantic(kind: object) -> bool:
     return isinstance(kind, type) and hasattr(kind, "__pydantic_core_schema__")
 
 
+def is_kind(kind: Any, *kinds: type) -> bool:
+    """Whether a type is a subclass. (Type checkers do not narrow it by this, and so do not take it for partly unknown.)"""
+    return isinstance(kind, type) and issubclass(kind, kinds)
+
+
+def is_items(kind: Any) -> bool:
+    """Whether a type is that of an array: a list, a set, a tuple, a sequence."""
+    return is_kind(kind, Sequence, AbstractSet) and not is_kind(kind, str, bytes, bytearray, memoryview)
+
+
+def is_named_tuple(kind: Any) -> bool:
+    """Whether a type is a tuple with names."""
+    return is_kind(kind, tuple) and hasattr(kind, "_fields")
+
+
+def is_typed_dict(kind: Any) -> bool:
+    """Whether a type is a TypedDict, of whatever package."""
+    return hasattr(kind, "__required_keys__")
+
+
 def is_union(kind: object) -> bool:
     """Whether a type is `A | B` or `Union[A, B]`."""
     return get_origin(kind) in (Union, types.UnionType)
@@ -112,7 +132,7 @@ def name_of(kind: Any) -> str:
         return name_of(arguments[0])
     if not arguments or not hasattr(get_origin(kind), "__name__"):
         return getattr(kind, "__name__", None) or str(kind).replace("typing.", "")
-    return f"{get_origin(kind).__name__}[{', '.join(map(name_of, arguments))}]"  # type: ignore[union-attr]
+    return f"{get_origin(kind).__name__}[{', '.join(map(name_of, arguments))}]"
 
 
 def resolved(kind: Any) -> Any:
@@ -146,10 +166,10 @@ class _Describer:
         self._names: dict[object, str] = {}
         """The names of the classes that have a definition."""
 
-    def schema(self, kind: Any, given: Mapping[object, object] | None = None) -> dict[str, Any]:
+    def schema(self, kind: Any, given: Mapping[Any, object] | None = None) -> dict[str, Any]:
         """Return the schema of a type. `given` has what the type variables of a generic class stand for."""
         kind = resolved(kind)
-        given = given or {}
+        given = {} if given is None else given
         if isinstance(kind, TypeVar):
             return self.schema(given[kind], given) if kind in given else self.schema(kind.__bound__ or Any, given)
         origin, arguments = get_origin(kind), get_args(kind)
@@ -165,7 +185,7 @@ class _Describer:
             return {} if {} in members else {"anyOf": members}
         if origin is Literal:
             return _choice(arguments)
-        cls = origin or kind
+        cls: Any = origin or kind
         if not isinstance(cls, type):
             raise ConfigError(f"{name_of(kind)} has no JSON Schema: {EXPECTED}")
         if issubclass(cls, enum.Enum):
@@ -182,10 +202,10 @@ class _Describer:
                 words |= _words_of(extra)
         return _with_words(schema, words)
 
-    def _container(self, cls: type, arguments: Sequence[Any], given: Mapping[object, object]) -> dict[str, Any] | None:
-        if issubclass(cls, tuple) and hasattr(cls, "_fields"):
+    def _container(self, cls: Any, arguments: Sequence[Any], given: Mapping[object, object]) -> dict[str, Any] | None:
+        if is_named_tuple(cls):
             return None
-        if issubclass(cls, tuple) and arguments and arguments[-1] is not Ellipsis:
+        if is_kind(cls, tuple) and arguments and arguments[-1] is not Ellipsis:
             items = [self.schema(each, given) for each in arguments if each != ()]
             return {
                 "type": "array",
@@ -194,17 +214,17 @@ class _Describer:
                 "minItems": len(items),
                 "maxItems": len(items),
             }
-        if issubclass(cls, (Sequence, AbstractSet)) and not issubclass(cls, (str, bytes, bytearray, memoryview)):
-            items = {"items": self.schema(arguments[0], given)} if arguments else {}
-            unique = {"uniqueItems": True} if issubclass(cls, AbstractSet) else {}
-            return {"type": "array", **items, **unique}
-        if issubclass(cls, Mapping) and not hasattr(cls, "__required_keys__"):
+        if is_items(cls):
+            item = {"items": self.schema(arguments[0], given)} if arguments else {}
+            unique = {"uniqueItems": True} if is_kind(cls, AbstractSet) else {}
+            return {"type": "array", **item, **unique}
+        if is_kind(cls, Mapping) and not is_typed_dict(cls):
             values = {"additionalProperties": self.schema(arguments[1], given)} if len(arguments) == 2 else {}
             return {"type": "object", **values}
         return None
 
-    def _class(self, kind: Any, cls: type, arguments: Sequence[Any], given: Mapping[object, object]) -> dict[str, Any]:
-        parameters = getattr(cls, "__parameters__", ())
+    def _class(self, kind: Any, cls: Any, arguments: Sequence[Any], given: Mapping[object, object]) -> dict[str, Any]:
+        parameters: tuple[object, ...] = getattr(cls, "__parameters__", ())
         chosen = tuple(given.get(each, each) for each in arguments)
         key: object = (cls, *chosen) if chosen else cls
         if key in self._names:
@@ -213,11 +233,11 @@ class _Describer:
             import pydantic
 
             return self._hoisted(pydantic.TypeAdapter(kind).json_schema(), key)
-        fields = None if issubclass(cls, msgspec.Struct) else fields_of(cls)
+        fields = None if is_kind(cls, msgspec.Struct) else fields_of(cls)
         if fields is None:
             return self._by_msgspec(kind, key)
         name = self._name(key, "_".join(map(name_of, (cls, *chosen))))
-        own = dict(zip(parameters, chosen, strict=False))
+        own: dict[Any, object] = dict(zip(parameters, chosen, strict=False))
         properties = {
             field.name: _with_words(
                 self.schema(field.kind, own), {"description": field.description} if field.description else {}
@@ -285,10 +305,14 @@ def _renamed(schema: Any, names: Mapping[str, str]) -> Any:
 
 
 def _choice(values: Sequence[Any]) -> dict[str, Any]:
-    kinds = sorted({_SCALARS.get(type(value), "") for value in values})
+    kinds = sorted({_json_type(value) for value in values})
     if "" in kinds:
         raise ConfigError(f"{values!r} has no JSON Schema: expected values that are JSON, like 'a' or 1")
     return {"type": kinds[0] if len(kinds) == 1 else kinds, "enum": [*values]}
+
+
+def _json_type(value: object) -> str:
+    return _SCALARS.get(type(value), "")
 
 
 def _words_of(meta: msgspec.Meta) -> dict[str, Any]:
@@ -315,7 +339,7 @@ def _with_words(schema: dict[str, Any], words: Mapping[str, Any]) -> dict[str, A
     return {**schema, **words}
 
 
-def _docstring(cls: type) -> str | None:
+def _docstring(cls: Any) -> str | None:
     text = cls.__dict__.get("__doc__")
     generated = f"{cls.__name__}("  # of a dataclass without a docstring
     return inspect.cleandoc(text) if isinstance(text, str) and text and not text.startswith(generated) else None

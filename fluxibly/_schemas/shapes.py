@@ -46,7 +46,7 @@ class Shape:
             value: Any = json.loads(_without_fence(text), parse_constant=_no_constant)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"the answer is not valid JSON: {error}") from None
-        if self.wrapped and is_mapping(value) and value.keys() == {VALUE}:
+        if self.wrapped and is_mapping(value) and set(value) == {VALUE}:
             value = value[VALUE]
         return self._built(value)
 
@@ -58,7 +58,7 @@ class Shape:
         """
         value = value_so_far(_without_fence(text))
         if self.wrapped and is_mapping(value):
-            value = value.get(VALUE, NOTHING) if value.keys() <= {VALUE} else value
+            value = value if value.keys() - {VALUE} else value.get(VALUE, NOTHING)
         if value is NOTHING:
             return None
         kind = resolved(self.wanted)

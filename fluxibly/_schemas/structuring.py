@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Mapping, Sequence, Set as AbstractSet
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from typing import Annotated, Any, Literal, TypeAlias, get_args, get_origin
 
 import msgspec
 
 from fluxibly._checks import is_list, is_mapping
-from fluxibly._schemas.classes import fields_of, is_pydantic, is_union, name_of, resolved
+from fluxibly._schemas.classes import (
+    fields_of,
+    is_items,
+    is_kind,
+    is_named_tuple,
+    is_pydantic,
+    is_typed_dict,
+    is_union,
+    name_of,
+    resolved,
+)
 
 Hook: TypeAlias = Callable[[Any, Any], Any]
 
@@ -50,10 +60,16 @@ def _misfit(expected: str, value: object) -> Misfit:
     return Misfit(f"expected {expected}, got {_json_kind(value)}")
 
 
-_JSON_KINDS = ((bool, "a boolean"), (int, "an integer"), (float, "a number"), (str, "a string"), (list, "an array"))
+_JSON_KINDS: tuple[tuple[type, str], ...] = (
+    (bool, "a boolean"),
+    (int, "an integer"),
+    (float, "a number"),
+    (str, "a string"),
+    (list, "an array"),
+)
 
 
-def _json_kind(value: object) -> str:
+def _json_kind(value: Any) -> str:
     """Return the kind of a JSON value, in the words of JSON."""
     if value is None:
         return "null"
@@ -85,7 +101,7 @@ def _hook(kind: Any, converter: Any) -> Hook:
     """Return the function that structures values of a type."""
     origin, arguments = get_origin(kind), get_args(kind)
     scalar = _SCALARS.get(type(None) if kind is None else kind)
-    cls = origin or kind
+    cls: Any = origin or kind
     if kind in (Any, object):
         return _unchanged
     if scalar is not None:
@@ -120,8 +136,9 @@ def _unchanged(value: object, _: object) -> object:
     return value
 
 
-def _scalar(expected: str, accepted: tuple[type, ...], value: Any, kind: Any) -> object:
-    if not isinstance(value, accepted) or (isinstance(value, bool) and bool not in accepted):
+def _scalar(expected: str, accepted: tuple[type, ...], given: Any, kind: Any) -> object:
+    value: Any = given
+    if not isinstance(given, accepted) or (isinstance(value, bool) and bool not in accepted):
         raise _misfit(expected, value)
     return float(value) if kind is float else value
 
@@ -171,11 +188,10 @@ def _union(converter: Any, members: Sequence[Any], value: object, _: object) -> 
 
 def _field_names(kind: Any) -> frozenset[str]:
     """Return the names of a class's fields in JSON."""
-    cls = get_origin(kind) or kind
-    if not isinstance(cls, type):
-        return frozenset()
-    if issubclass(cls, msgspec.Struct):
-        return frozenset(cls.__struct_encode_fields__)
+    cls: Any = get_origin(kind) or kind
+    if is_kind(cls, msgspec.Struct):
+        names: tuple[str, ...] = cls.__struct_encode_fields__
+        return frozenset(names)
     if is_pydantic(cls):
         fields: Mapping[str, Any] = getattr(cls, "__pydantic_fields__", {})
         return frozenset(each.alias or name for name, each in fields.items())
@@ -191,26 +207,32 @@ def _choice(choices: Mapping[Any, Any], value: Any, _: object) -> object:
         raise Misfit(f"expected one of {expected}, got {given}") from None
 
 
-def _container_hook(cls: type, arguments: Sequence[Any], converter: Any) -> Hook | None:
+def _container_hook(cls: Any, arguments: Sequence[Any], converter: Any) -> Hook | None:
     """Return the hook of a list, a set, a tuple or a mapping; None for other types."""
-    from cattrs.cols import list_structure_factory, mapping_structure_factory
+    from cattrs import cols
 
-    if issubclass(cls, tuple) and (hasattr(cls, "_fields") or (arguments and arguments[-1] is not Ellipsis)):
-        return None if hasattr(cls, "_fields") else partial(_tuple, converter, arguments)
-    if issubclass(cls, (Sequence, AbstractSet)) and not issubclass(cls, (str, bytes, bytearray, memoryview)):
+    factories: Any = cols  # whose types are partly unknown
+    if is_named_tuple(cls):
+        return None
+    if is_kind(cls, tuple) and arguments and arguments[-1] is not Ellipsis:
+        return partial(_tuple, arguments)
+    if is_items(cls):
         items: Any = arguments[0] if arguments else Any
-        base = list_structure_factory(list[items], converter)
-        make: Callable[[list[Any]], Any] = next(
-            (kind for kind in (tuple, frozenset) if issubclass(cls, kind)),
-            set if issubclass(cls, AbstractSet) else list if cls in (list, Sequence) or issubclass(list, cls) else cls,
-        )
-        return partial(_items, base, list[items], make)
-    if issubclass(cls, Mapping) and not hasattr(cls, "__required_keys__"):
+        base = factories.list_structure_factory(list[items], converter)
+        return partial(_items, base, list[items], _maker(cls))
+    if is_kind(cls, Mapping) and not is_typed_dict(cls):
         values: Any = arguments[1] if len(arguments) == 2 else Any
         keys: Any = arguments[0] if arguments else str
-        table = mapping_structure_factory(dict[str, values], converter)
+        table = factories.mapping_structure_factory(dict[str, values], converter)
         return partial(_table, table, keys)
     return None
+
+
+def _maker(cls: Any) -> Callable[[list[Any]], Any]:
+    """Return the function that makes a list's items into an instance of a class, or of the usual class for an abstract one."""
+    usual: tuple[Any, ...] = (list, tuple, set, frozenset)
+    found: Callable[[list[Any]], Any] = next((kind for kind in usual if issubclass(kind, cls)), cls)
+    return found
 
 
 def _items(base: Hook, kind: Any, make: Callable[[list[Any]], Any], value: object, _: object) -> object:
@@ -219,7 +241,7 @@ def _items(base: Hook, kind: Any, make: Callable[[list[Any]], Any], value: objec
     return make(base(value, kind))
 
 
-def _tuple(converter: Any, kinds: Sequence[Any], value: object, _: object) -> object:
+def _tuple(kinds: Sequence[Any], value: object, _: object) -> object:
     kinds = [kind for kind in kinds if kind != ()]
     if not is_list(value) or len(value) != len(kinds):
         raise _misfit(f"an array of {len(kinds)}", value)
@@ -243,15 +265,15 @@ def _key(key: str, kind: Any) -> object:
         raise Misfit(_said(error)) from None
 
 
-def _class_hook(kind: Any, cls: type, converter: Any) -> Hook:
+def _class_hook(kind: Any, cls: Any, converter: Any) -> Hook:
     """Return the hook of an attrs class, a dataclass or a TypedDict; all other types are msgspec's."""
     if fields_of(cls) is None:
         return partial(_by_msgspec, converter)
-    if hasattr(cls, "__required_keys__"):
-        from cattrs.gen.typeddicts import make_dict_structure_fn as make
-    else:
-        from cattrs.gen import make_dict_structure_fn as make  # type: ignore[assignment]
-    base: Hook = make(kind, converter)
+    from cattrs import gen
+    from cattrs.gen import typeddicts
+
+    factories: Any = typeddicts if is_typed_dict(cls) else gen  # whose types are partly unknown
+    base: Hook = factories.make_dict_structure_fn(kind, converter)
 
     def hook(value: object, _: object) -> object:
         if not is_mapping(value):

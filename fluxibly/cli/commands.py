@@ -178,11 +178,23 @@ def chat(  # noqa: PLR0917  # typer reads the options from the parameters
 
 
 @app.command()
-def explain(config: ConfigFile = None, framework: Framework = None, model: Model = None) -> None:
-    """Print the middleware stack that would run, outermost first, with the settings of each middleware."""
-    from fluxibly.cli.inspect import stack_rows
+def explain(
+    config: ConfigFile = None,
+    framework: Framework = None,
+    model: Model = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Fail if an order of the layers hurts.")] = False,
+    mermaid: Annotated[
+        bool, typer.Option("--mermaid", help="Print a flowchart in Mermaid's language instead.")
+    ] = False,
+) -> None:
+    """Print the stack that would run: what each layer does, the worst case of a call, and warnings of orders that hurt."""
+    from fluxibly.cli.inspect import explained
 
-    Screen().rows(stack_rows(_config(config, framework, model)), ("", "middleware", "settings"))
+    explanation = explained(_config(config, framework, model))
+    screen = Screen()
+    screen.lines(explanation.mermaid() if mermaid else str(explanation))
+    if strict:
+        explanation.check()
 
 
 @app.command()

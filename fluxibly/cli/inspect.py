@@ -19,7 +19,7 @@ from fluxibly._plugins import Kind
 from fluxibly.cli.screen import line_of
 from fluxibly.cli.trace.file import duration
 from fluxibly.config import LLMConfig
-from fluxibly.flow.compose import layer_name
+from fluxibly.explain import Explanation, explain
 from fluxibly.llm import LLM
 from fluxibly.providers.addresses import with_address
 from fluxibly.providers.local import DEFAULT_MODEL, cached_path, named_model
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from fluxibly.registry import Framework, Plugin
 
 
-def stack_rows(config: LLMConfig) -> Iterator[tuple[str, str, str]]:
-    """Yield a row for each layer, outermost first, and a row for the provider.
+def explained(config: LLMConfig) -> Explanation:
+    """Explain the stack of a configuration. Its provider is not made, so no key is needed.
 
     Raises:
         FrameworkNotRegistered: the configuration's framework is unknown.
@@ -41,27 +41,7 @@ def stack_rows(config: LLMConfig) -> Iterator[tuple[str, str, str]]:
     """
     find_framework(config.framework)
     layers = ["default"] if config.middleware is None else config.middleware
-    stack = make_middleware(layers, max_retries=config.max_retries)
-    for number, layer in enumerate(stack, 1):
-        yield str(number), layer_name(layer), _settings(layer)
-    settings = {
-        name: getattr(config, name) for name in ("framework", "model", "region", "project", "temperature", "max_tokens")
-    }
-    shown = ", ".join(f"{name}={value}" for name, value in settings.items() if value is not None)
-    yield str(len(stack) + 1), "(provider)", shown
-
-
-def _settings(layer: object) -> str:
-    """Return a middleware's settings, as they appear in its repr."""
-    kind = type(layer)
-    if not attrs.has(kind):
-        return ""
-    shown: list[str] = []
-    for field in attrs.fields(kind):
-        if field.repr and field.init:
-            write = field.repr if callable(field.repr) else repr
-            shown.append(f"{field.name.lstrip('_')}={write(getattr(layer, field.name))}")
-    return ", ".join(shown)
+    return explain(make_middleware(layers, max_retries=config.max_retries), config=config)
 
 
 def framework_rows() -> Iterator[tuple[str, str, str]]:

@@ -69,6 +69,11 @@ class Screen:
             padded = "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
             self._out.print(Text(padded, "bold" if self.live and number == 0 else ""), soft_wrap=True)
 
+    def lines(self, text: str) -> None:
+        """Print lines as they are."""
+        for line in text.splitlines():
+            self._out.print(Text(line), soft_wrap=True)
+
     def aside(self, text: str, style: str = "") -> None:
         """Print a line on standard error."""
         if self.live and sys.stderr.isatty():

@@ -22,7 +22,7 @@ from fluxibly.flow.combinators import (
     resend_refused,
 )
 from fluxibly.flow.culprits import raise_not_delivered, raise_not_marked, swallowed
-from fluxibly.flow.effects import PULL, Flow, More, Send
+from fluxibly.flow.effects import PULL, Effect, Flow, More, Send
 from fluxibly.flow.relay import Seen, Turns, is_flow
 from fluxibly.flow.verbs import discard, with_messages
 from fluxibly.types import Chunk, Message, Reasoning, Response
@@ -145,14 +145,29 @@ class _Mapper(Combinator):
         if self.at_restart is not None:
             self.at_restart()
 
+    def see(self, effect: Effect) -> Seen | Flow[Seen]:
+        if type(effect) is not Chunk or not effect.text_only or not self.turns.output:
+            return super().see(effect)
+        # As below, because for a chunk that passes unchanged, further calls of functions would be most of its cost.
+        pieces = self.fn(effect)
+        if pieces is not effect:
+            return self._outgoing(effect, effect, self._changed(effect, pieces))
+        self.output = self.output or effect.text != ""
+        self.answer.texts.append(effect.text)
+        return effect
+
     def see_chunk(self, effect: Chunk | More, chunk: Chunk) -> Seen | Flow[Seen]:
-        reads = effect is chunk
-        if not reads and chunk.added is not None:
+        if effect is not chunk and chunk.added is not None:
             return self._pass_mark(chunk)
         self.streamed = True
         pieces = self.pass_on(chunk)
-        if pieces is chunk:
-            return effect
+        return effect if pieces is chunk else self._outgoing(effect, chunk, pieces)
+
+    def _outgoing(
+        self, effect: Chunk | More, chunk: Chunk, pieces: Chunk | Sequence[Chunk] | Flow[Sequence[Chunk]]
+    ) -> Seen | Flow[Seen]:
+        """Return what goes outward for a chunk that `fn` has changed into `pieces`."""
+        reads = effect is chunk
         if is_flow(pieces):
             return self._seen(pieces, reads=reads)
         made = cast("Sequence[Chunk]", pieces)
@@ -271,14 +286,18 @@ class _Mapper(Combinator):
             self.heard.append(chunk.reasoning)
         pieces = self.fn(chunk)
         if pieces is not chunk:
-            self.changed = True
-            self.grown -= len(chunk.text)
-            return self.stepped(pieces) if is_flow(pieces) else self.note(pieces)
+            return self._changed(chunk, pieces)
         self.output = self.output or chunk.has_output
         if chunk.reasoning:
             self.told.append(chunk.reasoning)
         self.answer.add(chunk)
         return chunk
+
+    def _changed(self, chunk: Chunk, pieces: Pieces | ChunkFlow) -> Sequence[Chunk] | Flow[Sequence[Chunk]]:
+        """Note what `fn` returned in place of a chunk."""
+        self.changed = True
+        self.grown -= len(chunk.text)
+        return self.stepped(pieces) if is_flow(pieces) else self.note(pieces)
 
     def _pass_blocks(self, chunk: Chunk) -> Sequence[Chunk] | Flow[Sequence[Chunk]]:
         """Pass a chunk with complete blocks of reasoning through `fn`, which sees their texts in `reasoning`.

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import attrs
 
 from fluxibly._checks import kind_of
-from fluxibly.aggregate import Aggregator, as_chunks
+from fluxibly.aggregate import Aggregator, around_text, as_chunks
 from fluxibly.flow.combinators import (
     Combinator,
     is_empty,
@@ -67,24 +67,9 @@ def _in_order(chunk: Chunk) -> Sequence[Chunk]:
     """Return a chunk as several in the order of what it has: what comes before the text, the text, and what comes after."""
     if chunk.text_only:
         return (chunk,)
-    before = Chunk(
-        reasoning=chunk.reasoning,
-        parts=chunk.parts,
-        model=chunk.model,
-        id=chunk.id,
-        request_id=chunk.request_id,
-        rate_limits=chunk.rate_limits,
-        added=chunk.added,
-    )
-    after = Chunk(
-        tool_calls=chunk.tool_calls,
-        finish_reason=chunk.finish_reason,
-        raw_finish_reason=chunk.raw_finish_reason,
-        usage=chunk.usage,
-        alternatives=chunk.alternatives,
-        details=chunk.details,
-    )
-    return [piece for piece in (before, Chunk(chunk.text), after) if not is_empty(piece)]
+    before, after = around_text(chunk)
+    pieces = (Chunk(**before), Chunk(chunk.text), Chunk(**after))
+    return [piece for piece in pieces if not is_empty(piece)]
 
 
 class _Stopped(Exception):

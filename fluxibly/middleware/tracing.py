@@ -100,6 +100,15 @@ class Tracing:
         trace.end(response, None)
         return response
 
+    @property
+    def captures(self) -> bool:
+        """Whether prompts and answers are recorded: by `capture`, by what `telemetry.setup` says, or by the environment."""
+        from fluxibly.telemetry._content import Capturing
+
+        mode = Capturing(self._mode, None, None)
+        by_default = self.capture is None and self.tracer_provider is None
+        return (mode.by_default() if by_default else mode).mode != "none"
+
     def _first(self) -> SpanSource | None:
         if self.tracer_provider is None and not may_have_sdk("opentelemetry.trace", "OTEL_PYTHON_TRACER_PROVIDER"):
             return None

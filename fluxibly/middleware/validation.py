@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
 
 from fluxibly._checks import kind_of, one_of, validator, whole
 from fluxibly._logs import log, log_retry
-from fluxibly._schemas.shapes import Shape, shape_of
 from fluxibly.errors import ConfigError, ResponseInvalid
 from fluxibly.flow import CallNext, Flow, hold_back
 from fluxibly.flow.relay import OutputWatch
 from fluxibly.types import Message, Reasoning, Request, Response, Text
+
+if TYPE_CHECKING:
+    from fluxibly._schemas.shapes import Shape
 
 EMPTY = "the answer is empty"
 
@@ -54,6 +56,8 @@ class Validation:
 
     def __attrs_post_init__(self) -> None:
         if self.schema is not None:
+            from fluxibly._schemas.shapes import shape_of  # late, because most stacks have no schema
+
             object.__setattr__(self, "_shape", shape_of(self.schema, "Validation(schema=…)"))
 
     @property

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import attrs
 
 from fluxibly.providers.addresses import with_address
-from fluxibly.providers.dialects.anthropic import AnthropicCodec
+from fluxibly.providers.dialects.anthropic import PREFILL, AnthropicCodec
 from fluxibly.providers.dialects.codec import Service
 from fluxibly.providers.http import AsyncHTTPProvider, HTTPProvider
 
@@ -25,6 +25,7 @@ SERVICE = Service(
     auth_header="x-api-key",
     auth_prefix="",
     headers=(("anthropic-version", "2023-06-01"),),
+    prefill=PREFILL,
 )
 
 

@@ -21,6 +21,7 @@ import attrs
 from fluxibly._extras import pip_install
 from fluxibly.errors import AuthenticationError, ConfigError, ConnectionFailed
 from fluxibly.providers.addresses import refuse_path, with_address
+from fluxibly.providers.dialects.anthropic import PREFILL
 from fluxibly.providers.dialects.bedrock import ARN, BedrockCodec
 from fluxibly.providers.dialects.codec import Service
 from fluxibly.providers.dialects.errors import QUOTE_LENGTH
@@ -62,7 +63,12 @@ _DOMAINS: Final[Mapping[str, str]] = {
 """The domains of AWS's partitions besides `amazonaws.com`, by the beginning of the region."""
 
 SERVICE = Service(
-    framework="bedrock", telemetry_name="aws.bedrock", base_url=None, env_var=BEARER_VAR, key_required=False
+    framework="bedrock",
+    telemetry_name="aws.bedrock",
+    base_url=None,
+    env_var=BEARER_VAR,
+    key_required=False,
+    prefill=PREFILL,
 )
 
 

@@ -12,6 +12,7 @@ from fluxibly.errors import ConfigError
 from fluxibly.providers.dialects.codec import Service
 from fluxibly.providers.dialects.ollama import OllamaCodec
 from fluxibly.providers.http import AsyncHTTPProvider, HTTPProvider
+from fluxibly.types import Prefill
 
 if TYPE_CHECKING:
     import httpx
@@ -24,6 +25,7 @@ SERVICE = Service(
     base_url="http://127.0.0.1:11434",
     env_var="OLLAMA_API_KEY",
     key_required=False,  # only ollama.com has keys
+    prefill=Prefill(),
 )
 HOST_ENV_VAR = "OLLAMA_HOST"
 """The server's address if `api_base` is unset: HOST, HOST:PORT or a URL, as for Ollama's own programs."""
@@ -59,7 +61,7 @@ def host_url(host: str) -> str:
 def _service(endpoint: str) -> Service:
     host = os.environ.get(HOST_ENV_VAR)
     service = attrs.evolve(SERVICE, base_url=host_url(host)) if host else SERVICE
-    return service if endpoint == "chat" else attrs.evolve(service, framework=f"ollama-{endpoint}")
+    return service if endpoint == "chat" else attrs.evolve(service, framework=f"ollama-{endpoint}", prefill=None)
 
 
 def _at_root(config: LLMConfig) -> LLMConfig:

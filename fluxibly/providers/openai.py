@@ -14,6 +14,7 @@ from fluxibly.providers.dialects.openai_request import Quirks
 from fluxibly.providers.dialects.openai_responses import ResponsesCodec
 from fluxibly.providers.http import AsyncHTTPProvider, HTTPProvider
 from fluxibly.providers.services import OWN_SERVER, SERVICES, ServiceRow
+from fluxibly.types import Prefill
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -45,20 +46,35 @@ def service_of(row: ServiceRow, config: LLMConfig) -> Service:
         auth_header="authorization" if is_token else row.auth_header,
         auth_prefix="Bearer " if is_token else row.auth_prefix,
         other_auth_headers=(row.auth_header,),
+        prefill=_PREFILLS.get(quirks_of(row, config).get("prefill", "")),
     )
+
+
+_PREFILLS: Final[Mapping[str, Prefill]] = {
+    "message": Prefill(),
+    "prefix": Prefill(echoes=True),
+    "continue_final_message": Prefill(body={"continue_final_message": True, "add_generation_prompt": False}),
+}
+"""What `Quirks.prefill` means for those who go on with a message."""
+
+
+def quirks_of(row: ServiceRow, config: LLMConfig) -> dict[str, Any]:
+    """Return the differences of a service's dialect for a configuration: fields of `Quirks`."""
+    quirks = dict(row.quirks)
+    if row.framework == "azure":
+        quirks["path"] = azure_path(config.api_base or "")
+    elif _is_users_own(row, config):
+        quirks |= _returned_to(config.api_base or "")
+    elif row.title == "OpenAI":
+        quirks["max_tokens"] = "max_completion_tokens"
+    return quirks | {name: tuple(value) if is_list(value) else value for name, value in config.quirks.items()}
 
 
 def codec_of(row: ServiceRow, config: LLMConfig) -> Codec:
     """Return the codec of a service for a configuration."""
-    quirks, title = dict(row.quirks), row.title
-    if row.framework == "azure":
-        quirks["path"] = azure_path(config.api_base or "")
-    elif _is_users_own(row, config):
+    quirks, title = quirks_of(row, config), row.title
+    if _is_users_own(row, config):
         title = urlsplit(config.api_base or "").hostname or title
-        quirks |= _returned_to(config.api_base or "")
-    elif row.title == "OpenAI":
-        quirks["max_tokens"] = "max_completion_tokens"
-    quirks |= {name: tuple(value) if is_list(value) else value for name, value in config.quirks.items()}
     codec = ResponsesCodec if quirks.get("path") == "/responses" else OpenAICodec
     return codec(Quirks(**quirks), title)
 
@@ -68,7 +84,7 @@ def _returned_to(api_base: str) -> Mapping[str, Any]:
     host = urlsplit(api_base).hostname
     for row in SERVICES.values():
         if row.base_url is not None and row.key_required and urlsplit(row.base_url).hostname == host:
-            fields = ("reasoning_fields", "message_fields", "thinking_parts", "short_call_ids")
+            fields = ("reasoning_fields", "message_fields", "thinking_parts", "short_call_ids", "prefill")
             return {name: row.quirks.get(name, getattr(Quirks(), name)) for name in fields}
     return OWN_SERVER
 

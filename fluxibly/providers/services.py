@@ -108,7 +108,7 @@ SERVICES: Final[Mapping[str, ServiceRow]] = {
             "Groq",
             "https://api.groq.com/openai/v1",
             "GROQ_API_KEY",
-            {"lacks": ("n",)},
+            {"lacks": ("n",), "prefill": "message"},
             url_var="GROQ_BASE_URL",
             url_path="/openai/v1",
         ),
@@ -118,7 +118,13 @@ SERVICES: Final[Mapping[str, ServiceRow]] = {
             "Mistral",
             "https://api.mistral.ai/v1",
             "MISTRAL_API_KEY",
-            {"seed": "random_seed", "stream_usage": False, "short_call_ids": True, "thinking_parts": True},
+            {
+                "seed": "random_seed",
+                "stream_usage": False,
+                "short_call_ids": True,
+                "thinking_parts": True,
+                "prefill": "prefix",
+            },
             telemetry_name="mistral_ai",
         ),
         ServiceRow(
@@ -259,7 +265,15 @@ SERVICES: Final[Mapping[str, ServiceRow]] = {
             "NVIDIA_API_KEY",
             url_var="NVIDIA_BASE_URL",
         ),
-        ServiceRow("vllm", "VLLM", "vLLM", "http://localhost:8000/v1", "VLLM_API_KEY", _LOCAL, key_required=False),
+        ServiceRow(
+            "vllm",
+            "VLLM",
+            "vLLM",
+            "http://localhost:8000/v1",
+            "VLLM_API_KEY",
+            {**_LOCAL, "prefill": "continue_final_message"},
+            key_required=False,
+        ),
         ServiceRow(
             "lmstudio",
             "LMStudio",
@@ -275,7 +289,7 @@ SERVICES: Final[Mapping[str, ServiceRow]] = {
             "llama.cpp",
             "http://localhost:8080/v1",
             "LLAMA_API_KEY",
-            _LOCAL,
+            {**_LOCAL, "prefill": "message"},
             key_required=False,
         ),
     )
@@ -313,3 +327,41 @@ ALIASES: Final[Mapping[str, str]] = {
     for alias in aliases.split()
 }
 """Other names that users try for a service: in small letters, without spaces and punctuation."""
+
+_MODEL_NAMES: Final[Mapping[str, str]] = {
+    "gpt-": "openai",
+    "chatgpt-": "openai",
+    "o1": "openai",
+    "o3": "openai",
+    "o4": "openai",
+    "claude-": "anthropic",
+    "gemini-": "gemini",
+    "mistral-": "mistral",
+    "deepseek-": "deepseek",
+    "grok-": "xai",
+}
+"""How the names of models begin that one vendor is known by, and the framework of that vendor."""
+
+
+def framework_of_model(name: str) -> str | None:
+    """Return the framework whose vendor a bare name of a model is known by, such as "anthropic" for "claude-sonnet-4-5"."""
+    return next((framework for begins, framework in _MODEL_NAMES.items() if name.startswith(begins)), None)
+
+
+OWN_MODELS: Final[Mapping[str, str]] = {
+    "anthropic": "anthropic",
+    "cohere": "cohere",
+    "deepseek": "deepseek",
+    "echo": "echo",
+    "gemini": "gemini",
+    "minimax": "minimax",
+    "mistral": "mistral",
+    "moonshot": "moonshot",
+    "openai": "openai",
+    "openai-responses": "openai",
+    "perplexity": "perplexity",
+    "xai": "xai",
+    "xai-responses": "xai",
+    "zai": "zai",
+}
+"""The frameworks that have the models of one vendor alone, and the vendor's framework. Others serve the models of many."""

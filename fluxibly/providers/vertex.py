@@ -18,6 +18,7 @@ from fluxibly._checks import kind_of
 from fluxibly._extras import pip_install
 from fluxibly.errors import AuthenticationError, ConfigError, ConnectionFailed, RequestTimeout
 from fluxibly.providers.addresses import refuse_path, with_address
+from fluxibly.providers.dialects.anthropic import PREFILL
 from fluxibly.providers.dialects.codec import Service
 from fluxibly.providers.dialects.errors import QUOTE_LENGTH
 from fluxibly.providers.dialects.json_values import as_text
@@ -56,6 +57,7 @@ SERVICE = Service(
     base_url=GLOBAL_URL,
     key_required=False,
     other_auth_headers=("x-goog-api-key",),
+    prefill=PREFILL,
 )
 
 

@@ -167,17 +167,44 @@ def test_key_stays_with_its_service(yaml: Path) -> None:
 
 
 def test_explain(yaml: Path) -> None:
-    """The stack is printed outermost first, with its settings."""
+    """The stack is printed outermost first, with its settings, the worst case and the warnings, 80 columns wide."""
     yaml.write_text("llm: {framework: echo, model: m, middleware: [timing, retry: {max_retries: 5}]}")
     result = fluxibly("explain", "--config", str(yaml))
-    lines = result.stdout.splitlines()
-    assert [line.split()[:2] for line in lines] == [["1", "Timing"], ["2", "Retry"], ["3", "(provider)"]]
-    assert "max_retries=5" in lines[1]
-    assert lines[2].endswith("framework=echo, model=m")
-    lines = fluxibly("explain").stdout.splitlines()
-    assert lines[-1].endswith("framework=local, model=smollm2, temperature=0.2, max_tokens=512")
-    names = [line.split()[1] for line in lines]
+    places = re.findall(r"^ {1,2}(\d+)  (\S+)", result.stdout, re.MULTILINE)
+    assert places == [("1", "Timing"), ("2", "Retry"), ("3", "(provider)")]
+    assert "max_retries=5" in result.stdout
+    assert "framework=echo, model=m\n" in result.stdout
+    assert "6 = 6 attempts (Retry (2))" in result.stdout
+    assert "No warnings." in result.stdout
+    assert max(map(len, result.stdout.splitlines())) <= 80
+    shown = fluxibly("explain").stdout
+    assert "framework=local, model=smollm2, temperature=0.2, max_tokens=512" in shown
+    names = [name for _, name in re.findall(r"^ {1,2}(\d+)  (\S+)", shown, re.MULTILINE)]
     assert names == ["Tracing", "Logging", "Metrics", "Timing", "StreamMeter", "Validation", "Retry", "(provider)"]
+
+
+def test_explain_strictly(yaml: Path) -> None:
+    """With --strict, warnings are an error that names them; without warnings, nothing changes."""
+    yaml.write_text("llm: {framework: echo, model: m, middleware: [cache, redact, logging, tracing]}")
+    result = fluxibly("explain", "--config", str(yaml))
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "2 warnings:" in result.stdout
+    strict = fluxibly("explain", "--config", str(yaml), "--strict")
+    assert (strict.returncode, strict.stdout) == (2, result.stdout)
+    assert strict.stderr.startswith("fluxibly: cache-outside-of-redact: Cache (1) stands outside of Redact (2): ")
+    assert "; logging-outside-of-tracing: " in strict.stderr
+    assert strict.stderr.count("\n") == 1
+    assert fluxibly("explain", "--framework", "echo", "--strict").returncode == 0
+
+
+def test_explain_as_a_flowchart(yaml: Path) -> None:
+    """--mermaid prints a flowchart, and nothing else."""
+    yaml.write_text("llm: {framework: echo, model: m, middleware: [timing, fallback: {to: [other]}]}")
+    lines = fluxibly("explain", "--config", str(yaml), "--mermaid").stdout.splitlines()
+    assert lines[0] == "flowchart TD"
+    assert '    layer1["1 Timing"]' in lines
+    assert "    layer1 --> layer2" in lines
+    assert all(re.match(r"    \w+", line) for line in lines[1:])
 
 
 def test_frameworks() -> None:

@@ -68,7 +68,7 @@ def test_another_framework_gets_nothing_of_the_file_s_service(fluxibly: Run, tmp
 
 def test_the_stack_shows_no_secret_of_a_middleware() -> None:
     """`explain` shows the settings of a middleware as its repr does."""
-    from fluxibly.cli.inspect import stack_rows
+    from fluxibly.cli.inspect import explained
 
     @attrs.frozen(kw_only=True)
     class Gate:
@@ -79,8 +79,10 @@ def test_the_stack_shows_no_secret_of_a_middleware() -> None:
         def __call__(self, request: Any, call_next: Any) -> Any:
             return (yield from call_next(request))
 
-    shown = stack_rows(LLMConfig(framework="echo", model="m", api_key="sk-secret", middleware=[Gate()]))
-    assert [row[2] for row in shown] == ["name='harbour', token=***", "framework=echo, model=m"]
+    shown = explained(LLMConfig(framework="echo", model="m", api_key="sk-secret", middleware=[Gate()]))
+    assert shown.layers[0].settings == "name='harbour', token=***"
+    assert shown.chain.provider_shown == "framework=echo, model=m"
+    assert "sk-secret" not in str(shown)
 
 
 def test_plugins(fluxibly: Run, tmp_path: Path) -> None:

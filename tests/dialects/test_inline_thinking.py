@@ -10,9 +10,9 @@ from hypothesis import given, strategies as st
 from support.dialects import recut, sse
 
 from fluxibly import LLMConfig
+from fluxibly._inline_thinking import LEADING, InlineThinking
 from fluxibly.errors import ConfigError
 from fluxibly.providers.dialects.codec import Event
-from fluxibly.providers.dialects.decoding import LEADING, InlineThinking
 from fluxibly.providers.dialects.ollama import OllamaCodec
 from fluxibly.providers.dialects.openai_chat import OpenAICodec
 from fluxibly.providers.dialects.openai_request import Quirks

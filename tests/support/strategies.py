@@ -28,7 +28,9 @@ from fluxibly.middleware import (
     Cache,
     CircuitBreaker,
     Concurrency,
+    Continue,
     Deadline,
+    ExtractReasoning,
     Fallback,
     Guard,
     Hedge,
@@ -38,6 +40,7 @@ from fluxibly.middleware import (
     Redact,
     Retry,
     RetryBudget,
+    SimulateStream,
     StreamMeter,
     StreamTimeout,
     Timing,
@@ -99,6 +102,7 @@ chunks = st.one_of(
         ),
     ),
     st.builds(lambda text: Chunk(alternatives=((1, Chunk(text)),)), texts),
+    st.sampled_from(["<t>", "</t>a", "<", "t>a b"]),
     st.just(Chunk()),
     st.builds(Chunk, finish_reason=st.sampled_from(["stop", "length"]), model=st.just("m-2")),
 )
@@ -276,6 +280,14 @@ def guarding(name: str, log: Log) -> Any:
         return "a snowman" if "☃" in response.text else None
 
     return Guard(output=output)
+
+
+def extracting(name: str, log: Log) -> Any:
+    return ExtractReasoning(tag="t")
+
+
+def simulating(name: str, log: Log) -> Any:
+    return SimulateStream()
 
 
 def guarding_sentences(name: str, log: Log) -> Any:
@@ -555,6 +567,10 @@ def continuing(name: str, log: Log) -> Any:
     return powers.going_on(2)
 
 
+def completing(name: str, log: Log) -> Any:
+    return Continue()
+
+
 def judging(name: str, log: Log) -> Any:
     """Ask about an answer at its end, whatever comes of the question."""
 
@@ -687,7 +703,7 @@ def looking_up(name: str, log: Log) -> Any:
 
 RACES = (hedging, racing, hedging_to_another)
 RESENDING = (*RACES, *RACES, diverting, balancing, falling_back_anew, bounding, pacing)
-SAME_WHOLE = (judging, asking_first, limiting, diverting, prefacing)
+SAME_WHOLE = (judging, asking_first, limiting, diverting, prefacing, completing)
 """The powers that do the same for whole answers and streams."""
 POWERS = (
     bounding,
@@ -696,6 +712,7 @@ POWERS = (
     running,
     running_async,
     continuing,
+    completing,
     judging,
     asking_first,
     smoothing,
@@ -835,7 +852,7 @@ def check_rate(times: Sequence[float], layer: RateLimit, tokens: float = 0) -> N
 WATCHING = (observer, sleeping, performing, setting_context, evolving, annotating, filling)
 WRAPPING = (
     *(shouting, dropping, doubling, heading, buffering, gathering, holding, holding_until, checking),
-    *(guarding, guarding_sentences, guarding_lengths),
+    *(guarding, guarding_sentences, guarding_lengths, extracting, simulating),
 )
 HANDLING = (retrying, falling_back, restarting, salvaging, apologising, answering_anew, *RETRIES)
 ENDING = (short_circuit, raising_before, raising_after)

@@ -42,6 +42,7 @@ from fluxibly.types import (
     Message,
     Opaque,
     Part,
+    Prefill,
     Reasoning,
     Request,
     Response,
@@ -67,6 +68,10 @@ TEXT_TYPES = ("application/json", "application/xml", "application/yaml", "applic
 THINKING = ("thinking", "redacted_thinking")
 DETAILS = ("container", "context_management", "stop_sequence", "stop_details")
 """Fields of a message that tell more about the answer."""
+PREFILL = Prefill(
+    models=r"claude-(?:instant|v?[1-3](?!\d)|(?:opus|sonnet|haiku)-4(?![-.]?(?:[2-46-9](?!\d)|\d\d(?!\d))))"
+)
+"""The models up to Claude 4.5, wherever they run. Later ones refuse a request that ends with an assistant's message."""
 DEFAULT_MAX_TOKENS = 4096
 """Sent when the request has no `max_tokens`, which this dialect requires. Every Claude model accepts this value."""
 DEFAULT_MAX_TOKENS_THINKING = 16_384

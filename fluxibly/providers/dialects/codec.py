@@ -9,7 +9,7 @@ import attrs
 import msgspec
 
 from fluxibly.errors import ProviderError
-from fluxibly.types import Chunk, Request, Response
+from fluxibly.types import Chunk, Prefill, Request, Response
 
 Framing: TypeAlias = Literal["sse", "ndjson", "aws"]
 
@@ -72,6 +72,8 @@ class Service:
     auth_prefix: str = "Bearer "
     headers: tuple[tuple[str, str], ...] = ()
     """Sent with every request."""
+    prefill: Prefill | None = None
+    """How the service goes on with an assistant's message that ends a request."""
 
 
 class Codec(Protocol):

@@ -1,8 +1,8 @@
 """Helpers that the decoders of all dialects share.
 
 `PendingFields` holds metadata until the next chunk that has output. `Pieces` keeps the order of what comes together.
-`CallIndexes` mends the numbers of tool calls. `InlineThinking` separates the reasoning that a model writes into its
-answer. `not_an_answer` and `cut_off` build the errors for invalid and truncated responses.
+`CallIndexes` mends the numbers of tool calls. `not_an_answer` and `cut_off` build the errors for invalid and truncated
+responses.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from base64 import b64decode
 from collections.abc import Mapping
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import attrs
 
@@ -118,106 +118,6 @@ class CallIndexes:
             return delta if index is None else attrs.evolve(delta, index=known[-1])
         known.append(index)
         return delta
-
-
-OPEN: Final = "<think>"
-CLOSE: Final = "</think>"
-LEADING: Final = 100
-"""Maximum number of white-space characters before the opening tag."""
-
-
-class InlineThinking:
-    """A splitter that separates a streamed answer into text and reasoning, piece by piece.
-
-    Only text between `<think>` and `</think>` at the very beginning is reasoning. Later tags are part of the answer.
-    White space around the opening tag and after the closing tag is dropped. The result does not depend on where the
-    pieces are cut. Reasoning without a closing tag extends to the end. `markup` is all that was taken out of the text.
-
-    Args:
-        opened: whether the answer begins inside of the tags, because the prompt ended with the opening one. The model
-            may repeat it. Without this, a closing tag alone is text: what comes before it in a stream is already out.
-    """
-
-    __slots__ = ("_held", "_opened", "_stage", "_taken", "over")
-
-    def __init__(self, *, opened: bool = False) -> None:
-        self._opened = opened
-        self._stage: Literal["before", "opened", "inside", "after"] = "before"
-        self._held: str = ""
-        """The end of the input so far, which may be part of a tag."""
-        self._taken: list[str] = []
-        """The input before the text."""
-        self.over = False
-        """Whether all further input is text."""
-
-    def split(self, piece: str) -> tuple[str, str]:
-        """Return the text and the reasoning that are certain after this piece."""
-        if self.over:
-            return piece, ""
-        self._taken.append(piece)
-        held = self._held + piece
-        thought = self._held = ""
-        if self._stage == "before":
-            start = held.lstrip()
-            may_begin = len(held) - len(start) <= LEADING
-            if may_begin and OPEN.startswith(start):
-                self._held = held
-                return "", ""
-            if may_begin and start.startswith(OPEN):
-                start = start[len(OPEN) :]
-            elif not self._opened:
-                self.over = True
-                self._taken.clear()
-                return held, ""
-            self._stage, held = "opened", start
-        if self._stage == "opened":
-            held = held.lstrip()
-            if not held:
-                return "", ""
-            self._stage = "inside"
-        if self._stage == "inside":
-            thought, tag, held = held.partition(CLOSE)
-            if not tag:
-                cut = len(thought) - _begun(thought)
-                self._held = thought[cut:]
-                return "", thought[:cut]
-            self._stage = "after"
-        text = held.lstrip()
-        if text:
-            self.over = True
-            self._taken = ["".join(self._taken).removesuffix(text)]
-        return text, thought
-
-    def rest(self) -> tuple[str, str]:
-        """Return the text and the reasoning that were held back, at the end of the input."""
-        held, self._held = self._held, ""
-        if self._opened and self._stage == "before" and held.strip():
-            self._stage = "inside"  # less than an opening tag is reasoning
-        return ("", held) if self._stage == "inside" else (held, "")
-
-    def interrupt(self) -> str:
-        """Return the text that was held back, because something else follows it.
-
-        What comes later is text. Only reasoning that has begun goes on, and an answer that has not begun begins later.
-        """
-        if self._stage in ("opened", "inside") or not self._taken:
-            return ""
-        held, self._held = self._held, ""
-        self.over = True
-        return held
-
-    @property
-    def markup(self) -> str:
-        """The reasoning as the model wrote it, with its tags and the white space around them; "" if there was none.
-
-        It is complete once the input is over, or at its end.
-        """
-        return "" if self._stage == "before" else "".join(self._taken)
-
-
-def _begun(text: str) -> int:
-    """Return how many characters at the end of a text may begin the closing tag."""
-    return next((n for n in range(len(CLOSE) - 1, 0, -1) if text.endswith(CLOSE[:n])), 0)
 
 
 def not_an_answer(payload: object, body: bytes, service: str, lacks: str) -> ProviderError:

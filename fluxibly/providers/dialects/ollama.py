@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import attrs
 
 from fluxibly._checks import kind_of
+from fluxibly._inline_thinking import InlineThinking
 from fluxibly.aggregate import Aggregator
 from fluxibly.errors import NotFound, ProviderError, ServerError, StreamProtocolError
 from fluxibly.providers.dialects.codec import Encoded, Event, Framing
 from fluxibly.providers.dialects.decoding import (
-    InlineThinking,
     PendingFields,
     arguments_text,
     base64_bytes,

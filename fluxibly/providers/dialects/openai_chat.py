@@ -12,10 +12,11 @@ from urllib.parse import quote
 import attrs
 import msgspec
 
+from fluxibly._inline_thinking import TAG, InlineThinking
 from fluxibly.aggregate import Aggregator, merged
 from fluxibly.errors import ProviderError, StreamProtocolError
 from fluxibly.providers.dialects.codec import Encoded, Event, Framing
-from fluxibly.providers.dialects.decoding import OPEN, CallIndexes, InlineThinking, Pieces, cut_off, not_an_answer
+from fluxibly.providers.dialects.decoding import CallIndexes, Pieces, cut_off, not_an_answer
 from fluxibly.providers.dialects.encoding import write_json
 from fluxibly.providers.dialects.errors import (
     error_of_event,
@@ -219,7 +220,7 @@ class ChoiceState:
         """Whether reasoning also stands in the text, up to this content. MiniMax may send it twice."""
         text = content if isinstance(content, str) else ""
         inline = self._inline.markup
-        if not (inline or (not self._began and text.lstrip().startswith(OPEN))):
+        if not (inline or (not self._began and text.lstrip().startswith(f"<{TAG}>"))):
             return False
         return isinstance(reasoning, str) and reasoning.strip() in inline + text
 

@@ -73,6 +73,9 @@ class Quirks:
     """Whether an answer begins with reasoning that only `</think>` ends, because the model's template opens it."""
     thinking_parts: bool = False
     """Whether a content may have parts of kinds that OpenAI does not have, such as "thinking"."""
+    prefill: Literal["", "message", "prefix", "continue_final_message"] = ""
+    """How the service goes on with an assistant's message that ends a request: with any such message ("message"); with one
+    that has `prefix`, and others it refuses; or if the body has `continue_final_message`. "": not known, or not at all."""
 
 
 def chat_body(request: Request, quirks: Quirks, *, stream: bool, service: str) -> dict[str, Any]:
@@ -172,6 +175,8 @@ def _messages(request: Request, quirks: Quirks) -> list[dict[str, Any]]:
         else:
             speaker = {} if message.name is None else {"name": message.name}
             bodies.append({"role": message.role, "content": _content(message, request), **speaker})
+    if quirks.prefill == "prefix" and request.messages[-1].role == "assistant":
+        bodies[-1]["prefix"] = True
     return bodies
 
 

@@ -86,6 +86,7 @@ class Endpoint:
             server_address=self.host,
             server_port=self.port,
             identity=identity_of(service.framework, self.url, config),
+            prefill=service.prefill,
         )
         self._prepared: dict[tuple[Key | None, tuple[tuple[str, str], ...]], Headers] = {}
 

@@ -80,6 +80,8 @@ class ChatModels:
         self.explain = ErrorTranslator(library="LangChain", framework="langchain", secrets=_secrets(first, config))
         self.info = _info(first, config)
         self._services = Services(self.info)
+        self.max_retries = None if given is None else _retries_of(given)
+        """The retries of a chat model that was passed in, if it says how many it has."""
 
     def model(self, name: str) -> BaseChatModel:
         """Return the chat model for synchronous calls."""
@@ -160,6 +162,12 @@ class ChatModels:
         self.close()
         if on_asyncio():  # on trio the synchronous chat models make the calls
             await self._made_by_loop.aclose()
+
+
+def _retries_of(chat_model: BaseChatModel) -> object:
+    """Return the retries that a chat model's SDK makes by itself; None if it does not say."""
+    client = getattr(chat_model, "root_client", None)  # ChatOpenAI leaves the number to its SDK
+    return getattr(client, "max_retries", getattr(chat_model, "max_retries", None))
 
 
 async def _aclose_clients(models: dict[str, _Made]) -> None:

@@ -29,7 +29,7 @@ from fluxibly.providers.dialects.openai_request import Quirks
 from fluxibly.providers.local._engine import SETTINGS, Engine, Generation, Stopped, load, missing, settings_of
 from fluxibly.providers.local._model import DEFAULT_MODEL, check_gguf, model_path, named_model
 from fluxibly.providers.local._tools import CallReader, schema_of_call, tools_to_call
-from fluxibly.types import Chunk, Media, ProviderInfo, Request, Response
+from fluxibly.types import Chunk, Media, Prefill, ProviderInfo, Request, Response
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from fluxibly.config import LLMConfig
     from fluxibly.limits import Leash, Timeouts
 
-INFO = ProviderInfo(name="LocalProvider", framework="local", telemetry_name="local", in_process=True)
+INFO = ProviderInfo(name="LocalProvider", framework="local", telemetry_name="local", in_process=True, prefill=Prefill())
 DONE = Event(b"[DONE]")
 
 
