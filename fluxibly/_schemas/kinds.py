@@ -72,10 +72,7 @@ def fields_of(kind: Any) -> list[Field] | None:
     if dataclasses.is_dataclass(cls):
         return _fields_of_dataclass(kind, cls)
     if is_typed_dict(cls):
-        return [
-            Field(name, name, _unmarked(hint), name in cls.__required_keys__)
-            for name, hint in _hints_of_class(kind).items()
-        ]
+        return [_named(name, hint, name in cls.__required_keys__) for name, hint in _hints_of_class(kind).items()]
     if is_named_tuple(cls):
         hints = _hints_of_class(kind)
         return [Field(name, name, hints.get(name, Any), name not in cls._field_defaults) for name in cls._fields]
@@ -177,11 +174,12 @@ def described(metadata: Mapping[Any, Any]) -> str:
     return description if isinstance(description, str) else ""
 
 
-def _unmarked(hint: Any) -> Any:
-    """Return a TypedDict's annotation without `Required`, `NotRequired` and `ReadOnly`."""
-    while getattr(get_origin(hint), "_name", "") in ("Required", "NotRequired", "ReadOnly"):
+def _named(name: str, hint: Any, required: bool) -> Field:
+    """Return a field of a TypedDict. (`__required_keys__` knows nothing of marks in annotations that are strings.)"""
+    while (mark := getattr(get_origin(hint), "_name", "")) in ("Required", "NotRequired", "ReadOnly"):
+        required = required if mark == "ReadOnly" else mark == "Required"
         (hint,) = get_args(hint)
-    return hint
+    return Field(name, name, hint, required)
 
 
 def resolved(kind: Any) -> Any:
