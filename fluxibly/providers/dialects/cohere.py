@@ -53,6 +53,7 @@ from fluxibly.providers.dialects.errors import (
 from fluxibly.providers.dialects.json_values import as_array, as_count, as_object, as_text, read_json
 from fluxibly.providers.dialects.openai_parts import usage_of
 from fluxibly.providers.dialects.openai_request import function_of, image_of
+from fluxibly.providers.dialects.schemas import Teller, told
 from fluxibly.types import (
     Audio,
     Chunk,
@@ -94,7 +95,7 @@ FAILURES: Final[Mapping[str, type[ProviderError]]] = {"ERROR": ServerError, "TIM
 
 
 @attrs.frozen
-class CohereCodec:
+class CohereCodec(Teller):
     """Codec for `POST /v2/chat`."""
 
     @property
@@ -102,7 +103,7 @@ class CohereCodec:
         return "sse"
 
     def encode(self, request: Request, /, *, stream: bool) -> Encoded:
-        return Encoded("/chat", write_json(encode_body(request, stream=stream), request))
+        return Encoded("/chat", write_json(encode_body(self.retold(request), stream=stream), request))
 
     def decode(self, body: bytes, /) -> Response:
         raw = read_json(body)
@@ -401,6 +402,7 @@ def encode_body(request: Request, *, stream: bool) -> dict[str, Any]:
         BadRequest: the dialect does not support a parameter or its value.
     """
     reject_unsupported(request, NAME, ("n",))
+    request, output = _format(request)
     body: dict[str, Any] = {"model": request.model, "messages": _messages(request), "stream": stream}
     for ours, name in _PARAMETERS.items():
         value = getattr(request, ours)
@@ -408,7 +410,7 @@ def encode_body(request: Request, *, stream: bool) -> dict[str, Any]:
             body[name] = value
     if request.stop:
         body["stop_sequences"] = list(request.stop)
-    return body | _tools(request) | _format(request) | _thinking(request)
+    return body | _tools(request) | output | _thinking(request)
 
 
 def _messages(request: Request) -> list[dict[str, Any]]:
@@ -544,13 +546,16 @@ def _tools(request: Request) -> dict[str, Any]:
     return found
 
 
-def _format(request: Request) -> dict[str, Any]:
+def _format(request: Request) -> tuple[Request, dict[str, Any]]:
+    """Return the field for `response_format`, and the request to encode. The service takes no format beside tools."""
     wanted = format_of(request)
     if wanted is None:
-        return {}
-    if isinstance(wanted, SchemaFormat):
-        return {"response_format": {"type": "json_object", "json_schema": wanted.schema}}
-    return {"response_format": {"type": "json_object" if wanted == "json" else "text"}}
+        return request, {}
+    if not isinstance(wanted, SchemaFormat):
+        return request, {"response_format": {"type": "json_object" if wanted == "json" else "text"}}
+    if request.tools:
+        return told(request, wanted.schema), {}
+    return request, {"response_format": {"type": "json_object", "json_schema": wanted.schema}}
 
 
 def _thinking(request: Request) -> dict[str, Any]:
