@@ -729,14 +729,10 @@ def _reason(request: Request, more: dict[str, Any], output: dict[str, Any]) -> N
         output["effort"] = effort
 
 
-_WITHOUT_SCHEMAS: Final = ("amazon.", "meta.", "ai21.", "cohere.", "writer.")
-"""The makers of models to which the service gives no schema."""
-
-
 def _format(request: Request) -> tuple[Request, dict[str, Any]]:
     """Return the part of `outputConfig` that comes from `response_format`, and the request to encode.
 
-    The service takes the schema as JSON text. Models to which it gives none are told it in words.
+    The service takes the schema as JSON text. Claude is told a schema in words if it has no form for it.
     """
     wanted = format_of(request)
     if wanted == "json":
@@ -747,7 +743,7 @@ def _format(request: Request) -> tuple[Request, dict[str, Any]]:
     version = version_of(request.model)
     if version is not None:
         taken = for_claude(wanted.schema) if version >= STRUCTURED_SINCE else None
-    if taken is None or any(maker in request.model for maker in _WITHOUT_SCHEMAS):
+    if taken is None:
         return told(request, wanted.schema), {}
     schema: dict[str, Any] = {"schema": json_of(taken, request).decode()}
     schema |= {name: value for name in ("name", "description") if (value := getattr(wanted, name)) is not None}

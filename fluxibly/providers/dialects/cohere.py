@@ -53,7 +53,7 @@ from fluxibly.providers.dialects.errors import (
 from fluxibly.providers.dialects.json_values import as_array, as_count, as_object, as_text, read_json
 from fluxibly.providers.dialects.openai_parts import usage_of
 from fluxibly.providers.dialects.openai_request import function_of, image_of
-from fluxibly.providers.dialects.schemas import Teller, told
+from fluxibly.providers.dialects.schemas import Teller
 from fluxibly.types import (
     Audio,
     Chunk,
@@ -402,7 +402,6 @@ def encode_body(request: Request, *, stream: bool) -> dict[str, Any]:
         BadRequest: the dialect does not support a parameter or its value.
     """
     reject_unsupported(request, NAME, ("n",))
-    request, output = _format(request)
     body: dict[str, Any] = {"model": request.model, "messages": _messages(request), "stream": stream}
     for ours, name in _PARAMETERS.items():
         value = getattr(request, ours)
@@ -410,7 +409,7 @@ def encode_body(request: Request, *, stream: bool) -> dict[str, Any]:
             body[name] = value
     if request.stop:
         body["stop_sequences"] = list(request.stop)
-    return body | _tools(request) | output | _thinking(request)
+    return body | _tools(request) | _format(request) | _thinking(request)
 
 
 def _messages(request: Request) -> list[dict[str, Any]]:
@@ -546,16 +545,13 @@ def _tools(request: Request) -> dict[str, Any]:
     return found
 
 
-def _format(request: Request) -> tuple[Request, dict[str, Any]]:
-    """Return the field for `response_format`, and the request to encode. The service takes no format beside tools."""
+def _format(request: Request) -> dict[str, Any]:
     wanted = format_of(request)
     if wanted is None:
-        return request, {}
-    if not isinstance(wanted, SchemaFormat):
-        return request, {"response_format": {"type": "json_object" if wanted == "json" else "text"}}
-    if request.tools:
-        return told(request, wanted.schema), {}
-    return request, {"response_format": {"type": "json_object", "json_schema": wanted.schema}}
+        return {}
+    if isinstance(wanted, SchemaFormat):
+        return {"response_format": {"type": "json_object", "json_schema": wanted.schema}}
+    return {"response_format": {"type": "json_object" if wanted == "json" else "text"}}
 
 
 def _thinking(request: Request) -> dict[str, Any]:

@@ -667,17 +667,14 @@ def _format(request: Request) -> tuple[Request, dict[str, Any]]:
     """Return the fields for `response_format`, and the request to encode, which tells the model some schemas in words.
 
     The service unrolls a schema that holds itself to some depth, and only where it is not required. Before Gemini 2 it takes
-    no JSON Schema, and before Gemini 3 no format beside tools.
+    no JSON Schema.
     """
     wanted = format_of(request)
     if wanted is None:
         return request, {}
     if not isinstance(wanted, SchemaFormat):
         return request, {"responseMimeType": "application/json" if wanted == "json" else "text/plain"}
-    generation = _generation(request.model)
-    if generation < 3 and request.tools:
-        return told(request, wanted.schema), {}
-    if generation < 2 or is_recursive(wanted.schema):
+    if _generation(request.model) < 2 or is_recursive(wanted.schema):
         return told(request, wanted.schema), {"responseMimeType": "application/json"}
     return request, {"responseMimeType": "application/json", "responseJsonSchema": wanted.schema}
 

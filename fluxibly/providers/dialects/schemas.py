@@ -16,11 +16,12 @@ from fluxibly.types import Message, Request, Text
 
 MOST_REFUSED: Final = 1_000
 """The maximum number of models and schemas of which a codec remembers that the service refused them."""
-_ABOUT_SCHEMAS: Final = re.compile(
-    r"response.?format|response.?(json.?)?schema|json.?schema|output.?(config|format|schema)|text.?format|structured.?output|"
-    r"schema in format|grammar",
+_ABOUT_FORMATS: Final = re.compile(
+    r"response.?(format|mime|schema|json.?schema)|output.?(config|format|schema)|text.?format|structured.?output",
     re.IGNORECASE,
 )
+_ABOUT_SCHEMAS: Final = re.compile(r"json.?schema|schema in format|grammar", re.IGNORECASE)
+"""Errors about schemas, which may also be those of tools."""
 _ABOUT_TOOLS: Final = re.compile(r"\btools?\b|\bfunctions?\b", re.IGNORECASE)
 
 
@@ -65,10 +66,12 @@ class Teller:
         A schema that the caller wants strictly is never told in words.
         """
         message = str(error)  # only the service's own words count: the body may quote the prompt
-        if error.status not in (400, 422, 500) or _ABOUT_SCHEMAS.search(message) is None:
+        about_tools = bool(request.tools) and _ABOUT_TOOLS.search(message) is not None
+        is_refusal = _ABOUT_FORMATS.search(message) or (_ABOUT_SCHEMAS.search(message) and not about_tools)
+        if error.status not in (400, 422, 500) or not is_refusal:
             return None
         wanted = format_of(request) if is_mapping(request.response_format) else None
-        if not isinstance(wanted, SchemaFormat) or wanted.strict or (request.tools and _ABOUT_TOOLS.search(message)):
+        if not isinstance(wanted, SchemaFormat) or wanted.strict:
             return None
         if len(self._refused) >= MOST_REFUSED or _key(request, wanted) in self._refused:
             return None
@@ -114,7 +117,10 @@ def _names_in(schema: Any) -> set[str]:
 
 
 _KEPT: Final = frozenset(
-    ("type", "title", "description", "enum", "const", "anyOf", "allOf", "$ref", "$defs", "definitions", "properties")
+    (
+        *("type", "title", "description", "enum", "const", "anyOf", "allOf", "$ref", "$defs", "definitions", "$schema"),
+        *("properties", "required", "additionalProperties"),
+    )
 )
 _FORMATS: Final = frozenset(
     ("date-time", "time", "date", "duration", "email", "hostname", "uri", "ipv4", "ipv6", "uuid")
@@ -128,8 +134,8 @@ class _NoForm(Exception):
 def for_claude(schema: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return a schema as Claude's structured outputs take it; None if they have no form for it.
 
-    Objects are closed. Constraints on numbers, texts and the length of arrays, which the service refuses, are told in
-    descriptions. Schemas that hold themselves, objects with any properties, and values of any type have no form.
+    Constraints on numbers, texts and the length of arrays, which the service refuses, are told in descriptions. Schemas that
+    hold themselves, objects with any properties, and values of any type have no form.
     """
     try:
         return None if is_recursive(schema) else _claudes(schema)
@@ -141,26 +147,19 @@ def _claudes(schema: Any) -> dict[str, Any]:
     if not is_mapping(schema) or not schema.keys() & {"type", "enum", "const", "anyOf", "oneOf", "allOf", "$ref"}:
         raise _NoForm
     kept: dict[str, Any] = {word: value for word, value in schema.items() if word in _KEPT}
-    rest = {word: value for word, value in schema.items() if word not in _KEPT and word != "default"}
+    rest = {word: value for word, value in schema.items() if word not in _KEPT}
     if "oneOf" in rest:
         kept["anyOf"] = rest.pop("oneOf")
-    rest.pop("discriminator", None)
+    for word in ("default", "discriminator"):
+        rest.pop(word, None)
     for word in ("anyOf", "allOf"):
         if word in kept:
             kept[word] = [_claudes(each) for each in kept[word]]
     for word in ("$defs", "definitions", "properties"):
         if word in kept:
             kept[word] = {name: _claudes(each) for name, each in kept[word].items()}
-    kinds: Any = kept.get("type")
-    if kinds == "object" or "properties" in kept:
-        if (
-            rest.pop("additionalProperties", False) is not False
-            or "patternProperties" in rest
-            or not kept.get("properties")
-        ):
-            raise _NoForm
-        kept["additionalProperties"] = False
-        kept["required"] = rest.pop("required", [])
+    if schema.get("additionalProperties", False) is not False or "patternProperties" in schema:
+        raise _NoForm
     if is_mapping(rest.get("items")):
         kept["items"] = _claudes(rest.pop("items"))
     if rest.get("minItems") in (0, 1):
@@ -168,6 +167,6 @@ def _claudes(schema: Any) -> dict[str, Any]:
     if rest.get("format") in _FORMATS:
         kept["format"] = rest.pop("format")
     if rest:
-        note = ", ".join([f"{word}: {value}" for word, value in rest.items() if word != "$schema"])
+        note = ", ".join([f"{word}: {value}" for word, value in rest.items()])
         kept["description"] = f"{kept['description']} ({note})" if "description" in kept else note
     return kept
