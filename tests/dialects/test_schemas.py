@@ -204,7 +204,7 @@ class TestServices:
         assert not is_told(body(codec, "text"))
 
     def test_bedrock(self) -> None:
-        """Claude's schemas are narrowed, Claude before 4.5 is told in words, and those of other models are sent as they are."""
+        """Claude's schemas are narrowed or told in words, and those of other models are sent as they are."""
         limited = {**SIMPLE, "properties": {"n": {"type": "integer", "minimum": 0}}}
 
         def schema(model: str, given: Any) -> Any:
@@ -220,7 +220,7 @@ class TestServices:
         }
         assert schema("qwen.qwen3-32b-v1:0", limited) == limited
         assert schema("arn:aws:bedrock:us-east-1:1:application-inference-profile/x", limited) == limited
-        assert schema("anthropic.claude-3-haiku-20240307-v1:0", SIMPLE) is None
+        assert schema("anthropic.claude-sonnet-4-5-20250929-v1:0", RECURSIVE) is None
 
     def test_gemini(self) -> None:
         """A schema that holds itself is told in words, and so is every schema before Gemini 2."""
