@@ -276,7 +276,8 @@ class LLM(_LLM[Pipeline]):
             ConfigError: `into` describes no answers.
         """
         if into is not None:
-            return self._into(into).complete(self._request_into(prompt, overrides, into), timeout=timeout)
+            request = self._request_into(prompt, overrides, into)
+            return self._into(into).complete(request, timeout=timeout)
         return self.pipeline.complete(self.request(prompt, overrides), timeout=timeout)
 
     @overload
@@ -408,7 +409,8 @@ class AsyncLLM(_LLM[AsyncPipeline]):
     ) -> Response:
         """Return the model's answer to a prompt as a `Response`; see `LLM.complete`."""
         if into is not None:
-            return await self._into(into).complete(self._request_into(prompt, overrides, into), timeout=timeout)
+            request = self._request_into(prompt, overrides, into)
+            return await self._into(into).complete(request, timeout=timeout)
         return await self.pipeline.complete(self.request(prompt, overrides), timeout=timeout)
 
     @overload

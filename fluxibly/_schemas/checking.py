@@ -5,10 +5,22 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any
+from itertools import islice
+from typing import Any, Final
 
 from fluxibly._extras import pip_install
 from fluxibly.errors import ConfigError
+
+MOST_PROBLEMS: Final = 20
+"""The most problems that a message lists."""
+LONGEST_PROBLEM: Final = 300
+"""The longest text of one problem, in characters."""
+
+
+def cut(text: str) -> str:
+    """Return a text that may be long (it may quote the whole value) without its middle."""
+    half = LONGEST_PROBLEM // 2
+    return text if len(text) <= LONGEST_PROBLEM else f"{text[:half]} … {text[-half:]}"
 
 
 def check_schema(schema: Mapping[str, Any]) -> None:
@@ -24,19 +36,25 @@ def check_schema(schema: Mapping[str, Any]) -> None:
     _validator(text)
 
 
-def problems_of(value: object, schema: Mapping[str, Any]) -> list[str]:
-    """Return what does not match a JSON Schema, each with its path, for the model to correct.
+def checked(schema: Mapping[str, Any], value: Any, path: str = "$") -> Any:
+    """Return a JSON value that matches a JSON Schema.
 
     Raises:
+        ValueError: it does not match. The message lists what does not, each with its path, for the model to correct.
         ConfigError: the schema has a reference that leads outside of it.
     """
     from referencing.exceptions import Unresolvable
 
     try:
-        found = _validator(json.dumps(dict(schema))).iter_errors(value)
-        return [f"{problem.json_path}: {problem.message}" for problem in found]
+        problems: list[Any] = list(islice(_validator(json.dumps(dict(schema))).iter_errors(value), MOST_PROBLEMS + 1))
     except Unresolvable as error:
         raise ConfigError(f"the JSON Schema refers to {error.ref!r}, which is not in it") from None
+    except RecursionError:
+        raise ValueError(f"{path}: it is nested too deeply") from None
+    if problems:
+        told = [f"{path}{cut(problem.json_path[1:])}: {cut(problem.message)}" for problem in problems[:MOST_PROBLEMS]]
+        raise ValueError("; ".join(told if len(problems) <= MOST_PROBLEMS else [*told, "and more"]))
+    return value
 
 
 @lru_cache(maxsize=64)

@@ -2,26 +2,48 @@
 
 from __future__ import annotations
 
-import dataclasses
 import enum
 import inspect
-import types
-import typing
 from collections.abc import Mapping, Sequence, Set as AbstractSet
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
-import attrs
 import msgspec
 
 from fluxibly._checks import is_list, is_mapping
+from fluxibly._schemas.kinds import (
+    ANYTHING,
+    SCALARS,
+    Field,
+    fields_of,
+    is_hashable,
+    is_items,
+    is_kind,
+    is_pydantic,
+    is_row,
+    is_typed_dict,
+    is_union,
+    members_of,
+    name_of,
+    resolved,
+)
 from fluxibly.errors import ConfigError
 
 EXPECTED = (
     "expected an attrs class, a dataclass, a TypedDict, a msgspec Struct, a pydantic model, a list, a union or another type of "
     "these, or a JSON Schema"
 )
-_SCALARS: Mapping[object, str] = {bool: "boolean", int: "integer", float: "number", str: "string", type(None): "null"}
 _REF = "#/$defs/"
+_FORMATS: Mapping[str, Mapping[str, str]] = {
+    "bytes": {"contentEncoding": "base64"},
+    "bytearray": {"contentEncoding": "base64"},
+    "date": {"format": "date"},
+    "datetime": {"format": "date-time"},
+    "Decimal": {"description": "a decimal number"},
+    "time": {"format": "time"},
+    "timedelta": {"format": "duration"},
+    "UUID": {"format": "uuid"},
+}
+"""What is said of strings that stand for a type of the standard library, by the type's name."""
 
 
 def schemas_of(kinds: Sequence[object]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -39,161 +61,58 @@ def schemas_of(kinds: Sequence[object]) -> tuple[list[dict[str, Any]], dict[str,
     return [_closed(schema) for schema in schemas], {name: _closed(each) for name, each in describer.defs.items()}
 
 
-class Field(NamedTuple):
-    """A field of a class, with its name in JSON."""
-
-    name: str
-    kind: object
-    required: bool
-    description: str = ""
-
-
-def fields_of(kind: Any) -> list[Field] | None:
-    """Return the fields of an attrs class, a dataclass or a TypedDict; None for other types.
-
-    Raises:
-        ConfigError: a name in an annotation cannot be found.
-    """
-    if attrs.has(kind):
-        hints = hints_of(kind)
-        return [
-            Field(f.name, hints.get(f.name, Any), f.default is attrs.NOTHING, _described(f.metadata))
-            for f in attrs.fields(kind)
-            if f.init
-        ]
-    if dataclasses.is_dataclass(kind):
-        hints = hints_of(kind)
-        return [
-            Field(
-                f.name,
-                hints[f.name],
-                f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING,
-                _described(f.metadata),
-            )
-            for f in dataclasses.fields(kind)
-            if f.init
-        ]
-    required: object = getattr(kind, "__required_keys__", None)
-    if isinstance(required, frozenset):
-        return [Field(name, _without_marks(hint), name in required) for name, hint in hints_of(kind).items()]
-    return None
-
-
-def hints_of(kind: Any) -> dict[str, Any]:
-    """Return the types of a class's or function's annotations.
-
-    Raises:
-        ConfigError: a name in an annotation cannot be found.
-    """
-    try:
-        return typing.get_type_hints(kind, include_extras=True)
-    except (NameError, AttributeError, TypeError, SyntaxError) as error:
-        raise ConfigError(
-            f"{name_of(kind)}: an annotation cannot be read: {error}; define the types that it names at the top of the module"
-        ) from None
-
-
-def is_pydantic(kind: object) -> bool:
-    """Whether a type is a pydantic model or a dataclass of pydantic's."""
-    return isinstance(kind, type) and hasattr(kind, "__pydantic_core_schema__")
-
-
-def is_kind(kind: Any, *kinds: type) -> bool:
-    """Whether a type is a subclass. (Type checkers do not narrow it by this, and so do not take it for partly unknown.)"""
-    return isinstance(kind, type) and issubclass(kind, kinds)
-
-
-def is_items(kind: Any) -> bool:
-    """Whether a type is that of an array: a list, a set, a tuple, a sequence."""
-    return is_kind(kind, Sequence, AbstractSet) and not is_kind(kind, str, bytes, bytearray, memoryview)
-
-
-def is_named_tuple(kind: Any) -> bool:
-    """Whether a type is a tuple with names."""
-    return is_kind(kind, tuple) and hasattr(kind, "_fields")
-
-
-def is_typed_dict(kind: Any) -> bool:
-    """Whether a type is a TypedDict, of whatever package."""
-    return hasattr(kind, "__required_keys__")
-
-
-def is_union(kind: object) -> bool:
-    """Whether a type is `A | B` or `Union[A, B]`."""
-    return get_origin(kind) in (Union, types.UnionType)
-
-
-def name_of(kind: Any) -> str:
-    """Return a type's name for messages and schemas."""
-    arguments = get_args(kind)
-    if is_union(kind):
-        return " | ".join(map(name_of, arguments))
-    if get_origin(kind) is Annotated:
-        return name_of(arguments[0])
-    if not arguments or not hasattr(get_origin(kind), "__name__"):
-        return getattr(kind, "__name__", None) or str(kind).replace("typing.", "")
-    return f"{get_origin(kind).__name__}[{', '.join(map(name_of, arguments))}]"
-
-
-def resolved(kind: Any) -> Any:
-    """Return the type that a `NewType` or an alias (`type X = …`) stands for, and other types as they are."""
-    while True:
-        if isinstance(kind, typing.NewType):
-            kind = kind.__supertype__
-        elif type(kind).__name__ == "TypeAliasType":
-            kind = kind.__value__
-        else:
-            return kind
-
-
-def _described(metadata: Mapping[Any, Any]) -> str:
-    description = metadata.get("description", "")
-    return description if isinstance(description, str) else ""
-
-
-def _without_marks(hint: Any) -> Any:
-    """Return a TypedDict's annotation without `Required`, `NotRequired` and `ReadOnly`."""
-    while getattr(get_origin(hint), "_name", "") in ("Required", "NotRequired", "ReadOnly"):
-        (hint,) = get_args(hint)
-    return hint
-
-
 class _Describer:
     """The schemas of types that share their definitions."""
 
     def __init__(self) -> None:
         self.defs: dict[str, Any] = {}
         self._names: dict[object, str] = {}
-        """The names of the classes that have a definition."""
+        """The names of the classes and aliases that have a definition."""
+        self._open: set[object] = set()
+        """The aliases whose schema is being made."""
 
-    def schema(self, kind: Any, given: Mapping[Any, object] | None = None) -> dict[str, Any]:
-        """Return the schema of a type. `given` has what the type variables of a generic class stand for."""
+    def schema(self, kind: Any) -> dict[str, Any]:
+        """Return the schema of a type."""
+        if not is_hashable(kind):
+            raise ConfigError(f"{EXPECTED}, got {kind!r}")
+        if type(kind).__name__ == "TypeAliasType" or type(get_origin(kind)).__name__ == "TypeAliasType":
+            return self._alias(kind)
         kind = resolved(kind)
-        given = {} if given is None else given
-        if isinstance(kind, TypeVar):
-            return self.schema(given[kind], given) if kind in given else self.schema(kind.__bound__ or Any, given)
         origin, arguments = get_origin(kind), get_args(kind)
         if origin is Annotated:
-            return self._annotated(arguments[0], arguments[1:], given)
-        if kind in (Any, object):
+            return self._annotated(arguments[0], arguments[1:])
+        if kind in ANYTHING:
             return {}
-        scalar = _SCALARS.get(type(None) if kind is None else kind)
-        if scalar is not None:
-            return {"type": scalar}
+        if kind in SCALARS:
+            return {"type": SCALARS[kind].json_type}
         if is_union(kind):
-            members = [self.schema(member, given) for member in arguments]
-            return {} if {} in members else {"anyOf": members}
+            members = [self.schema(member) for member in members_of(kind)]
+            return members[0] if len(members) == 1 else {} if {} in members else {"anyOf": members}
         if origin is Literal:
             return _choice(arguments)
         cls: Any = origin or kind
         if not isinstance(cls, type):
-            raise ConfigError(f"{name_of(kind)} has no JSON Schema: {EXPECTED}")
+            raise _unknown(kind)
         if issubclass(cls, enum.Enum):
-            return _choice([member.value for member in cls])
-        return self._container(cls, arguments, given) or self._class(kind, cls, arguments, given)
+            return _choice([*cls])
+        return self._container(kind, cls, arguments) or self._class(kind, cls)
 
-    def _annotated(self, kind: Any, extras: Sequence[object], given: Mapping[object, object]) -> dict[str, Any]:
-        schema = self.schema(kind, given)
+    def _alias(self, kind: Any) -> dict[str, Any]:
+        """Return the schema of an alias (`type X = …`), as a definition if it refers to itself."""
+        if kind in self._names:
+            return {"$ref": _REF + self._names[kind]}
+        if kind in self._open:
+            return {"$ref": _REF + self._name(kind, name_of(kind))}
+        self._open.add(kind)
+        schema = self.schema(resolved(kind))
+        self._open.discard(kind)
+        if kind not in self._names:
+            return schema
+        self.defs[self._names[kind]] |= schema
+        return {"$ref": _REF + self._names[kind]}
+
+    def _annotated(self, kind: Any, extras: Sequence[object]) -> dict[str, Any]:
+        schema = self.schema(kind)
         words: dict[str, Any] = {}
         for extra in extras:
             if isinstance(extra, str):
@@ -202,79 +121,69 @@ class _Describer:
                 words |= _words_of(extra)
         return _with_words(schema, words)
 
-    def _container(self, cls: Any, arguments: Sequence[Any], given: Mapping[object, object]) -> dict[str, Any] | None:
-        if is_named_tuple(cls):
+    def _container(self, kind: Any, cls: Any, arguments: Sequence[Any]) -> dict[str, Any] | None:
+        if is_row(cls):
             return None
-        if is_kind(cls, tuple) and arguments and arguments[-1] is not Ellipsis:
-            items = [self.schema(each, given) for each in arguments if each != ()]
-            return {
-                "type": "array",
-                "prefixItems": items,
-                "items": False,
-                "minItems": len(items),
-                "maxItems": len(items),
-            }
+        if is_kind(cls, tuple) and get_origin(kind) and arguments[-1:] != (Ellipsis,):
+            return _row([self.schema(each) for each in arguments if each != ()])
         if is_items(cls):
-            item = {"items": self.schema(arguments[0], given)} if arguments else {}
-            unique = {"uniqueItems": True} if is_kind(cls, AbstractSet) else {}
-            return {"type": "array", **item, **unique}
+            if is_kind(cls, AbstractSet) and arguments and not is_hashable(arguments[0], instances=True):
+                raise ConfigError(
+                    f"{name_of(kind)}: {name_of(arguments[0])} has no hash; write list[{name_of(arguments[0])}]"
+                )
+            return {"type": "array", **({"items": self.schema(arguments[0])} if arguments else {})}
         if is_kind(cls, Mapping) and not is_typed_dict(cls):
-            values = {"additionalProperties": self.schema(arguments[1], given)} if len(arguments) == 2 else {}
-            return {"type": "object", **values}
+            if arguments and "type" in (key := self.schema(arguments[0])) and key["type"] not in ("string", "integer"):
+                raise ConfigError(f"{name_of(kind)}: expected keys that are str, int or an enum of these")
+            return {"type": "object", **({"additionalProperties": self.schema(arguments[1])} if arguments else {})}
         return None
 
-    def _class(self, kind: Any, cls: Any, arguments: Sequence[Any], given: Mapping[object, object]) -> dict[str, Any]:
-        parameters: tuple[object, ...] = getattr(cls, "__parameters__", ())
-        chosen = tuple(given.get(each, each) for each in arguments)
-        key: object = (cls, *chosen) if chosen else cls
-        if key in self._names:
-            return {"$ref": _REF + self._names[key]}
+    def _class(self, kind: Any, cls: Any) -> dict[str, Any]:
+        if kind in self._names:
+            return {"$ref": _REF + self._names[kind]}
         if is_pydantic(kind):
-            import pydantic
-
-            return self._hoisted(pydantic.TypeAdapter(kind).json_schema(), key)
-        fields = None if is_kind(cls, msgspec.Struct) else fields_of(cls)
+            return self._hoisted(_by_pydantic(kind), kind)
+        fields = fields_of(kind)
         if fields is None:
-            return self._by_msgspec(kind, key)
-        name = self._name(key, "_".join(map(name_of, (cls, *chosen))))
-        own: dict[Any, object] = dict(zip(parameters, chosen, strict=False))
-        properties = {
-            field.name: _with_words(
-                self.schema(field.kind, own), {"description": field.description} if field.description else {}
-            )
-            for field in fields
-        }
-        self.defs[name] |= {
-            "type": "object",
-            "properties": properties,
-            "required": [field.name for field in fields if field.required],
-        }
+            return self._by_msgspec(kind)
+        name = self._name(kind, name_of(kind))
+        found = self.defs[name]
+        schemas = {field.json_name: self._field(kind, field) for field in fields}
+        if is_row(cls):
+            found |= _row([*schemas.values()], least=sum(field.required for field in fields))
+        else:
+            required = [field.json_name for field in fields if field.required]
+            found |= {"type": "object", "properties": schemas, "required": required}
         if (text := _docstring(cls)) is not None:
-            self.defs[name]["description"] = text
+            found["description"] = text
         return {"$ref": _REF + name}
 
-    def _name(self, key: object, wanted: str) -> str:
-        """Return a name for a definition that no other class has, and begin the definition."""
+    def _field(self, kind: Any, field: Field) -> dict[str, Any]:
+        try:
+            schema = self.schema(field.kind)
+        except ConfigError as error:
+            raise ConfigError(f"{name_of(kind)}.{field.name}: {error}") from None
+        return _with_words(schema, {"description": field.description} if field.description else {})
+
+    def _name(self, key: object, kind: str) -> str:
+        """Return a name for a definition that no other has, and begin the definition."""
+        wanted = "".join([sign if sign.isalnum() or sign in "-_" else "_" for sign in kind]).strip("_")
         name, number = wanted, 1
         while name in self.defs:
             number += 1
             name = f"{wanted}_{number}"
         self._names[key] = name
-        self.defs[name] = {"title": wanted}
+        self.defs[name] = {"title": kind}
         return name
 
-    def _by_msgspec(self, kind: Any, key: object) -> dict[str, Any]:
-        def hook(inner: type) -> dict[str, Any]:
-            if is_pydantic(inner):
-                return self.schema(inner)
-            raise NotImplementedError
-
+    def _by_msgspec(self, kind: Any) -> dict[str, Any]:
         try:
-            schema = msgspec.json.schema(kind, schema_hook=hook)
-        except (TypeError, NameError) as error:
-            reason = str(error).partition("\n")[0]
-            raise ConfigError(f"{name_of(kind)} has no JSON Schema: {EXPECTED} ({reason})") from None
-        return self._hoisted(schema, key)
+            schema = msgspec.json.schema(kind)
+        except (TypeError, NameError):
+            raise _unknown(kind) from None
+        if schema.get("type") != "string":
+            raise _unknown(kind)
+        return {"type": "string", **_FORMATS.get(kind.__name__, {})}
 
     def _hoisted(self, schema: dict[str, Any], key: object) -> dict[str, Any]:
         """Return a schema of its own whose definitions are moved to the others."""
@@ -291,6 +200,20 @@ class _Describer:
         return {"$ref": _REF + name}
 
 
+def _unknown(kind: object) -> ConfigError:
+    return ConfigError(f"{name_of(kind)} has no JSON Schema: {EXPECTED}")
+
+
+def _by_pydantic(kind: Any) -> dict[str, Any]:
+    import pydantic
+
+    try:
+        return pydantic.TypeAdapter(kind).json_schema()
+    except pydantic.errors.PydanticUserError as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(f"{name_of(kind)} has no JSON Schema: {reason}") from None
+
+
 def _renamed(schema: Any, names: Mapping[str, str]) -> Any:
     """Return a schema with its references to definitions renamed."""
     if is_list(schema):
@@ -304,15 +227,19 @@ def _renamed(schema: Any, names: Mapping[str, str]) -> Any:
     return found
 
 
-def _choice(values: Sequence[Any]) -> dict[str, Any]:
-    kinds = sorted({_json_type(value) for value in values})
-    if "" in kinds:
+def _row(items: Sequence[dict[str, Any]], least: int | None = None) -> dict[str, Any]:
+    """Return the schema of an array with a type for each place, of which the first `least` must be there."""
+    alike = bool(items) and all(each == items[0] for each in items)
+    each = {"items": items[0]} if alike else {"prefixItems": [*items], "items": False} if items else {}
+    return {"type": "array", **each, "minItems": len(items) if least is None else least, "maxItems": len(items)}
+
+
+def _choice(choices: Sequence[Any]) -> dict[str, Any]:
+    values = [choice.value if isinstance(choice, enum.Enum) else choice for choice in choices]
+    kinds = sorted({SCALARS[type(value)].json_type for value in values if type(value) in SCALARS})
+    if any(type(value) not in SCALARS for value in values) or not values:
         raise ConfigError(f"{values!r} has no JSON Schema: expected values that are JSON, like 'a' or 1")
-    return {"type": kinds[0] if len(kinds) == 1 else kinds, "enum": [*values]}
-
-
-def _json_type(value: object) -> str:
-    return _SCALARS.get(type(value), "")
+    return {"type": kinds[0] if len(kinds) == 1 else kinds, "enum": values}
 
 
 def _words_of(meta: msgspec.Meta) -> dict[str, Any]:
@@ -328,11 +255,18 @@ def _words_of(meta: msgspec.Meta) -> dict[str, Any]:
     return found | (meta.extra_json_schema or {})
 
 
+_LENGTHS: Mapping[str, Mapping[str, str]] = {
+    "array": {"minLength": "minItems", "maxLength": "maxItems"},
+    "object": {"minLength": "minProperties", "maxLength": "maxProperties"},
+}
+"""What the words for a text's length are for other types."""
+
+
 def _with_words(schema: dict[str, Any], words: Mapping[str, Any]) -> dict[str, Any]:
     if not words:
         return schema
-    if schema.get("type") == "array":
-        named = {"minLength": "minItems", "maxLength": "maxItems"}
+    if (kind := schema.get("type")) in ("array", "object"):
+        named = _LENGTHS[str(kind)]
         words = {named.get(word, word): value for word, value in words.items()}
     if "$ref" in schema:  # no other word may stand beside a reference
         return {"anyOf": [schema], **words}
@@ -341,7 +275,7 @@ def _with_words(schema: dict[str, Any], words: Mapping[str, Any]) -> dict[str, A
 
 def _docstring(cls: Any) -> str | None:
     text = cls.__dict__.get("__doc__")
-    generated = f"{cls.__name__}("  # of a dataclass without a docstring
+    generated = f"{cls.__name__}("  # of a dataclass or a NamedTuple without a docstring
     return inspect.cleandoc(text) if isinstance(text, str) and text and not text.startswith(generated) else None
 
 
@@ -364,6 +298,11 @@ def _closed(schema: Any) -> Any:
     }
     for word in _TABLES & schema.keys():
         found[word] = {name: _closed(each) for name, each in schema[word].items()}
+    if "discriminator" in found and "oneOf" in found:  # of pydantic; only one member fits anyway
+        del found["discriminator"]
+        found["anyOf"] = found.pop("oneOf")
+    if "$ref" in found and len(found) > 1:  # no other word may stand beside a reference
+        found["anyOf"] = [{"$ref": found.pop("$ref")}]
     properties = found.get("properties")
     if is_mapping(properties):
         required = found.get("required", ())

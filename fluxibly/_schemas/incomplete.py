@@ -1,112 +1,104 @@
-"""The value of JSON that has not come whole."""
+"""The value of a JSON text, which may not have come whole."""
 
 from __future__ import annotations
 
+import json
+import math
+import re
 from typing import Any, Final
 
-import msgspec
-
-NOTHING: Final = msgspec.UNSET
+NOTHING: Final[Any] = object()
 """Stands for a value of which nothing has come."""
-_CLOSING = {"{": "}", "[": "]"}
+_CLOSING: Final = {"{": "}", "[": "]"}
+_CHARACTER: Final = r'(?:[^"\\]|\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))'
+_TOKEN: Final = re.compile(r'\s*(?:([{}\[\],:])|"(?:[^"\\]|\\.)*+(")|(")|([^\s{}\[\],:"]++)(?=(.?)))', re.DOTALL)
+"""A sign, a whole string, the beginning of a string, or a number or word with what follows it."""
+_IN_STRING: Final = re.compile(_CHARACTER + "*+")
+_HALF: Final = re.compile(r"\\u[dD][89abAB][0-9a-fA-F]{2}$|[\ud800-\udbff]$")
+"""The first half of a character that is written as two (a surrogate pair)."""
 
 
 def value_so_far(text: str) -> Any:
     """Return the value of the beginning of a JSON text, or `NOTHING`.
 
     Strings, arrays and objects that are open end here. A name without a value, a number that may go on and half a word are
-    left out.
+    left out. The time that it takes grows with the text's length.
     """
-    try:
-        return msgspec.json.decode(text)
-    except (msgspec.DecodeError, RecursionError):
-        pass
-    scan = _Scan(text)
-    for end, closing in scan.ends():
-        try:
-            return msgspec.json.decode(text[:end] + closing)
-        except (msgspec.DecodeError, RecursionError):
-            continue
+    whole = _value(text)
+    if whole is not NOTHING:
+        return whole
+    for end in _ends(text):
+        found = _value(end)
+        if found is not NOTHING:
+            return found
     return NOTHING
 
 
-class _Scan:
-    """One pass over the beginning of a JSON text, which notes where it may end."""
+def value_of(text: str) -> Any:
+    """Return the value of a JSON text.
 
-    def __init__(self, text: str) -> None:
-        self._text = text
-        self._open: list[str] = []
-        """What closes the arrays and objects that are open."""
-        self._is_key = False
-        """Whether a string would be the name of a property."""
-        self._end: tuple[int, str] | None = None
-        """The end of the last whole value, and what closes the text there."""
-        self._in_string: int | None = None
-        """The end of the last whole character of a value's string that is open."""
-        at = 0
-        while at < len(text):
-            at = self._step(at)
+    Raises:
+        ValueError: it is not JSON, or not within the limits of Python: nested too deeply, or with a number too large.
+    """
+    try:
+        return json.loads(text, parse_constant=_no_constant, parse_float=_finite)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
-    def ends(self) -> list[tuple[int, str]]:
-        """Return the places where the text may end, with what closes it, the best first."""
-        closing = "".join(reversed(self._open))
-        string = [] if self._in_string is None else [(self._in_string, f'"{closing}')]
-        return string + ([] if self._end is None else [self._end])
 
-    def _step(self, at: int) -> int:
-        """Read a token, and return the place of the next."""
-        sign = self._text[at]
-        if sign in _CLOSING:
-            self._open.append(_CLOSING[sign])
-            self._is_key = sign == "{"
-            self._whole(at + 1)
-        elif sign in "}]":
-            if self._open:
-                self._open.pop()
-            self._whole(at + 1)
-        elif sign == ",":
-            self._is_key = self._open[-1:] == ["}"]
-        elif sign == ":":
-            self._is_key = False
-        elif sign == '"':
-            return self._string(at + 1)
-        elif not sign.isspace():
-            return self._word(at)
-        return at + 1
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a JSON value")
 
-    def _whole(self, end: int) -> None:
-        self._end = end, "".join(reversed(self._open))
 
-    def _string(self, at: int) -> int:
-        text, size = self._text, len(self._text)
-        while at < size and text[at] != '"':
-            length = _length(text, at)
-            if at + length > size:
+def _finite(digits: str) -> float:
+    number = float(digits)
+    if math.isinf(number):
+        raise ValueError(f"{digits[:20]} is too large a number")
+    return number
+
+
+def _value(text: str) -> Any:
+    try:
+        return value_of(text)
+    except ValueError:
+        return NOTHING
+
+
+def _ends(text: str) -> list[str]:
+    """Return the texts that the beginning of a JSON text may be with an end, the best first."""
+    opened: list[str] = []
+    """What closes the arrays and objects that are open."""
+    is_name = False
+    """Whether a string would be the name of a property."""
+    whole = 0
+    """The end of the last whole value."""
+    string: int | None = None
+    """The end of the last whole character of a value's string that is open."""
+    at = 0
+    while (token := _TOKEN.match(text, at)) is not None:
+        sign, quote, begun, word, follows = token.groups()
+        at = token.end()
+        if sign is not None:
+            if sign in _CLOSING:
+                opened.append(_CLOSING[sign])
+            elif sign in "]}" and (not opened or opened.pop() != sign):
                 break
-            at += length
-        else:
-            if at < size:
-                if not self._is_key:
-                    self._whole(at + 1)
-                return at + 1
-        if not self._is_key:
-            self._in_string = at
-        return size
-
-    def _word(self, at: int) -> int:
-        """Read a number or a word, which is whole only if something follows."""
-        while at < len(self._text) and self._text[at] not in ',:]}"' and not self._text[at].isspace():
-            at += 1
-        if at < len(self._text):
-            self._whole(at)
-        return at
+            if sign not in ",:":
+                whole = at
+            is_name = sign == "{" or (sign == "," and opened[-1:] == ["}"])
+        elif begun is not None:
+            if not is_name:
+                string = _end_of_string(text, at)
+            break
+        elif not is_name and (quote is not None or (word is not None and follows)):
+            whole = at
+    closing = "".join(reversed(opened))
+    ends = [] if string is None else [f'{text[:string]}"{closing}']
+    return [*ends, *([text[:whole] + closing] if whole else [])]
 
 
-def _length(text: str, at: int) -> int:
-    """Return the length of the character at a place of a string in JSON, as it is written."""
-    if text[at] != "\\":
-        return 1
-    if text[at + 1 : at + 2] != "u":
-        return 2
-    high = text[at + 2 : at + 4].lower() in ("d8", "d9", "da", "db")
-    return 12 if high else 6
+def _end_of_string(text: str, begin: int) -> int:
+    found = _IN_STRING.match(text, begin)
+    end = begin if found is None else found.end()
+    half = _HALF.search(text, max(begin, end - 6), end)
+    return end if half is None else half.start()

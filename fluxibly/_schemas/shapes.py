@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from functools import lru_cache
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import lru_cache, partial
 from typing import Any
 
 import attrs
 
 from fluxibly._checks import is_list, is_mapping
 from fluxibly._formats import SchemaFormat, output_format
-from fluxibly._schemas.checking import check_schema, problems_of
-from fluxibly._schemas.classes import EXPECTED, name_of, resolved, schemas_of
-from fluxibly._schemas.incomplete import NOTHING, value_so_far
-from fluxibly._schemas.structuring import Misfit, structured
+from fluxibly._schemas.checking import check_schema, checked
+from fluxibly._schemas.incomplete import NOTHING, value_of, value_so_far
 from fluxibly.errors import ConfigError
 
 VALUE = "value"
@@ -27,13 +25,20 @@ class Shape:
 
     Args:
         wanted: a type, or a JSON Schema.
+        name: the type's name; None for a JSON Schema.
         response_format: the schema for `Request.response_format`. Its root is an object.
         wrapped: whether the value is the property `value` of that object.
+        read: the function that makes a JSON value into what is wanted. It raises ValueError if the value does not fit, with the
+            problems and their paths below the path that it is given.
+        read_item: the function for an item, if a list is wanted.
     """
 
     wanted: object
+    name: str | None
     response_format: Mapping[str, Any] = attrs.field(repr=False)
     wrapped: bool
+    read: Callable[[Any, str], Any] = attrs.field(repr=False)
+    read_item: Callable[[Any], Any] | None = attrs.field(default=None, repr=False)
 
     def parse(self, text: str) -> Any:
         """Return the value of an answer's text. A Markdown code fence around it is ignored.
@@ -43,12 +48,20 @@ class Shape:
             ConfigError: the schema has a reference that leads outside of it.
         """
         try:
-            value: Any = json.loads(_without_fence(text), parse_constant=_no_constant)
-        except (ValueError, RecursionError) as error:
+            value = value_of(_without_fence(text))
+        except ValueError as error:
             raise ValueError(f"the answer is not valid JSON: {error}") from None
-        if self.wrapped and is_mapping(value) and set(value) == {VALUE}:
-            value = value[VALUE]
-        return self._built(value)
+        inner = self._unwrapped(value)
+        try:
+            return self.read(inner, "$" if inner is value else f"$.{VALUE}")
+        except ConfigError:
+            raise
+        except ValueError as misfit:
+            if inner is not value:  # perhaps not wrapped, with a property of this name
+                with suppress(ValueError):
+                    return self.read(value, "$")
+            what = "match the JSON Schema" if self.name is None else f"fit {self.name}"
+            raise ValueError(f"the answer does not {what}: {misfit}") from None
 
     def partial(self, text: str) -> Any:
         """Return the value of the beginning of an answer's text; None: nothing of it has come.
@@ -57,39 +70,29 @@ class Shape:
         is left out until it fits.
         """
         value = value_so_far(_without_fence(text))
-        if self.wrapped and is_mapping(value):
-            value = value if value.keys() - {VALUE} else value.get(VALUE, NOTHING)
+        if self.wrapped and value == {}:
+            return None
+        value = self._unwrapped(value)
         if value is NOTHING:
             return None
-        kind = resolved(self.wanted)
-        if is_list(value) and getattr(kind, "__origin__", None) is list:
-            (item,) = kind.__args__
-            return _fitting(value, item)
+        if self.read_item is not None and is_list(value):
+            return _fitting(value, self.read_item)
         try:
-            return self._built(value)
+            return self.read(value, "$")
         except ValueError:
             return value
 
-    def _built(self, value: Any) -> Any:
-        if is_mapping(self.wanted):
-            schema = _schema_in(self.wanted)
-            problems = problems_of(value, schema)
-            if problems:
-                raise ValueError(f"the answer does not match the JSON Schema: {'; '.join(problems)}")
-            return value
-        try:
-            return structured(value, self.wanted, name_of(self.wanted))
-        except Misfit as misfit:
-            raise ValueError(f"the answer does not fit {name_of(self.wanted)}: {misfit}") from None
+    def _unwrapped(self, value: Any) -> Any:
+        return value[VALUE] if self.wrapped and is_mapping(value) and set(value) == {VALUE} else value
 
 
-def _fitting(values: list[Any], kind: object) -> list[Any]:
+def _fitting(values: list[Any], read: Callable[[Any], Any]) -> list[Any]:
     """Return the items of a list as instances, as far as they fit; the last only if it does."""
     found: list[Any] = []
     for number, value in enumerate(values, 1):
         try:
-            found.append(structured(value, kind))
-        except Misfit:
+            found.append(read(value))
+        except (ValueError, RecursionError):
             if number < len(values):
                 found.append(value)
     return found
@@ -108,10 +111,16 @@ def shape_of(wanted: object, name: str = "schema") -> Shape:
         if is_mapping(wanted):
             return _shape_of_schema(wanted)
         if wanted is None or isinstance(wanted, (str, bytes, int, float, list, tuple)):
-            raise ConfigError(f"{EXPECTED}, got {wanted!r}")
+            raise ConfigError(f"{_expected()}, got {wanted!r}")
         return _shape_of_type(wanted)
     except ConfigError as error:
         raise ConfigError(f"{name}: {error}") from None
+
+
+def _expected() -> str:
+    from fluxibly._schemas.classes import EXPECTED
+
+    return EXPECTED
 
 
 def _schema_in(wanted: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -121,16 +130,17 @@ def _schema_in(wanted: Mapping[str, Any]) -> Mapping[str, Any]:
     except (TypeError, ValueError) as error:
         raise ConfigError(str(error)) from None
     if not isinstance(wanted_format, SchemaFormat):
-        raise ConfigError(f"{EXPECTED}, got {wanted!r}")
+        raise ConfigError(f"{_expected()}, got {wanted!r}")
     return wanted_format.schema
 
 
 def _shape_of_schema(wanted: Mapping[str, Any]) -> Shape:
     schema = _schema_in(wanted)
     check_schema(schema)
+    read = partial(checked, schema)
     if schema.get("type") == "object" or schema is not wanted:
-        return Shape(wanted, wanted, wrapped=False)
-    return Shape(wanted, _wrapped(schema), wrapped=True)
+        return Shape(wanted, None, wanted, wrapped=False, read=read)
+    return Shape(wanted, None, _wrapped(_moved(schema)), wrapped=True, read=read)
 
 
 def _shape_of_type(kind: object) -> Shape:
@@ -141,18 +151,28 @@ def _shape_of_type(kind: object) -> Shape:
 
 
 def _made(kind: object) -> Shape:
+    # Imported late, because they load msgspec, and whoever imports `Validation` imports this module.
+    from fluxibly._schemas.classes import schemas_of
+    from fluxibly._schemas.kinds import item_of, name_of
+    from fluxibly._schemas.structuring import read_by, structurer
+
     (schema,), defs = schemas_of([kind])
     name = str(schema.get("$ref", "")).removeprefix("#/$defs/")
-    if name in defs:
-        root = defs[name]
-        if root.get("type") == "object":
-            if not _refers(defs, name):
-                defs = {other: each for other, each in defs.items() if other != name}
-            return Shape(kind, {**root, **({"$defs": defs} if defs else {})}, wrapped=False)
+    if name in defs and defs[name].get("type") == "object":
+        schema = defs[name]
+        if not _refers(defs, name):
+            defs = {other: each for other, each in defs.items() if other != name}
     whole = {**schema, **({"$defs": defs} if defs else {})}
-    if schema.get("type") == "object":
-        return Shape(kind, {"title": name_of(kind), **whole}, wrapped=False)
-    return Shape(kind, {"title": name_of(kind), **_wrapped(whole)}, wrapped=True)
+    wrapped = schema.get("type") != "object"
+    item = item_of(kind)
+    return Shape(
+        kind,
+        name_of(kind),
+        {"title": name_of(kind), **(_wrapped(whole) if wrapped else whole)},
+        wrapped=wrapped,
+        read=partial(read_by, structurer(kind)),
+        read_item=None if item is None else structurer(item),
+    )
 
 
 _kept = lru_cache(maxsize=256)(_made)
@@ -160,7 +180,7 @@ _kept = lru_cache(maxsize=256)(_made)
 
 def _wrapped(schema: Mapping[str, Any]) -> dict[str, Any]:
     """Return a schema as that of the property `value` of an object, with its definitions at the root."""
-    apart = {word: schema[word] for word in ("$schema", "$defs", "definitions") if word in schema}
+    apart = {word: schema[word] for word in ("$schema", "$id", "$defs", "definitions") if word in schema}
     inner = {word: value for word, value in schema.items() if word not in apart}
     return {
         "type": "object",
@@ -171,6 +191,21 @@ def _wrapped(schema: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _moved(schema: Any) -> Any:
+    """Return a schema for the property `value`: references to its root, or to a place in it, lead there."""
+    if is_list(schema):
+        return [_moved(each) for each in schema]
+    if not is_mapping(schema):
+        return schema
+    found: dict[str, Any] = {word: _moved(each) for word, each in schema.items()}
+    ref: object = found.get("$ref")
+    if ref == "#" or (
+        isinstance(ref, str) and ref.startswith("#/") and not ref.startswith(("#/$defs/", "#/definitions/"))
+    ):
+        found["$ref"] = f"#/properties/{VALUE}{str(ref)[1:]}"
+    return found
+
+
 def _refers(schema: Any, name: str) -> bool:
     """Whether a schema refers to a definition."""
     if is_list(schema):
@@ -178,10 +213,6 @@ def _refers(schema: Any, name: str) -> bool:
     if not is_mapping(schema):
         return False
     return schema.get("$ref") == f"#/$defs/{name}" or any(_refers(each, name) for each in schema.values())
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a JSON value")
 
 
 def _without_fence(text: str) -> str:

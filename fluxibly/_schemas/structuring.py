@@ -4,29 +4,53 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache, partial
+from functools import lru_cache, partial
 from typing import Annotated, Any, Literal, TypeAlias, get_args, get_origin
 
 import msgspec
 
 from fluxibly._checks import is_list, is_mapping
-from fluxibly._schemas.classes import (
+from fluxibly._schemas.checking import MOST_PROBLEMS, cut
+from fluxibly._schemas.kinds import (
+    ANYTHING,
+    SCALARS,
+    TAG,
+    Field,
     fields_of,
     is_items,
     is_kind,
-    is_named_tuple,
     is_pydantic,
+    is_row,
     is_typed_dict,
     is_union,
+    members_of,
     name_of,
     resolved,
 )
 
-Hook: TypeAlias = Callable[[Any, Any], Any]
+Hook: TypeAlias = Callable[[Any], Any]
+"""A function that makes a JSON value into an instance. It raises `Misfit`."""
 
 
 class Misfit(ValueError):
-    """A value does not fit a type. The message is for the model, which has to correct the value."""
+    """A value does not fit a type. The message is for the model, which has to correct the value.
+
+    Args:
+        problems: what is wrong, each with the path below the value, like `.people[0].age`.
+    """
+
+    def __init__(self, problems: Sequence[tuple[str, str]]) -> None:
+        super().__init__(*problems)
+        self.problems = problems
+
+    def __str__(self) -> str:
+        return self.told()
+
+    def told(self, path: str = "$") -> str:
+        """Return the message, with the paths below `path`."""
+        shown = [f"{path}{below}: {cut(text)}" for below, text in self.problems[:MOST_PROBLEMS]]
+        more = len(self.problems) - len(shown)
+        return "; ".join([*shown, f"and {more} more problems"] if more else shown)
 
 
 def structured(value: object, kind: object, path: str = "$") -> Any:
@@ -38,276 +62,372 @@ def structured(value: object, kind: object, path: str = "$") -> Any:
         path: the path of the value, for the message.
 
     Raises:
-        Misfit: the value does not fit. The message lists every problem, with its path.
+        ValueError: the value does not fit. The message lists the problems, each with its path.
     """
-    from cattrs import transform_error
+    return read_by(structurer(kind), value, path)
 
+
+def read_by(hook: Hook, value: object, path: str = "$") -> Any:
+    """Return a JSON value as an instance, by the function of its type.
+
+    Raises:
+        ValueError: the value does not fit. The message lists the problems, each with its path.
+    """
     try:
-        return _converter().structure(value, kind)
+        return hook(value)
     except RecursionError:
-        raise Misfit("the value is nested too deeply") from None
-    except Exception as error:  # noqa: BLE001  # cattrs raises groups of any errors that the class raises
-        raise Misfit("; ".join(transform_error(error, path=path, format_exception=_problem))) from None
+        raise ValueError(f"{path}: it is nested too deeply") from None
+    except Misfit as misfit:
+        raise ValueError(misfit.told(path)) from None
 
 
-def _problem(error: BaseException, kind: type | None) -> str:
-    if isinstance(error, KeyError):
-        return "required field missing"
-    return " ".join(str(error).split()) or type(error).__name__
+def structurer(kind: object) -> Hook:
+    """Return the function that makes JSON values into instances of a type.
+
+    It raises `Misfit` if a value does not fit, and `RecursionError` if it is nested too deeply.
+    """
+    try:
+        return _kept(kind)
+    except TypeError:  # it has no hash, like an annotation with a list in it
+        return _Maker().hook(kind)
 
 
 def _misfit(expected: str, value: object) -> Misfit:
-    return Misfit(f"expected {expected}, got {_json_kind(value)}")
+    return Misfit([("", f"expected {expected}, got {_json_kind(value)}")])
 
 
-_JSON_KINDS: tuple[tuple[type, str], ...] = (
-    (bool, "a boolean"),
-    (int, "an integer"),
-    (float, "a number"),
-    (str, "a string"),
-    (list, "an array"),
-)
+def _said(error: BaseException) -> str:
+    """Return the message of an error that a class raised. (The validators of attrs have more arguments than the message.)"""
+    text = error.args[0] if error.args and isinstance(error.args[0], str) else str(error)
+    return " ".join(text.split()) or type(error).__name__
+
+
+def at(name: str | int, misfit: Misfit) -> list[tuple[str, str]]:
+    """Return the problems of a value as those of what holds it, at a name or a place."""
+    if isinstance(name, int):
+        step = f"[{name}]"
+    else:
+        step = f".{name}" if name.isidentifier() and len(name) < 100 else f"[{cut(name)!r}]"
+    return [(step + path, text) for path, text in misfit.problems]
 
 
 def _json_kind(value: Any) -> str:
     """Return the kind of a JSON value, in the words of JSON."""
-    if value is None:
-        return "null"
-    found = [name for kind, name in _JSON_KINDS if isinstance(value, kind)]
-    return found[0] if found else "an object" if is_mapping(value) else type(value).__name__
+    for scalar in SCALARS.values():
+        if isinstance(value, scalar.accepted):
+            return scalar.expected
+    return "an array" if is_list(value) else "an object" if is_mapping(value) else type(value).__name__
 
 
-@cache
-def _converter() -> Any:
-    """Return a cattrs converter for JSON. The default one is lenient: bool("no") is True, and int(2.7) is 2."""
-    from cattrs import Converter
+class _Maker:
+    """The making of a type's hook, and of those of the types that it holds. A type that holds itself has its own hook."""
 
-    converter = Converter()
+    def __init__(self) -> None:
+        self._made: dict[object, Hook] = {}
 
-    def factory(kind: Any, converter: Any) -> Hook:
-        return _hook(resolved(kind), converter)
+    def hook(self, kind: Any) -> Hook:
+        """Return the hook of a type."""
+        try:
+            found = self._made.get(kind)
+        except TypeError:
+            return self._hook(resolved(kind))
+        if found is not None:
+            return found
+        made: list[Hook] = []
 
-    converter.register_structure_hook_factory(_any)(factory)
-    for kind in (bool, int, float, str, bytes):  # cattrs has hooks of its own for them, which come first
-        converter.register_structure_hook(kind, _hook(kind, converter))
-    return converter
+        def later(value: Any) -> Any:
+            return made[0](value)
+
+        self._made[kind] = later  # for a type that holds itself
+        made.append(self._hook(resolved(kind)))
+        self._made[kind] = made[0]
+        return made[0]
+
+    def _hook(self, kind: Any) -> Hook:
+        origin, arguments = get_origin(kind), get_args(kind)
+        cls: Any = origin or kind
+        if origin is Annotated:
+            return self._annotated(kind)
+        if kind in ANYTHING:
+            return _unchanged
+        if kind in SCALARS:
+            return _float if kind is float else partial(_scalar, SCALARS[kind].expected, kind)
+        if is_union(kind):
+            return self._union(members_of(kind))
+        if origin is Literal:
+            return partial(_choice, _choices(arguments))
+        if is_kind(cls, enum.Enum):
+            return partial(_choice, _choices([*cls]))
+        if is_pydantic(kind):
+            return _by_pydantic(kind)
+        return self._container(kind, cls, arguments) or self._class(kind, cls)
+
+    def _annotated(self, kind: Any) -> Hook:
+        """Return the hook of an annotated type. Constraints of `msgspec.Meta` are checked by msgspec."""
+        inner = self.hook(get_args(kind)[0])
+        limits = [extra for extra in kind.__metadata__ if isinstance(extra, msgspec.Meta)]
+        return partial(_limited, inner, limits) if limits else inner
+
+    def _union(self, members: Sequence[Any]) -> Hook:
+        hooks = [(member, self.hook(member), _field_names(resolved(member))) for member in members]
+        return partial(_union, hooks)
+
+    def _container(self, kind: Any, cls: Any, arguments: Sequence[Any]) -> Hook | None:
+        """Return the hook of a list, a set, a tuple or a mapping; None for other types."""
+        if is_row(cls):
+            return None
+        if is_kind(cls, tuple) and get_origin(kind) and arguments[-1:] != (Ellipsis,):
+            hooks = [self.hook(each) for each in arguments if each != ()]
+            return partial(_row, [*enumerate(hooks)], len(hooks), tuple)
+        if is_items(cls):
+            return partial(
+                _items, self.hook(arguments[0] if arguments else Any), _usual(cls, (list, tuple, set, frozenset))
+            )
+        if is_kind(cls, Mapping) and not is_typed_dict(cls):
+            keys, values = arguments if len(arguments) == 2 else (str, Any)
+            return partial(_table, _keys(resolved(keys)), self.hook(values), _usual(cls, (dict,)))
+        return None
+
+    def _class(self, kind: Any, cls: Any) -> Hook:
+        """Return the hook of a class with fields; all other types are msgspec's."""
+        fields = fields_of(kind)
+        if fields is None:
+            return partial(_by_msgspec, kind)
+        hooks = {field.json_name: self.hook(field.kind) for field in fields}
+        if is_row(cls):
+            names = [(field.name, hooks[field.json_name]) for field in fields]
+            least = sum(field.required for field in fields)
+            return partial(_row, names, least, partial(_instance, cls))
+        forbids_others = is_kind(cls, msgspec.Struct) and cls.__struct_config__.forbid_unknown_fields
+        return partial(_object, cls, [(field, hooks[field.json_name]) for field in fields], forbids_others)
 
 
-def _any(_: object) -> bool:
-    return True
+@lru_cache(maxsize=512)
+def _kept(kind: object) -> Hook:
+    return _Maker().hook(kind)
 
 
-def _hook(kind: Any, converter: Any) -> Hook:
-    """Return the function that structures values of a type."""
-    origin, arguments = get_origin(kind), get_args(kind)
-    scalar = _SCALARS.get(type(None) if kind is None else kind)
-    cls: Any = origin or kind
-    if kind in (Any, object):
-        return _unchanged
-    if scalar is not None:
-        return partial(_scalar, *scalar)
-    if origin is Annotated:
-        return _annotated(kind, converter)
-    if is_union(kind):
-        return partial(_union, converter, arguments)
-    if origin is Literal:
-        return partial(_choice, {(type(value), value): value for value in arguments})
-    if not isinstance(cls, type):
-        return partial(_by_msgspec, converter)
-    if issubclass(cls, enum.Enum):
-        return partial(_choice, {(type(member.value), member.value): member for member in cls})
-    if is_pydantic(kind):
-        return _by_pydantic
-    if issubclass(cls, msgspec.Struct):
-        return partial(_by_msgspec, converter)
-    return _container_hook(cls, arguments, converter) or _class_hook(kind, cls, converter)
-
-
-_SCALARS: Mapping[object, tuple[str, tuple[type, ...]]] = {
-    bool: ("a boolean", (bool,)),
-    int: ("an integer", (int,)),
-    float: ("a number", (float, int)),
-    str: ("a string", (str,)),
-    type(None): ("null", (type(None),)),
-}
-
-
-def _unchanged(value: object, _: object) -> object:
+def _unchanged(value: object) -> object:
     return value
 
 
-def _scalar(expected: str, accepted: tuple[type, ...], given: Any, kind: Any) -> object:
-    value: Any = given
-    if not isinstance(given, accepted) or (isinstance(value, bool) and bool not in accepted):
+def _scalar(expected: str, kind: type, value: object) -> object:
+    if type(value) is not kind:
         raise _misfit(expected, value)
-    return float(value) if kind is float else value
+    return value
 
 
-def _annotated(kind: Any, converter: Any) -> Hook:
-    """Return the hook of an annotated type. Constraints of `msgspec.Meta` are checked by msgspec."""
-    inner = get_args(kind)[0]
-    limits = tuple(extra for extra in kind.__metadata__ if isinstance(extra, msgspec.Meta))
-
-    def hook(value: object, _: object) -> object:
-        found = converter.structure(value, inner)
-        for limit in limits:
-            try:
-                msgspec.convert(value, Annotated[_plain_kind(value), limit])
-            except msgspec.ValidationError as error:
-                raise Misfit(_said(error)) from None
-            except TypeError:  # the constraint is for another type
-                continue
-        return found
-
-    return hook
+def _float(value: object) -> float:
+    if type(value) is float:
+        return value
+    if type(value) is not int:
+        raise _misfit("a number", value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise Misfit([("", "the number is too large")]) from None
 
 
-def _plain_kind(value: object) -> Any:
-    return type(value)
-
-
-def _union(converter: Any, members: Sequence[Any], value: object, _: object) -> object:
-    """Return a value as an instance of the member that fits; of several classes, that which has the most of its fields."""
-    problems: list[str] = []
-    best: tuple[int, Any] | None = None
-    exact = sorted(members, key=lambda member: resolved(member) is not type(value))
-    for member in exact:
+def _limited(inner: Hook, limits: Sequence[msgspec.Meta], value: Any) -> object:
+    found = inner(value)
+    for limit in limits:
+        annotated: Any = Annotated[type(value), limit]
         try:
-            found = structured(value, member, path="")
-        except Misfit as misfit:
-            problems.append(f"{name_of(member)}: {misfit}")
+            msgspec.convert(value, annotated)
+        except msgspec.ValidationError as error:
+            raise Misfit([("", _lower(error))]) from None
+        except TypeError:  # the constraint is for another type
             continue
-        fields = _field_names(resolved(member))
-        known = len(fields & value.keys()) if is_mapping(value) else 0
+    return found
+
+
+def _union(members: Sequence[tuple[Any, Hook, frozenset[str]]], value: Any) -> object:
+    """Return a value as an instance of the member that fits; of several classes, that which has the most of its fields."""
+    best: tuple[int, Any] | None = None
+    misfits: list[tuple[Any, Misfit]] = []
+    for member, hook, names in members:
+        try:
+            found = hook(value)
+        except Misfit as misfit:
+            misfits.append((member, misfit))
+            continue
+        if resolved(member) is type(value):
+            return found
+        known = len(names & value.keys()) if is_mapping(value) else 0
         if best is None or known > best[0]:
             best = known, found
-    if best is None:
-        raise Misfit(f"none of {', '.join(map(name_of, members))} fits ({'; '.join(problems)})")
-    return best[1]
+    if best is not None:
+        return best[1]
+    near = [(member, each) for member, each in misfits if any(path for path, _ in each.problems)]
+    if len(near) == 1:  # the others are of another kind altogether, like None
+        raise near[0][1]
+    told = [f"{name_of(member)}: {each.told('')}".replace(": : ", ": ") for member, each in near]
+    expected = " or ".join([name_of(member) for member, *_ in members])
+    given = "" if near else f", got {_json_kind(value)}"
+    raise Misfit([("", f"expected {expected}{given}" + (f" ({'; '.join(told)})" if told else ""))])
 
 
 def _field_names(kind: Any) -> frozenset[str]:
     """Return the names of a class's fields in JSON."""
-    cls: Any = get_origin(kind) or kind
-    if is_kind(cls, msgspec.Struct):
-        names: tuple[str, ...] = cls.__struct_encode_fields__
-        return frozenset(names)
-    if is_pydantic(cls):
-        fields: Mapping[str, Any] = getattr(cls, "__pydantic_fields__", {})
-        return frozenset(each.alias or name for name, each in fields.items())
-    return frozenset(field.name for field in fields_of(cls) or ())
+    if is_pydantic(kind):
+        fields: Mapping[str, Any] = getattr(kind, "__pydantic_fields__", {})
+        return frozenset({each.alias or name for name, each in fields.items()})
+    return frozenset({field.json_name for field in fields_of(kind) or ()})
 
 
-def _choice(choices: Mapping[Any, Any], value: Any, _: object) -> object:
+def _choices(choices: Sequence[Any]) -> dict[Any, Any]:
+    values = [(each.value if isinstance(each, enum.Enum) else each, each) for each in choices]
+    return {(type(value), value): each for value, each in values}
+
+
+def _choice(choices: Mapping[Any, Any], value: Any) -> object:
     try:
         return choices[type(value), value]
     except (KeyError, TypeError):
-        expected = ", ".join(repr(choice) for _, choice in choices)
-        given = repr(value) if isinstance(value, (str, int)) and len(repr(value)) < 50 else _json_kind(value)
-        raise Misfit(f"expected one of {expected}, got {given}") from None
+        shown = ", ".join([msgspec.json.encode(choice).decode() for _, choice in choices])
+        text = msgspec.json.encode(value).decode()
+        given = text if isinstance(value, (str, int)) and len(text) <= 50 else _json_kind(value)
+        raise Misfit([("", f"expected one of {shown}, got {given}")]) from None
 
 
-def _container_hook(cls: Any, arguments: Sequence[Any], converter: Any) -> Hook | None:
-    """Return the hook of a list, a set, a tuple or a mapping; None for other types."""
-    from cattrs import cols
-
-    factories: Any = cols  # whose types are partly unknown
-    if is_named_tuple(cls):
-        return None
-    if is_kind(cls, tuple) and arguments and arguments[-1] is not Ellipsis:
-        return partial(_tuple, arguments)
-    if is_items(cls):
-        items: Any = arguments[0] if arguments else Any
-        base = factories.list_structure_factory(list[items], converter)
-        return partial(_items, base, list[items], _maker(cls))
-    if is_kind(cls, Mapping) and not is_typed_dict(cls):
-        values: Any = arguments[1] if len(arguments) == 2 else Any
-        keys: Any = arguments[0] if arguments else str
-        table = factories.mapping_structure_factory(dict[str, values], converter)
-        return partial(_table, table, keys)
-    return None
+def _usual(cls: Any, usual: Sequence[Any]) -> Any:
+    """Return a class, or the usual one for an abstract class."""
+    return next((kind for kind in usual if issubclass(kind, cls)), cls)
 
 
-def _maker(cls: Any) -> Callable[[list[Any]], Any]:
-    """Return the function that makes a list's items into an instance of a class, or of the usual class for an abstract one."""
-    usual: tuple[Any, ...] = (list, tuple, set, frozenset)
-    found: Callable[[list[Any]], Any] = next((kind for kind in usual if issubclass(kind, cls)), cls)
-    return found
-
-
-def _items(base: Hook, kind: Any, make: Callable[[list[Any]], Any], value: object, _: object) -> object:
+def _items(item: Hook, make: Any, value: object) -> object:
     if not is_list(value):
         raise _misfit("an array", value)
-    return make(base(value, kind))
+    try:
+        found = [item(each) for each in value]
+    except Misfit:
+        raise Misfit(_problems_of([(n, item, each) for n, each in enumerate(value)])) from None
+    return found if make is list else make(found)
 
 
-def _tuple(kinds: Sequence[Any], value: object, _: object) -> object:
-    kinds = [kind for kind in kinds if kind != ()]
-    if not is_list(value) or len(value) != len(kinds):
-        raise _misfit(f"an array of {len(kinds)}", value)
-    return tuple(
-        [structured(each, kind, path=f"[{n}]") for n, (each, kind) in enumerate(zip(value, kinds, strict=True))]
-    )
+def _problems_of(values: Sequence[tuple[str | int, Hook, Any]]) -> list[tuple[str, str]]:
+    problems: list[tuple[str, str]] = []
+    for name, hook, value in values:
+        try:
+            hook(value)
+        except Misfit as misfit:
+            problems += at(name, misfit)
+    return problems
 
 
-def _table(base: Hook, keys: Any, value: object, _: object) -> object:
+def _row(hooks: Sequence[tuple[Any, Hook]], least: int, make: Any, value: object) -> object:
+    """Return an array with a type for each place as a tuple or an instance of a class."""
+    if not is_list(value):
+        raise _misfit("an array", value)
+    if not least <= len(value) <= len(hooks):
+        expected = f"{least}" if least == len(hooks) else f"{least} to {len(hooks)}"
+        raise Misfit([("", f"expected an array of {expected}, got one of {len(value)}")])
+    try:
+        found = [(name, hook(each)) for (name, hook), each in zip(hooks, value, strict=False)]
+    except Misfit:
+        numbered = zip(hooks, value, strict=False)
+        raise Misfit(_problems_of([(n, hook, each) for n, ((_, hook), each) in enumerate(numbered)])) from None
+    return tuple([each for _, each in found]) if make is tuple else make(dict(found))
+
+
+def _table(keys: Hook | None, values: Hook, make: Any, value: object) -> object:
     if not is_mapping(value):
         raise _misfit("an object", value)
-    found = base(value, dict)
-    return found if keys in (str, Any) else {_key(key, keys): each for key, each in found.items()}
-
-
-def _key(key: str, kind: Any) -> object:
-    """Return a key of a JSON object, which is always a string, as its type."""
     try:
-        return msgspec.convert(key, kind, strict=False)
-    except msgspec.ValidationError as error:
-        raise Misfit(_said(error)) from None
+        found = {key: values(each) for key, each in value.items()}
+    except Misfit:
+        raise Misfit(_problems_of([(key, values, each) for key, each in value.items()])) from None
+    if keys is not None:
+        found = {keys(key): each for key, each in found.items()}
+    return found if make is dict else make(found)
 
 
-def _class_hook(kind: Any, cls: Any, converter: Any) -> Hook:
-    """Return the hook of an attrs class, a dataclass or a TypedDict; all other types are msgspec's."""
-    if fields_of(cls) is None:
-        return partial(_by_msgspec, converter)
-    from cattrs import gen
-    from cattrs.gen import typeddicts
+def _keys(kind: Any) -> Hook | None:
+    """Return the hook of an object's keys, which are strings in JSON whatever they stand for; None for strings."""
+    if kind in (str, *ANYTHING):
+        return None
+    from_text: dict[str, Any] = {}
+    if is_kind(kind, enum.Enum) or get_origin(kind) is Literal:
+        choices = _choices([*kind] if is_kind(kind, enum.Enum) else get_args(kind))
+        from_text = {str(value): each for (_, value), each in choices.items()}
 
-    factories: Any = typeddicts if is_typed_dict(cls) else gen  # whose types are partly unknown
-    base: Hook = factories.make_dict_structure_fn(kind, converter)
-
-    def hook(value: object, _: object) -> object:
-        if not is_mapping(value):
-            raise _misfit("an object", value)
-        return base(value, kind)
+    def hook(key: str) -> object:
+        if from_text:
+            if key not in from_text:
+                raise Misfit(at(key, Misfit([("", f"expected one of {', '.join(from_text)} as the name")])))
+            return from_text[key]
+        try:
+            return msgspec.convert(key, kind, strict=False)
+        except msgspec.ValidationError as error:
+            raise Misfit(at(key, Misfit([("", f"as the name, {_lower(error)}")]))) from None
 
     return hook
 
 
-def _by_msgspec(converter: Any, value: object, kind: Any) -> object:
-    def inner(wanted: type, given: object) -> object:
-        return converter.structure(given, wanted)
-
+def _instance(cls: Any, given: dict[str, Any]) -> object:
+    given.pop(TAG, None)
     try:
-        return msgspec.convert(value, kind, strict=True, dec_hook=inner)
+        return cls(**given)
+    except Exception as error:  # noqa: BLE001  # a class may refuse values by any error
+        raise Misfit([("", _said(error))]) from None
+
+
+def _object(cls: Any, fields: Sequence[tuple[Field, Hook]], forbids_others: bool, value: Any) -> object:
+    """Return an object as an instance of a class. (Called, a TypedDict makes a dict.)"""
+    if not is_mapping(value):
+        raise _misfit("an object", value)
+    given: dict[str, Any] = {}
+    problems: list[tuple[str, str]] = []
+    for field, hook in fields:
+        if field.json_name in value:
+            try:
+                given[field.name] = hook(value[field.json_name])
+            except Misfit as misfit:
+                problems += at(field.json_name, misfit)
+        elif field.required:
+            problems += at(field.json_name, Misfit([("", "it is missing")]))
+    if forbids_others:
+        names = {field.json_name for field, _ in fields}
+        for name in sorted(value.keys() - names):
+            problems += at(name, Misfit([("", f"there is no such field; expected {', '.join(sorted(names))}")]))
+    if problems:
+        raise Misfit(problems)
+    return _instance(cls, given)
+
+
+def _by_msgspec(kind: Any, value: object) -> object:
+    try:
+        return msgspec.convert(value, kind)
     except msgspec.ValidationError as error:
-        raise Misfit(_said(error)) from None
+        raise Misfit([("", _lower(error))]) from None
 
 
-def _by_pydantic(value: object, kind: Any) -> object:
+def _by_pydantic(kind: Any) -> Hook:
     import pydantic
 
-    try:
-        # As JSON, because in pydantic's strict mode a date, for example, may then be a string.
-        return pydantic.TypeAdapter(kind).validate_json(msgspec.json.encode(value), strict=True)
-    except pydantic.ValidationError as error:
-        problems = [
-            f"{each['msg']} at {'.'.join(map(str, each['loc'])) or 'the top'}"
-            for each in error.errors(include_url=False, include_context=False, include_input=False)
-        ]
-        raise Misfit("; ".join(problems)) from None
+    adapter: Any = pydantic.TypeAdapter(kind)
+
+    def hook(value: object) -> object:
+        try:
+            # As JSON, because in pydantic's strict mode a date, for example, may then be a string.
+            return adapter.validate_json(msgspec.json.encode(value), strict=True)
+        except pydantic.ValidationError as error:
+            found = error.errors(include_url=False, include_context=False, include_input=False)
+            raise Misfit([(_path(each["loc"]), _lower(each["msg"])) for each in found]) from None
+        except UnicodeEncodeError:
+            raise Misfit([("", "a text has half a character (a surrogate)")]) from None
+
+    return hook
 
 
-def _said(error: msgspec.ValidationError) -> str:
-    """Return msgspec's message in lower case, as those of all others are."""
+def _path(steps: Sequence[str | int]) -> str:
+    path = ""
+    for step in reversed(steps):
+        ((path, _),) = at(step, Misfit([(path, "")]))
+    return path
+
+
+def _lower(error: object) -> str:
+    """Return a message of msgspec or pydantic in lower case, as those of all others are."""
     text = str(error).replace(" - at `$", " at `")
     return text[:1].lower() + text[1:]

@@ -211,11 +211,6 @@ def test_calls_of_other_services() -> None:
         ("deepseek", {"n": 2}, "DeepSeek does not support n;"),
         ("deepseek", {"seed": 1}, "DeepSeek does not support seed;"),
         (
-            "deepseek",
-            {"response_format": {"type": "object"}},
-            "response_format: expected 'text' or 'json' for DeepSeek, got a JSON Schema",
-        ),
-        (
             "perplexity",
             {"response_format": "json"},
             "response_format: expected 'text' or a JSON Schema for Perplexity, got 'json'",

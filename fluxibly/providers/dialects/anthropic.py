@@ -33,6 +33,7 @@ from fluxibly.providers.dialects.encoding import (
 )
 from fluxibly.providers.dialects.errors import error_of_event, error_of_payload, error_of_response
 from fluxibly.providers.dialects.json_values import as_array, as_count, as_object, as_text, read_json, sum_known
+from fluxibly.providers.dialects.schemas import Teller, for_claude, told
 from fluxibly.types import (
     Chunk,
     ContentPart,
@@ -79,6 +80,8 @@ DEFAULT_MAX_TOKENS_THINKING = 16_384
 BUDGETS = {"minimal": 1024, "low": 2048, "medium": 8192, "high": 16_384, "xhigh": 24_576, "max": 32_768}
 """Thinking budgets in tokens, for models that take a budget rather than an effort. The minimum is 1,024."""
 ADAPTIVE_SINCE = (4, 6)
+STRUCTURED_SINCE = (4, 5)
+"""The first version of Claude that takes a JSON Schema for its answer."""
 """The first Claude version whose models take an effort and decide themselves how much to think."""
 
 
@@ -97,7 +100,7 @@ FINISH_REASONS = {
 
 
 @attrs.frozen
-class AnthropicCodec:
+class AnthropicCodec(Teller):
     """Codec for `POST /v1/messages`, which llama.cpp, vLLM and others serve too."""
 
     @property
@@ -105,7 +108,7 @@ class AnthropicCodec:
         return "sse"
 
     def encode(self, request: Request, /, *, stream: bool) -> Encoded:
-        body = encode_body(request, stream=stream)
+        body = encode_body(self.retold(request), stream=stream)
         return Encoded("/messages", write_json(body, request))
 
     def decode(self, body: bytes, /) -> Response:
@@ -410,6 +413,7 @@ def encode_body(request: Request, *, stream: bool) -> dict[str, Any]:
 
     """
     reject_unsupported(request, NAME, ("seed", "frequency_penalty", "presence_penalty", "n"))
+    request, output = formatted(request)
     ids = CallIds(_FOREIGN_IN_ID, _LONGEST_ID)
     turns = joined_turns(request, NAME, lambda message: _blocks(message, ids, request))
     body: dict[str, Any] = {"model": request.model, "messages": turns}
@@ -426,7 +430,7 @@ def encode_body(request: Request, *, stream: bool) -> dict[str, Any]:
         body["tools"] = [_tool(tool) for tool in request.tools]
     if request.tool_choice is not None:
         body["tool_choice"] = _tool_choice(request.tool_choice)
-    output = _reason(request, body) | _format(request)
+    output = _reason(request, body) | output
     if output:
         body["output_config"] = output
     if stream:
@@ -540,14 +544,27 @@ def _tool_choice(choice: str) -> dict[str, Any]:
     return {"type": "any"} if choice == "required" else {"type": "tool", "name": choice}
 
 
-def _format(request: Request) -> dict[str, Any]:
-    """Return the part of `output_config` that comes from `response_format`."""
+def formatted(request: Request, service: str = NAME) -> tuple[Request, dict[str, Any]]:
+    """Return the part of `output_config` that comes from `response_format`, and the request to encode.
+
+    Claude is told a schema in words if it has no form for it. Models of other makers that speak this dialect get both, because
+    some servers ignore what they do not know.
+
+    Raises:
+        BadRequest: JSON without a schema is wanted.
+    """
     wanted = format_of(request)
-    if isinstance(wanted, SchemaFormat):
-        return {"format": {"type": "json_schema", "schema": wanted.schema}}
     if wanted == "json":
-        raise bad_request(request, f"response_format: expected a JSON Schema or 'text' for {NAME}, got 'json'")
-    return {}
+        raise bad_request(request, f"response_format: expected a JSON Schema or 'text' for {service}, got 'json'")
+    if not isinstance(wanted, SchemaFormat):
+        return request, {}
+    schema: Mapping[str, Any] | None = wanted.schema
+    version = version_of(request.model)
+    if version is not None:
+        schema = for_claude(wanted.schema) if version >= STRUCTURED_SINCE else None
+    if version is None or schema is None:
+        request = told(request, wanted.schema)
+    return request, {} if schema is None else {"format": {"type": "json_schema", "schema": schema}}
 
 
 def _reason(request: Request, body: dict[str, Any]) -> dict[str, Any]:
@@ -592,5 +609,11 @@ def thinking_of(request: Request, service: str) -> tuple[dict[str, Any], str | N
 
 def _is_adaptive(model: str) -> bool:
     """Whether a model takes an effort. Models of other makers that speak this dialect take a budget."""
-    version = _VERSION.search(model)
-    return version is not None and (int(version[1]), int(version[2] or 0)) >= ADAPTIVE_SINCE
+    version = version_of(model)
+    return version is not None and version >= ADAPTIVE_SINCE
+
+
+def version_of(model: str) -> tuple[int, int] | None:
+    """Return the version in the name of a Claude model; None for other models."""
+    found = _VERSION.search(model)
+    return None if found is None else (int(found[1]), int(found[2] or 0))

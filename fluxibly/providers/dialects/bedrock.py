@@ -18,7 +18,7 @@ import attrs
 from fluxibly import errors
 from fluxibly._formats import SchemaFormat
 from fluxibly.errors import ProviderError
-from fluxibly.providers.dialects.anthropic import thinking_of
+from fluxibly.providers.dialects.anthropic import thinking_of, version_of
 from fluxibly.providers.dialects.bedrock_media import KINDS, NAME, MediaBlocks
 from fluxibly.providers.dialects.codec import Encoded, Event, Framing
 from fluxibly.providers.dialects.decoding import (
@@ -44,6 +44,7 @@ from fluxibly.providers.dialects.encoding import (
 )
 from fluxibly.providers.dialects.errors import Report, class_of, error_of, error_of_response, excerpt
 from fluxibly.providers.dialects.json_values import as_array, as_count, as_object, as_text, read_json, sum_known
+from fluxibly.providers.dialects.schemas import Teller, for_claude, told
 from fluxibly.types import (
     Chunk,
     ContentPart,
@@ -88,7 +89,7 @@ FINISH_REASONS = {
 
 
 @attrs.frozen
-class BedrockCodec:
+class BedrockCodec(Teller):
     """Codec for `POST /model/{model}/converse`, and for `/converse-stream` with its AWS event stream.
 
     `region` is that of the address; None if the address may lead anywhere.
@@ -108,7 +109,7 @@ class BedrockCodec:
                 f"expected a model in {self.region!r}, where the calls go, got an ARN in {found[1]!r}: set region",
             )
         path = f"/model/{quote(request.model, safe='', errors='replace')}/{'converse-stream' if stream else 'converse'}"
-        return Encoded(path, write_json(encode_body(request), request))
+        return Encoded(path, write_json(encode_body(self.retold(request)), request))
 
     def decode(self, body: bytes, /) -> Response:
         raw = read_json(body)
@@ -547,6 +548,7 @@ def encode_body(request: Request) -> dict[str, Any]:
         BadRequest: the dialect does not support a parameter or its value.
     """
     reject_unsupported(request, NAME, ("seed", "frequency_penalty", "presence_penalty", "n"))
+    request, output = _format(request)
     encoder = _Encoder(request)
     body: dict[str, Any] = {"messages": joined_turns(request, NAME, encoder.blocks)}
     system = [block for texts in system_texts(request, NAME) for text in texts for block in _text_blocks(text)]
@@ -561,7 +563,7 @@ def encode_body(request: Request) -> dict[str, Any]:
     tools = _tool_config(request)
     if tools:
         body["toolConfig"] = tools
-    more, output = _top_k(request), _format(request)
+    more = _top_k(request)
     _reason(request, more, output)
     if more:
         body["additionalModelRequestFields"] = more
@@ -727,13 +729,20 @@ def _reason(request: Request, more: dict[str, Any], output: dict[str, Any]) -> N
         output["effort"] = effort
 
 
-def _format(request: Request) -> dict[str, Any]:
-    """Return the part of `outputConfig` that comes from `response_format`. The service takes the schema as JSON text."""
+def _format(request: Request) -> tuple[Request, dict[str, Any]]:
+    """Return the part of `outputConfig` that comes from `response_format`, and the request to encode.
+
+    The service takes the schema as JSON text. Claude is told a schema in words if it has no form for it.
+    """
     wanted = format_of(request)
     if wanted == "json":
         raise bad_request(request, f"response_format: expected a JSON Schema or 'text' for {NAME}, got 'json'")
     if not isinstance(wanted, SchemaFormat):
-        return {}
-    schema: dict[str, Any] = {"schema": json_of(wanted.schema, request).decode()}
+        return request, {}
+    is_claude = version_of(request.model) is not None
+    taken: Mapping[str, Any] | None = for_claude(wanted.schema) if is_claude else wanted.schema
+    if taken is None:
+        return told(request, wanted.schema), {}
+    schema: dict[str, Any] = {"schema": json_of(taken, request).decode()}
     schema |= {name: value for name in ("name", "description") if (value := getattr(wanted, name)) is not None}
-    return {"textFormat": {"type": "json_schema", "structure": {"jsonSchema": schema}}}
+    return request, {"textFormat": {"type": "json_schema", "structure": {"jsonSchema": schema}}}

@@ -32,6 +32,7 @@ from fluxibly.providers.dialects.encoding import (
 )
 from fluxibly.providers.dialects.errors import error_of_event, error_of_payload, error_of_response, excerpt
 from fluxibly.providers.dialects.json_values import as_array, as_count, as_object, as_text, read_json, sum_known
+from fluxibly.providers.dialects.schemas import Teller, is_recursive, told
 from fluxibly.types import (
     Audio,
     Chunk,
@@ -96,7 +97,7 @@ FINISH_REASONS = {
 
 
 @attrs.frozen
-class GeminiCodec:
+class GeminiCodec(Teller):
     """Codec for `POST /models/{model}:generateContent`. It requests streams as server-sent events (`alt=sse`)."""
 
     @property
@@ -107,7 +108,7 @@ class GeminiCodec:
         model = request.model if "/" in request.model else f"models/{request.model}"
         method = "streamGenerateContent" if stream else "generateContent"
         query = "?alt=sse" if stream else ""
-        body = write_json(encode_body(request), request)
+        body = write_json(encode_body(self.retold(request)), request)
         return Encoded(f"/{quote(model, errors='replace')}:{method}{query}", body)
 
     def decode(self, body: bytes, /) -> Response:
@@ -520,6 +521,7 @@ def encode_body(request: Request) -> dict[str, Any]:
         BadRequest: the dialect does not support a parameter or its value.
     """
     reject_unsupported(request, NAME, ())
+    request, output = _format(request)
     body: dict[str, Any] = {"contents": _contents(request)}
     system = system_text(request, NAME)
     if system:
@@ -532,7 +534,7 @@ def encode_body(request: Request) -> dict[str, Any]:
     config = {name: getattr(request, ours) for ours, name in _PARAMETERS.items() if getattr(request, ours) is not None}
     if request.stop:
         config["stopSequences"] = list(request.stop)
-    config |= _format(request) | _thinking(request)
+    config |= output | _thinking(request)
     if config:
         body["generationConfig"] = config
     return body
@@ -661,13 +663,20 @@ def _tool_choice(request: Request) -> dict[str, Any]:
     return {"mode": "ANY", "allowedFunctionNames": [choice]}
 
 
-def _format(request: Request) -> dict[str, Any]:
+def _format(request: Request) -> tuple[Request, dict[str, Any]]:
+    """Return the fields for `response_format`, and the request to encode, which tells the model some schemas in words.
+
+    The service unrolls a schema that holds itself to some depth, and only where it is not required. Before Gemini 2 it takes
+    no JSON Schema.
+    """
     wanted = format_of(request)
     if wanted is None:
-        return {}
-    if isinstance(wanted, SchemaFormat):
-        return {"responseMimeType": "application/json", "responseJsonSchema": wanted.schema}
-    return {"responseMimeType": "application/json" if wanted == "json" else "text/plain"}
+        return request, {}
+    if not isinstance(wanted, SchemaFormat):
+        return request, {"responseMimeType": "application/json" if wanted == "json" else "text/plain"}
+    if _generation(request.model) < 2 or is_recursive(wanted.schema):
+        return told(request, wanted.schema), {"responseMimeType": "application/json"}
+    return request, {"responseMimeType": "application/json", "responseJsonSchema": wanted.schema}
 
 
 def _generation(model: str) -> int:

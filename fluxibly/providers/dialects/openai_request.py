@@ -25,6 +25,7 @@ from fluxibly.providers.dialects.encoding import (
 )
 from fluxibly.providers.dialects.openai_parts import DIALECT
 from fluxibly.providers.dialects.openai_schema import named_schema
+from fluxibly.providers.dialects.schemas import told
 from fluxibly.types import Audio, Document, Image, Media, Message, Opaque, Reasoning, Request, Text, Tool, ToolCall
 
 _REASONING_MODEL: Final = re.compile(
@@ -61,7 +62,7 @@ class Quirks:
     lacks: tuple[str, ...] = ()
     """Other unsupported parameters, which the service would silently ignore or reject."""
     formats: tuple[str, ...] = ("text", "json", "schema")
-    """The supported kinds of `response_format`."""
+    """The supported kinds of `response_format`. Without "schema", the model is told a JSON Schema in words."""
     short_call_ids: bool = False
     """Whether the id of a tool call must be nine letters and digits, as the service's own ids are."""
     reasoning_fields: tuple[str, ...] = ()
@@ -85,6 +86,10 @@ def chat_body(request: Request, quirks: Quirks, *, stream: bool, service: str) -
         BadRequest: the service does not support a parameter or its value.
     """
     reject_unsupported(request, service, quirks.lacks if quirks.top_k else ("top_k", *quirks.lacks))
+    response_format = _response_format(request, quirks, service)
+    wanted = format_of(request)
+    if isinstance(wanted, SchemaFormat) and "schema" not in quirks.formats:
+        request = told(request, wanted.schema)
     body: dict[str, Any] = {"model": request.model, "messages": _messages(request, quirks)}
     for name in ("temperature", "top_p", "frequency_penalty", "presence_penalty", "n", "reasoning_effort"):
         value = getattr(request, name)
@@ -102,7 +107,6 @@ def chat_body(request: Request, quirks: Quirks, *, stream: bool, service: str) -
         body["tools"] = [{"type": "function", "function": function_of(tool)} for tool in request.tools]
     if request.tool_choice is not None:
         body["tool_choice"] = _tool_choice(request.tool_choice)
-    response_format = _response_format(request, quirks, service)
     if response_format is not None:
         body["response_format"] = response_format
     if stream:
@@ -385,11 +389,11 @@ def _response_format(request: Request, quirks: Quirks, service: str) -> Mapping[
     wanted = format_of(request)
     if wanted is None:
         return None
-    kind = wanted if isinstance(wanted, str) else "schema"
-    if kind not in quirks.formats:
-        known = " or ".join("a JSON Schema" if each == "schema" else repr(each) for each in quirks.formats)
-        found = "a JSON Schema" if kind == "schema" else repr(kind)
-        raise bad_request(request, f"response_format: expected {known} for {service}, got {found}")
     if isinstance(wanted, SchemaFormat):
-        return {"type": "json_schema", "json_schema": named_schema(wanted)}
+        if "schema" in quirks.formats:
+            return {"type": "json_schema", "json_schema": named_schema(wanted)}
+        return {"type": "json_object"} if "json" in quirks.formats else None  # the model is told the schema in words
+    if wanted not in quirks.formats:
+        known = " or ".join("a JSON Schema" if each == "schema" else repr(each) for each in quirks.formats)
+        raise bad_request(request, f"response_format: expected {known} for {service}, got {wanted!r}")
     return {"type": "json_object" if wanted == "json" else "text"}

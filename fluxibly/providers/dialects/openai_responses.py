@@ -35,6 +35,7 @@ from fluxibly.providers.dialects.json_values import as_array, as_object, as_text
 from fluxibly.providers.dialects.openai_parts import finish_reason_of, usage_of
 from fluxibly.providers.dialects.openai_request import MAX_LEARNED, Quirks, function_of, image_url, is_reasoning_model
 from fluxibly.providers.dialects.openai_schema import named_schema
+from fluxibly.providers.dialects.schemas import Teller
 from fluxibly.types import (
     Chunk,
     ContentPart,
@@ -72,7 +73,7 @@ _FRAGMENTS: Final[Mapping[str, str]] = {
 
 
 @attrs.frozen
-class ResponsesCodec:
+class ResponsesCodec(Teller):
     """Codec for the Responses API. `service` is the server's name in error messages."""
 
     quirks: Quirks = attrs.field(factory=lambda: Quirks(path="/responses"))
@@ -90,7 +91,7 @@ class ResponsesCodec:
         Raises:
             BadRequest: the API does not support a parameter, or a value cannot be written as JSON.
         """
-        body = responses_body(request, f"{self.service}'s Responses API")
+        body = responses_body(self.retold(request), f"{self.service}'s Responses API")
         if request.model in self._not_reasoning:
             body.pop("include", None)
         if stream:
@@ -120,10 +121,10 @@ class ResponsesCodec:
         return error_of_response(status, headers, body, service=self.service)
 
     def learn(self, request: Request, sent: bytes, error: ProviderError, /) -> str | None:
-        """Remember that a model has no encrypted reasoning, if `error` says so; see `Learner`."""
+        """Remember that a model has no encrypted reasoning, or takes no schema, if `error` says so; see `Learner`."""
         refused = error.status == 400 and "encrypted content" in str(error).lower() and _ENCRYPTED.encode() in sent
         if not refused or "include" in request.extra or not is_reasoning_model(request.model):
-            return None
+            return Teller.learn(self, request, sent, error)
         if len(self._not_reasoning) >= MAX_LEARNED and request.model not in self._not_reasoning:
             return None
         self._not_reasoning.add(request.model)

@@ -23,6 +23,7 @@ _KEYWORDS: Final = frozenset(
 _STRING_FORMATS: Final = frozenset(
     ("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid")
 )
+_LOOKAROUND: Final = re.compile(r"\(\?<?[=!]")
 _MAX_PROPERTIES: Final = 5_000
 _MAX_LEVELS: Final = 10
 """The maximum number of objects inside one another."""
@@ -76,6 +77,7 @@ class _Check:
             ("object" not in kinds or self._fits_object(schema, level))
             and ("array" not in kinds or self.fits(schema.get("items"), level))
             and ("format" not in schema or schema["format"] in _STRING_FORMATS)
+            and _LOOKAROUND.search(str(schema.get("pattern", ""))) is None
             and all(self.fits(each, level) for each in schema.get("anyOf", ()))
             and all(self.fits(each, 0) for each in definitions.values())
         )

@@ -14,10 +14,11 @@ from fluxibly._merging import merge_into
 from fluxibly.errors import BadRequest
 from fluxibly.limits import Timeouts
 from fluxibly.providers._libraries.calls import read_timeout
+from fluxibly.providers.dialects.anthropic import formatted
 from fluxibly.providers.dialects.encoding import bad_request, format_of, reject_unsupported
 from fluxibly.providers.dialects.openai_schema import named_schema
 from fluxibly.providers.langchain._messages import Dialect
-from fluxibly.types import Request, Tool
+from fluxibly.types import Message, Request, Tool
 
 _FAMILIES: tuple[Dialect, ...] = ("openai", "anthropic")
 _SIMPLE = (
@@ -54,6 +55,11 @@ def form_of(chat_model: BaseChatModel, integration: str) -> dict[str, Any]:
         return {}
     service = integration.removeprefix("langchain-").replace("-", "_")
     return {"output_version": "v1", "model_provider": service}
+
+
+def spoken(request: Request, dialect: Dialect) -> tuple[Message, ...]:
+    """Return the messages to send, which tell Claude a JSON Schema that it has no form for."""
+    return formatted(request)[0].messages if dialect == "anthropic" else request.messages
 
 
 def prepare(chat_model: BaseChatModel, request: Request, dialect: Dialect) -> tuple[Runnable[Any, Any], dict[str, Any]]:
@@ -113,11 +119,9 @@ def _for_openai(chat_model: BaseChatModel, request: Request, keywords: dict[str,
 
 def _for_anthropic(request: Request, keywords: dict[str, Any], service: str) -> None:
     reject_unsupported(request, service, ["frequency_penalty", "presence_penalty", "seed"])
-    wanted = format_of(request)
-    if wanted == "json":
-        raise bad_request(request, "Anthropic returns JSON only for a schema: pass a JSON schema as response_format")
-    if isinstance(wanted, SchemaFormat):
-        keywords["output_config"] = {"format": {"type": "json_schema", "schema": dict(wanted.schema)}}
+    _, output = formatted(request, service)
+    if output:
+        keywords["output_config"] = output
     _add_extra(request, keywords, {})
 
 

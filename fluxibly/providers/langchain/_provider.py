@@ -28,7 +28,7 @@ try:
 
     from fluxibly.providers.langchain._messages import response_of, to_langchain
     from fluxibly.providers.langchain._models import ChatModels, answers_to_cut
-    from fluxibly.providers.langchain._parameters import dialect_of, form_of, integration_of, prepare
+    from fluxibly.providers.langchain._parameters import dialect_of, form_of, integration_of, prepare, spoken
     from fluxibly.providers.langchain._stream import MessageReader
 except ImportError as missing:
     raise ConfigError(
@@ -46,7 +46,7 @@ class _Answer:
         self.dialect = dialect_of(chat_model)
         self.integration = integration_of(chat_model)
         form = form_of(chat_model, self.integration)
-        self.messages = to_langchain(request.messages, self.dialect, self.integration, form)
+        self.messages = to_langchain(spoken(request, self.dialect), self.dialect, self.integration, form)
         self.runnable: Runnable[Any, Any]
         self.runnable, self.keywords = prepare(chat_model, request, self.dialect)
         self.reader = MessageReader(self.integration)
