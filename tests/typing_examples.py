@@ -6,11 +6,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from decimal import Decimal
 from pathlib import Path
 from time import perf_counter
-from typing import Annotated, Literal, assert_type
+from typing import Annotated, Any, Literal, TypedDict, assert_type
 
 import attrs
 
@@ -444,6 +444,48 @@ def pipelines() -> None:
         raise
 
 
+@attrs.frozen
+class Person:
+    name: str
+
+
+class Book(TypedDict):
+    title: str
+
+
+def scripted(answers: list[str]) -> Callable[[LLMConfig], Provider]:
+    def made(config: LLMConfig) -> Provider:
+        return ScriptedProvider(*answers)
+
+    return made
+
+
+def structured() -> None:
+    answers = ['{"name": "Ann"}', '{"name": "Ann"}', '{"value": []}', '{"value": 1}']
+    register_llm_framework("names", scripted(answers))
+    with LLM(LLMConfig(framework="names", model="m")) as llm:
+        assert_type(llm.parse("Who?", Person), Person)
+        assert_type(llm.complete("Who?", into=Person).parsed, Any)
+        assert_type(llm.parse("Who?", list[Person], temperature=0.1), list[Person])
+        either: object = Person | int
+        assert_type(llm.parse("Who?", either), Any)
+    register_llm_framework("books", scripted(['{"title": "T"}'] * 2))
+    with LLM(LLMConfig(framework="books", model="m")) as llm:
+        assert_type(llm.parse("Which?", Book), Book)
+        with llm.stream("Which?", into=Book) as stream:
+            list(stream)
+            assert_type(stream.partial_parsed, Any)
+
+
+async def structured_async() -> None:
+    answers = ['{"name": "Ann"}', '{"value": []}', '{"value": 1}']
+    register_llm_framework("async names", scripted(answers))
+    async with AsyncLLM(LLMConfig(framework="async names", model="m")) as llm:
+        assert_type(await llm.parse("Who?", Person), Person)
+        assert_type(await llm.parse("Who?", list[Person]), list[Person])
+        assert_type(await llm.parse("Who?", Person | int), Any)
+
+
 def targets(config: LLMConfig) -> None:
     parrot = Target(Parrot(), model="m", drop=["seed", "stop"], temperature=0.1)
     assert_type(parrot.config, LLMConfig | None)
@@ -508,6 +550,8 @@ def main(file: Path) -> None:
     pipelines()
     targets(config)
     tools()
+    structured()
+    asyncio.run(structured_async())
 
 
 if __name__ == "__main__":

@@ -230,7 +230,7 @@ def _renamed(schema: Any, names: Mapping[str, str]) -> Any:
 def _row(items: Sequence[dict[str, Any]], least: int | None = None) -> dict[str, Any]:
     """Return the schema of an array with a type for each place, of which the first `least` must be there."""
     alike = bool(items) and all(each == items[0] for each in items)
-    each = {"items": items[0]} if alike else {"prefixItems": [*items], "items": False} if items else {}
+    each = {"items": items[0]} if alike else {"prefixItems": [*items]} if items else {}
     return {"type": "array", **each, "minItems": len(items) if least is None else least, "maxItems": len(items)}
 
 

@@ -10,9 +10,11 @@ import signal
 import threading
 import weakref
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import anyio
+import attrs
+import msgspec
 import pytest
 
 from fluxibly import LLM, AsyncLLM, LLMConfig, Message, Request, Response
@@ -491,3 +493,37 @@ def test_generation_stopped_while_its_queue_is_full() -> None:
     generation.join()
     with pytest.raises(_engine.Stopped):
         generation.next_event(None)
+
+
+# Answers as objects
+
+
+@attrs.frozen
+class Described:
+    name: Literal["Ann", "Bo"]
+    mood: Literal["happy", "sad"]
+    age: Annotated[int, msgspec.Meta(ge=0, le=120)] | None
+
+
+@pytest.mark.model
+def test_the_grammar_holds_the_model_to_a_type(llm: LLM) -> None:
+    """The smallest model answers with an instance, because no other text is possible."""
+    found = llm.parse("Ann is 34 years old and happy. Describe her.", Described, max_tokens=150)
+    assert isinstance(found, Described)
+    assert found.mood in ("happy", "sad")
+    colours = llm.parse(
+        "Name one colour.", Annotated[list[Literal["red", "green"]], msgspec.Meta(max_length=3)], max_tokens=100
+    )
+    assert set(colours) <= {"red", "green"}
+    place = llm.parse("Where is Ann?", tuple[Literal[1, 2], Literal["here"]], max_tokens=60)
+    assert place in {(1, "here"), (2, "here")}
+
+
+@pytest.mark.model
+def test_a_streamed_object_grows(llm: LLM) -> None:
+    """`partial_parsed` grows with the text, and ends as the instance."""
+    with llm.stream("Ann is 34 years old and happy. Describe her.", into=Described, max_tokens=150) as stream:
+        seen = [stream.partial_parsed for _ in stream]
+    assert isinstance(stream.response.parsed, Described)
+    assert seen[-1] == stream.response.parsed
+    assert any(isinstance(each, dict) and each.keys() == {"name"} for each in seen)

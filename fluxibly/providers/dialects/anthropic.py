@@ -544,7 +544,7 @@ def _tool_choice(choice: str) -> dict[str, Any]:
     return {"type": "any"} if choice == "required" else {"type": "tool", "name": choice}
 
 
-def formatted(request: Request, service: str = NAME) -> tuple[Request, dict[str, Any]]:
+def formatted(request: Request) -> tuple[Request, dict[str, Any]]:
     """Return the part of `output_config` that comes from `response_format`, and the request to encode.
 
     Claude is told a schema in words if it has no form for it. Models of other makers that speak this dialect get both, because
@@ -555,14 +555,15 @@ def formatted(request: Request, service: str = NAME) -> tuple[Request, dict[str,
     """
     wanted = format_of(request)
     if wanted == "json":
-        raise bad_request(request, f"response_format: expected a JSON Schema or 'text' for {service}, got 'json'")
+        raise bad_request(request, f"response_format: expected a JSON Schema or 'text' for {NAME}, got 'json'")
     if not isinstance(wanted, SchemaFormat):
         return request, {}
     schema: Mapping[str, Any] | None = wanted.schema
-    version = version_of(request.model)
-    if version is not None:
-        schema = for_claude(wanted.schema) if version >= STRUCTURED_SINCE else None
-    if version is None or schema is None:
+    is_claude = "claude" in request.model
+    if is_claude:
+        version = version_of(request.model)  # a name without a version is that of a new model
+        schema = for_claude(wanted.schema) if version is None or version >= STRUCTURED_SINCE else None
+    if not is_claude or schema is None:
         request = told(request, wanted.schema)
     return request, {} if schema is None else {"format": {"type": "json_schema", "schema": schema}}
 

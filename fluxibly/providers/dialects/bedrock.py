@@ -18,7 +18,7 @@ import attrs
 from fluxibly import errors
 from fluxibly._formats import SchemaFormat
 from fluxibly.errors import ProviderError
-from fluxibly.providers.dialects.anthropic import thinking_of, version_of
+from fluxibly.providers.dialects.anthropic import thinking_of
 from fluxibly.providers.dialects.bedrock_media import KINDS, NAME, MediaBlocks
 from fluxibly.providers.dialects.codec import Encoded, Event, Framing
 from fluxibly.providers.dialects.decoding import (
@@ -739,8 +739,7 @@ def _format(request: Request) -> tuple[Request, dict[str, Any]]:
         raise bad_request(request, f"response_format: expected a JSON Schema or 'text' for {NAME}, got 'json'")
     if not isinstance(wanted, SchemaFormat):
         return request, {}
-    is_claude = version_of(request.model) is not None
-    taken: Mapping[str, Any] | None = for_claude(wanted.schema) if is_claude else wanted.schema
+    taken: Mapping[str, Any] | None = for_claude(wanted.schema) if "claude" in request.model else wanted.schema
     if taken is None:
         return told(request, wanted.schema), {}
     schema: dict[str, Any] = {"schema": json_of(taken, request).decode()}

@@ -59,7 +59,8 @@ def form_of(chat_model: BaseChatModel, integration: str) -> dict[str, Any]:
 
 def spoken(request: Request, dialect: Dialect) -> tuple[Message, ...]:
     """Return the messages to send, which tell Claude a JSON Schema that it has no form for."""
-    return formatted(request)[0].messages if dialect == "anthropic" else request.messages
+    is_schema = dialect == "anthropic" and isinstance(format_of(request), SchemaFormat)
+    return formatted(request)[0].messages if is_schema else request.messages
 
 
 def prepare(chat_model: BaseChatModel, request: Request, dialect: Dialect) -> tuple[Runnable[Any, Any], dict[str, Any]]:
@@ -119,7 +120,9 @@ def _for_openai(chat_model: BaseChatModel, request: Request, keywords: dict[str,
 
 def _for_anthropic(request: Request, keywords: dict[str, Any], service: str) -> None:
     reject_unsupported(request, service, ["frequency_penalty", "presence_penalty", "seed"])
-    _, output = formatted(request, service)
+    if format_of(request) == "json":
+        raise bad_request(request, "Anthropic returns JSON only for a schema: pass a JSON schema as response_format")
+    _, output = formatted(request)
     if output:
         keywords["output_config"] = output
     _add_extra(request, keywords, {})
