@@ -79,6 +79,22 @@ def fields_of(kind: Any) -> list[Field] | None:
     return None
 
 
+def init_names(cls: Any) -> list[str] | None:
+    """Return the names of the attributes that are the fields of an attrs class or a dataclass; None for other classes.
+
+    None for a dataclass with arguments that are no attributes (`InitVar`), too.
+    """
+    if attrs.has(cls):
+        return [field.name for field in attrs.fields(cls) if field.init]
+    if dataclasses.is_dataclass(cls):
+        every: Mapping[str, Any] = getattr(cls, "__dataclass_fields__", {})
+        if not any(
+            is_kind(type(field.type), dataclasses.InitVar) or "InitVar" in str(field.type) for field in every.values()
+        ):
+            return [field.name for field in dataclasses.fields(cls) if field.init]
+    return None
+
+
 def _fields_of_dataclass(kind: Any, cls: Any) -> list[Field]:
     """Return the fields of a dataclass, with those that only its constructor takes (`InitVar`)."""
     hints = _hints_of_class(kind)

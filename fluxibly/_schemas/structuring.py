@@ -1,4 +1,4 @@
-"""The conversion of JSON values into instances of types, as strict as JSON is: a number is no text, and a text no number."""
+"""The conversion of JSON values into instances of types by cattrs, msgspec and pydantic, as strict as JSON is."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from fluxibly._schemas.kinds import (
     TAG,
     Field,
     fields_of,
+    init_names,
     is_items,
     is_kind,
     is_pydantic,
@@ -198,6 +199,10 @@ class _Maker:
             names = [(field.name, hooks[field.json_name]) for field in fields]
             least = sum(field.required for field in fields)
             return partial(_row, names, least, partial(_instance, cls))
+        if (attributes := init_names(cls)) is not None:
+            return _by_cattrs(
+                kind, [(name, field, hooks[field.json_name]) for name, field in zip(attributes, fields, strict=True)]
+            )
         forbids_others = is_kind(cls, msgspec.Struct) and cls.__struct_config__.forbid_unknown_fields
         return partial(_object, cls, [(field, hooks[field.json_name]) for field in fields], forbids_others)
 
@@ -370,6 +375,52 @@ def _instance(cls: Any, given: dict[str, Any]) -> object:
         return cls(**given)
     except Exception as error:  # noqa: BLE001  # a class may refuse values by any error
         raise Misfit([("", _said(error))]) from None
+
+
+def _by_cattrs(kind: Any, fields: Sequence[tuple[str, Field, Hook]]) -> Hook:
+    """Return the hook of an attrs class or a dataclass: the function that cattrs writes for it, with our hooks for its fields.
+
+    (By itself, cattrs would convert numbers and texts to one another.)
+
+    Args:
+        fields: the fields, each after the name of its attribute.
+    """
+    from cattrs import ClassValidationError, Converter, gen
+
+    options: Any = {
+        name: gen.override(rename=field.json_name, struct_hook=partial(_without_type, hook))
+        for name, field, hook in fields
+    }
+    makers: Any = gen  # whose types are partly unknown
+    parameters = () if get_args(kind) else getattr(kind, "__parameters__", ())
+    cls: Any = kind[tuple([Any for _ in parameters])] if parameters else kind  # cattrs wants an argument for each
+    make = makers.make_dict_structure_fn(cls, Converter(), _cattrs_detailed_validation=True, **options)
+    json_names = {name: field.json_name for name, field, _ in fields}
+
+    def hook(value: object) -> object:
+        if not is_mapping(value):
+            raise _misfit("an object", value)
+        try:
+            return make(value, cls)
+        except ClassValidationError as errors:
+            noted, others = errors.group_exceptions()
+            problems = [each for error, note in noted for each in at(json_names[note.name], _as_misfit(error))]
+            raise Misfit([*problems, *[("", _said(error)) for error in others]]) from None
+
+    return hook
+
+
+def _without_type(hook: Hook, value: object, _: object) -> object:
+    return hook(value)
+
+
+def _as_misfit(error: BaseException) -> Misfit:
+    """Return what cattrs has noted of a field: its misfit, or a KeyError because it is missing."""
+    if isinstance(error, Misfit):
+        return error
+    if isinstance(error, KeyError):
+        return Misfit([("", "it is missing")])
+    raise error
 
 
 def _object(cls: Any, fields: Sequence[tuple[Field, Hook]], forbids_others: bool, value: Any) -> object:
