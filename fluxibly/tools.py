@@ -13,8 +13,8 @@ import attrs
 
 from fluxibly._checks import is_list, is_mapping, kind_of
 from fluxibly._schemas.classes import schemas_of
-from fluxibly._schemas.kinds import hints_of
 from fluxibly._schemas.docstrings import Described, described
+from fluxibly._schemas.kinds import hints_of
 from fluxibly._schemas.structuring import structured
 from fluxibly.errors import ConfigError
 from fluxibly.messages import Content, Tool
