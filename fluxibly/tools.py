@@ -217,7 +217,8 @@ def _changed(
         return _made(made.function, name, description, parameters)
     if (name, description) == (made.name, made.description):
         return made
-    return attrs.evolve(made, name=_checked_name(name, made), description=description)
+    called = _checked_name(name, made)
+    return attrs.evolve(made, name=called, description=_checked_description(description, called))
 
 
 def _made(
@@ -239,8 +240,8 @@ def _made(
     takes = _signature(function, inner, called, bound)
     takes_any = any(each.kind is each.VAR_KEYWORD for each in takes)
     named = [each for each in takes if each.kind is not each.VAR_KEYWORD]
-    said = described(inspect.getdoc(inner) or "", [each.name for each in named])
-    text = said.text if description is None else description
+    said = described(_docstring(function, inner), [each.name for each in named])
+    text = said.text if description is None else _checked_description(description, called)
     if parameters is not None:
         if not is_mapping(parameters):
             raise ConfigError(
@@ -290,6 +291,22 @@ def _checked_name(name: str | None, inner: Any) -> str:
             "tool(function, name='…')"
         )
     return found
+
+
+def _checked_description(description: object, called: str) -> str:
+    if not isinstance(description, str):
+        raise ConfigError(f"tool({called}): description: expected a str, got {kind_of(description)}")
+    return description
+
+
+def _docstring(function: Any, inner: Any) -> str:
+    """Return what is said of a callable: of an object with `__call__`, by that method or else by its class."""
+    if getattr(inner, "__name__", None) != "__call__":
+        return inspect.getdoc(inner) or ""
+    while isinstance(function, partial):
+        function = function.func
+    # Not by `inspect.getdoc`, which finds that of `type.__call__`: "Call self as a function."
+    return inner.__doc__ or type(function).__doc__ or ""
 
 
 def _signature(function: Any, inner: Any, called: str, bound: set[str]) -> list[Parameter]:

@@ -243,6 +243,22 @@ class TestWhatTheModelIsTold:
         assert run(made[4], city="Rome") == "ROME: 20 C"
         assert run(tool(lru_cache(weather)), city="Rome") == "Rome: 20 c"
 
+    def test_objects_whose_call_has_no_docstring(self):
+        """What their class says describes them."""
+
+        class Weather:
+            """Return the weather of a city."""
+
+            def __call__(self, city: str) -> str:
+                return city
+
+        class Plain:
+            def __call__(self) -> str:
+                return ""
+
+        made = [tool(Weather()), tool(partial(Weather(), "Rome")), tool(Plain())]
+        assert [each.description for each in made] == [*["Return the weather of a city."] * 2, ""]
+
     def test_what_a_partial_has_set(self):
         """The model is not told of it, and cannot set it."""
         made = tool(partial(partial(weather, "Rome"), unit="f"))
@@ -369,6 +385,11 @@ class TestWhatCannotBeATool:
         with pytest.raises(ConfigError) as caught:
             tool(lambda a: a, name="f", parameters=parameters)
         assert problem in str(caught.value)
+
+    def test_descriptions(self):
+        for function in (weather, tool(weather)):
+            with pytest.raises(ConfigError, match=r"^tool\(weather\): description: expected a str, got an int$"):
+                tool(function, description=5)
 
     @pytest.mark.parametrize("name", ["", "two words", "größe", "x" * 129, 5])
     def test_names(self, name):

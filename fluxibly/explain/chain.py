@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from types import FunctionType, MethodType
 from typing import Any, cast
 
 import attrs
@@ -210,6 +211,15 @@ def targets_of(layer: object) -> tuple[Target, ...]:
     return tuple(item for item in items if isinstance(item, Target))
 
 
+def own(layer: object, name: str) -> Callable[..., object] | None:
+    """Return a method by which a layer tells of itself; None if it has none."""
+    try:
+        found: object = getattr(layer, name, None)
+    except Exception:  # noqa: BLE001  # a user's property may raise anything
+        return None
+    return found if callable(found) else None
+
+
 def _stack_in(provider: object) -> tuple[object, ...] | None:
     """Return the middleware of a provider that is a pipeline; None if it is not."""
     layers = getattr(provider, "middleware", None)
@@ -234,7 +244,8 @@ def _name_of(layer: object) -> str:
 
 def _has_no_settings(layer: object) -> bool:
     """Whether the `repr` of a layer says nothing: of a function, or one that may show the arguments of a partial."""
-    return isinstance(layer, partial) or hasattr(layer, "__code__") or type(layer).__repr__ is object.__repr__
+    is_function = isinstance(layer, (FunctionType, MethodType))
+    return is_function or isinstance(layer, partial) or type(layer).__repr__ is object.__repr__
 
 
 def _name_of_provider(info: ProviderInfo) -> str:

@@ -11,7 +11,7 @@ import attrs
 
 from fluxibly._merging import composed
 from fluxibly.config import LLMConfig
-from fluxibly.explain.chain import Chain, Layer, adapted, config_of, targets_of, template_of
+from fluxibly.explain.chain import Chain, Layer, adapted, config_of, own, targets_of, template_of
 from fluxibly.explain.worst import ATTEMPTS, WorstCase, at_once, in_turn
 from fluxibly.registry import frameworks
 from fluxibly.target import Target
@@ -86,10 +86,10 @@ class Search:
             return self._of_provider(request)
         layer = self.chain.layers[place]
         case = Case(self, layer, place, request)
-        if layer.kind is not None:
-            adds = LAYERS[layer.kind].adds
-            return case.inner() if adds is None else adds(case)
-        return _of_own(case)
+        if layer.kind is None or own(layer.layer, "worst_case") is not None:
+            return _of_own(case)
+        adds = LAYERS[layer.kind].adds
+        return case.inner() if adds is None else adds(case)
 
     def _of_provider(self, request: Request) -> WorstCase:
         config, given = self.chain.config, isinstance(request.target, Target)
@@ -144,8 +144,8 @@ def _limits_in(body: Mapping[str, Any], depth: int = 0) -> Iterator[int]:
 def _of_own(case: Case) -> WorstCase:
     """Return the worst case of a layer of the user's own: what it says itself, or else that of one request."""
     inner = case.inner()
-    tell: object = getattr(case.layer, "worst_case", None)
-    if not callable(tell):
+    tell = own(case.layer, "worst_case")
+    if tell is None:
         return inner.besides(f"what {case.by} sends")
     try:
         told = tell(inner)
@@ -358,11 +358,11 @@ def about(layer: Layer) -> About:
     A layer says it by a method `describe()`, which returns a str, or one for whole answers and one for streams. Otherwise it is
     the first line of its docstring.
     """
-    if layer.kind is not None:
+    tell = own(layer.layer, "describe")
+    if tell is None and layer.kind is not None:
         return LAYERS[layer.kind]
     try:
-        tell: object = getattr(layer.layer, "describe", None)
-        told: object = tell() if callable(tell) else None
+        told: object = None if tell is None else tell()
         if isinstance(told, str):
             return About(told)
         if isinstance(told, tuple):

@@ -4,12 +4,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import cast
 
 import attrs
+
+from fluxibly._checks import mapping, number, problem, text, validator, whole
 
 ATTEMPTS = "attempts"
 """The part of the longest wait that providers take."""
 _LONGEST_FORMULA = 400
+
+
+def _seconds(name: str, value: object) -> str | None:
+    """Check a mapping of names to seconds."""
+    if (found := mapping(name, value, keys=str)) is not None:
+        return found
+    waits = cast("Mapping[str, object]", value)
+    return next(filter(None, [number(f"{name}.{who}", wait, 0, finite=False) for who, wait in waits.items()]), None)
+
+
+def _texts(name: str, value: object) -> str | None:
+    """Check a tuple of str."""
+    if isinstance(value, tuple) and all(isinstance(each, str) for each in cast("tuple[object, ...]", value)):
+        return None
+    return problem(name, "a tuple of str", value)
 
 
 @attrs.frozen(kw_only=True)
@@ -22,19 +40,22 @@ class WorstCase:
         class Vote:
             def worst_case(self, inner):
                 return inner.repeated(3, "votes")
+
+    Raises:
+        ValueError: a number is negative or NaN, or a value is of another type.
     """
 
-    requests: int = 1
+    requests: int = attrs.field(default=1, validator=validator(whole, 0))
     """The most requests that are sent to providers."""
-    formula: str = ""
+    formula: str = attrs.field(default="", validator=validator(text, empty=True))
     """How the number comes about, such as "3 targets (Fallback (2)) × 4 attempts (Retry (3))"; empty for one request."""
-    tokens: int | None = None
+    tokens: int | None = attrs.field(default=None, validator=attrs.validators.optional(validator(whole, 0)))
     """The most tokens of output; None: no limit."""
-    waits: Mapping[str, float] = attrs.field(factory=dict[str, float])
+    waits: Mapping[str, float] = attrs.field(factory=dict[str, float], validator=validator(_seconds))
     """The most seconds, by who takes them: "attempts" are the providers'. `math.inf` is no limit."""
-    unlimited: tuple[str, ...] = ()
+    unlimited: tuple[str, ...] = attrs.field(default=(), validator=validator(_texts))
     """Why there is no limit of time."""
-    not_counted: tuple[str, ...] = ()
+    not_counted: tuple[str, ...] = attrs.field(default=(), validator=validator(_texts))
     """What may come on top: what functions of your own ask or wait for."""
     by: str = ""
     """The layer that is being explained."""

@@ -71,7 +71,7 @@ class Continue:
             log_decision(request, "Continue", f"goes on {how} after {answer.length} characters (request {turn})")
             if not marked:
                 yield from emit(Chunk(added=()))
-            seam = _Seam(answer.text, echoes=prefill is not None and prefill.echoes)
+            seam = answer.seam(prefill)
             try:
                 flow = map_chunks(call_next(answer.request(prefill)), seam.take, seam.rest, at_restart=seam.end)
                 part = yield from flow
@@ -158,9 +158,27 @@ class _Answer:
         before = (*asked.messages, *self.added)
         if prefill is None:
             return asked.evolve(messages=(*before, self.response().message, Message.user(GO_ON)))
+        if self._begun():
+            before = before[:-1]
         # Some services refuse white space at its end, and models go on badly after it.
-        messages = (*before, Message.assistant(self.text.rstrip()))
+        messages = (*before, Message.assistant(self._prefilled(prefill).rstrip()))
         return asked.evolve(messages=messages, extra=composed(asked.extra, prefill.body or {}))
+
+    def _begun(self) -> str:
+        """Return the text with which the request itself begins the answer: a prefill of the caller's."""
+        last = self.asked.messages[-1]
+        is_text = all(isinstance(part, Text) for part in last.parts)
+        return last.text if last.role == "assistant" and is_text and not self.added else ""
+
+    def _prefilled(self, prefill: Prefill) -> str:
+        """Return the text with which the next part begins."""
+        begun, text = self._begun(), self.text
+        return text if prefill.echoes and text.startswith(begun) else begun + text
+
+    def seam(self, prefill: Prefill | None) -> _Seam:
+        """Return what stands between the answer so far and the next part."""
+        echo = self._prefilled(prefill).rstrip() if prefill is not None and prefill.echoes else ""
+        return _Seam(self.parts, echo)
 
 
 def _joined(parts: Sequence[Response], added: tuple[Message, ...]) -> Response:
@@ -182,17 +200,25 @@ class _Seam:
     """What is left out at the beginning of a part, because it stands at the end of the text before it already.
 
     A model that does not see the white space at the end writes it again; and some services repeat the whole prefill.
+
+    Args:
+        before: the parts of the message so far.
+        echo: the text that the service may repeat.
     """
 
-    def __init__(self, text: str, *, echoes: bool) -> None:
-        begun = text.rstrip()
-        self.white = text[len(begun) :]
-        self.echo = begun if echoes else ""
+    def __init__(self, before: Sequence[Response], echo: str) -> None:
+        text = "".join([part.text for part in before])
+        self.before: Sequence[Response] = tuple(before)
+        """The parts of the message that goes on; empty once another has begun."""
+        self.white = text[len(text.rstrip()) :]
+        self.echo = self.whole_echo = echo
         self.held = ""
         """The beginning of the part so far, which may be part of the echo."""
         self.over = not self.white and not self.echo
 
     def take(self, chunk: Chunk) -> Chunk | Sequence[Chunk]:
+        if chunk.added and self.before:
+            return Chunk(added=self._with_before(chunk.added))
         if self.over or chunk.added is not None:
             return chunk
         held = self._let_go() if chunk.reasoning or chunk.parts else ""
@@ -212,6 +238,22 @@ class _Seam:
     def end(self) -> None:
         """Note that another message begins."""
         self.over, self.held = True, ""
+
+    def _with_before(self, added: Sequence[Message]) -> tuple[Message, ...]:
+        """Return the messages of a layer further in, of which the first goes on with the message so far."""
+        before, self.before = self.before, ()
+        self.end()
+        first, *others = added
+        if first.role != "assistant":
+            return (*added,)
+        seam, answer = _Seam(before, self.whole_echo), Aggregator()
+        for chunk in as_chunks(Response.from_parts(first.parts)):
+            pieces = seam.take(chunk)
+            for piece in (pieces,) if isinstance(pieces, Chunk) else pieces:
+                answer.add(piece)
+        for piece in seam.rest():
+            answer.add(piece)
+        return (attrs.evolve(_joined([*before, answer.response()], ()).message, name=first.name), *others)
 
     def _let_go(self) -> str:
         """Return what is held back, which is no echo."""

@@ -55,6 +55,8 @@ def _to_tools(values: Function | Iterable[Function]) -> tuple[FunctionTool[..., 
 
 
 def _to_tool(value: Any, number: int) -> FunctionTool[..., Any]:
+    if value is None:  # which makes a decorator of `tool`
+        raise ConfigError(f"Tools: functions[{number}]: expected a function, got None; write Tools([function])")
     if isinstance(value, (Tool, Mapping)) and not isinstance(value, FunctionTool):
         raise ConfigError(
             f"Tools: functions[{number}]: expected a function, got {kind_of(cast('Any', value))}, which has none; give "

@@ -322,6 +322,49 @@ class TestTheWorstCase:
         assert "raises OSError" in str(worst(Broken()).not_counted)
         assert worst(Wrong()).requests == 1
 
+    def test_a_subclass_says_what_it_adds(self):
+        """What it says counts in place of what its class adds and does."""
+
+        class Twice(Retry):
+            def worst_case(self, inner: WorstCase) -> WorstCase:
+                return inner.repeated(2, "times")
+
+            def describe(self) -> str:
+                return "tries twice"
+
+        assert worst(Twice(max_retries=5)).formula == "2 times (Twice (1))"
+        assert "tries twice" in str(of(Twice()))
+        assert [each.rule.name for each in of(Twice(), Fallback(to=["a"])).warnings] == ["fallback-inside-of-retry"]
+
+    @pytest.mark.parametrize(
+        "wrong",
+        [
+            lambda inner: inner.waiting(-5),
+            lambda inner: inner.waiting(math.nan),
+            lambda inner: inner.repeated(-1, "votes"),
+            lambda inner: WorstCase(requests="3"),
+            lambda inner: WorstCase(tokens=-1),
+            lambda inner: WorstCase(waits={"me": "long"}),
+            lambda inner: WorstCase(waits=None),
+            lambda inner: WorstCase(formula=None),
+            lambda inner: WorstCase(unlimited="why"),
+            lambda inner: WorstCase(not_counted=(3,)),
+        ],
+    )
+    def test_a_wrong_case(self, wrong):
+        """It is told, and the case is that of one request."""
+
+        class Wrong:
+            def __call__(self, request: Any, call_next: Any) -> Any:
+                return (yield from call_next(request))
+
+            def worst_case(self, inner: WorstCase) -> WorstCase:
+                return wrong(inner)
+
+        text = " ".join(str(of(Wrong())).split())
+        assert "its worst_case raises ValueError" in text
+        assert worst(Wrong()).requests == 1
+
     @pytest.mark.parametrize("mode", [MODES[0], MODES[-1]], ids=str)
     @given(data=st.data())
     @settings(max_examples=40)
@@ -549,6 +592,19 @@ class TestHostile:
                 return (yield from call_next(request))
 
         assert "(its repr raises OSError)" in str(of(Bad()))
+
+    def test_attributes_that_raise(self):
+        class Bad:
+            def __getattr__(self, name: str) -> Any:
+                raise OSError(name)
+
+            def __call__(self, request: Any, call_next: Any) -> Any:
+                return (yield from call_next(request))
+
+        explanation = of(Bad())
+        assert "Bad" in str(explanation)
+        assert "Bad" in explanation.mermaid()
+        assert worst(Bad()).requests == 1
 
     def test_a_class_with_the_name_of_ours(self):
         """It is a layer of one's own; a subclass of ours is ours."""

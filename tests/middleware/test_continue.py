@@ -162,6 +162,21 @@ class TestByAPrefill:
             made = Made(mode, Continue(), cut("a"), whole("b"), prefill=prefill, request=request)
             assert made.provider.requests[1].messages[-1].role == role
 
+    def test_a_prefill_of_the_callers(self, mode):
+        """It and the answer are one message, which no other may stand in."""
+        request = REQUEST.evolve(messages=[*REQUEST.messages, Message.assistant("Sure: ")])
+        for first, prefill in (("one", PREFILLS), ("one", Prefill(echoes=True)), ("Sure: one", Prefill(echoes=True))):
+            made = Made(mode, Continue(), cut(first), whole(" two"), prefill=prefill, request=request)
+            assert made.response.text == f"{first} two"
+            sent = made.provider.requests[1].messages
+            assert [(each.role, each.text) for each in sent[1:]] == [("assistant", "Sure: one")]
+
+    def test_a_repetition_of_the_callers_prefill(self, mode):
+        """The service repeats the message as it was sent."""
+        request = REQUEST.evolve(messages=[*REQUEST.messages, Message.assistant("Sure: ")])
+        made = Made(mode, Continue(), cut("one"), whole("Sure: one two"), prefill=Prefill(echoes=True), request=request)
+        assert made.response.text == "one two"
+
     def test_a_prefill_that_is_refused(self, mode):
         """The model is asked then, and stays asked."""
         script = [cut("a"), BadRequest("no prefill"), cut("b"), whole("c")]
@@ -253,6 +268,22 @@ class TestTheResponse:
         made = Made(mode, stack, [call], cut("It is"), whole(" noon."), prefill=PREFILLS)
         assert (made.response.text, len(made.response.added)) == ("It is noon.", 2)
         assert made.asked[2] == [("assistant", "Look: "), ("tool", "noon"), ("assistant", "It is")]
+
+    @pytest.mark.parametrize("second", ["Let me see.", " Let me see.", "One moment. Let me see."])
+    def test_a_message_that_goes_on_and_calls_tools_further_in(self, mode, second):
+        """The message before the results has all parts, as they were streamed."""
+        stack = [Continue(), tools({"clock": lambda: "noon"})]
+        calls = [second, Chunk(tool_calls=(attrs.evolve(CALL, arguments="{}"),))]
+        made = Made(mode, stack, cut("One moment. "), calls, whole(" Noon."), prefill=Prefill(echoes=True))
+        assert made.response.text == " Noon."
+        assert [(each.role, each.text) for each in made.response.added] == [
+            ("assistant", "One moment. Let me see."),
+            ("tool", "noon"),
+        ]
+        assert [each.name for each in made.response.added[0].tool_calls] == ["clock"]
+        if mode.streaming:
+            assert [event.added for event in made.ran.events if event.added] == [made.response.added]
+            assert "".join(event.text for event in made.ran.events) == "One moment. Let me see. Noon."
 
 
 class TestReturnedAsTheyAre:

@@ -814,6 +814,7 @@ class TestSettings:
                 "middleware[0].tools.functions[0]: function 'clok' not registered; did you mean 'clock'?",
             ),
             ({"functions": ["clock", "clock"]}, "tools.functions: expected a name for each, got 'clock' twice"),
+            ({"functions": [None]}, "middleware[0].tools.functions[0]: expected a function, got None"),
             ({"functions": [Tool("look")]}, "tools.functions[0]: expected a function, got a Tool, which has none"),
             (
                 {"functions": ["clock"], "max_turns": 0},
