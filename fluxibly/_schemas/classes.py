@@ -79,6 +79,8 @@ class _Describer:
             return self._alias(kind)
         kind = resolved(kind)
         origin, arguments = get_origin(kind), get_args(kind)
+        if origin is Annotated and is_pydantic(kind):
+            return self._hoisted(_by_pydantic(kind), repr(kind))  # its constraints may have no hash
         if origin is Annotated:
             return self._annotated(arguments[0], arguments[1:])
         if kind in ANYTHING:

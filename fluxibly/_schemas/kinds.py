@@ -249,7 +249,11 @@ def is_hashable(kind: Any, *, instances: bool = False) -> bool:
 
 
 def is_pydantic(kind: object) -> bool:
-    """Whether a type is a pydantic model or a dataclass of pydantic's."""
+    """Whether a type is a pydantic model, a dataclass of pydantic's, or a scalar with its constraints (`Field(ge=1)`)."""
+    if get_origin(kind) is Annotated:
+        inner, *extras = get_args(kind)
+        packages = {type(extra).__module__.partition(".")[0] for extra in extras}
+        return inner in SCALARS and not packages.isdisjoint(("pydantic", "annotated_types"))
     return isinstance(kind, type) and hasattr(kind, "__pydantic_core_schema__")
 
 

@@ -148,7 +148,7 @@ class _Maker:
         origin, arguments = get_origin(kind), get_args(kind)
         cls: Any = origin or kind
         if origin is Annotated:
-            return self._annotated(kind)
+            return _by_pydantic(kind) if is_pydantic(kind) else self._annotated(kind)
         if kind in ANYTHING:
             return _unchanged
         if kind in SCALARS:

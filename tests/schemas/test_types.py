@@ -722,3 +722,20 @@ def test_threads_make_one_type() -> None:
     for thread in threads:
         thread.join()
     assert len(found) == 20
+
+
+def test_a_scalar_has_the_constraints_of_pydantic():
+    """Also as the field of an attrs class, or the parameter of a function."""
+
+    @attrs.define
+    class Stay:
+        nights: Annotated[int, pydantic.Field(ge=1, description="how many")]
+
+    assert shape_of(Stay).response_format["properties"]["nights"] == {
+        "type": "integer",
+        "minimum": 1,
+        "description": "how many",
+    }
+    assert shape_of(Stay).parse('{"nights": 2}') == Stay(2)
+    with pytest.raises(ValueError, match=r"\$\.nights: input should be greater than or equal to 1"):
+        shape_of(Stay).parse('{"nights": 0}')
