@@ -25,9 +25,12 @@ def _seconds(name: str, value: object) -> str | None:
 
 def _texts(name: str, value: object) -> str | None:
     """Check a tuple of str."""
-    if isinstance(value, tuple) and all(isinstance(each, str) for each in cast("tuple[object, ...]", value)):
-        return None
-    return problem(name, "a tuple of str", value)
+    values = cast("tuple[object, ...]", value) if isinstance(value, tuple) else (None,)
+    return (
+        None
+        if all(isinstance(each, str) for each in values)
+        else problem(name, "a tuple of str", cast("object", value))
+    )
 
 
 @attrs.frozen(kw_only=True)
