@@ -426,13 +426,37 @@ class TestArguments:
 
     @pytest.mark.parametrize("value", [1, None, ["Rome"], True])
     def test_they_are_as_strict_as_json(self, value):
-        assert refused(tool(weather), {"city": value}).startswith("expected a string, got ")
+        assert refused(tool(weather), {"city": value}).startswith("city: expected a string, got ")
 
     def test_all_mistakes_are_told_at_once(self):
         found = refused(tool(weather), {"unit": "k", "town": "Rome"})
         assert found.startswith("town is unknown; expected city (required), unit; city is required, and missing; ")
         assert "unit" in found.split("; ")[-1]
-        assert "'c', 'f'" in found
+        assert '"c", "f"' in found
+
+    @pytest.mark.parametrize("kind", [Any, list, list[Any], list[dict[str, Any]]], ids=str)
+    def test_they_are_the_functions_own(self, kind):
+        """A function that changes them does not change what the model said."""
+
+        def change(places):
+            places[0]["visited"] = True
+            places[0]["in"].append("Italy")
+            places.append({"city": "Oslo"})
+
+        change.__annotations__ = {"places": kind}
+        called = call_of(tool(change), {"places": [{"city": "Rome", "in": []}]})
+        change(**tool(change).read(called))
+        assert called.arguments == {"places": [{"city": "Rome", "in": []}]}
+
+    @pytest.mark.parametrize("depth", [900, 5000, 100_000])
+    def test_deep_ones(self, depth):
+        """They are told to the model at worst, whatever depth Python can read."""
+        made = tool(lambda value: value, name="f")
+        text = f'{{"value": {"[" * depth}{"]" * depth}}}'
+        try:
+            assert made.read(call_of(made, text))
+        except BadArguments as error:
+            assert "nested too deeply" in str(error)
 
     @pytest.mark.parametrize("text", ["{", '{"city": "Ro', "[1]", '"Rome"', "nonsense"])
     def test_what_is_no_json_object(self, text):
