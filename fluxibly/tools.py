@@ -84,7 +84,8 @@ class FunctionTool(Tool, Generic[P, R]):
         try:
             given: Mapping[str, Any] = _copied(call.arguments)
         except RecursionError:
-            raise BadArguments("the arguments are nested too deeply") from None
+            expected = f"expected a JSON object with {self._expected()}"
+            raise BadArguments(f"the arguments are nested too deeply; {expected}") from None
         known = {argument.name for argument in self._arguments}
         problems: list[str] = []
         if not self._takes_any:
@@ -131,7 +132,7 @@ def _copied(value: Any) -> Any:
     """Return a copy of a JSON value."""
     if is_mapping(value):
         return {name: _copied(each) for name, each in value.items()}
-    return [_copied(each) for each in value] if isinstance(value, list) else value
+    return [_copied(each) for each in value] if is_list(value) else value
 
 
 def _is_content(value: object) -> bool:

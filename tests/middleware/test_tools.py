@@ -129,7 +129,7 @@ class TestTurns:
             ("4", False),
             ("2", False),
             ("fails raised ValueError: secret 4711", True),
-            ("the arguments of double are wrong: expected an integer, got a string @ number", True),
+            ("the arguments of double are wrong: number: expected an integer, got a string", True),
             ("there is no tool 'nothing'; expected one of clock, double, later, fails", True),
         ]
         assert Counter(counted.calls) == Counter({"clock": 6, 2: 6, 1: 6, "fails": 6})
@@ -245,7 +245,7 @@ class TestMistakesOfTheModel:
                 ("double", {"number": 1, "n": 2}),
                 "the arguments of double are wrong: n is unknown; expected number (req",
             ),
-            (("double", {"number": 1.5}), "the arguments of double are wrong: expected an integer, got a number"),
+            (("double", {"number": 1.5}), "the arguments of double are wrong: number: expected an integer, got a number"),
             (("duoble", {"number": 1}), "there is no tool 'duoble'; expected one of double"),
         ],
     )
