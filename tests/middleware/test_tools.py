@@ -245,7 +245,10 @@ class TestMistakesOfTheModel:
                 ("double", {"number": 1, "n": 2}),
                 "the arguments of double are wrong: n is unknown; expected number (req",
             ),
-            (("double", {"number": 1.5}), "the arguments of double are wrong: number: expected an integer, got a number"),
+            (
+                ("double", {"number": 1.5}),
+                "the arguments of double are wrong: number: expected an integer, got a number",
+            ),
             (("duoble", {"number": 1}), "there is no tool 'duoble'; expected one of double"),
         ],
     )
