@@ -74,12 +74,18 @@ class FunctionTool(Tool, Generic[P, R]):
     def read(self, call: ToolCall) -> dict[str, Any]:
         """Return the arguments of a call as values of the types that the function takes.
 
+        The function may change them: they share nothing with the call.
+
         Raises:
             BadArguments: they are not JSON, one is missing, unknown or of the wrong type. The message lists all problems.
         """
         if call.error is not None:
             raise BadArguments(f"{call.error}; expected a JSON object with {self._expected()}")
-        given: Mapping[str, Any] = call.arguments
+        try:
+            given: Mapping[str, Any] = _copied(call.arguments)
+        except RecursionError:
+            expected = f"expected a JSON object with {self._expected()}"
+            raise BadArguments(f"the arguments are nested too deeply; {expected}") from None
         known = {argument.name for argument in self._arguments}
         problems: list[str] = []
         if not self._takes_any:
@@ -120,6 +126,13 @@ class FunctionTool(Tool, Generic[P, R]):
         if _is_content(result):
             return cast("Content", result)
         return _as_json(result, self.name)
+
+
+def _copied(value: Any) -> Any:
+    """Return a copy of a JSON value."""
+    if is_mapping(value):
+        return {name: _copied(each) for name, each in value.items()}
+    return [_copied(each) for each in value] if is_list(value) else value
 
 
 def _is_content(value: object) -> bool:

@@ -434,6 +434,31 @@ class TestArguments:
         assert "unit" in found.split("; ")[-1]
         assert '"c", "f"' in found
 
+    @pytest.mark.parametrize("kind", [Any, list, list[Any], list[dict[str, Any]]], ids=str)
+    def test_they_are_the_functions_own(self, kind):
+        """A function that changes them does not change what the model said."""
+
+        def change(places):
+            places[0]["visited"] = True
+            places[0]["in"].append("Italy")
+            places.append({"city": "Oslo"})
+
+        change.__annotations__ = {"places": kind}
+        called = call_of(tool(change), {"places": [{"city": "Rome", "in": []}]})
+        change(**tool(change).read(called))
+        assert called.arguments == {"places": [{"city": "Rome", "in": []}]}
+
+    @pytest.mark.parametrize("depth", [900, 5000, 100_000])
+    def test_deep_ones(self, depth):
+        """They are told to the model at worst, whatever depth Python can read."""
+        made = tool(lambda value: value, name="f")
+        text = f'{{"value": {"[" * depth}{"]" * depth}}}'
+        try:
+            found = json.dumps(made.read(call_of(made, text)))
+        except BadArguments as error:
+            found = str(error)
+        assert found in (text, "the arguments are nested too deeply; expected a JSON object with value (required)")
+
     @pytest.mark.parametrize("text", ["{", '{"city": "Ro', "[1]", '"Rome"', "nonsense"])
     def test_what_is_no_json_object(self, text):
         assert refused(tool(weather), text).endswith("; expected a JSON object with city (required), unit")

@@ -325,6 +325,13 @@ _BUILT_IN = (
         cure="put Tools outside of Redact",
     ),
     Rule(
+        "several-tools",
+        _several("Tools"),
+        reason="where an answer calls functions of both, only those of the outer one run, and the model is told that the others "
+        "do not exist",
+        cure="give all functions to one Tools",
+    ),
+    Rule(
         "rate-limit-outside-of-attempts",
         outside("RateLimit", _ATTEMPTS, when_inner=_sends_again),
         reason="several attempts count as one request, and those of other targets at the wrong provider",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import cast
+from typing import Any, cast
 
 import attrs
 
@@ -23,14 +23,11 @@ def _seconds(name: str, value: object) -> str | None:
     return next(filter(None, [number(f"{name}.{who}", wait, 0, finite=False) for who, wait in waits.items()]), None)
 
 
-def _texts(name: str, value: object) -> str | None:
+def _texts(name: str, value: Any) -> str | None:
     """Check a tuple of str."""
-    values = cast("tuple[object, ...]", value) if isinstance(value, tuple) else (None,)
-    return (
-        None
-        if all(isinstance(each, str) for each in values)
-        else problem(name, "a tuple of str", cast("object", value))
-    )
+    if isinstance(value, tuple) and all(isinstance(each, str) for each in cast("tuple[object, ...]", value)):
+        return None
+    return problem(name, "a tuple of str", cast("object", value))
 
 
 @attrs.frozen(kw_only=True)

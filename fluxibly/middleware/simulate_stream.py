@@ -15,7 +15,9 @@ from fluxibly.types import Chunk, Request, Response
 
 _DENSE: Final = "\u3001-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff01-\uffef\U00020000-\U0003ffff"
 """Characters of scripts without spaces between words: Chinese and Japanese, with their punctuation."""
-_WORD: Final = re.compile(rf"(?:[{_DENSE}]|[^\s{_DENSE}]+)\s*")
+_ON_THEM: Final = "\u0300-\u036f\u3099\u309a\ufe00-\ufe0f\U000e0100-\U000e01ef"
+"""Marks and variation selectors, which belong to the character before them."""
+_WORD: Final = re.compile(rf"(?:[{_DENSE}][{_ON_THEM}]*|[^\s{_DENSE}]+)\s*")
 
 
 @attrs.frozen(kw_only=True)

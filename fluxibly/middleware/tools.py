@@ -214,9 +214,13 @@ class Tools:
 
     def _approved(self, call: ToolCall, request: Request) -> Flow[bool]:
         approve: Callable[..., object] = cast("Any", self.approve)
-        found = approve(call, request) if self._approve_takes_request else approve(call)
-        if is_flow(found):
-            found = yield from effects_of(found, "Tools(approve=…): expected the function to yield only from")
+        try:
+            found = approve(call, request) if self._approve_takes_request else approve(call)
+            if is_flow(found):
+                found = yield from effects_of(found, "Tools(approve=…): expected the function to yield only from")
+        except Exception:
+            _mask_arguments(call, request)
+            raise
         if isinstance(found, bool):
             return found
         discard(found)
@@ -239,9 +243,7 @@ class Tools:
         except Exception as error:
             failure = error
             if self.on_error == "raise" or (isinstance(error, DeadlineExceeded) and not has_time(request.call)):
-                # The error may quote the arguments, and what is logged of an error is masked against these messages.
-                said = Message.assistant("", tool_calls=[call])
-                request.call.sent_messages = (*request.call.sent_messages, said)
+                _mask_arguments(call, request)
                 raise
             log_decision(request, "Tools", f"tells the model that {chosen.name} raised {error_type(error)}")
             message = as_text(error)
@@ -255,6 +257,13 @@ class Tools:
             for run in reversed(runs):
                 run.end(result, failure)
             del failure  # its frames refer to this one
+
+
+def _mask_arguments(call: ToolCall, request: Request) -> None:
+    """Have the log mask the arguments of a call in the error that is raised, which may quote them."""
+    # What is logged of an error is masked against these messages.
+    said = Message.assistant("", tool_calls=[call])
+    request.call.sent_messages = (*request.call.sent_messages, said)
 
 
 def _in_order(flows: Iterable[Flow[T]]) -> Flow[list[T]]:

@@ -381,6 +381,29 @@ def test_a_result_that_leaves_as_it_is():
     assert compare("tools-inside-of-redact", is_sent, [Redact(), tools], [tools, Redact()]) == (True, False)
 
 
+@proves("several-tools")
+def test_functions_that_do_not_exist():
+    """Of an answer that calls two functions, one runs; else both."""
+    ran: list[str] = []
+
+    def one() -> str:
+        ran.append("one")
+        return "done"
+
+    def two() -> str:
+        ran.append("two")
+        return "done"
+
+    def functions(stack: list[Any]) -> list[str]:
+        ran.clear()
+        both = [ToolCall(id=name, name=name, arguments={}) for name in ("one", "two")]
+        Calls(stack, Response(tool_calls=both, finish_reason="tool_call"), "Done.").outcome()
+        return sorted(ran)
+
+    hurts, fine = [Tools([one]), Tools([two])], [Tools([one, two])]
+    assert compare("several-tools", functions, hurts, fine) == (["one"], ["one", "two"])
+
+
 # Attempts
 
 

@@ -69,6 +69,11 @@ class TestProvidersWithoutAStream:
         """Of Chinese and Japanese, a character at a time; words of other scripts in it stay whole."""
         assert texts(answered(stream_mode, "巴黎 is 首都。カナ")) == ["巴", "黎 ", "is ", "首", "都", "。", "カ", "ナ"]
 
+    def test_marks_stay_with_their_character(self, stream_mode):
+        """Variation selectors and voicing marks are no characters of their own."""
+        text = "葛\U000e0100城 か\u3099く 日\ufe0f本"
+        assert texts(answered(stream_mode, text)) == ["葛\U000e0100", "城 ", "か\u3099", "く ", "日\ufe0f", "本"]
+
     @pytest.mark.parametrize("text", ["", " ", "\n\n", "one", " one ", "\u2028", "\x1c"])
     def test_less_than_two_words(self, stream_mode, text):
         ran = answered(stream_mode, text)

@@ -440,6 +440,25 @@ class TestApproval:
         assert type(root_cause(made.ran.error)) is ZeroDivisionError
         assert counted.calls == []
 
+    @pytest.mark.parametrize("is_flow", [False, True])
+    def test_its_error_may_quote_the_arguments(self, mode, caplog, is_flow):
+        """The caller gets it, and the log has no content."""
+
+        def approve(called):
+            raise ValueError(f"unsure of {called.arguments['key']}")
+
+        def approve_later(called):
+            yield from perform(lambda: None)
+            approve(called)
+
+        store = tool(lambda key: key, name="store")
+        tools = Tools(store, approve=approve_later if is_flow else approve)
+        with caplog.at_level(logging.INFO, logger="fluxibly"):
+            made = call(mode, [Logging(), tools], calling(("store", {"key": "the secret number 4711"})))
+        assert str(root_cause(made.ran.error)) == "unsure of the secret number 4711"
+        assert "ValueError" in caplog.text
+        assert "4711" not in caplog.text
+
     def test_what_cannot_approve(self, counted):
         async def approve(called):
             return True
