@@ -200,7 +200,7 @@ def tool(
     A parameter's type may be an attrs class, a dataclass, a TypedDict, a msgspec Struct, a pydantic model, an Enum, a
     `Literal`, a list, a dict, a union and so on; a parameter without an annotation takes any JSON value. What is said of a
     parameter in the docstring (in the style of Google, NumPy or Sphinx), or in `Annotated[str, "its English name"]`, goes to
-    the model. A parameter with a default need not be given. What a `functools.partial` has set by name is not shown to the
+    the model. A parameter with a default need not be given. Arguments that a `functools.partial` has set by name are not shown to the
     model, which cannot set it.
 
     Args:

@@ -43,7 +43,7 @@ _FORMATS: Mapping[str, Mapping[str, str]] = {
     "timedelta": {"format": "duration"},
     "UUID": {"format": "uuid"},
 }
-"""What is said of strings that stand for a type of the standard library, by the type's name."""
+"""The words for strings that stand for a type of the standard library, by the type's name."""
 
 
 def schemas_of(kinds: Sequence[object]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -261,7 +261,7 @@ _LENGTHS: Mapping[str, Mapping[str, str]] = {
     "array": {"minLength": "minItems", "maxLength": "maxItems"},
     "object": {"minLength": "minProperties", "maxLength": "maxProperties"},
 }
-"""What the words for a text's length are for other types."""
+"""The words for the length of other types, by those for the length of a text."""
 
 
 def _with_words(schema: dict[str, Any], words: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ _NUMPY = re.compile(r"((?:\*{0,2}\w+\s*,\s*)*\*{0,2}\w+)\s*(?::.*)?$")
 
 
 class Described(NamedTuple):
-    """What a docstring says."""
+    """The contents of a docstring."""
 
     text: str
     """The text before the first section."""

@@ -67,7 +67,7 @@ def _value(text: str) -> Any:
 def _ends(text: str) -> list[str]:
     """Return the texts that the beginning of a JSON text may be with an end, the best first."""
     opened: list[str] = []
-    """What closes the arrays and objects that are open."""
+    """The brackets that close the open arrays and objects."""
     is_name = False
     """Whether a string would be the name of a property."""
     whole = 0

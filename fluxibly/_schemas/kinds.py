@@ -23,7 +23,7 @@ class Scalar(NamedTuple):
     json_type: str
     """Its name in JSON Schema."""
     expected: str
-    """What is said of it in messages."""
+    """Its name in messages."""
     accepted: tuple[type, ...]
 
 

@@ -21,7 +21,7 @@ VALUE = "value"
 
 @attrs.frozen(eq=False)
 class Shape:
-    """What an answer has to be.
+    """The shape that an answer has to have.
 
     Args:
         wanted: a type, or a JSON Schema.

@@ -45,9 +45,9 @@ class Misfit(ValueError):
         self.problems = problems
 
     def __str__(self) -> str:
-        return self.told()
+        return self.message()
 
-    def told(self, path: str = "$") -> str:
+    def message(self, path: str = "$") -> str:
         """Return the message, with the paths below `path`."""
         shown = [f"{path}{below}: {cut(text)}" for below, text in self.problems[:MOST_PROBLEMS]]
         more = len(self.problems) - len(shown)
@@ -79,7 +79,7 @@ def read_by(hook: Hook, value: object, path: str = "$") -> Any:
     except RecursionError:
         raise ValueError(f"{path}: it is nested too deeply") from None
     except Misfit as misfit:
-        raise ValueError(misfit.told(path)) from None
+        raise ValueError(misfit.message(path)) from None
 
 
 def structurer(kind: object) -> Hook:
@@ -266,10 +266,10 @@ def _union(members: Sequence[tuple[Any, Hook, frozenset[str]]], value: Any) -> o
     near = [(member, each) for member, each in misfits if any(path for path, _ in each.problems)]
     if len(near) == 1:  # the others are of another kind altogether, like None
         raise near[0][1]
-    told = [f"{name_of(member)}: {each.told('')}".replace(": : ", ": ") for member, each in near]
+    reasons = [f"{name_of(member)}: {each.message('')}".replace(": : ", ": ") for member, each in near]
     expected = " or ".join([name_of(member) for member, *_ in members])
     given = "" if near else f", got {_json_kind(value)}"
-    raise Misfit([("", f"expected {expected}{given}" + (f" ({'; '.join(told)})" if told else ""))])
+    raise Misfit([("", f"expected {expected}{given}" + (f" ({'; '.join(reasons)})" if reasons else ""))])
 
 
 def _field_names(kind: Any) -> frozenset[str]:

@@ -97,7 +97,7 @@ class Chain:
 
     @property
     def title(self) -> str:
-        """What is explained, in a few words."""
+        """The name of the explained stack, in a few words."""
         count = len(self.layers)
         return self.clean(f"{self.framework or 'a provider'}, {count} layer{'' if count == 1 else 's'}")
 

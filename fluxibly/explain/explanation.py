@@ -19,7 +19,7 @@ from fluxibly.types import ProviderInfo
 
 @attrs.frozen(eq=False, repr=False)
 class Explanation:
-    """What a stack does, what a call may come to, and which of its orders hurt. Its `str` is the text, 80 columns wide.
+    """The description of a stack: its layers, the worst case of a call, and orders that hurt. Its `str` is the text, 80 columns wide.
 
     Attributes:
         chain: the stack as the rules see it.
@@ -45,7 +45,7 @@ class Explanation:
         return f"Explanation({self.chain.title}: {len(self.warnings)} warnings, {len(self.notes)} notes)"
 
     def mermaid(self) -> str:
-        """Return a flowchart of the stack in the language of Mermaid. What a warning is about is red."""
+        """Return a flowchart of the stack in the language of Mermaid. The layers of a warning are red."""
         return flowchart(self.chain, self.warnings)
 
     def check(self) -> None:

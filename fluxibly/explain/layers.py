@@ -1,4 +1,4 @@
-"""What each built-in layer does, and what it adds to the worst case of a call."""
+"""The built-in layers: the work of each in words, and its part in the worst case of a call."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def _keeps_limits(config: LLMConfig) -> bool:
 
 
 def _most_tokens(request: Request) -> int | None:
-    """Return the most tokens of output of one request. What `additional_params` say wins, as it does in the body."""
+    """Return the most tokens of output of one request. `additional_params` win, as they do in the body."""
     limits = [*_limits_in(request.extra)]
     limit = limits[-1] if limits else request.max_tokens
     return None if limit is None else limit * (request.n or 1)
@@ -154,7 +154,7 @@ def _of_own(case: Case) -> WorstCase:
     return told if isinstance(told, WorstCase) else inner.besides(f"what {case.by} sends")
 
 
-# What each layer adds.
+# The part of each layer in the worst case.
 
 
 def _retry(case: Case) -> WorstCase:
@@ -254,9 +254,9 @@ class About:
     """A kind of layer in words, and what it adds to the worst case."""
 
     whole: str
-    """What it does to a whole answer."""
+    """Its work on a whole answer, in words."""
     stream: str = ""
-    """What it does to a stream; empty if that is the same."""
+    """Its work on a stream, in words; empty if that is the same."""
     adds: Adds | None = attrs.field(default=None, kw_only=True)
     """A function that returns the worst case with the layer; None: the layer sends nothing and waits for nothing."""
 

@@ -136,7 +136,7 @@ def _listed(layers: list[Layer]) -> str:
     return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
-# What the rules ask of a layer.
+# Questions that the rules ask of a layer.
 
 
 def _retries(retry: Any) -> bool:

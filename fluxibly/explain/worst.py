@@ -56,7 +56,7 @@ class WorstCase:
     unlimited: tuple[str, ...] = attrs.field(default=(), validator=validator(_texts))
     """Why there is no limit of time."""
     not_counted: tuple[str, ...] = attrs.field(default=(), validator=validator(_texts))
-    """What may come on top: what functions of your own ask or wait for."""
+    """Costs that may come on top: requests and waits of your own functions."""
     by: str = ""
     """The layer that is being explained."""
 
@@ -102,7 +102,7 @@ class WorstCase:
 
 @attrs.frozen
 class CallBudget:
-    """What a `Budget` allows each call."""
+    """The tokens that a `Budget` allows each call."""
 
     by: str
     tokens: float | None

@@ -197,7 +197,7 @@ def _joined(parts: Sequence[Response], added: tuple[Message, ...]) -> Response:
 
 
 class _Seam:
-    """What is left out at the beginning of a part, because it stands at the end of the text before it already.
+    """The text that is left out at the beginning of a part, because it stands at the end of the text before it already.
 
     A model that does not see the white space at the end writes it again; and some services repeat the whole prefill.
 

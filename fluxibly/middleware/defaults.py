@@ -35,7 +35,7 @@ _REPRS: Mapping[str, Callable[[Any], str]] = {
 class Defaults:
     r"""Middleware that sets parameters which a request leaves open: those that are None, and `stop` and `tools` if empty.
 
-    For example, `Defaults(temperature=0.2, stop=["\n"])`. What the request sets always wins. The settings of the `LLMConfig`
+    For example, `Defaults(temperature=0.2, stop=["\n"])`. A value that the request sets always wins. The settings of the `LLMConfig`
     are part of each request, so they win too.
 
     The tables `extra`, `headers` and `metadata` are merged with the request's own, key by key, as `additional_params` are: a

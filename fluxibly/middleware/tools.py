@@ -261,7 +261,7 @@ class Tools:
 
 def _mask_arguments(call: ToolCall, request: Request) -> None:
     """Have the log mask the arguments of a call in the error that is raised, which may quote them."""
-    # What is logged of an error is masked against these messages.
+    # The log masks an error against these messages.
     said = Message.assistant("", tool_calls=[call])
     request.call.sent_messages = (*request.call.sent_messages, said)
 
@@ -276,7 +276,7 @@ def _in_order(flows: Iterable[Flow[T]]) -> Flow[list[T]]:
 
 
 class _Pending:
-    """What a sync function has returned to be awaited."""
+    """The awaitable that a sync function has returned."""
 
     def __init__(self, awaitable: Awaitable[object]) -> None:
         self.awaitable = awaitable

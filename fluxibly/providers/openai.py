@@ -55,7 +55,7 @@ _PREFILLS: Final[Mapping[str, Prefill]] = {
     "prefix": Prefill(echoes=True),
     "continue_final_message": Prefill(body={"continue_final_message": True, "add_generation_prompt": False}),
 }
-"""What `Quirks.prefill` means for those who go on with a message."""
+"""The meaning of `Quirks.prefill` for middleware that goes on with a message."""
 
 
 def quirks_of(row: ServiceRow, config: LLMConfig) -> dict[str, Any]:

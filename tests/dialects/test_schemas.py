@@ -21,7 +21,7 @@ from fluxibly.providers.dialects.openai_chat import OpenAICodec
 from fluxibly.providers.dialects.openai_request import Quirks
 from fluxibly.providers.dialects.openai_responses import ResponsesCodec
 from fluxibly.providers.dialects.openai_schema import fits_strict_mode
-from fluxibly.providers.dialects.schemas import for_claude, is_recursive, told
+from fluxibly.providers.dialects.schemas import for_claude, is_recursive, with_schema_in_words
 from fluxibly.providers.dialects.vertex import VertexCodec
 from fluxibly.types import Request, Text, Tool
 
@@ -52,7 +52,7 @@ def is_told(sent: dict[str, Any]) -> bool:
 class TestWords:
     def test_a_system_message_is_made(self) -> None:
         """It stands first, has the whole schema, and takes the place of the response format."""
-        request = told(Request(model="m", messages="Hi", response_format=SIMPLE), SIMPLE)
+        request = with_schema_in_words(Request(model="m", messages="Hi", response_format=SIMPLE), SIMPLE)
         assert request.response_format is None
         assert [message.role for message in request.messages] == ["system", "user"]
         words, _, schema = request.messages[0].text.rpartition("\n")
@@ -62,12 +62,12 @@ class TestWords:
     def test_a_system_message_is_continued(self) -> None:
         """The conversation has one, because some services allow no second; parts of other libraries stay apart."""
         given = [Message.system("Be brief."), Message.user("Hi")]
-        request = told(Request(model="m", messages=given, response_format=SIMPLE), SIMPLE)
+        request = with_schema_in_words(Request(model="m", messages=given, response_format=SIMPLE), SIMPLE)
         (part,) = request.messages[0].content
         assert isinstance(part, Text)
         assert part.text.startswith("Be brief.\n\nAnswer with JSON alone")
         cached = Message("system", (Text("Be brief.", raw={"cache_control": {"type": "ephemeral"}}),))
-        request = told(Request(model="m", messages=[cached, Message.user("Hi")]), SIMPLE)
+        request = with_schema_in_words(Request(model="m", messages=[cached, Message.user("Hi")]), SIMPLE)
         assert request.messages[0].content[0] == cached.content[0]
         assert len(request.messages[0].content) == 2
 

@@ -33,7 +33,7 @@ from fluxibly.providers.dialects.encoding import (
 )
 from fluxibly.providers.dialects.errors import error_of_event, error_of_payload, error_of_response
 from fluxibly.providers.dialects.json_values import as_array, as_count, as_object, as_text, read_json, sum_known
-from fluxibly.providers.dialects.schemas import Teller, for_claude, told
+from fluxibly.providers.dialects.schemas import SchemaLearner, for_claude, with_schema_in_words
 from fluxibly.types import (
     Chunk,
     ContentPart,
@@ -100,7 +100,7 @@ FINISH_REASONS = {
 
 
 @attrs.frozen
-class AnthropicCodec(Teller):
+class AnthropicCodec(SchemaLearner):
     """Codec for `POST /v1/messages`, which llama.cpp, vLLM and others serve too."""
 
     @property
@@ -108,7 +108,7 @@ class AnthropicCodec(Teller):
         return "sse"
 
     def encode(self, request: Request, /, *, stream: bool) -> Encoded:
-        body = encode_body(self.retold(request), stream=stream)
+        body = encode_body(self.with_known_form(request), stream=stream)
         return Encoded("/messages", write_json(body, request))
 
     def decode(self, body: bytes, /) -> Response:
@@ -564,7 +564,7 @@ def formatted(request: Request) -> tuple[Request, dict[str, Any]]:
         version = version_of(request.model)  # a name without a version is that of a new model
         schema = for_claude(wanted.schema) if version is None or version >= STRUCTURED_SINCE else None
     if not is_claude or schema is None:
-        request = told(request, wanted.schema)
+        request = with_schema_in_words(request, wanted.schema)
     return request, {} if schema is None else {"format": {"type": "json_schema", "schema": schema}}
 
 

@@ -44,7 +44,7 @@ from fluxibly.providers.dialects.encoding import (
 )
 from fluxibly.providers.dialects.errors import Report, class_of, error_of, error_of_response, excerpt
 from fluxibly.providers.dialects.json_values import as_array, as_count, as_object, as_text, read_json, sum_known
-from fluxibly.providers.dialects.schemas import Teller, for_claude, told
+from fluxibly.providers.dialects.schemas import SchemaLearner, for_claude, with_schema_in_words
 from fluxibly.types import (
     Chunk,
     ContentPart,
@@ -89,7 +89,7 @@ FINISH_REASONS = {
 
 
 @attrs.frozen
-class BedrockCodec(Teller):
+class BedrockCodec(SchemaLearner):
     """Codec for `POST /model/{model}/converse`, and for `/converse-stream` with its AWS event stream.
 
     `region` is that of the address; None if the address may lead anywhere.
@@ -109,7 +109,7 @@ class BedrockCodec(Teller):
                 f"expected a model in {self.region!r}, where the calls go, got an ARN in {found[1]!r}: set region",
             )
         path = f"/model/{quote(request.model, safe='', errors='replace')}/{'converse-stream' if stream else 'converse'}"
-        return Encoded(path, write_json(encode_body(self.retold(request)), request))
+        return Encoded(path, write_json(encode_body(self.with_known_form(request)), request))
 
     def decode(self, body: bytes, /) -> Response:
         raw = read_json(body)
@@ -741,7 +741,7 @@ def _format(request: Request) -> tuple[Request, dict[str, Any]]:
         return request, {}
     taken: Mapping[str, Any] | None = for_claude(wanted.schema) if "claude" in request.model else wanted.schema
     if taken is None:
-        return told(request, wanted.schema), {}
+        return with_schema_in_words(request, wanted.schema), {}
     schema: dict[str, Any] = {"schema": json_of(taken, request).decode()}
     schema |= {name: value for name in ("name", "description") if (value := getattr(wanted, name)) is not None}
     return request, {"textFormat": {"type": "json_schema", "structure": {"jsonSchema": schema}}}

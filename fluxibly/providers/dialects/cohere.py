@@ -53,7 +53,7 @@ from fluxibly.providers.dialects.errors import (
 from fluxibly.providers.dialects.json_values import as_array, as_count, as_object, as_text, read_json
 from fluxibly.providers.dialects.openai_parts import usage_of
 from fluxibly.providers.dialects.openai_request import function_of, image_of
-from fluxibly.providers.dialects.schemas import Teller
+from fluxibly.providers.dialects.schemas import SchemaLearner
 from fluxibly.types import (
     Audio,
     Chunk,
@@ -95,7 +95,7 @@ FAILURES: Final[Mapping[str, type[ProviderError]]] = {"ERROR": ServerError, "TIM
 
 
 @attrs.frozen
-class CohereCodec(Teller):
+class CohereCodec(SchemaLearner):
     """Codec for `POST /v2/chat`."""
 
     @property
@@ -103,7 +103,7 @@ class CohereCodec(Teller):
         return "sse"
 
     def encode(self, request: Request, /, *, stream: bool) -> Encoded:
-        return Encoded("/chat", write_json(encode_body(self.retold(request), stream=stream), request))
+        return Encoded("/chat", write_json(encode_body(self.with_known_form(request), stream=stream), request))
 
     def decode(self, body: bytes, /) -> Response:
         raw = read_json(body)

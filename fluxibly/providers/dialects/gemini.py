@@ -32,7 +32,7 @@ from fluxibly.providers.dialects.encoding import (
 )
 from fluxibly.providers.dialects.errors import error_of_event, error_of_payload, error_of_response, excerpt
 from fluxibly.providers.dialects.json_values import as_array, as_count, as_object, as_text, read_json, sum_known
-from fluxibly.providers.dialects.schemas import Teller, is_recursive, told
+from fluxibly.providers.dialects.schemas import SchemaLearner, is_recursive, with_schema_in_words
 from fluxibly.types import (
     Audio,
     Chunk,
@@ -97,7 +97,7 @@ FINISH_REASONS = {
 
 
 @attrs.frozen
-class GeminiCodec(Teller):
+class GeminiCodec(SchemaLearner):
     """Codec for `POST /models/{model}:generateContent`. It requests streams as server-sent events (`alt=sse`)."""
 
     @property
@@ -108,7 +108,7 @@ class GeminiCodec(Teller):
         model = request.model if "/" in request.model else f"models/{request.model}"
         method = "streamGenerateContent" if stream else "generateContent"
         query = "?alt=sse" if stream else ""
-        body = write_json(encode_body(self.retold(request)), request)
+        body = write_json(encode_body(self.with_known_form(request)), request)
         return Encoded(f"/{quote(model, errors='replace')}:{method}{query}", body)
 
     def decode(self, body: bytes, /) -> Response:
@@ -675,7 +675,7 @@ def _format(request: Request) -> tuple[Request, dict[str, Any]]:
     if not isinstance(wanted, SchemaFormat):
         return request, {"responseMimeType": "application/json" if wanted == "json" else "text/plain"}
     if _generation(request.model) < 2 or is_recursive(wanted.schema):
-        return told(request, wanted.schema), {"responseMimeType": "application/json"}
+        return with_schema_in_words(request, wanted.schema), {"responseMimeType": "application/json"}
     return request, {"responseMimeType": "application/json", "responseJsonSchema": wanted.schema}
 
 

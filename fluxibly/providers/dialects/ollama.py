@@ -35,7 +35,7 @@ from fluxibly.providers.dialects.encoding import (
 )
 from fluxibly.providers.dialects.errors import Report, error_of, excerpt, read_report
 from fluxibly.providers.dialects.json_values import as_array, as_count, as_object, as_text, read_json
-from fluxibly.providers.dialects.schemas import Teller
+from fluxibly.providers.dialects.schemas import SchemaLearner
 from fluxibly.types import Chunk, Image, Message, Part, Reasoning, Request, Response, Text, Tool, ToolCallDelta, Usage
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ _MISSING = re.compile(r"model ['\"]?([^'\"\s]+)['\"]? (?:not found|does not exis
 
 
 @attrs.frozen(kw_only=True)
-class OllamaCodec(Teller):
+class OllamaCodec(SchemaLearner):
     """Codec for `POST /api/chat`, or for `POST /api/generate`, which takes a single message and no tools."""
 
     endpoint: Literal["chat", "generate"] = attrs.field(
@@ -73,7 +73,7 @@ class OllamaCodec(Teller):
         return "ndjson"
 
     def encode(self, request: Request, /, *, stream: bool) -> Encoded:
-        body = encode_body(self.retold(request), stream=stream, chat=self.endpoint == "chat")
+        body = encode_body(self.with_known_form(request), stream=stream, chat=self.endpoint == "chat")
         return Encoded(f"/api/{self.endpoint}", write_json(body, request))
 
     def decode(self, body: bytes, /) -> Response:

@@ -52,7 +52,7 @@ from fluxibly.providers.dialects.openai_request import (
     max_tokens_name,
     refused_max_tokens_name,
 )
-from fluxibly.providers.dialects.schemas import Teller
+from fluxibly.providers.dialects.schemas import SchemaLearner
 from fluxibly.types import Chunk, Opaque, Part, Request, Response, Text, ToolCallDelta
 
 # Choices
@@ -701,7 +701,7 @@ def chunks_of(text: str, fields: dict[str, Any]) -> tuple[Chunk, ...]:
 
 
 @attrs.frozen
-class OpenAICodec(Teller):
+class OpenAICodec(SchemaLearner):
     """Codec for the chat completions of a service. `service` is its name in error messages."""
 
     quirks: Quirks = attrs.field(factory=Quirks)
@@ -720,7 +720,7 @@ class OpenAICodec(Teller):
             BadRequest: the service does not support a parameter, or a value cannot be written as JSON.
         """
         quirks = self._learned.get(request.model, self.quirks)
-        body = chat_body(self.retold(request), quirks, stream=stream, service=self.service)
+        body = chat_body(self.with_known_form(request), quirks, stream=stream, service=self.service)
         path = self.quirks.path
         if "{model}" in path:
             path = path.replace("{model}", quote(request.model, safe=""))
@@ -759,7 +759,7 @@ class OpenAICodec(Teller):
         """Remember the name under which a model takes `max_tokens`, or that it takes no schema; see `Learner`."""
         refused = refused_max_tokens_name(sent, error)
         if refused is None or request.max_tokens is None:  # `extra` has it, and would have it again
-            return Teller.learn(self, request, sent, error)
+            return SchemaLearner.learn(self, request, sent, error)
         quirks = self._learned.get(request.model, self.quirks)
         other: MaxTokensName = "max_tokens" if refused == "max_completion_tokens" else "max_completion_tokens"
         # Another call may have learned it since this one was sent.

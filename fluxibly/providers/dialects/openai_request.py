@@ -25,7 +25,7 @@ from fluxibly.providers.dialects.encoding import (
 )
 from fluxibly.providers.dialects.openai_parts import DIALECT
 from fluxibly.providers.dialects.openai_schema import named_schema
-from fluxibly.providers.dialects.schemas import told
+from fluxibly.providers.dialects.schemas import with_schema_in_words
 from fluxibly.types import Audio, Document, Image, Media, Message, Opaque, Reasoning, Request, Text, Tool, ToolCall
 
 _REASONING_MODEL: Final = re.compile(
@@ -89,7 +89,7 @@ def chat_body(request: Request, quirks: Quirks, *, stream: bool, service: str) -
     response_format = _response_format(request, quirks, service)
     wanted = format_of(request)
     if isinstance(wanted, SchemaFormat) and "schema" not in quirks.formats:
-        request = told(request, wanted.schema)
+        request = with_schema_in_words(request, wanted.schema)
     body: dict[str, Any] = {"model": request.model, "messages": _messages(request, quirks)}
     for name in ("temperature", "top_p", "frequency_penalty", "presence_penalty", "n", "reasoning_effort"):
         value = getattr(request, name)

@@ -35,7 +35,7 @@ from fluxibly.providers.dialects.json_values import as_array, as_object, as_text
 from fluxibly.providers.dialects.openai_parts import finish_reason_of, usage_of
 from fluxibly.providers.dialects.openai_request import MAX_LEARNED, Quirks, function_of, image_url, is_reasoning_model
 from fluxibly.providers.dialects.openai_schema import named_schema
-from fluxibly.providers.dialects.schemas import Teller
+from fluxibly.providers.dialects.schemas import SchemaLearner
 from fluxibly.types import (
     Chunk,
     ContentPart,
@@ -73,7 +73,7 @@ _FRAGMENTS: Final[Mapping[str, str]] = {
 
 
 @attrs.frozen
-class ResponsesCodec(Teller):
+class ResponsesCodec(SchemaLearner):
     """Codec for the Responses API. `service` is the server's name in error messages."""
 
     quirks: Quirks = attrs.field(factory=lambda: Quirks(path="/responses"))
@@ -91,7 +91,7 @@ class ResponsesCodec(Teller):
         Raises:
             BadRequest: the API does not support a parameter, or a value cannot be written as JSON.
         """
-        body = responses_body(self.retold(request), f"{self.service}'s Responses API")
+        body = responses_body(self.with_known_form(request), f"{self.service}'s Responses API")
         if request.model in self._not_reasoning:
             body.pop("include", None)
         if stream:
@@ -124,7 +124,7 @@ class ResponsesCodec(Teller):
         """Remember that a model has no encrypted reasoning, or takes no schema, if `error` says so; see `Learner`."""
         refused = error.status == 400 and "encrypted content" in str(error).lower() and _ENCRYPTED.encode() in sent
         if not refused or "include" in request.extra or not is_reasoning_model(request.model):
-            return Teller.learn(self, request, sent, error)
+            return SchemaLearner.learn(self, request, sent, error)
         if len(self._not_reasoning) >= MAX_LEARNED and request.model not in self._not_reasoning:
             return None
         self._not_reasoning.add(request.model)

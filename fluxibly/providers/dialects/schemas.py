@@ -1,4 +1,4 @@
-"""JSON Schemas for services that take only some of them, or none: narrowed, or told to the model in words."""
+"""JSON Schemas for services that take only some of them, or none: narrowed, or put into words for the model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _ABOUT_SCHEMAS: Final = re.compile(r"json.?schema|schema in format|grammar", re.
 _ABOUT_TOOLS: Final = re.compile(r"\btools?\b|\bfunctions?\b", re.IGNORECASE)
 
 
-def told(request: Request, schema: Mapping[str, Any]) -> Request:
+def with_schema_in_words(request: Request, schema: Mapping[str, Any]) -> Request:
     """Return a request that says in a system message what the answer has to be, and has no `response_format`.
 
     Raises:
@@ -42,8 +42,8 @@ def told(request: Request, schema: Mapping[str, Any]) -> Request:
 
 
 @attrs.frozen(kw_only=True)
-class Teller:
-    """The base of codecs that tell a model in words what the answer has to be, once its service has refused the schema.
+class SchemaLearner:
+    """The base of codecs that put a schema into words for the model, once its service has refused it.
 
     Services say nowhere which of their models take which schemas; only an error does.
     """
@@ -51,19 +51,19 @@ class Teller:
     _refused: set[tuple[str, str]] = attrs.field(factory=set[tuple[str, str]], init=False, repr=False, eq=False)
     """The models and their schemas."""
 
-    def retold(self, request: Request) -> Request:
-        """Return a request whose schema is told in words if the service has refused it before."""
+    def with_known_form(self, request: Request) -> Request:
+        """Return a request with its schema in words if the service has refused it before."""
         if not self._refused or not is_mapping(request.response_format):
             return request
         wanted = format_of(request)
         if isinstance(wanted, SchemaFormat) and _key(request, wanted) in self._refused:
-            return told(request, wanted.schema)
+            return with_schema_in_words(request, wanted.schema)
         return request
 
     def learn(self, request: Request, sent: bytes, error: ProviderError, /) -> str | None:
         """Remember that the service does not take a schema for a model, if `error` says so; see `Learner`.
 
-        A schema that the caller wants strictly is never told in words.
+        A schema that the caller wants strictly is never put into words.
         """
         message = str(error)  # only the service's own words count: the body may quote the prompt
         about_tools = bool(request.tools) and _ABOUT_TOOLS.search(message) is not None
@@ -134,7 +134,7 @@ class _NoForm(Exception):
 def for_claude(schema: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return a schema as Claude's structured outputs take it; None if they have no form for it.
 
-    Constraints on numbers, texts and the length of arrays, which the service refuses, are told in descriptions. Schemas that
+    Constraints on numbers, texts and the length of arrays, which the service refuses, go into descriptions. Schemas that
     hold themselves, objects with any properties, and values of any type have no form.
     """
     try:

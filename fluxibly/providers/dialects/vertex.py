@@ -21,7 +21,7 @@ from fluxibly.providers.dialects.encoding import bad_request, write_json
 from fluxibly.providers.dialects.errors import error_of_event, error_of_response
 from fluxibly.providers.dialects.gemini import GeminiCodec
 from fluxibly.providers.dialects.json_values import as_object, as_text, read_json
-from fluxibly.providers.dialects.schemas import Teller
+from fluxibly.providers.dialects.schemas import SchemaLearner
 from fluxibly.types import Chunk, Request, Response
 
 NAME = "Vertex AI"
@@ -39,7 +39,7 @@ _NOT_NAMES: Final = ("", ".", "..")
 
 
 @attrs.frozen
-class VertexCodec(Teller):
+class VertexCodec(SchemaLearner):
     """Codec for `:generateContent` of Google's models and of endpoints, and `:rawPredict` of Claude.
 
     Args:
@@ -58,7 +58,7 @@ class VertexCodec(Teller):
         return "sse"
 
     def encode(self, request: Request, /, *, stream: bool) -> Encoded:
-        path, request = self._path(request), self.retold(request)
+        path, request = self._path(request), self.with_known_form(request)
         if "/publishers/anthropic/" in path:
             body = {"anthropic_version": ANTHROPIC_VERSION, **anthropic.encode_body(request, stream=stream)}
             del body["model"]

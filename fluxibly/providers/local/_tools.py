@@ -119,7 +119,7 @@ def _moved(schema: Any, root: str) -> Any:
 
 _BEGINNING = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"arguments"\s*:\s*')
 _END = re.compile(r"\s*\}\s*\Z|\s+\Z")
-"""What may be the end of the object: the brace after the arguments."""
+"""The possible end of the object: the brace after the arguments."""
 
 
 class CallReader:
