@@ -105,4 +105,6 @@ class InlineThinking:
 
 def _begun(text: str, tag: str) -> int:
     """Return how many characters at the end of a text may begin the closing tag."""
+    if tag[0] not in text[1 - len(tag) :]:  # nearly always
+        return 0
     return next((n for n in range(len(tag) - 1, 0, -1) if text.endswith(tag[:n])), 0)
