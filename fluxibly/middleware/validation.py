@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import attrs
 
@@ -13,12 +13,20 @@ from fluxibly._logs import log, log_retry
 from fluxibly.errors import ConfigError, ResponseInvalid
 from fluxibly.flow import CallNext, Flow, hold_back
 from fluxibly.flow.relay import OutputWatch
+from fluxibly.functions import check_function, to_function
 from fluxibly.types import Message, Reasoning, Request, Response, Text
 
 if TYPE_CHECKING:
     from fluxibly._schemas.shapes import Shape
 
 EMPTY = "the answer is empty"
+
+
+Check: TypeAlias = Callable[[Response], str | None]
+
+
+def _to_check(value: Check | str | None) -> Check | None:
+    return to_function(value)
 
 
 @attrs.frozen(kw_only=True)
@@ -32,7 +40,7 @@ class Validation:
         empty: how to handle an answer with neither text nor tool calls: "warn" logs it, "raise" raises
             `ResponseInvalid`, "retry" asks again.
         check: a function that receives the response, and returns None if the response is good, or else a correction to
-            send to the model. An exception that it raises reaches the caller.
+            send to the model. An exception that it raises reaches the caller. In YAML, its registered name.
         schema: a JSON Schema that the text, parsed as JSON, must match (needs jsonschema), or a type whose instance it must
             make: an attrs class, a dataclass, a TypedDict, a msgspec Struct, a pydantic model, a list or a union of these.
             Numbers, strings and booleans are not converted to one another. A Markdown code fence around the JSON is ignored.
@@ -46,8 +54,8 @@ class Validation:
     empty: Literal["warn", "raise", "retry"] = attrs.field(
         default="warn", validator=validator(one_of, ("warn", "raise", "retry"))
     )
-    check: Callable[[Response], str | None] | None = attrs.field(
-        default=None, validator=attrs.validators.optional(attrs.validators.is_callable())
+    check: Check | None = attrs.field(
+        default=None, converter=_to_check, validator=attrs.validators.optional(validator(check_function))
     )
     schema: Any = attrs.field(default=None)
     max_retries: int = attrs.field(default=2, validator=validator(whole, 0))

@@ -13,7 +13,9 @@ from support.calling import REQUEST, call
 
 from fluxibly._schemas.shapes import shape_of
 from fluxibly.errors import ConfigError, ResponseInvalid, ServerError, StreamInterrupted, root_cause
+from fluxibly.functions import register_function
 from fluxibly.middleware import Retry, Validation
+from fluxibly.registry import make_middleware
 from fluxibly.testing import Delay
 from fluxibly.testing.modes import MODES
 from fluxibly.types import Chunk, Message, Response, ToolCall, ToolCallDelta
@@ -333,3 +335,12 @@ def test_the_response_is_otherwise_the_provider_s(mode):
     response = Response("3", finish_reason="stop", model="m-2", id="r1")
     got = call(mode, Validation(schema={"type": "integer"}), response).response
     assert (got.parsed, got.model, got.id, got.finish_reason) == (3, "m-2", "r1", "stop")
+
+
+def test_yaml_names_the_check():
+    """A configuration names a registered function."""
+    register_function("shorter_please", shorter, replace=True)
+    (layer,) = make_middleware([{"validation": {"check": "shorter_please"}}])
+    assert layer.check is shorter
+    with pytest.raises(ConfigError, match=r"validation\.check: function 'shorter_plea' not registered; did you mean"):
+        make_middleware([{"validation": {"check": "shorter_plea"}}])
