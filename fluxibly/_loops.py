@@ -60,30 +60,46 @@ def from_anywhere(callback: Callable[[], object]) -> Callable[[], None]:
     return call
 
 
-def run_to_end(function: Callable[[], Awaitable[T]]) -> T:
+def run_to_end(function: Callable[[], Awaitable[T]], seconds: float | None = None) -> T:
     """Run an async function to its end, for a caller that is not async, in an event loop of asyncio of its own.
 
     A thread runs one loop at a time. So if one runs here already, as in a notebook, the function runs in another thread.
     An exception that ends the wait, such as Ctrl-C, cancels the function.
+
+    Raises:
+        NotInTime: the function took longer than `seconds`, and was cancelled.
     """
     import asyncio  # late, as above
 
     if asyncio._get_running_loop() is None and trio_here() is None:  # documented for this purpose
         # With a factory, the loop that the caller may have set for this thread stays.
         with asyncio.Runner(loop_factory=asyncio.new_event_loop) as runner:
-            return runner.run(_awaited(function))
-    return _run_in_thread(function)
+            return runner.run(_awaited(function, seconds))
+    return _run_in_thread(function, seconds)
 
 
-async def _awaited(function: Callable[[], Awaitable[T]]) -> T:
+async def _awaited(function: Callable[[], Awaitable[T]], seconds: float | None) -> T:
     # The context may be that of a task of trio, and anyio then takes this loop for trio's.
     sniffio = sys.modules.get("sniffio")
     if sniffio is not None:
         sniffio.current_async_library_cvar.set("asyncio")  # in the context of this task alone
-    return await function()
+    if seconds is None:
+        return await function()
+    import asyncio
+
+    from fluxibly._threads import NotInTime
+
+    limit = asyncio.timeout(seconds)
+    try:
+        async with limit:
+            return await function()
+    except TimeoutError:
+        if limit.expired():
+            raise NotInTime from None
+        raise  # it is the function's own
 
 
-def _run_in_thread(function: Callable[[], Awaitable[T]]) -> T:
+def _run_in_thread(function: Callable[[], Awaitable[T]], seconds: float | None) -> T:
     import asyncio
     from concurrent.futures import Future
     from threading import Thread
@@ -99,7 +115,7 @@ def _run_in_thread(function: Callable[[], Awaitable[T]]) -> T:
 
     def run() -> None:
         try:
-            done.set_result(run_to_end(cancellable))
+            done.set_result(run_to_end(cancellable, seconds))
         except BaseException as error:  # noqa: BLE001  # it is raised where the result is awaited
             done.set_exception(error)
 

@@ -16,6 +16,7 @@ import trio
 import trio.lowlevel
 
 from fluxibly._loops import from_anywhere, run_to_end, trio_here
+from fluxibly._threads import NotInTime
 from fluxibly.testing.modes import run_async
 
 BACKENDS = pytest.mark.parametrize("backend", ["asyncio", "trio"])
@@ -157,4 +158,33 @@ class TestRunToEnd:
             monkeypatch.undo()
 
         run_async(task)
+        assert ended.wait(30)
+
+    @pytest.mark.parametrize("within", [False, True])
+    def test_a_limit(self, within):
+        """A function that takes longer is cancelled. Its own TimeoutError is its own."""
+        ended = threading.Event()
+
+        async def function():
+            try:
+                await anyio.sleep_forever()
+            finally:
+                ended.set()
+
+        async def impatient():
+            raise TimeoutError("its own")
+
+        async def task():
+            with pytest.raises(NotInTime):
+                run_to_end(function, 0.01)
+            with pytest.raises(TimeoutError, match="its own"):
+                run_to_end(impatient, 60)
+
+        if within:
+            run_async(task)
+        else:
+            with pytest.raises(NotInTime):
+                run_to_end(function, 0.01)
+            with pytest.raises(TimeoutError, match="its own"):
+                run_to_end(impatient, 60)
         assert ended.wait(30)

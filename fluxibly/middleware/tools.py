@@ -14,16 +14,19 @@ from fluxibly._checks import kind_of, one_of, truth, validator, whole
 from fluxibly._logs import log_decision
 from fluxibly._loops import run_to_end
 from fluxibly._masking import as_text
+from fluxibly._threads import NotInTime
 from fluxibly.errors import ConfigError, DeadlineExceeded, MaxTurnsExceeded, error_type
 from fluxibly.flow import CallNext, Flow, emit, gather, perform
 from fluxibly.flow.combinators import effects_of
+from fluxibly.flow.compose import deadline_exceeded
 from fluxibly.flow.relay import is_flow
 from fluxibly.flow.verbs import discard
 from fluxibly.functions import arity, check_function, find_function, to_function
+from fluxibly.limits import time_left
 from fluxibly.middleware._going_on import has_time
 from fluxibly.middleware._keys import whom
 from fluxibly.tools import BadArguments, FunctionTool, tool
-from fluxibly.types import Chunk, Content, Message, Request, Response, Tool, ToolCall, ToolRun, observers_of
+from fluxibly.types import CallRecord, Chunk, Content, Message, Request, Response, Tool, ToolCall, ToolRun, observers_of
 
 T = TypeVar("T")
 Verdict: TypeAlias = Generator[Any, Any, bool] | bool
@@ -237,9 +240,12 @@ class Tools:
         result: Message | None = None
         failure: BaseException | None = None
         try:
-            content = yield from _performed(_Work(chosen, arguments, runs))
+            content = yield from _performed(_Work(chosen, arguments, runs), request.call)
             result = Message.tool(content, call)
             return result
+        except NotInTime:
+            failure = deadline_exceeded(request.call, request.call.sent_model)
+            raise failure from None
         except Exception as error:
             failure = error
             if self.on_error == "raise" or (isinstance(error, DeadlineExceeded) and not has_time(request.call)):
@@ -310,15 +316,20 @@ class _Work:
             yield
 
 
-def _performed(work: _Work) -> Flow[Content]:
+def _performed(work: _Work, call: CallRecord) -> Flow[Content]:
     """Do the work, and return its result."""
     if work.chosen.is_async:
-        return (yield from perform(partial(run_to_end, work.arun), work.arun))
+        return (yield from perform(partial(_run_in_time, work.arun, call), work.arun))
     result = yield from perform(work.run)
     if isinstance(result, _Pending):
         rest = partial(work.arun, result)
-        return (yield from perform(partial(run_to_end, rest), rest))
+        return (yield from perform(partial(_run_in_time, rest, call), rest))
     return result
+
+
+def _run_in_time(function: Callable[[], Awaitable[T]], call: CallRecord) -> T:
+    """Run an async function in a sync pipeline, at most until the deadline of the call. (An async pipeline sees to it itself.)"""
+    return run_to_end(function, time_left(call.leash, call.clock))
 
 
 def _arity(approve: Callable[..., Any], takes: str) -> int:

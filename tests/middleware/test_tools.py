@@ -29,7 +29,7 @@ from fluxibly.errors import (
 )
 from fluxibly.flow import ask, emit, perform
 from fluxibly.middleware import Cache, Deadline, Fallback, Guard, Logging, Redact, Retry, Tools, Validation
-from fluxibly.pipeline import AsyncPipeline, Pipeline
+from fluxibly.pipeline import SYSTEM_CLOCK, AsyncPipeline, Pipeline
 from fluxibly.registry import make_middleware
 from fluxibly.testing import AsyncScriptedProvider, ScriptedProvider, VirtualClock, check_middleware
 from fluxibly.testing.modes import BACKENDS, MODES, run, run_async
@@ -356,6 +356,22 @@ class TestFailures:
             ran = run(mode, provider, [Deadline(5), Tools(function)], REQUEST, clock=clock)
             assert type(root_cause(ran.error)) is DeadlineExceeded
             assert len(provider.requests) == 1
+
+    def test_the_deadline_ends_an_async_function(self, mode):
+        """By the clock, in sync pipelines too; the function is cancelled, and its error is the caller's."""
+        ended = []
+
+        async def endless():
+            try:
+                await anyio.sleep_forever()
+            finally:
+                ended.append(True)
+
+        provider = scripted(mode, calling("endless"), "never")
+        ran = run(mode, provider, [Deadline(0.2), Tools(endless)], REQUEST, clock=SYSTEM_CLOCK)
+        assert type(root_cause(ran.error)) is DeadlineExceeded
+        assert ended == [True]
+        assert len(provider.requests) == 1
 
     def test_the_deadline_of_something_else(self, mode):
         """A function that has a deadline of its own fails like any other."""
