@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias, TypeVar, cast
 
 import attrs
@@ -382,6 +382,20 @@ def as_chunks(response: Response) -> list[Chunk]:
     fields = _fields(response)
     mark = [Chunk(added=fields.pop("added"))] if response.added else []
     return [*mark, *first, attrs.evolve(last, **fields)]
+
+
+def rewritten(
+    parts: Iterable[Part], take: Callable[[Chunk], Chunk | Sequence[Chunk]], rest: Callable[[], Sequence[Chunk]]
+) -> Response:
+    """Return the response of a message's parts as `take` changes their chunks, followed by what `rest` returns."""
+    answer = Aggregator()
+    for chunk in as_chunks(Response.from_parts(parts)):
+        pieces = take(chunk)
+        for piece in (pieces,) if isinstance(pieces, Chunk) else pieces:
+            answer.add(piece)
+    for piece in rest():
+        answer.add(piece)
+    return answer.response()
 
 
 def around_text(chunk: Chunk) -> tuple[dict[str, Any], dict[str, Any]]:

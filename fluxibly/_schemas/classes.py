@@ -26,6 +26,7 @@ from fluxibly._schemas.kinds import (
     name_of,
     resolved,
 )
+from fluxibly._schemas.references import with_references
 from fluxibly.errors import ConfigError
 
 EXPECTED = (
@@ -193,8 +194,13 @@ class _Describer:
         names: dict[str, str] = {}
         for name, each in inner.items():
             names[name] = name if self.defs.get(name) == each else self._name((key, name), name)
-        self.defs |= {new: _renamed(inner[old], names) for old, new in names.items()}
-        found: dict[str, Any] = _renamed(schema, names)
+
+        def renamed(ref: str) -> str:
+            name = ref.removeprefix(_REF)
+            return _REF + names.get(name, name) if ref.startswith(_REF) else ref
+
+        self.defs |= {new: with_references(inner[old], renamed) for old, new in names.items()}
+        found: dict[str, Any] = with_references(schema, renamed)
         if "properties" not in found:
             return found
         name = self._name(key, str(found.get("title") or "value"))
@@ -214,19 +220,6 @@ def _by_pydantic(kind: Any) -> dict[str, Any]:
     except pydantic.errors.PydanticUserError as error:
         reason = str(error).partition("\n")[0]
         raise ConfigError(f"{name_of(kind)} has no JSON Schema: {reason}") from None
-
-
-def _renamed(schema: Any, names: Mapping[str, str]) -> Any:
-    """Return a schema with its references to definitions renamed."""
-    if is_list(schema):
-        return [_renamed(each, names) for each in schema]
-    if not is_mapping(schema):
-        return schema
-    found: dict[str, Any] = {key: _renamed(value, names) for key, value in schema.items()}
-    ref: object = found.get("$ref")
-    if isinstance(ref, str) and ref.startswith(_REF):
-        found["$ref"] = _REF + names.get(ref.removeprefix(_REF), ref.removeprefix(_REF))
-    return found
 
 
 def _row(items: Sequence[dict[str, Any]], least: int | None = None) -> dict[str, Any]:

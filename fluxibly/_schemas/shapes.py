@@ -13,6 +13,7 @@ from fluxibly._checks import is_list, is_mapping
 from fluxibly._formats import SchemaFormat, output_format
 from fluxibly._schemas.checking import check_schema, checked
 from fluxibly._schemas.incomplete import NOTHING, value_of, value_so_far
+from fluxibly._schemas.references import with_references
 from fluxibly.errors import ConfigError
 
 VALUE = "value"
@@ -140,7 +141,7 @@ def _shape_of_schema(wanted: Mapping[str, Any]) -> Shape:
     read = partial(checked, schema)
     if schema.get("type") == "object" or schema is not wanted:
         return Shape(wanted, None, wanted, wrapped=False, read=read)
-    return Shape(wanted, None, _wrapped(_moved(schema)), wrapped=True, read=read)
+    return Shape(wanted, None, _wrapped(with_references(schema, _moved)), wrapped=True, read=read)
 
 
 def _shape_of_type(kind: object) -> Shape:
@@ -191,19 +192,10 @@ def _wrapped(schema: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _moved(schema: Any) -> Any:
-    """Return a schema for the property `value`: references to its root, or to a place in it, lead there."""
-    if is_list(schema):
-        return [_moved(each) for each in schema]
-    if not is_mapping(schema):
-        return schema
-    found: dict[str, Any] = {word: _moved(each) for word, each in schema.items()}
-    ref: object = found.get("$ref")
-    if ref == "#" or (
-        isinstance(ref, str) and ref.startswith("#/") and not ref.startswith(("#/$defs/", "#/definitions/"))
-    ):
-        found["$ref"] = f"#/properties/{VALUE}{str(ref)[1:]}"
-    return found
+def _moved(ref: str) -> str:
+    """Return a reference for the property `value`: one to the root, or to a place in it, leads there."""
+    inside = ref == "#" or (ref.startswith("#/") and not ref.startswith(("#/$defs/", "#/definitions/")))
+    return f"#/properties/{VALUE}{ref[1:]}" if inside else ref
 
 
 def _refers(schema: Any, name: str) -> bool:

@@ -11,7 +11,7 @@ import attrs
 from fluxibly._checks import validator, whole
 from fluxibly._logs import log_decision
 from fluxibly._merging import composed
-from fluxibly.aggregate import Aggregator, around_text, as_chunks
+from fluxibly.aggregate import Aggregator, around_text, as_chunks, rewritten
 from fluxibly.errors import BadRequest, ContextLengthExceeded, StreamInterrupted
 from fluxibly.flow import CallNext, Flow, emit, map_chunks
 from fluxibly.types import Chunk, Message, Prefill, Request, Response, Text, Usage
@@ -246,14 +246,9 @@ class _Seam:
         first, *others = added
         if first.role != "assistant":
             return (*added,)
-        seam, answer = _Seam(before, self.whole_echo), Aggregator()
-        for chunk in as_chunks(Response.from_parts(first.parts)):
-            pieces = seam.take(chunk)
-            for piece in (pieces,) if isinstance(pieces, Chunk) else pieces:
-                answer.add(piece)
-        for piece in seam.rest():
-            answer.add(piece)
-        return (attrs.evolve(_joined([*before, answer.response()], ()).message, name=first.name), *others)
+        seam = _Seam(before, self.whole_echo)
+        part = rewritten(first.parts, seam.take, seam.rest)
+        return (attrs.evolve(_joined([*before, part], ()).message, name=first.name), *others)
 
     def _let_go(self) -> str:
         """Return what is held back, which is no echo."""

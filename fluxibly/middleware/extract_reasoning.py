@@ -9,7 +9,7 @@ import attrs
 
 from fluxibly._checks import problem
 from fluxibly._inline_thinking import TAG, InlineThinking
-from fluxibly.aggregate import Aggregator, around_text, as_chunks
+from fluxibly.aggregate import around_text, rewritten
 from fluxibly.errors import ConfigError
 from fluxibly.flow import CallNext, Flow, map_chunks
 from fluxibly.types import Chunk, Message, Reasoning, Request, Response
@@ -116,14 +116,9 @@ class _Splitter:
         """Return a message of the conversation as it came in the stream."""
         if message.role != "assistant" or f"<{self.tag}>" not in message.text:
             return message
-        splitter, answer = _Splitter(self.tag), Aggregator()
-        for chunk in as_chunks(Response.from_parts(message.parts)):
-            pieces = splitter.take(chunk)
-            for piece in (pieces,) if isinstance(pieces, Chunk) else pieces:
-                answer.add(piece)
-        for piece in splitter.rest():
-            answer.add(piece)
-        return attrs.evolve(Message.assistant(answer.response()), name=message.name)
+        splitter = _Splitter(self.tag)
+        answer = rewritten(message.parts, splitter.take, splitter.rest)
+        return attrs.evolve(answer.message, name=message.name)
 
 
 def _split(inline: InlineThinking, chunk: Chunk) -> Sequence[Chunk]:

@@ -10,11 +10,12 @@ import json
 import re
 import secrets
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import attrs
 
-from fluxibly._checks import is_list, is_mapping
+from fluxibly._schemas.references import with_references
 from fluxibly.errors import BadRequest
 from fluxibly.types import Chunk, Request, Tool, ToolCallDelta
 
@@ -91,7 +92,10 @@ def tools_to_call(request: Request) -> Sequence[Tool]:
 
 def schema_of_call(tools: Sequence[Tool]) -> dict[str, Any]:
     """Return the JSON Schema of a call of one of the tools: an object with a name and arguments, in this order."""
-    definitions = {str(number): _moved(tool.parameters, f"#/$defs/{number}") for number, tool in enumerate(tools)}
+    definitions = {
+        str(number): with_references(tool.parameters, partial(_below, f"#/$defs/{number}"))
+        for number, tool in enumerate(tools)
+    }
     calls = [
         {
             "type": "object",
@@ -104,17 +108,9 @@ def schema_of_call(tools: Sequence[Tool]) -> dict[str, Any]:
     return {**(calls[0] if len(calls) == 1 else {"anyOf": calls}), "$defs": definitions}
 
 
-def _moved(schema: Any, root: str) -> Any:
-    """Return a schema that has become a part of another, with its references to itself."""
-    if is_list(schema):
-        return [_moved(each, root) for each in schema]
-    if not is_mapping(schema):
-        return schema
-    moved: dict[str, Any] = {word: _moved(value, root) for word, value in schema.items()}
-    ref: object = moved.get("$ref")
-    if isinstance(ref, str) and ref.startswith("#"):
-        moved["$ref"] = root + ref.removeprefix("#")
-    return moved
+def _below(root: str, ref: str) -> str:
+    """Return a reference within a schema that has become a part of another, at `root`."""
+    return root + ref[1:]
 
 
 _BEGINNING = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"arguments"\s*:\s*')
