@@ -1,0 +1,47 @@
+"""The commands that inspect the configuration and the installation: `explain`, `frameworks` and `doctor`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from fluxibly.cli.commands.app import app
+from fluxibly.cli.commands.options import ConfigFile, Framework, Model, config_of
+from fluxibly.cli.screen import Screen
+
+
+@app.command()
+def explain(
+    config: ConfigFile = None,
+    framework: Framework = None,
+    model: Model = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Fail if an order of the layers hurts.")] = False,
+    mermaid: Annotated[
+        bool, typer.Option("--mermaid", help="Print a flowchart in Mermaid's language instead.")
+    ] = False,
+) -> None:
+    """Print the stack that would run: what each layer does, the worst case of a call, and warnings of orders that hurt."""
+    from fluxibly.cli.inspect import explained
+
+    explanation = explained(config_of(config, framework, model))
+    screen = Screen()
+    screen.lines(explanation.mermaid() if mermaid else str(explanation))
+    if strict:
+        explanation.check()
+
+
+@app.command()
+def frameworks() -> None:
+    """List the registered frameworks: whether each is ready, and which package or key is missing."""
+    from fluxibly.cli.inspect import framework_rows
+
+    Screen().rows(framework_rows(), ("framework", "status", "to do"))
+
+
+@app.command()
+def doctor(config: ConfigFile = None, framework: Framework = None, model: Model = None) -> int:
+    """Check versions, keys and endpoints, and say how to fix problems."""
+    from fluxibly.cli.inspect import examine
+
+    return examine(Screen(), config_of(config, framework, model) if config or framework or model else None)
