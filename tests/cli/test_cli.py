@@ -250,7 +250,7 @@ def test_trace(tmp_path: Path) -> None:
     assert "chat echo" in result.stdout
     page = tmp_path / "page.html"
     result = fluxibly("trace", str(file), "--html", str(page))
-    assert (result.returncode, result.stdout) == (0, "")
+    assert (result.returncode, result.stdout) == (0, f"wrote {page}\n")
     assert "chat echo" in page.read_text()
 
 
