@@ -364,9 +364,10 @@ def test_texts_of_the_page_have_enough_contrast(scheme):
     colours = dict(re.findall(r"--(\w+): (#\w{6})", re.findall(r":root {(.*?)}", style, re.DOTALL)[scheme]))
     behind = ("paper", "card", "user", "assistant", "system", "tool", "wash")
     pairs = [(text, back) for text in ("ink", "soft") for back in behind] + [("failed", "card"), ("cancelled", "card")]
+    outcomes = ("completed", "failed", "abandoned", "cancelled", "stalled")
+    pairs += [(text, back) for text in ("accent", *outcomes) for back in ("card", "wash")] + [("accent", "paper")]
     assert {pair for pair in pairs if contrast(*(colours[name] for name in pair)) < 4.5} == set()
     on_badge = ("#ffffff", "#0f131a")[scheme]
-    outcomes = ("completed", "failed", "abandoned", "cancelled", "stalled")
     assert {name for name in outcomes if contrast(colours[name], on_badge) < 4.5} == set()
 
 

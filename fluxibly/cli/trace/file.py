@@ -208,8 +208,10 @@ def read(path: str | Path) -> TraceFile:
             if broken and (line.startswith(_HEAD) or (number == last and spans)):
                 cut += 1
                 continue
-            why = "it is no text" if isinstance(error, UnicodeDecodeError) else f"{type(error).__name__}: {error}"
-            raise ValueError(f"{path}, line {number}: this is not OTLP JSON ({why})") from error
+            text = not isinstance(error, UnicodeDecodeError)
+            why = f" ({type(error).__name__}: {error})" if text else ", nor text at all"
+            where = f"{path}, line {number}" if text else f"{path}"
+            raise ValueError(f"{where}: this is not OTLP JSON{why}") from error
     if not spans and cut:
         raise ValueError(f"{path} has no spans that are whole: the file is cut short; write it anew")
     if not spans:

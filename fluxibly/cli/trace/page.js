@@ -127,6 +127,7 @@
     sort();
     filter();
   });
+  document.querySelectorAll(".earlier[open]").forEach(copyEarlier);
   form.hidden = false;
   follow();
   sort();

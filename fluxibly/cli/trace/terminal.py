@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -159,8 +160,8 @@ class _Drawing:
             cells[-1] = self.glyphs.bar  # the chunks came in the last moment
         self.marked.update(cells)
         bar = Text(self.glyphs.idle * first, style="dim")
-        for cell in cells:
-            bar.append(cell, "red" if cell == self.glyphs.stall else colour)
+        for glyph, run in groupby(cells):
+            bar.append("".join(run), "red" if glyph == self.glyphs.stall else colour)
         return bar.append(self.glyphs.idle * (width - last), style="dim")
 
     def details(self, span: TracedSpan, guide: str) -> Iterator[Text]:
