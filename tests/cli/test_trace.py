@@ -18,7 +18,7 @@ from fluxibly.cli.trace import file as trace_file, html as trace_html, terminal 
 from fluxibly.cli.trace.conversation import readable
 from fluxibly.cli.trace.plot import plot, ticks
 from fluxibly.errors import Overloaded, ProviderError
-from fluxibly.flow import ask
+from fluxibly.flow import ask, sleep
 from fluxibly.middleware import Retry, StreamMeter, Tools, Tracing
 from fluxibly.pipeline import Pipeline
 from fluxibly.telemetry._file_exporter import OTLPFileSpanExporter
@@ -431,3 +431,27 @@ def test_json_that_is_nested_too_deeply_is_shown_as_it_is():
     for value in ("[" * 100_000 + "]" * 100_000, deep, json.dumps(deep)):
         assert readable(value).startswith("[[[[")
     assert readable({"a": ["b" * 60, "c" * 30]}).startswith('{\n  "a": [\n')
+
+
+def test_arrivals_count_from_the_beginning_of_the_span(tmp_path):
+    """What a layer outside of Tracing did before is in no span, so it is not before the first chunk either."""
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+
+    def slow(request, call_next):
+        yield from sleep(5)
+        return (yield from call_next(request))
+
+    path = tmp_path / "trace.jsonl"
+    provider = TracerProvider(shutdown_on_exit=False)
+    provider.add_span_processor(SimpleSpanProcessor(OTLPFileSpanExporter(path)))
+    clock = VirtualClock()
+    pipeline = Pipeline(
+        Remote([Delay(1), "a ", Delay(2), "b"], clock=clock), [slow, Tracing(tracer_provider=provider)], clock=clock
+    )
+    with pipeline.stream(Request(model="m-1", messages="Hi")) as stream:
+        assert [chunk.text for chunk in stream if chunk.text] == ["a ", "b"]
+    provider.shutdown()
+    (root,) = trace_file.read(path).roots
+    assert [point[0] for point in root.arrivals[:2]] == [1, 3]
+    assert root.first_chunk == 1

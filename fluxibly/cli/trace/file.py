@@ -109,7 +109,7 @@ class TracedSpan:
 
     @cached_property
     def arrivals(self) -> list[tuple[float, float, int]]:
-        """`semconv.STREAM_ARRIVALS`: seconds since the call began, seconds waited, and characters; in order of time."""
+        """`semconv.STREAM_ARRIVALS`: seconds since the span began, seconds waited, and characters; in order of time."""
         found = self.value(semconv.STREAM_ARRIVALS)
         points: list[tuple[float, float, int]] = []
         for each in found if is_list(found) else ():
