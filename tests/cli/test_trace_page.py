@@ -123,6 +123,18 @@ def test_the_same_question_again_is_shown(path):
     assert [fold["data-messages"] for fold in Page(page).all("details", **{"class": "earlier"})] == ["0-0"]
 
 
+def test_the_table_says_what_was_asked(path):
+    """The last question is in the table and on the folded card, also if it is in the fold of earlier messages."""
+    long = "Why is the sky blue? " * 20
+    write(path, span(gen_ai__input__messages=said(long), gen_ai__output__messages=answered("Let me look.")))
+    turns = [*json.loads(said(long, "Let me look.")), {"role": "tool", "parts": [{"type": "text", "content": "air"}]}]
+    write(path, span(at=200, gen_ai__input__messages=json.dumps(turns)))
+    page = html.render(path)
+    assert [row[1] for row in rows(page)] == [f"chat m{long[:90]}…"] * 2
+    assert page.count(f'<span class="about">{long[:90]}…</span>') == 2
+    assert page.count(long) == 1
+
+
 def test_a_message_that_was_cut_does_not_stand_for_the_whole(path):
     """The messages of another instrumentation's span, which are shortened, are not the history of one's own."""
     long = "word " * 1000

@@ -45,16 +45,15 @@ class Said:
     title: str
     parts: Sequence[Part]
 
-    @property
-    def line(self) -> str:
-        """The texts of the message, on one line."""
-        return one_line(" ".join(part.text for part in self.parts if part.kind == "text"))
-
 
 @attrs.frozen
 class Conversation:
-    """The messages of a call: the numbers of those that earlier calls have said, then the others."""
+    """The messages of a call: the numbers of those that earlier calls have said, then the others.
 
+    `question` is the text of the last message of a user, on one line, also if an earlier call has said it.
+    """
+
+    question: str
     earlier: Sequence[int]
     asked: Sequence[Said]
     answers: Sequence[Said]
@@ -105,7 +104,7 @@ class History:
             self._say(answer, _digest(digest, answer), span, number, len(answers))
             for number, answer in enumerate(answers, 1)
         ]
-        return Conversation(earlier, questions, choices)
+        return Conversation(_question(asked), earlier, questions, choices)
 
     def _ask(self, message: Json, digest: bytes, span: TracedSpan, asked: list[Said], earlier: list[int]) -> None:
         """Add a message to those that are shown, or its number to those that were shown `earlier`."""
@@ -120,6 +119,15 @@ class History:
         self._numbers.setdefault(digest, number)
         which = f"choice {choice} of {choices}" if choices > 1 else ""
         return _said(number, message, span, self._tools, which)
+
+
+def _question(asked: Sequence[Json]) -> str:
+    for message in reversed(asked):
+        if message.get("role") == "user":
+            return one_line(
+                " ".join(_text(part.get("content")) for part in _parts(message) if part.get("type") == "text")
+            )
+    return ""
 
 
 def _captured(span: TracedSpan) -> tuple[list[Json], list[Json], list[Json]]:

@@ -12,7 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from fluxibly.cli.trace.card import card
-from fluxibly.cli.trace.conversation import HOW_TO_CAPTURE, Conversation, History
+from fluxibly.cli.trace.conversation import HOW_TO_CAPTURE, History
 from fluxibly.cli.trace.facts import UNKNOWN, Entry, entries, is_call, money
 from fluxibly.cli.trace.file import TracedSpan, TraceFile, duration, read
 from fluxibly.cli.trace.table import Row, table
@@ -39,7 +39,8 @@ def render(path: str | Path) -> str:
     }
     calls = [entry.span for entry in found if is_call(entry.span)]
     silent = sum(id(call) not in said for call in calls)
-    rows = {id(entry.span): Row(entry, _asked(said.get(id(entry.span)))) for entry in found}
+    questions = {key: conversation.question for key, conversation in said.items()}
+    rows = {id(entry.span): Row(entry, questions.get(id(entry.span), "")) for entry in found}
     cards = "".join(
         card(root, rows, said, unfolded=place < UNFOLDED, capture=bool(silent)) for place, root in enumerate(file.roots)
     )
@@ -74,12 +75,6 @@ def _when(file: TraceFile) -> str:
         return when
     lines = "1 line is" if file.cut == 1 else f"{file.cut} lines are"
     return f"{when}; {lines} cut short in the file, and left out"
-
-
-def _asked(conversation: Conversation | None) -> str:
-    """Return the last question of a call, on one line."""
-    asked = [] if conversation is None else [message.line for message in conversation.asked if message.role == "user"]
-    return asked[-1] if asked else ""
 
 
 def _totals(found: Sequence[Entry]) -> str:
