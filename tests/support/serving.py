@@ -1,0 +1,96 @@
+"""ASGI applications behind a real uvicorn, in a thread of this process, and a provider whose streams never end."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import uvicorn
+
+from fluxibly.types import Chunk, ProviderInfo, Request, Response
+
+
+@contextmanager
+def served(application: Any) -> Iterator[str]:
+    """Serve an ASGI application. The value is its address, without a path."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    config = uvicorn.Config(
+        application,
+        loop="asyncio",
+        http="h11",
+        ws="none",
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=1,
+    )
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(10)
+        listener.close()
+    assert not thread.is_alive()
+
+
+class Endless:
+    """An async provider that says `first`, and then nothing, until its stream is closed."""
+
+    info = ProviderInfo(name="Endless", framework="endless", telemetry_name="endless")
+
+    def __init__(self, *first: str | Chunk) -> None:
+        self.first = first
+        self.opened = threading.Event()
+        self.closed = threading.Event()
+
+    async def complete(self, request: Request) -> Response:
+        import anyio
+
+        self.opened.set()
+        try:
+            await anyio.sleep_forever()
+        finally:
+            self.closed.set()
+        raise AssertionError
+
+    async def stream(self, request: Request) -> AsyncIterator[Chunk]:
+        import anyio
+
+        self.opened.set()
+        try:
+            for piece in self.first:
+                yield Chunk(piece) if isinstance(piece, str) else piece
+            await anyio.sleep_forever()
+        finally:
+            self.closed.set()
+
+
+class Outcomes:
+    """A middleware that notes how each call ended: the class of the exception, or "completed"."""
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+
+    def __call__(self, request: Request, call_next: Callable[[Request], Any]) -> Any:
+        from fluxibly.errors import outcome_of
+
+        try:
+            response = yield from call_next(request)
+        except BaseException as error:
+            self.seen.append(outcome_of(error))
+            raise
+        self.seen.append("completed")
+        return response
+
+    def within(self, seconds: float) -> list[str]:
+        """Return the outcomes, once there are any."""
+        end = time.monotonic() + seconds
+        while not self.seen and time.monotonic() < end:
+            time.sleep(0.005)
+        return self.seen
