@@ -97,6 +97,11 @@ class Events:
         self._reader: Task[Any] | None = None
         self._over = False
 
+    @property
+    def request(self) -> Request:
+        """The request of the stream."""
+        return request_of(self._stream)
+
     async def begin(self) -> Self:
         """Wait until the answer begins, and return the events. A handler that awaits this can answer an error with a status::
 
@@ -160,7 +165,7 @@ class Events:
             self._ready += self._writer.finish(self._stream.response)
         except Exception as error:  # noqa: BLE001  # whatever it is, the client must not wait for more
             self._over = True
-            self._ready += self._writer.fail(error, request_of(self._stream))
+            self._ready += self._writer.fail(error, self.request)
             await self._stream.aclose()  # it is open if its events could not be written
             return error
         return None
@@ -238,7 +243,12 @@ class _OpenAI:
         yield _event("[DONE]")
 
     def fail(self, error: Exception, request: Request) -> Iterator[bytes]:
-        yield _event(_json(openai_error(error, request)), "error")
+        yield openai_event(openai_error(error, request))
+
+
+def openai_event(error: Mapping[str, Any]) -> bytes:
+    """Return the event of an error in OpenAI's shape."""
+    return _event(_json(error), "error")
 
 
 def openai_error(error: BaseException, request: Request) -> dict[str, Any]:

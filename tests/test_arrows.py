@@ -41,6 +41,7 @@ ROOMS = {
     "explain": "explain",
     "testing": "testing",
     "sse": "sse",
+    "serve": "serve",
     "cli": "cli",
     "providers.services": "services",
     "providers.dialects": "dialects",
@@ -83,6 +84,7 @@ ARROWS = {
     "llm": {"pipeline", "stream", "registry", "explain", "target", "config", "flow", *BASE},
     "testing": {"pipeline", "stream", "flow", "drivers", "dialects", "middleware", *BASE},
     "sse": {"stream", "dialects", *BASE},
+    "serve": {"llm", "pipeline", "sse", "dialects", "flow", *BASE},
     "cli": set(ROOMS.values()),
 }
 """The rooms that a room may import from, besides itself."""
