@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import socket
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import openai
 import pytest
-from support.serving import Endless, Outcomes, served
+from support.serving import Endless, Outcomes, served, sharing
 
 import fluxibly
 from fluxibly import AsyncPipeline, Image, Message, Pipeline, ProviderError, Request, Tool, Usage
@@ -21,6 +22,13 @@ from fluxibly.types import Chunk, Response, ToolCall, ToolCallDelta
 
 pytestmark = pytest.mark.anyio
 ASKED = "the quick brown fox jumps over it"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_server() -> Iterator[None]:
+    """All tests share a server, but not the application behind it."""
+    with sharing():
+        yield
 
 
 def stream_of(*answers: Any, middleware: Any = (), **options: Any) -> Any:

@@ -41,5 +41,5 @@ def serve(
         logger = logging.getLogger(name)
         logger.propagate = False
         logger.handlers[:] = logging.getLogger("fluxibly").handlers
-    say(f"fluxibly: listening at {address.url} (base_url={address.url}/v1); Ctrl-C ends it")
-    run(app, address)
+    line = f"fluxibly: listening at {address.url} (base_url={address.url}/v1); Ctrl-C ends it"
+    run(app, address, started=lambda: say(line))

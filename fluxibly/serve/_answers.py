@@ -169,7 +169,8 @@ class Streamed(_Answer):
             except anyio.get_cancelled_exc_class():
                 if body.begun and not scope.cancel_called:  # the client is still there
                     with anyio.move_on_after(SHUTDOWN_TIME, shield=True):
-                        await body.put(sse.openai_event(error_body("the server is ending", "server_error", "shutdown")))
+                        told = error_body("the server is ending", "server_error", "shutdown")
+                        await body.put(sse.openai_event(told), more=False)
                 raise
             finally:
                 group.cancel_scope.cancel()

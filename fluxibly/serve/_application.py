@@ -7,8 +7,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 from fluxibly.llm import AsyncLLM
-from fluxibly.providers.dialects.openai_answers import error_body
-from fluxibly.serve._answers import KEEP_ALIVE, Streamed, Whole, json_response, note_call, refusal
+from fluxibly.serve._answers import KEEP_ALIVE, Streamed, Whole, json_response, note_call
 from fluxibly.serve._gate import Gate
 from fluxibly.serve._requests import Refused, Settings, body_of, read, wrong
 
@@ -40,28 +39,26 @@ def application(
             otherwise, or refused where the answer would mislead.
         keep_alive: seconds of silence after which a stream sends a comment, so that no proxy ends the connection.
     """
-    from starlette.applications import Starlette
-    from starlette.exceptions import HTTPException
-    from starlette.routing import Route
+    from starlette.routing import Route, Router
 
     routes = _Routes(llm, Settings(tuple(models), pass_extra), keep_alive)
 
     @asynccontextmanager
-    async def lifespan(_: Starlette) -> AsyncGenerator[None]:
+    async def lifespan(_: object) -> AsyncGenerator[None]:
         async with llm:
             yield
 
-    app = Starlette(
-        routes=[
+    # Not an application of Starlette's, whose own answers to errors would come before those of the gate.
+    router = Router(
+        [
             Route("/v1/chat/completions", routes.complete, methods=["POST"]),
             Route("/v1/models", routes.models, methods=["GET"]),
             Route("/v1/models/{model:path}", routes.model, methods=["GET"]),
         ],
-        exception_handlers={Refused: _refused, HTTPException: _no_route},
+        redirect_slashes=False,
         lifespan=lifespan,
     )
-    app.router.redirect_slashes = False
-    return Gate(app, token, hosts)
+    return Gate(router, token, hosts)
 
 
 class _Routes:
@@ -112,17 +109,3 @@ def _context_of(http: HTTPRequest) -> Context | None:
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
     return TraceContextTextMapPropagator().extract(headers)
-
-
-async def _refused(_: HTTPRequest, error: Exception) -> Any:
-    assert isinstance(error, Refused)  # noqa: S101  # Starlette knows handlers of any exception only
-    return refusal(error)
-
-
-async def _no_route(_: HTTPRequest, error: Exception) -> Any:
-    status = getattr(error, "status_code", 404)
-    what = "expected another method for this path" if status == 405 else "expected /v1/chat/completions or /v1/models"
-    body = error_body(
-        f"{what}, got this one" if status == 405 else f"{what}, got another path", "invalid_request_error"
-    )
-    return json_response(body, status, getattr(error, "headers", None))

@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Collection
 from hmac import compare_digest
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fluxibly._logs import log, one_line
 from fluxibly.providers.dialects.openai_answers import INTERNAL, error_body
@@ -14,6 +14,7 @@ from fluxibly.serve._answers import json_response, refusal
 from fluxibly.serve._requests import Refused
 
 if TYPE_CHECKING:
+    from starlette.exceptions import HTTPException
     from starlette.types import ASGIApp, Message as Event, Receive, Scope, Send
 
 LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
@@ -39,6 +40,7 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        from starlette.exceptions import HTTPException
         from starlette.requests import ClientDisconnect
 
         status = 0
@@ -53,7 +55,10 @@ class Gate:
         try:
             try:
                 self._check(scope)
-                await self._app(scope, receive, watched)
+                # With an "app", a router raises its refusals, and does not answer them in words of its own.
+                await self._app({**scope, "app": self}, receive, watched)
+            except HTTPException as error:
+                await _no_route(error)(scope, receive, watched)
             except Refused as refused:
                 await refusal(refused)(scope, receive, watched)
             except ClientDisconnect:
@@ -89,6 +94,12 @@ class Gate:
                     code="invalid_api_key",
                     headers={"www-authenticate": "Bearer"},
                 )
+
+
+def _no_route(error: HTTPException) -> Any:
+    what = "method for this path" if error.status_code == 405 else "path: /v1/chat/completions or /v1/models"
+    body = error_body(f"expected another {what}", "invalid_request_error")
+    return json_response(body, error.status_code, error.headers)
 
 
 def _name_of(host: str) -> str:

@@ -148,6 +148,8 @@ def _asked(fields: Reader, settings: Settings) -> Asked:
     messages = fields.items("messages")
     if not messages:
         raise ValueError("messages: expected a list of messages, got nothing")
+    for number, message in enumerate(messages):
+        Reader(message, f"messages[{number}]")  # which refuses what is no mapping
     overrides = {name: value for name in _PASSED if (value := fields.value(name)) is not None}
     overrides |= _model(fields, settings)
     limits = [fields.value(name) for name in ("max_completion_tokens", "max_tokens")]

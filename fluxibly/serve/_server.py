@@ -6,7 +6,7 @@ import ipaddress
 import logging
 import signal
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import attrs
@@ -100,13 +100,20 @@ def _reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error)
 
 
-def run(app: ASGIApp, address: Address) -> None:
+def run(app: ASGIApp, address: Address, started: Callable[[], object]) -> None:
     """Serve an application until Ctrl-C or SIGTERM. Answers under way get `GRACE` seconds; a second Ctrl-C gives them none.
+
+    `started` is called when requests are answered and signals end the server.
 
     Raises:
         KeyboardInterrupt: Ctrl-C has ended the server.
     """
     import uvicorn
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            started()
 
     config = uvicorn.Config(
         app,
@@ -123,7 +130,7 @@ def run(app: ASGIApp, address: Address) -> None:
     # When uvicorn has ended, it sends itself the signal again, and SIGTERM would leave no time to export spans.
     before = signal.signal(signal.SIGTERM, _nothing)
     try:
-        uvicorn.Server(config).run(list(address.sockets))
+        Server(config).run(list(address.sockets))
     finally:
         signal.signal(signal.SIGTERM, before)
         address.close()

@@ -14,15 +14,48 @@ import uvicorn
 from fluxibly.types import Chunk, ProviderInfo, Request, Response
 
 
+class Switch:
+    """An ASGI application that is another one, at each time."""
+
+    def __init__(self) -> None:
+        self.now: Any = None
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http":
+            await self.now(scope, receive, send)
+
+
+_shared: list[tuple[Switch, str]] = []
+"""The server that tests share while `sharing` is entered: to start and end one takes half a second."""
+
+
 @contextmanager
-def served(application: Any) -> Iterator[str]:
+def sharing() -> Iterator[None]:
+    """Start a server that `served` uses from now on."""
+    switch = Switch()
+    with served(switch, lifespan="off") as url:
+        _shared.append((switch, url))
+        try:
+            yield
+        finally:
+            _shared.clear()
+
+
+@contextmanager
+def served(application: Any, *, lifespan: Any = "auto") -> Iterator[str]:
     """Serve an ASGI application. The value is its address, without a path."""
+    if _shared:
+        switch, url = _shared[0]
+        switch.now = application
+        yield url
+        return
     listener = socket.create_server(("127.0.0.1", 0))
     config = uvicorn.Config(
         application,
         loop="asyncio",
         http="h11",
         ws="none",
+        lifespan=lifespan,
         log_config=None,
         access_log=False,
         timeout_graceful_shutdown=1,
