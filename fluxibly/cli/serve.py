@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from fluxibly.llm import AsyncLLM
 from fluxibly.providers.local import model_path
-from fluxibly.serve import application, listen, run
+from fluxibly.serve import application
+from fluxibly.serve._server import listen, run
 
 if TYPE_CHECKING:
     from fluxibly.config import LLMConfig

@@ -5,6 +5,5 @@ and `_server` runs uvicorn. It needs the extra `serve`.
 """
 
 from fluxibly.serve._application import application
-from fluxibly.serve._server import Address, listen, run
 
-__all__ = ["Address", "application", "listen", "run"]
+__all__ = ["application"]
