@@ -42,5 +42,5 @@ def serve(
         logger = logging.getLogger(name)
         logger.propagate = False
         logger.handlers[:] = logging.getLogger("fluxibly").handlers
-    line = f"fluxibly: listening at {address.url} (base_url={address.url}/v1); Ctrl-C ends it"
+    line = f"listening at {address.url}, base_url={address.url}/v1"
     run(app, address, started=lambda: say(line))

@@ -42,9 +42,9 @@ def sharing() -> Iterator[None]:
 
 
 @contextmanager
-def served(application: Any, *, lifespan: Any = "auto") -> Iterator[str]:
-    """Serve an ASGI application. The value is its address, without a path."""
-    if _shared:
+def served(application: Any, *, lifespan: Any = "auto", alone: bool = False) -> Iterator[str]:
+    """Serve an ASGI application. The value is its address, without a path. `alone` does not use the shared server."""
+    if _shared and not alone:
         switch, url = _shared[0]
         switch.now = application
         yield url

@@ -33,7 +33,7 @@ def serve(  # noqa: PLR0917  # typer reads the options from the parameters
     ] = None,
     models: Annotated[
         str | None,
-        typer.Option(metavar="A,B", help="The models that requests may name; by default it makes no difference."),
+        typer.Option(metavar="A,B", help="The models that requests may name; by default theirs is ignored."),
     ] = None,
     pass_extra: Annotated[
         bool, typer.Option("--pass-extra", help="Pass unknown parameters of requests on to the service.")
