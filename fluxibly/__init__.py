@@ -61,7 +61,7 @@ _NAMES = {
     "types": "Audio Chunk Document Image Message Request Response Restart StreamStats Tool ToolCall Usage",
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names.split()}
-_ROOMS = {"errors", "flow", "middleware", "providers", "stores", "telemetry", "testing"}
+_ROOMS = {"errors", "flow", "middleware", "providers", "sse", "stores", "telemetry", "testing"}
 """Modules that users work with: `fluxibly.errors.NotFound` needs no import of its own, and completion shows them."""
 _MODULES = {*_NAMES, *_ROOMS, "aggregate", "calls", "limits", "messages", "parts", "stream"}
 

@@ -19,6 +19,7 @@ EXTRAS: Final[Mapping[str, tuple[str, ...]]] = {
     "schema": ("jsonschema",),
     "brotli": ("brotli",),
     "prices": ("genai-prices",),
+    "serve": ("starlette", "uvicorn"),
 }
 
 

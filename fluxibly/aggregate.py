@@ -61,6 +61,21 @@ def continued_call(calls: Sequence[_C], delta: ToolCallDelta) -> _C | None:
     return None
 
 
+class CallNumbers:
+    """The numbers of a stream's tool calls, from 0, for those who join the fragments of a call by number alone."""
+
+    def __init__(self) -> None:
+        self._calls: list[ToolCallDelta] = []
+
+    def of(self, delta: ToolCallDelta) -> int:
+        """Return the number of the call that a fragment begins or continues."""
+        call = continued_call(self._calls, delta)
+        if call is None:
+            self._calls.append(delta)
+            return len(self._calls) - 1
+        return next(number for number, begun in enumerate(self._calls) if begun is call)
+
+
 class _Thought:
     """Reasoning in progress. `end` is the number of texts before the next piece, if that piece continues it."""
 

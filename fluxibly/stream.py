@@ -16,7 +16,7 @@ from fluxibly._drivers.streams import (
     is_occupied,
 )
 from fluxibly._loops import trio_here
-from fluxibly.types import Chunk, Response, Restart
+from fluxibly.types import Chunk, Request, Response, Restart
 
 if TYPE_CHECKING:
     from typing import Self
@@ -193,6 +193,11 @@ class AsyncStream(Generic[Event]):
                     yield event.text
         finally:
             await self.aclose()
+
+
+def request_of(stream: Stream[Any] | AsyncStream[Any]) -> Request:
+    """Return the request of a stream, as its outermost layer got it."""
+    return stream._driver.request  # pyright: ignore[reportPrivateUsage]  # the handles of this module are thin
 
 
 def _partial_parsed(driver: StreamDriver) -> Any:

@@ -41,6 +41,8 @@ ROOMS = {
     "llm": "llm",
     "explain": "explain",
     "testing": "testing",
+    "sse": "sse",
+    "serve": "serve",
     "cli": "cli",
     "providers.services": "services",
     "providers.dialects": "dialects",
@@ -83,6 +85,8 @@ ARROWS = {
     "conversation": {"pipeline", "stream", "drivers", *BASE},
     "llm": {"conversation", "pipeline", "stream", "registry", "explain", "target", "config", "flow", *BASE},
     "testing": {"pipeline", "stream", "flow", "drivers", "dialects", "middleware", *BASE},
+    "sse": {"stream", "dialects", *BASE},
+    "serve": {"llm", "pipeline", "sse", "dialects", "flow", *BASE},
     "cli": set(ROOMS.values()),
 }
 """The rooms that a room may import from, besides itself."""
@@ -231,7 +235,7 @@ class TestExports:
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         before, after = map(set, map(str.split, done.stdout.splitlines()))
         shown = {name for name in before if not name.startswith("__")}
-        assert shown == {*PUBLIC, "errors", "flow", "middleware", "providers", "stores", "telemetry", "testing"}
+        assert shown == {*PUBLIC, "errors", "flow", "middleware", "providers", "sse", "stores", "telemetry", "testing"}
         assert after == before
         assert "__version__" in before
 

@@ -28,7 +28,9 @@ def _extras_of(arguments: list[str]) -> list[str]:
     """Return the extras that a command needs. Options are matched by name only, because their parser is missing."""
     given = {argument.partition("=")[0] for argument in arguments}
     extras = ["cli"]
-    if arguments[:1] == ["chat"]:
+    if arguments[:1] == ["serve"]:
+        extras.append("serve")
+    if arguments[:1] in (["chat"], ["serve"]):
         if not given & {"--framework", "--config"}:
             extras.append("local")
         if given & {"--trace", "--otlp"}:

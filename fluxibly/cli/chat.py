@@ -217,7 +217,7 @@ def recorder(file: Path | None = None, otlp: str | None = None, *, keep: bool = 
         return _NoRecorder()
     from fluxibly.cli.spans import SDKRecorder
 
-    return SDKRecorder(file, otlp)
+    return SDKRecorder(file, otlp, keep=keep)
 
 
 def _sdk_installed() -> bool:

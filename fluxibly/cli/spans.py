@@ -28,10 +28,11 @@ REASON = 200
 class SDKRecorder:
     """A recorder of the spans of this process. See `recorder` for the arguments."""
 
-    def __init__(self, file: Path | None, otlp: str | None) -> None:
+    def __init__(self, file: Path | None, otlp: str | None, *, keep: bool = True) -> None:
         self._memory = InMemorySpanExporter()
         self._provider = TracerProvider(resource=Resource.create({"service.name": "fluxibly"}))
-        self._provider.add_span_processor(SimpleSpanProcessor(self._memory))
+        if keep:
+            self._provider.add_span_processor(SimpleSpanProcessor(self._memory))
         if file is not None:
             self._provider.add_span_processor(SimpleSpanProcessor(_to_file(file)))
         self._otlp = _Watched(_endpoint(otlp)) if otlp is not None else None

@@ -23,6 +23,7 @@ from langchain_core.utils.function_calling import convert_to_json_schema, conver
 from pydantic import BaseModel
 
 from fluxibly._checks import kind_of, problem
+from fluxibly.aggregate import CallNumbers
 from fluxibly.providers.dialects.encoding import media_data
 from fluxibly.providers.langchain._blocks import parts_of
 from fluxibly.types import (
@@ -39,7 +40,6 @@ from fluxibly.types import (
     Role,
     Text,
     ToolCall,
-    ToolCallDelta,
     Usage,
 )
 
@@ -222,26 +222,6 @@ def end_of_stream(response: Response) -> AIMessageChunk:
         usage_metadata=_usage(response.usage),
         chunk_position="last",
     )
-
-
-class CallNumbers:
-    """The numbers of a stream's tool calls, from 0. LangChain joins the fragments of a call by number alone."""
-
-    def __init__(self) -> None:
-        self._calls: list[ToolCallDelta] = []
-
-    def of(self, delta: ToolCallDelta) -> int:
-        """Return the number of the call that a fragment begins or continues."""
-        begins = bool(delta.name and delta.id)
-        for number in range(len(self._calls) - 1, -1, -1):
-            call = self._calls[number]
-            if delta.index is not None:
-                if call.index == delta.index and not (begins and call.id and call.id != delta.id):
-                    return number
-            elif (delta.id and call.id == delta.id) or (not delta.id and not delta.name):
-                return number
-        self._calls.append(delta)
-        return len(self._calls) - 1
 
 
 def _readable(reasoning: str) -> dict[str, Any]:
