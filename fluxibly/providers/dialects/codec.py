@@ -9,6 +9,7 @@ import attrs
 import msgspec
 
 from fluxibly.errors import ProviderError
+from fluxibly.providers.dialects.model_lists import ModelList
 from fluxibly.types import Chunk, Prefill, Request, Response
 
 Framing: TypeAlias = Literal["sse", "ndjson", "aws"]
@@ -74,6 +75,8 @@ class Service:
     """Sent with every request."""
     prefill: Prefill | None = None
     """How the service goes on with an assistant's message that ends a request."""
+    lists: tuple[ModelList, ...] = ()
+    """The lists of its models; none if the service has none."""
 
 
 class Codec(Protocol):
