@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from fluxibly.cli.environment import source_of
 from fluxibly.cli.findings import Finding, Standing, show_section, show_to_do
 from fluxibly.explain import Explanation, explain
+from fluxibly.providers.services import SERVICES
 from fluxibly.registry import find_framework, frameworks, make_middleware, plugins
 
 if TYPE_CHECKING:
@@ -69,7 +70,13 @@ def broken_plugins(others: Iterable[Plugin]) -> dict[str, str]:
 
 def missing_of(framework: Framework) -> str | None:
     """Return the step that is needed before a framework can be used, or None."""
-    return framework.missing_key if framework.installed else framework.to_install
+    if not framework.installed:
+        return framework.to_install
+    row = SERVICES.get(framework.name)
+    needs_address = row is not None and row.base_url is None and framework.url_var is not None
+    if needs_address and not os.environ.get(framework.url_var or ""):
+        return " and ".join(filter(None, (framework.missing_key, f"set {framework.url_var}")))
+    return framework.missing_key
 
 
 def is_mentioned(framework: Framework) -> bool:

@@ -161,18 +161,20 @@ def _as_json(offer: Offer) -> dict[str, object]:
 
 
 def _show(screen: Screen, offer: Offer) -> Offer:
-    """Print the models of an offer, each as the options `--model` take it."""
+    """Print the models of an offer, each as the option `--model` takes it."""
     for index, model in enumerate(offer.models):
         name = printable(f"{offer.provider}:{model}")
         # A person pastes it into a shell; a program passes it on as it is.
         screen.line(shlex.quote(name) if screen.live else name, offer.notes[index] if offer.notes else "")
-    if offer.state == "failed":
-        screen.aside(f"fluxibly: {offer.provider}: {offer.problem}", "yellow")
     return offer
 
 
 def _show_rest(screen: Screen, offers: list[Offer], query: str) -> None:
-    """Tell a person what is not listed, and why."""
+    """Tell which services failed, and a person also what else is not listed."""
+    for offer in offers:
+        if offer.state == "failed":
+            named = offer.problem.lower().startswith(offer.provider)
+            screen.aside(f"fluxibly: {'' if named else offer.provider + ': '}{offer.problem}", "yellow")
     if query and not any(offer.models for offer in offers):
         screen.note(f"No model's name has {query!r} in it.")
     for state, says in (("no list", "Without a list"), ("not running", "Not running here")):

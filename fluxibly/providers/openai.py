@@ -41,6 +41,7 @@ def service_of(row: ServiceRow, config: LLMConfig) -> Service:
         framework=row.framework,
         telemetry_name=row.telemetry_name or row.framework,
         base_url=row.base_url,
+        url_var=row.url_var,
         env_var=row.env_var,
         key_required=row.key_required and not _is_users_own(row, config),
         key_by_call=row.key_by_call,

@@ -62,6 +62,8 @@ class Service:
     """`gen_ai.provider.name` of the OpenTelemetry semantic conventions."""
     base_url: str | None
     """None: the user must set `api_base`."""
+    url_var: str | None = None
+    """The environment variable that sets `api_base` too, for an error."""
     env_var: str | None = None
     """The environment variable with the API key."""
     key_required: bool = True

@@ -80,8 +80,8 @@ class ModelList:
         found: Any = payload
         if page or payload == {}:
             # Google leaves an empty list out.
-            found = page.get(self.models, [] if page.keys() <= {self.next} else payload)
-        if found is not None and not isinstance(found, list):
+            found = page.get(self.models, [] if page.keys() <= {self.next} else payload) or []
+        if not isinstance(found, list):
             raise error_of_payload(payload, body=body) or StreamProtocolError(
                 f"expected a list of models in the field {self.models!r}, got JSON without it: check api_base",
                 retryable=False,

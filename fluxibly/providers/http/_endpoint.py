@@ -388,7 +388,8 @@ _ENDPOINTS = ("/chat/completions", "/responses", "/messages", "/api/chat", "/api
 def _base_url(service: Service, config: LLMConfig) -> httpx.URL:
     base = config.api_base or service.base_url
     if not base:
-        raise ConfigError(f"{service.framework} has no default address: set api_base to the server's base URL")
+        also = f", or {service.url_var}," if service.url_var else ""
+        raise ConfigError(f"{service.framework} has no default address: set api_base{also} to the server's base URL")
     try:
         url = httpx.URL(base)
         named = url.host  # decodes punycode, which may be invalid
