@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -249,3 +250,25 @@ class TestCache:
     def test_without_a_folder_nothing_is_kept(self, fluxibly: CommandLine) -> None:
         (fluxibly.home / "cache").write_text("a file, where the folder would be")
         assert fluxibly("models", "openai").lines == OPENAI
+
+
+PAGE = (Path(__file__).parents[2] / "docs" / "command-line.md").read_text(encoding="utf-8")
+COMMANDS = re.findall(r"^fluxibly ((?:--env-file \S+ )?(?:models|doctor|frameworks).*?)(?:   .*)?$", PAGE, re.MULTILINE)
+
+
+def test_the_page_has_commands() -> None:
+    """The test below is not empty."""
+    assert len(COMMANDS) > 8
+
+
+@pytest.mark.parametrize("command", sorted(set(COMMANDS)))
+def test_the_commands_of_the_page(
+    fluxibly: CommandLine, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each succeeds as it stands there."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".env").write_text("MISTRAL_API_KEY=\n")
+    (tmp_path / "framework.yaml").write_text("llm: {framework: openai, model: gpt-5}")
+    ran = fluxibly(*command.split())
+    assert (ran.status, ran.err) == (0, "")
+    assert ran.out
