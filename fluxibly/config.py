@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 import attrs
 
@@ -25,13 +25,40 @@ from fluxibly._checks import (
     unknown_settings,
     whole,
 )
-from fluxibly._parameters import PARAMETERS, parameter_problems
+from fluxibly._parameters import CONFIGURED, PARAMETERS, parameter_problems
 from fluxibly._values import Value
 from fluxibly.errors import ConfigError, Problems
 from fluxibly.limits import KEEP_ALIVES as KEEP_ALIVES, Timeouts as Timeouts, seconds_problem
 
 if TYPE_CHECKING:
     from pathlib import Path
+    from typing import TypedDict
+
+    class Settings(TypedDict, total=False):
+        """The settings of an `LLMConfig`, as `LLM` takes them. `LLMConfig` says what they mean."""
+
+        framework: str
+        model: str
+        temperature: float | None
+        max_tokens: int | None
+        top_p: float | None
+        top_k: int | None
+        frequency_penalty: float | None
+        presence_penalty: float | None
+        stop: str | Sequence[str] | None
+        seed: int | None
+        n: int | None
+        response_format: Literal["text", "json"] | Mapping[str, Any] | None
+        reasoning_effort: str | None
+        api_key: Secret | str | KeyFunction | None
+        api_base: str | None
+        region: str | None
+        project: str | None
+        headers: Mapping[str, str]
+        timeout: float | Timeouts | None
+        max_retries: int
+        additional_params: Mapping[str, Any]
+        quirks: Mapping[str, Any]
 
 
 _ADDRESS = re.compile(
@@ -93,6 +120,11 @@ def _repr_of_url(url: object) -> str:
     return repr(shown_url(url)) if isinstance(url, str) else re.sub("//.*@", "//***@", repr(url))
 
 
+def _to_stop(value: Any) -> Any:
+    """Return the texts of `stop` as a tuple. The checks report another value."""
+    return (value,) if isinstance(value, str) else tuple(value) if is_list(value) else value
+
+
 @suggests_names
 @attrs.frozen(kw_only=True, repr=False, eq=False)
 class LLMConfig(Value):
@@ -104,7 +136,13 @@ class LLMConfig(Value):
         temperature: from 0 to 2. This and every other parameter that is None is not sent.
         max_tokens: a whole number from 1 up.
         top_p: from 0 to 1.
+        top_k: a whole number.
         frequency_penalty, presence_penalty: from -2 to 2.
+        stop: a text or several, each of which ends the answer.
+        seed: a whole number. Equal seeds give similar answers, where the service has seeds.
+        n: the number of choices, from 1 up.
+        response_format: "text", "json", or a JSON Schema that the answers have to follow.
+        reasoning_effort: the provider's own word, such as "low" or "high".
         api_key: None takes the provider's environment variable. A function that returns a token, also a coroutine
             function, is called at the first call, and again when the service refuses the token (401).
         api_base: the base URL of the service. None takes the vendor's environment variable (such as OPENAI_BASE_URL), or
@@ -134,8 +172,14 @@ class LLMConfig(Value):
     temperature: float | None = None
     max_tokens: int | None = None
     top_p: float | None = None
+    top_k: int | None = None
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
+    stop: str | Sequence[str] | None = attrs.field(default=None, converter=_to_stop)
+    seed: int | None = None
+    n: int | None = None
+    response_format: Literal["text", "json"] | Mapping[str, Any] | None = attrs.field(default=None, converter=_copied)
+    reasoning_effort: str | None = None
     api_key: Secret | KeyFunction | None = attrs.field(default=None, converter=_secret, repr=_repr_of_key)
     api_base: str | None = attrs.field(default=None, repr=_repr_of_url)
     region: str | None = None
@@ -225,7 +269,7 @@ class LLMConfig(Value):
         return cast("LLMConfig", config)
 
 
-_LACKED = ("response_format", *[name for name in PARAMETERS if name not in ("model", "extra", "headers", "metadata")])
+_LACKED = [name for name in PARAMETERS if name not in ("model", "extra", "headers", "metadata")]
 
 
 def _flag(name: str, value: object) -> str | None:
@@ -275,7 +319,9 @@ def _problems(config: LLMConfig) -> list[str]:
     timeout, key, base, layers = config.timeout, config.api_key, config.api_base, config.middleware
     found = [
         text("framework", config.framework),
-        *parameter_problems({name: getattr(config, name) for name in PARAMETERS if hasattr(config, name)}),
+        *parameter_problems({name: getattr(config, name) for name in ("model", *CONFIGURED)}),
+        _stop_problem(config.stop),
+        mapping("headers", config.headers, keys=str, values=str),
         None if timeout is None or isinstance(timeout, Timeouts) else seconds_problem("timeout", timeout),
         *(text(name, value) for name in PLACE if (value := getattr(config, name)) is not None),
         whole("max_retries", config.max_retries, 0),
@@ -290,6 +336,11 @@ def _problems(config: LLMConfig) -> list[str]:
     if layers is not None and (isinstance(layers, (str, Mapping)) or not isinstance(layers, Sequence)):  # pyright: ignore[reportUnnecessaryIsInstance]  # callers may be untyped
         found.append(problem("middleware", "a list", layers))
     return [each for each in found if each is not None]
+
+
+def _stop_problem(stop: object) -> str | None:
+    texts = cast("tuple[object, ...]", stop) if isinstance(stop, tuple) else () if stop is None else (stop,)
+    return next((problem("stop", "a str or several", each) for each in texts if not isinstance(each, str)), None)
 
 
 def _quirk_problems(quirks: object) -> list[str]:
@@ -324,7 +375,7 @@ def _read(name: str, value: Any) -> Any:
 _NUMBERS: dict[str, type[float]] = {
     **dict.fromkeys(("temperature", "top_p", "frequency_penalty", "presence_penalty", "timeout"), float),
     **dict.fromkeys(("connect", "first_byte", "idle", "total"), float),
-    **dict.fromkeys(("max_tokens", "max_retries"), int),
+    **dict.fromkeys(("max_tokens", "max_retries", "top_k", "seed", "n"), int),
 }
 """The settings that are numbers, of the configuration and of `Timeouts`."""
 

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Generator, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar, overload
+from collections.abc import AsyncGenerator, Generator, Iterable, Mapping
+from copy import copy
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 
 import attrs
 
-from fluxibly._checks import did_you_mean, kind_of
+from fluxibly._checks import did_you_mean, is_mapping, kind_of
 from fluxibly._merging import composed
-from fluxibly._parameters import parameter_problems
+from fluxibly._parameters import CONFIGURED, parameter_problems
 from fluxibly.config import LLMConfig
 from fluxibly.errors import ConfigError, Problems, ResponseInvalid
 from fluxibly.flow import Middleware
+from fluxibly.flow.shown import repr_of_layer
 from fluxibly.limits import Timeouts
-from fluxibly.messages import Message
+from fluxibly.messages import Prompt
 from fluxibly.pipeline import AsyncPipeline, Pipeline
 from fluxibly.registry import check_config, default_stack, make_middleware, make_provider, read_yaml, stack_into
 from fluxibly.stream import AsyncStream, Stream
@@ -22,51 +24,42 @@ from fluxibly.types import Chunk, Request, Response, Restart
 
 if TYPE_CHECKING:
     from pathlib import Path
-    from typing import Literal, Self, TypedDict, Unpack
+    from typing import Literal, Self, Unpack
 
+    from fluxibly._parameters import Overrides
     from fluxibly._schemas.shapes import Shape
+    from fluxibly.config import Settings
+    from fluxibly.conversation import AsyncConversation, Conversation
     from fluxibly.explain import Explanation
-    from fluxibly.messages import Tool
-
-    class Overrides(TypedDict, total=False):
-        """The settings of a call, which take precedence over the configuration. See `Request` for their meaning."""
-
-        model: str
-        temperature: float | None
-        max_tokens: int | None
-        top_p: float | None
-        top_k: int | None
-        frequency_penalty: float | None
-        presence_penalty: float | None
-        stop: str | Iterable[str] | None
-        seed: int | None
-        n: int | None
-        tools: Iterable[Tool | Mapping[str, Any]] | None
-        tool_choice: str | None
-        response_format: Literal["text", "json"] | Mapping[str, Any] | None
-        reasoning_effort: str | None
-        extra: Mapping[str, Any]
-        headers: Mapping[str, str]
-        metadata: Mapping[str, Any]
 
 
 __all__ = ["LLM", "AsyncLLM", "LLMConfig", "default_stack"]
 
-Prompt: TypeAlias = str | Message | Sequence[Message]
-
-
 _OVERRIDES = frozenset(field.name for field in attrs.fields(Request)) - {"messages", "call", "target"}
 """The names in `Overrides`, read from `Request`, because making a TypedDict at each import costs too much."""
 _INSTEAD = {
+    "extra_body": "write extra={…}",
+    "extra_headers": "write headers={…}",
+    "functions": "write tools=[…], or add the middleware Tools([…]) that runs them",
+    "into": "complete(), stream() and parse() take it",
+    "max_completion_tokens": "write max_tokens=…",
+    "max_output_tokens": "write max_tokens=…",
+    "max_retries": "set it in the configuration, or as middleware: Retry(max_retries=…)",
+    "messages": "give the messages as the prompt, the first argument",
+    "response_model": "write into=…, or llm.parse(prompt, Person)",
     "restarts": "only stream() takes it",
-    "stream": "call forward_stream() or stream()",
-    "system": "write [Message.system(…), Message.user(…)] as the prompt",
+    "schema": "write into=…, or response_format={…}",
+    "stop_sequences": "write stop=[…]",
+    "stream": "call llm.stream(…) or llm.forward_stream(…)",
+    "system": "write [Message.system(…), Message.user(…)] as the prompt, or llm.conversation(system=…)",
 }
-"""The advice for settings that other clients have."""
+"""The advice for settings that other clients have, or that only some calls take."""
+_OF_CONFIG = frozenset(field.name for field in attrs.fields(LLMConfig)) - _OVERRIDES
+"""The settings that a configuration has, and a call does not."""
+_OPENED = frozenset({"pipeline", "_pipelines_into", "_template"})
+"""The attributes that a copy makes anew, because they hold open connections."""
 MOST_TYPES = 256
 """The most types of `into=` whose pipelines are kept."""
-_FROM_CONFIG = ("model", "temperature", "max_tokens", "top_p", "frequency_penalty", "presence_penalty")
-
 
 _P = TypeVar("_P", Pipeline, AsyncPipeline)
 _T = TypeVar("_T")
@@ -78,11 +71,22 @@ class _LLM(Generic[_P]):
     pipeline: _P
 
     def __init__(
-        self, config: LLMConfig, middleware: Iterable[Middleware] | None = None, *, strict: bool = False
+        self,
+        config: LLMConfig | str | None = None,
+        middleware: Iterable[Middleware] | None = None,
+        *,
+        strict: bool = False,
+        **settings: Unpack[Settings],
     ) -> None:
-        if not isinstance(config, LLMConfig):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(f"{type(self).__name__}: expected an LLMConfig, got {kind_of(config)}")
-        self.config = config
+        if not isinstance(config, LLMConfig):
+            config = _configured(type(self).__name__, config, dict(settings), middleware)
+        elif settings:
+            name = next(iter(settings))
+            raise TypeError(
+                f"{type(self).__name__}: {name} belongs into the LLMConfig that is given: write LLMConfig(…, {name}=…), or "
+                f"attrs.evolve(config, {name}=…)"
+            )
+        self.config: LLMConfig = config
         if isinstance(middleware, str) or not isinstance(middleware, Iterable | None):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"middleware: expected a list, like [Logging(), Retry()], got {kind_of(middleware)}")
         problems = Problems()
@@ -96,17 +100,39 @@ class _LLM(Generic[_P]):
             problems.of(check_targets, stack or ())
         problems.check()
         self._stack = stack or ()
+        self._open()
+        if strict:
+            self.explain().check()
+
+    def _open(self) -> None:
+        """Make what a copy has of its own: the provider and its pipelines."""
+        config = self.config
+        self.pipeline = self._new_pipeline()
         self._pipelines_into: dict[object, _P] = {}
         """The pipelines for the types of `into=`, which share the provider of `pipeline`."""
         self._template = Request(
             model=config.model,
             messages="-",
-            **{name: getattr(config, name) for name in _FROM_CONFIG[1:]},
+            **{name: getattr(config, name) for name in CONFIGURED},
             extra=dict(config.additional_params),
         )
 
+    def _new_pipeline(self) -> _P:
+        """Make the provider, and put the stack before it."""
+        raise NotImplementedError
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in _OPENED}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._open()
+
+    def __deepcopy__(self, _: dict[int, Any]) -> Self:
+        return copy(self)  # a configuration does not change, and one stack may serve several models
+
     def __repr__(self) -> str:
-        layers = ", ".join(map(repr, self._stack))
+        layers = ", ".join(map(repr_of_layer, self._stack))
         return f"{type(self).__name__}({self.config.framework!r}, {self.config.model!r}, middleware=[{layers}])"
 
     def explain(self) -> Explanation:
@@ -146,10 +172,7 @@ class _LLM(Generic[_P]):
         changes = dict(overrides)
         for name in changes:
             if name not in _OVERRIDES:
-                if name in _INSTEAD:
-                    raise TypeError(f"a call has no setting {name!r}; {_INSTEAD[name]}")
-                hint = did_you_mean(name, {*_OVERRIDES, "timeout"})
-                raise TypeError(f"a call has no setting {name!r}{hint}; pass provider parameters in extra=")
+                raise _no_override(name)
         problems = parameter_problems(changes)
         if problems:
             raise ConfigError("; ".join(problems), problems=tuple(problems))
@@ -157,12 +180,14 @@ class _LLM(Generic[_P]):
             changes["extra"] = composed(self.config.additional_params, changes["extra"])
         return self._template.evolve(messages=prompt, **changes)
 
-    def _request_into(self, prompt: Prompt, overrides: Mapping[str, Any], into: object) -> Request:
-        """Return the request of a call with `into=`."""
+    def prepare(self, prompt: Prompt, overrides: Mapping[str, Any], into: object = None) -> tuple[_P, Request]:
+        """Return the pipeline and the request of a call. `into` is the type that the answer has to make, if any."""
+        if into is None:
+            return self.pipeline, self.request(prompt, overrides)
         if overrides.get("response_format") is not None:
             raise TypeError("into= and response_format= both say what the answer has to be; expected only one of them")
-        request = self.request(prompt, overrides)
-        return request.evolve(response_format=_shape(into).response_format)
+        request = self.request(prompt, overrides).evolve(response_format=_shape(into).response_format)
+        return self._into(into), request
 
     def _into(self, into: object) -> _P:
         """Return the pipeline whose answers have to fit a type, which is kept."""
@@ -180,6 +205,59 @@ class _LLM(Generic[_P]):
 
     def _made_into(self, into: object) -> _P:
         return self.pipeline.with_middleware(stack_into(self._stack, into))
+
+
+def _configured(who: str, config: object, settings: dict[str, Any], middleware: object) -> LLMConfig:
+    """Return the configuration of settings, or of a text like "openai:gpt-4o-mini" and settings.
+
+    Raises:
+        TypeError: there is no model. The message says what to write.
+        ConfigError: a setting is wrong, or the text names no framework.
+    """
+    if isinstance(config, str):
+        from fluxibly._model_names import read_model  # late, because many programs write configurations
+
+        if isinstance(middleware, str):
+            raise TypeError(f"{who}: expected one text, like {who}({f'{config}:{middleware}'!r}), got two")
+        for name in ("framework", "model"):
+            if name in settings:
+                raise TypeError(
+                    f"{who}: expected {name} in the text alone, got {config!r} and {name}={settings[name]!r}"
+                )
+        settings["framework"], settings["model"] = read_model(config)
+    elif config is not None:
+        write = f"{who}(LLMConfig.from_mapping(…)) or {who}(**settings)" if is_mapping(config) else f"{who}(…)"
+        if hasattr(config, "complete"):
+            write = (
+                "Pipeline(provider, middleware) for a provider of your own, or register it by register_llm_framework"
+            )
+        raise TypeError(
+            f'{who}: expected an LLMConfig or a text like "openai:gpt-4o-mini", got {kind_of(config)}; write {write}'
+        )
+    if "framework" not in settings or "model" not in settings:
+        raise TypeError(_no_model(who, settings))
+    return LLMConfig(**settings)
+
+
+def _no_model(who: str, settings: Mapping[str, object]) -> str:
+    """Return the message for a model without a name or a framework."""
+    example = f'{who}("openai:gpt-4o-mini"), {who}(framework="openai", model="gpt-4o-mini") or {who}(LLMConfig(…))'
+    model, framework = settings.get("model"), settings.get("framework")
+    if model is not None:
+        return f"{who}: expected a framework for the model {model!r}; write {example}"
+    if framework is not None:
+        return f"{who}: expected a model for the framework {framework!r}; write {example}"
+    return f"{who}: expected a model; write {example}"
+
+
+def _no_override(name: str) -> TypeError:
+    """Return the error for a keyword that a call does not take."""
+    if name in _INSTEAD:
+        return TypeError(f"a call has no setting {name!r}; {_INSTEAD[name]}")
+    if name in _OF_CONFIG:
+        return TypeError(f"a call has no setting {name!r}; set it in the configuration, like LLM(…, {name}=…)")
+    hint = did_you_mean(name, {*_OVERRIDES, "timeout"})
+    return TypeError(f"a call has no setting {name!r}{hint}; pass provider parameters in extra=")
 
 
 def parsed_of(response: Response, into: object) -> Any:
@@ -213,23 +291,25 @@ def _shape(into: object) -> Shape:
 class LLM(_LLM[Pipeline]):
     """A language model with synchronous methods. Many threads may use it at once.
 
+    For example, `LLM("openai:gpt-4o-mini", temperature=0.2)`, `LLM(framework="openai", model="gpt-4o-mini")` or
+    `LLM(LLMConfig(…))`. A copy, also a pickled one, has the same configuration and connections of its own. (A pickle holds the
+    API key if the configuration does. Keys of the environment are read anew.)
+
     Args:
-        config: the model and its settings.
+        config: an `LLMConfig`, or "framework:model". A bare name that a service is known by will do: "claude-sonnet-4-5".
         middleware: the stack, outermost first; by default the configuration's stack, else the default stack.
         strict: whether the warnings of `explain()` are errors.
+        settings: what `LLMConfig` takes, if no configuration is given.
 
     Raises:
-        FrameworkNotRegistered: the configuration's framework is unknown.
-        ConfigError: an extra or a key is missing, or a middleware is unknown; with `strict`, all warnings.
+        TypeError: there is no model, or settings are given beside an `LLMConfig`.
+        FrameworkNotRegistered: the framework is unknown.
+        ConfigError: an extra or a key is missing, a setting is wrong, or a middleware is unknown; with `strict`, all warnings.
     """
 
-    def __init__(
-        self, config: LLMConfig, middleware: Iterable[Middleware] | None = None, *, strict: bool = False
-    ) -> None:
-        super().__init__(config, middleware)
-        self.pipeline = Pipeline(make_provider(config, asynchronous=False), self._stack, framework=config.framework)
-        if strict:
-            self.explain().check()
+    def _new_pipeline(self) -> Pipeline:
+        config = self.config
+        return Pipeline(make_provider(config, asynchronous=False), self._stack, framework=config.framework)
 
     def forward(
         self, prompt: Prompt, *, timeout: float | Timeouts | None = None, **overrides: Unpack[Overrides]
@@ -238,7 +318,7 @@ class LLM(_LLM[Pipeline]):
 
         Args:
             timeout: the time limits of this call; see `Pipeline.complete`.
-            overrides: settings that take precedence over the configuration; see `Request`.
+            overrides: settings that take precedence over the configuration; `complete` lists them.
 
         Raises:
             FluxiblyError: the call failed. Any other exception of the provider or a middleware is raised unchanged.
@@ -269,16 +349,35 @@ class LLM(_LLM[Pipeline]):
             timeout: the time limits of this call; see `Pipeline.complete`.
             into: the type that the answer has to make, or a JSON Schema; see `parse`. `response.parsed` is the instance. If the
                 model calls tools instead, `parsed` is None.
-            overrides: settings that take precedence over the configuration; see `Request`.
+
+        These keywords (`overrides`) take precedence over the configuration. None sends nothing, so that the service decides:
+
+            model: another model of the same provider.
+            temperature: from 0 (nearly always the same answer) to 2.
+            max_tokens: the most tokens of the answer, from 1 up.
+            top_p: from 0 to 1: only the likeliest tokens that make up this share.
+            top_k: only this many of the likeliest tokens.
+            frequency_penalty, presence_penalty: from -2 to 2, against repetitions.
+            stop: a text or several, each of which ends the answer.
+            seed: a whole number. Equal seeds give similar answers, where the service has seeds.
+            n: the number of choices, from 1 up. The others are `response.alternatives`.
+            tools: the `Tool`s that the model may call. To have them called, see the middleware `Tools`.
+            tool_choice: "auto", "none", "required" or the name of a tool.
+            response_format: "text", "json", or a JSON Schema that the answer has to follow.
+            reasoning_effort: the provider's own word, such as "low" or "high".
+            extra: fields of the provider's request body, sent as they are; they win over all others.
+            headers: HTTP headers to send with the request.
+            metadata: data of the caller's own for middleware, which is never sent.
 
         Raises:
+            TypeError: a keyword does not exist, or the prompt is of a wrong type.
+            BadPrompt: the prompt is empty.
+            ConfigError: a value is out of range, or `into` describes no answers.
             ResponseInvalid: the answer does not fit `into`, even after the model was asked again.
-            ConfigError: `into` describes no answers.
+            FluxiblyError: the call failed. Any other exception of the provider or a middleware is raised unchanged.
         """
-        if into is not None:
-            request = self._request_into(prompt, overrides, into)
-            return self._into(into).complete(request, timeout=timeout)
-        return self.pipeline.complete(self.request(prompt, overrides), timeout=timeout)
+        pipeline, request = self.prepare(prompt, overrides, into)
+        return pipeline.complete(request, timeout=timeout)
 
     @overload
     def parse(
@@ -305,7 +404,7 @@ class LLM(_LLM[Pipeline]):
             into: an attrs class, a dataclass, a TypedDict, a msgspec Struct, a pydantic model, `list[Person]`, a union of these,
                 or a JSON Schema (needs jsonschema).
             timeout: the time limits of this call; see `Pipeline.complete`.
-            overrides: settings that take precedence over the configuration; see `Request`.
+            overrides: settings that take precedence over the configuration; `complete` lists them.
 
         Raises:
             ResponseInvalid: the answer does not fit, or the model called tools.
@@ -348,10 +447,24 @@ class LLM(_LLM[Pipeline]):
         With `into` (see `parse`), `stream.partial_parsed` is the value so far, and `stream.response.parsed` the instance. A stream is
         not held back, so an answer that does not fit raises at its end; `Validation(hold=True)` asks again.
         """
-        if into is not None:
-            request = self._request_into(prompt, overrides, into)
-            return self._into(into).stream(request, restarts=restarts, timeout=timeout)
-        return self.pipeline.stream(self.request(prompt, overrides), restarts=restarts, timeout=timeout)
+        pipeline, request = self.prepare(prompt, overrides, into)
+        return pipeline.stream(request, restarts=restarts, timeout=timeout)
+
+    def conversation(self, *, system: str | None = None, load: str | Path | None = None) -> Conversation:
+        """Return a conversation, whose `send` and `stream` keep the messages of each turn.
+
+        Args:
+            system: instructions for the model, as the first message.
+            load: a file that `Conversation.save` has written, to go on with.
+
+        Raises:
+            TypeError: both are given.
+            OSError: the file cannot be read.
+            ConfigError: the file has no conversation.
+        """
+        from fluxibly.conversation import Conversation, first_messages  # late, because most programs have none
+
+        return Conversation(self.prepare, first_messages(system, load))
 
     def close(self) -> None:
         """Close the provider's connections. A second close does nothing; a later call raises a RuntimeError."""
@@ -367,13 +480,9 @@ class LLM(_LLM[Pipeline]):
 class AsyncLLM(_LLM[AsyncPipeline]):
     """A language model with asynchronous methods, for asyncio and trio. It takes the same arguments as `LLM`."""
 
-    def __init__(
-        self, config: LLMConfig, middleware: Iterable[Middleware] | None = None, *, strict: bool = False
-    ) -> None:
-        super().__init__(config, middleware)
-        self.pipeline = AsyncPipeline(make_provider(config, asynchronous=True), self._stack, framework=config.framework)
-        if strict:
-            self.explain().check()
+    def _new_pipeline(self) -> AsyncPipeline:
+        config = self.config
+        return AsyncPipeline(make_provider(config, asynchronous=True), self._stack, framework=config.framework)
 
     async def forward(
         self, prompt: Prompt, *, timeout: float | Timeouts | None = None, **overrides: Unpack[Overrides]
@@ -382,7 +491,7 @@ class AsyncLLM(_LLM[AsyncPipeline]):
 
         Args:
             timeout: the time limits of this call; see `Pipeline.complete`.
-            overrides: settings that take precedence over the configuration; see `Request`.
+            overrides: settings that take precedence over the configuration; `complete` lists them.
 
         Raises:
             FluxiblyError: the call failed. Any other exception of the provider or a middleware is raised unchanged.
@@ -408,10 +517,8 @@ class AsyncLLM(_LLM[AsyncPipeline]):
         **overrides: Unpack[Overrides],
     ) -> Response:
         """Return the model's answer to a prompt as a `Response`; see `LLM.complete`."""
-        if into is not None:
-            request = self._request_into(prompt, overrides, into)
-            return await self._into(into).complete(request, timeout=timeout)
-        return await self.pipeline.complete(self.request(prompt, overrides), timeout=timeout)
+        pipeline, request = self.prepare(prompt, overrides, into)
+        return await pipeline.complete(request, timeout=timeout)
 
     @overload
     async def parse(
@@ -463,10 +570,14 @@ class AsyncLLM(_LLM[AsyncPipeline]):
         **overrides: Unpack[Overrides],
     ) -> AsyncStream[Any]:
         """Return the model's answer as an `AsyncStream`, for `async with`; see `AsyncPipeline.stream` and `LLM.stream`."""
-        if into is not None:
-            request = self._request_into(prompt, overrides, into)
-            return self._into(into).stream(request, restarts=restarts, timeout=timeout)
-        return self.pipeline.stream(self.request(prompt, overrides), restarts=restarts, timeout=timeout)
+        pipeline, request = self.prepare(prompt, overrides, into)
+        return pipeline.stream(request, restarts=restarts, timeout=timeout)
+
+    def conversation(self, *, system: str | None = None, load: str | Path | None = None) -> AsyncConversation:
+        """Return a conversation with asynchronous `send` and `stream`; see `LLM.conversation`."""
+        from fluxibly.conversation import AsyncConversation, first_messages  # late, as there
+
+        return AsyncConversation(self.prepare, first_messages(system, load))
 
     async def aclose(self) -> None:
         """Close the provider's connections. A second close does nothing; a later call raises a RuntimeError."""

@@ -249,6 +249,10 @@ class Tool(Value):
             raise TypeError(f"a Tool's parameters: expected a JSON Schema (a mapping), got {kind_of(self.parameters)}")
 
 
+Prompt: TypeAlias = "str | Message | Mapping[str, Any] | Sequence[Message | Mapping[str, Any]]"
+"""A text of the user, a message, or the messages of a conversation. A message may be a mapping, in OpenAI's shape too."""
+
+
 def to_messages(prompt: object) -> tuple[Message, ...]:
     """Return the messages of a prompt: a str, a `Message`, a message as a mapping, or a sequence of messages.
 
@@ -269,7 +273,7 @@ def to_messages(prompt: object) -> tuple[Message, ...]:
         given = tuple(_of_mapping(message, number) for number, message in enumerate(given))
     for message in given:
         if not isinstance(message, Message):
-            hint = "; write Message.user(...)" if isinstance(message, str) else ""
+            hint = "; write Message.user(…)" if isinstance(message, (str, tuple, list)) else ""
             raise TypeError(
                 f"the prompt: expected a str or a sequence of Message, got {kind_of(message)} in the sequence{hint}"
             )

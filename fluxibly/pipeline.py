@@ -117,10 +117,16 @@ class Pipeline(SyncStack):
         Raises:
             NotImplementedError: the provider has no `stream`.
         """
+        return Stream(self.open_stream(request, restarts=restarts, timeout=timeout))
+
+    def open_stream(
+        self, request: Request, *, restarts: bool = False, timeout: float | Timeouts | None = None
+    ) -> SyncStreamDriver:
+        """Return the driver of a stream, for those who make a handle of their own; see `stream`."""
         if not hasattr(self.provider, "stream") and not self.simulates_stream:
             raise providers.no_stream(self.provider)
         request = self.begin(request, streaming=True, restarts=restarts, timeout=timeout)
-        return Stream(SyncStreamDriver(self, request, self._run(request)))
+        return SyncStreamDriver(self, request, self._run(request))
 
     def close(self) -> None:
         """Close the provider. A second close does nothing; a later call raises a RuntimeError."""
@@ -218,10 +224,16 @@ class AsyncPipeline(AsyncStack):
         Raises:
             NotImplementedError: the provider has no `stream`.
         """
+        return AsyncStream(self.open_stream(request, restarts=restarts, timeout=timeout))
+
+    def open_stream(
+        self, request: Request, *, restarts: bool = False, timeout: float | Timeouts | None = None
+    ) -> AsyncStreamDriver:
+        """Return the driver of a stream, for those who make a handle of their own; see `stream`."""
         if not hasattr(self.provider, "stream") and not self.simulates_stream:
             raise providers.no_stream(self.provider)
         request = self.begin(request, streaming=True, restarts=restarts, timeout=timeout)
-        return AsyncStream(AsyncStreamDriver(self, request, self._run(request)))
+        return AsyncStreamDriver(self, request, self._run(request))
 
     async def aclose(self) -> None:
         """Close the provider. A second close does nothing; a later call raises a RuntimeError."""

@@ -384,15 +384,16 @@ def check_framework(name: str, settings: Mapping[str, Any], *, path: str = "") -
     return framework
 
 
-def split_model(text: str) -> tuple[str | None, str]:
-    """Split "framework:model" at the first colon. The framework is None, and the model the whole text, if the text before
-    the colon is not the name of a framework.
-    """
-    name, colon, model = text.partition(":")
-    if not colon or not model:
-        return None, text
-    known = name in _frameworks or name in _built_in_frameworks() or name in entry_points("frameworks")
-    return (name, model) if known else (None, text)
+def framework_called(name: str) -> str | None:
+    """Return the framework of this name, or the one that users also call so, such as `gemini` for "google"; else None."""
+    if name in _frameworks or name in _built_in_frameworks() or name in entry_points("frameworks"):
+        return name
+    from fluxibly.providers.services import ALIASES, MODEL_FAMILIES
+
+    plain = _plain(name)
+    if plain in MODEL_FAMILIES:
+        return None
+    return ALIASES.get(plain) or next((each for each in frameworks() if _plain(each) == plain), None)
 
 
 def missing_key(config: LLMConfig) -> str | None:
@@ -424,7 +425,7 @@ def find_framework(name: str, *, path: str = "") -> Framework:
     if point is None:
         known = list(frameworks())
         raise FrameworkNotRegistered(
-            f"{path}{_instead_of(name, known)}LLM framework {name!r} not registered. Available frameworks: {known}"
+            f"{path}{_instead_of(name)}LLM framework {name!r} not registered. Available frameworks: {known}"
         )
     try:
         load(point)
@@ -433,13 +434,18 @@ def find_framework(name: str, *, path: str = "") -> Framework:
     return Framework(name=name, plugin=point)
 
 
-def _instead_of(name: str, known: Sequence[str]) -> str:
-    """Return a question that says which framework was meant, or an empty string."""
+def nearest_framework(name: str) -> str | None:
+    """Return the framework that a name which is not registered may mean; None if none is near."""
     from fluxibly.providers.services import ALIASES
 
     # Names of one service are often far apart, and names that are near often mean another service.
-    meant: dict[str, str] = {**ALIASES, **{_plain(each): each for each in known}}
-    near = meant.get(_plain(name)) or meant.get(nearest(_plain(name), meant, 0.75) or "")
+    meant: dict[str, str] = {**ALIASES, **{_plain(each): each for each in frameworks()}}
+    return meant.get(_plain(name)) or meant.get(nearest(_plain(name), meant, 0.75) or "")
+
+
+def _instead_of(name: str) -> str:
+    """Return a question that says which framework was meant, or an empty string."""
+    near = nearest_framework(name)
     return f"did you mean {near!r}? " if near else ""
 
 

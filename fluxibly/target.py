@@ -10,7 +10,7 @@ import attrs
 
 from fluxibly import provider as providers
 from fluxibly._checks import did_you_mean, is_mapping, kind_of, nearest, problem
-from fluxibly._parameters import parameter_problems
+from fluxibly._parameters import CONFIGURED, parameter_problems
 from fluxibly.config import LLMConfig
 from fluxibly.errors import ConfigError, Problems
 from fluxibly.types import Request, replaced
@@ -20,7 +20,6 @@ _SETTINGS = _FIELDS.keys() - {"messages", "call", "target", "model"}
 """The parameters that a target may set."""
 _DROPPED = _SETTINGS - {"metadata"}
 """The parameters that a target may drop: those that are sent."""
-_OF_CONFIG = ("temperature", "max_tokens", "top_p", "frequency_penalty", "presence_penalty")
 _CONFIG_ONLY = {field.name for field in attrs.fields(LLMConfig)} - _FIELDS.keys()
 
 
@@ -68,7 +67,7 @@ class Target:
         if isinstance(to, LLMConfig):
             problems.of(_check_config, to)
             self._config = to
-            own = {name: value for name in _OF_CONFIG if (value := getattr(to, name)) is not None}
+            own = {name: value for name in CONFIGURED if (value := getattr(to, name)) is not None}
         elif isinstance(to, str):
             if model is not None:
                 raise TypeError(f"Target: expected the model within the text, got {to!r} and model={model!r}")
@@ -103,7 +102,7 @@ class Target:
         """The configuration of the provider to make; None for a provider that exists: a given one, or the one asked already."""
         if self._config is None and isinstance(self.to, str):
             # The search is repeated until it succeeds, because a framework may be registered late.
-            from fluxibly.registry import split_model  # late, because most programs have no targets
+            from fluxibly._model_names import split_model  # late, because most programs have no targets
 
             framework, model = split_model(self.to)
             if framework is not None:

@@ -77,9 +77,17 @@ class TestConfiguration:
             assert isinstance(caught.value, ValueError)
 
     def test_values_that_are_not_a_configuration(self):
-        """A dict, a model's name or None instead of an LLMConfig is a TypeError."""
-        for wrong in ({"framework": "echo"}, "gpt-4o", None):
-            with pytest.raises(TypeError, match="LLM: expected an LLMConfig, got "):
+        """A dict, a provider, nothing, or half a model is a TypeError that says what to write."""
+        for wrong, write in (
+            ({"framework": "echo"}, r"write LLM\(LLMConfig.from_mapping\(…\)\) or LLM\(\*\*settings\)"),
+            (5, 'expected an LLMConfig or a text like "openai:gpt-4o-mini", got an int'),
+            (ScriptedProvider("hi"), r"write Pipeline\(provider, middleware\)"),
+            (
+                None,
+                r"write LLM\(\"openai:gpt-4o-mini\"\), LLM\(framework=\"openai\", model=\"gpt-4o-mini\"\) or LLM\(LLMConfig\(…\)\)",
+            ),
+        ):
+            with pytest.raises(TypeError, match=f"^LLM: .*{write}"):
                 LLM(wrong)
 
     def test_an_unknown_keyword(self):
@@ -124,7 +132,7 @@ class TestPrompts:
                 ValueError,
                 "messages[0].contents: unknown field; did you mean 'content'?",
             ),
-            (["hi"], TypeError, "got a str in the sequence; write Message.user(...)"),
+            (["hi"], TypeError, "got a str in the sequence; write Message.user(…)"),
             ([{"role": "user"}], BadPrompt, "the prompt is empty; give a non-empty string or a sequence of Message"),
             (
                 [{"content": "hi"}],

@@ -247,10 +247,13 @@ class TestSettings:
     @pytest.mark.parametrize(
         ("settings", "message"),
         [
-            ({"stream": True}, "a call has no setting 'stream'; call forward_stream() or stream()"),
+            ({"stream": True}, "a call has no setting 'stream'; call llm.stream(…) or llm.forward_stream(…)"),
             (
                 {"system": "Be brief."},
-                "a call has no setting 'system'; write [Message.system(…), Message.user(…)] as the prompt",
+                (
+                    "a call has no setting 'system'; write [Message.system(…), Message.user(…)] as the prompt, or "
+                    "llm.conversation(system=…)"
+                ),
             ),
         ],
         ids=str,
@@ -681,11 +684,11 @@ def test_the_settings_of_a_call_are_those_of_a_request():
     import ast
     import inspect
 
-    from fluxibly import llm
+    from fluxibly import _parameters, llm
 
     (overrides,) = [
         node
-        for node in ast.walk(ast.parse(inspect.getsource(llm)))
+        for node in ast.walk(ast.parse(inspect.getsource(_parameters)))
         if isinstance(node, ast.ClassDef) and node.name == "Overrides"
     ]
     assert {node.target.id for node in overrides.body if isinstance(node, ast.AnnAssign)} == llm._OVERRIDES

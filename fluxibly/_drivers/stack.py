@@ -31,6 +31,7 @@ from fluxibly.flow.effects import (
     Start,
     Wait,
 )
+from fluxibly.flow.shown import repr_of_layer
 from fluxibly.flow.verbs import run
 from fluxibly.limits import Leash, Timeouts, time_left, timeouts_of_call
 from fluxibly.provider import AsyncProvider, Provider, StreamingProvider
@@ -133,7 +134,7 @@ class Stack:
         return other
 
     def __repr__(self) -> str:
-        layers = ", ".join(map(repr, self.middleware))
+        layers = ", ".join(map(repr_of_layer, self.middleware))
         return f"{type(self).__name__}({self.info.name}, [{layers}])"
 
     def begin(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from types import FunctionType, MethodType
 from typing import Any, cast
 
 import attrs
@@ -15,6 +14,7 @@ from fluxibly._logs import one_line
 from fluxibly._masking import mask_secrets
 from fluxibly.config import LLMConfig
 from fluxibly.flow.compose import layer_name
+from fluxibly.flow.shown import settings_of_layer
 from fluxibly.provider import Threaded
 from fluxibly.registry import built_in_kind
 from fluxibly.target import Target
@@ -134,9 +134,10 @@ class Chain:
 
     def _settings(self, layer: object, name: str) -> str:
         """Return the settings of a layer, as its `repr` shows them."""
-        if _has_no_settings(layer):
-            return ""
         try:
+            settings = settings_of_layer(layer)
+            if settings is not None:
+                return self.clean(settings)
             shown = repr(layer)
         except Exception as error:  # noqa: BLE001  # a user's `__repr__` may raise anything
             return f"(its repr raises {type(error).__name__})"
@@ -240,12 +241,6 @@ def _name_of(layer: object) -> str:
         return layer_name(layer).rpartition("<locals>.")[2]
     except Exception:  # noqa: BLE001  # a user's `__qualname__` may raise anything
         return type(layer).__name__
-
-
-def _has_no_settings(layer: object) -> bool:
-    """Whether the `repr` of a layer says nothing: of a function, or one that may show the arguments of a partial."""
-    is_function = isinstance(layer, (FunctionType, MethodType))
-    return is_function or isinstance(layer, partial) or type(layer).__repr__ is object.__repr__
 
 
 def _name_of_provider(info: ProviderInfo) -> str:

@@ -24,6 +24,7 @@ from fluxibly.errors import (
 )
 from fluxibly.flow import CallNext, Flow, provider_of
 from fluxibly.functions import check_function, to_function
+from fluxibly.middleware._copies import Rebuilt
 from fluxibly.middleware._going_on import LISTED, Trail, goes_on_after
 from fluxibly.middleware._keys import text_of, whom
 from fluxibly.middleware._outputs import FirstOutput, asked_at
@@ -59,7 +60,7 @@ def _to_key(value: Key | str | None) -> Key | None:
 
 
 @attrs.frozen(eq=False)
-class Balance:
+class Balance(Rebuilt):
     """Middleware that spreads calls over several models or providers.
 
     The pipeline's own provider is not among them unless it is listed (the name of a model is that model of the pipeline's

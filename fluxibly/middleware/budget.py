@@ -18,6 +18,7 @@ from fluxibly.flow import CallNext, Flow, perform, provider_of
 from fluxibly.flow.combinators import Combinator
 from fluxibly.flow.effects import Effect, More
 from fluxibly.flow.relay import Seen
+from fluxibly.middleware._copies import Rebuilt
 from fluxibly.middleware._estimates import FIRST_OUTPUT, Estimate, Estimates
 from fluxibly.middleware._keys import check_word_or_function, text_of, whom, word_or_function
 from fluxibly.middleware._shared import ON_STORE_ERROR, OnStoreError, Shared, run_later
@@ -109,7 +110,7 @@ class _Use:
 
 
 @attrs.frozen(kw_only=True, eq=False)
-class Budget:
+class Budget(Rebuilt):
     """Middleware that bounds what calls spend. A call that would run over is refused before anything is sent.
 
     Every attempt reserves what it is expected to spend: its input and output are estimated, learned from the usage of

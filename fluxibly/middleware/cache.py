@@ -18,6 +18,7 @@ from fluxibly.flow.effects import More
 from fluxibly.functions import check_function, to_function
 from fluxibly.middleware._answer_bytes import from_bytes, to_bytes
 from fluxibly.middleware._answers import Answer, MemoryAnswers, Recorder, TextChanged
+from fluxibly.middleware._copies import Rebuilt
 from fluxibly.middleware._flights import Flight, Flights
 from fluxibly.middleware._request_key import VERSION, request_key
 from fluxibly.middleware._shared import Shared
@@ -51,7 +52,7 @@ def _check_namespace(name: str, value: object) -> str | None:
 
 
 @attrs.frozen(eq=False)
-class Cache:
+class Cache(Rebuilt):
     """Middleware that answers a request from memory or from a file, if it has answered the same before.
 
     The key of a request is made of the provider and its configuration, the model, the messages, the tools and all

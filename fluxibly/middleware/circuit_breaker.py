@@ -21,6 +21,7 @@ from fluxibly.errors import (
     root_cause,
 )
 from fluxibly.flow import CallNext, Flow, provider_of
+from fluxibly.middleware._copies import Rebuilt
 from fluxibly.middleware._keys import By, check_by, name_of, to_by, whom
 from fluxibly.middleware._shared import ON_STORE_ERROR, OnStoreError, Shared, new_name, run_later
 from fluxibly.stores import Entry, Store, to_store
@@ -80,7 +81,7 @@ def _to_store(value: Any) -> Any:
 
 
 @attrs.frozen(kw_only=True, eq=False)
-class CircuitBreaker:
+class CircuitBreaker(Rebuilt):
     """Middleware that stops asking a provider that fails, and asks it again after a while.
 
     The circuit is closed at first, and every call passes. `failures` failures within `within` seconds open it: for

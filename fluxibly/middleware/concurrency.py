@@ -11,6 +11,7 @@ from fluxibly._checks import number, one_of, validator, whole
 from fluxibly._logs import log_decision
 from fluxibly.errors import QueueFull
 from fluxibly.flow import CallNext, Flow, provider_of
+from fluxibly.middleware._copies import Rebuilt
 from fluxibly.middleware._keys import By, check_by, name_of, to_by, whom
 from fluxibly.middleware._shared import (
     ON_STORE_ERROR,
@@ -29,7 +30,7 @@ def _to_store(value: Any) -> Any:
 
 
 @attrs.frozen(eq=False)
-class Concurrency:
+class Concurrency(Rebuilt):
     """Middleware that lets at most `limit` calls run at once. The others wait, first come, first served.
 
     A call has its place until its answer is whole, or until its stream has ended, however it ends. A call that is cancelled

@@ -10,6 +10,7 @@ import attrs
 from fluxibly._checks import validator
 from fluxibly.calls import Spent
 from fluxibly.flow import CallNext, Flow, perform
+from fluxibly.middleware._copies import Rebuilt
 from fluxibly.prices import GivenPrices, Prices, check_prices
 from fluxibly.types import CallRecord, ProviderInfo, Request, Response
 
@@ -17,7 +18,7 @@ _optional = attrs.validators.optional
 
 
 @attrs.frozen(kw_only=True, eq=False)
-class Cost:
+class Cost(Rebuilt):
     """Middleware that finds the price of a call: `response.cost`, in US dollars.
 
     It counts every attempt of the call, also those that failed and those of an `ask`, each at the price of its own model.

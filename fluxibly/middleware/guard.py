@@ -17,6 +17,7 @@ from fluxibly.flow.relay import is_flow
 from fluxibly.flow.verbs import discard
 from fluxibly.functions import arity, check_function, to_function
 from fluxibly.middleware._borders import Borders, Lengths, Sentences
+from fluxibly.middleware._copies import Rebuilt
 from fluxibly.middleware._keys import name_of_provider, whom
 from fluxibly.middleware._releasing import check_whole, release_checked
 from fluxibly.types import Message, Request, Response
@@ -54,7 +55,7 @@ def _checked(check: Callable[..., str | None], *, optional: bool = True, **optio
 
 
 @attrs.frozen(kw_only=True)
-class Guard:
+class Guard(Rebuilt):
     """Middleware that lets pass only what has been checked, and refuses the rest.
 
     `input` and `output` return None to pass, or the reason to refuse, a str. They may be generator functions, which ask a

@@ -15,6 +15,7 @@ from fluxibly._logs import log_decision
 from fluxibly._threads import renew_lock_after_fork
 from fluxibly.errors import FluxiblyError, error_type
 from fluxibly.flow import CallNext, Flow, provider_of, race
+from fluxibly.middleware._copies import Rebuilt
 from fluxibly.middleware._keys import key_of, name_of, whom
 from fluxibly.middleware._outputs import FirstOutput, asked_at
 from fluxibly.target import Target, to_targets
@@ -45,7 +46,7 @@ def _to_targets(value: Any) -> Any:
 
 
 @attrs.frozen(eq=False)
-class Hedge:
+class Hedge(Rebuilt):
     """Middleware that sends a request again when its answer is late, and takes whichever comes first.
 
     The first whole answer wins; in a stream, the first output. The other requests are given up at once: their connections are

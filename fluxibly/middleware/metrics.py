@@ -10,6 +10,7 @@ import attrs
 from fluxibly._checks import one_of, validator
 from fluxibly.flow import CallNext, Flow
 from fluxibly.flow.culprits import check_delivered
+from fluxibly.middleware._copies import Rebuilt
 from fluxibly.telemetry import semconv
 from fluxibly.telemetry._sdk import UTIL_GENAI, may_have_sdk
 from fluxibly.types import Request, Response
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @attrs.frozen(kw_only=True)
-class Metrics:
+class Metrics(Rebuilt):
     """Middleware that records the histograms of the conventions for generative AI once per call, however it ends.
 
     The histograms are `gen_ai.client.operation.duration` (seconds, with `fluxibly.outcome` and `error.type`),

@@ -14,6 +14,7 @@ from fluxibly._logs import log_decision
 from fluxibly.errors import REFUSALS, ConfigError, ProviderError, RateLimitWait, StreamInterrupted, root_cause
 from fluxibly.flow import CallNext, Flow, provider_of
 from fluxibly.functions import check_function, to_function
+from fluxibly.middleware._copies import Rebuilt
 from fluxibly.middleware._estimates import FIRST_OUTPUT, Estimate, Estimates
 from fluxibly.middleware._keys import By, check_by, name_of, to_by, whom
 from fluxibly.middleware._rate_headers import told_limits
@@ -83,7 +84,7 @@ def _to_store(value: Any) -> Any:
 
 
 @attrs.frozen(kw_only=True, eq=False)
-class RateLimit:
+class RateLimit(Rebuilt):
     """Middleware that keeps calls under a rate. Calls that are too early wait, first come, first served.
 
     Both limits are kept at once, by the generic cell rate algorithm (GCRA, ITU-T I.371): calls are spread evenly, after a

@@ -6,13 +6,14 @@ import attrs
 
 from fluxibly._checks import validator
 from fluxibly.flow import CallNext, Flow, provider_of
+from fluxibly.middleware._copies import Rebuilt
 from fluxibly.middleware._recorder import Recorder
 from fluxibly.middleware._recording import RecordingFile, check_file, to_file
 from fluxibly.types import Request, Response
 
 
 @attrs.frozen(eq=False)
-class Record:
+class Record(Rebuilt):
     """Middleware that appends each exchange to a file, from which `Replay` answers later calls.
 
     The file has a JSON object a line, which a person can read: the request, and the chunks with their times, the whole

@@ -11,6 +11,7 @@ import attrs
 from fluxibly._checks import is_mapping, truth, validator
 from fluxibly.errors import ConfigError
 from fluxibly.flow import CallNext, Flow, map_chunks
+from fluxibly.middleware._copies import Rebuilt
 from fluxibly.middleware._patterns import Finder, Pattern, to_patterns
 from fluxibly.middleware._placeholders import Came, Replaced, Sent, Template, check_template
 from fluxibly.middleware._redacted_answers import AnswerScanner
@@ -29,7 +30,7 @@ def _copied(patterns: Patterns) -> Patterns:
 
 
 @attrs.frozen(kw_only=True, eq=False)
-class Redact:
+class Redact(Rebuilt):
     """Middleware that replaces personal data and keys in what is sent, and in what comes back.
 
     All texts of a request's messages are searched: prompts, system messages, reasoning, the arguments and results of tools. In

@@ -12,6 +12,7 @@ from fluxibly.aggregate import as_chunks
 from fluxibly.errors import NotRecorded, interrupted
 from fluxibly.flow import CallNext, Flow, perform, provider_of
 from fluxibly.flow.effects import More, Release
+from fluxibly.middleware._copies import Rebuilt
 from fluxibly.middleware._exchange_fields import request_fields
 from fluxibly.middleware._recorder import Recorder
 from fluxibly.middleware._recording import Exchange, Exchanges, RecordingFile, check_file, to_file
@@ -23,7 +24,7 @@ _SHOWN = 5
 
 
 @attrs.frozen(eq=False)
-class Replay:
+class Replay(Rebuilt):
     """Middleware that answers calls from a file that `Record` has written, without a network.
 
     Requests that are equal, as `Cache` understands it, get what was recorded for them in recorded order, and the last again

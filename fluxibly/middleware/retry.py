@@ -18,6 +18,7 @@ from fluxibly.flow.compose import check_deadline
 from fluxibly.flow.relay import OutputWatch
 from fluxibly.flow.verbs import discard
 from fluxibly.functions import check_function, to_function
+from fluxibly.middleware._copies import Rebuilt
 from fluxibly.stores import MemoryStore
 from fluxibly.types import Request, Response, Restart
 
@@ -36,7 +37,7 @@ def _budget_problems(settings: Mapping[str, Any], path: str = "") -> list[str]:
 
 
 @attrs.define(kw_only=True, eq=False)
-class RetryBudget:
+class RetryBudget(Rebuilt):
     """A budget of retries that many calls share, so that an outage is not multiplied by retries.
 
     Over the last ten seconds there are no more retries than `ratio` times the calls, but `floor` are always allowed. Give

@@ -23,6 +23,7 @@ from fluxibly.flow.relay import is_flow
 from fluxibly.flow.verbs import discard
 from fluxibly.functions import arity, check_function, find_function, to_function
 from fluxibly.limits import time_left
+from fluxibly.middleware._copies import Rebuilt
 from fluxibly.middleware._going_on import has_time
 from fluxibly.middleware._keys import whom
 from fluxibly.tools import BadArguments, FunctionTool, tool
@@ -80,7 +81,7 @@ def _names(tools: Sequence[Tool]) -> str:
 
 
 @attrs.frozen
-class Tools:
+class Tools(Rebuilt):
     """Middleware that runs the functions that the model calls, and asks again with their results, until it answers.
 
     The model is told of the functions beside the tools of the request. A stream goes on over all turns: a mark

@@ -9,6 +9,7 @@ import attrs
 from fluxibly._checks import one_of, validator
 from fluxibly.flow import CallNext, Flow
 from fluxibly.flow.culprits import check_delivered
+from fluxibly.middleware._copies import Rebuilt
 from fluxibly.middleware._redact_setting import RedactText, check_redact, redact_text, to_redact
 from fluxibly.telemetry._sdk import may_have_sdk
 from fluxibly.types import Request, Response, observed
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @attrs.frozen(kw_only=True)
-class Tracing:
+class Tracing(Rebuilt):
     """Middleware that records a span for each call, and child spans for its attempts if there are several.
 
     The spans follow the conventions for generative AI. `Tracing` uses the SDK that the application has set up, even if

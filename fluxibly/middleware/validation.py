@@ -14,6 +14,7 @@ from fluxibly.errors import ConfigError, ResponseInvalid
 from fluxibly.flow import CallNext, Flow, hold_back
 from fluxibly.flow.relay import OutputWatch
 from fluxibly.functions import check_function, to_function
+from fluxibly.middleware._copies import Rebuilt
 from fluxibly.types import Message, Reasoning, Request, Response, Text
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def _to_check(value: Check | str | None) -> Check | None:
 
 
 @attrs.frozen(kw_only=True)
-class Validation:
+class Validation(Rebuilt):
     """Middleware that checks each complete answer, and optionally asks the model again with a correction.
 
     With `schema`, the response's `parsed` is the decoded JSON or an instance of the type. The schema is not sent:

@@ -327,6 +327,8 @@ ALIASES: Final[Mapping[str, str]] = {
     for alias in aliases.split()
 }
 """Other names that users try for a service: in small letters, without spaces and punctuation."""
+MODEL_FAMILIES: Final = frozenset({"glm", "gguf", "kimi", "qwen", "smollm2"})
+"""The names in `ALIASES` that Ollama's models have too: "qwen:7b" is a model with a tag, and no "framework:model"."""
 
 _MODEL_NAMES: Final[Mapping[str, str]] = {
     "gpt-": "openai",

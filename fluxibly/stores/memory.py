@@ -300,6 +300,9 @@ class MemoryStore:
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
 
+    def __reduce__(self) -> tuple[type[MemoryStore], tuple[()]]:
+        return MemoryStore, ()  # in another process a store begins empty
+
     def renew_lock(self) -> None:
         """Make a new lock."""
         self._lock = RLock()  # reentrant, because a signal handler may close a stream

@@ -130,6 +130,9 @@ class SQLiteStore:
         self._changes = 0
         _stores.add(self)
 
+    def __reduce__(self) -> tuple[Callable[..., SQLiteStore], tuple[Path]]:
+        return partial(SQLiteStore, max_bytes=self.max_bytes), (self.path,)
+
     def __repr__(self) -> str:
         limit = "" if self.max_bytes == MAX_BYTES else f", max_bytes={self.max_bytes}"
         return f"{type(self).__name__}({os.fspath(self.path)!r}{limit})"

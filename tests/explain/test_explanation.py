@@ -669,7 +669,7 @@ class TestHostile:
         def broken(name: str) -> Any:
             raise OSError("the disk is gone")
 
-        monkeypatch.setattr("fluxibly.registry.split_model", broken)
+        monkeypatch.setattr("fluxibly._model_names.split_model", broken)
         assert "of the same provider" in str(of(Fallback(to=[target])))
 
     def test_no_provider_is_made(self, monkeypatch):

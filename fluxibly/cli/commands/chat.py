@@ -10,6 +10,7 @@ import typer
 from fluxibly.cli.commands.app import app
 from fluxibly.cli.commands.options import ConfigFile, EnvFile, Framework, LogLevel, Model, config_of, log_to
 from fluxibly.cli.screen import Screen
+from fluxibly.errors import ConfigError
 
 
 @app.command()
@@ -23,17 +24,26 @@ def chat(  # noqa: PLR0917  # typer reads the options from the parameters
     log_level: Annotated[LogLevel | None, typer.Option(help="The lowest level to log on standard error.")] = None,
     trace: Annotated[Path | None, typer.Option(help="A file to write the spans to, as OTLP JSON lines.")] = None,
     otlp: Annotated[str | None, typer.Option(metavar="URL", help="A backend to send the spans to, over HTTP.")] = None,
+    capture: Annotated[
+        bool, typer.Option("--capture", help="Record the prompts and the answers in the spans, too.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the response as JSON, for scripts.")] = False,
     env_file: EnvFile = None,
 ) -> None:
     """Ask a model; without a prompt, start a conversation."""
     from fluxibly.cli.chat import Chat, check_installed, recorder
 
+    if capture and trace is None and otlp is None:
+        raise ConfigError("--capture: expected a place for the spans; add --trace FILE or --otlp URL")
     screen = Screen()
     settings = config_of(config, framework, model)
     log_to(screen, log_level)
     check_installed(settings.framework, spans=trace is not None or otlp is not None)
     spans = recorder(trace, otlp, keep=screen.live)
+    if capture:
+        from fluxibly.telemetry._content import capture_by_default
+
+        capture_by_default("span")
     try:
         Chat(config=settings, screen=screen, recorder=spans, system=system, stream=not no_stream, as_json=as_json).run(
             prompt

@@ -1,0 +1,380 @@
+"""Conversations: messages that are kept in order, and grow by a turn with each answer.
+
+`llm.conversation(…)` makes them. A conversation adds nothing to its calls: what it sends is its messages and the prompt.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from pathlib import Path
+from tempfile import mkstemp
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, cast, overload
+
+from fluxibly._abandoned import end_pending
+from fluxibly._checks import is_list, is_mapping, kind_of
+from fluxibly.errors import ConfigError
+from fluxibly.messages import Message, Prompt, to_messages
+from fluxibly.pipeline import AsyncPipeline, Pipeline
+from fluxibly.stream import AsyncStream, Event, Stream
+from fluxibly.types import Chunk, Request, Response, Restart
+
+if TYPE_CHECKING:
+    from typing import Unpack
+
+    from fluxibly._drivers.streams import StreamDriver
+    from fluxibly._parameters import Overrides
+    from fluxibly.limits import Timeouts
+
+_P_co = TypeVar("_P_co", covariant=True)
+
+
+class Prepare(Protocol[_P_co]):
+    """The method `prepare` of an `LLM` or an `AsyncLLM`: the pipeline and the request of a call."""
+
+    def __call__(self, prompt: Prompt, overrides: Mapping[str, Any], into: object, /) -> tuple[_P_co, Request]: ...
+
+
+class _Turn:
+    """A turn under way: the messages of its prompt, and the answer that is expected."""
+
+    def __init__(self, conversation: _Conversation, messages: tuple[Message, ...]) -> None:
+        self.conversation = conversation
+        self.messages = messages
+        self.driver: StreamDriver | None = None
+        """The driver of the turn's stream; None for a turn whose answer comes whole."""
+
+    def settle(self) -> None:
+        """Note the end of a stream that the consumer reads no further."""
+        driver = self.driver
+        if driver is not None and driver.ended:
+            if driver.response is not None:  # the consumer has left at the last chunk, or is about to note the end
+                self.complete(driver.response)
+            else:
+                self.fail(GeneratorExit("the stream was left before its end"))
+
+    def complete(self, response: Response) -> None:
+        """Keep the prompt and its answer, unless the turn is over already."""
+        self.conversation.over(self, None, [*self.messages, *response.added, response.message])
+
+    def fail(self, error: BaseException) -> None:
+        """Note why there is no answer."""
+        self.conversation.over(self, error)
+
+
+class _Conversation:
+    """The base of `Conversation` and `AsyncConversation`."""
+
+    def __init__(self, messages: Iterable[Message]) -> None:
+        self.messages: list[Message] = list(messages)
+        """The conversation so far. You may change the list between two turns, for instance to shorten it."""
+        self._turn: _Turn | None = None
+        self._error: BaseException | None = None
+        self._lock = threading.RLock()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of {len(self.messages)} messages>"
+
+    @property
+    def last_error(self) -> BaseException | None:
+        """Why the last turn has left the messages as they were: its error, or a GeneratorExit if its stream was given up.
+
+        None: the last turn was completed, or is under way.
+        """
+        with self._lock:
+            if self._turn is not None:
+                self._turn.settle()
+            return self._error
+
+    def begin(self, prompt: Prompt) -> tuple[_Turn, Prompt]:
+        """Begin a turn, and return it with the messages to send.
+
+        Raises:
+            RuntimeError: another turn is under way.
+        """
+        added = to_messages(prompt)
+        end_pending()  # a stream that was dropped has ended
+        with self._lock:
+            if self._turn is not None:
+                self._turn.settle()
+            if self._turn is not None:
+                raise RuntimeError(
+                    "a turn of this conversation is under way: read its stream to the end, or close it, before the next"
+                )
+            self._error = None
+            turn = self._turn = _Turn(self, added)
+        return turn, [*self.messages, *added]
+
+    def over(self, turn: _Turn, error: BaseException | None, messages: Iterable[Message] = ()) -> None:
+        """Note the end of a turn, and keep its messages. A second end of a turn changes nothing."""
+        with self._lock:
+            if self._turn is turn:
+                self.messages += messages
+                self._turn = None
+                self._error = error
+
+    def _save(self, file: str | Path) -> None:
+        """Write the messages to a file, which is replaced as a whole."""
+        lines = ",\n".join(json.dumps(message.to_dict(), ensure_ascii=False) for message in tuple(self.messages))
+        target = Path(os.path.realpath(file))  # a link stays a link
+        # The mode of a temporary file is 600, and nobody ever sees half a conversation.
+        handle, name = mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as written:
+                written.write(f'{{"version": {_VERSION}, "messages": [\n{lines}\n]}}\n')
+                written.flush()
+                os.fsync(handle)
+            Path(name).replace(target)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+
+
+class Conversation(_Conversation):
+    """A conversation with an `LLM`. One turn runs at a time.
+
+    A turn that fails, is cancelled, or whose stream is left before its end, leaves the messages as they were.
+    """
+
+    def __init__(self, prepare: Prepare[Pipeline], messages: Iterable[Message] = ()) -> None:
+        super().__init__(messages)
+        self._prepare = prepare
+
+    def send(
+        self,
+        prompt: Prompt,
+        *,
+        timeout: float | Timeouts | None = None,
+        into: Any = None,
+        **overrides: Unpack[Overrides],
+    ) -> Response:
+        """Say something, and return the model's answer. It takes what `LLM.complete` takes.
+
+        Then `messages` has grown by the prompt, by what was added on the way to the answer (calls of tools and their results),
+        and by the answer.
+
+        Raises:
+            RuntimeError: another turn is under way.
+            FluxiblyError: the call failed.
+        """
+        turn, messages = self.begin(prompt)
+        try:
+            pipeline, request = self._prepare(messages, overrides, into)
+            response = pipeline.complete(request, timeout=timeout)
+        except BaseException as error:
+            turn.fail(error)
+            raise
+        turn.complete(response)
+        return response
+
+    @overload
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        restarts: Literal[False] = False,
+        timeout: float | Timeouts | None = None,
+        into: Any = None,
+        **overrides: Unpack[Overrides],
+    ) -> Stream[Chunk]: ...
+    @overload
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        restarts: bool,
+        timeout: float | Timeouts | None = None,
+        into: Any = None,
+        **overrides: Unpack[Overrides],
+    ) -> Stream[Chunk | Restart]: ...
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        restarts: bool = False,
+        timeout: float | Timeouts | None = None,
+        into: Any = None,
+        **overrides: Unpack[Overrides],
+    ) -> Stream[Any]:
+        """Say something, and return the answer as a `Stream`; see `LLM.stream`. The messages grow when it has been read to its end."""
+        turn, messages = self.begin(prompt)
+        try:
+            pipeline, request = self._prepare(messages, overrides, into)
+            turn.driver = driver = pipeline.open_stream(request, restarts=restarts, timeout=timeout)
+        except BaseException as error:
+            turn.fail(error)
+            raise
+        return _TurnStream[Any](driver, turn)
+
+    def save(self, file: str | Path) -> None:
+        """Write the messages to a JSON file, with mode 600. The file is replaced as a whole.
+
+        `llm.conversation(load=file)` goes on with it. It holds what was said in clear, and no settings of the model.
+
+        Raises:
+            OSError: the file cannot be written.
+            TypeError: a message has content that is not JSON.
+        """
+        self._save(file)
+
+
+class AsyncConversation(_Conversation):
+    """A `Conversation` with an `AsyncLLM`, for asyncio and trio."""
+
+    def __init__(self, prepare: Prepare[AsyncPipeline], messages: Iterable[Message] = ()) -> None:
+        super().__init__(messages)
+        self._prepare = prepare
+
+    async def send(
+        self,
+        prompt: Prompt,
+        *,
+        timeout: float | Timeouts | None = None,
+        into: Any = None,
+        **overrides: Unpack[Overrides],
+    ) -> Response:
+        """Say something, and return the model's answer; see `Conversation.send`."""
+        turn, messages = self.begin(prompt)
+        try:
+            pipeline, request = self._prepare(messages, overrides, into)
+            response = await pipeline.complete(request, timeout=timeout)
+        except BaseException as error:
+            turn.fail(error)
+            raise
+        turn.complete(response)
+        return response
+
+    @overload
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        restarts: Literal[False] = False,
+        timeout: float | Timeouts | None = None,
+        into: Any = None,
+        **overrides: Unpack[Overrides],
+    ) -> AsyncStream[Chunk]: ...
+    @overload
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        restarts: bool,
+        timeout: float | Timeouts | None = None,
+        into: Any = None,
+        **overrides: Unpack[Overrides],
+    ) -> AsyncStream[Chunk | Restart]: ...
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        restarts: bool = False,
+        timeout: float | Timeouts | None = None,
+        into: Any = None,
+        **overrides: Unpack[Overrides],
+    ) -> AsyncStream[Any]:
+        """Say something, and return the answer as an `AsyncStream`, for `async with`; see `Conversation.stream`."""
+        turn, messages = self.begin(prompt)
+        try:
+            pipeline, request = self._prepare(messages, overrides, into)
+            turn.driver = driver = pipeline.open_stream(request, restarts=restarts, timeout=timeout)
+        except BaseException as error:
+            turn.fail(error)
+            raise
+        return _AsyncTurnStream[Any](driver, turn)
+
+    async def save(self, file: str | Path) -> None:
+        """Write the messages to a JSON file, with mode 600; see `Conversation.save`."""
+        from anyio.to_thread import run_sync
+
+        await run_sync(self._save, file)
+
+
+class _TurnStream(Stream[Event]):
+    """The stream of a turn, which ends the turn."""
+
+    __slots__ = ("_turn",)
+
+    def __init__(self, driver: Any, turn: _Turn) -> None:
+        super().__init__(driver)
+        self._turn = turn
+
+    def __iter__(self) -> Iterator[Event]:
+        try:
+            yield from super().__iter__()
+        except GeneratorExit:  # the iterator was dropped, and the stream can be read on
+            raise
+        except BaseException as error:
+            self._turn.fail(error)
+            raise
+        if self._driver.response is not None:
+            self._turn.complete(self._driver.response)
+
+
+class _AsyncTurnStream(AsyncStream[Event]):
+    """The stream of a turn, which ends the turn."""
+
+    __slots__ = ("_turn",)
+
+    def __init__(self, driver: Any, turn: _Turn) -> None:
+        super().__init__(driver)
+        self._turn = turn
+
+    def __aiter__(self) -> AsyncIterator[Event]:
+        return self
+
+    async def __anext__(self) -> Event:
+        try:
+            return await super().__anext__()
+        except StopAsyncIteration:
+            if self._driver.response is not None:
+                self._turn.complete(self._driver.response)
+            raise
+        except BaseException as error:
+            self._turn.fail(error)
+            raise
+
+
+# Files
+
+_VERSION = 1
+
+
+def first_messages(system: str | None, load: str | Path | None) -> list[Message]:
+    """Return the messages that a conversation begins with.
+
+    Raises:
+        TypeError: both are given, or `system` is no text.
+        OSError: the file cannot be read.
+        ConfigError: the file has no conversation.
+    """
+    if load is None:
+        if system is not None and not isinstance(system, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"conversation: system: expected a str, got {kind_of(system)}")
+        return [Message.system(system)] if system else []
+    if system is not None:
+        raise TypeError("conversation: expected system= or load=, got both: the file has the system message")
+    return _loaded(Path(load))
+
+
+def _loaded(file: Path) -> list[Message]:
+    try:
+        found: object = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(
+            f"{file}: expected a conversation as save() writes it, got a file that is not JSON"
+        ) from error
+    version: object = found.get("version") if is_mapping(found) else None
+    if isinstance(version, int) and version > _VERSION:
+        raise ConfigError(
+            f"{file}: a newer fluxibly has written this conversation (version {version}); update fluxibly"
+        )
+    messages: object = found.get("messages") if is_mapping(found) else found  # a list of messages is read too
+    if not is_list(messages):
+        raise ConfigError(f"{file}: expected a conversation as save() writes it, got {kind_of(found)} without messages")
+    try:
+        return [Message.from_dict(cast("Mapping[str, Any]", each)) for each in messages]
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{file}: {error}") from error
