@@ -17,11 +17,16 @@ _UNSAFE = {code: None for code in (*range(32), 127, *range(128, 160)) if chr(cod
 """Control characters: a model's answer must not move the cursor or colour the terminal."""
 
 
+def printable(text: str) -> str:
+    """Return a line without the characters that would move the cursor, begin another line or hide something."""
+    return "".join(filter(str.isprintable, text))
+
+
 def line_of(error: BaseException) -> str:
-    """Return an error's message on one line."""
+    """Return an error's message, which may quote a server, on one line."""
     problems: Sequence[str] = getattr(error, "problems", ())
     text = "; ".join(problems) if len(problems) > 1 else str(error)
-    return " ".join(text.split()) or type(error).__name__
+    return printable(" ".join(text.split())) or type(error).__name__
 
 
 class Screen:
@@ -68,6 +73,13 @@ class Screen:
         for number, line in enumerate(lines):
             padded = "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
             self._out.print(Text(padded, "bold" if self.live and number == 0 else ""), soft_wrap=True)
+
+    def line(self, text: str, note: str = "") -> None:
+        """Print a line as it is; the note after it is only for a person."""
+        shown = Text(text)
+        if note and self.live:
+            shown.append(f"  {note}", "dim")
+        self._out.print(shown, soft_wrap=True)
 
     def lines(self, text: str) -> None:
         """Print lines as they are."""

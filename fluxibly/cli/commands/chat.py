@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from fluxibly.cli.commands.app import app
-from fluxibly.cli.commands.options import ConfigFile, Framework, LogLevel, Model, config_of, log_to
+from fluxibly.cli.commands.options import ConfigFile, EnvFile, Framework, LogLevel, Model, config_of, log_to
 from fluxibly.cli.screen import Screen
 from fluxibly.errors import ConfigError
 
@@ -28,6 +28,7 @@ def chat(  # noqa: PLR0917  # typer reads the options from the parameters
         bool, typer.Option("--capture", help="Record the prompts and the answers in the spans, too.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the response as JSON, for scripts.")] = False,
+    env_file: EnvFile = None,
 ) -> None:
     """Ask a model; without a prompt, start a conversation."""
     from fluxibly.cli.chat import Chat, check_installed, recorder

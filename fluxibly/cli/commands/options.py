@@ -20,6 +20,27 @@ LOCAL_MAX_TOKENS = 512
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="A YAML file with an `llm:` section.")]
 Framework = Annotated[str | None, typer.Option(help="The framework that runs the model; see `fluxibly frameworks`.")]
 Model = Annotated[str | None, typer.Option(help="The model's name, or for `local` the path of a GGUF file.")]
+
+
+def _read_env_file(file: Path | None) -> Path | None:
+    if file is not None:
+        from fluxibly.cli.environment import read_env_file
+
+        read_env_file(file)
+    return file
+
+
+EnvFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--env-file",
+        metavar="FILE",
+        is_eager=True,
+        callback=_read_env_file,
+        help="A .env file with keys. Variables that are set already win.",
+    ),
+]
+"""A file that is read before the command runs: the command itself has nothing to do with it."""
 LogLevel = Literal["debug", "info", "warning", "error", "critical"]
 
 
