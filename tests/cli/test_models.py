@@ -17,7 +17,7 @@ pytest.importorskip("typer")
 from support.command_line import CommandLine, command_line
 from support.model_server import KEY, LISTED, Models, model_server
 
-from fluxibly import _model_names, registry
+from fluxibly import Target, registry
 from fluxibly.cli import models as command
 from fluxibly.config import LLMConfig
 from fluxibly.providers.local import MODELS, cached_path
@@ -53,7 +53,9 @@ def test_one_service(fluxibly: CommandLine) -> None:
     ran = fluxibly("models", "openai")
     assert (ran.status, ran.lines, ran.err) == (0, OPENAI, "")
     assert fluxibly("models", "openai-responses").lines == [f"openai-responses:{model}" for model in LISTED["openai"]]
-    assert _model_names.split_model(ANTHROPIC[0]) == ("anthropic", LISTED["anthropic"][0])
+    named = Target(ANTHROPIC[0]).config
+    assert named is not None
+    assert (named.framework, named.model) == ("anthropic", LISTED["anthropic"][0])
 
 
 def test_all_services(fluxibly: CommandLine, server: Models) -> None:
