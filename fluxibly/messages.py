@@ -273,10 +273,9 @@ def to_messages(prompt: object) -> tuple[Message, ...]:
         given = tuple(_of_mapping(message, number) for number, message in enumerate(given))
     for message in given:
         if not isinstance(message, Message):
+            got = kind_of(message)
             hint = "; write Message.user(…)" if isinstance(message, (str, tuple, list)) else ""
-            raise TypeError(
-                f"the prompt: expected a str or a sequence of Message, got {kind_of(message)} in the sequence{hint}"
-            )
+            raise TypeError(f"the prompt: expected a str or a sequence of Message, got {got} in the sequence{hint}")
     if not given:
         raise BadPrompt("the prompt has no messages; give a non-empty string or a sequence of Message")
     messages = cast("tuple[Message, ...]", given)
