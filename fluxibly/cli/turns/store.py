@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import attrs
 
-from fluxibly.errors import root_cause
+from fluxibly.errors import ConfigError, root_cause
 from fluxibly.messages import Message
 from fluxibly.stores.sqlite import alone, identity, is_damage, transaction
 from fluxibly.types import Response
@@ -108,6 +108,24 @@ class Conversation:
     """The configuration file of its last turn."""
     messages: tuple[Message, ...]
     """The messages that the next question is added to."""
+
+    def settings(
+        self, config_file: Path | None, framework: str | None, model: str | None
+    ) -> tuple[Path | None, str | None, str | None]:
+        """Return the configuration file, framework and model to go on with: those given, or else its own.
+
+        Its own file comes first of all: without it, the messages could go to another service.
+
+        Raises:
+            ConfigError: its own file is needed, and does not exist any more.
+        """
+        if config_file is not None or framework not in (None, self.framework):
+            return config_file, framework, model
+        if self.config_file is not None and not self.config_file.exists():
+            raise ConfigError(
+                f"--continue: {self.config_file}, the configuration of the conversation, is gone; give --config"
+            )
+        return self.config_file, self.framework, self.model if model is None else model
 
 
 @attrs.frozen(kw_only=True)
