@@ -13,7 +13,8 @@ from uuid import uuid4
 import attrs
 
 from fluxibly.cli.turns.masking import Masking
-from fluxibly.cli.turns.store import Conversation, Kept, TurnStore, off_path
+from fluxibly.cli.turns.store import Conversation, Kept, LogError, TurnStore, off_path
+from fluxibly.errors import ConfigError
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import ReadableSpan
@@ -42,7 +43,9 @@ def last_conversation(screen: Screen) -> Conversation | None:
     Its messages are what the next question is added to: with the system message and the last answer, and without
     questions that got no answer. It does not matter whether turns are kept now.
     """
-    return _attempt(screen, "the last conversation cannot be read", TurnStore(_warn_on(screen)).last_conversation)
+    return _attempt(
+        screen, "the last conversation cannot be read", lambda: TurnStore(_warn_on(screen)).last_conversation()
+    )
 
 
 @attrs.define
@@ -64,15 +67,18 @@ class TurnLog:
             wanted: True for `--log`, False for `--no-log`; None keeps turns at a terminal, unless `fluxibly logs off`.
             config_file: the configuration file of the chat, which is noted with its turns.
         """
-        if wanted is False or (wanted is None and (not screen.live or is_off())):
+        if wanted is False or (wanted is None and not screen.live):
             return None
-        store = TurnStore(_warn_on(screen))
-        new = _attempt(screen, "this chat is not logged", store.create)
-        if new is None:
-            return None
-        if new:
-            screen.aside(f"Logged in {shown_path(store.path)} (off: --no-log, fluxibly logs off)", "dim")
-        return cls(screen, store, config_file)
+
+        def made() -> TurnLog | None:
+            if wanted is None and is_off():
+                return None
+            store = TurnStore(_warn_on(screen))
+            if store.create():
+                screen.aside(f"Logged in {shown_path(store.path)} (off: --no-log, fluxibly logs off)", "dim")
+            return cls(screen, store, config_file)
+
+        return _attempt(screen, "this chat is not logged", made)
 
     def add(
         self,
@@ -133,7 +139,7 @@ def reason(error: BaseException) -> str:
     """Return why the file could not be read or written, on one line and without the content of a turn."""
     if isinstance(error, OSError):
         return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
-    if isinstance(error, sqlite3.Error):
+    if isinstance(error, (sqlite3.Error, LogError, ConfigError)):
         return str(error)
     return type(error).__name__
 

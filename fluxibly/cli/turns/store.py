@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import attrs
 
+from fluxibly._extras import pip_install
 from fluxibly.errors import ConfigError, root_cause
 from fluxibly.messages import Message
 from fluxibly.stores.sqlite import alone, identity, is_damage, transaction
@@ -78,8 +79,15 @@ _LISTED = (
 
 
 def log_path() -> Path:
-    """Return the path of the file of turns, where the platform keeps a user's data."""
-    import platformdirs
+    """Return the path of the file of turns, where the platform keeps a user's data.
+
+    Raises:
+        ConfigError: platformdirs is not installed.
+    """
+    try:
+        import platformdirs
+    except ModuleNotFoundError:
+        raise ConfigError(f"the log needs packages that are not installed: {pip_install('cli')}") from None
 
     return platformdirs.user_data_path("fluxibly", appauthor=False) / "logs.db"
 
@@ -89,12 +97,22 @@ def off_path() -> Path:
     return log_path().with_name("logs-off")
 
 
-class NewerLog(Exception):
+class LogError(Exception):
+    """The file cannot be used."""
+
+
+class NewerLog(LogError):
     """The file is that of a newer fluxibly."""
 
+    def __str__(self) -> str:
+        return f"a newer fluxibly has written {log_path()}"
 
-class NotALog(Exception):
+
+class NotALog(LogError):
     """The file is a database of something else."""
+
+    def __str__(self) -> str:
+        return f"{log_path()} is no log of fluxibly"
 
 
 @attrs.frozen(kw_only=True)
@@ -352,17 +370,22 @@ class TurnStore:
             _prepare(db)
             return work(db)
 
+    def make_folder(self) -> None:
+        """Make the folder, if it does not exist, and let nobody else read it.
+
+        Raises:
+            OSError: it cannot be made.
+        """
+        self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _keep_private(self.path.parent, 0o700)
+
     def _make(self) -> None:
         """Make the folder and the file, if they do not exist, and let nobody else read them."""
-        folder = self.path.parent
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.make_folder()
         with suppress(FileExistsError):
             # The permissions, which SQLite gives to its journal too, are set before there is anything in the file.
             os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
-        for place, mode in ((folder, 0o700), (self.path, 0o600)):
-            if os.name == "posix" and place.stat().st_mode & 0o077:
-                with suppress(PermissionError):  # it is another user's
-                    place.chmod(mode)
+        _keep_private(self.path, 0o600)
 
     def _set_aside(self, file: tuple[int, int], error: Exception) -> None:
         """Give the file another name, unless another process has done so."""
@@ -379,6 +402,12 @@ class TurnStore:
                     Path(f"{self.path}{suffix}").rename(f"{aside}{suffix}")
         what = "is no log of fluxibly" if isinstance(error, NotALog) else "is damaged"
         self._warn(f"{self.path} {what}; it is now {aside.name}, and a new log begins")
+
+
+def _keep_private(path: Path, mode: int) -> None:
+    if os.name == "posix" and path.stat().st_mode & 0o077:
+        with suppress(PermissionError):  # it is another user's
+            path.chmod(mode)
 
 
 def _is_broken(error: Exception) -> bool:
