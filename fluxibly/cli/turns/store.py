@@ -10,6 +10,7 @@ import json
 import os
 import re
 import sqlite3
+import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, suppress
@@ -377,7 +378,7 @@ class TurnStore:
             OSError: it cannot be made.
         """
         self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _keep_private(self.path.parent, 0o700)
+        _keep_private(self.path.parent)
 
     def _make(self) -> None:
         """Make the folder and the file, if they do not exist, and let nobody else read them."""
@@ -385,7 +386,7 @@ class TurnStore:
         with suppress(FileExistsError):
             # The permissions, which SQLite gives to its journal too, are set before there is anything in the file.
             os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
-        _keep_private(self.path, 0o600)
+        _keep_private(self.path)
 
     def _set_aside(self, file: tuple[int, int], error: Exception) -> None:
         """Give the file another name, unless another process has done so."""
@@ -404,10 +405,12 @@ class TurnStore:
         self._warn(f"{self.path} {what}; it is now {aside.name}, and a new log begins")
 
 
-def _keep_private(path: Path, mode: int) -> None:
-    if os.name == "posix" and path.stat().st_mode & 0o077:
+def _keep_private(path: Path) -> None:
+    """Take from others the permission to use a file or a folder."""
+    mode = stat.S_IMODE(path.stat().st_mode)
+    if os.name == "posix" and mode & 0o077:
         with suppress(PermissionError):  # it is another user's
-            path.chmod(mode)
+            path.chmod(mode & 0o700)
 
 
 def _is_broken(error: Exception) -> bool:
