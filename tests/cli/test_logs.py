@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import sqlite3
 import stat
@@ -22,6 +23,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from rich.cells import cell_len
+from support.readme import blocks_of
 
 from fluxibly.cli.commands import run
 from fluxibly.cli.screen import Screen
@@ -798,3 +800,21 @@ class TestCommands:
         assert command(capfd, "logs", "path") == (0, f"{log_path}\n", "")
         assert command(capfd, "logs", "show")[0] == 2
         assert not log_path.exists()
+
+    def test_the_page(self, capfd, monkeypatch, tmp_path):
+        """The commands of the page run in their order, and print what they are for."""
+        monkeypatch.chdir(tmp_path)
+        assert fluxibly("chat", "--log", "--framework", "echo", "What is the capital of France?").returncode == 0
+        lines = [shlex.split(line, comments=True)[1:] for code in blocks_of_page() for line in code.splitlines()]
+        assert ["logs", "search", "capital of France"] in lines
+        for arguments in lines:
+            if arguments[0] == "chat":
+                assert fluxibly(*arguments, "--log").stdout == "And of Spain?\n"
+                continue
+            status, out, err = command(capfd, *arguments)
+            assert (status, err) == (0, "")
+            assert out or arguments[1] in {"export", "off", "on", "purge"}
+
+
+def blocks_of_page() -> list[str]:
+    return [code for kind, code in blocks_of(ROOT / "docs" / "logs.md") if kind == "text"]
