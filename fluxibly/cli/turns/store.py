@@ -39,6 +39,8 @@ BUSY = 3.0
 """The most seconds to wait for another process that writes."""
 INDEXED = 100_000
 """The most characters of a question or an answer that are listed and searched."""
+_AT_ONCE = 100
+"""The number of whole turns to read at once."""
 APPLICATION_ID = 0x666C7862
 """SQLite's `application_id` of this file: "flxb"."""
 
@@ -324,14 +326,15 @@ class TurnStore:
     def turn(self, number: int | None) -> Turn | None:
         """Return the turn with an id, or the last turn; None if there is none."""
         which = "ORDER BY id DESC LIMIT 1" if number is None else "WHERE id = ?"
-        return self._read(partial(_turn, which, () if number is None else (number,)), None)
+        found = self._read(partial(_turns, which, () if number is None else (number,)), list[Turn]())
+        return found[0] if found else None
 
     def whole_turns(self, count: int | None = None) -> Iterator[Turn]:
         """Yield the last turns whole, in the order in which they were written. None: all of them."""
-        for listed in self.turns(count):
-            turn = self.turn(listed.id)
-            if turn is not None:  # else it has just been deleted
-                yield turn
+        last = 0 if count is None else min([turn.id for turn in self.turns(count)], default=1) - 1
+        while found := self._read(partial(_turns, f"WHERE id > ? ORDER BY id LIMIT {_AT_ONCE}", (last,)), list[Turn]()):
+            yield from found
+            last = found[-1].id
 
     def count(self) -> int:
         """Return the number of turns."""
@@ -536,22 +539,22 @@ def _indexed(db: sqlite3.Connection) -> bool:
     return True
 
 
-def _turn(which: str, values: Sequence[object], db: sqlite3.Connection) -> Turn | None:
+def _turns(which: str, values: Sequence[object], db: sqlite3.Connection) -> list[Turn]:
     rows = db.execute(
         f"SELECT {_LISTED}, config_file, message, response, spans FROM turns {which}",  # noqa: S608  # as above
         values,
     ).fetchall()
-    if not rows:
-        return None
-    *listed, config_file, message, response, spans = rows[0]
-    return _row(
-        Turn,
-        listed,
-        config_file=config_file,
-        messages=_messages(message, db),
-        response=None if response is None else json.loads(response),
-        spans=spans,
-    )
+    return [
+        _row(
+            Turn,
+            listed,
+            config_file=config_file,
+            messages=_messages(message, db),
+            response=None if response is None else json.loads(response),
+            spans=spans,
+        )
+        for *listed, config_file, message, response, spans in rows
+    ]
 
 
 def _messages(last: int, db: sqlite3.Connection) -> list[dict[str, Any]]:
