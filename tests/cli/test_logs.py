@@ -627,8 +627,9 @@ class TestSearch:
         """Whatever a word is made of, the turns that have it are found, and no others."""
         monkeypatch.setattr(turn_store, "has_full_text", lambda db: full_text)
         found = add(log, f"before {words} after これは日本語です")
-        add(log, "something else, without signs")
+        add(log, "something else, before, after, without signs")
         assert [turn.id for turn in kept.search([words])] == [found]
+        assert [turn.id for turn in kept.search(["after", words])] == [found]
 
     def test_all_words_must_be_there(self, log, kept):
         """All words must be in the question or the answer; a word may be the beginning of one, in any case."""

@@ -74,6 +74,7 @@ WITH RECURSIVE sent (id, parent, body, depth) AS (
     UNION ALL SELECT messages.id, messages.parent, messages.body, depth + 1 FROM messages, sent WHERE messages.id = sent.parent
 ) SELECT body FROM sent ORDER BY depth DESC
 """
+_HAS_LETTER = re.compile(r"[^\W_]")
 _CONTAINS = r"prompt || char(10) || answer LIKE ? ESCAPE '\'"
 _LIKE, _ESCAPED = re.compile(r"[%_\\]"), r"\\\g<0>"
 _LISTED = (
@@ -517,13 +518,13 @@ def _row(kind: type[T], row: Sequence[Any], **more: Any) -> T:
 def _search(words: Sequence[str], count: int | None, db: sqlite3.Connection) -> list[Listed]:
     words = [_searchable(word) for word in words]
     found: list[Listed] = []
-    if has_full_text(db) and _indexed(db):
+    if all(map(_HAS_LETTER.search, words)) and has_full_text(db) and _indexed(db):
         # In quotes, nothing in a word is an operator.
         query = " ".join(['"' + word.replace('"', '""') + '"*' for word in words])
         found = _listed("WHERE id IN (SELECT rowid FROM turns_index WHERE turns_index MATCH ?)", (query,), count, db)
     if found:
         return found
-    # The index knows neither signs nor the words of languages that put no spaces between them.
+    # The index passes over signs, and does not know the words of languages that put no spaces between them.
     patterns = [f"%{_LIKE.sub(_ESCAPED, word)}%" for word in words]
     return _listed(f"WHERE {' AND '.join([_CONTAINS] * len(words))}", patterns, count, db)
 
