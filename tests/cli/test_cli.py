@@ -468,21 +468,21 @@ def test_failure_of_the_network(yaml: Path) -> None:
 def test_without_the_extra() -> None:
     """Without the extra `cli`, one line names the packages to install."""
     result = fluxibly("chat", "x", before="import sys; sys.modules['typer'] = None")
-    check_mistake(result, "pip install rich typer xllamacpp")
+    check_mistake(result, "pip install platformdirs rich typer xllamacpp")
     assert "fluxibly[" not in result.stderr
 
 
 @pytest.mark.parametrize(
     ("arguments", "packages"),
     [
-        (["doctor"], "rich typer"),
-        (["chat", "--framework=echo", "x"], "rich typer"),
-        (["chat", "x"], "rich typer xllamacpp"),
+        (["doctor"], "platformdirs rich typer"),
+        (["chat", "--framework=echo", "x"], "platformdirs rich typer"),
+        (["chat", "x"], "platformdirs rich typer xllamacpp"),
         (
             ["chat", "x", "--trace", "t"],
-            "rich typer xllamacpp opentelemetry-sdk opentelemetry-exporter-otlp-proto-http",
+            "platformdirs rich typer xllamacpp opentelemetry-sdk opentelemetry-exporter-otlp-proto-http",
         ),
-        ([], "rich typer"),
+        ([], "platformdirs rich typer"),
     ],
 )
 def test_all_that_a_command_needs_is_named_at_once(arguments: list[str], packages: str) -> None:
