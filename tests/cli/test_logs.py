@@ -802,10 +802,10 @@ class TestCommands:
         assert command(capfd, "logs", "show")[0] == 2
         assert not log_path.exists()
 
-    def test_the_page(self, capfd, monkeypatch, tmp_path):
+    def test_the_page(self, log, capfd, monkeypatch, tmp_path):
         """The commands of the page run in their order, and print what they are for."""
         monkeypatch.chdir(tmp_path)
-        assert fluxibly("chat", "--log", "--framework", "echo", "What is the capital of France?").returncode == 0
+        add(log, "What is the capital of France?", spans=spans_of("chat echo", {}))
         lines = [shlex.split(line, comments=True)[1:] for code in blocks_of_page() for line in code.splitlines()]
         assert ["logs", "search", "capital of France"] in lines
         for arguments in lines:
