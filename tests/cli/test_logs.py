@@ -215,7 +215,7 @@ class TestWhatIsKept:
         add(log, spans=spans_of("chat m", {"gen_ai.request.model": "m"}))
         file = tmp_path / "spans.jsonl"
         assert command(capfd, "logs", "export", "--trace", str(file)) == (0, "", "")
-        [span] = trace_file.read(file)
+        [span] = trace_file.read(file).roots
         assert (span.name, span.attributes) == ("chat m", {"gen_ai.request.model": "m"})
 
     @pytest.mark.parametrize("as_url", [False, True])
