@@ -32,11 +32,16 @@ def mask_secrets(text: str, secrets: Iterable[str]) -> str:
 
     Of an `Authorization` header such as `Bearer …`, the token alone is replaced too.
     """
-    parts = {part for secret in secrets for part in (secret, _SCHEME.sub("", secret, count=1))}
-    forms = {form for part in parts if len(part.strip()) >= SHORTEST for form in _written(part)}
-    for form in sorted(forms, key=len, reverse=True):  # a form may contain another form
+    for form in forms_of(secrets):
         text = text.replace(form, MASK)
     return text
+
+
+def forms_of(secrets: Iterable[str]) -> list[str]:
+    """Return all that `mask_secrets` replaces, in order."""
+    parts = {part for secret in secrets for part in (secret, _SCHEME.sub("", secret, count=1))}
+    forms = {form for part in parts if len(part.strip()) >= SHORTEST for form in _written(part)}
+    return sorted(forms, key=len, reverse=True)  # a form may contain another form
 
 
 def _written(secret: str) -> Iterable[str]:

@@ -7,14 +7,16 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
+from uuid import uuid4
 
 import attrs
 
 from fluxibly._extras import pip_install
 from fluxibly.cli.report import as_json, figures, media_lines, span_trees
 from fluxibly.cli.screen import line_of
-from fluxibly.errors import ConfigError, ContextLengthExceeded, FluxiblyError
+from fluxibly.errors import ConfigError, ContextLengthExceeded, FluxiblyError, StreamInterrupted
 from fluxibly.llm import LLM
 from fluxibly.messages import Message
 from fluxibly.providers.local import model_path
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.trace import ReadableSpan
 
     from fluxibly.cli.screen import Screen
+    from fluxibly.cli.turns import Conversation, TurnLog
     from fluxibly.config import LLMConfig
 
 
@@ -35,7 +38,10 @@ STDIN = "-"
 
 @attrs.frozen(kw_only=True)
 class Chat:
-    """A chat with a model. `stream=False` waits for whole answers; `as_json` prints the response instead of its text."""
+    """A chat with a model. `stream=False` waits for whole answers; `as_json` prints the response instead of its text.
+
+    `log` keeps the turns, and `earlier` is the conversation to go on with.
+    """
 
     config: LLMConfig
     screen: Screen
@@ -43,6 +49,13 @@ class Chat:
     system: str | None = None
     stream: bool = True
     as_json: bool = False
+    log: TurnLog | None = None
+    earlier: Conversation | None = None
+
+    @cached_property
+    def conversation(self) -> str:
+        """The id of the conversation."""
+        return uuid4().hex if self.earlier is None else self.earlier.id
 
     def run(self, prompt: str | None) -> None:
         """Answer `prompt` ("-" reads it from standard input), or start a conversation if it is None.
@@ -67,11 +80,36 @@ class Chat:
             if prompt is None:
                 self.converse(llm)
             else:
-                self.show(self.answer(llm, [*self.opening(), Message.user(prompt)]))
+                self.ask(llm, [*self.opening(), Message.user(prompt)])
 
     def opening(self) -> list[Message]:
-        """Return the messages that begin every conversation."""
-        return [Message.system(self.system)] if self.system else []
+        """Return the messages before the first question."""
+        earlier = () if self.earlier is None else self.earlier.messages
+        if not self.system:
+            return list(earlier)
+        return [Message.system(self.system), *(message for message in earlier if message.role != "system")]
+
+    def ask(self, llm: LLM, messages: list[Message]) -> Response:
+        """Return the model's response, show it, and keep the turn."""
+        try:
+            response = self.answer(llm, messages)
+        except BaseException as error:
+            self.keep(messages, error.partial if isinstance(error, StreamInterrupted) else None, error)
+            raise
+        spans = self.keep(messages, response)
+        self.show(response, spans)
+        return response
+
+    def keep(
+        self, messages: list[Message], response: Response | None, error: BaseException | None = None
+    ) -> Sequence[ReadableSpan]:
+        """Keep a turn, and return its spans."""
+        spans = self.recorder.take()
+        if self.log is not None:
+            self.log.add(
+                self.config, messages, conversation=self.conversation, response=response, error=error, spans=spans
+            )
+        return spans
 
     def answer(self, llm: LLM, messages: list[Message]) -> Response:
         """Return the model's response, and print its text as it arrives."""
@@ -88,9 +126,8 @@ class Chat:
         self.screen.end_line()
         return response
 
-    def show(self, response: Response) -> None:
+    def show(self, response: Response, spans: Sequence[ReadableSpan]) -> None:
         """Print the response as JSON, for scripts, or its figures and spans under the answer, for a person."""
-        spans = self.recorder.take()
         if self.as_json:
             self.screen.write(as_json(response) + "\n")
             return
@@ -130,18 +167,14 @@ class Chat:
         """Answer the last message. Return the conversation so far, without a question that got no answer."""
         asked = messages[:-1]
         try:
-            response = self.answer(llm, messages)
-            self.show(response)
+            response = self.ask(llm, messages)
         except KeyboardInterrupt:
-            self.recorder.take()
             self.screen.note("(stopped)")
             return asked
         except ContextLengthExceeded as error:
-            self.recorder.take()
             self.screen.aside(f"fluxibly: {line_of(error)}; the conversation begins anew", "red")
-            return self.opening()
+            return [message for message in self.opening() if message.role == "system"]
         except FluxiblyError as error:
-            self.recorder.take()
             self.screen.aside(f"fluxibly: {line_of(error)}", "red")
             return asked
         return [*messages, Message.assistant(response)]

@@ -20,7 +20,7 @@ from fluxibly.telemetry import semconv
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import ReadableSpan
 
-    from fluxibly.parts import Part
+    from fluxibly.parts import Media, Part
     from fluxibly.types import Response
 
 
@@ -32,13 +32,15 @@ def _seconds(seconds: float | None) -> str:
 
 
 def media_lines(response: Response) -> list[str]:
-    """Return a line for each image, audio or file of an answer: its kind, its size or its URL, and what is said."""
-    lines: list[str] = []
-    for part in response.media:
-        size = f"{len(part.data)} bytes" if part.data is not None else _address(part.url or "")
-        said = part.transcript if isinstance(part, Audio) else None
-        lines.append(f"[{part.media_type or type(part).__name__.lower()}, {size}]" + (f" {said}" if said else ""))
-    return lines
+    """Return a line for each image, audio or file of an answer; see `described`."""
+    return [described(part) for part in response.media]
+
+
+def described(part: Media) -> str:
+    """Return the line for an image, audio or file: its kind, its size or its URL, and what is said."""
+    size = f"{len(part.data)} bytes" if part.data is not None else _address(part.url or "")
+    said = part.transcript if isinstance(part, Audio) else None
+    return f"[{part.media_type or type(part).__name__.lower()}, {size}]" + (f" {said}" if said else "")
 
 
 def _address(url: str) -> str:

@@ -37,6 +37,11 @@ class Screen:
         self._err = Console(file=sys.stderr, highlight=False, stderr=True)
         self._mid_line = False
 
+    @property
+    def width(self) -> int:
+        """The columns of the terminal."""
+        return self._out.width
+
     def write(self, text: str) -> None:
         """Write a piece of an answer, without buffering it."""
         if self.live:

@@ -221,7 +221,7 @@ class SQLiteStore:
             db = self._opened(self._writer)
             db.execute("PRAGMA busy_timeout = 0")
             try:
-                with _transaction(db):
+                with transaction(db):
                     db.executemany(_USE, [(key,) for key in uses])
             finally:
                 db.execute(f"PRAGMA busy_timeout = {_BUSY * 1000:.0f}")
@@ -242,7 +242,7 @@ class SQLiteStore:
         """Do some work in a transaction that writes, and return its result."""
 
         def whole_work(db: sqlite3.Connection) -> T:
-            with _transaction(db):
+            with transaction(db):
                 self._changes += 1
                 if self._changes % _SWEEP == 0:
                     _forget_expired(db)
@@ -256,7 +256,7 @@ class SQLiteStore:
             with side.lock:
                 return work(self._opened(side))
         except sqlite3.DatabaseError as error:
-            if not _is_damage(error):
+            if not is_damage(error):
                 raise self._translated(error) from error
         self._set_aside(side)
         try:
@@ -272,16 +272,16 @@ class SQLiteStore:
 
     def _opened(self, side: _Side) -> sqlite3.Connection:
         """Return the connection of a side, which is opened if it is not. The caller has its lock."""
-        if side.connection is not None and _identity(self.path) != side.file:
+        if side.connection is not None and identity(self.path) != side.file:
             side.close()  # somebody has removed the file, and other processes would not see what is written there
         while side.connection is None:
             # The permissions of the file, which those beside it get, too, are set before there is anything in it.
             with suppress(FileExistsError):
                 os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
-            side.file = _identity(self.path)
+            side.file = identity(self.path)
             db = sqlite3.connect(self.path, timeout=_BUSY, isolation_level=None, check_same_thread=False)
             try:
-                if _identity(self.path) == side.file:  # else somebody has just set it aside
+                if identity(self.path) == side.file:  # else somebody has just set it aside
                     _prepare(db)
                     side.connection = db
             finally:
@@ -293,8 +293,8 @@ class SQLiteStore:
         """Give the damaged file of a side another name, unless another thread or process has done so."""
         with self._reader.lock, self._writer.lock:
             self.close()
-            with _alone(self.path):
-                if side.file is None or _identity(self.path) != side.file:
+            with alone(self.path):
+                if side.file is None or identity(self.path) != side.file:
                     return
                 number = 1
                 while (aside := Path(f"{self.path}.broken-{number}")).exists():
@@ -338,13 +338,13 @@ def _prepare(db: sqlite3.Connection) -> None:
             time.sleep(0.01)
     db.execute("PRAGMA synchronous = NORMAL")
     if not db.execute("SELECT 1 FROM sqlite_master WHERE name = 'fluxibly_parts'").fetchall():
-        with _transaction(db):
+        with transaction(db):
             for statement in _SCHEMA.split(";\n"):
                 db.execute(statement)
 
 
 @contextmanager
-def _transaction(db: sqlite3.Connection) -> Generator[None]:
+def transaction(db: sqlite3.Connection) -> Generator[None]:
     """Let all that is written come to pass, or nothing of it."""
     db.execute("BEGIN IMMEDIATE")
     try:
@@ -438,11 +438,11 @@ def _take_off(key: str, amount: float, db: sqlite3.Connection) -> None:
         amount -= part
 
 
-def _is_damage(error: sqlite3.DatabaseError) -> bool:
+def is_damage(error: sqlite3.DatabaseError) -> bool:
     return error.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
-def _identity(path: Path) -> tuple[int, int] | None:
+def identity(path: Path) -> tuple[int, int] | None:
     """Return what identifies a file, or None if there is none."""
     try:
         found = path.stat()
@@ -452,7 +452,7 @@ def _identity(path: Path) -> tuple[int, int] | None:
 
 
 @contextmanager
-def _alone(path: Path) -> Generator[None]:
+def alone(path: Path) -> Generator[None]:
     """Keep other threads and processes from renaming a file meanwhile."""
     with _renaming, ExitStack() as locks:
         with suppress(ImportError):  # on Windows, where a file that is open cannot be renamed anyway

@@ -41,7 +41,7 @@ class OTLPFileSpanExporter(SpanExporter):
         self._cut = _is_cut(self._path)
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
-        line = json.dumps(_as_otlp_json(spans), separators=(",", ":"), ensure_ascii=False).encode() + b"\n"
+        line = json.dumps(as_otlp_json(spans), separators=(",", ":"), ensure_ascii=False).encode() + b"\n"
         if self._cut:
             line = b"\n" + line
         try:
@@ -68,7 +68,7 @@ def _is_cut(path: Path) -> bool:
         return False
 
 
-def _as_otlp_json(spans: Sequence[ReadableSpan]) -> dict[str, Any]:
+def as_otlp_json(spans: Sequence[ReadableSpan]) -> dict[str, Any]:
     """Return the export request as OTLP JSON, which is protobuf's JSON with ids in hex and enumerations as numbers."""
     request: dict[str, Any] = MessageToDict(encode_spans(spans), use_integers_for_enums=True)
     for resource in request.get("resourceSpans", ()):

@@ -611,7 +611,7 @@ ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 def test_answer_at_a_terminal(terminal: Callable[..., Terminal]) -> None:
     """At a terminal, the answer is shown with its log lines, its figures and its spans."""
-    chat = terminal("chat", "--framework", "echo", "one two three")
+    chat = terminal("chat", "--framework", "echo", "--no-log", "one two three")
     assert chat.end() == 0
     lines = [line.rstrip() for line in ANSI.sub("", chat.shown).splitlines()]
     assert lines[0].startswith("INFO    LLM streaming request started | ")

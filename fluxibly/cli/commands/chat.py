@@ -10,6 +10,7 @@ import typer
 from fluxibly.cli.commands.app import app
 from fluxibly.cli.commands.options import ConfigFile, Framework, LogLevel, Model, config_of, log_to
 from fluxibly.cli.screen import Screen
+from fluxibly.errors import ConfigError
 
 
 @app.command()
@@ -24,19 +25,38 @@ def chat(  # noqa: PLR0917  # typer reads the options from the parameters
     trace: Annotated[Path | None, typer.Option(help="A file to write the spans to, as OTLP JSON lines.")] = None,
     otlp: Annotated[str | None, typer.Option(metavar="URL", help="A backend to send the spans to, over HTTP.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the response as JSON, for scripts.")] = False,
+    go_on: Annotated[bool, typer.Option("--continue", "-c", help="Go on with the last conversation.")] = False,
+    log: Annotated[
+        bool | None, typer.Option("--log/--no-log", help="Whether to keep the turns; see `fluxibly logs`.")
+    ] = None,
 ) -> None:
     """Ask a model; without a prompt, start a conversation."""
     from fluxibly.cli.chat import Chat, check_installed, recorder
+    from fluxibly.cli.turns import TurnLog, last_conversation
 
     screen = Screen()
+    earlier = None
+    if go_on:
+        earlier = last_conversation(screen)
+        if earlier is None:
+            raise ConfigError("--continue: there is no conversation to go on with")
+        config, framework, model = earlier.settings(config, framework, model)
     settings = config_of(config, framework, model)
     log_to(screen, log_level)
     check_installed(settings.framework, spans=trace is not None or otlp is not None)
-    spans = recorder(trace, otlp, keep=screen.live)
+    turns = TurnLog.open(screen, wanted=log, config_file=config)
+    spans = recorder(trace, otlp, keep=screen.live or turns is not None)
     try:
-        Chat(config=settings, screen=screen, recorder=spans, system=system, stream=not no_stream, as_json=as_json).run(
-            prompt
-        )
+        Chat(
+            config=settings,
+            screen=screen,
+            recorder=spans,
+            system=system,
+            stream=not no_stream,
+            as_json=as_json,
+            log=turns,
+            earlier=earlier,
+        ).run(prompt)
     finally:
         screen.end_line()
         problem = spans.close()
