@@ -254,6 +254,22 @@ def test_trace(tmp_path: Path) -> None:
     assert "chat echo" in page.read_text()
 
 
+def test_capture(tmp_path: Path) -> None:
+    """--capture records the prompt and the answer in the spans, which have no content otherwise."""
+    plain, captured = tmp_path / "plain.jsonl", tmp_path / "captured.jsonl"
+    assert fluxibly("chat", "--framework", "echo", "--trace", str(plain), "a secret").returncode == 0
+    assert "secret" not in plain.read_text()
+    assert fluxibly("chat", "--framework", "echo", "--trace", str(captured), "--capture", "a secret").returncode == 0
+    assert captured.read_text().count("a secret") == 2
+
+
+def test_capture_without_a_place_for_the_spans(misuse: Callable[..., None]) -> None:
+    """--capture alone is a mistake, because the spans go nowhere."""
+    misuse(
+        "chat", "--framework", "echo", "--capture", "one", says="--capture: expected a place for the spans; add --trace"
+    )
+
+
 @contextmanager
 def collector(status: int = 200) -> Iterator[tuple[str, list[tuple[str, bytes]]]]:
     """Run a backend that answers with `status`; yield its address, and the paths and bodies that it got."""

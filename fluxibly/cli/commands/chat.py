@@ -24,6 +24,9 @@ def chat(  # noqa: PLR0917  # typer reads the options from the parameters
     log_level: Annotated[LogLevel | None, typer.Option(help="The lowest level to log on standard error.")] = None,
     trace: Annotated[Path | None, typer.Option(help="A file to write the spans to, as OTLP JSON lines.")] = None,
     otlp: Annotated[str | None, typer.Option(metavar="URL", help="A backend to send the spans to, over HTTP.")] = None,
+    capture: Annotated[
+        bool, typer.Option("--capture", help="Record the prompts and the answers in the spans, too.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the response as JSON, for scripts.")] = False,
     go_on: Annotated[bool, typer.Option("--continue", "-c", help="Go on with the last conversation.")] = False,
     log: Annotated[
@@ -34,6 +37,8 @@ def chat(  # noqa: PLR0917  # typer reads the options from the parameters
     from fluxibly.cli.chat import Chat, check_installed, recorder
     from fluxibly.cli.turns import TurnLog, last_conversation
 
+    if capture and trace is None and otlp is None:
+        raise ConfigError("--capture: expected a place for the spans; add --trace FILE or --otlp URL")
     screen = Screen()
     earlier = None
     if go_on:
@@ -46,6 +51,10 @@ def chat(  # noqa: PLR0917  # typer reads the options from the parameters
     check_installed(settings.framework, spans=trace is not None or otlp is not None)
     turns = TurnLog.open(screen, wanted=log, config_file=config)
     spans = recorder(trace, otlp, keep=screen.live or turns is not None)
+    if capture:
+        from fluxibly.telemetry._content import capture_by_default
+
+        capture_by_default("span")
     try:
         Chat(
             config=settings,
