@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Final
 
 EXTRAS: Final[Mapping[str, tuple[str, ...]]] = {
-    "cli": ("platformdirs", "rich", "typer"),
+    "cli": ("jsonschema", "markdown-it-py", "platformdirs", "prompt_toolkit", "rich", "typer"),
     "otel": ("opentelemetry-sdk", "opentelemetry-exporter-otlp-proto-http"),
     "local": ("xllamacpp",),
     "langchain": ("langchain", "langchain-openai", "langchain-anthropic"),

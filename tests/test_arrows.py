@@ -41,7 +41,7 @@ ROOMS = {
     "llm": "llm",
     "explain": "explain",
     "testing": "testing",
-    "cli": "cli",
+    "cli __main__": "cli",
     "providers.services": "services",
     "providers.dialects": "dialects",
     "providers.http": "http",

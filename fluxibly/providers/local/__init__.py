@@ -4,7 +4,16 @@
 model files. Imports: `dialects` (the prompt is OpenAI's dialect), `config`, data. Imported by: `cli`, and `registry` by name.
 """
 
-from fluxibly.providers.local._model import DEFAULT_MODEL, cached_path, model_path, named_model
+from fluxibly.providers.local._model import DEFAULT_MODEL, MODELS, cached_path, model_path, named_model, packaged_models
 from fluxibly.providers.local._provider import AsyncLocalProvider, LocalProvider
 
-__all__ = ["DEFAULT_MODEL", "AsyncLocalProvider", "LocalProvider", "cached_path", "model_path", "named_model"]
+__all__ = [
+    "DEFAULT_MODEL",
+    "MODELS",
+    "AsyncLocalProvider",
+    "LocalProvider",
+    "cached_path",
+    "model_path",
+    "named_model",
+    "packaged_models",
+]
