@@ -54,7 +54,7 @@ class Screen:
             reconfigure: Any = getattr(stream, "reconfigure", None)
             if reconfigure is not None:
                 reconfigure(errors="replace")  # an answer may have characters that the terminal's encoding lacks
-        self.live = sys.stdout.isatty()
+        self.live: bool = sys.stdout.isatty()
         self.quiet = quiet
         self.verbose = verbose
         self.out = Console(file=sys.stdout, highlight=False)
@@ -123,7 +123,7 @@ class Screen:
                 self.region.print_above(line)
                 return
             self.end_line()
-        self._err.print(line, soft_wrap=True)
+        self._err.print(line, soft_wrap=not sys.stderr.isatty())
 
 
 class ScreenHandler(logging.Handler):

@@ -44,6 +44,7 @@ class Asker:
         stream: whether to stream; else the whole answer is waited for.
         json: whether to print the response as JSON instead of its text.
         markdown: whether texts are Markdown.
+        parameters: what each call has, beside what the model's configuration says.
         schema: the JSON Schema of answers. They are printed as JSON then.
         log: keeps the turns; None keeps none.
     """
@@ -54,6 +55,7 @@ class Asker:
     stream: bool = True
     json: bool = False
     markdown: bool = True
+    parameters: Mapping[str, Any] = attrs.field(factory=dict[str, Any])
     schema: Mapping[str, Any] | None = None
     log: TurnLog | None = None
 
@@ -64,10 +66,11 @@ class Asker:
             FluxiblyError: the call failed, or the answer does not fit the schema.
             KeyboardInterrupt: the user has stopped the answer.
         """
-        sent = [*conversation.messages, Message.user(content)]
+        question = Message.user(content)
+        sent = [*conversation.messages, question]
         texts: list[str] = []
         try:
-            response = self._answer(conversation, content, texts)
+            response = self._answer(conversation, question, texts)
         except BaseException as error:
             partial = error.partial if isinstance(error, StreamInterrupted) else None
             if partial is None and texts:
@@ -78,17 +81,17 @@ class Asker:
         self._show(response, config, spans)
         return response
 
-    def _answer(self, conversation: Conversation, content: str | Sequence[ContentPart], texts: list[str]) -> Response:
+    def _answer(self, conversation: Conversation, question: Message, texts: list[str]) -> Response:
         """Return the response, and show its text as it comes. `texts` gets what has come so far."""
         plain = self.schema is None and not self.json
         with view_of(self.screen, markdown=self.markdown, shown=plain) as view:
-            if not self.stream:
-                response = conversation.send(content, into=self.schema)
+            if not self.stream or self.schema is not None:  # JSON is shown as a whole
+                response = conversation.send(question, into=self.schema, **self.parameters)
                 if response.added:
                     view.added(response.added)
                 view.chunk(Chunk(response.text))
                 return response
-            with conversation.stream(content, restarts=self.screen.live, into=self.schema) as stream:
+            with conversation.stream(question, restarts=self.screen.live, **self.parameters) as stream:
                 for event in stream:
                     if isinstance(event, Restart):
                         texts.clear()

@@ -82,6 +82,13 @@ class LineReader:
 
     def read(self) -> str:
         """Return the next question; see `Reader`."""
+        try:
+            return self._read()
+        except (KeyboardInterrupt, EOFError):
+            sys.stdout.write("\n")
+            raise
+
+    def _read(self) -> str:
         lines = [input(PROMPT)]
         while not is_complete("\n".join(lines)) or _is_waiting():
             if lines[-1].endswith("\\") and not lines[0].lstrip().startswith(QUOTES):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import attrs
 
 from fluxibly._checks import did_you_mean, is_mapping
 from fluxibly._merging import composed
-from fluxibly._parameters import CONFIGURED
+from fluxibly._parameters import CONFIGURED, parameter_problems
 from fluxibly.cli.screen import line_of
 from fluxibly.config import LLMConfig
 from fluxibly.errors import ConfigError
@@ -21,39 +21,53 @@ from fluxibly.middleware import Tools
 from fluxibly.registry import make_middleware, stack_with
 
 EXTRA = "extra"
-NAMES = (*CONFIGURED, "timeout", EXTRA)
+TOOL_CHOICE = "tool_choice"
+NAMES = (*CONFIGURED, TOOL_CHOICE, "timeout", EXTRA)
 """The parameters of a call that `-o` takes."""
 
 
-def with_parameters(config: LLMConfig, options: Iterable[str]) -> LLMConfig:
-    """Return a configuration with the parameters of `-o NAME=VALUE`. A value that is JSON is read as JSON.
+@attrs.frozen
+class Parameters:
+    """The parameters of `-o`: the changes of a configuration, and what only a call has."""
+
+    configured: Mapping[str, Any]
+    extra: Mapping[str, Any]
+    call: Mapping[str, Any]
+
+    def configure(self, config: LLMConfig) -> LLMConfig:
+        """Return the configuration with the parameters."""
+        return attrs.evolve(config, **self.configured, additional_params=composed(config.additional_params, self.extra))
+
+
+def parameters_of(options: Iterable[str]) -> Parameters:
+    """Return the parameters of `-o NAME=VALUE`. A value that is JSON is read as JSON.
 
     Raises:
         ConfigError: it lists each name that no parameter has, with the nearest one, and each wrong value.
     """
-    changes: dict[str, Any] = {}
+    given: dict[str, Any] = {}
     problems: list[str] = []
     for option in options:
-        name, given, text = option.partition("=")
-        value = _value(text)
+        name, equals, text = option.partition("=")
         if name not in NAMES:
             own = f"; a call has {', '.join(NAMES)}; a service's own is -o {EXTRA} '{{\"{name}\": …}}'"
             problems.append(f"there is no parameter {name!r}{did_you_mean(name, NAMES) or own}")
-        elif not given:
+        elif not equals:
             problems.append(f"{name}: expected a value, got nothing; write -o {name} VALUE")
-        elif name != EXTRA:
-            changes[name] = value
-        elif is_mapping(value):
-            before = changes.get("additional_params", config.additional_params)
-            changes["additional_params"] = composed(before, value)
         else:
-            problems.append(f"{EXTRA}: expected an object in JSON, got {text!r}")
-    if not problems:
-        try:
-            return attrs.evolve(config, **changes)
-        except ConfigError as error:
-            problems += error.problems or (str(error),)
-    raise ConfigError.of([f"-o: {each}" for each in problems])
+            value = _value(text)
+            merged = name == EXTRA and is_mapping(value) and is_mapping(given.get(EXTRA))
+            given[name] = composed(given[EXTRA], value) if merged else value
+    extra = given.pop(EXTRA, {})
+    call = {TOOL_CHOICE: given.pop(TOOL_CHOICE)} if TOOL_CHOICE in given else {}
+    problems += parameter_problems({EXTRA: extra, **call})
+    try:
+        LLMConfig(framework="any", model="any", **given)
+    except ConfigError as error:
+        problems += error.problems or (str(error),)
+    if problems:
+        raise ConfigError.of([f"-o: {each}" for each in problems])
+    return Parameters(given, extra, call)
 
 
 def _value(text: str) -> Any:
@@ -88,7 +102,7 @@ def with_tools(config: LLMConfig, names: Sequence[str]) -> LLMConfig:
     return attrs.evolve(config, middleware=stack_with(stack, tools))
 
 
-def _function(name: str) -> Callable[..., Any]:
+def _function(name: str) -> Any:
     module, colon, path = name.partition(":")
     if not (module and colon and path):
         raise ConfigError(f"--tools: expected module:function, got {name!r}")

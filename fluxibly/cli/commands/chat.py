@@ -101,7 +101,7 @@ def chat(  # noqa: PLR0917  # typer reads the options from the parameters
     from fluxibly.cli.chat import Asker, Chat, check_installed, recorder
     from fluxibly.cli.chat.attachments import attachments_of
     from fluxibly.cli.chat.schemas import checked_schema
-    from fluxibly.cli.chat.settings import with_parameters, with_tools
+    from fluxibly.cli.chat.settings import parameters_of, with_tools
     from fluxibly.cli.turns import TurnLog, last_conversation, new_conversation
 
     if capture and trace is None and otlp is None:
@@ -109,6 +109,7 @@ def chat(  # noqa: PLR0917  # typer reads the options from the parameters
     if quiet and verbose:
         raise ConfigError("expected --quiet or --verbose, got both")
     screen = Screen(quiet=quiet, verbose=verbose)
+    parameters = parameters_of(option or ())
     earlier = None
     if go_on:
         earlier = last_conversation(screen)
@@ -116,7 +117,7 @@ def chat(  # noqa: PLR0917  # typer reads the options from the parameters
             raise ConfigError("--continue: there is no conversation to go on with")
 
     def configure(config: Path | None, framework: str | None, model: str | None) -> LLMConfig:
-        return with_tools(with_parameters(config_of(config, framework, model), option or ()), tools or ())
+        return with_tools(parameters.configure(config_of(config, framework, model)), tools or ())
 
     settings = configure(*(config, framework, model) if earlier is None else earlier.settings(config, framework, model))
     answers = None if schema is None else checked_schema(schema)
@@ -136,6 +137,7 @@ def chat(  # noqa: PLR0917  # typer reads the options from the parameters
         stream=not no_stream,
         json=as_json,
         markdown=markdown,
+        parameters=parameters.call,
         schema=answers,
         log=turns,
     )
