@@ -48,7 +48,8 @@ class PackagedModel:
         sha256: the digest of the GGUF file.
         wheel_size: the number of bytes to fetch, about.
         settings: settings of the engine for this model, which the configuration may replace.
-        parameters: parameters of llama.cpp for free text, which the configuration or a call may replace.
+        text_parameters: parameters of llama.cpp for free text, which the configuration or a call may replace.
+        json_parameters: the same for answers in JSON.
     """
 
     name: str
@@ -61,7 +62,8 @@ class PackagedModel:
     sha256: str
     wheel_size: int
     settings: Mapping[str, Any] = attrs.field(factory=dict[str, Any])
-    parameters: Mapping[str, Any] = attrs.field(factory=dict[str, Any])
+    text_parameters: Mapping[str, Any] = attrs.field(factory=dict[str, Any])
+    json_parameters: Mapping[str, Any] = attrs.field(factory=dict[str, Any])
 
     @property
     def requirements(self) -> list[str]:
@@ -100,7 +102,7 @@ QWEN_CODER = PackagedModel(
     sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
     wheel_size=477_610_024,
     settings={"chat_template": "model"},
-    parameters={"repeat_penalty": 1.1},  # as Qwen's own settings have it
+    text_parameters={"repeat_penalty": 1.1},  # as Qwen's own settings have it
 )
 MODELS = {
     "smollm2": SMOLLM2,

@@ -84,7 +84,8 @@ class LocalProvider:
         self._settings = settings_of(
             {**known.settings, **config.additional_params} if known else config.additional_params
         )
-        self._parameters = known.parameters if known else {}
+        self._text_parameters = known.text_parameters if known else {}
+        self._json_parameters = known.json_parameters if known else {}
         self._timeouts = config.timeouts
         self._stream_total = config.stream_total
         self._codec = OpenAICodec(quirks=QUIRKS, service=f"the local model {self._alias}")
@@ -134,9 +135,8 @@ class LocalProvider:
         if tools := tools_to_call(request):
             body["response_format"] = {"type": "json_object", "schema": schema_of_call(tools)}
             body["tool_choice"] = "auto"
-        elif "response_format" not in body:
-            # Not for JSON, in which much has to be repeated.
-            body = {**self._parameters, **body}
+        own = self._json_parameters if "response_format" in body else self._text_parameters
+        body = {**own, **body}
         body["return_progress"] = True  # sends events during a long prompt, so that it can be cancelled
         return body
 
