@@ -217,7 +217,17 @@ def _without_secrets(value: object, *, secret: bool) -> object:
 T = TypeVar("T")
 
 
-_OTHER_NAMES = {"location": "region"}
+_OTHER_NAMES = {
+    "azure_deployment": "model",
+    "azure_endpoint": "api_base",
+    "endpoint": "api_base",
+    "extra_body": "additional_params",
+    "location": "region",
+    "model_kwargs": "additional_params",
+    "organization": "headers",
+    "stop_sequences": "stop",
+    "token": "api_key",
+}
 """The names that other libraries have for a setting, where they are not alike."""
 
 

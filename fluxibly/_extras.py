@@ -9,7 +9,15 @@ from collections.abc import Mapping
 from typing import Final
 
 EXTRAS: Final[Mapping[str, tuple[str, ...]]] = {
-    "cli": ("jsonschema", "markdown-it-py", "platformdirs", "prompt_toolkit", "rich", "typer"),
+    "cli": (
+        "rich",
+        "typer",
+        "platformdirs",
+        "python-dotenv",
+        "prompt_toolkit",
+        "markdown-it-py",
+        "jsonschema",
+    ),
     "otel": ("opentelemetry-sdk", "opentelemetry-exporter-otlp-proto-http"),
     "local": ("xllamacpp",),
     "langchain": ("langchain", "langchain-openai", "langchain-anthropic"),

@@ -53,7 +53,12 @@ def _unreadable(text: str) -> ConfigError:
         return ConfigError(f"{expected}; {name!r} is a framework: write {_LOCAL.get(called, f'{name}:MODEL')!r}")
     if text.lower().endswith(".gguf"):
         return ConfigError(f"{expected}; write {f'local:{text}'!r} for a model of this file")
-    near = nearest_framework(name) if colon and "/" not in name else None
+    if f"local:{text}" in _LOCAL.values():
+        return ConfigError(f"{expected}; write {f'local:{text}'!r}")
+    from fluxibly.providers.services import MODEL_FAMILIES
+
+    has_framework = colon and "/" not in name and name.lower() not in MODEL_FAMILIES
+    near = nearest_framework(name) if has_framework else None
     if near is not None:
         known = f"Available frameworks: {list(frameworks())}"
         return FrameworkNotRegistered(f"{expected}; did you mean {f'{near}:{model}'!r}? {known}")

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from fluxibly._checks import is_mapping, kind_of, mapping, number, text, whole
+from fluxibly._checks import mapping, number, text, whole
+from fluxibly._formats import output_format
 
 if TYPE_CHECKING:
     from typing import Literal, TypedDict
@@ -38,10 +39,11 @@ if TYPE_CHECKING:
 def _response_format(name: str, value: object) -> str | None:
     if isinstance(value, type):
         return f"{name}: expected 'text', 'json' or a JSON Schema, got the class {value.__name__}; a call takes it as into="
-    if value in ("text", "json") or is_mapping(value):
-        return None
-    got = repr(value) if isinstance(value, str) else kind_of(value)
-    return f"{name}: expected 'text', 'json' or a JSON Schema (a mapping), got {got}"
+    try:
+        output_format(value)
+    except (TypeError, ValueError) as error:
+        return str(error)
+    return None
 
 
 PARAMETERS: Mapping[str, Callable[[str, object], str | None]] = {

@@ -291,14 +291,20 @@ def _shape(into: object) -> Shape:
 class LLM(_LLM[Pipeline]):
     """A language model with synchronous methods. Many threads may use it at once.
 
+    For example, `LLM("openai:gpt-4o-mini", temperature=0.2)`, `LLM(framework="openai", model="gpt-4o-mini")` or
+    `LLM(LLMConfig(…))`. A copy, also a pickled one, has the same configuration and connections of its own. (A pickle holds the
+    API key if the configuration does. Keys of the environment are read anew.)
+
     Args:
-        config: the model and its settings.
+        config: an `LLMConfig`, or "framework:model". A bare name that a service is known by will do: "claude-sonnet-4-5".
         middleware: the stack, outermost first; by default the configuration's stack, else the default stack.
         strict: whether the warnings of `explain()` are errors.
+        settings: what `LLMConfig` takes, if no configuration is given.
 
     Raises:
-        FrameworkNotRegistered: the configuration's framework is unknown.
-        ConfigError: an extra or a key is missing, or a middleware is unknown; with `strict`, all warnings.
+        TypeError: there is no model, or settings are given beside an `LLMConfig`.
+        FrameworkNotRegistered: the framework is unknown.
+        ConfigError: an extra or a key is missing, a setting is wrong, or a middleware is unknown; with `strict`, all warnings.
     """
 
     def _new_pipeline(self) -> Pipeline:
@@ -312,7 +318,7 @@ class LLM(_LLM[Pipeline]):
 
         Args:
             timeout: the time limits of this call; see `Pipeline.complete`.
-            overrides: settings that take precedence over the configuration; see `Request`.
+            overrides: settings that take precedence over the configuration; `complete` lists them.
 
         Raises:
             FluxiblyError: the call failed. Any other exception of the provider or a middleware is raised unchanged.
@@ -343,11 +349,32 @@ class LLM(_LLM[Pipeline]):
             timeout: the time limits of this call; see `Pipeline.complete`.
             into: the type that the answer has to make, or a JSON Schema; see `parse`. `response.parsed` is the instance. If the
                 model calls tools instead, `parsed` is None.
-            overrides: settings that take precedence over the configuration; see `Request`.
+
+        These keywords (`overrides`) take precedence over the configuration. None sends nothing, so that the service decides:
+
+            model: another model of the same provider.
+            temperature: from 0 (nearly always the same answer) to 2.
+            max_tokens: the most tokens of the answer, from 1 up.
+            top_p: from 0 to 1: only the likeliest tokens that make up this share.
+            top_k: only this many of the likeliest tokens.
+            frequency_penalty, presence_penalty: from -2 to 2, against repetitions.
+            stop: a text or several, each of which ends the answer.
+            seed: a whole number. Equal seeds give similar answers, where the service has seeds.
+            n: the number of choices, from 1 up. The others are `response.alternatives`.
+            tools: the `Tool`s that the model may call. To have them called, see the middleware `Tools`.
+            tool_choice: "auto", "none", "required" or the name of a tool.
+            response_format: "text", "json", or a JSON Schema that the answer has to follow.
+            reasoning_effort: the provider's own word, such as "low" or "high".
+            extra: fields of the provider's request body, sent as they are; they win over all others.
+            headers: HTTP headers to send with the request.
+            metadata: data of the caller's own for middleware, which is never sent.
 
         Raises:
+            TypeError: a keyword does not exist, or the prompt is of a wrong type.
+            BadPrompt: the prompt is empty.
+            ConfigError: a value is out of range, or `into` describes no answers.
             ResponseInvalid: the answer does not fit `into`, even after the model was asked again.
-            ConfigError: `into` describes no answers.
+            FluxiblyError: the call failed. Any other exception of the provider or a middleware is raised unchanged.
         """
         pipeline, request = self.prepare(prompt, overrides, into)
         return pipeline.complete(request, timeout=timeout)
@@ -377,7 +404,7 @@ class LLM(_LLM[Pipeline]):
             into: an attrs class, a dataclass, a TypedDict, a msgspec Struct, a pydantic model, `list[Person]`, a union of these,
                 or a JSON Schema (needs jsonschema).
             timeout: the time limits of this call; see `Pipeline.complete`.
-            overrides: settings that take precedence over the configuration; see `Request`.
+            overrides: settings that take precedence over the configuration; `complete` lists them.
 
         Raises:
             ResponseInvalid: the answer does not fit, or the model called tools.
@@ -464,7 +491,7 @@ class AsyncLLM(_LLM[AsyncPipeline]):
 
         Args:
             timeout: the time limits of this call; see `Pipeline.complete`.
-            overrides: settings that take precedence over the configuration; see `Request`.
+            overrides: settings that take precedence over the configuration; `complete` lists them.
 
         Raises:
             FluxiblyError: the call failed. Any other exception of the provider or a middleware is raised unchanged.

@@ -273,7 +273,7 @@ def to_messages(prompt: object) -> tuple[Message, ...]:
         given = tuple(_of_mapping(message, number) for number, message in enumerate(given))
     for message in given:
         if not isinstance(message, Message):
-            hint = "; write Message.user(...)" if isinstance(message, str) else ""
+            hint = "; write Message.user(…)" if isinstance(message, (str, tuple, list)) else ""
             raise TypeError(
                 f"the prompt: expected a str or a sequence of Message, got {kind_of(message)} in the sequence{hint}"
             )

@@ -132,7 +132,7 @@ class TestPrompts:
                 ValueError,
                 "messages[0].contents: unknown field; did you mean 'content'?",
             ),
-            (["hi"], TypeError, "got a str in the sequence; write Message.user(...)"),
+            (["hi"], TypeError, "got a str in the sequence; write Message.user(…)"),
             ([{"role": "user"}], BadPrompt, "the prompt is empty; give a non-empty string or a sequence of Message"),
             (
                 [{"content": "hi"}],

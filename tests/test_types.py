@@ -125,7 +125,7 @@ class TestMessages:
             (
                 lambda: Request(model="m", messages=["hi"]),
                 TypeError,
-                r"a str in the sequence; write Message.user\(...\)",
+                r"a str in the sequence; write Message.user",
             ),
             (
                 lambda: Request(model="m", messages={"a": 1}),

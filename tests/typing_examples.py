@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from decimal import Decimal
 from pathlib import Path
@@ -51,6 +52,7 @@ from fluxibly import (
     tool,
 )
 from fluxibly.config import Secret, Timeouts
+from fluxibly.conversation import Conversation
 from fluxibly.errors import (
     BadPrompt,
     BudgetExceeded,
@@ -284,6 +286,34 @@ async def async_calls(config: LLMConfig) -> None:
             async for chunk in stream:
                 assert_type(chunk, Chunk)
         assert_type(stream.response, Response)
+
+
+def first_hour(file: Path) -> None:
+    llm = LLM("parrot:m", temperature=0.2, seed=1, stop=["END"], response_format="text", max_retries=0)
+    LLM(framework="parrot", model="m", middleware=[Retry()], strict=True).close()
+    assert_type(llm.forward([{"role": "user", "content": "Hello"}]), str)
+    assert_type(llm.forward({"role": "user", "content": "Hello"}), str)
+    chat = llm.conversation(system="Be brief.")
+    assert_type(chat.send("Hello", temperature=0.5), Response)
+    with chat.stream([Message.user("Hi"), {"role": "user", "content": "there"}]) as stream:
+        for chunk in stream:
+            assert_type(chunk, Chunk)
+    assert_type(stream.response, Response)
+    assert_type(chat.messages, list[Message])
+    assert_type(chat.last_error, BaseException | None)
+    chat.save(file.with_suffix(".json"))
+    assert_type(llm.conversation(load=file.with_suffix(".json")), Conversation)
+    assert_type(copy.copy(llm), LLM)
+
+
+async def first_hour_async(file: Path) -> None:
+    async with AsyncLLM("parrot:m", timeout=Timeouts(idle=5)) as llm:
+        chat = llm.conversation()
+        assert_type(await chat.send("Hello"), Response)
+        async with chat.stream("Hi", restarts=True) as stream:
+            async for event in stream:
+                assert_type(event, Chunk | Restart)
+        await chat.save(file.with_suffix(".json"))
 
 
 def stacks(config: LLMConfig, file: Path) -> None:
@@ -543,6 +573,8 @@ def main(file: Path) -> None:
     file.write_text("llm: {framework: parrot, model: m, middleware: [logging, my_fallback: {model: small}, shout]}")
     sync_calls(config)
     asyncio.run(async_calls(config))
+    first_hour(file)
+    asyncio.run(first_hour_async(file))
     stacks(config, file)
     production(config)
     Pipeline(provider, [gate(Signal())])

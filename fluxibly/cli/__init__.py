@@ -1,7 +1,7 @@
 """The console script `fluxibly`: `main` is here; `commands/` has the commands and their options, and needs typer and rich.
 
-`chat/` and `inspect.py` carry out the commands, `report.py` and `screen.py` lay out and print, `spans.py` records spans,
-and `trace/` draws trace files. This package may import every other package; no other package imports it.
+`chat/`, `inspect.py`, `doctor.py` and `models.py` carry out the commands, `findings.py`, `report.py` and `screen.py` lay out and
+print, `spans.py` records spans, and `trace/` draws trace files. This package may import every other package; no other package imports it.
 """
 
 from __future__ import annotations

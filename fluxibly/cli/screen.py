@@ -27,11 +27,16 @@ def clean(text: str) -> str:
     return text.translate(_UNSAFE)
 
 
+def printable(text: str) -> str:
+    """Return a line without the characters that would move the cursor, begin another line or hide something."""
+    return "".join(filter(str.isprintable, text))
+
+
 def line_of(error: BaseException) -> str:
-    """Return an error's message on one line."""
+    """Return an error's message, which may quote a server, on one line."""
     problems: Sequence[str] = getattr(error, "problems", ())
     text = "; ".join(problems) if len(problems) > 1 else str(error)
-    return " ".join(text.split()) or type(error).__name__
+    return printable(" ".join(text.split())) or type(error).__name__
 
 
 class Region(Protocol):
@@ -109,6 +114,13 @@ class Screen:
         for number, line in enumerate(lines):
             padded = "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
             self.out.print(Text(padded, "bold" if self.live and number == 0 else ""), soft_wrap=True)
+
+    def line(self, text: str, note: str = "") -> None:
+        """Print a line as it is; the note after it is only for a person."""
+        shown = Text(text)
+        if note and self.live:
+            shown.append(f"  {note}", "dim")
+        self._out.print(shown, soft_wrap=True)
 
     def lines(self, text: str) -> None:
         """Print lines as they are."""

@@ -8,7 +8,6 @@ from typing import Any
 import attrs
 
 from fluxibly._checks import repr_of_headers, repr_without_secrets, unknown_settings
-from fluxibly._formats import output_format
 from fluxibly._merging import composed
 from fluxibly._parameters import parameter_problems
 from fluxibly.errors import ConfigError
@@ -63,8 +62,6 @@ class Defaults:
         found: dict[str, Any] = {}
         for name, value in known.items():
             try:
-                if name == "response_format":
-                    output_format(value)
                 found[name] = _CONVERTERS[name](value) if name in _CONVERTERS else value
             except (TypeError, ValueError) as error:
                 text = str(error)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import attrs
 
 from fluxibly.providers.addresses import with_address
+from fluxibly.providers.dialects import model_lists
 from fluxibly.providers.dialects.anthropic import PREFILL, AnthropicCodec
 from fluxibly.providers.dialects.codec import Service
 from fluxibly.providers.http import AsyncHTTPProvider, HTTPProvider
@@ -26,6 +27,7 @@ SERVICE = Service(
     auth_prefix="",
     headers=(("anthropic-version", "2023-06-01"),),
     prefill=PREFILL,
+    lists=model_lists.ANTHROPIC,
 )
 
 

@@ -21,6 +21,7 @@ import attrs
 from fluxibly._extras import pip_install
 from fluxibly.errors import AuthenticationError, ConfigError, ConnectionFailed
 from fluxibly.providers.addresses import refuse_path, with_address
+from fluxibly.providers.dialects import model_lists
 from fluxibly.providers.dialects.anthropic import PREFILL
 from fluxibly.providers.dialects.bedrock import ARN, BedrockCodec
 from fluxibly.providers.dialects.codec import Service
@@ -50,6 +51,12 @@ _TEMPORARY: Final = re.compile(r"throttl|toomanyrequests|requestlimit|idpcommuni
 """The codes of AWS's refusals that pass."""
 _ON_THE_MACHINE: Final = ("container-role", "iam-role")
 """The services that give credentials to a container and to a machine, by botocore's names."""
+_ORIGINS: Final[Mapping[str, str]] = {
+    "env": "AWS_ACCESS_KEY_ID",
+    "shared-credentials-file": "~/.aws/credentials",
+    "config-file": "~/.aws/config",
+}
+"""Sources of credentials as users know them, by botocore's names."""
 _MANDATORY: Final = 600.0
 """Seconds before credentials expire from which botocore no longer gives them out without renewing them."""
 _DOMAINS: Final[Mapping[str, str]] = {
@@ -69,6 +76,7 @@ SERVICE = Service(
     env_var=BEARER_VAR,
     key_required=False,
     prefill=PREFILL,
+    lists=model_lists.BEDROCK,
 )
 
 
@@ -200,6 +208,12 @@ class AWSCredentials:
                 raise ValueError("expected printable ASCII characters in each of them")
         return found  # type: ignore[no-any-return]
 
+    @property
+    def origin(self) -> str:
+        """Where the present credentials are from: a variable, a file, or a kind of source by botocore's name."""
+        method: str = getattr(self._found, "method", None) or "AWS"
+        return _ORIGINS.get(method, method)
+
     def is_fresh(self, key: Key) -> bool:
         """Whether credentials are the present ones, and botocore would not renew them now.
 
@@ -259,7 +273,9 @@ class SigV4(Authorizer):
         found = self.credentials
         return tuple(filter(None, (found.access_key, found.secret_key, found.token)))
 
-    def authorize(self, url: str, headers: Mapping[str, str], body: bytes) -> Mapping[str, str]:
+    def authorize(
+        self, url: str, headers: Mapping[str, str], body: bytes, *, method: str = "POST"
+    ) -> Mapping[str, str]:
         from botocore.auth import SigV4Auth
         from botocore.awsrequest import AWSRequest
 
@@ -267,7 +283,7 @@ class SigV4(Authorizer):
         token = self.credentials.token
         added = {"x-amz-date": now} | ({"x-amz-security-token": token} if token else {})
         signed = {name: value for name, value in headers.items() if name in SIGNED or name.startswith("x-amz-")} | added
-        request = AWSRequest("POST", url, headers=signed, data=body)
+        request = AWSRequest(method, url, headers=signed, data=body)
         request.context["timestamp"] = now
         auth = SigV4Auth(self.credentials, "bedrock", self.region)
         # `add_auth` would log the token.

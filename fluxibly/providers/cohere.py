@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 import attrs
 
 from fluxibly.providers.addresses import refuse_path, with_address
+from fluxibly.providers.dialects import model_lists
 from fluxibly.providers.dialects.codec import Service
 from fluxibly.providers.dialects.cohere import CohereCodec
 from fluxibly.providers.http import AsyncHTTPProvider, HTTPProvider
@@ -24,6 +25,7 @@ SERVICE = Service(
     telemetry_name="cohere",
     base_url="https://api.cohere.com/v2",
     env_var="CO_API_KEY",
+    lists=model_lists.COHERE,
 )
 OTHER_ENV_VAR = "COHERE_API_KEY"
 """The environment variable of the key if CO_API_KEY is unset, as for Cohere's own client."""

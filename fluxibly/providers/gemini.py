@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import attrs
 
 from fluxibly.providers.addresses import with_address
+from fluxibly.providers.dialects import model_lists
 from fluxibly.providers.dialects.codec import Service
 from fluxibly.providers.dialects.gemini import GeminiCodec
 from fluxibly.providers.http import AsyncHTTPProvider, HTTPProvider
@@ -25,6 +26,7 @@ SERVICE = Service(
     env_var="GEMINI_API_KEY",
     auth_header="x-goog-api-key",  # a key in the URL would end up in logs
     auth_prefix="",
+    lists=model_lists.GEMINI,
 )
 OTHER_ENV_VAR = "GOOGLE_API_KEY"
 """The environment variable of the key if GEMINI_API_KEY is unset, as for Google's own clients."""

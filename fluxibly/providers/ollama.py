@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 import attrs
 
 from fluxibly.errors import ConfigError
+from fluxibly.providers.dialects import model_lists
 from fluxibly.providers.dialects.codec import Service
 from fluxibly.providers.dialects.ollama import OllamaCodec
 from fluxibly.providers.http import AsyncHTTPProvider, HTTPProvider
@@ -26,6 +27,7 @@ SERVICE = Service(
     env_var="OLLAMA_API_KEY",
     key_required=False,  # only ollama.com has keys
     prefill=Prefill(),
+    lists=model_lists.OLLAMA,
 )
 HOST_ENV_VAR = "OLLAMA_HOST"
 """The server's address if `api_base` is unset: HOST, HOST:PORT or a URL, as for Ollama's own programs."""

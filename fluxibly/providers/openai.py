@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 
 from fluxibly._checks import is_list
 from fluxibly.providers.addresses import with_address
+from fluxibly.providers.dialects import model_lists
 from fluxibly.providers.dialects.codec import Codec, Service
 from fluxibly.providers.dialects.openai_chat import OpenAICodec
 from fluxibly.providers.dialects.openai_request import Quirks
@@ -40,6 +41,7 @@ def service_of(row: ServiceRow, config: LLMConfig) -> Service:
         framework=row.framework,
         telemetry_name=row.telemetry_name or row.framework,
         base_url=row.base_url,
+        url_var=row.url_var,
         env_var=row.env_var,
         key_required=row.key_required and not _is_users_own(row, config),
         key_by_call=row.key_by_call,
@@ -47,7 +49,12 @@ def service_of(row: ServiceRow, config: LLMConfig) -> Service:
         auth_prefix="Bearer " if is_token else row.auth_prefix,
         other_auth_headers=(row.auth_header,),
         prefill=_PREFILLS.get(quirks_of(row, config).get("prefill", "")),
+        lists=_LISTS.get(row.framework, model_lists.OPENAI),
     )
+
+
+_LISTS: Final = {"azure": model_lists.AZURE, "perplexity": ()}
+"""The lists of the services that differ. Perplexity's is of another API than the one that calls go to."""
 
 
 _PREFILLS: Final[Mapping[str, Prefill]] = {

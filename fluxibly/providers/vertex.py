@@ -18,6 +18,7 @@ from fluxibly._checks import kind_of
 from fluxibly._extras import pip_install
 from fluxibly.errors import AuthenticationError, ConfigError, ConnectionFailed, RequestTimeout
 from fluxibly.providers.addresses import refuse_path, with_address
+from fluxibly.providers.dialects import model_lists
 from fluxibly.providers.dialects.anthropic import PREFILL
 from fluxibly.providers.dialects.codec import Service
 from fluxibly.providers.dialects.errors import QUOTE_LENGTH
@@ -37,6 +38,8 @@ REGION_VARS: Final = ("GOOGLE_CLOUD_LOCATION", "CLOUD_ML_REGION")
 URL_VAR: Final = "GOOGLE_VERTEX_BASE_URL"
 KEY_VAR: Final = "GOOGLE_API_KEY"
 """The environment variable with an API key, which is followed if no project is set, as by Google's own client."""
+FILE_VAR: Final = "GOOGLE_APPLICATION_CREDENTIALS"
+"""The environment variable with the path of a file with credentials."""
 SCOPE: Final = "https://www.googleapis.com/auth/cloud-platform"
 FETCH_TIMEOUT: Final = 30.0
 """Seconds to wait for each answer of the service that gives tokens, unless the configuration's limits are lower."""
@@ -58,6 +61,7 @@ SERVICE = Service(
     key_required=False,
     other_auth_headers=("x-goog-api-key",),
     prefill=PREFILL,
+    lists=model_lists.VERTEX,
 )
 
 
@@ -164,6 +168,14 @@ class GoogleCredentials:
         self._find()
         return as_text(self._project)
 
+    @property
+    def origin(self) -> str:
+        """Where the credentials are from: a variable, or a source in words."""
+        if os.environ.get(FILE_VAR):
+            return FILE_VAR
+        on_machine = "compute_engine" in type(self._find()).__module__
+        return "the metadata server" if on_machine else "gcloud auth application-default login"
+
     def _find(self) -> Any:
         if self._found is None:
             try:
@@ -268,7 +280,9 @@ class Token(Authorizer):
     def secrets(self) -> tuple[str, ...]:
         return (self.token,)
 
-    def authorize(self, url: str, headers: Mapping[str, str], body: bytes) -> Mapping[str, str]:
+    def authorize(
+        self, url: str, headers: Mapping[str, str], body: bytes, *, method: str = "POST"
+    ) -> Mapping[str, str]:
         more = {QUOTA_HEADER: self.quota_project} if self.quota_project and QUOTA_HEADER not in headers else {}
         return {"authorization": f"Bearer {self.token}", **more}
 

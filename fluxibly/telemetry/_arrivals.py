@@ -16,7 +16,7 @@ LIMIT = 200
 class Arrivals(Watch):
     """The arrival times of chunks, evenly thinned, and what the chunks say if `answer` is given.
 
-    A point has the arrival time, `requested_at`, and the number of characters so far.
+    A point has the arrival time, `requested_at`, and the number of characters so far. Make it when the span begins.
     """
 
     room = LIMIT
@@ -27,6 +27,8 @@ class Arrivals(Watch):
         super().__init__(call)
         self.answer = answer
         self.points: list[tuple[float, float, int]] = []
+        # Not `call.started_at`: the layers outside, and loading the SDK for the first call, take time before the span.
+        self.began = call.clock()
 
     def restarted(self) -> None:
         super().restarted()
@@ -53,7 +55,7 @@ class Arrivals(Watch):
         """Return the value of `semconv.STREAM_ARRIVALS`."""
         import msgspec
 
-        start = last = self.call.started_at
+        start = last = self.began
         values: list[tuple[int, int, int]] = []
         for at, asked, characters in self.points:
             # The wait began when the consumer asked for the chunk, or when the previous chunk came if that was later.

@@ -103,7 +103,7 @@ STREAM_GAP_P95: Final = "fluxibly.stream.gap_p95"
 STREAM_GAP_MAX: Final = "fluxibly.stream.gap_max"
 STREAM_LONGEST_STALL: Final = "fluxibly.stream.longest_stall"
 STREAM_ARRIVALS: Final = "fluxibly.stream.arrivals"
-"""JSON: up to 200 chunks as [arrival, wait, characters]. The arrival is in microseconds since the call began. The wait
+"""JSON: up to 200 chunks as [arrival, wait, characters]. The arrival is in microseconds since the span began. The wait
 is the microseconds spent waiting for the stream, without the consumer's own time. The characters include this chunk and
 all chunks before it."""
 

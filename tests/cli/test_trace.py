@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import io
 import json
 import re
-from html.parser import HTMLParser
 from importlib.resources import files
 
 import pytest
 from rich.console import Console
+from support.trace_page import Page
 from support.tracing_tools import CHAT, TOOL, Remote
 
 from fluxibly.cli.trace import file as trace_file, html as trace_html, terminal as trace_view
+from fluxibly.cli.trace.conversation import readable
 from fluxibly.cli.trace.plot import plot, ticks
 from fluxibly.errors import Overloaded, ProviderError
-from fluxibly.flow import ask
+from fluxibly.flow import ask, sleep
 from fluxibly.middleware import Retry, StreamMeter, Tools, Tracing
 from fluxibly.pipeline import Pipeline
 from fluxibly.telemetry._file_exporter import OTLPFileSpanExporter
@@ -83,7 +86,8 @@ def test_the_terminal_shows_each_span_with_a_bar(path):
     assert "longest wait 5.00 s" in text
     assert text.index("abandoned") < text.index("not_found: no such thing")
     assert text.count("not_found: no such thing") == 1
-    assert len({line.index("━") for line in text.splitlines() if line.startswith("chat m-1")}) == 1
+    bars = [re.search("[━─╌]", line) for line in text.splitlines() if line.startswith("chat m-1")]
+    assert len({bar.start() for bar in bars}) == 1
 
 
 @pytest.mark.parametrize("width", [40, 80, 250])
@@ -92,41 +96,18 @@ def test_the_waterfall_fits_any_width(path, width):
     assert all(len(line) <= width for line in terminal(path, width).splitlines())
 
 
-class Page(HTMLParser):
-    """A parser that checks that tags close in order, and collects the addresses that a page would fetch."""
-
-    VOID = frozenset({"meta", "img"})
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.fetched: list[str] = []
-        self.text = ""
-        self.tags: list[str] = []
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.fetched += [value for name, value in attrs if name in ("src", "href") and value]
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text += data
-
-
 def test_the_page_is_whole_and_fetches_nothing(path):
-    """The page is well formed and has no scripts or addresses; images of the conversation are inline."""
+    """The page is well formed, and its one script is its own; images of the conversation are inline."""
     html = trace_html.render(path)
-    page = Page()
-    page.feed(html)
+    page = Page(html)
     assert page.open == []
-    assert "script" not in page.tags
+    assert page.all("script") == [{}]
+    assert page.script == files("fluxibly.cli.trace").joinpath("page.js").read_text()
+    (policy,) = page.all("meta", **{"http-equiv": "Content-Security-Policy"})
+    digest = base64.b64encode(hashlib.sha256(page.script.encode()).digest()).decode()
+    assert policy["content"] == (
+        f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; img-src data:"
+    )
     assert page.fetched == ["data:image/png;base64,YWI="]
     assert "http://" not in html
     assert "@import" not in html
@@ -136,8 +117,7 @@ def test_the_page_is_whole_and_fetches_nothing(path):
 def test_the_page_shows_messages_errors_and_arrivals(path):
     """Texts are escaped, the stall is marked, and an answer that was cut off says so."""
     html = trace_html.render(path)
-    page = Page()
-    page.feed(html)
+    page = Page(html)
     for text in (
         "Be terse.",
         "What is the meaning of life?",
@@ -154,7 +134,7 @@ def test_the_page_shows_messages_errors_and_arrivals(path):
     assert "<42>" not in html
     assert page.tags.count("figure") == 2
     assert page.text.count("overloaded_error: full & <busy>") == 1
-    assert page.text.count("not_found: no such thing") == 1
+    assert html.count('<div class="why">not_found: no such thing</div>') == 1
     assert "1abandoned" in page.text
     assert "5calls" in page.text
     assert "2,400tokens in" in page.text
@@ -178,8 +158,7 @@ def test_the_runs_of_tools_are_shown_and_are_no_calls(tmp_path):
     text = terminal(path)
     assert text.index("attempt 1") < text.index("execute_tool look") < text.index("attempt 2")
     assert "LookupError" in text
-    page = Page()
-    page.feed(trace_html.render(path))
+    page = Page(trace_html.render(path))
     assert "execute_tool look" in page.text
     assert "1call" in page.text
     assert "0failed" in page.text
@@ -203,17 +182,16 @@ def test_tokens_of_other_attempts_and_of_asks_are_shown(tmp_path):
     Pipeline(Remote(*answers), [Tracing(tracer_provider=provider), guard]).complete(Request(model="m-1", messages="Hi"))
     provider.shutdown()
     text = terminal(path)
-    assert [line.split()[1:4] for line in text.splitlines() if line.startswith("└")] == [
+    assert [line.split()[1:4] for line in text.splitlines() if line[:1] in "├└" and line] == [
         ["chat", "judge", "completed"],
         ["attempt", "1", "m-1"],
         ["attempt", "2", "m-2"],
     ]
     assert "2 attempts · 3,000 → 3 tokens · 6,000 → 6 tokens in all" in text
-    assert text.count("    at openai") == 2, "an attempt says whom it asked"
+    assert text.count("  at openai") == 2, "an attempt says whom it asked"
     for tokens in ("1,000 → 1 tokens", "2,000 → 2 tokens"):
         assert text.count(tokens) == 1
-    page = Page()
-    page.feed(trace_html.render(path))
+    page = Page(trace_html.render(path))
     assert "6,000tokens in" in page.text
     assert "6tokens out" in page.text
 
@@ -237,13 +215,13 @@ def test_decisions_are_shown(tmp_path):
     stack = [Tracing(tracer_provider=provider), router]
     Pipeline(Remote(Overloaded("full"), "Paris."), stack).complete(Request(model="m-1", messages="Hi"))
     provider.shutdown()
-    lines = [line.strip() for line in terminal(path).splitlines()]
+    lines = [line.strip("│ ") for line in terminal(path).splitlines()]
     place = lines.index("Router asks <m-2> after Overloaded")
     assert lines[place - 1].startswith("chat m-2")
     assert lines[place + 1] == "Router is content"
     page = trace_html.render(path)
     assert page.count('<div class="decision">Router asks &lt;m-2&gt; after Overloaded</div>') == 1
-    call, *attempts = trace_file.read(path)[0].walk()
+    call, *attempts = trace_file.read(path).roots[0].walk()
     assert call[1].decisions == ["Router asks <m-2> after Overloaded", "Router is content"]
     assert [span.decisions for _, span in attempts] == [[], []]
 
@@ -253,13 +231,13 @@ POINTS = [(2.0, 2.0, 5), (2.1, 0.1, 9), (6.0, 3.9, 12), (9.0, 0.1, 20), (9.1, 0.
 
 def labels(drawn):
     """Return the texts above a plot."""
-    return re.findall(r'<span class="(?:first|stall|reader|pause)"[^>]*>([^<]*)', drawn)
+    return re.findall(r'<span class="(?:first|stall|reader|pause)(?: wide)?"[^>]*>([^<]*)', drawn)
 
 
 def test_a_plot_marks_the_first_chunk_stalls_and_the_reader():
     """The plot marks long waits, and leaves short waits unmarked."""
     drawn = plot(POINTS, 9.1)
-    assert sorted(labels(drawn)) == ["first chunk at 2.00 s", "reader 2.90 s", "stall 3.90 s"]
+    assert sorted(labels(drawn)) == ["first chunk after 2.00 s", "reader 2.90 s", "stall 3.90 s"]
     assert drawn.count("<rect") == 3
 
 
@@ -271,7 +249,11 @@ def test_a_plot_of_a_stalled_stream_marks_the_final_wait():
 
 def test_a_plot_without_all_chunks_does_not_blame_the_reader_for_a_pause():
     """A gap is a "pause" if chunks were left out: the missing chunk may have arrived in it."""
-    assert sorted(labels(plot(POINTS, 9.1, thinned=True))) == ["first chunk at 2.00 s", "pause 2.90 s", "stall 3.90 s"]
+    assert sorted(labels(plot(POINTS, 9.1, thinned=True))) == [
+        "first chunk after 2.00 s",
+        "pause 2.90 s",
+        "stall 3.90 s",
+    ]
 
 
 def test_labels_of_a_plot_do_not_overlap():
@@ -318,8 +300,7 @@ def spoken(tmp_path, asked, answers):
     path = tmp_path / "said.jsonl"
     path.write_text(json.dumps({"resourceSpans": [{"scopeSpans": [{"spans": [span]}]}]}))
     html = trace_html.render(path)
-    page = Page()
-    page.feed(html)
+    page = Page(html)
     assert page.open == []
     return html, page.text
 
@@ -350,7 +331,8 @@ def test_several_choices_are_numbered_and_texts_have_their_own_direction(tmp_pat
 def test_attributes_are_listed_by_span_and_numbers_are_short(tmp_path):
     """A span without attributes has no table; content is shown only among the messages."""
     html, text = spoken(tmp_path, [{"role": "user", "parts": [{"type": "text", "content": "Hi there"}]}], [])
-    assert text.count("Hi there") == 1
+    assert html.count('<p class="text" dir="auto">Hi there</p>') == 1
+    assert "Hi there" not in text[text.index("Attributes") :]
     assert "<th>gen_ai.operation.name</th><td>chat</td>" in html
     path = tmp_path / "said.jsonl"
     trace = json.loads(path.read_text())
@@ -382,9 +364,10 @@ def test_texts_of_the_page_have_enough_contrast(scheme):
     colours = dict(re.findall(r"--(\w+): (#\w{6})", re.findall(r":root {(.*?)}", style, re.DOTALL)[scheme]))
     behind = ("paper", "card", "user", "assistant", "system", "tool", "wash")
     pairs = [(text, back) for text in ("ink", "soft") for back in behind] + [("failed", "card"), ("cancelled", "card")]
+    outcomes = ("completed", "failed", "abandoned", "cancelled", "stalled")
+    pairs += [(text, back) for text in ("accent", *outcomes) for back in ("card", "wash")] + [("accent", "paper")]
     assert {pair for pair in pairs if contrast(*(colours[name] for name in pair)) < 4.5} == set()
     on_badge = ("#ffffff", "#0f131a")[scheme]
-    outcomes = ("completed", "failed", "abandoned", "cancelled", "stalled")
     assert {name for name in outcomes if contrast(colours[name], on_badge) < 4.5} == set()
 
 
@@ -406,7 +389,7 @@ def test_spans_of_other_programs_are_shown(tmp_path):
     }
     path = tmp_path / "other.jsonl"
     path.write_text(json.dumps({"resourceSpans": [{"scopeSpans": [{"spans": [span]}]}]}) + "\n\n")
-    (root,) = trace_file.read(path)
+    (root,) = trace_file.read(path).roots
     assert root.attributes == {"list": [1, True], "map": {"a": 1.5}, "none": None}
     assert root.outcome == "failed"
     assert "GET" in terminal(path)
@@ -415,10 +398,10 @@ def test_spans_of_other_programs_are_shown(tmp_path):
 
 def test_a_last_line_that_is_cut_short_is_left_out(path):
     """A program that was killed may leave an incomplete last line, which is ignored."""
-    whole = len(trace_file.read(path))
+    whole = len(trace_file.read(path).roots)
     with path.open("a") as file:
         file.write('{"resourceSpans": [{"sco')
-    assert len(trace_file.read(path)) == whole
+    assert len(trace_file.read(path).roots) == whole
 
 
 @pytest.mark.parametrize(
@@ -446,5 +429,29 @@ def test_json_that_is_nested_too_deeply_is_shown_as_it_is():
     for _ in range(600):
         deep = [deep]
     for value in ("[" * 100_000 + "]" * 100_000, deep, json.dumps(deep)):
-        assert trace_html.readable(value).startswith("[[[[")
-    assert trace_html.readable({"a": ["b" * 60, "c" * 30]}).startswith('{\n  "a": [\n')
+        assert readable(value).startswith("[[[[")
+    assert readable({"a": ["b" * 60, "c" * 30]}).startswith('{\n  "a": [\n')
+
+
+def test_arrivals_count_from_the_beginning_of_the_span(tmp_path):
+    """What a layer outside of Tracing did before is in no span, so it is not before the first chunk either."""
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+
+    def slow(request, call_next):
+        yield from sleep(5)
+        return (yield from call_next(request))
+
+    path = tmp_path / "trace.jsonl"
+    provider = TracerProvider(shutdown_on_exit=False)
+    provider.add_span_processor(SimpleSpanProcessor(OTLPFileSpanExporter(path)))
+    clock = VirtualClock()
+    pipeline = Pipeline(
+        Remote([Delay(1), "a ", Delay(2), "b"], clock=clock), [slow, Tracing(tracer_provider=provider)], clock=clock
+    )
+    with pipeline.stream(Request(model="m-1", messages="Hi")) as stream:
+        assert [chunk.text for chunk in stream if chunk.text] == ["a ", "b"]
+    provider.shutdown()
+    (root,) = trace_file.read(path).roots
+    assert [point[0] for point in root.arrivals[:2]] == [1, 3]
+    assert root.first_chunk == 1

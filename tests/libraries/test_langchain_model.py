@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import anyio
@@ -9,6 +10,7 @@ import pytest
 
 pytest.importorskip("langchain")
 
+from langchain_core.exceptions import OutputParserException
 from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, SystemMessage, ToolMessage
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate
@@ -33,6 +35,7 @@ from fluxibly import (
 )
 from fluxibly.parts import Audio, Document, Image, Opaque, Reasoning, Text
 from fluxibly.providers.langchain import as_chat_model
+from fluxibly.testing import ScriptedProvider
 from fluxibly.types import ToolCallDelta
 
 USAGE = Usage(input_tokens=7, output_tokens=3, cached_tokens=2, reasoning_tokens=1)
@@ -371,6 +374,48 @@ class City(BaseModel):
     """A city."""
 
     name: str
+
+
+@pytest.mark.parametrize("include_raw", [False, True])
+@pytest.mark.parametrize("strict", [None, True, False])
+def test_structured_output_by_response_format(include_raw: bool, strict: bool | None) -> None:
+    """`method="json_schema"` sends the schema as `response_format`, and returns an instance of the class, or a dict."""
+    text = '{"name": "Paris"}'
+    for schema, expected in ((City, City(name="Paris")), (City.model_json_schema(), json.loads(text))):
+        provider = ScriptedProvider(text)
+        model = as_chat_model(Pipeline(provider), model="m")
+        found = model.with_structured_output(
+            schema, method="json_schema", include_raw=include_raw, strict=strict, temperature=0
+        ).invoke("Paris?")
+        assert (found["parsed"] if include_raw else found) == expected
+        (sent,) = provider.requests
+        assert sent.tools == ()
+        assert sent.temperature == 0
+        wanted = sent.response_format if strict is None else sent.response_format["json_schema"]["schema"]
+        assert wanted["properties"].keys() == {"name"}
+        assert strict is None or sent.response_format["json_schema"]["strict"] is strict
+
+
+def test_structured_output_that_does_not_fit() -> None:
+    """An answer of another form is LangChain's error of parsing; with `include_raw` it is returned."""
+    model = as_chat_model(Pipeline(ScriptedProvider('{"name": 5}', '{"name": 5}', "{}")), model="m")
+    with pytest.raises(OutputParserException):
+        model.with_structured_output(City, method="json_schema").invoke("Paris?")
+    found = model.with_structured_output(City, method="json_schema", include_raw=True).invoke("Paris?")
+    assert found["parsed"] is None
+    assert isinstance(found["parsing_error"], OutputParserException)
+    assert model.with_structured_output({"title": "x"}, method="json_mode").invoke("Paris?") == {}
+
+
+def test_structured_output_in_an_unknown_way() -> None:
+    """A method that does not exist, and a setting of another method, say what is right."""
+    model = as_chat_model(Pipeline(ScriptedProvider("x")), model="m")
+    with pytest.raises(
+        ValueError, match="method: expected 'json_schema', 'json_mode' or 'function_calling', got 'xml'"
+    ):
+        model.with_structured_output(City, method="xml")  # type: ignore[arg-type]  # what is tested
+    with pytest.raises(ValueError, match="strict: expected it with method='json_schema'"):
+        model.with_structured_output(City, strict=True)
 
 
 def test_structured_output_works() -> None:

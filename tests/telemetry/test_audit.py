@@ -206,7 +206,7 @@ def test_spans_that_others_wrote_or_damaged_are_shown(spans, tmp_path):
     """The terminal view and the page show the spans, and leave out unreadable parts."""
     path = tmp_path / "trace.jsonl"
     path.write_text(json.dumps({"resourceSpans": [{"scopeSpans": [{"spans": spans}]}]}))
-    assert sum(1 for root in trace_file.read(path) for _ in root.walk()) == len(spans)
+    assert sum(1 for root in trace_file.read(path).roots for _ in root.walk()) == len(spans)
     trace_html.render(path).encode()
     console = Console(file=io.StringIO())
     console.print(trace_view.render(path))

@@ -70,7 +70,7 @@ def test_spans_in_a_file_are_otlp_json(tmp_path):
     assert {"key": "fluxibly.attempt.index", "value": {"intValue": "0"}} in span["attributes"]
     resource = lines[0]["resourceSpans"][0]["resource"]["attributes"]
     assert {"key": "service.name", "value": {"stringValue": "fluxibly"}} in resource
-    first, second = trace_file.read(path)
+    first, second = trace_file.read(path).roots
     assert [child.outcome for child in first.children] == ["failed", "completed"]
     assert first.attributes["gen_ai.usage.input_tokens"] == 7
     assert second.arrivals
@@ -326,7 +326,7 @@ pipeline.complete(request)
     cut, whole = path.read_text().splitlines()
     assert len(cut) == 1000
     assert len(json.loads(whole)["resourceSpans"][0]["scopeSpans"][0]["spans"]) == 1
-    assert [span.outcome for span in trace_file.read(path)] == ["completed"]
+    assert [span.outcome for span in trace_file.read(path).roots] == ["completed"]
 
 
 def test_a_line_that_was_cut_spoils_no_other(tmp_path):
@@ -335,7 +335,7 @@ def test_a_line_that_was_cut_spoils_no_other(tmp_path):
     path.write_text('{"resourceSpans":[{"reso')
     script(f"file={str(path)!r}")
     assert path.read_text().startswith('{"resourceSpans":[{"reso\n{"resourceSpans"')
-    assert [span.name for span in trace_file.read(path)] == ["chat m-1", "chat m-1"]
+    assert [span.name for span in trace_file.read(path).roots] == ["chat m-1", "chat m-1"]
 
 
 def test_a_destination_is_needed():

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 import fluxibly
+from fluxibly.cli.commands.options import EnvFile
 from fluxibly.cli.screen import line_of
 from fluxibly.errors import (
     AuthenticationError,
@@ -84,5 +85,6 @@ def _main(
     version: Annotated[
         bool, typer.Option("--version", "-V", is_eager=True, callback=_version, help="Print the version and exit.")
     ] = False,
+    env_file: EnvFile = None,
 ) -> None:
     pass

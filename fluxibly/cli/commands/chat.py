@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperCommand
 
 from fluxibly.cli.commands.app import app, examples
-from fluxibly.cli.commands.options import ConfigFile, Framework, LogLevel, Model, config_of, log_to
+from fluxibly.cli.commands.options import ConfigFile, EnvFile, Framework, LogLevel, Model, config_of, log_to
 from fluxibly.cli.screen import Screen
 from fluxibly.config import LLMConfig
 from fluxibly.errors import ConfigError
@@ -93,6 +93,7 @@ def chat(  # noqa: PLR0917  # typer reads the options from the parameters
     capture: Annotated[
         bool, typer.Option("--capture", help="Record the prompts and the answers in the spans, too.")
     ] = False,
+    env_file: EnvFile = None,
 ) -> None:
     """Ask a model; without a prompt, start a conversation.
 

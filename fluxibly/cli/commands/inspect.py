@@ -7,12 +7,12 @@ from typing import Annotated
 import typer
 
 from fluxibly.cli.commands.app import app
-from fluxibly.cli.commands.options import ConfigFile, Framework, Model, config_of
+from fluxibly.cli.commands.options import ConfigFile, EnvFile, Framework, Model, config_of
 from fluxibly.cli.screen import Screen
 
 
 @app.command()
-def explain(
+def explain(  # noqa: PLR0917  # typer reads the options from the parameters
     config: ConfigFile = None,
     framework: Framework = None,
     model: Model = None,
@@ -20,6 +20,7 @@ def explain(
     mermaid: Annotated[
         bool, typer.Option("--mermaid", help="Print a flowchart in Mermaid's language instead.")
     ] = False,
+    env_file: EnvFile = None,
 ) -> None:
     """Print the stack that would run: what each layer does, the worst case of a call, and warnings of orders that hurt."""
     from fluxibly.cli.inspect import explained
@@ -32,16 +33,22 @@ def explain(
 
 
 @app.command()
-def frameworks() -> None:
+def frameworks(
+    everything: Annotated[bool, typer.Option("--all", help="Say of each what it needs.")] = False,
+    env_file: EnvFile = None,
+) -> None:
     """List the registered frameworks: whether each is ready, and which package or key is missing."""
-    from fluxibly.cli.inspect import framework_rows
+    from fluxibly.cli.inspect import show_frameworks
 
-    Screen().rows(framework_rows(), ("framework", "status", "to do"))
+    show_frameworks(Screen(), everything=everything)
 
 
 @app.command()
-def doctor(config: ConfigFile = None, framework: Framework = None, model: Model = None) -> int:
+def doctor(
+    config: ConfigFile = None, framework: Framework = None, model: Model = None, env_file: EnvFile = None
+) -> int:
     """Check versions, keys and endpoints, and say how to fix problems."""
-    from fluxibly.cli.inspect import examine
+    from fluxibly.cli.doctor import examine
 
-    return examine(Screen(), config_of(config, framework, model) if config or framework or model else None)
+    settings = config_of(config, framework, model) if config or framework or model else None
+    return examine(Screen(), settings, file=config)

@@ -45,6 +45,27 @@ Model = Annotated[
         help="Who answers, such as openai:gpt-4o-mini, ollama:mistral:7b or local:FILE.gguf.",
     ),
 ]
+
+
+def _read_env_file(file: Path | None) -> Path | None:
+    if file is not None:
+        from fluxibly.cli.environment import read_env_file
+
+        read_env_file(file)
+    return file
+
+
+EnvFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--env-file",
+        metavar="FILE",
+        is_eager=True,
+        callback=_read_env_file,
+        help="A .env file with keys. Variables that are set already win.",
+    ),
+]
+"""A file that is read before the command runs: the command itself has nothing to do with it."""
 LogLevel = Literal["debug", "info", "warning", "error", "critical"]
 
 

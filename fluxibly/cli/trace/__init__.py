@@ -1,4 +1,6 @@
 """`fluxibly trace`: a file of spans (`file.py`) as a waterfall in the terminal (`terminal.py`) or a page (`html.py`).
 
-`plot.py` draws time axes and arrivals for the page; `page.css` is its style. Only `cli` imports this package.
+Both views show the facts of `facts.py`, the waits of a stream (`waits.py`) and the messages of calls (`conversation.py`). The
+page has a table of calls (`table.py`) and a card for each trace (`card.py`) with plots (`plot.py`); `page.css` is its style and
+`page.js` its script. Only `cli` imports this package.
 """

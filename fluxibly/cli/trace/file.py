@@ -1,10 +1,12 @@
-"""A reader of OTLP JSON files (one ExportTraceServiceRequest per line): their spans as trees, and facts about them."""
+"""A reader of OTLP JSON files (one ExportTraceServiceRequest per line): their spans as trees."""
 
 from __future__ import annotations
 
 import json
-import math
+import re
+from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,12 @@ ERROR = 2
 """OTLP's `STATUS_CODE_ERROR`."""
 TOO_LATE = 2**64
 """The first time, in nanoseconds since 1970, that OTLP cannot represent."""
+LIMIT = 500_000_000
+"""The size of the largest file that is read, in bytes: its spans take several times as much memory."""
+LARGEST = 10**18
+"""Numbers beyond it are no counts, no times and no money, so the views do without them."""
+SCOPE = "fluxibly"
+"""The instrumentation scope of this library's spans."""
 NUMBERS = (
     semconv.ATTEMPT_INDEX,
     semconv.ATTEMPT_INPUT,
@@ -26,6 +34,7 @@ NUMBERS = (
     semconv.USAGE_OUTPUT,
     semconv.TOTAL_INPUT,
     semconv.TOTAL_OUTPUT,
+    semconv.COST,
     semconv.RESPONSE_TIME_TO_FIRST_CHUNK,
     semconv.STREAM_CHUNKS,
     semconv.STREAM_CHARACTERS,
@@ -38,9 +47,11 @@ CONTENT = (semconv.SYSTEM_INSTRUCTIONS, semconv.INPUT_MESSAGES, semconv.OUTPUT_M
 """Attributes that hold an array of objects, as JSON."""
 _UNSAFE = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)], "\N{REPLACEMENT CHARACTER}")
 """Control characters, which could control the terminal; all except tabs and line feeds."""
+_ESCAPES = re.compile(r"\\(?:[bfr]|u(?:d[89a-f]|00[01]|007f|00[89]))", re.IGNORECASE)
+"""JSON's escapes for control characters, and for half a surrogate pair, which a page cannot hold."""
 
 
-@attrs.define
+@attrs.define(eq=False)
 class TracedSpan:
     """A span of the file, with its children in the order in which they began. Times are nanoseconds since 1970."""
 
@@ -53,13 +64,20 @@ class TracedSpan:
     attributes: dict[str, Any]
     failed: bool
     message: str
+    scope: str = ""
+    """The instrumentation that made the span."""
     decisions: list[str] = attrs.field(factory=list[str])
     """The decisions of middleware about the call, such as "Fallback asks …", in order."""
     children: list[TracedSpan] = attrs.field(factory=list["TracedSpan"])
 
     @property
     def seconds(self) -> float:
-        return (self.end - self.start) / 1e9
+        return max(self.end - self.start, 0) / 1e9
+
+    @property
+    def foreign(self) -> bool:
+        """Whether another instrumentation made the span, which may put whole documents into names and messages."""
+        return self.scope != SCOPE
 
     @property
     def outcome(self) -> str:
@@ -89,23 +107,45 @@ class TracedSpan:
             found = _decoded(found)
         return _objects(found) if key in CONTENT else found
 
-    @property
+    @cached_property
     def arrivals(self) -> list[tuple[float, float, int]]:
-        """`semconv.STREAM_ARRIVALS`: seconds since the call began, seconds waited, and characters."""
-        points: list[tuple[int, int, int]] = self.value(semconv.STREAM_ARRIVALS) or []
-        try:
-            return [(at / 1e6, wait / 1e6, int(characters)) for at, wait, characters in points]
-        except (TypeError, ValueError, OverflowError):  # another program's file
-            return []
+        """`semconv.STREAM_ARRIVALS`: seconds since the span began, seconds waited, and characters; in order of time."""
+        found = self.value(semconv.STREAM_ARRIVALS)
+        points: list[tuple[float, float, int]] = []
+        for each in found if is_list(found) else ():
+            point: list[Any] = each if is_list(each) else []
+            if len(point) != 3 or not all(is_number(value) and value >= 0 for value in point):
+                return []  # another program's file
+            points.append((point[0] / 1e6, point[1] / 1e6, int(point[2])))
+        return points if points == sorted(points, key=lambda point: point[0]) else []
+
+    @property
+    def first_chunk(self) -> float | None:
+        """The seconds from the beginning of the call to the first chunk, or None if it is not known.
+
+        It includes waits before the request was sent. The attribute, which does not, is the next best.
+        """
+        if self.arrivals:
+            return self.arrivals[0][0]
+        return self.attributes.get(semconv.RESPONSE_TIME_TO_FIRST_CHUNK)
 
 
 def _decoded(text: str) -> Any:
     try:
         value = json.loads(text)
-        if "\\ud" in text:  # perhaps half a surrogate pair, which a page cannot hold
-            value = json.loads(json.dumps(value, ensure_ascii=False).encode(errors="replace"))
+        return _safe_within(value) if _ESCAPES.search(text) else value
     except (ValueError, RecursionError):
         return None
+
+
+def _safe_within(value: Any) -> Any:
+    """Return a JSON value with every text in it `safe`."""
+    if isinstance(value, str):
+        return safe(value)
+    if is_list(value):
+        return [_safe_within(item) for item in value]
+    if is_mapping(value):
+        return {safe(key): _safe_within(item) for key, item in value.items()}
     return value
 
 
@@ -118,14 +158,6 @@ def _objects(value: Any) -> list[dict[str, Any]]:
     return found
 
 
-def label(span: TracedSpan) -> str:
-    """Return the displayed name of a span; an attempt is named by its number and its requested model."""
-    index = span.attributes.get(semconv.ATTEMPT_INDEX)
-    if index is None:
-        return span.name
-    return f"attempt {int(index) + 1} {span.attributes.get(semconv.ATTEMPT_MODEL, '')}".rstrip()
-
-
 def duration(seconds: float) -> str:
     """Format a time in the unit that reads best."""
     if seconds < 1e-3:
@@ -133,36 +165,58 @@ def duration(seconds: float) -> str:
     return f"{seconds * 1e3:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"
 
 
-_HEAD = '{"resourceSpans"'
+_HEAD = b'{"resourceSpans"'
 
 
-def read(path: str | Path) -> list[TracedSpan]:
-    """Read the spans that have no parent in the file, in the order in which they began.
+@attrs.frozen
+class TraceFile:
+    """The spans of a file that have no parent in it, in the order in which they began."""
+
+    name: str
+    roots: list[TracedSpan]
+    cut: int
+    """The number of lines that are cut short, by a crash or a full disk, and left out."""
+
+
+def read(path: str | Path) -> TraceFile:
+    """Read a file of spans.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: a line is not OTLP JSON (a line that is cut short, by a crash, is left out), or the file has no spans.
+        ValueError: a line is not OTLP JSON (a line that is cut short is left out), or the file has no spans, or more
+            than `LIMIT` bytes.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}: this is not OTLP JSON, nor text at all") from None
+    with Path(path).open("rb") as file:
+        content = file.read(LIMIT + 1)
+    if len(content) > LIMIT:
+        raise ValueError(
+            f"{path}: expected at most {LIMIT // 10**6} MB of spans, got more; each line stands for itself, so look at "
+            f"the last ones: tail -n 1000 {path} > part.jsonl"
+        )
+    lines = content.removeprefix(BOM_UTF8).split(b"\n")  # a text may hold other ends of lines
+    last = max((number for number, line in enumerate(lines, 1) if line.strip()), default=0)
     spans: dict[tuple[str, str], TracedSpan] = {}
+    cut = 0
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            for span in _spans(json.loads(line)):
+            for span in _spans(json.loads(line.decode())):
                 spans[span.trace_id, span.span_id] = span
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            if isinstance(error, json.JSONDecodeError) and (line.startswith(_HEAD) or (number == len(lines) and spans)):
+            broken = isinstance(error, (json.JSONDecodeError, UnicodeDecodeError))
+            if broken and (line.startswith(_HEAD) or (number == last and spans)):
+                cut += 1
                 continue
-            raise ValueError(
-                f"{path}, line {number}: this is not OTLP JSON ({type(error).__name__}: {error})"
-            ) from error
+            text = not isinstance(error, UnicodeDecodeError)
+            why = f" ({type(error).__name__}: {error})" if text else ", nor text at all"
+            where = f"{path}, line {number}" if text else f"{path}"
+            raise ValueError(f"{where}: this is not OTLP JSON{why}") from error
+    if not spans and cut:
+        raise ValueError(f"{path} has no spans that are whole: the file is cut short; write it anew")
     if not spans:
         raise ValueError(f"{path} has no spans in it; write one with `fluxibly chat --trace FILE`")
-    return _trees(spans)
+    return TraceFile(safe(Path(path).name), _trees(spans), cut)
 
 
 def _trees(spans: Mapping[tuple[str, str], TracedSpan]) -> list[TracedSpan]:
@@ -183,21 +237,23 @@ def _trees(spans: Mapping[tuple[str, str], TracedSpan]) -> list[TracedSpan]:
 def _spans(request: Mapping[str, Any]) -> Iterator[TracedSpan]:
     for resource in request["resourceSpans"]:
         for scope in resource.get("scopeSpans", ()):
+            made_by: Mapping[str, Any] = scope.get("scope") or {}
             for span in scope.get("spans", ()):
                 status: Mapping[str, Any] = span.get("status") or {}
                 start, end = int(span["startTimeUnixNano"]), int(span["endTimeUnixNano"])
                 if not (0 <= start < TOO_LATE and 0 <= end < TOO_LATE):
                     raise ValueError("a time out of range")
                 yield TracedSpan(
-                    name=_text(span.get("name") or ""),
-                    trace_id=_text(span["traceId"]),
-                    span_id=_text(span["spanId"]),
-                    parent_id=_text(span.get("parentSpanId") or ""),
+                    name=safe(span.get("name") or ""),
+                    trace_id=safe(span["traceId"]),
+                    span_id=safe(span["spanId"]),
+                    parent_id=safe(span.get("parentSpanId") or ""),
                     start=start,
                     end=end,
                     attributes=_usable(_attributes(span.get("attributes", ()))),
                     failed=status.get("code") in (ERROR, "STATUS_CODE_ERROR"),
-                    message=_text(status.get("message") or ""),
+                    message=safe(status.get("message") or ""),
+                    scope=safe(made_by.get("name") or ""),
                     decisions=[*_decisions(span.get("events") or ())],
                 )
 
@@ -209,21 +265,22 @@ def _decisions(events: Iterable[Mapping[str, Any]]) -> Iterator[str]:
             yield f"{said.get(semconv.DECISION_BY, '')} {said.get(semconv.DECISION, '')}".strip()
 
 
-def _text(value: object) -> str:
+def safe(value: object) -> str:
     """Return text that any page and any terminal can show."""
-    return str(value).encode(errors="replace").decode().translate(_UNSAFE)
+    return str(value).encode(errors="replace").decode().replace("\r\n", "\n").translate(_UNSAFE)
 
 
 def _usable(attributes: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in attributes.items() if key not in NUMBERS or _is_number(value)}
+    return {key: value for key, value in attributes.items() if key not in NUMBERS or is_number(value)}
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
+def is_number(value: object) -> bool:
+    """Whether a value is a number that can be calculated with."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -LARGEST < value < LARGEST
 
 
 def _attributes(pairs: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    return {_text(pair["key"]): _value(pair.get("value", {})) for pair in pairs}
+    return {safe(pair["key"]): _value(pair.get("value", {})) for pair in pairs}
 
 
 def _value(value: Mapping[str, Any]) -> Any:
@@ -236,48 +293,5 @@ def _value(value: Mapping[str, Any]) -> Any:
             return [_value(item) for item in found.get("values", ())]
         if kind == "kvlistValue":
             return _attributes(found.get("values", ()))
-        return _text(found) if isinstance(found, str) else found
+        return safe(found) if isinstance(found, str) else found
     return None
-
-
-def call_facts(span: TracedSpan) -> list[str]:
-    """Return the facts about a call or an attempt that every view shows: provider, cache hit, tokens, and so on."""
-    given = span.attributes
-    facts: list[str] = []
-    if semconv.ATTEMPT_PROVIDER in given:
-        facts.append(f"at {given[semconv.ATTEMPT_PROVIDER]}")
-    if given.get(semconv.CACHE_HIT):
-        facts.append("cache hit")
-    if semconv.REQUESTED_MODEL in given:
-        facts.append(f"asked for {given[semconv.REQUESTED_MODEL]}")
-    if given.get(semconv.ATTEMPTS, 1) > 1:
-        facts.append(f"{given[semconv.ATTEMPTS]} attempts")
-    for keys, which in (
-        ((semconv.USAGE_INPUT, semconv.USAGE_OUTPUT), ""),
-        ((semconv.ATTEMPT_INPUT, semconv.ATTEMPT_OUTPUT), ""),
-        ((semconv.TOTAL_INPUT, semconv.TOTAL_OUTPUT), " in all"),
-    ):
-        tokens_in, tokens_out = map(given.get, keys)
-        if tokens_in is not None or tokens_out is not None:
-            facts.append(f"{_count(tokens_in)} → {_count(tokens_out)} tokens{which}")
-    return facts
-
-
-def stream_facts(span: TracedSpan) -> list[str]:
-    """Return the facts about a stream that every view shows: size, wait for the first chunk, longest wait after that."""
-    given = span.attributes
-    if semconv.STREAM_CHUNKS not in given:
-        return []
-    chunks, characters = given[semconv.STREAM_CHUNKS], given.get(semconv.STREAM_CHARACTERS)
-    facts = [f"{_count(chunks)} chunk{'' if chunks == 1 else 's'}, {_count(characters)} characters"]
-    first = given.get(semconv.RESPONSE_TIME_TO_FIRST_CHUNK)
-    if first is not None:
-        facts.append(f"time to first chunk {duration(first)}")
-    longest = given.get(semconv.STREAM_LONGEST_STALL, 0)
-    if longest > (first or 0) * 1.05:  # otherwise, it is the same wait
-        facts.append(f"longest wait {duration(longest)}")
-    return facts
-
-
-def _count(number: int | None) -> str:
-    return "?" if number is None else f"{number:,}"

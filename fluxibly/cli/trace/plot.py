@@ -6,33 +6,13 @@ The drawing is stretched to the width of the page. Its labels are not, so that t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from itertools import pairwise
-from statistics import median
-from typing import TypeAlias
+from collections.abc import Sequence
 
-import attrs
-
-from fluxibly.cli.trace.file import duration
-
-Point: TypeAlias = tuple[float, float, int]
-"""Seconds since the call began, seconds spent waiting for the chunk, characters so far."""
+from fluxibly.cli.trace.waits import Band, Point, bands
 
 WIDTH, HEIGHT = 1000, 160
-NOTABLE = 0.04
-"""The smallest share of the whole time for which a wait is marked."""
-LABEL = 24.0
-"""The width of a band's label on a narrow page, in percent."""
-
-
-@attrs.frozen
-class Band:
-    """A stretch of time to mark, in seconds since the call began."""
-
-    kind: str
-    start: float
-    end: float
-    text: str
+LETTER, NARROW_LETTER = 1.1, 2.2
+"""The width of a label's letter in percent of the plot, on a page of 700 pixels, and on one of 400."""
 
 
 def plot(points: Sequence[Point], seconds: float, *, stalled: bool = False, thinned: bool = False) -> str:
@@ -46,59 +26,67 @@ def plot(points: Sequence[Point], seconds: float, *, stalled: bool = False, thin
     """
     whole = max(seconds, points[-1][0], 1e-6)
     most = max(points[-1][2], 1)
-    bands = [*_bands(points, whole, stalled=stalled, thinned=thinned)]
+    marks = [*bands(points, whole, stalled=stalled, thinned=thinned)]
     marked = "".join(
         f'<rect class="{band.kind}" x="{WIDTH * band.start / whole:.1f}" y="0" '
         f'width="{WIDTH * (band.end - band.start) / whole:.1f}" height="{HEIGHT}"><title>{band.text}</title></rect>'
-        for band in bands
+        for band in marks
     )
-    path = f"M{WIDTH * points[0][0] / whole:.1f} {HEIGHT}"
-    for at, _, characters in points:
-        path += f"H{WIDTH * at / whole:.1f}V{HEIGHT - HEIGHT * characters / most:.1f}"
-    path += f"H{WIDTH}"
-    rug = "".join(f"M{WIDTH * at / whole:.1f} 0V1" for at, _, _ in points)
+    start, path, rug = _paths(points, whole, most)
+    curve = f"M{start} {HEIGHT}{path}"
     return (
-        f'<div class="plot"><div class="bands">{_labels(bands, whole)}</div>'
+        f'<div class="plot"><div class="bands">{_labels(marks, whole)}</div>'
         f'<div class="scale"><span>{most:,}</span><span>0</span></div><div class="lines">{lines(whole)}</div>'
         f'<svg class="chunks" viewBox="0 0 {WIDTH} {HEIGHT}" preserveAspectRatio="none" role="img" '
-        f'aria-label="characters over time">{marked}<path class="area" d="{path}V{HEIGHT}Z"/>'
-        f'<path class="curve" d="{path}"/></svg>'
+        f'aria-label="characters over time">{marked}<path class="area" d="{curve}V{HEIGHT}Z"/>'
+        f'<path class="curve" d="{curve}"/></svg>'
         f'<svg class="rug" viewBox="0 0 {WIDTH} 1" preserveAspectRatio="none" aria-hidden="true"><path d="{rug}"/></svg>'
         f'<div class="axis">{axis(whole)}</div></div>'
     )
 
 
-def _bands(points: Sequence[Point], whole: float, *, stalled: bool, thinned: bool) -> Iterator[Band]:
-    """Yield the bands to mark: the wait for the first chunk, stalls, and the time that the reader took."""
-    first, last = points[0][0], points[-1][0]
-    if first >= NOTABLE * whole:
-        yield Band("first", 0.0, first, f"first chunk at {duration(first)}")
-    usual = median([wait for _, wait, _ in points[1:]]) if len(points) > 1 else 0.0
-    for (before, _, _), (at, wait, _) in pairwise(points):
-        asked = max(at - wait, before)
-        if wait >= NOTABLE * whole and wait >= 4 * usual:
-            yield Band("stall", asked, at, f"stall {duration(wait)}")
-        if asked - before >= NOTABLE * whole:
-            kind = "pause" if thinned else "reader"
-            yield Band(kind, before, asked, f"{kind} {duration(asked - before)}")
-    if stalled and whole - last >= NOTABLE * whole:
-        yield Band("stall", last, whole, f"stall {duration(whole - last)}")
+def _paths(points: Sequence[Point], whole: float, most: int) -> tuple[int, str, str]:
+    """Return where the curve begins, the curve, and the rug: steps to whole units, because a page may have many plots."""
+    curve: list[str] = []
+    rug: list[str] = []
+    start = x = round(WIDTH * points[0][0] / whole)
+    y = HEIGHT
+    rug_at = 0
+    for at, _, characters in points:
+        right, up = round(WIDTH * at / whole) - x, y - round(HEIGHT * (1 - characters / most))
+        x, y = x + right, y - up
+        curve.append((f"h{right}" if right else "") + (f"v{-up}" if up else ""))
+        if right or not rug:
+            rug.append(f"m{x - rug_at} 0v1m0-1")
+            rug_at = x
+    return start, "".join([*curve, f"H{WIDTH}"]), "M0 0" + "".join(rug)
 
 
-def _labels(bands: Sequence[Band], whole: float) -> str:
+def _labels(marks: Sequence[Band], whole: float) -> str:
     """Return the labels of the longest bands that fit without overlap. The other labels show as tooltips."""
-    placed: list[float] = []
+    placed: list[tuple[float, float]] = []
+    placed_narrow: list[tuple[float, float]] = []
     labels: list[str] = []
-    for band in sorted(bands, key=lambda band: band.start - band.end):
+    for band in sorted(marks, key=lambda band: band.start - band.end):
         middle = 50 * (band.start + band.end) / whole
-        left = min(max(middle, LABEL / 2), 100 - LABEL / 2)
-        if all(abs(left - other) >= LABEL for other in placed):
-            placed.append(left)
-            side = f"left:{left:.2f}%"
-            if left != middle:
-                side = f"{'left' if left > middle else 'right'}:0;transform:none"
-            labels.append(f'<span class="{band.kind}" style="{side}">{band.text}</span>')
+        if not _place(middle, LETTER * len(band.text), placed):
+            continue
+        narrow = "" if _place(middle, NARROW_LETTER * len(band.text), placed_narrow) else " wide"
+        width = LETTER * len(band.text)
+        side = f"left:{middle:.2f}%"
+        if not width / 2 <= middle <= 100 - width / 2:
+            side = f"{'left' if middle < 50 else 'right'}:0;transform:none"
+        labels.append(f'<span class="{band.kind}{narrow}" style="{side}">{band.text}</span>')
     return "".join(labels)
+
+
+def _place(middle: float, width: float, placed: list[tuple[float, float]]) -> bool:
+    """Place a label of this width around `middle`, within the plot, unless it would overlap another. All in percent."""
+    left = min(max(middle - width / 2, 0), 100 - width)
+    if any(left < other_right and other_left < left + width for other_left, other_right in placed):
+        return False
+    placed.append((left, left + width))
+    return True
 
 
 def ticks(whole: float) -> list[tuple[float, str]]:

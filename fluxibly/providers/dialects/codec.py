@@ -9,6 +9,7 @@ import attrs
 import msgspec
 
 from fluxibly.errors import ProviderError
+from fluxibly.providers.dialects.model_lists import ModelList
 from fluxibly.types import Chunk, Prefill, Request, Response
 
 Framing: TypeAlias = Literal["sse", "ndjson", "aws"]
@@ -61,6 +62,8 @@ class Service:
     """`gen_ai.provider.name` of the OpenTelemetry semantic conventions."""
     base_url: str | None
     """None: the user must set `api_base`."""
+    url_var: str | None = None
+    """The environment variable that sets `api_base` too, for an error."""
     env_var: str | None = None
     """The environment variable with the API key."""
     key_required: bool = True
@@ -74,6 +77,8 @@ class Service:
     """Sent with every request."""
     prefill: Prefill | None = None
     """How the service goes on with an assistant's message that ends a request."""
+    lists: tuple[ModelList, ...] = ()
+    """The lists of its models; none if the service has none."""
 
 
 class Codec(Protocol):

@@ -10,6 +10,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Mapping
+from hashlib import sha256
 from logging import WARNING
 
 import httpx
@@ -71,6 +72,7 @@ class Endpoint:
         self.has_auth = self._authorize(config.headers)
         self.key: Key | None
         self.key, self._no_key = (None, None) if self.has_auth else _api_key(service, config)
+        self.key_source = "headers" if self.has_auth else _key_source(service, config)
         """The key, and the error of calls without one. A function's key is None until it is asked for."""
         self._keys: tuple[str, ...] = (self.key,) if isinstance(self.key, str) else ()
         self._values = (*config.headers.values(), *secrets_in_query(str(self.url)))
@@ -169,6 +171,30 @@ class Endpoint:
         names = {name.decode(): value.decode("latin-1") for name, value in headers.pairs}
         url = f"{self.url.scheme}://{self.url.netloc.decode('ascii')}{target.decode('ascii')}"
         return with_more(headers, [header(*pair) for pair in authorizer.authorize(url, names, body).items()])
+
+    def getting(self, url: httpx.URL) -> Outgoing:
+        """Return a GET request, with the authorization of all requests.
+
+        Raises:
+            AuthenticationError: there is no key.
+        """
+        if self._no_key is not None:
+            raise self._no_key
+        key, target = self.key, url.raw_path
+        pairs = self._headers(Encoded(path="", body=b""), key).pairs
+        headers = as_headers([pair for pair in pairs if pair[0] not in (b"host", b"content-type")])
+        headers = with_more(headers, [(b"host", url.netloc)])
+        if isinstance(key, Authorizer):
+            names = {name.decode(): value.decode("latin-1") for name, value in headers.pairs}
+            added = key.authorize(str(url), names, b"", method="GET")
+            headers = with_more(headers, [header(*pair) for pair in added.items()])
+        return Outgoing(url, target, headers.pairs, headers.block, b"", key, "GET")
+
+    @property
+    def account(self) -> str:
+        """Return a hash of the address, the key and the headers: what a service sends may depend on each of them."""
+        facts = (str(self.url), self.service.auth_header, self.key, sorted(self._given))
+        return sha256(repr(facts).encode()).hexdigest()[:32]
 
     def use_key(self, key: object) -> Key:
         """Send another key from now on, and return it. The last keys stay secret.
@@ -362,7 +388,8 @@ _ENDPOINTS = ("/chat/completions", "/responses", "/messages", "/api/chat", "/api
 def _base_url(service: Service, config: LLMConfig) -> httpx.URL:
     base = config.api_base or service.base_url
     if not base:
-        raise ConfigError(f"{service.framework} has no default address: set api_base to the server's base URL")
+        also = f", or {service.url_var}," if service.url_var else ""
+        raise ConfigError(f"{service.framework} has no default address: set api_base{also} to the server's base URL")
     try:
         url = httpx.URL(base)
         named = url.host  # decodes punycode, which may be invalid
@@ -420,6 +447,13 @@ def _api_key(service: Service, config: LLMConfig) -> tuple[str | None, Authentic
         raise missing
     _check_key(key, source, service)
     return key, None
+
+
+def _key_source(service: Service, config: LLMConfig) -> str | None:
+    """Return "api_key", or the environment variable that has the key; None if there is no key."""
+    if config.api_key:
+        return "api_key"
+    return service.env_var if service.env_var and os.environ.get(service.env_var) else None
 
 
 def _check_key(key: str, source: str, service: Service) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from typing import ClassVar, NamedTuple, Protocol, TypeAlias, TypeVar
+from typing import ClassVar, Literal, NamedTuple, Protocol, TypeAlias, TypeVar
 
 import attrs
 import httpx
@@ -33,17 +33,19 @@ class Authorizer(ABC):
         """The values that no error may show."""
 
     @abstractmethod
-    def authorize(self, url: str, headers: Mapping[str, str], body: bytes) -> Mapping[str, str]:
-        """Return the headers that authorize a POST request. `headers` have lower-case names."""
+    def authorize(
+        self, url: str, headers: Mapping[str, str], body: bytes, *, method: str = "POST"
+    ) -> Mapping[str, str]:
+        """Return the headers that authorize a request. `headers` have lower-case names."""
 
 
 Key: TypeAlias = str | Authorizer
 
 
 class Outgoing(NamedTuple):
-    """A request as bytes. `block` is `headers` as they are sent; content-length is added later.
+    """A request as bytes. `block` is `headers` as they are sent; the content-length of a POST is added later.
 
-    `key` authorizes the request; None if the call has an authorization of its own.
+    `key` authorizes the request; None if the call has an authorization of its own. A GET has no body.
     """
 
     url: httpx.URL
@@ -52,6 +54,7 @@ class Outgoing(NamedTuple):
     block: bytes
     body: bytes
     key: Key | None = None
+    method: Literal["POST", "GET"] = "POST"
 
 
 class Headers(NamedTuple):

@@ -42,6 +42,8 @@ _SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\r\n]*)?")
 def request_bytes(outgoing: Outgoing, route: Route) -> bytes:
     """Return a request as it is sent. Its target and headers were checked when they were made (`_endpoint.py`)."""
     extra = b"".join([b"%b: %b\r\n" % header for header in route.headers]) if route.headers else b""
+    if outgoing.method == "GET":
+        return b"GET %b%b HTTP/1.1\r\n%b%b\r\n" % (route.prefix, outgoing.target, outgoing.block, extra)
     return b"POST %b%b HTTP/1.1\r\n%b%bcontent-length: %d\r\n\r\n%b" % (
         route.prefix,
         outgoing.target,

@@ -49,7 +49,7 @@ class _Requests:
             headers = httpx.Headers(outgoing.headers)
             keep(self._headers, outgoing.headers, headers)
         extensions = {"timeout": limits.for_httpx()}
-        return httpx.Request("POST", url, headers=headers, content=outgoing.body, extensions=extensions)
+        return httpx.Request(outgoing.method, url, headers=headers, content=outgoing.body, extensions=extensions)
 
 
 def keep(kept: dict[K, V], key: K, value: V) -> None:

@@ -10,6 +10,7 @@ import threading
 from collections import deque
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
+from time import monotonic
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 from weakref import WeakSet
 
@@ -17,14 +18,18 @@ from fluxibly._checks import shown_url
 from fluxibly._logs import log_retry
 from fluxibly._states import TRANSITIONS, State
 from fluxibly.errors import AuthenticationError, ConnectionFailed, DeadlineExceeded, ProviderError
+from fluxibly.limits import Leash
+from fluxibly.messages import Message
 from fluxibly.providers.http._endpoint import Endpoint
 from fluxibly.providers.http._exchange import Authorizer
 from fluxibly.providers.http._httpx import AsyncHTTPXSender, HTTPXSender
 from fluxibly.providers.http._keys import Keys, LoopKeys, ThreadKeys
 from fluxibly.providers.http._limits import Aborted
+from fluxibly.providers.http._listing import listed
 from fluxibly.providers.http._reader import ReplyBody, reader_of, refusal
 from fluxibly.providers.http._senders import default_async_sender, default_sender
 from fluxibly.providers.http._sockets_threads import finished
+from fluxibly.types import Request
 
 if TYPE_CHECKING:
     from typing import Self
@@ -37,7 +42,7 @@ if TYPE_CHECKING:
     from fluxibly.providers.http._keys import Credentials
     from fluxibly.providers.http._limits import Limits
     from fluxibly.providers.http._reader import ReplyReader
-    from fluxibly.types import Chunk, Request, Response
+    from fluxibly.types import Chunk, Response
 
 
 async def find_key(endpoint: Endpoint, keys: Keys, request: Request) -> None:
@@ -342,6 +347,16 @@ class _Shell:
             limits.over()
         return await self._complete(request, again=True)
 
+    @property
+    def key_source(self) -> str | None:
+        """Where the key is from: "api_key" or "headers" of the configuration, or the name of an environment variable."""
+        return self._endpoint.key_source
+
+    @property
+    def account(self) -> str | None:
+        """A hash of the address and of what authorizes the calls; None if that changes, as a token does."""
+        return self._endpoint.account if self._keys is None else None
+
     def _open(self, stream: S) -> S:
         with self._lock:
             self._check_open()
@@ -388,7 +403,8 @@ class HTTPProvider(_Shell):
         credentials: Credentials | None = None,
     ) -> None:
         super().__init__(codec, service, config, name, credentials)
-        self._sender = default_sender(self._endpoint) if transport is None else HTTPXSender(transport)
+        self._given_sender = None if transport is None else HTTPXSender(transport)
+        self._sender = self._given_sender or default_sender(self._endpoint.url)
         self.obeys = self._sender.obeys
 
     def complete(self, request: Request) -> Response:
@@ -398,6 +414,34 @@ class HTTPProvider(_Shell):
     def stream(self, request: Request) -> HTTPStream:
         """Return the response as a stream of chunks. The first read sends the request."""
         return self._open(HTTPStream(self._endpoint, self._sender, request, self._keys))
+
+    @property
+    def has_list(self) -> bool:
+        """Whether the service lists its models."""
+        return bool(self._endpoint.service.lists)
+
+    def list_models(self, *, timeout: float = 10.0) -> list[str]:
+        """Return the names of the models that the service lists, sorted.
+
+        Args:
+            timeout: the seconds that it may take.
+
+        Raises:
+            ProviderError: the service is not reached, refuses, takes too long, or sends no list.
+            NotImplementedError: the service has no list.
+        """
+        if not self.has_list:
+            raise NotImplementedError(f"{self._endpoint.service.framework} has no list of its models")
+        return finished(self._listed(timeout))
+
+    async def _listed(self, seconds: float) -> list[str]:
+        request = Request(model="", messages=(Message.user("-"),))  # never sent: errors are completed for a request
+        call = request.call
+        call.leash = Leash(deadline=call.clock() + seconds)
+        end = monotonic() + seconds
+        if self._keys is not None:
+            await find_key(self._endpoint, self._keys, request)
+        return await listed(self._endpoint, self._given_sender, request, end=end, seconds=seconds)
 
     def close(self) -> None:
         """Close all connections. Open streams end with an error. A second call has no effect."""
@@ -429,7 +473,7 @@ class AsyncHTTPProvider(_Shell):
         credentials: Credentials | None = None,
     ) -> None:
         super().__init__(codec, service, config, name, credentials)
-        self._sender = default_async_sender(self._endpoint) if transport is None else AsyncHTTPXSender(transport)
+        self._sender = default_async_sender(self._endpoint.url) if transport is None else AsyncHTTPXSender(transport)
 
     async def complete(self, request: Request) -> Response:
         """Return the whole response."""

@@ -16,7 +16,6 @@ from fluxibly.providers.http._sockets_threads import Threads
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from fluxibly.providers.http._endpoint import Endpoint
     from fluxibly.providers.http._exchange import Exchange, Outgoing, Sender
     from fluxibly.providers.http._limits import Limits
     from fluxibly.providers.http._sockets import Network
@@ -24,8 +23,8 @@ if TYPE_CHECKING:
 _LIMITS = httpx.Limits(max_connections=MAX_CONNECTIONS, max_keepalive_connections=None, keepalive_expiry=KEEP_IDLE)
 
 
-def default_sender(endpoint: Endpoint) -> Sender:
-    """Return the library's own connections, through the proxy that the environment sets.
+def default_sender(url: httpx.URL) -> Sender:
+    """Return the library's own connections to a server, through the proxy that the environment sets.
 
     If a program has wrapped httpx's transport, return httpx's connections, because the wrapper (for example
     opentelemetry-instrumentation-httpx) has to see each request.
@@ -34,25 +33,25 @@ def default_sender(endpoint: Endpoint) -> Sender:
     def over_httpx(proxy: httpx.Proxy | None) -> Sender:
         return HTTPXSender(httpx.HTTPTransport(proxy=proxy, verify=tls_context(), limits=_LIMITS))
 
-    return _default(endpoint, Threads(), over_httpx, instead=wrapped(httpx.HTTPTransport.handle_request))
+    return _default(url, Threads(), over_httpx, instead=wrapped(httpx.HTTPTransport.handle_request))
 
 
-def default_async_sender(endpoint: Endpoint) -> Sender:
+def default_async_sender(url: httpx.URL) -> Sender:
     """Return the `default_sender` for event loops."""
 
     def over_httpx(proxy: httpx.Proxy | None) -> Sender:
         return AsyncHTTPXSender(httpx.AsyncHTTPTransport(proxy=proxy, verify=tls_context(), limits=_LIMITS))
 
-    return _default(endpoint, Loops(), over_httpx, instead=wrapped(httpx.AsyncHTTPTransport.handle_async_request))
+    return _default(url, Loops(), over_httpx, instead=wrapped(httpx.AsyncHTTPTransport.handle_async_request))
 
 
 def _default(
-    endpoint: Endpoint, network: Network, over_httpx: Callable[[httpx.Proxy | None], Sender], *, instead: bool
+    url: httpx.URL, network: Network, over_httpx: Callable[[httpx.Proxy | None], Sender], *, instead: bool
 ) -> Sender:
     """Return a pool on `network`, or httpx's connections if `instead`, or if the proxy needs more than plain HTTP."""
-    proxy = proxy_for(endpoint.url)
+    proxy = proxy_for(url)
     if is_plain(proxy) and not instead:
-        return Pool(route_to(endpoint.url, proxy), network)
+        return Pool(route_to(url, proxy), network)
     via = None if proxy is None else httpx.Proxy(proxy)
     return _OfThisProcess(lambda: over_httpx(via))
 

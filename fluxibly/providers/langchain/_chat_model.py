@@ -5,7 +5,8 @@ from __future__ import annotations
 import base64
 import inspect
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import attrs
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
@@ -14,12 +15,14 @@ from langchain_core.language_models.base import LanguageModelInput
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, ChatMessage, ToolMessage
 from langchain_core.messages.ai import UsageMetadata
 from langchain_core.messages.tool import tool_call_chunk
+from langchain_core.output_parsers import JsonOutputParser, PydanticOutputParser
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
-from langchain_core.runnables import Runnable
+from langchain_core.runnables import Runnable, RunnableMap, RunnablePassthrough
 from langchain_core.tools import BaseTool
-from langchain_core.utils.function_calling import convert_to_openai_tool
+from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
+from pydantic import BaseModel
 
-from fluxibly._checks import kind_of
+from fluxibly._checks import kind_of, problem
 from fluxibly.providers.dialects.encoding import media_data
 from fluxibly.providers.langchain._blocks import parts_of
 from fluxibly.types import (
@@ -451,6 +454,53 @@ class FluxiblyChatModel(BaseChatModel):
         choice = {} if tool_choice in (None, False, "") else {"tool_choice": tool_choice}
         return self.bind(tools=described, **choice, **kwargs)
 
+    def with_structured_output(
+        self,
+        schema: dict[str, Any] | type,
+        *,
+        method: Literal["function_calling", "json_mode", "json_schema"] = "function_calling",
+        include_raw: bool = False,
+        strict: bool | None = None,
+        **kwargs: Any,
+    ) -> Runnable[LanguageModelInput, dict[str, Any] | BaseModel]:
+        """Return a runnable whose answers have the form of a schema: a pydantic class, a TypedDict, or a JSON Schema.
+
+        Args:
+            method: "json_schema" sends the schema as the answer's `response_format`, in the form that each service takes;
+                "json_mode" asks for some JSON; "function_calling" asks for a call of a tool that is named after the schema.
+            include_raw: whether to return a dict with "raw", "parsed" and "parsing_error" instead.
+            strict: whether the service has to hold to the schema; None leaves that to the dialect. Only for "json_schema".
+            **kwargs: further keywords to bind.
+
+        Raises:
+            ValueError: there is no such method, or `strict` is given for another one.
+        """
+        if method not in ("function_calling", "json_mode", "json_schema"):
+            raise ValueError(problem("method", "'json_schema', 'json_mode' or 'function_calling'", method))
+        if strict is not None and method != "json_schema":
+            raise ValueError(f"strict: expected it with method='json_schema', got method={method!r}")
+        if method == "function_calling":
+            return super().with_structured_output(schema, include_raw=include_raw, **kwargs)
+        wanted: object = "json" if method == "json_mode" else _schema_format(schema, strict)
+        said = {"kwargs": {"method": method}, "schema": schema}  # for the traces of LangChain's own tools
+        model = self.bind(response_format=wanted, ls_structured_output_format=said, **kwargs)
+        parser: Runnable[Any, Any] = JsonOutputParser()
+        if isinstance(schema, type) and issubclass(schema, BaseModel):
+            parser = PydanticOutputParser[BaseModel](pydantic_object=schema)
+        if not include_raw:
+            return model | parser
+        parsed = RunnablePassthrough.assign(parsed=itemgetter("raw") | parser, parsing_error=lambda _: None)
+        nothing = RunnablePassthrough.assign(parsed=lambda _: None)
+        return RunnableMap(raw=model) | parsed.with_fallbacks([nothing], exception_key="parsing_error")
+
+
+def _schema_format(schema: dict[str, Any] | type, strict: bool | None) -> Mapping[str, Any]:
+    """Return a schema as a `response_format`."""
+    found = convert_to_json_schema(schema)
+    if strict is None:
+        return found
+    return {"type": "json_schema", "json_schema": {"name": found["title"], "schema": found, "strict": strict}}
+
 
 class _Call:
     """The arguments of a call."""
@@ -462,7 +512,7 @@ class _Call:
 
 def _overrides(keywords: dict[str, Any]) -> dict[str, Any]:
     """Return LangChain's keywords as fluxibly's."""
-    ours = dict(keywords)
+    ours = {name: value for name, value in keywords.items() if name != "ls_structured_output_format"}
     choice = ours.get("tool_choice")
     if choice is True or choice == "any":
         ours["tool_choice"] = "required"

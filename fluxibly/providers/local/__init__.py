@@ -4,7 +4,15 @@
 model files. Imports: `dialects` (the prompt is OpenAI's dialect), `config`, data. Imported by: `cli`, and `registry` by name.
 """
 
-from fluxibly.providers.local._model import DEFAULT_MODEL, MODELS, cached_path, model_path, named_model, packaged_models
+from fluxibly.providers.local._model import (
+    DEFAULT_MODEL,
+    MODELS,
+    cache_folder,
+    cached_path,
+    model_path,
+    named_model,
+    packaged_models,
+)
 from fluxibly.providers.local._provider import AsyncLocalProvider, LocalProvider
 
 __all__ = [
@@ -12,6 +20,7 @@ __all__ = [
     "MODELS",
     "AsyncLocalProvider",
     "LocalProvider",
+    "cache_folder",
     "cached_path",
     "model_path",
     "named_model",

@@ -23,6 +23,7 @@ from typing import Any, BinaryIO
 
 import attrs
 
+from fluxibly._extras import pip_install
 from fluxibly.errors import ConfigError, ProviderError
 
 Progress = Callable[[int, int], None]
@@ -119,12 +120,21 @@ def packaged_models() -> list[PackagedModel]:
 
 
 def cache_folder() -> Path:
-    """Return `$FLUXIBLY_CACHE`, else `$XDG_CACHE_HOME/fluxibly`, else `~/.cache/fluxibly`."""
+    """Return `$FLUXIBLY_CACHE`, else the platform's folder for caches: on Linux `~/.cache/fluxibly`.
+
+    Raises:
+        ConfigError: platformdirs, which knows the platform's folders, is not installed.
+    """
     own = os.environ.get("FLUXIBLY_CACHE")
     if own:
         return Path(own).expanduser()
-    shared = os.environ.get("XDG_CACHE_HOME")
-    return (Path(shared) if shared else Path.home() / ".cache") / "fluxibly"
+    try:
+        from platformdirs import user_cache_path
+    except ImportError:
+        raise ConfigError(
+            f"set FLUXIBLY_CACHE to a folder for caches, or install a package: {pip_install('cli')}"
+        ) from None
+    return user_cache_path("fluxibly", appauthor=False)
 
 
 def named_model(name_or_path: str | None) -> PackagedModel | None:
