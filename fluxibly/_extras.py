@@ -9,7 +9,16 @@ from collections.abc import Mapping
 from typing import Final
 
 EXTRAS: Final[Mapping[str, tuple[str, ...]]] = {
-    "cli": ("rich", "typer", "platformdirs", "python-dotenv"),
+    "cli": (
+        "rich",
+        "typer",
+        "platformdirs",
+        "python-dotenv",
+        "prompt_toolkit",
+        "markdown-it-py",
+        "jsonschema",
+    ),
+    "serve": ("starlette", "uvicorn"),
     "otel": ("opentelemetry-sdk", "opentelemetry-exporter-otlp-proto-http"),
     "local": ("xllamacpp",),
     "langchain": ("langchain", "langchain-openai", "langchain-anthropic"),
@@ -19,7 +28,6 @@ EXTRAS: Final[Mapping[str, tuple[str, ...]]] = {
     "schema": ("jsonschema",),
     "brotli": ("brotli",),
     "prices": ("genai-prices",),
-    "serve": ("starlette", "uvicorn"),
 }
 
 

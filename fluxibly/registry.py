@@ -507,18 +507,22 @@ def stack_into(stack: Sequence[Middleware], schema: object) -> tuple[Middleware,
     """
     import attrs
 
-    kinds = list(_BUILT_IN_MIDDLEWARE.values())
-    inner = {*kinds[kinds.index("Validation") + 1 :]}
-    place = len(stack)
     for number, layer in enumerate(stack):
-        kind = built_in_kind(layer)
-        if kind == "Validation":
+        if built_in_kind(layer) == "Validation":
             changed: Any = attrs.evolve(cast("Any", layer), schema=schema)
             return (*stack[:number], changed, *stack[number + 1 :])
-        if kind in inner:
-            place = min(place, number)
-    added: Middleware = importlib.import_module("fluxibly.middleware").Validation(schema=schema)
-    return (*stack[:place], added, *stack[place:])
+    return stack_with(stack, importlib.import_module("fluxibly.middleware").Validation(schema=schema))
+
+
+def stack_with(stack: Sequence[Middleware], layer: Middleware) -> tuple[Middleware, ...]:
+    """Return a stack with one more layer of a built-in class, at the place that suits it.
+
+    It goes outside of the first layer that the default stack has inside of it.
+    """
+    kinds = list(_BUILT_IN_MIDDLEWARE.values())
+    inner = {*kinds[kinds.index(str(built_in_kind(layer))) + 1 :]}
+    place = next((number for number, each in enumerate(stack) if built_in_kind(each) in inner), len(stack))
+    return (*stack[:place], layer, *stack[place:])
 
 
 def make_middleware(items: Sequence[Any], *, max_retries: int = 3, path: str = "middleware") -> tuple[Middleware, ...]:

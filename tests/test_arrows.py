@@ -43,7 +43,7 @@ ROOMS = {
     "testing": "testing",
     "sse": "sse",
     "serve": "serve",
-    "cli": "cli",
+    "cli __main__": "cli",
     "providers.services": "services",
     "providers.dialects": "dialects",
     "providers.http": "http",

@@ -28,7 +28,7 @@ def test_the_table_agrees_with_the_project():
 
 def test_the_install_command_names_only_missing_packages(monkeypatch):
     """All missing packages are in one command, quoted for a shell."""
-    there = {"rich", "platformdirs", "python-dotenv"}
+    there = {*EXTRAS["cli"]} - {"typer"}
 
     def version(name: str) -> str:
         if name in there:

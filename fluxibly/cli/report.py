@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, cast
 
 import attrs
@@ -20,6 +21,7 @@ from fluxibly.telemetry import semconv
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import ReadableSpan
 
+    from fluxibly.config import LLMConfig
     from fluxibly.parts import Media, Part
     from fluxibly.types import Response
 
@@ -118,21 +120,57 @@ def _name(name: str, attributes: Mapping[str, object]) -> str:
     return f"attempt {index + 1}" if isinstance(index, int) else name
 
 
+def summary(response: Response, config: LLMConfig) -> str:
+    """Return the line under an answer: who answered, its tokens, its time, and what is out of the ordinary."""
+    model = response.model or config.model
+    said = [PurePath(model).name if config.framework == "local" else model]
+    usage = response.total_usage or response.usage
+    if usage is not None and usage.output_tokens is not None:
+        given = "" if usage.input_tokens is None else f"{usage.input_tokens} + "
+        said.append(f"{given}{usage.output_tokens} tokens")
+    if response.elapsed is not None:
+        said.append(duration(response.elapsed))
+    if response.cost is not None:
+        said.append(f"${response.cost:f}")
+    if response.cache_hit:
+        said.append("from the cache")
+    if response.finish_reason == "length":
+        said.append("cut off at the limit of its tokens")
+    elif response.finish_reason not in (None, "stop"):
+        said.append(f"ended by {response.finish_reason}")
+    return " · ".join(said)
+
+
 def as_json(response: Response) -> str:
     """Return a response as one line of JSON, for scripts. Every key is always present; unknown values are null."""
-    fields: dict[str, Any] = {
+    return json.dumps(_fields(response), ensure_ascii=False, default=str)
+
+
+def _fields(response: Response) -> dict[str, Any]:
+    return {
         "text": response.text,
         "reasoning": response.reasoning,
         "tool_calls": [
             {"id": call.id, "name": call.name, "arguments": dict(call.arguments)} for call in response.tool_calls
         ],
         "media": [part_to_dict(cast("Part", part)) for part in response.media],
+        "opaque": [part_to_dict(part) for part in response.opaque],
+        "parsed": response.parsed,
         "details": dict(response.details),
         "finish_reason": response.finish_reason,
+        "raw_finish_reason": response.raw_finish_reason,
         "model": response.model,
+        "provider": response.provider,
         "id": response.id,
+        "request_id": response.request_id,
         "usage": None if response.usage is None else attrs.asdict(response.usage),
+        "total_usage": None if response.total_usage is None else attrs.asdict(response.total_usage),
+        "cost": response.cost,
+        "cache_hit": response.cache_hit,
+        "added": [message.to_dict() for message in response.added],
+        "alternatives": [_fields(other) for other in response.alternatives],
+        "rate_limits": dict(response.rate_limits),
         "elapsed": response.elapsed,
         "stats": None if response.stats is None else attrs.asdict(response.stats),
+        "raw": response.raw,
     }
-    return json.dumps(fields, ensure_ascii=False, default=str)

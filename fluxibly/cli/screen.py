@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rich.console import Console
 from rich.text import Text
@@ -13,8 +14,17 @@ from rich.text import Text
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-_UNSAFE = {code: None for code in (*range(32), 127, *range(128, 160)) if chr(code) not in "\n\t"}
-"""Control characters: a model's answer must not move the cursor or colour the terminal."""
+_UNSAFE = {
+    code: None
+    for code in (*range(32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F, 0x061C)
+    if chr(code) not in "\n\t"
+}
+"""What moves the cursor, colours the terminal, or changes the direction in which it writes."""
+
+
+def clean(text: str) -> str:
+    """Return a text without characters that control the terminal."""
+    return text.translate(_UNSAFE)
 
 
 def printable(text: str) -> str:
@@ -29,28 +39,49 @@ def line_of(error: BaseException) -> str:
     return printable(" ".join(text.split())) or type(error).__name__
 
 
-class Screen:
-    """Standard output and standard error. `live` says whether a person reads along at a terminal."""
+class Region(Protocol):
+    """The lines at the bottom of a terminal that are drawn again and again while an answer comes."""
 
-    def __init__(self) -> None:
+    def print_above(self, what: RenderableType) -> None:
+        """Print something that stays, above the lines of the region."""
+        ...
+
+
+class Screen:
+    """Standard output and standard error.
+
+    `live` says whether a person reads along at a terminal. `quiet` leaves out all that is not the answer; `verbose` adds
+    the figures, the spans and the log lines of each answer.
+    """
+
+    def __init__(self, *, quiet: bool = False, verbose: bool = False) -> None:
         for stream in (sys.stdout, sys.stderr):
             reconfigure: Any = getattr(stream, "reconfigure", None)
             if reconfigure is not None:
                 reconfigure(errors="replace")  # an answer may have characters that the terminal's encoding lacks
-        self.live = sys.stdout.isatty()
-        self._out = Console(file=sys.stdout, highlight=False)
+        self.live: bool = sys.stdout.isatty()
+        self.quiet = quiet
+        self.verbose = verbose
+        self.out = Console(file=sys.stdout, highlight=False)
         self._err = Console(file=sys.stderr, highlight=False, stderr=True)
         self._mid_line = False
+        self.region: Region | None = None
+        """The region that is being drawn, if an answer is coming."""
+
+    @property
+    def draws(self) -> bool:
+        """Whether the terminal can move its cursor, so that what is shown can change."""
+        return self.live and os.environ.get("TERM") not in ("dumb", "unknown") and not self.out.legacy_windows
 
     @property
     def width(self) -> int:
         """The columns of the terminal."""
-        return self._out.width
+        return self.out.width
 
     def write(self, text: str) -> None:
         """Write a piece of an answer, without buffering it."""
         if self.live:
-            text = text.translate(_UNSAFE)
+            text = clean(text)
         if text:
             sys.stdout.write(text)
             sys.stdout.flush()
@@ -63,13 +94,18 @@ class Screen:
 
     def show(self, what: RenderableType) -> None:
         """Print `what`, but only for a person."""
-        if self.live:
-            self.end_line()
-            self._out.print(what)
+        if not self.live:
+            return
+        if self.region is not None:
+            self.region.print_above(what)
+            return
+        self.end_line()
+        self.out.print(what)
 
     def note(self, text: str) -> None:
-        """Print a dim line, but only for a person."""
-        self.show(Text(text, "dim"))
+        """Print a dim line, but only for a person who wants more than the answer."""
+        if not self.quiet:
+            self.show(Text(clean(text), "dim"))
 
     def rows(self, rows: Iterable[Sequence[str]], header: Sequence[str]) -> None:
         """Print a table of text; the header is only for a person."""
@@ -77,7 +113,7 @@ class Screen:
         widths = [max(len(line[column]) for line in lines) for column in range(len(header))] if lines else []
         for number, line in enumerate(lines):
             padded = "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-            self._out.print(Text(padded, "bold" if self.live and number == 0 else ""), soft_wrap=True)
+            self.out.print(Text(padded, "bold" if self.live and number == 0 else ""), soft_wrap=True)
 
     def line(self, text: str, note: str = "") -> None:
         """Print a line as it is; the note after it is only for a person."""
@@ -89,13 +125,17 @@ class Screen:
     def lines(self, text: str) -> None:
         """Print lines as they are."""
         for line in text.splitlines():
-            self._out.print(Text(line), soft_wrap=True)
+            self.out.print(Text(line), soft_wrap=True)
 
     def aside(self, text: str, style: str = "") -> None:
         """Print a line on standard error."""
-        if self.live and sys.stderr.isatty():
-            self.end_line()  # the terminal shows both streams
-        self._err.print(Text(text, style), soft_wrap=True)
+        line = Text(clean(text) if sys.stderr.isatty() else text, style)
+        if self.live and sys.stderr.isatty():  # the terminal shows both streams
+            if self.region is not None:
+                self.region.print_above(line)
+                return
+            self.end_line()
+        self._err.print(line, soft_wrap=not sys.stderr.isatty())
 
 
 class ScreenHandler(logging.Handler):

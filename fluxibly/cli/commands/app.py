@@ -23,12 +23,19 @@ from fluxibly.errors import (
 
 OK, FAILED, MISUSED, INTERRUPTED = 0, 1, 2, 130
 
+
+def examples(*lines: str) -> str:
+    """Return the end of a command's help: lines that can be typed as they are."""
+    return "\n".join(["\b", "Examples:", *[f"  {line}" for line in lines]])
+
+
 app = typer.Typer(
     name="fluxibly",
     help="Call language models through a chain of middleware.",
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=examples("fluxibly chat", 'fluxibly chat "What is the capital of France?"', "fluxibly COMMAND --help"),
 )
 
 
@@ -76,7 +83,7 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _main(
     version: Annotated[
-        bool, typer.Option("--version", is_eager=True, callback=_version, help="Print the version and exit.")
+        bool, typer.Option("--version", "-V", is_eager=True, callback=_version, help="Print the version and exit.")
     ] = False,
     env_file: EnvFile = None,
 ) -> None:

@@ -12,6 +12,7 @@ from rich.cells import cell_len
 from rich.text import Text as Styled
 
 from fluxibly.cli.report import described
+from fluxibly.cli.screen import clean
 from fluxibly.cli.trace.file import duration
 from fluxibly.messages import Message
 from fluxibly.parts import Media, Reasoning, Text, ToolCall
@@ -24,17 +25,6 @@ if TYPE_CHECKING:
 
 START = 200
 """The most characters of a question or an answer in a list that is no terminal's."""
-_UNSAFE = {
-    code: None
-    for code in (*range(32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F, 0x061C)
-    if chr(code) not in "\n\t"
-}
-"""What controls the terminal, or the direction in which it writes."""
-
-
-def clean(text: str) -> str:
-    """Return a text without characters that control the terminal."""
-    return text.translate(_UNSAFE)
 
 
 def on_one_line(text: str) -> str:

@@ -4,7 +4,15 @@
 model files. Imports: `dialects` (the prompt is OpenAI's dialect), `config`, data. Imported by: `cli`, and `registry` by name.
 """
 
-from fluxibly.providers.local._model import DEFAULT_MODEL, MODELS, cache_folder, cached_path, model_path, named_model
+from fluxibly.providers.local._model import (
+    DEFAULT_MODEL,
+    MODELS,
+    cache_folder,
+    cached_path,
+    model_path,
+    named_model,
+    packaged_models,
+)
 from fluxibly.providers.local._provider import AsyncLocalProvider, LocalProvider
 
 __all__ = [
@@ -16,4 +24,5 @@ __all__ = [
     "cached_path",
     "model_path",
     "named_model",
+    "packaged_models",
 ]

