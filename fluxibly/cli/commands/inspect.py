@@ -6,12 +6,12 @@ from typing import Annotated
 
 import typer
 
-from fluxibly.cli.commands.app import app
+from fluxibly.cli.commands.app import app, examples
 from fluxibly.cli.commands.options import ConfigFile, EnvFile, Framework, Model, config_of
 from fluxibly.cli.screen import Screen
 
 
-@app.command()
+@app.command(epilog=examples("fluxibly explain --config stack.yaml", "fluxibly explain --config stack.yaml --strict"))
 def explain(  # noqa: PLR0917  # typer reads the options from the parameters
     config: ConfigFile = None,
     framework: Framework = None,
@@ -32,7 +32,7 @@ def explain(  # noqa: PLR0917  # typer reads the options from the parameters
         explanation.check()
 
 
-@app.command()
+@app.command(epilog=examples("fluxibly frameworks", "fluxibly frameworks --all"))
 def frameworks(
     everything: Annotated[bool, typer.Option("--all", help="Say of each what it needs.")] = False,
     env_file: EnvFile = None,
@@ -43,7 +43,9 @@ def frameworks(
     show_frameworks(Screen(), everything=everything)
 
 
-@app.command()
+@app.command(
+    epilog=examples("fluxibly doctor", "fluxibly doctor --env-file .env", "fluxibly doctor -m openai:gpt-4o-mini")
+)
 def doctor(
     config: ConfigFile = None, framework: Framework = None, model: Model = None, env_file: EnvFile = None
 ) -> int:

@@ -10,15 +10,21 @@ from typing import Annotated
 import typer
 
 from fluxibly._extras import EXTRAS, pip_install, version_of
-from fluxibly.cli.commands.app import app
-from fluxibly.cli.commands.options import ConfigFile, Framework, LogLevel, Model, config_of, log_to
+from fluxibly.cli.commands.app import app, examples
+from fluxibly.cli.commands.options import ConfigFile, EnvFile, Framework, LogLevel, Model, config_of, log_to
 from fluxibly.cli.screen import Screen
 from fluxibly.errors import ConfigError
 
 TOKEN_VARIABLE = "FLUXIBLY_SERVE_TOKEN"  # noqa: S105  # the name of a variable
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "fluxibly serve -m local:smollm2",
+        "fluxibly serve --config stack.yaml --port 9000",
+        "FLUXIBLY_SERVE_TOKEN=… fluxibly serve --config stack.yaml --host 0.0.0.0",
+    )
+)
 def serve(  # noqa: PLR0917  # typer reads the options from the parameters
     config: ConfigFile = None,
     framework: Framework = None,
@@ -44,6 +50,7 @@ def serve(  # noqa: PLR0917  # typer reads the options from the parameters
     log_level: Annotated[LogLevel | None, typer.Option(help="The lowest level to log on standard error.")] = None,
     trace: Annotated[Path | None, typer.Option(help="A file to write the spans to, as OTLP JSON lines.")] = None,
     otlp: Annotated[str | None, typer.Option(metavar="URL", help="A backend to send the spans to, over HTTP.")] = None,
+    env_file: EnvFile = None,
 ) -> None:
     """Answer OpenAI's chat completions API for other programs, by a model and its stack."""
     if any(version_of(package) is None for package in EXTRAS["serve"]):
