@@ -6,12 +6,15 @@ from typing import Annotated
 
 import typer
 
-from fluxibly.cli.commands.app import app
+from fluxibly.cli.commands.app import app, examples
 from fluxibly.cli.commands.options import ConfigFile, EnvFile, Framework, Model, config_of
 from fluxibly.cli.screen import Screen
 
 
-@app.command()
+@app.command(
+    short_help="Print the stack that would run, and warnings of orders that hurt.",
+    epilog=examples("fluxibly explain", "fluxibly explain --config stack.yaml --strict"),
+)
 def explain(  # noqa: PLR0917  # typer reads the options from the parameters
     config: ConfigFile = None,
     framework: Framework = None,
@@ -32,7 +35,10 @@ def explain(  # noqa: PLR0917  # typer reads the options from the parameters
         explanation.check()
 
 
-@app.command()
+@app.command(
+    short_help="List the frameworks, and what each one needs.",
+    epilog=examples("fluxibly frameworks", "fluxibly frameworks --all"),
+)
 def frameworks(
     everything: Annotated[bool, typer.Option("--all", help="Say of each what it needs.")] = False,
     env_file: EnvFile = None,
@@ -43,7 +49,10 @@ def frameworks(
     show_frameworks(Screen(), everything=everything)
 
 
-@app.command()
+@app.command(
+    short_help="Check versions, keys and endpoints.",
+    epilog=examples("fluxibly doctor", "fluxibly doctor -m openai:gpt-4o-mini"),
+)
 def doctor(
     config: ConfigFile = None, framework: Framework = None, model: Model = None, env_file: EnvFile = None
 ) -> int:

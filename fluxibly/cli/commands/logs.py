@@ -12,14 +12,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fluxibly.cli.commands.app import app
+from fluxibly.cli.commands.app import app, examples
 from fluxibly.cli.screen import Screen
 from fluxibly.errors import ConfigError, StoreError
 
 if TYPE_CHECKING:
     from fluxibly.cli.turns.store import Listed, TurnStore
 
-logs = typer.Typer(help="Show, search, export and delete the turns of chats.", rich_markup_mode=None)
+logs = typer.Typer(
+    help="Show, search, export and delete the turns of chats.",
+    rich_markup_mode=None,
+    epilog=examples("fluxibly logs", "fluxibly logs search tide", "fluxibly logs show", "fluxibly logs off"),
+)
 app.add_typer(logs, name="logs")
 
 Count = Annotated[int, typer.Option("--count", "-n", min=1, help="How many turns, counted from the last one.")]
@@ -35,7 +39,7 @@ def _last(context: typer.Context, count: Count = 10) -> None:
             _list(screen, turns, "No turns are logged yet.")
 
 
-@logs.command()
+@logs.command(epilog=examples("fluxibly logs search high tide"))
 def search(
     words: Annotated[list[str], typer.Argument(help="Words of a question or its answer, or how words begin.")],
     count: Count = 10,
@@ -45,7 +49,7 @@ def search(
         _list(screen, store.search(words, count), "No turn has all of these words.")
 
 
-@logs.command()
+@logs.command(epilog=examples("fluxibly logs show", "fluxibly logs show 12"))
 def show(number: Annotated[int | None, typer.Argument(metavar="ID", help="By default the last turn.")] = None) -> None:
     """Show a whole turn: its messages, its answer, and its figures."""
     from rich.console import Console
@@ -66,7 +70,7 @@ def show(number: Annotated[int | None, typer.Argument(metavar="ID", help="By def
 _LISTS = "`fluxibly logs` lists them"
 
 
-@logs.command()
+@logs.command(epilog=examples("fluxibly logs export --jsonl turns.jsonl"))
 def export(
     jsonl: Annotated[
         Path | None, typer.Option("--jsonl", metavar="FILE", help="Write the turns to this file, a line of JSON each.")
@@ -96,7 +100,7 @@ def export(
                 screen.aside("fluxibly: none of the turns has spans", "yellow")
 
 
-@logs.command()
+@logs.command(epilog=examples("fluxibly logs status"))
 def status() -> None:
     """Say whether chats are logged, where, and how much there is."""
     from fluxibly.cli.turns.log import is_off, shown_path
@@ -110,14 +114,14 @@ def status() -> None:
             screen.lines(f"set aside: {shown_path(file)}")
 
 
-@logs.command()
+@logs.command(epilog=examples("fluxibly logs path"))
 def path() -> None:
     """Print the path of the log."""
     with _log() as (screen, store):
         screen.lines(str(store.path))
 
 
-@logs.command()
+@logs.command(epilog=examples("fluxibly logs off"))
 def off() -> None:
     """Do not log chats any more, except with --log. What is there stays; see purge."""
     from fluxibly.cli.turns.store import off_path
@@ -128,7 +132,7 @@ def off() -> None:
         screen.note("Chats are not logged any more. fluxibly logs purge deletes what is there.")
 
 
-@logs.command()
+@logs.command(epilog=examples("fluxibly logs on"))
 def on() -> None:
     """Log chats at a terminal again."""
     from fluxibly.cli.turns.store import off_path
@@ -138,7 +142,7 @@ def on() -> None:
         screen.note("Chats are logged.")
 
 
-@logs.command()
+@logs.command(epilog=examples("fluxibly logs purge"))
 def purge(yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False) -> int:
     """Delete all turns."""
     with _log() as (screen, store):

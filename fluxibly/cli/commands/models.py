@@ -6,12 +6,12 @@ from typing import Annotated
 
 import typer
 
-from fluxibly.cli.commands.app import app
+from fluxibly.cli.commands.app import app, examples
 from fluxibly.cli.commands.options import ConfigFile, EnvFile, config_of
 from fluxibly.cli.screen import Screen
 
 
-@app.command()
+@app.command(epilog=examples("fluxibly models", "fluxibly models openai -q mini"))
 def models(  # noqa: PLR0917  # typer reads the options from the parameters
     provider: Annotated[str | None, typer.Argument(help="One service; by default all that are set up.")] = None,
     query: Annotated[str, typer.Option("--query", "-q", metavar="TEXT", help="Only names that hold this text.")] = "",

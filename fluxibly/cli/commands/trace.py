@@ -8,12 +8,18 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from fluxibly.cli.commands.app import app
+from fluxibly.cli.commands.app import app, examples
 from fluxibly.cli.screen import Screen
 from fluxibly.errors import ConfigError, FluxiblyError
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        'fluxibly chat --trace t.jsonl "Name three colours."',
+        "fluxibly trace t.jsonl",
+        "fluxibly trace t.jsonl --html t.html",
+    )
+)
 def trace(
     file: Annotated[Path, typer.Argument(help="A file of spans in OTLP JSON, as chat --trace writes it.")],
     messages: Annotated[
