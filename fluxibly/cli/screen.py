@@ -120,7 +120,7 @@ class Screen:
         shown = Text(text)
         if note and self.live:
             shown.append(f"  {note}", "dim")
-        self._out.print(shown, soft_wrap=True)
+        self.out.print(shown, soft_wrap=True)
 
     def lines(self, text: str) -> None:
         """Print lines as they are."""

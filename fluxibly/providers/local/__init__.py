@@ -6,7 +6,6 @@ model files. Imports: `dialects` (the prompt is OpenAI's dialect), `config`, dat
 
 from fluxibly.providers.local._model import (
     DEFAULT_MODEL,
-    MODELS,
     cache_folder,
     cached_path,
     model_path,
@@ -17,7 +16,6 @@ from fluxibly.providers.local._provider import AsyncLocalProvider, LocalProvider
 
 __all__ = [
     "DEFAULT_MODEL",
-    "MODELS",
     "AsyncLocalProvider",
     "LocalProvider",
     "cache_folder",

@@ -86,10 +86,15 @@ SMOLLM2 = PackagedModel(
     file_name="SmolLM2-135M-Instruct.Q4_1.gguf",
     sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     wheel_size=92_871_040,
-    parameters={
-        "repeat_penalty": 1.1,
-        "repeat_last_n": 512,
-    },  # without it, most of its long answers go round in circles
+    # Without these, most of its long answers go round in circles. JSON needs single words again, but not whole passages: a
+    # penalty on all that stands in the prompt would change names and numbers.
+    text_parameters={"repeat_penalty": 1.1, "repeat_last_n": 512},
+    json_parameters={
+        "dry_multiplier": 0.8,
+        "dry_allowed_length": 2,
+        "dry_penalty_last_n": 512,
+        "dry_sequence_breakers": ["~"],  # by default quotes and colons, between which JSON has everything
+    },
 )
 QWEN_CODER = PackagedModel(
     name="qwen2.5-coder-0.5b",
@@ -103,7 +108,7 @@ QWEN_CODER = PackagedModel(
     sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
     wheel_size=477_610_024,
     settings={"chat_template": "model"},
-    text_parameters={"repeat_penalty": 1.1},  # as Qwen's own settings have it
+    text_parameters={"repeat_penalty": 1.1, "repeat_last_n": 512},  # as Qwen's own settings have it
 )
 MODELS = {
     "smollm2": SMOLLM2,
@@ -354,7 +359,7 @@ def _shown(model: PackagedModel, progress: Progress | None) -> Generator[Progres
 
         columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
         with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task(f"Fetching the model {model.name}, once", total=model.wheel_size)
+            task = bar.add_task(f"Fetching {model.name}, once", total=model.wheel_size)
             yield lambda done, total: bar.update(task, completed=done, total=total)
     else:
         sys.stderr.write(f"Fetching the model {model.name} ({size}) into {cached_path(model).parent}, once\n")
