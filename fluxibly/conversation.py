@@ -9,6 +9,7 @@ import json
 import os
 import threading
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from errno import EINVAL, EISDIR
 from pathlib import Path
 from tempfile import mkstemp
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, cast, overload
@@ -63,19 +64,44 @@ class _Turn:
         """Note why there is no answer."""
         self.conversation.over(self, error)
 
+    def interrupt(self, error: BaseException) -> None:
+        """Note that reading the stream has raised. A second reader's RuntimeError ends nothing: the first one reads on."""
+        if not isinstance(error, RuntimeError) or (self.driver is not None and self.driver.ended):
+            self.fail(error)
+
 
 class _Conversation:
     """The base of `Conversation` and `AsyncConversation`."""
 
     def __init__(self, messages: Iterable[Message]) -> None:
-        self.messages: list[Message] = list(messages)
-        """The conversation so far. You may change the list between two turns, for instance to shorten it."""
+        self._messages: list[Message] = list(messages)
+        self._rest()
+
+    def _rest(self) -> None:
+        """Set what a copy has of its own: no turn is under way."""
         self._turn: _Turn | None = None
         self._error: BaseException | None = None
         self._lock = threading.RLock()
 
+    def __getstate__(self) -> dict[str, Any]:
+        kept = {name: value for name, value in vars(self).items() if name not in ("_turn", "_error", "_lock")}
+        return {**kept, "_messages": list(self._messages)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._rest()
+
     def __repr__(self) -> str:
         return f"<{type(self).__name__} of {len(self.messages)} messages>"
+
+    @property
+    def messages(self) -> list[Message]:
+        """The conversation so far. You may change the list between two turns, for instance to shorten it."""
+        return self._messages
+
+    @messages.setter
+    def messages(self, messages: Iterable[Message | Mapping[str, Any]]) -> None:
+        self._messages = _read_messages(messages)
 
     @property
     def last_error(self) -> BaseException | None:
@@ -111,25 +137,22 @@ class _Conversation:
         """Note the end of a turn, and keep its messages. A second end of a turn changes nothing."""
         with self._lock:
             if self._turn is turn:
-                self.messages += messages
+                self._messages += messages
                 self._turn = None
                 self._error = error
 
     def _save(self, file: str | Path) -> None:
         """Write the messages to a file, which is replaced as a whole."""
-        lines = ",\n".join(json.dumps(message.to_dict(), ensure_ascii=False) for message in tuple(self.messages))
+        messages = _read_messages(self._messages)  # dicts may have been put into the list
+        lines = ",\n".join(json.dumps(message.to_dict(), ensure_ascii=False) for message in messages)
         target = Path(os.path.realpath(file))  # a link stays a link
-        # The mode of a temporary file is 600, and nobody ever sees half a conversation.
-        handle, name = mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        if target.exists() and not target.is_file():  # a device or a pipe would be replaced
+            raise OSError(EISDIR if target.is_dir() else EINVAL, "expected a file to write or replace", os.fspath(file))
         try:
-            with os.fdopen(handle, "w", encoding="utf-8") as written:
-                written.write(f'{{"version": {_VERSION}, "messages": [\n{lines}\n]}}\n')
-                written.flush()
-                os.fsync(handle)
-            Path(name).replace(target)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
+            _replace(target, f'{{"version": {_VERSION}, "messages": [\n{lines}\n]}}\n')
+        except OSError as error:
+            # The name is the caller's, and not that of the temporary file.
+            raise OSError(error.errno, error.strerror, os.fspath(file)) from error
 
 
 class Conversation(_Conversation):
@@ -307,7 +330,7 @@ class _TurnStream(Stream[Event]):
         except GeneratorExit:  # the iterator was dropped, and the stream can be read on
             raise
         except BaseException as error:
-            self._turn.fail(error)
+            self._turn.interrupt(error)
             raise
         if self._driver.response is not None:
             self._turn.complete(self._driver.response)
@@ -333,13 +356,44 @@ class _AsyncTurnStream(AsyncStream[Event]):
                 self._turn.complete(self._driver.response)
             raise
         except BaseException as error:
-            self._turn.fail(error)
+            self._turn.interrupt(error)
             raise
 
 
 # Files
 
 _VERSION = 1
+
+
+def _replace(target: Path, text: str) -> None:
+    # The mode of a temporary file is 600, and nobody ever sees half a conversation.
+    handle, name = mkstemp(dir=target.parent, prefix=".conversation.")
+    try:
+        # UTF-8 has no half of a surrogate pair, but JSON has an escape for it, which is the same as Python's.
+        with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as written:
+            written.write(text)
+            written.flush()
+            os.fsync(handle)
+        Path(name).replace(target)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def _read_messages(messages: object) -> list[Message]:
+    """Return messages as a new list. Those in OpenAI's shape are read.
+
+    Raises:
+        TypeError: it is no list of messages. The message says what to write.
+        ValueError: a dict is no message.
+    """
+    if not isinstance(messages, Iterable) or isinstance(messages, (str, bytes, Mapping)):
+        raise TypeError(f"messages: expected a list, like [Message.user(…)], got {kind_of(messages)}")  # pyright: ignore[reportUnknownArgumentType]
+    found = [Message.from_dict(each) if is_mapping(each) else each for each in cast("Iterable[object]", messages)]
+    for each in found:
+        if not isinstance(each, Message):
+            raise TypeError(f"messages: expected a Message, got {kind_of(each)}; write Message.user(…)")
+    return cast("list[Message]", found)
 
 
 def first_messages(system: str | None, load: str | Path | None) -> list[Message]:
@@ -356,6 +410,10 @@ def first_messages(system: str | None, load: str | Path | None) -> list[Message]
         return [Message.system(system)] if system else []
     if system is not None:
         raise TypeError("conversation: expected system= or load=, got both: the file has the system message")
+    if not isinstance(load, (str, os.PathLike)):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(
+            f"conversation: load: expected a file, got {kind_of(load)}; to go on with messages, set chat.messages"
+        )
     return _loaded(Path(load))
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import gc
 import json
 import os
+import pickle
 import stat
 import threading
 from pathlib import Path
@@ -144,6 +146,33 @@ class TestTurns:
         del chat.messages[1:]
         chat.send("2?")
         assert [message.text for message in llm.script.requests[1].messages] == ["Be brief.", "2?"]
+
+    @pytest.mark.parametrize("messages", [None, 5, "Hello", {"role": "user", "content": "Hello"}, ["Hello"]])
+    def test_what_is_no_list_of_messages(self, messages: Any) -> None:
+        """What cannot be sent is refused where it is set, and the next turn works."""
+        chat = made(Mode(streaming=False), "Yes.").conversation(system="Be brief.")
+        with pytest.raises(TypeError, match=r"messages: expected a .*Message\.user\(…\)"):
+            chat.messages = messages
+        chat.send("Well?")
+        assert len(chat.messages) == 3
+
+    def test_messages_may_be_set(self) -> None:
+        """Any messages may take the place of the list, also in OpenAI's shape."""
+        chat = made(Mode(streaming=False), "Yes.", "No.").conversation()
+        chat.messages = (SYSTEM, {"role": "user", "content": "Hello"})
+        chat.send("Well?")
+        assert [message.text for message in chat.messages] == ["Be brief.", "Hello", "Well?", "Yes."]
+
+    @pytest.mark.parametrize("way", [copy.copy, copy.deepcopy, lambda chat: pickle.loads(pickle.dumps(chat))])  # noqa: S301  # our own
+    def test_a_copy_is_a_branch(self, way: Any) -> None:
+        """A copy goes on by itself from where the conversation is, also while a turn is under way."""
+        chat = LLM("echo:echo").conversation(system="Be brief.")
+        stream = chat.stream("left")
+        branch = way(chat)
+        branch.send("right")
+        list(stream)
+        assert texts(chat) == [("system", "Be brief."), ("user", "left"), ("assistant", "left")]
+        assert texts(branch) == [("system", "Be brief."), ("user", "right"), ("assistant", "right")]
 
     def test_the_repr_has_no_content(self) -> None:
         """The `repr` says how long a conversation is, and nothing of what was said."""
@@ -319,6 +348,60 @@ class TestOneAtATime:
         assert len(chat.messages) == 2
         assert chat.last_error is None
 
+    def test_a_second_reader(self, stream_mode: Mode) -> None:
+        """A second reader of a turn's stream is refused, and the turn goes on with the first."""
+        entered, go = threading.Event(), threading.Event()
+
+        class Slow:
+            def stream(self, request: Any) -> Any:
+                yield "a "
+                entered.set()
+                go.wait(10)
+                yield "b"
+
+        class AsyncSlow:
+            async def stream(self, request: Any) -> Any:
+                yield "a "
+                entered.set()
+                while not go.is_set():
+                    await anyio.sleep(0.001)
+                yield "b"
+
+        register_llm_framework("slow", lambda _: Slow(), async_provider=lambda _: AsyncSlow())
+
+        async def main() -> None:
+            chat = AsyncLLM("slow:m", middleware=[]).conversation()
+            stream = chat.stream("Well?")
+
+            async def read() -> None:
+                _ = [each async for each in stream]
+
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(read)
+                while not entered.is_set():
+                    await anyio.sleep(0.001)
+                with pytest.raises(RuntimeError, match="another task is reading this stream"):
+                    await anext(stream)
+                assert chat.last_error is None
+                go.set()
+            assert texts(chat) == [("user", "Well?"), ("assistant", "a b")]
+
+        if stream_mode.backend:
+            run_async(main, stream_mode.backend)
+            return
+        chat = LLM("slow:m", middleware=[]).conversation()
+        stream = chat.stream("Well?")
+        first = threading.Thread(target=lambda: list(stream))
+        first.start()
+        assert entered.wait(10)
+        with pytest.raises(RuntimeError, match="another thread is reading this stream"):
+            next(iter(stream))
+        with pytest.raises(RuntimeError, match="a turn of this conversation is under way"):
+            chat.send("Well?")
+        go.set()
+        first.join()
+        assert texts(chat) == [("user", "Well?"), ("assistant", "a b")]
+
     def test_leaving_at_the_last_chunk(self, stream_mode: Mode) -> None:
         """A consumer that leaves when the answer is whole has completed the turn."""
 
@@ -395,8 +478,31 @@ class TestFiles:
             chat.save(file)
         assert file.read_bytes() == before
         assert [each.name for each in tmp_path.iterdir()] == ["chat.json"]
-        with pytest.raises(FileNotFoundError):
+        with pytest.raises(FileNotFoundError) as caught:
             chat.save(tmp_path / "nowhere" / "chat.json")
+        assert str(caught.value).endswith(f"{str(tmp_path / 'nowhere' / 'chat.json')!r}")
+
+    def test_what_is_no_file_stays(self, tmp_path: Path) -> None:
+        """A folder or a pipe is not replaced, and the error names it."""
+        pipe = tmp_path / "pipe"
+        os.mkfifo(pipe)
+        chat = LLM("echo:echo").conversation(system="Be brief.")
+        for place in (pipe, tmp_path, Path(os.devnull)):
+            with pytest.raises(OSError, match="expected a file to write or replace") as caught:
+                chat.save(place)
+            assert caught.value.filename == str(place)
+        assert stat.S_ISFIFO(pipe.stat().st_mode)
+        assert list(tmp_path.iterdir()) == [pipe]
+
+    def test_half_a_surrogate_pair(self, tmp_path: Path) -> None:
+        """A text that UTF-8 cannot hold is saved all the same."""
+        chat = made(Mode(streaming=False), "half \ud83d, \udc80").conversation()
+        chat.send("Well?")
+        chat.messages.append({"role": "user", "content": "one of OpenAI's shape"})
+        chat.save(tmp_path / "chat.json")
+        loaded = LLM("echo:echo").conversation(load=tmp_path / "chat.json").messages
+        assert loaded[:2] == chat.messages[:2]
+        assert loaded[2] == Message.user("one of OpenAI's shape")
 
     def test_an_async_conversation_is_saved(self, tmp_path: Path, anyio_backend: str) -> None:
         """An AsyncLLM's conversation is saved by `await`, and loaded by the other kind of model, too."""
@@ -447,6 +553,10 @@ class TestFiles:
             llm.conversation(system="x", load=tmp_path)
         with pytest.raises(TypeError, match="system: expected a str, got a list"):
             llm.conversation(system=["x"])  # type: ignore[arg-type]  # what is tested
+        with pytest.raises(
+            TypeError, match=r"load: expected a file, got a list; to go on with messages, set chat\.messages"
+        ):
+            llm.conversation(load=[SYSTEM])  # type: ignore[arg-type]  # what is tested
         with pytest.raises(FileNotFoundError):
             llm.conversation(load=tmp_path / "none.json")
 
