@@ -363,7 +363,7 @@ class TestOneAtATime:
             async def stream(self, request: Any) -> Any:
                 yield "a "
                 entered.set()
-                while not go.is_set():
+                while not go.is_set():  # noqa: ASYNC110  # as above
                     await anyio.sleep(0.001)
                 yield "b"
 
@@ -378,7 +378,7 @@ class TestOneAtATime:
 
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(read)
-                while not entered.is_set():
+                while not entered.is_set():  # noqa: ASYNC110  # a thread may set it
                     await anyio.sleep(0.001)
                 with pytest.raises(RuntimeError, match="another task is reading this stream"):
                     await anext(stream)
