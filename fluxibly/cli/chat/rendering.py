@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import sys
 import threading
 from typing import TYPE_CHECKING, Protocol
@@ -210,6 +211,7 @@ class _Area:
         self._screen = screen
         self._widths: list[int] = []
         """The columns of each line that is shown now. The cursor is at the end of the last one."""
+        self._wraps = "XTERM_VERSION" not in os.environ or bool(os.environ.get("TMUX"))
 
     def draw(self, above: Sequence[str], lines: Sequence[str]) -> None:
         """Replace the lines by others, and put some above that stay."""
@@ -217,8 +219,9 @@ class _Area:
         lines = [*lines][-max(1, height - 1) :]
         if not above and not lines and not self._widths:
             return
-        # A terminal that has become narrower has wrapped the lines.
-        rows = sum([max(1, -(-columns // max(1, width))) for columns in self._widths])
+        # A terminal that has become narrower has wrapped the lines. xterm has cut them off.
+        wrapped = [-(-columns // max(1, width)) if self._wraps else 1 for columns in self._widths]
+        rows = sum([max(1, count) for count in wrapped])
         # Row by row: when the rest of a whole screen is erased, tmux takes it for something to keep.
         text = (
             "\r\x1b[2K"
