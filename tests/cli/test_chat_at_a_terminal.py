@@ -176,7 +176,7 @@ def test_a_block_that_is_taller_than_the_terminal(terminal: Start) -> None:
         for number in range(1, 61):
             yield f'| row {number} |\\n'
             time.sleep(0.01)"""
-    chat = terminal(*ME, "x", "-q", "--no-log", before=provider(stream), columns=80, rows=10)
+    chat = terminal(*ME, "x", "-q", "--no-log", before=provider(stream), columns=80, rows=10, LINES="24")
     chat.wait_for_line("row 40")
     assert len(chat.lines) <= 10
     assert chat.end() == 0

@@ -21,7 +21,7 @@ import pyte
 
 ROOT = Path(__file__).parents[2]
 START = "from fluxibly.cli import main; main()"
-KEYS = re.compile(r"(API_KEY|_TOKEN|FLUXIBLY|OTEL|COLOR)")
+KEYS = re.compile(r"(API_KEY|_TOKEN|FLUXIBLY|OTEL|COLOR|^COLUMNS$|^LINES$)")
 ANSI = re.compile(r"\x1b(?:\[[0-9;?]*[A-Za-z]|\][^\x07]*\x07|[=>])")
 
 

@@ -215,22 +215,23 @@ class _Area:
 
     def draw(self, above: Sequence[str], lines: Sequence[str]) -> None:
         """Replace the lines by others, and put some above that stay."""
-        width, height = self._screen.out.size
-        lines = [*lines][-max(1, height - 1) :]
+        width, height = self._size()
+        lines, widths = _last(lines, width, height - 1)
         if not above and not lines and not self._widths:
             return
         # A terminal that has become narrower has wrapped the lines. xterm has cut them off.
-        wrapped = [-(-columns // max(1, width)) if self._wraps else 1 for columns in self._widths]
-        rows = sum([max(1, count) for count in wrapped])
+        rows = sum([_rows(columns, width) if self._wraps else 1 for columns in self._widths])
         # Row by row: when the rest of a whole screen is erased, tmux takes it for something to keep.
-        text = (
-            "\r\x1b[2K"
-            + "\x1b[1A\x1b[2K" * (rows - 1)
-            + "".join([f"{line}\r\n" for line in above])
-            + "\r\n".join(lines)
-        )
-        self._widths = [cell_len(CODES.sub("", line)) for line in lines]
-        self._write(f"\x1b[?2026h{text}\x1b[?2026l")  # in one picture, where the terminal knows how
+        text = "\r\x1b[2K" + "\x1b[1A\x1b[2K" * (rows - 1) + "".join([f"{line}\r\n" for line in above])
+        self._widths, shown = widths, "\r\n".join(lines)
+        self._write(f"\x1b[?2026h{text}{shown}\x1b[?2026l")  # in one picture, where the terminal knows how
+
+    def _size(self) -> tuple[int, int]:
+        """Return the columns and rows of the terminal. Rich would believe COLUMNS and LINES, which may be out of date."""
+        try:
+            return os.get_terminal_size(sys.stdout.fileno())
+        except (OSError, ValueError):
+            return self._screen.out.size
 
     def hide_cursor(self) -> None:
         """Hide the cursor, which would jump."""
@@ -243,3 +244,23 @@ class _Area:
     def _write(self, text: str) -> None:
         sys.stdout.write(text)
         sys.stdout.flush()
+
+
+def _rows(columns: int, width: int) -> int:
+    """Return the rows that a line takes."""
+    return max(1, -(-columns // max(1, width)))
+
+
+def _last(lines: Sequence[str], width: int, height: int) -> tuple[list[str], list[int]]:
+    """Return the last lines that a terminal has place for, at least one, and their columns."""
+    found: list[str] = []
+    widths: list[int] = []
+    rows = 0
+    for line in reversed(lines):
+        columns = cell_len(CODES.sub("", line))
+        rows += _rows(columns, width)
+        if rows > height and found:
+            break
+        found.append(line)
+        widths.append(columns)
+    return found[::-1], widths[::-1]
