@@ -59,7 +59,7 @@ def test_help() -> None:
     """Without a command, the help is printed, which names every command."""
     result = fluxibly()
     assert result.returncode == 0
-    for command in ("chat", "explain", "frameworks", "doctor", "trace"):
+    for command in ("chat", "explain", "frameworks", "doctor", "logs", "trace"):
         assert f"  {command} " in result.stdout
 
 

@@ -39,7 +39,10 @@ def _last(context: typer.Context, count: Count = 10) -> None:
             _list(screen, turns, "No turns are logged yet.")
 
 
-@logs.command(epilog=examples("fluxibly logs search high tide"))
+@logs.command(
+    context_settings={"ignore_unknown_options": True},  # -x may be a word
+    epilog=examples("fluxibly logs search high tide"),
+)
 def search(
     words: Annotated[list[str], typer.Argument(help="Words of a question or its answer, or how words begin.")],
     count: Count = 10,
@@ -109,7 +112,7 @@ def status() -> None:
         turns = store.count()
         size = store.path.stat().st_size if store.path.exists() else 0
         screen.lines("off: fluxibly logs on turns it on" if is_off() else "on: fluxibly logs off turns it off")
-        screen.lines(f"{turns} turns, {size / 1e6:.1f} MB in {shown_path(store.path)}")
+        screen.lines(f"{_number_of(turns)}, {size / 1e6:.2f} MB in {shown_path(store.path)}")
         for file in store.broken():
             screen.lines(f"set aside: {shown_path(file)}")
 
@@ -149,12 +152,15 @@ def purge(yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] 
         if not yes:
             if not (sys.stdin.isatty() and screen.live):
                 raise ConfigError("purge: there is no terminal to ask at; --yes deletes all turns without asking")
-            if not _confirmed(f"Delete {store.count()} turns in {store.path}?"):
+            if not _confirmed(f"Delete {_number_of(store.count())} in {store.path}?"):
                 screen.note("Nothing was deleted.")
                 return 1
-        deleted = store.purge()
-        screen.note(f"{deleted} turns were deleted.")
+        screen.note(f"Deleted {_number_of(store.purge())}.")
     return 0
+
+
+def _number_of(turns: int) -> str:
+    return f"{turns} turn{'' if turns == 1 else 's'}"
 
 
 def _confirmed(question: str) -> bool:

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import sqlite3
+import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, suppress
@@ -38,6 +39,8 @@ BUSY = 3.0
 """The most seconds to wait for another process that writes."""
 INDEXED = 100_000
 """The most characters of a question or an answer that are listed and searched."""
+_AT_ONCE = 100
+"""The number of whole turns to read at once."""
 APPLICATION_ID = 0x666C7862
 """SQLite's `application_id` of this file: "flxb"."""
 
@@ -71,6 +74,7 @@ WITH RECURSIVE sent (id, parent, body, depth) AS (
     UNION ALL SELECT messages.id, messages.parent, messages.body, depth + 1 FROM messages, sent WHERE messages.id = sent.parent
 ) SELECT body FROM sent ORDER BY depth DESC
 """
+_HAS_LETTER = re.compile(r"[^\W_]")
 _CONTAINS = r"prompt || char(10) || answer LIKE ? ESCAPE '\'"
 _LIKE, _ESCAPED = re.compile(r"[%_\\]"), r"\\\g<0>"
 _LISTED = (
@@ -323,14 +327,15 @@ class TurnStore:
     def turn(self, number: int | None) -> Turn | None:
         """Return the turn with an id, or the last turn; None if there is none."""
         which = "ORDER BY id DESC LIMIT 1" if number is None else "WHERE id = ?"
-        return self._read(partial(_turn, which, () if number is None else (number,)), None)
+        found = self._read(partial(_turns, which, () if number is None else (number,)), list[Turn]())
+        return found[0] if found else None
 
     def whole_turns(self, count: int | None = None) -> Iterator[Turn]:
         """Yield the last turns whole, in the order in which they were written. None: all of them."""
-        for listed in self.turns(count):
-            turn = self.turn(listed.id)
-            if turn is not None:  # else it has just been deleted
-                yield turn
+        last = 0 if count is None else min([turn.id for turn in self.turns(count)], default=1) - 1
+        while found := self._read(partial(_turns, f"WHERE id > ? ORDER BY id LIMIT {_AT_ONCE}", (last,)), list[Turn]()):
+            yield from found
+            last = found[-1].id
 
     def count(self) -> int:
         """Return the number of turns."""
@@ -377,7 +382,7 @@ class TurnStore:
             OSError: it cannot be made.
         """
         self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _keep_private(self.path.parent, 0o700)
+        _keep_private(self.path.parent)
 
     def _make(self) -> None:
         """Make the folder and the file, if they do not exist, and let nobody else read them."""
@@ -385,7 +390,7 @@ class TurnStore:
         with suppress(FileExistsError):
             # The permissions, which SQLite gives to its journal too, are set before there is anything in the file.
             os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
-        _keep_private(self.path, 0o600)
+        _keep_private(self.path)
 
     def _set_aside(self, file: tuple[int, int], error: Exception) -> None:
         """Give the file another name, unless another process has done so."""
@@ -404,10 +409,12 @@ class TurnStore:
         self._warn(f"{self.path} {what}; it is now {aside.name}, and a new log begins")
 
 
-def _keep_private(path: Path, mode: int) -> None:
-    if os.name == "posix" and path.stat().st_mode & 0o077:
+def _keep_private(path: Path) -> None:
+    """Take from others the permission to use a file or a folder."""
+    mode = stat.S_IMODE(path.stat().st_mode)
+    if os.name == "posix" and mode & 0o077:
         with suppress(PermissionError):  # it is another user's
-            path.chmod(mode)
+            path.chmod(mode & 0o700)
 
 
 def _is_broken(error: Exception) -> bool:
@@ -511,13 +518,13 @@ def _row(kind: type[T], row: Sequence[Any], **more: Any) -> T:
 def _search(words: Sequence[str], count: int | None, db: sqlite3.Connection) -> list[Listed]:
     words = [_searchable(word) for word in words]
     found: list[Listed] = []
-    if has_full_text(db) and _indexed(db):
+    if all(map(_HAS_LETTER.search, words)) and has_full_text(db) and _indexed(db):
         # In quotes, nothing in a word is an operator.
         query = " ".join(['"' + word.replace('"', '""') + '"*' for word in words])
         found = _listed("WHERE id IN (SELECT rowid FROM turns_index WHERE turns_index MATCH ?)", (query,), count, db)
     if found:
         return found
-    # The index knows neither signs nor the words of languages that put no spaces between them.
+    # The index passes over signs, and does not know the words of languages that put no spaces between them.
     patterns = [f"%{_LIKE.sub(_ESCAPED, word)}%" for word in words]
     return _listed(f"WHERE {' AND '.join([_CONTAINS] * len(words))}", patterns, count, db)
 
@@ -533,22 +540,22 @@ def _indexed(db: sqlite3.Connection) -> bool:
     return True
 
 
-def _turn(which: str, values: Sequence[object], db: sqlite3.Connection) -> Turn | None:
+def _turns(which: str, values: Sequence[object], db: sqlite3.Connection) -> list[Turn]:
     rows = db.execute(
         f"SELECT {_LISTED}, config_file, message, response, spans FROM turns {which}",  # noqa: S608  # as above
         values,
     ).fetchall()
-    if not rows:
-        return None
-    *listed, config_file, message, response, spans = rows[0]
-    return _row(
-        Turn,
-        listed,
-        config_file=config_file,
-        messages=_messages(message, db),
-        response=None if response is None else json.loads(response),
-        spans=spans,
-    )
+    return [
+        _row(
+            Turn,
+            listed,
+            config_file=config_file,
+            messages=_messages(message, db),
+            response=None if response is None else json.loads(response),
+            spans=spans,
+        )
+        for *listed, config_file, message, response, spans in rows
+    ]
 
 
 def _messages(last: int, db: sqlite3.Connection) -> list[dict[str, Any]]:
