@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import threading
+import time
 from typing import TYPE_CHECKING, Protocol
 
 from rich.cells import cell_len
@@ -131,9 +132,11 @@ class Rendered:
         self._area = _Area(screen)
         self._lock = threading.RLock()
         """Protects all that follows, which both the reader of the answer and the thread that draws use."""
-        self._waiting: str | None = None if screen.quiet else ""
-        """The word beside the spinner; None for no spinner."""
+        self._waiting: str | None = ""
+        """The word beside the spinner; None once there is an answer."""
         self._changed = False
+        self._later: list[RenderableType] = []
+        """What is printed after the answer."""
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="fluxibly-screen", daemon=True)
         encoding = (sys.stdout.encoding or "").lower().replace("-", "")
@@ -154,6 +157,8 @@ class Rendered:
             self._finish()
             self._area.show_cursor()
             self._screen.region = None
+            for what in self._later:
+                self._screen.show(what)
 
     def chunk(self, chunk: Chunk) -> None:
         """Take a chunk; it is drawn within `INTERVAL`."""
@@ -175,10 +180,18 @@ class Rendered:
         """Show calls of tools, a dim line each, and begin a new message."""
         with self._lock:
             self._finish()
+            self._waiting = ""
             if not self._screen.quiet:
-                self._waiting = ""
                 for line in call_lines(messages):
                     self.print_above(Text(line, "dim"))
+
+    def print_later(self, what: RenderableType) -> None:
+        """Print something that does not belong into the answer: now if it has not begun, or else after it."""
+        with self._lock:
+            if self._waiting is None:
+                self._later.append(what)
+            else:
+                self.print_above(what)
 
     def print_above(self, what: RenderableType) -> None:
         """Print something that stays, above what is being drawn."""
@@ -192,13 +205,18 @@ class Rendered:
         self._stream = MarkdownStream()
 
     def _run(self) -> None:
-        while not self._over.wait(INTERVAL):
+        pause = INTERVAL
+        while not self._over.wait(pause):
+            began = time.monotonic()
             with self._lock:
                 if self._changed or self._waiting is not None:
                     self._changed = False
                     self._area.draw(self._stream.take(self._screen.out), self._rest())
+            pause = max(INTERVAL, 4 * (time.monotonic() - began))  # the answer itself comes first
 
     def _rest(self) -> list[str]:
+        if self._screen.quiet and self._waiting is not None:
+            return []
         if self._waiting is not None:
             return [f"{next(self._frames)} {self._waiting}".rstrip()]
         return self._stream.rest(self._screen.out)
