@@ -46,6 +46,10 @@ class Region(Protocol):
         """Print something that stays, above the lines of the region."""
         ...
 
+    def print_later(self, what: RenderableType) -> None:
+        """Print something that stays, and does not stand between the lines of an answer."""
+        ...
+
 
 class Screen:
     """Standard output and standard error.
@@ -132,7 +136,8 @@ class Screen:
         line = Text(clean(text) if sys.stderr.isatty() else text, style)
         if self.live and sys.stderr.isatty():  # the terminal shows both streams
             if self.region is not None:
-                self.region.print_above(line)
+                # News of the call, such as that it has ended, comes while the end of the answer is still being drawn.
+                (self.region.print_later if style == "dim" else self.region.print_above)(line)
                 return
             self.end_line()
         self._err.print(line, soft_wrap=not sys.stderr.isatty())

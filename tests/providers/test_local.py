@@ -399,7 +399,7 @@ def test_file_that_llama_cannot_load(tmp_path: Path) -> None:
 
 def test_no_such_model() -> None:
     """A model that is neither known nor a file is reported when the provider is created."""
-    with pytest.raises(ConfigError, match="give smollm2, or the path"):
+    with pytest.raises(ConfigError, match=r"give smollm2, qwen2\.5-coder-0\.5b, or the path"):
         LLM(config_of(Path("no/such.gguf")), middleware=[])
 
 

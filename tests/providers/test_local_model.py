@@ -12,13 +12,15 @@ import sys
 import textwrap
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import attrs
 import pytest
 from support.local_models import CONTENT, TINY, fetch
 
+from fluxibly import LLM, LLMConfig, Request
 from fluxibly.errors import ConfigError, ProviderError
-from fluxibly.providers.local import _model, cached_path, model_path
+from fluxibly.providers.local import LocalProvider, _model, cached_path, model_path
 from fluxibly.providers.local._model import SMOLLM2, cache_folder, check_gguf, packaged_models
 
 PACKAGE = "fluxibly_test_model-1.0-py3-none-any.whl"
@@ -313,3 +315,31 @@ def test_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_the_real_model(gguf: Path) -> None:
     """The packaged model has the expected digest."""
     assert hashlib.sha256(gguf.read_bytes()).hexdigest() == SMOLLM2.sha256
+
+
+def test_the_packaged_model_has_a_repetition_penalty(tmp_path: Path) -> None:
+    """It is part of each request for free text, and JSON has another; a configuration replaces them, and a file has none."""
+    pytest.importorskip("xllamacpp")
+
+    def body(config: LLMConfig, **fields: Any) -> dict[str, Any]:
+        return LocalProvider(config).body(Request(model="m", messages="x", extra=config.additional_params, **fields))
+
+    config = LLMConfig(framework="local", model="smollm2")
+    assert body(config)["repeat_penalty"] == 1.1
+    as_json = body(config, response_format={"type": "object"})
+    assert "repeat_penalty" not in as_json
+    assert as_json["dry_multiplier"] == 0.8
+    assert body(attrs.evolve(config, additional_params={"repeat_penalty": 1.0}))["repeat_penalty"] == 1.0
+    file = tmp_path / "mine.gguf"
+    file.write_bytes(b"GGUF")
+    assert "repeat_penalty" not in body(LLMConfig(framework="local", model=str(file)))
+
+
+@pytest.mark.model
+def test_the_packaged_model_does_not_go_round_in_circles(gguf: Path) -> None:
+    """Of a long answer, few words belong to four words that have been there before."""
+    with LLM("local:smollm2", temperature=0, max_tokens=300) as llm:
+        words = llm.forward("Tell me about Berlin.").split()
+    fours = [tuple(words[at : at + 4]) for at in range(len(words) - 3)]
+    assert len(fours) > 50
+    assert len(set(fours)) > 0.8 * len(fours)

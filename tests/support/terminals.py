@@ -21,7 +21,7 @@ import pyte
 
 ROOT = Path(__file__).parents[2]
 START = "from fluxibly.cli import main; main()"
-KEYS = re.compile(r"(API_KEY|_TOKEN|FLUXIBLY|OTEL|COLOR)")
+KEYS = re.compile(r"(API_KEY|_TOKEN|FLUXIBLY|OTEL|COLOR|^COLUMNS$|^LINES$)")
 ANSI = re.compile(r"\x1b(?:\[[0-9;?]*[A-Za-z]|\][^\x07]*\x07|[=>])")
 
 
@@ -47,6 +47,11 @@ def fluxibly(
     )
 
 
+def set_size(fd: int, columns: int, rows: int) -> None:
+    """Set the size of a terminal, and tell the command in it."""
+    fcntl.ioctl(fd, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+
+
 @attrs.define
 class Terminal:
     """A command at a terminal of its own.
@@ -69,12 +74,12 @@ class Terminal:
         self._screen = pyte.HistoryScreen(self.columns, self.rows, history=100_000, ratio=0.5)
         self._screen.write_process_input = self._answer
         self._emulator = pyte.Stream(self._screen)
-        self.resize(self.columns, self.rows)
 
     def resize(self, columns: int, rows: int) -> None:
         """Change the size, and tell the command."""
+        self.settle()
         self.columns, self.rows = columns, rows
-        fcntl.ioctl(self.fd, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+        set_size(self.fd, columns, rows)
         self._screen.resize(rows, columns)
 
     @property
@@ -103,6 +108,18 @@ class Terminal:
         deadline = time.monotonic() + 60
         while not any(re.search(pattern, line) for line in self.lines):
             assert self.more(deadline), f"no {pattern!r} in {self.lines!r}"
+
+    def settle(self) -> None:
+        """Read until nothing comes for a moment."""
+        while self.more(time.monotonic() + 0.3):
+            pass
+
+    def wait_for_prompt(self) -> None:
+        """Wait until the last line that a person sees is an empty prompt."""
+        deadline = time.monotonic() + 60
+        while (self.lines or [""])[-1] != ">" or self._screen.cursor.x != 2:
+            assert self.more(deadline), f"no prompt in {self.lines!r}"
+        self.read = len(ANSI.sub("", self.shown))
 
     def more(self, deadline: float) -> bool:
         """Read more of the output. Return whether there was any."""
@@ -141,6 +158,7 @@ def start_at_terminal(
     """Start a command at a terminal. `before` is code that runs first; `variables` are of its environment."""
     command = [sys.executable, "-c", f"{before}\n{START}", *arguments]
     parent, child = pty.openpty()
+    set_size(parent, columns, rows)
     process = subprocess.Popen(
         [sys.executable, "-c", "import os, sys; os.login_tty(0); os.execv(sys.argv[1], sys.argv[1:])", *command],
         stdin=child,

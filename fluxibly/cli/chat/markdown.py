@@ -27,6 +27,8 @@ CODE_THEME = "ansi_dark"
 
 # Tags are shown as they are. A browser would hide them, but here they may be what somebody has asked for.
 _parser = MarkdownIt("commonmark", {"html": False}).enable("strikethrough").enable("table")
+LONG = 20_000
+"""The most characters that are laid out again and again. No terminal shows as many at once."""
 _UNDECIDED = re.compile(r"(?:^|\n)[ \t]*(?:[-=*_#>+~`|:]{1,3}|\d{1,9}[.)]?)[ \t]*\Z")
 """The beginning of a last line that may become a list, a heading, a table or a fence: shown, it would flicker."""
 _PADDING = re.compile(r"(?:\x1b\[[0-9;]*m| )+\Z")
@@ -87,6 +89,8 @@ class MarkdownStream:
     def __init__(self) -> None:
         self._text = ""
         """What has not been printed."""
+        self._pieces: list[str] = []
+        """What has come since."""
         self._printed = False
         """Whether anything has been printed, so that an empty line has to stand before the next block."""
         self._in_list = False
@@ -96,10 +100,12 @@ class MarkdownStream:
 
     def feed(self, text: str) -> None:
         """Add a piece of text."""
-        self._text += text
+        self._pieces.append(text)
 
     def take(self, console: Console, *, final: bool = False) -> list[str]:
         """Return the lines that will not change any more, and forget them. `final`: the text is complete."""
+        self._text += "".join(self._pieces)
+        self._pieces.clear()
         blocks = self._parsed(self._text)
         done = blocks if final else blocks[:-1]
         lines = self._text.split("\n")
@@ -121,8 +127,8 @@ class MarkdownStream:
         return out
 
     def rest(self, console: Console) -> list[str]:
-        """Return the lines of what is left, as they look now."""
-        text = self._text
+        """Return the lines of what is left, as they look now; of a very long text, the last ones."""
+        text = self._text if len(self._text) < LONG or self._code_lines else self._text[-LONG:].partition(" ")[2]
         undecided = _UNDECIDED.search(text)
         if undecided is not None and not self._code_lines:
             text = text[: undecided.start()]

@@ -115,6 +115,7 @@ class EditingReader:
         from prompt_toolkit import PromptSession
         from prompt_toolkit.completion import WordCompleter
         from prompt_toolkit.history import InMemoryHistory
+        from prompt_toolkit.shortcuts import CompleteStyle
 
         self._session: PromptSession[str] = PromptSession(
             history=InMemoryHistory() if history is None else _history(history),
@@ -122,6 +123,7 @@ class EditingReader:
             key_bindings=_keys(),
             completer=WordCompleter(list(commands), sentence=True),
             complete_while_typing=False,
+            complete_style=CompleteStyle.READLINE_LIKE,  # a menu would need lines below the prompt
             prompt_continuation=MORE,
             enable_suspend=True,
         )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import sys
 import threading
+import time
 from typing import TYPE_CHECKING, Protocol
 
 from rich.cells import cell_len
@@ -130,9 +132,11 @@ class Rendered:
         self._area = _Area(screen)
         self._lock = threading.RLock()
         """Protects all that follows, which both the reader of the answer and the thread that draws use."""
-        self._waiting: str | None = None if screen.quiet else ""
-        """The word beside the spinner; None for no spinner."""
+        self._waiting: str | None = ""
+        """The word beside the spinner; None once there is an answer."""
         self._changed = False
+        self._later: list[RenderableType] = []
+        """What is printed after the answer."""
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="fluxibly-screen", daemon=True)
         encoding = (sys.stdout.encoding or "").lower().replace("-", "")
@@ -153,6 +157,8 @@ class Rendered:
             self._finish()
             self._area.show_cursor()
             self._screen.region = None
+            for what in self._later:
+                self._screen.show(what)
 
     def chunk(self, chunk: Chunk) -> None:
         """Take a chunk; it is drawn within `INTERVAL`."""
@@ -174,10 +180,18 @@ class Rendered:
         """Show calls of tools, a dim line each, and begin a new message."""
         with self._lock:
             self._finish()
+            self._waiting = ""
             if not self._screen.quiet:
-                self._waiting = ""
                 for line in call_lines(messages):
                     self.print_above(Text(line, "dim"))
+
+    def print_later(self, what: RenderableType) -> None:
+        """Print something that does not belong into the answer: now if it has not begun, or else after it."""
+        with self._lock:
+            if self._waiting is None:
+                self._later.append(what)
+            else:
+                self.print_above(what)
 
     def print_above(self, what: RenderableType) -> None:
         """Print something that stays, above what is being drawn."""
@@ -191,13 +205,18 @@ class Rendered:
         self._stream = MarkdownStream()
 
     def _run(self) -> None:
-        while not self._over.wait(INTERVAL):
+        pause = INTERVAL
+        while not self._over.wait(pause):
+            began = time.monotonic()
             with self._lock:
                 if self._changed or self._waiting is not None:
                     self._changed = False
                     self._area.draw(self._stream.take(self._screen.out), self._rest())
+            pause = max(INTERVAL, 4 * (time.monotonic() - began))  # the answer itself comes first
 
     def _rest(self) -> list[str]:
+        if self._screen.quiet and self._waiting is not None:
+            return []
         if self._waiting is not None:
             return [f"{next(self._frames)} {self._waiting}".rstrip()]
         return self._stream.rest(self._screen.out)
@@ -210,24 +229,27 @@ class _Area:
         self._screen = screen
         self._widths: list[int] = []
         """The columns of each line that is shown now. The cursor is at the end of the last one."""
+        self._wraps = "XTERM_VERSION" not in os.environ or bool(os.environ.get("TMUX"))
 
     def draw(self, above: Sequence[str], lines: Sequence[str]) -> None:
         """Replace the lines by others, and put some above that stay."""
-        width, height = self._screen.out.size
-        lines = [*lines][-max(1, height - 1) :]
+        width, height = self._size()
+        lines, widths = _last(lines, width, height - 1)
         if not above and not lines and not self._widths:
             return
-        # A terminal that has become narrower has wrapped the lines.
-        rows = sum([max(1, -(-columns // max(1, width))) for columns in self._widths])
+        # A terminal that has become narrower has wrapped the lines. xterm has cut them off.
+        rows = sum([_rows(columns, width) if self._wraps else 1 for columns in self._widths])
         # Row by row: when the rest of a whole screen is erased, tmux takes it for something to keep.
-        text = (
-            "\r\x1b[2K"
-            + "\x1b[1A\x1b[2K" * (rows - 1)
-            + "".join([f"{line}\r\n" for line in above])
-            + "\r\n".join(lines)
-        )
-        self._widths = [cell_len(CODES.sub("", line)) for line in lines]
-        self._write(f"\x1b[?2026h{text}\x1b[?2026l")  # in one picture, where the terminal knows how
+        text = "\r\x1b[2K" + "\x1b[1A\x1b[2K" * (rows - 1) + "".join([f"{line}\r\n" for line in above])
+        self._widths, shown = widths, "\r\n".join(lines)
+        self._write(f"\x1b[?2026h{text}{shown}\x1b[?2026l")  # in one picture, where the terminal knows how
+
+    def _size(self) -> tuple[int, int]:
+        """Return the columns and rows of the terminal. Rich would believe COLUMNS and LINES, which may be out of date."""
+        try:
+            return os.get_terminal_size(sys.stdout.fileno())
+        except (OSError, ValueError):
+            return self._screen.out.size
 
     def hide_cursor(self) -> None:
         """Hide the cursor, which would jump."""
@@ -240,3 +262,23 @@ class _Area:
     def _write(self, text: str) -> None:
         sys.stdout.write(text)
         sys.stdout.flush()
+
+
+def _rows(columns: int, width: int) -> int:
+    """Return the rows that a line takes."""
+    return max(1, -(-columns // max(1, width)))
+
+
+def _last(lines: Sequence[str], width: int, height: int) -> tuple[list[str], list[int]]:
+    """Return the last lines that a terminal has place for, at least one, and their columns."""
+    found: list[str] = []
+    widths: list[int] = []
+    rows = 0
+    for line in reversed(lines):
+        columns = cell_len(CODES.sub("", line))
+        rows += _rows(columns, width)
+        if rows > height and found:
+            break
+        found.append(line)
+        widths.append(columns)
+    return found[::-1], widths[::-1]

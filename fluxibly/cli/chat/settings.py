@@ -115,7 +115,7 @@ def _function(name: str) -> Any:
         raise ConfigError(f"--tools: cannot import {module!r}: {type(error).__name__}: {line_of(error)}") from error
     for part in path.split("."):
         if not hasattr(found, part):
-            known = [each for each in vars(found) if not each.startswith("_")] if hasattr(found, "__dict__") else []
+            known = [each for each in dir(found) if not each.startswith("_")]
             raise ConfigError(f"--tools: {module!r} has no {path!r}{did_you_mean(part, known)}")
         found = getattr(found, part)
     return found  # `Tools` says if it is no function

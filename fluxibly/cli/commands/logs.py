@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 logs = typer.Typer(
     help="Show, search, export and delete the turns of chats.",
     rich_markup_mode=None,
-    epilog=examples("fluxibly logs", "fluxibly logs -n 50", "fluxibly logs search tides", "fluxibly logs show"),
+    epilog=examples("fluxibly logs", "fluxibly logs search tide", "fluxibly logs show", "fluxibly logs off"),
 )
 app.add_typer(logs, name="logs")
 
@@ -41,7 +41,7 @@ def _last(context: typer.Context, count: Count = 10) -> None:
 
 @logs.command(
     context_settings={"ignore_unknown_options": True},  # -x may be a word
-    epilog=examples("fluxibly logs search tides ostend", "fluxibly logs search -n 50 tide"),
+    epilog=examples("fluxibly logs search high tide"),
 )
 def search(
     words: Annotated[list[str], typer.Argument(help="Words of a question or its answer, or how words begin.")],
@@ -73,13 +73,7 @@ def show(number: Annotated[int | None, typer.Argument(metavar="ID", help="By def
 _LISTS = "`fluxibly logs` lists them"
 
 
-@logs.command(
-    epilog=examples(
-        "fluxibly logs export --jsonl turns.jsonl",
-        "fluxibly logs export --jsonl - -n 1",
-        "fluxibly logs export --trace trace.jsonl",
-    )
-)
+@logs.command(epilog=examples("fluxibly logs export --jsonl turns.jsonl"))
 def export(
     jsonl: Annotated[
         Path | None, typer.Option("--jsonl", metavar="FILE", help="Write the turns to this file, a line of JSON each.")
@@ -123,7 +117,7 @@ def status() -> None:
             screen.lines(f"set aside: {shown_path(file)}")
 
 
-@logs.command(epilog=examples("sqlite3 $(fluxibly logs path)"))
+@logs.command(epilog=examples("fluxibly logs path"))
 def path() -> None:
     """Print the path of the log."""
     with _log() as (screen, store):
@@ -151,7 +145,7 @@ def on() -> None:
         screen.note("Chats are logged.")
 
 
-@logs.command(epilog=examples("fluxibly logs purge", "fluxibly logs purge --yes"))
+@logs.command(epilog=examples("fluxibly logs purge"))
 def purge(yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False) -> int:
     """Delete all turns."""
     with _log() as (screen, store):

@@ -84,8 +84,8 @@ class LocalProvider:
         self._settings = settings_of(
             {**known.settings, **config.additional_params} if known else config.additional_params
         )
-        self._text_parameters = known.text_parameters if known else {}
-        self._json_parameters = known.json_parameters if known else {}
+        self._text_parameters: Mapping[str, Any] = known.text_parameters if known else {}
+        self._json_parameters: Mapping[str, Any] = known.json_parameters if known else {}
         self._timeouts = config.timeouts
         self._stream_total = config.stream_total
         self._codec = OpenAICodec(quirks=QUIRKS, service=f"the local model {self._alias}")
