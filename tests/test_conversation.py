@@ -348,8 +348,8 @@ class TestOneAtATime:
         assert len(chat.messages) == 2
         assert chat.last_error is None
 
-    def test_a_second_reader(self, stream_mode: Mode) -> None:
-        """A second reader of a turn's stream is refused, and the turn goes on with the first."""
+    def test_a_second_reader(self) -> None:
+        """A second thread that reads a turn's stream is refused, and the turn goes on with the first."""
         entered, go = threading.Event(), threading.Event()
 
         class Slow:
@@ -359,36 +359,7 @@ class TestOneAtATime:
                 go.wait(10)
                 yield "b"
 
-        class AsyncSlow:
-            async def stream(self, request: Any) -> Any:
-                yield "a "
-                entered.set()
-                while not go.is_set():
-                    await anyio.sleep(0.001)
-                yield "b"
-
-        register_llm_framework("slow", lambda _: Slow(), async_provider=lambda _: AsyncSlow())
-
-        async def main() -> None:
-            chat = AsyncLLM("slow:m", middleware=[]).conversation()
-            stream = chat.stream("Well?")
-
-            async def read() -> None:
-                _ = [each async for each in stream]
-
-            async with anyio.create_task_group() as tasks:
-                tasks.start_soon(read)
-                while not entered.is_set():
-                    await anyio.sleep(0.001)
-                with pytest.raises(RuntimeError, match="another task is reading this stream"):
-                    await anext(stream)
-                assert chat.last_error is None
-                go.set()
-            assert texts(chat) == [("user", "Well?"), ("assistant", "a b")]
-
-        if stream_mode.backend:
-            run_async(main, stream_mode.backend)
-            return
+        register_llm_framework("slow", lambda _: Slow())
         chat = LLM("slow:m", middleware=[]).conversation()
         stream = chat.stream("Well?")
         first = threading.Thread(target=lambda: list(stream))
@@ -401,6 +372,38 @@ class TestOneAtATime:
         go.set()
         first.join()
         assert texts(chat) == [("user", "Well?"), ("assistant", "a b")]
+
+    def test_a_second_task(self, anyio_backend: str) -> None:
+        """The same for tasks."""
+
+        async def main() -> None:
+            entered, go = anyio.Event(), anyio.Event()
+
+            class Slow:
+                async def stream(self, request: Any) -> Any:
+                    yield "a "
+                    entered.set()
+                    await go.wait()
+                    yield "b"
+
+            register_llm_framework("slow", lambda _: Slow())
+            chat = AsyncLLM("slow:m", middleware=[]).conversation()
+            stream = chat.stream("Well?")
+
+            async def read() -> None:
+                _ = [each async for each in stream]
+
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(read)
+                await entered.wait()
+                with pytest.raises(RuntimeError, match="another task is reading this stream"):
+                    await anext(stream)
+                with pytest.raises(RuntimeError, match="a turn of this conversation is under way"):
+                    await chat.send("Well?")
+                go.set()
+            assert texts(chat) == [("user", "Well?"), ("assistant", "a b")]
+
+        run_async(main, anyio_backend)
 
     def test_leaving_at_the_last_chunk(self, stream_mode: Mode) -> None:
         """A consumer that leaves when the answer is whole has completed the turn."""
