@@ -9,8 +9,12 @@ import json
 import os
 import pickle
 import stat
+import sys
 import threading
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import anyio
@@ -25,6 +29,7 @@ from fluxibly import (
     Message,
     ProviderError,
     StreamInterrupted,
+    conversation as conversation_module,
     register_llm_framework,
     sleep,
 )
@@ -294,6 +299,44 @@ class TestEarlyEnds:
             chat.send("Well?")
         assert isinstance(chat.last_error, KeyboardInterrupt)
         assert chat.send("Well?").text == "Yes."
+
+    @pytest.mark.parametrize("streaming", [False, True])
+    def test_interrupted_at_any_line(self, streaming: bool) -> None:
+        """Ctrl-C at any line of a turn leaves the messages of whole turns, and the next turn works."""
+        chat = made(Mode(streaming=streaming), *["Yes."] * 200).conversation()
+        line, interrupted = 1, True
+        while interrupted:
+            before = len(chat.messages)
+            interrupted = interrupt_at(line, partial(turn, Mode(streaming=streaming), chat, "Well?"))
+            assert len(chat.messages) - before in ((0, 2) if interrupted else (2,))
+            assert chat.send("Well?").text == "Yes."
+            line += 1
+        assert line > 20
+
+
+def interrupt_at(line: int, function: Callable[[], object]) -> bool:
+    """Call a function with Ctrl-C before a line of conversation.py, counted as they run. Return whether there was such a line."""
+    seen = 0
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        nonlocal seen
+        if frame.f_code.co_filename != conversation_module.__file__:
+            return None
+        seen += event == "line"
+        if event == "line" and seen == line:
+            sys.settrace(None)
+            raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        function()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
 
 
 class TestOneAtATime:
