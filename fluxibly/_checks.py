@@ -144,7 +144,9 @@ def validator(check: Callable[..., str | None], *bounds: Any, **options: Any) ->
     return validate
 
 
-_SECRET = re.compile("key|token|secret|password|credential|auth|cookie|header", re.IGNORECASE)
+_SECRET = re.compile(
+    "key|token|secret|passw|passphrase|pwd|credential|auth|bearer|signature|cookie|header", re.IGNORECASE
+)
 
 
 def is_secret(name: str) -> bool:

@@ -14,7 +14,7 @@ def split_model(text: str) -> tuple[str | None, str]:
     """
     name, colon, model = text.partition(":")
     framework = framework_called(name) if colon and model.strip() else None
-    return (None, text) if framework is None else (framework, model)
+    return (None, text) if framework is None else (framework, model.strip())
 
 
 def read_model(text: str) -> tuple[str, str]:
@@ -32,6 +32,7 @@ def read_model(text: str) -> tuple[str, str]:
         return framework, model
     from fluxibly.providers.services import framework_of_model
 
+    text = text.strip()
     framework = framework_of_model(text)
     if framework is not None:
         return framework, text
@@ -55,8 +56,19 @@ def _unreadable(text: str) -> ConfigError:
         return ConfigError(f"{expected}; write {f'local:{text}'!r} for a model of this file")
     if f"local:{text}" in _LOCAL.values():
         return ConfigError(f"{expected}; write {f'local:{text}'!r}")
-    from fluxibly.providers.services import MODEL_FAMILIES
+    if "://" in text:
+        # Never the address: it may have a password in it.
+        expected = 'expected "framework:model", like "openai:gpt-4o-mini", got an address'
+        return ConfigError(
+            f"{expected}; write LLM('openai:MODEL', api_base='http…') for a server that speaks OpenAI's dialect"
+        )
+    vendor, _, rest = text.partition("/")
+    if rest and framework_called(vendor) is not None:
+        return ConfigError(f"{expected}; write {f'{vendor}:{rest}'!r}, or who else serves it: {f'openrouter:{text}'!r}")
+    from fluxibly.providers.services import MODEL_FAMILIES, framework_of_model
 
+    if framework_of_model(text.lower()) is not None:
+        return ConfigError(f"{expected}; did you mean {text.lower()!r}?")
     has_framework = colon and "/" not in name and name.lower() not in MODEL_FAMILIES
     near = nearest_framework(name) if has_framework else None
     if near is not None:

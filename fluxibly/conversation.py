@@ -13,6 +13,7 @@ from errno import EINVAL, EISDIR
 from pathlib import Path
 from tempfile import mkstemp
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, cast, overload
+from weakref import ref
 
 from fluxibly._abandoned import end_pending
 from fluxibly._checks import is_list, is_mapping, kind_of
@@ -47,6 +48,11 @@ class _Turn:
         self.driver: StreamDriver | None = None
         """The driver of the turn's stream; None for a turn whose answer comes whole."""
 
+    def follow(self, driver: StreamDriver) -> None:
+        """Note the stream of the turn, whose end counts even if nobody is there to note it."""
+        self.driver = driver
+        self.conversation.streamed = self
+
     def settle(self) -> None:
         """Note the end of a stream that the consumer reads no further."""
         driver = self.driver
@@ -79,13 +85,18 @@ class _Conversation:
 
     def _rest(self) -> None:
         """Set what a copy has of its own: no turn is under way."""
-        self._turn: _Turn | None = None
+        self._turn: ref[_Turn] | None = None
+        """The turn under way. It is weak: Ctrl-C may end a turn at any line, and a turn that nobody has any more is over."""
+        self.streamed: _Turn | None = None
+        """The turn under way, if it has a stream."""
         self._error: BaseException | None = None
         self._lock = threading.RLock()
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = {name: value for name, value in vars(self).items() if name not in ("_turn", "_error", "_lock")}
-        return {**kept, "_messages": list(self._messages)}
+        of_turn = ("_turn", "streamed", "_error", "_lock")
+        return {name: value for name, value in vars(self).items() if name not in of_turn} | {
+            "_messages": [*self._messages]
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -110,9 +121,18 @@ class _Conversation:
         None: the last turn was completed, or is under way.
         """
         with self._lock:
-            if self._turn is not None:
-                self._turn.settle()
+            self._settle()
             return self._error
+
+    def _settle(self) -> None:
+        """Note the end of a turn that has ended by itself."""
+        if self._turn is None:
+            return
+        turn = self._turn()
+        if turn is not None:
+            turn.settle()
+        else:
+            self._turn, self._error = None, GeneratorExit("the turn was interrupted")
 
     def begin(self, prompt: Prompt) -> tuple[_Turn, Prompt]:
         """Begin a turn, and return it with the messages to send.
@@ -123,22 +143,22 @@ class _Conversation:
         added = to_messages(prompt)
         end_pending()  # a stream that was dropped has ended
         with self._lock:
-            if self._turn is not None:
-                self._turn.settle()
+            self._settle()
             if self._turn is not None:
                 raise RuntimeError(
                     "a turn of this conversation is under way: read its stream to the end, or close it, before the next"
                 )
             self._error = None
-            turn = self._turn = _Turn(self, added)
+            turn = _Turn(self, added)
+            self._turn = ref(turn)
         return turn, [*self.messages, *added]
 
     def over(self, turn: _Turn, error: BaseException | None, messages: Iterable[Message] = ()) -> None:
         """Note the end of a turn, and keep its messages. A second end of a turn changes nothing."""
         with self._lock:
-            if self._turn is turn:
+            if self._turn is not None and self._turn() is turn:
                 self._messages += messages
-                self._turn = None
+                self._turn = self.streamed = None
                 self._error = error
 
     def _save(self, file: str | Path) -> None:
@@ -225,11 +245,14 @@ class Conversation(_Conversation):
         turn, messages = self.begin(prompt)
         try:
             pipeline, request = self._prepare(messages, overrides, into)
-            turn.driver = driver = pipeline.open_stream(request, restarts=restarts, timeout=timeout)
+            driver = pipeline.open_stream(request, restarts=restarts, timeout=timeout)
+            stream = _TurnStream[Any](driver)
+            stream.turn = turn
+            turn.follow(driver)
         except BaseException as error:
             turn.fail(error)
             raise
-        return _TurnStream[Any](driver, turn)
+        return stream
 
     def save(self, file: str | Path) -> None:
         """Write the messages to a JSON file, with mode 600. The file is replaced as a whole.
@@ -302,11 +325,14 @@ class AsyncConversation(_Conversation):
         turn, messages = self.begin(prompt)
         try:
             pipeline, request = self._prepare(messages, overrides, into)
-            turn.driver = driver = pipeline.open_stream(request, restarts=restarts, timeout=timeout)
+            driver = pipeline.open_stream(request, restarts=restarts, timeout=timeout)
+            stream = _AsyncTurnStream[Any](driver)
+            stream.turn = turn
+            turn.follow(driver)
         except BaseException as error:
             turn.fail(error)
             raise
-        return _AsyncTurnStream[Any](driver, turn)
+        return stream
 
     async def save(self, file: str | Path) -> None:
         """Write the messages to a JSON file, with mode 600; see `Conversation.save`."""
@@ -318,11 +344,8 @@ class AsyncConversation(_Conversation):
 class _TurnStream(Stream[Event]):
     """The stream of a turn, which ends the turn."""
 
-    __slots__ = ("_turn",)
-
-    def __init__(self, driver: Any, turn: _Turn) -> None:
-        super().__init__(driver)
-        self._turn = turn
+    __slots__ = ("turn",)
+    turn: _Turn
 
     def __iter__(self) -> Iterator[Event]:
         try:
@@ -330,20 +353,17 @@ class _TurnStream(Stream[Event]):
         except GeneratorExit:  # the iterator was dropped, and the stream can be read on
             raise
         except BaseException as error:
-            self._turn.interrupt(error)
+            self.turn.interrupt(error)
             raise
         if self._driver.response is not None:
-            self._turn.complete(self._driver.response)
+            self.turn.complete(self._driver.response)
 
 
 class _AsyncTurnStream(AsyncStream[Event]):
     """The stream of a turn, which ends the turn."""
 
-    __slots__ = ("_turn",)
-
-    def __init__(self, driver: Any, turn: _Turn) -> None:
-        super().__init__(driver)
-        self._turn = turn
+    __slots__ = ("turn",)
+    turn: _Turn
 
     def __aiter__(self) -> AsyncIterator[Event]:
         return self
@@ -353,10 +373,10 @@ class _AsyncTurnStream(AsyncStream[Event]):
             return await super().__anext__()
         except StopAsyncIteration:
             if self._driver.response is not None:
-                self._turn.complete(self._driver.response)
+                self.turn.complete(self._driver.response)
             raise
         except BaseException as error:
-            self._turn.interrupt(error)
+            self.turn.interrupt(error)
             raise
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Generator, Iterable, Mapping
-from copy import copy
+from copy import copy, deepcopy
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 
 import attrs
@@ -45,7 +45,7 @@ _INSTEAD = {
     "max_completion_tokens": "write max_tokens=…",
     "max_output_tokens": "write max_tokens=…",
     "max_retries": "set it in the configuration, or as middleware: Retry(max_retries=…)",
-    "messages": "give the messages as the prompt, the first argument",
+    "messages": "give the messages as the prompt, the first argument of a call",
     "response_model": "write into=…, or llm.parse(prompt, Person)",
     "restarts": "only stream() takes it",
     "schema": "write into=…, or response_format={…}",
@@ -56,6 +56,17 @@ _INSTEAD = {
 """The advice for settings that other clients have, or that only some calls take."""
 _OF_CONFIG = frozenset(field.name for field in attrs.fields(LLMConfig)) - _OVERRIDES
 """The settings that a configuration has, and a call does not."""
+_NO_SETTING = {
+    **{name: f"a call takes it, like llm.complete(…, {name}=…)" for name in ("metadata", "tool_choice")},
+    **{
+        name: advice for name, advice in _INSTEAD.items() if name not in ("extra_body", "max_retries", "stop_sequences")
+    },
+    "extra": "write additional_params={…}",
+    "prompt": "a call takes it, like llm.complete(prompt)",
+    "provider": 'write framework="…", or "framework:model" as the first argument',
+    "tools": "a call takes it, like llm.complete(…, tools=[…]); or add the middleware Tools([…]) that runs them",
+}
+"""The advice for settings that a configuration does not have, unless a name that it has is near."""
 _OPENED = frozenset({"pipeline", "_pipelines_into", "_template"})
 """The attributes that a copy makes anew, because they hold open connections."""
 MOST_TYPES = 256
@@ -78,6 +89,8 @@ class _LLM(Generic[_P]):
         strict: bool = False,
         **settings: Unpack[Settings],
     ) -> None:
+        for name in settings.keys() & _NO_SETTING.keys():
+            raise TypeError(f"{type(self).__name__} has no setting {name!r}; {_NO_SETTING[name]}")
         if not isinstance(config, LLMConfig):
             config = _configured(type(self).__name__, config, dict(settings), middleware)
         elif settings:
@@ -128,8 +141,11 @@ class _LLM(Generic[_P]):
         vars(self).update(state)
         self._open()
 
-    def __deepcopy__(self, _: dict[int, Any]) -> Self:
-        return copy(self)  # a configuration does not change, and one stack may serve several models
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        made = memo[id(self)] = copy(self)  # a configuration does not change, and one stack may serve several models
+        own = {name: value for name, value in self.__getstate__().items() if name not in ("config", "_stack")}
+        vars(made).update(deepcopy(own, memo))  # what a subclass keeps
+        return made
 
     def __repr__(self) -> str:
         layers = ", ".join(map(repr_of_layer, self._stack))
@@ -215,9 +231,9 @@ def _configured(who: str, config: object, settings: dict[str, Any], middleware: 
         ConfigError: a setting is wrong, or the text names no framework.
     """
     if isinstance(config, str):
-        from fluxibly._model_names import read_model  # late, because many programs write configurations
+        from fluxibly._model_names import read_model, split_model  # late, because many programs write configurations
 
-        if isinstance(middleware, str):
+        if isinstance(middleware, str) and split_model(config)[0] is None:
             raise TypeError(f"{who}: expected one text, like {who}({f'{config}:{middleware}'!r}), got two")
         for name in ("framework", "model"):
             if name in settings:
@@ -293,7 +309,8 @@ class LLM(_LLM[Pipeline]):
 
     For example, `LLM("openai:gpt-4o-mini", temperature=0.2)`, `LLM(framework="openai", model="gpt-4o-mini")` or
     `LLM(LLMConfig(…))`. A copy, also a pickled one, has the same configuration and connections of its own. (A pickle holds the
-    API key if the configuration does. Keys of the environment are read anew.)
+    API key if the configuration does. Keys of the environment are read anew. Functions in it have to be those of a module, because
+    Python pickles no lambdas and no functions within functions.)
 
     Args:
         config: an `LLMConfig`, or "framework:model". A bare name that a service is known by will do: "claude-sonnet-4-5".

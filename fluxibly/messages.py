@@ -318,8 +318,9 @@ def to_tools(tools: Iterable[Tool | Mapping[str, Any]] | None) -> tuple[Tool, ..
 
 def _tool(tool: object) -> Tool:
     if not is_mapping(tool):
+        hint = "; the middleware Tools([…]) takes functions" if callable(tool) else ""
         raise TypeError(
-            f"a tool: expected a Tool or a mapping with name, description and parameters, got {kind_of(tool)}"
+            f"a tool: expected a Tool or a mapping with name, description and parameters, got {kind_of(tool)}{hint}"
         )
     fields: object = tool.get("function", tool)
     if not is_mapping(fields) or not isinstance(fields.get("name"), str):

@@ -112,7 +112,7 @@ class Events:
                 is raised unchanged.
         """
         failure = None
-        while not self._ready and failure is None:
+        while not self._ready and not self._over and failure is None:
             failure = await self._read()
         if failure is not None:
             raise failure
@@ -208,9 +208,11 @@ class _Texts:
 
     def write(self, event: Chunk | Restart) -> Iterator[bytes]:
         if isinstance(event, Restart):
+            self._cr = False  # another text begins
             yield _event(_json({"reason": event.reason}), "restart")
             return
         if event.added:
+            self._cr = False
             tools = [call.name for message in event.added for call in message.tool_calls]
             yield _event(_json({"tools": tools}), "turn")
         text = event.text.removeprefix("\n") if self._cr else event.text

@@ -9,8 +9,12 @@ import json
 import os
 import pickle
 import stat
+import sys
 import threading
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import anyio
@@ -25,6 +29,7 @@ from fluxibly import (
     Message,
     ProviderError,
     StreamInterrupted,
+    conversation as conversation_module,
     register_llm_framework,
     sleep,
 )
@@ -295,6 +300,44 @@ class TestEarlyEnds:
         assert isinstance(chat.last_error, KeyboardInterrupt)
         assert chat.send("Well?").text == "Yes."
 
+    @pytest.mark.parametrize("streaming", [False, True])
+    def test_interrupted_at_any_line(self, streaming: bool) -> None:
+        """Ctrl-C at any line of a turn leaves the messages of whole turns, and the next turn works."""
+        chat = made(Mode(streaming=streaming), *["Yes."] * 200).conversation()
+        line, interrupted = 1, True
+        while interrupted:
+            before = len(chat.messages)
+            interrupted = interrupt_at(line, partial(turn, Mode(streaming=streaming), chat, "Well?"))
+            assert len(chat.messages) - before in ((0, 2) if interrupted else (2,))
+            assert chat.send("Well?").text == "Yes."
+            line += 1
+        assert line > 20
+
+
+def interrupt_at(line: int, function: Callable[[], object]) -> bool:
+    """Call a function with Ctrl-C before a line of conversation.py, counted as they run. Return whether there was such a line."""
+    seen = 0
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        nonlocal seen
+        if frame.f_code.co_filename != conversation_module.__file__:
+            return None
+        seen += event == "line"
+        if event == "line" and seen == line:
+            sys.settrace(None)
+            raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        function()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
 
 class TestOneAtATime:
     def test_a_second_turn(self, stream_mode: Mode) -> None:
@@ -348,8 +391,8 @@ class TestOneAtATime:
         assert len(chat.messages) == 2
         assert chat.last_error is None
 
-    def test_a_second_reader(self, stream_mode: Mode) -> None:
-        """A second reader of a turn's stream is refused, and the turn goes on with the first."""
+    def test_a_second_reader(self) -> None:
+        """A second thread that reads a turn's stream is refused, and the turn goes on with the first."""
         entered, go = threading.Event(), threading.Event()
 
         class Slow:
@@ -359,36 +402,7 @@ class TestOneAtATime:
                 go.wait(10)
                 yield "b"
 
-        class AsyncSlow:
-            async def stream(self, request: Any) -> Any:
-                yield "a "
-                entered.set()
-                while not go.is_set():  # noqa: ASYNC110  # as above
-                    await anyio.sleep(0.001)
-                yield "b"
-
-        register_llm_framework("slow", lambda _: Slow(), async_provider=lambda _: AsyncSlow())
-
-        async def main() -> None:
-            chat = AsyncLLM("slow:m", middleware=[]).conversation()
-            stream = chat.stream("Well?")
-
-            async def read() -> None:
-                _ = [each async for each in stream]
-
-            async with anyio.create_task_group() as tasks:
-                tasks.start_soon(read)
-                while not entered.is_set():  # noqa: ASYNC110  # a thread may set it
-                    await anyio.sleep(0.001)
-                with pytest.raises(RuntimeError, match="another task is reading this stream"):
-                    await anext(stream)
-                assert chat.last_error is None
-                go.set()
-            assert texts(chat) == [("user", "Well?"), ("assistant", "a b")]
-
-        if stream_mode.backend:
-            run_async(main, stream_mode.backend)
-            return
+        register_llm_framework("slow", lambda _: Slow())
         chat = LLM("slow:m", middleware=[]).conversation()
         stream = chat.stream("Well?")
         first = threading.Thread(target=lambda: list(stream))
@@ -401,6 +415,38 @@ class TestOneAtATime:
         go.set()
         first.join()
         assert texts(chat) == [("user", "Well?"), ("assistant", "a b")]
+
+    def test_a_second_task(self, anyio_backend: str) -> None:
+        """The same for tasks."""
+
+        async def main() -> None:
+            entered, go = anyio.Event(), anyio.Event()
+
+            class Slow:
+                async def stream(self, request: Any) -> Any:
+                    yield "a "
+                    entered.set()
+                    await go.wait()
+                    yield "b"
+
+            register_llm_framework("slow", lambda _: Slow())
+            chat = AsyncLLM("slow:m", middleware=[]).conversation()
+            stream = chat.stream("Well?")
+
+            async def read() -> None:
+                _ = [each async for each in stream]
+
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(read)
+                await entered.wait()
+                with pytest.raises(RuntimeError, match="another task is reading this stream"):
+                    await anext(stream)
+                with pytest.raises(RuntimeError, match="a turn of this conversation is under way"):
+                    await chat.send("Well?")
+                go.set()
+            assert texts(chat) == [("user", "Well?"), ("assistant", "a b")]
+
+        run_async(main, anyio_backend)
 
     def test_leaving_at_the_last_chunk(self, stream_mode: Mode) -> None:
         """A consumer that leaves when the answer is whole has completed the turn."""

@@ -152,6 +152,26 @@ class Named(LLM):
         self.owner = owner
 
 
+def test_a_deep_copy_of_a_model_of_ones_own() -> None:
+    """A deep copy has what a subclass keeps as a copy of its own, also if that refers to the model."""
+
+    class Keeps(LLM):
+        def __init__(self) -> None:
+            super().__init__("echo:m")
+            self.history = ["hi"]
+            self.chat = self.conversation(system="Be brief.")
+            self.me = self
+
+    llm = Keeps()
+    made = copy.deepcopy(llm)
+    made.history.append("again")
+    made.chat.send("hello")
+    assert made.me is made
+    assert (llm.history, len(llm.chat.messages), len(made.chat.messages)) == (["hi"], 1, 3)
+    llm.close()
+    assert made.chat.send("hello").text == "hello"
+
+
 def test_copies_share_their_middleware() -> None:
     """A copy in the same process has the same limiter, so that both together stay under the limit."""
     limit = RateLimit(requests=5)

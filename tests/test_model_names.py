@@ -41,6 +41,8 @@ class TestNames:
             ("mistral-large-latest", ("mistral", "mistral-large-latest")),
             ("deepseek-chat", ("deepseek", "deepseek-chat")),
             ("grok-4", ("xai", "grok-4")),
+            (" openai: gpt-4o ", ("openai", "gpt-4o")),
+            (" gpt-4o\n", ("openai", "gpt-4o")),
         ],
     )
     def test_a_text(self, text: str, expected: tuple[str, str]) -> None:
@@ -57,6 +59,9 @@ class TestNames:
             ("anthropic:", "'anthropic' is a framework: write 'anthropic:MODEL'"),
             ("smollm2", "write 'local:smollm2'"),
             ("./tiny.gguf", "write 'local:./tiny.gguf' for a model of this file"),
+            ("openai/gpt-4o", "write 'openai:gpt-4o', or who else serves it: 'openrouter:openai/gpt-4o'"),
+            ("GPT-4o", "did you mean 'gpt-4o'?"),
+            ("http://localhost:8000/v1", "got an address; write LLM('openai:MODEL', api_base='http…')"),
             ("", "got ''"),
             (":gpt", "got ':gpt'"),
         ],
@@ -118,6 +123,20 @@ class TestSettings:
             ((), {"temperature": 1}, "LLM: expected a model; write "),
             (("echo:m",), {"model": "n"}, "LLM: expected model in the text alone, got 'echo:m' and model='n'"),
             (("openai", "gpt-4o"), {}, "LLM: expected one text, like LLM('openai:gpt-4o'), got two"),
+            (("echo:m", "logging"), {}, "middleware: expected a list, like [Logging(), Retry()], got a str"),
+            (("echo:m",), {"stream": True}, "LLM has no setting 'stream'; call llm.stream(…)"),
+            (
+                (LLMConfig(framework="echo", model="m"),),
+                {"system": "Be brief."},
+                "LLM has no setting 'system'; write [Message.system(…), Message.user(…)] as the prompt, or llm.conversation(",
+            ),
+            ((), {"provider": "echo", "model": "m"}, "LLM has no setting 'provider'; write framework=\"…\""),
+            (
+                ("echo:m",),
+                {"tools": []},
+                "LLM has no setting 'tools'; a call takes it, like llm.complete(…, tools=[…]); or ",
+            ),
+            (("echo:m",), {"tool_choice": "auto"}, "LLM has no setting 'tool_choice'; a call takes it"),
             (("echo:m",), {"temprature": 1}, "LLMConfig has no 'temprature'; did you mean 'temperature'?"),
             (("echo:m",), {"base_url": "x"}, "LLMConfig has no 'base_url'; did you mean 'api_base'?"),
             (
@@ -132,6 +151,19 @@ class TestSettings:
         with pytest.raises(TypeError) as caught:
             LLM(*arguments, **settings)
         assert str(caught.value).startswith(message)
+
+    def test_an_address_is_in_no_message(self) -> None:
+        """An address in place of a model may have a password in it."""
+        with pytest.raises(ConfigError) as caught:
+            LLM("https://me:s3cret@host/v1")
+        assert "s3cret" not in str(caught.value)
+
+    def test_a_function_is_no_tool_of_a_call(self) -> None:
+        """The error says who takes functions."""
+        with pytest.raises(
+            TypeError, match=r"got a builtin_function_or_method; the middleware Tools\(\[…\]\) takes functions"
+        ):
+            LLM("echo:m").complete("hi", tools=[print])  # type: ignore[list-item]  # what is tested
 
     def test_a_key_is_in_no_message(self) -> None:
         """An error about settings never shows the key among them."""

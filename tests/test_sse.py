@@ -161,6 +161,20 @@ class TestText:
         data = await sent(["Hel", ProviderError("x", retryable=True)], "Hello", middleware=[retry], restarts=True)
         assert [name for name, _ in read(data)] == ["message", "restart", "message", "done"]
 
+    async def test_a_line_end_is_that_of_one_text(self) -> None:
+        """A line feed at the start of a text is kept if the carriage return before it was of a text that is void, or a turn before."""
+        retry = Retry(max_retries=1, base_delay=0, on_interrupt="restart")
+        data = await sent(["a\r", ProviderError("x", retryable=True)], ["\nb"], middleware=[retry], restarts=True)
+        assert read(data)[2] == ("message", "\nb")
+
+        def clock() -> str:
+            """Tell the time."""
+            return "noon"
+
+        first = Response("Look:\r", tool_calls=[ToolCall("c1", "clock", {})])
+        data = await sent(first, ["\nnoon"], middleware=[Tools([clock])])
+        assert read(data)[-2] == ("message", "\nnoon")
+
 
 class TestOpenAI:
     async def test_a_stream(self) -> None:
@@ -280,6 +294,9 @@ class TestBegin:
     async def test_the_first_event_is_not_lost(self) -> None:
         """What `begin` has waited for comes first. An empty answer begins with its end."""
         assert said(b"".join([event async for event in await fluxibly.sse.events(stream_of("a b")).begin()])) == "a b"
+        body = fluxibly.sse.events(stream_of("a b"))
+        assert [read(event)[0][0] async for event in body] == ["message", "message", "done"]
+        assert [event async for event in await body.begin()] == []  # it has ended, and does so once
         empty = await fluxibly.sse.events(stream_of([Chunk(finish_reason="stop")])).begin()
         assert [name for name, _ in read(b"".join([event async for event in empty]))] == ["done"]
 

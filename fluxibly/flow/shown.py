@@ -6,10 +6,12 @@ secret are masked, and what can change (a list, a table) is not shown, because i
 
 from __future__ import annotations
 
+import re
 import reprlib
 from collections.abc import Iterator
 from enum import Enum
 from functools import partial
+from itertools import islice
 from types import FunctionType, MethodType
 from typing import Any, TypeGuard, cast
 
@@ -17,14 +19,25 @@ from fluxibly._checks import is_secret, shown_url
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 60
+_MOST_ITEMS, _MOST_LEVELS, _MOST_BITS = 6, 3, 200
+_KEY = re.compile(
+    r"\b(?:bearer|basic)\s+[\w.+/=-]{8}|\b(?:sk|pk|rk|gsk|xai|hf|nvapi|pplx|ghp|github_pat)[-_][\w-]{12}|\bAIza[\w-]{20}"
+    r"|\bAKIA[A-Z0-9]{16}|\beyJ[\w-]{10,}\.|(?:password|passwd|pwd|secret|api_?key|accountkey)\s*=\s*\S",
+    re.IGNORECASE,
+)
+"""A text that is a key, or has one in it, whatever it is called: `Bearer …`, the prefixes of well-known services, a JWT, and the
+password of a connection string."""
 
 
 def repr_of_layer(layer: object) -> str:
-    """Return the `repr` of a middleware, with its settings: `polite(tone='warm')`."""
-    settings = settings_of_layer(layer)
-    if settings is None:
-        return repr(layer)
+    """Return the `repr` of a middleware, with its settings: `polite(tone='warm')`. It never raises."""
     name = name_of_layer(layer)
+    try:
+        settings = settings_of_layer(layer)
+        if settings is None:
+            return repr(layer)
+    except Exception as error:  # noqa: BLE001  # a `repr` or an attribute of the user's own may raise anything
+        return f"<{name}: its repr raises {type(error).__name__}>"
     return f"{name}({settings})" if settings or not isinstance(layer, FunctionType) else name
 
 
@@ -79,20 +92,29 @@ def _shown(settings: dict[str, Any]) -> Iterator[str]:
             yield f"{name}={text}"
 
 
-def _value(value: object, *, secret: bool) -> str | None:
+def _value(value: object, *, secret: bool, level: int = 0) -> str | None:
     """Return the `repr` of a value that is a setting, or None for any other value."""
-    if isinstance(value, Enum):
-        return str(value)
+    if isinstance(value, Enum):  # its value may be a secret
+        return f"{type(value).__name__}.{value.name}"
+    if isinstance(value, int) and value.bit_length() > _MOST_BITS:  # Python refuses to write a huge one
+        return "…"
     if value is None or isinstance(value, (bool, int, float, complex)):
         return _SHORT.repr(value)
     if isinstance(value, str):
-        return "'***'" if secret else _SHORT.repr(shown_url(value) if "://" in value else value)
-    if isinstance(value, (tuple, frozenset)):
-        items = [_value(each, secret=secret) for each in cast("tuple[object, ...]", value)]
-        if None in items:
-            return None
-        inside = ", ".join(map(str, items[:6])) + (", …" if len(items) > 6 else "")
-        return f"({inside}{',' if len(items) == 1 else ''})" if isinstance(value, tuple) else f"frozenset({{{inside}}})"
+        return "'***'" if secret or _KEY.search(value) else _SHORT.repr(shown_url(value) if "://" in value else value)
+    if type(value) in (tuple, frozenset):  # a named tuple is a record, and a field may be secret
+        return _items(cast("tuple[object, ...] | frozenset[object]", value), secret=secret, level=level + 1)
     if isinstance(value, (FunctionType, type)):
         return value.__qualname__.rpartition("<locals>.")[2]
     return None
+
+
+def _items(values: tuple[object, ...] | frozenset[object], *, secret: bool, level: int) -> str | None:
+    """Return the `repr` of the first values of a tuple or a set, or None if one is no setting."""
+    if level > _MOST_LEVELS:
+        return "…"
+    items = [_value(each, secret=secret, level=level) for each in islice(values, _MOST_ITEMS)]
+    if None in items:
+        return None
+    inside = ", ".join(map(str, items)) + (", …" if len(values) > _MOST_ITEMS else "")
+    return f"({inside}{',' if len(values) == 1 else ''})" if isinstance(values, tuple) else f"frozenset({{{inside}}})"

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import Enum, StrEnum
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -16,6 +16,15 @@ from fluxibly.testing import ScriptedProvider
 
 class Tone(Enum):
     WARM = "warm"
+
+
+class Keys(StrEnum):
+    OURS = "s3cret-ours"
+
+
+class Login(NamedTuple):
+    user: str
+    password: str
 
 
 def plain(request: Any, call_next: Any) -> Any:
@@ -78,9 +87,62 @@ def test_a_layer(layer: Any, shown: str) -> None:
     assert repr_of_layer(layer) == shown
 
 
-def test_a_long_setting_is_cut() -> None:
-    """A long text is shown in part."""
-    assert len(repr_of_layer(Polite(prompt="x" * 10_000))) < 100
+@pytest.mark.parametrize(
+    "value",
+    [
+        Keys.OURS,
+        Login("me", "s3cret"),
+        (Login("me", "s3cret"),),
+        "Bearer s3cret-s3cret",
+        "sk-proj-s3crets3crets3cret",
+        "host=here password=s3cret",
+        "postgres://me:s3cret@host/db",
+        ("https://host/?api_key=s3cret",),
+    ],
+)
+def test_a_secret_of_another_name(value: Any) -> None:
+    """What is a key by its looks is masked under any name, and the value of an enum and the fields of a record are not shown."""
+    assert "s3cret" not in repr_of_layer(Polite(setting=value))
+    assert "s3cret" not in repr_of_layer(partial(plain, setting=value))
+
+
+@pytest.mark.parametrize("name", ["pwd", "passwd", "passphrase", "bearer", "x_signature"])
+def test_a_secret_name(name: str) -> None:
+    """The usual names of secrets are known."""
+    assert repr_of_layer(Polite(**{name: "s3cret"})) == f"Polite({name}='***')"
+
+
+def nested(value: Any, times: int, copies: int) -> Any:
+    for _ in range(times):
+        value = (value,) * copies
+    return value
+
+
+LONG = {
+    "text": "x" * 10_000,
+    "number": 10**6000,
+    "texts": nested("x" * 99, 9, 9),
+    "deep": nested(1, 10_000, 1),
+    "many in many": nested(1, 60, 2),
+    "many": tuple(range(10**5)),
+}
+
+
+@pytest.mark.parametrize("value", LONG.values(), ids=LONG)
+def test_a_long_setting_is_cut(value: Any) -> None:
+    """A long text is shown in part, as are a huge number, and values that are many or deep."""
+    assert len(repr_of_layer(Polite(prompt=value))) < 3000
+
+
+def test_a_repr_that_raises() -> None:
+    """A middleware whose `repr` raises does not spoil that of the model."""
+
+    class Broken(Polite):
+        def __repr__(self) -> str:
+            raise ValueError("s3cret")
+
+    llm = LLM("echo:m", middleware=[Broken(), plain])
+    assert repr(llm) == "LLM('echo', 'm', middleware=[<Broken: its repr raises ValueError>, plain])"
 
 
 def test_a_closure_that_is_not_complete() -> None:
