@@ -429,7 +429,9 @@ def test_json_that_is_nested_too_deeply_is_shown_as_it_is():
     for _ in range(600):
         deep = [deep]
     for value in ("[" * 100_000 + "]" * 100_000, deep, json.dumps(deep)):
-        assert "".join(readable(value)[:100].split()).startswith("[[[[")  # newer Pythons can lay out the shorter of them
+        assert "".join(readable(value)[:100].split()).startswith(
+            "[[[["
+        )  # newer Pythons can lay out the shorter of them
     assert readable({"a": ["b" * 60, "c" * 30]}).startswith('{\n  "a": [\n')
 
 
