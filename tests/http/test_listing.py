@@ -77,20 +77,22 @@ class TestTheServicesOwnClients:
     def test_gemini(self, server: Models) -> None:
         genai = pytest.importorskip("google.genai")
         options = {"base_url": f"{server.url}/gemini", "api_version": "v1beta", "client_args": {"verify": False}}
-        client = genai.Client(api_key=KEY, http_options=options)
-        found = [model for model in client.models.list() if "generateContent" in model.supported_actions]
+        with genai.Client(api_key=KEY, http_options=options) as client:
+            found = [model for model in client.models.list() if "generateContent" in model.supported_actions]
         assert sorted(model.name.removeprefix("models/") for model in found) == LISTED["gemini"]
 
     def test_cohere(self, server: Models) -> None:
         cohere = pytest.importorskip("cohere")
-        client = cohere.ClientV2(api_key=KEY, base_url=f"{server.url}/cohere", httpx_client=plain())
-        first = client.models.list(endpoint="chat")
-        rest = client.models.list(endpoint="chat", page_token=first.next_page_token)
+        with plain() as connections:
+            client = cohere.ClientV2(api_key=KEY, base_url=f"{server.url}/cohere", httpx_client=connections)
+            first = client.models.list(endpoint="chat")
+            rest = client.models.list(endpoint="chat", page_token=first.next_page_token)
         assert sorted(model.name for model in (*first.models, *rest.models)) == LISTED["cohere"]
 
     def test_ollama(self, server: Models) -> None:
         ollama = pytest.importorskip("ollama")
-        found = ollama.Client(host=f"{server.url}/ollama").list().models
+        with ollama.Client(host=f"{server.url}/ollama") as client:
+            found = client.list().models
         assert [model.model for model in found] == LISTED["ollama"]
 
     def test_bedrock(self, server: Models, monkeypatch: pytest.MonkeyPatch) -> None:
