@@ -56,8 +56,9 @@ CREATE TABLE IF NOT EXISTS fluxibly_parts (
 """
 _LOAD = "SELECT value, until FROM fluxibly_values WHERE key = ?"
 _SAVE = """
-INSERT INTO fluxibly_values VALUES (?1, ?2, ?3, (SELECT coalesce(max(used), 0) + 1 FROM fluxibly_values), ?4)
-ON CONFLICT (key) DO UPDATE SET value = ?2, until = ?3, used = excluded.used, size = ?4
+INSERT INTO fluxibly_values VALUES (?, ?, ?, (SELECT coalesce(max(used), 0) + 1 FROM fluxibly_values), ?)
+ON CONFLICT (key) DO UPDATE
+SET value = excluded.value, until = excluded.until, used = excluded.used, size = excluded.size
 """
 _USE = """
 UPDATE fluxibly_values SET used = (SELECT max(used) + 1 FROM fluxibly_values) WHERE key = ?
@@ -66,10 +67,11 @@ _FORGET_VALUES = "DELETE FROM fluxibly_values WHERE until <= ? RETURNING size"
 _FORGET_PARTS = "DELETE FROM fluxibly_parts WHERE key IN (SELECT key FROM fluxibly_sums WHERE until <= ?)"
 _FORGET_SUMS = "DELETE FROM fluxibly_sums WHERE until <= ?"
 _SUM = """
-INSERT INTO fluxibly_sums VALUES (?1, ?2, ?3) ON CONFLICT (key) DO UPDATE SET total = ?2, until = ?3
+INSERT INTO fluxibly_sums VALUES (?, ?, ?)
+ON CONFLICT (key) DO UPDATE SET total = excluded.total, until = excluded.until
 """
 _PART = """
-INSERT INTO fluxibly_parts VALUES (?1, ?2, ?3) ON CONFLICT (key, at) DO UPDATE SET amount = ?3
+INSERT INTO fluxibly_parts VALUES (?, ?, ?) ON CONFLICT (key, at) DO UPDATE SET amount = excluded.amount
 """
 
 
