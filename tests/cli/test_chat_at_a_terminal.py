@@ -169,16 +169,21 @@ def test_an_answer_of_hundreds_of_lines(terminal: Start) -> None:
     assert [line for line in lines if line.startswith("code")] == [f"code {n}" for n in range(1, 151)]
 
 
-def test_a_block_that_is_taller_than_the_terminal(terminal: Start) -> None:
+def test_a_block_that_is_taller_than_the_terminal(terminal: Start, tmp_path: Path) -> None:
     """Of a table that grows, the last lines are shown, and all of it in the end."""
-    stream = """def stream(self, request):
+    go_on = tmp_path / "go_on"
+    stream = f"""def stream(self, request):
+        import os
         yield '| n |\\n|---|\\n'
         for number in range(1, 61):
-            yield f'| row {number} |\\n'
-            time.sleep(0.01)"""
+            yield '| row ' + str(number) + ' |\\n'
+            time.sleep(0.01)
+            while number == 45 and not os.path.exists({str(go_on)!r}):
+                time.sleep(0.01)"""
     chat = terminal(*ME, "x", "-q", "--no-log", before=provider(stream), columns=80, rows=10, LINES="24")
     chat.wait_for_line("row 40")
     assert len(chat.lines) <= 10
+    go_on.touch()
     assert chat.end() == 0
     assert [line.strip() for line in chat.lines if "row" in line] == [f"row {n}" for n in range(1, 61)]
 
