@@ -91,7 +91,7 @@ class TestWaiting:
 
     @BACKENDS
     def test_200_tasks_take_no_thread(self, backend):
-        """Tasks that wait leave the worker threads to others."""
+        """Tasks that wait leave the worker threads to others. (A thread of an earlier test may end meanwhile.)"""
         flag = Signal()
 
         async def main():
@@ -100,7 +100,7 @@ class TestWaiting:
                     for _ in range(200):
                         tasks.start_soon(flag.await_)
                     await anyio.wait_all_tasks_blocked()
-                    assert threading.active_count() == before
+                    assert threading.active_count() <= before
                     await anyio.to_thread.run_sync(flag.set)
 
         before = threading.active_count()
