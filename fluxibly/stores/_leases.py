@@ -1,0 +1,73 @@
+"""Leases: places in a store outside of the process, which are free again after a while unless this process renews them."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+from fluxibly._logs import report_once
+from fluxibly._threads import renew_lock_after_fork
+from fluxibly.errors import error_type
+
+LEASE = 30.0
+"""The seconds for which a place is held without being renewed."""
+
+
+class Leases:
+    """The leases that this process holds in one store. A daemon thread renews them, each at a third of its time.
+
+    The thread starts with the first lease and ends once none is held. A forked process begins without leases.
+
+    Args:
+        renew: renews the lease of a key and a caller; it returns whether the lease was still held.
+        seconds: the seconds for which a lease is held without being renewed.
+        store: the name of the store's class.
+    """
+
+    def __init__(self, renew: Callable[[str, str], bool], seconds: float, store: str) -> None:
+        self._renew = renew
+        self._seconds = seconds
+        self._store = store
+        self.renew_lock()
+        renew_lock_after_fork(self)
+
+    def renew_lock(self) -> None:
+        """Make a new lock, and forget the leases and the thread, which a forked process does not have."""
+        self._lock = threading.RLock()  # reentrant, because a signal handler may close a stream
+        self._held: dict[tuple[str, str], None] = {}
+        self._thread: threading.Thread | None = None
+
+    def hold(self, key: str, who: str) -> None:
+        """Renew a lease from now on."""
+        with self._lock:
+            self._held[key, who] = None
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._keep, name=f"fluxibly leases {self._store}", daemon=True)
+                self._thread.start()
+
+    def drop(self, key: str, who: str) -> None:
+        """Renew a lease no longer."""
+        self._held.pop((key, who), None)
+
+    def _keep(self) -> None:
+        while True:
+            time.sleep(self._seconds / 3)
+            with self._lock:
+                if not self._held:
+                    self._thread = None
+                    return
+            for key, who in [*self._held]:
+                if (key, who) in self._held:
+                    self._keep_one(key, who)
+
+    def _keep_one(self, key: str, who: str) -> None:
+        try:
+            why = "" if self._renew(key, who) else "the store has forgotten it"
+        except Exception as error:  # noqa: BLE001  # a server fails in many ways, and the thread has other leases
+            why = f"the store failed with {error_type(error)}"
+        if why and (key, who) in self._held:  # else the call has ended meanwhile
+            report_once(
+                f"lease {self._store}",
+                f"{self._store}: a lease could not be renewed ({why}); its call goes on, and another may take its place",
+            )
