@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
     from fluxibly.messages import Tool
 
-    class Overrides(TypedDict, total=False):
-        """The settings of a call, which take precedence over the configuration. `LLM.complete` says what they mean."""
+    class Parameters(TypedDict, total=False):
+        """The parameters that a configuration and a call have in common."""
 
         model: str
         temperature: float | None
@@ -27,10 +27,14 @@ if TYPE_CHECKING:
         stop: str | Iterable[str] | None
         seed: int | None
         n: int | None
-        tools: Iterable[Tool | Mapping[str, Any]] | None
-        tool_choice: str | None
         response_format: Literal["text", "json"] | Mapping[str, Any] | None
         reasoning_effort: str | None
+
+    class Overrides(Parameters, total=False):
+        """The settings of a call, which take precedence over the configuration. `LLM.complete` says what they mean."""
+
+        tools: Iterable[Tool | Mapping[str, Any]] | None
+        tool_choice: str | None
         extra: Mapping[str, Any]
         headers: Mapping[str, str]
         metadata: Mapping[str, Any]

@@ -32,24 +32,13 @@ from fluxibly.limits import KEEP_ALIVES as KEEP_ALIVES, Timeouts as Timeouts, se
 
 if TYPE_CHECKING:
     from pathlib import Path
-    from typing import TypedDict
 
-    class Settings(TypedDict, total=False):
+    from fluxibly._parameters import Parameters
+
+    class Settings(Parameters, total=False):
         """The settings of an `LLMConfig`, as `LLM` takes them. `LLMConfig` says what they mean."""
 
         framework: str
-        model: str
-        temperature: float | None
-        max_tokens: int | None
-        top_p: float | None
-        top_k: int | None
-        frequency_penalty: float | None
-        presence_penalty: float | None
-        stop: str | Sequence[str] | None
-        seed: int | None
-        n: int | None
-        response_format: Literal["text", "json"] | Mapping[str, Any] | None
-        reasoning_effort: str | None
         api_key: Secret | str | KeyFunction | None
         api_base: str | None
         region: str | None

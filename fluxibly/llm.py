@@ -6,9 +6,8 @@ from collections.abc import AsyncGenerator, Generator, Iterable, Mapping
 from copy import copy, deepcopy
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 
-import attrs
-
-from fluxibly._checks import did_you_mean, is_mapping, kind_of
+from fluxibly._checks import kind_of
+from fluxibly._keywords import KEYWORDS, NO_SETTING, configured, no_keyword
 from fluxibly._merging import composed
 from fluxibly._parameters import CONFIGURED, parameter_problems
 from fluxibly.config import LLMConfig
@@ -35,38 +34,6 @@ if TYPE_CHECKING:
 
 __all__ = ["LLM", "AsyncLLM", "LLMConfig", "default_stack"]
 
-_OVERRIDES = frozenset(field.name for field in attrs.fields(Request)) - {"messages", "call", "target"}
-"""The names in `Overrides`, read from `Request`, because making a TypedDict at each import costs too much."""
-_INSTEAD = {
-    "extra_body": "write extra={…}",
-    "extra_headers": "write headers={…}",
-    "functions": "write tools=[…], or add the middleware Tools([…]) that runs them",
-    "into": "complete(), stream() and parse() take it",
-    "max_completion_tokens": "write max_tokens=…",
-    "max_output_tokens": "write max_tokens=…",
-    "max_retries": "set it in the configuration, or as middleware: Retry(max_retries=…)",
-    "messages": "give the messages as the prompt, the first argument of a call",
-    "response_model": "write into=…, or llm.parse(prompt, Person)",
-    "restarts": "only stream() takes it",
-    "schema": "write into=…, or response_format={…}",
-    "stop_sequences": "write stop=[…]",
-    "stream": "call llm.stream(…) or llm.forward_stream(…)",
-    "system": "write [Message.system(…), Message.user(…)] as the prompt, or llm.conversation(system=…)",
-}
-"""The advice for settings that other clients have, or that only some calls take."""
-_OF_CONFIG = frozenset(field.name for field in attrs.fields(LLMConfig)) - _OVERRIDES
-"""The settings that a configuration has, and a call does not."""
-_NO_SETTING = {
-    **{name: f"a call takes it, like llm.complete(…, {name}=…)" for name in ("metadata", "tool_choice")},
-    **{
-        name: advice for name, advice in _INSTEAD.items() if name not in ("extra_body", "max_retries", "stop_sequences")
-    },
-    "extra": "write additional_params={…}",
-    "prompt": "a call takes it, like llm.complete(prompt)",
-    "provider": 'write framework="…", or "framework:model" as the first argument',
-    "tools": "a call takes it, like llm.complete(…, tools=[…]); or add the middleware Tools([…]) that runs them",
-}
-"""The advice for settings that a configuration does not have, unless a name that it has is near."""
 _OPENED = frozenset({"pipeline", "_pipelines_into", "_template"})
 """The attributes that a copy makes anew, because they hold open connections."""
 MOST_TYPES = 256
@@ -89,10 +56,10 @@ class _LLM(Generic[_P]):
         strict: bool = False,
         **settings: Unpack[Settings],
     ) -> None:
-        for name in settings.keys() & _NO_SETTING.keys():
-            raise TypeError(f"{type(self).__name__} has no setting {name!r}; {_NO_SETTING[name]}")
+        for name in settings.keys() & NO_SETTING.keys():
+            raise TypeError(f"{type(self).__name__} has no setting {name!r}; {NO_SETTING[name]}")
         if not isinstance(config, LLMConfig):
-            config = _configured(type(self).__name__, config, dict(settings), middleware)
+            config = configured(type(self).__name__, config, dict(settings), middleware)
         elif settings:
             name = next(iter(settings))
             raise TypeError(
@@ -187,8 +154,8 @@ class _LLM(Generic[_P]):
             return self._template.evolve(messages=prompt)
         changes = dict(overrides)
         for name in changes:
-            if name not in _OVERRIDES:
-                raise _no_override(name)
+            if name not in KEYWORDS:
+                raise no_keyword(name)
         problems = parameter_problems(changes)
         if problems:
             raise ConfigError("; ".join(problems), problems=tuple(problems))
@@ -221,59 +188,6 @@ class _LLM(Generic[_P]):
 
     def _made_into(self, into: object) -> _P:
         return self.pipeline.with_middleware(stack_into(self._stack, into))
-
-
-def _configured(who: str, config: object, settings: dict[str, Any], middleware: object) -> LLMConfig:
-    """Return the configuration of settings, or of a text like "openai:gpt-4o-mini" and settings.
-
-    Raises:
-        TypeError: there is no model. The message says what to write.
-        ConfigError: a setting is wrong, or the text names no framework.
-    """
-    if isinstance(config, str):
-        from fluxibly._model_names import read_model, split_model  # late, because many programs write configurations
-
-        if isinstance(middleware, str) and split_model(config)[0] is None:
-            raise TypeError(f"{who}: expected one text, like {who}({f'{config}:{middleware}'!r}), got two")
-        for name in ("framework", "model"):
-            if name in settings:
-                raise TypeError(
-                    f"{who}: expected {name} in the text alone, got {config!r} and {name}={settings[name]!r}"
-                )
-        settings["framework"], settings["model"] = read_model(config)
-    elif config is not None:
-        write = f"{who}(LLMConfig.from_mapping(…)) or {who}(**settings)" if is_mapping(config) else f"{who}(…)"
-        if hasattr(config, "complete"):
-            write = (
-                "Pipeline(provider, middleware) for a provider of your own, or register it by register_llm_framework"
-            )
-        raise TypeError(
-            f'{who}: expected an LLMConfig or a text like "openai:gpt-4o-mini", got {kind_of(config)}; write {write}'
-        )
-    if "framework" not in settings or "model" not in settings:
-        raise TypeError(_no_model(who, settings))
-    return LLMConfig(**settings)
-
-
-def _no_model(who: str, settings: Mapping[str, object]) -> str:
-    """Return the message for a model without a name or a framework."""
-    example = f'{who}("openai:gpt-4o-mini"), {who}(framework="openai", model="gpt-4o-mini") or {who}(LLMConfig(…))'
-    model, framework = settings.get("model"), settings.get("framework")
-    if model is not None:
-        return f"{who}: expected a framework for the model {model!r}; write {example}"
-    if framework is not None:
-        return f"{who}: expected a model for the framework {framework!r}; write {example}"
-    return f"{who}: expected a model; write {example}"
-
-
-def _no_override(name: str) -> TypeError:
-    """Return the error for a keyword that a call does not take."""
-    if name in _INSTEAD:
-        return TypeError(f"a call has no setting {name!r}; {_INSTEAD[name]}")
-    if name in _OF_CONFIG:
-        return TypeError(f"a call has no setting {name!r}; set it in the configuration, like LLM(…, {name}=…)")
-    hint = did_you_mean(name, {*_OVERRIDES, "timeout"})
-    return TypeError(f"a call has no setting {name!r}{hint}; pass provider parameters in extra=")
 
 
 def parsed_of(response: Response, into: object) -> Any:

@@ -38,7 +38,7 @@ ROOMS = {
     "stores": "stores",
     "prices": "prices",
     "conversation": "conversation",
-    "llm": "llm",
+    "llm _keywords": "llm",
     "explain": "explain",
     "testing": "testing",
     "sse": "sse",

@@ -684,11 +684,13 @@ def test_the_settings_of_a_call_are_those_of_a_request():
     import ast
     import inspect
 
-    from fluxibly import _parameters, llm
+    from fluxibly import _keywords, _parameters
 
-    (overrides,) = [
+    classes = [
         node
         for node in ast.walk(ast.parse(inspect.getsource(_parameters)))
-        if isinstance(node, ast.ClassDef) and node.name == "Overrides"
+        if isinstance(node, ast.ClassDef) and node.name in ("Overrides", "Parameters")
     ]
-    assert {node.target.id for node in overrides.body if isinstance(node, ast.AnnAssign)} == llm._OVERRIDES
+    assert len(classes) == 2
+    fields = [node for each in classes for node in each.body if isinstance(node, ast.AnnAssign)]
+    assert {field.target.id for field in fields} == _keywords.KEYWORDS
