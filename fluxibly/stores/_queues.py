@@ -86,7 +86,7 @@ class Rates(Queue[Wanted]):
     def __init__(self) -> None:
         super().__init__()
         self.limits: tuple[Limit, ...] = ()
-        """The limits of the last call that asked."""
+        """The limits of the last call that asked, or that corrected what it took."""
         self.arrivals: dict[str, float] = {}
         """For each limit, when it would be unused if nothing more were taken: GCRA's theoretical arrival time."""
         self.ceilings: dict[str, tuple[float, float]] = {}
@@ -177,6 +177,9 @@ class Rates(Queue[Wanted]):
     def correct(self, limit: Limit, now: float) -> None:
         """Take more of a limit, or give it back."""
         name, rate, _, cost = limit
+        known = self.limits
+        if not known or (known[-1].name != name and all([each.name != name for each in known])):
+            self.limits = (*known, limit)
         gap = self.gap(limit, now) if self.ceilings else 1.0 / rate
         self.arrivals[name] = max(self.arrivals.get(name, now), now) + cost * gap
         if cost < 0 and self.waiting:
@@ -234,7 +237,8 @@ class Places(Queue[None]):
         ahead = 0
         if self.waiting:
             ahead = len(self.ahead(who)) if who in self.waiting else len(self.waiting)
-        if ahead or len(self.held) >= size:
+        # Where several places are free, nobody waits for those before him to ask, who have a place each.
+        if ahead >= size - len(self.held):
             return self.turn(who, None, math.inf, ahead, now) if wait else Turn(math.inf, ahead, None)
         self.held[who] = until
         if self.waiting:

@@ -6,6 +6,7 @@ import json
 import sqlite3
 import time
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, Generic, TypeVar
 
 from fluxibly.stores._queues import GRACE, Places, Queue, Rates
@@ -40,6 +41,16 @@ _DELETE = "DELETE FROM fluxibly_queues WHERE kind = ? AND key = ?"
 _FORGET_IDLE = "DELETE FROM fluxibly_queues WHERE idle_at <= ?"
 
 
+_encode = json.JSONEncoder(separators=(",", ":")).encode
+
+
+@lru_cache(maxsize=16)
+def _decoded(state: str) -> list[Any]:
+    """Return what a text of JSON says. Those who wait read the same text again and again, and nobody changes the result."""
+    decoded: list[Any] = json.loads(state)
+    return decoded
+
+
 class Kind(Generic[Q]):
     """A kind of queues, and how the file keeps them.
 
@@ -47,7 +58,7 @@ class Kind(Generic[Q]):
         name: the name of the kind.
         make: makes an empty queue.
         dump: returns what JSON can say of a queue.
-        fill: sets what `dump` has returned.
+        fill: sets what `dump` has returned, in dictionaries of the queue's own.
     """
 
     def __init__(
@@ -65,7 +76,7 @@ class Kind(Generic[Q]):
         queue, state = self._make(), ""
         if found:
             state, at = found[0]
-            self._fill(queue, json.loads(state))
+            self._fill(queue, _decoded(state))
             if now < at:  # the machine has started anew since
                 queue.shift(now - at)
             queue.forget_dead(now)
@@ -80,7 +91,7 @@ class Kind(Generic[Q]):
             if before:
                 db.execute(_DELETE, (self._name, key))
             return result
-        state = json.dumps(self._dump(queue), separators=(",", ":"))
+        state = _encode(self._dump(queue))
         if state != before:
             db.execute(_SAVE, (self._name, key, state, now, idle_at))
         return result
@@ -99,8 +110,10 @@ def _dump_rates(rates: Rates) -> list[Any]:
 
 
 def _fill_rates(rates: Rates, state: list[Any]) -> None:
-    rates.waiting, rates.until, limits, rates.arrivals, ceilings, rates.closed_until, rates.queued = state
+    waiting, until, limits, arrivals, ceilings, rates.closed_until, queued = state
+    rates.waiting, rates.until = dict(waiting), dict(until)
     rates.limits = tuple([Limit(*limit) for limit in limits])
+    rates.arrivals, rates.queued = dict(arrivals), dict(queued)
     rates.ceilings = {name: (rate, until) for name, (rate, until) in ceilings.items()}
 
 
@@ -109,7 +122,7 @@ def _dump_places(places: Places) -> list[Any]:
 
 
 def _fill_places(places: Places, state: list[Any]) -> None:
-    places.waiting, places.until, places.held = state
+    places.waiting, places.until, places.held = [dict(each) for each in state]
 
 
 RATES = Kind("rates", Rates, _dump_rates, _fill_rates)
@@ -155,10 +168,11 @@ class Asking:
 def _look(
     kind: Kind[Q], key: str, who: str, step: Callable[[Q, float], Turn | None], db: sqlite3.Connection
 ) -> tuple[Turn | None, bool]:
-    """Return the turn that a step would give now, and whether the file knows for long enough that its caller waits."""
+    """Return the turn that a step would give now, and whether the file knows about long enough that its caller waits."""
     queue, _, now = kind.read(key, db)
     known_until = queue.until.get(who, now)
     turn = step(queue, now)
     if turn is None:
         return None, False
-    return turn, known_until >= queue.until.get(who, now) - GRACE / 2
+    until = queue.until.get(who, now)
+    return turn, until - GRACE / 2 <= known_until <= until + GRACE

@@ -177,8 +177,7 @@ class MemoryStore:
             places = self._places.get(key)
             if places is not None:
                 places.release(who)
-                return
-            rates = self._rates.get(key)
+            rates = self._rates.get(key) if self._rates else None
             if rates is not None:
                 rates.leave(who)
 
