@@ -196,7 +196,8 @@ assert set(renewed) == {{"parent"}}
 class TestSettings:
     def test_are_kept_in_copies(self, tmp_path):
         store = SQLiteStore(tmp_path / "a.db", lease_seconds=2.5)
-        for again in (copy.copy(store), copy.deepcopy(store), pickle.loads(pickle.dumps(store))):  # noqa: S301  # our own
+        pickled = pickle.loads(pickle.dumps(store))  # noqa: S301  # our own
+        for again in (copy.copy(store), copy.deepcopy(store), pickled):
             assert (again.path, again.lease_seconds) == (store.path, 2.5)
             assert repr(again) == f"SQLiteStore({str(store.path)!r}, lease_seconds=2.5)"
         assert SQLiteStore(tmp_path / "a.db").lease_seconds == 30

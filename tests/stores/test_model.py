@@ -23,7 +23,7 @@ RATE = {"requests": 1.0, "tokens": 4.0}
 """Units a tick."""
 SIZE = 2
 names = st.sampled_from(sorted(BURST))
-keys = st.sampled_from("ab")
+keys = st.sampled_from("aaab")
 any_of_them = st.integers(0, 1000)
 """The number of a caller, modulo how many there are."""
 LONGEST_PAUSE = 0.25
@@ -212,15 +212,18 @@ class Machine(RuleBasedStateMachine):
 
     # What happens
 
-    @rule(key=keys, tokens=st.sampled_from([0.0, 1.0, 4.0, 10.0]), where=any_of_them)
-    def reserve(self, key: str, tokens: float, where: int) -> None:
+    @rule(key=keys, tokens=st.sampled_from([0.0, 1.0, 4.0, 10.0]), where=any_of_them, callers=st.integers(1, 3))
+    def reserve(self, key: str, tokens: float, where: int, callers: int) -> None:
         costs = {"requests": 1.0, "tokens": tokens}
         limits = tuple([Limit(name, RATE[name] / self.tick, BURST[name], cost) for name, cost in costs.items()])
-        self.ask(Waiter("rates", key, f"{next(_numbers)}", self.stores[where % len(self.stores)], limits))
+        for number in range(where, where + callers):
+            self.ask(Waiter("rates", key, f"{next(_numbers)}", self.stores[number % len(self.stores)], limits))
 
-    @rule(key=keys, where=any_of_them, wait=st.sampled_from([True, True, True, False]))
-    def lease_a_place(self, key: str, where: int, wait: bool) -> None:
-        self.ask(Waiter("places", key, f"{next(_numbers)}", self.stores[where % len(self.stores)], ()), wait=wait)
+    @rule(key=keys, where=any_of_them, wait=st.sampled_from([True, True, True, False]), callers=st.integers(1, 3))
+    def lease_a_place(self, key: str, where: int, wait: bool, callers: int) -> None:
+        for number in range(where, where + callers):
+            waiter = Waiter("places", key, f"{next(_numbers)}", self.stores[number % len(self.stores)], ())
+            self.ask(waiter, wait=wait)
 
     @precondition(lambda self: self.waiting())
     @rule(which=any_of_them)
@@ -341,7 +344,7 @@ def test_of_the_memory_store() -> None:
             self.stores = (MemoryStore(),)
             super().__init__()
 
-    run(Memory, 80, 40)
+    run(Memory, 50, 40)
 
 
 def test_of_the_sqlite_store(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -356,7 +359,7 @@ def test_of_the_sqlite_store(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(_sqlite_queues, "_clock", lambda: SQLite.now)
     monkeypatch.setattr(Leases, "hold", lambda leases, key, who: None)  # the machine renews, in its own time
-    run(SQLite, 60, 40)
+    run(SQLite, 30, 40)
 
 
 def test_of_the_redis_store() -> None:
