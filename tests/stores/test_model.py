@@ -22,6 +22,7 @@ BURST = {"requests": 3.0, "tokens": 10.0}
 RATE = {"requests": 1.0, "tokens": 4.0}
 """Units a tick."""
 SIZE = 2
+MOST = 8
 names = st.sampled_from(sorted(BURST))
 keys = st.sampled_from("aaab")
 any_of_them = st.integers(0, 1000)
@@ -38,7 +39,7 @@ class Waiter:
         self.kind, self.key, self.who, self.store, self.limits = kind, key, who, store, limits
         self.dead = False
         self.in_doubt = False
-        """Whether it may have lost its place, because the machine was too slow for it to ask again in time."""
+        """Whether it may have lost its place, because the machine was too slow for it to ask again, or to renew, in time."""
         self.told_at = 0.0
         self.told = 0.0
 
@@ -48,7 +49,8 @@ class Grants:
 
     def __init__(self, rate: float, burst: float) -> None:
         self.rate, self.burst = rate, burst
-        self.taken: list[tuple[float, float]] = []
+        self.taken: list[tuple[float, float, float]] = []
+        """When the store was asked, when it had answered, and the units."""
         self.lower: list[tuple[float, float, float]] = []
         """From when to when a lower rate held."""
 
@@ -59,20 +61,20 @@ class Grants:
         )
         return self.rate * (now - since) + self.burst - missing
 
-    def room(self, now: float) -> float:
+    def room(self, now: float, doubt: float) -> float:
         """Return the units that there surely are. A store is not stricter than it has to be, either."""
-        if self.lower:
+        if any(end > now or doubt > 0.001 for _, end, _ in self.lower):
             return -math.inf
-        level, before = 0.0, -math.inf
-        for at, units in [*self.taken, (now, 0.0)]:
-            level, before = max(0.0, level - self.rate * (at - before)), at
+        level, before = 0.0, 0.0
+        for _, at, units in [*self.taken, (now, now, 0.0)]:
+            level, before = max(0.0, level - self.allowed(before, at) + self.burst), at
             level = max(0.0, level + units)
         return self.burst - level
 
     def check(self, now: float, slack: float) -> None:
         """Law 3: every window that ends with this grant has no more than is allowed."""
         total = 0.0
-        for since, units in reversed(self.taken):
+        for since, _, units in reversed(self.taken):
             total += units
             assert total <= self.allowed(since, now) + slack, f"{total} units in {now - since} s"
 
@@ -137,12 +139,19 @@ class Machine(RuleBasedStateMachine):
         for key, held in self.held.items():
             self.held[key] = {who: each for who, each in held.items() if not each.dead or now < each.told_at}
 
+    def note_doubts(self) -> None:
+        now = self.time()
+        for each in self.waiting():
+            each.in_doubt |= now > each.told_at + min(each.told, LONGEST_PAUSE) + 0.24
+        if now > self.renewed_at + 0.6 * self.lease:
+            for each in self.holding():
+                each.in_doubt = True
+
     def ask(self, waiter: Waiter, *, wait: bool = True) -> bool:
         """Let a caller ask, for the first time or again, and check what it gets. Return whether it got it."""
         queue, key = self.order[waiter.kind, waiter.key], waiter.key
         began = self.time()
-        if waiter in queue and began > waiter.told_at + min(waiter.told, LONGEST_PAUSE) + 0.2:
-            waiter.in_doubt = True
+        self.note_doubts()
         if waiter.kind == "rates":
             turn = self.do(waiter.store, "reserve", key, waiter.who, waiter.limits)
         else:
@@ -162,7 +171,9 @@ class Machine(RuleBasedStateMachine):
             return True
         assert turn.seconds >= 0
         if waiter.kind == "rates" and not before and began > self.closed_until[key] + self.doubt:
-            assert any(each.cost > self.of(key, each.name).room(began) - self.slack for each in waiter.limits)
+            assert any(
+                each.cost > self.of(key, each.name).room(began, self.doubt) - self.slack for each in waiter.limits
+            )
         if not waiter.in_doubt:
             unsure = [each for each in queue if each not in before and each is not waiter and each.in_doubt]
             assert len(sure) <= turn.ahead <= len(before) + len(unsure)
@@ -177,19 +188,23 @@ class Machine(RuleBasedStateMachine):
         if waiter.kind == "rates":
             assert before == 0
         else:
-            inside = [each for each in self.held[waiter.key].values() if not each.dead]
-            assert before <= SIZE - len(inside) - 1
+            assert before <= SIZE - len(self.inside(waiter.key)) - 1
+
+    def inside(self, key: str) -> list[Waiter]:
+        return [each for each in self.held[key].values() if not each.dead and not each.in_doubt]
 
     def granted(self, waiter: Waiter, began: float, ended: float) -> None:
         key = waiter.key
         if waiter.kind == "places":
+            self.note_doubts()
             self.held[key][waiter.who] = waiter
-            assert len([each for each in self.held[key].values() if not each.dead]) <= SIZE
+            waiter.in_doubt = False
+            assert len(self.inside(key)) <= SIZE
             return
         assert ended >= self.closed_until[key] - self.slack
         for limit in waiter.limits:
             grants = self.of(key, limit.name)
-            grants.taken.append((began, limit.cost))
+            grants.taken.append((began, ended, limit.cost))
             grants.check(ended, self.slack)
 
     def pass_for(self, seconds: float) -> None:
@@ -204,14 +219,21 @@ class Machine(RuleBasedStateMachine):
             for waiter in asking:
                 self.ask(waiter)
             if self.time() - self.renewed_at >= self.lease / 4:
-                self.renewed_at = self.time()
-                for each in self.holding():
-                    assert self.do(each.store, "renew", each.key, each.who)
+                self.renew_all()
             if left <= 1e-9:
                 return
 
+    def renew_all(self) -> None:
+        began = self.time()
+        for each in self.holding():
+            is_held = self.do(each.store, "renew", each.key, each.who)
+            self.note_doubts()
+            assert is_held or each.in_doubt
+        self.renewed_at = began
+
     # What happens
 
+    @precondition(lambda self: len(self.waiting()) < MOST)
     @rule(key=keys, tokens=st.sampled_from([0.0, 1.0, 4.0, 10.0]), where=any_of_them, callers=st.integers(1, 3))
     def reserve(self, key: str, tokens: float, where: int, callers: int) -> None:
         costs = {"requests": 1.0, "tokens": tokens}
@@ -219,6 +241,7 @@ class Machine(RuleBasedStateMachine):
         for number in range(where, where + callers):
             self.ask(Waiter("rates", key, f"{next(_numbers)}", self.stores[number % len(self.stores)], limits))
 
+    @precondition(lambda self: len(self.waiting()) < MOST)
     @rule(key=keys, where=any_of_them, wait=st.sampled_from([True, True, True, False]), callers=st.integers(1, 3))
     def lease_a_place(self, key: str, where: int, wait: bool, callers: int) -> None:
         for number in range(where, where + callers):
@@ -254,8 +277,7 @@ class Machine(RuleBasedStateMachine):
         limit = Limit(name, RATE[name] / self.tick, BURST[name], units)
         began = self.time()
         self.do(self.stores[where % len(self.stores)], "correct", key, limit)
-        # What is given back counts from when it surely was, and what is taken from when it may have been.
-        self.of(key, name).taken.append((began, units))
+        self.of(key, name).taken.append((began, self.time(), units))
 
     @rule(key=keys, ticks=st.sampled_from([1.0, 3.0]))
     def close(self, key: str, ticks: float) -> None:
@@ -287,7 +309,7 @@ class Machine(RuleBasedStateMachine):
         """From now on nobody renews its lease, so it ends after its time."""
         holding = self.holding()
         holder = holding[which % len(holding)]
-        assert self.do(holder.store, "renew", holder.key, holder.who)
+        self.renew_all()
         holder.store._leases.drop(self.prefix + holder.key, holder.who)
         holder.dead, holder.told_at = True, self.time() + self.lease
 
@@ -321,9 +343,9 @@ class Machine(RuleBasedStateMachine):
         """Return the seconds after which all who wait have got what they need, or are forgotten."""
         closed = max([0.0, *[until - self.time() for until in self.closed_until.values()]])
         lower = max([0.0, *[end - self.time() for grants in self.grants.values() for _, end, _ in grants.lower]])
-        units = sum(max(0.0, cost) / grants.rate for grants in self.grants.values() for _, cost in grants.taken) + sum(
-            limit.cost / limit.rate for queue in self.order.values() for each in queue for limit in each.limits
-        )
+        units = sum(
+            max(0.0, cost) / grants.rate for grants in self.grants.values() for _, _, cost in grants.taken
+        ) + sum(limit.cost / limit.rate for queue in self.order.values() for each in queue for limit in each.limits)
         return closed + lower + units + (3 + len(self.waiting())) * self.tick
 
 
@@ -344,7 +366,7 @@ def test_of_the_memory_store() -> None:
             self.stores = (MemoryStore(),)
             super().__init__()
 
-    run(Memory, 50, 40)
+    run(Memory, 80, 40)
 
 
 def test_of_the_sqlite_store(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -359,7 +381,7 @@ def test_of_the_sqlite_store(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(_sqlite_queues, "_clock", lambda: SQLite.now)
     monkeypatch.setattr(Leases, "hold", lambda leases, key, who: None)  # the machine renews, in its own time
-    run(SQLite, 30, 40)
+    run(SQLite, 50, 40)
 
 
 def test_of_the_redis_store() -> None:
@@ -375,8 +397,8 @@ def test_of_the_redis_store() -> None:
     class Redis(Machine):
         tick = 0.03
         slack, doubt = 0.1, 0.05
-        lease = 0.5
-        stores = tuple([RedisStore(server.url, lease_seconds=0.5) for _ in range(2)])
+        lease = 1.0
+        stores = tuple([RedisStore(server.url, lease_seconds=1.0) for _ in range(2)])
 
         def time(self) -> float:
             return time.monotonic()
@@ -385,6 +407,6 @@ def test_of_the_redis_store() -> None:
             time.sleep(seconds)
 
     try:
-        run(Redis, 5, 20)
+        run(Redis, 4, 20)
     finally:
         server.close()
