@@ -177,11 +177,12 @@ class Rates(Queue[Wanted]):
     def correct(self, limit: Limit, now: float) -> None:
         """Take more of a limit, or give it back."""
         name, rate, _, cost = limit
-        known = self.limits
-        if not known or (known[-1].name != name and all([each.name != name for each in known])):
-            self.limits = (*known, limit)
         gap = self.gap(limit, now) if self.ceilings else 1.0 / rate
-        self.arrivals[name] = max(self.arrivals.get(name, now), now) + cost * gap
+        arrival = self.arrivals.get(name)
+        if arrival is None:  # nobody has asked for it since it was idle, and a throttle has to know its rate
+            arrival = now
+            self.limits = (*self.limits, limit)
+        self.arrivals[name] = max(arrival, now) + cost * gap
         if cost < 0 and self.waiting:
             self.wake()
 
@@ -232,18 +233,19 @@ class Places(Queue[None]):
         """Until when each caller that has a place holds it."""
 
     def lease(self, who: str, size: int, *, wait: bool, now: float = 0.0, until: float = math.inf) -> Turn | None:
-        if who in self.held:
+        held = self.held
+        if who in held:
             return None
         ahead = 0
         if self.waiting:
             ahead = len(self.ahead(who)) if who in self.waiting else len(self.waiting)
         # Where several places are free, nobody waits for those before him to ask, who have a place each.
-        if ahead >= size - len(self.held):
+        if ahead >= size - len(held):
             return self.turn(who, None, math.inf, ahead, now) if wait else Turn(math.inf, ahead, None)
-        self.held[who] = until
+        held[who] = until
         if self.waiting:
             self.leave(who, wake=False)
-            if len(self.held) < size:
+            if len(held) < size:
                 self.wake()
         return None
 

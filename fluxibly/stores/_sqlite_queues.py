@@ -76,7 +76,10 @@ class Kind(Generic[Q]):
         queue, state = self._make(), ""
         if found:
             state, at = found[0]
-            self._fill(queue, _decoded(state))
+            try:
+                self._fill(queue, _decoded(state))
+            except (TypeError, ValueError):  # a version with another form has written it, or a disk that forgets
+                return self._make(), state, now
             if now < at:  # the machine has started anew since
                 queue.shift(now - at)
             queue.forget_dead(now)

@@ -177,8 +177,7 @@ class MemoryStore:
             places = self._places.get(key)
             if places is not None:
                 places.release(who)
-            rates = self._rates.get(key) if self._rates else None
-            if rates is not None:
+            if self._rates and (rates := self._rates.get(key)) is not None:
                 rates.leave(who)
 
     def add(self, key: str, amount: float, per: float | None, now: float, *, most: float | None = None) -> float | None:

@@ -234,7 +234,7 @@ class Machine(RuleBasedStateMachine):
     # What happens
 
     @precondition(lambda self: len(self.waiting()) < MOST)
-    @rule(key=keys, tokens=st.sampled_from([0.0, 1.0, 4.0, 10.0]), where=any_of_them, callers=st.integers(1, 3))
+    @rule(key=keys, tokens=st.sampled_from([0.0, 1.0, 4.0, 10.0]), where=any_of_them, callers=st.integers(1, 4))
     def reserve(self, key: str, tokens: float, where: int, callers: int) -> None:
         costs = {"requests": 1.0, "tokens": tokens}
         limits = tuple([Limit(name, RATE[name] / self.tick, BURST[name], cost) for name, cost in costs.items()])
@@ -242,7 +242,7 @@ class Machine(RuleBasedStateMachine):
             self.ask(Waiter("rates", key, f"{next(_numbers)}", self.stores[number % len(self.stores)], limits))
 
     @precondition(lambda self: len(self.waiting()) < MOST)
-    @rule(key=keys, where=any_of_them, wait=st.sampled_from([True, True, True, False]), callers=st.integers(1, 3))
+    @rule(key=keys, where=any_of_them, wait=st.sampled_from([True, True, True, False]), callers=st.integers(1, 4))
     def lease_a_place(self, key: str, where: int, wait: bool, callers: int) -> None:
         for number in range(where, where + callers):
             waiter = Waiter("places", key, f"{next(_numbers)}", self.stores[number % len(self.stores)], ())

@@ -90,6 +90,21 @@ class TestFiles:
         assert store.lease("k", "three", 1, 0.0) is None
         assert "is damaged; it is now 'a.db.broken-1'" in capsys.readouterr().err
 
+    @pytest.mark.parametrize("state", ["", "[1", "[]", "{}", "3", "[1, 2, 3]", "[[], {}, 5, {}, {}, 0, {}]"])
+    def test_with_a_state_that_cannot_be_read(self, path, state):
+        """It counts as none, and the next step replaces it."""
+        store = SQLiteStore(path)
+        store.reserve("k", "one", ONE, 0.0)
+        store.lease("k", "one", 1, 0.0)
+        db = sqlite3.connect(path)
+        db.execute("UPDATE fluxibly_queues SET state = ?", (state,))
+        db.commit()
+        db.close()
+        assert store.reserve("k", "two", ONE, 0.0) is None
+        assert store.lease("k", "two", 1, 0.0) is None
+        assert store.reserve("k", "three", ONE, 0.0) is not None
+        assert store.lease("k", "three", 1, 0.0) is not None
+
     def test_that_are_full(self, path):
         """What does not fit changes nothing, and places are given back."""
         store = SQLiteStore(path)
