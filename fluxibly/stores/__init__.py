@@ -43,12 +43,10 @@ def to_store(value: Any, needs: Collection[str] | None = None, *, max_bytes: int
     methods = (
         _METHODS if needs is None else [name for name in _METHODS if name.removeprefix("a") in needs or name in needs]
     )
-    in_file = set(methods) <= _IN_FILES
-    kinds = "'memory', 'sqlite:PATH'" if in_file else "'memory'"
-    expected = f"store: expected {kinds} or an object with the methods of fluxibly.stores.Store"
+    expected = "store: expected 'memory', 'sqlite:PATH' or an object with the methods of fluxibly.stores.Store"
     if isinstance(value, str):
         scheme, colon, path = value.partition(":")
-        if scheme == "sqlite" and in_file:
+        if scheme == "sqlite":
             return _in_file(path, max_bytes)
         got = scheme + ":…" if colon else value  # a URL may have a password
         why = f"; {_NOT_YET[scheme]}" if scheme in _NOT_YET else ""
@@ -71,10 +69,8 @@ def _in_file(path: str, max_bytes: int | None) -> Any:
 
 
 _METHODS = tuple(name for name in vars(Store) if not name.startswith("_") and name != "local")
-_IN_FILES = {f"{twin}{name}" for twin in ("", "a") for name in ("load", "save", "add")}
 _NOT_YET = {
-    "sqlite": "a file has no queues and limits yet, only values and sums",
     "redis": "there is no store on a Redis server yet",
     "rediss": "there is no store on a Redis server yet",
 }
-"""What a known kind of URL cannot be used for."""
+"""The kinds of URLs that are known, but not supported yet."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from weakref import ref
 
 from fluxibly._logs import report_once
 from fluxibly._threads import renew_lock_after_fork
@@ -20,7 +21,8 @@ class Leases:
     The thread starts with the first lease and ends once none is held. A forked process begins without leases.
 
     Args:
-        renew: renews the lease of a key and a caller; it returns whether the lease was still held.
+        renew: renews the lease of a key and a caller; it returns whether the lease was still held. It should not refer to
+            the store, which would not be collected while its thread runs.
         seconds: the seconds for which a lease is held without being renewed.
         store: the name of the store's class.
     """
@@ -43,25 +45,28 @@ class Leases:
         with self._lock:
             self._held[key, who] = None
             if self._thread is None:
-                self._thread = threading.Thread(target=self._keep, name=f"fluxibly leases {self._store}", daemon=True)
+                name = f"fluxibly leases {self._store}"
+                self._thread = threading.Thread(
+                    target=_keep, args=(ref(self), self._seconds / 3), name=name, daemon=True
+                )
                 self._thread.start()
 
     def drop(self, key: str, who: str) -> None:
         """Renew a lease no longer."""
         self._held.pop((key, who), None)
 
-    def _keep(self) -> None:
-        while True:
-            time.sleep(self._seconds / 3)
-            with self._lock:
-                if not self._held:
-                    self._thread = None
-                    return
-            for key, who in [*self._held]:
-                if (key, who) in self._held:
-                    self._keep_one(key, who)
+    def renew_all(self) -> bool:
+        """Renew all leases. Return False, and forget the thread, if there are none."""
+        with self._lock:
+            if not self._held:
+                self._thread = None
+                return False
+        for key, who in [*self._held]:
+            if (key, who) in self._held:
+                self._renew_one(key, who)
+        return True
 
-    def _keep_one(self, key: str, who: str) -> None:
+    def _renew_one(self, key: str, who: str) -> None:
         try:
             why = "" if self._renew(key, who) else "the store has forgotten it"
         except Exception as error:  # noqa: BLE001  # a server fails in many ways, and the thread has other leases
@@ -71,3 +76,13 @@ class Leases:
                 f"lease {self._store}",
                 f"{self._store}: a lease could not be renewed ({why}); its call goes on, and another may take its place",
             )
+
+
+def _keep(of: ref[Leases], pause: float) -> None:
+    """Renew leases, until there are none. The thread does not keep them alive while it sleeps."""
+    while True:
+        time.sleep(pause)
+        leases = of()
+        if leases is None or not leases.renew_all():
+            return
+        del leases

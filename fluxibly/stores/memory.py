@@ -5,225 +5,49 @@ from __future__ import annotations
 import math
 from collections import deque
 from threading import RLock
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 from fluxibly._threads import renew_lock_after_fork
 from fluxibly.signals import Signal
+from fluxibly.stores._queues import Places, Queue, Rates, Wanted
 from fluxibly.stores.protocol import PARTS, Entry, Limit, Turn
 
 W = TypeVar("W")
 
 _SWEEP = 1024
 """The number of keys from which on those that nothing depends on are forgotten."""
-_ROUNDING = 1e-9
-"""A wait below so many seconds is a rounding error, and would be asked for again and again."""
 
 
-class _Queue(Generic[W]):
-    """The callers that wait for one thing, first come, first served. Only the first has its signal set."""
+class _Woken(Queue[W]):
+    """A queue whose callers are woken by signals, and so never have to ask again. Only the first has its signal set."""
 
     def __init__(self) -> None:
-        self.waiting: dict[str, W] = {}
+        super().__init__()
         self.signals: dict[str, Signal] = {}
 
-    def turn(self, who: str, what: W, seconds: float, ahead: int) -> Turn:
+    def turn(self, who: str, what: W, seconds: float, ahead: int, now: float) -> Turn:
         """Keep a caller's place, and return its turn. It gets a new signal each time that it asks."""
         self.waiting[who] = what
         signal = self.signals[who] = Signal()
         return Turn(seconds, ahead, signal)
 
     def leave(self, who: str, *, wake: bool = True) -> W | None:
-        """Let a caller leave, and wake the next one if it was the first."""
-        if who not in self.waiting:
-            # It may have left already, and been interrupted before it could wake the next.
-            self.wake()
-            return None
-        first = next(iter(self.waiting)) == who
-        what = self.waiting.pop(who)
-        del self.signals[who]
-        if first and wake:
-            self.wake()
+        what = super().leave(who, wake=wake)
+        self.signals.pop(who, None)
         return what
 
     def wake(self) -> None:
-        """Let the first ask again."""
         for who in self.waiting:
             self.signals[who].set()
             return
 
-    def ahead(self, who: str) -> list[W]:
-        """Return what those wait for who came before."""
-        found: list[W] = []
-        for other, what in self.waiting.items():
-            if other == who:
-                break
-            found.append(what)
-        return found
 
-
-class _Rates(_Queue[tuple[Limit, ...]]):
+class _Rates(_Woken[Wanted], Rates):
     """The limits under one key."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.limits: tuple[Limit, ...] = ()
-        """The limits of the last call that asked."""
-        self.arrivals: dict[str, float] = {}
-        """For each limit, when it would be unused if nothing more were taken: GCRA's theoretical arrival time."""
-        self.ceilings: dict[str, tuple[float, float]] = {}
-        """For each limit, the rate that a `throttle` allows, and until when."""
-        self.closed_until = -math.inf
-        """Nothing passes before this time."""
-        self.queued: dict[str, float] = {}
-        """For each limit, what all who wait need of it."""
 
-    def gap(self, limit: Limit, now: float) -> float:
-        """Return the seconds that one unit of a limit takes."""
-        usual = 1.0 / limit.rate
-        ceiling = self.ceilings.get(limit.name)
-        if ceiling is None:
-            return usual
-        rate, until = ceiling
-        slow = max(usual, 1.0 / rate)
-        if now < until:
-            return slow
-        del self.ceilings[limit.name]
-        self._rescale(limit.name, until, usual / slow)
-        return usual
-
-    def _rescale(self, name: str, at: float, factor: float) -> None:
-        """Keep the units that are taken of a limit, from a time on at which each takes `factor` times as long."""
-        arrival = self.arrivals.get(name, at)
-        if arrival > at:
-            self.arrivals[name] = at + (arrival - at) * factor
-
-    def slow_down(self, name: str, rate: float, until: float, now: float) -> None:
-        """Let a limit have at most a rate until some time."""
-        limit = next((limit for limit in self.limits if limit.name == name), None)
-        before = None if limit is None else self.gap(limit, now)
-        self.ceilings[name] = (rate, until)
-        if limit is not None and before is not None:
-            self._rescale(name, now, self.gap(limit, now) / before)
-
-    def reserve(self, who: str, limits: tuple[Limit, ...], now: float) -> Turn | None:
-        self.limits = limits
-        closed = self.closed_until
-        if not self.waiting and not self.ceilings and closed <= now and self._take(limits, now):
-            return None
-        wait = closed - now
-        ahead = 0
-        before: list[tuple[Limit, ...]] | None = None
-        if self.waiting:
-            before = self.ahead(who) if who in self.waiting else None
-            ahead = len(self.waiting) if before is None else len(before)
-        taken: list[tuple[str, float]] = []
-        for limit in limits:
-            name, rate, burst, cost = limit
-            gap = self.gap(limit, now) if self.ceilings else 1.0 / rate
-            arrival = self.arrivals.get(name, now)
-            arrival = max(now, arrival)
-            taken.append((name, arrival + cost * gap))
-            if ahead or self.ceilings:
-                units = (arrival - now) / gap + (self._needed(before, name) if ahead else 0.0)
-                needed = self._wait_after(units, limit, gap, now) + (max(0.0, closed - arrival) if ahead else 0.0)
-            else:
-                needed = arrival + (cost - burst) * gap - now
-            wait = max(wait, needed)
-        if ahead or wait > _ROUNDING:
-            is_new = who not in self.waiting
-            turn = self.turn(who, limits, max(0.0, wait), ahead)
-            if is_new:
-                self._count(limits, 1)
-            return turn
-        self.arrivals.update(taken)
-        if who in self.waiting:
-            self.leave(who)
-        return None
-
-    def _take(self, limits: tuple[Limit, ...], now: float) -> bool:
-        """Take what a call costs at the usual rates. Return False, and take nothing, if it has to wait."""
-        taken: dict[str, float] = {}
-        for name, rate, burst, cost in limits:
-            arrival = max(self.arrivals.get(name, now), now)
-            if arrival + (cost - burst) / rate - now > _ROUNDING:
-                return False
-            taken[name] = arrival + cost / rate
-        self.arrivals.update(taken)
-        return True
-
-    def correct(self, limit: Limit, now: float) -> None:
-        """Take more of a limit, or give it back."""
-        name, rate, _, cost = limit
-        gap = self.gap(limit, now) if self.ceilings else 1.0 / rate
-        self.arrivals[name] = max(self.arrivals.get(name, now), now) + cost * gap
-        if cost < 0 and self.waiting:
-            self.wake()
-
-    def _wait_after(self, units: float, limit: Limit, gap: float, now: float) -> float:
-        """Return the seconds until a call may go after which so many units are taken, at a `gap` that a ceiling may set."""
-        name, rate, burst, cost = limit
-        ceiling = self.ceilings.get(name)
-        if ceiling is None:
-            return (units + cost - burst) * gap
-        # A lower rate has a smaller burst: what the same time allows, and at least one call.
-        wait = (units + cost - max(burst / rate / gap, min(cost, burst))) * gap
-        left = ceiling[1] - now
-        return wait if wait <= left else left + max(0.0, (units - left / gap + cost - burst) / rate)
-
-    def _needed(self, before: list[tuple[Limit, ...]] | None, name: str) -> float:
-        """Return what those who came before need of a limit. None: all who wait."""
-        if before is None:
-            return self.queued.get(name, 0.0)
-        return sum([limit.cost for limits in before for limit in limits if limit.name == name])
-
-    def leave(self, who: str, *, wake: bool = True) -> tuple[Limit, ...] | None:
-        limits = super().leave(who, wake=wake)
-        if limits is not None:
-            self._count(limits, -1)
-        return limits
-
-    def _count(self, limits: tuple[Limit, ...], sign: int) -> None:
-        for limit in limits:  # from 0 again once nobody waits, without the rounding errors
-            self.queued[limit.name] = self.queued.get(limit.name, 0.0) + sign * limit.cost if self.waiting else 0.0
-
-    def is_idle(self, now: float) -> bool:
-        times = [self.closed_until, *self.arrivals.values(), *(until for _, until in self.ceilings.values())]
-        return not self.waiting and now >= max(times)
-
-
-class _Places(_Queue[None]):
+class _Places(_Woken[None], Places):
     """The places under one key."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.held: dict[str, None] = {}
-
-    def lease(self, who: str, size: int, *, wait: bool) -> Turn | None:
-        if who in self.held:
-            return None
-        ahead = 0
-        if self.waiting:
-            ahead = len(self.ahead(who)) if who in self.waiting else len(self.waiting)
-        if ahead or len(self.held) >= size:
-            return self.turn(who, None, math.inf, ahead) if wait else Turn(math.inf, ahead, None)
-        self.held[who] = None
-        if self.waiting:
-            self.leave(who, wake=False)
-            if len(self.held) < size:
-                self.wake()
-        return None
-
-    def release(self, who: str) -> None:
-        """Give a place back, or leave the queue."""
-        if who not in self.held:
-            self.leave(who)
-            return
-        del self.held[who]
-        if self.waiting:
-            self.wake()
-
-    def is_idle(self, now: float) -> bool:
-        return not self.held and not self.waiting
 
 
 class _Sum:
@@ -330,11 +154,7 @@ class MemoryStore:
             rates = self._rates.get(key)
             if rates is None:
                 rates = self._rates[key] = _Rates()
-            if rate <= 0:
-                rates.closed_until = max(rates.closed_until, now + seconds)
-            else:
-                rates.slow_down(name, rate, now + seconds, now)
-            rates.wake()
+            rates.throttle(name, rate, seconds, now)
 
     def lease(self, key: str, who: str, size: int, now: float, *, wait: bool = True) -> Turn | None:
         """Take one of several places; see `Store.lease`."""
@@ -357,9 +177,7 @@ class MemoryStore:
             places = self._places.get(key)
             if places is not None:
                 places.release(who)
-                return
-            rates = self._rates.get(key)
-            if rates is not None:
+            if self._rates and (rates := self._rates.get(key)) is not None:
                 rates.leave(who)
 
     def add(self, key: str, amount: float, per: float | None, now: float, *, most: float | None = None) -> float | None:

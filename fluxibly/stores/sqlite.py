@@ -1,37 +1,37 @@
-"""`SQLiteStore`: values and sums in a file, which the processes of one machine share."""
+"""`SQLiteStore`: what the processes of one machine share, in a file."""
 
 from __future__ import annotations
 
 import os
 import sqlite3
 import time
-from collections.abc import Callable, Generator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from threading import RLock
-from typing import TypeVar
-from weakref import WeakSet
 
-from fluxibly._checks import is_path, whole
-from fluxibly._logs import report_once
+from fluxibly._checks import is_path, number, whole
 from fluxibly.errors import ConfigError, StoreError
-from fluxibly.stores.protocol import PARTS, Entry
+from fluxibly.stores import _sqlite_queues
+from fluxibly.stores._leases import LEASE, Leases
+from fluxibly.stores._queues import Places
+from fluxibly.stores._sqlite_file import Busy, DiskFull, SQLiteFile
+from fluxibly.stores._sqlite_queues import PLACES, RATES, Asking, forget_idle
+from fluxibly.stores._worker_threads import WorkerThreads
+from fluxibly.stores.protocol import PARTS, Entry, Limit, Turn
 
-T = TypeVar("T")
+__all__ = ["MAX_BYTES", "Busy", "DiskFull", "SQLiteStore"]
 
 _now = time.time
 MAX_BYTES = 4_000_000_000
-_BUSY = 5.0
-"""The most seconds to wait for another process that writes."""
 _ROW = 128
 """The bytes that a value takes beside its key and itself, about."""
 _NOTE_USES_AFTER = 1.0
 """The seconds after which it is written down which values were read."""
 _MOST_USES = 1000
 """The most values whose use is remembered until then."""
-_SWEEP = 256
-"""The number of changes after which what has expired is forgotten."""
+_THREADS = 8
+"""The most worker threads for the async methods that write, and for those that read. One at a time is at the file."""
 
 # Times are those of the system's clock, because other processes read them. Which value was used last is counted, so that a
 # clock that jumps puts nothing out of order.
@@ -75,36 +75,21 @@ INSERT INTO fluxibly_parts VALUES (?, ?, ?) ON CONFLICT (key, at) DO UPDATE SET 
 """
 
 
-class DiskFull(StoreError):
-    """There is no room for more."""
-
-
-class _Side:
-    """A connection that one thread at a time uses, and its lock."""
-
-    def __init__(self) -> None:
-        self.lock = RLock()  # reentrant, because a signal handler may close a stream
-        self.connection: sqlite3.Connection | None = None
-        self.file: tuple[int, int] | None = None
-        """What identifies the file that was opened last."""
-
-    def close(self) -> None:
-        connection, self.connection = self.connection, None
-        if connection is not None:
-            connection.close()
-
-
 class SQLiteStore:
     """A store in a SQLite file, for any number of threads and processes of one machine. The file must not lie on a network.
 
-    It has values and sums (`load`, `save`, `add`), and not yet the methods for limits and queues. The file is made if it does
-    not exist, readable for its owner alone; its folder has to exist. A file that is damaged is set aside under another name,
-    beside a new one.
+    The file is made if it does not exist, readable for its owner alone; its folder has to exist. A file that is damaged is set
+    aside under another name, beside a new one.
+
+    Who waits for a rate or a place asks again and again. Who has not done so half a second after its estimated wait, or for
+    a second where there is no estimate, is forgotten. A place is held for `lease_seconds`, and a thread of this process
+    renews it meanwhile. So what a killed process held or waited for is free again after that.
 
     Args:
         path: the file.
         max_bytes: the most bytes that values may take, from 1 up. Those that were not used for longest are forgotten first.
-            The file may be somewhat larger. Sums do not count.
+            The file may be somewhat larger. Sums, rates and places do not count.
+        lease_seconds: the seconds for which a place is held without being renewed, above 0. It is renewed at a third of that.
 
     Raises:
         ConfigError: the folder does not exist, or the path is that of a folder.
@@ -112,61 +97,87 @@ class SQLiteStore:
 
     local = False
 
-    def __init__(self, path: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES) -> None:
-        found = whole("max_bytes", max_bytes, 1)
+    def __init__(
+        self, path: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES, lease_seconds: float = LEASE
+    ) -> None:
+        found = whole("max_bytes", max_bytes, 1) or number("lease_seconds", lease_seconds, above=0)
         if found is not None:
             raise ConfigError(f"SQLiteStore: {found}")
         self.path = Path(path).expanduser().absolute()
         self.max_bytes = max_bytes
+        self.lease_seconds = lease_seconds
         if not os.fspath(path) or not is_path(os.fspath(path)) or self.path.is_dir():
             raise ConfigError(
                 f"SQLiteStore: expected the path of a file, got {os.fspath(path)!r}; write sqlite:answers.db"
             )
         if not self.path.parent.is_dir():
             raise ConfigError(f"SQLiteStore: the folder {os.fspath(self.path.parent)!r} does not exist; make it first")
-        self._reader, self._writer = _Side(), _Side()
-        """A connection of its own for reading, so that no read waits for a process that writes."""
+        self._file = SQLiteFile(self.path, _SCHEMA + _sqlite_queues.SCHEMA, _sqlite_queues.NEWEST, _forget_over)
+        self._asking = Asking(self._file)
+        # Not a method of this store, which would never be collected.
+        self._leases = Leases(partial(_renew, self._file, lease_seconds), lease_seconds, type(self).__name__)
+        self._reads, self._writes = WorkerThreads(_THREADS), WorkerThreads(_THREADS)
         self._uses: dict[str, None] = {}
         """The values that were read since that was last written down, in order."""
         self._noted_at = time.monotonic()
-        self._changes = 0
-        _stores.add(self)
 
     def __reduce__(self) -> tuple[Callable[..., SQLiteStore], tuple[Path]]:
-        return partial(SQLiteStore, max_bytes=self.max_bytes), (self.path,)
+        return partial(SQLiteStore, max_bytes=self.max_bytes, lease_seconds=self.lease_seconds), (self.path,)
 
     def __repr__(self) -> str:
         limit = "" if self.max_bytes == MAX_BYTES else f", max_bytes={self.max_bytes}"
-        return f"{type(self).__name__}({os.fspath(self.path)!r}{limit})"
+        lease = "" if self.lease_seconds == LEASE else f", lease_seconds={self.lease_seconds:g}"
+        return f"{type(self).__name__}({os.fspath(self.path)!r}{limit}{lease})"
 
     def close(self) -> None:
         """Close the file. The next call opens it again."""
-        for side in (self._reader, self._writer):
-            with side.lock:
-                side.close()
+        self._file.close()
 
-    def __del__(self) -> None:
-        with suppress(Exception):  # `__init__` may have failed, and Python may be about to end
-            self.close()
+    # Rates and places
 
-    def hold(self) -> None:
-        """Close the file, and let no thread open it before `let_go`."""
-        self._reader.lock.acquire()
-        self._writer.lock.acquire()
-        self.close()
+    def reserve(self, key: str, who: str, limits: tuple[Limit, ...], now: float) -> Turn | None:
+        """Take what a call costs of several limits; see `Store.reserve`."""
+        return self._asking.ask(RATES, key, who, lambda rates, now: rates.reserve(who, limits, now))
 
-    def let_go(self) -> None:
-        """Undo `hold`."""
-        self._writer.lock.release()
-        self._reader.lock.release()
+    def correct(self, key: str, limit: Limit, now: float) -> None:
+        """Take more of a limit, or give it back; see `Store.correct`."""
+        self._file.write(partial(RATES.change, key, lambda rates, now: rates.correct(limit, now)))
+
+    def throttle(self, key: str, name: str, rate: float, seconds: float, now: float) -> None:
+        """Slow a limit down for a while; see `Store.throttle`."""
+        self._file.write(partial(RATES.change, key, lambda rates, now: rates.throttle(name, rate, seconds, now)))
+
+    def lease(self, key: str, who: str, size: int, now: float, *, wait: bool = True) -> Turn | None:
+        """Take one of several places; see `Store.lease`."""
+
+        def step(places: Places, now: float) -> Turn | None:
+            return places.lease(who, size, wait=wait, now=now, until=now + self.lease_seconds)
+
+        turn = self._asking.ask(PLACES, key, who, step) if wait else self._file.write(partial(PLACES.change, key, step))
+        if turn is None:
+            self._leases.hold(key, who)
+        return turn
+
+    def renew(self, key: str, who: str, now: float) -> bool:
+        """Keep a place for longer; see `Store.renew`. This store does so by itself."""
+        return _renew(self._file, self.lease_seconds, key, who)
+
+    def release(self, key: str, who: str, now: float) -> None:
+        """Give a place back, or leave a queue; see `Store.release`."""
+        self._leases.drop(key, who)
+        self._asking.forget(key, who)
+
+        def leave(db: sqlite3.Connection) -> None:
+            PLACES.change(key, lambda places, now: places.release(who), db)
+            RATES.change(key, lambda rates, now: rates.leave(who), db)
+
+        self._file.write(leave)
 
     # Values
 
     def load(self, key: str, now: float) -> Entry | None:
         """Return the value under a key, or None; see `Store.load`."""
-        found: list[tuple[bytes, float | None]] = self._do(
-            self._reader, lambda db: db.execute(_LOAD, (key,)).fetchall()
-        )
+        found: list[tuple[bytes, float | None]] = self._file.read(lambda db: db.execute(_LOAD, (key,)).fetchall())
         if not found:
             return None
         value, until = found[0]
@@ -189,10 +200,10 @@ class SQLiteStore:
         """
         size = 0 if value is None else len(key) + len(value) + _ROW
         if value is None or size > self.max_bytes:
-            self._write(partial(_forget, key, sums=value is None))
+            self._file.write(partial(_forget, key, sums=value is None))
         else:
             until = None if seconds is None else _now() + seconds
-            self._write(partial(self._save, (key, value, until, size)))
+            self._file.write(partial(self._save, (key, value, until, size)))
 
     def _save(self, row: tuple[object, ...], db: sqlite3.Connection) -> None:
         db.execute(_SAVE, row)
@@ -216,146 +227,59 @@ class SQLiteStore:
     def _note_uses(self) -> None:
         """Write down which values were used, unless another thread or process writes."""
         self._noted_at = time.monotonic()
-        if not self._writer.lock.acquire(blocking=False):
-            return
-        try:
+
+        def note(db: sqlite3.Connection) -> None:
             uses, self._uses = self._uses, {}
-            db = self._opened(self._writer)
-            db.execute("PRAGMA busy_timeout = 0")
-            try:
-                with transaction(db):
-                    db.executemany(_USE, [(key,) for key in uses])
-            finally:
-                db.execute(f"PRAGMA busy_timeout = {_BUSY * 1000:.0f}")
-        except sqlite3.Error:
-            pass  # the value was read, and which is forgotten first matters little
-        finally:
-            self._writer.lock.release()
+            db.executemany(_USE, [(key,) for key in uses])
+
+        with suppress(StoreError, sqlite3.Error):  # the value was read, and which is forgotten first matters little
+            self._file.write(note, patience=0)
 
     # Sums
 
     def add(self, key: str, amount: float, per: float | None, now: float, *, most: float | None = None) -> float | None:
         """Add to a sum; see `Store.add`. Whole amounts are kept exactly."""
-        return self._write(partial(_add, key, _exact(amount), per, most))
+        return self._file.write(partial(_add, key, _exact(amount), per, most))
 
-    # The file
+    async def areserve(self, key: str, who: str, limits: tuple[Limit, ...], now: float) -> Turn | None:
+        return await self._writes.run(partial(self.reserve, key, who, limits, now))
 
-    def _write(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        """Do some work in a transaction that writes, and return its result."""
+    async def acorrect(self, key: str, limit: Limit, now: float) -> None:
+        await self._writes.run(partial(self.correct, key, limit, now))
 
-        def whole_work(db: sqlite3.Connection) -> T:
-            with transaction(db):
-                self._changes += 1
-                if self._changes % _SWEEP == 0:
-                    _forget_expired(db)
-                return work(db)
+    async def athrottle(self, key: str, name: str, rate: float, seconds: float, now: float) -> None:
+        await self._writes.run(partial(self.throttle, key, name, rate, seconds, now))
 
-        return self._do(self._writer, whole_work)
+    async def alease(self, key: str, who: str, size: int, now: float, *, wait: bool = True) -> Turn | None:
+        return await self._writes.run(partial(self.lease, key, who, size, now, wait=wait))
 
-    def _do(self, side: _Side, work: Callable[[sqlite3.Connection], T]) -> T:
-        """Do some work with a connection. If the file is damaged, do it with a new one."""
-        try:
-            with side.lock:
-                return work(self._opened(side))
-        except sqlite3.DatabaseError as error:
-            if not is_damage(error):
-                raise self._translated(error) from error
-        self._set_aside(side)
-        try:
-            with side.lock:
-                return work(self._opened(side))
-        except sqlite3.DatabaseError as error:
-            raise self._translated(error) from error
+    async def arenew(self, key: str, who: str, now: float) -> bool:
+        return await self._writes.run(partial(self.renew, key, who, now))
 
-    def _translated(self, error: sqlite3.DatabaseError) -> Exception:
-        if error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_FULL:
-            return DiskFull(f"SQLiteStore: there is no room for more in {os.fspath(self.path)!r}")
-        return error
-
-    def _opened(self, side: _Side) -> sqlite3.Connection:
-        """Return the connection of a side, which is opened if it is not. The caller has its lock."""
-        if side.connection is not None and identity(self.path) != side.file:
-            side.close()  # somebody has removed the file, and other processes would not see what is written there
-        while side.connection is None:
-            # The permissions of the file, which those beside it get, too, are set before there is anything in it.
-            with suppress(FileExistsError):
-                os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
-            side.file = identity(self.path)
-            db = sqlite3.connect(self.path, timeout=_BUSY, isolation_level=None, check_same_thread=False)
-            try:
-                if identity(self.path) == side.file:  # else somebody has just set it aside
-                    _prepare(db)
-                    side.connection = db
-            finally:
-                if side.connection is None:
-                    db.close()
-        return side.connection
-
-    def _set_aside(self, side: _Side) -> None:
-        """Give the damaged file of a side another name, unless another thread or process has done so."""
-        with self._reader.lock, self._writer.lock:
-            self.close()
-            with alone(self.path):
-                if side.file is None or identity(self.path) != side.file:
-                    return
-                number = 1
-                while (aside := Path(f"{self.path}.broken-{number}")).exists():
-                    number += 1
-                for suffix in ("", "-wal", "-shm"):
-                    with suppress(FileNotFoundError):
-                        Path(f"{self.path}{suffix}").rename(f"{aside}{suffix}")
-        report_once(
-            f"sqlite {aside}",
-            f"SQLiteStore: the file {os.fspath(self.path)!r} is damaged; it is now {aside.name!r}, beside a new one",
-        )
+    async def arelease(self, key: str, who: str, now: float) -> None:
+        await self._writes.run(partial(self.release, key, who, now))
 
     async def aload(self, key: str, now: float) -> Entry | None:
-        return await _in_thread(partial(self.load, key, now), abandon=True)
+        return await self._reads.run(partial(self.load, key, now), abandon=True)
 
     async def asave(self, key: str, value: bytes | None, seconds: float | None, now: float) -> None:
-        await _in_thread(partial(self.save, key, value, seconds, now))
+        await self._writes.run(partial(self.save, key, value, seconds, now))
 
     async def aadd(
         self, key: str, amount: float, per: float | None, now: float, *, most: float | None = None
     ) -> float | None:
-        return await _in_thread(partial(self.add, key, amount, per, now, most=most))
+        return await self._writes.run(partial(self.add, key, amount, per, now, most=most))
 
 
-async def _in_thread(work: Callable[[], T], *, abandon: bool = False) -> T:
-    """Do some work in a worker thread. A cancellation waits for it, unless it may be abandoned."""
-    import anyio.to_thread  # late, to keep the import of stores fast
-
-    return await anyio.to_thread.run_sync(work, abandon_on_cancel=abandon)
+def _renew(file: SQLiteFile, seconds: float, key: str, who: str) -> bool:
+    """Let a caller hold its place for some seconds from now on. Return whether it still has one."""
+    return file.write(partial(PLACES.change, key, lambda places, now: places.renew(who, now + seconds)))
 
 
-def _prepare(db: sqlite3.Connection) -> None:
-    end = time.monotonic() + _BUSY
-    while True:
-        try:
-            db.execute("PRAGMA journal_mode = WAL")
-            break
-        except sqlite3.OperationalError as error:  # SQLite does not wait for another process that changes this mode
-            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > end:
-                raise
-            time.sleep(0.01)
-    db.execute("PRAGMA synchronous = NORMAL")
-    if not db.execute("SELECT 1 FROM sqlite_master WHERE name = 'fluxibly_parts'").fetchall():
-        with transaction(db):
-            for statement in _SCHEMA.split(";\n"):
-                db.execute(statement)
-
-
-@contextmanager
-def transaction(db: sqlite3.Connection) -> Generator[None]:
-    """Let all that is written come to pass, or nothing of it."""
-    db.execute("BEGIN IMMEDIATE")
-    try:
-        yield
-        db.execute("COMMIT")
-    except BaseException:
-        with suppress(sqlite3.Error):  # a full disk may have ended the transaction already
-            db.execute("ROLLBACK")
-        raise
+def _forget_over(db: sqlite3.Connection) -> None:
+    """Forget all that nothing depends on any more."""
+    _forget_expired(db)
+    forget_idle(db)
 
 
 def _forget_expired(db: sqlite3.Connection) -> int:
@@ -438,55 +362,3 @@ def _take_off(key: str, amount: float, db: sqlite3.Connection) -> None:
         else:
             db.execute("DELETE FROM fluxibly_parts WHERE key = ? AND at = ?", (key, at))
         amount -= part
-
-
-def is_damage(error: sqlite3.DatabaseError) -> bool:
-    return error.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
-
-
-def identity(path: Path) -> tuple[int, int] | None:
-    """Return what identifies a file, or None if there is none."""
-    try:
-        found = path.stat()
-    except FileNotFoundError:
-        return None
-    return found.st_dev, found.st_ino
-
-
-@contextmanager
-def alone(path: Path) -> Generator[None]:
-    """Keep other threads and processes from renaming a file meanwhile."""
-    with _renaming, ExitStack() as locks:
-        with suppress(ImportError):  # on Windows, where a file that is open cannot be renamed anyway
-            import fcntl
-
-            # A file of its own: to close the database, opened once more, would take the locks of SQLite away.
-            file = os.open(f"{path}.broken-lock", os.O_CREAT | os.O_RDWR, 0o600)
-            locks.callback(os.close, file)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-_renaming = RLock()
-
-
-# SQLite forbids to use or even to close in a forked process what was opened before. So all files are closed at a fork, and
-# no thread is at work with one meanwhile.
-
-_stores: WeakSet[SQLiteStore] = WeakSet()
-_held: list[SQLiteStore] = []
-
-
-def _before_fork() -> None:
-    for store in [*_stores]:
-        store.hold()
-        _held.append(store)
-
-
-def _after_fork() -> None:
-    while _held:
-        _held.pop().let_go()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork)

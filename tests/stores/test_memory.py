@@ -226,7 +226,9 @@ class TestUrls:
     )
     def test_that_are_none(self, value, got):
         """The error says what it takes, without a password."""
-        expected = "store: expected 'memory' or an object with the methods of fluxibly.stores.Store, got "
+        expected = (
+            "store: expected 'memory', 'sqlite:PATH' or an object with the methods of fluxibly.stores.Store, got "
+        )
         with pytest.raises(ConfigError) as caught:
             to_store(value)
         assert str(caught.value).startswith(expected + got)

@@ -1,4 +1,4 @@
-"""`SQLiteStore`: the laws of values and sums, its bounds, and what becomes of a file that is damaged, full or shared."""
+"""`SQLiteStore`: the laws of stores, its bounds, and what becomes of a file that is damaged, full or shared."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from pathlib import Path
 
 import pytest
 from hypothesis import given, settings, strategies as st
-from support.stores import SumLaws, ValueLaws
+from support.stores import StoreLaws
 
 from fluxibly._logs import forget_reports
 from fluxibly.errors import ConfigError
-from fluxibly.middleware import CircuitBreaker, Concurrency, RateLimit
-from fluxibly.stores import MemoryStore, SQLiteStore, Store, sqlite, to_store
+from fluxibly.middleware import Concurrency, RateLimit
+from fluxibly.stores import MemoryStore, SQLiteStore, _sqlite_queues, sqlite, to_store
+from fluxibly.stores._sqlite_file import SWEEP
 from fluxibly.stores.sqlite import DiskFull
 
 DAY = 86_400
@@ -43,10 +44,13 @@ def path(tmp_path):
     return tmp_path / "answers.db"
 
 
-class TestLaws(ValueLaws, SumLaws):
+class TestLaws(StoreLaws):
     @pytest.fixture(autouse=True)
     def _in_its_time(self, monkeypatch):
         monkeypatch.setattr(sqlite, "_now", lambda: 1e9 + self.time)
+        monkeypatch.setattr(_sqlite_queues, "_clock", lambda: self.time)
+        yield
+        del self.store  # and with it the leases that it would renew, by the real clock
 
     def make(self):
         return SQLiteStore(self.folder / "answers.db")
@@ -134,13 +138,13 @@ class TestValues:
     def test_that_are_over_are_forgotten(self, path, clock):
         """Values and sums whose time is over take no room, though nobody asks for them."""
         store = SQLiteStore(path)
-        for number in range(sqlite._SWEEP):
+        for number in range(SWEEP):
             store.save(f"{number}", b"x", 10, 0.0)
             store.add(f"sum {number}", 1, 10, 0.0)
         store.save("good", b"x", None, 0.0)
         store.add("good", 1, None, 0.0)
         clock[0] += 11
-        for _ in range(sqlite._SWEEP):
+        for _ in range(SWEEP):
             store.save("good", b"x", None, 0.0)
         db = sqlite3.connect(path)
         counts = [
@@ -340,7 +344,7 @@ class TestFiles:
         """What is there can be read; more cannot be kept, and room can be made."""
         store = SQLiteStore(path)
         store.save("k", b"x", None, 0.0)
-        db = store._writer.connection
+        db = store._file.writer.connection
         [(pages,)] = db.execute("PRAGMA page_count").fetchall()
         db.execute(f"PRAGMA max_page_count = {pages}")
         with pytest.raises(DiskFull, match="no room for more in"):
@@ -420,7 +424,7 @@ def work(number):
 threads = [threading.Thread(target=work, args=(number,)) for number in range(3)]
 for thread in threads: thread.start()
 for _ in range(5):
-    before = store._reader.connection
+    before = store._file.reader.connection
     child = os.fork()
     if not child:
         try:
@@ -471,19 +475,6 @@ class TestUrls:
     def test_a_size_that_is_none(self, path, max_bytes):
         with pytest.raises(ConfigError, match="SQLiteStore: max_bytes: expected a whole number from 1 up"):
             SQLiteStore(path, max_bytes=max_bytes)
-
-    def test_of_middleware_that_need_more(self, path):
-        """A file has no queues yet, which the error says."""
-        assert not isinstance(SQLiteStore(path), Store)
-        for make in (
-            lambda store: RateLimit(requests=1, store=store),
-            lambda store: Concurrency(1, store=store),
-            lambda store: CircuitBreaker(store=store),
-        ):
-            with pytest.raises(ConfigError, match="a file has no queues and limits yet, only values and sums"):
-                make(f"sqlite:{path}")
-            with pytest.raises(ConfigError, match=r"got a SQLiteStore without .*release"):
-                make(SQLiteStore(path))
 
     def test_middleware_need_no_more_than_they_use(self):
         """A store of a user's may have only the methods that one of them needs."""

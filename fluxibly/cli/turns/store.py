@@ -24,7 +24,7 @@ import attrs
 from fluxibly._extras import pip_install
 from fluxibly.errors import ConfigError, root_cause
 from fluxibly.messages import Message
-from fluxibly.stores.sqlite import alone, identity, is_damage, transaction
+from fluxibly.stores._sqlite_file import alone, identity, is_damage, transaction
 from fluxibly.types import Response
 
 if TYPE_CHECKING:
