@@ -219,14 +219,16 @@ class TestUrls:
         ("value", "got"),
         [
             ("memori", "'memori'"),
-            ("redis://:password@host", "'redis:…'"),
+            ("mongo://:password@host", "'mongo:…'"),
             (MemoryStore, "the class MemoryStore; write MemoryStore()"),
             (3, "an int without reserve, correct, throttle, lease"),
         ],
     )
     def test_that_are_none(self, value, got):
         """The error says what it takes, without a password."""
-        expected = "store: expected 'memory' or an object with the methods of fluxibly.stores.Store, got "
+        expected = (
+            "store: expected 'memory', 'redis://HOST' or an object with the methods of fluxibly.stores.Store, got "
+        )
         with pytest.raises(ConfigError) as caught:
             to_store(value)
         assert str(caught.value).startswith(expected + got)
