@@ -30,22 +30,26 @@ local function exact(number)
   return string.format('%.17g', number)
 end
 
--- Let keys live for so many microseconds more, at least.
-local function keep(us, ...)
-  local ms = math.max(1, math.min(math.ceil(us / 1000) + 1, 1e13))
-  for _, key in ipairs({...}) do
-    if redis.call('PTTL', key) < ms then redis.call('PEXPIRE', key, exact(ms)) end
+local function milliseconds(us)
+  return exact(math.max(1, math.min(math.ceil(us / 1000) + 1, 1e13)))
+end
+
+-- Let keys, of which none outlives the first, live for so many microseconds more, at least.
+local function keep(us, first, ...)
+  if redis.call('PTTL', first) >= us / 1000 then return end
+  for _, key in ipairs({first, ...}) do
+    redis.call('PEXPIRE', key, milliseconds(2 * us)) -- for longer, so that this is not needed each time
   end
 end
 
 -- Forget those who have not asked again in time, and return how many wait.
 local function count_waiting(now, queue, seen, costs)
   local count = redis.call('ZCARD', queue)
+  if count == 0 then return 0 end
   if count ~= redis.call('ZCARD', seen) then -- the server was out of memory, and has evicted one of both
     redis.call('DEL', queue, seen)
     return 0
   end
-  if count == 0 then return 0 end
   local gone = redis.call('ZRANGEBYSCORE', seen, '-inf', exact(now))
   for _, who in ipairs(gone) do
     redis.call('ZREM', queue, who)
@@ -65,33 +69,45 @@ local function wait_in(queue, seen, who, place, now, us)
 end
 """
 
-_LIMIT = """
--- Return when a limit would be unused if nothing more were taken, how many microseconds a unit takes now (`usual`, or more
--- under a ceiling), and when its ceiling ends, or nil.
-local function find_limit(key, name, usual, now)
-  local found = redis.call('HMGET', key, 'at ' .. name, 'rate ' .. name, 'till ' .. name)
-  local at, rate, till = tonumber(found[1]) or now, tonumber(found[2]), tonumber(found[3])
+# The limits of a key are one hash. Of each limit it has `at`, when it would be unused if nothing more were taken (GCRA's
+# theoretical arrival time), and `usual`, the microseconds that a unit took when it was last taken. While a ceiling holds, it has
+# the highest `rate` and the time `till` which it holds. Nothing passes before `closed`, and nothing matters after `last`.
+_LIMITS = """
+local function read(key)
+  local found, flat = {}, redis.call('HGETALL', key)
+  for i = 1, #flat, 2 do found[flat[i]] = tonumber(flat[i + 1]) end
+  return found
+end
+
+-- Write fields and their values, which matter until some time.
+local function write(key, found, changed, till, now)
+  if till > (found.last or now) then
+    changed[#changed + 1], changed[#changed + 2] = 'last', exact(till)
+    redis.call('HMSET', key, unpack(changed))
+    redis.call('PEXPIRE', key, milliseconds(till - now))
+  elseif found.last then
+    redis.call('HMSET', key, unpack(changed))
+  end
+end
+
+-- Return when a limit would be unused, the microseconds that a unit takes now (`usual`, or more under a ceiling), and when the
+-- ceiling ends, or nil.
+local function find_limit(key, found, name, usual, now)
+  local at, rate, till = found['at ' .. name] or now, found['rate ' .. name], found['till ' .. name]
   if not rate then return at, usual end
   local slow = math.max(usual, 1e6 / rate)
   if now < till then return at, slow, till end
+  if at > till then at = till + (at - till) * usual / slow end -- what is taken stays taken, and drains faster from then on
+  redis.call('HMSET', key, 'at ' .. name, exact(at))
   redis.call('HDEL', key, 'rate ' .. name, 'till ' .. name)
-  if at > till then -- what is taken stays taken, and drains faster from then on
-    at = till + (at - till) * usual / slow
-    redis.call('HSET', key, 'at ' .. name, exact(at))
-  end
   return at, usual
-end
-
-local function keep_limit(key, name, usual, at, now)
-  redis.call('HMSET', key, 'at ' .. name, exact(at), 'usual ' .. name, exact(usual))
-  keep(at - now, key)
 end
 """
 
 # KEYS: limits, queue, seen, costs. ARGV: who, grace (us); for each limit: name, rate (units a second), burst, cost.
 # Answers nil if the call may go, else how long it waits (us), and how many wait before it.
 RESERVE = Script(
-    _LIMIT
+    _LIMITS
     + """
 local key, queue, seen, costs = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local who, now = ARGV[1], clock()
@@ -111,11 +127,12 @@ if ahead > 0 then
   end
 end
 
-local closed = tonumber(redis.call('HGET', key, 'closed')) or now
-local wait, limits, mine = closed - now, {}, {}
+local found = read(key)
+local closed = found.closed or now
+local wait, mine, taken, last = closed - now, {}, {}, now
 for i = 3, #ARGV, 4 do
   local name, usual, burst, cost = ARGV[i], 1e6 / ARGV[i + 1], tonumber(ARGV[i + 2]), tonumber(ARGV[i + 3])
-  local at, gap, till = find_limit(key, name, usual, now)
+  local at, gap, till = find_limit(key, found, name, usual, now)
   at = math.max(at, now)
   local units = (at - now) / gap + (before[name] or 0)
   local room = burst
@@ -127,7 +144,10 @@ for i = 3, #ARGV, 4 do
   end
   if ahead > 0 then needed = needed + math.max(0, closed - at) end
   wait = math.max(wait, needed)
-  limits[#limits + 1] = {name, usual, at + cost * gap}
+  at = at + cost * gap
+  last = math.max(last, at)
+  taken[#taken + 1], taken[#taken + 2] = 'at ' .. name, exact(at)
+  taken[#taken + 1], taken[#taken + 2] = 'usual ' .. name, exact(usual)
   mine[name] = cost
 end
 
@@ -143,47 +163,50 @@ if place then
   redis.call('ZREM', seen, who)
   redis.call('HDEL', costs, who)
 end
-for _, limit in ipairs(limits) do
-  keep_limit(key, limit[1], limit[2], limit[3], now)
-end
+write(key, found, taken, last, now)
 return nil
 """
 )
 
 # KEYS: limits. ARGV: name, rate, and what is taken more, or given back if it is negative.
 CORRECT = Script(
-    _LIMIT
+    _LIMITS
     + """
-local now, name, usual = clock(), ARGV[1], 1e6 / ARGV[2]
-local at, gap = find_limit(KEYS[1], name, usual, now)
-keep_limit(KEYS[1], name, usual, math.max(at, now) + ARGV[3] * gap, now)
+local key, name, usual, now = KEYS[1], ARGV[1], 1e6 / ARGV[2], clock()
+local found = read(key)
+local at, gap = find_limit(key, found, name, usual, now)
+at = math.max(at, now) + ARGV[3] * gap
+write(key, found, {'at ' .. name, exact(at), 'usual ' .. name, exact(usual)}, at, now)
 """
 )
 
-# KEYS: limits. ARGV: for how long (us). Nothing passes meanwhile.
-CLOSE = Script("""
-local now = clock()
-local closed = math.max(tonumber(redis.call('HGET', KEYS[1], 'closed')) or now, now + ARGV[1])
-redis.call('HSET', KEYS[1], 'closed', exact(closed))
-keep(closed - now, KEYS[1])
-""")
-
-# KEYS: limits. ARGV: name, the highest rate, for how long (us). What is taken stays taken: it now drains at that rate.
-SLOW_DOWN = Script(
-    _LIMIT
+# KEYS: limits. ARGV: for how long (us) nothing passes.
+CLOSE = Script(
+    _LIMITS
     + """
-local key, name, now = KEYS[1], ARGV[1], clock()
-local usual = tonumber(redis.call('HGET', key, 'usual ' .. name))
-if usual then
-  local at, gap = find_limit(key, name, usual, now)
+local found, now = read(KEYS[1]), clock()
+local closed = math.max(found.closed or now, now + ARGV[1])
+write(KEYS[1], found, {'closed', exact(closed)}, closed, now)
+"""
+)
+
+# KEYS: limits. ARGV: name, the highest rate, for how long (us).
+SLOW_DOWN = Script(
+    _LIMITS
+    + """
+local key, name, rate, now = KEYS[1], ARGV[1], tonumber(ARGV[2]), clock()
+local found = read(key)
+local usual, last = found['usual ' .. name], now + ARGV[3]
+local changed = {'rate ' .. name, ARGV[2], 'till ' .. name, exact(last)}
+if usual then -- what is taken stays taken, and drains at the new rate from now on
+  local at, gap = find_limit(key, found, name, usual, now)
   if at > now then
-    at = now + (at - now) * math.max(usual, 1e6 / ARGV[2]) / gap
-    redis.call('HSET', key, 'at ' .. name, exact(at))
-    keep(at - now, key)
+    at = now + (at - now) * math.max(usual, 1e6 / rate) / gap
+    last = math.max(last, at)
+    changed[5], changed[6] = 'at ' .. name, exact(at)
   end
 end
-redis.call('HMSET', key, 'rate ' .. name, ARGV[2], 'till ' .. name, exact(now + ARGV[3]))
-keep(tonumber(ARGV[3]), key)
+write(key, found, changed, last, now)
 """
 )
 
@@ -286,7 +309,7 @@ end
 if total == 0 then
   redis.call('DEL', total_key, parts)
 else
-  local ms = exact(math.max(1, math.min(math.ceil((per or ARGV[5]) / 1000) + 1, 1e13)))
+  local ms = milliseconds(per or ARGV[5])
   redis.call('SET', total_key, exact(total), 'PX', ms)
   redis.call('PEXPIRE', parts, ms) -- both at once, so that they agree
 end
