@@ -101,7 +101,8 @@ class CircuitBreaker(Rebuilt):
         probes: the most calls at once while it is half-open, from 1 up.
         by: what has a circuit of its own: "provider", "provider and model" (the default), or what a function of the request
             returns.
-        store: where the state is: "memory" (the default: each instance has its own), or a `fluxibly.stores.Store`.
+        store: where the state is: "memory" (the default: each instance has its own), "redis://HOST" (a server that processes
+            and machines share; see `fluxibly.stores.RedisStore`), or a `fluxibly.stores.Store`.
         on_store_error: what happens when the store fails: "local" keeps the state in this process until it works again,
             "raise" raises `StoreError`, "open" lets calls pass.
 

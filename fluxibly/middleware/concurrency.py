@@ -42,7 +42,8 @@ class Concurrency(Rebuilt):
         max_wait: the most seconds to wait.
         by: what has a limit of its own: "provider", "provider and model" (the default), or what a function of the request
             returns.
-        store: where the places are: "memory" (the default: each instance has its own), or a `fluxibly.stores.Store`.
+        store: where the places are: "memory" (the default: each instance has its own), "redis://HOST" (a server that processes
+            and machines share; see `fluxibly.stores.RedisStore`), or a `fluxibly.stores.Store`.
         on_store_error: what happens when the store fails: "local" keeps the limit in this process until it works again,
             "raise" raises `StoreError`, "open" lets calls pass.
 

@@ -106,7 +106,8 @@ class RateLimit(Rebuilt):
             strictly, and less of it is used.
         by: what has limits of its own: "provider", "provider and model" (the default), or what a function of the request
             returns.
-        store: where the state is: "memory" (the default: each instance has its own), or a `fluxibly.stores.Store`.
+        store: where the state is: "memory" (the default: each instance has its own), "redis://HOST" (a server that processes
+            and machines share; see `fluxibly.stores.RedisStore`), or a `fluxibly.stores.Store`.
         block: the seconds for which a process reserves ahead in a store that does I/O. A memory store needs none.
         on_store_error: what happens when the store fails: "local" keeps the limit in this process until it works again,
             "raise" raises `StoreError`, "open" lets calls pass.

@@ -11,9 +11,8 @@ from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
-from fluxibly._checks import kind_of, number
+from fluxibly._checks import kind_of, number, shown_url
 from fluxibly._extras import pip_install
-from fluxibly._masking import MASK
 from fluxibly._threads import renew_lock_after_fork
 from fluxibly.errors import ConfigError
 from fluxibly.stores import _redis_scripts as scripts
@@ -90,7 +89,7 @@ class RedisStore:
 
     def __repr__(self) -> str:
         lease = "" if self.lease_seconds == LEASE else f", lease_seconds={self.lease_seconds:g}"
-        return f"{type(self).__name__}({_masked(self._url)!r}{lease})"
+        return f"{type(self).__name__}({masked_url(self._url)!r}{lease})"
 
     def close(self) -> None:
         """Close the connections. The next call opens new ones."""
@@ -270,6 +269,7 @@ class _Connections:
             raise ConfigError(f"RedisStore needs redis, which is not installed: {pip_install('redis')}") from None
         self.unknown_script: type[Exception] = exceptions.NoScriptError
         self._failure: type[Exception] = exceptions.ConnectionError
+        self._stranger: type[Exception] = exceptions.AuthenticationError
         settings: dict[str, Any] = {
             "retry": Retry(NoBackoff(), 0),
             "socket_connect_timeout": _CONNECT,
@@ -285,7 +285,7 @@ class _Connections:
             self._make()  # opens nothing, and finds options that do not exist
         except Exception as error:  # noqa: BLE001  # each option has its own
             raise ConfigError(
-                f"RedisStore: expected a URL that redis-py understands, got {_masked(url)!r} ({type(error).__name__}); "
+                f"RedisStore: expected a URL that redis-py understands, got {masked_url(url)!r} ({type(error).__name__}); "
                 f"write {_EXAMPLE!r}, for example"
             ) from None
         self.renew_lock()
@@ -317,8 +317,10 @@ class _Connections:
             try:
                 connection.send_packed_command(connection.pack_commands(commands))
                 answers = [connection.read_response() for _ in commands]
-            except BaseException:
+            except BaseException as error:
                 connection.disconnect()  # an answer may come yet
+                if "unauthenticated" in str(error):  # the server reads no long command of a stranger
+                    raise self._stranger("the server wants a password") from None
                 raise
             idle.append(connection)
             return answers
@@ -350,33 +352,32 @@ def _check_url(url: object) -> None:
     if not isinstance(url, str):
         raise ConfigError(f"{what}, got {kind_of(url)}")
     if not url.startswith(("redis://", "rediss://", "unix://")):
-        raise ConfigError(f"{what}, rediss://… or unix://…, got {_masked(url)!r}")
+        raise ConfigError(f"{what}, rediss://… or unix://…, got {masked_url(url)!r}")
     try:
         found = urlsplit(url)
         path = found.path
     except ValueError:
-        raise ConfigError(f"{what}, got {_masked(url)!r}") from None
+        raise ConfigError(f"{what}, got {masked_url(url)!r}") from None
     if found.scheme == "unix":
         if len(path) < 2:
             raise ConfigError(
                 "RedisStore: expected the path of a socket after 'unix://'; write 'unix:///run/redis.sock'"
             )
     elif not re.fullmatch(r"(/[0-9]*)?", path):
-        raise ConfigError(f"{what}, with the number of a database at its end, got {_masked(url)!r}")
+        raise ConfigError(f"{what}, with the number of a database at its end, got {masked_url(url)!r}")
 
 
-def _masked(url: str) -> str:
+def masked_url(url: str) -> str:
     """Return a URL without what may be a password. Where that is not clear, only its scheme is left."""
     scheme, found, rest = url.partition("://")
-    if not found:
-        return f"{scheme.partition(':')[0][:10]}:…" if ":" in url else "…"
-    place, question, options = rest.partition("?")
-    if "@" in options or "#" in rest:
-        return f"{scheme}://…"
-    _, at, host = place.rpartition("@")
-    if not at and not re.fullmatch(r"(\[[0-9a-fA-F:.]*\]|[^:]*)(:[0-9]*)?(/[^:]*)?", host):
-        return f"{scheme}://…"
-    return f"{scheme}://{MASK + '@' if at else ''}{host}{'?…' if question else ''}"
+    place, _, options = rest.partition("?")
+    if not found or "@" in options or "#" in rest or not _PLACE.fullmatch(place.rpartition("@")[2]):
+        return f"{scheme.partition(':')[0]}:…" if ":" in url else "…"
+    return shown_url(url)
+
+
+_PLACE = re.compile(r"(\[[0-9a-fA-F:.]*\]|[^:]*)(:[0-9]*)?(/[^:]*)?")
+"""A host, a port and a path. A password that was put in a wrong place is not one of them."""
 
 
 def _name(key: str, kind: str) -> bytes:
