@@ -4,7 +4,8 @@ Times are those of the server's clock, in microseconds: of today, a float has th
 answered as text with 17 digits, because Redis would cut the fraction of a number off.
 
 A queue is two sorted sets. `queue` has the order of arrival, and `seen` until when a waiter has to ask again; a waiter that
-has not is forgotten. Every key expires once nothing depends on it.
+has not is forgotten. Whoever asks may go if there is enough for all before it, too: if only the first might, each would have to
+wait until the one before it asks again. Every key expires once nothing depends on it.
 """
 
 from __future__ import annotations
@@ -117,7 +118,8 @@ if ahead > 0 then
   ahead = place or ahead
 end
 
-local before = {} -- what those ahead need of each limit: past the first 50, as much as these on average
+-- What those ahead need of each limit counts as taken. Past the first 50, they need as much as these on average.
+local before = {}
 if ahead > 0 then
   local first = redis.call('ZRANGE', queue, 0, math.min(ahead, 50) - 1)
   for _, packed in ipairs(redis.call('HMGET', costs, unpack(first))) do
@@ -151,7 +153,7 @@ for i = 3, #ARGV, 4 do
   mine[name] = cost
 end
 
-if ahead > 0 or wait >= 1 then -- less is a rounding error
+if wait >= 1 or ahead > 50 then -- less is a rounding error
   wait = math.max(wait, 0)
   if not place then redis.call('HSET', costs, who, cmsgpack.pack(mine)) end
   wait_in(queue, seen, who, place, now, wait + ARGV[2])
@@ -222,7 +224,7 @@ if ahead > 0 then
   place = redis.call('ZRANK', queue, who)
   ahead = place or ahead
 end
-if ahead > 0 or redis.call('ZCARD', held) >= tonumber(ARGV[2]) then
+if ahead >= ARGV[2] - redis.call('ZCARD', held) then -- those ahead have the first of the free places
   if ARGV[5] == '1' then
     wait_in(queue, seen, who, place, now, tonumber(ARGV[4]))
     keep(tonumber(ARGV[4]), queue, seen)

@@ -25,7 +25,7 @@ from fluxibly.types import Request, Response, Usage
 REQUEST = Request(model="m-1", messages="What is the capital of France?", max_tokens=10)
 RATE = 100
 BURST = 10
-PLACES = 8
+PLACES = 4
 TOKENS = 10
 ENOUGH = 60.0
 
