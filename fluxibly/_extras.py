@@ -28,6 +28,7 @@ EXTRAS: Final[Mapping[str, tuple[str, ...]]] = {
     "schema": ("jsonschema",),
     "brotli": ("brotli",),
     "prices": ("genai-prices",),
+    "redis": ("redis",),
 }
 
 

@@ -24,6 +24,7 @@ from fluxibly._checks import (
     text,
     unknown_settings,
     whole,
+    without_secrets,
 )
 from fluxibly._parameters import CONFIGURED, PARAMETERS, parameter_problems
 from fluxibly._values import Value
@@ -109,6 +110,19 @@ def _repr_of_url(url: object) -> str:
     return repr(shown_url(url)) if isinstance(url, str) else re.sub("//.*@", "//***@", repr(url))
 
 
+def _repr_of_layers(layers: object) -> str:
+    """Return the `repr` of middleware, with the secrets in its settings masked, and the logins of URLs."""
+
+    def shown(value: object) -> object:
+        if is_mapping(value):
+            return {name: shown(each) for name, each in value.items()}
+        if is_list(value):
+            return [shown(each) for each in value]
+        return shown_url(value) if isinstance(value, str) and re.match(r"\w+://", value) else value
+
+    return repr(shown(without_secrets(layers)))
+
+
 def _to_stop(value: Any) -> Any:
     """Return the texts of `stop` as a tuple. The checks report another value."""
     return (value,) if isinstance(value, str) else tuple(value) if is_list(value) else value
@@ -180,7 +194,7 @@ class LLMConfig(Value):
         factory=dict[str, Any], converter=_copied, repr=repr_without_secrets
     )
     quirks: Mapping[str, Any] = attrs.field(factory=dict[str, Any], converter=_copied)
-    middleware: Sequence[Any] | None = attrs.field(default=None, converter=_copied)
+    middleware: Sequence[Any] | None = attrs.field(default=None, converter=_copied, repr=_repr_of_layers)
 
     def __attrs_post_init__(self) -> None:
         problems = list(_problems(self))

@@ -132,8 +132,8 @@ class Budget(Rebuilt):
         prices: see `Cost`.
         unknown: what happens to a request whose model has no known price: "raise" raises `ConfigError`, "free" lets it pass
             and counts nothing for it.
-        store: where the sums are: "memory" (the default: each instance has its own), "sqlite:PATH", or a
-            `fluxibly.stores.Store`.
+        store: where the sums are: "memory" (the default: each instance has its own), "sqlite:PATH", "redis://HOST" (see
+            `fluxibly.stores.RedisStore`), or a `fluxibly.stores.Store`.
         on_store_error: what happens when the store fails: "local" keeps the budget in this process until it works again,
             "raise" raises `StoreError`, "open" lets calls pass.
 

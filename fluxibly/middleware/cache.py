@@ -39,6 +39,15 @@ def _to_store(value: str | Store | None) -> str | Store:
     return "memory" if value is None else value
 
 
+def _repr_of_store(value: str | Store) -> str:
+    """Return the `repr` of a store, without the password in a URL."""
+    if isinstance(value, str) and "://" in value:
+        from fluxibly.stores.redis import masked_url  # late, because few programs need a server
+
+        return repr(masked_url(value))
+    return repr(value)
+
+
 def _to_key(value: Text | str | None) -> Text | None:
     return to_function(value)
 
@@ -70,11 +79,13 @@ class Cache(Rebuilt):
     outside of `Guard`, `Validation`, `Fallback` and `Retry`.
 
     Args:
-        store: where the answers are: "memory" (each instance has its own), "sqlite:PATH" (a file that processes share), or an
-            object with `load` and `save` of `fluxibly.stores.Store`.
+        store: where the answers are: "memory" (each instance has its own), "sqlite:PATH" (a file that processes share),
+            "redis://HOST" (a server that machines share; see `fluxibly.stores.RedisStore`), or an object with `load` and
+            `save` of `fluxibly.stores.Store`.
         ttl: the seconds for which an answer is kept; None: for good.
         max_bytes: the most bytes that answers take, from 1 up: 256 MB in memory and 4 GB in a file, unless given. Those that
-            were not used for longest are forgotten first. A larger answer is not kept.
+            were not used for longest are forgotten first. A larger answer is not kept. A Redis server has a setting of its
+            own, `maxmemory`.
         namespace: keeps the answers of different users, tenants or programs apart: a str, or a function of the request that
             returns one. Every store but "memory" needs it; "shared" says that everybody may have the answers.
         key: a function of the request that returns the text by which requests are the same, in place of the request itself.
@@ -88,7 +99,7 @@ class Cache(Rebuilt):
         TypeError: `key` or `namespace` returns something else than a str.
     """
 
-    store: str | Store = attrs.field(default="memory", converter=_to_store)
+    store: str | Store = attrs.field(default="memory", converter=_to_store, repr=_repr_of_store)
     ttl: float | None = attrs.field(default=None, validator=_optional(validator(number, above=0)), kw_only=True)
     max_bytes: int | None = attrs.field(default=None, validator=_optional(validator(whole, 1)), kw_only=True)
     namespace: str | Text | None = attrs.field(

@@ -102,7 +102,8 @@ class CircuitBreaker(Rebuilt):
         by: what has a circuit of its own: "provider", "provider and model" (the default), or what a function of the request
             returns.
         store: where the state is: "memory" (the default: each instance has its own), "sqlite:PATH" (a file that the
-            processes of a machine share), or a `fluxibly.stores.Store`.
+            processes of a machine share), "redis://HOST" (a server that processes and machines share), or a
+            `fluxibly.stores.Store`.
         on_store_error: what happens when the store fails: "local" keeps the state in this process until it works again,
             "raise" raises `StoreError`, "open" lets calls pass.
 

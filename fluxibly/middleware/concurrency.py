@@ -43,7 +43,8 @@ class Concurrency(Rebuilt):
         by: what has a limit of its own: "provider", "provider and model" (the default), or what a function of the request
             returns.
         store: where the places are: "memory" (the default: each instance has its own), "sqlite:PATH" (a file that the
-            processes of a machine share), or a `fluxibly.stores.Store`.
+            processes of a machine share), "redis://HOST" (a server that processes and machines share), or a
+            `fluxibly.stores.Store`.
         on_store_error: what happens when the store fails: "local" keeps the limit in this process until it works again,
             "raise" raises `StoreError`, "open" lets calls pass.
 

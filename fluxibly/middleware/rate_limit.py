@@ -107,7 +107,8 @@ class RateLimit(Rebuilt):
         by: what has limits of its own: "provider", "provider and model" (the default), or what a function of the request
             returns.
         store: where the state is: "memory" (the default: each instance has its own), "sqlite:PATH" (a file that the
-            processes of a machine share), or a `fluxibly.stores.Store`.
+            processes of a machine share), "redis://HOST" (a server that processes and machines share), or a
+            `fluxibly.stores.Store`.
         block: the seconds for which a process reserves ahead in a store that does I/O. A memory store needs none.
         on_store_error: what happens when the store fails: "local" keeps the limit in this process until it works again,
             "raise" raises `StoreError`, "open" lets calls pass.

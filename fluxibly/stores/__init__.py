@@ -1,7 +1,7 @@
 """Stores: where middleware keep what calls share, such as the places of a limit.
 
-`MemoryStore` shares it within one process, and `SQLiteStore` between the processes of one machine. A store of your own, on
-a server for example, has the methods of `Store`.
+`MemoryStore` shares it within one process, `SQLiteStore` between the processes of one machine, and `RedisStore` between those
+of many. A store of your own has the methods of `Store`.
 
 Imports: data and its helpers. Imported by: `middleware`.
 """
@@ -15,17 +15,19 @@ from fluxibly.stores.memory import MemoryStore
 from fluxibly.stores.protocol import Entry, Limit, Store, Turn
 
 if TYPE_CHECKING:
+    from fluxibly.stores.redis import RedisStore
     from fluxibly.stores.sqlite import SQLiteStore
 
-__all__ = ["Entry", "Limit", "MemoryStore", "SQLiteStore", "Store", "Turn", "to_store"]
+__all__ = ["Entry", "Limit", "MemoryStore", "RedisStore", "SQLiteStore", "Store", "Turn", "to_store"]
 
 
 def __getattr__(name: str) -> Any:
-    if name != "SQLiteStore":
+    module = _LATE.get(name)
+    if module is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from fluxibly.stores.sqlite import SQLiteStore  # late, because few programs need sqlite3
+    from importlib import import_module  # late, because few programs need sqlite3 or a server
 
-    return SQLiteStore
+    return getattr(import_module(module), name)
 
 
 def to_store(value: Any, needs: Collection[str] | None = None, *, max_bytes: int | None = None) -> Any:
@@ -36,21 +38,24 @@ def to_store(value: Any, needs: Collection[str] | None = None, *, max_bytes: int
         max_bytes: the most bytes that a store in a file may keep (`SQLiteStore`); None: its own default.
 
     Raises:
-        ConfigError: it is neither a URL of a known kind nor a store.
+        ConfigError: it is neither a URL of a known kind nor a store, or a server is given `max_bytes`.
     """
     if value is None or value == "memory":
         return MemoryStore()
     methods = (
         _METHODS if needs is None else [name for name in _METHODS if name.removeprefix("a") in needs or name in needs]
     )
-    expected = "store: expected 'memory', 'sqlite:PATH' or an object with the methods of fluxibly.stores.Store"
+    expected = (
+        "store: expected 'memory', 'sqlite:PATH', 'redis://HOST' or an object with the methods of fluxibly.stores.Store"
+    )
     if isinstance(value, str):
         scheme, colon, path = value.partition(":")
         if scheme == "sqlite":
             return _in_file(path, max_bytes)
+        if scheme in _ON_SERVERS and colon:
+            return _on_server(value, max_bytes)
         got = scheme + ":…" if colon else value  # a URL may have a password
-        why = f"; {_NOT_YET[scheme]}" if scheme in _NOT_YET else ""
-        raise ConfigError(f"{expected}, got {got!r}{why}")
+        raise ConfigError(f"{expected}, got {got!r}")
     if isinstance(value, type):
         raise ConfigError(f"{expected}, got the class {value.__name__}; write {value.__name__}()")
     missing = [name for name in methods if not callable(getattr(value, name, None))]
@@ -68,9 +73,17 @@ def _in_file(path: str, max_bytes: int | None) -> Any:
     return SQLiteStore(path, max_bytes=MAX_BYTES if max_bytes is None else max_bytes)
 
 
+def _on_server(url: str, max_bytes: int | None) -> Any:
+    if max_bytes is not None:
+        raise ConfigError(
+            f"max_bytes: expected none with a Redis server, got {max_bytes}; set `maxmemory` in the server's configuration"
+        )
+    from fluxibly.stores.redis import RedisStore  # late, as above
+
+    return RedisStore(url)
+
+
+_LATE = {"RedisStore": "fluxibly.stores.redis", "SQLiteStore": "fluxibly.stores.sqlite"}
+"""The modules of the stores that are loaded when they are needed."""
+_ON_SERVERS = ("redis", "rediss", "unix")
 _METHODS = tuple(name for name in vars(Store) if not name.startswith("_") and name != "local")
-_NOT_YET = {
-    "redis": "there is no store on a Redis server yet",
-    "rediss": "there is no store on a Redis server yet",
-}
-"""The kinds of URLs that are known, but not supported yet."""

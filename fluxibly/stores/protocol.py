@@ -69,8 +69,9 @@ class Store(Protocol):
     def reserve(self, key: str, who: str, limits: tuple[Limit, ...], now: float) -> Turn | None:
         """Take what a call costs of several limits, all or nothing: None if it may go, else its turn in the queue.
 
-        First come, first served. Each limit is a generic cell rate algorithm (GCRA, as in ITU-T I.371). A call keeps its
-        place in the queue until it has got what it needs, or `release` ends its wait.
+        First come, first served: a call goes only if there is enough for all before it, too. Each limit is a generic cell
+        rate algorithm (GCRA, as in ITU-T I.371). A call keeps its place in the queue until it has got what it needs, or
+        `release` ends its wait.
         """
         ...
 

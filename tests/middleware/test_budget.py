@@ -461,7 +461,7 @@ class TestSettings:
             ({"tokens": 1, "scope": "call", "per": 5}, "expected no per=… with scope='call'"),
             ({"cost": 1, "prices": {"m": 1}}, "expected two numbers"),
             ({"cost": 1, "unknown": "x"}, "unknown: expected one of 'raise', 'free', got 'x'"),
-            ({"tokens": 1, "store": "redis://x"}, "store: expected "),
+            ({"tokens": 1, "store": "mongo://x"}, "store: expected "),
             ({"tokens": 1, "store": object()}, "store: expected "),
             ({"tokens": 1, "on_store_error": "x"}, "on_store_error: expected"),
         ],

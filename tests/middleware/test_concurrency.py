@@ -136,7 +136,7 @@ class TestSettings:
             ("{limit: 0}", "llm.middleware[0].concurrency.limit: expected a whole number from 1 up, got 0"),
             ("{limit: '3'}", "llm.middleware[0].concurrency.limit: expected a whole number from 1 up, got '3'"),
             ("{limit: 1, by: user}", "function 'user' not registered"),
-            ("{limit: 1, store: 'redis://h'}", "got 'redis:…'"),
+            ("{limit: 1, store: 'mongo://h'}", "got 'mongo:…'"),
         ],
     )
     def test_that_are_wrong_in_yaml(self, value, message, tmp_path):
@@ -171,7 +171,7 @@ class TestSettings:
             (MemoryStore, "got the class MemoryStore; write MemoryStore()"),
             (object(), "got an object without lease, release, alease, arelease"),
             ("memori", "got 'memori'"),
-            ("redis://secret@host", "got 'redis:…'"),
+            ("mongo://secret@host", "got 'mongo:…'"),
         ],
     )
     def test_stores_that_are_none(self, store, message):

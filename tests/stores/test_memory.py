@@ -219,17 +219,15 @@ class TestUrls:
         ("value", "got"),
         [
             ("memori", "'memori'"),
-            ("redis://:password@host", "'redis:…'"),
+            ("mongo://:password@host", "'mongo:…'"),
             (MemoryStore, "the class MemoryStore; write MemoryStore()"),
             (3, "an int without reserve, correct, throttle, lease"),
         ],
     )
     def test_that_are_none(self, value, got):
         """The error says what it takes, without a password."""
-        expected = (
-            "store: expected 'memory', 'sqlite:PATH' or an object with the methods of fluxibly.stores.Store, got "
-        )
+        kinds = "'memory', 'sqlite:PATH', 'redis://HOST' or an object with the methods of fluxibly.stores.Store"
         with pytest.raises(ConfigError) as caught:
             to_store(value)
-        assert str(caught.value).startswith(expected + got)
+        assert str(caught.value).startswith(f"store: expected {kinds}, got {got}")
         assert "password" not in str(caught.value)

@@ -462,7 +462,7 @@ class TestUrls:
             ("sqlite:/", "expected the path of a file, got '/'"),
             ("sqlite:a\0b", r"expected the path of a file, got 'a\x00b'"),
             ("sqlite:\ud800", r"expected the path of a file, got '\ud800'"),
-            ("redis://u:password@host", "got 'redis:…'; there is no store on a Redis server yet"),
+            ("mongo://u:password@host", "got 'mongo:…'"),
         ],
     )
     def test_that_are_none(self, url, said):
