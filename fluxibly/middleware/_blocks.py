@@ -15,6 +15,7 @@ behind by it.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Generator
 from functools import partial
 from threading import RLock
@@ -45,6 +46,8 @@ _LONG = 10
 _STUCK = 5.0
 """The seconds after which a head is passed over that does not ask again, such as one whose event loop has ended."""
 _LONGEST_TRIP = 10.0
+_MEMORY = 16
+"""About so many calls have a part in what a call takes on average."""
 _ROUNDING = 1e-6
 """The units by which a sum of costs may be wrong."""
 _SWEEP = 1024
@@ -75,6 +78,44 @@ class _Waiter:
         self.signal = Signal()
 
 
+class _Credit:
+    """What is left of the blocks that were taken ahead."""
+
+    def __init__(self) -> None:
+        self._parts: deque[tuple[float, dict[str, float]]] = deque()
+        """The units of each limit, and until when they may go out."""
+
+    def add(self, units: dict[str, float], until: float) -> None:
+        self._parts.append((until, units))
+
+    def take(self, limits: _Limits, now: float) -> bool:
+        """Take what a call costs, all or nothing, of what has to go out first."""
+        parts = self._parts
+        while parts and parts[0][0] < now:
+            parts.popleft()
+        if not parts:
+            return False
+        for name, _, _, cost in limits:
+            if sum([units.get(name, 0.0) for _, units in parts]) < cost - _ROUNDING:
+                return False
+        for name, _, _, cost in limits:
+            left = cost
+            for _, units in parts:
+                taken = min(left, units.get(name, 0.0))
+                if taken:
+                    units[name] -= taken
+                    left -= taken
+        return True
+
+    def clear(self) -> None:
+        self._parts.clear()
+
+    @property
+    def until(self) -> float:
+        """When the last of it is worth nothing."""
+        return max([until for until, _ in self._parts], default=-math.inf)
+
+
 class _Line:
     """The calls of this process that share a limit. None of its methods waits for anything."""
 
@@ -86,9 +127,7 @@ class _Line:
         """The calls that have got what they need and do not know it yet, and until when others may have it instead."""
         self._needed: dict[str, float] = {}
         """The units of each limit that all who wait need."""
-        self._credit: dict[str, float] = {}
-        """The units of each limit that are left of the last block."""
-        self._credit_until = -math.inf
+        self._credit = _Credit()
         self._plan: _Plan | None = None
         """What the store has been asked for, and has not given yet."""
         self._away_until = -math.inf
@@ -108,6 +147,8 @@ class _Line:
         self._counted_from = -math.inf
         self._count = self._count_before = 0
         """The calls that came since then, and in as much time before."""
+        self._usual: dict[str, float] = {}
+        """What the last calls took of each limit, on average."""
         self._out = 0
         """The calls under way that have got what they need."""
         self._owed: dict[str, Limit] = {}
@@ -115,7 +156,7 @@ class _Line:
         self._told_at = -math.inf
 
     def is_idle(self, now: float) -> bool:
-        times = [self._away_until, self._credit_until, self._counted_from + 2 * self._block]
+        times = [self._away_until, self._credit.until, self._counted_from + 2 * self._block]
         times += [until for _, until in self._slow.values()]
         return not (self.waiting or self._granted or self._plan or self._out or self._owed) and now > max(times)
 
@@ -128,8 +169,8 @@ class _Line:
             return True
         waiter = self.waiting.get(who)
         if waiter is None:
-            self._come(now)
-            if self._take(limits, now):
+            self._come(limits, now)
+            if not self.waiting and self._credit.take(limits, now):
                 return True
             if not self.waiting:
                 self._due = now + _STUCK
@@ -145,29 +186,22 @@ class _Line:
             head = next(iter(self.waiting))
         return False if head == who else self._turn(who, waiter, now)
 
-    def _come(self, now: float) -> None:
+    def _come(self, limits: _Limits, now: float) -> None:
         """Count a call that asks for the first time."""
         passed = now - self._counted_from
         if passed >= self._block:
             self._count_before = self._count if passed < 2 * self._block else 0
             self._count, self._counted_from = 0, now
         self._count += 1
+        usual = self._usual
+        for name, _, _, cost in limits:
+            before = usual.get(name, cost)
+            usual[name] = before + (cost - before) / _MEMORY
 
     def _expected(self, now: float) -> float:
-        """Return how many calls are likely to come within a block: as many as came within the last."""
-        return self._count + self._count_before * max(0.0, 1 - (now - self._counted_from) / self._block)
-
-    def _take(self, limits: _Limits, now: float) -> bool:
-        """Take what a call needs from what is left of the last block."""
-        credit = self._credit
-        if self.waiting or now > self._credit_until:
-            return False
-        for name, _, _, cost in limits:
-            if credit.get(name, 0.0) < cost - _ROUNDING:
-                return False
-        for name, _, _, cost in limits:
-            credit[name] -= cost
-        return True
+        """Return how many calls are likely to come within a block, these included, with few that come to nothing."""
+        mean = self._count + self._count_before * max(0.0, 1 - (now - self._counted_from) / self._block)
+        return mean - math.sqrt(mean)  # by as much fewer may come, where each comes by itself
 
     def _need(self, limits: _Limits, sign: int) -> None:
         for name, _, _, cost in limits:  # from 0 again once nobody waits, without the rounding errors
@@ -195,9 +229,8 @@ class _Line:
     def leave(self, who: str, now: float) -> str | None:
         """Let a call leave. Return the name that the store has to forget, if there is one."""
         found = self._granted.pop(who, None)
-        if found is not None and found[1] == self._credit_until:
-            for name, _, _, cost in found[0]:
-                self._credit[name] = self._credit.get(name, 0.0) + cost
+        if found is not None:
+            self._credit.add({limit.name: limit.cost for limit in found[0]}, found[1])
         if who in self.waiting:
             self._remove(who, now)
         return None if now < self._away_until else self.forgotten()
@@ -251,7 +284,7 @@ class _Line:
         """Note that a service lets a limit have less, or with a rate of 0 nothing."""
         self._slow[name] = (rate, until)
         if not rate:
-            self._credit_until = -math.inf
+            self._credit.clear()
 
     # Trips
 
@@ -310,14 +343,12 @@ class _Line:
     def _ahead(
         self, names: list[str], costs: list[float], rooms: list[float], calls: int, now: float
     ) -> dict[str, float]:
-        """Return the units to take for later calls, if they are like those that wait."""
+        """Return the units to take for the calls that are likely to come."""
         count = min(self._expected(now), self._most) - calls
-        for cost, room in zip(costs, rooms, strict=True):
-            if cost:
-                count = min(count, (room - cost) * calls / cost)
-        if count < 1:
-            return {}
-        return {name: int(count) * cost / calls for name, cost in zip(names, costs, strict=True)}
+        for name, cost, room in zip(names, costs, rooms, strict=True):
+            if usual := self._usual[name]:
+                count = min(count, (room - cost) / usual)
+        return {} if count < 1 else {name: int(count) * self._usual[name] for name in names}
 
     def give_up(self, now: float) -> None:
         """Note that a trip has ended without an answer."""
@@ -351,26 +382,25 @@ class _Line:
         self._most *= 2
         if at_once:
             self._rivals = 0
-        self._credit, self._credit_until = {**plan.ahead}, began + plan.hold
+        until = began + plan.hold
         free = {limit.name: limit.cost - plan.ahead.get(limit.name, 0.0) for limit in plan.limits}
         for who in plan.callers:
             if who in self.waiting:
-                self._grant(who, free)
+                self._grant(who, free, until)
         # Who has left meanwhile does not need it, but others may.
         while self.waiting:
             who, waiter = next(iter(self.waiting.items()))
             if any(free.get(limit.name, 0.0) < limit.cost - _ROUNDING for limit in waiter.limits):
                 break
-            self._grant(who, free)
-        for name, units in free.items():
-            self._credit[name] = self._credit.get(name, 0.0) + max(0.0, units)
+            self._grant(who, free, until)
+        self._credit.add({name: plan.ahead.get(name, 0.0) + max(0.0, units) for name, units in free.items()}, until)
 
-    def _grant(self, who: str, free: dict[str, float]) -> None:
+    def _grant(self, who: str, free: dict[str, float], until: float) -> None:
         waiter = self.waiting.pop(who)
         self._need(waiter.limits, -1)
         for name, _, _, cost in waiter.limits:
             free[name] -= cost
-        self._granted[who] = waiter.limits, self._credit_until
+        self._granted[who] = waiter.limits, until
         waiter.signal.set()
 
 
