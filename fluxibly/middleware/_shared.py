@@ -91,6 +91,11 @@ class Shared:
         self._down_until = -math.inf
         self._pause = 0.0
 
+    @property
+    def is_down(self) -> bool:
+        """Whether the store has failed, and has not worked since."""
+        return self._pause > 0
+
     def ask(self, call: CallRecord, method: str, *args: Any, **options: Any) -> Flow[Any]:
         """Call a method of the store: `turn = yield from shared.ask(call, "lease", key, who, 3)`.
 
