@@ -383,17 +383,17 @@ class _Line:
         if at_once:
             self._rivals = 0
         until = began + plan.hold
-        free = {limit.name: limit.cost - plan.ahead.get(limit.name, 0.0) for limit in plan.limits}
+        free = {limit.name: limit.cost for limit in plan.limits}
         for who in plan.callers:
             if who in self.waiting:
                 self._grant(who, free, until)
-        # Who has left meanwhile does not need it, but others may.
+        # What was taken ahead, and what those had asked for who have left, is for those who have come meanwhile.
         while self.waiting:
             who, waiter = next(iter(self.waiting.items()))
             if any(free.get(limit.name, 0.0) < limit.cost - _ROUNDING for limit in waiter.limits):
                 break
             self._grant(who, free, until)
-        self._credit.add({name: plan.ahead.get(name, 0.0) + max(0.0, units) for name, units in free.items()}, until)
+        self._credit.add(free, until)
 
     def _grant(self, who: str, free: dict[str, float], until: float) -> None:
         waiter = self.waiting.pop(who)
