@@ -35,7 +35,7 @@ _Call: TypeAlias = tuple[Any, ...]
 _Trip: TypeAlias = Generator[_Call, Any, Turn | None]
 """The calls of a trip. Each gets the result of the method."""
 
-_LEAST = {"requests": 1.0, "tokens": 1000.0}
+_LEAST = {"requests": 2.0, "tokens": 1000.0}
 """The units of a limit that have to come free while a block is held. With fewer, no call would be served ahead."""
 _OF_BURST = 0.25
 """The largest part of a burst that is kept back for what is held."""
