@@ -106,8 +106,14 @@ class RateLimit(Rebuilt):
             strictly, and less of it is used.
         by: what has limits of its own: "provider", "provider and model" (the default), or what a function of the request
             returns.
-        store: where the state is: "memory" (the default: each instance has its own), or a `fluxibly.stores.Store`.
-        block: the seconds for which a process reserves ahead in a store that does I/O. A memory store needs none.
+        store: where the state is: "memory" (the default: each instance has its own), or a `fluxibly.stores.Store`, by which
+            processes share the limits. Calls that wait ask it again, and tell it corrections at most `block` seconds late.
+        block: the seconds for which a process reserves ahead in a store that does I/O, where it makes many calls: one trip to
+            the store then serves many of them, first come, first served, and processes take turns. Over all processes the
+            limit holds as without it. What is reserved ahead lapses after `block` seconds, so a process that has no more
+            calls, or that dies, costs the others at most as much of the rate; and after a pause, `block` seconds' worth of
+            the burst is kept back, at most a quarter of it. 0: each call makes its own trips, and has all of the burst, but
+            only if all processes say so. A memory store needs no blocks.
         on_store_error: what happens when the store fails: "local" keeps the limit in this process until it works again,
             "raise" raises `StoreError`, "open" lets calls pass.
 

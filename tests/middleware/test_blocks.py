@@ -12,6 +12,7 @@ import threading
 import time
 from collections import Counter
 from functools import partial
+from itertools import pairwise
 
 import anyio
 import pytest
@@ -52,12 +53,11 @@ class Processes(Simulation):
     def __init__(self, number, *, store=None, reply=None, **limits):
         self.store = store or SlowStore()
         limits = {"per": 1, "max_wait": 1000, "estimate": lambda request: request.metadata["cost"], **limits}
-        self.layers = [RateLimit(store=self.store, **limits) for _ in range(number)]
+        self.processes = [RateLimit(store=self.store, **limits) for _ in range(number)]
 
         def one_of(request, call_next):
-            return (yield from self.layers_of[request.metadata["process"]](request, call_next))
+            return (yield from self.processes[request.metadata["process"]](request, call_next))
 
-        self.layers_of = self.layers
         super().__init__(one_of, reply)
         self.requests = Bucket(limits.get("requests") or 1)
         self.tokens = Bucket(limits.get("tokens") or 1)
@@ -240,18 +240,20 @@ class TestLimits:
 
     def test_a_lower_rate(self):
         """As its headers say, one by one."""
-        told = {"limit": "60", "remaining": "1", "reset": "59s"}
+        told = {"limit": "360", "remaining": "6", "reset": "59s"}
         slow = Response("x", rate_limits={f"x-ratelimit-{name}-requests": value for name, value in told.items()})
         made = Processes(1, requests=1000, reply=Reply(0.1, slow))
         for number in range(100):
             made.at(number / 1000, made.ask)
         made.run(0.3)
         made.store.inner._rates.clear()
-        made.store.inner.throttle("rate unknown/m", "requests", 1.0, 100.0, 0.3)  # as if all had drained since
+        made.store.inner.throttle("rate unknown/m", "requests", 6.0, 100.0, 0.3)  # as if all had drained since
         for _ in range(50):
             made.ask()
-        made.run(0.5)
-        assert len(made.sent) <= 102
+        made.run(3.0)
+        late = [at for at, _ in made.sent if at > 0.31]
+        assert len(late) >= 10
+        assert min(after - before for before, after in pairwise(late)) >= 0.16
 
 
 class TestWaits:
@@ -346,7 +348,7 @@ class TestWaits:
         made.run()
         assert all(call.response for call in last)
         assert made.store.queued() == []
-        for layer in made.layers_of:
+        for layer in made.processes:
             line = layer._shared._lines["rate unknown/m"]
             assert (line.waiting, line._granted, line._plan, line._out, line._owed) == ({}, {}, None, 0, {})
             assert not layer._shared._out
