@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from functools import partial
 from itertools import count
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
 from fluxibly._logs import report_once
+from fluxibly._loops import trio_here
 from fluxibly.errors import DeadlineExceeded, FluxiblyError, StoreError
 from fluxibly.flow import Flow, perform, sleep
 from fluxibly.flow.compose import check_deadline
@@ -18,13 +19,19 @@ from fluxibly.limits import time_left
 from fluxibly.stores import MemoryStore, Turn
 from fluxibly.types import CallRecord, Request
 
+if TYPE_CHECKING:
+    import asyncio  # late at run time: it takes as long to import as all of fluxibly
+
+T = TypeVar("T")
 OnStoreError: TypeAlias = Literal["local", "raise", "open"]
 """How a call goes on when the store of its middleware fails."""
 ON_STORE_ERROR = ("local", "raise", "open")
 _LONGEST_PAUSE = 30.0
 """The most seconds until a store that has failed is tried again."""
 _POLL = 0.05
-"""The seconds after which a call asks again for a place, where a store cannot say when that is worth it."""
+"""The seconds after which the first in a queue asks again for a place, where a store cannot say when that is worth it."""
+_LONGEST_POLL = 0.5
+"""The same for one with many before it. A store forgets whom it has not seen for about a second."""
 _SHORTEST_POLL = 0.001
 _ROUNDING = 1e-6
 """The seconds by which a difference of two times may be wrong."""
@@ -79,8 +86,15 @@ class Shared:
         """The keys and callers of which the store has not been told yet that they have ended."""
         self._queued: dict[tuple[str, str], None] = {}
         """The keys and callers who wait in the store, as far as is known."""
+        self._trips: dict[tuple[str, str], asyncio.Future[Any]] = {}
+        """What is under way in event loops of asyncio for keys and callers."""
         self._down_until = -math.inf
         self._pause = 0.0
+
+    @property
+    def is_down(self) -> bool:
+        """Whether the store has failed, and has not worked since."""
+        return self._pause > 0
 
     def ask(self, call: CallRecord, method: str, *args: Any, **options: Any) -> Flow[Any]:
         """Call a method of the store: `turn = yield from shared.ask(call, "lease", key, who, 3)`.
@@ -121,6 +135,10 @@ class Shared:
         except StoreError as error:
             self._report_late(error)
 
+    def settled(self, call: CallRecord, calls: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+        """Return which of the calls of `give` are to be made now that a call ends."""
+        return calls
+
     def _do(self, call: CallRecord, method: str, *args: Any, **options: Any) -> Any:
         now, pause = call.clock(), self._pause
         if not self._begin(now):
@@ -133,7 +151,7 @@ class Shared:
         except BaseException:
             self._owe(method, args)
             raise
-        self._worked(method, args, now, result)
+        self._worked(method, args, now, result, **options)
         while (owed := self._next_owed()) is not None:
             try:
                 self.store.release(*owed, now)
@@ -147,14 +165,19 @@ class Shared:
         if not self._begin(now):
             return self._instead(method, *args, now, **options)
         try:
-            result = await getattr(self.store, f"a{method}")(*args, now, **options)
+            trip = getattr(self.store, f"a{method}")(*args, now, **options)
+            if method in _QUEUES:
+                trip = to_end(trip, partial(self._take_off, args))
+            elif method == "release":
+                await self._landed(args)
+            result = await trip
         except Exception as error:  # noqa: BLE001  # as above
             self._failed(error, call.clock(), pause, method, args)
             return self._instead(method, *args, now, **options)
         except BaseException:
             self._owe(method, args)
             raise
-        self._worked(method, args, now, result)
+        self._worked(method, args, now, result, **options)
         while (owed := self._next_owed()) is not None:
             try:
                 await self.store.arelease(*owed, now)
@@ -162,6 +185,21 @@ class Shared:
                 self._owed[owed] = None
                 break
         return result
+
+    def _take_off(self, args: tuple[Any, ...], trip: asyncio.Future[Any]) -> None:
+        """Note a trip that is under way, so that the release of what it may get comes after it."""
+        place = (args[0], args[1])
+        self._trips[place] = trip
+        trip.add_done_callback(lambda _: self._trips.pop(place, None))
+
+    async def _landed(self, args: tuple[Any, ...]) -> None:
+        """Wait for the end of a trip that goes on although its call was cancelled."""
+        trip = self._trips.get((args[0], args[1]))
+        if trip is not None:
+            import asyncio  # late, as above
+
+            if trip.get_loop() is asyncio.get_running_loop():
+                await asyncio.wait([trip])
 
     def _begin(self, now: float) -> bool:
         """Return whether the store is to be asked now."""
@@ -171,9 +209,11 @@ class Shared:
             self._down_until = now + self._pause  # this call finds out, and others do not wait for it meanwhile
         return True
 
-    def _worked(self, method: str, args: tuple[Any, ...], now: float, result: object) -> None:
+    def _worked(
+        self, method: str, args: tuple[Any, ...], now: float, result: object, *, wait: bool = True, **_: object
+    ) -> None:
         self._pause = 0.0
-        if method in _QUEUES and result is not None:
+        if method in _QUEUES and result is not None and wait:
             self._queued[args[0], args[1]] = None
         elif self._queued and method in (*_QUEUES, "release"):
             self._queued.pop((args[0], args[1]), None)
@@ -236,6 +276,30 @@ class Shared:
         return result
 
 
+async def to_end(work: Awaitable[T], begun: Callable[[asyncio.Future[T]], object] | None = None) -> T:
+    """Await some work that no cancellation interrupts. On asyncio it ends the wait, and the work goes on; on trio it waits.
+
+    Args:
+        begun: is told the task of the work.
+    """
+    if trio := trio_here():
+        with trio.CancelScope(shield=True):
+            return await work
+    import asyncio  # late, as above
+
+    task = asyncio.ensure_future(work)
+    task.add_done_callback(_look_at)
+    if begun is not None:
+        begun(task)
+    return await asyncio.shield(task)
+
+
+def _look_at(task: asyncio.Future[Any]) -> None:
+    """Look at the error of a task, because nobody may wait for it any more, and asyncio would complain."""
+    if not task.cancelled():
+        task.exception()
+
+
 def wait_for_turn(
     request: Request,
     ask: Callable[[], Flow[Turn | None]],
@@ -280,19 +344,40 @@ def _pause(turn: Turn) -> float:
         # A call that is not first is woken when it is, and asks before only to see whether its wait has grown.
         return turn.seconds if not turn.ahead else max(turn.seconds, 1.0)
     if turn.seconds == math.inf:
-        return _POLL
+        return min(_POLL * (1 + turn.ahead), _LONGEST_POLL)
     return max(turn.seconds, _SHORTEST_POLL) if turn.seconds < 0.02 else min(turn.seconds / 2, 0.25)
 
 
-def run_later(call: CallRecord, shared: Shared, last: Callable[[], list[tuple[Any, ...]]]) -> Any:
-    """Register what a call gives back to a store that does I/O when it ends: `last` returns calls of `Shared.give`."""
+class Later:
+    """What a call gives back to a store that does I/O when it ends, however it ends.
 
-    def give_back() -> None:
-        for method, *args in last():
-            shared.give(call, method, *args)
+    Args:
+        last: returns calls of `Shared.give`. It is called once.
+    """
 
-    async def agive_back() -> None:
-        for method, *args in last():
-            await shared.agive(call, method, *args)
+    def __init__(self, call: CallRecord, shared: Shared, last: Callable[[], list[tuple[Any, ...]]]) -> None:
+        self._call = call
+        self._shared = shared
+        self._last = last
+        self._left: list[tuple[Any, ...]] | None = None
+        self._ending = call.on_end(self._give, self._agive)
 
-    return call.on_end(give_back, agive_back)
+    def run(self) -> Flow[None]:
+        """Give it back now, unless that has happened. It takes no time where the store has nothing to do."""
+        if self._calls():
+            yield from self._ending.run()
+        else:
+            self._ending.withdraw()
+
+    def _calls(self) -> list[tuple[Any, ...]]:
+        if self._left is None:
+            self._left = self._shared.settled(self._call, self._last())
+        return self._left
+
+    def _give(self) -> None:
+        for method, *args in self._calls():
+            self._shared.give(self._call, method, *args)
+
+    async def _agive(self) -> None:
+        for method, *args in self._calls():
+            await self._shared.agive(self._call, method, *args)

@@ -21,7 +21,7 @@ from fluxibly.flow.relay import Seen
 from fluxibly.middleware._copies import Rebuilt
 from fluxibly.middleware._estimates import FIRST_OUTPUT, Estimate, Estimates
 from fluxibly.middleware._keys import check_word_or_function, text_of, whom, word_or_function
-from fluxibly.middleware._shared import ON_STORE_ERROR, OnStoreError, Shared, run_later
+from fluxibly.middleware._shared import ON_STORE_ERROR, Later, OnStoreError, Shared
 from fluxibly.prices import GivenPrices, Price, Prices, check_prices
 from fluxibly.stores import Store, to_store
 from fluxibly.stores.protocol import PARTS
@@ -200,7 +200,7 @@ class Budget(Rebuilt):
         use = _Use(request, info, of_call, self._estimates.of(request, f"{info.key}/{request.model}"))
         if self._prices is not None:
             use.price = self._prices.kept(info, request.model) or (yield from self._price(self._prices, request, info))
-        ending = None if self._is_local else run_later(call, self._shared, partial(self._settled, use))
+        ending = None if self._is_local else Later(call, self._shared, partial(self._settled, use))
         of_call.under_way += 1
         try:
             lacking = yield from self._take(use, math.ceil(use.estimate.input), math.ceil(use.output))
@@ -237,7 +237,7 @@ class Budget(Rebuilt):
         found = call.notes[self._note] = _InCall(keys)
         counts.append(self._when_spent)
         if not self._is_local:
-            run_later(call, self._shared, partial(self._rest, call))
+            Later(call, self._shared, partial(self._rest, call))
         return found
 
     def _keys_of(self, scope: str) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ from fluxibly.middleware._answer_bytes import from_bytes, to_bytes
 from fluxibly.middleware._answers import Answer, MemoryAnswers, Recorder, TextChanged
 from fluxibly.middleware._copies import Rebuilt
 from fluxibly.middleware._flights import Flight, Flights
+from fluxibly.middleware._leads import Lead, can_lead
 from fluxibly.middleware._request_key import VERSION, request_key
 from fluxibly.middleware._shared import Shared
 from fluxibly.middleware.validation import Validation
@@ -70,7 +71,9 @@ class Cache(Rebuilt):
     Whole calls and streams share their answers. A stream gets the chunks that came at first. Only whole answers are kept:
     nothing that failed, was interrupted or given up, was cut by a filter (`finish_reason` "content_filter" or "error"), or
     says nothing. Calls that are the same and run at once send one request, and an error is never shared. A whole call waits
-    for another as long as that takes; for the rest see `streams_wait`.
+    for another as long as that takes; for the rest see `streams_wait`. So do the calls of several processes, where their
+    store has leases (`lease` and `release` of `fluxibly.stores.Store`): those that wait look for the answer after 50 ms, later
+    every half second, and one of them asks if the call before has failed, or if its process has died and its lease has ended.
 
     In a call, `metadata={"cache": "skip"}` leaves the cache alone, and `metadata={"cache": "refresh"}` asks again and keeps
     the new answer. `response.cache_hit` says whether an answer came from the cache.
@@ -80,8 +83,8 @@ class Cache(Rebuilt):
 
     Args:
         store: where the answers are: "memory" (each instance has its own), "sqlite:PATH" (a file that processes share),
-            "redis://HOST" (a server that machines share; see `fluxibly.stores.RedisStore`), or an object with `load` and
-            `save` of `fluxibly.stores.Store`.
+            "redis://HOST" (a server that machines share), or an object with `load` and `save` of `fluxibly.stores.Store`, and
+            with `lease` and `release` if calls of several processes are to wait for each other.
         ttl: the seconds for which an answer is kept; None: for good.
         max_bytes: the most bytes that answers take, from 1 up: 256 MB in memory and 4 GB in a file, unless given. Those that
             were not used for longest are forgotten first. A larger answer is not kept. A Redis server has a setting of its
@@ -132,7 +135,7 @@ class Cache(Rebuilt):
                 'write namespace="my-app", or a function for tenants: namespace=lambda request: request.metadata["tenant"], '
                 'or namespace="shared" if everybody may have the answers'
             )
-        return _InStore(store, self.ttl, streams_join=self.streams_wait > 0)
+        return _InStore(store, self.ttl, self.streams_wait)
 
     def __call__(self, request: Request, call_next: CallNext) -> Flow[Response]:
         call = request.call
@@ -184,13 +187,25 @@ class Cache(Rebuilt):
         flight = yield from self._flights.join(call, key, waits=not refresh)
         answer = None if flight is None else flight.answer
         if answer is None:
+            lead: Lead | None = None
             try:
                 if not refresh:
                     answer = yield from self._answers.load(key, call)
+                    if answer is None and flight is not None:
+                        lead = self._answers.lead(key, call)
+                        if lead is not None:
+                            answer = yield from lead.begin(partial(self._answers.load, key, call))
                 if answer is None:
-                    return (yield from self._ask(request, call_next, key, flight))
+                    response = yield from self._ask(request, call_next, key, flight)
+                    if lead is not None:
+                        yield from lead.end()
+                    return response
                 if flight is not None:
                     flight.land(answer)
+            except Exception:
+                if lead is not None:
+                    yield from lead.end()
+                raise
             finally:
                 if flight is not None:
                     self._flights.leave(call, key, flight)
@@ -273,6 +288,9 @@ class _InMemory:
         """Return an answer that can be had without I/O."""
         return self._kept.load(key, call.clock())
 
+    def lead(self, key: str, call: CallRecord) -> Lead | None:
+        """Return None: only this process has these answers."""
+
     def load(self, key: str, call: CallRecord) -> Flow[Answer | None]:
         """Return an answer. Between `at_once` and the beginning of a flight, another may have landed."""
         yield from ()
@@ -287,16 +305,23 @@ class _InMemory:
 class _InStore:
     """The answers of a cache in a store."""
 
-    def __init__(self, store: Any, ttl: float | None, *, streams_join: bool) -> None:
+    def __init__(self, store: Any, ttl: float | None, patience: float) -> None:
         self._ttl = ttl
-        self._streams_join = streams_join
-        """Whether a stream may wait for what a whole call finds."""
+        self._patience = patience
+        """The seconds for which a stream waits for another call."""
+        self._can_lead = can_lead(store)
         # Two, because a disk that is full can be read.
         self._reading, self._writing = (Shared(store, "open", "Cache") for _ in range(2))
 
     def at_once(self, key: str, call: CallRecord) -> Answer | None:
         """Return None: calls at once read the store once."""
         return None
+
+    def lead(self, key: str, call: CallRecord) -> Lead | None:
+        """Return the means to ask for the calls of other processes too, or None if none of them waits."""
+        if not self._can_lead or self._reading.is_down or (call.streaming and not self._patience):
+            return None
+        return Lead(call, self._reading, self._writing, key, self._patience)
 
     def load(self, key: str, call: CallRecord) -> Flow[Answer | None]:
         """Return an answer."""
@@ -308,7 +333,7 @@ class _InStore:
         if entry is None:
             return None
         try:
-            streamed = call.streaming or self._streams_join
+            streamed = call.streaming or self._patience > 0
             return from_bytes(entry.value, streamed=streamed, parse=partial(_parse_again, call))
         except Exception as error:  # noqa: BLE001  # the bytes may be anybody's
             report_once(

@@ -23,7 +23,7 @@ from fluxibly.errors import (
 from fluxibly.flow import CallNext, Flow, provider_of
 from fluxibly.middleware._copies import Rebuilt
 from fluxibly.middleware._keys import By, check_by, name_of, to_by, whom
-from fluxibly.middleware._shared import ON_STORE_ERROR, OnStoreError, Shared, new_name, run_later
+from fluxibly.middleware._shared import ON_STORE_ERROR, Later, OnStoreError, Shared, new_name
 from fluxibly.stores import Entry, Store, to_store
 from fluxibly.types import ProviderInfo, Request, Response
 
@@ -160,7 +160,7 @@ class CircuitBreaker(Rebuilt):
         if left > 0:
             raise self._refusal(circuit, f"is open for {left:.3g} s more", left)
         key, who = f"{circuit.key} probes", new_name()
-        ending = None if shared.local else run_later(call, shared, lambda: [("release", key, who)])
+        ending = None if shared.local else Later(call, shared, lambda: [("release", key, who)])
         try:
             busy = yield from shared.ask(call, "lease", key, who, self.probes, wait=False)
             if busy is not None:

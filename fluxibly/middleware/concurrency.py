@@ -15,10 +15,10 @@ from fluxibly.middleware._copies import Rebuilt
 from fluxibly.middleware._keys import By, check_by, name_of, to_by, whom
 from fluxibly.middleware._shared import (
     ON_STORE_ERROR,
+    Later,
     OnStoreError,
     Shared,
     new_name,
-    run_later,
     wait_for_turn,
 )
 from fluxibly.stores import Store, Turn, to_store
@@ -78,7 +78,7 @@ class Concurrency(Rebuilt):
                 return (yield from call_next(request))
             finally:
                 shared.store.release(key, who, call.clock())
-        ending = run_later(call, shared, lambda: [("release", key, who)])
+        ending = Later(call, shared, lambda: [("release", key, who)])
         try:
             turn = yield from shared.ask(call, "lease", key, who, self.limit)
             if turn is not None:

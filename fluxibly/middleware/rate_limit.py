@@ -14,16 +14,16 @@ from fluxibly._logs import log_decision
 from fluxibly.errors import REFUSALS, ConfigError, ProviderError, RateLimitWait, StreamInterrupted, root_cause
 from fluxibly.flow import CallNext, Flow, provider_of
 from fluxibly.functions import check_function, to_function
+from fluxibly.middleware._blocks import Blocks
 from fluxibly.middleware._copies import Rebuilt
 from fluxibly.middleware._estimates import FIRST_OUTPUT, Estimate, Estimates
 from fluxibly.middleware._keys import By, check_by, name_of, to_by, whom
 from fluxibly.middleware._rate_headers import told_limits
 from fluxibly.middleware._shared import (
     ON_STORE_ERROR,
+    Later,
     OnStoreError,
-    Shared,
     new_name,
-    run_later,
     wait_for_turn,
 )
 from fluxibly.stores import Limit, Store, Turn, to_store
@@ -109,7 +109,13 @@ class RateLimit(Rebuilt):
         store: where the state is: "memory" (the default: each instance has its own), "sqlite:PATH" (a file that the
             processes of a machine share), "redis://HOST" (a server that processes and machines share), or a
             `fluxibly.stores.Store`.
-        block: the seconds for which a process reserves ahead in a store that does I/O. A memory store needs none.
+            Calls that wait ask it again, and tell it corrections at most `block` seconds late.
+        block: the seconds for which a process reserves ahead in a store that does I/O, where it makes many calls: one trip to
+            the store then serves many of them, first come, first served, and processes take turns. Over all processes the
+            limit holds as without it. What is reserved ahead lapses after `block` seconds, so a process that has no more
+            calls, or that dies, costs the others at most as much of the rate; and after a pause, `block` seconds' worth of
+            the burst is kept back, at most a quarter of it. 0: each call makes its own trips, and has all of the burst, but
+            only if all processes say so. A memory store needs no blocks.
         on_store_error: what happens when the store fails: "local" keeps the limit in this process until it works again,
             "raise" raises `StoreError`, "open" lets calls pass.
 
@@ -133,7 +139,7 @@ class RateLimit(Rebuilt):
     store: Store = attrs.field(default=None, converter=_to_store)
     block: float = attrs.field(default=0.1, validator=validator(number, 0))
     on_store_error: OnStoreError = attrs.field(default="local", validator=validator(one_of, ON_STORE_ERROR))
-    _shared: Shared = attrs.field(init=False, repr=False)
+    _shared: Blocks = attrs.field(init=False, repr=False)
     _estimates: Estimates = attrs.field(init=False, repr=False)
     _limits: tuple[Limit, ...] = attrs.field(init=False, repr=False)
     """The limits, with what a call takes of them, if it takes no tokens."""
@@ -164,7 +170,7 @@ class RateLimit(Rebuilt):
             limits.append(Limit("tokens", rate, rate if own_burst is None else own_burst, 0.0))
             first_output = min(first_output, self.tokens / 10)
         made = {
-            "_shared": Shared(self.store, self.on_store_error, "RateLimit"),
+            "_shared": Blocks(self.store, self.on_store_error, "RateLimit", self.block, self.max_wait),
             "_estimates": Estimates(self.estimate, "RateLimit", first_output),
             "_limits": tuple(limits),
             "_fixed": tuple(limits[:1] if self.requests is not None else ()),
@@ -178,7 +184,7 @@ class RateLimit(Rebuilt):
         info = call.info_of(None) if request.target is None else (yield from provider_of(request))
         use = _Use(request, info, name_of(info, request, self.by))
         limits = self._limits if self.tokens is None else self._with_tokens(use)
-        ending = None if shared.local else run_later(call, shared, partial(self._settle, use))
+        ending = None if shared.local else Later(call, shared, partial(self._settle, use))
         try:
             if ending is None:
                 turn = shared.store.reserve(use.key, use.who, limits, call.clock())

@@ -12,11 +12,13 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from support.calling import REQUEST, call
 from support.simulation import Reply, Simulation
-from support.stores import SlowStore
+from support.stores import METHODS, SlowStore
 
 from fluxibly import race
 from fluxibly._logs import forget_reports
 from fluxibly.errors import CircuitOpen, QueueFull, RateLimitWait, ServerError, StoreError, StreamInterrupted
+from fluxibly.middleware.budget import Budget
+from fluxibly.middleware.cache import Cache
 from fluxibly.middleware.circuit_breaker import CircuitBreaker
 from fluxibly.middleware.concurrency import Concurrency
 from fluxibly.middleware.rate_limit import RateLimit
@@ -24,6 +26,7 @@ from fluxibly.pipeline import AsyncPipeline, Pipeline
 from fluxibly.stores import Turn
 from fluxibly.testing import ScriptedProvider, VirtualClock
 from fluxibly.testing.modes import BACKENDS, run_async
+from fluxibly.types import Request
 
 KEY = "concurrency scripted/m-1"
 DOWN = ConnectionError("no store")
@@ -310,6 +313,67 @@ class TestFailures:
         spare = layer._shared._spare._places.get("concurrency unknown/m")
         assert spare is None or spare.is_idle(0.0)
         assert not layer._shared._owed
+
+    @given(seed=st.integers(0, 10**6), on_store_error=st.sampled_from(["local", "raise", "open"]))
+    @settings(max_examples=12, deadline=None)
+    def test_a_store_that_fails_before_or_after_its_work(self, seed, on_store_error):
+        """All middleware at once, in all ways, with calls that end in any way: at the end the store is as it was."""
+        chance = random.Random(seed)  # noqa: S311  # the same calls in each run
+        store = SlowStore()
+        share = [0.0]
+
+        def flaky(work):
+            def do(*args, **options):
+                fails = chance.random() < share[0]
+                if fails and chance.random() < 0.5:
+                    raise DOWN
+                result = work(*args, **options)
+                if fails:
+                    raise DOWN
+                return result
+
+            return do
+
+        for method in METHODS:
+            setattr(store.inner, method, flaky(getattr(store.inner, method)))
+        stack = [
+            Budget(tokens=1e9, store=store, on_store_error=on_store_error),
+            CircuitBreaker(failures=2, open_for=1, store=store, on_store_error=on_store_error),
+            Concurrency(3, max_wait=50, store=store, on_store_error=on_store_error),
+            RateLimit(requests=40, per=1, burst=20, store=store, on_store_error=on_store_error),
+            Cache(store, namespace="n", streams_wait=1.0),
+        ]
+        simulation = Simulation(stack)
+        at_work = [0]
+        simulation.checks.append(lambda: at_work.append(len(simulation.at_work)))
+        for phase in (0.0, 0.3, 1.0, 0.1, 0.6):
+            share[0] = phase
+            for _ in range(12):
+                reply = Reply(chance.choice([0.1, 1.0]), chance.choice(["fine", "fine", ServerError("down")]))
+                request = Request(model="m", messages=chance.choice("abc") * 2)
+                made = simulation.call(request, reply=reply, streaming=chance.random() < 0.4)
+                if chance.random() < 0.3:
+                    stop = chance.choice([made.close, made.cancel])
+                    simulation.at(simulation.now + chance.random(), lambda m=made, s=stop: m.is_over or s())
+            simulation.run(simulation.now + chance.choice([0.5, 3.0]))
+        simulation.run()
+        assert not simulation.active
+        if on_store_error == "raise":
+            assert max(at_work) <= 3
+        share[0] = 0.0
+        for _ in range(2):  # the second, because a circuit may be open for the first
+            simulation.run(simulation.now + 31)
+            last = simulation.call(Request(model="m", messages="last"))
+            simulation.run()
+        assert last.response is not None
+        assert store.queued() == []
+        assert not any(places.held for places in store.inner._places.values())
+        for layer in stack[:4]:
+            assert not layer._shared._owed
+            assert not layer._shared._queued
+            spare = layer._shared._spare
+            assert not any(places.held or places.waiting for places in spare._places.values())
+            assert not any(rates.waiting for rates in spare._rates.values())
 
     @pytest.mark.parametrize("on_store_error", ["local", "open"])
     @pytest.mark.parametrize("is_done", [True, False])
