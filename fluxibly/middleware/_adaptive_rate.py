@@ -27,21 +27,28 @@ LOWEST = 1 / 30
 """The fewest requests a second. With fewer, a call would wait too long to find out that it could be more."""
 HIGHEST = 1e6
 _MOST_TOLD = 1e12
-_LOWEST_SHARE = 1e-4
+_OF_GOOD = 1 / 100
+"""The share of the last good rate that is the least while a service refuses everything, which soon may be over."""
 _CUT = 0.85
 """What a refusal leaves of the rate."""
 _HALF = 0.5
 """What a refusal leaves of a rate that was being doubled: the limit lies between."""
 _CURVE = (1 - _CUT) / 6**3
 """So steep that a rate is what it was six ticks after a cut to 0.85."""
-_CALLS_A_TICK = 2.0
+_CALLS_A_TICK = 3.0
 """A tick is a second, or the time of so many calls if that is longer: else most calls of a slow service would be refused."""
+_PRIOR = 3
+"""The calls by which the share that is refused counts as usual, before any is known."""
+_NEARLY_NONE = 0.3
+"""A service that takes a smaller share of the calls may be refusing everything, whatever the rate."""
+_DOUBT = 0.8
+"""What each further refusal leaves of the rate that was good before."""
 _EPOCH = 1.0
 """Calls that were sent after a cut may cause another after so many seconds,"""
 _ENOUGH = 50
 """or before, if it is known of so many of them whether they were refused."""
-_SAMPLES = 8
-"""The latencies of which the least is compared: the least hardly depends on the lengths of answers."""
+_FEWEST, _MOST = 20, 1000
+"""The numbers of latencies of which a median is taken."""
 _FRESH = 60.0
 """The seconds for which the rates that a service tells hold, if it tells nothing new."""
 FORGOTTEN = 600.0
@@ -99,6 +106,7 @@ class Pace:
         self._waited_at = -math.inf
         self._latencies: dict[bool, list[float]] = {}
         self._least_latency: dict[bool, float] = {}
+        self._compared_at = now
 
     def _begin(self, now: float) -> None:
         """Begin an epoch."""
@@ -111,7 +119,8 @@ class Pace:
 
     @property
     def tick(self) -> float:
-        return max(1.0, _CALLS_A_TICK / (self.rate * self.unit))
+        calls = 1.0 if self.is_doubling else _CALLS_A_TICK
+        return max(1.0, calls / (self.rate * self.unit))
 
     def sending(self, now: float) -> Sending:
         """Note that a call is sent."""
@@ -153,22 +162,28 @@ class Pace:
         self._refused += 1
         self._known = max(self._known, sending.number)
         if self.is_doubling:
-            self.goal = 0.0 if self.goal == math.inf else 0.8 * self.goal
+            if self.goal < math.inf:
+                self.good *= _DOUBT
+                self.goal = self.good / 2
+            else:
+                self.goal, taken = 0.0, self._sent - self._refused
+                self.good = taken / max(1.0, now - self._began_at) if taken >= _ENOUGH else 0.0
             self._cut(_HALF, now)
             return True
         if self.epoch and now - self._began_at < _EPOCH and self._known < _ENOUGH:
             return False
         # Where more than a few are refused, the others show what the service takes.
-        taken = (self._known - self._refused + _CUT) / (self._known + 1) if self.epoch else _CUT
+        taken = (self._known - self._refused + _PRIOR * _CUT) / (self._known + _PRIOR) if self.epoch else _CUT
         if taken >= _CUT:
             self.good = self.rate
-        self._cut(min(_CUT, taken), now)
-        if self.rate < self.good / 4:
+        if taken < _NEARLY_NONE and self.rate * taken < self.good / 4:
             self.goal = self.good / 2  # perhaps it refuses everything for a while
+        self._cut(min(_CUT, taken), now)
         return True
 
     def _cut(self, share: float, now: float) -> None:
-        self.low = self._bounded(self.rate * share)
+        low = self.rate * share
+        self.low = self._bounded(max(low, self.good * _OF_GOOD) if low < self.goal else low)
         self.top = self.rate if share >= _HALF else self.low / _CUT
         self.rate, self.age = self.low, 0.0
         self.epoch += 1
@@ -179,14 +194,16 @@ class Pace:
         if not self.is_watching:
             return False
         latencies = self._latencies.setdefault(streaming, [])
-        latencies.append(seconds)
-        if len(latencies) < _SAMPLES:
+        if len(latencies) < _MOST:
+            latencies.append(seconds)
+        if len(latencies) < _FEWEST or now < self._compared_at + 1.0:
             return False
-        least = min(latencies)
+        self._compared_at = now
+        usual = sorted(latencies)[len(latencies) // 2]
         latencies.clear()
-        known = self._least_latency.setdefault(streaming, least)
-        if least < 2 * known:
-            self._least_latency[streaming] = min(known, least)
+        known = self._least_latency.setdefault(streaming, usual)
+        if usual < 2 * known:
+            self._least_latency[streaming] = min(known, usual)
             return False
         self.rate, self.goal = min(self.rate, sending.rate), 0.0  # the rate has been doubled since it was sent
         self._cut(_HALF, now)
@@ -330,7 +347,7 @@ class AdaptiveRate:
 def _share_of(limits: Iterable[Limit], now: float) -> Pace:
     """Return the pace of the share of limits that is used. It is 1 until a call is refused."""
     unit = min([rate for name, rate, _, _ in limits if name == "requests"], default=HIGHEST)
-    return Pace(now, 1.0, most=1.0, least=_LOWEST_SHARE, goal=0.0, unit=unit)
+    return Pace(now, 1.0, most=1.0, least=LOWEST / unit, goal=0.0, unit=unit)
 
 
 def _limit(name: str, rate: float, burst: float) -> Limit:
