@@ -127,7 +127,7 @@ class Service:
         headers: the family whose rate-limit headers it sends.
         retry_after: whether a refusal says when to try again, in whole seconds.
         latency: the seconds of an answer, half of them longer.
-        spread: the standard deviation of the logarithm of latency; 0: all answers take as long.
+        spread: the standard deviation of the logarithm of the length of answers, of which most of latency depends; 0: all are alike.
         knee: the requests at once from which on it slows down in proportion; infinite: never.
         used: the tokens of an answer, input and output together, half of them more.
     """
@@ -159,7 +159,8 @@ class Service:
     async def complete(self, request: Request) -> Response:
         now = self.clock()
         self.sent.append(now)
-        used = self.used * self.random.lognormvariate(0.0, self.spread)
+        length = self.random.lognormvariate(0.0, self.spread)
+        used = self.used * length
         limits = [(self.requests, 1.0), *([] if self.tokens is None else [(self.tokens, used)])]
         for limit, _ in limits:
             limit.refill(now)
@@ -177,9 +178,8 @@ class Service:
         self.at_work += 1
         self.most_at_work = max(self.most_at_work, self.at_work)
         try:
-            await asyncio.sleep(
-                self.latency * self.random.lognormvariate(0.0, self.spread) * max(1.0, self.at_work / self.knee)
-            )
+            seconds = self.latency * (0.2 + 0.8 * length) * self.random.lognormvariate(0.0, self.spread / 2)
+            await asyncio.sleep(seconds * max(1.0, self.at_work / self.knee))
         finally:
             self.at_work -= 1
         self.answered.append((self.clock(), self.clock() - now))

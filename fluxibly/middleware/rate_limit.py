@@ -30,6 +30,7 @@ from fluxibly.middleware._keys import By, check_by, name_of, to_by, whom
 from fluxibly.middleware._rate_headers import told_limits
 from fluxibly.middleware._shared import (
     ON_STORE_ERROR,
+    WAITED,
     OnStoreError,
     Shared,
     new_name,
@@ -64,6 +65,8 @@ class _Use:
     rate: AdaptiveRate | None = None
     """What was found; None: there are numbers."""
     sending: Sending | None = None
+    waited = 0.0
+    """The seconds that the call had waited for turns when it was sent."""
     reserved = False
     response: Response | None = None
     error: BaseException | None = None
@@ -225,6 +228,7 @@ class RateLimit(Rebuilt):
             use.reserved = True
             if use.rate is not None:
                 use.sending = use.rate.pace.sending(call.clock())
+                use.waited = call.notes.get(WAITED, 0.0)
             use.response = response = yield from call_next(request)
         except BaseException as error:
             use.error = error
@@ -364,7 +368,10 @@ class RateLimit(Rebuilt):
             first = call.first_chunk_at if call.streaming else None
             is_stream = first is not None and first >= sending.at
             end = first if is_stream and first is not None else now
-            rate.answered(sending, end - sending.at, now, streaming=is_stream)
+            waited = (
+                call.notes.get(WAITED, 0.0) - use.waited
+            )  # in a Concurrency further in, which is no latency of the service
+            rate.answered(sending, max(0.0, end - sending.at - waited), now, streaming=is_stream)
 
     def _refused(self, use: _Use, refusal: ProviderError) -> Iterator[tuple[Any, ...]]:
         """Cut the rate at a refusal that waiting helps against, and yield what the store has to do."""
