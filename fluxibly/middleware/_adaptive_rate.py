@@ -13,7 +13,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from threading import RLock
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from fluxibly._checks import is_mapping, number
 from fluxibly._threads import renew_lock_after_fork
@@ -66,6 +66,9 @@ class Sending(NamedTuple):
     """Its number in the epoch, from 1 up."""
     rate: float
     at: float
+
+
+_new: Any = cast("Any", tuple).__new__  # a third of the time that the class takes
 
 
 class Pace:
@@ -125,19 +128,21 @@ class Pace:
     def sending(self, now: float) -> Sending:
         """Note that a call is sent."""
         self._sent += 1
-        return Sending(self, self.epoch, self._sent, self.rate, now)
+        sending: Sending = _new(Sending, (self, self.epoch, self._sent, self.rate, now))
+        return sending
 
     def waits(self, now: float) -> None:
         """Note that a call waits for the rate."""
         self._waited_at = now
 
-    def is_due(self, now: float) -> bool:
-        """Whether it is time for a step."""
-        return now - self._stepped_at >= (self.tick if self.is_doubling else self.tick / 4)
+    @property
+    def due_at(self) -> float:
+        """The time of the next step."""
+        return self._stepped_at + (self.tick if self.is_doubling else self.tick / 4)
 
     def step(self, now: float) -> None:
         """Raise the rate, if it is time and calls have waited for it."""
-        if not self.is_due(now):
+        if now < self.due_at:
             return
         passed, tick = now - self._stepped_at, self.tick
         is_used = self._waited_at >= self._stepped_at
@@ -254,8 +259,10 @@ class AdaptiveRate:
         self._told: dict[str, float] = {}
         """The rates that the service has told, by the names of their limits; none, if it tells nothing."""
         self._told_at = -math.inf
-        self.used_at = now
-        self.read_at = -math.inf
+        self._limits: tuple[Limit, ...] = ()
+        self._limits_until = -math.inf
+        """When these limits are to be made anew."""
+        self.read_at = now
         """When the store is to be asked what others have found."""
         self.is_new = False
         """Whether something was found since the store was told."""
@@ -270,18 +277,17 @@ class AdaptiveRate:
         A burst is what a limit allows in the same time, whatever its rate: what was taken at another rate counts for as long as
         it did then, so that no change lets more through than the higher of two rates would.
         """
-        self.used_at = now
-        if self.pace.is_due(now):
-            with self._lock:
-                self.pace.step(now)
-        if self._told:
-            if now - self._told_at <= _FRESH:
-                share = self.pace.rate
-                return tuple([_limit(name, rate * share, rate * share) for name, rate in self._told.items()])
-            with self._lock:
+        if now < self._limits_until:
+            return self._limits
+        with self._lock:
+            self.pace.step(now)
+            if self._told and now > self._told_at + _FRESH:
                 self._forget_told(now)
-        rate = self.pace.rate
-        return (_limit("requests", rate, rate),)
+            rate = self.pace.rate
+            rates = {name: told * rate for name, told in self._told.items()} or {"requests": rate}
+            self._limits = limits = tuple([_limit(name, rate, rate) for name, rate in rates.items()])
+            self._limits_until = self.pace.due_at
+        return limits
 
     def hear(self, told: Iterable[Told], now: float) -> None:
         """Note the rates that the headers of an answer tell."""
@@ -296,6 +302,7 @@ class AdaptiveRate:
         if not self._told:
             self.pace = _share_of([_limit(name, rate, rate) for name, rate in rates.items()], now)
         self._told, self._told_at = rates, now
+        self._limits_until = -math.inf
         return True
 
     def _forget_told(self, now: float) -> None:
@@ -308,14 +315,15 @@ class AdaptiveRate:
         """Note that the service has refused a call. Return whether that has cut the rate."""
         with self._lock:
             is_cut = sending.pace is self.pace and self.pace.refused(sending, now)
-            self.is_new = self.is_new or is_cut
+            if is_cut:
+                self.is_new, self._limits_until = True, -math.inf
         return is_cut
 
     def answered(self, sending: Sending, seconds: float, now: float, *, streaming: bool) -> None:
         """Note the latency of a call."""
         with self._lock:
             if sending.pace is self.pace and self.pace.answered(sending, seconds, now, streaming=streaming):
-                self.is_new = True
+                self.is_new, self._limits_until = True, -math.inf
 
     def shown(self) -> str:
         """Return what holds now in words, for messages."""
@@ -335,6 +343,7 @@ class AdaptiveRate:
         """Go on from where another process is, if it knows more. What cannot be read is passed over."""
         numbers, told, told_for = _read(entry.value)
         with self._lock:
+            self._limits_until = -math.inf
             if told:
                 # There is no common clock, but the store knows how old its entry is.
                 told_at = now - (_FRESH - told_for) - max(0.0, FORGOTTEN - entry.left)

@@ -214,9 +214,16 @@ class RateLimit(Rebuilt):
         call, shared = request.call, self._shared
         info = call.info_of(None) if request.target is None else (yield from provider_of(request))
         use = _Use(request, info, name_of(info, request, self.by))
-        if not self._limits:
-            use.rate = yield from self._find_rate(use)
-        limits = self._limits_of(use)
+        if self._limits:
+            limits = self._limits
+        else:
+            now = call.clock()
+            use.rate = self._rates.get(use.key)
+            if use.rate is None or now >= use.rate.read_at:
+                use.rate = yield from self._find_rate(use, now)
+            limits = use.rate.limits(now)
+        if limits[-1][0] == "tokens":
+            limits = self._with_tokens(use, limits)
         ending = None if shared.local else run_later(call, shared, partial(self._settle, use))
         try:
             if ending is None:
@@ -228,7 +235,8 @@ class RateLimit(Rebuilt):
             use.reserved = True
             if use.rate is not None:
                 use.sending = use.rate.pace.sending(call.clock())
-                use.waited = call.notes.get(WAITED, 0.0)
+                if call.notes:
+                    use.waited = call.notes.get(WAITED, 0.0)
             use.response = response = yield from call_next(request)
         except BaseException as error:
             use.error = error
@@ -239,15 +247,14 @@ class RateLimit(Rebuilt):
             raise
         if ending is not None:
             yield from ending.run()
-        elif use.estimate is not None or response.rate_limits or use.rate is not None:
+        elif use.estimate is not None or response.rate_limits or (use.rate is not None and use.rate.pace.is_watching):
             self._settle_now(use)
         return response
 
-    def _find_rate(self, use: _Use) -> Flow[AdaptiveRate]:
+    def _find_rate(self, use: _Use, now: float) -> Flow[AdaptiveRate]:
         """Return what was found under the key of a call, here or, asked at most once a second, by others with the same store."""
         call, rate = use.request.call, self._rates.get(use.key)
-        now = call.clock()
-        if rate is None or now - rate.used_at > FORGOTTEN:
+        if rate is None or now - rate.read_at > FORGOTTEN:
             if len(self._rates) >= _MOST_RATES:
                 self._rates.pop(next(iter(self._rates), use.key), None)
             rate = self._rates[use.key] = AdaptiveRate(now)
