@@ -214,8 +214,8 @@ class Service:
         return told
 
     def rate(self, begin: float, end: float) -> float:
-        """Return the answers a minute that were sent for between two times."""
-        return 60 * sum(begin <= at - took < end for at, took in self.answered) / (end - begin)
+        """Return the answers a minute between two times."""
+        return 60 * sum(begin <= at < end for at, _ in self.answered) / (end - begin)
 
     def share_refused(self, begin: float, end: float) -> float:
         sent = sum(begin <= at < end for at in self.sent)

@@ -2,7 +2,7 @@
 
 The limit follows the gradient of latency, as Gradient2 of Netflix's concurrency-limits does (github.com/Netflix/concurrency-limits,
 Apache-2.0): where calls take more than 1.5 times what they take on a service at rest, the limit sinks in proportion, and it rises by
-its square root else. Three things differ, because answers of language models differ in length by a factor of a thousand. Latency is
+its square root, or a tenth, else. Three things differ, because answers of language models differ in length by a factor of a thousand. Latency is
 that of the first chunk, or of a whole answer for each token. It is compared by rounds, of which the median counts: a round is the
 calls that began first after the limit has changed. And the latency at rest is not a slow mean, which would follow that of a
 service that is overloaded for long: it falls with every round that is faster, and rises only if half the limit has made nothing faster.
@@ -176,7 +176,7 @@ class AdaptiveLimit:
             self._before = None
         elif self._before is None:
             self._before = (self.limit, latency)
-        self._change(self.limit * gradient + self.limit**0.5)
+        self._change(self.limit * gradient + min(self.limit**0.5, max(1.0, self.limit / 10)))
         return True
 
     def _change(self, limit: float) -> None:

@@ -41,12 +41,14 @@ _PRIOR = 3
 """The calls by which the share that is refused counts as usual, before any is known."""
 _NEARLY_NONE = 0.3
 """A service that takes a smaller share of the calls may be refusing everything, whatever the rate."""
-_DOUBT = 0.8
+_DOUBT = 0.9
 """What each further refusal leaves of the rate that was good before."""
 _EPOCH = 1.0
-"""Calls that were sent after a cut may cause another after so many seconds,"""
+"""Calls that were sent after a cut may cause another after so many seconds."""
+_SHORTEST_EPOCH = 0.25
+"""Or after so many, if it is known of"""
 _ENOUGH = 50
-"""or before, if it is known of so many of them whether they were refused."""
+"""so many calls whether they were refused."""
 _FEWEST, _MOST = 20, 1000
 """The numbers of latencies of which a median is taken."""
 _FRESH = 60.0
@@ -150,8 +152,7 @@ class Pace:
         if not is_used:
             return
         if self.is_doubling:
-            self.rate = self.low = self._bounded(min(2 * self.rate, max(self.goal, self.rate)))
-            self.top = max(self.good, self.rate)
+            self.rate = self.low = self.top = self._bounded(min(2 * self.rate, self.goal))
         else:
             self.age += min(passed / tick, 1.0)
             back = ((1 - self.low / self.top) / _CURVE) ** (1 / 3)
@@ -169,20 +170,21 @@ class Pace:
         if self.is_doubling:
             if self.goal < math.inf:
                 self.good *= _DOUBT
-                self.goal = self.good / 2
+                self.goal = self.good
             else:
                 self.goal, taken = 0.0, self._sent - self._refused
                 self.good = taken / max(1.0, now - self._began_at) if taken >= _ENOUGH else 0.0
             self._cut(_HALF, now)
             return True
-        if self.epoch and now - self._began_at < _EPOCH and self._known < _ENOUGH:
+        passed = now - self._began_at
+        if self.epoch and passed < _EPOCH and (passed < _SHORTEST_EPOCH or self._known < _ENOUGH):
             return False
         # Where more than a few are refused, the others show what the service takes.
         taken = (self._known - self._refused + _PRIOR * _CUT) / (self._known + _PRIOR) if self.epoch else _CUT
         if taken >= _CUT:
             self.good = self.rate
         if taken < _NEARLY_NONE and self.rate * taken < self.good / 4:
-            self.goal = self.good / 2  # perhaps it refuses everything for a while
+            self.goal = self.good  # perhaps it refuses everything for a while
         self._cut(min(_CUT, taken), now)
         return True
 

@@ -134,7 +134,10 @@ class TestSettings:
         ("value", "message"),
         [
             ("{limit: 0}", "llm.middleware[0].concurrency.limit: expected a whole number from 1 up, got 0"),
-            ("{limit: '3'}", "llm.middleware[0].concurrency.limit: expected a whole number from 1 up, or 'auto', got '3'"),
+            (
+                "{limit: '3'}",
+                "llm.middleware[0].concurrency.limit: expected a whole number from 1 up, or 'auto', got '3'",
+            ),
             ("{limit: 1, by: user}", "function 'user' not registered"),
             ("{limit: 1, store: 'redis://h'}", "got 'redis:…'"),
         ],
