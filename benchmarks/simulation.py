@@ -58,7 +58,7 @@ class LoopClock(SystemClock):
     """The clock of pipelines that run in a `VirtualLoop`."""
 
     def __init__(self, loop: VirtualLoop) -> None:
-        self.now = loop.time  # type: ignore[assignment]
+        self.now = loop.time
 
 
 def run(main: Callable[[LoopClock], Awaitable[T]]) -> T:
@@ -144,11 +144,11 @@ class Service:
     clock: Callable[[], float] = lambda: 0.0
     at_work: int = 0
     most_at_work: int = 0
-    sent: list[float] = attrs.field(factory=list)
+    sent: list[float] = attrs.field(factory=list[float])
     """When each request came."""
-    refused: list[float] = attrs.field(factory=list)
+    refused: list[float] = attrs.field(factory=list[float])
     """When each that was refused came."""
-    answered: list[tuple[float, float]] = attrs.field(factory=list)
+    answered: list[tuple[float, float]] = attrs.field(factory=list[tuple[float, float]])
     """When each answer was whole, and after how many seconds."""
 
     info = ProviderInfo(name="Service", framework="simulated", telemetry_name="simulated", in_process=True)
@@ -258,7 +258,7 @@ def simulate(
                     errors.append(type(error).__name__)
                     await asyncio.sleep(0.5)
 
-        tasks = []
+        tasks: list[asyncio.Future[None]] = []
         for client, own in zip(clients, errors, strict=True):
             pipeline = AsyncPipeline(service, client.stack, clock=clock)
             tasks += [asyncio.ensure_future(work(pipeline, own)) for _ in range(client.at_once)]

@@ -5,7 +5,7 @@ Apache-2.0): where calls take more than 1.5 times what they take on a service at
 its square root, or a tenth, else. Three things differ, because answers of language models differ in length by a factor of a thousand. Latency is
 that of the first chunk, or of a whole answer for each token. It is compared by rounds, of which the median counts: a round is the
 calls that began first after the limit has changed. And the latency at rest is not a slow mean, which would follow that of a
-service that is overloaded for long: it falls with every round that is faster, and rises only if half the limit has made nothing faster.
+service that is overloaded for long: it falls with every round that is faster, and rises only if half the limit makes nothing faster, which is tried now and then.
 """
 
 from __future__ import annotations
@@ -38,6 +38,11 @@ _FASTER = 0.3
 """The weight of a faster round in the latency at rest. A single one may be chance."""
 _HELPED = 0.9
 """Latency has to fall to this when the limit is halved. Else it is not the load that makes calls slow."""
+_MUCH_FASTER = 0.75
+"""If half the limit makes calls as fast as that, the service was not at rest, and half of that is tried."""
+_TRIAL_AFTER = 20
+"""The slow rounds in a row after which half the limit is tried, to see whether the latency at rest still holds."""
+_SHORTEST = 1e-9
 QUIET = 10.0
 """The seconds after a 429 in which the limit stays as it is."""
 REMEMBERED = 600.0
@@ -53,6 +58,15 @@ class Begun(NamedTuple):
     round: int
     number: int
     at: float
+
+
+class _Trial(NamedTuple):
+    """The limit and the latency with which those of half the limit are compared."""
+
+    limit: float
+    latency: float
+    ends_there: bool
+    """Whether the limit was halved on purpose, and not by slow answers."""
 
 
 class AdaptiveLimit:
@@ -76,8 +90,9 @@ class AdaptiveLimit:
         self._is_doubling = True
         self._at_rest: dict[str, float] = {}
         """The latency of a service at rest, for streams and for whole answers."""
-        self._before: tuple[float, float] | None = None
-        """The limit and the latency from which on the limit has been sinking."""
+        self._trial: _Trial | None = None
+        self._slow_rounds = 0
+        """The rounds in a row that lowered the limit, or would have."""
         self._quiet_until = -1.0
         self._round = -1
         self._at_once = 0
@@ -148,36 +163,52 @@ class AdaptiveLimit:
 
     def _judge(self, now: float) -> bool:
         """End a round, and let the limit follow from its latencies."""
-        kind, latencies = max(self._latencies.items(), key=lambda item: len(item[1]), default=("", []))
-        is_used = self._is_used
+        kind = max(self._latencies, key=lambda kind: len(self._latencies[kind]), default="")
+        latencies = sorted(self._latencies.get(kind, ()))
         if len(latencies) < _SAMPLES:
             self._begin()
             return False
-        latency = sorted(latencies)[len(latencies) // 2]
+        latency = max(latencies[len(latencies) // 2], _SHORTEST)
         at_rest = self._at_rest.setdefault(kind, latency)
+        if self._trial is not None and self.limit <= self._trial.limit / 2:
+            self._end_trial(self._trial, kind, latency)
+            return True
         if latency < at_rest:
-            at_rest += _FASTER * (latency - at_rest)
-        elif self._before is not None and self.limit <= self._before[0] / 2:
-            if latency > _HELPED * self._before[1]:
-                at_rest = latency
-            self._before = None
-        self._at_rest[kind] = at_rest
-        ratio = latency / at_rest if at_rest > 0 else 1.0
-        matters = is_used or (ratio > _TOLERANCE and self._most_at_once >= self.limit / 2)
+            self._at_rest[kind] = at_rest = at_rest + _FASTER * (latency - at_rest)
+        ratio = latency / at_rest
+        matters = self._is_used or (ratio > _TOLERANCE and self._most_at_once >= self.limit / 2)
         if not matters or now < self._quiet_until:
             self._begin()
             return False
-        self._is_doubling = self._is_doubling and ratio < _DOUBLES_BELOW
-        if self._is_doubling:
+        if self._is_doubling and ratio < _DOUBLES_BELOW:
             self._change(2 * self.limit)
             return True
-        gradient = min(max(_TOLERANCE / ratio, 0.5), 1.0)
+        gradient = min(_TOLERANCE / ratio, 1.0)
+        self._slow_rounds = self._slow_rounds + 1 if gradient < 1.0 else 0
+        if self._is_doubling or self._slow_rounds >= _TRIAL_AFTER:
+            # The latency at rest may be that of the first limit, so a quarter is below that at which it was measured.
+            self._trial = _Trial(self.limit, latency, ends_there=True)
+            self._change(self.limit / (4 if self._is_doubling else 2))
+            self._is_doubling = False
+            return True
         if gradient == 1.0:
-            self._before = None
-        elif self._before is None:
-            self._before = (self.limit, latency)
-        self._change(self.limit * gradient + min(self.limit**0.5, max(1.0, self.limit / 10)))
+            self._trial = None
+        elif self._trial is None:
+            self._trial = _Trial(self.limit, latency, ends_there=False)
+        self._change(self.limit * max(gradient, 0.5) + min(self.limit**0.5, max(1.0, self.limit / 10)))
         return True
+
+    def _end_trial(self, trial: _Trial, kind: str, latency: float) -> None:
+        """Learn what half the limit has changed, and go back to where the trial began, if that was one on purpose."""
+        at_rest = self._at_rest[kind]
+        self._trial, self._slow_rounds = None, 0
+        if latency < at_rest or latency > _HELPED * trial.latency:
+            self._at_rest[kind] = latency
+        if latency < _MUCH_FASTER * at_rest:
+            self._trial = _Trial(self.limit, latency, ends_there=True)  # it was not at rest, and perhaps is not now
+            self._change(self.limit / 2)
+        else:
+            self._change(trial.limit if trial.ends_there else self.limit)
 
     def _change(self, limit: float) -> None:
         added = limit - self.limit
@@ -206,7 +237,7 @@ class AdaptiveLimit:
             self._change(said["limit"])
             self.changes, self.is_new = int(said["changes"]), False
             self._is_doubling = said.get("doubling") is True
-            self._before = None
+            self._trial = None
             self._at_rest.update(_latencies_in(said.get("at_rest")))
 
 

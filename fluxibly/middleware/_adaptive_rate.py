@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from threading import RLock
 from typing import Any, NamedTuple, cast
 
-from fluxibly._checks import is_mapping, number
+from fluxibly._checks import is_mapping, is_number, number
 from fluxibly._threads import renew_lock_after_fork
 from fluxibly.middleware._rate_headers import Told
 from fluxibly.stores import Entry, Limit, Turn
@@ -172,8 +172,9 @@ class Pace:
                 self.good *= _DOUBT
                 self.goal = self.good
             else:
-                self.goal, taken = 0.0, self._sent - self._refused
-                self.good = taken / max(1.0, now - self._began_at) if taken >= _ENOUGH else 0.0
+                answered = self._sent - self._refused
+                self.good = answered / max(1.0, now - self._began_at) if answered >= _ENOUGH else 0.0
+                self.goal = 0.0
             self._cut(_HALF, now)
             return True
         passed = now - self._began_at
@@ -377,7 +378,7 @@ def _read(value: bytes) -> tuple[Mapping[str, float] | None, Mapping[str, float]
     numbers = (
         pace if is_mapping(pace) and not any(number(name, pace.get(name), 0) for name in (*_NUMBERS, "goal")) else None
     )
-    if is_mapping(told) and number("told_for", told_for) is None:
+    if is_mapping(told) and is_number(told_for) and number("told_for", told_for, 0) is None:
         rates = {name: told[name] for name in ("requests", "tokens") if number(name, told.get(name), above=0) is None}
         return numbers, rates, told_for
     return numbers, {}, 0.0

@@ -191,7 +191,10 @@ class Concurrency(Rebuilt):
         def ask() -> Flow[Turn | None]:
             if place.limit is not None:
                 place.limit.waits()
-            return (yield from self._shared.ask(request.call, "lease", place.key, place.who, self._size(place)))
+            turn: Turn | None = yield from self._shared.ask(
+                request.call, "lease", place.key, place.who, self._size(place)
+            )
+            return turn
 
         waited = yield from wait_for_turn(
             request,
@@ -218,7 +221,7 @@ def _latency_of(call: CallRecord, response: Response, began: float) -> tuple[str
     """Return a word for what was measured, and the latency: to the first chunk, or of a whole answer for each token."""
     if call.streaming and call.first_chunk_at is not None and call.first_chunk_at >= began:
         return "stream", call.first_chunk_at - began
-    tokens = None if response.usage is None else response.usage.output_tokens
+    tokens: float | None = None if response.usage is None else response.usage.output_tokens
     if tokens is None:
         tokens = bytes_of(response.text) / BYTES_A_TOKEN
     return "whole", (call.clock() - began) / (tokens + TOKENS_OF_START)
