@@ -124,11 +124,12 @@ class AdaptiveLimit:
 
     def begun(self, now: float) -> Begun:
         """Note that a call begins."""
-        self.used_at = now
-        self._begun += 1
-        self._at_once += 1
-        self._most_at_once = max(self._most_at_once, self._at_once)
-        return Begun(self._round, self._begun - self._skip, now)
+        with self._lock:
+            self.used_at = now
+            self._begun += 1
+            self._at_once += 1
+            self._most_at_once = max(self._most_at_once, self._at_once)
+            return Begun(self._round, self._begun - self._skip, now)
 
     def ended(self, begun: Begun, kind: str, latency: float | None, now: float) -> bool:
         """Note that a call has ended. Return whether that has changed the limit.
@@ -137,16 +138,14 @@ class AdaptiveLimit:
             kind: what its latency is compared with: that of the same kind.
             latency: None, if it says nothing about the service.
         """
-        self._at_once -= 1
-        if begun.round != self._round or not 0 < begun.number <= self._size:
-            return False
         with self._lock:
+            self._at_once -= 1
+            if begun.round != self._round or not 0 < begun.number <= self._size:
+                return False
             self._ended += 1
             if latency is not None:
                 self._latencies.setdefault(kind, []).append(latency)
-            if self._ended < _ENDED * self._size:
-                return False
-            return self._judge(now)
+            return self._ended >= _ENDED * self._size and self._judge(now)
 
     def refused(self, now: float) -> None:
         """Note that the service has refused a call because of a rate. Concurrency is not what it objects to."""
@@ -154,9 +153,9 @@ class AdaptiveLimit:
 
     def overloaded(self, begun: Begun) -> bool:
         """Note that the service had no room or no time for a call. Return whether that has lowered the limit."""
-        if begun.round != self._round:
-            return False
         with self._lock:
+            if begun.round != self._round:
+                return False
             self._is_doubling = False
             self._change(self.limit * _OVERLOADED)
         return True
@@ -231,9 +230,9 @@ class AdaptiveLimit:
             return
         if not is_mapping(said) or any(number(name, said.get(name), 1) for name in ("limit", "changes")):
             return
-        if said["changes"] <= self.changes:
-            return
         with self._lock:
+            if said["changes"] <= self.changes:
+                return
             self._change(said["limit"])
             self.changes, self.is_new = int(said["changes"]), False
             self._is_doubling = said.get("doubling") is True

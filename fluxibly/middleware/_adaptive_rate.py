@@ -27,6 +27,8 @@ LOWEST = 1 / 30
 """The fewest requests a second. With fewer, a call would wait too long to find out that it could be more."""
 HIGHEST = 1e6
 _MOST_TOLD = 1e12
+_LOWEST_SHARE = 0.1
+"""The least share of the rates that a service tells. Others take the rest."""
 _OF_GOOD = 1 / 100
 """The share of the last good rate that is the least while a service refuses everything, which soon may be over."""
 _CUT = 0.85
@@ -359,7 +361,7 @@ class AdaptiveRate:
 def _share_of(limits: Iterable[Limit], now: float) -> Pace:
     """Return the pace of the share of limits that is used. It is 1 until a call is refused."""
     unit = min([rate for name, rate, _, _ in limits if name == "requests"], default=HIGHEST)
-    return Pace(now, 1.0, most=1.0, least=LOWEST / unit, goal=0.0, unit=unit)
+    return Pace(now, 1.0, most=1.0, least=_LOWEST_SHARE, goal=0.0, unit=unit)
 
 
 def _limit(name: str, rate: float, burst: float) -> Limit:

@@ -103,7 +103,7 @@ def _to_estimate(value: Tokens | str | None) -> Tokens | None:
 
 
 def _to_store(value: Any) -> Any:
-    return to_store(value, ("reserve", "correct", "throttle", "release", "load", "save"))
+    return to_store(value, ("reserve", "correct", "throttle", "release"))
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -209,6 +209,7 @@ class RateLimit(Rebuilt):
                     f"RateLimit: expected requests=… or tokens=… beside {name}, got neither; leave {name} out ({why}), or write "
                     "RateLimit(requests=600)"
                 )
+        to_store(self.store, ("load", "save"))  # for what is found
 
     def __call__(self, request: Request, call_next: CallNext) -> Flow[Response]:
         call, shared = request.call, self._shared
