@@ -28,6 +28,8 @@ OnStoreError: TypeAlias = Literal["local", "raise", "open"]
 ON_STORE_ERROR = ("local", "raise", "open")
 _LONGEST_PAUSE = 30.0
 """The most seconds until a store that has failed is tried again."""
+WAITED = "fluxibly.waited"
+"""The note of a call that says how many seconds it has waited for its turns. They say nothing about the service."""
 _POLL = 0.05
 """The seconds after which the first in a queue asks again for a place, where a store cannot say when that is worth it."""
 _LONGEST_POLL = 0.5
@@ -335,7 +337,9 @@ def wait_for_turn(
             raise refuse(waiting, now - began)
         yield from sleep(min(_pause(waiting), left), until=waiting.signal)
         waiting = yield from ask()
-    return call.clock() - began
+    waited = call.clock() - began
+    call.notes[WAITED] = call.notes.get(WAITED, 0.0) + waited
+    return waited
 
 
 def _pause(turn: Turn) -> float:

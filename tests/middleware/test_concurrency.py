@@ -108,7 +108,7 @@ class TestSettings:
             ({"limit": -1}, "Concurrency: limit: expected a whole number from 1 up, got -1"),
             ({"limit": True}, "Concurrency: limit: expected a whole number from 1 up, got True"),
             ({"limit": 1.5}, "Concurrency: limit: expected a whole number from 1 up, got 1.5"),
-            ({"limit": "3"}, "Concurrency: limit: expected a whole number from 1 up, got '3'"),
+            ({"limit": "3"}, "Concurrency: limit: expected a whole number from 1 up, or 'auto', got '3'"),
             ({"queue": -1}, "Concurrency: queue: expected a whole number from 0 up, got -1"),
             ({"max_wait": -1}, "Concurrency: max_wait: expected a number from 0 up, got -1"),
             ({"max_wait": math.nan}, "Concurrency: max_wait: expected a number from 0 up, got nan"),
@@ -134,7 +134,10 @@ class TestSettings:
         ("value", "message"),
         [
             ("{limit: 0}", "llm.middleware[0].concurrency.limit: expected a whole number from 1 up, got 0"),
-            ("{limit: '3'}", "llm.middleware[0].concurrency.limit: expected a whole number from 1 up, got '3'"),
+            (
+                "{limit: '3'}",
+                "llm.middleware[0].concurrency.limit: expected a whole number from 1 up, or 'auto', got '3'",
+            ),
             ("{limit: 1, by: user}", "function 'user' not registered"),
             ("{limit: 1, store: 'mongo://h'}", "got 'mongo:…'"),
         ],
