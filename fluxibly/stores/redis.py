@@ -281,6 +281,7 @@ class _Connections:
         try:
             pools: Any = redis.ConnectionPool
             pool = pools.from_url(url, **settings)
+            self._patience: float = pool.connection_kwargs["socket_timeout"]  # which the URL may set
             self._make: Callable[[], Any] = partial(pool.connection_class, **pool.connection_kwargs)
             self._make()  # opens nothing, and finds options that do not exist
         except Exception as error:  # noqa: BLE001  # each option has its own
@@ -309,7 +310,7 @@ class _Connections:
         """Send commands in one trip, and return the answers."""
         idle, free = self._idle, self._free  # a forked process has others
         try:
-            free.get(timeout=_ANSWER)
+            free.get(timeout=self._patience)
         except Empty:
             raise self._failure(f"all {_CONNECTIONS} connections are in use") from None
         try:

@@ -48,7 +48,7 @@ def server():
 def url(server):
     with server.client() as client:
         client.flushall()
-    return server.url
+    return server.patient_url
 
 
 @pytest.fixture

@@ -38,6 +38,11 @@ class RedisServer:
     def url(self) -> str:
         return f"redis://127.0.0.1:{self.port}/0"
 
+    @property
+    def patient_url(self) -> str:
+        """The same, for clients that wait longer for a busy machine than they usually do."""
+        return f"{self.url}?socket_timeout={_ENOUGH}&socket_connect_timeout={_ENOUGH}"
+
     def start(self) -> None:
         """Start the server, and wait until it answers."""
         self._process = subprocess.Popen(
