@@ -366,7 +366,7 @@ def test_of_the_memory_store() -> None:
             self.stores = (MemoryStore(),)
             super().__init__()
 
-    run(Memory, 80, 40)
+    run(Memory, 60, 40)
 
 
 def test_of_the_sqlite_store(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -381,7 +381,7 @@ def test_of_the_sqlite_store(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(_sqlite_queues, "_clock", lambda: SQLite.now)
     monkeypatch.setattr(Leases, "hold", lambda leases, key, who: None)  # the machine renews, in its own time
-    run(SQLite, 50, 40)
+    run(SQLite, 35, 40)
 
 
 def test_of_the_redis_store() -> None:
@@ -407,6 +407,6 @@ def test_of_the_redis_store() -> None:
             time.sleep(seconds)
 
     try:
-        run(Redis, 4, 20)
+        run(Redis, 3, 20)
     finally:
         server.close()
