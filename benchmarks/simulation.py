@@ -269,5 +269,10 @@ def simulate(
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    run(main)
+    state = random.getstate()
+    random.seed(service.seed)  # for the jitter of Retry
+    try:
+        run(main)
+    finally:
+        random.setstate(state)
     return errors

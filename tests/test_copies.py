@@ -79,7 +79,7 @@ def layers(folder: Path) -> list[Any]:
         Redact(restore=True), Cache(), Record(folder / "calls.jsonl"), Replay(folder / "calls.jsonl", missing="ask"),
         Guard(output=passes, release="sentence"), Validation(), ExtractReasoning(), Fallback(["echo:other"]), Balance(["echo:other"]),
         Hedge(2.0), Retry(budget=RetryBudget()), CircuitBreaker(), Budget(tokens=10**6), RateLimit(requests=600), Concurrency(9),
-        StreamTimeout(idle=30), SimulateStream(), Counting(3), polite,
+        RateLimit(), Concurrency("auto"), StreamTimeout(idle=30), SimulateStream(), Counting(3), polite,
     ]  # fmt: skip
 
 

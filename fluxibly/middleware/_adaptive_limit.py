@@ -232,6 +232,7 @@ class AdaptiveLimit:
             return
         with self._lock:
             if said["changes"] <= self.changes:
+                self.is_new = self.is_new or said["changes"] < self.changes
                 return
             self._change(said["limit"])
             self.changes, self.is_new = int(said["changes"]), False

@@ -234,10 +234,13 @@ class Pace:
         """Return what another process needs to go on from here."""
         return {**{name: getattr(self, name) for name in _NUMBERS}, "goal": min(self.goal, 2 * HIGHEST)}
 
-    def take_over(self, numbers: Mapping[str, float], now: float) -> None:
-        """Go on from where another process is, if it knows more: of a later cut, or of a higher rate after the same one."""
+    def take_over(self, numbers: Mapping[str, float], now: float) -> bool:
+        """Go on from where another process is, if it knows more: of a later cut, or of a higher rate after the same one.
+
+        Return whether it knows less.
+        """
         if (numbers["epoch"], numbers["rate"]) <= (self.epoch, self.rate):
-            return
+            return numbers["epoch"] < self.epoch
         if numbers["epoch"] > self.epoch:
             self._begin(now)
         self._stepped_at = now
@@ -245,6 +248,7 @@ class Pace:
         self.rate, self.top, self.good = (self._bounded(numbers[name]) for name in ("rate", "top", "good"))
         self.low = min(self._bounded(numbers["low"]), self.top)
         self.goal = math.inf if numbers["goal"] > HIGHEST else numbers["goal"]
+        return False
 
 
 _NUMBERS = ("rate", "top", "low", "age", "good", "epoch")
@@ -322,6 +326,7 @@ class AdaptiveRate:
             is_cut = sending.pace is self.pace and self.pace.refused(sending, now)
             if is_cut:
                 self.is_new, self._limits_until = True, -math.inf
+                self.read_at = min(self.read_at, now)  # the next call tells others, unless they know more
         return is_cut
 
     def answered(self, sending: Sending, seconds: float, now: float, *, streaming: bool) -> None:
@@ -354,8 +359,8 @@ class AdaptiveRate:
                 told_at = now - (_FRESH - told_for) - max(0.0, FORGOTTEN - entry.left)
                 if now - told_at <= _FRESH:
                     self._hear(told, told_at)
-            if numbers is not None and bool(told) == bool(self._told):
-                self.pace.take_over(numbers, now)
+            if numbers is not None and bool(told) == bool(self._told) and self.pace.take_over(numbers, now):
+                self.is_new = True
 
 
 def _share_of(limits: Iterable[Limit], now: float) -> Pace:

@@ -371,7 +371,7 @@ class RateLimit(Rebuilt):
             if answer is not None and answer.rate_limits:
                 calls += self._learned(use, answer.rate_limits)
             if refusal is not None:
-                calls += self._refused(use, refusal)
+                self._note_refusal(use, refusal)
                 calls += self._stopped(use, refusal.retry_after)
             elif error is None and use.rate is not None and use.sending is not None and use.rate.pace.is_watching:
                 self._note_latency(use, use.rate, use.sending)
@@ -389,14 +389,18 @@ class RateLimit(Rebuilt):
             )  # in a Concurrency further in, which is no latency of the service
             rate.answered(sending, max(0.0, end - sending.at - waited), now, streaming=is_stream)
 
-    def _refused(self, use: _Use, refusal: ProviderError) -> Iterator[tuple[Any, ...]]:
-        """Cut the rate at a refusal that waiting helps against, and yield what the store has to do."""
-        if not isinstance(refusal, RateLimitError) or isinstance(refusal, QuotaExceeded):
+    def _note_refusal(self, use: _Use, refusal: ProviderError) -> None:
+        """Cut the rate at a refusal that waiting helps against."""
+        rate, sending = use.rate, use.sending
+        if (
+            rate is None
+            or sending is None
+            or not isinstance(refusal, RateLimitError)
+            or isinstance(refusal, QuotaExceeded)
+        ):
             return
-        now, rate, sending = use.request.call.clock(), use.rate, use.sending
-        if rate is not None and sending is not None and rate.refused(sending, now):
+        if rate.refused(sending, use.request.call.clock()):
             log_decision(use.request, "RateLimit", f"slows down after a refusal ({rate.shown()})")
-            yield ("save", _found_key(use), rate.to_bytes(now), FORGOTTEN)
 
     def _learned(self, use: _Use, headers: Mapping[str, str]) -> Iterator[tuple[Any, ...]]:
         """Note the headers of an answer, and yield what the store has to do because of them."""

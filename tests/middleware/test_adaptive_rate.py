@@ -449,6 +449,8 @@ class TestSharing:
         simulation.layers = [first]
         simulation.call(reply=Reply(0.0, RateLimitError("slow down")))
         simulation.run()
+        simulation.call()  # its next call tells the others
+        simulation.run()
         simulation.layers = [second]
         simulation.call()
         simulation.run()
