@@ -407,6 +407,6 @@ def test_of_the_redis_store() -> None:
             time.sleep(seconds)
 
     try:
-        run(Redis, 3, 20)
+        run(Redis, 6, 20)
     finally:
         server.close()
