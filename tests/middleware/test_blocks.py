@@ -157,7 +157,7 @@ class TestLimits:
         loads=st.lists(st.sampled_from([0.05, 0.3, 1.2]), min_size=1, max_size=3),
         seed=st.integers(0, 10**6),
     )
-    @settings(max_examples=15, deadline=None)
+    @settings(max_examples=12, deadline=None)
     def test_are_kept(self, limit, block, loads, seed):
         """In every window, over all processes, for requests and for tokens that are reserved."""
         chance = random.Random(seed)  # noqa: S311  # the same calls in each run
@@ -303,7 +303,7 @@ class TestWaits:
         assert made.store.queued() == []
 
     @given(seed=st.integers(0, 10**6))
-    @settings(max_examples=8, deadline=None)
+    @settings(max_examples=5, deadline=None)
     def test_end(self, seed):
         """Calls come, go, fail, and are cancelled and left at random, while the store fails now and then."""
         chance = random.Random(seed)  # noqa: S311  # as above

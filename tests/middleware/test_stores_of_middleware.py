@@ -315,7 +315,7 @@ class TestFailures:
         assert not layer._shared._owed
 
     @given(seed=st.integers(0, 10**6), on_store_error=st.sampled_from(["local", "raise", "open"]))
-    @settings(max_examples=12, deadline=None)
+    @settings(max_examples=6, deadline=None)
     def test_a_store_that_fails_before_or_after_its_work(self, seed, on_store_error):
         """All middleware at once, in all ways, with calls that end in any way: at the end the store is as it was."""
         chance = random.Random(seed)  # noqa: S311  # the same calls in each run
