@@ -196,7 +196,7 @@ class SQLiteFile:
                 number = 1
                 while (aside := Path(f"{self.path}.broken-{number}")).exists():
                     number += 1
-                for suffix in ("", "-wal", "-shm"):
+                for suffix in ("-wal", "-shm", ""):  # last the file, so that none of a new one is taken
                     with suppress(FileNotFoundError):
                         Path(f"{self.path}{suffix}").rename(f"{aside}{suffix}")
         report_once(

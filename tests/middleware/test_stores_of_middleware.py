@@ -266,7 +266,7 @@ class TestFailures:
     def test_a_blip_with_many_calls(self):
         """That 50 calls fail at once makes the pause no longer than if one did."""
         store = SlowStore()
-        layer = RateLimit(requests=1e6, store=store)
+        layer = RateLimit(requests=1e6, store=store, block=0)
         pipeline = Pipeline(type("P", (), {"complete": lambda self, request: "fine"})(), [layer])
         gate = threading.Barrier(50)
 

@@ -402,7 +402,7 @@ class TurnStore:
             while aside.exists():
                 number += 1
                 aside = self.path.with_name(f"{name}-{number}")
-            for suffix in ("", "-journal", "-wal", "-shm"):
+            for suffix in ("-journal", "-wal", "-shm", ""):  # last the file, so that none of a new one is taken
                 with suppress(FileNotFoundError):
                     Path(f"{self.path}{suffix}").rename(f"{aside}{suffix}")
         what = "is no log of fluxibly" if isinstance(error, NotALog) else "is damaged"
