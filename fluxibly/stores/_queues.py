@@ -152,7 +152,8 @@ class Rates(Queue[Wanted]):
             else:
                 needed = arrival + (cost - burst) * gap - now
             wait = max(wait, needed)
-        if ahead or wait > _ROUNDING:
+        # Where there is enough for all who came before, nobody waits for them to ask.
+        if wait > _ROUNDING:
             is_new = who not in self.waiting
             turn = self.turn(who, limits, max(0.0, wait), ahead, now)
             if is_new:
