@@ -371,7 +371,7 @@ def test_of_the_memory_store() -> None:
             self.stores = (MemoryStore(),)
             super().__init__()
 
-    run(Memory, 60, 40)
+    run(Memory, 90, 40)
 
 
 def test_of_the_sqlite_store(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
