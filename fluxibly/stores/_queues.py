@@ -27,6 +27,10 @@ _ROUNDING = 1e-9
 class Queue(Generic[W]):
     """The callers that wait for one thing, first come, first served."""
 
+    is_woken = False
+    """Whether the first is told when it may go, so that all go one after the other. Otherwise, a caller for whom there is enough
+    beside what those before it need does not wait for them to ask."""
+
     def __init__(self) -> None:
         self.waiting: dict[str, W] = {}
         self.until: dict[str, float] = {}
@@ -152,7 +156,7 @@ class Rates(Queue[Wanted]):
             else:
                 needed = arrival + (cost - burst) * gap - now
             wait = max(wait, needed)
-        if ahead or wait > _ROUNDING:
+        if wait > _ROUNDING or (ahead and self.is_woken):
             is_new = who not in self.waiting
             turn = self.turn(who, limits, max(0.0, wait), ahead, now)
             if is_new:
@@ -239,8 +243,7 @@ class Places(Queue[None]):
         ahead = 0
         if self.waiting:
             ahead = len(self.ahead(who)) if who in self.waiting else len(self.waiting)
-        # Where several places are free, nobody waits for those before him to ask, who have a place each.
-        if ahead >= size - len(held):
+        if ahead >= size - len(held) or (ahead and self.is_woken):
             return self.turn(who, None, math.inf, ahead, now) if wait else Turn(math.inf, ahead, None)
         held[who] = until
         if self.waiting:

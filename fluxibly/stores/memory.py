@@ -21,6 +21,8 @@ _SWEEP = 1024
 class _Woken(Queue[W]):
     """A queue whose callers are woken by signals, and so never have to ask again. Only the first has its signal set."""
 
+    is_woken = True
+
     def __init__(self) -> None:
         super().__init__()
         self.signals: dict[str, Signal] = {}

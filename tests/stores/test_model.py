@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings, strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
 from support.redis_server import RedisServer, need_redis
 
 from fluxibly.stores import Limit, MemoryStore, SQLiteStore, _sqlite_queues
@@ -61,15 +61,20 @@ class Grants:
         )
         return self.rate * (now - since) + self.burst - missing
 
-    def room(self, now: float, doubt: float) -> float:
-        """Return the units that there surely are. A store is not stricter than it has to be, either."""
-        if any(end > now or doubt > 0.001 for _, end, _ in self.lower):
-            return -math.inf
+    def level(self, now: float, *, surely: bool) -> float:
+        """Return the units of the burst that are in use: at most so many, or at least if that is `surely` so."""
         level, before = 0.0, 0.0
-        for _, at, units in [*self.taken, (now, now, 0.0)]:
+        for asked, answered, units in [*self.taken, (now, now, 0.0)]:
+            at = asked if surely else answered
             level, before = max(0.0, level - self.allowed(before, at) + self.burst), at
             level = max(0.0, level + units)
-        return self.burst - level
+        return level
+
+    def has_room(self, now: float, doubt: float, units: float) -> bool:
+        """Whether there is surely room. A store is not stricter than it has to be, either."""
+        if any(end > now or doubt > 0.001 for _, end, _ in self.lower):
+            return False
+        return self.level(now, surely=False) + units <= self.burst
 
     def check(self, now: float, slack: float) -> None:
         """Law 3: every window that ends with this grant has no more than is allowed."""
@@ -166,14 +171,13 @@ class Machine(RuleBasedStateMachine):
             if waiter in queue:
                 queue.remove(waiter)
             if not waiter.in_doubt:
-                self.check_order(waiter, len(sure))
+                self.check_order(waiter, sure, ended)
             self.granted(waiter, began, ended)
             return True
         assert turn.seconds >= 0
         if waiter.kind == "rates" and not before and began > self.closed_until[key] + self.doubt:
-            assert any(
-                each.cost > self.of(key, each.name).room(began, self.doubt) - self.slack for each in waiter.limits
-            )
+            limits = [(self.of(key, each.name), each.cost + self.slack) for each in waiter.limits]
+            assert not all(grants.has_room(began, self.doubt, units) for grants, units in limits)
         if not waiter.in_doubt:
             unsure = [each for each in queue if each not in before and each is not waiter and each.in_doubt]
             assert len(sure) <= turn.ahead <= len(before) + len(unsure)
@@ -183,12 +187,16 @@ class Machine(RuleBasedStateMachine):
             waiter.told, waiter.told_at = turn.seconds, ended
         return False
 
-    def check_order(self, waiter: Waiter, before: int) -> None:
+    def check_order(self, waiter: Waiter, before: list[Waiter], now: float) -> None:
         """Law 4: nobody gets what somebody needs who has asked before."""
-        if waiter.kind == "rates":
-            assert before == 0
-        else:
-            assert before <= SIZE - len(self.inside(waiter.key)) - 1
+        if waiter.kind == "places":
+            assert len(before) < SIZE - len(self.inside(waiter.key)), "a place of somebody before"
+        for limit in waiter.limits:
+            grants = self.of(waiter.key, limit.name)
+            needed = sum(each.cost for other in before for each in other.limits if each.name == limit.name)
+            if before:
+                level = grants.level(now, surely=True)
+                assert level + needed + limit.cost <= grants.burst + self.slack, "what somebody before needs"
 
     def inside(self, key: str) -> list[Waiter]:
         return [each for each in self.held[key].values() if not each.dead and not each.in_doubt]
@@ -231,46 +239,46 @@ class Machine(RuleBasedStateMachine):
             assert is_held or each.in_doubt
         self.renewed_at = began
 
-    # What happens
+    def at_most(self, callers: int) -> int:
+        return min(callers, max(0, MOST - len(self.waiting())))
 
-    @precondition(lambda self: len(self.waiting()) < MOST)
+    @staticmethod
+    def one_of(callers: list[Waiter], which: int) -> Waiter | None:
+        return callers[which % len(callers)] if callers else None
+
+    # What happens. No rule has a precondition, because what is drawn must not depend on real time.
+
     @rule(key=keys, tokens=st.sampled_from([0.0, 1.0, 4.0, 10.0]), where=any_of_them, callers=st.integers(1, 4))
     def reserve(self, key: str, tokens: float, where: int, callers: int) -> None:
         costs = {"requests": 1.0, "tokens": tokens}
         limits = tuple([Limit(name, RATE[name] / self.tick, BURST[name], cost) for name, cost in costs.items()])
-        for number in range(where, where + callers):
+        for number in range(where, where + self.at_most(callers)):
             self.ask(Waiter("rates", key, f"{next(_numbers)}", self.stores[number % len(self.stores)], limits))
 
-    @precondition(lambda self: len(self.waiting()) < MOST)
     @rule(key=keys, where=any_of_them, wait=st.sampled_from([True, True, True, False]), callers=st.integers(1, 4))
     def lease_a_place(self, key: str, where: int, wait: bool, callers: int) -> None:
-        for number in range(where, where + callers):
+        for number in range(where, where + self.at_most(callers)):
             waiter = Waiter("places", key, f"{next(_numbers)}", self.stores[number % len(self.stores)], ())
             self.ask(waiter, wait=wait)
 
-    @precondition(lambda self: self.waiting())
     @rule(which=any_of_them)
     def ask_again(self, which: int) -> None:
-        waiting = self.waiting()
-        self.ask(waiting[which % len(waiting)])
+        if waiter := self.one_of(self.waiting(), which):
+            self.ask(waiter)
 
-    @precondition(lambda self: self.waiting())
     @rule(which=any_of_them)
     def cancel(self, which: int) -> None:
-        waiting = self.waiting()
-        waiter = waiting[which % len(waiting)]
-        self.do(waiter.store, "release", waiter.key, waiter.who)
-        self.order[waiter.kind, waiter.key].remove(waiter)
+        if waiter := self.one_of(self.waiting(), which):
+            self.do(waiter.store, "release", waiter.key, waiter.who)
+            self.order[waiter.kind, waiter.key].remove(waiter)
 
-    @precondition(lambda self: self.holding())
     @rule(which=any_of_them, times=st.sampled_from([1, 1, 2]))
     def release(self, which: int, times: int) -> None:
-        holding = self.holding()
-        holder = holding[which % len(holding)]
-        for _ in range(times):
-            self.do(holder.store, "release", holder.key, holder.who)
-        del self.held[holder.key][holder.who]
-        assert not self.do(holder.store, "renew", holder.key, holder.who)
+        if holder := self.one_of(self.holding(), which):
+            for _ in range(times):
+                self.do(holder.store, "release", holder.key, holder.who)
+            del self.held[holder.key][holder.who]
+            assert not self.do(holder.store, "renew", holder.key, holder.who)
 
     @rule(key=keys, name=names, units=st.sampled_from([-20.0, -3.0, -1.0, 1.0, 5.0]), where=any_of_them)
     def correct(self, key: str, name: str, units: float, where: int) -> None:
@@ -297,21 +305,18 @@ class Machine(RuleBasedStateMachine):
     def let_time_pass(self, ticks: float) -> None:
         self.pass_for(ticks * self.tick)
 
-    @precondition(lambda self: self.lease < math.inf and self.waiting())
     @rule(which=any_of_them)
     def die_waiting(self, which: int) -> None:
-        waiting = self.waiting()
-        waiting[which % len(waiting)].dead = True
+        if self.lease < math.inf and (waiter := self.one_of(self.waiting(), which)):
+            waiter.dead = True
 
-    @precondition(lambda self: self.lease < math.inf and self.holding())
     @rule(which=any_of_them)
     def die_holding(self, which: int) -> None:
         """From now on nobody renews its lease, so it ends after its time."""
-        holding = self.holding()
-        holder = holding[which % len(holding)]
-        self.renew_all()
-        holder.store._leases.drop(self.prefix + holder.key, holder.who)
-        holder.dead, holder.told_at = True, self.time() + self.lease
+        if self.lease < math.inf and (holder := self.one_of(self.holding(), which)):
+            self.renew_all()
+            holder.store._leases.drop(self.prefix + holder.key, holder.who)
+            holder.dead, holder.told_at = True, self.time() + self.lease
 
     def teardown(self) -> None:
         """Law 5: with time, all who live get what they wait for, and nothing is left of the dead."""
@@ -366,7 +371,7 @@ def test_of_the_memory_store() -> None:
             self.stores = (MemoryStore(),)
             super().__init__()
 
-    run(Memory, 60, 40)
+    run(Memory, 90, 40)
 
 
 def test_of_the_sqlite_store(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
