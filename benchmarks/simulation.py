@@ -1,7 +1,7 @@
 """A discrete-event simulation of clients of a language model: the real pipeline and middleware, on an event loop in virtual time.
 
 `VirtualLoop` is asyncio's own loop with a selector that never waits: when nothing is ready, its time jumps to the next timer.
-`Service` is a service with limits of requests and tokens, which tells them or not, and which may slow down under load.
+`Service` is a service with limits of requests and tokens, which may send them as headers, and may slow down under load.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def run(main: Callable[[LoopClock], Awaitable[T]]) -> T:
 
 
 class Bucket:
-    """A limit that fills continuously: `rate` a second, up to `size`."""
+    """A token bucket: it fills with `rate` units a second, up to `size`."""
 
     def __init__(self, rate: float, size: float) -> None:
         self.rate, self.size = rate, size
@@ -98,7 +98,7 @@ class Bucket:
 
 
 class Window(Bucket):
-    """A limit that is there again as a whole at the end of each window. `rate * seconds` is what a window allows."""
+    """A fixed window: all of the limit is there again when the next one begins. Each allows `rate * seconds`."""
 
     def __init__(self, rate: float, seconds: float = 60.0) -> None:
         super().__init__(rate, rate * seconds)
@@ -127,7 +127,7 @@ class Service:
         headers: the family whose rate-limit headers it sends.
         retry_after: whether a refusal says when to try again, in whole seconds.
         latency: the seconds of an answer, half of them longer.
-        spread: the standard deviation of the logarithm of the length of answers, of which most of latency depends; 0: all are alike.
+        spread: the standard deviation of the logarithm of the length of answers, on which most of latency depends; 0: all are alike.
         knee: the requests at once from which on it slows down in proportion; infinite: never.
         used: the tokens of an answer, input and output together, half of them more.
     """

@@ -150,7 +150,7 @@ MAKERS: dict[str, Callable[[str], Acquire]] = {
 
 
 def _work(name: str, url: str, ready: Any, begins: Any, answers: Any) -> None:
-    """Take of a rate for some seconds, and answer when, and the seconds of CPU."""
+    """Acquire for some seconds as often as the rate allows, and report the times, and the seconds of CPU."""
     acquire = MAKERS[name](url)
     ready.wait()
     begin = begins.get()

@@ -1,11 +1,12 @@
 """How many calls at once a service answers without slowing down, found by latency. Pure state: every time is an argument.
 
 The limit follows the gradient of latency, as Gradient2 of Netflix's concurrency-limits does (github.com/Netflix/concurrency-limits,
-Apache-2.0): where calls take more than 1.5 times what they take on a service at rest, the limit sinks in proportion, and it rises by
-its square root, or a tenth, else. Three things differ, because answers of language models differ in length by a factor of a thousand. Latency is
+Apache-2.0): where calls take more than 1.5 times what they take on a service at rest, the limit falls in proportion; otherwise it rises by
+its square root or a tenth, whichever is less. Three things differ, because answers of language models differ in length by a factor of a thousand. Latency is
 that of the first chunk, or of a whole answer for each token. It is compared by rounds, of which the median counts: a round is the
 calls that began first after the limit has changed. And the latency at rest is not a slow mean, which would follow that of a
-service that is overloaded for long: it falls with every round that is faster, and rises only if half the limit makes nothing faster, which is tried now and then.
+service that is overloaded for long: it falls with every faster round, and rises only if half the limit makes nothing faster,
+which is tried now and then.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ FIRST = 20.0
 """The limit before anything is known."""
 HIGHEST = 100_000.0
 _TOLERANCE = 1.5
-"""So many times the latency at rest does not lower the limit."""
+"""Latency up to so many times that at rest does not lower the limit."""
 _DOUBLES_BELOW = 1.25
-"""While latency is below so many times that at rest, the limit is doubled at first."""
+"""In slow start, the limit is doubled while latency is below so many times that at rest."""
 _OVERLOADED = 0.85
 """What a call that the service had no room or no time for leaves of the limit."""
 _FEWEST, _MOST = 20, 100
@@ -49,11 +50,11 @@ REMEMBERED = 600.0
 READ_EVERY = 1.0
 """The seconds after which the store is asked again what others have found."""
 TOKENS_OF_START = 32.0
-"""The time until the first token is taken to be that of so many tokens."""
+"""The time to the first token counts as that of so many tokens."""
 
 
 class Begun(NamedTuple):
-    """When a call began, for what its end tells."""
+    """The round that a call belongs to, and when it began, to judge its latency by."""
 
     round: int
     number: int
@@ -86,7 +87,7 @@ class AdaptiveLimit:
         self.read_at = now
         """When the store is to be asked what others have found."""
         self.is_new = False
-        """Whether something was found since the store was told."""
+        """Whether something was found since it was last saved in the store."""
         self._is_doubling = True
         self._at_rest: dict[str, float] = {}
         """The latency of a service at rest, for streams and for whole answers."""

@@ -4,7 +4,7 @@
 refused, or until latency doubles (HyStart, RFC 9406). A refusal cuts it, and it comes back along a cubic curve, slowly near
 where it was cut (CUBIC, RFC 9438). Only time in which calls wait for the rate raises it (RFC 7661).
 
-`AdaptiveRate` is what is known under one key: the rates that the service tells in its headers, or else the one that was found.
+`AdaptiveRate` is what is known under one key: the rates in the service's headers, or else the one that was found.
 """
 
 from __future__ import annotations
@@ -28,33 +28,32 @@ LOWEST = 1 / 30
 HIGHEST = 1e6
 _MOST_TOLD = 1e12
 _LOWEST_SHARE = 0.1
-"""The least share of the rates that a service tells. Others take the rest."""
+"""The least share of the rates in a service's headers. Others take the rest."""
 _OF_GOOD = 1 / 100
-"""The share of the last good rate that is the least while a service refuses everything, which soon may be over."""
+"""The least share of the last good rate while a service refuses everything, which may soon be over."""
 _CUT = 0.85
 """What a refusal leaves of the rate."""
 _HALF = 0.5
 """What a refusal leaves of a rate that was being doubled: the limit lies between."""
 _CURVE = (1 - _CUT) / 6**3
-"""So steep that a rate is what it was six ticks after a cut to 0.85."""
+"""CUBIC's C: six ticks after a cut to 0.85, the rate is what it was before."""
 _CALLS_A_TICK = 3.0
 """A tick is a second, or the time of so many calls if that is longer: else most calls of a slow service would be refused."""
 _PRIOR = 3
-"""The calls by which the share that is refused counts as usual, before any is known."""
+"""The share that is refused begins as the usual one, with the weight of so many calls."""
 _NEARLY_NONE = 0.3
 """A service that takes a smaller share of the calls may be refusing everything, whatever the rate."""
 _DOUBT = 0.9
 """What each further refusal leaves of the rate that was good before."""
 _EPOCH = 1.0
-"""Calls that were sent after a cut may cause another after so many seconds."""
+"""The seconds after a cut in which there is no other."""
 _SHORTEST_EPOCH = 0.25
-"""Or after so many, if it is known of"""
+"""The same, once the outcomes of `_ENOUGH` calls are known."""
 _ENOUGH = 50
-"""so many calls whether they were refused."""
 _FEWEST, _MOST = 20, 1000
 """The numbers of latencies of which a median is taken."""
 _FRESH = 60.0
-"""The seconds for which the rates that a service tells hold, if it tells nothing new."""
+"""The seconds for which rates from headers hold, unless newer ones come."""
 FORGOTTEN = 600.0
 """A rate that was not used for so many seconds is found anew."""
 READ_EVERY = 1.0
@@ -62,7 +61,7 @@ READ_EVERY = 1.0
 
 
 class Sending(NamedTuple):
-    """When a call was sent, for what its outcome tells."""
+    """When and at which rate a call was sent, to judge its outcome by."""
 
     pace: Pace
     epoch: int
@@ -266,7 +265,7 @@ class AdaptiveRate:
         renew_lock_after_fork(self)
         self.pace = Pace(now)
         self._told: dict[str, float] = {}
-        """The rates that the service has told, by the names of their limits; none, if it tells nothing."""
+        """The rates from the service's headers, by the names of their limits; empty if it sends none."""
         self._told_at = -math.inf
         self._limits: tuple[Limit, ...] = ()
         self._limits_until = -math.inf
@@ -274,7 +273,7 @@ class AdaptiveRate:
         self.read_at = now
         """When the store is to be asked what others have found."""
         self.is_new = False
-        """Whether something was found since the store was told."""
+        """Whether something was found since it was last saved in the store."""
 
     def renew_lock(self) -> None:
         """Make a new lock."""
@@ -299,7 +298,7 @@ class AdaptiveRate:
         return limits
 
     def hear(self, told: Iterable[Told], now: float) -> None:
-        """Note the rates that the headers of an answer tell."""
+        """Note the rates in the headers of an answer."""
         with self._lock:
             if self._hear({each.name: each.rate for each in told}, now):
                 self.is_new = True
@@ -315,7 +314,7 @@ class AdaptiveRate:
         return True
 
     def _forget_told(self, now: float) -> None:
-        """Go on from the last rate of a service that tells nothing any more."""
+        """Go on from the last rate of a service that no longer sends headers."""
         rate = self._told.get("requests")
         self._told = {}
         self.pace = Pace(now) if rate is None else Pace(now, min(rate * self.pace.rate, HIGHEST), goal=0.0)
@@ -326,7 +325,7 @@ class AdaptiveRate:
             is_cut = sending.pace is self.pace and self.pace.refused(sending, now)
             if is_cut:
                 self.is_new, self._limits_until = True, -math.inf
-                self.read_at = min(self.read_at, now)  # the next call tells others, unless they know more
+                self.read_at = min(self.read_at, now)  # the next call saves it, unless others know more
         return is_cut
 
     def answered(self, sending: Sending, seconds: float, now: float, *, streaming: bool) -> None:
@@ -340,7 +339,7 @@ class AdaptiveRate:
         share = self.pace.rate
         if self._told:
             told = ", ".join([f"{name}={60 * rate * share:.4g}" for name, rate in self._told.items()])
-            return f"{told} a minute, as the service tells"
+            return f"{told} a minute, as the service's headers say"
         return f"requests={60 * share:.4g} a minute, as found"
 
     def to_bytes(self, now: float) -> bytes:
@@ -374,7 +373,7 @@ def _limit(name: str, rate: float, burst: float) -> Limit:
 
 
 def _read(value: bytes) -> tuple[Mapping[str, float] | None, Mapping[str, float], float]:
-    """Return the numbers of a pace, the rates that were told, and the seconds for which these hold."""
+    """Return the numbers of a pace, the rates from headers, and the seconds for which these hold."""
     try:
         said: Any = json.loads(value)
     except (ValueError, RecursionError):

@@ -5,11 +5,11 @@ process wait in a line of their own. The first of the line, its head, makes the 
 it need. While no process is short, it also takes what the next moment is likely to need. A process that makes few calls, or
 that has to wait, holds nothing that nobody wants.
 
-**No window has more than without blocks.** What is reserved ahead goes out within `hold` seconds of the trip, or never. So
+**No window admits more than without blocks.** What is reserved ahead goes out within `hold` seconds of the trip, or never. So
 the calls of any `w` seconds were reserved within `w + hold`; and as every reservation is made with a burst that is smaller
 by what the limit allows in `hold` seconds, they are at most `rate * w + burst`. What was not handed out is not given back:
-the store would let it go out a second time, next to what has come free by itself meanwhile. After `hold` seconds nobody is
-behind by it.
+the store would let it go out a second time, next to what has become free meanwhile. It costs the others at most `hold` seconds
+of the rate.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ _SHORT = 1.0
 _LONG = 10
 """A wait of more than so many blocks shows that the rate is lower than was given, and a block would be too much at once."""
 _STUCK = 5.0
-"""The seconds after which a head is passed over that does not ask again, such as one whose event loop has ended."""
+"""A head that has not asked again for so many seconds is passed over: its event loop may have ended."""
 _LONGEST_TRIP = 10.0
 _MEMORY = 16
-"""About so many calls have a part in what a call takes on average."""
+"""What a call takes is averaged over about so many calls."""
 _ROUNDING = 1e-6
 """The units by which a sum of costs may be wrong."""
 _SWEEP = 1024
-"""The number of keys from which on those without calls are forgotten."""
+"""Once there are so many keys, those without calls are forgotten."""
 
 
 class _Plan(NamedTuple):
@@ -112,7 +112,7 @@ class _Credit:
 
     @property
     def until(self) -> float:
-        """When the last of it is worth nothing."""
+        """When the last of it lapses."""
         return max([until for until, _ in self._parts], default=-math.inf)
 
 
@@ -152,7 +152,7 @@ class _Line:
         self._out = 0
         """The calls under way that have got what they need."""
         self._owed: dict[str, Limit] = {}
-        """The corrections that the store has not been told yet."""
+        """The corrections that have not been sent to the store yet."""
         self._told_at = -math.inf
 
     def is_idle(self, now: float) -> bool:
@@ -199,9 +199,9 @@ class _Line:
             usual[name] = before + (cost - before) / _MEMORY
 
     def _expected(self, now: float) -> float:
-        """Return how many calls are likely to come within a block, these included, with few that come to nothing."""
+        """Return how many calls to expect within a block, waiting ones included: few enough that little lapses."""
         mean = self._count + self._count_before * max(0.0, 1 - (now - self._counted_from) / self._block)
-        return mean - math.sqrt(mean)  # by as much fewer may come, where each comes by itself
+        return mean - math.sqrt(mean)  # minus the standard deviation of a Poisson process
 
     def _need(self, limits: _Limits, sign: int) -> None:
         for name, _, _, cost in limits:  # from 0 again once nobody waits, without the rounding errors
@@ -269,11 +269,11 @@ class _Line:
         self._owed[limit.name] = limit if owed is None else limit._replace(cost=owed.cost + limit.cost)
 
     def due(self, now: float) -> list[Limit]:
-        """Return the corrections that the store has to be told now: no later than a block after the last, or with the last call."""
+        """Return the corrections to send to the store now: a block after the last ones, or with the last call."""
         return self.owed(now) if self._out <= 0 or now - self._told_at >= self._block else []
 
     def owed(self, now: float) -> list[Limit]:
-        """Return the corrections of which the store has not been told."""
+        """Return the corrections that have not been sent, and forget them."""
         if not self._owed:
             return []
         self._told_at = now
@@ -281,7 +281,7 @@ class _Line:
         return [limit for limit in owed.values() if limit.cost]
 
     def slow_down(self, name: str, rate: float, until: float) -> None:
-        """Note that a service lets a limit have less, or with a rate of 0 nothing."""
+        """Note that a service has lowered a limit; 0: nothing passes."""
         self._slow[name] = (rate, until)
         if not rate:
             self._credit.clear()
@@ -485,7 +485,7 @@ class Blocks(Shared):
         return line
 
     def settled(self, call: CallRecord, calls: list[_Call]) -> list[_Call]:
-        """Return which of the calls of `give` are to be made. Corrections of several calls are told together."""
+        """Return which of the calls of `give` are to be made. Corrections of several calls are sent together."""
         if not self._block:
             return calls
         now, left = call.clock(), list[_Call]()

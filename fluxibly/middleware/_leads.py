@@ -18,12 +18,12 @@ T = TypeVar("T")
 
 _FIRST_LOOK = 0.05
 _LONGEST_LOOK = 0.5
-"""The seconds after which a call looks again whether another has got the answer: at first, and at last."""
+"""The seconds after which a call looks again for the answer of another: at first, and at most."""
 _NOTE = "fluxibly.leads"
 
 
 def can_lead(store: Any) -> bool:
-    """Whether processes can tell each other by a store who asks. A user's own may have only values."""
+    """Whether processes can agree on who asks, by leases in a store. A user's own may keep only values."""
     methods = ("lease", "alease", "release", "arelease")
     return getattr(store, "local", False) is not True and all(callable(getattr(store, name, None)) for name in methods)
 

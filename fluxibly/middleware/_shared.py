@@ -33,7 +33,7 @@ WAITED = "fluxibly.waited"
 _POLL = 0.05
 """The seconds after which the first in a queue asks again for a place, where a store cannot say when that is worth it."""
 _LONGEST_POLL = 0.5
-"""The same for one with many before it. A store forgets whom it has not seen for about a second."""
+"""The same for one with many before it. A store forgets a caller that it has not seen for about a second."""
 _SHORTEST_POLL = 0.001
 _ROUNDING = 1e-6
 """The seconds by which a difference of two times may be wrong."""
@@ -85,11 +85,11 @@ class Shared:
         self._has_spared = False
         """Whether it ever has."""
         self._owed: dict[tuple[str, str], None] = {}
-        """The keys and callers of which the store has not been told yet that they have ended."""
+        """The keys and callers whose release the store has yet to get."""
         self._queued: dict[tuple[str, str], None] = {}
         """The keys and callers who wait in the store, as far as is known."""
         self._trips: dict[tuple[str, str], asyncio.Future[Any]] = {}
-        """What is under way in event loops of asyncio for keys and callers."""
+        """The trips under way in event loops of asyncio, by key and caller."""
         self._down_until = -math.inf
         self._pause = 0.0
 
@@ -230,7 +230,7 @@ class Shared:
                 self._owed[args[0], args[1]] = None
 
     def _next_owed(self) -> tuple[str, str] | None:
-        """Take a release that the store has to be told of yet, now that it works."""
+        """Take a release that the store has yet to get, now that it works."""
         if not self._owed:
             return None
         with suppress(KeyError):  # another thread has taken the last
@@ -263,7 +263,7 @@ class Shared:
     def _report_late(self, error: StoreError) -> None:
         report_once(
             f"late store {self._middleware} {type(self.store).__name__}",
-            f"{error} (after the provider was asked, so the call goes on as if the store had worked)",
+            f"{error} (as a call ended; what the call returns does not change)",
         )
 
     def _instead(self, method: str, *args: Any, **options: Any) -> Any:
@@ -282,7 +282,7 @@ async def to_end(work: Awaitable[T], begun: Callable[[asyncio.Future[T]], object
     """Await some work that no cancellation interrupts. On asyncio it ends the wait, and the work goes on; on trio it waits.
 
     Args:
-        begun: is told the task of the work.
+        begun: is called with the task of the work.
     """
     if trio := trio_here():
         with trio.CancelScope(shield=True):

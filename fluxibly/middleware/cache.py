@@ -63,7 +63,7 @@ def _check_namespace(name: str, value: object) -> str | None:
 
 @attrs.frozen(eq=False)
 class Cache(Rebuilt):
-    """Middleware that answers a request from memory or from a file, if it has answered the same before.
+    """Middleware that answers a request from memory, a file or a server, if it has answered the same before.
 
     The key of a request is made of the provider and its configuration, the model, the messages, the tools and all
     parameters. Its API key is no part of it: where keys mean different tenants, give a `namespace`.

@@ -49,7 +49,7 @@ def _limit(name: str, value: object) -> str | None:
 
 
 class _Place:
-    """The place of one call, and what its end tells of the limit."""
+    """The place of one call, and what is needed to judge the limit at its end."""
 
     limit: AdaptiveLimit | None = None
     begun: Begun | None = None
@@ -73,8 +73,8 @@ class Concurrency(Rebuilt):
     With "auto" it finds the limit by latency, as far as calls wait for places: it is doubled from 20 until calls take 1.25 times what
     they take on a service at rest, and then kept where they take about 1.5 times that; never below 1. Latency is the time to the first
     chunk, or of a whole answer for each output token. A call counts if it was answered by one attempt. A 429 is about a rate, so the
-    limit then stays as it is for 10 seconds; put a `RateLimit` outside. `Overloaded` and `RequestTimeout` lower it. The way is that of
-    Gradient2 in Netflix's concurrency-limits. What was found is in the store, so those who share places share their number.
+    limit then stays as it is for 10 seconds; put a `RateLimit` outside. `Overloaded` and `RequestTimeout` lower it. The algorithm is
+    Gradient2 of Netflix's concurrency-limits. What was found is in the store, so those who share places share their number.
 
     Args:
         limit: the most calls at once, from 1 up, or "auto".
@@ -163,7 +163,7 @@ class Concurrency(Rebuilt):
         return 1 if self.limit == "auto" else self.limit
 
     def _measured(self, place: _Place, limit: AdaptiveLimit, call_next: CallNext) -> Flow[Response]:
-        """Send a request, and let the limit follow from what became of it."""
+        """Send a request, and adapt the limit to its outcome."""
         call = place.request.call
         begun = limit.begun(call.clock())
         is_changed, latency, kind = False, None, ""

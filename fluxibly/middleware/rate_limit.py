@@ -110,7 +110,7 @@ def _to_store(value: Any) -> Any:
 class RateLimit(Rebuilt):
     """Middleware that keeps calls under a rate. Calls that are too early wait, first come, first served.
 
-    Without `requests` and `tokens` it finds the rate: the service's rate-limit headers tell it, or else it is doubled every second
+    Without `requests` and `tokens` it finds the rate: the service's rate-limit headers give it, or else it is doubled every second
     in which calls wait for it, until the service refuses a call (429) or latency doubles. From then on each refusal cuts it to
     0.85 or less, and it comes back along a cubic curve. What was found is forgotten when it was not used for ten minutes.
 
@@ -136,7 +136,7 @@ class RateLimit(Rebuilt):
         store: where the state is: "memory" (the default: each instance has its own), "sqlite:PATH" (a file that the
             processes of a machine share), "redis://HOST" (a server that processes and machines share), or a
             `fluxibly.stores.Store`.
-            Calls that wait ask it again, and tell it corrections at most `block` seconds late.
+            Calls that wait poll it. Corrections reach it at most `block` seconds late.
         block: the seconds for which a process reserves ahead in a store that does I/O, where it makes many calls: one trip to
             the store then serves many of them, first come, first served, and processes take turns. Over all processes the
             limit holds as without it. What is reserved ahead lapses after `block` seconds, so a process that has no more
@@ -384,9 +384,8 @@ class RateLimit(Rebuilt):
             first = call.first_chunk_at if call.streaming else None
             is_stream = first is not None and first >= sending.at
             end = first if is_stream and first is not None else now
-            waited = (
-                call.notes.get(WAITED, 0.0) - use.waited
-            )  # in a Concurrency further in, which is no latency of the service
+            # The wait in a Concurrency further in is no latency of the service.
+            waited = call.notes.get(WAITED, 0.0) - use.waited
             rate.answered(sending, max(0.0, end - sending.at - waited), now, streaming=is_stream)
 
     def _note_refusal(self, use: _Use, refusal: ProviderError) -> None:

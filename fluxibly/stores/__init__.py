@@ -1,7 +1,7 @@
 """Stores: where middleware keep what calls share, such as the places of a limit.
 
-`MemoryStore` shares it within one process, `SQLiteStore` between the processes of one machine, and `RedisStore` between those
-of many. A store of your own has the methods of `Store`.
+`MemoryStore` shares state within one process, `SQLiteStore` between the processes of one machine, and `RedisStore` between
+machines. A store of your own has the methods of `Store`.
 
 Imports: data and its helpers. Imported by: `middleware`.
 """

@@ -1,4 +1,4 @@
-"""Leases: places in a store outside of the process, which are free again after a while unless this process renews them."""
+"""Leases: places in a store outside of the process, which expire unless this process renews them."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from fluxibly._threads import renew_lock_after_fork
 from fluxibly.errors import error_type
 
 LEASE = 30.0
-"""The seconds for which a place is held without being renewed."""
+"""The seconds after which a lease expires unless it is renewed."""
 
 
 class Leases:
-    """The leases that this process holds in one store. A daemon thread renews them, each at a third of its time.
+    """The leases that this process holds in one store. A daemon thread renews them, three times in the life of a lease.
 
     The thread starts with the first lease and ends once none is held. A forked process begins without leases.
 
     Args:
-        renew: renews the lease of a key and a caller; it returns whether the lease was still held. It should not refer to
-            the store, which would not be collected while its thread runs.
-        seconds: the seconds for which a lease is held without being renewed.
+        renew: renews the lease of a key and a caller; it returns whether the lease was still held. It must not refer to
+            the store, which could not be collected while the thread runs.
+        seconds: the seconds after which a lease expires unless it is renewed.
         store: the name of the store's class.
     """
 
@@ -52,7 +52,7 @@ class Leases:
                 self._thread.start()
 
     def drop(self, key: str, who: str) -> None:
-        """Renew a lease no longer."""
+        """Stop renewing a lease."""
         self._held.pop((key, who), None)
 
     def renew_all(self) -> bool:
@@ -79,7 +79,7 @@ class Leases:
 
 
 def _keep(of: ref[Leases], pause: float) -> None:
-    """Renew leases, until there are none. The thread does not keep them alive while it sleeps."""
+    """Renew leases until there are none. While the thread sleeps, it holds no reference to them."""
     while True:
         time.sleep(pause)
         leases = of()

@@ -1,7 +1,7 @@
-"""The queues of rates and places, as state alone: no lock, no clock, no I/O.
+"""The queues of rates and places as pure state: no lock, no clock, no I/O.
 
-`MemoryStore` keeps them as they are, and wakes who waits by signals. A store outside of the process cannot wake anybody: who
-waits asks again, and who does not is forgotten.
+`MemoryStore` wakes its waiters by signals. A store outside of the process cannot: its waiters poll, and one that stops polling
+is forgotten.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Wanted: TypeAlias = Sequence[Limit]
 """What a call wants of each limit. Where it waits, a plain sequence of the same values takes the place of each `Limit`."""
 
 GRACE = 0.5
-"""The seconds beyond its estimated wait after which a caller is forgotten that has not asked again."""
+"""A caller that has not asked again so many seconds after its estimated wait is forgotten."""
 PLACE_GRACE = 1.0
 """The same, where there is no estimate."""
 _ROUNDING = 1e-9
@@ -34,7 +34,7 @@ class Queue(Generic[W]):
     def __init__(self) -> None:
         self.waiting: dict[str, W] = {}
         self.until: dict[str, float] = {}
-        """When each is forgotten unless it asks again. Who has no such time is never forgotten."""
+        """When each is forgotten unless it asks again. A caller without such a time is never forgotten."""
 
     def turn(self, who: str, what: W, seconds: float, ahead: int, now: float) -> Turn:
         """Keep a caller's place, and return its turn."""
@@ -43,7 +43,7 @@ class Queue(Generic[W]):
         return Turn(seconds, ahead, None)
 
     def leave(self, who: str, *, wake: bool = True) -> W | None:
-        """Let a caller leave, and wake the next one if it was the first."""
+        """Remove a caller, and wake the next one if it was the first."""
         if who not in self.waiting:
             # It may have left already, and been interrupted before it could wake the next.
             self.wake()
@@ -56,10 +56,10 @@ class Queue(Generic[W]):
         return what
 
     def wake(self) -> None:
-        """Let the first ask again, where there is a way to tell it."""
+        """Wake the first caller, where the store can."""
 
     def ahead(self, who: str) -> list[W]:
-        """Return what those wait for who came before."""
+        """Return what the callers ahead wait for."""
         found: list[W] = []
         for other, what in self.waiting.items():
             if other == who:
@@ -68,16 +68,16 @@ class Queue(Generic[W]):
         return found
 
     def forget_dead(self, now: float) -> None:
-        """Let those leave who have not asked again in time."""
+        """Remove the callers that have not asked again in time."""
         for who in [who for who, until in self.until.items() if until <= now]:
             self.leave(who)
 
     def shift(self, seconds: float) -> None:
-        """Move all times, because the clock has begun anew."""
+        """Shift all times, because the clock has restarted."""
         self.until = {who: until + seconds for who, until in self.until.items()}
 
     def idle_at(self, times: Iterable[float] = ()) -> float:
-        """Return when nothing depends on it any more, if nobody asks again."""
+        """Return when this state no longer matters, if nobody asks again."""
         return max([*times, *[self.until.get(who, math.inf) for who in self.waiting]], default=-math.inf)
 
     def is_idle(self, now: float) -> bool:
@@ -98,10 +98,10 @@ class Rates(Queue[Wanted]):
         self.closed_until = -math.inf
         """Nothing passes before this time."""
         self.queued: dict[str, float] = {}
-        """For each limit, what all who wait need of it."""
+        """For each limit, what all waiters together need of it."""
 
     def gap(self, limit: Limit, now: float) -> float:
-        """Return the seconds that one unit of a limit takes."""
+        """Return the seconds that one unit of a limit takes: GCRA's emission interval."""
         usual = 1.0 / limit.rate
         ceiling = self.ceilings.get(limit.name)
         if ceiling is None:
@@ -115,13 +115,13 @@ class Rates(Queue[Wanted]):
         return usual
 
     def _rescale(self, name: str, at: float, factor: float) -> None:
-        """Keep the units that are taken of a limit, from a time on at which each takes `factor` times as long."""
+        """Keep as many units of a limit taken, where from `at` on each takes `factor` times as long."""
         arrival = self.arrivals.get(name, at)
         if arrival > at:
             self.arrivals[name] = at + (arrival - at) * factor
 
     def throttle(self, name: str, rate: float, seconds: float, now: float) -> None:
-        """Let a limit have at most a rate for a while. 0: let nothing pass."""
+        """Lower a limit to a rate for a while; 0: let nothing pass."""
         if rate <= 0:
             self.closed_until = max(self.closed_until, now + seconds)
         else:
@@ -191,7 +191,7 @@ class Rates(Queue[Wanted]):
             self.wake()
 
     def _wait_after(self, units: float, limit: Limit, gap: float, now: float) -> float:
-        """Return the seconds until a call may go after which so many units are taken, at a `gap` that a ceiling may set."""
+        """Return the seconds until a call may go, with so many units taken before it, at a `gap` that a ceiling may set."""
         name, rate, burst, cost = limit
         ceiling = self.ceilings.get(name)
         if ceiling is None:
@@ -202,7 +202,7 @@ class Rates(Queue[Wanted]):
         return wait if wait <= left else left + max(0.0, (units - left / gap + cost - burst) / rate)
 
     def _needed(self, before: list[Wanted] | None, name: str) -> float:
-        """Return what those who came before need of a limit. None: all who wait."""
+        """Return what the callers ahead need of a limit. None: all waiters are ahead."""
         if before is None:
             return self.queued.get(name, 0.0)
         return sum([cost for limits in before for other, _, _, cost in limits if other == name])
@@ -243,6 +243,7 @@ class Places(Queue[None]):
         ahead = 0
         if self.waiting:
             ahead = len(self.ahead(who)) if who in self.waiting else len(self.waiting)
+        # Each caller ahead has one of the free places. If there are more, this one need not wait until they ask.
         if ahead >= size - len(held) or (ahead and self.is_woken):
             return self.turn(who, None, math.inf, ahead, now) if wait else Turn(math.inf, ahead, None)
         held[who] = until
@@ -253,7 +254,7 @@ class Places(Queue[None]):
         return None
 
     def renew(self, who: str, until: float) -> bool:
-        """Let a caller hold its place for longer. Return whether it still has one."""
+        """Extend a caller's lease. Return whether it was still held."""
         if who not in self.held:
             return False
         self.held[who] = until
@@ -269,7 +270,7 @@ class Places(Queue[None]):
             self.wake()
 
     def forget_dead(self, now: float) -> None:
-        """Also take the places back that were not renewed in time."""
+        """Also free the places whose leases have expired."""
         for who in [who for who, until in self.held.items() if until <= now]:
             self.release(who)
         super().forget_dead(now)

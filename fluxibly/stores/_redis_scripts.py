@@ -1,11 +1,11 @@
 """The Lua scripts of `RedisStore`. Each is one atomic step; they need no command that is newer than Redis 5.
 
-Times are those of the server's clock, in microseconds: of today, a float has them to a quarter of one. Numbers are kept and
-answered as text with 17 digits, because Redis would cut the fraction of a number off.
+Times are those of the server's clock, in microseconds; a double holds today's to a quarter of one. Numbers are kept and
+returned as text with 17 digits, because Redis would truncate them to integers.
 
-A queue is two sorted sets. `queue` has the order of arrival, and `seen` until when a waiter has to ask again; a waiter that
-has not is forgotten. Whoever asks may go if there is enough for all before it, too: if only the first might, each would have to
-wait until the one before it asks again. Every key expires once nothing depends on it.
+A queue is two sorted sets. `queue` has the order of arrival, and `seen` the time by which a waiter has to ask again; one that
+has not is forgotten. A caller may go if there is enough for all ahead of it, too: if only the first could, each would have to
+wait until the one ahead polls. Every key expires once it no longer matters.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ local function milliseconds(us)
   return exact(math.max(1, math.min(math.ceil(us / 1000) + 1, 1e13)))
 end
 
--- Let keys, of which none outlives the first, live for so many microseconds more, at least.
+-- Keep keys alive for at least so many microseconds more. None of them outlives the first.
 local function keep(us, first, ...)
   if redis.call('PTTL', first) >= us / 1000 then return end
   for _, key in ipairs({first, ...}) do
@@ -60,7 +60,7 @@ local function count_waiting(now, queue, seen, costs)
   return count - #gone
 end
 
--- Let a caller wait behind all others, unless it waits already, and ask again within some time.
+-- Put a caller at the end of the queue, unless it is in it, and note by when it has to ask again.
 local function wait_in(queue, seen, who, place, now, us)
   if not place then
     local last = redis.call('ZREVRANGE', queue, 0, 0, 'WITHSCORES')[2] or 0
@@ -72,7 +72,7 @@ end
 
 # The limits of a key are one hash. Of each limit it has `at`, when it would be unused if nothing more were taken (GCRA's
 # theoretical arrival time), and `usual`, the microseconds that a unit took when it was last taken. While a ceiling holds, it has
-# the highest `rate` and the time `till` which it holds. Nothing passes before `closed`, and nothing matters after `last`.
+# that `rate`, and `till`, when the ceiling ends. Nothing passes before `closed`, and nothing matters after `last`.
 _LIMITS = """
 local function read(key)
   local found, flat = {}, redis.call('HGETALL', key)

@@ -1,4 +1,4 @@
-"""A SQLite file that threads and processes share: opened late, set aside if it is damaged, and closed at a fork."""
+"""A SQLite file that threads and processes share: opened lazily, set aside if it is damaged, and closed at a fork."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ class SQLiteFile:
 
     @contextmanager
     def _turn_of(self, side: _Side, patience: float) -> Generator[None]:
-        """Keep other threads from a connection meanwhile. Many that wait for it fail together, not one after the other."""
+        """Keep other threads from a connection meanwhile. Waiters time out together, not one after the other."""
         if not side.lock.acquire(timeout=patience):
             raise self._busy()
         try:
@@ -207,7 +207,7 @@ class SQLiteFile:
 
 @contextmanager
 def transaction(db: sqlite3.Connection) -> Generator[None]:
-    """Let all that is written come to pass, or nothing of it."""
+    """Commit all that is written, or nothing."""
     db.execute("BEGIN IMMEDIATE")
     try:
         yield

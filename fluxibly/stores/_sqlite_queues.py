@@ -16,13 +16,13 @@ from fluxibly.stores.protocol import Limit, Turn
 Q = TypeVar("Q", bound=Queue[Any])
 T = TypeVar("T")
 
-# The processes of one machine have this clock in common, and nobody can set it. It begins anew when the machine starts.
+# The processes of one machine have this clock in common, and nobody can set it. It restarts with the machine.
 _clock = time.monotonic
 
 _MOST_WAITING = 100_000
-"""The most callers of whom a process remembers that they wait."""
+"""The most waiting callers that a process remembers."""
 _SHORT = 0.05
-"""The most seconds to wait for others that write, where it is enough to write later."""
+"""The most seconds to wait for other writers, where it is enough to write later."""
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS fluxibly_queues (
@@ -46,7 +46,7 @@ _encode = json.JSONEncoder(separators=(",", ":")).encode
 
 @lru_cache(maxsize=16)
 def _decoded(state: str) -> list[Any]:
-    """Return what a text of JSON says. Those who wait read the same text again and again, and nobody changes the result."""
+    """Decode a text of JSON. Waiters read the same text again and again, and nobody changes the result."""
     decoded: list[Any] = json.loads(state)
     return decoded
 
@@ -78,9 +78,9 @@ class Kind(Generic[Q]):
             state, at = found[0]
             try:
                 self._fill(queue, _decoded(state))
-            except (TypeError, ValueError):  # a version with another form has written it, or a disk that forgets
+            except (TypeError, ValueError):  # written by a version with another format, or damaged
                 return self._make(), state, now
-            if now < at:  # the machine has started anew since
+            if now < at:  # the machine has been restarted since
                 queue.shift(now - at)
             queue.forget_dead(now)
         return queue, state, now
@@ -101,7 +101,7 @@ class Kind(Generic[Q]):
 
 
 def forget_idle(db: sqlite3.Connection) -> None:
-    """Forget the queues that nothing depends on."""
+    """Forget the queues that no longer matter."""
     db.execute(_FORGET_IDLE, (_clock(),))
 
 
@@ -135,14 +135,14 @@ PLACES = Kind("places", Places, _dump_places, _fill_places)
 class Asking:
     """How the callers of one process ask for a turn, and ask again.
 
-    Who waits asks often, mostly in vain. That is a read, which no writer delays, as long as the file knows for long enough
-    that the caller is there.
+    A waiter polls, mostly in vain. A poll is a read, which no writer delays, as long as the file will remember the caller for
+    long enough.
     """
 
     def __init__(self, file: SQLiteFile) -> None:
         self._file = file
         self._waiting: dict[tuple[str, str], None] = {}
-        """The keys and names of those who wait, as far as this process knows. The file knows it better."""
+        """The keys and names of the waiters, as far as this process knows. The file has the last word."""
 
     def ask(self, kind: Kind[Q], key: str, who: str, step: Callable[[Q, float], Turn | None]) -> Turn | None:
         """Take a step that may give a caller what it asks for, or a turn in the queue."""
@@ -164,14 +164,14 @@ class Asking:
         return turn
 
     def forget(self, key: str, who: str) -> None:
-        """A caller no longer waits."""
+        """Note that a caller no longer waits."""
         self._waiting.pop((key, who), None)
 
 
 def _look(
     kind: Kind[Q], key: str, who: str, step: Callable[[Q, float], Turn | None], db: sqlite3.Connection
 ) -> tuple[Turn | None, bool]:
-    """Return the turn that a step would give now, and whether the file knows about long enough that its caller waits."""
+    """Return the turn that a step would give now, and whether the file will remember the caller for about long enough."""
     queue, _, now = kind.read(key, db)
     known_until = queue.until.get(who, now)
     turn = step(queue, now)

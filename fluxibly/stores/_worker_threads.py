@@ -16,7 +16,7 @@ _numbers = count()
 
 
 class WorkerThreads:
-    """At most so many worker threads of each event loop, so that a store that hangs does not use up those of others."""
+    """A bounded number of worker threads for each event loop, so that a store that hangs does not use up those of others."""
 
     def __init__(self, most: int) -> None:
         self._most = most

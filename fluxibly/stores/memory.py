@@ -15,11 +15,11 @@ from fluxibly.stores.protocol import PARTS, Entry, Limit, Turn
 W = TypeVar("W")
 
 _SWEEP = 1024
-"""The number of keys from which on those that nothing depends on are forgotten."""
+"""Once there are so many keys, those that no longer matter are forgotten."""
 
 
 class _Woken(Queue[W]):
-    """A queue whose callers are woken by signals, and so never have to ask again. Only the first has its signal set."""
+    """A queue whose callers are woken by signals, so they need not poll. Only the first one's signal is set."""
 
     is_woken = True
 
@@ -53,7 +53,7 @@ class _Places(_Woken[None], Places):
 
 
 class _Sum:
-    """A sum over a time that moves on."""
+    """A sum over a sliding window."""
 
     def __init__(self) -> None:
         self.total = 0.0
@@ -208,14 +208,14 @@ class MemoryStore:
             self._values[key] = _Value(value, math.inf if seconds is None else now + seconds)
 
     def _sweep(self, now: float) -> None:
-        """Forget the keys that nothing depends on, before a new one is added, once there are many."""
+        """Forget the keys that no longer matter, once there are many."""
         kinds: tuple[dict[str, Any], ...] = (self._rates, self._places, self._sums, self._values)
         if sum([len(kind) for kind in kinds]) < self._sweep_at:
             return
         for kind in kinds:
             for key in [key for key, state in kind.items() if state.is_idle(now)]:
                 del kind[key]
-        # Not again before there are twice as many as are in use, so that a sweep costs each call little.
+        # The next sweep is due at twice the keys in use, so that sweeping costs each call little.
         self._sweep_at = max(_SWEEP, 2 * sum([len(kind) for kind in kinds]))
 
     async def areserve(self, key: str, who: str, limits: tuple[Limit, ...], now: float) -> Turn | None:

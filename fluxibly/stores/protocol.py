@@ -80,15 +80,15 @@ class Store(Protocol):
         ...
 
     def throttle(self, key: str, name: str, rate: float, seconds: float, now: float) -> None:
-        """Let a limit of that name have at most `rate` units a second, for the next `seconds`. 0: let nothing pass."""
+        """Lower the limit of that name to at most `rate` units a second, for the next `seconds`. 0: let nothing pass."""
         ...
 
     def lease(self, key: str, who: str, size: int, now: float, *, wait: bool = True) -> Turn | None:
-        """Take one of `size` places: None if the call has got it, else its turn in the queue. Without `wait`, it has none."""
+        """Take one of `size` places: None if the call has got it, else its turn in the queue. Without `wait`, it joins no queue."""
         ...
 
     def renew(self, key: str, who: str, now: float) -> bool:
-        """Keep a place for longer. Return whether it was still held. A store with such limits renews by itself."""
+        """Keep a place for longer. Return whether it was still held. A store whose leases expire renews them by itself."""
         ...
 
     def release(self, key: str, who: str, now: float) -> None:

@@ -34,7 +34,7 @@ _CONNECTIONS = 32
 _THREADS = 16
 """The most threads of one event loop that wait for the server."""
 _GRACE = 0.5
-"""The seconds by which a call that waits for a limit may ask later than it was told."""
+"""The seconds after its estimated wait by which a call that waits for a limit has to ask again."""
 _PLACE_GRACE = 1.0
 """The seconds within which a call that waits for a place has to ask again."""
 _FOR_GOOD = 10 * 366 * 86_400.0
@@ -47,7 +47,7 @@ _LONGEST_LEASE = 86_400.0
 class RedisStore:
     """A store on a Redis server (5 or later) or Valkey, for any number of threads, processes and machines.
 
-    Each method is one trip to the server, and atomic there. Times are those of the server's clock. All that is kept has an
+    Each method is one trip to the server, and atomic there. Times are those of the server's clock. Every key has an
     expiry and a hash tag. The connections are opened at the first use, at most 32 in each process. A server that does not
     answer within a second has failed, for `on_store_error` of the middleware.
 
@@ -80,7 +80,7 @@ class RedisStore:
         self._limiter: RunVar[CapacityLimiter] | None = None
 
     def renew_lock(self) -> None:
-        """Forget who has asked. In a forked process these are the callers of another one."""
+        """Forget who has asked: in a forked process, these are the parent's callers."""
         self._asked: dict[tuple[str, str], None] = {}
         """The keys and callers that may hold a place or wait."""
 
@@ -255,8 +255,8 @@ class RedisStore:
 class _Connections:
     """The connections of a store, each for one thread at a time. They are opened when they are needed.
 
-    It takes the place of redis-py's pools, whose locks are not reentrant: a signal handler may close a stream in the midst
-    of another trip.
+    It replaces redis-py's pools, whose locks are not reentrant: a signal handler may close a stream in the midst of another
+    trip.
     """
 
     def __init__(self, url: str) -> None:
@@ -285,15 +285,16 @@ class _Connections:
             self._make: Callable[[], Any] = partial(pool.connection_class, **pool.connection_kwargs)
             self._make()  # opens nothing, and finds options that do not exist
         except Exception as error:  # noqa: BLE001  # each option has its own
+            why = "unknown option" if "unexpected keyword" in str(error) else type(error).__name__
             raise ConfigError(
-                f"RedisStore: expected a URL that redis-py understands, got {masked_url(url)!r} ({type(error).__name__}); "
+                f"RedisStore: expected a URL that redis-py understands, got {masked_url(url)!r} ({why}); "
                 f"write {_EXAMPLE!r}, for example"
             ) from None
         self.renew_lock()
         renew_lock_after_fork(self)
 
     def renew_lock(self) -> None:
-        """Forget all connections. Those of the process from which this one was forked are not its own."""
+        """Forget all connections: in a forked process, these are the parent's."""
         self._idle: list[Any] = []
         self._free: SimpleQueue[None] = SimpleQueue()
         """As many items as connections may still be in use. Its methods are reentrant."""
@@ -319,8 +320,8 @@ class _Connections:
                 connection.send_packed_command(connection.pack_commands(commands))
                 answers = [connection.read_response() for _ in commands]
             except BaseException as error:
-                connection.disconnect()  # an answer may come yet
-                if "unauthenticated" in str(error):  # the server reads no long command of a stranger
+                connection.disconnect()  # its answer may still come
+                if "unauthenticated" in str(error):  # the server rejects long commands before authentication
                     raise self._stranger("the server wants a password") from None
                 raise
             idle.append(connection)
@@ -336,7 +337,7 @@ class _Connections:
                 with suppress(self._failure):
                     if not connection.can_read():
                         return connection
-                connection.disconnect()  # there is nothing to read but that the server has closed it
+                connection.disconnect()  # an idle connection is readable only if the server has closed it
         return self._make()
 
 
@@ -344,7 +345,7 @@ _EXAMPLE = "redis://localhost:6379/0"
 
 
 def _check_url(url: object) -> None:
-    """Check what redis-py would pass over.
+    """Check what redis-py would ignore.
 
     Raises:
         ConfigError: it is wrong.
@@ -364,6 +365,10 @@ def _check_url(url: object) -> None:
             raise ConfigError(
                 "RedisStore: expected the path of a socket after 'unix://'; write 'unix:///run/redis.sock'"
             )
+    elif "@" in path + found.fragment:
+        raise ConfigError(
+            f"{what}, got {masked_url(url)!r} with '/' or '#' in its password; percent-encode it, such as '/' as %2F"
+        )
     elif not re.fullmatch(r"(/[0-9]*)?", path):
         raise ConfigError(f"{what}, with the number of a database at its end, got {masked_url(url)!r}")
 

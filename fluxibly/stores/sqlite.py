@@ -81,9 +81,9 @@ class SQLiteStore:
     The file is made if it does not exist, readable for its owner alone; its folder has to exist. A file that is damaged is set
     aside under another name, beside a new one.
 
-    Who waits for a rate or a place asks again and again. Who has not done so half a second after its estimated wait, or for
-    a second where there is no estimate, is forgotten. A place is held for `lease_seconds`, and a thread of this process
-    renews it meanwhile. So what a killed process held or waited for is free again after that.
+    A call that waits for a rate or a place polls. It is forgotten if it has not polled half a second after its estimated wait,
+    or for a second where there is no estimate. A place is held for `lease_seconds`, and a thread of this process
+    renews it meanwhile, so that the places of a killed process are free again after that.
 
     Args:
         path: the file.
@@ -272,12 +272,12 @@ class SQLiteStore:
 
 
 def _renew(file: SQLiteFile, seconds: float, key: str, who: str) -> bool:
-    """Let a caller hold its place for some seconds from now on. Return whether it still has one."""
+    """Extend a caller's lease to some seconds from now on. Return whether it was still held."""
     return file.write(partial(PLACES.change, key, lambda places, now: places.renew(who, now + seconds)))
 
 
 def _forget_over(db: sqlite3.Connection) -> None:
-    """Forget all that nothing depends on any more."""
+    """Forget all that no longer matters."""
     _forget_expired(db)
     forget_idle(db)
 
@@ -329,7 +329,7 @@ def _moved_on(key: str, total: float, now: float, per: float, db: sqlite3.Connec
     late: list[tuple[float]] = db.execute(
         "DELETE FROM fluxibly_parts WHERE key = ? AND at > ? RETURNING amount", (key, now)
     ).fetchall()
-    if late:  # the clock was put back, so these would stay for too long
+    if late:  # the clock was set back, so these would stay for too long
         _add_part(key, sum([amount for (amount,) in late]), now, per, db)
     old: list[tuple[float]] = db.execute(
         "DELETE FROM fluxibly_parts WHERE key = ? AND at <= ? RETURNING amount", (key, now - per)

@@ -224,7 +224,7 @@ class TestInAllModes:
         made = call(mode, layer, "fine")
         assert isinstance(made.ran.error, RateLimitWait)
         assert str(made.ran.error).startswith(
-            "RateLimit (requests=2 a minute, as the service tells) refuses a call of m-1 at scripted: it would wait "
+            "RateLimit (requests=2 a minute, as the service's headers say) refuses a call of m-1 at scripted: it would wait "
         )
         assert made.provider.requests == []
 
