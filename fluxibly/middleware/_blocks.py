@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Collection, Generator
 from functools import partial
 from threading import RLock
 from typing import Any, NamedTuple, TypeAlias
@@ -164,8 +164,9 @@ class _Line:
 
     def ask(self, who: str, limits: _Limits, now: float) -> Turn | bool:
         """Return True if a call has got what it needs, False if it is to make a trip, or its turn."""
-        if who in self._granted:
-            del self._granted[who]
+        granted = self._granted.pop(who, None)
+        if granted is not None:
+            self._owe_what_is_new(limits, {limit.name for limit in granted[0]})
             return True
         waiter = self.waiting.get(who)
         if waiter is None:
@@ -176,8 +177,13 @@ class _Line:
                 self._due = now + _STUCK
             waiter = self.waiting[who] = _Waiter(limits)
             self._need(limits, 1)
-        elif waiter.signal.is_set:
-            waiter.signal = Signal()
+        else:
+            if waiter.signal.is_set:
+                waiter.signal = Signal()
+            if waiter.limits != limits:  # a rate that is found changes while calls wait for it
+                self._need(waiter.limits, -1)
+                waiter.limits = limits
+                self._need(limits, 1)
         if now < self._away_until:
             return self._turn(who, waiter, now)
         head = next(iter(self.waiting))
@@ -268,6 +274,12 @@ class _Line:
         owed = self._owed.get(limit.name)
         self._owed[limit.name] = limit if owed is None else limit._replace(cost=owed.cost + limit.cost)
 
+    def _owe_what_is_new(self, limits: _Limits, asked: Collection[str]) -> None:
+        """Keep what a call takes of limits that were not known when the store was asked for it."""
+        for limit in limits:
+            if limit.name not in asked:
+                self.owe(limit)
+
     def due(self, now: float) -> list[Limit]:
         """Return the corrections to send to the store now: a block after the last ones, or with the last call."""
         return self.owed(now) if self._out <= 0 or now - self._told_at >= self._block else []
@@ -300,12 +312,15 @@ class _Line:
             return None, False
         self._away_until = now + _LONGEST_TRIP
         if self._plan is not None:
+            head = next(iter(self.waiting.values()))
+            if _rates(head.limits) != _rates(self._plan.limits):
+                self._plan = self._planned(now, self._plan.name, alone=len(self._plan.callers) == 1)
             return self._plan, False
         self._turn_at = now
-        self._plan = self._planned(now, alone=alone)
+        self._plan = self._planned(now, new_name(), alone=alone)
         return self._plan, True
 
-    def _planned(self, now: float, *, alone: bool) -> _Plan:
+    def _planned(self, now: float, name: str, *, alone: bool) -> _Plan:
         waiters = iter(self.waiting.items())
         who, head = next(waiters)
         names = [limit.name for limit in head.limits]
@@ -331,7 +346,7 @@ class _Line:
         for limit, burst, cost in zip(head.limits, bursts, costs, strict=True):
             units = cost + ahead.get(limit.name, 0.0)
             limits.append(make_limit(limit.name, limit.rate, max(burst, units), units))
-        return _Plan(new_name(), tuple(limits), tuple(callers), ahead, hold)
+        return _Plan(name, tuple(limits), tuple(callers), ahead, hold)
 
     def _rate(self, limit: Limit, now: float) -> float:
         rate, until = self._slow.get(limit.name, (math.inf, -math.inf))
@@ -346,9 +361,9 @@ class _Line:
         """Return the units to take for the calls that are likely to come."""
         count = min(self._expected(now), self._most) - calls
         for name, cost, room in zip(names, costs, rooms, strict=True):
-            if usual := self._usual[name]:
+            if usual := self._usual.get(name, cost / calls):
                 count = min(count, (room - cost) / usual)
-        return {} if count < 1 else {name: int(count) * self._usual[name] for name in names}
+        return {} if count < 1 else {name: int(count) * self._usual.get(name, 0.0) for name in names}
 
     def give_up(self, now: float) -> None:
         """Note that a trip has ended without an answer."""
@@ -398,8 +413,10 @@ class _Line:
     def _grant(self, who: str, free: dict[str, float], until: float) -> None:
         waiter = self.waiting.pop(who)
         self._need(waiter.limits, -1)
+        self._owe_what_is_new(waiter.limits, free)
         for name, _, _, cost in waiter.limits:
-            free[name] -= cost
+            if name in free:
+                free[name] -= cost
         self._granted[who] = waiter.limits, until
         waiter.signal.set()
 
@@ -422,6 +439,10 @@ def is_large(limits: _Limits, hold: float) -> bool:
 def is_too_much(plan: _Plan, turn: Turn, longest: float) -> bool:
     """Whether the head of a line is better off if it asks for itself alone."""
     return bool(plan.ahead) or (len(plan.callers) > 1 and turn.seconds > longest)
+
+
+def _rates(limits: _Limits) -> list[tuple[str, float]]:
+    return [(limit.name, limit.rate) for limit in limits]
 
 
 def _fits(costs: list[float], rooms: list[float]) -> bool:

@@ -157,10 +157,11 @@ class Rates(Queue[Wanted]):
                 needed = arrival + (cost - burst) * gap - now
             wait = max(wait, needed)
         if wait > _ROUNDING or (ahead and self.is_woken):
-            is_new = who not in self.waiting
+            known = self.waiting.get(who)
             turn = self.turn(who, limits, max(0.0, wait), ahead, now)
-            if is_new:
-                self._count(limits, 1)
+            if known is not None:
+                self._count(known, -1)  # what a call wants may change while it waits
+            self._count(limits, 1)
             return turn
         self.arrivals.update(taken)
         if who in self.waiting:

@@ -155,7 +155,7 @@ end
 
 if wait >= 1 or ahead > 50 then -- less is a rounding error
   wait = math.max(wait, 0)
-  if not place then redis.call('HSET', costs, who, cmsgpack.pack(mine)) end
+  redis.call('HSET', costs, who, cmsgpack.pack(mine)) -- what a call wants may change while it waits
   wait_in(queue, seen, who, place, now, wait + ARGV[2])
   keep(wait + ARGV[2], queue, seen, costs)
   return {exact(wait), ahead}

@@ -171,11 +171,12 @@ class Asking:
 def _look(
     kind: Kind[Q], key: str, who: str, step: Callable[[Q, float], Turn | None], db: sqlite3.Connection
 ) -> tuple[Turn | None, bool]:
-    """Return the turn that a step would give now, and whether the file will remember the caller for about long enough."""
+    """Return the turn that a step would give now, and whether the file will remember the caller, and its wish, for long enough."""
     queue, _, now = kind.read(key, db)
-    known_until = queue.until.get(who, now)
+    known_until, known = queue.until.get(who, now), queue.waiting.get(who)
     turn = step(queue, now)
     if turn is None:
         return None, False
     until = queue.until.get(who, now)
-    return turn, until - GRACE / 2 <= known_until <= until + GRACE
+    is_same = _encode(queue.waiting.get(who)) == _encode(known)
+    return turn, is_same and until - GRACE / 2 <= known_until <= until + GRACE

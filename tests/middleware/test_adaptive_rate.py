@@ -82,6 +82,13 @@ class TestGoals:
         assert made.share_refused(0, 70) <= 0.1
         assert not errors
 
+    def test_in_blocks(self):
+        """Over a store that does I/O, two processes that reserve ahead follow the rate while their calls wait for it."""
+        made, store = service(), SlowStore()
+        simulate(made, [client(RateLimit(store=store), at_once=100) for _ in range(2)], 40)
+        assert made.rate(5, 40) >= 0.95 * 3000
+        assert made.share_refused(0, 40) <= 0.15
+
     @pytest.mark.parametrize("told", ["openai", None])
     def test_the_limit_is_halved(self, told):
         """Ten seconds later it has found the new one."""

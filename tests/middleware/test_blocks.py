@@ -23,8 +23,10 @@ from support.stores import SlowStore
 
 from fluxibly._logs import forget_reports
 from fluxibly.errors import DeadlineExceeded, RateLimitError, RateLimitWait, StoreError
+from fluxibly.middleware._blocks import _Line
 from fluxibly.middleware.rate_limit import RateLimit
 from fluxibly.pipeline import AsyncPipeline, Pipeline
+from fluxibly.stores import Limit, Turn
 from fluxibly.testing import VirtualClock
 from fluxibly.types import Request, Response, Usage
 
@@ -254,6 +256,51 @@ class TestLimits:
         late = [at for at, _ in made.sent if at > 0.31]
         assert len(late) >= 10
         assert min(after - before for before, after in pairwise(late)) >= 0.16
+
+    def test_a_rate_that_changes_while_calls_wait(self):
+        """All who wait follow it, at once, and so does what was asked for."""
+        line, slow, fast = _Line(0.1), (Limit("requests", 10.0, 10.0, 1.0),), (Limit("requests", 1000.0, 1000.0, 1.0),)
+        for number in range(50):
+            line.ask(f"{number}", slow, 0.0)
+        plan, _ = line.begin(0.0)
+        assert plan.limits == (Limit("requests", 10.0, 10.0, 1.0),)
+        line.land(plan, Turn(1.0, 0, None), 0.0, 0.0, 5.0, is_new=True)
+        assert line.ask("0", fast, 0.1) is False
+        again, is_new = line.begin(0.1)
+        assert not is_new
+        assert again.name == plan.name, "its place in the store is kept"
+        assert again.limits == (Limit("requests", 1000.0, 900.0, 1.0),)
+        line.land(again, None, 0.1, 0.1, 5.0, is_new=False)
+        assert line.ask("1", fast, 0.1) is False
+        plan, _ = line.begin(0.1)
+        assert plan.limits == (Limit("requests", 1000.0, 900.0, 49.0),)
+        line.land(plan, Turn(1.0, 0, None), 0.1, 0.1, 5.0, is_new=True)
+        assert line.ask("1", slow, 0.2) is False
+        plan, _ = line.begin(0.2)
+        assert plan.limits == (Limit("requests", 10.0, 10.0, 1.0),), "no more than a block at the new rate"
+
+    @pytest.mark.parametrize("when", ["before the trip", "during the trip", "after it"])
+    def test_a_limit_that_comes_while_calls_wait(self, when):
+        """What calls take of it is told to the store, in the reservation or as a correction."""
+        limit, tokens = Limit("requests", 1000.0, 1000.0, 1.0), Limit("tokens", 1e5, 1e5, 100.0)
+        line, told = _Line(0.1), Counter()
+        names = ("one", "two", "three")
+
+        def ask(limits):
+            return [line.ask(name, limits, 0.0) for name in names]
+
+        ask((limit,))
+        plan, is_new = line.begin(0.0)
+        line.land(plan, Turn(1.0, 0, None), 0.0, 0.0, 5.0, is_new=is_new)
+        if when == "before the trip":
+            ask((limit, tokens))
+        plan, is_new = line.begin(0.0)
+        if when == "during the trip":
+            ask((limit, tokens))
+        line.land(plan, None, 0.0, 0.0, 5.0, is_new=is_new)
+        assert ask((limit, tokens)) == [True, True, True]
+        told.update({each.name: each.cost for each in (*plan.limits, *line.owed(0.0))})
+        assert told == {"requests": 3.0, "tokens": 300.0}
 
 
 class TestWaits:

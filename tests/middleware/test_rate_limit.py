@@ -298,8 +298,8 @@ class Limited(RuleBasedStateMachine):
             return
         now, cost, used = self.simulation.now, self.cost(call), call.request.metadata["used"]
         self.log.append((now, call, False))
-        kept = self.layer._estimates.of(call.request, "unknown/m").input
-        self.counted[call] = used if call.response else 0 if isinstance(call.error, Exception) else min(kept, cost)
+        kept = min(call.request.metadata["input"], cost)
+        self.counted[call] = used if call.response else 0 if isinstance(call.error, Exception) else kept
         if isinstance(call.error, RateLimitError):
             self.paused_until = max(self.paused_until, now + call.error.retry_after)
         if not self.give_back:
@@ -316,7 +316,10 @@ class Limited(RuleBasedStateMachine):
         self.simulation.run(self.simulation.now)
         now = self.simulation.now
         free = not self.simulation.waiting and self.has_room(cost, now)
-        request = Request(model="m", messages="Hi", metadata={"cost": cost, "used": cost * share})
+        details = {"cost": cost, "used": cost * share}
+        request = Request(model="m", messages="Hi", metadata=details)
+        # What a call that is given up has taken is guessed when it begins. Later guesses have learned from others.
+        details["input"] = self.layer._estimates.of(request, "unknown/m").input
         used = Response("fine", usage=Usage(input_tokens=0, output_tokens=cost * share))
         made = self.simulation.call(request, reply=Reply(latency=latency, outcome=fails or used))
         if free is True:

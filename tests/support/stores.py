@@ -262,6 +262,17 @@ class StoreLaws(ValueLaws, SumLaws):
         self.do("release", "k", "large")
         assert self.reserve("small", self.limit(burst=5)) is None
 
+    def test_a_call_that_waits_for_something_else(self):
+        """What it wants when it asks again counts, for those behind it and when it has left."""
+        tokens = self.limit(cost=10, burst=10, name="tokens")
+        assert self.reserve("one", self.limit()) is None
+        assert self.reserve("two", self.limit()) == self.near(1)
+        assert self.reserve("two", self.limit(), tokens) == self.near(1)
+        assert self.reserve("three", tokens) == self.near(10)
+        self.do("release", "k", "two")
+        assert self.reserve("three", tokens) is None
+        assert self.reserve("four", tokens) == self.near(10)
+
     def test_keys_are_apart(self):
         assert self.reserve("one", self.limit()) is None
         assert self.reserve("two", self.limit()) is not None
