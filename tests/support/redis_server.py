@@ -56,7 +56,7 @@ class RedisServer:
         while True:
             try:
                 with self.client() as client:
-                    client.ping()
+                    assert client.info("server")["process_id"] == self._process.pid, "another server has the port"
                 return
             except Exception:
                 if time.monotonic() > end or self._process.poll() is not None:
