@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import partial
@@ -249,7 +250,15 @@ class RedisStore:
         if limiter is None:
             limiter = anyio.CapacityLimiter(_THREADS)
             self._limiter.set(limiter)
-        return await anyio.to_thread.run_sync(work, abandon_on_cancel=abandon, limiter=limiter)
+        connections, asked_at = self._connections, time.monotonic()
+
+        def work_if_answered() -> T:
+            # Those who wait for a thread would find out one after the other that the server is silent.
+            if connections.silent_since > asked_at:
+                raise TimeoutError("the server has stopped answering")
+            return work()
+
+        return await anyio.to_thread.run_sync(work_if_answered, abandon_on_cancel=abandon, limiter=limiter)
 
 
 class _Connections:
@@ -269,6 +278,9 @@ class _Connections:
             raise ConfigError(f"RedisStore needs redis, which is not installed: {pip_install('redis')}") from None
         self.unknown_script: type[Exception] = exceptions.NoScriptError
         self._failure: type[Exception] = exceptions.ConnectionError
+        self._timeout: type[Exception] = exceptions.TimeoutError
+        self.silent_since = -math.inf
+        """When a trip has timed out, if none has been answered since."""
         self._stranger: type[Exception] = exceptions.AuthenticationError
         settings: dict[str, Any] = {
             "retry": Retry(NoBackoff(), 0),
@@ -320,10 +332,13 @@ class _Connections:
                 answers = [connection.read_response() for _ in commands]
             except BaseException as error:
                 connection.disconnect()  # an answer may come yet
+                if isinstance(error, self._timeout):
+                    self.silent_since = time.monotonic()
                 if "unauthenticated" in str(error):  # the server reads no long command of a stranger
                     raise self._stranger("the server wants a password") from None
                 raise
             idle.append(connection)
+            self.silent_since = -math.inf
             return answers
         finally:
             free.put(None)
