@@ -8,6 +8,7 @@ Imports: data and its helpers. Imported by: `middleware`.
 
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 from fluxibly._checks import kind_of
 from fluxibly.errors import ConfigError
@@ -80,10 +81,16 @@ def _on_server(url: str, max_bytes: int | None) -> Any:
         )
     from fluxibly.stores.redis import RedisStore  # late, as above
 
-    return RedisStore(url)
+    # The layers of a stack share the connections, and find out only once that the server is silent.
+    store = _made.get(url)
+    if store is None:
+        store = _made[url] = RedisStore(url)
+    return store
 
 
 _LATE = {"RedisStore": "fluxibly.stores.redis", "SQLiteStore": "fluxibly.stores.sqlite"}
 """The modules of the stores that are loaded when they are needed."""
 _ON_SERVERS = ("redis", "rediss", "unix")
+_made: WeakValueDictionary[str, Any] = WeakValueDictionary()
+"""The stores of servers that are in use, by their URLs."""
 _METHODS = tuple(name for name in vars(Store) if not name.startswith("_") and name != "local")

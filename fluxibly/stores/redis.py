@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import partial
@@ -29,6 +30,8 @@ _CONNECT = 0.5
 """The most seconds to wait for a connection."""
 _ANSWER = 1.0
 """The most seconds to wait for an answer."""
+_SILENT = 1.0
+"""The seconds for which a server is not asked again once a trip has timed out."""
 _CONNECTIONS = 32
 """The most connections of a store. A trip takes less than a millisecond, so that this many serve many more threads."""
 _THREADS = 16
@@ -269,6 +272,9 @@ class _Connections:
             raise ConfigError(f"RedisStore needs redis, which is not installed: {pip_install('redis')}") from None
         self.unknown_script: type[Exception] = exceptions.NoScriptError
         self._failure: type[Exception] = exceptions.ConnectionError
+        self._timeout: type[Exception] = exceptions.TimeoutError
+        self._silent_at = -math.inf
+        """When a trip timed out last."""
         self._stranger: type[Exception] = exceptions.AuthenticationError
         settings: dict[str, Any] = {
             "retry": Retry(NoBackoff(), 0),
@@ -315,12 +321,17 @@ class _Connections:
         except Empty:
             raise self._failure(f"all {_CONNECTIONS} connections are in use") from None
         try:
+            # Otherwise all callers, and all middleware with this store, would wait in turn to find out that it is silent.
+            if time.monotonic() < self._silent_at + _SILENT:
+                raise self._timeout("the server did not answer another call just now")
             connection = self._opened(idle)
             try:
                 connection.send_packed_command(connection.pack_commands(commands))
                 answers = [connection.read_response() for _ in commands]
             except BaseException as error:
                 connection.disconnect()  # its answer may still come
+                if isinstance(error, self._timeout):
+                    self._silent_at = time.monotonic()
                 if "unauthenticated" in str(error):  # the server rejects long commands before authentication
                     raise self._stranger("the server wants a password") from None
                 raise

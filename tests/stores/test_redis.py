@@ -649,6 +649,40 @@ class TestTroubles:
         assert eventually(lambda: _works(layers["raise"]), 30)
         store.close()
 
+    @pytest.mark.parametrize("backend", BACKENDS)
+    def test_tasks_that_wait_for_a_frozen_server(self, server, monkeypatch, backend):
+        """They all fail once the first have found out, and do not wait for one another."""
+        monkeypatch.setattr(redis_store, "_ANSWER", 0.5)
+        store, asked, failed = RedisStore(server.url), [], []
+        opened = store._connections._opened
+
+        def counted(idle):
+            asked.append(idle)
+            return opened(idle)
+
+        monkeypatch.setattr(store._connections, "_opened", counted)
+
+        async def ask(key):
+            with pytest.raises(Exception, match=r"Timeout|did not answer"):
+                await store.aload(key, 0.0)
+            failed.append(key)
+
+        async def main():
+            async with anyio.create_task_group() as tasks:
+                for number in range(100):
+                    tasks.start_soon(ask, f"{number}")
+
+        store.save("0", b"before", None, 0.0)
+        server.freeze()
+        try:
+            run_async(main, backend)
+        finally:
+            server.thaw()
+        assert len(failed) == 100
+        assert len(asked) <= 2 * redis_store._THREADS
+        assert eventually(lambda: store.load("0", 0.0).value == b"before", 30)
+        store.close()
+
     def test_a_server_that_is_paused(self, server, monkeypatch):
         monkeypatch.setattr(redis_store, "_ANSWER", 0.2)
         pipeline = _pipeline(server.url, on_store_error="raise")
