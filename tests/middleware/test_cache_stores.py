@@ -118,7 +118,7 @@ class TestFiles:
         cache = cached(store)
         call(mode, cache, "one")
         store.save("x", b"x", None, 0.0)
-        db = store._writer.connection
+        db = store._file.writer.connection
         [(pages,)] = db.execute("PRAGMA page_count").fetchall()
         db.execute(f"PRAGMA max_page_count = {pages}")
         for number in range(2):
