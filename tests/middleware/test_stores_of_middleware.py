@@ -166,7 +166,8 @@ class TestFailures:
         store.fails = failing()
         for _ in range(3):
             assert call(mode, layers(store), "fine").response.text == "fine"
-        said = capfd.readouterr().err.splitlines()
+        # The leases that another test has left behind may be reported meanwhile.
+        said = [line for line in capfd.readouterr().err.splitlines() if "could not be renewed" not in line]
         assert said == [
             f"fluxibly: {name}: its store SlowStore failed with ConnectionError; until it works again, {name} keeps its "
             "state in this process"
