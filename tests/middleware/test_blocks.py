@@ -23,7 +23,7 @@ from support.stores import SlowStore
 
 from fluxibly._logs import forget_reports
 from fluxibly.errors import DeadlineExceeded, RateLimitError, RateLimitWait, StoreError
-from fluxibly.middleware._blocks import _Line
+from fluxibly.middleware._block_lines import Line
 from fluxibly.middleware.rate_limit import RateLimit
 from fluxibly.pipeline import AsyncPipeline, Pipeline
 from fluxibly.stores import Limit, Turn
@@ -259,7 +259,7 @@ class TestLimits:
 
     def test_a_rate_that_changes_while_calls_wait(self):
         """All who wait follow it, at once, and so does what was asked for."""
-        line, slow, fast = _Line(0.1), (Limit("requests", 10.0, 10.0, 1.0),), (Limit("requests", 1000.0, 1000.0, 1.0),)
+        line, slow, fast = Line(0.1), (Limit("requests", 10.0, 10.0, 1.0),), (Limit("requests", 1000.0, 1000.0, 1.0),)
         for number in range(50):
             line.ask(f"{number}", slow, 0.0)
         plan, _ = line.begin(0.0)
@@ -283,7 +283,7 @@ class TestLimits:
     def test_a_limit_that_comes_while_calls_wait(self, when):
         """What calls take of it is told to the store, in the reservation or as a correction."""
         limit, tokens = Limit("requests", 1000.0, 1000.0, 1.0), Limit("tokens", 1e5, 1e5, 100.0)
-        line, told = _Line(0.1), Counter()
+        line, told = Line(0.1), Counter()
         names = ("one", "two", "three")
 
         def ask(limits):
