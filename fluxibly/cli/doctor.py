@@ -31,6 +31,7 @@ from fluxibly.errors import (
 from fluxibly.llm import LLM
 from fluxibly.providers.local import DEFAULT_MODEL, cached_path, named_model
 from fluxibly.registry import find_framework, frameworks, missing_key, plugins
+from fluxibly.stores import to_store
 from fluxibly.types import ProviderInfo
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def examine(screen: Screen, config: LLMConfig | None, *, file: Path | None = Non
     """
     packages = list(_packages())
     if config is not None:
-        others, services = [], [_check(config, file, asked=True)]
+        others, services = list(_stores(config)), [_check(config, file, asked=True)]
     else:
         found = {kind: list(plugins(kind)) for kind in get_args(Kind)}
         others = [_plugin(plugin) for plugin in chain(*found.values())]
@@ -71,7 +72,8 @@ def examine(screen: Screen, config: LLMConfig | None, *, file: Path | None = Non
 def _show(screen: Screen, packages: list[Finding], others: list[Finding], services: list[Finding]) -> None:
     screen.note(f"fluxibly {fluxibly.__version__}, Python {platform.python_version()}\n")
     show_section(screen, "Frameworks", services, hint="`fluxibly frameworks --all` says what each needs.")
-    show_section(screen, "Plugins", others)
+    show_section(screen, "Plugins", [each for each in others if each.kind == "plugin"])
+    show_section(screen, "Stores", [each for each in others if each.kind == "store"])
     there = [f"{each.name} {each.state}" for each in packages if each.standing == "ready"]
     absent = [each.name for each in packages if each.standing == "unset"]
     show_words(screen, "Packages", [("installed", there), ("optional", absent)])
@@ -124,6 +126,25 @@ def _check(config: LLMConfig, file: Path | None, *, asked: bool) -> Finding:
     except (Exception, SystemExit) as error:  # noqa: BLE001  # whatever another package raises, the framework cannot be used
         standing: Standing = "wrong" if asked or is_mentioned(find_framework(name)) else "unset"
         return Finding("framework", name, "not set up", line_of(error), bad=asked, standing=standing)
+
+
+def _stores(config: LLMConfig) -> Iterator[Finding]:
+    """Ask each store of a configuration's stack that is outside of the process whether it answers."""
+    try:
+        with LLM(config) as llm:
+            given: list[Any] = [getattr(layer, "store", None) for layer in llm.pipeline.middleware]
+    except (Exception, SystemExit):  # noqa: BLE001  # `_check` says what is wrong
+        return
+    stores = [to_store(each, ("load", "save")) if isinstance(each, str) else each for each in given]
+    far = [store for store in stores if not getattr(store, "local", True) and hasattr(store, "load")]
+    for shown, store in {repr(store): store for store in far}.items():
+        began = time.monotonic()
+        try:
+            store.load("fluxibly doctor", began)
+        except Exception as error:  # noqa: BLE001  # each kind of store has its own
+            yield Finding("store", shown, "does not work", line_of(error), bad=True, standing="wrong")
+        else:
+            yield Finding("store", shown, f"answers in {duration(time.monotonic() - began)}")
 
 
 def _answers(config: LLMConfig, provider: Any, file: Path | None, *, asked: bool) -> Finding:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -157,6 +158,31 @@ def test_what_cannot_be_made_is_told_in_the_words_of_a_chat(fluxibly: CommandLin
     ran = fluxibly("doctor", "--config", str(file))
     assert ran.status == 1
     assert said in ran.out
+
+
+def test_the_stores_of_a_stack(fluxibly: CommandLine, tmp_path: Path) -> None:
+    """Each is asked once; one that does not answer is a failure, and no password is shown."""
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        url = f"redis://:secret@127.0.0.1:{nobody.getsockname()[1]}/0"
+        layers: list[Any] = [
+            {"cache": {"store": url, "namespace": "tests"}},
+            {"rate_limit": {"requests": 60, "store": url}},
+            {"concurrency": {"limit": 3, "store": f"sqlite:{tmp_path / 'shared.db'}"}},
+            "retry",
+        ]
+        file = tmp_path / "config.yaml"
+        file.write_text(json.dumps({"llm": {"framework": "echo", "model": "m", "middleware": layers}}))
+        ran = fluxibly("doctor", "--config", str(file))
+        assert ran.status == 1
+        stores = [line for line in ran.out.splitlines() if line.startswith("store")]
+        assert len(stores) == 2
+        assert "RedisStore('redis://***@127.0.0.1" in stores[0]
+        assert "does not work" in stores[0]
+        assert "answers in" in stores[1]
+        assert "secret" not in ran.out + ran.err
+        file.write_text(json.dumps({"llm": {"framework": "echo", "model": "m", "middleware": layers[2:]}}))
+        assert fluxibly("doctor", "--config", str(file)).status == 0
 
 
 def test_a_configuration_that_is_right(fluxibly: CommandLine, tmp_path: Path) -> None:
