@@ -199,7 +199,7 @@ sys.modules["clocks"].clock = clock
 """
 
 
-def test_marks_of_tools_and_a_new_beginning(terminal: Start) -> None:
+def test_marks_of_tools_and_a_new_beginning(terminal: Start, tmp_path: Path) -> None:
     """A call of a tool is a line between two messages, and an answer that begins again says so."""
     stream = """def stream(self, request):
         if request.messages[-1].role == 'tool':
@@ -219,7 +219,7 @@ def test_marks_of_tools_and_a_new_beginning(terminal: Start) -> None:
         Mine.tries += 1
         yield f'try {Mine.tries}'
         if Mine.tries == 1: raise ProviderError('cut', retryable=True)"""
-    config = Path("again.yaml")
+    config = tmp_path / "again.yaml"
     config.write_text("llm: {framework: mine, model: m, middleware: [retry: {on_interrupt: restart, base_delay: 0}]}")
     chat = terminal("chat", "--config", str(config), "x", "--no-log", "--log-level", "error", before=provider(again))
     assert chat.end() == 0
