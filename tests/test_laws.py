@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import threading
 import time
 from contextlib import aclosing, suppress
 from contextvars import copy_context
@@ -15,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 from support import strategies as s
 from support.fast_clock import FastClock, FastWorker
+from support.leftovers import threads
 
 from fluxibly._logs import logger
 from fluxibly.errors import StreamInterrupted, root_cause
@@ -564,7 +564,7 @@ def check_threads(case: Case) -> None:
     """Check that no thread and no stream is left, as soon as what the threads do has returned."""
     end = time.monotonic() + 5
     while True:
-        left = [thread.name for thread in threading.enumerate() if thread.name.startswith("fluxibly")]
+        left = threads()
         if not left and case.provider.opened == case.provider.closed:
             return
         assert time.monotonic() < end, left

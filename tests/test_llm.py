@@ -13,6 +13,7 @@ from opentelemetry import trace
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from support.typed_dicts import keys_of
 
 import fluxibly
 import fluxibly.llm
@@ -33,6 +34,7 @@ from fluxibly import (
     register_llm_framework,
     register_middleware,
 )
+from fluxibly._keywords import KEYWORDS
 from fluxibly.errors import ConfigError, DeadlineExceeded, RequestTimeout, ServerError
 from fluxibly.limits import Timeouts
 from fluxibly.middleware import (
@@ -681,16 +683,4 @@ class TestClosing:
 
 def test_the_settings_of_a_call_are_those_of_a_request():
     """Type checkers read `Overrides`; calls check the fields of `Request`. Both have the same names."""
-    import ast
-    import inspect
-
-    from fluxibly import _keywords, _parameters
-
-    classes = [
-        node
-        for node in ast.walk(ast.parse(inspect.getsource(_parameters)))
-        if isinstance(node, ast.ClassDef) and node.name in ("Overrides", "Parameters")
-    ]
-    assert len(classes) == 2
-    fields = [node for each in classes for node in each.body if isinstance(node, ast.AnnAssign)]
-    assert {field.target.id for field in fields} == _keywords.KEYWORDS
+    assert keys_of("Overrides") == KEYWORDS

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import ast
 import inspect
 from typing import Any
 
 import attrs
 import pytest
+from support.typed_dicts import keys_of
 
-from fluxibly import LLM, AsyncLLM, LLMConfig, Target, config as config_module, register_llm_framework
+from fluxibly import LLM, AsyncLLM, LLMConfig, Target, register_llm_framework
 from fluxibly._model_names import read_model, split_model
 from fluxibly.config import CONFIGURED
 from fluxibly.errors import ConfigError, FrameworkNotRegistered
@@ -173,17 +173,7 @@ class TestSettings:
 
     def test_all_settings_of_a_configuration(self) -> None:
         """Type checkers read `Settings`; `LLM` takes the fields of `LLMConfig`. Both have the same names."""
-        (settings,) = [
-            node
-            for node in ast.walk(ast.parse(inspect.getsource(config_module)))
-            if isinstance(node, ast.ClassDef) and node.name == "Settings"
-        ]
-        names = {
-            node.target.id
-            for node in settings.body
-            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
-        }
-        assert names == {field.name for field in attrs.fields(LLMConfig)} - {"middleware"}
+        assert keys_of("Settings") == {field.name for field in attrs.fields(LLMConfig)} - {"middleware"}
 
 
 PARAMETERS: dict[str, Any] = {
