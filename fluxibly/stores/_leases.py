@@ -18,7 +18,8 @@ LEASE = 30.0
 class Leases:
     """The leases that this process holds in one store. A daemon thread renews them, three times in the life of a lease.
 
-    The thread starts with the first lease and ends once none is held. A forked process begins without leases.
+    The thread starts with the first lease and ends once none is held. Once the main thread has ended, it may not start: the
+    process is about to end, and what its last calls hold ends with its time. A forked process begins without leases.
 
     Args:
         renew: renews the lease of a key and a caller; it returns whether the lease was still held. It must not refer to
@@ -49,7 +50,10 @@ class Leases:
                 self._thread = threading.Thread(
                     target=_keep, args=(ref(self), self._seconds / 3), name=name, daemon=True
                 )
-                self._thread.start()
+                try:
+                    self._thread.start()
+                except RuntimeError:  # from Python 3.12 on, no thread starts once the main thread has ended
+                    self._thread = None
 
     def drop(self, key: str, who: str) -> None:
         """Stop renewing a lease."""

@@ -206,3 +206,21 @@ class TestSettings:
     def test_that_are_wrong(self, tmp_path, seconds):
         with pytest.raises(ConfigError, match="SQLiteStore: lease_seconds: expected a number"):
             SQLiteStore(tmp_path / "a.db", lease_seconds=seconds)
+
+
+def test_a_thread_that_goes_on_after_the_main_thread(tmp_path):
+    """Its calls hold places as before, although no other thread may start any more (from Python 3.12 on)."""
+    script = f"""
+import threading
+from fluxibly.stores import SQLiteStore
+
+def work():
+    threading.main_thread().join()
+    store = SQLiteStore({str(tmp_path / "a.db")!r})
+    print(store.lease("k", "one", 1, 0.0), store.lease("k", "two", 1, 0.0).ahead)
+    store.release("k", "one", 0.0)
+
+threading.Thread(target=work).start()
+"""
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert (ran.stdout, ran.stderr) == ("None 0\n", "")

@@ -218,6 +218,7 @@ store = SQLiteStore(f"{folder}/a.db", lease_seconds=0.6)
 pipeline = Pipeline(Provider(), [Concurrency(1, store=store)])
 for _ in range(2):
     threading.Thread(target=pipeline.complete, args=[REQUEST]).start()
+time.sleep(60)
 """
     process = start(script, tmp_path)
     assert process.stdout.readline() == "inside\n"
