@@ -156,13 +156,17 @@ class SQLiteFile:
         if side.connection is not None and identity(self.path) != side.file:
             side.close()  # somebody has removed the file, and other processes would not see what is written there
         while side.connection is None:
-            # The permissions of the file, which those beside it get, too, are set before there is anything in it.
-            with suppress(FileExistsError):
-                os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
-            side.file = identity(self.path)
-            db = sqlite3.connect(self.path, timeout=BUSY, isolation_level=None, check_same_thread=False)
+            # Nobody else in this process opens the file meanwhile: POSIX takes all locks of a process on a file away when it
+            # closes the file once.
+            with _renaming:
+                # The permissions of the file, which those beside it get, too, are set before there is anything in it.
+                with suppress(FileExistsError):
+                    os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+                side.file = identity(self.path)
+                db = sqlite3.connect(self.path, timeout=BUSY, isolation_level=None, check_same_thread=False)
+                is_it = identity(self.path) == side.file  # else another process has just set it aside
             try:
-                if identity(self.path) == side.file:  # else somebody has just set it aside
+                if is_it:
                     self._prepare(db)
                     side.connection = db
             finally:
