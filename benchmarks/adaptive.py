@@ -20,7 +20,7 @@ from fluxibly.stores import MemoryStore
 SECONDS = 120.0
 MIDWAY = 60.0
 BUCKET = 10.0
-"""What a service allows at once is what comes in so many seconds."""
+"""The burst of a service, in seconds of its rate."""
 QUEUE = 100_000
 Stack = list[Middleware]
 

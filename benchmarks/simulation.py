@@ -26,7 +26,7 @@ from fluxibly.types import ProviderInfo
 T = TypeVar("T")
 Headers = Literal["openai", "anthropic"] | None
 _EPOCH = 1_800_000_000.0
-"""What the services' clocks show at the beginning, in seconds since 1970."""
+"""The time on the services' clocks at the beginning, in seconds since 1970."""
 
 
 class _Selector(selectors.DefaultSelector):

@@ -1,4 +1,4 @@
-"""What a store on a Redis server costs, and how well processes share one rate through it.
+"""The cost of a store on a Redis server, and how evenly processes share one rate through it.
 
 Run with `python -m benchmarks.stores`. It starts a `redis-server` of its own, and needs the package redis.
 """
@@ -53,7 +53,7 @@ def server() -> Iterator[str]:
             process.wait()
 
 
-# What a trip costs
+# The cost of a trip
 
 
 def trips(url: str) -> None:

@@ -28,7 +28,7 @@ _TOLERANCE = 1.5
 _DOUBLES_BELOW = 1.25
 """In slow start, the limit is doubled while latency is below so many times that at rest."""
 _OVERLOADED = 0.85
-"""What a call that the service had no room or no time for leaves of the limit."""
+"""The limit is multiplied by this when the service had no room or no time for a call."""
 _FEWEST, _MOST = 20, 100
 """The fewest and the most calls of a round. As many as the limit has places, between these."""
 _ENDED = 0.8

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import partial
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 from urllib.parse import urlsplit
 
 from fluxibly._checks import kind_of, number, shown_url
@@ -18,13 +18,9 @@ from fluxibly._threads import renew_lock_after_fork
 from fluxibly.errors import ConfigError
 from fluxibly.stores import _redis_scripts as scripts
 from fluxibly.stores._leases import LEASE, Leases
+from fluxibly.stores._queues import GRACE, PLACE_GRACE
+from fluxibly.stores._worker_threads import WorkerThreads
 from fluxibly.stores.protocol import PARTS, Entry, Limit, Turn
-
-if TYPE_CHECKING:
-    from anyio import CapacityLimiter
-    from anyio.lowlevel import RunVar
-
-T = TypeVar("T")
 
 _CONNECT = 0.5
 """The most seconds to wait for a connection."""
@@ -36,10 +32,6 @@ _CONNECTIONS = 32
 """The most connections of a store. A trip takes less than a millisecond, so that this many serve many more threads."""
 _THREADS = 16
 """The most threads of one event loop that wait for the server."""
-_GRACE = 0.5
-"""The seconds after its estimated wait by which a call that waits for a limit has to ask again."""
-_PLACE_GRACE = 1.0
-"""The seconds within which a call that waits for a place has to ask again."""
 _FOR_GOOD = 10 * 366 * 86_400.0
 """The seconds after which what is kept for good is forgotten, unless it is written again."""
 _LONGEST = 1e10
@@ -77,10 +69,11 @@ class RedisStore:
         self._url = url
         self.lease_seconds = lease_seconds
         self._connections = _Connections(url)
-        self._leases = Leases(self._renew, lease_seconds, type(self).__name__)
+        # Not a method of this store, which would live until the garbage collector runs.
+        self._leases = Leases(partial(_renew, self._connections, lease_seconds), lease_seconds, type(self).__name__)
+        self._threads = WorkerThreads(_THREADS)
         self.renew_lock()
         renew_lock_after_fork(self)
-        self._limiter: RunVar[CapacityLimiter] | None = None
 
     def renew_lock(self) -> None:
         """Forget who has asked: in a forked process, these are the parent's callers."""
@@ -106,10 +99,12 @@ class RedisStore:
         The estimated wait is exact for up to 50 calls ahead; more count as these do on average.
         """
         self._asked[key, who] = None
-        args: list[str | bytes] = [_encoded(who), _microseconds(_GRACE)]
+        args: list[str | bytes] = [_encoded(who), _microseconds(GRACE)]
         for name, rate, burst, cost in limits:
             args += (_encoded(name), _text(rate), _text(burst), _text(cost))
-        answer = self._run(scripts.RESERVE, key, ("limits", "limits:queue", "limits:seen", "limits:costs"), args)
+        answer = self._connections.run(
+            scripts.RESERVE, key, ("limits", "limits:queue", "limits:seen", "limits:costs"), args
+        )
         if answer is None:
             self._asked.pop((key, who), None)
             return None
@@ -118,14 +113,18 @@ class RedisStore:
 
     def correct(self, key: str, limit: Limit, now: float) -> None:
         """Take more of a limit, or give it back; see `Store.correct`."""
-        self._run(scripts.CORRECT, key, ("limits",), (_encoded(limit.name), _text(limit.rate), _text(limit.cost)))
+        self._connections.run(
+            scripts.CORRECT, key, ("limits",), (_encoded(limit.name), _text(limit.rate), _text(limit.cost))
+        )
 
     def throttle(self, key: str, name: str, rate: float, seconds: float, now: float) -> None:
         """Slow a limit down for a while; see `Store.throttle`."""
         if rate <= 0:
-            self._run(scripts.CLOSE, key, ("limits",), (_microseconds(seconds),))
+            self._connections.run(scripts.CLOSE, key, ("limits",), (_microseconds(seconds),))
         else:
-            self._run(scripts.SLOW_DOWN, key, ("limits",), (_encoded(name), _text(rate), _microseconds(seconds)))
+            self._connections.run(
+                scripts.SLOW_DOWN, key, ("limits",), (_encoded(name), _text(rate), _microseconds(seconds))
+            )
 
     # Places
 
@@ -136,10 +135,10 @@ class RedisStore:
             _encoded(who),
             _text(size),
             _microseconds(self.lease_seconds),
-            _microseconds(_PLACE_GRACE),
+            _microseconds(PLACE_GRACE),
             "1" if wait else "0",
         )
-        ahead = self._run(scripts.LEASE, key, ("places", "places:queue", "places:seen"), args)
+        ahead = self._connections.run(scripts.LEASE, key, ("places", "places:queue", "places:seen"), args)
         if ahead is None:
             self._leases.hold(key, who)
             return None
@@ -147,11 +146,7 @@ class RedisStore:
 
     def renew(self, key: str, who: str, now: float) -> bool:
         """Hold a place for `lease_seconds` from now on. Return whether it was still held."""
-        return self._renew(key, who)
-
-    def _renew(self, key: str, who: str) -> bool:
-        args = (_encoded(who), _microseconds(self.lease_seconds))
-        return bool(self._run(scripts.RENEW, key, ("places",), args))
+        return _renew(self._connections, self.lease_seconds, key, who)
 
     def release(self, key: str, who: str, now: float) -> None:
         """Give a place back, or leave a queue; see `Store.release`.
@@ -162,7 +157,7 @@ class RedisStore:
             return
         self._leases.drop(key, who)
         kinds = ("places", "places:queue", "places:seen", "limits:queue", "limits:seen", "limits:costs")
-        self._run(scripts.RELEASE, key, kinds, (_encoded(who),))
+        self._connections.run(scripts.RELEASE, key, kinds, (_encoded(who),))
         self._asked.pop((key, who), None)
 
     # Sums
@@ -176,7 +171,7 @@ class RedisStore:
             "" if per is None else _microseconds(per / PARTS),
             _microseconds(_FOR_GOOD),
         )
-        total = self._run(scripts.ADD, key, ("sum", "sum:parts"), args)
+        total = self._connections.run(scripts.ADD, key, ("sum", "sum:parts"), args)
         return None if total is None else float(total)
 
     # Values
@@ -197,62 +192,42 @@ class RedisStore:
         milliseconds = math.ceil(min(_FOR_GOOD if seconds is None else seconds, _FOR_GOOD) * 1000)
         self._connections.ask(("SET", _name(key, "value"), value, "PX", max(milliseconds, 1)))
 
-    def _run(self, script: scripts.Script, key: str, kinds: Iterable[str], args: Iterable[str | bytes]) -> Any:
-        """Run a script with some of the keys of a key, and return its answer."""
-        names = [_name(key, kind) for kind in kinds]
-        rest = (len(names), *names, *args)
-        try:
-            [answer] = self._connections.ask(("EVALSHA", script.sha, *rest))
-        except self._connections.unknown_script:  # a new server, or somebody's SCRIPT FLUSH
-            [answer] = self._connections.ask(("EVAL", script.text, *rest))
-        return answer
-
     # The twins
 
     async def areserve(self, key: str, who: str, limits: tuple[Limit, ...], now: float) -> Turn | None:
-        return await self._in_thread(partial(self.reserve, key, who, limits, now))
+        return await self._threads.run(partial(self.reserve, key, who, limits, now))
 
     async def acorrect(self, key: str, limit: Limit, now: float) -> None:
-        await self._in_thread(partial(self.correct, key, limit, now))
+        await self._threads.run(partial(self.correct, key, limit, now))
 
     async def athrottle(self, key: str, name: str, rate: float, seconds: float, now: float) -> None:
-        await self._in_thread(partial(self.throttle, key, name, rate, seconds, now))
+        await self._threads.run(partial(self.throttle, key, name, rate, seconds, now))
 
     async def alease(self, key: str, who: str, size: int, now: float, *, wait: bool = True) -> Turn | None:
-        return await self._in_thread(partial(self.lease, key, who, size, now, wait=wait))
+        return await self._threads.run(partial(self.lease, key, who, size, now, wait=wait))
 
     async def arenew(self, key: str, who: str, now: float) -> bool:
-        return await self._in_thread(partial(self.renew, key, who, now))
+        return await self._threads.run(partial(self.renew, key, who, now))
 
     async def arelease(self, key: str, who: str, now: float) -> None:
-        await self._in_thread(partial(self.release, key, who, now))
+        await self._threads.run(partial(self.release, key, who, now))
 
     async def aadd(
         self, key: str, amount: float, per: float | None, now: float, *, most: float | None = None
     ) -> float | None:
-        return await self._in_thread(partial(self.add, key, amount, per, now, most=most))
+        return await self._threads.run(partial(self.add, key, amount, per, now, most=most))
 
     async def aload(self, key: str, now: float) -> Entry | None:
-        return await self._in_thread(partial(self.load, key, now), abandon=True)
+        return await self._threads.run(partial(self.load, key, now), abandon=True)
 
     async def asave(self, key: str, value: bytes | None, seconds: float | None, now: float) -> None:
-        await self._in_thread(partial(self.save, key, value, seconds, now))
+        await self._threads.run(partial(self.save, key, value, seconds, now))
 
-    async def _in_thread(self, work: Callable[[], T], *, abandon: bool = False) -> T:
-        """Do some work in a worker thread. A cancellation waits for it, unless it may be abandoned.
 
-        The threads are counted apart from those of other libraries, which a server that hangs does not hold up.
-        """
-        import anyio.to_thread  # late, to keep the import of stores fast
-        from anyio.lowlevel import RunVar
-
-        if self._limiter is None:
-            self._limiter = RunVar("fluxibly redis threads")
-        limiter = self._limiter.get(None)  # each event loop has its own
-        if limiter is None:
-            limiter = anyio.CapacityLimiter(_THREADS)
-            self._limiter.set(limiter)
-        return await anyio.to_thread.run_sync(work, abandon_on_cancel=abandon, limiter=limiter)
+def _renew(connections: _Connections, lease_seconds: float, key: str, who: str) -> bool:
+    """Hold a place for `lease_seconds` from now on. Return whether it was still held."""
+    args = (_encoded(who), _microseconds(lease_seconds))
+    return bool(connections.run(scripts.RENEW, key, ("places",), args))
 
 
 class _Connections:
@@ -339,6 +314,16 @@ class _Connections:
             return answers
         finally:
             free.put(None)
+
+    def run(self, script: scripts.Script, key: str, kinds: Iterable[str], args: Iterable[str | bytes]) -> Any:
+        """Run a script with some of the keys of a key, and return its answer."""
+        names = [_name(key, kind) for kind in kinds]
+        rest = (len(names), *names, *args)
+        try:
+            [answer] = self.ask(("EVALSHA", script.sha, *rest))
+        except self.unknown_script:  # a new server, or somebody's SCRIPT FLUSH
+            [answer] = self.ask(("EVAL", script.text, *rest))
+        return answer
 
     def _opened(self, idle: list[Any]) -> Any:
         """Return a connection that is still open, or a new one, which opens itself."""

@@ -54,20 +54,6 @@ def server():
     server.close()
 
 
-@pytest.fixture
-def url(server):
-    with server.client() as client:
-        client.flushall()
-    return server.patient_url
-
-
-@pytest.fixture
-def store(url):
-    store = RedisStore(url)
-    yield store
-    store.close()
-
-
 class _Late:
     """A time in ticks that is `expected`, or somewhat shorter because of time that has passed."""
 
@@ -104,8 +90,8 @@ def _again(test):
 class TestLaws(StoreLaws):
     @pytest.fixture(autouse=True)
     def _patient(self, monkeypatch):
-        monkeypatch.setattr(redis_store, "_GRACE", 30.0)
-        monkeypatch.setattr(redis_store, "_PLACE_GRACE", 30.0)
+        monkeypatch.setattr(redis_store, "GRACE", 30.0)
+        monkeypatch.setattr(redis_store, "PLACE_GRACE", 30.0)
         if self.way == "sync":
             yield
         else:
@@ -157,8 +143,8 @@ def timed(server, monkeypatch):
         script.text = script.text.replace("redis.call('TIME')", "redis.call('HMGET', 'clock', 's', 'us')")
         script.sha = sha1(script.text.encode(), usedforsecurity=False).hexdigest()
         monkeypatch.setattr(scripts, name, script)
-    monkeypatch.setattr(redis_store, "_GRACE", 1e6)
-    monkeypatch.setattr(redis_store, "_PLACE_GRACE", 1e6)
+    monkeypatch.setattr(redis_store, "GRACE", 1e6)
+    monkeypatch.setattr(redis_store, "PLACE_GRACE", 1e6)
     timed = _Timed(server)
     yield timed
     timed.store.close()
@@ -329,8 +315,8 @@ class TestLikeTheMemoryStore:
 
     def test_waiters_who_do_not_ask_again_are_forgotten(self, timed, monkeypatch):
         """A call that waits for a limit, after what it was told and a grace; one that waits for a place, after a grace."""
-        monkeypatch.setattr(redis_store, "_GRACE", 0.5)
-        monkeypatch.setattr(redis_store, "_PLACE_GRACE", 1.0)
+        monkeypatch.setattr(redis_store, "GRACE", 0.5)
+        monkeypatch.setattr(redis_store, "PLACE_GRACE", 1.0)
         timed.begin()
         store = timed.store
         store.reserve("k", "one", (ONE,), 0.0)
@@ -554,7 +540,7 @@ class TestLeases:
     def test_are_renewed(self, url, monkeypatch):
         """By a thread of the process that holds them, until they are released."""
         # The key is this test's own: the thread of an earlier test may still renew the same caller of another key.
-        monkeypatch.setattr(redis_store, "_PLACE_GRACE", 30.0)
+        monkeypatch.setattr(redis_store, "PLACE_GRACE", 30.0)
         one, other = RedisStore(url, lease_seconds=1), RedisStore(url, lease_seconds=1)
         assert one.lease("renewed", "one", 1, 0.0) is None
         end = time.monotonic() + 1.2

@@ -44,20 +44,6 @@ def server():
     server.close()
 
 
-@pytest.fixture
-def url(server):
-    with server.client() as client:
-        client.flushall()
-    return server.patient_url
-
-
-@pytest.fixture
-def store(url):
-    store = RedisStore(url)
-    yield store
-    store.close()
-
-
 def test_one_rate_for_all(url):
     """8 processes, sync and async, one of them with a wrong clock: never more than the rate and a burst, and none starves."""
     ready = forkserver().Barrier(8)
