@@ -155,23 +155,19 @@ class SQLiteFile:
         """Return the connection of a side, which is opened if it is not. The caller has its lock."""
         if side.connection is not None and identity(self.path) != side.file:
             side.close()  # somebody has removed the file, and other processes would not see what is written there
-        while side.connection is None:
-            # Nobody else in this process opens the file meanwhile: POSIX takes all locks of a process on a file away when it
-            # closes the file once.
-            with _renaming:
+        if side.connection is None:
+            with alone(self.path):
                 # The permissions of the file, which those beside it get, too, are set before there is anything in it.
                 with suppress(FileExistsError):
                     os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
                 side.file = identity(self.path)
                 db = sqlite3.connect(self.path, timeout=BUSY, isolation_level=None, check_same_thread=False)
-                is_it = identity(self.path) == side.file  # else another process has just set it aside
-            try:
-                if is_it:
+                try:
                     self._prepare(db)
-                    side.connection = db
-            finally:
-                if side.connection is None:
+                except BaseException:
                     db.close()
+                    raise
+                side.connection = db
         return side.connection
 
     def _prepare(self, db: sqlite3.Connection) -> None:
@@ -237,19 +233,38 @@ def identity(path: Path) -> tuple[int, int] | None:
 
 @contextmanager
 def alone(path: Path) -> Generator[None]:
-    """Keep other threads and processes from renaming a file meanwhile."""
-    with _renaming, ExitStack() as locks:
-        with suppress(ImportError):  # on Windows, where a file that is open cannot be renamed anyway
+    """Keep other threads and processes from opening or renaming a file meanwhile.
+
+    SQLite opens a file by its name, and the log beside it later, also by its name. A thread that had opened a damaged file,
+    and then found the log of the new one, would damage that, too. POSIX moreover takes all locks of a process on a file away
+    when it closes the file once.
+
+    Raises:
+        Busy: others do so for too long.
+    """
+    with ExitStack() as locks:
+        with suppress(
+            ImportError, OSError
+        ):  # on Windows, where a file that is open cannot be renamed; some network drives
             import fcntl
 
-            # A file of its own: to close the database, opened once more, would take the locks of SQLite away.
-            file = os.open(f"{path}.broken-lock", os.O_CREAT | os.O_RDWR, 0o600)
-            locks.callback(os.close, file)
-            fcntl.flock(file, fcntl.LOCK_EX)
+            # The folder is locked, since locking the file, or another beside it, would either break SQLite's locks or remain.
+            folder = os.open(path.parent, os.O_RDONLY)
+            locks.callback(os.close, folder)
+            end = time.monotonic() + BUSY
+            while not _locked(fcntl.flock, folder, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                if time.monotonic() > end:
+                    raise Busy(f"SQLiteStore: others open {os.fspath(path)!r} for too long")
+                time.sleep(0.002)
         yield
 
 
-_renaming = RLock()
+def _locked(flock: Callable[[int, int], None], file: int, how: int) -> bool:
+    try:
+        flock(file, how)
+    except BlockingIOError:
+        return False
+    return True
 
 
 # SQLite forbids to use or even to close in a forked process what was opened before. So all files are closed at a fork, and

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from opentelemetry.util._once import Once
 
 from fluxibly._plugins import entry_points
 
@@ -79,6 +80,9 @@ def command_line(
     monkeypatch.setenv("FLUXIBLY_CACHE", str(home / "cache"))
     monkeypatch.setattr(environment, "_from_files", {})
     monkeypatch.setattr("sys.stdin", io.StringIO())
+    # `chat` sets the provider of spans of this process, which can be done once.
+    monkeypatch.setattr("opentelemetry.trace._TRACER_PROVIDER", None)
+    monkeypatch.setattr("opentelemetry.trace._TRACER_PROVIDER_SET_ONCE", Once())
     monkeypatch.syspath_prepend(str(home))
     variables, modules = set(os.environ), set(sys.modules)
     loggers = [logging.getLogger(name) for name in ("fluxibly", "opentelemetry")]
