@@ -6,6 +6,7 @@ The public names stand here; each is loaded when it is first asked for, so that 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fluxibly._mapping import Answer
     from fluxibly.config import LLMConfig
     from fluxibly.errors import FluxiblyError, ProviderError, StreamInterrupted
     from fluxibly.flow import (
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 __version__ = "2.0.0.dev0"
 
 _NAMES = {
+    "_mapping": "Answer",
     "config": "LLMConfig",
     "errors": "FluxiblyError ProviderError StreamInterrupted",
     "flow": "CallNext Flow Middleware ask emit gather map_chunks perform race sleep stop_when",
@@ -61,12 +63,13 @@ _NAMES = {
     "types": "Audio Chunk Document Image Message Request Response Restart StreamStats Tool ToolCall Usage",
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names.split()}
-_ROOMS = {"errors", "flow", "middleware", "providers", "sse", "stores", "telemetry", "testing"}
+_ROOMS = {"batch", "errors", "flow", "middleware", "providers", "sse", "stores", "telemetry", "testing"}
 """Modules that users work with: `fluxibly.errors.NotFound` needs no import of its own, and completion shows them."""
 _MODULES = {*_NAMES, *_ROOMS, "aggregate", "calls", "limits", "messages", "parts", "stream"}
 
 __all__ = [
     "LLM",
+    "Answer",
     "AsyncLLM",
     "AsyncPipeline",
     "AsyncProvider",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Generator, Iterable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterable, Generator, Iterable, Mapping
 from copy import copy, deepcopy
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 
@@ -17,6 +17,7 @@ from fluxibly.flow.shown import repr_of_layer
 from fluxibly.limits import Timeouts
 from fluxibly.messages import Prompt
 from fluxibly.pipeline import AsyncPipeline, Pipeline
+from fluxibly.provider import obeys
 from fluxibly.registry import check_config, default_stack, make_middleware, make_provider, read_yaml, stack_into
 from fluxibly.stream import AsyncStream, Stream
 from fluxibly.types import Chunk, Request, Response, Restart
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from pathlib import Path
     from typing import Literal, Self, Unpack
 
+    from fluxibly._mapping import Answer
     from fluxibly._parameters import Overrides
     from fluxibly._schemas.shapes import Shape
     from fluxibly.config import Settings
@@ -397,6 +399,57 @@ class LLM(_LLM[Pipeline]):
 
         return Conversation(self.prepare, first_messages(system, load))
 
+    def map(
+        self,
+        prompts: Iterable[Prompt],
+        *,
+        concurrency: int = 100,
+        ordered: bool = False,
+        timeout: float | Timeouts | None = None,
+        into: Any = None,
+        **overrides: Unpack[Overrides],
+    ) -> Generator[Answer]:
+        """Return a generator of the answers to many prompts, which asks several at once: `for answer in llm.map(prompts)`.
+
+        A call that fails is an `Answer` with an `error`, and ends nothing. Closing the generator, Ctrl-C or an exception in the
+        loop ends the calls under way. (A synchronous provider that cannot be stopped runs on in the background.)
+
+        Args:
+            prompts: any number of them, also a generator: some are read ahead, at most twice `concurrency`, in this thread.
+            concurrency: the most calls at once, from 1 up. Each takes a thread.
+            ordered: whether the answers come in the order of the prompts, and not as they come. Then at most ten times
+                `concurrency` answers wait for a slow one.
+            timeout: the time limits of each call; see `Pipeline.complete`.
+            into: the type that each answer has to make; see `parse`.
+            overrides: settings that take precedence over the configuration; `complete` lists them.
+
+        Raises:
+            TypeError: the prompts are not several, or a keyword does not exist.
+            ConfigError: a value is out of range.
+        """
+        from fluxibly._mapping import (  # late, because most programs map nothing
+            Answer,
+            Stops,
+            check_mapping,
+            map_in_threads,
+        )
+
+        check_mapping(prompts, concurrency, asynchronous=False)
+        pipeline, template = self.prepare("-", overrides, into)
+        stops = None
+        if obeys(pipeline.provider):
+            stops = Stops()
+            pipeline = pipeline.with_middleware((stops, *pipeline.middleware))
+
+        def work(row: int, prompt: Prompt) -> Answer:
+            try:
+                return Answer(row, pipeline.complete(template.evolve(messages=prompt), timeout=timeout))
+            except Exception as error:  # noqa: BLE001  # one row harms no other
+                return Answer(row, error=error)
+
+        stop = None if stops is None else stops.stop
+        return map_in_threads(prompts, work, concurrency=concurrency, ordered=ordered, stop=stop)
+
     def close(self) -> None:
         """Close the provider's connections. A second close does nothing; a later call raises a RuntimeError."""
         self.pipeline.close()
@@ -509,6 +562,37 @@ class AsyncLLM(_LLM[AsyncPipeline]):
         from fluxibly.conversation import AsyncConversation, first_messages  # late, as there
 
         return AsyncConversation(self.prepare, first_messages(system, load))
+
+    def map(
+        self,
+        prompts: Iterable[Prompt] | AsyncIterable[Prompt],
+        *,
+        concurrency: int = 100,
+        ordered: bool = False,
+        timeout: float | Timeouts | None = None,
+        into: Any = None,
+        **overrides: Unpack[Overrides],
+    ) -> AsyncGenerator[Answer]:
+        """Return a generator of the answers to many prompts: `async for answer in llm.map(prompts)`; see `LLM.map`.
+
+        Closing it, or cancelling the task that reads it, cancels the calls under way. `contextlib.aclosing` closes it in time
+        when a loop is left early.
+
+        Args:
+            prompts: they may also come from an asynchronous generator.
+        """
+        from fluxibly._mapping import Answer, check_mapping, map_in_tasks  # late, as there
+
+        check_mapping(prompts, concurrency, asynchronous=True)
+        pipeline, template = self.prepare("-", overrides, into)
+
+        async def work(row: int, prompt: Prompt) -> Answer:
+            try:
+                return Answer(row, await pipeline.complete(template.evolve(messages=prompt), timeout=timeout))
+            except Exception as error:  # noqa: BLE001  # one row harms no other
+                return Answer(row, error=error)
+
+        return map_in_tasks(prompts, work, concurrency=concurrency, ordered=ordered)
 
     async def aclose(self) -> None:
         """Close the provider's connections. A second close does nothing; a later call raises a RuntimeError."""

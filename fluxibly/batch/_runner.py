@@ -1,0 +1,132 @@
+"""`Batch`: asks the rows of a file that have no answer yet, and writes what comes of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing
+from pathlib import Path
+from time import perf_counter
+from typing import Literal
+
+import attrs
+
+from fluxibly._loops import run_to_end
+from fluxibly._mapping import map_in_tasks
+from fluxibly._noted_calls import note_call, noted_calls
+from fluxibly.batch._input import Row, open_input
+from fluxibly.batch._journal import Journal
+from fluxibly.batch._lines import Line, encoded, line_of
+from fluxibly.errors import BadPrompt
+from fluxibly.llm import LLM, AsyncLLM
+from fluxibly.middleware._request_key import request_key
+from fluxibly.pipeline import AsyncPipeline
+
+AUTO = 1_000
+"""The most calls at once where the number is found by latency."""
+
+
+@attrs.define
+class Report:
+    """What a batch has come to."""
+
+    answered: int = 0
+    """Rows with an answer, those of earlier runs included."""
+    failed: int = 0
+    """Rows with an error instead, those of earlier runs included."""
+    asked: int = 0
+    """Rows asked in this run."""
+    input_tokens: int = 0
+    output_tokens: int = 0
+    cost: float | None = None
+    """US dollars; None: not known."""
+    elapsed: float = 0.0
+    """Seconds of this run."""
+    errors: dict[str, int] = attrs.field(factory=dict[str, int])
+    """The errors of this run, by class."""
+
+
+class Batch:
+    """A file of prompts to be answered into another file. What is answered already is not asked again.
+
+    Args:
+        llm: the model. A `LLM` is asked by an asynchronous copy of its own.
+        prompts: the input, a JSON line for each row.
+        answers: the output, a JSON line for each row, as they come.
+        concurrency: the most calls at once.
+    """
+
+    def __init__(
+        self,
+        llm: LLM | AsyncLLM,
+        prompts: str | os.PathLike[str],
+        answers: str | os.PathLike[str],
+        *,
+        concurrency: int | Literal["auto"] = "auto",
+    ) -> None:
+        self.llm = llm
+        self.prompts = Path(prompts)
+        self.answers = Path(answers)
+        self.concurrency: int | Literal["auto"] = concurrency
+        self.report = Report()
+
+    def run(self) -> Report:
+        """Do all that is left to do, and return what it came to."""
+        return run_to_end(self.arun)
+
+    async def arun(self) -> Report:
+        """Do as `run`, on asyncio or trio."""
+        if isinstance(self.llm, AsyncLLM):
+            return await self._run(self.llm)
+        async with AsyncLLM(self.llm.config, self.llm.pipeline.middleware) as llm:
+            return await self._run(llm)
+
+    async def _run(self, llm: AsyncLLM) -> Report:
+        began = perf_counter()
+        source = open_input(self.prompts)
+        with Journal(self.answers) as journal:
+            pipeline = llm.pipeline.with_middleware([note_call, *llm.pipeline.middleware])
+            concurrency = AUTO if self.concurrency == "auto" else self.concurrency
+            rows = source.rows(journal.done.__contains__)
+            async with aclosing(self._lines(llm, pipeline, rows, concurrency)) as lines:
+                async for line in lines:
+                    journal.write([encoded(line)])
+                    journal.note(line.row, failed=line.error is not None)
+                    self._count(line)
+            self.report.answered, self.report.failed = journal.answered, journal.failed
+        self.report.elapsed = perf_counter() - began
+        return self.report
+
+    def _lines(
+        self, llm: AsyncLLM, pipeline: AsyncPipeline, rows: Iterator[Row], concurrency: int
+    ) -> AsyncGenerator[Line]:
+        async def ask(_: int, row: Row) -> Line:
+            key = ""
+            began = perf_counter()
+            with noted_calls() as calls:
+                response = error = None
+                try:
+                    if row.problem is not None:
+                        raise BadPrompt(row.problem)
+                    request = llm.request(row.prompt, row.settings)
+                    key = request_key(request, pipeline.info)
+                    response = await pipeline.complete(request)
+                except Exception as raised:  # noqa: BLE001  # one row harms no other
+                    error = raised
+            elapsed = perf_counter() - began
+            call = calls[0] if calls else None
+            return line_of(row.number, row.custom_id, key, elapsed, response=response, error=error, call=call)
+
+        return map_in_tasks(rows, ask, concurrency=concurrency)
+
+    def _count(self, line: Line) -> None:
+        report = self.report
+        report.asked += 1
+        if line.error is not None:
+            kind = line.error["type"]
+            report.errors[kind] = report.errors.get(kind, 0) + 1
+        if line.usage is not None:
+            report.input_tokens += line.usage.get("input_tokens", 0)
+            report.output_tokens += line.usage.get("output_tokens", 0)
+        if line.cost is not None:
+            report.cost = (report.cost or 0.0) + line.cost
