@@ -197,6 +197,7 @@ def test_imports_little(module):
 
 
 PUBLIC = [
+    "Answer",
     "Audio",
     "Document",
     "LLM",
@@ -252,7 +253,7 @@ class TestExports:
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         before, after = map(set, map(str.split, done.stdout.splitlines()))
         shown = {name for name in before if not name.startswith("__")}
-        assert shown == {*PUBLIC, "errors", "flow", "middleware", "providers", "sse", "stores", "telemetry", "testing"}
+        assert shown == {*PUBLIC, "batch", "errors", "flow", "middleware", "providers", "sse", "stores", "telemetry", "testing"}
         assert after == before
         assert "__version__" in before
 
