@@ -182,7 +182,8 @@ class TestThreads:
         def script(peer: Peer, request: Received) -> None:
             if b"hang" not in request.body:
                 peer.answer({"choices": [{"message": {"role": "assistant", "content": "A"}, "finish_reason": "stop"}]})
-            elif next(hanging) == 2 and how == "Ctrl-C":
+                return
+            if next(hanging) == 2 and how == "Ctrl-C":
                 signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
             peer.wait_for_end()
 
