@@ -31,11 +31,10 @@ AT_ONCE = 200
 
 
 @contextmanager
-def server() -> Iterator[str]:
-    """Run a server in its own process, and yield its base URL."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.server"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+def server(seconds: float = 0.0) -> Iterator[str]:
+    """Run a server in its own process, and yield its base URL. A whole answer takes that many seconds."""
+    command = [sys.executable, "-m", "benchmarks.server", f"{seconds}"]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)  # noqa: S603  # ours
     assert process.stdout is not None  # noqa: S101  # for type checkers; it is a pipe
     try:
         yield f"http://127.0.0.1:{process.stdout.readline().strip()}/v1"

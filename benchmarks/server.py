@@ -1,6 +1,7 @@
 """A local server that answers like OpenAI's chat API, as fast as one asyncio process can.
 
-`python -m benchmarks.server` prints its port, and exits when its standard input is closed.
+`python -m benchmarks.server [SECONDS]` prints its port, and exits when its standard input is closed. A whole answer takes that many
+seconds, by default none.
 """
 
 from __future__ import annotations
@@ -51,6 +52,9 @@ SHORT_STREAM = STREAM_HEAD + PIECES[0] + STREAM_END
 class Answers(asyncio.Protocol):
     """The protocol of a connection. A request's body selects a whole answer, a stream or a short stream."""
 
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport: asyncio.Transport = transport  # type: ignore[assignment]
         self.buffer = b""
@@ -69,19 +73,22 @@ class Answers(asyncio.Protocol):
             body = self.buffer[end + 4 : end + 4 + length].replace(b" ", b"")
             self.buffer = self.buffer[end + 4 + length :]
             if b'"stream":true' not in body:
-                self.transport.write(WHOLE)
+                if self.seconds:
+                    asyncio.get_running_loop().call_later(self.seconds, self.transport.write, WHOLE)
+                else:
+                    self.transport.write(WHOLE)
             elif b"one-word" in body:
                 self.transport.write(SHORT_STREAM)
             else:
                 self.transport.write(STREAM)
 
 
-async def serve() -> None:
-    server = await asyncio.get_running_loop().create_server(Answers, "127.0.0.1", 0, backlog=1024)
+async def serve(seconds: float) -> None:
+    server = await asyncio.get_running_loop().create_server(lambda: Answers(seconds), "127.0.0.1", 0, backlog=1024)
     print(server.sockets[0].getsockname()[1], flush=True)
     await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
 
 
 if __name__ == "__main__":
     with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(serve())
+        asyncio.run(serve(float(sys.argv[1]) if len(sys.argv) > 1 else 0.0))
