@@ -202,11 +202,12 @@ class _RayActor:
 
 
 def ray_data(url: str, given: Path, out: Path, at_once: int) -> None:
-    """Ray Data's `map_batches`, one actor with the openai SDK."""
+    """Ray Data's `map_batches`, one actor with the openai SDK. Ray runs already; the actor is started anew."""
     import ray
     from ray.data import ActorPoolStrategy
 
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=200_000_000)
+    if not ray.is_initialized():
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=200_000_000)
     ray.data.DataContext.get_current().enable_progress_bars = False
     answered = ray.data.from_items([{"prompt": prompt} for prompt in _prompts(given)]).map_batches(
         _RayActor,
@@ -217,7 +218,6 @@ def ray_data(url: str, given: Path, out: Path, at_once: int) -> None:
     with out.open("w") as file:
         for row, answer in enumerate(answered.iter_rows()):
             file.write(json.dumps({"row": row, "text": answer["text"]}) + "\n")
-    ray.shutdown()
 
 
 CONTENDERS: dict[str, tuple[Callable[[str, Path, Path, int], None], str]] = {
