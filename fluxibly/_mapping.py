@@ -18,7 +18,7 @@ from fluxibly._checks import kind_of, whole
 from fluxibly._loops import trio_here
 from fluxibly.errors import ConfigError
 from fluxibly.flow import CallNext, Flow
-from fluxibly.limits import Leash
+from fluxibly.limits import Leash, Timeouts, timeouts_of_call
 from fluxibly.types import Request, Response
 
 T = TypeVar("T")
@@ -57,12 +57,12 @@ class Answer:
         return self.response.text
 
 
-def check_mapping(prompts: object, concurrency: int, *, asynchronous: bool) -> None:
+def check_mapping(prompts: object, concurrency: int, timeout: float | Timeouts | None, *, asynchronous: bool) -> None:
     """Check the arguments of a `map`.
 
     Raises:
         TypeError: the prompts are not several.
-        ConfigError: `concurrency` is no whole number from 1 up.
+        ConfigError: `concurrency` is no whole number from 1 up, or `timeout` is no time limit.
     """
     several = isinstance(prompts, (Iterable, AsyncIterable) if asynchronous else Iterable)
     if isinstance(prompts, (str, bytes)) or not several:
@@ -70,6 +70,8 @@ def check_mapping(prompts: object, concurrency: int, *, asynchronous: bool) -> N
     wrong = whole("concurrency", concurrency, low=1)
     if wrong is not None:
         raise ConfigError(wrong)
+    if timeout is not None:
+        timeouts_of_call(timeout, streaming=False)
 
 
 class _Results(Generic[R]):

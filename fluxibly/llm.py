@@ -434,7 +434,7 @@ class LLM(_LLM[Pipeline]):
             map_in_threads,
         )
 
-        check_mapping(prompts, concurrency, asynchronous=False)
+        check_mapping(prompts, concurrency, timeout, asynchronous=False)
         pipeline, template = self.prepare("-", overrides, into)
         stops = None
         if obeys(pipeline.provider):
@@ -583,7 +583,7 @@ class AsyncLLM(_LLM[AsyncPipeline]):
         """
         from fluxibly._mapping import Answer, check_mapping, map_in_tasks  # late, as there
 
-        check_mapping(prompts, concurrency, asynchronous=True)
+        check_mapping(prompts, concurrency, timeout, asynchronous=True)
         pipeline, template = self.prepare("-", overrides, into)
 
         async def work(row: int, prompt: Prompt) -> Answer:

@@ -253,7 +253,18 @@ class TestExports:
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         before, after = map(set, map(str.split, done.stdout.splitlines()))
         shown = {name for name in before if not name.startswith("__")}
-        assert shown == {*PUBLIC, "batch", "errors", "flow", "middleware", "providers", "sse", "stores", "telemetry", "testing"}
+        assert shown == {
+            *PUBLIC,
+            "batch",
+            "errors",
+            "flow",
+            "middleware",
+            "providers",
+            "sse",
+            "stores",
+            "telemetry",
+            "testing",
+        }
         assert after == before
         assert "__version__" in before
 

@@ -341,6 +341,8 @@ class TestMistakes:
             kind(name).map(["a"], stream=True)
         with pytest.raises(ConfigError, match="temperature"):
             kind(name).map(["a"], temperature=9)
+        with pytest.raises(ConfigError, match="timeout: expected a number"):
+            kind(name).map(["a"], timeout=-1)
 
 
 def test_synchronous_code_has_no_asynchronous_prompts(name: str) -> None:
