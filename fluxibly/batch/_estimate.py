@@ -6,14 +6,14 @@ import re
 from collections.abc import Iterator, Sequence
 from decimal import Decimal
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final, Literal, Protocol
 
 import attrs
 import msgspec
 
 from fluxibly._masking import error_message
 from fluxibly._tokens import BYTES_A_TOKEN, size_of
-from fluxibly.batch._input import Row
+from fluxibly.batch._input import Row, Source
 from fluxibly.batch._journal import Bitmap
 from fluxibly.batch._lines import Line, encoded
 from fluxibly.calls import Usage
@@ -24,8 +24,17 @@ from fluxibly.parts import Text
 from fluxibly.prices import GivenPrices, Prices
 from fluxibly.types import Request
 
-if TYPE_CHECKING:
-    from fluxibly.batch._runner import Batch
+
+class Estimated(Protocol):
+    """What is estimated: a `Batch`."""
+
+    llm: LLM | AsyncLLM
+    source: Source
+    answers: Path
+    limit: int | None
+    retry_errors: bool
+    executor: Literal["online", "provider"]
+
 
 OUTPUT_GUESS: Final = 256
 """The output tokens of a row of which nothing is known."""
@@ -96,7 +105,7 @@ class _Done:
 
     def __init__(self, journal: Path, *, retry_errors: bool) -> None:
         self.rows = Bitmap()
-        self.count = self.counted = self.output_tokens = 0
+        self.counted = self.output_tokens = 0
         decode = msgspec.json.Decoder(_Earlier).decode
         for line in _lines(journal):
             try:
@@ -107,9 +116,10 @@ class _Done:
             if earlier.usage and not failed:
                 self.counted += 1
                 self.output_tokens += earlier.usage.get("output_tokens", 0)
-            if not (failed and retry_errors) and earlier.row not in self.rows:
+            if failed and retry_errors:
+                self.rows.discard(earlier.row)
+            else:
                 self.rows.add(earlier.row)
-                self.count += 1
 
     @property
     def mean(self) -> float | None:
@@ -126,7 +136,7 @@ def _lines(path: Path) -> Iterator[bytes]:
         yield from file
 
 
-def estimate(batch: Batch) -> Estimate:
+def estimate(batch: Estimated) -> Estimate:
     """Return what a batch would take. All rows are read, nothing is sent, and no file is made.
 
     Raises:
@@ -136,7 +146,7 @@ def estimate(batch: Batch) -> Estimate:
 
 
 class _Estimating:
-    def __init__(self, batch: Batch) -> None:
+    def __init__(self, batch: Estimated) -> None:
         self._batch = batch
         self._llm = batch.llm
         self._done = _Done(batch.answers, retry_errors=batch.retry_errors)
@@ -152,7 +162,7 @@ class _Estimating:
             if batch.limit is not None and row.number >= batch.limit:
                 break
             self._add(row)
-        found.skipped = self._done.count
+        found.skipped = len(done)
         found.problems = [*self._problems.values()]
         models = self._models.values()
         found.input_tokens = round(sum(model.input_tokens for model in models))
@@ -216,7 +226,8 @@ class _Estimating:
         for name, model in self._models.items():
             price = prices.of(info, name)
             mean = Usage(
-                input_tokens=round(model.input_tokens / model.rows), output_tokens=round(model.output_tokens / model.rows)
+                input_tokens=round(model.input_tokens / model.rows),
+                output_tokens=round(model.output_tokens / model.rows),
             )
             of_row = None if price is None else price.cost(mean)
             if of_row is None:
@@ -234,7 +245,9 @@ def _has_media(request: Request) -> bool:
 def _bytes_of_line(model: str) -> int:
     """Return about the bytes of a line, without the text of its answer."""
     usage = {"input_tokens": 1_000, "output_tokens": 1_000}
-    return len(encoded(Line(1_000_000, None, "0" * 32, "", finish_reason="stop", usage=usage, model=model, elapsed=1.234)))
+    return len(
+        encoded(Line(1_000_000, None, "0" * 32, "", finish_reason="stop", usage=usage, model=model, elapsed=1.234))
+    )
 
 
 def _given_prices(stack: Sequence[Middleware]) -> GivenPrices | None:
@@ -263,5 +276,3 @@ def seconds_at_least(stack: Sequence[Middleware], rows: int, tokens: int) -> flo
             found += [rows * layer.per / layer.requests] if layer.requests else []
             found += [tokens * layer.per / layer.tokens] if layer.tokens else []
     return max(found, default=None)
-
-

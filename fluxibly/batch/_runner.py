@@ -14,6 +14,7 @@ import attrs
 from fluxibly._loops import run_to_end
 from fluxibly._mapping import map_in_tasks
 from fluxibly._noted_calls import note_call, noted_calls
+from fluxibly.batch._estimate import Estimate, estimate
 from fluxibly.batch._input import Row, Source, open_input
 from fluxibly.batch._journal import Journal
 from fluxibly.batch._lines import Line, encoded, line_of
@@ -110,6 +111,10 @@ class Batch:
         self.source: Source = open_input(self.prompts)
         """The input, which knows its size and the position in it."""
         self.report = Report()
+
+    def estimate(self) -> Estimate:
+        """Return what the batch would take. All rows are read, nothing is sent, and no file is made."""
+        return estimate(self)
 
     def stop(self) -> None:
         """Begin no more rows; what is in flight ends, and then `run` returns. The second time, cancel what is in flight.

@@ -117,7 +117,9 @@ def check_files(prompts: str, out: Path, errors: Path | None) -> None:
         if path is None:
             continue
         if path.is_dir():
-            raise ConfigError(f"{option} {path}: expected a file, got a folder; write {option} {path / 'answers.jsonl'}")
+            raise ConfigError(
+                f"{option} {path}: expected a file, got a folder; write {option} {path / 'answers.jsonl'}"
+            )
         if not path.parent.is_dir():
             raise ConfigError(f"{option} {path}: the folder {path.parent} does not exist; make it first")
         for what, other in given:

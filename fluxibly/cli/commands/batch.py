@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 from typing import Annotated, Literal
 
+import attrs
 import typer
 
-from fluxibly.cli.commands.app import app, examples
+from fluxibly.cli.commands.app import OK, app, examples
 from fluxibly.cli.commands.options import (
     ConfigFile,
     EnvFile,
@@ -67,16 +68,16 @@ def batch(  # noqa: PLR0917  # typer reads the options from the parameters
     tpm: Annotated[str | None, typer.Option(metavar="N", help="The most tokens a minute, such as 1M.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="Only the first N rows.")] = None,
     dedupe: Annotated[bool, typer.Option("--dedupe", help="Ask equal requests only once.")] = False,
-    budget: Annotated[
-        str | None, typer.Option(metavar="DOLLARS", help="Stop when this run has spent so much.")
-    ] = None,
+    budget: Annotated[str | None, typer.Option(metavar="DOLLARS", help="Stop when this run has spent so much.")] = None,
     stop_after_errors: Annotated[
         int, typer.Option(min=0, metavar="N", help="Stop if the first N rows all fail alike; 0: never.")
     ] = 20,
     retry_errors: Annotated[bool, typer.Option("--retry-errors", help="Ask what failed again.")] = False,
     changed: Annotated[
         Literal["keep", "ask"] | None,
-        typer.Option(help="If the input or the configuration has changed: keep the answers, or ask what changed again."),
+        typer.Option(
+            help="If the input or the configuration has changed: keep the answers, or ask what changed again."
+        ),
     ] = None,
     executor: Annotated[
         Literal["online", "provider"],
@@ -101,7 +102,8 @@ def batch(  # noqa: PLR0917  # typer reads the options from the parameters
     trace: Annotated[Path | None, typer.Option(help="A file to write the spans to, as OTLP JSON lines.")] = None,
     otlp: Annotated[str | None, typer.Option(metavar="URL", help="A backend to send the spans to, over HTTP.")] = None,
     one_trace: Annotated[
-        bool, typer.Option("--one-trace", help="All calls in one trace; by default each has one, linked to the batch's.")
+        bool,
+        typer.Option("--one-trace", help="All calls in one trace; by default each has one, linked to the batch's."),
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON, for scripts.")] = False,
@@ -129,7 +131,8 @@ def batch(  # noqa: PLR0917  # typer reads the options from the parameters
     from fluxibly.cli.chat import check_installed, recorder
     from fluxibly.cli.chat.settings import parameters_of
     from fluxibly.cli.turns.masking import Masking
-    from fluxibly.llm import AsyncLLM
+    from fluxibly.llm import LLM
+    from fluxibly.providers.local import model_path
 
     if column is not None and template is not None:
         raise ConfigError("expected --column or --template, got both; a template has columns in it: {name}")
@@ -147,17 +150,41 @@ def batch(  # noqa: PLR0917  # typer reads the options from the parameters
     screen = Screen(quiet=quiet)
     log_to(screen, log_level or "critical")
     check_installed(settings.framework, spans=trace is not None or otlp is not None)
-    made = Batch(
-        AsyncLLM(settings),
-        prompts,
-        out,
-        concurrency=at_once,
-        limit=limit,
-        dedupe=dedupe,
-        budget=dollars,
-        stop_after_errors=stop_after_errors,
-        retry_errors=retry_errors,
-        changed=changed,
-        executor=executor,
-        one_trace=one_trace,
-    )
+    with LLM(settings) as llm:
+        made = Batch(
+            llm,
+            prompts,
+            out,
+            concurrency=at_once,
+            limit=limit,
+            dedupe=dedupe,
+            budget=dollars,
+            stop_after_errors=stop_after_errors,
+            retry_errors=retry_errors,
+            changed=changed,
+            executor=executor,
+            one_trace=one_trace,
+        )
+        if dry_run:
+            found = made.estimate()
+            if as_json:
+                typer.echo(json.dumps(attrs.asdict(found)))
+            else:
+                show_estimate(screen, made, found)
+            return OK
+        if settings.framework == "local":
+            model_path(settings.model)  # no row must wait for a download
+        spans = recorder(trace, otlp, keep=False)
+        try:
+            was_told = run(made, Display(made, screen))
+        finally:
+            problem = spans.close()
+            if problem is not None:
+                screen.aside(f"fluxibly: {problem}", "yellow")
+    ending = Ending(made, context.obj, was_told, Masking.of(settings).text)
+    if as_json:
+        typer.echo(json.dumps(attrs.asdict(made.report)))
+    say = screen.aside if as_json else screen.line
+    for line in ending.lines():
+        say(line)
+    return ending.status
