@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterable, Iterable
 from contextlib import aclosing
 from pathlib import Path
 from time import perf_counter
@@ -157,7 +157,7 @@ class Batch:
         return self.report
 
     def _lines(
-        self, llm: AsyncLLM, pipeline: AsyncPipeline, rows: Iterator[Row], concurrency: int
+        self, llm: AsyncLLM, pipeline: AsyncPipeline, rows: Iterable[Row] | AsyncIterable[Row], concurrency: int
     ) -> AsyncGenerator[Line]:
         async def ask(_: int, row: Row) -> Line:
             key = ""
