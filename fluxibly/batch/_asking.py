@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
 from typing import Any, Protocol
 
 import attrs
@@ -128,7 +128,8 @@ class Asking:
     """Asks rows until there are none left, or it has to stop.
 
     Args:
-        rows: those to ask.
+        rows: those to ask, and perhaps some after `limit`.
+        limit: the number from which on rows are not to be asked.
         requests: makes requests of them.
         pipeline: answers requests. Its stack is that of a batch (`stack_for`).
         journal: takes the lines.
@@ -141,7 +142,8 @@ class Asking:
         each_second: is called about once a second.
     """
 
-    rows: Iterator[Row]
+    rows: Iterable[Row] | AsyncIterable[Row]
+    limit: float
     requests: Requests
     pipeline: AsyncPipeline
     journal: Journal
@@ -169,6 +171,11 @@ class Asking:
     _broke: deque[Any] = attrs.field(factory=deque[Any], init=False)
     """The rows that wait for others to end, because the budget has no more for them."""
     _error: BaseException | None = attrs.field(default=None, init=False)
+    _now: Iterator[Row] | None = attrs.field(default=None, init=False)
+    _later: AsyncIterator[Row] | None = attrs.field(default=None, init=False)
+    """The rows of a stream."""
+    _turn: Any = attrs.field(default=None, init=False)
+    """Held by the task that reads a stream."""
     _tasks: Any = attrs.field(default=None, init=False)
     _scope: Any = attrs.field(default=None, init=False)
     _changed: Any = attrs.field(default=None, init=False)
@@ -201,7 +208,12 @@ class Asking:
 
         if not self.stop_after_errors:
             self._alike = None
-        self._changed = anyio.Event()
+        self._changed, self._turn = anyio.Event(), anyio.Lock()
+        rows = self.rows
+        if isinstance(rows, AsyncIterable):
+            rows = self._later = aiter(rows)
+        else:
+            self._now = iter(rows)
         try:
             async with anyio.create_task_group() as beside:
                 beside.start_soon(self._sync)
@@ -212,6 +224,9 @@ class Asking:
                 beside.cancel_scope.cancel()
         finally:
             self._end()
+            if isinstance(rows, AsyncGenerator):
+                with anyio.CancelScope(shield=True):
+                    await rows.aclose()
         if self._error is not None:
             raise self._error
 
@@ -300,7 +315,17 @@ class Asking:
             await self._patience.wait()
         if self.is_over:
             return None
-        return self._left.popleft() if self._left else next(self.rows, None)
+        if self._left:
+            return self._left.popleft()
+        if self._now is not None:
+            row = next(self._now, None)
+        else:
+            async with self._turn:
+                row = None if self.is_over or self._later is None else await anext(self._later, None)
+        if row is None or row.number >= self.limit:
+            self._now, self._later = iter(()), None
+            return None
+        return row
 
     # A row
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterable, Callable, Iterable, Sequence
 from copy import copy
 from functools import partial
 from pathlib import Path
@@ -15,12 +16,13 @@ import attrs
 from fluxibly._checks import number, one_of, whole
 from fluxibly._loops import from_anywhere, run_to_end
 from fluxibly.batch._asking import DISK_FULL, FULL, Asking, Requests
+from fluxibly.batch._estimate import Estimate, estimate
 from fluxibly.batch._finish import Output
 from fluxibly.batch._input import Row, Source, open_input
 from fluxibly.batch._journal import Bitmap, Journal, Written
 from fluxibly.batch._repeats import Repeats
 from fluxibly.batch._stack import AT_ONCE, limits_in_force, stack_for, stops_all
-from fluxibly.batch._state import Changes, Keys, State, read_state, stamp, write_state
+from fluxibly.batch._state import Changes, Keys, Names, State, read_state, write_state
 from fluxibly.batch._trace import traced
 from fluxibly.errors import ConfigError
 from fluxibly.llm import LLM, AsyncLLM
@@ -122,6 +124,7 @@ class Batch:
             raise ConfigError.of(found)
         self.llm = llm
         self.output = answers if isinstance(answers, Output) else Output(answers)
+        self.answers = self.output.path
         self.concurrency: int | Literal["auto"] = concurrency
         self.rpm = rpm
         self.tpm = tpm
@@ -133,11 +136,16 @@ class Batch:
         self.changed = changed
         self.executor = executor
         self.one_trace = one_trace
-        self.source: Source = open_input(Path(prompts)) if isinstance(prompts, (str, os.PathLike)) else prompts
+        self.source: Source = open_input(prompts) if isinstance(prompts, (str, os.PathLike)) else prompts
         """The input, which knows its size and the position in it."""
         self.report = Report()
         self._stops = 0
         self._notice: Callable[[], object] = _nothing
+        self._names: Names | None = None
+
+    def estimate(self) -> Estimate:
+        """Return what the batch would take. All rows are read, nothing is sent, and no file is made."""
+        return estimate(self)
 
     def stop(self) -> None:
         """Begin no more rows; what is in flight ends, and then `run` returns. The second time, cancel what is in flight.
@@ -191,6 +199,7 @@ class Batch:
             )
             requests = Requests(llm)
             repeats = Repeats(journal) if self.dedupe else None
+            self._names = Names() if self.source.is_stream else None
             left = await self._read(journal, requests, repeats)
             report.skipped = len(journal.done) - len(left.again)
             report.answered, report.failed = journal.answered, len(journal.failed)
@@ -201,6 +210,7 @@ class Batch:
 
             asking = Asking(
                 rows=self._rows(journal, left.again),
+                limit=math.inf if self.limit is None else self.limit,
                 requests=requests,
                 pipeline=llm.pipeline.with_middleware(stack),
                 journal=journal,
@@ -242,49 +252,52 @@ class Batch:
         """Read the journal, and return what of it is to be done again."""
         from anyio.lowlevel import checkpoint  # late, to keep `import fluxibly` fast
 
-        now = State(stamp(path_of_source(self.source)), requests.settings)
-        is_same = now.input is not None and read_state(journal.path) == now
-        keys = None if is_same else Keys()
-        readers = [each.read for each in (keys, repeats) if each is not None]
+        now, then = State(self.source.fingerprint, requests.settings), read_state(journal.path)
+        is_stream = self.source.is_stream
+        keys = None if is_stream or now == then else Keys()
+        readers = [each.read for each in (keys, repeats, self._names) if each is not None]
         journal.read(partial(_read_each, readers) if readers else None)
         left = _Left(now, journal.failed.copy() if self.retry_errors else Bitmap())
-        if keys is None:
-            return left
-        if journal.done and self.source.size is not None:
+        if is_stream:
+            # Its rows are known only when they are asked, so what has changed are all, or none.
+            if journal.done and (then is None or then.settings != now.settings):
+                self._check_changed(len(journal.done), journal)
+                if self.changed == "ask":
+                    left.again = journal.done.copy()
+        elif journal.done and keys is not None:
             changes = Changes(journal, keys, left.again)
             for _ in changes.check(self.source, requests.key_of):
                 await checkpoint()
                 if self._stops:
                     return left
             if changes.changed:
-                self._check_changed(changes, journal)
+                self._check_changed(len(changes.changed), journal)
             if self.changed == "ask" and changes.changed:
                 left.rows = changes.rows
-                left.is_whole = self.limit is None
                 for row in changes.changed:
                     left.again.add(row)
-        write_state(journal.path, now if left.rows is None else State(now.input))
+        left.is_asked_again = self.changed == "ask" and bool(left.again)
+        if now != then:
+            write_state(journal.path, State(now.input) if left.is_asked_again else now)
         return left
 
-    def _check_changed(self, changes: Changes, journal: Journal) -> None:
+    def _check_changed(self, changed: int, journal: Journal) -> None:
         if self.changed is None:
             raise ConfigError(
-                f"{journal.path}: {len(changes.changed)} of the {len(journal.done)} rows that are done would be asked otherwise now, "
+                f"{journal.path}: {changed} of the {len(journal.done)} rows that are done would be asked otherwise now, "
                 "because the input or the configuration has changed; expected a word on that: changed='keep' (--changed keep) keeps "
                 "their answers, changed='ask' (--changed ask) asks them again"
             )
 
-    def _rows(self, journal: Journal, again: Bitmap) -> Iterator[Row]:
-        """Yield the rows that are to be asked."""
+    def _rows(self, journal: Journal, again: Bitmap) -> Iterable[Row] | AsyncIterable[Row]:
+        """Return the rows that are to be asked, and perhaps some after the last."""
         done = journal.done
 
         def is_done(number: int) -> bool:
             return number in done and number not in again
 
-        for row in self.source.rows(is_done if again else done.__contains__):
-            if self.limit is not None and row.number >= self.limit:
-                return
-            yield row
+        known = None if self._names is None or not done else self._names.numbers
+        return self.source.rows(is_done if again else done.__contains__, known)
 
     def _complete(self, journal: Journal, left: _Left) -> None:
         """Do what is left to do when all rows are done."""
@@ -293,7 +306,7 @@ class Batch:
             if journal.replaced or rows is not None:
                 journal.compact(lambda row: rows is None or row < rows)
                 self.report.answered, self.report.failed = journal.answered, len(journal.failed)
-            if rows is not None and left.is_whole:
+            if left.is_asked_again and self.limit is None:
                 write_state(journal.path, left.state)
             journal.sync()
             self.output.finish()
@@ -311,8 +324,8 @@ class _Left:
     again: Bitmap
     rows: int | None = None
     """The number of rows that the input has now, if it has changed and the rows that have are asked again."""
-    is_whole: bool = True
-    """Whether all rows that have changed are asked again in this run."""
+    is_asked_again: bool = False
+    """Whether rows that have changed are among them, so that not all answers belong to one state until the end."""
 
 
 def _nothing() -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import cast
 
 import msgspec
 
@@ -40,14 +40,6 @@ def write_state(journal: Path, state: State) -> None:
     write_whole(path_of(journal), msgspec.json.encode(state) + b"\n")
 
 
-def stamp(path: Path | None) -> tuple[int, int] | None:
-    """Return the size and the time of the last change of a file."""
-    if path is None:
-        return None
-    found = os.stat(path)  # noqa: PTH116
-    return found.st_size, found.st_mtime_ns
-
-
 class Keys:
     """What is remembered of the key of each row: 4 bytes."""
 
@@ -70,6 +62,18 @@ def _short(key: str) -> int:
         return int(key[:8] or "0", 16)
     except ValueError:
         return 1  # a key that we do not make
+
+
+class Names:
+    """The numbers of the rows by `custom_id`, for a stream, whose rows are known by nothing else."""
+
+    def __init__(self) -> None:
+        self.numbers: dict[str, int] = {}
+
+    def read(self, written: Written, _: int) -> None:
+        """Note what stands in the journal."""
+        if written.custom_id is not None:
+            self.numbers[written.custom_id] = written.row
 
 
 class Changes:
@@ -95,7 +99,7 @@ class Changes:
 
     def check(self, source: Source, key_of: Callable[[Row], str]) -> Iterator[None]:
         """Look at all rows that are done. Yield from time to time, so that the caller can do something else, or leave it."""
-        for number, row in enumerate(source.rows(self.is_skipped), 1):
+        for number, row in enumerate(cast("Iterable[Row]", source.rows(self.is_skipped)), 1):
             if self._keys[row.number] != _short(key_of(row)):
                 self.changed.add(row.number)
             if number % 100 == 0:
