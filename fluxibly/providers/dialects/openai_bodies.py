@@ -59,11 +59,9 @@ def read_body(value: Mapping[str, Any]) -> Body:
         TypeError, ValueError: it is no request for a chat completion. The message begins with the path of what is wrong.
     """
     given = {name: each for name, each in value.items() if each is not None}
-    messages: Any = given.get("messages")
-    if not messages or type(messages) is not list:
-        messages = Reader(given, "").items("messages")  # which refuses what is no list
-        if not messages:
-            raise ValueError("messages: expected a list of messages, got nothing")
+    messages: list[Any] = Reader({"messages": given.get("messages")}, "").items("messages")
+    if not messages:
+        raise ValueError("messages: expected a list of messages, got nothing")
     for number, message in enumerate(messages):
         if type(message) is not dict:
             Reader(message, f"messages[{number}]")  # which refuses what is no mapping
