@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterable, Iterator, Sequence
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
 from typing import Final, Literal, Protocol
 
 import attrs
 import msgspec
 
+from fluxibly._loops import run_to_end
 from fluxibly._masking import error_message
 from fluxibly._tokens import BYTES_A_TOKEN, size_of
+from fluxibly.batch._finish import Output
 from fluxibly.batch._input import Row, Source
 from fluxibly.batch._journal import Bitmap
 from fluxibly.batch._lines import Line, encoded
 from fluxibly.calls import Usage
-from fluxibly.errors import BadPrompt, error_type
+from fluxibly.errors import BadPrompt
 from fluxibly.flow import Middleware
 from fluxibly.llm import LLM, AsyncLLM
 from fluxibly.parts import Text
 from fluxibly.prices import GivenPrices, Prices
+from fluxibly.registry import built_in_kind
 from fluxibly.types import Request
 
 
@@ -30,7 +34,9 @@ class Estimated(Protocol):
 
     llm: LLM | AsyncLLM
     source: Source
-    answers: Path
+    output: Output
+    rpm: float | None
+    tpm: float | None
     limit: int | None
     retry_errors: bool
     executor: Literal["online", "provider"]
@@ -53,8 +59,8 @@ class Problem:
     message: str
     """What is wrong with the first of them."""
     rows: int = 0
-    first: list[int] = attrs.field(factory=list[int])
-    """The first of them, by number, from 0."""
+    first: list[str] = attrs.field(factory=list[str])
+    """Where the first of them stand, such as "line 7"."""
 
 
 @attrs.define
@@ -149,7 +155,7 @@ class _Estimating:
     def __init__(self, batch: Estimated) -> None:
         self._batch = batch
         self._llm = batch.llm
-        self._done = _Done(batch.answers, retry_errors=batch.retry_errors)
+        self._done = _Done(batch.output.journal_path, retry_errors=batch.retry_errors)
         self._found = Estimate()
         self._models: dict[str, _Model] = {}
         self._problems: dict[str, Problem] = {}
@@ -158,10 +164,13 @@ class _Estimating:
     def run(self) -> Estimate:
         found, batch = self._found, self._batch
         done = self._done.rows
-        for row in batch.source.rows(done.__contains__):
-            if batch.limit is not None and row.number >= batch.limit:
-                break
-            self._add(row)
+        rows = batch.source.rows(done.__contains__)
+        if isinstance(rows, AsyncIterable):
+            run_to_end(partial(self._add_later, rows))
+        else:
+            for row in rows:
+                if not self._add(row):
+                    break
         found.skipped = len(done)
         found.problems = [*self._problems.values()]
         models = self._models.values()
@@ -169,36 +178,44 @@ class _Estimating:
         found.output_tokens = round(sum(model.output_tokens for model in models))
         found.output_from = self._output_from()
         self._price()
-        stack = self._llm.pipeline.middleware
-        found.seconds = seconds_at_least(stack, found.rows, found.input_tokens + found.output_tokens)
+        found.seconds = self._seconds()
         found.bytes = found.rows * _bytes_of_line(self._llm.config.model) + round(found.output_tokens * BYTES_A_TOKEN)
         return found
 
-    def _add(self, row: Row) -> None:
-        request: Request | None = None
+    async def _add_later(self, rows: AsyncIterable[Row]) -> None:
+        async for row in rows:
+            if not self._add(row):
+                break
+
+    def _add(self, row: Row) -> bool:
+        """Count a row. Return whether there may be more."""
+        limit = self._batch.limit
+        if limit is not None and row.number >= limit:
+            return False
         try:
             if row.problem is not None:
                 raise BadPrompt(row.problem)
             request = self._llm.request(row.prompt, row.settings)
         except Exception as error:  # noqa: BLE001  # it is the row's, as when the batch runs
-            self._note_problem(row.number, error)
-            return
+            self._note_problem(row, error)
+            return True
         self._found.rows += 1
         self._found.media += _has_media(request)
         model = self._models.setdefault(request.model, _Model())
         model.rows += 1
         model.input_tokens += size_of(request) / BYTES_A_TOKEN + 1
         model.output_tokens += self._output(request)
+        return True
 
-    def _note_problem(self, number: int, error: Exception) -> None:
-        message = f"{error_type(error)}: {error_message(error, ())}"
+    def _note_problem(self, row: Row, error: Exception) -> None:
+        message = error_message(error, ()).removeprefix(f"{row.where}: ")
         kind = re.sub(r"\d+", "0", message)  # a place in a line makes no kind of its own
         if kind not in self._problems and len(self._problems) >= _KINDS:
             kind, message = "others", "other problems"
         problem = self._problems.setdefault(kind, Problem(message))
         problem.rows += 1
         if len(problem.first) < SHOWN:
-            problem.first.append(number)
+            problem.first.append(row.where)
 
     def _output(self, request: Request) -> float:
         """Return the output tokens to expect: at most `max_tokens`, and else as many as earlier answers had."""
@@ -237,6 +254,17 @@ class _Estimating:
         if not found.unpriced and self._models:
             found.cost = float(cost * (BATCH_PRICE if self._batch.executor == "provider" else 1))
 
+    def _seconds(self) -> float | None:
+        """Return the seconds that the rows take at the rates that are given; None if there are none."""
+        from fluxibly.middleware import RateLimit
+
+        rows, tokens = self._found.rows, self._found.input_tokens + self._found.output_tokens
+        rates = [(rows, self._batch.rpm, 60.0), (tokens, self._batch.tpm, 60.0)]
+        for layer in self._llm.pipeline.middleware:
+            if isinstance(layer, RateLimit):
+                rates += [(rows, layer.requests, layer.per), (tokens, layer.tokens, layer.per)]
+        return max((count * per / rate for count, rate, per in rates if rate is not None), default=None)
+
 
 def _has_media(request: Request) -> bool:
     return any(not isinstance(part, Text) for message in request.messages for part in message.content)
@@ -254,25 +282,6 @@ def _given_prices(stack: Sequence[Middleware]) -> GivenPrices | None:
     """Return the prices that the layers of a stack were given."""
     given: dict[str, tuple[float, float]] = {}
     for layer in stack:
-        if kind_is(layer, "Cost", "Budget"):
+        if built_in_kind(layer) in ("Cost", "Budget"):
             given |= getattr(layer, "prices", None) or {}
     return given or None
-
-
-def kind_is(layer: Middleware, *names: str) -> bool:
-    """Whether a layer is of one of the built-in classes of these names."""
-    from fluxibly.registry import built_in_kind
-
-    return built_in_kind(layer) in names
-
-
-def seconds_at_least(stack: Sequence[Middleware], rows: int, tokens: int) -> float | None:
-    """Return the seconds that rows and tokens take at the rates of a stack; None if it has no rates with numbers."""
-    from fluxibly.middleware import RateLimit
-
-    found: list[float] = []
-    for layer in stack:
-        if isinstance(layer, RateLimit):
-            found += [rows * layer.per / layer.requests] if layer.requests else []
-            found += [tokens * layer.per / layer.tokens] if layer.tokens else []
-    return max(found, default=None)

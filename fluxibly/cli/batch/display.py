@@ -106,7 +106,7 @@ class Display:
             bar.add_column(no_wrap=True)
         text = Text.assemble(share, (f"  {left}" if left else "", "dim"))
         total, done = (1.0, 0.0) if figures.share is None else (1.0, figures.share)
-        name = self._batch.answers.name
+        name = self._batch.output.path.name
         name = name if len(name) <= width // 3 else f"…{name[1 - width // 3 :]}"
         room = max(width - len(name) - text.cell_len - 3, 5)
         bar.add_row(Text(name, "bold"), ProgressBar(total=total, completed=done, width=room), text)
