@@ -82,6 +82,7 @@ class Written(msgspec.Struct, gc=False):
     """What is read of a line."""
 
     row: int
+    custom_id: str | None = None
     key: str = ""
     error: dict[str, Any] | None = None
 
