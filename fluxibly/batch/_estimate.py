@@ -15,12 +15,12 @@ import msgspec
 from fluxibly._loops import run_to_end
 from fluxibly._masking import error_message
 from fluxibly._tokens import BYTES_A_TOKEN, size_of
+from fluxibly.batch._asking import Requests
 from fluxibly.batch._finish import Output
 from fluxibly.batch._input import Row, Source
 from fluxibly.batch._journal import Bitmap
 from fluxibly.batch._lines import Line, encoded
 from fluxibly.calls import Usage
-from fluxibly.errors import BadPrompt
 from fluxibly.flow import Middleware
 from fluxibly.llm import LLM, AsyncLLM
 from fluxibly.parts import Text
@@ -37,8 +37,10 @@ class Estimated(Protocol):
     output: Output
     rpm: float | None
     tpm: float | None
+    system: str | None
     limit: int | None
     retry_errors: bool
+    dedupe: bool
     executor: Literal["online", "provider"]
 
 
@@ -71,6 +73,8 @@ class Estimate:
     """Rows that would be asked."""
     skipped: int = 0
     """Rows that have a line already."""
+    repeats: int = 0
+    """Rows that get the answer of another with the same request, under `dedupe`. They are not among `rows`."""
     problems: list[Problem] = attrs.field(factory=list[Problem])
     """Why rows could not be asked, by kind. They would become errors, and are not among `rows`."""
     input_tokens: int = 0
@@ -98,19 +102,25 @@ class _Model:
     output_tokens: float = 0.0
 
 
+_NULL: Final = msgspec.Raw(b"null")
+
+
 class _Earlier(msgspec.Struct):
     """What is read of the line of a row that has been asked."""
 
     row: int
+    key: str = ""
     usage: dict[str, int] | None = None
-    error: msgspec.Raw | None = None
+    error: msgspec.Raw = _NULL
 
 
 class _Done:
     """The rows that have a line, and the output tokens of those that were answered."""
 
-    def __init__(self, journal: Path, *, retry_errors: bool) -> None:
+    def __init__(self, journal: Path, *, retry_errors: bool, with_keys: bool) -> None:
         self.rows = Bitmap()
+        self.keys: set[int] | None = set() if with_keys else None
+        """What stands for each request that has an answer, where that is wanted."""
         self.counted = self.output_tokens = 0
         decode = msgspec.json.Decoder(_Earlier).decode
         for line in _lines(journal):
@@ -118,10 +128,12 @@ class _Done:
                 earlier = decode(line)
             except msgspec.DecodeError:
                 continue  # torn; that the file is something else is told when the batch runs
-            failed = earlier.error is not None and earlier.error != b"null"
+            failed = bytes(earlier.error) != b"null"
             if earlier.usage and not failed:
                 self.counted += 1
                 self.output_tokens += earlier.usage.get("output_tokens", 0)
+            if self.keys is not None and not failed:
+                self.keys.add(_short(earlier.key))
             if failed and retry_errors:
                 self.rows.discard(earlier.row)
             else:
@@ -131,6 +143,11 @@ class _Done:
     def mean(self) -> float | None:
         """The output tokens of an answer; None if there are no answers."""
         return self.output_tokens / self.counted if self.counted else None
+
+
+def _short(key: str) -> int:
+    """Return a number that stands for a key, in less memory."""
+    return int(key[:15] or "0", 16)
 
 
 def _lines(path: Path) -> Iterator[bytes]:
@@ -155,7 +172,8 @@ class _Estimating:
     def __init__(self, batch: Estimated) -> None:
         self._batch = batch
         self._llm = batch.llm
-        self._done = _Done(batch.output.journal_path, retry_errors=batch.retry_errors)
+        self._requests = Requests(batch.llm, batch.system)
+        self._done = _Done(batch.output.journal_path, retry_errors=batch.retry_errors, with_keys=batch.dedupe)
         self._found = Estimate()
         self._models: dict[str, _Model] = {}
         self._problems: dict[str, Problem] = {}
@@ -193,12 +211,16 @@ class _Estimating:
         if limit is not None and row.number >= limit:
             return False
         try:
-            if row.problem is not None:
-                raise BadPrompt(row.problem)
-            request = self._llm.request(row.prompt, row.settings)
+            request, key = self._requests.of(row)
         except Exception as error:  # noqa: BLE001  # it is the row's, as when the batch runs
             self._note_problem(row, error)
             return True
+        keys = self._done.keys
+        if keys is not None:
+            if _short(key) in keys:
+                self._found.repeats += 1
+                return True
+            keys.add(_short(key))
         self._found.rows += 1
         self._found.media += _has_media(request)
         model = self._models.setdefault(request.model, _Model())

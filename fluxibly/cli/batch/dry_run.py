@@ -20,7 +20,8 @@ def show_estimate(screen: Screen, batch: Batch, found: Estimate) -> None:
 
 def _lines(batch: Batch, found: Estimate) -> Iterator[tuple[str, str]]:
     done = f", {found.skipped:,} more are done already" if found.skipped else ""
-    yield "rows", f"{found.rows:,} to ask{done}"
+    repeats = f", {found.repeats:,} get the answer of another" if found.repeats else ""
+    yield "rows", f"{found.rows:,} to ask{repeats}{done}"
     for problem in found.problems:
         where = ", ".join(problem.first) + (", …" if problem.rows > len(problem.first) else "")
         text = line_of(ValueError(problem.message))

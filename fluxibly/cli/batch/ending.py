@@ -44,8 +44,8 @@ class Ending:
         """Return the last lines: what the rows have come to, what it took, and the commands that go on."""
         report, batch = self.batch.report, self.batch
         done = report.answered + report.failed
-        total, is_exact = total_of(batch.source, done, 0, batch.limit)
-        if total is None or total == done:
+        total, is_exact = total_of(batch.source, batch.reached, batch.limit)
+        if total is None or total <= done:
             counted = f"{rows(done)} done"
         else:
             counted = f"{done:,} of {'' if is_exact else 'about '}{rows(total)} done"
