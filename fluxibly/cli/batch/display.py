@@ -46,10 +46,15 @@ class Display:
         if self._screen.quiet:
             yield
         elif self._screen.draws_aside:
-            with Live(
+            live = Live(
                 self, console=self._screen.err, refresh_per_second=REFRESHES, transient=True, redirect_stdout=False
-            ):
+            )
+            live.start()
+            try:
                 yield
+            finally:
+                with suppress(OSError):  # the terminal may be gone; what the batch has come to does not depend on it
+                    live.stop()
         else:
             ended = threading.Event()
             thread = threading.Thread(target=self._lines, args=(ended,), name="fluxibly-progress", daemon=True)

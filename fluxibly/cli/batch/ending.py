@@ -55,7 +55,8 @@ class Ending:
         if report.errors:
             lines.append(f"errors: {by_class(report.errors)}")
         if report.stopped is not None:
-            lines += [f"stopped: {report.stopped}", f"go on: {self._command(self.arguments)}"]
+            lines += [] if self.was_told else [f"stopped: {report.stopped}"]
+            lines.append(f"go on: {self._command(self.arguments)}")
         elif batch.limit is not None and (total is None or batch.source.size is None or not self._is_read):
             lines.append(f"go on: {self._command(without(self.arguments, '--limit'))}")
         if report.failed:
