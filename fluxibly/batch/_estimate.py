@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from array import array
 from collections.abc import AsyncIterable, Iterator, Sequence
 from decimal import Decimal
 from functools import partial
@@ -20,7 +21,9 @@ from fluxibly.batch._finish import Output
 from fluxibly.batch._input import Row, Source
 from fluxibly.batch._journal import Bitmap
 from fluxibly.batch._lines import Line, encoded
+from fluxibly.batch._state import State, read_state
 from fluxibly.calls import Usage
+from fluxibly.errors import ConfigError
 from fluxibly.flow import Middleware
 from fluxibly.llm import LLM, AsyncLLM
 from fluxibly.parts import Text
@@ -41,6 +44,7 @@ class Estimated(Protocol):
     limit: int | None
     retry_errors: bool
     dedupe: bool
+    changed: Literal["keep", "ask"] | None
     executor: Literal["online", "provider"]
 
 
@@ -72,7 +76,9 @@ class Estimate:
     rows: int = 0
     """Rows that would be asked."""
     skipped: int = 0
-    """Rows that have a line already."""
+    """Rows that have a line already, and would keep it."""
+    changed: int = 0
+    """Rows that have a line, and would be asked otherwise now. Under `changed="ask"` they are among `rows`, else among `skipped`."""
     repeats: int = 0
     """Rows that get the answer of another with the same request, under `dedupe`. They are not among `rows`."""
     problems: list[Problem] = attrs.field(factory=list[Problem])
@@ -109,60 +115,91 @@ class _Earlier(msgspec.Struct):
     """What is read of the line of a row that has been asked."""
 
     row: int
+    custom_id: str | None = None
     key: str = ""
     usage: dict[str, int] | None = None
     error: msgspec.Raw = _NULL
 
 
 class _Done:
-    """The rows that have a line, and the output tokens of those that were answered."""
+    """The rows that have a line, and the output tokens of those that were answered.
 
-    def __init__(self, journal: Path, *, retry_errors: bool, with_keys: bool) -> None:
+    Args:
+        journal: where the lines are. It may not exist.
+        retry_errors: whether rows that failed are to be asked again.
+
+    Raises:
+        ConfigError: the file has something else than lines of a batch.
+        OSError: it cannot be read.
+    """
+
+    def __init__(self, journal: Path, *, retry_errors: bool) -> None:
         self.rows = Bitmap()
-        self.keys: set[int] | None = set() if with_keys else None
-        """What stands for each request that has an answer, where that is wanted."""
         self.counted = self.output_tokens = 0
-        decode = msgspec.json.Decoder(_Earlier).decode
-        for line in _lines(journal):
-            try:
-                earlier = decode(line)
-            except msgspec.DecodeError:
-                continue  # torn; that the file is something else is told when the batch runs
-            failed = bytes(earlier.error) != b"null"
+        self._journal = journal
+        self._keys = array("Q")
+        """What stands for the key of each row."""
+        for earlier in self._lines():
+            row, failed = earlier.row, bytes(earlier.error) != b"null"
             if earlier.usage and not failed:
                 self.counted += 1
                 self.output_tokens += earlier.usage.get("output_tokens", 0)
-            if self.keys is not None and not failed:
-                self.keys.add(_short(earlier.key))
+            if row >= len(self._keys):
+                self._keys.extend([0] * max(row + 1 - len(self._keys), len(self._keys) // 8, 1024))
+            self._keys[row] = short_key(earlier.key)
             if failed and retry_errors:
-                self.rows.discard(earlier.row)
+                self.rows.discard(row)
             else:
-                self.rows.add(earlier.row)
+                self.rows.add(row)
+
+    def _lines(self) -> Iterator[_Earlier]:
+        decode = msgspec.json.Decoder(_Earlier).decode
+        try:
+            file = self._journal.open("rb")
+        except FileNotFoundError:
+            return
+        with file:
+            for number, line in enumerate(file, 1):
+                try:
+                    yield decode(line)
+                except msgspec.DecodeError:
+                    if line.endswith(b"\n"):
+                        raise ConfigError(
+                            f"{self._journal}, line {number}: expected a line of a batch's output, got something else; "
+                            "give another output"
+                        ) from None
 
     @property
     def mean(self) -> float | None:
         """The output tokens of an answer; None if there are no answers."""
         return self.output_tokens / self.counted if self.counted else None
 
+    def differs(self, row: int, key: str) -> bool:
+        """Whether a row that has a line was asked otherwise than with this key."""
+        return self._keys[row] != short_key(key)
 
-def _short(key: str) -> int:
-    """Return a number that stands for a key, in less memory."""
-    return int(key[:15] or "0", 16)
+    def names(self) -> dict[str, int]:
+        """Return the rows that have a line by their `custom_id`."""
+        return {each.custom_id: each.row for each in self._lines() if each.custom_id is not None}
+
+    def answered(self) -> set[int]:
+        """Return what stands for the keys of the requests that have an answer."""
+        return {short_key(each.key) for each in self._lines() if bytes(each.error) == b"null"}
 
 
-def _lines(path: Path) -> Iterator[bytes]:
+def short_key(key: str) -> int:
+    """Return a number of eight bytes that stands for a key."""
     try:
-        file = path.open("rb")
-    except FileNotFoundError:
-        return
-    with file:
-        yield from file
+        return int(key[:16] or "0", 16)
+    except ValueError:
+        return 1  # a key that no batch makes
 
 
 def estimate(batch: Estimated) -> Estimate:
     """Return what a batch would take. All rows are read, nothing is sent, and no file is made.
 
     Raises:
+        ConfigError: the input cannot be read as a whole, or the output is something else's.
         OSError: the input or the output cannot be read.
     """
     return _Estimating(batch).run()
@@ -173,7 +210,12 @@ class _Estimating:
         self._batch = batch
         self._llm = batch.llm
         self._requests = Requests(batch.llm, batch.system)
-        self._done = _Done(batch.output.journal_path, retry_errors=batch.retry_errors, with_keys=batch.dedupe)
+        journal = batch.output.journal_path
+        self._done = _Done(journal, retry_errors=batch.retry_errors)
+        self._asked: set[int] | None = self._done.answered() if batch.dedupe else None
+        """What stands for the requests that have been counted, or answered, if equal ones are asked once."""
+        now = State(batch.source.fingerprint, self._requests.settings)
+        self._may_differ = bool(self._done.rows) and not batch.source.is_stream and read_state(journal) != now
         self._found = Estimate()
         self._models: dict[str, _Model] = {}
         self._problems: dict[str, Problem] = {}
@@ -182,14 +224,15 @@ class _Estimating:
     def run(self) -> Estimate:
         found, batch = self._found, self._batch
         done = self._done.rows
-        rows = batch.source.rows(done.__contains__)
+        known = self._done.names() if batch.source.is_stream and done else None
+        rows = batch.source.rows(_no_row if self._may_differ else done.__contains__, known)
         if isinstance(rows, AsyncIterable):
             run_to_end(partial(self._add_later, rows))
         else:
             for row in rows:
                 if not self._add(row):
                     break
-        found.skipped = len(done)
+        found.skipped = len(done) - (found.changed if batch.changed == "ask" else 0)
         found.problems = [*self._problems.values()]
         models = self._models.values()
         found.input_tokens = round(sum(model.input_tokens for model in models))
@@ -213,14 +256,20 @@ class _Estimating:
         try:
             request, key = self._requests.of(row)
         except Exception as error:  # noqa: BLE001  # it is the row's, as when the batch runs
-            self._note_problem(row, error)
+            if row.number not in self._done.rows:
+                self._note_problem(row, error)
             return True
-        keys = self._done.keys
-        if keys is not None:
-            if _short(key) in keys:
+        if row.number in self._done.rows:
+            if not self._done.differs(row.number, key):
+                return True
+            self._found.changed += 1
+            if self._batch.changed != "ask":
+                return True
+        if self._asked is not None:
+            if short_key(key) in self._asked:
                 self._found.repeats += 1
                 return True
-            keys.add(_short(key))
+            self._asked.add(short_key(key))
         self._found.rows += 1
         self._found.media += _has_media(request)
         model = self._models.setdefault(request.model, _Model())
@@ -286,6 +335,10 @@ class _Estimating:
             if isinstance(layer, RateLimit):
                 rates += [(rows, layer.requests, layer.per), (tokens, layer.tokens, layer.per)]
         return max((count * per / rate for count, rate, per in rates if rate is not None), default=None)
+
+
+def _no_row(_: int) -> bool:
+    return False
 
 
 def _has_media(request: Request) -> bool:

@@ -432,13 +432,40 @@ def test_a_dry_run_of_what_is_left(fluxibly: CommandLine, server: Canned) -> Non
     fluxibly(*command, "--limit", "3")
     content = Path("out.jsonl").read_bytes()
     found = fields(fluxibly(*command, "--dry-run"))
-    assert found["rows"] == "5 to ask, 3 more are done already"
+    assert found["rows"] == "5 to ask, 3 done already"
     assert found["output"] == "25 tokens (5 a row, as in the 2 answers that are there)"
     assert found["time"].startswith("not known: no rate is given")
-    assert fields(fluxibly(*command, "--dry-run", "--retry-errors"))["rows"] == "6 to ask, 2 more are done already"
-    assert fields(fluxibly(*command, "--dry-run", "--limit", "4"))["rows"] == "1 to ask, 3 more are done already"
+    assert fields(fluxibly(*command, "--dry-run", "--retry-errors"))["rows"] == "6 to ask, 2 done already"
+    assert fields(fluxibly(*command, "--dry-run", "--limit", "4"))["rows"] == "1 to ask, 3 done already"
     assert Path("out.jsonl").read_bytes() == content
     assert len(server.seen) == 3
+
+
+def test_a_dry_run_after_a_change(fluxibly: CommandLine, server: Canned) -> None:
+    """What would be asked otherwise now is told, and counts as --changed says. Nothing but lines of a batch is read."""
+    command = ("batch", prompts("a", "b", "c"), "--out", "out.jsonl", *MODEL)
+    fluxibly(*command)
+    prompts("a", "other", "c", "d")
+    dry = (*command, "--dry-run")
+    found = fields(fluxibly(*dry))
+    assert found["rows"] == "1 to ask, 3 done already"
+    assert found["changed"] == "1 row of these would be asked otherwise now; add --changed keep or --changed ask"
+    assert fields(fluxibly(*dry, "--changed", "keep"))["rows"] == "1 to ask, 3 done already"
+    assert fields(fluxibly(*dry, "--changed", "ask"))["rows"] == "2 to ask, 2 done already"
+    assert fields(fluxibly(*dry, "--changed", "ask", "-s", "Be terse."))["rows"] == "4 to ask"
+    assert len(server.seen) == 3
+    Path("out.jsonl").write_text("my notes\n")
+    assert fluxibly(*dry).status == 2
+
+
+def test_a_dry_run_with_equal_rows(fluxibly: CommandLine, server: Canned) -> None:
+    """With --dedupe, rows that equal another one, or one that is answered, are not asked."""
+    command = ("batch", prompts("a", "b", "a", "c", "c"), "--out", "out.jsonl", *MODEL, "--dedupe")
+    assert fields(fluxibly(*command, "--dry-run"))["rows"] == "3 to ask, 2 get the answer of another"
+    fluxibly(*command, "--limit", "1")
+    found = fields(fluxibly(*command, "--dry-run"))
+    assert found["rows"] == "2 to ask, 2 get the answer of another, 1 done already"
+    assert len(server.seen) == 1
 
 
 def test_a_dry_run_without_prices(fluxibly: CommandLine) -> None:

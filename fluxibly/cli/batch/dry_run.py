@@ -19,9 +19,14 @@ def show_estimate(screen: Screen, batch: Batch, found: Estimate) -> None:
 
 
 def _lines(batch: Batch, found: Estimate) -> Iterator[tuple[str, str]]:
-    done = f", {found.skipped:,} more are done already" if found.skipped else ""
+    done = f", {found.skipped:,} done already" if found.skipped else ""
     repeats = f", {found.repeats:,} get the answer of another" if found.repeats else ""
     yield "rows", f"{found.rows:,} to ask{repeats}{done}"
+    if found.changed and batch.changed is None:
+        yield (
+            "changed",
+            f"{rows(found.changed)} of these would be asked otherwise now; add --changed keep or --changed ask",
+        )
     for problem in found.problems:
         where = ", ".join(problem.first) + (", …" if problem.rows > len(problem.first) else "")
         text = line_of(ValueError(problem.message))
