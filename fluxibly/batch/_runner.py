@@ -17,6 +17,7 @@ from fluxibly._noted_calls import note_call, noted_calls
 from fluxibly.batch._input import Row, Source, open_input
 from fluxibly.batch._journal import Journal
 from fluxibly.batch._lines import Line, encoded, line_of
+from fluxibly.batch._trace import traced
 from fluxibly.errors import BadPrompt
 from fluxibly.llm import LLM, AsyncLLM
 from fluxibly.middleware._request_key import request_key
@@ -74,6 +75,8 @@ class Batch:
         changed: what happens to rows that have an answer if the input or the configuration is not what it was then: "keep" keeps all
             answers, "ask" asks again what would be asked otherwise now. None: nothing is done, and it is an error.
         executor: "online" asks row by row, "provider" by the batches of the provider.
+        one_trace: whether the spans of all calls are in one trace. By default each call has a trace of its own, with a link to the
+            span of the batch.
     """
 
     def __init__(
@@ -90,6 +93,7 @@ class Batch:
         retry_errors: bool = False,
         changed: Literal["keep", "ask"] | None = None,
         executor: Literal["online", "provider"] = "online",
+        one_trace: bool = False,
     ) -> None:
         self.llm = llm
         self.prompts = Path(prompts)
@@ -102,6 +106,7 @@ class Batch:
         self.retry_errors = retry_errors
         self.changed = changed
         self.executor = executor
+        self.one_trace = one_trace
         self.source: Source = open_input(self.prompts)
         """The input, which knows its size and the position in it."""
         self.report = Report()
@@ -122,8 +127,12 @@ class Batch:
     async def arun(self) -> Report:
         """Do as `run`, on asyncio or trio."""
         if isinstance(self.llm, AsyncLLM):
-            return await self._run(self.llm)
+            return await self._traced(self.llm)
         async with AsyncLLM(self.llm.config, self.llm.pipeline.middleware) as llm:
+            return await self._traced(llm)
+
+    async def _traced(self, llm: AsyncLLM) -> Report:
+        with traced(llm.pipeline.middleware, self.report, one_trace=self.one_trace):
             return await self._run(llm)
 
     async def _run(self, llm: AsyncLLM) -> Report:

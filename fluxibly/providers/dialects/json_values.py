@@ -44,7 +44,7 @@ def _read_leniently(data: bytes) -> Any:
     if not is_utf8(data):
         REPAIRS.count += 1
     try:
-        return _without_lone_surrogates(json.loads(data.decode("utf-8-sig", errors="replace")))
+        return without_lone_surrogates(json.loads(data.decode("utf-8-sig", errors="replace")))
     except (ValueError, RecursionError):
         raise StreamProtocolError(f"expected JSON from the service, got {describe(data)}") from None
 
@@ -58,14 +58,14 @@ def is_utf8(data: bytes) -> bool:
     return True
 
 
-def _without_lone_surrogates(value: object) -> object:
+def without_lone_surrogates(value: object) -> object:
     if isinstance(value, str):
         return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     if isinstance(value, list):
-        return [_without_lone_surrogates(item) for item in cast("list[object]", value)]
+        return [without_lone_surrogates(item) for item in cast("list[object]", value)]
     if isinstance(value, dict):
         return {
-            cast("str", _without_lone_surrogates(key)): _without_lone_surrogates(item)
+            cast("str", without_lone_surrogates(key)): without_lone_surrogates(item)
             for key, item in cast("dict[str, object]", value).items()
         }
     return value
