@@ -8,7 +8,6 @@ from typing import Any, Final, Literal
 import attrs
 import msgspec
 
-from fluxibly.errors import StreamProtocolError
 from fluxibly.providers.dialects.batches import (
     APICall,
     Lost,
@@ -64,7 +63,7 @@ class AnthropicBatches:
     max_rows: int = 100_000
     max_bytes: int = 240_000_000
     """The limit is 256 MB."""
-    one_model: Literal[False] = False
+    in_files: Literal[False] = False
     discount: float = 0.5
     separator: bytes = b","
 
@@ -77,11 +76,12 @@ class AnthropicBatches:
         return Upload(path=_PATH, head=b'{"requests":[', tail=b"]}", content_type="application/json")
 
     def uploaded(self, body: bytes, /) -> Uploaded:
-        """Raise, since there is no file."""
-        raise StreamProtocolError("Anthropic's batches have no file of rows")
+        """Raise NotImplementedError, since the upload makes the batch."""
+        raise NotImplementedError
 
-    def submit(self, label: str, file: str, /) -> None:
-        """Return None, since the upload makes the batch."""
+    def submit(self, label: str, file: str, /) -> APICall:
+        """Raise NotImplementedError, since the upload makes the batch."""
+        raise NotImplementedError
 
     def status(self, batch_id: str, /) -> APICall:
         """Return the request for the state of a batch."""

@@ -1,7 +1,7 @@
 """Batches of requests that a service answers within a day, at a lower price: what the dialects of such APIs have in common.
 
 A `BatchAPI` is pure, as a codec is: it makes requests and reads bodies. The requests within a batch, and the answers to them, are
-the codec's. `http/_batches.py` does the I/O, and `fluxibly.batch` decides when.
+the codec's. `http/batches.py` does the I/O, and `fluxibly.batch` decides when.
 """
 
 from __future__ import annotations
@@ -130,8 +130,8 @@ class BatchAPI(Protocol):
         ...
 
     @property
-    def one_model(self) -> bool:
-        """Whether all requests of a batch have to be for the same model."""
+    def in_files(self) -> bool:
+        """Whether rows are uploaded as a file first. If not, the upload itself makes the batch."""
         ...
 
     @property
@@ -149,15 +149,15 @@ class BatchAPI(Protocol):
         ...
 
     def upload(self, label: str, /) -> Upload:
-        """Return the request that carries the rows: the file's, or the submission itself (`submit` returns None)."""
+        """Return the request that carries the rows."""
         ...
 
     def uploaded(self, body: bytes, /) -> Uploaded:
         """Read the answer to the upload of a file."""
         ...
 
-    def submit(self, label: str, file: str, /) -> APICall | None:
-        """Return the request that makes a batch of an uploaded file. None: `upload` itself makes the batch."""
+    def submit(self, label: str, file: str, /) -> APICall:
+        """Return the request that makes a batch of an uploaded file."""
         ...
 
     def status(self, batch_id: str, /) -> APICall: ...

@@ -69,7 +69,7 @@ class OpenAIBatches:
     max_rows: int = 50_000
     max_bytes: int = 190_000_000
     """The limit is 200 MB, which some mean as 10**6 and some as 2**20 bytes."""
-    one_model: Literal[True] = True
+    in_files: Literal[True] = True
     discount: float = 0.5
     separator: bytes = b"\n"
 

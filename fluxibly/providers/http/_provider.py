@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from fluxibly.config import LLMConfig
     from fluxibly.providers.dialects.codec import Codec, Service
-    from fluxibly.providers.http._batches import BatchClient
+    from fluxibly.providers.http.batches import BatchClient
     from fluxibly.providers.http._exchange import Exchange, Outgoing, Sender
     from fluxibly.providers.http._keys import Credentials
     from fluxibly.providers.http._limits import Limits
@@ -490,7 +490,7 @@ class AsyncHTTPProvider(_Shell):
         endpoint, keys = self._endpoint, self._keys
         if endpoint.service.batches is None or isinstance(endpoint.key, Authorizer):
             return None
-        from fluxibly.providers.http._batches import BatchClient
+        from fluxibly.providers.http.batches import BatchClient
 
         async def find(request: Request) -> None:
             if keys is not None:
