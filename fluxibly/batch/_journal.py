@@ -82,6 +82,7 @@ class Written(msgspec.Struct, gc=False):
     """What is read of a line."""
 
     row: int
+    custom_id: str | None = None
     key: str = ""
     error: dict[str, Any] | None = None
 
@@ -102,7 +103,9 @@ class Journal:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = Path(os.path.realpath(path))  # `compact` puts another file in its place, not in that of a link to it
+        self.path = Path(
+            os.path.realpath(path)
+        )  # `compact` puts another file in its place, not in that of a link to it
         self.done = Bitmap()
         """The rows that have a line."""
         self.failed = Bitmap()
@@ -316,7 +319,9 @@ def _open_locked(path: Path) -> int:
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             if not stat.S_ISREG(os.fstat(file).st_mode):
-                raise ConfigError(f"{path}: expected a file for the output, because it is read to go on; got something else")
+                raise ConfigError(
+                    f"{path}: expected a file for the output, because it is read to go on; got something else"
+                )
             _lock(file, path)
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(file), path.stat()):
@@ -375,4 +380,3 @@ def write_whole(path: Path, data: bytes) -> None:
             aside.unlink()
         raise
     sync_folder(path)
-

@@ -1,0 +1,59 @@
+"""A batch that signals stop: Ctrl-C, the end that a supervisor asks for, and a closed terminal."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from fluxibly.batch import Batch
+from fluxibly.cli.batch.display import Display
+
+_HANGUP: signal.Signals | None = getattr(signal, "SIGHUP", None)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, *(() if _HANGUP is None else (_HANGUP,)))
+
+
+def run(batch: Batch, display: Display) -> bool:
+    """Run a batch to its end, and show its progress. Return whether a signal asked it to stop.
+
+    The first signal lets what is in flight end, the second cancels it, and a third one, if that should hang, raises.
+
+    Raises:
+        KeyboardInterrupt: the third signal.
+    """
+
+    def stop() -> None:
+        display.stop()
+        batch.stop()
+
+    with _stopped_by_signals(stop) as received, display.shown():
+        batch.run()
+    return bool(received)
+
+
+@contextmanager
+def _stopped_by_signals(stop: Callable[[], object]) -> Generator[list[int]]:
+    """Call `stop` at each signal meanwhile. The value is the signals that came. What the parent has ignored stays ignored."""
+    received: list[int] = []
+
+    def handle(number: int, _: FrameType | None) -> None:
+        if number == _HANGUP and number in received:
+            return  # a terminal that is closed may send it, and the shell in it again
+        received.append(number)
+        if len(received) > 2:
+            raise KeyboardInterrupt
+        stop()
+
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in _SIGNALS:
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                before[number] = signal.signal(number, handle)
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
