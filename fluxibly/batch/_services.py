@@ -6,23 +6,25 @@ written once each, whatever stops the program meanwhile (`_submissions.py`).
 
 from __future__ import annotations
 
-import errno
 import re
 import tempfile
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import aclosing
+from hashlib import sha256
+from itertools import islice
 from logging import INFO, WARNING
 from math import inf
 from pathlib import Path
 from secrets import token_hex
 from time import monotonic, time
-from typing import IO, Any, Final, Protocol, TypeVar
+from typing import Any, BinaryIO, Final, Literal, Protocol, TypeVar, cast
 
 import attrs
 
-from fluxibly._checks import kind_of, seconds_problem, validator, whole
+from fluxibly._checks import kind_of, number, validator, whole
 from fluxibly._logs import log
+from fluxibly.batch._asking import DISK_FULL, FULL, STOPPED
 from fluxibly.batch._input import Row, Source
 from fluxibly.batch._journal import Bitmap, Entry, Journal
 from fluxibly.batch._lines import Line, encoded, line_of
@@ -59,8 +61,6 @@ _MOST_HELD: Final = 5_000
 """The most failed rows that are kept in memory, until they are looked up in the input and written."""
 _WRITE_AT_ONCE: Final = 500
 _KEY: Final = 40
-_DISK_FULL: Final = "disk full"
-_FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _LIMIT: Final = re.compile(r"\blimit:?\s*([0-9][0-9,]*)", re.IGNORECASE)
 
 
@@ -76,10 +76,10 @@ class ProviderBatches:
             service names one.
 
     Raises:
-        ConfigError: a number is out of range.
+        ValueError: a number is out of range.
     """
 
-    poll_every: float = attrs.field(default=10.0, validator=validator(seconds_problem))
+    poll_every: float = attrs.field(default=10.0, validator=validator(number, above=0))
     max_rows: int | None = attrs.field(default=None, validator=attrs.validators.optional(validator(whole, 1)))
     max_tokens: int | None = attrs.field(default=None, validator=attrs.validators.optional(validator(whole, 1)))
 
@@ -92,14 +92,27 @@ class ProviderBatches:
 # The stack
 
 _WITHOUT_EFFECT: Final = frozenset(
-    "Tracing Logging Metrics Timing StreamMeter SimulateStream Retry Hedge CircuitBreaker RateLimit Concurrency Deadline "
-    "StreamTimeout".split()
+    [
+        "Tracing",
+        "Logging",
+        "Metrics",
+        "Timing",
+        "StreamMeter",
+        "SimulateStream",
+        "Retry",
+        "Hedge",
+        "CircuitBreaker",
+        "RateLimit",
+        "Concurrency",
+        "Deadline",
+        "StreamTimeout",
+    ]
 )
 """The layers that change neither what is asked nor what is answered: they watch calls, repeat them, or have them wait."""
 
 
-def check_layers(stack: Iterable[object]) -> None:
-    """Check that a stack means the same for a batch as for calls, which pass its layers. `Cost` gives its prices.
+def check_layers(stack: Iterable[object], *, goes_online: bool = False) -> None:
+    """Check that a stack means the same for a batch as for calls, which pass its layers. `Cost` and `Defaults` do.
 
     Raises:
         ConfigError: a layer changes what is asked or answered.
@@ -109,13 +122,13 @@ def check_layers(stack: Iterable[object]) -> None:
         name = built_in_kind(layer)
         if name in _WITHOUT_EFFECT or _only_warns(layer):
             idle.append(str(name))
-        elif name != "Cost":
+        elif name not in ("Cost", "Defaults"):
             shown = name or getattr(layer, "__name__", kind_of(layer))
             raise ConfigError(
                 f"{shown} cannot act on a provider's batch, whose requests pass no layers; expected a stack without it: take it "
                 "out, or write executor='online'"
             )
-    if idle:
+    if idle and not goes_online:
         log(INFO, "A provider's batch passes no layers | without_effect=%s", without_effect=", ".join(idle))
 
 
@@ -150,6 +163,14 @@ class _Requests(Protocol):
         """Return the request of a row, and its key. Raises any Exception if it cannot be asked."""
         ...
 
+    def key_of(self, row: Row, /) -> str:
+        """Return the key of a row; "" if it cannot be asked."""
+        ...
+
+    def completed(self, request: Request, /) -> Request:
+        """Return a request with what the stack adds to it."""
+        ...
+
 
 class _Counted(Protocol):
     answered: int
@@ -174,9 +195,11 @@ class _Packing:
     def __init__(self, pack: Pack, folder: Path, model: str) -> None:
         self.pack = pack
         self.submission = Submission(token_hex(6), [], model)
-        self.file: IO[bytes] = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  # closed by `close`
+        self.digest = sha256()
+        self.file: BinaryIO = cast("BinaryIO", tempfile.TemporaryFile(dir=folder))  # noqa: SIM115  # closed by `close`
 
-    def add(self, row: Row, data: bytes, separator: bytes) -> None:
+    def add(self, row: Row, key: str, data: bytes, separator: bytes) -> None:
+        _hash_row(self.digest, row.number, key)
         if self.pack.rows:
             self.file.write(separator)
         self.file.write(data)
@@ -202,6 +225,8 @@ class AtProvider:
         journal: takes the lines.
         report: counts meanwhile.
         path: the file of submissions.
+        state: tells whether the input and the configuration are what they were.
+        changed: what happens to rows in batches that would be asked otherwise now; see `Batch`.
         settings: the user's.
         prices: finds what answers cost at the full price; None: not known.
         whole: whether lines have whole answers.
@@ -219,6 +244,8 @@ class AtProvider:
     journal: Journal
     report: _Counted
     path: Path
+    state: str
+    changed: Literal["keep", "ask"] | None
     settings: ProviderBatches
     prices: Prices | None = None
     whole: bool = False
@@ -246,18 +273,22 @@ class AtProvider:
     _full: int = attrs.field(default=0, init=False)
     """The times that it was full since it last took a batch to the end."""
     _refused: int = attrs.field(default=0, init=False)
+    _has_packed: bool = attrs.field(default=False, init=False)
+    """Whether a row of this run could be sent, or more have failed than are held back."""
     _entries: deque[Entry] = attrs.field(factory=deque[Entry], init=False)
     _buffered: set[int] = attrs.field(factory=set[int], init=False)
     _failed: dict[int, tuple[str, ProviderError, int, float]] = attrs.field(
         factory=dict[int, tuple[str, ProviderError, int, float]], init=False
     )
     """The failed rows of a batch that are not written yet: the key, the error, the attempts and the seconds."""
+    _has_changed: set[str] = attrs.field(factory=set[str], init=False)
+    """The batches with rows that would be asked otherwise now, and are to be."""
     _stopping: Any = attrs.field(default=None, init=False)
     _scope: Any = attrs.field(default=None, init=False)
 
     # From outside
 
-    def stop(self, why: str = "told to stop") -> None:
+    def stop(self, why: str = STOPPED) -> None:
         """Do nothing more. The batches go on at the service."""
         if not self.is_over:
             self.is_over = True
@@ -294,9 +325,9 @@ class AtProvider:
             except ProviderError as error:
                 self.stop(_told(error))
             except OSError as error:
-                if error.errno not in _FULL:
+                if error.errno not in FULL:
                     raise
-                self.stop(_DISK_FULL)
+                self.stop(DISK_FULL)
             finally:
                 for packing in self._packings.values():
                     packing.close()
@@ -317,6 +348,34 @@ class AtProvider:
                     f"{self.path}: expected batches at {self.info.key}, got one at {each.service} whose results are not all "
                     "written; go on with that provider, or give another output"
                 )
+            if each.state != self.state:
+                self._check_changed(each)
+
+    def _check_changed(self, submission: Submission) -> None:
+        """Check that the rows of a batch would be asked alike now, if the input or the configuration has changed."""
+        if self.changed == "keep" or self.withdraws:
+            return
+        members, found = _members(submission), sha256()
+        for number, key in self._keys_of(members).items():
+            _hash_row(found, number, key)
+        if found.hexdigest()[:32] == submission.digest:
+            return
+        if self.changed is None:
+            raise ConfigError(
+                f"{self.path}: rows of a batch that is at the service would be asked otherwise now, because the input or the "
+                "configuration has changed; expected a word on that: changed='keep' (--changed keep) keeps their answers, "
+                "changed='ask' (--changed ask) asks them again"
+            )
+        self._has_changed.add(submission.label)
+
+    def _keys_of(self, members: Bitmap) -> dict[int, str]:
+        """Return the keys that rows have now, in their order."""
+        return {row.number: self.requests.key_of(row) for row in self._only(members.__contains__, len(members))}
+
+    def _only(self, is_wanted: Callable[[int], bool], count: int) -> Iterator[Row]:
+        """Yield some rows of the input. `count`: how many there are at most."""
+        rows = cast("Iterable[Row]", self.source.rows(lambda number: not is_wanted(number)))
+        return islice(rows, count)
 
     async def _go(self) -> None:
         if self.withdraws:
@@ -399,7 +458,7 @@ class AtProvider:
                     error=error_type(error),
                     wait=wait,
                     failures=failures,
-                    message=str(error),
+                    error_message=str(error),
                 )
             await self._wait(wait)
             if self.is_over:
@@ -424,7 +483,7 @@ class AtProvider:
                 for each in self._submissions.open:
                     for number in each.numbers():
                         self._taken.add(number)
-                self._rows = self.source.rows(self._is_skipped)
+                self._rows = iter(cast("Iterable[Row]", self.source.rows(self._is_skipped)))
             for count, row in enumerate(self._rows, 1):
                 if count % 100 == 0:
                     await checkpoint()
@@ -448,16 +507,20 @@ class AtProvider:
         key, request, api = "", None, self.client.api
         try:
             request, key = self.requests.of(row)
-            model = request.model
+            model = self.requests.completed(request).model
             packing = self._packings.get(model)
             custom_id = _id_of(packing, row.number, key)
-            data = self.client.row(custom_id, request)
+            data = self.client.row(custom_id, self.requests.completed(request))
             fresh = Pack(api, max_rows=self.settings.max_rows, max_tokens=self._max_tokens)
             if not fresh.fits(data):
-                raise BadRequest(f"expected a request of at most {api.max_bytes:,} bytes for a batch, got {len(data):,}")
+                raise BadRequest(
+                    f"expected a request of at most {api.max_bytes:,} bytes for a batch, got {len(data):,}"
+                )
         except Exception as error:  # noqa: BLE001  # one row harms no other
             self._finish(row.number, row.custom_id, key, error=error, request=request)
+            self._check_first(error)
             return None
+        self._has_packed = True
         full = None
         if packing is not None and not packing.pack.fits(data):
             full = packing
@@ -466,9 +529,20 @@ class AtProvider:
             full = self._packings.pop(next(iter(self._packings)))
         if packing is None:
             packing = self._packings[model] = _Packing(fresh, self.path.parent, model)
-            data = self.client.row(_id_of(packing, row.number, key), request)
-        packing.add(row, data, api.separator)
+            data = self.client.row(_id_of(packing, row.number, key), self.requests.completed(request))
+        packing.add(row, key, data, api.separator)
         return full
+
+    def _check_first(self, error: Exception) -> None:
+        """Stop if the first rows of the run all fail alike before they are sent. They get no line then."""
+        count = len(self._entries)
+        if self._has_packed or not self.stop_after_errors or count != self.report.asked:
+            self._has_packed = True
+        elif count >= self.stop_after_errors and self.report.errors == {error_type(error): count}:
+            self._entries.clear()
+            self._buffered.clear()
+            self.report.asked = 0
+            self.stop(f"the first {count} rows all failed alike: {error_type(error)}")
 
     # Submitting
 
@@ -485,7 +559,8 @@ class AtProvider:
 
     async def _submit(self, packing: _Packing) -> None:
         api, client, submission = self.client.api, self.client, packing.submission
-        submission.service = self.info.key
+        submission.service, submission.state = self.info.key, self.state
+        submission.digest = packing.digest.hexdigest()[:32]
         self._submissions.begin(submission)
         upload = api.upload(submission.label)
         facts: dict[str, Any] = {}
@@ -515,15 +590,15 @@ class AtProvider:
 
     def _note_failure(self, submission: Submission, error: ProviderError) -> None:
         """Note that a submission failed: surely, or in a way that leaves open whether there is a batch."""
-        if error.status is None or not 400 <= error.status < 500 or error.status == 408:  # noqa: PLR2004
+        if error.status is None or not 400 <= error.status < 500 or error.status == 408:
             log(
                 WARNING,
                 "Batch submission was not answered, so the batch is looked for | error=%s: %s",
                 error=error_type(error),
-                message=str(error),
+                error_message=str(error),
             )
             return
-        if self._is_about_queue(error.code, str(error)) or (error.status == 429 and error.retryable):  # noqa: PLR2004
+        if self._is_about_queue(error.code, str(error)) or (error.status == 429 and error.retryable):
             self._queue_is_full(submission, str(error), error.retry_after)
         else:
             self._drop(submission, str(error))
@@ -556,7 +631,12 @@ class AtProvider:
         pause = max(retry_after or 0.0, min(2**self._full, 30) * self.settings.longest)
         self._full += 1
         self._full_until = inf if self._submissions.open and retry_after is None else monotonic() + pause
-        log(WARNING, "Batch queue of the service is full, waits | rows=%d: %s", rows=submission.count, message=message)
+        log(
+            WARNING,
+            "Batch queue of the service is full, waits | rows=%d: %s",
+            rows=submission.count,
+            error_message=message,
+        )
 
     # Looking
 
@@ -571,7 +651,7 @@ class AtProvider:
             if each.step == "submitted":
                 changed = await self._look_at(each) or changed
             self._tell()
-        return changed or (self._full_until < inf and 0 < self._full_until <= monotonic())
+        return changed
 
     async def _look_at(self, submission: Submission) -> bool:
         api, batch_id = self.client.api, submission.id or ""
@@ -667,18 +747,24 @@ class AtProvider:
         try:
             await self._steadily(lambda: self.client.ask(call))
         except ProviderError as error:
-            if error.status is None or error.status >= 500:  # noqa: PLR2004
+            if error.status is None or error.status >= 500:
                 raise
-            log(INFO, "Batch could not be cancelled | id=%s: %s", id=submission.id, message=str(error))
+            log(INFO, "Batch could not be cancelled | id=%s: %s", id=submission.id, error_message=str(error))
 
     # Results
 
     async def _collect(self, submission: Submission, batch: RemoteBatch) -> None:
         """Write what has become of the rows of a batch that has ended."""
-        members = Bitmap()
-        for number in submission.numbers():
-            members.add(number)
-        names = self._custom_ids(members) if submission.named else {}
+        members = _members(submission)
+        names = (
+            {row.number: row.custom_id for row in self._only(members.__contains__, len(members))}
+            if submission.named
+            else {}
+        )
+        if submission.label in self._has_changed:
+            keys = self._keys_of(members)
+            for path in batch.results:
+                await self._steadily(lambda path=path: self._leave_out_changed(path, submission, members, keys))  # type: ignore[misc]
         began = submission.at if batch.created_at is None else batch.created_at
         elapsed = max(0.0, (time() if batch.ended_at is None else batch.ended_at) - began)
         counted = self.report.asked, sum(self.report.errors.values())
@@ -688,7 +774,7 @@ class AtProvider:
         for number in submission.numbers():
             if not self._is_open(number) or number in self._failed:
                 continue
-            if not batch.cancelled and not self.once and self._tries_of(number) + 1 >= MOST_TRIES:
+            if number in members and not batch.cancelled and not self.once and self._tries_of(number) + 1 >= MOST_TRIES:
                 missing = StreamProtocolError("the batch has ended without a result for this row")
                 self._failed[number] = ("", missing, MOST_TRIES, elapsed)
             else:
@@ -710,6 +796,16 @@ class AtProvider:
             kind, failures = next(iter(self.report.errors.items()))
             if failures - counted[1] == asked:
                 self._halt(f"all {asked:,} rows of a batch failed alike: {kind}")
+
+    async def _leave_out_changed(
+        self, path: str, submission: Submission, members: Bitmap, keys: dict[int, str]
+    ) -> None:
+        """Take the rows out of a batch that would be asked otherwise now. Their answers are not written."""
+        async with aclosing(self.client.results(path)) as results:
+            async for result in results:
+                number, key = _row_of(result, submission.label)
+                if number is not None and keys.get(number) != key:
+                    members.discard(number)
 
     async def _take(
         self, path: str, submission: Submission, members: Bitmap, names: dict[int, str | None], elapsed: float
@@ -738,7 +834,12 @@ class AtProvider:
                     call = self._call(tries, spent, response.model)
                     self._finish(number, names.get(number), key, elapsed, response=response, call=call)
         if foreign:
-            log(WARNING, "Batch has results of unknown rows, which are left out | id=%s, results=%d", id=submission.id, results=foreign)
+            log(
+                WARNING,
+                "Batch has results of unknown rows, which are left out | id=%s, results=%d",
+                id=submission.id,
+                results=foreign,
+            )
 
     def _call(self, tries: int, spent: Spent | None = None, model: str | None = None) -> CallRecord:
         """Return the record of a call that was never made, for the line of its row."""
@@ -750,21 +851,12 @@ class AtProvider:
                 call.cost = cost * (100 - round(100 * self.client.api.discount)) / 100
         return call
 
-    def _custom_ids(self, members: Bitmap) -> dict[int, str | None]:
-        """Return the names that rows have in the input."""
-        names: dict[int, str | None] = {}
-        for row in self.source.rows(lambda number: number not in members):
-            names[row.number] = row.custom_id
-            if len(names) == len(members):
-                break
-        return names
-
     def _write_failed(self) -> None:
         """Write the lines of failed rows. Their requests are needed, so that the messages do not quote them."""
         failed = self._failed
         if not failed:
             return
-        for row in self.source.rows(lambda number: number not in failed):
+        for row in self._only(failed.__contains__, len(failed)):
             key, error, tries, elapsed = failed.pop(row.number)
             try:
                 request, own_key = self.requests.of(row)
@@ -773,8 +865,6 @@ class AtProvider:
             line_key = key or own_key
             call = self._call(tries)
             self._finish(row.number, row.custom_id, line_key, elapsed, error=error, call=call, request=request)
-            if not failed:
-                break
         for number, (key, error, tries, elapsed) in list(failed.items()):  # the input has become shorter
             self._finish(number, None, key, elapsed, error=_without_words(error), call=self._call(tries))
         failed.clear()
@@ -797,7 +887,7 @@ class AtProvider:
         told = f"the service did not begin the batch {batch.id}: {where}{first.message or first.code}"
         if len(batch.problems) > 1:
             told += f" (and {len(batch.problems) - 1} more)"
-        log(WARNING, "Batch refused | rows=%d: %s", rows=submission.count, message=told)
+        log(WARNING, "Batch refused | rows=%d: %s", rows=submission.count, error_message=told)
         self._refused += 1
         alike = len({problem.code for problem in batch.problems}) == 1
         if not rows or (alike and 0 < self.stop_after_errors <= len(rows)) or self._refused > _MOST_REFUSED:
@@ -865,6 +955,17 @@ def prices_of(stack: Iterable[object]) -> Prices | None:
     return None
 
 
+def _members(submission: Submission) -> Bitmap:
+    members = Bitmap()
+    for number in submission.numbers():
+        members.add(number)
+    return members
+
+
+def _hash_row(digest: Any, number: int, key: str) -> None:
+    digest.update(f"{number}:{key}\n".encode())
+
+
 def _id_of(packing: _Packing | None, number: int, key: str) -> str:
     """Return the `custom_id` of a row: the name of its batch, its number and its key, so that a result says all of it.
 
@@ -873,7 +974,7 @@ def _id_of(packing: _Packing | None, number: int, key: str) -> str:
     """
     label = "0" * 12 if packing is None else packing.submission.label
     found = f"{label}-{number}-{key}"
-    if len(key) > _KEY or len(found) > 64:  # noqa: PLR2004  # what services take
+    if len(key) > _KEY or len(found) > 64:  # what services take
         raise BadPrompt(f"expected a row below 10,000,000,000 for a batch, got {number:,}")
     return found
 
@@ -882,7 +983,7 @@ def _row_of(result: Result, label: str) -> tuple[int | None, str]:
     """Return the row of a result and its key; None if it is none of a batch."""
     found, _, rest = result.custom_id.partition("-")
     number, _, key = rest.partition("-")
-    if found != label or not (number.isascii() and number.isdigit() and len(number) <= 10):  # noqa: PLR2004
+    if found != label or not (number.isascii() and number.isdigit() and len(number) <= 10):
         return None, ""
     return int(number), key
 
@@ -893,7 +994,9 @@ def _is_before(batch: RemoteBatch, since: float | None) -> bool:
 
 def _without_words(error: ProviderError) -> ProviderError:
     """Return an error without the service's message, which may quote a request that is not known any more."""
-    return type(error)("the service's message is left out", retryable=error.retryable, status=error.status, code=error.code)
+    return type(error)(
+        "the service's message is left out", retryable=error.retryable, status=error.status, code=error.code
+    )
 
 
 def _told(error: ProviderError) -> str:

@@ -31,6 +31,8 @@ class _Line(msgspec.Struct, omit_defaults=True):
     model: str = ""
     named: bool = False
     tokens: float = 0.0
+    state: str = ""
+    digest: str = ""
     file: str | None = None
     since: float | None = None
     newest: str | None = None
@@ -54,6 +56,11 @@ class Submission:
     tokens: float = 0.0
     """Its tokens of input, estimated."""
     service: str = ""
+    """The provider and its server."""
+    state: str = ""
+    """What the input and the configuration were."""
+    digest: str = ""
+    """A hash of its rows and their keys, in their order."""
     step: Step = "packed"
     file: str | None = None
     since: float | None = None
@@ -140,6 +147,8 @@ class Submissions:
             model=submission.model,
             named=submission.named,
             tokens=round(submission.tokens),
+            state=submission.state,
+            digest=submission.digest,
         )
 
     def note(self, submission: Submission, step: Step, **facts: Any) -> None:
@@ -190,7 +199,9 @@ class Submissions:
 
     def _take(self, line: _Line) -> None:
         if line.step == "packed":
-            submission = Submission(line.batch, line.rows, line.model, line.named, line.tokens, line.service)
+            submission = Submission(
+                line.batch, line.rows, line.model, line.named, line.tokens, line.service, line.state, line.digest
+            )
             self._all[line.batch] = submission
             return
         submission = self._all[line.batch]

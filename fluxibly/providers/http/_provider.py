@@ -38,11 +38,11 @@ if TYPE_CHECKING:
 
     from fluxibly.config import LLMConfig
     from fluxibly.providers.dialects.codec import Codec, Service
-    from fluxibly.providers.http.batches import BatchClient
     from fluxibly.providers.http._exchange import Exchange, Outgoing, Sender
     from fluxibly.providers.http._keys import Credentials
     from fluxibly.providers.http._limits import Limits
     from fluxibly.providers.http._reader import ReplyReader
+    from fluxibly.providers.http.batches import BatchClient
     from fluxibly.types import Chunk, Response
 
 
