@@ -74,10 +74,14 @@ class Requests:
             return request
         return replaced(request, {"messages": (system, *request.messages)})
 
-    def _key_of(self, request: Request) -> str:
+    def completed(self, request: Request) -> Request:
+        """Return a request with what the stack's `Defaults` add to it."""
         for layer in self._defaults:
             request = layer.completed(request)
-        return request_key(request, self._info)
+        return request
+
+    def _key_of(self, request: Request) -> str:
+        return request_key(self.completed(request), self._info)
 
     def of(self, row: Row) -> tuple[Request, str]:
         """Return the request of a row, and its key.

@@ -73,6 +73,8 @@ class Display:
                 os.write(2, f"{self._waiting()}\n".encode())  # a stream may be in the midst of a write of its own
 
     def _waiting(self) -> str:
+        if self._batch.executor == "provider":
+            return "stopping: what was submitted goes on at the service; Ctrl-C again ends now"
         return f"stopping: waiting for {self._batch.report.in_flight:,} in flight; Ctrl-C again ends now"
 
     def _lines(self, ended: threading.Event) -> None:

@@ -15,13 +15,11 @@ from fluxibly.cli.batch.display import Display
 
 _HANGUP: signal.Signals | None = getattr(signal, "SIGHUP", None)
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, *(() if _HANGUP is None else (_HANGUP,)))
-
-
 _OUTPUTS = (1, 2)
 
 
-def run(batch: Batch, display: Display) -> bool:
-    """Run a batch to its end, and show its progress. Return whether a signal asked it to stop.
+def run(batch: Batch, display: Display, *, cancels: bool = False) -> bool:
+    """Run a batch to its end, or cancel it at the provider, and show its progress. Return whether a signal asked it to stop.
 
     The first signal lets what is in flight end, the second cancels it, and a third one, if that should hang, raises.
 
@@ -34,7 +32,10 @@ def run(batch: Batch, display: Display) -> bool:
         batch.stop()
 
     with _stopped_by_signals(stop) as received, display.shown():
-        batch.run()
+        if cancels:
+            batch.cancel()
+        else:
+            batch.run()
     return bool(received)
 
 

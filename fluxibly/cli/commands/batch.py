@@ -87,6 +87,10 @@ def batch(  # noqa: PLR0917  # typer reads the options from the parameters
         Literal["online"] | None,
         typer.Option(help="Ask what the provider's batches have not answered call by call."),
     ] = None,
+    cancel: Annotated[
+        bool,
+        typer.Option("--cancel", help="Cancel the provider's batches, and keep what they have answered."),
+    ] = False,
     ordered: Annotated[
         bool, typer.Option("--ordered", help="In the order of the input; by default, as answers come.")
     ] = False,
@@ -139,6 +143,8 @@ def batch(  # noqa: PLR0917  # typer reads the options from the parameters
         raise ConfigError("expected --column or --template, got both; a template has columns in it: {name}")
     if then is not None and executor != "provider":
         raise ConfigError(f"--then {then}: it is for what a provider's batches leave; add --executor provider")
+    if cancel and executor != "provider":
+        raise ConfigError("--cancel: it is for the batches of a provider; add --executor provider")
     if one_trace and trace is None and otlp is None:
         raise ConfigError("--one-trace: expected a place for the spans; add --trace FILE or --otlp URL")
     at_once = concurrency_of(concurrency)
@@ -167,6 +173,7 @@ def batch(  # noqa: PLR0917  # typer reads the options from the parameters
             retry_errors=retry_errors,
             changed=changed,
             executor=executor,
+            then=then,
             one_trace=one_trace,
         )
         if dry_run:
@@ -180,7 +187,7 @@ def batch(  # noqa: PLR0917  # typer reads the options from the parameters
             model_path(settings.model)  # no row must wait for a download
         spans = recorder(trace, otlp, keep=False)
         try:
-            was_told = run(made, Display(made, screen))
+            was_told = run(made, Display(made, screen), cancels=cancel)
         finally:
             problem = spans.close()
             if problem is not None:
