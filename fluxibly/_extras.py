@@ -29,6 +29,7 @@ EXTRAS: Final[Mapping[str, tuple[str, ...]]] = {
     "brotli": ("brotli",),
     "prices": ("genai-prices",),
     "redis": ("redis",),
+    "tables": ("pyarrow",),
 }
 
 

@@ -466,7 +466,7 @@ async def test_messages_come_back() -> None:
             ToolCall("c1", "look", {"at": "x"}),
         ]
     )
-    body = completion(answer, Request(model="m", messages="hi"))
+    body = completion(answer, "m")
     message = Message.from_dict({key: value for key, value in body["choices"][0]["message"].items() if value})
     assert [part.signature for part in message.reasoning] == [None, "sig"]
     assert message.text == "Yes"

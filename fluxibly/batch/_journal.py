@@ -1,19 +1,33 @@
-"""The journal of a batch: the output file itself, in which each line says that its row is done."""
+"""The journal of a batch: a file with a line for each row that is done.
+
+Lines are only ever added at its end, whole, so that a process which is killed leaves at most one torn line, the last. A row that is
+asked again gets another line; the last one counts, and `compact` leaves only that.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
-import time
-from collections.abc import Iterable
+import stat
+from array import array
+from collections import deque
+from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
-from typing import Self
+from typing import Any, NamedTuple, NoReturn, Self
 
 import msgspec
 
 from fluxibly.errors import ConfigError
 
-SYNC_EVERY = 1.0
-"""The seconds after which what is written is also safe from a power cut. A process that is killed loses nothing."""
+_BLOCK = 1 << 18
+"""The bytes that are read at once."""
+_MOST_AT_ONCE = 1_000
+"""The most lines that are written at once."""
+_START = b'{"row":'
+"""How every line begins."""
+_HIGHEST = 10**10
+"""The highest row. A higher number in a file is damage, and would take more than a gigabyte of memory."""
 
 
 class Bitmap:
@@ -21,115 +35,348 @@ class Bitmap:
 
     def __init__(self) -> None:
         self._bits = bytearray()
+        self._count = 0
 
     def add(self, number: int) -> None:
-        place = number >> 3
-        if place >= len(self._bits):
-            self._bits.extend(bytes(max(place + 1 - len(self._bits), len(self._bits), 1024)))
-        self._bits[place] |= 1 << (number & 7)
+        place, bit = number >> 3, 1 << (number & 7)
+        bits = self._bits
+        if place >= len(bits):
+            bits.extend(bytes(max(place + 1 - len(bits), len(bits), 1024)))
+        if not bits[place] & bit:
+            bits[place] |= bit
+            self._count += 1
+
+    def discard(self, number: int) -> None:
+        if number in self:
+            self._bits[number >> 3] ^= 1 << (number & 7)
+            self._count -= 1
 
     def __contains__(self, number: int) -> bool:
         place = number >> 3
         return place < len(self._bits) and bool(self._bits[place] >> (number & 7) & 1)
 
+    def __len__(self) -> int:
+        return self._count
 
-class _Written(msgspec.Struct):
-    """What is read of a line that a batch before this one has written."""
+    def __iter__(self) -> Iterator[int]:
+        for place, byte in enumerate(self._bits):
+            if byte:
+                yield from (8 * place + bit for bit in range(8) if byte >> bit & 1)
+
+    def copy(self) -> Bitmap:
+        made = Bitmap()
+        made._bits[:], made._count = self._bits, self._count
+        return made
+
+
+class Entry(NamedTuple):
+    """What came of a row, to be written."""
 
     row: int
+    failed: bool
+    line: bytes
     key: str = ""
-    error: msgspec.Raw | None = None
+
+
+class Written(msgspec.Struct, gc=False):
+    """What is read of a line."""
+
+    row: int
+    custom_id: str | None = None
+    key: str = ""
+    error: dict[str, Any] | None = None
+
+
+class _WrittenRow(msgspec.Struct, gc=False):
+    row: int
 
 
 class Journal:
-    """The output of a batch, open for more lines. No other process can open it meanwhile.
+    """A journal, open for more lines. No other process can open it meanwhile.
 
     Args:
-        path: the file, which is made if it does not exist. A last line without an end, which a process was writing when it was
-            killed, is cut off.
+        path: the file, which is made if it does not exist.
 
     Raises:
-        ConfigError: another process is at work with it, or it is the output of something else.
-        OSError: it cannot be read or written.
+        ConfigError: another process has it open, it is no file, or the system has no file locks.
+        OSError: it cannot be opened for writing.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path = Path(
+            os.path.realpath(path)
+        )  # `compact` puts another file in its place, not in that of a link to it
         self.done = Bitmap()
-        self.answered = self.failed = 0
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            self._lock()
-            self._read()
-        except BaseException:
-            os.close(self._file)
-            raise
-        self._synced_at = time.monotonic()
+        """The rows that have a line."""
+        self.failed = Bitmap()
+        """The rows whose line has an error."""
+        self.replaced = 0
+        """The lines of rows that have a later line."""
+        self.end = 0
+        """The bytes of all whole lines."""
+        self.is_synced = True
+        """Whether the disk has all that was written."""
+        self._file = _open_locked(self.path)
 
-    def _lock(self) -> None:
-        import fcntl
+    @property
+    def answered(self) -> int:
+        """The number of rows with an answer."""
+        return len(self.done) - len(self.failed)
 
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"{self.path}: another process is writing this batch") from None
+    def read(self, each: Callable[[Written, int], object] | None = None) -> None:
+        """Note the rows that have a line. A last line without an end, which a killed process has left, is cut off.
 
-    def _read(self) -> None:
-        """Note the rows that have a line."""
-        decode = msgspec.json.Decoder(_Written).decode
-        end = 0
-        with open(self._file, "rb", closefd=False) as file:  # a Path cannot open a descriptor
-            for number, line in enumerate(file, 1):
-                if not line.endswith(b"\n"):
-                    break
-                try:
-                    written = decode(line)
-                except msgspec.DecodeError:
-                    raise ConfigError(
-                        f"{self.path}, line {number}: expected a line of a batch's output, got something else; "
-                        "give another --out"
-                    ) from None
-                end += len(line)
-                self.note(written.row, failed=written.error is not None)
-        os.ftruncate(self._file, end)
-        os.lseek(self._file, end, os.SEEK_SET)
-
-    def note(self, row: int, *, failed: bool) -> None:
-        """Note that a row has a line."""
-        self.done.add(row)
-        self.failed += failed
-        self.answered += not failed
-
-    def write(self, lines: Iterable[bytes]) -> None:
-        """Write whole lines at once.
+        Args:
+            each: gets what is read of each line, and the number of the byte at which the line begins.
 
         Raises:
-            OSError: there is no room for them; what was written of them is taken back.
+            ConfigError: the file has something else than lines of a journal. It is left as it is.
         """
-        data = b"".join(lines)
-        start = os.lseek(self._file, 0, os.SEEK_CUR)
-        written = 0
+        if each is None:
+            for lines, _ in self._blocks():
+                for written in self._decoded(lines):
+                    self._note(written.row, failed=written.error is not None)
+        else:
+            for lines, offset in self._blocks():
+                for line, written in zip(lines.splitlines(keepends=True), self._decoded(lines), strict=True):
+                    self._note(written.row, failed=written.error is not None)
+                    each(written, offset)
+                    offset += len(line)  # noqa: PLW2901
+        os.ftruncate(self._file, self.end)
+
+    def _blocks(self) -> Iterator[tuple[bytes, int]]:
+        """Yield whole lines, many at a time, with the number of their first byte."""
+        self.end, parts = 0, list[bytes]()
+        at = 0
+        while block := os.pread(self._file, _BLOCK, at):
+            at += len(block)
+            cut = block.rfind(b"\n") + 1
+            if not cut:
+                parts.append(block)
+                continue
+            lines = b"".join([*parts, block[:cut]])
+            parts = [block[cut:]]
+            yield lines, self.end
+            self.end += len(lines)
+        torn = b"".join(parts)
+        # After a power cut, what was not written yet may be zeros.
+        if torn.strip(b"\0") and not torn.startswith(_START[: len(torn)]):
+            self._refuse(b"")
+
+    def _decoded(self, lines: bytes) -> list[Written]:
         try:
-            while written < len(data):
-                written += os.write(self._file, data[written:])
-        except BaseException:
-            os.ftruncate(self._file, start)
-            os.lseek(self._file, start, os.SEEK_SET)
-            raise
-        if time.monotonic() - self._synced_at > SYNC_EVERY:
-            self.sync()
+            decoded = _decode_lines(lines)
+        except msgspec.DecodeError:
+            self._refuse(lines)
+        if len(decoded) != lines.count(b"\n") or not all(0 <= each.row <= _HIGHEST for each in decoded):
+            self._refuse(lines)
+        return decoded
+
+    def _refuse(self, lines: bytes) -> NoReturn:
+        """Say which line is none of a batch.
+
+        Args:
+            lines: those that have it among them; without any, it is the last, which has no end.
+        """
+        number = 1
+        for place in range(0, self.end, _BLOCK):
+            number += os.pread(self._file, min(_BLOCK, self.end - place), place).count(b"\n")
+        for line in lines.splitlines(keepends=True):
+            try:
+                if 0 <= _decode(line).row <= _HIGHEST:
+                    number += 1
+                    continue
+            except msgspec.DecodeError:
+                pass
+            break
+        raise ConfigError(
+            f"{self.path}, line {number}: expected a line of a batch's output, got something else; nothing was written; "
+            "give another output"
+        )
+
+    def _note(self, row: int, *, failed: bool) -> None:
+        if row in self.done:
+            self.replaced += 1
+            self.failed.discard(row)
+        else:
+            self.done.add(row)
+        if failed:
+            self.failed.add(row)
+
+    def write(self, entries: deque[Entry], each: Callable[[Entry, int], object] | None = None) -> None:
+        """Write whole lines, many at once, and take off `entries` what is written.
+
+        Args:
+            each: gets each entry that is written, and the number of the byte at which its line begins.
+
+        Raises:
+            OSError: there is no room for all. Those that are left are not in the file, also not in part.
+        """
+        while entries:
+            data = b"".join([entry.line for entry in islice(entries, _MOST_AT_ONCE)])
+            end = self.end + len(data)
+            written = 0
+            try:
+                while written < len(data):
+                    written += os.pwrite(self._file, data[written:], self.end + written)
+            finally:
+                self.is_synced = False
+                while entries and self.end < end and len(entries[0].line) <= written:
+                    entry = entries.popleft()
+                    self._note(entry.row, failed=entry.failed)
+                    if each is not None:
+                        each(entry, self.end)
+                    self.end += len(entry.line)
+                    written -= len(entry.line)
+                if self.end < end:
+                    os.ftruncate(self._file, self.end)
+
+    def line_at(self, offset: int) -> bytes:
+        """Return the line that begins at a byte."""
+        line = b""
+        while not line.endswith(b"\n"):
+            more = os.pread(self._file, 4096, offset + len(line))
+            if not more:
+                break
+            line += more[: more.find(b"\n") + 1 or None]
+        return line
 
     def sync(self) -> None:
-        """Have the disk keep what is written."""
+        """Have the disk keep what is written. Until then a power cut may take it, but nothing else."""
+        self.is_synced = True
         os.fsync(self._file)
-        self._synced_at = time.monotonic()
+
+    def compact(self, is_row: Callable[[int], bool] = lambda _: True) -> None:
+        """Leave one line of each row: its last. Killed in the midst of it, the process leaves the file as it was.
+
+        Memory: 4 bytes a row.
+
+        Args:
+            is_row: whether a row is to have a line at all.
+
+        Raises:
+            OSError: there is no room for another file of this size. The journal is as it was.
+        """
+        last = array("I")
+        number = 0
+        for lines, _ in self._blocks():
+            for written in _decode_rows(lines):
+                if written.row >= len(last):
+                    last.extend([0] * max(written.row + 1 - len(last), len(last) // 8, 1024))
+                number += 1
+                last[written.row] = number
+        aside = self.path.with_name(f".{self.path.name}.compact")
+        new = os.open(aside, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        try:
+            os.fchmod(new, stat.S_IMODE(os.fstat(self._file).st_mode))
+            _lock(new, aside)  # before it has the name, so that no other process can open it
+            number = end = 0
+            for lines, _ in self._blocks():
+                kept: list[bytes] = []
+                for line, written in zip(lines.splitlines(keepends=True), _decode_rows(lines), strict=True):
+                    number += 1
+                    if last[written.row] == number and is_row(written.row):
+                        kept.append(line)
+                data = b"".join(kept)
+                _write_all(new, data)
+                end += len(data)
+            os.fsync(new)
+            aside.replace(self.path)
+        except BaseException:
+            os.close(new)
+            with contextlib.suppress(OSError):
+                aside.unlink()
+            raise
+        os.close(self._file)
+        self._file, self.end, self.replaced = new, end, 0
+        for row in [row for row in self.done if not is_row(row)]:
+            self.done.discard(row)
+            self.failed.discard(row)
+        sync_folder(self.path)
 
     def close(self) -> None:
-        self.sync()
-        os.close(self._file)
+        """Have the disk keep what is written, and let other processes open the file."""
+        try:
+            if not self.is_synced:
+                self.sync()
+        finally:
+            os.close(self._file)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+_decode = msgspec.json.Decoder(Written).decode
+_decode_lines = msgspec.json.Decoder(Written).decode_lines
+_decode_rows = msgspec.json.Decoder(_WrittenRow).decode_lines
+
+
+def _open_locked(path: Path) -> int:
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            if not stat.S_ISREG(os.fstat(file).st_mode):
+                raise ConfigError(
+                    f"{path}: expected a file for the output, because it is read to go on; got something else"
+                )
+            _lock(file, path)
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file), path.stat()):
+                    return file
+        except BaseException:
+            os.close(file)
+            raise
+        os.close(file)  # another process has put a new file in its place just now
+
+
+def _lock(file: int, path: Path) -> None:
+    try:
+        import fcntl
+    except ImportError:
+        raise ConfigError(
+            "a batch needs the file locks of POSIX (Python's module fcntl), which this system has not; on Windows, run it in WSL"
+        ) from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ConfigError(f"{path}: another process is at work on this batch; wait for it, or stop it") from None
+
+
+def _write_all(file: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(file, data) :]
+
+
+def sync_folder(path: Path) -> None:
+    """Have the disk keep the name of a file."""
+    with contextlib.suppress(OSError):  # some file systems cannot
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Put a file in the place of another, or make it, so that nobody ever sees a part of it.
+
+    Raises:
+        OSError: there is no room for it, or the folder cannot be written. The file is as it was.
+    """
+    aside = path.with_name(f".{path.name}.new")
+    file = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+    try:
+        try:
+            _write_all(file, data)
+            os.fsync(file)
+        finally:
+            os.close(file)
+        aside.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            aside.unlink()
+        raise
+    sync_folder(path)

@@ -67,7 +67,7 @@ class Screen:
         self.quiet = quiet
         self.verbose = verbose
         self.out = Console(file=sys.stdout, highlight=False)
-        self._err = Console(file=sys.stderr, highlight=False, stderr=True)
+        self.err = Console(file=sys.stderr, highlight=False, stderr=True)
         self._mid_line = False
         self.region: Region | None = None
         """The region that is being drawn, if an answer is coming."""
@@ -76,6 +76,11 @@ class Screen:
     def draws(self) -> bool:
         """Whether the terminal can move its cursor, so that what is shown can change."""
         return self.live and os.environ.get("TERM") not in ("dumb", "unknown") and not self.out.legacy_windows
+
+    @property
+    def draws_aside(self) -> bool:
+        """Whether standard error is a terminal that can move its cursor."""
+        return sys.stderr.isatty() and os.environ.get("TERM") not in ("dumb", "unknown") and not self.err.legacy_windows
 
     @property
     def width(self) -> int:
@@ -140,7 +145,7 @@ class Screen:
                 (self.region.print_later if style == "dim" else self.region.print_above)(line)
                 return
             self.end_line()
-        self._err.print(line, soft_wrap=not sys.stderr.isatty())
+        self.err.print(line, soft_wrap=not sys.stderr.isatty())
 
 
 class ScreenHandler(logging.Handler):

@@ -334,6 +334,13 @@ class AdaptiveRate:
             if sending.pace is self.pace and self.pace.answered(sending, seconds, now, streaming=streaming):
                 self.is_new, self._limits_until = True, -math.inf
 
+    @property
+    def requests(self) -> float | None:
+        """The requests a second that hold now. None: the service limits something else."""
+        with self._lock:
+            told = self._told.get("requests") if self._told else 1.0
+            return None if told is None else told * self.pace.rate
+
     def shown(self) -> str:
         """Return what holds now in words, for messages."""
         share = self.pace.rate

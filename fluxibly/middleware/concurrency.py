@@ -140,6 +140,15 @@ class Concurrency(Rebuilt):
         yield from ending.run()
         return response
 
+    def places_now(self) -> int | None:
+        """Return the number of calls at once that is allowed now: the lowest, if several have limits of their own.
+
+        None: it is not found yet.
+        """
+        if self.limit != "auto":
+            return self.limit
+        return min([limit.size for limit in self._limits.copy().values()], default=None)
+
     def _find_limit(self, call: CallRecord, key: str) -> Flow[AdaptiveLimit]:
         """Return what was found under a key, here or, asked at most once a second, by others with the same store."""
         now, limit = call.clock(), self._limits.get(key)

@@ -76,9 +76,10 @@ class Defaults:
         return f"Defaults({', '.join(shown)})"
 
     def __call__(self, request: Request, call_next: CallNext) -> Flow[Response]:
-        return (yield from call_next(self._completed(request)))
+        return (yield from call_next(self.completed(request)))
 
-    def _completed(self, request: Request) -> Request:
+    def completed(self, request: Request) -> Request:
+        """Return a request with the defaults of what it leaves open."""
         given = request.__dict__
         changes: dict[str, Any] = {}
         for name, default in self.parameters.items():

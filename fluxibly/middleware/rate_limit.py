@@ -260,6 +260,16 @@ class RateLimit(Rebuilt):
             self._settle_now(use)
         return response
 
+    def rate_now(self) -> float | None:
+        """Return the requests a second that are allowed now: the lowest, if several providers or models have rates of their own.
+
+        None: there is no limit of requests, or it is not found yet.
+        """
+        if self._limits:
+            return None if self.requests is None else self.requests / self.per
+        rates = [rate.requests for rate in self._rates.copy().values()]
+        return min([rate for rate in rates if rate is not None], default=None)
+
     def _find_rate(self, use: _Use, now: float) -> Flow[AdaptiveRate]:
         """Return what was found under the key of a call, here or, asked at most once a second, by others with the same store."""
         call, rate = use.request.call, self._rates.get(use.key)

@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 import attrs
 
-from fluxibly._checks import is_list, is_mapping, kind_of
-from fluxibly._dicts import Reader
-from fluxibly._formats import output_format
+from fluxibly._checks import is_mapping, kind_of
 from fluxibly.errors import StreamProtocolError
 from fluxibly.providers.dialects.json_values import read_json
+from fluxibly.providers.dialects.openai_bodies import misleading, read_body
 
 if TYPE_CHECKING:
     from starlette.requests import Request as HTTPRequest
@@ -21,29 +20,6 @@ LARGEST: Final = 32 * 1024 * 1024
 """The maximum length of a body, in bytes."""
 BODY_TIME: Final = 60.0
 """Seconds in which a body has to arrive."""
-
-_PASSED: Final = (
-    "temperature",
-    "top_p",
-    "top_k",
-    "frequency_penalty",
-    "presence_penalty",
-    "seed",
-    "n",
-    "reasoning_effort",
-    "stop",
-)
-"""The parameters whose values are those of a call. `LLM.request` checks them."""
-_MISLEADING: Final[Mapping[str, str]] = {
-    "functions": "; write tools",
-    "function_call": "; write tool_choice",
-    "logit_bias": "",
-    "logprobs": "",
-    "top_logprobs": "",
-    "audio": "",
-    "web_search_options": "",
-}
-"""The parameters whose loss would show in the answer, each with a hint. Others that are not known are ignored."""
 
 
 class Refused(Exception):
@@ -130,7 +106,7 @@ def read(body: bytes, settings: Settings) -> Asked:
     if not is_mapping(value):
         raise Refused(400, f"the body: expected a JSON object, got {kind_of(value)}")
     try:
-        return _asked(Reader(value, ""), settings)
+        return _asked(value, settings)
     except (TypeError, ValueError) as error:
         raise wrong(error) from None
 
@@ -144,45 +120,20 @@ def wrong(error: Exception) -> Refused:
 _PATH: Final = re.compile(r"[\w.\[\]]+(?=: )")
 
 
-def _asked(fields: Reader, settings: Settings) -> Asked:
-    messages = fields.items("messages")
-    if not messages:
-        raise ValueError("messages: expected a list of messages, got nothing")
-    for number, message in enumerate(messages):
-        Reader(message, f"messages[{number}]")  # which refuses what is no mapping
-    overrides = {name: value for name in _PASSED if (value := fields.value(name)) is not None}
-    overrides |= _model(fields, settings)
-    limits = [fields.value(name) for name in ("max_completion_tokens", "max_tokens")]
-    if limits != [None, None]:
-        overrides["max_tokens"] = limits[1] if limits[0] is None else limits[0]
-    if tools := fields.items("tools"):
-        overrides["tools"] = [_tool(tool, f"tools[{number}]") for number, tool in enumerate(tools)]
-    if (choice := _tool_choice(fields.value("tool_choice"))) is not None:
-        overrides["tool_choice"] = choice
-    wanted = fields.value("response_format")
-    if output_format(wanted) is not None:
-        overrides["response_format"] = wanted
-    metadata = fields.table("metadata") or {}
-    if (user := fields.text("user")) is not None:
-        metadata["user"] = user
-    if metadata:
-        overrides["metadata"] = metadata
-    stream = fields.take("stream", bool, "true or false", default=False)
-    options = Reader(fields.table("stream_options") or {}, "stream_options")
-    usage = options.take("include_usage", bool, "true or false", default=False)
-    rest = {name: value for name, value in fields.rest().items() if value is not None}
+def _asked(value: Mapping[str, Any], settings: Settings) -> Asked:
+    body = read_body(value)
+    overrides = body.settings | _model(body.model, settings)
     if not settings.pass_extra:
-        _check_rest(rest)
-    elif rest:
-        overrides["extra"] = rest
-    return Asked(messages, overrides, stream, usage)
+        _check_rest(body.rest)
+    elif body.rest:
+        overrides["extra"] = body.rest
+    return Asked(body.messages, overrides, body.stream, body.usage)
 
 
-def _model(fields: Reader, settings: Settings) -> dict[str, str]:
-    model = fields.value("model")
+def _model(model: object, settings: Settings) -> dict[str, str]:
     if not settings.models or model is None:
         return {}
-    if model not in settings.models:
+    if not isinstance(model, str) or model not in settings.models:
         raise Refused(
             404,
             f"model: expected one of {', '.join(settings.models)}, got {str(model)[:80]!r}",
@@ -192,32 +143,7 @@ def _model(fields: Reader, settings: Settings) -> dict[str, str]:
     return {"model": model}
 
 
-def _tool(value: object, path: str) -> object:
-    kind = Reader(value, path).text("type", "function")
-    if kind != "function":
-        raise ValueError(f"{path}.type: expected 'function', got {kind[:80]!r}")
-    return value
-
-
-def _tool_choice(value: object) -> str | None:
-    if value is None or isinstance(value, str):
-        return value
-    choice = Reader(value, "tool_choice")
-    kind = choice.text("type", "function")
-    if kind != "function":
-        raise ValueError(f"tool_choice.type: expected 'function', got {kind[:80]!r}")
-    return Reader(choice.value("function"), "tool_choice.function").needed("name")
-
-
 def _check_rest(rest: Mapping[str, Any]) -> None:
     """Refuse parameters whose loss would mislead the client."""
-    for name, hint in _MISLEADING.items():
-        if rest.get(name):
-            raise ValueError(
-                f"{name}: this server does not take it{hint or '; start it with --pass-extra to pass it on'}"
-            )
-    modalities: object = rest.get("modalities")
-    if is_list(modalities) and modalities != ["text"]:
-        raise ValueError(
-            "modalities: expected ['text'], got others; start the server with --pass-extra to pass them on"
-        )
+    for name, hint in misleading(rest):
+        raise ValueError(f"{name}: this server does not take it{hint or '; start it with --pass-extra to pass it on'}")

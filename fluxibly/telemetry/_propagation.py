@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from opentelemetry.baggage import get_all
 from opentelemetry.baggage.propagation import W3CBaggagePropagator
-from opentelemetry.context import Context, attach, get_current
+from opentelemetry.context import Context, attach, create_key, get_current
 from opentelemetry.propagators.composite import CompositePropagator
-from opentelemetry.trace import DEFAULT_TRACE_STATE, INVALID_SPAN, set_span_in_context
+from opentelemetry.trace import DEFAULT_TRACE_STATE, INVALID_SPAN, Link, set_span_in_context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from fluxibly._logs import report_once
@@ -24,7 +24,7 @@ except ValueError as problem:  # the import raises if OTEL_PROPAGATORS names a p
 
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
     from opentelemetry.propagators.textmap import TextMapPropagator
     from opentelemetry.trace import Span
@@ -44,6 +44,24 @@ _usual: TextMapPropagator | None = None
 def with_span(span: Span, context: Context) -> Context:
     """Return `context` with `span`, as `set_span_in_context` does, which copies the context twice."""
     return Context({**context, _SPAN: span})
+
+
+_LINKS = create_key("links")
+"""The key under which a context holds the links of the traces that begin in it."""
+
+
+def linked_to(span: Span, context: Context) -> Context:
+    """Return `context` without its current span. Calls in it begin traces of their own, whose first span has a link to `span`."""
+    rest = {key: value for key, value in context.items() if key != _SPAN}
+    return Context({**rest, _LINKS: (Link(span.get_span_context()),)})
+
+
+def links_in(context: Context) -> Sequence[Link] | None:
+    """Return the links of a trace that begins in `context`; None if there are none, or a span is current."""
+    if _LINKS not in context or _SPAN in context:
+        return None
+    links: Sequence[Link] = context[_LINKS]  # type: ignore[assignment]  # a context holds objects
+    return links
 
 
 class Attached:

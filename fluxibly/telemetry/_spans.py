@@ -50,6 +50,7 @@ from fluxibly.telemetry._propagation import (
     Entry,
     Unrecorded,
     current_span,
+    links_in,
     trace_headers,
     with_span,
 )
@@ -57,7 +58,9 @@ from fluxibly.telemetry._sdk import UTIL_GENAI
 from fluxibly.types import Usage
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
+
+    from opentelemetry.trace import Link
 
     from fluxibly.types import Message, ProviderInfo, Request, Response, Tool, ToolCall
 
@@ -78,13 +81,14 @@ class Recording:
     capturing: Capturing
     always: bool
 
-    def begin_span(self, request: Request, context: Context) -> Span:
+    def begin_span(self, request: Request, context: Context, links: Sequence[Link] | None = None) -> Span:
         """Begin the span of a call or of an `ask`."""
         return self.tracer.start_span(
             f"{semconv.CHAT} {request.model}",
             context,
             _INTERNAL if request.call.provider.in_process else _CLIENT,
             request_attributes(request),
+            links,
         )
 
     def begin_tool(
@@ -425,7 +429,7 @@ class SpanSource:
                 if context and (caller := get_current_span(context)).get_span_context().is_valid:
                     return Unrecorded(caller, context, trace_headers(caller, context))
                 return None
-            span = recording.begin_span(request, context)
+            span = recording.begin_span(request, context, links_in(context) if context else None)
             try:
                 if UTIL_GENAI in sys.modules and request.call.claim is None:
                     claim(request.call)

@@ -47,6 +47,40 @@ def test_guides_lead_from_a_span_to_its_children(path):
     ]
 
 
+def test_the_calls_of_a_batch_are_drawn_below_it(path):
+    """A batch has one drawing, on its own scale, with the calls whose traces are linked to it; other traces have their own."""
+    counts = {"gen_ai__operation__name": None, "fluxibly__batch__asked": 2, "fluxibly__batch__failed": 1}
+    batch = span("fluxibly.batch", took=100, **counts, fluxibly__batch__stopped="disk full")
+    links = [{"traceId": batch["traceId"], "spanId": batch["spanId"]}]
+    calls = [{**span(f"chat {at}", at, 20), "links": links} for at in (10, 50)]
+    lost = {**span("chat lost", 60), "links": [{"traceId": "f" * 32, "spanId": "f" * 16}]}
+    write(path, *calls, span("chat other", 5), lost, batch)
+    shown = lines(path)
+    assert [line.split("completed")[0].rstrip() for line in shown] == [
+        shown[0],
+        "fluxibly.batch",
+        "│ 2 rows asked · 1 failed · stopped: disk full · 2 linked traces",
+        "├ chat 10",
+        "└ chat 50",
+        shown[5],
+        "chat other",
+        shown[7],
+        "chat lost",
+    ]
+    assert [line.startswith("trace ") for line in shown].count(True) == 3
+    assert shown[3].index("━") < shown[4].index("━")
+
+
+def test_batches_that_link_to_each_other(path):
+    """A damaged file, whose batches are linked to each other, is drawn with every span."""
+    both = [span("fluxibly.batch", at, took=100, gen_ai__operation__name=None) for at in (0, 1)]
+    for one, other in (both, both[::-1]):
+        one["links"] = [{"traceId": other["traceId"], "spanId": other["spanId"]}]
+    write(path, *both)
+    assert [line for line in lines(path) if "fluxibly.batch" in line] != []
+    assert "".join(lines(path)).count("fluxibly.batch") == 2
+
+
 @pytest.mark.parametrize("width", [80, 200])
 def test_lines_fit_and_are_plain_in_a_pipe(path, width):
     """No line is wider than the pipe, none has colours, and none ends in blanks; bars begin in the same column."""

@@ -42,7 +42,10 @@ app = typer.Typer(
 def run(arguments: Sequence[str]) -> int:
     """Run the command line and return its exit status. A user's mistake is reported in one line on standard error."""
     try:
-        result: Any = app(list(arguments) or ["--help"], prog_name="fluxibly", standalone_mode=False)
+        # The arguments go with the context, for commands that say how to go on.
+        result: Any = app(
+            list(arguments) or ["--help"], prog_name="fluxibly", standalone_mode=False, obj=list(arguments)
+        )
         sys.stdout.flush()
         return result if isinstance(result, int) else OK
     except KeyboardInterrupt:

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from functools import partial
-from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from typer.core import TyperCommand
 
 from fluxibly.cli.commands.app import app, examples
-from fluxibly.cli.commands.options import ConfigFile, EnvFile, Framework, LogLevel, Model, config_of, log_to
+from fluxibly.cli.commands.options import (
+    ConfigFile,
+    EnvFile,
+    Framework,
+    LogLevel,
+    Model,
+    PairsCommand,
+    Parameter,
+    config_of,
+    log_to,
+)
 from fluxibly.cli.screen import Screen
 from fluxibly.config import LLMConfig
 from fluxibly.errors import ConfigError
@@ -28,26 +36,7 @@ _HELP = examples(
 )
 
 
-class _ChatCommand(TyperCommand):
-    """A command whose option `-o` has two values, which typer has no type for."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parse arguments, in which `-o NAME VALUE` is `-o NAME=VALUE`."""
-        joined: list[str] = []
-        rest = iter(args)
-        for argument in rest:
-            joined.append(argument)
-            if argument == "--":
-                break
-            if argument in ("-o", "--option"):
-                pair = list(islice(rest, 1))
-                if pair and "=" not in pair[0]:
-                    pair += islice(rest, 1)
-                joined += ["=".join(pair)] if pair else []
-        return super().parse_args(ctx, [*joined, *rest])
-
-
-@app.command(cls=_ChatCommand, epilog=_HELP)
+@app.command(cls=PairsCommand, epilog=_HELP)
 def chat(  # noqa: PLR0917  # typer reads the options from the parameters
     prompt: Annotated[
         str | None, typer.Argument(help="The question. What is piped in stands before it; - is that alone.")
@@ -65,12 +54,7 @@ def chat(  # noqa: PLR0917  # typer reads the options from the parameters
             metavar="FILE|FIELDS", help="Answer with JSON of a JSON Schema, or of 'name, age int, tags list[str]'."
         ),
     ] = None,
-    option: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--option", "-o", metavar="NAME VALUE", help="A parameter, like temperature 0.5; may be repeated."
-        ),
-    ] = None,
+    option: Parameter = None,
     tools: Annotated[
         list[str] | None,
         typer.Option(metavar="MODULE:FUNCTION", help="A function that the model may call; may be repeated."),

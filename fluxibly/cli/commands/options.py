@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from itertools import islice
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import attrs
 import typer
+from typer.core import TyperCommand
 
 from fluxibly.cli.screen import Screen, ScreenHandler
 from fluxibly.config import LLMConfig
@@ -66,7 +68,31 @@ EnvFile = Annotated[
     ),
 ]
 """A file that is read before the command runs: the command itself has nothing to do with it."""
+Parameter = Annotated[
+    list[str] | None,
+    typer.Option("--option", "-o", metavar="NAME VALUE", help="A parameter, like temperature 0.5; may be repeated."),
+]
+"""A parameter of a call, for a `PairsCommand`."""
 LogLevel = Literal["debug", "info", "warning", "error", "critical"]
+
+
+class PairsCommand(TyperCommand):
+    """A command whose option `-o` has two values, which typer has no type for."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse arguments, in which `-o NAME VALUE` is `-o NAME=VALUE`."""
+        joined: list[str] = []
+        rest = iter(args)
+        for argument in rest:
+            joined.append(argument)
+            if argument == "--":
+                break
+            if argument in ("-o", "--option"):
+                pair = list(islice(rest, 1))
+                if pair and "=" not in pair[0]:
+                    pair += islice(rest, 1)
+                joined += ["=".join(pair)] if pair else []
+        return super().parse_args(ctx, [*joined, *rest])
 
 
 def config_of(file: Path | None, framework: str | None, model: str | None) -> LLMConfig:

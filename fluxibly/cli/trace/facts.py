@@ -82,9 +82,9 @@ def error_of(span: TracedSpan) -> str:
 
 
 def call_facts(span: TracedSpan) -> list[str]:
-    """Return the facts about a call or an attempt that every view shows: provider, cache hit, tokens, and so on."""
+    """Return the facts about a call, an attempt or a batch that every view shows: provider, cache hit, tokens, and so on."""
     given = span.attributes
-    facts: list[str] = []
+    facts = [*_batch_facts(span)]
     if semconv.ATTEMPT_PROVIDER in given:
         facts.append(f"at {shortened(str(given[semconv.ATTEMPT_PROVIDER]), LONG_NAME)}")
     if given.get(semconv.CACHE_HIT) is True:
@@ -104,6 +104,18 @@ def call_facts(span: TracedSpan) -> list[str]:
     if semconv.COST in given:
         facts.append(money(given[semconv.COST]))
     return facts
+
+
+def _batch_facts(span: TracedSpan) -> Iterator[str]:
+    if semconv.BATCH_ASKED in span.attributes:
+        asked, failed = (span.attributes.get(key) for key in (semconv.BATCH_ASKED, semconv.BATCH_FAILED))
+        yield f"{_count(asked)} row{'' if asked == 1 else 's'} asked"
+        if failed:
+            yield f"{_count(failed)} failed"
+    if semconv.BATCH_STOPPED in span.attributes:
+        yield f"stopped: {shortened(str(span.attributes[semconv.BATCH_STOPPED]))}"
+    if span.linked:
+        yield f"{_count(len(span.linked))} linked trace{'' if len(span.linked) == 1 else 's'}"
 
 
 def stream_facts(span: TracedSpan) -> list[str]:

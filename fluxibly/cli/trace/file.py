@@ -30,6 +30,9 @@ NUMBERS = (
     semconv.ATTEMPT_INPUT,
     semconv.ATTEMPT_OUTPUT,
     semconv.ATTEMPTS,
+    semconv.BATCH_ASKED,
+    semconv.BATCH_ANSWERED,
+    semconv.BATCH_FAILED,
     semconv.USAGE_INPUT,
     semconv.USAGE_OUTPUT,
     semconv.TOTAL_INPUT,
@@ -68,6 +71,12 @@ class TracedSpan:
     """The instrumentation that made the span."""
     decisions: list[str] = attrs.field(factory=list[str])
     """The decisions of middleware about the call, such as "Fallback asks …", in order."""
+    links: list[tuple[str, str]] = attrs.field(factory=list[tuple[str, str]])
+    """The trace and the id of each span that this one is linked to."""
+    linked_to: TracedSpan | None = None
+    """The batch, if this is a call of one and begins a trace of its own."""
+    linked: list[TracedSpan] = attrs.field(factory=list["TracedSpan"])
+    """The calls of a batch that begin traces of their own, in the order in which they began."""
     children: list[TracedSpan] = attrs.field(factory=list["TracedSpan"])
 
     @property
@@ -231,7 +240,21 @@ def _trees(spans: Mapping[tuple[str, str], TracedSpan]) -> list[TracedSpan]:
             spans[span.trace_id, span.parent_id].children.remove(span)
             roots.append(span)
             reached.update(id(below) for _, below in span.walk())
+    _link(roots)
     return roots
+
+
+def _link(roots: Iterable[TracedSpan]) -> None:
+    """Join the calls that have a link to a batch to its span. The roots are in the order in which they began."""
+    batches: dict[tuple[str, str], TracedSpan] = {}  # those before the root at hand, so there is no circle
+    for root in roots:
+        batch = next((batches[link] for link in root.links if link in batches), None)
+        if batch is not None and not root.foreign:
+            root.linked_to = batch
+            batch.linked.append(root)
+        for _, span in root.walk():
+            if span.name == semconv.BATCH_SPAN and not span.foreign:
+                batches[span.trace_id, span.span_id] = span
 
 
 def _spans(request: Mapping[str, Any]) -> Iterator[TracedSpan]:
@@ -255,6 +278,7 @@ def _spans(request: Mapping[str, Any]) -> Iterator[TracedSpan]:
                     message=safe(status.get("message") or ""),
                     scope=safe(made_by.get("name") or ""),
                     decisions=[*_decisions(span.get("events") or ())],
+                    links=[(safe(link["traceId"]), safe(link["spanId"])) for link in span.get("links") or ()],
                 )
 
 

@@ -68,7 +68,7 @@ class Waterfall:
         glyphs = PLAIN if options.ascii_only else DRAWN
         widest = max(cell_len(label(span)) + cell_len(guide) for guide, _, span in self._spans(glyphs))
         drawing = _Drawing(console, options.max_width, widest, glyphs, History() if self.messages else None)
-        for root in self.file.roots:
+        for root in self._roots():
             yield drawing.rule(f"trace {root.trace_id}")
             whole = max(max(span.end for _, span in root.walk()) - root.start, 1)
             for guide, below, span in _tree(root, glyphs):
@@ -76,8 +76,12 @@ class Waterfall:
                 yield from drawing.details(span, below)
         yield from self._legend(drawing)
 
+    def _roots(self) -> Iterator[TracedSpan]:
+        """Yield the first span of each trace, without the calls of batches, which are drawn below the span of the batch."""
+        return (root for root in self.file.roots if root.linked_to is None)
+
     def _spans(self, glyphs: Glyphs) -> Iterator[tuple[str, str, TracedSpan]]:
-        for root in self.file.roots:
+        for root in self._roots():
             yield from _tree(root, glyphs)
 
     def _legend(self, drawing: _Drawing) -> Iterator[Text]:
@@ -96,10 +100,11 @@ def _tree(root: TracedSpan, glyphs: Glyphs) -> Iterator[tuple[str, str, TracedSp
     waiting = [("", "", 0, root)]
     while waiting:
         guide, below, depth, span = waiting.pop()
-        yield guide, below + (glyphs.line if span.children else " " * len(glyphs.line)), span
+        children = [*span.children, *span.linked]
+        yield guide, below + (glyphs.line if children else " " * len(glyphs.line)), span
         inner = below if depth < DEEPEST else below[: -len(glyphs.line)]
-        for child in reversed(span.children):
-            last = child is span.children[-1]
+        for child in reversed(children):
+            last = child is children[-1]
             waiting.append(
                 (
                     inner + (glyphs.last if last else glyphs.branch),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any, Final, cast
 
 import msgspec
@@ -44,7 +45,7 @@ def _read_leniently(data: bytes) -> Any:
     if not is_utf8(data):
         REPAIRS.count += 1
     try:
-        return _without_lone_surrogates(json.loads(data.decode("utf-8-sig", errors="replace")))
+        return without_lone_surrogates(json.loads(data.decode("utf-8-sig", errors="replace")))
     except (ValueError, RecursionError):
         raise StreamProtocolError(f"expected JSON from the service, got {describe(data)}") from None
 
@@ -58,14 +59,15 @@ def is_utf8(data: bytes) -> bool:
     return True
 
 
-def _without_lone_surrogates(value: object) -> object:
+def without_lone_surrogates(value: object) -> object:
+    """Return a JSON value with U+FFFD in place of each half of a surrogate pair."""
     if isinstance(value, str):
         return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    if isinstance(value, list):
-        return [_without_lone_surrogates(item) for item in cast("list[object]", value)]
+    if isinstance(value, (list, tuple)):
+        return [without_lone_surrogates(item) for item in cast("Sequence[object]", value)]
     if isinstance(value, dict):
         return {
-            cast("str", _without_lone_surrogates(key)): _without_lone_surrogates(item)
+            cast("str", without_lone_surrogates(key)): without_lone_surrogates(item)
             for key, item in cast("dict[str, object]", value).items()
         }
     return value

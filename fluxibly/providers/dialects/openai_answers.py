@@ -68,13 +68,18 @@ def _new_id() -> str:
 # Whole answers
 
 
-def completion(response: Response, request: Request) -> dict[str, Any]:
-    """Return a whole answer as a `chat.completion`. The messages that middleware added are left out."""
+def completion(response: Response, model: str) -> dict[str, Any]:
+    """Return a whole answer as a `chat.completion`. The messages that middleware added are left out.
+
+    Args:
+        response: the answer.
+        model: the model that was asked, for an answer that names none.
+    """
     body: dict[str, Any] = {
         "id": response.id or _new_id(),
         "object": "chat.completion",
         "created": int(time.time()),
-        "model": response.model or request.model,
+        "model": response.model or model,
         "choices": [
             {
                 "index": index,

@@ -1,0 +1,503 @@
+"""The rows of a run, asked many at once. Their lines are written as they come."""
+
+from __future__ import annotations
+
+import errno
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping
+from typing import Any, Protocol
+
+import attrs
+
+from fluxibly._loops import wait_for
+from fluxibly.batch._input import Row
+from fluxibly.batch._journal import Entry, Journal
+from fluxibly.batch._lines import Line, encoded, line_of
+from fluxibly.batch._patience import Patience, may_help, named
+from fluxibly.batch._repeats import MOST_FOLLOWERS, Repeats, copied
+from fluxibly.batch._stack import watched
+from fluxibly.errors import BadPrompt, BudgetExceeded, root_cause
+from fluxibly.llm import LLM, AsyncLLM
+from fluxibly.messages import Message
+from fluxibly.middleware import Defaults
+from fluxibly.middleware._request_key import request_key
+from fluxibly.pipeline import AsyncPipeline
+from fluxibly.types import CallRecord, Request, replaced
+
+SYNC_EVERY = 1.0
+"""The seconds after which what is written is also safe from a power cut. A process that is killed loses nothing."""
+_MOST_UNWRITTEN = 256
+"""The most lines that are kept until they are written."""
+DISK_FULL = "disk full"
+STOPPED = "told to stop"
+BUDGET = "the budget is used up"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class Counted(Protocol):
+    """What is counted meanwhile: a `Report`."""
+
+    answered: int
+    failed: int
+    asked: int
+    in_flight: int
+    input_tokens: int
+    output_tokens: int
+    cost: float | None
+    errors: dict[str, int]
+    stopped: str | None
+
+
+class Requests:
+    """What makes requests of rows, and their keys.
+
+    Args:
+        system: a system message for each prompt that has none.
+    """
+
+    def __init__(self, llm: LLM | AsyncLLM, system: str | None = None) -> None:
+        self._llm = llm
+        self._system = None if system is None else Message.system(system)
+        self._info = llm.pipeline.info
+        self._defaults = [layer for layer in llm.pipeline.middleware if isinstance(layer, Defaults)]
+
+    @property
+    def settings(self) -> str:
+        """A hash of what is sent beside the rows."""
+        return self._key_of(self._request("-", {}))
+
+    def _request(self, prompt: Any, settings: Mapping[str, Any]) -> Request:
+        request = self._llm.request(prompt, settings)
+        system = self._system
+        if system is None or any(message.role == "system" for message in request.messages):
+            return request
+        return replaced(request, {"messages": (system, *request.messages)})
+
+    def completed(self, request: Request) -> Request:
+        """Return a request with what the stack's `Defaults` add to it."""
+        for layer in self._defaults:
+            request = layer.completed(request)
+        return request
+
+    def _key_of(self, request: Request) -> str:
+        return request_key(self.completed(request), self._info)
+
+    def of(self, row: Row) -> tuple[Request, str]:
+        """Return the request of a row, and its key.
+
+        Raises:
+            Exception: the row cannot be asked.
+        """
+        if row.problem is not None:
+            raise BadPrompt(row.problem)
+        request = self._request(row.prompt, row.settings)
+        return request, self._key_of(request)
+
+    def key_of(self, row: Row) -> str:
+        """Return the key of a row; "" if it cannot be asked."""
+        try:
+            return self.of(row)[1]
+        except Exception:  # noqa: BLE001  # as when it is asked
+            return ""
+
+
+class _Asker:
+    """One of the tasks that ask rows, one after another, and the call that it is at. It is watched by the layers of the stack."""
+
+    __slots__ = ("_asking", "answers", "call", "scope", "sending", "sent_at")
+
+    def __init__(self, asking: Asking, scope: Any) -> None:
+        self._asking = asking
+        self.scope = scope
+        self.begin()
+
+    def begin(self) -> None:
+        """Begin a call."""
+        self.call: CallRecord | None = None
+        self.sending = self.answers = 0
+        self.sent_at = 0.0
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is lost if this row is dropped: no request of it is under way, or was answered."""
+        return not (self.sending or self.answers)
+
+    def may_send(self) -> bool:
+        if self._asking.is_over and self.is_idle:
+            self.scope.cancel()
+            return False
+        return True
+
+    def begins(self) -> None:
+        self.sending += 1
+        self._asking.report.in_flight += 1
+        self.sent_at = time.monotonic()
+
+    def ends(self, *, answered: bool) -> None:
+        self.sending -= 1
+        self._asking.report.in_flight -= 1
+        self.answers += answered
+
+
+@attrs.define(eq=False)
+class Asking:
+    """Asks rows until there are none left, or it has to stop.
+
+    Args:
+        rows: those to ask, and perhaps some after `limit`.
+        limit: the number from which on rows are not to be asked.
+        requests: makes requests of them.
+        pipeline: answers requests. Its stack is that of a batch (`stack_for`).
+        journal: takes the lines.
+        report: counts meanwhile.
+        concurrency: the most rows at once.
+        whole: whether lines have whole answers.
+        repeats: the answers to be used again; None: equal rows are asked again.
+        stops_at_budget: whether a used-up budget stops the run, and not only the row.
+        stop_after_errors: the number of rows that stop the run if they are the first, and all fail alike and for good.
+        each_second: is called about once a second.
+    """
+
+    rows: Iterable[Row] | AsyncIterable[Row]
+    limit: float
+    requests: Requests
+    pipeline: AsyncPipeline
+    journal: Journal
+    report: Counted
+    concurrency: int
+    whole: bool = False
+    repeats: Repeats | None = None
+    stops_at_budget: bool = False
+    stop_after_errors: int = 20
+    each_second: Callable[[], object] = lambda: None
+
+    is_over: bool = attrs.field(default=False, init=False)
+    """Whether nothing more is begun."""
+    _ended: deque[Entry] = attrs.field(factory=deque[Entry], init=False)
+    """The lines that are not written yet."""
+    _alike: list[Entry] | None = attrs.field(factory=list[Entry], init=False)
+    """The lines of the first rows, as long as all fail alike. They are held back. None: not all do."""
+    _alike_as: str = attrs.field(default="", init=False)
+    _left: deque[Row] = attrs.field(factory=deque[Row], init=False)
+    """Rows that have waited for an equal one, in vain."""
+    _patience: Patience = attrs.field(factory=Patience, init=False)
+    _askers: set[_Asker] = attrs.field(factory=set[_Asker], init=False)
+    _asked: int = attrs.field(default=0, init=False)
+    """The rows that are being asked, or wait for that."""
+    _broke: deque[Any] = attrs.field(factory=deque[Any], init=False)
+    """The rows that wait for others to end, because the budget has no more for them."""
+    _error: BaseException | None = attrs.field(default=None, init=False)
+    _now: Iterator[Row] | None = attrs.field(default=None, init=False)
+    _later: AsyncIterator[Row] | None = attrs.field(default=None, init=False)
+    """The rows of a stream."""
+    _turn: Any = attrs.field(default=None, init=False)
+    """Held by the task that reads a stream."""
+    _tasks: Any = attrs.field(default=None, init=False)
+    _scope: Any = attrs.field(default=None, init=False)
+    _changed: Any = attrs.field(default=None, init=False)
+
+    # From outside
+
+    def stop(self, why: str = STOPPED) -> None:
+        """Begin nothing more. What is in flight ends; what only waits is dropped."""
+        if self.is_over:
+            return
+        self.is_over = True
+        self.report.stopped = why
+        for asker in self._askers:
+            if asker.is_idle:
+                asker.scope.cancel()
+
+    def cancel(self) -> None:
+        """Cancel what is in flight, too."""
+        self.stop()
+        if self._scope is not None:
+            self._scope.cancel()
+
+    async def run(self) -> None:
+        """Ask the rows, until all are done or something stops it.
+
+        Raises:
+            BaseException: what a row raised that is no `Exception`, and what the input raised. What came before is written.
+        """
+        import anyio  # late, to keep `import fluxibly` fast
+
+        if not self.stop_after_errors:
+            self._alike = None
+        self._changed, self._turn = anyio.Event(), anyio.Lock()
+        rows = self.rows
+        if isinstance(rows, AsyncIterable):
+            rows = self._later = aiter(rows)
+        else:
+            self._now = iter(rows)
+        try:
+            async with anyio.create_task_group() as beside:
+                beside.start_soon(self._sync)
+                async with anyio.create_task_group() as self._tasks:
+                    self._scope = self._tasks.cancel_scope
+                    self._start()
+                    await self._collect()
+                beside.cancel_scope.cancel()
+        finally:
+            self._end()
+            if isinstance(rows, AsyncGenerator):
+                with anyio.CancelScope(shield=True):
+                    await rows.aclose()
+        if self._error is not None:
+            raise self._error
+
+    async def _collect(self) -> None:
+        """Write the lines as they come."""
+        import anyio  # late, as above
+
+        try:
+            while self._askers:
+                await wait_for(self._changed, SYNC_EVERY)
+                self._changed = anyio.Event()
+                self._write()
+        except BaseException as error:
+            if isinstance(error, anyio.get_cancelled_exc_class()):
+                raise
+            self._fail(error)
+
+    async def _sync(self) -> None:
+        """Have the disk keep what is written, in a thread, so that a slow disk holds up no request."""
+        import anyio  # late, as above
+
+        while True:
+            await anyio.sleep(SYNC_EVERY)
+            self.each_second()
+            if not self.journal.is_synced:
+                try:
+                    await anyio.to_thread.run_sync(self.journal.sync)
+                except OSError as error:
+                    self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        """End all because of an error, which `run` raises."""
+        self._error = self._error or error
+        self._scope.cancel()
+
+    def _end(self) -> None:
+        """Write what is left."""
+        if self._alike and len(self._alike) < self.stop_after_errors:
+            self._ended.extend(self._alike)
+        self._alike = None
+        try:
+            self._write()
+        except OSError as error:
+            self._error = self._error or error
+
+    # The tasks
+
+    def _start(self) -> None:
+        import anyio  # late, as above
+
+        asker = _Asker(self, anyio.CancelScope())
+        self._askers.add(asker)
+        self._tasks.start_soon(self._ask_rows, asker)
+
+    async def _ask_rows(self, asker: _Asker) -> None:
+        import anyio.lowlevel  # late, as above
+
+        watched.set(asker)
+        try:
+            with asker.scope:
+                while (row := await self._next()) is not None:
+                    self._asked += 1
+                    if len(self._askers) < self.concurrency:
+                        self._start()
+                    try:
+                        await self._ask(asker, row)
+                    finally:
+                        self._asked -= 1
+                        self._wake_broke()
+                    if len(self._ended) > _MOST_UNWRITTEN:  # a model in this process may never wait for anything
+                        await anyio.lowlevel.checkpoint()
+        except Exception as error:  # noqa: BLE001  # of the input, for example
+            self._error = self._error or error
+            self.stop()
+        except BaseException as error:
+            if isinstance(error, anyio.get_cancelled_exc_class()):
+                raise
+            self._fail(error)
+        finally:
+            self._askers.discard(asker)
+            self._changed.set()
+
+    async def _next(self) -> Row | None:
+        """Return the next row to ask."""
+        while self._patience.is_out:
+            await self._patience.wait()
+        if self.is_over:
+            return None
+        if self._left:
+            return self._left.popleft()
+        if self._now is not None:
+            row = next(self._now, None)
+        else:
+            async with self._turn:
+                row = None if self.is_over or self._later is None else await anext(self._later, None)
+        if row is None or row.number >= self.limit:
+            self._now, self._later = iter(()), None
+            return None
+        return row
+
+    # A row
+
+    async def _ask(self, asker: _Asker, row: Row) -> None:
+        began = time.perf_counter()
+        request, key, error = None, "", None
+        try:
+            request, key = self.requests.of(row)
+        except Exception as raised:  # noqa: BLE001  # one row harms no other
+            error = raised
+        if request is None:
+            self._finish(row, self._line(row, key, began, error=error), error)
+            return
+        repeats = self.repeats
+        if repeats is None:
+            await self._ask_for(asker, row, request, key, began)
+            return
+        while repeats.followers >= MOST_FOLLOWERS and repeats.is_asked(key):
+            await self._some_end()
+        if (known := repeats.answer(key)) is not None:
+            self._finish(row, copied(known, row), None)
+        elif repeats.begin(key, row):
+            line = None
+            try:
+                line = await self._ask_for(asker, row, request, key, began)
+            finally:
+                waiting = repeats.end(key, line)
+            for each in waiting:
+                if line is None:
+                    self._left.append(each)
+                else:
+                    self._finish(each, copied(line, each), None)
+
+    async def _ask_for(self, asker: _Asker, row: Row, request: Request, key: str, began: float) -> Line | None:
+        """Ask until there is an answer, or an error that stays. Return the line of an answer."""
+        attempts = refusals = 0
+        while True:
+            asker.begin()
+            try:
+                response = await self.pipeline.complete(request)
+            except Exception as error:  # noqa: BLE001  # one row harms no other
+                call = asker.call
+                attempts += 0 if call is None else call.attempts
+                if not await self._is_over_for(asker, error, refusals):
+                    refusals += 1
+                    continue
+                if self._is_without_line(error):
+                    return None
+                self.report.asked += attempts > 0
+                line = self._line(row, key, began, error=error, call=call, request=request)
+                line.attempts = attempts
+                self._finish(row, line, error)
+                return None
+            self._patience.heard()
+            self.report.asked += 1
+            line = self._line(row, key, began, response=response, call=asker.call, request=request)
+            line.attempts += attempts
+            self._finish(row, line, None)
+            return line
+
+    async def _is_over_for(self, asker: _Asker, error: Exception, refusals: int) -> bool:
+        """Return whether a row is not to be asked again, after a wait if it is."""
+        cause = root_cause(error)
+        if isinstance(cause, BudgetExceeded) and self.stops_at_budget:
+            if self._asked > len(self._broke) + 1:  # what others have reserved, and do not use, comes back
+                await self._some_end()
+                return False
+            self.stop(BUDGET)
+            return True
+        if not may_help(cause, 0 if asker.call is None else asker.call.attempts):
+            self._patience.heard()
+            return True
+        asker.answers = 0  # what failed has brought nothing that would be lost
+        if await self._patience.again(asker, cause, asker.sent_at, refusals):
+            return False
+        if self._patience.stopped is not None:
+            self.stop(self._patience.stopped)
+        return True
+
+    def _is_without_line(self, error: Exception) -> bool:
+        """Return whether a row that was not answered is to be asked again in another run."""
+        cause = root_cause(error)
+        if isinstance(cause, BudgetExceeded) and self.stops_at_budget:
+            return True
+        return self._patience.stopped is not None and may_help(cause, 0)
+
+    async def _some_end(self) -> None:
+        """Wait until another row has ended."""
+        import anyio  # late, as above
+
+        event = anyio.Event()
+        self._broke.append(event)
+        await event.wait()
+
+    def _wake_broke(self) -> None:
+        """Have two rows try again that wait for others to end: one would be too few if all take less than was thought."""
+        for _ in range(min(2, len(self._broke))):
+            self._broke.popleft().set()
+
+    def _line(self, row: Row, key: str, began: float, **outcome: Any) -> Line:
+        elapsed = time.perf_counter() - began
+        return line_of(row.number, row.custom_id, key, elapsed, whole=self.whole, **outcome)
+
+    def _finish(self, row: Row, line: Line, error: BaseException | None) -> None:
+        """Take the line of a row that has ended."""
+        self._count(line)
+        entry = Entry(row.number, line.error is not None, encoded(line), line.key)
+        if self._alike is not None and not self._passes(self._alike, entry, error):
+            return
+        if not self._ended:
+            self._changed.set()
+        self._ended.append(entry)
+
+    def _passes(self, alike: list[Entry], entry: Entry, error: BaseException | None) -> bool:
+        """Return whether a line may be written, since not all of the first rows have failed alike."""
+        cause = None if error is None else root_cause(error)
+        if cause is not None and self.stop_after_errors and not may_help(cause, 0):
+            if not alike:
+                self._alike_as = named(cause)
+            if named(cause) == self._alike_as:
+                alike.append(entry)
+                if len(alike) == self.stop_after_errors:
+                    self.stop(f"the first {len(alike)} rows all failed alike: {self._alike_as}")
+                return False
+        if len(alike) < self.stop_after_errors:
+            self._ended.extend(alike)
+            self._alike = None
+            self._changed.set()
+        return True
+
+    def _count(self, line: Line) -> None:
+        report = self.report
+        if line.error is not None:
+            kind = line.error["type"]
+            report.errors[kind] = report.errors.get(kind, 0) + 1
+        if line.usage is not None:
+            report.input_tokens += line.usage.get("input_tokens", 0)
+            report.output_tokens += line.usage.get("output_tokens", 0)
+        if line.cost is not None:
+            report.cost = (report.cost or 0.0) + line.cost
+
+    # The journal
+
+    def _write(self) -> None:
+        """Write the lines that are there. If the disk is full, those that are left are tried again later."""
+        if self._ended:
+            try:
+                self.journal.write(self._ended, None if self.repeats is None else self._wrote)
+            except OSError as error:
+                if error.errno not in FULL:
+                    raise
+                self.stop(DISK_FULL)
+                self.report.stopped = DISK_FULL
+        self.report.answered, self.report.failed = self.journal.answered, len(self.journal.failed)
+
+    def _wrote(self, entry: Entry, offset: int) -> None:
+        if self.repeats is not None and not entry.failed and entry.key:
+            self.repeats.wrote(entry.key, offset)

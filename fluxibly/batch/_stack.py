@@ -1,0 +1,141 @@
+"""The stack of a batch: the user's own, with what many calls at once need, and with the borders between which a call is watched."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable
+from contextvars import ContextVar
+from typing import Any, Protocol
+
+from fluxibly.errors import ConfigError
+from fluxibly.flow import CallNext, Flow, Middleware, sleep
+from fluxibly.middleware import Budget, Concurrency, Cost, RateLimit
+from fluxibly.prices import GivenPrices, Prices
+from fluxibly.types import CallRecord, ProviderInfo, Request, Response
+
+FOREVER = 1e9
+"""The seconds for which a row waits for its turn: about thirty years."""
+AT_ONCE = 1_000
+"""The most rows at once where the number is found by latency."""
+
+
+class Watched(Protocol):
+    """What asks a row. It watches the call."""
+
+    call: CallRecord | None
+    """The record of the call, once it has begun."""
+
+    def may_send(self) -> bool:
+        """Return whether another attempt may begin. If not, the task is cancelled already."""
+        ...
+
+    def begins(self) -> None:
+        """Note that an attempt begins."""
+        ...
+
+    def ends(self, *, answered: bool) -> None:
+        """Note that an attempt has ended."""
+        ...
+
+
+watched: ContextVar[Watched] = ContextVar("watched")
+"""What asks a row in this context."""
+
+
+def _note_call(request: Request, call_next: CallNext) -> Flow[Response]:
+    """Note the record of a call. It stands outside of all layers."""
+    watched.get().call = request.call
+    return (yield from call_next(request))
+
+
+def _watch_attempt(request: Request, call_next: CallNext) -> Flow[Response]:
+    """Watch the attempts of a call. It stands inside of all layers, so what waits for its turn is not here yet."""
+    watching = watched.get()
+    while not watching.may_send():
+        yield from sleep(1.0)  # here the cancellation arrives
+    watching.begins()
+    try:
+        response = yield from call_next(request)
+    except BaseException:
+        watching.ends(answered=False)
+        raise
+    watching.ends(answered=True)
+    return response
+
+
+def stack_for(
+    stack: Iterable[Middleware],
+    info: ProviderInfo,
+    model: str,
+    *,
+    adapts: bool,
+    budget: float | None = None,
+    requests: float | None = None,
+    tokens: float | None = None,
+) -> list[Middleware]:
+    """Return the stack of a batch.
+
+    What it adds stands innermost, so that each attempt of a `Retry` waits for its turn: a `Budget`; a `RateLimit`, which finds the
+    rate unless it is given; and a `Concurrency` that finds how many calls at once are best. What the user's stack has already is
+    not added, except for limits that are given. `Cost` is added outermost if prices are known. A model in this process has no rate.
+
+    Args:
+        adapts: whether the number of calls at once is to be found.
+        budget: US dollars.
+        requests, tokens: a minute.
+
+    Raises:
+        ConfigError: there is a budget, and the price of the model is not known.
+    """
+    layers = list(stack)
+    has_rate, has_concurrency = _has(layers, RateLimit), _has(layers, Concurrency)
+    prices = next((layer.prices for layer in layers if isinstance(layer, Cost)), None)
+    if budget is not None and not _is_known(prices, info, model):
+        raise ConfigError(
+            f"budget: expected a known price of {model!r}, found none; give it to Cost in the stack, in US dollars for a million "
+            f"tokens of input and output: Cost(prices={{{model!r}: (0.15, 0.60)}})"
+        )
+    if not _has(layers, Cost) and (budget is not None or (_has_prices() and _is_known(None, info, model))):
+        layers.insert(0, Cost())
+    if budget is not None:
+        layers.append(Budget(cost=budget, prices=prices))
+    if requests is not None or tokens is not None:
+        layers.append(RateLimit(requests=requests, tokens=tokens, max_wait=FOREVER))
+    elif not (has_rate or info.in_process):
+        layers.append(RateLimit(max_wait=FOREVER))
+    if adapts and not (has_concurrency or info.in_process):
+        layers.append(Concurrency("auto", queue=10 * AT_ONCE, max_wait=FOREVER))
+    return [_note_call, *layers, _watch_attempt]
+
+
+def limits_in_force(stack: Iterable[Middleware]) -> tuple[float | None, int | None]:
+    """Return the requests a second and the calls at once that the layers of a stack allow now, as far as that is known."""
+    layers = list(stack)
+    rates = [layer.rate_now() for layer in layers if isinstance(layer, RateLimit)]
+    places = [layer.places_now() for layer in layers if isinstance(layer, Concurrency)]
+    return (
+        min([rate for rate in rates if rate is not None], default=None),
+        min([number for number in places if number is not None], default=None),
+    )
+
+
+def stops_all(stack: Iterable[Middleware]) -> bool:
+    """Return whether a budget of the stack is one for all calls, so that no row can be asked once it is used up."""
+    return any(isinstance(layer, Budget) and layer.scope == "instance" for layer in stack)
+
+
+def _has(layers: Iterable[Middleware], kind: type[Any]) -> bool:
+    return any(isinstance(layer, kind) for layer in layers)
+
+
+def _has_prices() -> bool:
+    return importlib.util.find_spec("genai_prices") is not None
+
+
+def _is_known(given: GivenPrices | None, info: ProviderInfo, model: str) -> bool:
+    """Return whether the price of a model is known. It imports genai-prices only for a service that is in there.
+
+    Raises:
+        ConfigError: no prices are given, and genai-prices is not installed.
+    """
+    return Prices(given, "Batch").of(info, model) is not None
