@@ -80,6 +80,7 @@ class Batch:
         llm: the model. A `LLM` is asked by an asynchronous copy of its own.
         prompts: the input: a file, or a source of rows.
         answers: the output: a file of JSON lines, in the order in which they come; or an `Output` of another form.
+        system: instructions for the model, before each prompt that has no system message.
         concurrency: the most calls at once. "auto" finds it by latency, up to 1,000.
         rpm, tpm: the most requests and tokens a minute, at least those that the service allows. None: they are found.
         limit: the number of rows, from the first, that the batch is about; None: all.
@@ -110,6 +111,7 @@ class Batch:
         prompts: str | os.PathLike[str] | Source,
         answers: str | os.PathLike[str] | Output,
         *,
+        system: str | None = None,
         concurrency: int | Literal["auto"] = "auto",
         rpm: float | None = None,
         tpm: float | None = None,
@@ -139,6 +141,7 @@ class Batch:
         self.llm = llm
         self.output = answers if isinstance(answers, Output) else Output(answers)
         self.answers = self.output.path
+        self.system = system
         self.concurrency: int | Literal["auto"] = concurrency
         self.rpm = rpm
         self.tpm = tpm
@@ -155,6 +158,8 @@ class Batch:
         self.one_trace = one_trace
         self.source: Source = open_input(prompts) if isinstance(prompts, (str, os.PathLike)) else prompts
         """The input, which knows its size and the position in it."""
+        self.reached = 0
+        """The rows of the input up to the last one that was read. With the source's position and size, it says how many there are."""
         self.report = Report()
         self._stops = 0
         self._notice: Callable[[], object] = _nothing
@@ -249,7 +254,7 @@ class Batch:
         began = perf_counter()
         with Journal(self.output.journal_path) as journal:
             self._check_files(journal)
-            requests = Requests(llm)
+            requests = Requests(llm, self.system)
             repeats = Repeats(journal) if self.dedupe else None
             self._names = Names() if self.source.is_stream else None
             left = await self._read(journal, requests, repeats)
@@ -410,10 +415,11 @@ class Batch:
         done = journal.done
 
         def is_done(number: int) -> bool:
+            self.reached = number + 1
             return number in done and number not in again
 
         known = None if self._names is None or not done else self._names.numbers
-        return self.source.rows(is_done if again else done.__contains__, known)
+        return self.source.rows(is_done, known)
 
     def _complete(self, journal: Journal, left: _Left) -> None:
         """Do what is left to do when all rows are done."""

@@ -46,10 +46,15 @@ class Display:
         if self._screen.quiet:
             yield
         elif self._screen.draws_aside:
-            with Live(
+            live = Live(
                 self, console=self._screen.err, refresh_per_second=REFRESHES, transient=True, redirect_stdout=False
-            ):
+            )
+            live.start()
+            try:
                 yield
+            finally:
+                with suppress(OSError):  # the terminal may be gone; what the batch has come to does not depend on it
+                    live.stop()
         else:
             ended = threading.Event()
             thread = threading.Thread(target=self._lines, args=(ended,), name="fluxibly-progress", daemon=True)
@@ -110,7 +115,7 @@ class Display:
             bar.add_column(no_wrap=True)
         text = Text.assemble(share, (f"  {left}" if left else "", "dim"))
         total, done = (1.0, 0.0) if figures.share is None else (1.0, figures.share)
-        name = self._batch.answers.name
+        name = self._batch.output.path.name
         name = name if len(name) <= width // 3 else f"…{name[1 - width // 3 :]}"
         room = max(width - len(name) - text.cell_len - 3, 5)
         bar.add_row(Text(name, "bold"), ProgressBar(total=total, completed=done, width=room), text)

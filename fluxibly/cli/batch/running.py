@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -14,6 +15,7 @@ from fluxibly.cli.batch.display import Display
 
 _HANGUP: signal.Signals | None = getattr(signal, "SIGHUP", None)
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, *(() if _HANGUP is None else (_HANGUP,)))
+_OUTPUTS = (1, 2)
 
 
 def run(batch: Batch, display: Display, *, cancels: bool = False) -> bool:
@@ -41,10 +43,13 @@ def run(batch: Batch, display: Display, *, cancels: bool = False) -> bool:
 def _stopped_by_signals(stop: Callable[[], object]) -> Generator[list[int]]:
     """Call `stop` at each signal meanwhile. The value is the signals that came. What the parent has ignored stays ignored."""
     received: list[int] = []
+    terminals = [descriptor for descriptor in _OUTPUTS if os.isatty(descriptor)]
 
     def handle(number: int, _: FrameType | None) -> None:
-        if number == _HANGUP and number in received:
-            return  # a terminal that is closed may send it, and the shell in it again
+        if number == _HANGUP:
+            _leave(terminals)
+            if number in received:
+                return  # a terminal that is closed may send it, and the shell in it again
         received.append(number)
         if len(received) > 2:
             raise KeyboardInterrupt
@@ -60,3 +65,12 @@ def _stopped_by_signals(stop: Callable[[], object]) -> Generator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _leave(terminals: Sequence[int]) -> None:
+    """Write to nowhere what goes to a terminal that is closed, since each write to it would fail."""
+    for descriptor in terminals:
+        if not os.isatty(descriptor):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, descriptor)
+            os.close(nowhere)

@@ -122,6 +122,8 @@ def batch(  # noqa: PLR0917  # typer reads the options from the parameters
     failed, 2 for a mistake in the command, 75 if it has stopped and the same command goes on, and 130 after Ctrl-C.
     """
     from fluxibly.batch import Batch
+    from fluxibly.batch._finish import Output
+    from fluxibly.batch._input import open_input
     from fluxibly.cli.batch import Ending, run, show_estimate
     from fluxibly.cli.batch.display import Display
     from fluxibly.cli.batch.settings import (
@@ -130,7 +132,6 @@ def batch(  # noqa: PLR0917  # typer reads the options from the parameters
         count_of,
         dollars_of,
         template_of,
-        with_rates,
     )
     from fluxibly.cli.chat import check_installed, recorder
     from fluxibly.cli.chat.settings import parameters_of
@@ -148,20 +149,23 @@ def batch(  # noqa: PLR0917  # typer reads the options from the parameters
         raise ConfigError("--one-trace: expected a place for the spans; add --trace FILE or --otlp URL")
     at_once = concurrency_of(concurrency)
     dollars = dollars_of(budget)
-    rates = count_of("--rpm", rpm), count_of("--tpm", tpm)
+    requests, tokens = count_of("--rpm", rpm), count_of("--tpm", tpm)
     text = template_of(template)
     check_files(prompts, out, errors)
     parameters = parameters_of(option or ())
-    settings = with_rates(parameters.configure(config_of(config, framework, model)), *rates)
+    settings = parameters.configure(config_of(config, framework, model))
     screen = Screen(quiet=quiet)
     log_to(screen, log_level or "critical")
     check_installed(settings.framework, spans=trace is not None or otlp is not None)
     with LLM(settings) as llm:
         made = Batch(
             llm,
-            prompts,
-            out,
+            open_input(prompts, column=column, template=text),
+            Output(out, format=output_format, ordered=ordered, errors=errors),
+            system=system,
             concurrency=at_once,
+            rpm=requests,
+            tpm=tokens,
             limit=limit,
             dedupe=dedupe,
             budget=dollars,
