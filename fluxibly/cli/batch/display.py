@@ -94,9 +94,11 @@ class Display:
         return [*facts, *spent(report), *self._limits(), *self._batches()]
 
     def _limits(self) -> list[str]:
-        """Return the limits that were found and hold now."""
+        """Return the limits that were found and hold now, and what there is to say of batches at the provider."""
         report = self._batch.report
-        found: list[str] = []
+        found = [f"{count:,} {status.replace('_', ' ')}" for status, count in report.batches.items()]
+        if report.notice is not None:
+            found.append(report.notice)
         if report.rate is not None:
             found.append(f"limit {60 * report.rate:,.0f} a minute")
         if report.places is not None:
