@@ -94,11 +94,9 @@ class Display:
         return [*facts, *spent(report), *self._limits(), *self._batches()]
 
     def _limits(self) -> list[str]:
-        """Return the limits that were found and hold now, and what there is to say of batches at the provider."""
+        """Return the limits that were found and hold now."""
         report = self._batch.report
-        found = [f"{count:,} {status.replace('_', ' ')}" for status, count in report.batches.items()]
-        if report.notice is not None:
-            found.append(report.notice)
+        found: list[str] = []
         if report.rate is not None:
             found.append(f"limit {60 * report.rate:,.0f} a minute")
         if report.places is not None:
@@ -106,9 +104,11 @@ class Display:
         return found
 
     def _batches(self) -> list[str]:
-        """Return the batches at the provider by their states."""
-        found = self._batch.report.batches
-        return [f"batches: {', '.join([f'{count} {state}' for state, count in found.items()])}"] if found else []
+        """Return what there is to say of batches at the provider."""
+        report = self._batch.report
+        states = [f"{count:,} {state.replace('_', ' ')}" for state, count in report.batches.items()]
+        found = [f"batches: {', '.join(states)}"] if states else []
+        return found if report.notice is None else [*found, report.notice]
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         figures, report = self._progress.figures(), self._batch.report
