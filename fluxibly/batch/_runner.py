@@ -150,7 +150,7 @@ class Batch:
         self.budget = budget
         self.stop_after_errors = stop_after_errors
         self.retry_errors = retry_errors
-        self.changed = changed
+        self.changed: Literal["keep", "ask"] | None = changed
         self.executor: Literal["online", "provider"] = "online" if executor == "online" else "provider"
         self.batches = ProviderBatches() if executor == "provider" else None if executor == "online" else executor
         """How the provider's batches are used; None: they are not."""
