@@ -18,7 +18,7 @@ from math import inf
 from pathlib import Path
 from secrets import token_hex
 from time import monotonic, time
-from typing import Any, BinaryIO, Final, Literal, Protocol, TypeVar, cast
+from typing import Any, BinaryIO, Final, Literal, NoReturn, Protocol, TypeVar, cast
 
 import attrs
 
@@ -676,7 +676,7 @@ class AtProvider:
             self._full_until = 0.0
         return True
 
-    def _doubt(self, submission: Submission, why: str) -> None:
+    def _doubt(self, submission: Submission, why: str) -> NoReturn:
         """Stop, since nobody can tell whether rows were answered and paid.
 
         Raises:
@@ -726,7 +726,6 @@ class AtProvider:
             if not cursor:
                 return None, may_be
         self._doubt(submission, "the service has too many batches to find one whose submission was not answered")
-        raise AssertionError("unreachable: `_doubt` raises")
 
     async def _has_ids_of(self, batch: RemoteBatch, submission: Submission) -> bool | None:
         """Return whether the results of a batch are those of a submission; None if it has none yet."""

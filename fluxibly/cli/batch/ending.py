@@ -58,8 +58,10 @@ class Ending:
         if report.errors:
             lines.append(f"errors: {by_class(report.errors)}")
         if report.stopped is not None:
-            lines += [] if self.was_told else [f"stopped: {report.stopped}"]
-            lines.append(f"go on: {self._command(self.arguments)}")
+            # Who has stopped it knows that, but not what goes on at a provider.
+            lines += [] if self.was_told and batch.executor == "online" else [f"stopped: {report.stopped}"]
+            arguments = [argument for argument in self.arguments if argument != "--cancel"]
+            lines.append(f"go on: {self._command(arguments)}")
         elif batch.limit is not None and (total is None or batch.source.size is None or not self._is_read):
             lines.append(f"go on: {self._command(without(self.arguments, '--limit'))}")
         if report.failed:
