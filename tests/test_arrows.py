@@ -38,7 +38,7 @@ ROOMS = {
     "stores": "stores",
     "prices": "prices",
     "conversation": "conversation",
-    "_mapping _noted_calls": "mapping",
+    "_mapping": "mapping",
     "llm _keywords": "llm",
     "batch": "batch",
     "explain": "explain",
@@ -103,7 +103,7 @@ ARROWS = {
         "flow",
         *BASE,
     },
-    "serve": {"mapping", "llm", "pipeline", "sse", "dialects", "flow", *BASE},
+    "serve": {"llm", "pipeline", "sse", "dialects", "flow", *BASE},
     "cli": set(ROOMS.values()),
 }
 """The rooms that a room may import from, besides itself."""

@@ -9,10 +9,10 @@ import json
 import math
 from collections.abc import Awaitable, Callable, Generator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Final
 
 from fluxibly import sse
-from fluxibly._noted_calls import noted_calls
 from fluxibly.errors import FluxiblyError, ProviderError, root_cause
 from fluxibly.providers.dialects.openai_answers import completion, error_body, failure_of
 from fluxibly.types import Request
@@ -22,8 +22,10 @@ if TYPE_CHECKING:
     from opentelemetry.context import Context
     from starlette.types import Message as Event, Receive, Scope, Send
 
+    from fluxibly.flow import CallNext, Flow
     from fluxibly.pipeline import AsyncPipeline
     from fluxibly.serve._requests import Refused
+    from fluxibly.types import CallRecord, Response
 
 KEEP_ALIVE: Final = 15.0
 """Seconds of silence after which a stream sends a comment, so that no proxy ends the connection."""
@@ -61,6 +63,18 @@ def _advice(error: BaseException, status: int) -> dict[str, str]:
     if status == 400 or transient:
         return {}
     return {"x-should-retry": "false"}
+
+
+_calls: ContextVar[list[CallRecord] | None] = ContextVar("calls", default=None)
+"""The record of the call that this context makes, once it has begun. Its errors are masked against what it has sent."""
+
+
+def note_call(request: Request, call_next: CallNext) -> Flow[Response]:
+    """Note the record of a call for the code that makes the call. A middleware, outside of all others."""
+    calls = _calls.get()
+    if calls is not None:
+        calls.append(request.call)
+    return (yield from call_next(request))
 
 
 @contextmanager
@@ -114,14 +128,17 @@ class Whole(_Answer):
 
     async def answer(self, send: Send, scope: CancelScope) -> Any:
         """Make the call. Return the response."""
-        with noted_calls() as calls:
-            try:
-                with _caller(self.context):
-                    response = await self.pipeline.complete(self.request)
-                return json_response(completion(response, self.request.model))
-            except Exception as error:  # noqa: BLE001  # whatever it is, the client gets an answer
-                request = self.request.evolve(call=calls[0]) if calls else self.request
-                return failed(error, request)
+        calls: list[CallRecord] = []
+        token = _calls.set(calls)
+        try:
+            with _caller(self.context):
+                response = await self.pipeline.complete(self.request)
+            return json_response(completion(response, self.request))
+        except Exception as error:  # noqa: BLE001  # whatever it is, the client gets an answer
+            request = self.request.evolve(call=calls[0]) if calls else self.request
+            return failed(error, request)
+        finally:
+            _calls.reset(token)
 
 
 class Streamed(_Answer):

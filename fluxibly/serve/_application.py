@@ -6,9 +6,8 @@ from collections.abc import AsyncGenerator, Collection, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
-from fluxibly._noted_calls import note_call
 from fluxibly.llm import AsyncLLM
-from fluxibly.serve._answers import KEEP_ALIVE, Streamed, Whole, json_response
+from fluxibly.serve._answers import KEEP_ALIVE, Streamed, Whole, json_response, note_call
 from fluxibly.serve._gate import Gate
 from fluxibly.serve._requests import Refused, Settings, body_of, read, wrong
 
