@@ -164,6 +164,7 @@ class Asking:
         repeats: the answers to be used again; None: equal rows are asked again.
         stops_at_budget: whether a used-up budget stops the run, and not only the row.
         stop_after_errors: the number of rows that stop the run if they are the first, and all fail alike and for good.
+        is_told_to_stop: whether to stop.
         each_second: is called about once a second.
     """
 
@@ -178,6 +179,7 @@ class Asking:
     repeats: Repeats | None = None
     stops_at_budget: bool = False
     stop_after_errors: int = 20
+    is_told_to_stop: Callable[[], bool] = lambda: False
     each_second: Callable[[], object] = lambda: None
 
     is_over: bool = attrs.field(default=False, init=False)
@@ -339,6 +341,8 @@ class Asking:
         """Return the next row to ask."""
         while self._patience.is_out:
             await self._patience.wait()
+        if self.is_told_to_stop():  # from a thread; the loop, which wakes what waits, may hear of it later
+            self.stop()
         if self.is_over:
             return None
         if self._left:

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, Self
+from typing import Annotated, Any, NamedTuple, NoReturn, Self
 
 import msgspec
 
@@ -81,7 +81,7 @@ class Entry(NamedTuple):
 class Written(msgspec.Struct, gc=False):
     """What is read of a line."""
 
-    row: int
+    row: Annotated[int, msgspec.Meta(ge=0, le=_HIGHEST)]
     custom_id: str | None = None
     key: str = ""
     error: dict[str, Any] | None = None
@@ -167,7 +167,7 @@ class Journal:
             decoded = _decode_lines(lines)
         except msgspec.DecodeError:
             self._refuse(lines, offset)
-        if len(decoded) != lines.count(b"\n") or not all([0 <= each.row <= _HIGHEST for each in decoded]):
+        if len(decoded) != lines.count(b"\n"):
             self._refuse(lines, offset)
         return decoded
 
@@ -183,12 +183,10 @@ class Journal:
             number += os.pread(self._file, min(_BLOCK, offset - place), place).count(b"\n")
         for line in lines.splitlines(keepends=True):
             try:
-                if 0 <= _decode(line).row <= _HIGHEST:
-                    number += 1
-                    continue
+                _decode(line)
             except msgspec.DecodeError:
-                pass
-            break
+                break
+            number += 1
         raise ConfigError(
             f"{self.path}, line {number}: expected a line of a batch's output, got something else; nothing was written; "
             "give another output"

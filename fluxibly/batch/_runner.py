@@ -328,6 +328,7 @@ class Batch:
             repeats=repeats,
             stops_at_budget=stops_all(pipeline.middleware),
             stop_after_errors=self.stop_after_errors,
+            is_told_to_stop=lambda: self._stops > 0,
             each_second=each_second,
         )
 

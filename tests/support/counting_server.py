@@ -33,6 +33,7 @@ class CountingServer:
     at_once: int = 0
     most_at_once: int = 0
     url: str = ""
+    connections: set[Any] = attrs.Factory(set)
 
     @property
     def requests(self) -> int:
@@ -53,10 +54,16 @@ def counting_server(reply: Callable[[str], Reply] = usual) -> Iterator[CountingS
     try:
         yield service
     finally:
-        loop.call_soon_threadsafe(loop.stop)
+        loop.call_soon_threadsafe(_close, loop, server, service)
         thread.join()
-        server.close()
         loop.close()
+
+
+def _close(loop: asyncio.AbstractEventLoop, server: asyncio.Server, service: CountingServer) -> None:
+    server.close()
+    for transport in [*service.connections]:
+        transport.abort()
+    loop.call_soon(loop.call_soon, loop.stop)  # once the transports are closed
 
 
 class _Connection(asyncio.Protocol):
@@ -67,6 +74,10 @@ class _Connection(asyncio.Protocol):
 
     def connection_made(self, transport: Any) -> None:
         self._transport = transport
+        self._service.connections.add(transport)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._service.connections.discard(self._transport)
 
     def data_received(self, data: bytes) -> None:
         self._data += data
