@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import resource
 import sys
+import threading
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +20,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from openai.types.chat import ChatCompletion
 
 from fluxibly import LLM
+from fluxibly.batch import Batch
 from fluxibly.batch._finish import Output
 from fluxibly.batch._input import open_input
 from fluxibly.batch._lines import encoded, line_of
@@ -396,6 +399,11 @@ class TestFiles:
             Output(tmp_path / "out.csv", errors=tmp_path / "errors.jsonl")
         assert (tmp_path / name).read_text() == "precious"
 
+    def test_a_folder_that_does_not_exist(self, tmp_path: Path) -> None:
+        """A folder that does not exist is an error before anything is sent, and not at the end."""
+        with pytest.raises(ConfigError, match="make it first"):
+            Output(tmp_path / "out.csv", errors=tmp_path / "nowhere" / "errors.csv")
+
     @pytest.mark.parametrize("errors", ["out.jsonl", "./out.jsonl", "out.jsonl.journal"])
     def test_files_that_are_the_same(self, out: Path, errors: str) -> None:
         """Answers, errors and the journal are files of their own."""
@@ -428,6 +436,56 @@ class TestFiles:
         finally:
             tracemalloc.stop()
         assert peak < most  # of 60 MB; Parquet keeps 16 MB and copies of it
+
+
+class TestBatches:
+    def test_csv_to_parquet(self, tmp_path: Path) -> None:
+        """A table of prompts makes a table of answers, also in several runs."""
+        (tmp_path / "in.csv").write_text('id,title\na,"One, two"\nb,Three\n')
+        for limit in (1, None):
+            source = open_input(tmp_path / "in.csv", template="Title: {title}")
+            report = Batch(LLM("echo:x"), source, Output(tmp_path / "out.parquet"), limit=limit).run()
+        assert (report.answered, report.asked) == (2, 1)
+        rows = pq.read_table(tmp_path / "out.parquet").to_pylist()
+        assert [(row["row"], row["custom_id"], row["text"]) for row in rows] == [
+            (0, "a", "Title: One, two"),
+            (1, "b", "Title: Three"),
+        ]
+
+    def test_openai_to_openai(self, tmp_path: Path) -> None:
+        """A file for OpenAI's batches makes what OpenAI's batches return; what the model cannot do is an error of its row."""
+        bodies: list[dict[str, Any]] = [
+            {"model": "gpt-4o", "messages": [{"role": "user", "content": "hello"}]},
+            {"model": "gpt-4o", "messages": [{"role": "user", "content": "the garden is a secret"}], "n": 2},
+            {"model": "gpt-4o"},
+        ]
+        rows = [
+            {"custom_id": f"r{number}", "method": "POST", "url": "/v1/chat/completions", "body": body}
+            for number, body in enumerate(bodies)
+        ]
+        (tmp_path / "in.jsonl").write_text("".join([json.dumps(row) + "\n" for row in rows]))
+        output = Output(tmp_path / "out.jsonl", format="openai")
+        report = Batch(LLM("echo:mine"), tmp_path / "in.jsonl", output, stop_after_errors=0).run()
+        assert (report.answered, report.failed) == (1, 2)
+        first, second, third = lines_of(output.path)
+        body = ChatCompletion.model_validate(first["response"]["body"], strict=True)
+        assert (first["custom_id"], body.model, body.choices[0].message.content) == ("r0", "mine", "hello")
+        assert (second["custom_id"], second["error"]["code"]) == ("r1", "BadRequest")
+        assert third["error"]["message"] == "line 3: body.messages: expected a list of messages, got nothing"
+        assert "garden" not in output.journal_path.read_text()
+
+    def test_a_stream(self, tmp_path: Path) -> None:
+        """A batch of a stream goes on where it was, by the names of its rows."""
+        pipe = tmp_path / "pipe"
+        os.mkfifo(pipe)
+        for names in ("ab", "abc"):
+            lines = "".join([json.dumps({"prompt": f"prompt {name}", "custom_id": name}) + "\n" for name in names])
+            writer = threading.Thread(target=pipe.write_text, args=(lines,), daemon=True)
+            writer.start()
+            report = Batch(LLM("echo:x"), open_input(pipe), tmp_path / "out.jsonl").run()
+            writer.join()
+        assert (report.answered, report.asked) == (3, 1)
+        assert sorted(texts_of(tmp_path / "out.jsonl")) == [(0, "prompt a"), (1, "prompt b"), (2, "prompt c")]
 
 
 def test_pictures_and_thoughts(tmp_path: Path) -> None:

@@ -465,7 +465,7 @@ class TestWholeInputs:
         ("content", "said"),
         [
             ('{"prompt": "a"}'.encode("utf-16"), "expected UTF-8, got UTF-16"),
-            (gzip.compress(b'{"prompt": "a"}'), "gzip has compressed; write `zcat"),
+            (gzip.compress(b'{"prompt": "a"}', mtime=0), "gzip has compressed; write `zcat"),
             (b"PAR1xxxx", "a Parquet file; give it the suffix .parquet"),
         ],
     )
