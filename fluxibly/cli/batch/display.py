@@ -91,19 +91,24 @@ class Display:
         facts.append(f"{figures.rate:,.3g}/s" if figures.rate < 100 else f"{figures.rate:,.0f}/s")
         if figures.seconds_left is not None:
             facts.append(f"{lasting(figures.seconds_left)} left")
-        return [*facts, *spent(report), *self._limits()]
+        return [*facts, *spent(report), *self._limits(), *self._batches()]
 
     def _limits(self) -> list[str]:
-        """Return the limits that were found and hold now, and what there is to say of batches at the provider."""
+        """Return the limits that were found and hold now."""
         report = self._batch.report
-        found = [f"{count:,} {status.replace('_', ' ')}" for status, count in report.batches.items()]
-        if report.notice is not None:
-            found.append(report.notice)
+        found: list[str] = []
         if report.rate is not None:
             found.append(f"limit {60 * report.rate:,.0f} a minute")
         if report.places is not None:
             found.append(f"{report.places:,} at once")
         return found
+
+    def _batches(self) -> list[str]:
+        """Return what there is to say of batches at the provider."""
+        report = self._batch.report
+        states = [f"{count:,} {state.replace('_', ' ')}" for state, count in report.batches.items()]
+        found = [f"batches: {', '.join(states)}"] if states else []
+        return found if report.notice is None else [*found, report.notice]
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         figures, report = self._progress.figures(), self._batch.report
@@ -124,6 +129,7 @@ class Display:
         lines = [
             [figures.rows(), f"{report.in_flight:,} in flight", f"{rate}/s, {60 * figures.rate:,.0f} a minute"],
             [*spent(report), *self._limits()],
+            self._batches(),
         ]
         for facts in lines:
             if facts:
