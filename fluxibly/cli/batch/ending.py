@@ -60,8 +60,7 @@ class Ending:
         if report.stopped is not None:
             # Who has stopped it knows that, but not what goes on at a provider.
             lines += [] if self.was_told and batch.executor == "online" else [f"stopped: {report.stopped}"]
-            arguments = [argument for argument in self.arguments if argument != "--cancel"]
-            lines.append(f"go on: {self._command(arguments)}")
+            lines.append(f"go on: {self._command(self.arguments)}")
         elif batch.limit is not None and (total is None or batch.source.size is None or not self._is_read):
             lines.append(f"go on: {self._command(without(self.arguments, '--limit'))}")
         if report.failed:
