@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import errno
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Generator, Iterable, Iterator
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    AsyncIterator,
+    Callable,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+)
 from time import monotonic, perf_counter
 from typing import Any, Protocol
 
@@ -17,11 +26,12 @@ from fluxibly.batch._patience import Patience, may_help, named
 from fluxibly.batch._repeats import MOST_FOLLOWERS, Repeats, copied
 from fluxibly.batch._stack import watching
 from fluxibly.errors import BadPrompt, BudgetExceeded, root_cause
-from fluxibly.llm import AsyncLLM
+from fluxibly.llm import LLM, AsyncLLM
+from fluxibly.messages import Message
 from fluxibly.middleware import Defaults
 from fluxibly.middleware._request_key import request_key
 from fluxibly.pipeline import AsyncPipeline
-from fluxibly.types import CallRecord, Request
+from fluxibly.types import CallRecord, Request, replaced
 
 SYNC_EVERY = 1.0
 """The seconds after which what is written is also safe from a power cut. A process that is killed loses nothing."""
@@ -48,22 +58,38 @@ class Counted(Protocol):
 
 
 class Requests:
-    """What makes requests of rows, and their keys."""
+    """What makes requests of rows, and their keys.
 
-    def __init__(self, llm: AsyncLLM) -> None:
+    Args:
+        system: a system message for each prompt that has none.
+    """
+
+    def __init__(self, llm: LLM | AsyncLLM, system: str | None = None) -> None:
         self._llm = llm
+        self._system = None if system is None else Message.system(system)
         self._info = llm.pipeline.info
         self._defaults = [layer for layer in llm.pipeline.middleware if isinstance(layer, Defaults)]
 
     @property
     def settings(self) -> str:
         """A hash of what is sent beside the rows."""
-        return self._key_of(self._llm.request("-", {}))
+        return self._key_of(self._request("-", {}))
 
-    def _key_of(self, request: Request) -> str:
+    def _request(self, prompt: Any, settings: Mapping[str, Any]) -> Request:
+        request = self._llm.request(prompt, settings)
+        system = self._system
+        if system is None or any(message.role == "system" for message in request.messages):
+            return request
+        return replaced(request, {"messages": (system, *request.messages)})
+
+    def completed(self, request: Request) -> Request:
+        """Return a request with what the stack's `Defaults` add to it."""
         for layer in self._defaults:
             request = layer.completed(request)
-        return request_key(request, self._info)
+        return request
+
+    def _key_of(self, request: Request) -> str:
+        return request_key(self.completed(request), self._info)
 
     def of(self, row: Row) -> tuple[Request, str]:
         """Return the request of a row, and its key.
@@ -73,7 +99,7 @@ class Requests:
         """
         if row.problem is not None:
             raise BadPrompt(row.problem)
-        request = self._llm.request(row.prompt, row.settings)
+        request = self._request(row.prompt, row.settings)
         return request, self._key_of(request)
 
     def key_of(self, row: Row) -> str:

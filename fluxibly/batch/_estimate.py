@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import AsyncIterable, Iterator, Sequence
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
 from typing import Final, Literal, Protocol
 
 import attrs
 import msgspec
 
+from fluxibly._loops import run_to_end
 from fluxibly._masking import error_message
 from fluxibly._tokens import BYTES_A_TOKEN, size_of
+from fluxibly.batch._asking import Requests
+from fluxibly.batch._finish import Output
 from fluxibly.batch._input import Row, Source
 from fluxibly.batch._journal import Bitmap
 from fluxibly.batch._lines import Line, encoded
+from fluxibly.batch._state import State, read_state
 from fluxibly.calls import Usage
-from fluxibly.errors import BadPrompt, error_type
+from fluxibly.errors import ConfigError
 from fluxibly.flow import Middleware
 from fluxibly.llm import LLM, AsyncLLM
 from fluxibly.parts import Text
 from fluxibly.prices import GivenPrices, Prices
+from fluxibly.registry import built_in_kind
 from fluxibly.types import Request
 
 
@@ -30,9 +37,14 @@ class Estimated(Protocol):
 
     llm: LLM | AsyncLLM
     source: Source
-    answers: Path
+    output: Output
+    rpm: float | None
+    tpm: float | None
+    system: str | None
     limit: int | None
     retry_errors: bool
+    dedupe: bool
+    changed: Literal["keep", "ask"] | None
     executor: Literal["online", "provider"]
 
 
@@ -53,8 +65,8 @@ class Problem:
     message: str
     """What is wrong with the first of them."""
     rows: int = 0
-    first: list[int] = attrs.field(factory=list[int])
-    """The first of them, by number, from 0."""
+    first: list[str] = attrs.field(factory=list[str])
+    """Where the first of them stand, such as "line 7"."""
 
 
 @attrs.define
@@ -64,7 +76,11 @@ class Estimate:
     rows: int = 0
     """Rows that would be asked."""
     skipped: int = 0
-    """Rows that have a line already."""
+    """Rows that have a line already, and would keep it."""
+    changed: int = 0
+    """Rows that have a line, and would be asked otherwise now. Under `changed="ask"` they are among `rows`, else among `skipped`."""
+    repeats: int = 0
+    """Rows that get the answer of another with the same request, under `dedupe`. They are not among `rows`."""
     problems: list[Problem] = attrs.field(factory=list[Problem])
     """Why rows could not be asked, by kind. They would become errors, and are not among `rows`."""
     input_tokens: int = 0
@@ -92,54 +108,98 @@ class _Model:
     output_tokens: float = 0.0
 
 
+_NULL: Final = msgspec.Raw(b"null")
+
+
 class _Earlier(msgspec.Struct):
     """What is read of the line of a row that has been asked."""
 
     row: int
+    custom_id: str | None = None
+    key: str = ""
     usage: dict[str, int] | None = None
-    error: msgspec.Raw | None = None
+    error: msgspec.Raw = _NULL
 
 
 class _Done:
-    """The rows that have a line, and the output tokens of those that were answered."""
+    """The rows that have a line, and the output tokens of those that were answered.
+
+    Args:
+        journal: where the lines are. It may not exist.
+        retry_errors: whether rows that failed are to be asked again.
+
+    Raises:
+        ConfigError: the file has something else than lines of a batch.
+        OSError: it cannot be read.
+    """
 
     def __init__(self, journal: Path, *, retry_errors: bool) -> None:
         self.rows = Bitmap()
         self.counted = self.output_tokens = 0
-        decode = msgspec.json.Decoder(_Earlier).decode
-        for line in _lines(journal):
-            try:
-                earlier = decode(line)
-            except msgspec.DecodeError:
-                continue  # torn; that the file is something else is told when the batch runs
-            failed = earlier.error is not None and earlier.error != b"null"
+        self._journal = journal
+        self._keys = array("Q")
+        """What stands for the key of each row."""
+        for earlier in self._lines():
+            row, failed = earlier.row, bytes(earlier.error) != b"null"
             if earlier.usage and not failed:
                 self.counted += 1
                 self.output_tokens += earlier.usage.get("output_tokens", 0)
+            if row >= len(self._keys):
+                self._keys.extend([0] * max(row + 1 - len(self._keys), len(self._keys) // 8, 1024))
+            self._keys[row] = short_key(earlier.key)
             if failed and retry_errors:
-                self.rows.discard(earlier.row)
+                self.rows.discard(row)
             else:
-                self.rows.add(earlier.row)
+                self.rows.add(row)
+
+    def _lines(self) -> Iterator[_Earlier]:
+        decode = msgspec.json.Decoder(_Earlier).decode
+        try:
+            file = self._journal.open("rb")
+        except FileNotFoundError:
+            return
+        with file:
+            for number, line in enumerate(file, 1):
+                try:
+                    yield decode(line)
+                except msgspec.DecodeError:
+                    if line.endswith(b"\n"):
+                        raise ConfigError(
+                            f"{self._journal}, line {number}: expected a line of a batch's output, got something else; "
+                            "give another output"
+                        ) from None
 
     @property
     def mean(self) -> float | None:
         """The output tokens of an answer; None if there are no answers."""
         return self.output_tokens / self.counted if self.counted else None
 
+    def differs(self, row: int, key: str) -> bool:
+        """Whether a row that has a line was asked otherwise than with this key."""
+        return self._keys[row] != short_key(key)
 
-def _lines(path: Path) -> Iterator[bytes]:
+    def names(self) -> dict[str, int]:
+        """Return the rows that have a line by their `custom_id`."""
+        return {each.custom_id: each.row for each in self._lines() if each.custom_id is not None}
+
+    def answered(self) -> set[int]:
+        """Return what stands for the keys of the requests that have an answer."""
+        return {short_key(each.key) for each in self._lines() if bytes(each.error) == b"null"}
+
+
+def short_key(key: str) -> int:
+    """Return a number of eight bytes that stands for a key."""
     try:
-        file = path.open("rb")
-    except FileNotFoundError:
-        return
-    with file:
-        yield from file
+        return int(key[:16] or "0", 16)
+    except ValueError:
+        return 1  # a key that no batch makes
 
 
 def estimate(batch: Estimated) -> Estimate:
     """Return what a batch would take. All rows are read, nothing is sent, and no file is made.
 
     Raises:
+        ConfigError: the input cannot be read as a whole, or the output is something else's.
         OSError: the input or the output cannot be read.
     """
     return _Estimating(batch).run()
@@ -149,7 +209,13 @@ class _Estimating:
     def __init__(self, batch: Estimated) -> None:
         self._batch = batch
         self._llm = batch.llm
-        self._done = _Done(batch.answers, retry_errors=batch.retry_errors)
+        self._requests = Requests(batch.llm, batch.system)
+        journal = batch.output.journal_path
+        self._done = _Done(journal, retry_errors=batch.retry_errors)
+        self._asked: set[int] | None = self._done.answered() if batch.dedupe else None
+        """What stands for the requests that have been counted, or answered, if equal ones are asked once."""
+        now = State(batch.source.fingerprint, self._requests.settings)
+        self._may_differ = bool(self._done.rows) and not batch.source.is_stream and read_state(journal) != now
         self._found = Estimate()
         self._models: dict[str, _Model] = {}
         self._problems: dict[str, Problem] = {}
@@ -158,47 +224,69 @@ class _Estimating:
     def run(self) -> Estimate:
         found, batch = self._found, self._batch
         done = self._done.rows
-        for row in batch.source.rows(done.__contains__):
-            if batch.limit is not None and row.number >= batch.limit:
-                break
-            self._add(row)
-        found.skipped = len(done)
+        known = self._done.names() if batch.source.is_stream and done else None
+        rows = batch.source.rows(_no_row if self._may_differ else done.__contains__, known)
+        if isinstance(rows, AsyncIterable):
+            run_to_end(partial(self._add_later, rows))
+        else:
+            for row in rows:
+                if not self._add(row):
+                    break
+        found.skipped = len(done) - (found.changed if batch.changed == "ask" else 0)
         found.problems = [*self._problems.values()]
         models = self._models.values()
         found.input_tokens = round(sum(model.input_tokens for model in models))
         found.output_tokens = round(sum(model.output_tokens for model in models))
         found.output_from = self._output_from()
         self._price()
-        stack = self._llm.pipeline.middleware
-        found.seconds = seconds_at_least(stack, found.rows, found.input_tokens + found.output_tokens)
+        found.seconds = self._seconds()
         found.bytes = found.rows * _bytes_of_line(self._llm.config.model) + round(found.output_tokens * BYTES_A_TOKEN)
         return found
 
-    def _add(self, row: Row) -> None:
-        request: Request | None = None
+    async def _add_later(self, rows: AsyncIterable[Row]) -> None:
+        async for row in rows:
+            if not self._add(row):
+                break
+
+    def _add(self, row: Row) -> bool:
+        """Count a row. Return whether there may be more."""
+        limit = self._batch.limit
+        if limit is not None and row.number >= limit:
+            return False
         try:
-            if row.problem is not None:
-                raise BadPrompt(row.problem)
-            request = self._llm.request(row.prompt, row.settings)
+            request, key = self._requests.of(row)
         except Exception as error:  # noqa: BLE001  # it is the row's, as when the batch runs
-            self._note_problem(row.number, error)
-            return
+            if row.number not in self._done.rows:
+                self._note_problem(row, error)
+            return True
+        if row.number in self._done.rows:
+            if not self._done.differs(row.number, key):
+                return True
+            self._found.changed += 1
+            if self._batch.changed != "ask":
+                return True
+        if self._asked is not None:
+            if short_key(key) in self._asked:
+                self._found.repeats += 1
+                return True
+            self._asked.add(short_key(key))
         self._found.rows += 1
         self._found.media += _has_media(request)
         model = self._models.setdefault(request.model, _Model())
         model.rows += 1
         model.input_tokens += size_of(request) / BYTES_A_TOKEN + 1
         model.output_tokens += self._output(request)
+        return True
 
-    def _note_problem(self, number: int, error: Exception) -> None:
-        message = f"{error_type(error)}: {error_message(error, ())}"
+    def _note_problem(self, row: Row, error: Exception) -> None:
+        message = error_message(error, ()).removeprefix(f"{row.where}: ")
         kind = re.sub(r"\d+", "0", message)  # a place in a line makes no kind of its own
         if kind not in self._problems and len(self._problems) >= _KINDS:
             kind, message = "others", "other problems"
         problem = self._problems.setdefault(kind, Problem(message))
         problem.rows += 1
         if len(problem.first) < SHOWN:
-            problem.first.append(number)
+            problem.first.append(row.where)
 
     def _output(self, request: Request) -> float:
         """Return the output tokens to expect: at most `max_tokens`, and else as many as earlier answers had."""
@@ -237,6 +325,21 @@ class _Estimating:
         if not found.unpriced and self._models:
             found.cost = float(cost * (BATCH_PRICE if self._batch.executor == "provider" else 1))
 
+    def _seconds(self) -> float | None:
+        """Return the seconds that the rows take at the rates that are given; None if there are none."""
+        from fluxibly.middleware import RateLimit
+
+        rows, tokens = self._found.rows, self._found.input_tokens + self._found.output_tokens
+        rates = [(rows, self._batch.rpm, 60.0), (tokens, self._batch.tpm, 60.0)]
+        for layer in self._llm.pipeline.middleware:
+            if isinstance(layer, RateLimit):
+                rates += [(rows, layer.requests, layer.per), (tokens, layer.tokens, layer.per)]
+        return max((count * per / rate for count, rate, per in rates if rate is not None), default=None)
+
+
+def _no_row(_: int) -> bool:
+    return False
+
 
 def _has_media(request: Request) -> bool:
     return any(not isinstance(part, Text) for message in request.messages for part in message.content)
@@ -254,25 +357,6 @@ def _given_prices(stack: Sequence[Middleware]) -> GivenPrices | None:
     """Return the prices that the layers of a stack were given."""
     given: dict[str, tuple[float, float]] = {}
     for layer in stack:
-        if kind_is(layer, "Cost", "Budget"):
+        if built_in_kind(layer) in ("Cost", "Budget"):
             given |= getattr(layer, "prices", None) or {}
     return given or None
-
-
-def kind_is(layer: Middleware, *names: str) -> bool:
-    """Whether a layer is of one of the built-in classes of these names."""
-    from fluxibly.registry import built_in_kind
-
-    return built_in_kind(layer) in names
-
-
-def seconds_at_least(stack: Sequence[Middleware], rows: int, tokens: int) -> float | None:
-    """Return the seconds that rows and tokens take at the rates of a stack; None if it has no rates with numbers."""
-    from fluxibly.middleware import RateLimit
-
-    found: list[float] = []
-    for layer in stack:
-        if isinstance(layer, RateLimit):
-            found += [rows * layer.per / layer.requests] if layer.requests else []
-            found += [tokens * layer.per / layer.tokens] if layer.tokens else []
-    return max(found, default=None)

@@ -35,8 +35,8 @@ class Output:
             the format of the output.
 
     Raises:
-        ConfigError: the format does not go with the suffix, pyarrow is missing, two files are the same, or a file exists that
-            `finish` would overwrite though no batch has written it.
+        ConfigError: the format does not go with the suffix, pyarrow is missing, a folder does not exist, two files are the same, or a
+            file exists that `finish` would overwrite though no batch has written it.
     """
 
     def __init__(
@@ -67,6 +67,9 @@ class Output:
 
     def _check(self) -> None:
         made = [path for path in (self.path, self.errors) if path is not None]
+        for path in made:
+            if not path.parent.is_dir():
+                raise ConfigError(f"{path}: expected a folder {str(path.parent)!r}, got none; make it first")
         if len({os.path.realpath(path) for path in [*made, self.journal_path]}) < len(made) + self.is_made_at_end:
             raise ConfigError(
                 f"errors: expected a file of its own, got {str(self.errors)!r}, which the output is written to"
@@ -134,7 +137,7 @@ class _Index:
                 written = decode(line)
                 row = written.row
                 if row >= len(places):
-                    places.extend(none * (row + 1 - len(places) if row - len(places) < 1024 else row + 1))
+                    places.extend(none * (row + 1 - len(places)))
                 if row >= 0:
                     places[row] = 2 * offset + (bytes(written.error) != b"null")
                 offset += len(line)

@@ -7,7 +7,8 @@ from typing import Any
 
 import msgspec
 
-from fluxibly._dicts import part_to_dict, plain
+from fluxibly._checks import is_mapping
+from fluxibly._dicts import part_to_dict
 from fluxibly._masking import error_message
 from fluxibly.calls import Usage
 from fluxibly.errors import ProviderError, error_type, root_cause
@@ -147,8 +148,8 @@ _encode = msgspec.json.Encoder().encode
 def encoded(value: msgspec.Struct) -> bytes:
     """Return a line as it is written, with its end.
 
-    Whatever an answer holds, there is a line: half of a surrogate pair becomes U+FFFD, since UTF-8 has no bytes for it, and a
-    value that JSON does not have becomes a text.
+    Whatever an answer holds, there is a line: half of a surrogate pair becomes U+FFFD, since UTF-8 has no bytes for it, a value
+    that JSON does not have becomes a text, and one that is nested too deeply becomes null.
     """
     try:
         return _encode(value) + b"\n"
@@ -160,9 +161,13 @@ def _encoded_leniently(value: msgspec.Struct) -> bytes:
     return _encode({name: _lenient(getattr(value, name)) for name in value.__struct_fields__}) + b"\n"
 
 
-def _lenient(value: object) -> msgspec.Raw:
-    """Return a value as JSON, or as a text that shows it."""
+def _lenient(value: object) -> object:
+    """Return a value as JSON has it, with its shape; None if it is nested too deeply."""
     try:
-        return msgspec.Raw(_encode(without_lone_surrogates(plain(value, value))))
+        return msgspec.Raw(_encode(without_lone_surrogates(msgspec.to_builtins(value, enc_hook=_shown))))
     except (TypeError, ValueError, OverflowError, RecursionError):
-        return msgspec.Raw(_encode(without_lone_surrogates(reprlib.repr(value))))
+        return None
+
+
+def _shown(value: object) -> object:
+    return dict(value) if is_mapping(value) else reprlib.repr(value)

@@ -22,11 +22,14 @@ from fluxibly.batch._finish import Output
 from fluxibly.batch._input import Row, Source, open_input
 from fluxibly.batch._journal import Bitmap, Journal, Written
 from fluxibly.batch._repeats import Repeats
+from fluxibly.batch._services import AtProvider, ProviderBatches, check_layers, client_of, prices_of
 from fluxibly.batch._stack import AT_ONCE, limits_in_force, stack_for, stops_all
 from fluxibly.batch._state import Changes, Keys, Names, State, read_state, write_state
 from fluxibly.batch._trace import traced
 from fluxibly.errors import ConfigError
+from fluxibly.flow import Middleware
 from fluxibly.llm import LLM, AsyncLLM
+from fluxibly.pipeline import AsyncPipeline
 
 
 @attrs.define
@@ -56,6 +59,8 @@ class Report:
     """The requests a second that a `RateLimit` allows now; None: not known."""
     places: int | None = None
     """The calls at once that a `Concurrency("auto")` allows now; None: not known."""
+    batches: dict[str, int] = attrs.field(factory=dict[str, int])
+    """The batches at the provider, by their state: in the service's words, or "ended" when their answers are written."""
     stopped: str | None = None
     """Why the run ended before the last row, such as "disk full". Another run goes on. None: it did not."""
 
@@ -74,6 +79,7 @@ class Batch:
         llm: the model. A `LLM` is asked by an asynchronous copy of its own.
         prompts: the input: a file, or a source of rows.
         answers: the output: a file of JSON lines, in the order in which they come; or an `Output` of another form.
+        system: instructions for the model, before each prompt that has no system message.
         concurrency: the most calls at once. "auto" finds it by latency, up to 1,000.
         rpm, tpm: the most requests and tokens a minute, at least those that the service allows. None: they are found.
         limit: the number of rows, from the first, that the batch is about; None: all.
@@ -84,7 +90,12 @@ class Batch:
         retry_errors: whether rows that failed in earlier runs are asked again.
         changed: what happens to rows that are done, but would be asked otherwise now, because the input or the configuration has
             changed: "keep" keeps their answers, "ask" asks them again. None: it is an error, before anything is sent.
-        executor: "online" asks row by row, "provider" by the batches of the provider.
+        executor: "online" asks row by row. "provider" has the provider answer in batches of its own, within a day and for about half
+            the price; `ProviderBatches` says more on how. No layer of the stack acts on these, so it may have none that changes
+            requests or answers, but `Defaults`. What was submitted stands in a file beside the output, so that another run waits
+            for it, and nothing is submitted twice.
+        then: "online": rows that the provider's batches have not answered, though asking again may help, are asked row by row.
+            None: they go into another batch, up to three in all.
         one_trace: whether the spans of all calls are in one trace. By default each call has a trace of its own, with a link to the
             span of the batch.
 
@@ -99,6 +110,7 @@ class Batch:
         prompts: str | os.PathLike[str] | Source,
         answers: str | os.PathLike[str] | Output,
         *,
+        system: str | None = None,
         concurrency: int | Literal["auto"] = "auto",
         rpm: float | None = None,
         tpm: float | None = None,
@@ -108,7 +120,8 @@ class Batch:
         stop_after_errors: int = 20,
         retry_errors: bool = False,
         changed: Literal["keep", "ask"] | None = None,
-        executor: Literal["online", "provider"] = "online",
+        executor: Literal["online", "provider"] | ProviderBatches = "online",
+        then: Literal["online"] | None = None,
         one_trace: bool = False,
     ) -> None:
         wrong = [
@@ -119,13 +132,15 @@ class Batch:
             None if budget is None else number("budget", budget, above=0),
             whole("stop_after_errors", stop_after_errors, low=0),
             None if changed is None else one_of("changed", changed, ("keep", "ask")),
-            one_of("executor", executor, ("online", "provider")),
+            None if isinstance(executor, ProviderBatches) else one_of("executor", executor, ("online", "provider")),
+            None if then is None else one_of("then", then, ("online",)),
         ]
         if found := [*filter(None, wrong)]:
             raise ConfigError.of(found)
         self.llm = llm
         self.output = answers if isinstance(answers, Output) else Output(answers)
         self.answers = self.output.path
+        self.system = system
         self.concurrency: int | Literal["auto"] = concurrency
         self.rpm = rpm
         self.tpm = tpm
@@ -135,14 +150,39 @@ class Batch:
         self.stop_after_errors = stop_after_errors
         self.retry_errors = retry_errors
         self.changed = changed
-        self.executor = executor
+        self.executor: Literal["online", "provider"] = "online" if executor == "online" else "provider"
+        self.batches = ProviderBatches() if executor == "provider" else None if executor == "online" else executor
+        """How the provider's batches are used; None: they are not."""
+        self.then = then
         self.one_trace = one_trace
         self.source: Source = open_input(prompts) if isinstance(prompts, (str, os.PathLike)) else prompts
         """The input, which knows its size and the position in it."""
+        self.reached = 0
+        """The rows of the input up to the last one that was read. With the source's position and size, it says how many there are."""
         self.report = Report()
         self._stops = 0
         self._notice: Callable[[], object] = _nothing
         self._names: Names | None = None
+        self._withdraws = False
+        self._check_batches()
+
+    def _check_batches(self) -> None:
+        """Check what a provider's batches cannot do."""
+        wrong: str | None = None
+        if self.batches is None:
+            wrong = (
+                "then='online' is for what a provider's batches leave; add executor='provider'" if self.then else None
+            )
+        elif self.dedupe:
+            wrong = "dedupe=True: a provider's batch asks every row; take one of the two out"
+        elif self.budget is not None:
+            wrong = "budget: a provider's batch is paid as a whole; set limit, or a limit at the service"
+        elif self.source.is_stream:
+            wrong = (
+                "executor='provider' reads the input more than once, which standard input cannot be; write it to a file"
+            )
+        if wrong is not None:
+            raise ConfigError(wrong)
 
     def estimate(self) -> Estimate:
         """Return what the batch would take. All rows are read, nothing is sent, and no file is made."""
@@ -169,6 +209,30 @@ class Batch:
         """
         return run_to_end(self._run_apart)
 
+    def cancel(self) -> Report:
+        """Cancel all batches at the provider, wait until they have ended, and write what they have answered by then.
+
+        Rows without an answer have no line; another run submits them again.
+
+        Raises:
+            ConfigError: as of `run`, or the batch is not one of the provider.
+            OSError: a file cannot be read or written.
+        """
+        self._withdraw()
+        return self.run()
+
+    async def acancel(self) -> Report:
+        """Do as `cancel`, on asyncio or trio."""
+        self._withdraw()
+        return await self.arun()
+
+    def _withdraw(self) -> None:
+        if self.batches is None:
+            raise ConfigError(
+                "cancel: expected a batch of the provider; write executor='provider' (--executor provider)"
+            )
+        self._withdraws = True
+
     async def _run_apart(self) -> Report:
         llm = self.llm
         own = copy(llm) if isinstance(llm, AsyncLLM) else AsyncLLM(llm.config, llm.pipeline.middleware)
@@ -189,59 +253,114 @@ class Batch:
         began = perf_counter()
         with Journal(self.output.journal_path) as journal:
             self._check_files(journal)
-            stack = stack_for(
-                llm.pipeline.middleware,
-                llm.pipeline.info,
-                llm.config.model,
-                adapts=self.concurrency == "auto",
-                budget=self.budget,
-                requests=self.rpm,
-                tokens=self.tpm,
-            )
-            requests = Requests(llm)
+            requests = Requests(llm, self.system)
             repeats = Repeats(journal) if self.dedupe else None
             self._names = Names() if self.source.is_stream else None
             left = await self._read(journal, requests, repeats)
             report.skipped = len(journal.done) - len(left.again)
             report.answered, report.failed = journal.answered, len(journal.failed)
 
+            stack: Sequence[Middleware] = ()
+
             def each_second() -> None:
                 report.elapsed = perf_counter() - began
                 report.rate, report.places = limits_in_force(stack)
 
-            asking = Asking(
-                rows=self._rows(journal, left.again),
-                limit=math.inf if self.limit is None else self.limit,
-                requests=requests,
-                pipeline=llm.pipeline.with_middleware(stack),
-                journal=journal,
-                report=report,
-                concurrency=AT_ONCE if self.concurrency == "auto" else self.concurrency,
-                whole=self.output.whole,
-                repeats=repeats,
-                stops_at_budget=stops_all(stack),
-                stop_after_errors=self.stop_after_errors,
-                is_told_to_stop=lambda: self._stops > 0,
-                each_second=each_second,
-            )
-            try:
-                self._notice = from_anywhere(partial(self._stop_now, asking))
-                self._stop_now(asking)
-                if not asking.is_over:
+            async def do(work: Asking | AtProvider) -> None:
+                self._notice = from_anywhere(partial(self._stop_now, work))
+                self._stop_now(work)
+                if not work.is_over:
                     with traced(stack, report, one_trace=self.one_trace):
-                        await asking.run()
+                        await work.run()
+
+            try:
+                if self.batches is not None:
+                    stack = llm.pipeline.middleware
+                    await do(self._at_provider(llm, self.batches, requests, journal, left))
+                if self.batches is None or (self.then == "online" and report.stopped is None):
+                    stack = self._stack(llm)
+                    await do(
+                        self._asking(llm.pipeline.with_middleware(stack), requests, journal, left, repeats, each_second)
+                    )
             finally:
-                self._notice, self._stops = _nothing, 0
+                self._notice, self._stops, self._withdraws = _nothing, 0, False
                 each_second()
             if report.stopped is None:
                 self._complete(journal, left)
         return report
 
-    def _stop_now(self, asking: Asking) -> None:
+    def _stop_now(self, work: Asking | AtProvider) -> None:
         if self._stops > 1:
-            asking.cancel()
+            work.cancel()
         elif self._stops:
-            asking.stop()
+            work.stop()
+
+    def _stack(self, llm: AsyncLLM) -> list[Middleware]:
+        return stack_for(
+            llm.pipeline.middleware,
+            llm.pipeline.info,
+            llm.config.model,
+            adapts=self.concurrency == "auto",
+            budget=self.budget,
+            requests=self.rpm,
+            tokens=self.tpm,
+        )
+
+    def _asking(  # noqa: PLR0917  # what a run has made
+        self,
+        pipeline: AsyncPipeline,
+        requests: Requests,
+        journal: Journal,
+        left: _Left,
+        repeats: Repeats | None,
+        each_second: Callable[[], object],
+    ) -> Asking:
+        return Asking(
+            rows=self._rows(journal, left.again),
+            limit=math.inf if self.limit is None else self.limit,
+            requests=requests,
+            pipeline=pipeline,
+            journal=journal,
+            report=self.report,
+            concurrency=AT_ONCE if self.concurrency == "auto" else self.concurrency,
+            whole=self.output.whole,
+            repeats=repeats,
+            stops_at_budget=stops_all(pipeline.middleware),
+            stop_after_errors=self.stop_after_errors,
+            is_told_to_stop=lambda: self._stops > 0,
+            each_second=each_second,
+        )
+
+    def _at_provider(
+        self, llm: AsyncLLM, batches: ProviderBatches, requests: Requests, journal: Journal, left: _Left
+    ) -> AtProvider:
+        client = client_of(llm.pipeline.provider, llm.pipeline.info)
+        check_layers(llm.pipeline.middleware, goes_online=self.then == "online")
+
+        def is_left(number: int) -> bool:
+            done = number in journal.done and number not in left.again
+            return not done and (self.limit is None or number < self.limit)
+
+        state = left.state
+        return AtProvider(
+            client,
+            llm.pipeline.info,
+            requests,
+            self.source,
+            is_left,
+            journal,
+            self.report,
+            path=self.answers.with_name(f"{self.answers.name}.batches"),
+            state=f"{state.input}{state.settings}",
+            changed=self.changed,
+            settings=batches,
+            prices=prices_of(llm.pipeline.middleware),
+            whole=self.output.whole,
+            stop_after_errors=self.stop_after_errors,
+            once=self.then == "online",
+            withdraws=self._withdraws,
+            wrote=left.again.discard,
+        )
 
     # What is done, and what is not
 
@@ -297,10 +416,11 @@ class Batch:
         done = journal.done
 
         def is_done(number: int) -> bool:
+            self.reached = number + 1
             return number in done and number not in again
 
         known = None if self._names is None or not done else self._names.numbers
-        return self.source.rows(is_done if again else done.__contains__, known)
+        return self.source.rows(is_done, known)
 
     def _complete(self, journal: Journal, left: _Left) -> None:
         """Do what is left to do when all rows are done."""

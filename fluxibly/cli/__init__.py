@@ -1,6 +1,6 @@
 """The console script `fluxibly`: `main` is here; `commands/` has the commands and their options, and needs typer and rich.
 
-`chat/`, `inspect.py`, `doctor.py` and `models.py` carry out the commands, `findings.py`, `report.py` and `screen.py` lay out and
+`chat/`, `batch/`, `inspect.py`, `doctor.py` and `models.py` carry out the commands, `findings.py`, `report.py` and `screen.py` lay out and
 print, `spans.py` records spans, and `trace/` draws trace files. This package may import every other package; no other package imports it.
 """
 
@@ -27,7 +27,7 @@ def main() -> None:
 
 
 _OF_CHAT = {"--trace": "otel", "--otlp": "otel"}
-"""The extras that options of `chat` need."""
+"""The extras that options of `chat` and `batch` need."""
 
 
 def _extras_of(arguments: list[str]) -> list[str]:
@@ -36,7 +36,7 @@ def _extras_of(arguments: list[str]) -> list[str]:
     extras = ["cli"]
     if arguments[:1] == ["serve"]:
         extras.append("serve")
-    if arguments[:1] in (["chat"], ["serve"]):
+    if arguments[:1] in (["chat"], ["serve"], ["batch"]):
         if not given & {"--framework", "--config"} and _is_local(arguments):
             extras.append("local")
         extras += sorted({extra for option, extra in _OF_CHAT.items() if option in given})

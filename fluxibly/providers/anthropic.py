@@ -17,6 +17,14 @@ if TYPE_CHECKING:
     import httpx
 
     from fluxibly.config import LLMConfig
+    from fluxibly.providers.dialects.batches import BatchAPI
+
+
+def _batches() -> BatchAPI:
+    from fluxibly.providers.dialects.anthropic_batches import AnthropicBatches
+
+    return AnthropicBatches()
+
 
 SERVICE = Service(
     framework="anthropic",
@@ -28,6 +36,7 @@ SERVICE = Service(
     headers=(("anthropic-version", "2023-06-01"),),
     prefill=PREFILL,
     lists=model_lists.ANTHROPIC,
+    batches=_batches,
 )
 
 

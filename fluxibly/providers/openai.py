@@ -18,11 +18,12 @@ from fluxibly.providers.services import OWN_SERVER, SERVICES, ServiceRow
 from fluxibly.types import Prefill
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     import httpx
 
     from fluxibly.config import LLMConfig
+    from fluxibly.providers.dialects.batches import BatchAPI
 
 AZURE_API_VERSION: Final = "2024-10-21"
 """The version for Azure, unless `api_base` (with `?api-version=…`) or OPENAI_API_VERSION names another version."""
@@ -50,11 +51,35 @@ def service_of(row: ServiceRow, config: LLMConfig) -> Service:
         other_auth_headers=(row.auth_header,),
         prefill=_PREFILLS.get(quirks_of(row, config).get("prefill", "")),
         lists=_LISTS.get(row.framework, model_lists.OPENAI),
+        batches=_BATCHES.get(row.framework),
     )
 
 
 _LISTS: Final = {"azure": model_lists.AZURE, "perplexity": ()}
 """The lists of the services that differ. Perplexity's is of another API than the one that calls go to."""
+
+
+def _batches_of(**settings: Any) -> Callable[[], BatchAPI]:
+    def batches() -> BatchAPI:
+        from fluxibly.providers.dialects.openai_batches import OpenAIBatches
+
+        return OpenAIBatches(**settings)
+
+    return batches
+
+
+_BATCHES: Final = {
+    "openai": _batches_of(),
+    "openai-responses": _batches_of(endpoint="/v1/responses"),
+    "groq": _batches_of(),
+    "together": _batches_of(
+        files="/files/upload",
+        purpose="batch-api",
+        upload_fields=(("file_name", "{label}.jsonl"), ("file_type", "jsonl")),
+        metadata=False,
+    ),
+}
+"""The services with OpenAI's batch API."""
 
 
 _PREFILLS: Final[Mapping[str, Prefill]] = {

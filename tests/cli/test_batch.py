@@ -232,15 +232,15 @@ def test_a_signal_lets_what_is_in_flight_end(fluxibly: CommandLine, server: Cann
             os.kill(os.getpid(), number)
 
     server.refuse = interrupting
-    file = prompts(*map(str, range(50)))
-    ran = fluxibly("batch", file, "--out", "out.jsonl", *MODEL, "--concurrency", "2")
+    texts = [f"row {number:02}" for number in range(50)]
+    ran = fluxibly("batch", prompts(*texts), "--out", "out.jsonl", *MODEL, "--concurrency", "2")
     assert ran.status == 130
     assert "stopping: waiting for " in ran.err
     assert 4 <= len(rows_of()) == len(server.seen) <= 6
     assert any(" of about 50 rows done" in line for line in ran.lines)
     server.refuse = None
     assert fluxibly(*commands(ran, "go on: ")).status == 0
-    assert asked(server) == sorted(map(str, range(50)))
+    assert asked(server) == texts
     assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == before
 
 
@@ -415,8 +415,10 @@ def test_a_dry_run(fluxibly: CommandLine, server: Canned) -> None:
     assert found["time"].startswith("10 min 0 s")
     problems = [line for line in ran.lines if line.startswith("problem")]
     assert len(problems) == 5
-    assert any("1 row (10): " in line for line in problems)
-    assert any("7 rows (14, 15, 16, 17, 18, …): " in line for line in problems)
+    assert any(line.endswith(" (line 11)") and "1 row: " in line for line in problems)
+    assert any(
+        line.endswith(" (line 16, line 17, line 18, line 19, line 20, …)") and "7 rows: " in line for line in problems
+    )
     assert ran.lines[-1] == "nothing was sent; leave out --dry-run to run it"
     assert not Path("out.jsonl").exists()
     assert server.seen == []
@@ -430,13 +432,40 @@ def test_a_dry_run_of_what_is_left(fluxibly: CommandLine, server: Canned) -> Non
     fluxibly(*command, "--limit", "3")
     content = Path("out.jsonl").read_bytes()
     found = fields(fluxibly(*command, "--dry-run"))
-    assert found["rows"] == "5 to ask, 3 more are done already"
+    assert found["rows"] == "5 to ask, 3 done already"
     assert found["output"] == "25 tokens (5 a row, as in the 2 answers that are there)"
     assert found["time"].startswith("not known: no rate is given")
-    assert fields(fluxibly(*command, "--dry-run", "--retry-errors"))["rows"] == "6 to ask, 2 more are done already"
-    assert fields(fluxibly(*command, "--dry-run", "--limit", "4"))["rows"] == "1 to ask, 3 more are done already"
+    assert fields(fluxibly(*command, "--dry-run", "--retry-errors"))["rows"] == "6 to ask, 2 done already"
+    assert fields(fluxibly(*command, "--dry-run", "--limit", "4"))["rows"] == "1 to ask, 3 done already"
     assert Path("out.jsonl").read_bytes() == content
     assert len(server.seen) == 3
+
+
+def test_a_dry_run_after_a_change(fluxibly: CommandLine, server: Canned) -> None:
+    """What would be asked otherwise now is told, and counts as --changed says. Nothing but lines of a batch is read."""
+    command = ("batch", prompts("a", "b", "c"), "--out", "out.jsonl", *MODEL)
+    fluxibly(*command)
+    prompts("a", "other", "c", "d")
+    dry = (*command, "--dry-run")
+    found = fields(fluxibly(*dry))
+    assert found["rows"] == "1 to ask, 3 done already"
+    assert found["changed"] == "1 row of these would be asked otherwise now; add --changed keep or --changed ask"
+    assert fields(fluxibly(*dry, "--changed", "keep"))["rows"] == "1 to ask, 3 done already"
+    assert fields(fluxibly(*dry, "--changed", "ask"))["rows"] == "2 to ask, 2 done already"
+    assert fields(fluxibly(*dry, "--changed", "ask", "-s", "Be terse."))["rows"] == "4 to ask"
+    assert len(server.seen) == 3
+    Path("out.jsonl").write_text("my notes\n")
+    assert fluxibly(*dry).status == 2
+
+
+def test_a_dry_run_with_equal_rows(fluxibly: CommandLine, server: Canned) -> None:
+    """With --dedupe, rows that equal another one, or one that is answered, are not asked."""
+    command = ("batch", prompts("a", "b", "a", "c", "c"), "--out", "out.jsonl", *MODEL, "--dedupe")
+    assert fields(fluxibly(*command, "--dry-run"))["rows"] == "3 to ask, 2 get the answer of another"
+    fluxibly(*command, "--limit", "1")
+    found = fields(fluxibly(*command, "--dry-run"))
+    assert found["rows"] == "2 to ask, 2 get the answer of another, 1 done already"
+    assert len(server.seen) == 1
 
 
 def test_a_dry_run_without_prices(fluxibly: CommandLine) -> None:
@@ -492,8 +521,10 @@ class Input:
     [
         (Input(1000, 1000), None, (50, True)),
         (Input(1000, 500), None, (100, False)),
+        (Input(98765, 50), None, (98_800, False)),
         (Input(1000, 500), 70, (70, False)),
         (Input(1000, 500), 50, (50, True)),
+        (Input(1000, 500), 40, (40, True)),
         (Input(1000, 1000), 70, (50, True)),
         (Input(1000, 0), None, (None, False)),
         (Input(None, 500), None, (None, False)),
@@ -501,8 +532,8 @@ class Input:
     ],
 )
 def test_the_number_of_rows(source: Input, limit: int | None, total: tuple[int | None, bool]) -> None:
-    """The rows in all follow from the bytes that were read, until all are: here 40 rows are done and 10 in flight."""
-    assert total_of(source, 40, 10, limit) == total
+    """The rows in all follow from the bytes that were read, until all are. Here 50 rows were read."""
+    assert total_of(source, 50, limit) == total
 
 
 def test_arguments() -> None:

@@ -46,10 +46,15 @@ class Display:
         if self._screen.quiet:
             yield
         elif self._screen.draws_aside:
-            with Live(
+            live = Live(
                 self, console=self._screen.err, refresh_per_second=REFRESHES, transient=True, redirect_stdout=False
-            ):
+            )
+            live.start()
+            try:
                 yield
+            finally:
+                with suppress(OSError):  # the terminal may be gone; what the batch has come to does not depend on it
+                    live.stop()
         else:
             ended = threading.Event()
             thread = threading.Thread(target=self._lines, args=(ended,), name="fluxibly-progress", daemon=True)
@@ -68,6 +73,8 @@ class Display:
                 os.write(2, f"{self._waiting()}\n".encode())  # a stream may be in the midst of a write of its own
 
     def _waiting(self) -> str:
+        if self._batch.executor == "provider":
+            return "stopping: what was submitted goes on at the service; Ctrl-C again ends now"
         return f"stopping: waiting for {self._batch.report.in_flight:,} in flight; Ctrl-C again ends now"
 
     def _lines(self, ended: threading.Event) -> None:
@@ -106,7 +113,7 @@ class Display:
             bar.add_column(no_wrap=True)
         text = Text.assemble(share, (f"  {left}" if left else "", "dim"))
         total, done = (1.0, 0.0) if figures.share is None else (1.0, figures.share)
-        name = self._batch.answers.name
+        name = self._batch.output.path.name
         name = name if len(name) <= width // 3 else f"…{name[1 - width // 3 :]}"
         room = max(width - len(name) - text.cell_len - 3, 5)
         bar.add_row(Text(name, "bold"), ProgressBar(total=total, completed=done, width=room), text)

@@ -19,12 +19,18 @@ def show_estimate(screen: Screen, batch: Batch, found: Estimate) -> None:
 
 
 def _lines(batch: Batch, found: Estimate) -> Iterator[tuple[str, str]]:
-    done = f", {found.skipped:,} more are done already" if found.skipped else ""
-    yield "rows", f"{found.rows:,} to ask{done}"
+    done = f", {found.skipped:,} done already" if found.skipped else ""
+    repeats = f", {found.repeats:,} get the answer of another" if found.repeats else ""
+    yield "rows", f"{found.rows:,} to ask{repeats}{done}"
+    if found.changed and batch.changed is None:
+        yield (
+            "changed",
+            f"{rows(found.changed)} of these would be asked otherwise now; add --changed keep or --changed ask",
+        )
     for problem in found.problems:
-        where = ", ".join(map(str, problem.first)) + (", …" if problem.rows > len(problem.first) else "")
+        where = ", ".join(problem.first) + (", …" if problem.rows > len(problem.first) else "")
         text = line_of(ValueError(problem.message))
-        yield "problem", f"{rows(problem.rows)} ({where}): {text}"
+        yield "problem", f"{rows(problem.rows)}: {text} ({where})"
     media = f"; without the media of {rows(found.media)}" if found.media else ""
     yield "input", f"{short(found.input_tokens)} tokens (a guess: 3.5 bytes a token{media})"
     yield "output", f"{short(found.output_tokens)} tokens{f' ({found.output_from})' if found.output_from else ''}"

@@ -44,8 +44,8 @@ class Ending:
         """Return the last lines: what the rows have come to, what it took, and the commands that go on."""
         report, batch = self.batch.report, self.batch
         done = report.answered + report.failed
-        total, is_exact = total_of(batch.source, done, 0, batch.limit)
-        if total is None or total == done:
+        total, is_exact = total_of(batch.source, batch.reached, batch.limit)
+        if total is None or total <= done:
             counted = f"{rows(done)} done"
         else:
             counted = f"{done:,} of {'' if is_exact else 'about '}{rows(total)} done"
@@ -55,7 +55,8 @@ class Ending:
         if report.errors:
             lines.append(f"errors: {by_class(report.errors)}")
         if report.stopped is not None:
-            lines += [f"stopped: {report.stopped}", f"go on: {self._command(self.arguments)}"]
+            lines += [] if self.was_told else [f"stopped: {report.stopped}"]
+            lines.append(f"go on: {self._command(self.arguments)}")
         elif batch.limit is not None and (total is None or batch.source.size is None or not self._is_read):
             lines.append(f"go on: {self._command(without(self.arguments, '--limit'))}")
         if report.failed:

@@ -73,21 +73,29 @@ class Progress:
         asked.append((now, report.asked))
         rate = (report.asked - before) / (now - since) if now > since else 0.0
         done = report.answered + report.failed
-        total, is_exact = total_of(self._batch.source, done, report.in_flight, self._batch.limit)
-        return Figures(done, total, is_exact, rate)
+        total, is_exact = total_of(self._batch.source, self._batch.reached, self._batch.limit)
+        return Figures(done, None if total is None else max(total, done), is_exact, rate)
 
 
-def total_of(source: _Input, done: int, in_flight: int, limit: int | None) -> tuple[int | None, bool]:
+def total_of(source: _Input, reached: int, limit: int | None) -> tuple[int | None, bool]:
     """Return the rows of an input, or the first of them that a limit allows, and whether they were counted.
 
     Until the input was read to its end, their number follows from the share of its bytes that was read.
+
+    Args:
+        reached: the rows up to the last one that was read.
     """
-    read, size, position = done + in_flight, source.size, source.position
-    if size is not None and position >= size:
-        return read, True
-    if limit is not None and (read >= limit or size is None):
-        return limit, read >= limit
-    if size is None or not position or not read:
-        return None, False
-    total = round(read * size / position)
-    return (total, False) if limit is None else (min(total, limit), False)
+    size, position = source.size, source.position
+    if limit is not None and reached >= limit:
+        return limit, True
+    if size is not None and position >= size and (reached or not size):
+        return reached, True
+    if size is None or not position or not reached:
+        return limit, False
+    total = max(_rounded(reached * size / position), reached)
+    return (total if limit is None else min(total, limit)), False
+
+
+def _rounded(number: float) -> int:
+    """Return a number in three digits, so that it does not change all the time."""
+    return round(float(f"{number:.3g}"))

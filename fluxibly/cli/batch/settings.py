@@ -4,17 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
-
-import attrs
+from typing import Literal
 
 from fluxibly._checks import did_you_mean
-from fluxibly.config import LLMConfig
 from fluxibly.errors import ConfigError
-from fluxibly.middleware import RateLimit
-from fluxibly.registry import make_middleware, stack_with
 
 _COUNT = re.compile(r"(\d[\d_,]*(?:\.\d+)?)\s*([kKmM]?)")
 _TIMES = {"": 1, "k": 1_000, "m": 1_000_000}
@@ -80,27 +74,6 @@ def template_of(text: str | None) -> str | None:
         raise ConfigError(f"--template {text}: {error.strerror or error}; write --template @FILE") from error
     except UnicodeDecodeError:
         raise ConfigError(f"--template {text}: expected a file in UTF-8, got other bytes") from None
-
-
-def with_rates(config: LLMConfig, rpm: float | None, tpm: float | None) -> LLMConfig:
-    """Return a configuration whose stack keeps to these requests and tokens a minute.
-
-    They take the place of the numbers of the first `RateLimit` of the stack; without one, a `RateLimit` is added.
-    """
-    if rpm is None and tpm is None:
-        return config
-    layers: Sequence[Any] = ["default"] if config.middleware is None else config.middleware
-    stack = make_middleware(layers, max_retries=config.max_retries)
-    for number, layer in enumerate(stack):
-        if isinstance(layer, RateLimit):
-            minutes = layer.per / 60
-            requests = layer.requests and layer.requests / minutes
-            tokens = layer.tokens and layer.tokens / minutes
-            changed = attrs.evolve(
-                layer, requests=requests if rpm is None else rpm, tokens=tokens if tpm is None else tpm, per=60.0
-            )
-            return attrs.evolve(config, middleware=(*stack[:number], changed, *stack[number + 1 :]))
-    return attrs.evolve(config, middleware=stack_with(stack, RateLimit(requests=rpm, tokens=tpm)))
 
 
 def check_files(prompts: str, out: Path, errors: Path | None) -> None:

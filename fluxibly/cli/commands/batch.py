@@ -87,6 +87,10 @@ def batch(  # noqa: PLR0917  # typer reads the options from the parameters
         Literal["online"] | None,
         typer.Option(help="Ask what the provider's batches have not answered call by call."),
     ] = None,
+    cancel: Annotated[
+        bool,
+        typer.Option("--cancel", help="Cancel the provider's batches, and keep what they have answered."),
+    ] = False,
     ordered: Annotated[
         bool, typer.Option("--ordered", help="In the order of the input; by default, as answers come.")
     ] = False,
@@ -118,6 +122,8 @@ def batch(  # noqa: PLR0917  # typer reads the options from the parameters
     failed, 2 for a mistake in the command, 75 if it has stopped and the same command goes on, and 130 after Ctrl-C.
     """
     from fluxibly.batch import Batch
+    from fluxibly.batch._finish import Output
+    from fluxibly.batch._input import open_input
     from fluxibly.cli.batch import Ending, run, show_estimate
     from fluxibly.cli.batch.display import Display
     from fluxibly.cli.batch.settings import (
@@ -126,7 +132,6 @@ def batch(  # noqa: PLR0917  # typer reads the options from the parameters
         count_of,
         dollars_of,
         template_of,
-        with_rates,
     )
     from fluxibly.cli.chat import check_installed, recorder
     from fluxibly.cli.chat.settings import parameters_of
@@ -138,24 +143,29 @@ def batch(  # noqa: PLR0917  # typer reads the options from the parameters
         raise ConfigError("expected --column or --template, got both; a template has columns in it: {name}")
     if then is not None and executor != "provider":
         raise ConfigError(f"--then {then}: it is for what a provider's batches leave; add --executor provider")
+    if cancel and executor != "provider":
+        raise ConfigError("--cancel: it is for the batches of a provider; add --executor provider")
     if one_trace and trace is None and otlp is None:
         raise ConfigError("--one-trace: expected a place for the spans; add --trace FILE or --otlp URL")
     at_once = concurrency_of(concurrency)
     dollars = dollars_of(budget)
-    rates = count_of("--rpm", rpm), count_of("--tpm", tpm)
+    requests, tokens = count_of("--rpm", rpm), count_of("--tpm", tpm)
     text = template_of(template)
     check_files(prompts, out, errors)
     parameters = parameters_of(option or ())
-    settings = with_rates(parameters.configure(config_of(config, framework, model)), *rates)
+    settings = parameters.configure(config_of(config, framework, model))
     screen = Screen(quiet=quiet)
     log_to(screen, log_level or "critical")
     check_installed(settings.framework, spans=trace is not None or otlp is not None)
     with LLM(settings) as llm:
         made = Batch(
             llm,
-            prompts,
-            out,
+            open_input(prompts, column=column, template=text),
+            Output(out, format=output_format, ordered=ordered, errors=errors),
+            system=system,
             concurrency=at_once,
+            rpm=requests,
+            tpm=tokens,
             limit=limit,
             dedupe=dedupe,
             budget=dollars,
@@ -163,6 +173,7 @@ def batch(  # noqa: PLR0917  # typer reads the options from the parameters
             retry_errors=retry_errors,
             changed=changed,
             executor=executor,
+            then=then,
             one_trace=one_trace,
         )
         if dry_run:
@@ -176,7 +187,7 @@ def batch(  # noqa: PLR0917  # typer reads the options from the parameters
             model_path(settings.model)  # no row must wait for a download
         spans = recorder(trace, otlp, keep=False)
         try:
-            was_told = run(made, Display(made, screen))
+            was_told = run(made, Display(made, screen), cancels=cancel)
         finally:
             problem = spans.close()
             if problem is not None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Literal, Protocol, TypeAlias, runtime_checkable
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias, runtime_checkable
 
 import attrs
 import msgspec
@@ -11,6 +11,9 @@ import msgspec
 from fluxibly.errors import ProviderError
 from fluxibly.providers.dialects.model_lists import ModelList
 from fluxibly.types import Chunk, Prefill, Request, Response
+
+if TYPE_CHECKING:
+    from fluxibly.providers.dialects.batches import BatchAPI
 
 Framing: TypeAlias = Literal["sse", "ndjson", "aws"]
 
@@ -79,6 +82,8 @@ class Service:
     """How the service goes on with an assistant's message that ends a request."""
     lists: tuple[ModelList, ...] = ()
     """The lists of its models; none if the service has none."""
+    batches: Callable[[], BatchAPI] | None = None
+    """Makes its batch API, if it has one. Few programs need it, so it is not loaded before."""
 
 
 class Codec(Protocol):

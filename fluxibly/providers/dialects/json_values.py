@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any, Final, cast
 
 import msgspec
@@ -59,10 +60,11 @@ def is_utf8(data: bytes) -> bool:
 
 
 def without_lone_surrogates(value: object) -> object:
+    """Return a JSON value with U+FFFD in place of each half of a surrogate pair."""
     if isinstance(value, str):
         return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    if isinstance(value, list):
-        return [without_lone_surrogates(item) for item in cast("list[object]", value)]
+    if isinstance(value, (list, tuple)):
+        return [without_lone_surrogates(item) for item in cast("Sequence[object]", value)]
     if isinstance(value, dict):
         return {
             cast("str", without_lone_surrogates(key)): without_lone_surrogates(item)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Final
-
-import attrs
+from typing import Any, Final, NamedTuple
 
 from fluxibly._checks import is_list
 from fluxibly._dicts import Reader
 from fluxibly._formats import output_format
 
-_PASSED: Final = (
+_PASSED: Final[tuple[str, ...]] = (
     "temperature",
     "top_p",
     "top_k",
@@ -23,6 +21,10 @@ _PASSED: Final = (
     "stop",
 )
 """The parameters whose values are those of a call. `LLM.request` checks them."""
+_TYPED: Final = frozenset({"tools", "tool_choice", "response_format", "metadata", "user", "stream", "stream_options"})
+"""The parameters that have to be of some type, which few bodies have."""
+_KNOWN: Final = _TYPED | {*_PASSED, "messages", "model", "max_completion_tokens", "max_tokens"}
+"""All parameters that are read."""
 _MISLEADING: Final[Mapping[str, str]] = {
     "functions": "; write tools",
     "function_call": "; write tool_choice",
@@ -35,8 +37,7 @@ _MISLEADING: Final[Mapping[str, str]] = {
 """The parameters whose loss would show in the answer, each with a hint."""
 
 
-@attrs.frozen
-class Body:
+class Body(NamedTuple):
     """What the body of a request for a chat completion says."""
 
     messages: list[Any]
@@ -51,40 +52,42 @@ class Body:
     """The parameters that fluxibly has no setting for."""
 
 
-def read_body(value: object) -> Body:
+def read_body(value: Mapping[str, Any]) -> Body:
     """Return what a body says.
 
     Raises:
         TypeError, ValueError: it is no request for a chat completion. The message begins with the path of what is wrong.
     """
-    fields = Reader(value, "")
-    messages = fields.items("messages")
+    given = {name: each for name, each in value.items() if each is not None}
+    messages: list[Any] = Reader({"messages": given.get("messages")}, "").items("messages")
     if not messages:
         raise ValueError("messages: expected a list of messages, got nothing")
     for number, message in enumerate(messages):
-        Reader(message, f"messages[{number}]")  # which refuses what is no mapping
-    settings = {name: value for name in _PASSED if (value := fields.value(name)) is not None}
-    model = fields.value("model")
-    limits = [fields.value(name) for name in ("max_completion_tokens", "max_tokens")]
-    if limits != [None, None]:
-        settings["max_tokens"] = limits[1] if limits[0] is None else limits[0]
-    if tools := fields.items("tools"):
-        settings["tools"] = [_tool(tool, f"tools[{number}]") for number, tool in enumerate(tools)]
-    if (choice := _tool_choice(fields.value("tool_choice"))) is not None:
-        settings["tool_choice"] = choice
-    wanted = fields.value("response_format")
-    if output_format(wanted) is not None:
-        settings["response_format"] = wanted
-    metadata = fields.table("metadata") or {}
-    if (user := fields.text("user")) is not None:
-        metadata["user"] = user
-    if metadata:
-        settings["metadata"] = metadata
-    stream = fields.take("stream", bool, "true or false", default=False)
-    options = Reader(fields.table("stream_options") or {}, "stream_options")
-    usage = options.take("include_usage", bool, "true or false", default=False)
-    rest = {name: value for name, value in fields.rest().items() if value is not None}
-    return Body(messages, settings, model, stream, usage, rest)
+        if type(message) is not dict:
+            Reader(message, f"messages[{number}]")  # which refuses what is no mapping
+    settings: dict[str, Any] = {name: given[name] for name in _PASSED if name in given}
+    limit = given.get("max_completion_tokens", given.get("max_tokens"))
+    if limit is not None:
+        settings["max_tokens"] = limit
+    stream = usage = False
+    if not given.keys().isdisjoint(_TYPED):
+        fields = Reader(given, "")
+        if tools := fields.items("tools"):
+            settings["tools"] = [_tool(tool, f"tools[{number}]") for number, tool in enumerate(tools)]
+        if (choice := _tool_choice(given.get("tool_choice"))) is not None:
+            settings["tool_choice"] = choice
+        if output_format(given.get("response_format")) is not None:
+            settings["response_format"] = given["response_format"]
+        metadata = fields.table("metadata") or {}
+        if (user := fields.text("user")) is not None:
+            metadata["user"] = user
+        if metadata:
+            settings["metadata"] = metadata
+        stream = fields.take("stream", bool, "true or false", default=False)
+        options = Reader(fields.table("stream_options") or {}, "stream_options")
+        usage = options.take("include_usage", bool, "true or false", default=False)
+    rest = {name: each for name, each in given.items() if name not in _KNOWN}
+    return Body(messages, settings, given.get("model"), stream, usage, rest)
 
 
 def _tool(value: object, path: str) -> object:

@@ -3,6 +3,7 @@
 - `_provider.py`: the providers and their streams.
 - `_endpoint.py`: a service as a configuration reaches it. `_exchange.py`: requests, responses and their headers.
 - `_reader.py` and `_encodings.py`: the bodies of responses. `_limits.py`: time limits. `_network_errors.py`: error messages.
+- `batches.py`: batch APIs. `_listing.py`: lists of models.
 - `_senders.py`: the choice of connections. `_pool.py`: the library's own connections, on `_http1.py`, `_route.py` and
   `_sockets*.py`. `_httpx.py`: any httpx transport.
 

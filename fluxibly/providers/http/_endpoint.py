@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from hashlib import sha256
 from logging import WARNING
+from typing import TYPE_CHECKING, BinaryIO
 
 import httpx
 
@@ -37,6 +38,7 @@ from fluxibly.providers.dialects.retry_after import retry_after_of
 from fluxibly.providers.http._encodings import accept_encoding
 from fluxibly.providers.http._exchange import (
     Authorizer,
+    FileBody,
     Headers,
     Key,
     Outgoing,
@@ -49,6 +51,9 @@ from fluxibly.providers.http._exchange import (
 from fluxibly.providers.http._limits import HeldLimits, LeashedLimits, Limits
 from fluxibly.providers.http._network_errors import redirected, translated
 from fluxibly.types import ProviderInfo, Request, Response
+
+if TYPE_CHECKING:
+    from fluxibly.providers.dialects.batches import APICall, Upload
 
 _TARGET = re.compile(rb"[\x21-\x7e]+")
 _KEPT_HEADERS = 32
@@ -178,17 +183,48 @@ class Endpoint:
         Raises:
             AuthenticationError: there is no key.
         """
-        if self._no_key is not None:
-            raise self._no_key
-        key, target = self.key, url.raw_path
-        pairs = self._headers(Encoded(path="", body=b""), key).pairs
-        headers = as_headers([pair for pair in pairs if pair[0] not in (b"host", b"content-type")])
+        key, target = self._key_of_requests(), url.raw_path
+        headers = self._headers_without_type(key)
         headers = with_more(headers, [(b"host", url.netloc)])
         if isinstance(key, Authorizer):
             names = {name.decode(): value.decode("latin-1") for name, value in headers.pairs}
             added = key.authorize(str(url), names, b"", method="GET")
             headers = with_more(headers, [header(*pair) for pair in added.items()])
         return Outgoing(url, target, headers.pairs, headers.block, b"", key, "GET")
+
+    def calling(self, call: APICall) -> Outgoing:
+        """Return a request of the batch API, with the authorization of all requests.
+
+        Raises:
+            AuthenticationError: there is no key.
+        """
+        key, target = self._key_of_requests(), self._target(call.path)
+        if call.method == "GET":
+            headers = self._headers_without_type(key)
+        else:
+            headers = self._headers(Encoded(path="", body=b""), key)
+        once = call.method == "POST"
+        return Outgoing(self.url, target, headers.pairs, headers.block, call.body, key, call.method, once=once)
+
+    def uploading(self, upload: Upload, rows: BinaryIO) -> Outgoing:
+        """Return the request that uploads the rows of a batch, with the authorization of all requests.
+
+        Raises:
+            AuthenticationError: there is no key.
+        """
+        key, target = self._key_of_requests(), self._target(upload.path)
+        headers = with_more(self._headers_without_type(key), [header("content-type", upload.content_type)])
+        file = FileBody(upload.head, rows, upload.tail)
+        return Outgoing(self.url, target, headers.pairs, headers.block, b"", key, file=file, once=True)
+
+    def _key_of_requests(self) -> Key | None:
+        if self._no_key is not None:
+            raise self._no_key
+        return self.key
+
+    def _headers_without_type(self, key: Key | None) -> Headers:
+        pairs = self._headers(Encoded(path="", body=b""), key).pairs
+        return as_headers([pair for pair in pairs if pair[0] != b"content-type"])
 
     @property
     def account(self) -> str:

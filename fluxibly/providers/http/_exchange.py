@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
-from typing import ClassVar, Literal, NamedTuple, Protocol, TypeAlias, TypeVar
+from collections.abc import Iterable, Iterator, Mapping
+from typing import BinaryIO, ClassVar, Literal, NamedTuple, Protocol, TypeAlias, TypeVar
 
 import attrs
 import httpx
@@ -42,10 +42,31 @@ class Authorizer(ABC):
 Key: TypeAlias = str | Authorizer
 
 
+PIECE = 256 * 1024
+"""Bytes of a file that are sent at a time."""
+
+
+class FileBody:
+    """A body that is too large for memory: a file, with some bytes before and after it. It can be sent again."""
+
+    def __init__(self, head: bytes, file: BinaryIO, tail: bytes) -> None:
+        self._head, self._file, self._tail = head, file, tail
+        self.size = len(head) + file.seek(0, 2) + len(tail)
+
+    def pieces(self) -> Iterator[bytes]:
+        """Yield the body from its beginning."""
+        yield self._head
+        self._file.seek(0)
+        while piece := self._file.read(PIECE):
+            yield piece
+        yield self._tail
+
+
 class Outgoing(NamedTuple):
     """A request as bytes. `block` is `headers` as they are sent; the content-length of a POST is added later.
 
-    `key` authorizes the request; None if the call has an authorization of its own. A GET has no body.
+    `key` authorizes the request; None if the call has an authorization of its own. A GET has no body. A `file` is sent in
+    place of `body`. `once`: whether the request must not be sent again by itself, and takes a new connection for that.
     """
 
     url: httpx.URL
@@ -55,6 +76,8 @@ class Outgoing(NamedTuple):
     body: bytes
     key: Key | None = None
     method: Literal["POST", "GET"] = "POST"
+    file: FileBody | None = None
+    once: bool = False
 
 
 class Headers(NamedTuple):

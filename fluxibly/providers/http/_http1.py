@@ -40,7 +40,7 @@ _SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\r\n]*)?")
 
 
 def request_bytes(outgoing: Outgoing, route: Route) -> bytes:
-    """Return a request as it is sent. Its target and headers were checked when they were made (`_endpoint.py`)."""
+    """Return a request as it is sent, without its file. Target and headers were checked when they were made (`_endpoint.py`)."""
     extra = b"".join([b"%b: %b\r\n" % header for header in route.headers]) if route.headers else b""
     if outgoing.method == "GET":
         return b"GET %b%b HTTP/1.1\r\n%b%b\r\n" % (route.prefix, outgoing.target, outgoing.block, extra)
@@ -49,7 +49,7 @@ def request_bytes(outgoing: Outgoing, route: Route) -> bytes:
         outgoing.target,
         outgoing.block,
         extra,
-        len(outgoing.body),
+        len(outgoing.body) if outgoing.file is None else outgoing.file.size,
         outgoing.body,
     )
 

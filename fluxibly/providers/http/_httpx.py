@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import httpx
 
 from fluxibly._loops import from_anywhere
-from fluxibly.providers.http._exchange import joined
+from fluxibly.providers.http._exchange import FileBody, joined
 from fluxibly.providers.http._limits import DRAIN_TIME, LimitPassed, Limits
 from fluxibly.providers.http._network_errors import note_address
 from fluxibly.providers.http._sockets import shut_down
@@ -38,7 +38,10 @@ class _Requests:
         self._urls: dict[bytes, httpx.URL] = {}
         self._headers: dict[tuple[tuple[bytes, bytes], ...], httpx.Headers] = {}
 
-    def make(self, outgoing: Outgoing, limits: Limits) -> httpx.Request:
+    def make(
+        self, outgoing: Outgoing, limits: Limits, *, content: Callable[[FileBody], Any] = FileBody.pieces
+    ) -> httpx.Request:
+        """Return a request. `content` makes of a file what the transport reads."""
         limits.left()
         url = self._urls.get(outgoing.target)
         if url is None:
@@ -49,7 +52,16 @@ class _Requests:
             headers = httpx.Headers(outgoing.headers)
             keep(self._headers, outgoing.headers, headers)
         extensions = {"timeout": limits.for_httpx()}
-        return httpx.Request(outgoing.method, url, headers=headers, content=outgoing.body, extensions=extensions)
+        body: Any = outgoing.body
+        if outgoing.file is not None:
+            headers = httpx.Headers([*outgoing.headers, (b"content-length", b"%d" % outgoing.file.size)])
+            body = content(outgoing.file)
+        return httpx.Request(outgoing.method, url, headers=headers, content=body, extensions=extensions)
+
+
+async def _pieces(file: FileBody) -> AsyncIterator[bytes]:
+    for piece in file.pieces():
+        yield piece
 
 
 def keep(kept: dict[K, V], key: K, value: V) -> None:
@@ -187,7 +199,7 @@ class AsyncHTTPXSender:
         """Send a request and wait for the head of its response."""
         import anyio
 
-        request = self._requests.make(outgoing, limits)
+        request = self._requests.make(outgoing, limits, content=_pieces)
         limits.handed_over()
         with anyio.move_on_after(limits.left()) as scope:
             limits.waits(from_anywhere(scope.cancel))

@@ -22,7 +22,7 @@ from fluxibly.providers.http._route import Route, tls_context
 from fluxibly.providers.http._sockets import TLSSocket, shut_down
 
 if TYPE_CHECKING:
-    from fluxibly.providers.http._exchange import Outgoing
+    from fluxibly.providers.http._exchange import FileBody, Outgoing
     from fluxibly.providers.http._sockets import Event, Network, Socket
 
 
@@ -298,10 +298,14 @@ class Pool:
         slots = self._here()
         connection = await slots.check_out(limits)
         try:
+            if connection is not None and outgoing.once:
+                # Whether a reused connection ended before or after the server has acted, nobody can tell.
+                slots.forget(connection)
+                connection = None
             if connection is not None:
                 answer = Answer()
                 try:
-                    await _ask(connection, data, answer, limits)
+                    await _ask(connection, data, answer, limits, outgoing.file)
                     return PooledExchange(slots, connection, answer, limits)
                 except Exception as error:
                     # Resent only if a reused connection ended before the first byte of a response: then the server most
@@ -313,7 +317,7 @@ class Pool:
                 connection = None
             connection = await self._connect(slots, limits)
             answer = Answer()
-            await _ask(connection, data, answer, limits)
+            await _ask(connection, data, answer, limits, outgoing.file)
         except BaseException:
             # A cancelled call gives its slot back too, or the pool would run out of slots.
             slots.give_back(connection, reusable=False)
@@ -378,7 +382,9 @@ class Pool:
             slots.after_fork()
 
 
-async def _ask(connection: Connection, data: bytes, answer: Answer, limits: Limits) -> None:
+async def _ask(
+    connection: Connection, data: bytes, answer: Answer, limits: Limits, file: FileBody | None = None
+) -> None:
     """Send a request and read the head of its response."""
     limits.waits(connection.cut)
     # The limit applies to sending, and starts again afterwards, so that an upload does not shorten the server's time.
@@ -386,6 +392,8 @@ async def _ask(connection: Connection, data: bytes, answer: Answer, limits: Limi
     unsent: OSError | None = None
     try:
         await connection.sock.send(data, limits.left())
+        if file is not None:
+            await _send_file(connection, file, limits)
     except ConnectionError as error:
         unsent = error  # a server may refuse a request before it has read all of it, and its response says why
     limits.sent()
@@ -399,6 +407,13 @@ async def _ask(connection: Connection, data: bytes, answer: Answer, limits: Limi
     if unsent is not None:
         answer.reusable = False
     limits.answered()
+
+
+async def _send_file(connection: Connection, file: FileBody, limits: Limits) -> None:
+    """Send a body piece by piece. The limit applies to each piece."""
+    for piece in file.pieces():
+        limits.sent()
+        await connection.sock.send(piece, limits.left())
 
 
 async def _read_head(sock: Socket, answer: Answer, limits: Limits) -> None:

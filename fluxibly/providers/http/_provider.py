@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from fluxibly.providers.http._keys import Credentials
     from fluxibly.providers.http._limits import Limits
     from fluxibly.providers.http._reader import ReplyReader
+    from fluxibly.providers.http.batches import BatchClient
     from fluxibly.types import Chunk, Response
 
 
@@ -482,6 +483,23 @@ class AsyncHTTPProvider(_Shell):
     def stream(self, request: Request) -> AsyncHTTPStream:
         """Return the response as a stream of chunks. The first read sends the request."""
         return self._open(AsyncHTTPStream(self._endpoint, self._sender, request, self._keys))
+
+    @property
+    def batches(self) -> BatchClient | None:
+        """The batch API of the service; None if it has none, or none for such a key."""
+        endpoint, keys = self._endpoint, self._keys
+        if endpoint.service.batches is None or isinstance(endpoint.key, Authorizer):
+            return None
+        from fluxibly.providers.http.batches import BatchClient
+
+        async def find(request: Request) -> None:
+            if keys is not None:
+                await find_key(endpoint, keys, request)
+
+        async def renew(outgoing: Outgoing, request: Request, error: Exception) -> bool:
+            return await worth_resending(endpoint, keys, outgoing, request, error)
+
+        return BatchClient(endpoint, self._sender, endpoint.service.batches(), find_key=find, renew=renew)
 
     async def aclose(self) -> None:
         """Close all connections. Open streams end with an error. A second call has no effect."""
