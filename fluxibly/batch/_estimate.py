@@ -44,8 +44,10 @@ class Estimated(Protocol):
     limit: int | None
     retry_errors: bool
     dedupe: bool
-    changed: Literal["keep", "ask"] | None
     executor: Literal["online", "provider"]
+
+    @property
+    def changed(self) -> str | None: ...
 
 
 OUTPUT_GUESS: Final = 256

@@ -61,6 +61,8 @@ class Report:
     """The calls at once that a `Concurrency("auto")` allows now; None: not known."""
     batches: dict[str, int] = attrs.field(factory=dict[str, int])
     """The batches at the provider, by their state: in the service's words, or "ended" when their answers are written."""
+    notice: str | None = None
+    """What has happened to batches at the provider that should be known at once, such as that it refused one."""
     stopped: str | None = None
     """Why the run ended before the last row, such as "disk full". Another run goes on. None: it did not."""
 
@@ -149,7 +151,7 @@ class Batch:
         self.budget = budget
         self.stop_after_errors = stop_after_errors
         self.retry_errors = retry_errors
-        self.changed = changed
+        self.changed: Literal["keep", "ask"] | None = changed
         self.executor: Literal["online", "provider"] = "online" if executor == "online" else "provider"
         self.batches = ProviderBatches() if executor == "provider" else None if executor == "online" else executor
         """How the provider's batches are used; None: they are not."""

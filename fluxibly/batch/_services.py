@@ -22,7 +22,8 @@ from typing import Any, BinaryIO, Final, Literal, Protocol, TypeVar, cast
 
 import attrs
 
-from fluxibly._checks import kind_of, number, validator, whole
+from fluxibly import _checks
+from fluxibly._checks import kind_of, validator
 from fluxibly._logs import log
 from fluxibly.batch._asking import DISK_FULL, FULL, STOPPED
 from fluxibly.batch._input import Row, Source
@@ -79,9 +80,9 @@ class ProviderBatches:
         ValueError: a number is out of range.
     """
 
-    poll_every: float = attrs.field(default=10.0, validator=validator(number, above=0))
-    max_rows: int | None = attrs.field(default=None, validator=attrs.validators.optional(validator(whole, 1)))
-    max_tokens: int | None = attrs.field(default=None, validator=attrs.validators.optional(validator(whole, 1)))
+    poll_every: float = attrs.field(default=10.0, validator=validator(_checks.number, above=0))
+    max_rows: int | None = attrs.field(default=None, validator=attrs.validators.optional(validator(_checks.whole, 1)))
+    max_tokens: int | None = attrs.field(default=None, validator=attrs.validators.optional(validator(_checks.whole, 1)))
 
     @property
     def longest(self) -> float:
@@ -183,6 +184,7 @@ class _Counted(Protocol):
     errors: dict[str, int]
     stopped: str | None
     batches: dict[str, int]
+    notice: str | None
 
 
 class _Over(Exception):
@@ -401,7 +403,9 @@ class AtProvider:
 
     def _halt(self, why: str) -> None:
         """Submit nothing more. The run ends when all batches have."""
-        self._why = self._why or why
+        if self._why is None:
+            self._why = self.report.notice = why
+            log(WARNING, "Batches are not submitted any more: %s", error_message=why)
 
     def _conclude(self) -> None:
         """Say why the run ended, if rows are left."""
@@ -586,11 +590,13 @@ class AtProvider:
             return
         self._submissions.note(submission, "submitted", id=batch.id)
         submission.status = batch.status
+        self.report.notice = None
         log(INFO, "Batch submitted | id=%s, rows=%d", id=batch.id, rows=submission.count)
 
     def _note_failure(self, submission: Submission, error: ProviderError) -> None:
         """Note that a submission failed: surely, or in a way that leaves open whether there is a batch."""
         if error.status is None or not 400 <= error.status < 500 or error.status == 408:
+            self.report.notice = "the answer to a submission was lost, so the batch is looked for"
             log(
                 WARNING,
                 "Batch submission was not answered, so the batch is looked for | error=%s: %s",
@@ -887,6 +893,7 @@ class AtProvider:
         told = f"the service did not begin the batch {batch.id}: {where}{first.message or first.code}"
         if len(batch.problems) > 1:
             told += f" (and {len(batch.problems) - 1} more)"
+        self.report.notice = told
         log(WARNING, "Batch refused | rows=%d: %s", rows=submission.count, error_message=told)
         self._refused += 1
         alike = len({problem.code for problem in batch.problems}) == 1

@@ -12,6 +12,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SimpleSpanProcessor, SpanExporter, SpanExportResult
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
+from fluxibly._checks import shown_url
 from fluxibly._logs import one_line
 from fluxibly.errors import ConfigError
 
@@ -51,7 +52,7 @@ class SDKRecorder:
         self._provider.shutdown()
         if self._otlp is not None and self._otlp.failed:
             reason = f" ({self._otlp.reason})" if self._otlp.reason else ""
-            return f"the spans did not reach {self._otlp.endpoint}: does a backend take OTLP over HTTP there?{reason}"
+            return f"the spans did not reach {shown_url(self._otlp.endpoint)}: does a backend take OTLP over HTTP there?{reason}"
         return None
 
 

@@ -555,7 +555,7 @@ def test_a_torn_last_line_of_submissions_is_cut_off(service, tmp_path):
 
 def test_a_batch_that_the_service_has_forgotten_stops_the_run(service, tmp_path):
     stopped_while_running(service, tmp_path)
-    service.batches.pop(list(service.batches)[0])
+    service.batches.pop(next(iter(service.batches)))
     report = batch_of(service, tmp_path).run()
     assert report.stopped is not None
     assert "does not know the batch" in report.stopped

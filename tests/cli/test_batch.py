@@ -18,7 +18,7 @@ from support.command_line import CommandLine, Ran, command_line
 pytest.importorskip("typer")
 from fluxibly.batch import Report
 from fluxibly.cli.batch import display
-from fluxibly.cli.batch.ending import with_option, without
+from fluxibly.cli.batch.ending import with_option, without, without_secrets
 from fluxibly.cli.batch.progress import total_of
 from fluxibly.cli.batch.words import by_class, lasting, short
 
@@ -537,7 +537,11 @@ def test_the_number_of_rows(source: Input, limit: int | None, total: tuple[int |
 
 
 def test_arguments() -> None:
-    """Options are taken out with their values, and added before a --."""
+    """Options are taken out with their values, and added before a --; addresses lose their keys."""
     assert without(["batch", "--limit", "3", "x", "--limit=4", "--limited"], "--limit") == ["batch", "x", "--limited"]
     assert with_option(["batch", "--", "x"], "--retry-errors") == ["batch", "--retry-errors", "--", "x"]
+    assert (
+        without_secrets("https://me:pass@x.test:1/v1?api_key=other&b=1") == "https://me:***@x.test:1/v1?api_key=***&b=1"
+    )
+    assert without_secrets("What is at https://[x?") == "What is at https://[x?"
     assert with_option(["--retry-errors", "x"], "--retry-errors") == ["--retry-errors", "x"]

@@ -83,6 +83,17 @@ def test_progress(start: Callable[[], Terminal], gate: Gate, tmp_path: Path) -> 
     assert answers(tmp_path) == [*range(ROWS)]
 
 
+def test_a_dry_run(terminal: Start, tmp_path: Path) -> None:
+    """A person sees how much is read; only the figures stay."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "hello"}\n' * 2000)
+    batch = terminal("batch", str(prompts), "--out", str(tmp_path / "out.jsonl"), "-m", "echo", "--dry-run")
+    assert batch.end() == 0
+    assert "reading: " in batch.shown
+    assert batch.lines[0] == "rows     2,000 to ask"
+    assert not (tmp_path / "out.jsonl").exists()
+
+
 def test_ctrl_c(start: Callable[[], Terminal], gate: Gate, tmp_path: Path) -> None:
     """Ctrl-C begins no more rows, and says what it waits for. What was in flight is there; the same command does the rest."""
     batch = start()

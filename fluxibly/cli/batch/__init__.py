@@ -4,8 +4,8 @@
 `display.py` shows that, `ending.py` has the last lines and the exit status, and `dry_run.py` the figures of a batch that was not run.
 """
 
-from fluxibly.cli.batch.dry_run import show_estimate
+from fluxibly.cli.batch.dry_run import estimated, show_estimate
 from fluxibly.cli.batch.ending import Ending
 from fluxibly.cli.batch.running import run
 
-__all__ = ["Ending", "run", "show_estimate"]
+__all__ = ["Ending", "estimated", "run", "show_estimate"]

@@ -91,7 +91,7 @@ class Display:
         facts.append(f"{figures.rate:,.3g}/s" if figures.rate < 100 else f"{figures.rate:,.0f}/s")
         if figures.seconds_left is not None:
             facts.append(f"{lasting(figures.seconds_left)} left")
-        return [*facts, *spent(report), *self._limits()]
+        return [*facts, *spent(report), *self._limits(), *self._batches()]
 
     def _limits(self) -> list[str]:
         """Return the limits that were found and hold now."""
@@ -102,6 +102,13 @@ class Display:
         if report.places is not None:
             found.append(f"{report.places:,} at once")
         return found
+
+    def _batches(self) -> list[str]:
+        """Return what there is to say of batches at the provider."""
+        report = self._batch.report
+        states = [f"{count:,} {state.replace('_', ' ')}" for state, count in report.batches.items()]
+        found = [f"batches: {', '.join(states)}"] if states else []
+        return found if report.notice is None else [*found, report.notice]
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         figures, report = self._progress.figures(), self._batch.report
@@ -122,6 +129,7 @@ class Display:
         lines = [
             [figures.rows(), f"{report.in_flight:,} in flight", f"{rate}/s, {60 * figures.rate:,.0f} a minute"],
             [*spent(report), *self._limits()],
+            self._batches(),
         ]
         for facts in lines:
             if facts:

@@ -4,11 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from rich.live import Live
+from rich.text import Text
+
 from fluxibly._extras import pip_install, version_of
 from fluxibly.batch import Batch, Estimate
 from fluxibly.cli.batch.words import lasting, rows, short
 from fluxibly.cli.screen import Screen, line_of
 from fluxibly.cli.trace.facts import money
+
+
+def estimated(screen: Screen, batch: Batch) -> Estimate:
+    """Return what a batch would take. Meanwhile, a person sees how much of the input is read."""
+    if screen.quiet or not screen.draws_aside:
+        return batch.estimate()
+    with Live(console=screen.err, transient=True, get_renderable=lambda: Text(_reading(batch)), redirect_stdout=False):
+        return batch.estimate()
+
+
+def _reading(batch: Batch) -> str:
+    size, position = batch.source.size, batch.source.position
+    return f"reading: {100 * position // size} %" if size else f"reading: {_size(position)}"
 
 
 def show_estimate(screen: Screen, batch: Batch, found: Estimate) -> None:

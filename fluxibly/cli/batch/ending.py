@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Sequence
+from urllib.parse import urlsplit
 
 import attrs
 
+from fluxibly._checks import secrets_in_query
+from fluxibly._masking import MASK
 from fluxibly.batch import Batch
 from fluxibly.cli.batch.progress import total_of
 from fluxibly.cli.batch.words import by_class, lasting, rows, spent
@@ -71,7 +74,21 @@ class Ending:
         return source.size is not None and source.position >= source.size
 
     def _command(self, arguments: Sequence[str]) -> str:
-        return shlex.join(["fluxibly", *map(self.masked, arguments)])
+        kept = [without_secrets(argument) for argument in arguments if argument != "--cancel"]
+        return shlex.join(["fluxibly", *map(self.masked, kept)])
+
+
+def without_secrets(argument: str) -> str:
+    """Return an argument without the password and the keys that an address in it may have."""
+    if "://" not in argument:
+        return argument
+    try:
+        secrets = [urlsplit(argument).password or "", *secrets_in_query(argument)]
+    except ValueError:  # it is no address
+        return argument
+    for secret in filter(None, secrets):
+        argument = argument.replace(secret, MASK)
+    return argument
 
 
 def without(arguments: Sequence[str], option: str) -> list[str]:

@@ -124,7 +124,7 @@ def batch(  # noqa: PLR0917  # typer reads the options from the parameters
     from fluxibly.batch import Batch
     from fluxibly.batch._finish import Output
     from fluxibly.batch._input import open_input
-    from fluxibly.cli.batch import Ending, run, show_estimate
+    from fluxibly.cli.batch import Ending, estimated, run, show_estimate
     from fluxibly.cli.batch.display import Display
     from fluxibly.cli.batch.settings import (
         check_files,
@@ -177,7 +177,7 @@ def batch(  # noqa: PLR0917  # typer reads the options from the parameters
             one_trace=one_trace,
         )
         if dry_run:
-            found = made.estimate()
+            found = estimated(screen, made)
             if as_json:
                 typer.echo(json.dumps(attrs.asdict(found)))
             else:

@@ -21,6 +21,7 @@ from fluxibly.providers.dialects.batches import (
     object_of,
     objects_in,
     pages_end,
+    unexpected,
 )
 from fluxibly.providers.dialects.json_values import as_count, as_object, as_text, read_json
 
@@ -103,7 +104,7 @@ class AnthropicBatches:
         """Read a page of the batches."""
         fields = object_of(body)
         if "data" not in fields:
-            id_of({}, body)
+            raise unexpected(fields, body, "a list of batches")
         batches = tuple(self._batch(item, body) for item in objects_in(fields, "data"))
         return batches, pages_end(fields, batches)
 
@@ -138,7 +139,8 @@ class AnthropicBatches:
         numbers = {name: as_count(count) or 0 for name, count in counts.items()}
         status = as_text(fields.get("processing_status"))
         ended = status == "ended"
-        readable = ended and bool(fields.get("results_url"))  # the service deletes results after 29 days
+        # The service deletes results after 29 days.
+        readable = ended and bool(fields.get("results_url")) and not fields.get("archived_at")
         return RemoteBatch(
             id=batch_id,
             status=status,

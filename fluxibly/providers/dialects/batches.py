@@ -252,12 +252,17 @@ def id_of(fields: dict[str, Any], body: bytes) -> str:
     """
     found = as_text(fields.get("id"))
     if not found:
-        raise error_of_payload(fields, body=body) or StreamProtocolError(
-            "expected an object with an id from the batch API, got JSON without one", body=excerpt(body)
-        )
+        raise unexpected(fields, body, "an object with an id")
     if len(found) > MAX_ID:
         raise StreamProtocolError(f"expected an id of at most {MAX_ID} characters, got {len(found):,}")
     return found
+
+
+def unexpected(fields: dict[str, Any], body: bytes, expected: str) -> ProviderError:
+    """Return the error that a body reports in place of what was expected, or one that says so."""
+    return error_of_payload(fields, body=body) or StreamProtocolError(
+        f"expected {expected} from the batch API, got other JSON", body=excerpt(body)
+    )
 
 
 def in_path(value: str) -> str:

@@ -22,6 +22,7 @@ from fluxibly.providers.dialects.batches import (
     object_of,
     objects_in,
     pages_end,
+    unexpected,
 )
 from fluxibly.providers.dialects.json_values import as_array, as_count, as_object, as_text, read_json
 
@@ -135,7 +136,7 @@ class OpenAIBatches:
             return tuple(self._batch(as_object(item), body) for item in as_array(raw)), ""
         fields = object_of(body)
         if "data" not in fields:
-            id_of({}, body)
+            raise unexpected(fields, body, "a list of batches")
         batches = tuple(self._batch(item, body) for item in objects_in(fields, "data"))
         return batches, pages_end(fields, batches)
 
