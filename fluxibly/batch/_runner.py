@@ -339,9 +339,8 @@ class Batch:
         client = client_of(llm.pipeline.provider, llm.pipeline.info)
         check_layers(llm.pipeline.middleware, goes_online=self.then == "online")
 
-        def is_left(number: int) -> bool:
-            done = number in journal.done and number not in left.again
-            return not done and (self.limit is None or number < self.limit)
+        def is_done(number: int) -> bool:
+            return number in journal.done and number not in left.again
 
         state = left.state
         return AtProvider(
@@ -349,14 +348,15 @@ class Batch:
             llm.pipeline.info,
             requests,
             self.source,
-            is_left,
+            is_done,
+            math.inf if self.limit is None else self.limit,
             journal,
             self.report,
             path=self.answers.with_name(f"{self.answers.name}.batches"),
             state=f"{state.input}{state.settings}",
             changed=self.changed,
             settings=batches,
-            prices=prices_of(llm.pipeline.middleware),
+            prices=prices_of(llm.pipeline.middleware, llm.pipeline.info, llm.config.model),
             whole=self.output.whole,
             stop_after_errors=self.stop_after_errors,
             once=self.then == "online",

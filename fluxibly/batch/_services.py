@@ -18,7 +18,7 @@ from math import inf
 from pathlib import Path
 from secrets import token_hex
 from time import monotonic, time
-from typing import Any, BinaryIO, Final, Literal, Protocol, TypeVar, cast
+from typing import Any, BinaryIO, Final, Literal, NoReturn, Protocol, TypeVar, cast
 
 import attrs
 
@@ -223,7 +223,8 @@ class AtProvider:
         info: the provider.
         requests: makes requests of rows.
         source: the rows.
-        is_left: whether a row is to be asked, as far as the runner knows.
+        is_done: whether a row has a line, and is not to be asked again.
+        limit: the number of rows, from the first, that are to be asked. Answers to others are written, too.
         journal: takes the lines.
         report: counts meanwhile.
         path: the file of submissions.
@@ -242,7 +243,8 @@ class AtProvider:
     info: ProviderInfo
     requests: _Requests
     source: Source
-    is_left: Callable[[int], bool]
+    is_done: Callable[[int], bool]
+    limit: float
     journal: Journal
     report: _Counted
     path: Path
@@ -294,7 +296,7 @@ class AtProvider:
         """Do nothing more. The batches go on at the service."""
         if not self.is_over:
             self.is_over = True
-            self._why = why
+            self._why = why if self._why is None else f"{self._why}; {why}"
             if self._stopping is not None:
                 self._stopping.set()
 
@@ -343,7 +345,7 @@ class AtProvider:
             if each.step in ("packed", "uploaded"):
                 self._submissions.note(each, "dropped", why="the program ended before it was submitted")
             elif each.step == "ended" and each.tried:
-                self._note_tries(each)
+                self._note_tries(number for number in each.numbers() if number not in self.journal.done)
         for each in self._submissions.open:
             if each.service != self.info.key:
                 raise ConfigError(
@@ -500,11 +502,13 @@ class AtProvider:
             self._write()
 
     def _is_skipped(self, number: int) -> bool:
-        return number in self._taken or not self._is_open(number) or (self.once and number in self._tries[0])
+        if number >= self.limit or number in self._taken or not self._is_open(number):
+            return True
+        return self.once and number in self._tries[0]
 
     def _is_open(self, number: int) -> bool:
         """Whether a row has no line yet, also none that is about to be written."""
-        return number not in self._buffered and self.is_left(number)
+        return number not in self._buffered and not self.is_done(number)
 
     def _add(self, row: Row) -> _Packing | None:
         """Pack a row. Return an upload that is full."""
@@ -676,7 +680,7 @@ class AtProvider:
             self._full_until = 0.0
         return True
 
-    def _doubt(self, submission: Submission, why: str) -> None:
+    def _doubt(self, submission: Submission, why: str) -> NoReturn:
         """Stop, since nobody can tell whether rows were answered and paid.
 
         Raises:
@@ -725,8 +729,7 @@ class AtProvider:
                 may_be = may_be or verdict is None
             if not cursor:
                 return None, may_be
-        self._doubt(submission, "the service has too many batches to find one whose submission was not answered")
-        raise AssertionError("unreachable: `_doubt` raises")
+        return self._doubt(submission, "the service has too many batches to find one whose submission was not answered")
 
     async def _has_ids_of(self, batch: RemoteBatch, submission: Submission) -> bool | None:
         """Return whether the results of a batch are those of a submission; None if it has none yet."""
@@ -772,7 +775,7 @@ class AtProvider:
             for path in batch.results:
                 await self._steadily(lambda path=path: self._leave_out_changed(path, submission, members, keys))  # type: ignore[misc]
         began = submission.at if batch.created_at is None else batch.created_at
-        elapsed = max(0.0, (time() if batch.ended_at is None else batch.ended_at) - began)
+        elapsed = float(max(0.0, (time() if batch.ended_at is None else batch.ended_at) - began))
         counted = self.report.asked, sum(self.report.errors.values())
         for path in batch.results:
             await self._steadily(lambda path=path: self._take(path, submission, members, names, elapsed))  # type: ignore[misc]
@@ -792,7 +795,7 @@ class AtProvider:
         self._full, self._refused = 0, 0
         log(INFO, "Batch ended | id=%s, status=%s, rows_left=%d", id=batch.id, status=batch.status, rows_left=left)
         if submission.tried:
-            self._note_tries(submission)
+            self._note_tries(filter(self._is_open, submission.numbers()))
         if left:
             self._free(submission)
             if batch.cancelled:
@@ -824,7 +827,7 @@ class AtProvider:
                 number, key = _row_of(result, submission.label)
                 if number is None or number not in members:
                     foreign += 1
-                elif self._is_open(number) and number not in self._failed:
+                elif self._awaits(number, result):
                     tries = self._tries_of(number) + 1
                     try:
                         response = self.client.answer(result, asked)
@@ -846,6 +849,12 @@ class AtProvider:
                 id=submission.id,
                 results=foreign,
             )
+
+    def _awaits(self, number: int, result: Result) -> bool:
+        """Whether a result is the first for its row. An answer comes in place of a failure, which was to be asked again."""
+        if number in self._failed or number in self._buffered:
+            return False
+        return not self.is_done(number) or (result.fate == "answered" and number in self.journal.failed)
 
     def _call(self, tries: int, spent: Spent | None = None, model: str | None = None) -> CallRecord:
         """Return the record of a call that was never made, for the line of its row."""
@@ -916,13 +925,13 @@ class AtProvider:
         """Return the number of batches in which a row was in vain."""
         return sum(number in tried for tried in self._tries)
 
-    def _note_tries(self, submission: Submission) -> None:
-        for number in submission.numbers():
-            if self._is_open(number):
-                for tried in self._tries:
-                    if number not in tried:
-                        tried.add(number)
-                        break
+    def _note_tries(self, numbers: Iterable[int]) -> None:
+        """Note that rows were in a batch in vain."""
+        for number in numbers:
+            for tried in self._tries:
+                if number not in tried:
+                    tried.add(number)
+                    break
 
     def _finish(self, number: int, custom_id: str | None, key: str, elapsed: float = 0.0, **outcome: Any) -> None:
         line = line_of(number, custom_id, key, elapsed, whole=self.whole, **outcome)
@@ -954,12 +963,13 @@ class AtProvider:
             report.cost = (report.cost or 0.0) + line.cost
 
 
-def prices_of(stack: Iterable[object]) -> Prices | None:
-    """Return the prices of a stack's `Cost`; None if it has none."""
+def prices_of(stack: Iterable[object], info: ProviderInfo, model: str) -> Prices | None:
+    """Return the prices of a stack's `Cost`, or those of the package genai-prices; None if neither knows the model."""
     for layer in stack:
         if isinstance(layer, Cost):
             return Prices(layer.prices, "Batch")
-    return None
+    prices = Prices(None, "Batch", needed=False)
+    return None if prices.of(info, model) is None else prices
 
 
 def _members(submission: Submission) -> Bitmap:

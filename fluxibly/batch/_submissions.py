@@ -15,6 +15,7 @@ from typing import Any, Literal, Self, TypeAlias
 import attrs
 import msgspec
 
+from fluxibly.batch._journal import sync_folder
 from fluxibly.errors import ConfigError
 from fluxibly.providers.dialects.batches import Lost
 
@@ -180,6 +181,7 @@ class Submissions:
     def _open(self) -> int:
         if self._file is None:
             self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            sync_folder(self.path)
         return self._file
 
     def _read(self) -> None:

@@ -16,6 +16,7 @@ from support.batch_services import BatchService, batch_service, prompt_of
 
 from fluxibly import LLM, AsyncLLM, LLMConfig
 from fluxibly.batch import Batch, ProviderBatches
+from fluxibly.batch._input import open_input
 from fluxibly.errors import ConfigError
 from fluxibly.llm import default_stack
 from fluxibly.middleware import Cost, Defaults, ExtractReasoning, RateLimit, Validation
@@ -259,6 +260,38 @@ def test_limit(service, tmp_path):
     report = batch_of(service, tmp_path, limit=4).run()
     assert report.answered == 4
     assert service.rows_submitted == Counter(f"prompt {n}" for n in range(4))
+
+
+def test_answers_beyond_the_limit_are_written_if_they_were_submitted(service, tmp_path):
+    stopped_while_running(service, tmp_path)
+    assert batch_of(service, tmp_path, limit=2).run().answered == 7
+    assert service.paid == Counter(f"prompt {n}" for n in range(7))
+
+
+def test_failures_that_were_submitted_again_are_replaced_by_any_later_run(service, tmp_path):
+    service.outcome = lambda prompt: BAD if prompt == "prompt 1" else "answered"
+    assert batch_of(service, tmp_path).run().failed == 1
+    service.outcome = lambda _: "answered"
+    service.hold_at("submit after")
+    batch = batch_of(service, tmp_path, retry_errors=True)
+    thread = threading.Thread(target=batch.run)
+    thread.start()
+    assert service.reached.wait(20)
+    batch.stop()
+    service.release()
+    thread.join(20)
+    report = batch_of(service, tmp_path).run()  # without retry_errors
+    assert (report.answered, report.failed) == (7, 0)
+    assert service.paid == Counter(f"prompt {n}" for n in range(7))
+    check_whole(tmp_path)
+
+
+def test_other_outputs(service, tmp_path):
+    write_rows(tmp_path, 7)
+    executor = ProviderBatches(poll_every=0.02, max_rows=3)
+    Batch(LLM(config_for(service)), tmp_path / "in.jsonl", tmp_path / "out.csv", executor=executor).run()
+    texts = [line.split(",")[3] for line in (tmp_path / "out.csv").read_text().splitlines()]
+    assert sorted(texts) == ["text" if n < 0 else f"re: prompt {n}" for n in range(7)] + ["text"]
 
 
 # Results
@@ -599,6 +632,11 @@ def test_options_that_batches_do_not_have(openai, tmp_path, more):
 def test_settings_are_checked(settings):
     with pytest.raises(ValueError, match=f"ProviderBatches: {next(iter(settings))}: expected"):
         ProviderBatches(**settings)
+
+
+def test_standard_input_is_refused(openai, tmp_path):
+    with pytest.raises(ConfigError, match="write it to a file"):
+        Batch(LLM(config_for(openai)), open_input("-"), tmp_path / "out.jsonl", executor="provider")
 
 
 def test_cancel_needs_batches_of_the_provider(openai, tmp_path):

@@ -58,7 +58,8 @@ class Ending:
         if report.errors:
             lines.append(f"errors: {by_class(report.errors)}")
         if report.stopped is not None:
-            lines += [] if self.was_told else [f"stopped: {report.stopped}"]
+            # Who has stopped it knows that, but not what goes on at a provider.
+            lines += [] if self.was_told and batch.executor == "online" else [f"stopped: {report.stopped}"]
             lines.append(f"go on: {self._command(self.arguments)}")
         elif batch.limit is not None and (total is None or batch.source.size is None or not self._is_read):
             lines.append(f"go on: {self._command(without(self.arguments, '--limit'))}")
