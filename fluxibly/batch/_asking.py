@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import errno
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    AsyncIterator,
+    Callable,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+)
 from time import monotonic, perf_counter
 from typing import Any, Protocol
 
 import attrs
 
-from fluxibly._loops import wait_for
 from fluxibly.batch._input import Row
 from fluxibly.batch._journal import Entry, Journal
 from fluxibly.batch._lines import Line, encoded, line_of
@@ -27,8 +35,8 @@ from fluxibly.types import CallRecord, Request, replaced
 
 SYNC_EVERY = 1.0
 """The seconds after which what is written is also safe from a power cut. A process that is killed loses nothing."""
-_MOST_UNWRITTEN = 256
-"""The most lines that are kept until they are written."""
+_REST_EVERY = 256
+"""The rows after which other tasks have a turn in any case."""
 DISK_FULL = "disk full"
 STOPPED = "told to stop"
 BUDGET = "the budget is used up"
@@ -195,6 +203,8 @@ class Asking:
     _askers: set[_Asker] = attrs.field(factory=set[_Asker], init=False)
     _asked: int = attrs.field(default=0, init=False)
     """The rows that are being asked, or wait for that."""
+    _ends: int = attrs.field(default=0, init=False)
+    """The rows that have ended."""
     _broke: deque[Any] = attrs.field(factory=deque[Any], init=False)
     """The rows that wait for others to end, because the budget has no more for them."""
     _error: BaseException | None = attrs.field(default=None, init=False)
@@ -205,7 +215,6 @@ class Asking:
     """Held by the task that reads a stream."""
     _tasks: Any = attrs.field(default=None, init=False)
     _scope: Any = attrs.field(default=None, init=False)
-    _changed: Any = attrs.field(default=None, init=False)
 
     # From outside
 
@@ -235,41 +244,28 @@ class Asking:
 
         if not self.stop_after_errors:
             self._alike = None
-        self._changed, self._turn = anyio.Event(), anyio.Lock()
-        rows = self.rows
-        if isinstance(rows, AsyncIterable):
-            rows = self._later = aiter(rows)
+        self._turn = anyio.Lock()
+        rows: Any
+        if isinstance(self.rows, AsyncIterable):
+            rows = self._later = aiter(self.rows)
         else:
-            self._now = iter(rows)
+            rows = self._now = iter(self.rows)
         try:
             async with anyio.create_task_group() as beside:
                 beside.start_soon(self._sync)
                 async with anyio.create_task_group() as self._tasks:
                     self._scope = self._tasks.cancel_scope
                     self._start()
-                    await self._collect()
                 beside.cancel_scope.cancel()
         finally:
             self._end()
-            if isinstance(rows, AsyncGenerator):
+            if isinstance(rows, Generator):
+                rows.close()
+            elif isinstance(rows, AsyncGenerator):
                 with anyio.CancelScope(shield=True):
                     await rows.aclose()
         if self._error is not None:
             raise self._error
-
-    async def _collect(self) -> None:
-        """Write the lines as they come."""
-        import anyio  # late, as above
-
-        try:
-            while self._askers:
-                await wait_for(self._changed, SYNC_EVERY)
-                self._changed = anyio.Event()
-                self._write()
-        except BaseException as error:
-            if isinstance(error, anyio.get_cancelled_exc_class()):
-                raise
-            self._fail(error)
 
     async def _sync(self) -> None:
         """Have the disk keep what is written, in a thread, so that a slow disk holds up no request."""
@@ -278,11 +274,12 @@ class Asking:
         while True:
             await anyio.sleep(SYNC_EVERY)
             self.each_second()
-            if not self.journal.is_synced:
-                try:
+            try:
+                self._write()  # what had no room may have it now
+                if not self.journal.is_synced:
                     await anyio.to_thread.run_sync(self.journal.sync)
-                except OSError as error:
-                    self._fail(error)
+            except OSError as error:
+                self._fail(error)
 
     def _fail(self, error: BaseException) -> None:
         """End all because of an error, which `run` raises."""
@@ -324,7 +321,8 @@ class Asking:
                         self._asked -= 1
                         if self._broke:
                             self._wake_broke()
-                    if len(self._ended) > _MOST_UNWRITTEN:  # a model in this process may never wait for anything
+                    self._ends += 1
+                    if not self._ends % _REST_EVERY:  # a model in this process may never wait for anything
                         await anyio.lowlevel.checkpoint()
         except Exception as error:  # noqa: BLE001  # of the input, for example
             self._error = self._error or error
@@ -335,7 +333,6 @@ class Asking:
             self._fail(error)
         finally:
             self._askers.discard(asker)
-            self._changed.set()
 
     async def _next(self) -> Row | None:
         """Return the next row to ask."""
@@ -467,9 +464,8 @@ class Asking:
         entry = Entry(row.number, line.error is not None, encoded(line), line.key)
         if self._alike is not None and not self._passes(self._alike, entry, error):
             return
-        if not self._ended:
-            self._changed.set()
         self._ended.append(entry)
+        self._write()  # at once: as soon as the task goes on to another row, this one is no longer in flight
 
     def _passes(self, alike: list[Entry], entry: Entry, error: BaseException | None) -> bool:
         """Return whether a line may be written, since not all of the first rows have failed alike."""
@@ -485,7 +481,6 @@ class Asking:
         if len(alike) < self.stop_after_errors:
             self._ended.extend(alike)
             self._alike = None
-            self._changed.set()
         return True
 
     def _count(self, line: Line) -> None:
@@ -502,7 +497,7 @@ class Asking:
     # The journal
 
     def _write(self) -> None:
-        """Write the lines that are there. If the disk is full, those that are left are tried again later."""
+        """Write the lines that are not written yet. If the disk is full, they are tried again later."""
         if self._ended:
             try:
                 self.journal.write(self._ended, None if self.repeats is None else self._wrote)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import AsyncIterable, Callable, Iterable, Sequence
+from contextlib import closing
 from copy import copy
 from functools import partial
 from pathlib import Path
@@ -388,10 +389,11 @@ class Batch:
                     left.again = journal.done.copy()
         elif journal.done and keys is not None:
             changes = Changes(journal, keys, left.again)
-            for _ in changes.check(self.source, requests.key_of):
-                await checkpoint()
-                if self._stops:
-                    return left
+            with closing(changes.check(self.source, requests.key_of)) as checking:
+                for _ in checking:
+                    await checkpoint()
+                    if self._stops:
+                        return left
             if changes.changed:
                 self._check_changed(len(changes.changed), journal)
             if self.changed == "ask" and changes.changed:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
 from typing import cast
 
@@ -97,13 +97,18 @@ class Changes:
         self.rows = number + 1
         return number not in self._journal.done or number in self._skip
 
-    def check(self, source: Source, key_of: Callable[[Row], str]) -> Iterator[None]:
+    def check(self, source: Source, key_of: Callable[[Row], str]) -> Generator[None]:
         """Look at all rows that are done. Yield from time to time, so that the caller can do something else, or leave it."""
-        for number, row in enumerate(cast("Iterable[Row]", source.rows(self.is_skipped)), 1):
-            if self._keys[row.number] != _short(key_of(row)):
-                self.changed.add(row.number)
-            if number % 100 == 0:
-                yield
+        rows = cast("Iterable[Row]", source.rows(self.is_skipped))
+        try:
+            for number, row in enumerate(rows, 1):
+                if self._keys[row.number] != _short(key_of(row)):
+                    self.changed.add(row.number)
+                if number % 100 == 0:
+                    yield
+        finally:
+            if isinstance(rows, Generator):
+                rows.close()
         for row_number in self._journal.done:
             if row_number >= self.rows:
                 self.changed.add(row_number)  # the input has become shorter

@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 import pytest
 from support.batches import CountedModel, Files
 from support.counting_server import counting_server
 from support.limited_server import limited_server
 
 from fluxibly import LLM, AsyncLLM
-from fluxibly.batch import Batch, _asking, _patience
+from fluxibly.batch import Batch, _patience
 from fluxibly.batch._patience import Patience
 from fluxibly.errors import (
     AuthenticationError,
@@ -98,20 +99,24 @@ def test_no_more_rows_are_asked_at_once_than_it_is_told(files: Files) -> None:
     assert model.most_at_once == 7
 
 
-def test_a_model_that_never_waits_does_not_fill_the_memory(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
-    most = 0
+def test_beside_a_model_that_never_waits_others_have_a_turn(files: Files) -> None:
+    files.write(prompts(1000))
+    turns = 0
 
-    class Watched(_asking.Journal):
-        def write(self, entries: Any, each: Any = None) -> None:
-            nonlocal most
-            most = max(most, len(entries))
-            super().write(entries, each)
+    async def others() -> None:
+        nonlocal turns
+        while True:
+            await anyio.lowlevel.checkpoint()
+            turns += 1
 
-    monkeypatch.setattr("fluxibly.batch._runner.Journal", Watched)
-    files.write(prompts(3000))
-    report = files.batch(AsyncLLM("echo:m"), concurrency=10).run()
-    assert report.answered == 3000
-    assert 0 < most < 300
+    async def both() -> None:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(others)
+            assert (await files.batch(AsyncLLM("echo:m"), concurrency=10).arun()).answered == 1000
+            tasks.cancel_scope.cancel()
+
+    asyncio.run(both())
+    assert turns >= 3
 
 
 @pytest.mark.parametrize("kind", [LLM, AsyncLLM])
