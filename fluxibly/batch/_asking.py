@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import errno
-import time
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping
+from time import monotonic, perf_counter
 from typing import Any, Protocol
 
 import attrs
@@ -16,7 +16,7 @@ from fluxibly.batch._journal import Entry, Journal
 from fluxibly.batch._lines import Line, encoded, line_of
 from fluxibly.batch._patience import Patience, may_help, named
 from fluxibly.batch._repeats import MOST_FOLLOWERS, Repeats, copied
-from fluxibly.batch._stack import watched
+from fluxibly.batch._stack import watching
 from fluxibly.errors import BadPrompt, BudgetExceeded, root_cause
 from fluxibly.llm import LLM, AsyncLLM
 from fluxibly.messages import Message
@@ -115,6 +115,7 @@ class _Asker:
     def begin(self) -> None:
         """Begin a call."""
         self.call: CallRecord | None = None
+        """The record of the call, once a request is about to be sent."""
         self.sending = self.answers = 0
         self.sent_at = 0.0
 
@@ -123,18 +124,25 @@ class _Asker:
         """Whether nothing is lost if this row is dropped: no request of it is under way, or was answered."""
         return not (self.sending or self.answers)
 
-    def may_send(self) -> bool:
-        if self._asking.is_over and self.is_idle:
+    @property
+    def attempts(self) -> int:
+        return 0 if self.call is None else self.call.attempts
+
+    def begins(self, call: CallRecord) -> bool:
+        """Do as `Watching.begins`."""
+        asking = self._asking
+        if asking.is_over and self.is_idle:
             self.scope.cancel()
             return False
+        if not call.nested:
+            self.call = call
+        self.sending += 1
+        asking.report.in_flight += 1
+        self.sent_at = monotonic()
         return True
 
-    def begins(self) -> None:
-        self.sending += 1
-        self._asking.report.in_flight += 1
-        self.sent_at = time.monotonic()
-
     def ends(self, *, answered: bool) -> None:
+        """Do as `Watching.ends`."""
         self.sending -= 1
         self._asking.report.in_flight -= 1
         self.answers += answered
@@ -301,7 +309,7 @@ class Asking:
     async def _ask_rows(self, asker: _Asker) -> None:
         import anyio.lowlevel  # late, as above
 
-        watched.set(asker)
+        watching.set(asker)
         try:
             with asker.scope:
                 while (row := await self._next()) is not None:
@@ -312,7 +320,8 @@ class Asking:
                         await self._ask(asker, row)
                     finally:
                         self._asked -= 1
-                        self._wake_broke()
+                        if self._broke:
+                            self._wake_broke()
                     if len(self._ended) > _MOST_UNWRITTEN:  # a model in this process may never wait for anything
                         await anyio.lowlevel.checkpoint()
         except Exception as error:  # noqa: BLE001  # of the input, for example
@@ -347,7 +356,7 @@ class Asking:
     # A row
 
     async def _ask(self, asker: _Asker, row: Row) -> None:
-        began = time.perf_counter()
+        began = perf_counter()
         request, key, error = None, "", None
         try:
             request, key = self.requests.of(row)
@@ -385,7 +394,7 @@ class Asking:
                 response = await self.pipeline.complete(request)
             except Exception as error:  # noqa: BLE001  # one row harms no other
                 call = asker.call
-                attempts += 0 if call is None else call.attempts
+                attempts += asker.attempts
                 if not await self._is_over_for(asker, error, refusals):
                     refusals += 1
                     continue
@@ -397,9 +406,11 @@ class Asking:
                 self._finish(row, line, error)
                 return None
             self._patience.heard()
-            self.report.asked += 1
             line = self._line(row, key, began, response=response, call=asker.call, request=request)
+            if asker.call is None:  # a cache has answered
+                line.usage, line.cost = None, 0.0
             line.attempts += attempts
+            self.report.asked += line.attempts > 0
             self._finish(row, line, None)
             return line
 
@@ -412,7 +423,7 @@ class Asking:
                 return False
             self.stop(BUDGET)
             return True
-        if not may_help(cause, 0 if asker.call is None else asker.call.attempts):
+        if not may_help(cause, asker.attempts):
             self._patience.heard()
             return True
         asker.answers = 0  # what failed has brought nothing that would be lost
@@ -443,7 +454,7 @@ class Asking:
             self._broke.popleft().set()
 
     def _line(self, row: Row, key: str, began: float, **outcome: Any) -> Line:
-        elapsed = time.perf_counter() - began
+        elapsed = perf_counter() - began
         return line_of(row.number, row.custom_id, key, elapsed, whole=self.whole, **outcome)
 
     def _finish(self, row: Row, line: Line, error: BaseException | None) -> None:

@@ -132,22 +132,25 @@ class Journal:
         Raises:
             ConfigError: the file has something else than lines of a journal. It is left as it is.
         """
-        if each is None:
-            for lines, _ in self._blocks():
-                for written in self._decoded(lines):
-                    self._note(written.row, failed=written.error is not None)
-        else:
-            for lines, offset in self._blocks():
-                for line, written in zip(lines.splitlines(keepends=True), self._decoded(lines), strict=True):
-                    self._note(written.row, failed=written.error is not None)
+        for lines, offset in self._blocks():
+            decoded = self._decoded(lines, offset)
+            for written in decoded:
+                self._note(written.row, failed=written.error is not None)
+            self.end = offset + len(lines)
+            if each is not None:
+                for line, written in zip(lines.splitlines(keepends=True), decoded, strict=True):
                     each(written, offset)
                     offset += len(line)  # noqa: PLW2901
+        torn = os.pread(self._file, _BLOCK, self.end)
+        # After a power cut, what was not written yet may be zeros.
+        if torn.strip(b"\0") and not torn.startswith(_START[: len(torn)]):
+            self._refuse(b"", self.end)
         os.ftruncate(self._file, self.end)
 
     def _blocks(self) -> Iterator[tuple[bytes, int]]:
         """Yield whole lines, many at a time, with the number of their first byte."""
-        self.end, parts = 0, list[bytes]()
-        at = 0
+        parts = list[bytes]()
+        at = begin = 0
         while block := os.pread(self._file, _BLOCK, at):
             at += len(block)
             cut = block.rfind(b"\n") + 1
@@ -156,31 +159,28 @@ class Journal:
                 continue
             lines = b"".join([*parts, block[:cut]])
             parts = [block[cut:]]
-            yield lines, self.end
-            self.end += len(lines)
-        torn = b"".join(parts)
-        # After a power cut, what was not written yet may be zeros.
-        if torn.strip(b"\0") and not torn.startswith(_START[: len(torn)]):
-            self._refuse(b"")
+            yield lines, begin
+            begin += len(lines)
 
-    def _decoded(self, lines: bytes) -> list[Written]:
+    def _decoded(self, lines: bytes, offset: int) -> list[Written]:
         try:
             decoded = _decode_lines(lines)
         except msgspec.DecodeError:
-            self._refuse(lines)
-        if len(decoded) != lines.count(b"\n") or not all(0 <= each.row <= _HIGHEST for each in decoded):
-            self._refuse(lines)
+            self._refuse(lines, offset)
+        if len(decoded) != lines.count(b"\n") or not all([0 <= each.row <= _HIGHEST for each in decoded]):
+            self._refuse(lines, offset)
         return decoded
 
-    def _refuse(self, lines: bytes) -> NoReturn:
+    def _refuse(self, lines: bytes, offset: int) -> NoReturn:
         """Say which line is none of a batch.
 
         Args:
             lines: those that have it among them; without any, it is the last, which has no end.
+            offset: where they begin.
         """
         number = 1
-        for place in range(0, self.end, _BLOCK):
-            number += os.pread(self._file, min(_BLOCK, self.end - place), place).count(b"\n")
+        for place in range(0, offset, _BLOCK):
+            number += os.pread(self._file, min(_BLOCK, offset - place), place).count(b"\n")
         for line in lines.splitlines(keepends=True):
             try:
                 if 0 <= _decode(line).row <= _HIGHEST:

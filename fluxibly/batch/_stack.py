@@ -1,4 +1,4 @@
-"""The stack of a batch: the user's own, with what many calls at once need, and with the borders between which a call is watched."""
+"""The stack of a batch: the user's own, with what many calls at once need."""
 
 from __future__ import annotations
 
@@ -19,18 +19,11 @@ AT_ONCE = 1_000
 """The most rows at once where the number is found by latency."""
 
 
-class Watched(Protocol):
-    """What asks a row. It watches the call."""
+class Watching(Protocol):
+    """What asks a row. It watches the attempts."""
 
-    call: CallRecord | None
-    """The record of the call, once it has begun."""
-
-    def may_send(self) -> bool:
-        """Return whether another attempt may begin. If not, the task is cancelled already."""
-        ...
-
-    def begins(self) -> None:
-        """Note that an attempt begins."""
+    def begins(self, call: CallRecord, /) -> bool:
+        """Note that an attempt begins, and return True. If none may, its task is cancelled already."""
         ...
 
     def ends(self, *, answered: bool) -> None:
@@ -38,29 +31,22 @@ class Watched(Protocol):
         ...
 
 
-watched: ContextVar[Watched] = ContextVar("watched")
+watching: ContextVar[Watching] = ContextVar("watching")
 """What asks a row in this context."""
 
 
-def _note_call(request: Request, call_next: CallNext) -> Flow[Response]:
-    """Note the record of a call. It stands outside of all layers."""
-    watched.get().call = request.call
-    return (yield from call_next(request))
-
-
-def _watch_attempt(request: Request, call_next: CallNext) -> Flow[Response]:
+def _watch(request: Request, call_next: CallNext) -> Flow[Response]:
     """Watch the attempts of a call. It stands inside of all layers, so what waits for its turn is not here yet."""
-    watching = watched.get()
-    while not watching.may_send():
+    asker = watching.get()
+    while not asker.begins(request.call):
         yield from sleep(1.0)  # here the cancellation arrives
-    watching.begins()
+    answered = False
     try:
         response = yield from call_next(request)
-    except BaseException:
-        watching.ends(answered=False)
-        raise
-    watching.ends(answered=True)
-    return response
+        answered = True
+        return response
+    finally:
+        asker.ends(answered=answered)
 
 
 def stack_for(
@@ -105,7 +91,7 @@ def stack_for(
         layers.append(RateLimit(max_wait=FOREVER))
     if adapts and not (has_concurrency or info.in_process):
         layers.append(Concurrency("auto", queue=10 * AT_ONCE, max_wait=FOREVER))
-    return [_note_call, *layers, _watch_attempt]
+    return [*layers, _watch]
 
 
 def limits_in_force(stack: Iterable[Middleware]) -> tuple[float | None, int | None]:
