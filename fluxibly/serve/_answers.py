@@ -133,7 +133,7 @@ class Whole(_Answer):
         try:
             with _caller(self.context):
                 response = await self.pipeline.complete(self.request)
-            return json_response(completion(response, self.request))
+            return json_response(completion(response, self.request.model))
         except Exception as error:  # noqa: BLE001  # whatever it is, the client gets an answer
             request = self.request.evolve(call=calls[0]) if calls else self.request
             return failed(error, request)
