@@ -1,6 +1,6 @@
-"""The concurrent loops of `llm.map` and of batches: work on many items at once, bounded, and yield what comes of each.
+"""The concurrent loops of `llm.map`: they work on many items at once, bounded, and yield what comes of each.
 
-Imports: data and its helpers, flow. Imported by: `llm`, `batch`.
+Imports: data and its helpers, flow. Imported by: `llm`.
 """
 
 from __future__ import annotations
