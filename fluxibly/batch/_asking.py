@@ -29,7 +29,7 @@ from fluxibly.errors import BadPrompt, BudgetExceeded, root_cause
 from fluxibly.llm import LLM, AsyncLLM
 from fluxibly.messages import Message
 from fluxibly.middleware import Defaults
-from fluxibly.middleware._request_key import request_key
+from fluxibly.middleware._request_key import KeysOfRows
 from fluxibly.pipeline import AsyncPipeline
 from fluxibly.types import CallRecord, Request, replaced
 
@@ -69,11 +69,10 @@ class Requests:
         self._system = None if system is None else Message.system(system)
         self._info = llm.pipeline.info
         self._defaults = [layer for layer in llm.pipeline.middleware if isinstance(layer, Defaults)]
-
-    @property
-    def settings(self) -> str:
+        usual = self._request("-", {})
+        self._usual_keys = self._keys_of(usual)
+        self.settings = self._usual_keys.key(usual.messages)
         """A hash of what is sent beside the rows."""
-        return self._key_of(self._request("-", {}))
 
     def _request(self, prompt: Any, settings: Mapping[str, Any]) -> Request:
         request = self._llm.request(prompt, settings)
@@ -88,8 +87,8 @@ class Requests:
             request = layer.completed(request)
         return request
 
-    def _key_of(self, request: Request) -> str:
-        return request_key(self.completed(request), self._info)
+    def _keys_of(self, request: Request) -> KeysOfRows:
+        return KeysOfRows(self.completed(request), self._info)
 
     def of(self, row: Row) -> tuple[Request, str]:
         """Return the request of a row, and its key.
@@ -100,7 +99,8 @@ class Requests:
         if row.problem is not None:
             raise BadPrompt(row.problem)
         request = self._request(row.prompt, row.settings)
-        return request, self._key_of(request)
+        keys = self._keys_of(request) if row.settings else self._usual_keys
+        return request, keys.key(request.messages)
 
     def key_of(self, row: Row) -> str:
         """Return the key of a row; "" if it cannot be asked."""
@@ -407,8 +407,18 @@ class Asking:
                 self._finish(row, line, error)
                 return None
             self._patience.heard()
-            line = self._line(row, key, began, response=response, call=asker.call, request=request)
-            if asker.call is None:  # a cache has answered
+            call = asker.call
+            line = line_of(
+                row.number,
+                row.custom_id,
+                key,
+                perf_counter() - began,
+                response=response,
+                call=call,
+                request=request,
+                whole=self.whole,
+            )
+            if call is None:  # a cache has answered
                 line.usage, line.cost = None, 0.0
             line.attempts += attempts
             self.report.asked += line.attempts > 0

@@ -211,12 +211,13 @@ class Journal:
             OSError: there is no room for all. Those that are left are not in the file, also not in part.
         """
         while entries:
-            data = b"".join([entry.line for entry in islice(entries, _MOST_AT_ONCE)])
+            several = len(entries) > 1
+            data = b"".join([entry.line for entry in islice(entries, _MOST_AT_ONCE)]) if several else entries[0].line
             end = self.end + len(data)
             written = 0
             try:
                 while written < len(data):
-                    written += os.pwrite(self._file, data[written:], self.end + written)
+                    written += os.pwrite(self._file, data[written:] if written else data, self.end + written)
             finally:
                 self.is_synced = False
                 while entries and self.end < end and len(entries[0].line) <= written:

@@ -83,7 +83,8 @@ def line_of(
     usage = None
     if call is not None:
         line.attempts = call.attempts
-        usage = Usage.sum([each.usage for each in call.spent])
+        spent = call.spent
+        usage = spent[0].usage if len(spent) == 1 else Usage.sum([each.usage for each in spent])
         line.cost = None if call.cost is None else float(call.cost)
         line.model = call.model
     if response is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from hashlib import sha256
 from typing import Any
 
@@ -28,6 +29,37 @@ def request_key(request: Request, info: ProviderInfo, namespace: str = "") -> st
     Raises:
         TypeError: the request contains something that JSON does not have, so it has no key.
     """
+    found = _beside_messages(request, info, namespace)
+    found += map(_of_message, request.messages)
+    return _hashed(_encoded(found))
+
+
+class KeysOfRows:
+    """Makes the keys of many requests, which share what is sent beside the messages.
+
+    Args:
+        request: one of them.
+        info: the provider.
+    """
+
+    def __init__(self, request: Request, info: ProviderInfo) -> None:
+        self._beside = _encoded(_beside_messages(request, info, ""))
+
+    def key(self, messages: Iterable[Message]) -> str:
+        """Return the key of the request with these messages: 40 hexadecimal digits, but not those of `request_key`.
+
+        Raises:
+            TypeError: the messages contain something that JSON does not have.
+        """
+        return _hashed(self._beside + _encoded([*map(_of_message, messages)]))
+
+
+def _hashed(data: bytes) -> str:
+    return sha256(data).hexdigest()[:40]
+
+
+def _beside_messages(request: Request, info: ProviderInfo, namespace: str) -> list[Any]:
+    """Return what identifies a request beside its messages."""
     found: list[Any] = [VERSION, namespace, info.identity, request.model]
     # Written out, because a loop over the names of the parameters takes longer than the hash. Numbers are converted to
     # float, because 0 and 0.0 are sent to the same effect.
@@ -65,8 +97,7 @@ def request_key(request: Request, info: ProviderInfo, namespace: str = "") -> st
         if headers:
             given["headers"] = headers
     found.append(given)
-    found += map(_of_message, request.messages)
-    return sha256(_encoded(found)).hexdigest()[:40]
+    return found
 
 
 def _of_message(message: Message) -> Any:
