@@ -11,7 +11,7 @@ Imports: llm, the loops of `llm.map`, data and its helpers. Imported by: `cli`.
 from fluxibly.batch._estimate import Estimate
 from fluxibly.batch._finish import Output
 from fluxibly.batch._input import Row, Source, open_input
+from fluxibly.batch._provider_batches import ProviderBatches
 from fluxibly.batch._runner import Batch, Report
-from fluxibly.batch._services import ProviderBatches
 
 __all__ = ["Batch", "Estimate", "Output", "ProviderBatches", "Report", "Row", "Source", "open_input"]

@@ -15,7 +15,7 @@ from typing import Any, Literal, Self, TypeAlias
 import attrs
 import msgspec
 
-from fluxibly.batch._journal import sync_folder
+from fluxibly.batch._journal import Bitmap, sync_folder
 from fluxibly.errors import ConfigError
 from fluxibly.providers.dialects.batches import Lost
 
@@ -72,6 +72,8 @@ class Submission:
     """When it was submitted, in seconds since the epoch."""
     tried: bool = False
     """Whether those of its rows that have no answer count as asked."""
+    is_outdated: bool = False
+    """Whether rows of it would be asked otherwise now, and are to be. The file does not have this."""
     processed: int = 0
     """The rows that the service says it has done."""
     status: str = ""
@@ -91,6 +93,13 @@ class Submission:
         """Yield its rows in their order."""
         for first, last in self.rows:
             yield from range(first, last + 1)
+
+    def members(self) -> Bitmap:
+        """Return the set of its rows."""
+        found = Bitmap()
+        for number in self.numbers():
+            found.add(number)
+        return found
 
     def row_at(self, place: int) -> int | None:
         """Return the row at a place in the upload, from 0; None if there are not so many."""
