@@ -184,6 +184,7 @@ class Asking:
     is_over: bool = attrs.field(default=False, init=False)
     """Whether nothing more is begun."""
     _lines: LineWriter = attrs.field(init=False)
+    """Takes the lines of rows that have ended."""
     _left: deque[Row] = attrs.field(factory=deque[Row], init=False)
     """Rows that have waited for an equal one, in vain."""
     _patience: Patience = attrs.field(factory=Patience, init=False)

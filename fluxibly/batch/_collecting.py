@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import aclosing
+from functools import partial
 from logging import INFO, WARNING
 from time import time
 
@@ -36,6 +37,7 @@ class _Ended:
     """The seconds from its submission to its end."""
 
 
+@attrs.define(eq=False, kw_only=True)
 class Collector:
     """Writes what has become of the rows of batches.
 
@@ -43,26 +45,14 @@ class Collector:
         stop_after_errors: the number of rows that stop the run if no row of a batch has an answer, and all fail alike. 0: never.
     """
 
-    def __init__(
-        self,
-        client: RetryingClient,
-        submissions: Submissions,
-        rows: BatchRows,
-        outcomes: Outcomes,
-        *,
-        packer: Packer,
-        control: RunControl,
-        report: BatchesReport,
-        stop_after_errors: int,
-    ) -> None:
-        self._client = client
-        self._submissions = submissions
-        self._rows = rows
-        self._outcomes = outcomes
-        self._packer = packer
-        self._control = control
-        self._report = report
-        self._stop_after_errors = stop_after_errors
+    client: RetryingClient
+    submissions: Submissions
+    rows: BatchRows
+    outcomes: Outcomes
+    packer: Packer
+    control: RunControl
+    report: BatchesReport
+    stop_after_errors: int
 
     async def collect(self, submission: Submission, batch: RemoteBatch) -> None:
         """Write the results of a batch that has ended.
@@ -77,12 +67,12 @@ class Collector:
         if submission.is_outdated:
             await self._leave_out_changed(submission, batch, members)
         ended = _Ended(submission, batch, members, names, _elapsed(submission, batch))
-        counted = self._report.asked, sum(self._report.errors.values())
+        counted = self.report.asked, sum(self.report.errors.values())
         for path in batch.results:
-            await self._client.repeated(lambda path=path: self._take_results(path, ended))  # type: ignore[misc]
+            await self.client.repeated(partial(self._take_results, path, ended))
         left = self._fail_without_result(ended)
-        self._outcomes.write_failures()
-        self._outcomes.write()
+        self.outcomes.write_failures()
+        self.outcomes.write()
         self._note_end(submission, batch, left)
         self._check_alike(*counted)
 
@@ -90,32 +80,32 @@ class Collector:
 
     def _names_of(self, members: Bitmap) -> dict[int, str | None]:
         """Return the `custom_id`s that rows have in the input."""
-        return {row.number: row.custom_id for row in self._rows.some(members.__contains__, len(members))}
+        return {row.number: row.custom_id for row in self.rows.some(members.__contains__, len(members))}
 
     async def _leave_out_changed(self, submission: Submission, batch: RemoteBatch, members: Bitmap) -> None:
         """Take the rows out of a batch that would be asked otherwise now. Their answers are not written."""
-        keys = self._rows.keys_of(members)
+        keys = self.rows.keys_of(members)
 
         async def read(path: str) -> None:
-            async with aclosing(self._client.client.results(path)) as results:
+            async with aclosing(self.client.direct.results(path)) as results:
                 async for result in results:
                     number, key = row_of(result, submission.label)
                     if number is not None and keys.get(number) != key:
                         members.discard(number)
 
         for path in batch.results:
-            await self._client.repeated(lambda path=path: read(path))  # type: ignore[misc]
+            await self.client.repeated(partial(read, path))
 
     async def _take_results(self, path: str, ended: _Ended) -> None:
         """Take the results in a file. If it is read again, those that are taken already are passed over."""
         asked = Request(model=ended.submission.model, messages=(Message.user("-"),))
         foreign = 0
-        async with aclosing(self._client.client.results(path)) as results:
+        async with aclosing(self.client.direct.results(path)) as results:
             async for result in results:
                 number, key = row_of(result, ended.submission.label)
                 if number is None or number not in ended.members:
                     foreign += 1
-                elif self._outcomes.awaits(number, is_answer=result.fate == "answered"):
+                elif self.outcomes.awaits(number, is_answer=result.fate == "answered"):
                     self._take(number, key, result, asked, ended)
         if foreign:
             log(
@@ -127,17 +117,17 @@ class Collector:
 
     def _take(self, number: int, key: str, result: Result, asked: Request, ended: _Ended) -> None:
         """Take the result of a row: an answer, or a failure. A failure that may pass is left for another batch."""
-        tries = self._rows.tries_of(number) + 1
+        tries = self.rows.tries_of(number) + 1
         try:
-            response = self._client.client.answer(result, asked)
+            response = self.client.direct.answer(result, asked)
         except ProviderError as error:
-            may_pass = error.retryable and (self._rows.once or tries < MOST_TRIES)
+            may_pass = error.retryable and (self.rows.once or tries < MOST_TRIES)
             if not may_pass and result.fate != "cancelled":
                 error.body = None
-                self._outcomes.fail(number, key, error, tries=tries, elapsed=ended.elapsed)
+                self.outcomes.fail(number, key, error, tries=tries, elapsed=ended.elapsed)
             return
         name, model = ended.names.get(number), ended.submission.model
-        self._outcomes.answer(number, name, key, response, elapsed=ended.elapsed, tries=tries, model=model)
+        self.outcomes.answer(number, name, key, response, elapsed=ended.elapsed, tries=tries, model=model)
 
     # The end
 
@@ -145,12 +135,12 @@ class Collector:
         """Let rows fail that have had no result in too many batches. Return how many others are open."""
         left = 0
         for number in ended.submission.numbers():
-            if not self._rows.is_open(number) or self._outcomes.has_failed(number):
+            if not self.rows.is_open(number) or self.outcomes.has_failed(number):
                 continue
-            counts = number in ended.members and not ended.batch.cancelled and not self._rows.once
-            if counts and self._rows.tries_of(number) + 1 >= MOST_TRIES:
+            counts = number in ended.members and not ended.batch.cancelled and not self.rows.once
+            if counts and self.rows.tries_of(number) + 1 >= MOST_TRIES:
                 missing = StreamProtocolError("the batch has ended without a result for this row")
-                self._outcomes.fail(number, "", missing, tries=MOST_TRIES, elapsed=ended.elapsed)
+                self.outcomes.fail(number, "", missing, tries=MOST_TRIES, elapsed=ended.elapsed)
             else:
                 left += 1
         return left
@@ -158,14 +148,14 @@ class Collector:
     def _note_end(self, submission: Submission, batch: RemoteBatch, left: int) -> None:
         """Note that all results of a batch are written, and give back the rows that are left."""
         submission.tried = not batch.cancelled
-        self._submissions.note(submission, "ended", tried=submission.tried, why=batch.status)
+        self.submissions.note(submission, "ended", tried=submission.tried, why=batch.status)
         log(INFO, "Batch ended | id=%s, status=%s, rows_left=%d", id=batch.id, status=batch.status, rows_left=left)
         if submission.tried:
-            self._rows.note_tries(filter(self._rows.is_open, submission.numbers()))
+            self.rows.note_tries(filter(self.rows.is_open, submission.numbers()))
         if left:
-            self._packer.give_back(submission)
+            self.packer.give_back(submission)
             if batch.cancelled:
-                self._control.stop_submitting(
+                self.control.stop_submitting(
                     f"the batch {batch.id} was cancelled, and {left:,} of its rows have no answer"
                 )
 
@@ -176,11 +166,11 @@ class Collector:
             asked_before: the rows that were asked before this batch.
             failed_before: those of them that failed.
         """
-        asked = self._report.asked - asked_before
-        if self._stop_after_errors and asked >= self._stop_after_errors and len(self._report.errors) == 1:
-            kind, failures = next(iter(self._report.errors.items()))
+        asked = self.report.asked - asked_before
+        if self.stop_after_errors and asked >= self.stop_after_errors and len(self.report.errors) == 1:
+            kind, failures = next(iter(self.report.errors.items()))
             if failures - failed_before == asked:
-                self._control.stop_submitting(f"all {asked:,} rows of a batch failed alike: {kind}")
+                self.control.stop_submitting(f"all {asked:,} rows of a batch failed alike: {kind}")
 
 
 def _elapsed(submission: Submission, batch: RemoteBatch) -> float:

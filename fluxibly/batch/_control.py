@@ -20,7 +20,7 @@ _MOST_FAILURES: Final = 10
 
 
 class BatchesReport(Counts, Protocol):
-    """What a `Report` says of a provider's batches."""
+    """The parts of a `Report` about a provider's batches."""
 
     in_flight: int
     batches: dict[str, int]
@@ -74,21 +74,25 @@ class RunControl:
 
 
 class RetryingClient:
-    """Repeats questions to the service until they succeed. A request that makes a batch is none: it goes to `client` itself."""
+    """Repeats questions to the service until they succeed. A request that makes a batch is sent once: by `direct`.
 
-    def __init__(self, client: BatchClient, settings: ProviderBatches, control: RunControl) -> None:
-        self.client = client
+    Args:
+        direct: the client that repeats nothing.
+    """
+
+    def __init__(self, direct: BatchClient, settings: ProviderBatches, control: RunControl) -> None:
+        self.direct = direct
         self._settings = settings
         self._control = control
 
     @property
     def api(self) -> BatchAPI:
         """The dialect of the service."""
-        return self.client.api
+        return self.direct.api
 
     async def ask(self, call: APICall) -> bytes:
         """Send a request that may be repeated, and return the body of its answer. Raises as `repeated`."""
-        return await self.repeated(lambda: self.client.ask(call))
+        return await self.repeated(lambda: self.direct.ask(call))
 
     async def repeated(self, ask: Callable[[], Awaitable[T]]) -> T:
         """Do what may be done more than once, until it succeeds.

@@ -6,6 +6,8 @@ from contextlib import aclosing
 from time import time
 from typing import Final, Literal, NoReturn
 
+import attrs
+
 from fluxibly.batch._control import RetryingClient, RunControl, RunOver
 from fluxibly.batch._provider_batches import ProviderBatches
 from fluxibly.batch._submissions import Submission, Submissions
@@ -17,16 +19,14 @@ UNDECIDED: Final = "undecided"
 """A later search may find the batch."""
 
 
+@attrs.define(eq=False, kw_only=True)
 class Finder:
     """Looks for batches in the service's list, the newest first."""
 
-    def __init__(
-        self, client: RetryingClient, submissions: Submissions, *, control: RunControl, settings: ProviderBatches
-    ) -> None:
-        self._client = client
-        self._submissions = submissions
-        self._control = control
-        self._settings = settings
+    client: RetryingClient
+    submissions: Submissions
+    control: RunControl
+    settings: ProviderBatches
 
     async def find(self, submission: Submission) -> RemoteBatch | Literal["absent", "undecided"]:
         """Look for the batch of a submission.
@@ -41,15 +41,15 @@ class Finder:
         if may_be:
             submission.status = "looked for"
             return UNDECIDED
-        is_recent = time() - submission.at < self._settings.longest  # the service may be about to make it
+        is_recent = time() - submission.at < self.settings.longest  # the service may be about to make it
         return UNDECIDED if is_recent else ABSENT
 
     async def _search(self, submission: Submission) -> tuple[RemoteBatch | None, bool]:
         """Return the batch of a submission. Without one: whether a batch that has not ended may be it."""
-        api, cursor, may_be = self._client.api, "", False
-        known = {each.id for each in self._submissions.all}
+        api, cursor, may_be = self.client.api, "", False
+        known = {each.id for each in self.submissions.all}
         for _ in range(MAX_PAGES):
-            batches, cursor = api.read_page(await self._client.ask(api.page(cursor)))
+            batches, cursor = api.read_page(await self.client.ask(api.page(cursor)))
             for batch in batches:
                 if batch.id == submission.newest or _is_before(batch, submission.since):
                     return None, may_be
@@ -74,12 +74,12 @@ class Finder:
 
         async def is_first_of_it() -> bool | None:
             for path in batch.results:
-                async with aclosing(self._client.client.results(path)) as results:
+                async with aclosing(self.client.direct.results(path)) as results:
                     async for result in results:
                         return result.custom_id.startswith(f"{submission.label}-")
             return None
 
-        found = await self._client.repeated(is_first_of_it)
+        found = await self.client.repeated(is_first_of_it)
         if found is None:
             self.give_up(submission, f"the results of the batch {batch.id} are gone, which may be a lost one")
         return found
@@ -90,9 +90,9 @@ class Finder:
         Raises:
             RunOver: always.
         """
-        self._control.stop(
+        self.control.stop(
             f"{reason}, so it is not known what became of its {submission.count:,} rows; to have them asked again, delete the "
-            f"lines with {submission.label!r} from {self._submissions.path}"
+            f"lines with {submission.label!r} from {self.submissions.path}"
         )
         raise RunOver
 

@@ -70,7 +70,7 @@ class Outcomes:
         """Return whether a row has a failure that is not written yet."""
         return number in self._failures
 
-    # What becomes of a row
+    # A row
 
     def answer(
         self,

@@ -8,6 +8,8 @@ from pathlib import Path
 from secrets import token_hex
 from typing import BinaryIO, Final, cast
 
+import attrs
+
 from fluxibly.batch._batch_rows import BatchRows, RowsDigest
 from fluxibly.batch._control import RunControl
 from fluxibly.batch._outcomes import Outcomes
@@ -59,6 +61,7 @@ class PackedBatch:
         self.file.close()
 
 
+@attrs.define(eq=False, kw_only=True)
 class Packer:
     """Packs the rows that are in no batch, in passes over the input.
 
@@ -66,31 +69,20 @@ class Packer:
         folder: for the files of uploads.
     """
 
-    def __init__(
-        self,
-        client: BatchClient,
-        rows: BatchRows,
-        outcomes: Outcomes,
-        submissions: Submissions,
-        *,
-        queue: QueueLimits,
-        control: RunControl,
-        settings: ProviderBatches,
-        folder: Path,
-    ) -> None:
-        self._client = client
-        self._rows = rows
-        self._outcomes = outcomes
-        self._submissions = submissions
-        self._queue = queue
-        self._control = control
-        self._settings = settings
-        self._folder = folder
-        self._pass: Iterator[Row] | None = None
-        """The pass over the input that has not ended."""
-        self._is_pass_due = True
-        """Whether the input has to be read once more, because rows of it are free again."""
-        self._by_model: dict[str, PackedBatch] = {}
+    client: BatchClient
+    rows: BatchRows
+    outcomes: Outcomes
+    submissions: Submissions
+    queue: QueueLimits
+    control: RunControl
+    settings: ProviderBatches
+    folder: Path
+
+    _pass: Iterator[Row] | None = attrs.field(default=None, init=False)
+    """The pass over the input that has not ended."""
+    _is_pass_due: bool = attrs.field(default=True, init=False)
+    """Whether the input has to be read once more, because rows of it are free again."""
+    _by_model: dict[str, PackedBatch] = attrs.field(factory=dict[str, PackedBatch], init=False)
 
     @property
     def has_more(self) -> bool:
@@ -99,7 +91,7 @@ class Packer:
 
     def give_back(self, submission: Submission) -> None:
         """Have the rows of a batch packed again that are still open."""
-        self._rows.give_back(submission)
+        self.rows.give_back(submission)
         self._is_pass_due = True
 
     def close(self) -> None:
@@ -118,18 +110,18 @@ class Packer:
                 if not self._is_pass_due:
                     return None
                 self._is_pass_due = False
-                self._pass = self._rows.unpacked(self._submissions.open)
+                self._pass = self.rows.unpacked(self.submissions.open)
             for count, row in enumerate(self._pass, 1):
                 if count % 100 == 0:
                     await checkpoint()
-                if self._control.is_over:
+                if self.control.is_over:
                     return None
                 full = self._add(row)
                 if full is not None:
                     return full
             self._pass = None
-            self._outcomes.lines.release()
-            self._outcomes.write()
+            self.outcomes.lines.release()
+            self.outcomes.write()
 
     def _oldest(self) -> PackedBatch:
         return self._by_model.pop(next(iter(self._by_model)))
@@ -138,39 +130,39 @@ class Packer:
         """Pack a row. Return an upload that is full."""
         key, request = "", None
         try:
-            request, key = self._rows.requests.of(row)
-            completed = self._rows.requests.completed(request)
+            request, key = self.rows.requests.of(row)
+            completed = self.rows.requests.completed(request)
             model = completed.model
             packed = self._by_model.get(model)
             data = self._encoded(packed, row, key, completed)
             fresh = self._empty_pack()
             if not fresh.fits(data):
-                most = self._client.api.max_bytes
+                most = self.client.api.max_bytes
                 raise BadRequest(f"expected a request of at most {most:,} bytes for a batch, got {len(data):,}")
         except Exception as error:  # noqa: BLE001  # one row harms no other
-            self._outcomes.refuse(row, key, error, request)
-            if (reason := self._outcomes.lines.failed_alike) is not None:
-                self._control.stop(reason)
+            self.outcomes.refuse(row, key, error, request)
+            if (reason := self.outcomes.lines.failed_alike) is not None:
+                self.control.stop(reason)
             return None
-        self._outcomes.lines.release()
+        self.outcomes.lines.release()
         full = None
         if packed is not None and not packed.pack.fits(data):
             full, packed = packed, None
         elif packed is None and len(self._by_model) >= _MOST_MODELS:
             full = self._oldest()
         if packed is None:
-            packed = self._by_model[model] = PackedBatch(fresh, self._folder, model)
+            packed = self._by_model[model] = PackedBatch(fresh, self.folder, model)
             data = self._encoded(packed, row, key, completed)
-        packed.add(row, key, data, self._client.api.separator)
+        packed.add(row, key, data, self.client.api.separator)
         return full
 
     def _empty_pack(self) -> Pack:
-        return Pack(self._client.api, max_rows=self._settings.max_rows, max_tokens=self._queue.max_tokens)
+        return Pack(self.client.api, max_rows=self.settings.max_rows, max_tokens=self.queue.max_tokens)
 
     def _encoded(self, packed: PackedBatch | None, row: Row, key: str, request: Request) -> bytes:
         """Return a row of an upload. Without one, it has the same size."""
         label = "0" * 12 if packed is None else packed.submission.label
-        return self._client.row(custom_id_of(label, row.number, key), request)
+        return self.client.row(custom_id_of(label, row.number, key), request)
 
 
 def custom_id_of(label: str, number: int, key: str) -> str:

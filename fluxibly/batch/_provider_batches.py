@@ -1,4 +1,4 @@
-"""What is decided about a provider's batches before anything is sent: how they are used, whether the stack allows them, the prices."""
+"""Decisions about a provider's batches before anything is sent: their settings, the layers that the stack may have, the prices."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ def is_about_queue(code: str | None, message: str) -> bool:
 
 
 class QueueLimits:
-    """What is known of the service's queue."""
+    """Keeps the limits of the service's queue, as far as refusals have shown them."""
 
     def __init__(self, settings: ProviderBatches) -> None:
         self.max_tokens: float | None = settings.max_tokens

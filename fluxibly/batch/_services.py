@@ -130,23 +130,23 @@ class ProviderExecutor:
             stop_after_errors=self.stop_after_errors,
         )
         self._submissions = submissions
-        self._finder = Finder(api, submissions, control=control, settings=self.settings)
+        self._finder = Finder(client=api, submissions=submissions, control=control, settings=self.settings)
         self._packer = Packer(
-            self.client,
-            rows,
-            outcomes,
-            submissions,
+            client=self.client,
+            rows=rows,
+            outcomes=outcomes,
+            submissions=submissions,
             queue=queue,
             control=control,
             settings=self.settings,
             folder=self.path.parent,
         )
         self._submitter = Submitter(
-            api,
-            self.info,
-            submissions,
-            rows,
-            outcomes,
+            client=api,
+            info=self.info,
+            submissions=submissions,
+            rows=rows,
+            outcomes=outcomes,
             packer=self._packer,
             queue=queue,
             control=control,
@@ -155,17 +155,17 @@ class ProviderExecutor:
             stop_after_errors=self.stop_after_errors,
         )
         self._collector = Collector(
-            api,
-            submissions,
-            rows,
-            outcomes,
+            client=api,
+            submissions=submissions,
+            rows=rows,
+            outcomes=outcomes,
             packer=self._packer,
             control=control,
             report=self.report,
             stop_after_errors=self.stop_after_errors,
         )
 
-    # What earlier runs have left
+    # Earlier runs
 
     def _resume(self) -> None:
         """Drop batches that were never submitted, and check that the others belong to this run.

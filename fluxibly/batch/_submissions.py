@@ -20,7 +20,7 @@ from fluxibly.errors import ConfigError
 from fluxibly.providers.dialects.batches import Lost
 
 Step: TypeAlias = Literal["packed", "uploaded", "submitting", "submitted", "ended", "dropped"]
-"""What has happened to a batch, or is about to: only "submitting" leaves open whether it exists at the service."""
+"""A step of a batch that was done, or is about to be: only "submitting" leaves open whether it exists at the service."""
 
 
 class _Line(msgspec.Struct, omit_defaults=True):
@@ -59,7 +59,7 @@ class Submission:
     service: str = ""
     """The provider and its server."""
     state: str = ""
-    """What the input and the configuration were."""
+    """The state of the input and the configuration when it was packed."""
     digest: str = ""
     """A hash of its rows and their keys, in their order."""
     step: Step = "packed"
@@ -86,7 +86,7 @@ class Submission:
 
     @property
     def lost(self) -> Lost:
-        """What is known of it while the answer to its submission is not."""
+        """The facts by which it is found if its submission was not answered."""
         return Lost(self.label, self.count, self.file, self.since, self.newest)
 
     def numbers(self) -> Iterator[int]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from logging import INFO, WARNING
 from typing import Any, Final
 
+import attrs
+
 from fluxibly._logs import log
 from fluxibly.batch._batch_rows import BatchRows
 from fluxibly.batch._control import BatchesReport, RetryingClient, RunControl
@@ -20,6 +22,7 @@ _MOST_REFUSED: Final = 3
 """The batches in a row that the service may refuse for some of their rows, until the run stops."""
 
 
+@attrs.define(eq=False, kw_only=True)
 class Submitter:
     """Submits batches, and gives the rows back of those that the service does not take.
 
@@ -28,34 +31,20 @@ class Submitter:
         stop_after_errors: the number of refused rows that stop the run if all are refused alike. 0: any number is allowed.
     """
 
-    def __init__(
-        self,
-        client: RetryingClient,
-        info: ProviderInfo,
-        submissions: Submissions,
-        rows: BatchRows,
-        outcomes: Outcomes,
-        *,
-        packer: Packer,
-        queue: QueueLimits,
-        control: RunControl,
-        report: BatchesReport,
-        state: str,
-        stop_after_errors: int,
-    ) -> None:
-        self._client = client
-        self._info = info
-        self._submissions = submissions
-        self._rows = rows
-        self._outcomes = outcomes
-        self._packer = packer
-        self._queue = queue
-        self._control = control
-        self._report = report
-        self._state = state
-        self._stop_after_errors = stop_after_errors
-        self._refused = 0
-        """The batches that the service refused for some of their rows since one came to its end."""
+    client: RetryingClient
+    info: ProviderInfo
+    submissions: Submissions
+    rows: BatchRows
+    outcomes: Outcomes
+    packer: Packer
+    queue: QueueLimits
+    control: RunControl
+    report: BatchesReport
+    state: str
+    stop_after_errors: int
+
+    _refused: int = attrs.field(default=0, init=False)
+    """The batches that the service refused for some of their rows since one came to its end."""
 
     async def submit(self, packed: PackedBatch) -> None:
         """Upload a batch, and submit it. Each step is in the file of submissions before it is done.
@@ -64,39 +53,39 @@ class Submitter:
             ProviderError: the upload has failed, so there is no batch.
             RunOver: the run was stopped meanwhile.
         """
-        client, api, submission = self._client, self._client.api, packed.submission
-        submission.service, submission.state, submission.digest = self._info.key, self._state, packed.digest
-        self._submissions.begin(submission)
+        client, api, submission = self.client, self.client.api, packed.submission
+        submission.service, submission.state, submission.digest = self.info.key, self.state, packed.digest
+        self.submissions.begin(submission)
         upload = api.upload(submission.label)
         facts: dict[str, Any] = {}
         if api.in_files:
-            file = api.uploaded(await client.repeated(lambda: client.client.upload(upload, packed.file)))
-            self._submissions.note(submission, "uploaded", file=file.id, since=file.created_at)
+            file = api.uploaded(await client.repeated(lambda: client.direct.upload(upload, packed.file)))
+            self.submissions.note(submission, "uploaded", file=file.id, since=file.created_at)
         else:
             newest, _ = api.read_page(await client.ask(api.page("", limit=1)))
             facts = {"newest": newest[0].id, "since": newest[0].created_at} if newest else {}
-        if self._control.is_over:
+        if self.control.is_over:
             return
-        self._submissions.note(submission, "submitting", **facts)
-        self._rows.take(submission)
+        self.submissions.note(submission, "submitting", **facts)
+        self.rows.take(submission)
         try:
             if submission.file is not None:
-                body = await client.client.ask(api.submit(submission.label, submission.file))
+                body = await client.direct.ask(api.submit(submission.label, submission.file))
             else:
-                body = await client.client.upload(upload, packed.file)
+                body = await client.direct.upload(upload, packed.file)
             batch = api.read(body)
         except ProviderError as error:
             self._note_failure(submission, error)
             return
-        self._submissions.note(submission, "submitted", id=batch.id)
+        self.submissions.note(submission, "submitted", id=batch.id)
         submission.status = batch.status
-        self._report.notice = None
+        self.report.notice = None
         log(INFO, "Batch submitted | id=%s, rows=%d", id=batch.id, rows=submission.count)
 
     def drop(self, submission: Submission, why: str) -> None:
         """Give the rows back of a batch that surely does not exist, or was never begun."""
-        self._submissions.note(submission, "dropped", why=why[:500])
-        self._packer.give_back(submission)
+        self.submissions.note(submission, "dropped", why=why[:500])
+        self.packer.give_back(submission)
 
     def note_results(self) -> None:
         """Note that a batch came to its end."""
@@ -105,7 +94,7 @@ class Submitter:
     def _note_failure(self, submission: Submission, error: ProviderError) -> None:
         """Note that a submission failed: surely, or in a way that leaves open whether there is a batch."""
         if error.status is None or not 400 <= error.status < 500 or error.status == 408:
-            self._report.notice = "the answer to a submission was lost, so the batch is looked for"
+            self.report.notice = "the answer to a submission was lost, so the batch is looked for"
             log(
                 WARNING,
                 "Batch submission was not answered, so the batch is looked for | error=%s: %s",
@@ -116,12 +105,12 @@ class Submitter:
             self._note_full_queue(submission, str(error), error.retry_after)
         else:
             self.drop(submission, str(error))
-            self._control.stop_submitting(f"the service refused a batch: {error_type(error)}: {error}")
+            self.control.stop_submitting(f"the service refused a batch: {error_type(error)}: {error}")
 
     def _note_full_queue(self, submission: Submission, message: str, retry_after: float | None = None) -> None:
         self.drop(submission, message)
-        is_empty = not self._submissions.open
-        self._queue.note_refusal(submission, message, is_empty=is_empty, retry_after=retry_after)
+        is_empty = not self.submissions.open
+        self.queue.note_refusal(submission, message, is_empty=is_empty, retry_after=retry_after)
 
     # Validation by the service
 
@@ -132,27 +121,27 @@ class Submitter:
                 self._note_full_queue(submission, problem.message)
                 return
         reason = _refusal(submission, batch)
-        self._report.notice = reason
+        self.report.notice = reason
         log(WARNING, "Batch refused | rows=%d: %s", rows=submission.count, error_message=reason)
         self._refused += 1
         by_row = _problems_by_row(submission, batch)
         if self._is_hopeless(by_row, batch):
             self.drop(submission, reason)
-            self._control.stop_submitting(reason)
+            self.control.stop_submitting(reason)
             return
         for number, problem in by_row.items():
-            if self._rows.is_open(number):
+            if self.rows.is_open(number):
                 error = BadRequest(problem.message or problem.code, code=problem.code or None)
-                error.provider, error.model = self._info.framework, submission.model
-                self._outcomes.fail(number, "", error, tries=1, elapsed=0.0)
-        self._outcomes.write_failures()
-        self._outcomes.write()
+                error.provider, error.model = self.info.framework, submission.model
+                self.outcomes.fail(number, "", error, tries=1, elapsed=0.0)
+        self.outcomes.write_failures()
+        self.outcomes.write()
         self.drop(submission, reason)
 
     def _is_hopeless(self, by_row: dict[int, Problem], batch: RemoteBatch) -> bool:
         """Return whether other batches are likely to be refused, too."""
         are_alike = len({problem.code for problem in batch.problems}) == 1
-        if are_alike and 0 < self._stop_after_errors <= len(by_row):
+        if are_alike and 0 < self.stop_after_errors <= len(by_row):
             return True
         return not by_row or self._refused > _MOST_REFUSED
 
