@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 from collections import deque
 from collections.abc import (
     AsyncGenerator,
@@ -21,7 +20,8 @@ import attrs
 
 from fluxibly.batch._input import Row
 from fluxibly.batch._journal import Entry, Journal
-from fluxibly.batch._lines import Line, encoded, line_of
+from fluxibly.batch._line_writer import DISK_FULL, Counts, LineWriter, is_disk_full
+from fluxibly.batch._lines import Line, line_of
 from fluxibly.batch._patience import Patience, may_help, named
 from fluxibly.batch._repeats import MOST_FOLLOWERS, Repeats, copied
 from fluxibly.batch._stack import watching
@@ -37,23 +37,14 @@ SYNC_EVERY = 1.0
 """The seconds after which what is written is also safe from a power cut. A process that is killed loses nothing."""
 _REST_EVERY = 256
 """The rows after which other tasks have a turn in any case."""
-DISK_FULL = "disk full"
 STOPPED = "told to stop"
 BUDGET = "the budget is used up"
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-class Counted(Protocol):
+class Counted(Counts, Protocol):
     """What is counted meanwhile: a `Report`."""
 
-    answered: int
-    failed: int
-    asked: int
     in_flight: int
-    input_tokens: int
-    output_tokens: int
-    cost: float | None
-    errors: dict[str, int]
     stopped: str | None
 
 
@@ -192,11 +183,8 @@ class Asking:
 
     is_over: bool = attrs.field(default=False, init=False)
     """Whether nothing more is begun."""
-    _ended: deque[Entry] = attrs.field(factory=deque[Entry], init=False)
-    """The lines that are not written yet."""
-    _alike: list[Entry] | None = attrs.field(factory=list[Entry], init=False)
-    """The lines of the first rows, as long as all fail alike. They are held back. None: not all do."""
-    _alike_as: str = attrs.field(default="", init=False)
+    _lines: LineWriter = attrs.field(init=False)
+    """Takes the lines of rows that have ended."""
     _left: deque[Row] = attrs.field(factory=deque[Row], init=False)
     """Rows that have waited for an equal one, in vain."""
     _patience: Patience = attrs.field(factory=Patience, init=False)
@@ -242,8 +230,12 @@ class Asking:
         """
         import anyio  # late, to keep `import fluxibly` fast
 
-        if not self.stop_after_errors:
-            self._alike = None
+        self._lines = LineWriter(
+            self.journal,
+            self.report,
+            stop_after_errors=self.stop_after_errors,
+            wrote=None if self.repeats is None else self._wrote,
+        )
         self._turn = anyio.Lock()
         rows: Any
         if isinstance(self.rows, AsyncIterable):
@@ -288,9 +280,7 @@ class Asking:
 
     def _end(self) -> None:
         """Write what is left."""
-        if self._alike and len(self._alike) < self.stop_after_errors:
-            self._ended.extend(self._alike)
-        self._alike = None
+        self._lines.release()
         try:
             self._write()
         except OSError as error:
@@ -401,7 +391,6 @@ class Asking:
                     continue
                 if self._is_without_line(error):
                     return None
-                self.report.asked += attempts > 0
                 line = self._line(row, key, began, error=error, call=call, request=request)
                 line.attempts = attempts
                 self._finish(row, line, error)
@@ -421,7 +410,6 @@ class Asking:
             if call is None:  # a cache has answered
                 line.usage, line.cost = None, 0.0
             line.attempts += attempts
-            self.report.asked += line.attempts > 0
             self._finish(row, line, None)
             return line
 
@@ -470,53 +458,23 @@ class Asking:
 
     def _finish(self, row: Row, line: Line, error: BaseException | None) -> None:
         """Take the line of a row that has ended."""
-        self._count(line)
-        entry = Entry(row.number, line.error is not None, encoded(line), line.key)
-        if self._alike is not None and not self._passes(self._alike, entry, error):
-            return
-        self._ended.append(entry)
-        self._write()  # at once: as soon as the task goes on to another row, this one is no longer in flight
-
-    def _passes(self, alike: list[Entry], entry: Entry, error: BaseException | None) -> bool:
-        """Return whether a line may be written, since not all of the first rows have failed alike."""
         cause = None if error is None else root_cause(error)
-        if cause is not None and self.stop_after_errors and not may_help(cause, 0):
-            if not alike:
-                self._alike_as = named(cause)
-            if named(cause) == self._alike_as:
-                alike.append(entry)
-                if len(alike) == self.stop_after_errors:
-                    self.stop(f"the first {len(alike)} rows all failed alike: {self._alike_as}")
-                return False
-        if len(alike) < self.stop_after_errors:
-            self._ended.extend(alike)
-            self._alike = None
-        return True
-
-    def _count(self, line: Line) -> None:
-        report = self.report
-        if line.error is not None:
-            kind = line.error["type"]
-            report.errors[kind] = report.errors.get(kind, 0) + 1
-        if line.usage is not None:
-            report.input_tokens += line.usage.get("input_tokens", 0)
-            report.output_tokens += line.usage.get("output_tokens", 0)
-        if line.cost is not None:
-            report.cost = (report.cost or 0.0) + line.cost
+        self._lines.add(line, None if cause is None or may_help(cause, 0) else named(cause))
+        if self._lines.failed_alike is not None:
+            self.stop(self._lines.failed_alike)
+        self._write()  # at once: as soon as the task goes on to another row, this one is no longer in flight
 
     # The journal
 
     def _write(self) -> None:
         """Write the lines that are not written yet. If the disk is full, they are tried again later."""
-        if self._ended:
-            try:
-                self.journal.write(self._ended, None if self.repeats is None else self._wrote)
-            except OSError as error:
-                if error.errno not in FULL:
-                    raise
-                self.stop(DISK_FULL)
-                self.report.stopped = DISK_FULL
-        self.report.answered, self.report.failed = self.journal.answered, len(self.journal.failed)
+        try:
+            self._lines.write()
+        except OSError as error:
+            if not is_disk_full(error):
+                raise
+            self.stop(DISK_FULL)
+            self.report.stopped = DISK_FULL
 
     def _wrote(self, entry: Entry, offset: int) -> None:
         if self.repeats is not None and not entry.failed and entry.key:

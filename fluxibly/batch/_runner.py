@@ -16,13 +16,16 @@ import attrs
 
 from fluxibly._checks import number, one_of, whole
 from fluxibly._loops import from_anywhere, run_to_end
-from fluxibly.batch._asking import DISK_FULL, FULL, Asking, Requests
+from fluxibly.batch._asking import Asking, Requests
+from fluxibly.batch._batch_rows import BatchRows
 from fluxibly.batch._estimate import Estimate, estimate
 from fluxibly.batch._finish import Output
 from fluxibly.batch._input import Row, Source, open_input
 from fluxibly.batch._journal import Bitmap, Journal, Written
+from fluxibly.batch._line_writer import DISK_FULL, is_disk_full
+from fluxibly.batch._provider_batches import ProviderBatches, check_layers, client_of, prices_of
 from fluxibly.batch._repeats import Repeats
-from fluxibly.batch._services import AtProvider, ProviderBatches, check_layers, client_of, prices_of
+from fluxibly.batch._services import ProviderExecutor
 from fluxibly.batch._stack import AT_ONCE, limits_in_force, stack_for, stops_all
 from fluxibly.batch._state import Changes, Keys, Names, State, read_state, write_state
 from fluxibly.batch._trace import traced
@@ -268,7 +271,7 @@ class Batch:
                 report.elapsed = perf_counter() - began
                 report.rate, report.places = limits_in_force(stack)
 
-            async def do(work: Asking | AtProvider) -> None:
+            async def do(work: Asking | ProviderExecutor) -> None:
                 self._notice = from_anywhere(partial(self._stop_now, work))
                 self._stop_now(work)
                 if not work.is_over:
@@ -291,7 +294,7 @@ class Batch:
                 self._complete(journal, left)
         return report
 
-    def _stop_now(self, work: Asking | AtProvider) -> None:
+    def _stop_now(self, work: Asking | ProviderExecutor) -> None:
         if self._stops > 1:
             work.cancel()
         elif self._stops:
@@ -335,23 +338,23 @@ class Batch:
 
     def _at_provider(
         self, llm: AsyncLLM, batches: ProviderBatches, requests: Requests, journal: Journal, left: _Left
-    ) -> AtProvider:
+    ) -> ProviderExecutor:
         client = client_of(llm.pipeline.provider, llm.pipeline.info)
         check_layers(llm.pipeline.middleware, goes_online=self.then == "online")
 
-        def is_done(number: int) -> bool:
-            return number in journal.done and number not in left.again
-
         state = left.state
-        return AtProvider(
-            client,
-            llm.pipeline.info,
-            requests,
-            self.source,
-            is_done,
-            math.inf if self.limit is None else self.limit,
-            journal,
-            self.report,
+        return ProviderExecutor(
+            client=client,
+            info=llm.pipeline.info,
+            rows=BatchRows(
+                self.source,
+                requests,
+                journal,
+                left.again,
+                limit=math.inf if self.limit is None else self.limit,
+                once=self.then == "online",
+            ),
+            report=self.report,
             path=self.answers.with_name(f"{self.answers.name}.batches"),
             state=f"{state.input}{state.settings}",
             changed=self.changed,
@@ -359,9 +362,7 @@ class Batch:
             prices=prices_of(llm.pipeline.middleware, llm.pipeline.info, llm.config.model),
             whole=self.output.whole,
             stop_after_errors=self.stop_after_errors,
-            once=self.then == "online",
             withdraws=self._withdraws,
-            wrote=left.again.discard,
         )
 
     # What is done, and what is not
@@ -436,7 +437,7 @@ class Batch:
             journal.sync()
             self.output.finish()
         except OSError as error:
-            if error.errno not in FULL:
+            if not is_disk_full(error):
                 raise
             self.report.stopped = DISK_FULL
 

@@ -15,12 +15,12 @@ from typing import Any, Literal, Self, TypeAlias
 import attrs
 import msgspec
 
-from fluxibly.batch._journal import sync_folder
+from fluxibly.batch._journal import Bitmap, sync_folder
 from fluxibly.errors import ConfigError
 from fluxibly.providers.dialects.batches import Lost
 
 Step: TypeAlias = Literal["packed", "uploaded", "submitting", "submitted", "ended", "dropped"]
-"""What has happened to a batch, or is about to: only "submitting" leaves open whether it exists at the service."""
+"""A step of a batch that was done, or is about to be: only "submitting" leaves open whether it exists at the service."""
 
 
 class _Line(msgspec.Struct, omit_defaults=True):
@@ -59,7 +59,7 @@ class Submission:
     service: str = ""
     """The provider and its server."""
     state: str = ""
-    """What the input and the configuration were."""
+    """The state of the input and the configuration when it was packed."""
     digest: str = ""
     """A hash of its rows and their keys, in their order."""
     step: Step = "packed"
@@ -72,6 +72,8 @@ class Submission:
     """When it was submitted, in seconds since the epoch."""
     tried: bool = False
     """Whether those of its rows that have no answer count as asked."""
+    is_outdated: bool = False
+    """Whether rows of it would be asked otherwise now, and are to be. The file does not have this."""
     processed: int = 0
     """The rows that the service says it has done."""
     status: str = ""
@@ -84,13 +86,20 @@ class Submission:
 
     @property
     def lost(self) -> Lost:
-        """What is known of it while the answer to its submission is not."""
+        """The facts by which it is found if its submission was not answered."""
         return Lost(self.label, self.count, self.file, self.since, self.newest)
 
     def numbers(self) -> Iterator[int]:
         """Yield its rows in their order."""
         for first, last in self.rows:
             yield from range(first, last + 1)
+
+    def members(self) -> Bitmap:
+        """Return the set of its rows."""
+        found = Bitmap()
+        for number in self.numbers():
+            found.add(number)
+        return found
 
     def row_at(self, place: int) -> int | None:
         """Return the row at a place in the upload, from 0; None if there are not so many."""

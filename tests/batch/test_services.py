@@ -219,8 +219,9 @@ def test_rows_that_cannot_be_asked_harm_no_others(service, tmp_path):
         {"prompt": "d"},
     ]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    batch_of(service, tmp_path).run()
+    report = batch_of(service, tmp_path).run()
     lines = check_whole(tmp_path, 5)
+    assert (report.answered, report.failed, report.asked) == (2, 3, 2)
     assert [bool(line["error"]) for line in lines] == [False, True, True, True, False]
     assert "headers" in lines[3]["error"]["message"]
     assert [line["attempts"] for line in lines] == [1, 0, 0, 0, 1]
@@ -231,6 +232,21 @@ def test_first_rows_that_all_fail_alike_stop_the_run(service, tmp_path):
     report = batch_of(service, tmp_path).run()
     assert report.stopped == "the first 20 rows all failed alike: ConfigError"
     assert (report.asked, lines_in(tmp_path), service.batches) == (0, [], {})
+
+
+def test_more_first_rows_may_fail_alike_than_are_written_at_once(openai, tmp_path):
+    write_rows(tmp_path, 700, temperature="hot")
+    report = batch_of(openai, tmp_path, stop_after_errors=600).run()
+    assert report.stopped == "the first 600 rows all failed alike: ConfigError"
+    assert (report.asked, lines_in(tmp_path), openai.batches) == (0, [], {})
+
+
+def test_first_rows_that_fail_alike_are_written_once_another_row_is_sent(service, tmp_path):
+    rows = [{"prompt": f"prompt {n}", "temperature": "hot"} for n in range(5)] + [{"prompt": "fine"}]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report = batch_of(service, tmp_path, stop_after_errors=6).run()
+    assert [line["text"] for line in check_whole(tmp_path, 6)] == [None] * 5 + ["re: fine"]
+    assert (report.errors, report.asked, report.stopped) == ({"ConfigError": 5}, 1, None)
 
 
 def test_a_batch_whose_rows_all_fail_alike_stops_the_run(anthropic, tmp_path):
