@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 import attrs
 
+from fluxibly._masking import texts_of
 from fluxibly.batch._input import Row
 from fluxibly.batch._journal import Entry, Journal
 from fluxibly.batch._lines import Line, encoded, line_of
@@ -364,7 +365,8 @@ class Asking:
         except Exception as raised:  # noqa: BLE001  # one row harms no other
             error = raised
         if request is None:
-            self._finish(row, self._line(row, key, began, error=error), error)
+            texts = texts_of([row.prompt, row.settings])
+            self._finish(row, self._line(row, key, began, error=error, request=texts), error)
             return
         repeats = self.repeats
         if repeats is None:
