@@ -25,6 +25,7 @@ import attrs
 from fluxibly import _checks
 from fluxibly._checks import kind_of, validator
 from fluxibly._logs import log
+from fluxibly._masking import texts_of
 from fluxibly.batch._asking import DISK_FULL, FULL, STOPPED
 from fluxibly.batch._input import Row, Source
 from fluxibly.batch._journal import Bitmap, Entry, Journal
@@ -335,6 +336,7 @@ class AtProvider:
             finally:
                 for packing in self._packings.values():
                     packing.close()
+                self._write_last()
                 self._tell()
             self._conclude()
 
@@ -525,6 +527,7 @@ class AtProvider:
                     f"expected a request of at most {api.max_bytes:,} bytes for a batch, got {len(data):,}"
                 )
         except Exception as error:  # noqa: BLE001  # one row harms no other
+            request = request or texts_of([row.prompt, row.settings])
             self._finish(row.number, row.custom_id, key, error=error, request=request)
             self._check_first(error)
             return None
@@ -611,12 +614,16 @@ class AtProvider:
         if self._is_about_queue(error.code, str(error)) or (error.status == 429 and error.retryable):
             self._queue_is_full(submission, str(error), error.retry_after)
         else:
-            self._drop(submission, str(error))
+            self._drop(submission, error_type(error))
             self._halt(f"the service refused a batch: {_told(error)}")
 
     def _drop(self, submission: Submission, why: str) -> None:
-        """Give the rows back of a batch that surely does not exist, or was never begun."""
-        self._submissions.note(submission, "dropped", why=why[:500])
+        """Give the rows back of a batch that surely does not exist, or was never begun.
+
+        Args:
+            why: without the service's words, which may quote rows.
+        """
+        self._submissions.note(submission, "dropped", why=why)
         self._free(submission)
 
     def _free(self, submission: Submission) -> None:
@@ -630,7 +637,7 @@ class AtProvider:
 
     def _queue_is_full(self, submission: Submission, message: str, retry_after: float | None = None) -> None:
         """Wait before the next submission, and make it smaller if that may be the reason."""
-        self._drop(submission, message)
+        self._drop(submission, "the service's queue is full")
         found = _LIMIT.search(message)
         told = None if found is None else float(found[1].replace(",", ""))
         if not self._submissions.open:
@@ -674,6 +681,8 @@ class AtProvider:
             return False
         if batch.problems:
             self._take_problems(submission, batch)
+        elif batch.processed and not batch.results:
+            self._doubt(submission, f"the service has no results of the batch {batch.id} any more")
         else:
             await self._collect(submission, batch)
         if self._full_until == inf:
@@ -907,7 +916,7 @@ class AtProvider:
         self._refused += 1
         alike = len({problem.code for problem in batch.problems}) == 1
         if not rows or (alike and 0 < self.stop_after_errors <= len(rows)) or self._refused > _MOST_REFUSED:
-            self._drop(submission, told)
+            self._drop(submission, "the service did not begin it")
             self._halt(told)
             return
         for number, problem in rows.items():
@@ -917,7 +926,7 @@ class AtProvider:
                 self._failed[number] = ("", error, 1, 0.0)
         self._write_failed()
         self._write()
-        self._drop(submission, told)
+        self._drop(submission, "the service did not begin it")
 
     # Lines
 
@@ -949,6 +958,15 @@ class AtProvider:
         self.journal.sync()
         self._buffered.clear()
         self.report.answered, self.report.failed = self.journal.answered, len(self.journal.failed)
+
+    def _write_last(self) -> None:
+        """Write the lines that are there when the run ends."""
+        try:
+            self._write()
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            self.stop(DISK_FULL)
 
     def _count(self, line: Line) -> None:
         report = self.report
