@@ -236,9 +236,11 @@ async def map_in_tasks(
                 changed.set()
         except (StopIteration, StopAsyncIteration):
             begin_no_more()
-        except BaseException as error:
+        except (
+            BaseException
+        ) as error:  # an interrupt, too, is raised by the consumer; in a task it would end the event loop
             begin_no_more(error)
-            if not isinstance(error, Exception):
+            if isinstance(error, anyio.get_cancelled_exc_class()):
                 raise
 
     def wake() -> None:

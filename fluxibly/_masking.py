@@ -98,6 +98,12 @@ def mask_request(text: str, request: Request, quoted: Iterable[Message] = ()) ->
     return _without(text, spans)
 
 
+def request_of_texts(value: object) -> Request:
+    """Return a request with all texts of a JSON value, by which messages about the value are masked. It is never sent."""
+    texts = [text for text in _strings(value) if len(text) >= RUN]
+    return Request(model="-", messages=tuple(map(Message.user, ("-", *texts))))
+
+
 def _contents(messages: Iterable[Message]) -> Iterable[str]:
     """Yield the texts that a server could echo, as they are and as escaped by JSON and Python."""
     for message in messages:

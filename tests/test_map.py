@@ -363,3 +363,25 @@ def test_the_end_of_the_event_loop(name: str) -> None:
     anyio.run(leave)
     gc.collect()
     assert seen.now == 0
+
+
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit, GeneratorExit])
+def test_prompts_that_end_the_program(name: str, backend: str, kind: type[BaseException]) -> None:
+    """What prompts raise reaches the consumer after what was under way, even if it is no `Exception`."""
+    rows: list[int] = []
+
+    def given() -> Iterator[str]:
+        yield from ("a", "b", "c")
+        raise kind
+
+    async def read() -> bool:
+        try:
+            async for answer in AsyncLLM(name).map(given(), concurrency=2):
+                rows.append(answer.row)  # noqa: PERF401  # what comes before the exception counts
+        except kind:
+            return True
+        return False
+
+    assert anyio.run(read, backend=backend)
+    assert sorted(rows) == [0, 1, 2]

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import attrs
 
+from fluxibly._masking import request_of_texts
 from fluxibly.batch._input import Row
 from fluxibly.batch._journal import Entry, Journal
 from fluxibly.batch._line_writer import DISK_FULL, Counts, LineWriter, is_disk_full
@@ -354,7 +355,8 @@ class Asking:
         except Exception as raised:  # noqa: BLE001  # one row harms no other
             error = raised
         if request is None:
-            self._finish(row, self._line(row, key, began, error=error), error)
+            texts = request_of_texts([row.prompt, row.settings])
+            self._finish(row, self._line(row, key, began, error=error, request=texts), error)
             return
         repeats = self.repeats
         if repeats is None:

@@ -18,6 +18,9 @@ from fluxibly.errors import ConfigError
 
 _SUFFIXES: Final[dict[str, Format]] = {".csv": "csv", ".tsv": "tsv", ".parquet": "parquet", ".pq": "parquet"}
 
+_STARTS: Final = (b'{"row":', b'{"id":"batch_req_', b"row,custom_id,", b"row\tcustom_id\t", b"PAR1")
+"""How the files of all formats begin."""
+
 
 class Output:
     """The output of a batch: where it goes, in which format, and the journal that it is made from.
@@ -49,6 +52,10 @@ class Output:
     ) -> None:
         self.path = Path(path)
         self.errors = None if errors is None else Path(errors)
+        if not self.path.name:  # it was "" or "."
+            raise ConfigError("expected a file for the output, got the folder '.'")
+        if self.errors is not None and self.errors.is_dir():
+            raise ConfigError(f"errors: expected a file, got the folder {str(self.errors)!r}")
         self.format: Format = _format_of(self.path, format)
         self.ordered = ordered or self.format != "lines"
         beside = self.path.with_name(f"{self.path.name}.journal")
@@ -74,7 +81,15 @@ class Output:
             raise ConfigError(
                 f"errors: expected a file of its own, got {str(self.errors)!r}, which the output is written to"
             )
-        if not self.is_made_at_end or self.journal_path.exists():
+        if not self.is_made_at_end:
+            return
+        if self.journal_path.exists():
+            for path in made:
+                if path.exists() and not _is_made(path):
+                    raise ConfigError(
+                        f"{path}: expected no such file, or one that a batch has written, got another; give another file, or move it "
+                        "away"
+                    )
             return
         for path in made:
             if path.exists() and path.stat().st_size:
@@ -169,13 +184,20 @@ def _format_of(path: Path, wanted: Format | None) -> Format:
         return by_suffix or "lines"
     if wanted not in get_args(Format):
         raise ConfigError(
-            f"format: expected one of {', '.join(get_args(Format))}, got {wanted!r}{did_you_mean(wanted, get_args(Format))}"
+            f"format: expected one of {', '.join(get_args(Format))}, got {wanted!r}{did_you_mean(str(wanted), get_args(Format))}"
         )
     if by_suffix is not None and by_suffix != wanted:
         raise ConfigError(
             f"format: expected {by_suffix!r} for the output {path.name!r}, got {wanted!r}; write another suffix"
         )
     return wanted
+
+
+def _is_made(path: Path) -> bool:
+    """Whether a file is empty, or begins as one that `finish` has made."""
+    with path.open("rb") as file:
+        start = file.read(40)
+    return not start or start.startswith(_STARTS)
 
 
 def _is_journal(path: Path) -> bool:

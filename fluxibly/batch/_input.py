@@ -139,18 +139,25 @@ class _Numbers:
         self._name = name
         self._taken = {*known.values()}
         self._next = max(self._taken, default=-1) + 1
+        self._seen: set[str] = set()
 
     def numbered(self, row: Row) -> Row:
         """Return a row with its number.
 
         Raises:
-            ConfigError: it has no name.
+            ConfigError: it has no name, or that of an earlier row, so that nobody can tell which of them is done.
         """
         if row.custom_id is None:
             raise ConfigError(
                 f"{self._name}, {row.where}: expected a custom_id, since the output has lines already, and in a stream rows are "
                 "found by it alone; got none"
             )
+        if row.custom_id in self._seen:
+            raise ConfigError(
+                f"{self._name}, {row.where}: expected a custom_id that no earlier row has, since the output has lines already, and in a "
+                "stream rows are found by it alone; write the stream to a file, and give that"
+            )
+        self._seen.add(row.custom_id)
         number = self._known.get(row.custom_id)
         return row._replace(number=self._free(row.number) if number is None else number)
 

@@ -10,6 +10,7 @@ import msgspec
 
 from fluxibly._checks import did_you_mean, is_mapping, kind_of
 from fluxibly._keywords import KEYWORDS, no_keyword
+from fluxibly._masking import mask_request, request_of_texts
 from fluxibly.batch._rows import Row, bad_row
 from fluxibly.batch._template import IDS, Prompts, checked, id_column, name_of
 from fluxibly.batch._text_lines import LONGEST
@@ -63,7 +64,7 @@ class JSONLines:
                 return self._of_columns(number, fields, self._prompts)
             prompt, settings = _of_openai(fields) if "body" in fields else _own(fields)
         except (TypeError, ValueError) as error:
-            return bad_row(number, line, str(error), custom_id)
+            return bad_row(number, line, mask_request(str(error), request_of_texts(fields)), custom_id)
         return Row(number, custom_id, prompt, settings, None, line)
 
     def _of_columns(self, number: int, fields: dict[str, Any], prompts: Prompts) -> Row:

@@ -99,8 +99,12 @@ class Outcomes:
             call.cost = cost * (100 - round(100 * self._discount)) / 100
         self._add(number, custom_id, key, elapsed, response=response, call=call)
 
-    def refuse(self, row: Row, key: str, error: Exception, request: Request | None) -> None:
-        """Take the failure of a row that cannot be sent."""
+    def refuse(self, row: Row, key: str, error: Exception, request: Request) -> None:
+        """Take the failure of a row that cannot be sent.
+
+        Args:
+            request: the request, or one of the texts of a row that makes none. The message does not quote it.
+        """
         self._add(row.number, row.custom_id, key, failed_as=error_type(error), error=error, request=request)
 
     def fail(self, number: int, key: str, error: ProviderError, *, tries: int, elapsed: float) -> None:

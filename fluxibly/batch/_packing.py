@@ -10,6 +10,7 @@ from typing import BinaryIO, Final, cast
 
 import attrs
 
+from fluxibly._masking import request_of_texts
 from fluxibly.batch._batch_rows import BatchRows, RowsDigest
 from fluxibly.batch._control import RunControl
 from fluxibly.batch._outcomes import Outcomes
@@ -140,7 +141,7 @@ class Packer:
                 most = self.client.api.max_bytes
                 raise BadRequest(f"expected a request of at most {most:,} bytes for a batch, got {len(data):,}")
         except Exception as error:  # noqa: BLE001  # one row harms no other
-            self.outcomes.refuse(row, key, error, request)
+            self.outcomes.refuse(row, key, error, request or request_of_texts([row.prompt, row.settings]))
             if (reason := self.outcomes.lines.failed_alike) is not None:
                 self.control.stop(reason)
             return None

@@ -58,7 +58,10 @@ class Places:
 
 
 def _hash(key: str) -> int:
-    return int(key[:15], 16)
+    try:
+        return int(key[:15], 16)
+    except ValueError:
+        return 1  # a key that we do not make
 
 
 class Repeats:

@@ -14,7 +14,7 @@ from typing import Literal
 
 import attrs
 
-from fluxibly._checks import number, one_of, whole
+from fluxibly._checks import kind_of, number, one_of, whole
 from fluxibly._loops import from_anywhere, run_to_end
 from fluxibly.batch._asking import Asking, Requests
 from fluxibly.batch._batch_rows import BatchRows
@@ -28,6 +28,7 @@ from fluxibly.batch._repeats import Repeats
 from fluxibly.batch._services import ProviderExecutor
 from fluxibly.batch._stack import AT_ONCE, limits_in_force, stack_for, stops_all
 from fluxibly.batch._state import Changes, Keys, Names, State, read_state, write_state
+from fluxibly.batch._submissions import Submissions
 from fluxibly.batch._trace import traced
 from fluxibly.errors import ConfigError
 from fluxibly.flow import Middleware
@@ -105,6 +106,7 @@ class Batch:
             span of the batch.
 
     Raises:
+        TypeError: there is no model, or the input is no file.
         ConfigError: a value is out of range.
         OSError: the input cannot be read.
     """
@@ -140,6 +142,12 @@ class Batch:
             None if isinstance(executor, ProviderBatches) else one_of("executor", executor, ("online", "provider")),
             None if then is None else one_of("then", then, ("online",)),
         ]
+        if not isinstance(llm, (LLM, AsyncLLM)):  # pyright: ignore[reportUnnecessaryIsInstance]  # users without types
+            raise TypeError(f"Batch: expected an LLM or an AsyncLLM, got {kind_of(llm)}")
+        if not (isinstance(prompts, (str, os.PathLike)) or callable(getattr(prompts, "rows", None))):
+            raise TypeError(
+                f"Batch: expected a file of prompts, got {kind_of(prompts)}; for prompts in memory, write llm.map(prompts)"
+            )
         if found := [*filter(None, wrong)]:
             raise ConfigError.of(found)
         self.llm = llm
@@ -261,7 +269,13 @@ class Batch:
             requests = Requests(llm, self.system)
             repeats = Repeats(journal) if self.dedupe else None
             self._names = Names() if self.source.is_stream else None
-            left = await self._read(journal, requests, repeats)
+            try:
+                left = await self._read(journal, requests, repeats)
+            except OSError as error:
+                if error.errno not in FULL:
+                    raise
+                report.stopped = DISK_FULL
+                return report
             report.skipped = len(journal.done) - len(left.again)
             report.answered, report.failed = journal.answered, len(journal.failed)
 
@@ -355,7 +369,7 @@ class Batch:
                 once=self.then == "online",
             ),
             report=self.report,
-            path=self.answers.with_name(f"{self.answers.name}.batches"),
+            path=self._submissions_path,
             state=f"{state.input}{state.settings}",
             changed=self.changed,
             settings=batches,
@@ -369,8 +383,23 @@ class Batch:
 
     def _check_files(self, journal: Journal) -> None:
         path = path_of_source(self.source)
-        if path is not None and path.samefile(journal.path):
-            raise ConfigError(f"{path}: expected another file for the answers than for the prompts")
+        for written in (journal.path, self.output.path, self.output.errors):
+            if path is not None and written is not None and written.exists() and path.samefile(written):
+                raise ConfigError(f"{path}: expected another file for the answers than for the prompts")
+        if self.batches is None and self._submissions_path.exists():
+            with Submissions(self._submissions_path) as submissions:
+                still = sum(each.count for each in submissions.open)
+            if still:
+                raise ConfigError(
+                    f"{self._submissions_path}: {still:,} rows are in batches at the provider, and would be asked and paid twice; go on "
+                    "with executor='provider' (--executor provider), or cancel them first (--executor provider --cancel)"
+                )
+
+    @property
+    def _submissions_path(self) -> Path:
+        """The file of the batches at the provider. All links to an output share it."""
+        path = Path(os.path.realpath(self.answers))
+        return path.with_name(f"{path.name}.batches")
 
     async def _read(self, journal: Journal, requests: Requests, repeats: Repeats | None) -> _Left:
         """Read the journal, and return what of it is to be done again."""

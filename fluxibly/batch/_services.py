@@ -66,6 +66,7 @@ class ProviderExecutor:
     _api: RetryingClient = attrs.field(init=False)
     _queue: QueueLimits = attrs.field(init=False)
     _submissions: Submissions = attrs.field(init=False)
+    _outcomes: Outcomes = attrs.field(init=False)
     _packer: Packer = attrs.field(init=False)
     _submitter: Submitter = attrs.field(init=False)
     _finder: Finder = attrs.field(init=False)
@@ -114,13 +115,23 @@ class ProviderExecutor:
                 self._control.stop(DISK_FULL)
             finally:
                 self._packer.close()
+                self._write_last()
                 self._report_batches()
             self._report_stop()
+
+    def _write_last(self) -> None:
+        """Write the lines that are there when the run ends."""
+        try:
+            self._outcomes.write()
+        except OSError as error:
+            if not is_disk_full(error):
+                raise
+            self._control.stop(DISK_FULL)
 
     def _build(self, submissions: Submissions) -> None:
         """Make the parts that work on the file of submissions."""
         api, rows, queue, control = self._api, self.rows, self._queue, self._control
-        outcomes = Outcomes(
+        outcomes = self._outcomes = Outcomes(
             self.info,
             rows,
             self.report,
@@ -270,6 +281,8 @@ class ProviderExecutor:
             return False
         if batch.problems:
             self._submitter.take_problems(submission, batch)
+        elif batch.processed and not batch.results:
+            self._finder.give_up(submission, f"the service has no results of the batch {batch.id} any more")
         else:
             await self._collector.collect(submission, batch)
             self._submitter.note_results()

@@ -18,6 +18,7 @@ from fluxibly.errors import BadRequest, ProviderError, error_type
 from fluxibly.providers.dialects.batches import Problem, RemoteBatch
 from fluxibly.types import ProviderInfo
 
+_NOT_BEGUN: Final = "the service did not begin it"
 _MOST_REFUSED: Final = 3
 """The batches in a row that the service may refuse for some of their rows, until the run stops."""
 
@@ -83,8 +84,12 @@ class Submitter:
         log(INFO, "Batch submitted | id=%s, rows=%d", id=batch.id, rows=submission.count)
 
     def drop(self, submission: Submission, why: str) -> None:
-        """Give the rows back of a batch that surely does not exist, or was never begun."""
-        self.submissions.note(submission, "dropped", why=why[:500])
+        """Give the rows back of a batch that surely does not exist, or was never begun.
+
+        Args:
+            why: without the service's words, which may quote rows.
+        """
+        self.submissions.note(submission, "dropped", why=why)
         self.packer.give_back(submission)
 
     def note_results(self) -> None:
@@ -104,11 +109,11 @@ class Submitter:
         elif is_about_queue(error.code, str(error)) or (error.status == 429 and error.retryable):
             self._note_full_queue(submission, str(error), error.retry_after)
         else:
-            self.drop(submission, str(error))
+            self.drop(submission, error_type(error))
             self.control.stop_submitting(f"the service refused a batch: {error_type(error)}: {error}")
 
     def _note_full_queue(self, submission: Submission, message: str, retry_after: float | None = None) -> None:
-        self.drop(submission, message)
+        self.drop(submission, "the service's queue is full")
         is_empty = not self.submissions.open
         self.queue.note_refusal(submission, message, is_empty=is_empty, retry_after=retry_after)
 
@@ -126,7 +131,7 @@ class Submitter:
         self._refused += 1
         by_row = _problems_by_row(submission, batch)
         if self._is_hopeless(by_row, batch):
-            self.drop(submission, reason)
+            self.drop(submission, _NOT_BEGUN)
             self.control.stop_submitting(reason)
             return
         for number, problem in by_row.items():
@@ -136,7 +141,7 @@ class Submitter:
                 self.outcomes.fail(number, "", error, tries=1, elapsed=0.0)
         self.outcomes.write_failures()
         self.outcomes.write()
-        self.drop(submission, reason)
+        self.drop(submission, _NOT_BEGUN)
 
     def _is_hopeless(self, by_row: dict[int, Problem], batch: RemoteBatch) -> bool:
         """Return whether other batches are likely to be refused, too."""

@@ -399,6 +399,32 @@ class TestFiles:
             Output(tmp_path / "out.csv", errors=tmp_path / "errors.jsonl")
         assert (tmp_path / name).read_text() == "precious"
 
+    @pytest.mark.parametrize("name", ["notes.txt", "notes.csv", "notes.parquet"])
+    def test_files_of_others_beside_a_journal(self, out: Path, name: str) -> None:
+        """A journal says nothing about a file that no batch has written."""
+        notes = out.with_name(name)
+        notes.write_text("mine")
+        finished(Output(out, ordered=True), answer(0), failure(1))
+        with pytest.raises(ConfigError, match="expected no such file, or one that a batch has written"):
+            Output(out, ordered=True, errors=notes)
+        assert notes.read_text() == "mine"
+
+    @pytest.mark.parametrize("name", ["e.jsonl", "e.csv", "e.tsv", "e.parquet"])
+    def test_files_of_batches_are_written_again(self, out: Path, name: str) -> None:
+        errors = out.with_name(name)
+        finished(Output(out, format="openai", errors=errors), answer(0), failure(1))
+        before = errors.read_bytes()
+        Output(out, format="openai", errors=errors).finish()
+        assert errors.read_bytes() == before
+        Output(out, ordered=True, errors=errors).finish()
+
+    @pytest.mark.parametrize("path", ["", "."])
+    def test_a_folder(self, tmp_path: Path, path: str) -> None:
+        with pytest.raises(ConfigError, match="expected a file for the output, got the folder"):
+            Output(path)
+        with pytest.raises(ConfigError, match="errors: expected a file, got the folder"):
+            Output(tmp_path / "out.jsonl", errors=path)
+
     def test_a_folder_that_does_not_exist(self, tmp_path: Path) -> None:
         """A folder that does not exist is an error before anything is sent, and not at the end."""
         with pytest.raises(ConfigError, match="make it first"):

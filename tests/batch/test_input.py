@@ -560,6 +560,12 @@ class TestStreams:
         with pytest.raises(ConfigError, match="line 1: expected a custom_id"):
             await all_of(open_input(pipe), never, {"a": 0})
 
+    async def test_equal_names(self, pipe: Path) -> None:
+        """Nobody can tell which of two rows with one name is done, so none of them is left out silently."""
+        fill(pipe, b'{"prompt": "x", "custom_id": "a"}\n{"prompt": "y", "custom_id": "a"}\n')
+        with pytest.raises(ConfigError, match="line 2: expected a custom_id that no earlier row has"):
+            await all_of(open_input(pipe), never, {"a": 0})
+
     async def test_a_header_that_is_wrong(self, pipe: Path) -> None:
         """What is wrong with a whole stream is an error before its first row."""
         fill(pipe, b"a,b\n1,2\n")

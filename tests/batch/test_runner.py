@@ -24,6 +24,7 @@ from support.limited_server import limited_server
 
 from fluxibly import LLM, AsyncLLM
 from fluxibly.batch import Batch, _patience
+from fluxibly.batch._finish import Output
 from fluxibly.batch._patience import Patience
 from fluxibly.errors import (
     AuthenticationError,
@@ -189,6 +190,53 @@ def test_the_same_file_for_prompts_and_answers_is_refused(files: Files, model: C
         with pytest.raises(ConfigError, match="another file"):
             Batch(model.llm(), files.prompts, answers).run()
     assert files.prompts.read_bytes() == before
+
+
+def test_the_prompts_are_not_overwritten_by_what_is_made_at_the_end(files: Files, model: CountedModel) -> None:
+    files.write(prompts(1))
+    Batch(model.llm(), files.prompts, Output(files.answers, ordered=True)).run()
+    files.prompts.write_text('{"row":1,"prompt":"with a field like that of an answer"}\n')
+    before = files.prompts.read_bytes()
+    with pytest.raises(ConfigError, match="another file"):
+        Batch(model.llm(), files.prompts, Output(files.answers, ordered=True, errors=files.prompts)).run()
+    assert files.prompts.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"llm": "echo:echo"}, "expected an LLM or an AsyncLLM, got a str"),
+        ({"prompts": ["a", "b"]}, "expected a file of prompts, got a list; for prompts in memory, write llm.map"),
+        ({"prompts": None}, "expected a file of prompts, got None"),
+    ],
+)
+def test_arguments_of_wrong_types(arguments: dict[str, Any], said: str, files: Files, model: CountedModel) -> None:
+    files.write(prompts(1))
+    given: dict[str, Any] = {"llm": model.llm(), "prompts": files.prompts, "answers": files.answers}
+    with pytest.raises(TypeError, match=said):
+        Batch(**{**given, **arguments})
+
+
+WORDS = "the patient's name is Aurelia"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [{"role": WORDS, "content": "user"}]},
+        {"messages": [{"role": "user", "content": [{"type": WORDS}]}]},
+        {"prompt": "x", "temperature": WORDS},
+        {"prompt": "x", "response_format": WORDS},
+        {"body": {"messages": [{"role": WORDS, "content": "user"}]}},
+        {"body": {"messages": [{"role": "user", "content": "x"}], "tools": [{"type": WORDS}]}},
+    ],
+)
+def test_why_a_row_cannot_be_asked_does_not_quote_it(row: dict[str, Any], files: Files, model: CountedModel) -> None:
+    files.write([row])
+    assert files.batch(model.llm()).run().failed == 1
+    message = files.lines()[0]["error"]["message"]
+    assert "expected" in message
+    assert not any(word in message for word in ("patient", "Aurelia"))
 
 
 def test_settings_out_of_range_are_refused_all_at_once(files: Files, model: CountedModel) -> None:
@@ -824,6 +872,13 @@ def test_a_failure_serves_no_other_row(files: Files) -> None:
     assert model.most_at_once == 1
 
 
+def test_dedupe_beside_a_line_with_a_key_of_others(files: Files, model: CountedModel) -> None:
+    files.write(prompts(2))
+    files.answers.write_text('{"row":0,"key":"no hash","text":"x"}\n')
+    assert files.batch(model.llm(), dedupe=True, changed="keep").run().answered == 2
+    assert model.calls == 1
+
+
 def test_without_dedupe_equal_rows_are_asked_each(files: Files, model: CountedModel) -> None:
     files.write(["p"] * 10)
     files.batch(model.llm()).run()
@@ -1029,6 +1084,15 @@ def test_a_full_disk_stops_the_run_with_whole_lines_and_another_goes_on(files: F
     report = files.batch(model.llm()).run()
     assert (report.answered, report.stopped) == (100, None)
     assert model.calls == 100 - int(answered)
+
+
+def test_a_disk_that_is_full_from_the_start_stops_the_run_too(files: Files) -> None:
+    files.write(prompts(5))
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    outcome = subprocess.run(
+        [sys.executable, "-c", _FULL, str(files.folder), "10"], env=env, check=True, capture_output=True, text=True
+    )
+    assert outcome.stdout.split() == ["disk", "full", "0", "0"]
 
 
 def test_lines_that_had_no_room_are_written_if_there_is_room_before_the_run_ends(

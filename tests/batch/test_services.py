@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -658,3 +659,90 @@ def test_standard_input_is_refused(openai, tmp_path):
 def test_cancel_needs_batches_of_the_provider(openai, tmp_path):
     with pytest.raises(ConfigError, match="--executor provider"):
         batch_of(openai, tmp_path, executor="online").cancel()
+
+
+def stop_once_submitted(batch: Batch) -> None:
+    while not batch.report.batches:
+        time.sleep(0.01)
+    batch.stop()
+
+
+def test_rows_at_the_service_are_not_asked_online_too(service: BatchService, tmp_path: Path) -> None:
+    """Nor are they submitted again under another name of the output."""
+    service.looks = 10**6
+    link = tmp_path / "link.jsonl"
+    link.symlink_to(tmp_path / "out.jsonl")
+    for out in (link, tmp_path / "out.jsonl"):
+        batch = Batch(
+            LLM(config_for(service)),
+            write_rows(tmp_path, 3),
+            out,
+            executor=ProviderBatches(poll_every=0.02),
+            changed="keep",
+        )
+        thread = threading.Thread(target=stop_once_submitted, args=(batch,))
+        thread.start()
+        assert "1 batch goes on" in str(batch.run().stopped)
+        thread.join()
+    assert len(service.batches) == 1
+    online = Batch(LLM(config_for(service)), tmp_path / "in.jsonl", tmp_path / "out.jsonl", changed="keep")
+    with pytest.raises(ConfigError, match="3 rows are in batches at the provider, and would be asked and paid twice"):
+        online.run()
+    assert not service.online
+    batch_of(service, tmp_path, changed="keep").cancel()
+    assert online.run().answered == 3
+
+
+def test_results_that_are_gone_are_not_paid_again(anthropic: BatchService, tmp_path: Path) -> None:
+    anthropic.results_gone = True
+    for _ in range(2):
+        report = batch_of(anthropic, tmp_path, rows=3).run()
+        assert "the service has no results of the batch msgbatch_0000 any more" in str(report.stopped)
+        assert "delete the lines with" in str(report.stopped)
+    assert len(anthropic.batches) == 1
+
+
+def test_a_result_that_cannot_be_read_harms_no_other(service: BatchService, tmp_path: Path) -> None:
+    end = service._end
+
+    def end_with_a_broken_line(batch: Any) -> None:
+        end(batch)
+        if len(service.batches) == 1:
+            for lines in batch.lines.values():
+                lines[0] = lines[0][:50]
+
+    service._end = end_with_a_broken_line  # type: ignore[method-assign]
+    assert batch_of(service, tmp_path, rows=3).run().answered == 3
+    check_whole(tmp_path, 3)
+    assert sum(service.paid.values()) == 4  # the one that was lost
+
+
+def test_a_page_in_place_of_results_is_not_taken_for_none(service: BatchService, tmp_path: Path) -> None:
+    end = service._end
+
+    def page(batch: Any) -> None:
+        end(batch)
+        for name in batch.lines:
+            batch.lines[name] = [b"<html>", b"</html>"]
+
+    service._end = page  # type: ignore[method-assign]
+    report = batch_of(service, tmp_path, rows=3).run()
+    assert "StreamProtocolError" in str(report.stopped)
+    assert len(service.batches) == 1  # no row is paid again
+
+
+def test_the_words_of_a_refusal_are_in_no_file(service: BatchService, tmp_path: Path) -> None:
+    service.refuse = lambda _: BAD
+    assert batch_of(service, tmp_path).run().stopped is not None
+    assert [path for path in tmp_path.iterdir() if b"secret words" in path.read_bytes()] == []
+
+
+def test_answers_that_came_before_the_results_broke_off_are_kept(service: BatchService, tmp_path: Path) -> None:
+    def without_end(_: Any, lines: list[bytes]) -> bytes:
+        return b"\n".join([*lines[:2], lines[2][:50]])
+
+    service.in_bytes = without_end.__get__(service)  # type: ignore[method-assign]
+    report = batch_of(service, tmp_path, rows=3).run()
+    assert "StreamProtocolError" in str(report.stopped)
+    assert report.answered == len(lines_in(tmp_path)) == 2
+    assert sum(service.paid.values()) == 3

@@ -202,6 +202,10 @@ class BatchService:
             else None,
         }
 
+    def in_bytes(self, lines: list[bytes]) -> bytes:
+        """Return a file of results."""
+        return b"\n".join(lines) + b"\n"
+
     @property
     def rows_submitted(self) -> Counter[str]:
         """How often each prompt is in a batch that was begun."""
@@ -341,7 +345,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _lines(self, lines: list[bytes]) -> None:
         service = self.service
-        data = b"\n".join(lines) + b"\n"
+        data = service.in_bytes(lines)
         self.send_response(200)
         self.send_header("content-type", "application/jsonl")
         self.send_header("content-length", str(len(data)))

@@ -109,6 +109,8 @@ class BatchClient:
     async def results(self, path: str) -> AsyncGenerator[Result]:
         """Yield the results in a file of the service, without lines that name no request. Close it, or read it to its end.
 
+        A line that cannot be read harms no other, unless it is the last, which may have been cut, or there is no result at all.
+
         Raises:
             ProviderError: the service is not reached, refuses, ends the file too early, or sends no results.
         """
@@ -119,12 +121,22 @@ class BatchClient:
             async with self._exchange(lambda: self._endpoint.calling(APICall(path=path)), limits, request) as exchange:
                 headers = exchange.headers
                 lines, body = _Lines(), ReplyBody(headers)
+                broken: StreamProtocolError | None = None
+                has_results = False
                 while data := await exchange.read():
                     for piece in body.decode(data):
                         for line in lines.feed(piece):
-                            if (found := self.api.result(line)) is not None:
+                            try:
+                                found = self.api.result(line)
+                            except StreamProtocolError as error:
+                                broken = error
+                                continue
+                            if found is not None:
+                                has_results = True
                                 yield found
                 body.end()
+                if broken is not None and not has_results:
+                    raise broken
                 last = lines.rest()
                 if last.strip() and (found := self.api.result(last)) is not None:
                     yield found
