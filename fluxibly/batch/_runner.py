@@ -272,7 +272,7 @@ class Batch:
             try:
                 left = await self._read(journal, requests, repeats)
             except OSError as error:
-                if error.errno not in FULL:
+                if not is_disk_full(error):
                     raise
                 report.stopped = DISK_FULL
                 return report
