@@ -61,7 +61,7 @@ def batch_of(
     if not path.exists():
         write_rows(folder, rows)
     settings = {
-        "poll_every": 0.02,
+        "poll_every": 0.01,
         "max_rows": 3,
         **{name: more.pop(name) for name in list(more) if name in ("max_rows", "max_tokens")},
     }
@@ -288,7 +288,7 @@ def test_failures_that_were_submitted_again_are_replaced_by_any_later_run(servic
 
 def test_other_outputs(service, tmp_path):
     write_rows(tmp_path, 7)
-    executor = ProviderBatches(poll_every=0.02, max_rows=3)
+    executor = ProviderBatches(poll_every=0.01, max_rows=3)
     Batch(LLM(config_for(service)), tmp_path / "in.jsonl", tmp_path / "out.csv", executor=executor).run()
     texts = [line.split(",")[3] for line in (tmp_path / "out.csv").read_text().splitlines()]
     assert sorted(texts) == ["text" if n < 0 else f"re: prompt {n}" for n in range(7)] + ["text"]
