@@ -132,10 +132,14 @@ class Journal:
         Raises:
             ConfigError: the file has something else than lines of a journal. It is left as it is.
         """
+        done, add = self.done, self.done.add
         for lines, offset in self._blocks():
             decoded = self._decoded(lines, offset)
             for written in decoded:
-                self._note(written.row, failed=written.error is not None)
+                if written.error is None and written.row not in done:
+                    add(written.row)
+                else:
+                    self._note(written.row, failed=written.error is not None)
             self.end = offset + len(lines)
             if each is not None:
                 for line, written in zip(lines.splitlines(keepends=True), decoded, strict=True):

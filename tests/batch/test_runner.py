@@ -528,7 +528,9 @@ def test_stop_lets_a_row_end_that_is_between_two_of_its_questions(files: Files) 
     class StopsAfterFirst:
         def __call__(self, request: Request, call_next: CallNext) -> Flow[Response]:
             response = yield from call_next(request)
-            batch.stop()
+            if model.calls == 1:
+                batch.stop()
+            yield from sleep(0.05)  # it hears of that
             return response
 
     llm = model.llm([Validation(check=check, max_retries=1), StopsAfterFirst()])
@@ -693,6 +695,18 @@ def test_a_service_that_answers_nobody_stops_the_run_with_few_failed_rows(files:
     out = False
     report = files.batch(model.llm(), retry_errors=True).run()
     assert (report.answered, report.failed, report.stopped) == (200, 0, None)
+
+
+@pytest.mark.usefixtures("quick")
+def test_rows_that_wait_for_an_outage_do_not_wait_for_ever_where_none_are_left(files: Files) -> None:
+    model = CountedModel(lambda prompt: ServerError("no", status=503))
+    files.write(prompts(5))
+    report = files.batch(model.llm(), concurrency=5).run()
+    assert report.stopped == "the service answers nobody: ServerError (503)"
+    assert report.failed <= 1
+    model.reply = lambda prompt: "yes" if prompt != "row 0" else ServerError("no")
+    report = files.batch(model.llm(), retry_errors=True).run()
+    assert (report.answered, report.failed, report.stopped) == (4, 1, None)
 
 
 @pytest.mark.usefixtures("quick")
@@ -976,6 +990,8 @@ def test_what_has_changed_is_asked_again_and_nothing_else(change: str, files: Fi
     assert [line["text"] for line in files.lines()] == [
         f"re: {json.loads(line)['prompt']}" for line in files.prompts.read_text().splitlines()
     ]
+    state = json.loads((files.folder / "answers.jsonl.batch").read_bytes())
+    assert state["settings"]  # so that later runs need not look at each row
     assert files.batch(llm).run().asked == 0
 
 
