@@ -40,12 +40,12 @@ Ask = Callable[[str], Awaitable[str]]
 
 
 def fluxibly_batch(url: str, given: Path, out: Path, at_once: int) -> None:
-    """`fluxibly.batch.Batch`, with the default stack. The rate is not limited, as it is for no peer."""
+    """`fluxibly.batch.Batch`, with the default stack. It need not find the rate, which takes seconds: no peer does."""
     from fluxibly import AsyncLLM
     from fluxibly.batch import Batch
 
     with _quiet():
-        Batch(AsyncLLM(**_config(url)), given, out, concurrency=at_once).run()
+        Batch(AsyncLLM(**_config(url)), given, out, concurrency=at_once, rpm=1e9).run()
 
 
 def fluxibly_map(url: str, given: Path, out: Path, at_once: int) -> None:
