@@ -36,6 +36,8 @@ from fluxibly.types import CallRecord, Request, replaced
 
 SYNC_EVERY = 1.0
 """The seconds after which what is written is also safe from a power cut. A process that is killed loses nothing."""
+_REST_EVERY = 256
+"""The rows after which other tasks have a turn in any case."""
 STOPPED = "told to stop"
 BUDGET = "the budget is used up"
 
@@ -190,8 +192,8 @@ class Asking:
     _askers: set[_Asker] = attrs.field(factory=set[_Asker], init=False)
     _asked: int = attrs.field(default=0, init=False)
     """The rows that are being asked, or wait for that."""
-    _writing: Any = attrs.field(default=None, init=False)
-    """An event that is set when the lines of the rows that end just now are written; None: there are none."""
+    _ends: int = attrs.field(default=0, init=False)
+    """The rows that have ended."""
     _broke: deque[Any] = attrs.field(factory=deque[Any], init=False)
     """The rows that wait for others to end, because the budget has no more for them."""
     _error: BaseException | None = attrs.field(default=None, init=False)
@@ -295,7 +297,7 @@ class Asking:
         self._tasks.start_soon(self._ask_rows, asker)
 
     async def _ask_rows(self, asker: _Asker) -> None:
-        import anyio  # late, as above
+        import anyio.lowlevel  # late, as above
 
         watching.set(asker)
         try:
@@ -310,8 +312,9 @@ class Asking:
                         self._asked -= 1
                         if self._broke:
                             self._wake_broke()
-                    if self._lines:
-                        await self._written()
+                    self._ends += 1
+                    if not self._ends % _REST_EVERY:  # a model in this process may never wait for anything
+                        await anyio.lowlevel.checkpoint()
         except Exception as error:  # noqa: BLE001  # of the input, for example
             self._error = self._error or error
             self.stop()
@@ -461,27 +464,9 @@ class Asking:
         self._lines.add(line, None if cause is None or may_help(cause, 0) else named(cause))
         if self._lines.failed_alike is not None:
             self.stop(self._lines.failed_alike)
+        self._write()  # at once: as soon as the task goes on to another row, this one is no longer in flight
 
     # The journal
-
-    async def _written(self) -> None:
-        """Wait until the lines of the rows that end just now are written, all at once.
-
-        A task goes on to another row only then. So when a process is killed, at most as many rows are asked again as were asked at
-        once.
-        """
-        import anyio.lowlevel  # late, as above
-
-        if self._writing is not None:
-            await self._writing.wait()
-            return
-        writing = self._writing = anyio.Event()
-        try:
-            await anyio.lowlevel.checkpoint()  # meanwhile others end
-        finally:
-            self._writing = None
-            writing.set()
-            self._write()
 
     def _write(self) -> None:
         """Write the lines that are not written yet. If the disk is full, they are tried again later."""
