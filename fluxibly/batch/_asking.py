@@ -15,10 +15,11 @@ from collections.abc import (
     Mapping,
 )
 from time import monotonic, perf_counter
-from typing import Any, Protocol
+from typing import Any
 
 import attrs
 
+from fluxibly.batch._counting import Counted, count_line, count_rows
 from fluxibly.batch._input import Row
 from fluxibly.batch._journal import Entry, Journal
 from fluxibly.batch._lines import Line, encoded, line_of
@@ -41,20 +42,6 @@ DISK_FULL = "disk full"
 STOPPED = "told to stop"
 BUDGET = "the budget is used up"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-class Counted(Protocol):
-    """What is counted meanwhile: a `Report`."""
-
-    answered: int
-    failed: int
-    asked: int
-    in_flight: int
-    input_tokens: int
-    output_tokens: int
-    cost: float | None
-    errors: dict[str, int]
-    stopped: str | None
 
 
 class Requests:
@@ -197,6 +184,7 @@ class Asking:
     _alike: list[Entry] | None = attrs.field(factory=list[Entry], init=False)
     """The lines of the first rows, as long as all fail alike. They are held back. None: not all do."""
     _alike_as: str = attrs.field(default="", init=False)
+    _alike_why: str = attrs.field(default="", init=False)
     _left: deque[Row] = attrs.field(factory=deque[Row], init=False)
     """Rows that have waited for an equal one, in vain."""
     _patience: Patience = attrs.field(factory=Patience, init=False)
@@ -364,7 +352,7 @@ class Asking:
         except Exception as raised:  # noqa: BLE001  # one row harms no other
             error = raised
         if request is None:
-            self._finish(row, self._line(row, key, began, error=error), error)
+            self._finish(row, self._line(row, key, began, error=error, where=row.where), error)
             return
         repeats = self.repeats
         if repeats is None:
@@ -432,6 +420,9 @@ class Asking:
             if self._asked > len(self._broke) + 1:  # what others have reserved, and do not use, comes back
                 await self._some_end()
                 return False
+            if cause.never_fits:
+                self.report.is_stuck = True
+                self.stop(f"a single row may cost more than the whole budget: {cause}")
             self.stop(BUDGET)
             return True
         if not may_help(cause, asker.attempts):
@@ -470,7 +461,7 @@ class Asking:
 
     def _finish(self, row: Row, line: Line, error: BaseException | None) -> None:
         """Take the line of a row that has ended."""
-        self._count(line)
+        count_line(self.report, line)
         entry = Entry(row.number, line.error is not None, encoded(line), line.key)
         if self._alike is not None and not self._passes(self._alike, entry, error):
             return
@@ -485,24 +476,21 @@ class Asking:
                 self._alike_as = named(cause)
             if named(cause) == self._alike_as:
                 alike.append(entry)
-                if len(alike) == self.stop_after_errors:
-                    self.stop(f"the first {len(alike)} rows all failed alike: {self._alike_as}")
+                if len(alike) >= self.stop_after_errors:
+                    self._stop_since_alike(len(alike))
                 return False
         if len(alike) < self.stop_after_errors:
             self._ended.extend(alike)
             self._alike = None
         return True
 
-    def _count(self, line: Line) -> None:
-        report = self.report
-        if line.error is not None:
-            kind = line.error["type"]
-            report.errors[kind] = report.errors.get(kind, 0) + 1
-        if line.usage is not None:
-            report.input_tokens += line.usage.get("input_tokens", 0)
-            report.output_tokens += line.usage.get("output_tokens", 0)
-        if line.cost is not None:
-            report.cost = (report.cost or 0.0) + line.cost
+    def _stop_since_alike(self, count: int) -> None:
+        """Stop, or count the rows that were in flight then and have failed like the others."""
+        why = f"the first {count} rows all failed alike: {self._alike_as}"
+        self.stop(why)
+        if count > self.stop_after_errors and self.report.stopped == self._alike_why:
+            self.report.stopped = why
+        self._alike_why = why
 
     # The journal
 
@@ -516,7 +504,7 @@ class Asking:
                     raise
                 self.stop(DISK_FULL)
                 self.report.stopped = DISK_FULL
-        self.report.answered, self.report.failed = self.journal.answered, len(self.journal.failed)
+        count_rows(self.report, self.journal)
 
     def _wrote(self, entry: Entry, offset: int) -> None:
         if self.repeats is not None and not entry.failed and entry.key:

@@ -14,9 +14,10 @@ from typing import Literal
 
 import attrs
 
-from fluxibly._checks import number, one_of, whole
+from fluxibly._checks import kind_of, number, one_of, whole
 from fluxibly._loops import from_anywhere, run_to_end
 from fluxibly.batch._asking import DISK_FULL, FULL, Asking, Requests
+from fluxibly.batch._counting import count_rows
 from fluxibly.batch._estimate import Estimate, estimate
 from fluxibly.batch._finish import Output
 from fluxibly.batch._input import Row, Source, open_input
@@ -24,7 +25,8 @@ from fluxibly.batch._journal import Bitmap, Journal, Written
 from fluxibly.batch._repeats import Repeats
 from fluxibly.batch._services import AtProvider, ProviderBatches, check_layers, client_of, prices_of
 from fluxibly.batch._stack import AT_ONCE, limits_in_force, stack_for, stops_all
-from fluxibly.batch._state import Changes, Keys, Names, State, read_state, write_state
+from fluxibly.batch._state import WHAT_TO_DO, Changes, Keys, Names, State, read_state, what_changed, write_state
+from fluxibly.batch._submissions import read_open
 from fluxibly.batch._trace import traced
 from fluxibly.errors import ConfigError
 from fluxibly.flow import Middleware
@@ -40,6 +42,8 @@ class Report:
     """Rows with an answer, those of earlier runs included."""
     failed: int = 0
     """Rows with an error instead, those of earlier runs included."""
+    unaskable: int = 0
+    """Those of the failed rows that could not be asked as they stand in the input, such as rows that cannot be read."""
     skipped: int = 0
     """Rows that had a line when this run began."""
     asked: int = 0
@@ -50,11 +54,13 @@ class Report:
     """Tokens of this run."""
     output_tokens: int = 0
     cost: float | None = None
-    """US dollars of this run; None: not known."""
+    """US dollars of this run, as far as they are known; None: they are not for any row."""
     elapsed: float = 0.0
     """Seconds of this run."""
     errors: dict[str, int] = attrs.field(factory=dict[str, int])
     """The errors of this run, by class."""
+    first_errors: dict[str, str] = attrs.field(factory=dict[str, str])
+    """The message of the first error of each class, on one line, without quotes from the request."""
     rate: float | None = None
     """The requests a second that a `RateLimit` allows now; None: not known."""
     places: int | None = None
@@ -65,6 +71,8 @@ class Report:
     """What has happened to batches at the provider that should be known at once, such as that it refused one."""
     stopped: str | None = None
     """Why the run ended before the last row, such as "disk full". Another run goes on. None: it did not."""
+    is_stuck: bool = False
+    """Whether another run would stop at the same place, because a single row may cost more than the whole budget."""
 
 
 class Batch:
@@ -103,6 +111,7 @@ class Batch:
 
     Raises:
         ConfigError: a value is out of range.
+        TypeError: the model or the input is something else.
         OSError: the input cannot be read.
     """
 
@@ -139,6 +148,7 @@ class Batch:
         ]
         if found := [*filter(None, wrong)]:
             raise ConfigError.of(found)
+        check_types(llm, prompts)
         self.llm = llm
         self.output = answers if isinstance(answers, Output) else Output(answers)
         self.answers = self.output.path
@@ -187,7 +197,15 @@ class Batch:
             raise ConfigError(wrong)
 
     def estimate(self) -> Estimate:
-        """Return what the batch would take. All rows are read, nothing is sent, and no file is made."""
+        """Return what the batch would take. All rows are read, nothing is sent, and no file is made.
+
+        Raises:
+            ConfigError: the input cannot be read as a whole, the output is something else's, or rows are in batches at the
+                provider, and the batch is not one of the provider.
+            OSError: a file cannot be read.
+        """
+        if self.batches is None:
+            self._check_submitted()
         return estimate(self)
 
     def stop(self) -> None:
@@ -206,7 +224,8 @@ class Batch:
 
         Raises:
             ConfigError: another process is at work on this batch, the output is something else's, the input or the configuration
-                has changed and `changed` is not given, or there is a budget and no price.
+                has changed and `changed` is not given, there is a budget and no price, or rows are in batches at the provider, and the
+                batch is not one of the provider.
             OSError: a file cannot be read or written.
         """
         return run_to_end(self._run_apart)
@@ -255,12 +274,14 @@ class Batch:
         began = perf_counter()
         with Journal(self.output.journal_path) as journal:
             self._check_files(journal)
+            if self.batches is None:
+                self._check_submitted()
             requests = Requests(llm, self.system)
             repeats = Repeats(journal) if self.dedupe else None
             self._names = Names() if self.source.is_stream else None
             left = await self._read(journal, requests, repeats)
             report.skipped = len(journal.done) - len(left.again)
-            report.answered, report.failed = journal.answered, len(journal.failed)
+            count_rows(report, journal)
 
             stack: Sequence[Middleware] = ()
 
@@ -352,8 +373,8 @@ class Batch:
             math.inf if self.limit is None else self.limit,
             journal,
             self.report,
-            path=self.answers.with_name(f"{self.answers.name}.batches"),
-            state=f"{state.input}{state.settings}",
+            path=self.batches_path,
+            state=str(state),
             changed=self.changed,
             settings=batches,
             prices=prices_of(llm.pipeline.middleware, llm.pipeline.info, llm.config.model),
@@ -365,6 +386,26 @@ class Batch:
         )
 
     # What is done, and what is not
+
+    @property
+    def batches_path(self) -> Path:
+        """The file that says which batches were submitted to the provider."""
+        return self.answers.with_name(f"{self.answers.name}.batches")
+
+    def _check_submitted(self) -> None:
+        """Check that no row which would be asked is in a batch at the provider, where it is paid, too.
+
+        Raises:
+            ConfigError: one may be.
+        """
+        batches = read_open(self.batches_path)
+        if batches:
+            count, rows = len(batches), sum(each.count for each in batches)
+            raise ConfigError(
+                f"{self.batches_path}: {count} {'batch' if count == 1 else 'batches'} with {rows:,} {'row' if rows == 1 else 'rows'} "
+                f"{'is' if count == 1 else 'are'} at the service; expected executor='provider' (--executor provider) to take the "
+                "answers, or cancel() (--executor provider --cancel) first"
+            )
 
     def _check_files(self, journal: Journal) -> None:
         path = path_of_source(self.source)
@@ -384,7 +425,9 @@ class Batch:
         if is_stream:
             # Its rows are known only when they are asked, so what has changed are all, or none.
             if journal.done and (then is None or then.settings != now.settings):
-                self._check_changed(len(journal.done), journal)
+                self._check_changed(
+                    len(journal.done), journal, what_changed(then and State(now.input, then.settings), now)
+                )
                 if self.changed == "ask":
                     left.again = journal.done.copy()
         elif journal.done and keys is not None:
@@ -395,7 +438,7 @@ class Batch:
                     if self._stops:
                         return left
             if changes.changed:
-                self._check_changed(len(changes.changed), journal)
+                self._check_changed(len(changes.changed), journal, what_changed(then, now))
             if self.changed == "ask" and changes.changed:
                 left.rows = changes.rows
                 for row in changes.changed:
@@ -405,12 +448,11 @@ class Batch:
             write_state(journal.path, State(now.input) if left.is_asked_again else now)
         return left
 
-    def _check_changed(self, changed: int, journal: Journal) -> None:
+    def _check_changed(self, changed: int, journal: Journal, why: str) -> None:
         if self.changed is None:
             raise ConfigError(
-                f"{journal.path}: {changed} of the {len(journal.done)} rows that are done would be asked otherwise now, "
-                "because the input or the configuration has changed; expected a word on that: changed='keep' (--changed keep) keeps "
-                "their answers, changed='ask' (--changed ask) asks them again"
+                f"{journal.path}: {changed} of the {len(journal.done)} rows that are done would be asked differently now, "
+                f"because {why}; {WHAT_TO_DO}"
             )
 
     def _rows(self, journal: Journal, again: Bitmap) -> Iterable[Row] | AsyncIterable[Row]:
@@ -430,7 +472,7 @@ class Batch:
             rows = left.rows
             if journal.replaced or rows is not None:
                 journal.compact(lambda row: rows is None or row < rows)
-                self.report.answered, self.report.failed = journal.answered, len(journal.failed)
+                count_rows(self.report, journal)
             if left.is_asked_again and self.limit is None:
                 write_state(journal.path, left.state)
             journal.sync()
@@ -460,6 +502,22 @@ def _nothing() -> None:
 def _read_each(readers: Sequence[Callable[[Written, int], object]], written: Written, offset: int) -> None:
     for read in readers:
         read(written, offset)
+
+
+def check_types(llm: object, prompts: object) -> None:
+    """Check that a model and an input are such.
+
+    Raises:
+        TypeError: they are something else.
+    """
+    if not isinstance(llm, (LLM, AsyncLLM)):
+        hint = f"; write LLM({llm!r})" if isinstance(llm, str) else ""
+        raise TypeError(f"llm: expected an LLM or an AsyncLLM, got {kind_of(llm)}{hint}")
+    if not isinstance(prompts, (str, os.PathLike)) and not callable(getattr(prompts, "rows", None)):
+        raise TypeError(
+            f"prompts: expected a file, or a source such as open_input(…) returns, got {kind_of(prompts)}; for prompts in memory, "
+            "write llm.map(prompts)"
+        )
 
 
 def path_of_source(source: Source) -> Path | None:

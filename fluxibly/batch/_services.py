@@ -26,9 +26,11 @@ from fluxibly import _checks
 from fluxibly._checks import kind_of, validator
 from fluxibly._logs import log
 from fluxibly.batch._asking import DISK_FULL, FULL, STOPPED
+from fluxibly.batch._counting import Counted, count_line, count_rows
 from fluxibly.batch._input import Row, Source
 from fluxibly.batch._journal import Bitmap, Entry, Journal
-from fluxibly.batch._lines import Line, encoded, line_of
+from fluxibly.batch._lines import encoded, line_of
+from fluxibly.batch._state import WHAT_TO_DO, State, what_changed
 from fluxibly.batch._submissions import Submission, Submissions, add_row
 from fluxibly.calls import Spent
 from fluxibly.errors import (
@@ -173,16 +175,7 @@ class _Requests(Protocol):
         ...
 
 
-class _Counted(Protocol):
-    answered: int
-    failed: int
-    asked: int
-    in_flight: int
-    input_tokens: int
-    output_tokens: int
-    cost: float | None
-    errors: dict[str, int]
-    stopped: str | None
+class _Counted(Counted, Protocol):
     batches: dict[str, int]
     notice: str | None
 
@@ -366,9 +359,8 @@ class AtProvider:
             return
         if self.changed is None:
             raise ConfigError(
-                f"{self.path}: rows of a batch that is at the service would be asked otherwise now, because the input or the "
-                "configuration has changed; expected a word on that: changed='keep' (--changed keep) keeps their answers, "
-                "changed='ask' (--changed ask) asks them again"
+                f"{self.path}: rows of a batch at the service would be asked differently now, because "
+                f"{what_changed(State.of_text(submission.state), State.of_text(self.state))}; {WHAT_TO_DO}"
             )
         self._has_changed.add(submission.label)
 
@@ -525,7 +517,8 @@ class AtProvider:
                     f"expected a request of at most {api.max_bytes:,} bytes for a batch, got {len(data):,}"
                 )
         except Exception as error:  # noqa: BLE001  # one row harms no other
-            self._finish(row.number, row.custom_id, key, error=error, request=request)
+            where = "" if key else row.where
+            self._finish(row.number, row.custom_id, key, error=error, request=request, where=where)
             self._check_first(error)
             return None
         self._has_packed = True
@@ -935,7 +928,8 @@ class AtProvider:
 
     def _finish(self, number: int, custom_id: str | None, key: str, elapsed: float = 0.0, **outcome: Any) -> None:
         line = line_of(number, custom_id, key, elapsed, whole=self.whole, **outcome)
-        self._count(line)
+        self.report.asked += 1
+        count_line(self.report, line)
         self._buffered.add(number)
         self._entries.append(Entry(number, line.error is not None, encoded(line), key))
         if len(self._entries) >= _WRITE_AT_ONCE:
@@ -948,19 +942,7 @@ class AtProvider:
         self.journal.write(self._entries, lambda entry, _: self.wrote(entry.row))
         self.journal.sync()
         self._buffered.clear()
-        self.report.answered, self.report.failed = self.journal.answered, len(self.journal.failed)
-
-    def _count(self, line: Line) -> None:
-        report = self.report
-        report.asked += 1
-        if line.error is not None:
-            kind = line.error["type"]
-            report.errors[kind] = report.errors.get(kind, 0) + 1
-        if line.usage is not None:
-            report.input_tokens += line.usage.get("input_tokens", 0)
-            report.output_tokens += line.usage.get("output_tokens", 0)
-        if line.cost is not None:
-            report.cost = (report.cost or 0.0) + line.cost
+        count_rows(self.report, self.journal)
 
 
 def prices_of(stack: Iterable[object], info: ProviderInfo, model: str) -> Prices | None:
