@@ -200,7 +200,21 @@ class QueueFull(ProviderError):
 
 
 class BudgetExceeded(FluxiblyError):
-    """`Budget` sent nothing, because the call would cost more than is left, or ended a stream that ran over."""
+    """`Budget` sent nothing, because the call would cost more than is left, or ended a stream that ran over.
+
+    `never_fits`: the call would cost more than the whole budget, so that it would be refused even if nothing were spent.
+    """
+
+    def __init__(self, message: str = "", *, never_fits: bool = False) -> None:
+        super().__init__(message)
+        self.never_fits = never_fits
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (_over_budget, (*self.args, self.never_fits))
+
+
+def _over_budget(message: str, never_fits: bool) -> BudgetExceeded:
+    return BudgetExceeded(message, never_fits=never_fits)
 
 
 class GuardRefused(FluxiblyError):

@@ -14,14 +14,15 @@ from collections.abc import (
     Mapping,
 )
 from time import monotonic, perf_counter
-from typing import Any, Protocol
+from typing import Any
 
 import attrs
 
 from fluxibly._masking import request_of_texts
+from fluxibly.batch._counting import Counted
 from fluxibly.batch._input import Row
 from fluxibly.batch._journal import Entry, Journal
-from fluxibly.batch._line_writer import DISK_FULL, Counts, LineWriter, is_disk_full
+from fluxibly.batch._line_writer import DISK_FULL, LineWriter, is_disk_full
 from fluxibly.batch._lines import Line, line_of
 from fluxibly.batch._patience import Patience, may_help, named
 from fluxibly.batch._repeats import MOST_FOLLOWERS, Repeats, copied
@@ -40,13 +41,6 @@ _REST_EVERY = 256
 """The rows after which other tasks have a turn in any case."""
 STOPPED = "told to stop"
 BUDGET = "the budget is used up"
-
-
-class Counted(Counts, Protocol):
-    """What is counted meanwhile: a `Report`."""
-
-    in_flight: int
-    stopped: str | None
 
 
 class Requests:
@@ -356,7 +350,7 @@ class Asking:
             error = raised
         if request is None:
             texts = request_of_texts([row.prompt, row.settings])
-            self._finish(row, self._line(row, key, began, error=error, request=texts), error)
+            self._finish(row, self._line(row, key, began, error=error, request=texts, where=row.where), error)
             return
         repeats = self.repeats
         if repeats is None:
@@ -422,6 +416,9 @@ class Asking:
             if self._asked > len(self._broke) + 1:  # what others have reserved, and do not use, comes back
                 await self._some_end()
                 return False
+            if cause.never_fits:
+                self.report.is_stuck = True
+                self.stop(f"a single row may cost more than the whole budget: {cause}")
             self.stop(BUDGET)
             return True
         if not may_help(cause, asker.attempts):
@@ -461,9 +458,15 @@ class Asking:
     def _finish(self, row: Row, line: Line, error: BaseException | None) -> None:
         """Take the line of a row that has ended."""
         cause = None if error is None else root_cause(error)
-        self._lines.add(line, None if cause is None or may_help(cause, 0) else named(cause))
-        if self._lines.failed_alike is not None:
-            self.stop(self._lines.failed_alike)
+        lines = self._lines
+        before = lines.failed_alike
+        lines.add(line, None if cause is None or may_help(cause, 0) else named(cause))
+        if (reason := lines.failed_alike) is not None:
+            self.stop(reason)
+            if (
+                before is not None and self.report.stopped == before
+            ):  # a row that was in flight has failed like the others
+                self.report.stopped = reason
         self._write()  # at once: as soon as the task goes on to another row, this one is no longer in flight
 
     # The journal

@@ -8,7 +8,7 @@ from typing import Any, Final, Protocol, TypeVar
 
 from fluxibly._logs import log
 from fluxibly.batch._asking import STOPPED
-from fluxibly.batch._line_writer import Counts
+from fluxibly.batch._counting import Counted
 from fluxibly.batch._provider_batches import ProviderBatches
 from fluxibly.errors import ProviderError, error_type
 from fluxibly.providers.dialects.batches import APICall, BatchAPI
@@ -19,7 +19,7 @@ _MOST_FAILURES: Final = 10
 """The times in a row that a question to the service may fail, until the run stops."""
 
 
-class BatchesReport(Counts, Protocol):
+class BatchesReport(Counted, Protocol):
     """The parts of a `Report` about a provider's batches."""
 
     in_flight: int

@@ -22,6 +22,7 @@ from fluxibly.batch._input import Row, Source
 from fluxibly.batch._journal import Bitmap
 from fluxibly.batch._lines import Line, encoded
 from fluxibly.batch._state import State, read_state
+from fluxibly.batch._submissions import read_open
 from fluxibly.calls import Usage
 from fluxibly.errors import ConfigError
 from fluxibly.flow import Middleware
@@ -46,6 +47,8 @@ class Estimated(Protocol):
     dedupe: bool
     executor: Literal["online", "provider"]
 
+    @property
+    def batches_path(self) -> Path: ...
     @property
     def changed(self) -> str | None: ...
 
@@ -81,6 +84,8 @@ class Estimate:
     """Rows that have a line already, and would keep it."""
     changed: int = 0
     """Rows that have a line, and would be asked otherwise now. Under `changed="ask"` they are among `rows`, else among `skipped`."""
+    submitted: int = 0
+    """Rows without a line that are in batches at the provider, and are not submitted again. They are not among `rows`."""
     repeats: int = 0
     """Rows that get the answer of another with the same request, under `dedupe`. They are not among `rows`."""
     problems: list[Problem] = attrs.field(factory=list[Problem])
@@ -98,7 +103,8 @@ class Estimate:
     unpriced: list[str] = attrs.field(factory=list[str])
     """The models whose price is not known."""
     seconds: float | None = None
-    """The time that the limits of the stack allow at the least; None: it has no limits with numbers."""
+    """The time that the limits of the stack allow at the least; None: it has no limits with numbers, or the provider answers in
+    batches of its own, within a day."""
     bytes: int = 0
     """About the size of the output."""
 
@@ -218,6 +224,7 @@ class _Estimating:
         """What stands for the requests that have been counted, or answered, if equal ones are asked once."""
         now = State(batch.source.fingerprint, self._requests.settings)
         self._may_differ = bool(self._done.rows) and not batch.source.is_stream and read_state(journal) != now
+        self._submitted = _rows_at_provider(batch)
         self._found = Estimate()
         self._models: dict[str, _Model] = {}
         self._problems: dict[str, Problem] = {}
@@ -267,6 +274,9 @@ class _Estimating:
             self._found.changed += 1
             if self._batch.changed != "ask":
                 return True
+        if row.number in self._submitted:
+            self._found.submitted += 1
+            return True
         if self._asked is not None:
             if short_key(key) in self._asked:
                 self._found.repeats += 1
@@ -331,12 +341,22 @@ class _Estimating:
         """Return the seconds that the rows take at the rates that are given; None if there are none."""
         from fluxibly.middleware import RateLimit
 
+        if self._batch.executor == "provider":
+            return None
         rows, tokens = self._found.rows, self._found.input_tokens + self._found.output_tokens
         rates = [(rows, self._batch.rpm, 60.0), (tokens, self._batch.tpm, 60.0)]
         for layer in self._llm.pipeline.middleware:
             if isinstance(layer, RateLimit):
                 rates += [(rows, layer.requests, layer.per), (tokens, layer.tokens, layer.per)]
         return max((count * per / rate for count, rate, per in rates if rate is not None), default=None)
+
+
+def _rows_at_provider(batch: Estimated) -> Bitmap:
+    found = Bitmap()
+    for submission in read_open(batch.batches_path):
+        for number in submission.numbers():
+            found.add(number)
+    return found
 
 
 def _no_row(_: int) -> bool:

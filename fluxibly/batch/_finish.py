@@ -20,6 +20,30 @@ _SUFFIXES: Final[dict[str, Format]] = {".csv": "csv", ".tsv": "tsv", ".parquet":
 
 _STARTS: Final = (b'{"row":', b'{"id":"batch_req_', b"row,custom_id,", b"row\tcustom_id\t", b"PAR1")
 """How the files of all formats begin."""
+_OTHERS: Final = frozenset(
+    [
+        ".json",
+        ".xlsx",
+        ".xls",
+        ".ods",
+        ".xml",
+        ".yaml",
+        ".yml",
+        ".html",
+        ".arrow",
+        ".feather",
+        ".avro",
+        ".orc",
+        ".db",
+        ".sqlite",
+        ".zip",
+        ".gz",
+        ".bz2",
+        ".xz",
+        ".zst",
+    ]
+)
+"""The suffixes of well-known formats that are not written. JSON lines in such a file would mislead."""
 
 
 class Output:
@@ -38,7 +62,7 @@ class Output:
             the format of the output.
 
     Raises:
-        ConfigError: the format does not go with the suffix, pyarrow is missing, a folder does not exist, two files are the same, or a
+        ConfigError: the format does not go with the suffix, the suffix is that of another well-known format, pyarrow is missing, a folder does not exist, two files are the same, or a
             file exists that `finish` would overwrite though no batch has written it.
     """
 
@@ -65,7 +89,7 @@ class Output:
         self._sinks = [sink_of(self.path, self.format)]
         if self.errors is not None:
             as_lines: Format = "openai" if self.format == "openai" else "lines"
-            self._sinks.append(sink_of(self.errors, _SUFFIXES.get(self.errors.suffix.lower(), as_lines)))
+            self._sinks.append(sink_of(self.errors, _format_of(self.errors, None, as_lines)))
 
     @property
     def whole(self) -> bool:
@@ -97,7 +121,8 @@ class Output:
                 if path is self.path and _is_journal(path):
                     hint = f"it has lines of a batch: to go on with them, rename it to {self.journal_path.name}"
                 raise ConfigError(
-                    f"{path}: expected no such file, since the journal {self.journal_path} does not exist, got one; {hint}"
+                    f"{path}: the file exists, but no batch has written it, as there is no journal {self.journal_path}; "
+                    f"it would be overwritten: {hint}"
                 )
 
     def finish(self, journal: Path | None = None) -> None:
@@ -178,10 +203,16 @@ class _Index:
             offset += len(line)
 
 
-def _format_of(path: Path, wanted: Format | None) -> Format:
-    by_suffix = _SUFFIXES.get(path.suffix.lower())
+def _format_of(path: Path, wanted: Format | None, otherwise: Format = "lines") -> Format:
+    suffix = path.suffix.lower()
+    if suffix in _OTHERS:
+        raise ConfigError(
+            f"{path}: expected .jsonl (JSON lines), .csv, .tsv or .parquet, got {suffix}, which a batch does not write"
+            f"{'; write .jsonl' if suffix == '.json' else ''}"
+        )
+    by_suffix = _SUFFIXES.get(suffix)
     if wanted is None:
-        return by_suffix or "lines"
+        return by_suffix or otherwise
     if wanted not in get_args(Format):
         raise ConfigError(
             f"format: expected one of {', '.join(get_args(Format))}, got {wanted!r}{did_you_mean(str(wanted), get_args(Format))}"

@@ -108,7 +108,7 @@ class Stream:
         reader = self._reader()
         numbers = None if known is None else _Numbers(known, self._name)
         place = 0
-        descriptor = 0 if self.path is None else os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = 0 if self.path is None else await _opened(self.path)
         try:
             self._lines = StreamLines(descriptor, self._name)
             is_over = False
@@ -126,6 +126,13 @@ class Stream:
         finally:
             if self.path is not None:
                 os.close(descriptor)
+
+
+async def _opened(path: Path) -> int:
+    """Open a file to read it. A named pipe is opened only when something writes into it, so a thread waits for that."""
+    from anyio import to_thread  # late, to keep `import fluxibly` fast
+
+    return await to_thread.run_sync(os.open, path, os.O_RDONLY | os.O_CLOEXEC, abandon_on_cancel=True)
 
 
 class _Numbers:

@@ -110,6 +110,8 @@ class Journal:
         """The rows that have a line."""
         self.failed = Bitmap()
         """The rows whose line has an error."""
+        self.unaskable = Bitmap()
+        """Those of them that could not be asked, such as rows that cannot be read."""
         self.replaced = 0
         """The lines of rows that have a later line."""
         self.end = 0
@@ -139,7 +141,7 @@ class Journal:
                 if written.error is None and written.row not in done:
                     add(written.row)
                 else:
-                    self._note(written.row, failed=written.error is not None)
+                    self._note(written.row, failed=written.error is not None, key=written.key)
             self.end = offset + len(lines)
             if each is not None:
                 for line, written in zip(lines.splitlines(keepends=True), decoded, strict=True):
@@ -196,14 +198,17 @@ class Journal:
             "give another output"
         )
 
-    def _note(self, row: int, *, failed: bool) -> None:
+    def _note(self, row: int, *, failed: bool, key: str) -> None:
         if row in self.done:
             self.replaced += 1
             self.failed.discard(row)
+            self.unaskable.discard(row)
         else:
             self.done.add(row)
         if failed:
             self.failed.add(row)
+            if not key:
+                self.unaskable.add(row)
 
     def write(self, entries: deque[Entry], each: Callable[[Entry, int], object] | None = None) -> None:
         """Write whole lines, many at once, and take off `entries` what is written.
@@ -226,7 +231,7 @@ class Journal:
                 self.is_synced = False
                 while entries and self.end < end and len(entries[0].line) <= written:
                     entry = entries.popleft()
-                    self._note(entry.row, failed=entry.failed)
+                    self._note(entry.row, failed=entry.failed, key=entry.key)
                     if each is not None:
                         each(entry, self.end)
                     self.end += len(entry.line)
@@ -295,6 +300,7 @@ class Journal:
         for row in [row for row in self.done if not is_row(row)]:
             self.done.discard(row)
             self.failed.discard(row)
+            self.unaskable.discard(row)
         sync_folder(self.path)
 
     def close(self) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import errno
 from collections import deque
 from collections.abc import Callable
-from typing import Final, Protocol
+from typing import Final
 
+from fluxibly.batch._counting import Counted, count_line, count_rows
 from fluxibly.batch._journal import Entry, Journal
 from fluxibly.batch._lines import Line, encoded
 
@@ -16,18 +17,6 @@ DISK_FULL: Final = "disk full"
 def is_disk_full(error: OSError) -> bool:
     """Return whether a write failed because there is no room."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-class Counts(Protocol):
-    """The counts of a `Report` that follow from lines."""
-
-    answered: int
-    failed: int
-    asked: int
-    input_tokens: int
-    output_tokens: int
-    cost: float | None
-    errors: dict[str, int]
 
 
 class LineWriter:
@@ -45,7 +34,7 @@ class LineWriter:
     def __init__(
         self,
         journal: Journal,
-        report: Counts,
+        report: Counted,
         *,
         stop_after_errors: int,
         wrote: Callable[[Entry, int], object] | None = None,
@@ -72,14 +61,15 @@ class LineWriter:
             error: the error of a row that would fail again, by which rows are compared. None: the row is answered, may be answered
                 another time, or is none of the first.
         """
-        self._count(line)
+        self._report.asked += line.attempts > 0
+        count_line(self._report, line)
         entry = Entry(line.row, line.error is not None, encoded(line), line.key)
         held = self._held
         if held is not None:
             if error is not None and (not held or error == self._held_error):
                 self._held_error = error
                 held.append(entry)
-                if len(held) == self._stop_after_errors:
+                if len(held) >= self._stop_after_errors:  # those in flight may follow
                     self.failed_alike = f"the first {len(held)} rows all failed alike: {error}"
                 return
             self.release()
@@ -101,16 +91,4 @@ class LineWriter:
             if self._entries:
                 self._journal.write(self._entries, self._wrote)
         finally:
-            self._report.answered, self._report.failed = self._journal.answered, len(self._journal.failed)
-
-    def _count(self, line: Line) -> None:
-        report = self._report
-        report.asked += line.attempts > 0
-        if line.error is not None:
-            kind = line.error["type"]
-            report.errors[kind] = report.errors.get(kind, 0) + 1
-        if line.usage is not None:
-            report.input_tokens += line.usage.get("input_tokens", 0)
-            report.output_tokens += line.usage.get("output_tokens", 0)
-        if line.cost is not None:
-            report.cost = (report.cost or 0.0) + line.cost
+            count_rows(self._report, self._journal)

@@ -63,6 +63,7 @@ def line_of(
     error: BaseException | None = None,
     call: CallRecord | None = None,
     request: Request | None = None,
+    where: str = "",
     whole: bool = False,
 ) -> Line:
     """Return the line of a row that was answered, or that failed.
@@ -76,6 +77,7 @@ def line_of(
         error: what the call raised. Texts of the request are masked in its message.
         call: the record of the call. Without it, the tokens and the model are those of the response.
         request: what was asked; None if the row made no request.
+        where: where the row stands in the input, for the message of an error that is about the row itself.
         whole: whether the line has to have the whole answer (`Output.whole`).
     """
     line = WholeLine(row, custom_id, key) if whole else Line(row, custom_id, key)
@@ -106,6 +108,8 @@ def line_of(
         if request is not None and call is not None:
             request = request.evolve(call=call)
         line.error = described_error(error, request)
+        if where and not line.error["message"].startswith(f"{where}: "):
+            line.error["message"] = f"{where}: {line.error['message']}"
     return line
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any, Final, NamedTuple
 
 from fluxibly.batch._batch_rows import BatchRows
+from fluxibly.batch._counting import Counted
 from fluxibly.batch._journal import Entry
-from fluxibly.batch._line_writer import Counts, LineWriter
+from fluxibly.batch._line_writer import LineWriter
 from fluxibly.batch._lines import line_of
 from fluxibly.batch._rows import Row
 from fluxibly.calls import Spent
@@ -44,7 +45,7 @@ class Outcomes:
         self,
         info: ProviderInfo,
         rows: BatchRows,
-        report: Counts,
+        report: Counted,
         *,
         discount: float,
         prices: Prices | None,
@@ -105,7 +106,10 @@ class Outcomes:
         Args:
             request: the request, or one of the texts of a row that makes none. The message does not quote it.
         """
-        self._add(row.number, row.custom_id, key, failed_as=error_type(error), error=error, request=request)
+        where = "" if key else row.where
+        self._add(
+            row.number, row.custom_id, key, failed_as=error_type(error), error=error, request=request, where=where
+        )
 
     def fail(self, number: int, key: str, error: ProviderError, *, tries: int, elapsed: float) -> None:
         """Take a failure. Its line is made by `write_failures`, or when there are many."""

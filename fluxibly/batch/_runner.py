@@ -18,6 +18,7 @@ from fluxibly._checks import kind_of, number, one_of, whole
 from fluxibly._loops import from_anywhere, run_to_end
 from fluxibly.batch._asking import Asking, Requests
 from fluxibly.batch._batch_rows import BatchRows
+from fluxibly.batch._counting import count_rows
 from fluxibly.batch._estimate import Estimate, estimate
 from fluxibly.batch._finish import Output
 from fluxibly.batch._input import Row, Source, open_input
@@ -27,8 +28,8 @@ from fluxibly.batch._provider_batches import ProviderBatches, check_layers, clie
 from fluxibly.batch._repeats import Repeats
 from fluxibly.batch._services import ProviderExecutor
 from fluxibly.batch._stack import AT_ONCE, limits_in_force, stack_for, stops_all
-from fluxibly.batch._state import Changes, Keys, Names, State, read_state, write_state
-from fluxibly.batch._submissions import Submissions
+from fluxibly.batch._state import WHAT_TO_DO, Changes, Keys, Names, State, read_state, what_changed, write_state
+from fluxibly.batch._submissions import read_open
 from fluxibly.batch._trace import traced
 from fluxibly.errors import ConfigError
 from fluxibly.flow import Middleware
@@ -44,6 +45,8 @@ class Report:
     """Rows with an answer, those of earlier runs included."""
     failed: int = 0
     """Rows with an error instead, those of earlier runs included."""
+    unaskable: int = 0
+    """Those of the failed rows that could not be asked as they stand in the input, such as rows that cannot be read."""
     skipped: int = 0
     """Rows that had a line when this run began."""
     asked: int = 0
@@ -54,11 +57,13 @@ class Report:
     """Tokens of this run."""
     output_tokens: int = 0
     cost: float | None = None
-    """US dollars of this run; None: not known."""
+    """US dollars of this run, as far as they are known; None: they are not for any row."""
     elapsed: float = 0.0
     """Seconds of this run."""
     errors: dict[str, int] = attrs.field(factory=dict[str, int])
     """The errors of this run, by class."""
+    first_errors: dict[str, str] = attrs.field(factory=dict[str, str])
+    """The message of the first error of each class, on one line, without quotes from the request."""
     rate: float | None = None
     """The requests a second that a `RateLimit` allows now; None: not known."""
     places: int | None = None
@@ -69,6 +74,8 @@ class Report:
     """What has happened to batches at the provider that should be known at once, such as that it refused one."""
     stopped: str | None = None
     """Why the run ended before the last row, such as "disk full". Another run goes on. None: it did not."""
+    is_stuck: bool = False
+    """Whether another run would stop at the same place, because a single row may cost more than the whole budget."""
 
 
 class Batch:
@@ -106,8 +113,8 @@ class Batch:
             span of the batch.
 
     Raises:
-        TypeError: there is no model, or the input is no file.
         ConfigError: a value is out of range.
+        TypeError: the model or the input is something else.
         OSError: the input cannot be read.
     """
 
@@ -142,14 +149,9 @@ class Batch:
             None if isinstance(executor, ProviderBatches) else one_of("executor", executor, ("online", "provider")),
             None if then is None else one_of("then", then, ("online",)),
         ]
-        if not isinstance(llm, (LLM, AsyncLLM)):  # pyright: ignore[reportUnnecessaryIsInstance]  # users without types
-            raise TypeError(f"Batch: expected an LLM or an AsyncLLM, got {kind_of(llm)}")
-        if not (isinstance(prompts, (str, os.PathLike)) or callable(getattr(prompts, "rows", None))):
-            raise TypeError(
-                f"Batch: expected a file of prompts, got {kind_of(prompts)}; for prompts in memory, write llm.map(prompts)"
-            )
         if found := [*filter(None, wrong)]:
             raise ConfigError.of(found)
+        check_types(llm, prompts)
         self.llm = llm
         self.output = answers if isinstance(answers, Output) else Output(answers)
         self.answers = self.output.path
@@ -198,7 +200,15 @@ class Batch:
             raise ConfigError(wrong)
 
     def estimate(self) -> Estimate:
-        """Return what the batch would take. All rows are read, nothing is sent, and no file is made."""
+        """Return what the batch would take. All rows are read, nothing is sent, and no file is made.
+
+        Raises:
+            ConfigError: the input cannot be read as a whole, the output is something else's, or rows are in batches at the
+                provider, and the batch is not one of the provider.
+            OSError: a file cannot be read.
+        """
+        if self.batches is None:
+            self._check_submitted()
         return estimate(self)
 
     def stop(self) -> None:
@@ -217,7 +227,8 @@ class Batch:
 
         Raises:
             ConfigError: another process is at work on this batch, the output is something else's, the input or the configuration
-                has changed and `changed` is not given, or there is a budget and no price.
+                has changed and `changed` is not given, there is a budget and no price, or rows are in batches at the provider, and the
+                batch is not one of the provider.
             OSError: a file cannot be read or written.
         """
         return run_to_end(self._run_apart)
@@ -266,6 +277,8 @@ class Batch:
         began = perf_counter()
         with Journal(self.output.journal_path) as journal:
             self._check_files(journal)
+            if self.batches is None:
+                self._check_submitted()
             requests = Requests(llm, self.system)
             repeats = Repeats(journal) if self.dedupe else None
             self._names = Names() if self.source.is_stream else None
@@ -277,7 +290,7 @@ class Batch:
                 report.stopped = DISK_FULL
                 return report
             report.skipped = len(journal.done) - len(left.again)
-            report.answered, report.failed = journal.answered, len(journal.failed)
+            count_rows(report, journal)
 
             stack: Sequence[Middleware] = ()
 
@@ -369,8 +382,8 @@ class Batch:
                 once=self.then == "online",
             ),
             report=self.report,
-            path=self._submissions_path,
-            state=f"{state.input}{state.settings}",
+            path=self.batches_path,
+            state=str(state),
             changed=self.changed,
             settings=batches,
             prices=prices_of(llm.pipeline.middleware, llm.pipeline.info, llm.config.model),
@@ -381,25 +394,32 @@ class Batch:
 
     # What is done, and what is not
 
+    @property
+    def batches_path(self) -> Path:
+        """The file that says which batches were submitted to the provider. All links to an output share it."""
+        path = Path(os.path.realpath(self.answers))
+        return path.with_name(f"{path.name}.batches")
+
+    def _check_submitted(self) -> None:
+        """Check that no row which would be asked is in a batch at the provider, where it is paid, too.
+
+        Raises:
+            ConfigError: one may be.
+        """
+        batches = read_open(self.batches_path)
+        if batches:
+            count, rows = len(batches), sum(each.count for each in batches)
+            raise ConfigError(
+                f"{self.batches_path}: {count} {'batch' if count == 1 else 'batches'} with {rows:,} {'row' if rows == 1 else 'rows'} "
+                f"{'is' if count == 1 else 'are'} at the service; expected executor='provider' (--executor provider) to take the "
+                "answers, or cancel() (--executor provider --cancel) first"
+            )
+
     def _check_files(self, journal: Journal) -> None:
         path = path_of_source(self.source)
         for written in (journal.path, self.output.path, self.output.errors):
             if path is not None and written is not None and written.exists() and path.samefile(written):
                 raise ConfigError(f"{path}: expected another file for the answers than for the prompts")
-        if self.batches is None and self._submissions_path.exists():
-            with Submissions(self._submissions_path) as submissions:
-                still = sum(each.count for each in submissions.open)
-            if still:
-                raise ConfigError(
-                    f"{self._submissions_path}: {still:,} rows are in batches at the provider, and would be asked and paid twice; go on "
-                    "with executor='provider' (--executor provider), or cancel them first (--executor provider --cancel)"
-                )
-
-    @property
-    def _submissions_path(self) -> Path:
-        """The file of the batches at the provider. All links to an output share it."""
-        path = Path(os.path.realpath(self.answers))
-        return path.with_name(f"{path.name}.batches")
 
     async def _read(self, journal: Journal, requests: Requests, repeats: Repeats | None) -> _Left:
         """Read the journal, and return what of it is to be done again."""
@@ -414,7 +434,9 @@ class Batch:
         if is_stream:
             # Its rows are known only when they are asked, so what has changed are all, or none.
             if journal.done and (then is None or then.settings != now.settings):
-                self._check_changed(len(journal.done), journal)
+                self._check_changed(
+                    len(journal.done), journal, what_changed(then and State(now.input, then.settings), now)
+                )
                 if self.changed == "ask":
                     left.again = journal.done.copy()
         elif journal.done and keys is not None:
@@ -425,7 +447,7 @@ class Batch:
                     if self._stops:
                         return left
             if changes.changed:
-                self._check_changed(len(changes.changed), journal)
+                self._check_changed(len(changes.changed), journal, what_changed(then, now))
             if self.changed == "ask" and changes.changed:
                 left.rows = changes.rows
                 for row in changes.changed:
@@ -435,12 +457,11 @@ class Batch:
             write_state(journal.path, State(now.input) if left.is_asked_again else now)
         return left
 
-    def _check_changed(self, changed: int, journal: Journal) -> None:
+    def _check_changed(self, changed: int, journal: Journal, why: str) -> None:
         if self.changed is None:
             raise ConfigError(
-                f"{journal.path}: {changed} of the {len(journal.done)} rows that are done would be asked otherwise now, "
-                "because the input or the configuration has changed; expected a word on that: changed='keep' (--changed keep) keeps "
-                "their answers, changed='ask' (--changed ask) asks them again"
+                f"{journal.path}: {changed} of the {len(journal.done)} rows that are done would be asked differently now, "
+                f"because {why}; {WHAT_TO_DO}"
             )
 
     def _rows(self, journal: Journal, again: Bitmap) -> Iterable[Row] | AsyncIterable[Row]:
@@ -460,7 +481,7 @@ class Batch:
             rows = left.rows
             if journal.replaced or rows is not None:
                 journal.compact(lambda row: rows is None or row < rows)
-                self.report.answered, self.report.failed = journal.answered, len(journal.failed)
+                count_rows(self.report, journal)
             if left.is_asked_again and self.limit is None:
                 write_state(journal.path, left.state)
             journal.sync()
@@ -490,6 +511,22 @@ def _nothing() -> None:
 def _read_each(readers: Sequence[Callable[[Written, int], object]], written: Written, offset: int) -> None:
     for read in readers:
         read(written, offset)
+
+
+def check_types(llm: object, prompts: object) -> None:
+    """Check that a model and an input are such.
+
+    Raises:
+        TypeError: they are something else.
+    """
+    if not isinstance(llm, (LLM, AsyncLLM)):
+        hint = f"; write LLM({llm!r})" if isinstance(llm, str) else ""
+        raise TypeError(f"llm: expected an LLM or an AsyncLLM, got {kind_of(llm)}{hint}")
+    if not isinstance(prompts, (str, os.PathLike)) and not callable(getattr(prompts, "rows", None)):
+        raise TypeError(
+            f"prompts: expected a file, or a source such as open_input(…) returns, got {kind_of(prompts)}; for prompts in memory, "
+            "write llm.map(prompts)"
+        )
 
 
 def path_of_source(source: Source) -> Path | None:

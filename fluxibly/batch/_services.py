@@ -22,6 +22,7 @@ from fluxibly.batch._outcomes import Outcomes
 from fluxibly.batch._packing import Packer
 from fluxibly.batch._provider_batches import ProviderBatches
 from fluxibly.batch._queue import QueueLimits
+from fluxibly.batch._state import WHAT_TO_DO, State, what_changed
 from fluxibly.batch._submissions import Submission, Submissions
 from fluxibly.batch._submitting import Submitter
 from fluxibly.errors import ConfigError, NotFound, ProviderError, error_type
@@ -204,9 +205,8 @@ class ProviderExecutor:
             return
         if self.changed is None:
             raise ConfigError(
-                f"{self.path}: rows of a batch that is at the service would be asked otherwise now, because the input or the "
-                "configuration has changed; expected a word on that: changed='keep' (--changed keep) keeps their answers, "
-                "changed='ask' (--changed ask) asks them again"
+                f"{self.path}: rows of a batch at the service would be asked differently now, because "
+                f"{what_changed(State.of_text(submission.state), State.of_text(self.state))}; {WHAT_TO_DO}"
             )
         submission.is_outdated = True
 

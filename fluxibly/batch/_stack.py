@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from contextvars import ContextVar
 from typing import Any, Protocol
 
+from fluxibly._extras import pip_install
 from fluxibly.errors import ConfigError
 from fluxibly.flow import CallNext, Flow, Middleware, sleep
 from fluxibly.middleware import Budget, Concurrency, Cost, RateLimit
@@ -77,9 +78,11 @@ def stack_for(
     has_rate, has_concurrency = _has(layers, RateLimit), _has(layers, Concurrency)
     prices = next((layer.prices for layer in layers if isinstance(layer, Cost)), None)
     if budget is not None and not _is_known(prices, info, model):
+        install = "" if _has_prices() else f"; or write {pip_install('prices')}, which knows those of many services"
         raise ConfigError(
             f"budget: expected a known price of {model!r}, found none; give it to Cost in the stack, in US dollars for a million "
-            f"tokens of input and output: Cost(prices={{{model!r}: (0.15, 0.60)}})"
+            f"tokens of input and of output: Cost(prices={{{model!r}: (0.15, 0.60)}}), in YAML "
+            f"cost: {{prices: {{{model!r}: [0.15, 0.60]}}}}{install}"
         )
     if not _has(layers, Cost) and (budget is not None or (_has_prices() and _is_known(None, info, model))):
         layers.insert(0, Cost())
@@ -119,9 +122,5 @@ def _has_prices() -> bool:
 
 
 def _is_known(given: GivenPrices | None, info: ProviderInfo, model: str) -> bool:
-    """Return whether the price of a model is known. It imports genai-prices only for a service that is in there.
-
-    Raises:
-        ConfigError: no prices are given, and genai-prices is not installed.
-    """
-    return Prices(given, "Batch").of(info, model) is not None
+    """Return whether the price of a model is known. It imports genai-prices only for a service that is in there."""
+    return Prices(given, "Batch", needed=False).of(info, model) is not None

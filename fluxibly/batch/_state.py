@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from array import array
 from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
@@ -20,6 +21,34 @@ class State(msgspec.Struct, omit_defaults=False):
     """The size of the input in bytes, and when it was last changed, in nanoseconds. None: it is no file."""
     settings: str = ""
     """The hash of what is sent beside the rows. Empty: not all rows belong to one."""
+
+    def __str__(self) -> str:
+        return f"{self.input}{self.settings}"
+
+    @classmethod
+    def of_text(cls, text: str) -> State:
+        """Return the state of a file that was written as a text; one without an input if it is no such text."""
+        found = _TEXT.fullmatch(text)
+        return cls(None, text) if found is None else cls((int(found[1]), int(found[2])), found[3])
+
+
+_TEXT = re.compile(r"\((\d+), (-?\d+)\)(\w*)")
+WHAT_TO_DO = (
+    "write changed='keep' (--changed keep) to keep their answers, or changed='ask' (--changed ask) to ask them again"
+)
+
+
+def what_changed(then: State | None, now: State) -> str:
+    """Return what has changed between two states that differ, as the reason in a message."""
+    if then is None or then == State():
+        return "the input or the configuration has changed (the file that would say which is missing)"
+    # Where not all rows belong to one configuration, an earlier change was not finished.
+    found = [
+        "the input" if then.input != now.input else "",
+        "the configuration (the model, its parameters or the system prompt)" if then.settings != now.settings else "",
+    ]
+    changed = [*filter(None, found)]
+    return f"{' and '.join(changed)} {'have' if len(changed) > 1 else 'has'} changed"
 
 
 def path_of(journal: Path) -> Path:

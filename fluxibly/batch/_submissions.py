@@ -134,13 +134,13 @@ class Submissions:
         self._file: int | None = None
         self._all: dict[str, Submission] = {}
         if path.exists():
-            self._open()
-            self._read()
+            self._all, end = _read(path)
+            os.ftruncate(self._open(), end)
 
     @property
     def open(self) -> list[Submission]:
         """The batches that may exist at the service, and whose results are not all written."""
-        return [each for each in self._all.values() if each.step in ("submitting", "submitted")]
+        return _open_of(self._all)
 
     @property
     def all(self) -> Iterable[Submission]:
@@ -193,38 +193,6 @@ class Submissions:
             sync_folder(self.path)
         return self._file
 
-    def _read(self) -> None:
-        end = 0
-        with self.path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                if not line.endswith(b"\n"):
-                    break
-                try:
-                    self._take(_decode(line))
-                except (msgspec.DecodeError, KeyError):
-                    raise ConfigError(
-                        f"{self.path}, line {number}: expected a line about a provider's batch, got something else"
-                    ) from None
-                end += len(line)
-        os.ftruncate(self._open(), end)
-
-    def _take(self, line: _Line) -> None:
-        if line.step == "packed":
-            submission = Submission(
-                line.batch, line.rows, line.model, line.named, line.tokens, line.service, line.state, line.digest
-            )
-            self._all[line.batch] = submission
-            return
-        submission = self._all[line.batch]
-        submission.step = line.step
-        submission.tried = line.tried
-        submission.file = line.file or submission.file
-        submission.since = submission.since if line.since is None else line.since
-        submission.newest = line.newest or submission.newest
-        submission.id = line.id or submission.id
-        if line.step == "submitting":
-            submission.at = line.time
-
     def _write(self, submission: Submission, **facts: Any) -> None:
         line = _encode(_Line(submission.label, submission.step, round(time(), 3), **facts)) + b"\n"
         file = self._open()
@@ -237,6 +205,56 @@ class Submissions:
         except BaseException:
             os.ftruncate(file, end)
             raise
+
+
+def read_open(path: Path) -> list[Submission]:
+    """Return the batches that may exist at the service, and whose results are not all written. The file stays as it is.
+
+    Raises:
+        ConfigError: it is the file of something else.
+        OSError: it cannot be read.
+    """
+    return _open_of(_read(path)[0]) if path.exists() else []
+
+
+def _open_of(submissions: dict[str, Submission]) -> list[Submission]:
+    return [each for each in submissions.values() if each.step in ("submitting", "submitted")]
+
+
+def _read(path: Path) -> tuple[dict[str, Submission], int]:
+    """Return the batches in a file, and where its last whole line ends."""
+    found = dict[str, Submission]()
+    end = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                break
+            try:
+                _take(_decode(line), found)
+            except (msgspec.DecodeError, KeyError):
+                raise ConfigError(
+                    f"{path}, line {number}: expected a line about a provider's batch, got something else"
+                ) from None
+            end += len(line)
+    return found, end
+
+
+def _take(line: _Line, found: dict[str, Submission]) -> None:
+    """Add what a line says."""
+    if line.step == "packed":
+        found[line.batch] = Submission(
+            line.batch, line.rows, line.model, line.named, line.tokens, line.service, line.state, line.digest
+        )
+        return
+    submission = found[line.batch]
+    submission.step = line.step
+    submission.tried = line.tried
+    submission.file = line.file or submission.file
+    submission.since = submission.since if line.since is None else line.since
+    submission.newest = line.newest or submission.newest
+    submission.id = line.id or submission.id
+    if line.step == "submitting":
+        submission.at = line.time
 
 
 _encode = msgspec.json.Encoder().encode

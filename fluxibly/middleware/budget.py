@@ -318,7 +318,8 @@ class Budget(Rebuilt):
         log_decision(use.request, "Budget", f"refuses the call: {why} ({self._numbers()})")
         return BudgetExceeded(
             f"Budget ({self._numbers()}) refuses a call of {whom(use.request)}: {why}; raise the budget, or ask for less "
-            "with max_tokens"
+            "with max_tokens",
+            never_fits=needed > limit.most,
         )
 
     def _needed(self, use: _Use, limit: _Limit) -> float:

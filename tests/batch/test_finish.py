@@ -395,7 +395,7 @@ class TestFiles:
     def test_files_of_others(self, tmp_path: Path, name: str) -> None:
         """A file that no batch has written is not written over."""
         (tmp_path / name).write_text("precious")
-        with pytest.raises(ConfigError, match=f"{name}: expected no such file"):
+        with pytest.raises(ConfigError, match=rf"{name}: the file exists, but no batch has written it"):
             Output(tmp_path / "out.csv", errors=tmp_path / "errors.jsonl")
         assert (tmp_path / name).read_text() == "precious"
 
@@ -424,6 +424,17 @@ class TestFiles:
             Output(path)
         with pytest.raises(ConfigError, match="errors: expected a file, got the folder"):
             Output(tmp_path / "out.jsonl", errors=path)
+
+    @pytest.mark.parametrize("name", ["out.xlsx", "out.json", "out.jsonl.gz", "OUT.XLS"])
+    def test_a_format_that_is_not_written(self, tmp_path: Path, name: str) -> None:
+        """JSON lines do not go into a file that is named like another well-known format."""
+        says = r"expected \.jsonl \(JSON lines\), \.csv, \.tsv or \.parquet, got \."
+        with pytest.raises(ConfigError, match=says):
+            Output(tmp_path / name)
+        with pytest.raises(ConfigError, match=says):
+            Output(tmp_path / "out.csv", errors=tmp_path / name)
+        for fine in ("out", "out.txt", "out.ndjson"):
+            assert Output(tmp_path / fine).format == "lines"
 
     def test_a_folder_that_does_not_exist(self, tmp_path: Path) -> None:
         """A folder that does not exist is an error before anything is sent, and not at the end."""

@@ -6,6 +6,7 @@ import asyncio
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from support.counting_server import counting_server
 from support.limited_server import limited_server
 
 from fluxibly import LLM, AsyncLLM
-from fluxibly.batch import Batch, _patience
+from fluxibly.batch import Batch, _patience, _stack
 from fluxibly.batch._finish import Output
 from fluxibly.batch._patience import Patience
 from fluxibly.errors import (
@@ -206,8 +207,8 @@ def test_the_prompts_are_not_overwritten_by_what_is_made_at_the_end(files: Files
     ("arguments", "said"),
     [
         ({"llm": "echo:echo"}, "expected an LLM or an AsyncLLM, got a str"),
-        ({"prompts": ["a", "b"]}, "expected a file of prompts, got a list; for prompts in memory, write llm.map"),
-        ({"prompts": None}, "expected a file of prompts, got None"),
+        ({"prompts": ["a", "b"]}, "got a list; for prompts in memory, write llm.map"),
+        ({"prompts": None}, "prompts: expected a file, or a source .*, got None"),
     ],
 )
 def test_arguments_of_wrong_types(arguments: dict[str, Any], said: str, files: Files, model: CountedModel) -> None:
@@ -303,7 +304,10 @@ def test_the_first_rows_that_all_fail_alike_stop_the_run_and_are_asked_again(fil
     model = CountedModel(lambda prompt: AuthenticationError("the key sk-1 is wrong", status=401))
     files.write(prompts(200))
     report = files.batch(model.llm(), concurrency=3).run()
-    assert report.stopped == "the first 20 rows all failed alike: AuthenticationError (401)"
+    count = report.errors["AuthenticationError"]  # those that were in flight when it stopped included
+    assert report.stopped == f"the first {count} rows all failed alike: AuthenticationError (401)"
+    assert count == model.calls
+    assert report.first_errors == {"AuthenticationError": "the key sk-1 is wrong"}
     assert 20 <= model.calls <= 22
     assert files.answers.read_bytes() == b""
     assert (report.answered, report.failed) == (0, 0)
@@ -832,6 +836,34 @@ def test_a_budget_that_suffices_stops_nothing_though_the_first_estimates_are_hig
     assert report.cost == pytest.approx(60 * ROW)
 
 
+@pytest.mark.parametrize("is_own", [True, False])
+def test_a_budget_below_one_row_says_that_it_is_too_small(files: Files, *, is_own: bool) -> None:
+    model = CountedModel()
+    files.write(prompts(5))
+    layers = [Cost(prices=PRICES)] if is_own else [Budget(cost=ROW / 100, prices=PRICES)]
+    for _ in range(2):
+        report = files.batch(model.llm(layers), budget=ROW / 100 if is_own else None).run()
+        assert report.stopped is not None
+        assert report.stopped.startswith("a single row may cost more than the whole budget: Budget (cost=")
+        assert "it needs about $" in report.stopped
+        assert report.is_stuck
+    assert (model.calls, files.rows()) == (0, [])
+
+
+def test_a_budget_that_is_used_up_by_others_is_no_reason_to_raise_it(files: Files) -> None:
+    model = CountedModel()
+    files.write(prompts(50))
+    report = files.batch(model.llm([Budget(tokens=15 * 20)]), concurrency=1).run()
+    assert (report.stopped, report.is_stuck) == ("the budget is used up", False)
+
+
+def test_a_budget_without_a_price_says_where_to_give_it(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_stack, "_has_prices", lambda: False)
+    files.write(prompts(1))
+    with pytest.raises(ConfigError, match=r"Cost\(prices=\{'m': .*cost: \{prices: \{'m': .*pip install"):
+        files.batch(CountedModel(in_process=False).llm(), budget=1.0).run()
+
+
 def test_a_budget_of_the_stack_stops_the_run_too(files: Files) -> None:
     model = CountedModel()
     files.write(prompts(50))
@@ -867,6 +899,12 @@ def test_equal_rows_are_asked_once(files: Files) -> None:
     assert {(line["cost"], line["usage"], line["elapsed"]) for line in copies} == {(0.0, None, 0.0)}
     assert report.cost == pytest.approx(5 * ROW)
     assert report.input_tokens == 50
+
+
+def test_copies_do_not_make_an_unknown_cost_known(files: Files, model: CountedModel) -> None:
+    files.write(["p"] * 5)
+    report = files.batch(model.llm(), dedupe=True).run()
+    assert (report.answered, report.asked, report.cost) == (5, 1, None)
 
 
 def test_equal_rows_are_asked_once_over_several_runs(files: Files, model: CountedModel) -> None:
@@ -963,7 +1001,7 @@ def test_what_would_be_asked_otherwise_now_is_an_error_or_kept_or_asked_again(
     before = files.answers.read_bytes()
     llm = CHANGES[change](files, model)
     for _ in range(2):
-        with pytest.raises(ConfigError, match="rows that are done would be asked otherwise now"):
+        with pytest.raises(ConfigError, match="rows that are done would be asked differently now"):
             files.batch(llm).run()
     assert files.answers.read_bytes() == before
     assert model.calls == 5
@@ -971,7 +1009,7 @@ def test_what_would_be_asked_otherwise_now_is_an_error_or_kept_or_asked_again(
     report = files.batch(llm, changed="keep").run()
     assert files.answers.read_bytes().startswith(before)
     assert model.calls == 5 + max(0, count - 5)
-    files.batch(llm).run()  # the word was given
+    files.batch(llm).run()  # once is enough
     assert model.calls == 5 + max(0, count - 5)
     del report
 
@@ -993,6 +1031,42 @@ def test_what_has_changed_is_asked_again_and_nothing_else(change: str, files: Fi
     state = json.loads((files.folder / "answers.jsonl.batch").read_bytes())
     assert state["settings"]  # so that later runs need not look at each row
     assert files.batch(llm).run().asked == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ("a prompt", "because the input has changed; write changed='keep'"),
+        ("a setting", "because the configuration (the model, its parameters or the system prompt) has changed; write"),
+    ],
+)
+def test_the_error_says_what_has_changed(change: str, says: str, files: Files, model: CountedModel) -> None:
+    files.write(prompts(5))
+    files.batch(model.llm()).run()
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        files.batch(CHANGES[change](files, model)).run()
+
+
+def test_rows_that_cannot_be_asked_are_counted_and_name_their_line(files: Files, model: CountedModel) -> None:
+    files.write(["a", {"messages": []}, {"question": 1}, {"prompt": "x", "temperature": 9}])
+    report = files.batch(model.llm()).run()
+    assert (report.failed, report.unaskable) == (3, 3)
+    for line in files.lines()[1:]:
+        assert line["error"]["message"].startswith(f"line {line['row'] + 1}: ")
+        assert line["error"]["message"].count("line ") == 1
+    files.write(["a", "b", {"question": 1}, "c"])
+    model.reply = lambda prompt: BadRequest("no")
+    report = files.batch(model.llm(), retry_errors=True).run()
+    assert (report.failed, report.unaskable) == (3, 1)
+    assert files.batch(model.llm()).run().unaskable == 1
+
+
+def test_a_model_or_prompts_of_another_kind(files: Files, model: CountedModel) -> None:
+    files.write(["a"])
+    with pytest.raises(TypeError, match=r"llm: expected an LLM or an AsyncLLM, got a str; write LLM\('openai:m'\)"):
+        files.batch("openai:m")
+    with pytest.raises(TypeError, match=r"prompts: expected a file.*got a list; .*llm\.map"):
+        Batch(model.llm(), ["a"], files.answers)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 
 
 def test_what_only_says_how_it_is_sent_is_no_change(files: Files, model: CountedModel) -> None:
@@ -1031,7 +1105,7 @@ def test_without_its_state_a_batch_is_checked_row_by_row(files: Files, model: Co
             state.write_text(text)
         assert files.batch(model.llm()).run().asked == 0
         files.batch(model.llm(temperature=1.0))
-        with pytest.raises(ConfigError, match="asked otherwise"):
+        with pytest.raises(ConfigError, match="asked differently"):
             files.batch(model.llm(temperature=1.0)).run()
     assert model.calls == 5
 

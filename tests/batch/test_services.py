@@ -96,6 +96,32 @@ def test_rows_are_answered_once_each_in_batches_of_the_provider(service, tmp_pat
     assert (report.batches, report.in_flight, report.stopped) == ({"ended": 3}, 0, None)
 
 
+def test_rows_at_the_service_are_not_asked_online_too(service, tmp_path):
+    service.looks = 10**9
+    batch = batch_of(service, tmp_path, limit=5)
+    thread = threading.Thread(target=batch.run)
+    thread.start()
+    while sum(each.looks > 0 for each in service.batches.values()) < 2:
+        time.sleep(0.01)
+    batch.stop()
+    thread.join()
+    before = (tmp_path / "out.jsonl.batches").read_bytes()
+    online = batch_of(service, tmp_path, executor="online")
+    for begin in (online.run, online.estimate):
+        with pytest.raises(
+            ConfigError, match=r"2 batches with 5 rows are at the service; .*--executor provider --cancel"
+        ):
+            begin()
+    found = batch_of(service, tmp_path).estimate()
+    assert (found.rows, found.submitted, found.seconds) == (2, 5, None)
+    assert (tmp_path / "out.jsonl.batches").read_bytes() == before
+    assert service.online == Counter()
+    service.looks = 0
+    batch_of(service, tmp_path, limit=5).run()
+    assert batch_of(service, tmp_path, executor="online").run().answered == 7
+    assert service.paid + service.online == Counter(f"prompt {n}" for n in range(7))
+
+
 def test_a_second_run_has_nothing_to_do(service, tmp_path):
     batch_of(service, tmp_path).run()
     before = list(service.paths)
@@ -255,6 +281,7 @@ def test_a_batch_whose_rows_all_fail_alike_stops_the_run(anthropic, tmp_path):
     report = batch_of(anthropic, tmp_path, max_rows=4, stop_after_errors=4, rows=9).run()
     assert report.stopped is not None
     assert report.stopped.startswith("all 4 rows of a batch failed alike: NotFound")
+    assert "model: m" in report.first_errors["NotFound"]
 
 
 def test_each_model_has_batches_of_its_own(service, tmp_path):
@@ -565,7 +592,7 @@ def test_an_input_that_has_changed_under_a_batch(service, tmp_path, changed):
     rows = [{"prompt": f"prompt {n}" if n != 2 else "another"} for n in range(8)]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     if changed is None:
-        with pytest.raises(ConfigError, match="--changed keep"):
+        with pytest.raises(ConfigError, match=r"because the input has changed; .*--changed keep"):
             batch_of(service, tmp_path).run()
         return
     batch_of(service, tmp_path, changed=changed).run()
@@ -667,8 +694,8 @@ def stop_once_submitted(batch: Batch) -> None:
     batch.stop()
 
 
-def test_rows_at_the_service_are_not_asked_online_too(service: BatchService, tmp_path: Path) -> None:
-    """Nor are they submitted again under another name of the output."""
+def test_rows_at_the_service_belong_to_all_names_of_an_output(service: BatchService, tmp_path: Path) -> None:
+    """They are neither submitted nor asked again under another name."""
     service.looks = 10**6
     link = tmp_path / "link.jsonl"
     link.symlink_to(tmp_path / "out.jsonl")
@@ -686,7 +713,7 @@ def test_rows_at_the_service_are_not_asked_online_too(service: BatchService, tmp
         thread.join()
     assert len(service.batches) == 1
     online = Batch(LLM(config_for(service)), tmp_path / "in.jsonl", tmp_path / "out.jsonl", changed="keep")
-    with pytest.raises(ConfigError, match="3 rows are in batches at the provider, and would be asked and paid twice"):
+    with pytest.raises(ConfigError, match="1 batch with 3 rows is at the service"):
         online.run()
     assert not service.online
     batch_of(service, tmp_path, changed="keep").cancel()

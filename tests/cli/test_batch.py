@@ -16,11 +16,13 @@ from support.canned_server import Canned, Seen, canned_server
 from support.command_line import CommandLine, Ran, command_line
 
 pytest.importorskip("typer")
-from fluxibly.batch import Report
+from fluxibly import LLM
+from fluxibly.batch import Batch, Report
 from fluxibly.cli.batch import display
 from fluxibly.cli.batch.ending import with_option, without, without_secrets
 from fluxibly.cli.batch.progress import total_of
 from fluxibly.cli.batch.words import by_class, lasting, short
+from fluxibly.cli.screen import Screen
 
 KEY = "sk-proj-abcdefghijklmnopqrstuvwxyz0123456789"
 MODEL = ("-m", "openai:gpt-4o-mini")
@@ -94,8 +96,7 @@ def test_all_answered(fluxibly: CommandLine, server: Canned) -> None:
     assert [row["text"] for row in rows_of()] == [f"You said: {text}" for text in ("one", "two", "three")]
     assert asked(server) == ["one", "three", "two"]
     ran = fluxibly(*command)
-    assert ran.status == 0
-    assert ran.lines[0].startswith("3 rows done · ")
+    assert (ran.status, ran.lines) == (0, ["3 rows done · nothing was left to ask"])
     assert len(server.seen) == 3
 
 
@@ -135,7 +136,7 @@ def test_some_failed(fluxibly: CommandLine, server: Canned) -> None:
     ran = fluxibly("batch", prompts("one", "two", "three"), "--out", "out.jsonl", *MODEL)
     assert ran.status == 1
     assert ran.lines[0].startswith("3 rows done, 1 failed · ")
-    assert ran.lines[1] == "errors: 1 BadRequest"
+    assert ran.lines[1:3] == ["errors: 1 BadRequest", "  BadRequest: " + rows_of()[1]["error"]["message"]]
     again = commands(ran, "ask the 1 again: ")
     assert again[-1] == "--retry-errors"
     server.refuse = None
@@ -154,12 +155,77 @@ def test_all_fail_alike(fluxibly: CommandLine, server: Canned) -> None:
     ran = fluxibly("batch", file, "--out", "out.jsonl", *MODEL, "--concurrency", "2", "--stop-after-errors", "5")
     assert ran.status == 75
     assert 5 <= len(server.seen) <= 7
-    assert any(line.startswith("stopped: ") for line in ran.lines)
+    (count,) = [line.split()[3] for line in ran.lines if line.startswith("stopped: the first ")]
+    assert f"errors: {count} AuthenticationError" in ran.lines
+    (why,) = [line for line in ran.lines if line.startswith("  AuthenticationError: ")]
+    assert "not this one" in why
     on = commands(ran, "go on: ")
     assert on == ["batch", file, "--out", "out.jsonl", *MODEL, "--concurrency", "2", "--stop-after-errors", "5"]
     server.refuse = None
     assert fluxibly(*on, "--retry-errors").status == 0
     assert {row["row"] for row in rows_of() if row["text"]} == set(range(100))
+
+
+def test_a_second_run_tells_its_own_figures(fluxibly: CommandLine, server: Canned) -> None:
+    """Rows are those of all runs; what else there is, is said to be of this run."""
+    server.refuse = refusing("a", "d")
+    command = ("batch", prompts(*"abcde"), "--out", "out.jsonl", *MODEL)
+    fluxibly(*command, "--limit", "2")
+    ran = fluxibly(*command)
+    assert ran.status == 1
+    assert ran.lines[0].startswith("5 rows done, 2 failed · this run: 3 asked · 22 + 10 tokens · ")
+    assert ran.lines[1] == "errors of this run: 1 BadRequest"
+    assert commands(ran, "ask the 2 again: ")
+
+
+def test_rows_that_cannot_be_asked(fluxibly: CommandLine, server: Canned) -> None:
+    """They are not offered to be asked again as they are."""
+    Path("in.jsonl").write_text('{"prompt": "a"}\n{"question": 1}\n{"prompt": "b"}\n')
+    ran = fluxibly("batch", "in.jsonl", "--out", "out.jsonl", *MODEL)
+    assert ran.status == 1
+    assert ran.lines[2].startswith("  BadPrompt: line 2: ")
+    assert ran.lines[3:] == ["1 row of the input cannot be asked; mend it, then add --retry-errors"]
+    prompts("a", "now", "b")
+    assert fluxibly("batch", "in.jsonl", "--out", "out.jsonl", *MODEL, "--retry-errors").status == 0
+
+
+def test_a_budget_below_one_row(fluxibly: CommandLine, server: Canned) -> None:
+    """It is said to be too small, and no command goes on."""
+    Path("stack.yaml").write_text(
+        "llm: {framework: openai, model: m, middleware: [{cost: {prices: {m: [1.0, 1.0]}}}]}", encoding="utf-8"
+    )
+    ran = fluxibly("batch", prompts("a"), "--out", "out.jsonl", "--config", "stack.yaml", "--budget", "0.000001")
+    assert ran.status == 2
+    assert ran.lines[1].startswith("stopped: a single row may cost more than the whole budget")
+    assert len(ran.lines) == 2
+    assert server.seen == []
+
+
+@pytest.mark.parametrize("kind", ["named pipe", "/dev/fd", "/dev/stdin"])
+def test_pipes(kind: str, fluxibly: CommandLine, server: Canned) -> None:
+    """What is no plain file is read as a stream."""
+    reading, writing = os.pipe()
+    kept = os.dup(0)
+    path = {"named pipe": "pipe", "/dev/fd": f"/dev/fd/{reading}", "/dev/stdin": "/dev/stdin"}[kind]
+    if kind == "named pipe":
+        os.mkfifo(path)
+
+    def write() -> None:
+        with open(path if kind == "named pipe" else writing, "wb") as file:  # noqa: PTH123  # a descriptor
+            file.write(b'{"prompt": "one"}\n{"prompt": "two"}\n')
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    try:
+        os.dup2(reading, 0)
+        ran = fluxibly("batch", path, "--out", "out.jsonl", *MODEL)
+    finally:
+        os.dup2(kept, 0)
+        thread.join()
+        for each in (kept, reading, *([writing] if kind == "named pipe" else [])):
+            os.close(each)
+    assert (ran.status, ran.err) == (0, "")
+    assert asked(server) == ["one", "two"]
 
 
 def test_the_first_rows(fluxibly: CommandLine, server: Canned) -> None:
@@ -220,6 +286,13 @@ def test_lines_where_there_is_no_terminal(
     ran = fluxibly("batch", prompts("one", "two"), "--out", "quiet.jsonl", *MODEL, "--quiet")
     assert ran.err == ""
     assert ran.lines[0].startswith("2 rows done")
+
+
+def test_nothing_in_flight_is_not_waited_for(fluxibly: CommandLine, capfd: pytest.CaptureFixture[str]) -> None:
+    """Once the last row has ended, it is not said that the batch waits."""
+    shown = display.Display(Batch(LLM("echo:echo"), prompts("one"), "out.jsonl"), Screen())
+    shown.stop()
+    assert capfd.readouterr().err == "stopping; Ctrl-C again ends now\n"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda each: each.name)
@@ -442,14 +515,14 @@ def test_a_dry_run_of_what_is_left(fluxibly: CommandLine, server: Canned) -> Non
 
 
 def test_a_dry_run_after_a_change(fluxibly: CommandLine, server: Canned) -> None:
-    """What would be asked otherwise now is told, and counts as --changed says. Nothing but lines of a batch is read."""
+    """What would be asked differently now is told, and counts as --changed says. Nothing but lines of a batch is read."""
     command = ("batch", prompts("a", "b", "c"), "--out", "out.jsonl", *MODEL)
     fluxibly(*command)
     prompts("a", "other", "c", "d")
     dry = (*command, "--dry-run")
     found = fields(fluxibly(*dry))
     assert found["rows"] == "1 to ask, 3 done already"
-    assert found["changed"] == "1 row of these would be asked otherwise now; add --changed keep or --changed ask"
+    assert found["changed"] == "1 row of these would be asked differently now; add --changed keep or --changed ask"
     assert fields(fluxibly(*dry, "--changed", "keep"))["rows"] == "1 to ask, 3 done already"
     assert fields(fluxibly(*dry, "--changed", "ask"))["rows"] == "2 to ask, 2 done already"
     assert fields(fluxibly(*dry, "--changed", "ask", "-s", "Be terse."))["rows"] == "4 to ask"

@@ -86,6 +86,12 @@ def test_ctrl_c_leaves_the_batches_running_and_cancel_ends_them(fluxibly, servic
     assert ran.status == 130
     assert "1 batch goes on at the service (3 rows)" in ran.out
     assert rows_of() == []
+    ran = fluxibly("batch", "in.jsonl", "--out", "out.jsonl", "-m", f"{service.kind}:m")
+    assert ran.status == 2
+    assert "1 batch with 3 rows is at the service" in ran.err
+    ran = fluxibly(*COMMAND, "--dry-run", "-m", f"{service.kind}:m")
+    assert ran.lines[0] == "rows     0 to ask, 3 at the service"
+    assert "time     within a day, as the provider says" in ran.lines
     ran = fluxibly(*COMMAND, "--cancel", "-m", f"{service.kind}:m")
     assert (ran.status, service.batches[next(iter(service.batches))].cancelled) == (75, True)
     assert "stopped: cancelled" in ran.lines

@@ -75,7 +75,9 @@ class Display:
     def _waiting(self) -> str:
         if self._batch.executor == "provider":
             return "stopping: what was submitted goes on at the service; Ctrl-C again ends now"
-        return f"stopping: waiting for {self._batch.report.in_flight:,} in flight; Ctrl-C again ends now"
+        in_flight = self._batch.report.in_flight
+        waits = f": waiting for {in_flight:,} in flight" if in_flight else ""
+        return f"stopping{waits}; Ctrl-C again ends now"
 
     def _lines(self, ended: threading.Event) -> None:
         while not ended.wait(EVERY):
@@ -110,6 +112,13 @@ class Display:
         found = [f"batches: {', '.join(states)}"] if states else []
         return found if report.notice is None else [*found, report.notice]
 
+    def _errors(self) -> str:
+        """Return the errors of this run, which are not all that failed if there was an earlier one."""
+        report = self._batch.report
+        if not report.errors:
+            return ""
+        return f"{', in this run' if report.skipped else ''}: {by_class(report.errors)}"
+
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         figures, report = self._progress.figures(), self._batch.report
         width = min(options.max_width, WIDEST)
@@ -135,13 +144,9 @@ class Display:
             if facts:
                 yield _line(" · ".join(facts), width)
         if report.failed:
-            yield _line(f"{report.failed:,} failed{_now(by_class(report.errors))}", width, "red")
+            yield _line(f"{report.failed:,} failed{self._errors()}", width, "red")
         if self.is_stopping:
             yield _line(self._waiting(), width, "yellow")
-
-
-def _now(errors: str) -> str:
-    return f": {errors}" if errors else ""
 
 
 def _line(text: str, width: int, style: str = "") -> Text:

@@ -37,11 +37,12 @@ def show_estimate(screen: Screen, batch: Batch, found: Estimate) -> None:
 def _lines(batch: Batch, found: Estimate) -> Iterator[tuple[str, str]]:
     done = f", {found.skipped:,} done already" if found.skipped else ""
     repeats = f", {found.repeats:,} get the answer of another" if found.repeats else ""
-    yield "rows", f"{found.rows:,} to ask{repeats}{done}"
+    submitted = f", {found.submitted:,} at the service" if found.submitted else ""
+    yield "rows", f"{found.rows:,} to ask{repeats}{submitted}{done}"
     if found.changed and batch.changed is None:
         yield (
             "changed",
-            f"{rows(found.changed)} of these would be asked otherwise now; add --changed keep or --changed ask",
+            f"{rows(found.changed)} of these would be asked differently now; add --changed keep or --changed ask",
         )
     for problem in found.problems:
         where = ", ".join(problem.first) + (", …" if problem.rows > len(problem.first) else "")
@@ -51,7 +52,7 @@ def _lines(batch: Batch, found: Estimate) -> Iterator[tuple[str, str]]:
     yield "input", f"{short(found.input_tokens)} tokens (a guess: 3.5 bytes a token{media})"
     yield "output", f"{short(found.output_tokens)} tokens{f' ({found.output_from})' if found.output_from else ''}"
     yield "cost", _cost(batch, found)
-    yield "time", _time(found)
+    yield "time", _time(batch, found)
     yield "file", f"about {_size(found.bytes)}"
 
 
@@ -66,7 +67,9 @@ def _cost(batch: Batch, found: Estimate) -> str:
     return f"not known, as is the price of {names}{how}"
 
 
-def _time(found: Estimate) -> str:
+def _time(batch: Batch, found: Estimate) -> str:
+    if batch.executor == "provider":
+        return "within a day, as the provider says"
     if found.seconds is None:
         return "not known: no rate is given, such as --rpm 3000 or --tpm 1M, so it is found on the way"
     return f"{lasting(found.seconds)} at the least, at the rate that is given"

@@ -12,8 +12,8 @@ from fluxibly._checks import secrets_in_query
 from fluxibly._masking import MASK
 from fluxibly.batch import Batch
 from fluxibly.cli.batch.progress import total_of
-from fluxibly.cli.batch.words import by_class, lasting, rows, spent
-from fluxibly.cli.commands.app import FAILED, INTERRUPTED, OK
+from fluxibly.cli.batch.words import by_class, lasting, most_frequent, rows, spent
+from fluxibly.cli.commands.app import FAILED, INTERRUPTED, MISUSED, OK
 
 RESUMABLE = 75
 """`EX_TEMPFAIL` of sysexits.h: the same command goes on where this one stopped."""
@@ -40,7 +40,7 @@ class Ending:
         """The exit status."""
         report = self.batch.report
         if report.stopped is not None:
-            return INTERRUPTED if self.was_told else RESUMABLE
+            return INTERRUPTED if self.was_told else MISUSED if report.is_stuck else RESUMABLE
         return FAILED if report.failed else OK
 
     def lines(self) -> list[str]:
@@ -54,19 +54,42 @@ class Ending:
             counted = f"{done:,} of {'' if is_exact else 'about '}{rows(total)} done"
         if report.failed:
             counted += f", {report.failed:,} failed"
-        lines = [" · ".join([counted, *spent(report), lasting(report.elapsed)])]
+        lines = [" · ".join([counted, *self._took()])]
         if report.errors:
-            lines.append(f"errors: {by_class(report.errors)}")
+            lines.append(f"{'errors of this run' if self._is_second else 'errors'}: {by_class(report.errors)}")
+            lines += [f"  {kind}: {self.masked(report.first_errors[kind])}" for kind in most_frequent(report.errors)]
         if report.stopped is not None:
             # Who has stopped it knows that, but not what goes on at a provider.
             lines += [] if self.was_told and batch.executor == "online" else [f"stopped: {report.stopped}"]
-            lines.append(f"go on: {self._command(self.arguments)}")
+            if not report.is_stuck:
+                lines.append(f"go on: {self._command(self.arguments)}")
         elif batch.limit is not None and (total is None or batch.source.size is None or not self._is_read):
             lines.append(f"go on: {self._command(without(self.arguments, '--limit'))}")
-        if report.failed:
+        if report.unaskable:
+            one = report.unaskable == 1
+            lines.append(
+                f"{rows(report.unaskable)} of the input cannot be asked; mend {'it' if one else 'them'}, then add --retry-errors"
+            )
+        if could := report.failed - report.unaskable:
             again = self._command(with_option(self.arguments, "--retry-errors"))
-            lines.append(f"ask the {report.failed:,} again: {again}")
+            lines.append(f"ask the {could:,} again: {again}")
         return lines
+
+    @property
+    def _is_second(self) -> bool:
+        """Whether rows that are counted are those of an earlier run."""
+        return self.batch.report.skipped > 0
+
+    def _took(self) -> list[str]:
+        """Return what this run took."""
+        report = self.batch.report
+        took = [*spent(report), lasting(report.elapsed)]
+        if not self._is_second:
+            return took
+        has_done = report.errors or report.asked or report.skipped < report.answered + report.failed
+        if report.stopped is None and not has_done:
+            return ["nothing was left to ask"]
+        return [f"this run: {report.asked:,} asked", *took]
 
     @property
     def _is_read(self) -> bool:

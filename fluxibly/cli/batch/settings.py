@@ -82,7 +82,7 @@ def check_files(prompts: str, out: Path, errors: Path | None) -> None:
     Raises:
         ConfigError: a file is given twice, or its folder does not exist.
     """
-    if prompts != "-" and not Path(prompts).is_file():
+    if prompts != "-" and (Path(prompts).is_dir() or not Path(prompts).exists()):
         what = "a folder" if Path(prompts).is_dir() else "nothing there"
         raise ConfigError(f"{prompts}: expected a file of prompts, or - for standard input, got {what}")
     given: list[tuple[str, Path]] = [] if prompts == "-" else [("the input", Path(prompts))]

@@ -48,9 +48,18 @@ def lasting(seconds: float) -> str:
     return f"{days} days {hours} h"
 
 
-def by_class(errors: Mapping[str, int], most: int = 4) -> str:
+SHOWN = 4
+"""The most classes of errors that are named."""
+
+
+def most_frequent(errors: Mapping[str, int]) -> list[str]:
+    """Return the classes of errors that are named, the most frequent first."""
+    return sorted(errors, key=lambda name: (-errors[name], name))[:SHOWN]
+
+
+def by_class(errors: Mapping[str, int]) -> str:
     """Return the numbers of errors by class, the most frequent first: 8 RateLimitError, 3 RequestTimeout."""
-    ordered = sorted(errors.items(), key=lambda each: (-each[1], each[0]))
-    shown = [f"{count:,} {name}" for name, count in ordered[:most]]
-    others = sum(count for _, count in ordered[most:])
+    names = most_frequent(errors)
+    shown = [f"{errors[name]:,} {name}" for name in names]
+    others = sum(errors.values()) - sum(errors[name] for name in names)
     return ", ".join([*shown, f"{others:,} others"] if others else shown)
