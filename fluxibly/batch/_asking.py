@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import (
     AsyncGenerator,
@@ -14,7 +15,7 @@ from collections.abc import (
     Mapping,
 )
 from time import monotonic, perf_counter
-from typing import Any
+from typing import Any, Literal
 
 import attrs
 
@@ -24,10 +25,19 @@ from fluxibly.batch._input import Row
 from fluxibly.batch._journal import Entry, Journal
 from fluxibly.batch._line_writer import DISK_FULL, LineWriter, is_disk_full
 from fluxibly.batch._lines import Line, line_of
-from fluxibly.batch._patience import Patience, may_help, named
+from fluxibly.batch._patience import Patience, answers_nobody, may_help, named
 from fluxibly.batch._repeats import MOST_FOLLOWERS, Repeats, copied
 from fluxibly.batch._stack import watching
-from fluxibly.errors import BadPrompt, BudgetExceeded, root_cause
+from fluxibly.errors import (
+    AuthenticationError,
+    BadPrompt,
+    BudgetExceeded,
+    ConnectionFailed,
+    NotFound,
+    PermissionDenied,
+    QuotaExceeded,
+    root_cause,
+)
 from fluxibly.llm import LLM, AsyncLLM
 from fluxibly.messages import Message
 from fluxibly.middleware import Defaults
@@ -41,6 +51,8 @@ _REST_EVERY = 256
 """The rows after which other tasks have a turn in any case."""
 STOPPED = "told to stop"
 BUDGET = "the budget is used up"
+_OF_THE_SERVICE = (AuthenticationError, PermissionDenied, NotFound, QuotaExceeded, ConnectionFailed)
+"""The errors that are about the key, the model or the address rather than a row, if they are those of all rows."""
 
 
 class Requests:
@@ -99,12 +111,27 @@ class Requests:
 class _Asker:
     """One of the tasks that ask rows, one after another, and the call that it is at. It is watched by the layers of the stack."""
 
-    __slots__ = ("_asking", "answers", "call", "scope", "sending", "sent_at")
+    __slots__ = ("_asking", "answers", "call", "is_asking", "is_recalled", "scope", "sending", "sent_at")
 
-    def __init__(self, asking: Asking, scope: Any) -> None:
+    def __init__(self, asking: Asking) -> None:
         self._asking = asking
-        self.scope = scope
+        self.is_asking = False
+        """Whether it is at a row, which it would put back if it were recalled."""
+        self.scope: Any = None
+        self.renew()
         self.begin()
+
+    def renew(self) -> None:
+        """Go on after having been recalled."""
+        import anyio  # late, to keep `import fluxibly` fast
+
+        self.scope = anyio.CancelScope()
+        self.is_recalled = False
+
+    def recall(self) -> None:
+        """Put the row back, and wait with all others until an outage is over."""
+        self.is_recalled = True
+        self.scope.cancel()
 
     def begin(self) -> None:
         """Begin a call."""
@@ -125,8 +152,7 @@ class _Asker:
     def begins(self, call: CallRecord) -> bool:
         """Do as `Watching.begins`."""
         asking = self._asking
-        if asking.is_over and self.is_idle:
-            self.scope.cancel()
+        if self.is_idle and not self._may_go_on():
             return False
         if not call.nested:
             self.call = call
@@ -135,11 +161,27 @@ class _Asker:
         self.sent_at = monotonic()
         return True
 
-    def ends(self, *, answered: bool) -> None:
+    def ends(self, error: BaseException | None) -> None:
         """Do as `Watching.ends`."""
+        asking = self._asking
         self.sending -= 1
-        self._asking.report.in_flight -= 1
-        self.answers += answered
+        asking.report.in_flight -= 1
+        self.answers += error is None
+        cause = None if error is None else root_cause(error)
+        asking.patience.ended(self, cause)
+        if cause is not None and self.is_idle and asking.may_help(cause, self.attempts):
+            self._may_go_on()  # else its retries would wait for their turn
+
+    def _may_go_on(self) -> bool:
+        """Return whether another attempt may be made. If not, this task is cancelled."""
+        asking = self._asking
+        if asking.is_over:
+            self.scope.cancel()
+            return False
+        if asking.patience.bars(self):
+            self.recall()
+            return False
+        return True
 
 
 @attrs.define(eq=False)
@@ -160,6 +202,7 @@ class Asking:
         stop_after_errors: the number of rows that stop the run if they are the first, and all fail alike and for good.
         is_told_to_stop: whether to stop.
         each_second: is called about once a second.
+        was_answered: whether an earlier run with the same settings was answered.
     """
 
     rows: Iterable[Row] | AsyncIterable[Row]
@@ -175,14 +218,19 @@ class Asking:
     stop_after_errors: int = 20
     is_told_to_stop: Callable[[], bool] = lambda: False
     each_second: Callable[[], object] = lambda: None
+    was_answered: bool = False
 
     is_over: bool = attrs.field(default=False, init=False)
     """Whether nothing more is begun."""
     _lines: LineWriter = attrs.field(init=False)
     """Takes the lines of rows that have ended."""
+    _is_of_service: bool = attrs.field(default=False, init=False)
+    """Whether the error of the last row that has failed is about the service."""
     _left: deque[Row] = attrs.field(factory=deque[Row], init=False)
-    """Rows that have waited for an equal one, in vain."""
-    _patience: Patience = attrs.field(factory=Patience, init=False)
+    """Rows that were put back: they have waited for an equal one in vain, or were recalled at an outage."""
+    patience: Patience = attrs.field(init=False)
+    _aside: tuple[Row, Line, Exception] | None = attrs.field(default=None, init=False)
+    """The row that nobody answered during an outage. It has failed if another is answered, and else has no line."""
     _askers: set[_Asker] = attrs.field(factory=set[_Asker], init=False)
     _asked: int = attrs.field(default=0, init=False)
     """The rows that are being asked, or wait for that."""
@@ -198,6 +246,9 @@ class Asking:
     """Held by the task that reads a stream."""
     _tasks: Any = attrs.field(default=None, init=False)
     _scope: Any = attrs.field(default=None, init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.patience = Patience(self._recall)
 
     # From outside
 
@@ -228,7 +279,7 @@ class Asking:
         self._lines = LineWriter(
             self.journal,
             self.report,
-            stop_after_errors=self.stop_after_errors,
+            stop_after_errors=0 if self.was_answered else self.stop_after_errors,
             wrote=None if self.repeats is None else self._wrote,
         )
         self._turn = anyio.Lock()
@@ -275,40 +326,46 @@ class Asking:
 
     def _end(self) -> None:
         """Write what is left."""
-        self._lines.release()
         try:
+            self._end_aside()
+            self._finish_alike()
             self._write()
         except OSError as error:
             self._error = self._error or error
 
+    def _end_aside(self) -> None:
+        """Decide about a row after which no other was asked."""
+        if self._aside is None or self.report.stopped is not None or self._error is not None:
+            return
+        if self.patience.heard_at > -math.inf:
+            self._finish_aside()
+        else:
+            self.report.stopped = answers_nobody(root_cause(self._aside[2]))
+
     # The tasks
 
-    def _start(self) -> None:
-        import anyio  # late, as above
+    def _recall(self, asks: object) -> None:
+        """Begin an outage: have all rows but one leave the queues of the stack, where it would wait behind them."""
+        for asker in self._askers:
+            if asker is not asks and asker.is_asking and asker.is_idle:
+                asker.recall()
 
-        asker = _Asker(self, anyio.CancelScope())
+    def _start(self) -> None:
+        asker = _Asker(self)
         self._askers.add(asker)
         self._tasks.start_soon(self._ask_rows, asker)
 
     async def _ask_rows(self, asker: _Asker) -> None:
-        import anyio.lowlevel  # late, as above
+        import anyio  # late, as above
 
         watching.set(asker)
         try:
-            with asker.scope:
-                while (row := await self._next()) is not None:
-                    self._asked += 1
-                    if len(self._askers) < self.concurrency:
-                        self._start()
-                    try:
-                        await self._ask(asker, row)
-                    finally:
-                        self._asked -= 1
-                        if self._broke:
-                            self._wake_broke()
-                    self._ends += 1
-                    if not self._ends % _REST_EVERY:  # a model in this process may never wait for anything
-                        await anyio.lowlevel.checkpoint()
+            while True:
+                with asker.scope:
+                    await self._ask_each(asker)
+                if self.is_over or not asker.is_recalled:
+                    break
+                asker.renew()
         except Exception as error:  # noqa: BLE001  # of the input, for example
             self._error = self._error or error
             self.stop()
@@ -318,11 +375,37 @@ class Asking:
             self._fail(error)
         finally:
             self._askers.discard(asker)
+            self.patience.pass_on(asker)
 
-    async def _next(self) -> Row | None:
+    async def _ask_each(self, asker: _Asker) -> None:
+        """Ask one row after another, until there are none, or the task is recalled."""
+        import anyio.lowlevel  # late, as above
+
+        while not asker.is_recalled and (row := await self._next(asker)) is not None:
+            self._asked += 1
+            if len(self._askers) < self.concurrency:
+                self._start()
+            asker.is_asking = True
+            try:
+                await self._ask(asker, row)
+            except BaseException:
+                if asker.is_recalled:
+                    self._left.append(row)
+                raise
+            finally:
+                asker.is_asking = False
+                asker.begin()
+                self._asked -= 1
+                if self._broke:
+                    self._wake_broke()
+            self._ends += 1
+            if not asker.is_recalled and not self._ends % _REST_EVERY:
+                await anyio.lowlevel.checkpoint()  # a model in this process may never wait for anything
+
+    async def _next(self, asker: _Asker) -> Row | None:
         """Return the next row to ask."""
-        while self._patience.is_out:
-            await self._patience.wait()
+        if self.patience.is_out and not self.is_over:
+            await self.patience.turn(asker)
         if self.is_told_to_stop():  # from a thread; the loop, which wakes what waits, may hear of it later
             self.stop()
         if self.is_over:
@@ -357,15 +440,16 @@ class Asking:
             await self._ask_for(asker, row, request, key, began)
             return
         while repeats.followers >= MOST_FOLLOWERS and repeats.is_asked(key):
-            await self._some_end()
+            await self._some_end(asker)
         if (known := repeats.answer(key)) is not None:
             self._finish(row, copied(known, row), None)
         elif repeats.begin(key, row):
-            line = None
             try:
                 line = await self._ask_for(asker, row, request, key, began)
-            finally:
-                waiting = repeats.end(key, line)
+            except BaseException:
+                self._left.extend(repeats.end(key, None))
+                raise
+            waiting = repeats.end(key, line)
             for each in waiting:
                 if line is None:
                     self._left.append(each)
@@ -382,16 +466,19 @@ class Asking:
             except Exception as error:  # noqa: BLE001  # one row harms no other
                 call = asker.call
                 attempts += asker.attempts
-                if not await self._is_over_for(asker, error, refusals):
+                end = await self._end_of(asker, error, refusals)
+                if end == "again":
                     refusals += 1
                     continue
                 if self._is_without_line(error):
                     return None
                 line = self._line(row, key, began, error=error, call=call, request=request)
                 line.attempts = attempts
-                self._finish(row, line, error)
+                if end == "aside":
+                    self._aside = row, line, error
+                else:
+                    self._finish(row, line, error)
                 return None
-            self._patience.heard()
             call = asker.call
             line = line_of(
                 row.number,
@@ -409,39 +496,46 @@ class Asking:
             self._finish(row, line, None)
             return line
 
-    async def _is_over_for(self, asker: _Asker, error: Exception, refusals: int) -> bool:
-        """Return whether a row is not to be asked again, after a wait if it is."""
+    async def _end_of(self, asker: _Asker, error: Exception, refusals: int) -> Literal["again", "failed", "aside"]:
+        """Return what becomes of a row that was not answered: see `Patience.again`. Wait before it is asked again."""
         cause = root_cause(error)
         if isinstance(cause, BudgetExceeded) and self.stops_at_budget:
             if self._asked > len(self._broke) + 1:  # what others have reserved, and do not use, comes back
-                await self._some_end()
-                return False
+                await self._some_end(asker)
+                return "again"
             if cause.never_fits:
                 self.report.is_stuck = True
                 self.stop(f"a single row may cost more than the whole budget: {cause}")
             self.stop(BUDGET)
-            return True
-        if not may_help(cause, asker.attempts):
-            self._patience.heard()
-            return True
+            return "failed"
+        if not self.may_help(cause, asker.attempts):
+            if not isinstance(cause, ConnectionFailed):
+                self.patience.heard()
+            return "failed"
+        if self.is_over:
+            return "failed"
         asker.answers = 0  # what failed has brought nothing that would be lost
-        if await self._patience.again(asker, cause, asker.sent_at, refusals):
-            return False
-        if self._patience.stopped is not None:
-            self.stop(self._patience.stopped)
-        return True
+        end = await self.patience.again(asker, cause, asker.sent_at, refusals)
+        if self.patience.stopped is not None:
+            self.stop(self.patience.stopped)
+        return end
+
+    def may_help(self, error: BaseException, attempts: int) -> bool:
+        """Return whether asking again may help against an error: see `_patience.may_help`."""
+        return may_help(error, attempts, was_answered=self.was_answered or self.patience.heard_at > -math.inf)
 
     def _is_without_line(self, error: Exception) -> bool:
         """Return whether a row that was not answered is to be asked again in another run."""
         cause = root_cause(error)
         if isinstance(cause, BudgetExceeded) and self.stops_at_budget:
             return True
-        return self._patience.stopped is not None and may_help(cause, 0)
+        return self.is_over and self.may_help(cause, 0)
 
-    async def _some_end(self) -> None:
+    async def _some_end(self, asker: _Asker) -> None:
         """Wait until another row has ended."""
         import anyio  # late, as above
 
+        self.patience.pass_on(asker)
         event = anyio.Event()
         self._broke.append(event)
         await event.wait()
@@ -457,17 +551,32 @@ class Asking:
 
     def _finish(self, row: Row, line: Line, error: BaseException | None) -> None:
         """Take the line of a row that has ended."""
+        if self._aside is not None and not self.patience.is_out:
+            self._finish_aside()
         cause = None if error is None else root_cause(error)
         lines = self._lines
         before = lines.failed_alike
-        lines.add(line, None if cause is None or may_help(cause, 0) else named(cause))
+        self._is_of_service = isinstance(cause, _OF_THE_SERVICE)
+        lines.add(line, None if cause is None or self.may_help(cause, 0) else named(cause))
         if (reason := lines.failed_alike) is not None:
             self.stop(reason)
-            if (
-                before is not None and self.report.stopped == before
-            ):  # a row that was in flight has failed like the others
-                self.report.stopped = reason
+            if before is not None and self.report.stopped == before:
+                self.report.stopped = reason  # with this row, which was in flight
         self._write()  # at once: as soon as the task goes on to another row, this one is no longer in flight
+
+    def _finish_aside(self) -> None:
+        """Take the line of a row that was put aside, now that it is known to have failed by itself."""
+        if self._aside is not None:
+            aside, self._aside = self._aside, None
+            self._finish(*aside)
+
+    def _finish_alike(self) -> None:
+        """Write the lines that were held back, unless all rows have failed by the service."""
+        lines = self._lines
+        if not (lines.held and self._is_of_service):
+            lines.release()
+        elif self.report.stopped is None and self._error is None:
+            self.report.stopped = f"all {lines.held} rows failed alike: {lines.held_error}"
 
     # The journal
 

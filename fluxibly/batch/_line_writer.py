@@ -48,7 +48,13 @@ class LineWriter:
         self._entries = deque[Entry]()
         self._held: list[Entry] | None = [] if stop_after_errors else None
         """The lines of the first rows. None: not all have failed alike."""
-        self._held_error = ""
+        self.held_error = ""
+        """The error of the rows whose lines are held back."""
+
+    @property
+    def held(self) -> int:
+        """The number of lines that are held back."""
+        return len(self._held or ())
 
     def __len__(self) -> int:
         """Return the number of lines that can be written."""
@@ -66,8 +72,8 @@ class LineWriter:
         entry = Entry(line.row, line.error is not None, encoded(line), line.key)
         held = self._held
         if held is not None:
-            if error is not None and (not held or error == self._held_error):
-                self._held_error = error
+            if error is not None and (not held or error == self.held_error):
+                self.held_error = error
                 held.append(entry)
                 if len(held) >= self._stop_after_errors:  # those in flight may follow
                     self.failed_alike = f"the first {len(held)} rows all failed alike: {error}"

@@ -65,9 +65,9 @@ class Report:
     first_errors: dict[str, str] = attrs.field(factory=dict[str, str])
     """The message of the first error of each class, on one line, without quotes from the request."""
     rate: float | None = None
-    """The requests a second that a `RateLimit` allows now; None: not known."""
+    """The requests a second that a `RateLimit` allows now; None: no limit was met yet."""
     places: int | None = None
-    """The calls at once that a `Concurrency("auto")` allows now; None: not known."""
+    """The calls at once that a `Concurrency("auto")` allows now, as far as the batch needs them; None: not found yet."""
     batches: dict[str, int] = attrs.field(factory=dict[str, int])
     """The batches at the provider, by their state: in the service's words, or "ended" when their answers are written."""
     notice: str | None = None
@@ -98,8 +98,9 @@ class Batch:
         limit: the number of rows, from the first, that the batch is about; None: all.
         dedupe: whether equal requests are asked only once. The others get the same answer, at no cost. Takes about 40 bytes a row.
         budget: the most US dollars that this run may spend. It needs known prices.
-        stop_after_errors: the number of rows after which the run stops if they are the first of this run, and all fail alike and in a
-            way that asking again does not help. They get no line then. 0: never.
+        stop_after_errors: the number of rows after which the run stops if they are the first of the batch, and all fail alike and in a
+            way that asking again does not help. They get no line then. Nor do fewer, if they are all rows of the run, and the error is
+            about the service: its key, its model, its address. Once a row was answered, rows that fail stop nothing. 0: never.
         retry_errors: whether rows that failed in earlier runs are asked again.
         changed: what happens to rows that are done, but would be asked otherwise now, because the input or the configuration has
             changed: "keep" keeps their answers, "ask" asks them again. None: it is an error, before anything is sent.
@@ -296,7 +297,7 @@ class Batch:
 
             def each_second() -> None:
                 report.elapsed = perf_counter() - began
-                report.rate, report.places = limits_in_force(stack)
+                report.rate, report.places = limits_in_force(stack, self._most)
 
             async def do(work: Asking | ProviderExecutor) -> None:
                 self._notice = from_anywhere(partial(self._stop_now, work))
@@ -327,6 +328,11 @@ class Batch:
         elif self._stops:
             work.stop()
 
+    @property
+    def _most(self) -> int:
+        """The most calls at once."""
+        return AT_ONCE if self.concurrency == "auto" else self.concurrency
+
     def _stack(self, llm: AsyncLLM) -> list[Middleware]:
         return stack_for(
             llm.pipeline.middleware,
@@ -354,13 +360,14 @@ class Batch:
             pipeline=pipeline,
             journal=journal,
             report=self.report,
-            concurrency=AT_ONCE if self.concurrency == "auto" else self.concurrency,
+            concurrency=self._most,
             whole=self.output.whole,
             repeats=repeats,
             stops_at_budget=stops_all(pipeline.middleware),
             stop_after_errors=self.stop_after_errors,
             is_told_to_stop=lambda: self._stops > 0,
             each_second=each_second,
+            was_answered=left.was_answered,
         )
 
     def _at_provider(
@@ -431,6 +438,7 @@ class Batch:
         readers = [each.read for each in (keys, repeats, self._names) if each is not None]
         journal.read(partial(_read_each, readers) if readers else None)
         left = _Left(now, journal.failed.copy() if self.retry_errors else Bitmap())
+        left.was_answered = journal.answered > 0 and then is not None and then.settings == now.settings
         if is_stream:
             # Its rows are known only when they are asked, so what has changed are all, or none.
             if journal.done and (then is None or then.settings != now.settings):
@@ -500,6 +508,8 @@ class _Left:
     again: Bitmap
     rows: int | None = None
     """The number of rows that the input has now, if it has changed and the rows that have are asked again."""
+    was_answered: bool = False
+    """Whether there are answers, and of the present settings."""
     is_asked_again: bool = False
     """Whether rows that have changed are among them, so that not all answers belong to one state until the end."""
 

@@ -27,8 +27,8 @@ class Watching(Protocol):
         """Note that an attempt begins, and return True. If none may, its task is cancelled already."""
         ...
 
-    def ends(self, *, answered: bool) -> None:
-        """Note that an attempt has ended."""
+    def ends(self, error: BaseException | None, /) -> None:
+        """Note that an attempt has ended, with an error or an answer."""
         ...
 
 
@@ -41,13 +41,13 @@ def _watch(request: Request, call_next: CallNext) -> Flow[Response]:
     asker = watching.get()
     while not asker.begins(request.call):
         yield from sleep(1.0)  # here the cancellation arrives
-    answered = False
     try:
         response = yield from call_next(request)
-        answered = True
-        return response
-    finally:
-        asker.ends(answered=answered)
+    except BaseException as error:
+        asker.ends(error)
+        raise
+    asker.ends(None)
+    return response
 
 
 def stack_for(
@@ -97,14 +97,18 @@ def stack_for(
     return [*layers, _watch]
 
 
-def limits_in_force(stack: Iterable[Middleware]) -> tuple[float | None, int | None]:
-    """Return the requests a second and the calls at once that the layers of a stack allow now, as far as that is known."""
+def limits_in_force(stack: Iterable[Middleware], at_once: int) -> tuple[float | None, int | None]:
+    """Return the requests a second and the calls at once that the layers of a stack allow now, as far as that is known.
+
+    Args:
+        at_once: the most calls at once of the batch.
+    """
     layers = list(stack)
     rates = [layer.rate_now() for layer in layers if isinstance(layer, RateLimit)]
     places = [layer.places_now() for layer in layers if isinstance(layer, Concurrency)]
     return (
         min([rate for rate in rates if rate is not None], default=None),
-        min([number for number in places if number is not None], default=None),
+        min([min(number, at_once) for number in places if number is not None], default=None),
     )
 
 

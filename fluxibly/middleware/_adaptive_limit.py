@@ -119,6 +119,11 @@ class AdaptiveLimit:
         """The limit as a number of places."""
         return int(self.limit)
 
+    @property
+    def is_found(self) -> bool:
+        """Whether the limit is one at which calls became slow, and not only how far it was tried."""
+        return not self._is_doubling
+
     def waits(self) -> None:
         """Note that a call waits for a place. The limit rises only while calls do."""
         self._is_used = True

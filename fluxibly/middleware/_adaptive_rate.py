@@ -267,6 +267,8 @@ class AdaptiveRate:
         self._told: dict[str, float] = {}
         """The rates from the service's headers, by the names of their limits; empty if it sends none."""
         self._told_at = -math.inf
+        self._is_met = False
+        """Whether a call was refused, here or elsewhere. Until then the rate is only how far it was tried."""
         self._limits: tuple[Limit, ...] = ()
         self._limits_until = -math.inf
         """When these limits are to be made anew."""
@@ -324,7 +326,8 @@ class AdaptiveRate:
         with self._lock:
             is_cut = sending.pace is self.pace and self.pace.refused(sending, now)
             if is_cut:
-                self.is_new, self._limits_until = True, -math.inf
+                self.is_new = self._is_met = True
+                self._limits_until = -math.inf
                 self.read_at = min(self.read_at, now)  # the next call saves it, unless others know more
         return is_cut
 
@@ -336,8 +339,10 @@ class AdaptiveRate:
 
     @property
     def requests(self) -> float | None:
-        """The requests a second that hold now. None: the service limits something else."""
+        """The requests a second that hold now. None: the service limits something else, or no limit was met yet."""
         with self._lock:
+            if not (self._told or self._is_met):
+                return None
             told = self._told.get("requests") if self._told else 1.0
             return None if told is None else told * self.pace.rate
 
@@ -365,6 +370,7 @@ class AdaptiveRate:
                 told_at = now - (_FRESH - told_for) - max(0.0, FORGOTTEN - entry.left)
                 if now - told_at <= _FRESH:
                     self._hear(told, told_at)
+            self._is_met = self._is_met or (numbers is not None and numbers["epoch"] > self.pace.epoch)
             if numbers is not None and bool(told) == bool(self._told) and self.pace.take_over(numbers, now):
                 self.is_new = True
 

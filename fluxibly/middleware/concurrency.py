@@ -147,7 +147,7 @@ class Concurrency(Rebuilt):
         """
         if self.limit != "auto":
             return self.limit
-        return min([limit.size for limit in self._limits.copy().values()], default=None)
+        return min([limit.size for limit in self._limits.copy().values() if limit.is_found], default=None)
 
     def _find_limit(self, call: CallRecord, key: str) -> Flow[AdaptiveLimit]:
         """Return what was found under a key, here or, asked at most once a second, by others with the same store."""

@@ -263,7 +263,7 @@ class RateLimit(Rebuilt):
     def rate_now(self) -> float | None:
         """Return the requests a second that are allowed now: the lowest, if several providers or models have rates of their own.
 
-        None: there is no limit of requests, or it is not found yet.
+        None: there is no limit of requests, or none was met yet: no call was refused, and no headers told one.
         """
         if self._limits:
             return None if self.requests is None else self.requests / self.per

@@ -287,6 +287,23 @@ class TestPace:
             pace.step(float(second))
         assert pace.rate == 8 * FIRST
 
+    def test_is_known_once_a_limit_was_met(self):
+        rate = AdaptiveRate(0.0)
+        for second in range(30):
+            rate.pace.waits(second)
+            rate.limits(second + 1.0)
+        assert rate.pace.rate == HIGHEST
+        assert rate.requests is None
+        other = AdaptiveRate(30.0)
+        assert rate.refused(rate.pace.sending(30.0), 30.0)
+        assert rate.requests == rate.pace.rate < HIGHEST
+        assert other.requests is None
+        other.take_over(Entry(rate.to_bytes(30.0), FORGOTTEN), 30.0)
+        assert other.requests == rate.requests
+        told = AdaptiveRate(0.0)
+        told.hear([Told("requests", 5.0, 60.0)], 0.0)
+        assert told.requests == 5.0
+
     def test_one_cut_for_an_event(self):
         """Refusals of calls that were under way at the cut change nothing."""
         pace = Pace(0.0)
