@@ -34,7 +34,7 @@ from fluxibly.errors import (
     RateLimitError,
     ServerError,
 )
-from fluxibly.flow import CallNext, Flow, sleep
+from fluxibly.flow import CallNext, Flow, perform, sleep
 from fluxibly.middleware import (
     Budget,
     Cache,
@@ -100,7 +100,7 @@ def test_no_more_rows_are_asked_at_once_than_it_is_told(files: Files) -> None:
 
 
 def test_beside_a_model_that_never_waits_others_have_a_turn(files: Files) -> None:
-    files.write(prompts(1000))
+    files.write(prompts(5000))
     turns = 0
 
     async def others() -> None:
@@ -112,11 +112,11 @@ def test_beside_a_model_that_never_waits_others_have_a_turn(files: Files) -> Non
     async def both() -> None:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(others)
-            assert (await files.batch(AsyncLLM("echo:m"), concurrency=10).arun()).answered == 1000
+            assert (await files.batch(AsyncLLM("echo:m", []), concurrency=10).arun()).answered == 5000
             tasks.cancel_scope.cancel()
 
     asyncio.run(both())
-    assert turns >= 3
+    assert turns >= 15
 
 
 @pytest.mark.parametrize("kind", [LLM, AsyncLLM])
@@ -468,6 +468,24 @@ def test_stop_drops_rows_that_wait_for_a_retry(files: Files) -> None:
     assert files.rows() == []
 
 
+def test_a_row_that_has_its_turn_in_the_moment_of_the_stop_is_not_sent(files: Files, model: CountedModel) -> None:
+    turn = anyio.Event()
+
+    def layer(request: Request, call_next: CallNext) -> Flow[Response]:
+        if request.messages[-1].text == "row 1":
+            yield from perform(lambda: None, turn.wait)
+            return (yield from call_next(request))
+        yield from sleep(0.05)
+        turn.set()
+        raise BadRequest("no")  # nothing comes between this and the stop
+
+    files.write(prompts(2))
+    report = files.batch(model.llm([layer]), concurrency=2, stop_after_errors=1).run()
+    assert report.stopped == "the first 1 rows all failed alike: BadRequest"
+    assert model.calls == 0
+    assert files.rows() == []
+
+
 def test_stop_lets_a_row_end_that_is_between_two_of_its_questions(files: Files) -> None:
     """Its first answer is paid already."""
     model = CountedModel(lambda prompt: "good" if model.calls > 1 else "bad")
@@ -595,6 +613,7 @@ def test_a_row_that_is_refused_for_ever_while_others_are_answered_fails(files: F
     files.write(prompts(300))
     report = files.batch(model.llm([]), concurrency=2).run()
     assert (report.answered, report.failed, report.stopped) == (299, 1, None)
+    assert model.asked["row 0"] == 21
 
 
 @pytest.mark.parametrize("kind", [ServerError, ConnectionFailed, RateLimitError])
