@@ -112,7 +112,7 @@ def test_beside_a_model_that_never_waits_others_have_a_turn(files: Files) -> Non
     async def both() -> None:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(others)
-            assert (await files.batch(AsyncLLM("echo:m", []), concurrency=10).arun()).answered == 5000
+            assert (await files.batch(AsyncLLM("echo:m", []), concurrency=1).arun()).answered == 5000
             tasks.cancel_scope.cancel()
 
     asyncio.run(both())
