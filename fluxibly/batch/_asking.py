@@ -12,7 +12,6 @@ from collections.abc import (
     Generator,
     Iterable,
     Iterator,
-    Mapping,
 )
 from time import monotonic, perf_counter
 from typing import Any, Literal
@@ -27,10 +26,10 @@ from fluxibly.batch._line_writer import DISK_FULL, LineWriter, is_disk_full
 from fluxibly.batch._lines import Line, line_of
 from fluxibly.batch._patience import Patience, answers_nobody, may_help, named
 from fluxibly.batch._repeats import MOST_FOLLOWERS, Repeats, copied
+from fluxibly.batch._requests import Requests
 from fluxibly.batch._stack import watching
 from fluxibly.errors import (
     AuthenticationError,
-    BadPrompt,
     BudgetExceeded,
     ConnectionFailed,
     NotFound,
@@ -38,74 +37,17 @@ from fluxibly.errors import (
     QuotaExceeded,
     root_cause,
 )
-from fluxibly.llm import LLM, AsyncLLM
-from fluxibly.messages import Message
-from fluxibly.middleware import Defaults
-from fluxibly.middleware._request_key import KeysOfRows
 from fluxibly.pipeline import AsyncPipeline
-from fluxibly.types import CallRecord, Request, replaced
+from fluxibly.types import CallRecord, Request
 
 SYNC_EVERY = 1.0
 """The seconds after which what is written is also safe from a power cut. A process that is killed loses nothing."""
 _REST_EVERY = 256
 """The rows after which other tasks have a turn in any case."""
-STOPPED = "told to stop"
+STOPPED = "on request"
 BUDGET = "the budget is used up"
 _OF_THE_SERVICE = (AuthenticationError, PermissionDenied, NotFound, QuotaExceeded, ConnectionFailed)
 """The errors that are about the key, the model or the address rather than a row, if they are those of all rows."""
-
-
-class Requests:
-    """What makes requests of rows, and their keys.
-
-    Args:
-        system: a system message for each prompt that has none.
-    """
-
-    def __init__(self, llm: LLM | AsyncLLM, system: str | None = None) -> None:
-        self._llm = llm
-        self._system = None if system is None else Message.system(system)
-        self._info = llm.pipeline.info
-        self._defaults = [layer for layer in llm.pipeline.middleware if isinstance(layer, Defaults)]
-        usual = self._request("-", {})
-        self._usual_keys = self._keys_of(usual)
-        self.settings = self._usual_keys.key(usual.messages)
-        """A hash of what is sent beside the rows."""
-
-    def _request(self, prompt: Any, settings: Mapping[str, Any]) -> Request:
-        request = self._llm.request(prompt, settings)
-        system = self._system
-        if system is None or any(message.role == "system" for message in request.messages):
-            return request
-        return replaced(request, {"messages": (system, *request.messages)})
-
-    def completed(self, request: Request) -> Request:
-        """Return a request with what the stack's `Defaults` add to it."""
-        for layer in self._defaults:
-            request = layer.completed(request)
-        return request
-
-    def _keys_of(self, request: Request) -> KeysOfRows:
-        return KeysOfRows(self.completed(request), self._info)
-
-    def of(self, row: Row) -> tuple[Request, str]:
-        """Return the request of a row, and its key.
-
-        Raises:
-            Exception: the row cannot be asked.
-        """
-        if row.problem is not None:
-            raise BadPrompt(row.problem)
-        request = self._request(row.prompt, row.settings)
-        keys = self._keys_of(request) if row.settings else self._usual_keys
-        return request, keys.key(request.messages)
-
-    def key_of(self, row: Row) -> str:
-        """Return the key of a row; "" if it cannot be asked."""
-        try:
-            return self.of(row)[1]
-        except Exception:  # noqa: BLE001  # as when it is asked
-            return ""
 
 
 class _Asker:

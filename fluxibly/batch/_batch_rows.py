@@ -9,9 +9,9 @@ from typing import Final, cast
 
 import attrs
 
-from fluxibly.batch._asking import Requests
 from fluxibly.batch._input import Row, Source
 from fluxibly.batch._journal import Bitmap, Journal
+from fluxibly.batch._requests import Requests
 from fluxibly.batch._submissions import Submission
 
 MOST_TRIES: Final = 3

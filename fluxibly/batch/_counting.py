@@ -1,4 +1,4 @@
-"""What a run counts while it goes."""
+"""The counts of a run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LONGEST = 300
 
 
 class Counted(Protocol):
-    """What is counted: a `Report`."""
+    """The counts: a `Report`."""
 
     answered: int
     failed: int

@@ -1,4 +1,4 @@
-"""What a batch would take, before anything is sent."""
+"""An estimate of a batch: its rows, tokens, cost and time. Nothing is sent."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ import msgspec
 from fluxibly._loops import run_to_end
 from fluxibly._masking import error_message
 from fluxibly._tokens import BYTES_A_TOKEN, size_of
-from fluxibly.batch._asking import Requests
 from fluxibly.batch._finish import Output
 from fluxibly.batch._input import Row, Source
 from fluxibly.batch._journal import Bitmap
 from fluxibly.batch._lines import Line, encoded
+from fluxibly.batch._requests import Requests
 from fluxibly.batch._state import State, read_state
 from fluxibly.batch._submissions import read_open
 from fluxibly.calls import Usage
@@ -34,7 +34,7 @@ from fluxibly.types import Request
 
 
 class Estimated(Protocol):
-    """What is estimated: a `Batch`."""
+    """The batch to estimate: a `Batch`."""
 
     llm: LLM | AsyncLLM
     source: Source
@@ -60,7 +60,7 @@ BATCH_PRICE: Final = Decimal("0.5")
 SHOWN: Final = 5
 """The rows of a problem that are named."""
 _KINDS: Final = 50
-"""The most kinds of problems that are told apart."""
+"""The most kinds of problems that are kept apart."""
 
 
 @attrs.define

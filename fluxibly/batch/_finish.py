@@ -154,7 +154,7 @@ _BUFFER: Final = 1 << 20
 
 
 class _Written(msgspec.Struct):
-    """What the index reads of a line."""
+    """The fields of a line that the index reads."""
 
     row: int = -1
     error: msgspec.Raw = msgspec.Raw(b"null")

@@ -152,7 +152,7 @@ class _Numbers:
         """Return a row with its number.
 
         Raises:
-            ConfigError: it has no name, or that of an earlier row, so that nobody can tell which of them is done.
+            ConfigError: it has no name, or that of an earlier row, so that nobody knows which of them is done.
         """
         if row.custom_id is None:
             raise ConfigError(

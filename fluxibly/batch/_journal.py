@@ -70,7 +70,7 @@ class Bitmap:
 
 
 class Entry(NamedTuple):
-    """What came of a row, to be written."""
+    """The line of a row, to be written."""
 
     row: int
     failed: bool
@@ -79,7 +79,7 @@ class Entry(NamedTuple):
 
 
 class Written(msgspec.Struct, gc=False):
-    """What is read of a line."""
+    """The fields of a line that the journal reads."""
 
     row: Annotated[int, msgspec.Meta(ge=0, le=_HIGHEST)]
     custom_id: str | None = None
@@ -146,7 +146,7 @@ class Journal:
             if each is not None:
                 for line, written in zip(lines.splitlines(keepends=True), decoded, strict=True):
                     each(written, offset)
-                    offset += len(line)  # noqa: PLW2901
+                    offset += len(line)  # noqa: PLW2901  # the place of the next line
         torn = os.pread(self._file, _BLOCK, self.end)
         # After a power cut, what was not written yet may be zeros.
         if torn.strip(b"\0") and not torn.startswith(_START[: len(torn)]):

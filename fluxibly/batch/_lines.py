@@ -18,7 +18,7 @@ from fluxibly.types import CallRecord, Request, Response
 
 
 class Line(msgspec.Struct):
-    """What came of a row. All lines have all fields, so that readers of tables need no special cases."""
+    """The answer or the error of a row. All lines have all fields, so that readers of tables need no special cases."""
 
     row: int
     """The place of the row in the input, from 0."""

@@ -1,4 +1,4 @@
-"""What happens to rows whose call failed though asking again may help: they wait, or fail, or the whole run stops."""
+"""The fate of rows whose call failed though asking again may help: they wait, or fail, or the whole run stops."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Patience:
         """When the service last answered."""
         self._begins = begins
         self._asks: object | None = None
-        """Who asks during an outage. None: whoever comes first."""
+        """The row that asks during an outage. None: the first that comes."""
         self._began_at: float | None = None
         """When the outage began. None: there is none."""
         self._failures, self._failing_since = 0, 0.0

@@ -47,7 +47,7 @@ class Places:
         return is_new
 
     def get(self, key: str) -> int | None:
-        """Return where the line begins; None: there is none. Keys that have 60 bits in common are not told apart."""
+        """Return where the line begins; None: there is none. Keys that have 60 bits in common count as equal."""
         hashed = _hash(key)
         at = hashed & self._mask
         while place := self._places[at]:

@@ -13,7 +13,7 @@ class Row(NamedTuple):
     """Its place in the input, from 0. Lines that are blank do not count."""
     custom_id: str | None
     prompt: Any
-    """What `LLM.complete` takes: a text, or messages."""
+    """A prompt for `LLM.complete`: a text, or messages."""
     settings: Mapping[str, Any]
     """The settings of the call, such as `max_tokens`, by names that `LLM.complete` knows."""
     problem: str | None = None

@@ -16,7 +16,7 @@ import attrs
 
 from fluxibly._checks import kind_of, number, one_of, whole
 from fluxibly._loops import from_anywhere, run_to_end
-from fluxibly.batch._asking import Asking, Requests
+from fluxibly.batch._asking import Asking
 from fluxibly.batch._batch_rows import BatchRows
 from fluxibly.batch._counting import count_rows
 from fluxibly.batch._estimate import Estimate, estimate
@@ -26,6 +26,7 @@ from fluxibly.batch._journal import Bitmap, Journal, Written
 from fluxibly.batch._line_writer import DISK_FULL, is_disk_full
 from fluxibly.batch._provider_batches import ProviderBatches, check_layers, client_of, prices_of
 from fluxibly.batch._repeats import Repeats
+from fluxibly.batch._requests import Requests
 from fluxibly.batch._services import ProviderExecutor
 from fluxibly.batch._stack import AT_ONCE, limits_in_force, stack_for, stops_all
 from fluxibly.batch._state import WHAT_TO_DO, Changes, Keys, Names, State, read_state, what_changed, write_state
@@ -39,7 +40,7 @@ from fluxibly.pipeline import AsyncPipeline
 
 @attrs.define
 class Report:
-    """What a batch has come to. It is updated while the batch runs."""
+    """The counts of a batch. They change while it runs."""
 
     answered: int = 0
     """Rows with an answer, those of earlier runs included."""
@@ -71,7 +72,7 @@ class Report:
     batches: dict[str, int] = attrs.field(factory=dict[str, int])
     """The batches at the provider, by their state: in the service's words, or "ended" when their answers are written."""
     notice: str | None = None
-    """What has happened to batches at the provider that should be known at once, such as that it refused one."""
+    """News of batches at the provider that the user should read at once, such as a refusal."""
     stopped: str | None = None
     """Why the run ended before the last row, such as "disk full". Another run goes on. None: it did not."""
     is_stuck: bool = False
@@ -502,7 +503,7 @@ class Batch:
 
 @attrs.define
 class _Left:
-    """What is to be done again."""
+    """The rows that are asked again."""
 
     state: State
     again: Bitmap

@@ -139,7 +139,7 @@ def _result(line: _Answered) -> _Result:
     if failure is None:
         body = _body(line) if bytes(line.body) == b"null" else line.body
         result.response = {"status_code": 200, "request_id": line.request_id, "body": body}
-    elif failure.get("status") is None:  # there was no response to tell of
+    elif failure.get("status") is None:  # there was no response
         result.error = {"code": failure.get("code") or failure["type"], "message": failure["message"]}
     else:
         status = failure["status"]

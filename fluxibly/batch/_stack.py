@@ -21,7 +21,7 @@ AT_ONCE = 1_000
 
 
 class Watching(Protocol):
-    """What asks a row. It watches the attempts."""
+    """The task that asks a row. It watches the attempts."""
 
     def begins(self, call: CallRecord, /) -> bool:
         """Note that an attempt begins, and return True. If none may, its task is cancelled already."""
@@ -33,7 +33,7 @@ class Watching(Protocol):
 
 
 watching: ContextVar[Watching] = ContextVar("watching")
-"""What asks a row in this context."""
+"""The task that asks a row in this context."""
 
 
 def _watch(request: Request, call_next: CallNext) -> Flow[Response]:

@@ -1,4 +1,4 @@
-"""What a batch was when its answers were made: kept beside the output, to notice that something has changed since."""
+"""The input and the configuration that the answers of a batch belong to, kept beside the output to notice changes."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def write_state(journal: Path, state: State) -> None:
 
 
 class Keys:
-    """What is remembered of the key of each row: 4 bytes."""
+    """The first 4 bytes of the key of each row."""
 
     def __init__(self) -> None:
         self._found = array("I")

@@ -11,7 +11,7 @@ from fluxibly.telemetry import semconv
 
 
 class Counted(Protocol):
-    """What the span says of a batch: a `Report`."""
+    """The counts on the span of a batch: a `Report`."""
 
     asked: int
     errors: dict[str, int]

@@ -488,7 +488,7 @@ async def test_stop_begins_no_more_rows_and_lets_those_in_flight_end(anyio_backe
 
     model.reply = lambda prompt: (threading.Thread(target=batch.stop).start(), "yes")[1] if prompt == "row 0" else "yes"
     report = await batch.arun()
-    assert report.stopped == "told to stop"
+    assert report.stopped == "on request"
     assert model.calls == report.answered == len(files.rows())
     assert 5 <= report.answered < 50
     report = await files.batch(model.llm()).arun()
@@ -515,7 +515,7 @@ async def test_stop_twice_cancels_what_is_in_flight(anyio_backend: str, files: F
     batch = files.batch(model.llm(), concurrency=3)
     with anyio.fail_after(20):
         report = await batch.arun()
-    assert report.stopped == "told to stop"
+    assert report.stopped == "on request"
     assert files.rows() == [0]
     assert (report.answered, report.in_flight) == (1, 0)
 
@@ -524,7 +524,7 @@ def test_stop_before_the_run_asks_nothing_and_holds_for_one_run(files: Files, mo
     files.write(prompts(5))
     batch = files.batch(model.llm())
     batch.stop()
-    assert batch.run().stopped == "told to stop"
+    assert batch.run().stopped == "on request"
     assert model.calls == 0
     assert batch.run().answered == 5
 
@@ -546,7 +546,7 @@ def test_stop_drops_rows_that_only_wait_for_their_turn(files: Files) -> None:
     batch = files.batch(model.llm([RateLimit(requests=1, per=3600)]), concurrency=10)
     stops_when(batch, lambda: batch.report.answered == 1)
     report = batch.run()
-    assert (report.answered, report.stopped) == (1, "told to stop")
+    assert (report.answered, report.stopped) == (1, "on request")
     assert files.rows() == [0]
 
 
@@ -556,7 +556,7 @@ def test_stop_drops_rows_that_wait_for_a_retry(files: Files) -> None:
     batch = files.batch(model.llm([Retry(max_retry_after=10_000)]), concurrency=5)
     stops_when(batch, lambda: model.calls == 5)
     report = batch.run()
-    assert (report.answered, report.failed, report.stopped) == (0, 0, "told to stop")
+    assert (report.answered, report.failed, report.stopped) == (0, 0, "on request")
     assert files.rows() == []
 
 
@@ -575,7 +575,7 @@ def test_stop_drops_rows_that_fail_in_a_way_that_may_pass(files: Files) -> None:
     batch = files.batch(model.llm([Retry(max_retry_after=10_000, base_delay=0.001)]), concurrency=5)
     report = batch.run()
     assert (report.answered, report.failed, report.in_flight) == (0, 0, 0)
-    assert report.stopped == "told to stop"
+    assert report.stopped == "on request"
     assert model.calls < 20
 
 
@@ -589,7 +589,7 @@ def test_stop_ends_an_outage(files: Files, monkeypatch: pytest.MonkeyPatch) -> N
     batch = files.batch(model.llm(), concurrency=5)
     stops_when(batch, lambda: model.calls > 34 and not model.at_once and not batch.report.in_flight)
     report = batch.run()
-    assert (report.failed, report.stopped) == (0, "told to stop")
+    assert (report.failed, report.stopped) == (0, "on request")
     assert 0 < report.answered <= 30
 
 

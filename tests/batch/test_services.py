@@ -546,7 +546,7 @@ def stopped_while_running(service: BatchService, folder: Path) -> None:
     thread.join(20)
     assert not thread.is_alive()
     assert batch.report.stopped == (
-        "told to stop; 3 batches go on at the service (7 rows), and another run waits for the answers"
+        "on request; 3 batches go on at the service (7 rows), and another run waits for the answers"
     )
     service.looks = 1
 

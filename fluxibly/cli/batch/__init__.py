@@ -1,6 +1,6 @@
 """The command `fluxibly batch`: a file of prompts in, a file of answers out.
 
-`settings.py` reads the options, `running.py` runs a batch until it ends or is told to stop, `progress.py` says how far it is and
+`settings.py` reads the options, `running.py` runs a batch until it ends or has to stop, `progress.py` says how far it is and
 `display.py` shows that, `ending.py` has the last lines and the exit status, and `dry_run.py` the figures of a batch that was not run.
 """
 

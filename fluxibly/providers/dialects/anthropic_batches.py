@@ -118,9 +118,9 @@ class AnthropicBatches:
             found = _read_line(line)
         except (msgspec.DecodeError, RecursionError):  # such as invalid UTF-8
             fields = as_object(read_json(line))
-            told = as_object(fields.get("result"))
-            raws = (msgspec.Raw(_encode(told.get(name))) for name in ("message", "error"))
-            found = _Line(fields.get("custom_id"), _Outcome(told.get("type"), *raws))
+            raw = as_object(fields.get("result"))
+            parts = (msgspec.Raw(_encode(raw.get(name))) for name in ("message", "error"))
+            found = _Line(fields.get("custom_id"), _Outcome(raw.get("type"), *parts))
         custom_id, outcome = as_text(found.custom_id), found.result
         if not custom_id or outcome is None:
             return None

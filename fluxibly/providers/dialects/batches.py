@@ -175,7 +175,7 @@ class BatchAPI(Protocol):
         ...
 
     def is_lost(self, batch: RemoteBatch, lost: Lost, /) -> bool | None:
-        """Whether a batch is the one whose answer was lost. None: only its results can tell."""
+        """Whether a batch is the one whose answer was lost. None: only its results show it."""
         ...
 
     def result(self, line: bytes, /) -> Result | None:
