@@ -7,6 +7,7 @@ import os
 import shlex
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -274,14 +275,16 @@ def test_lines_where_there_is_no_terminal(
 ) -> None:
     """Without a terminal, standard error has a line now and then; with --quiet, none."""
     monkeypatch.setattr(display, "EVERY", 0.02)
-    gate = threading.Event()
+    both = threading.Barrier(2, timeout=60)
 
     def slowly(_: Seen) -> None:
-        gate.wait(0.3)
+        both.wait()
+        time.sleep(1.0)  # time for lines, though the machine is busy
 
     server.refuse = slowly
     ran = fluxibly("batch", prompts("one", "two"), "--out", "out.jsonl", *MODEL)
     assert "2 in flight" in ran.err
+    server.refuse = None
     assert ran.err.splitlines()[0].split(" · ")[0] in ("0 rows", "0 of 2 rows")
     ran = fluxibly("batch", prompts("one", "two"), "--out", "quiet.jsonl", *MODEL, "--quiet")
     assert ran.err == ""
