@@ -333,6 +333,13 @@ def interpreters(others: list[str]) -> tuple[dict[str, str], list[str]]:
     return found, missing
 
 
+def _share(name: str) -> int:
+    """Return by what the rows of a contender are divided, because it is slow."""
+    return (
+        1 if name in ("fluxibly batch", "AsyncLLM.map", "bare loop of AsyncLLM.complete", "bare loop of aiohttp") else 8
+    )
+
+
 def costs(pythons: dict[str, str]) -> None:
     """Print what a row costs at 100 at once, against answers that come at once."""
     walls: dict[str, list[float]] = {}
@@ -340,7 +347,7 @@ def costs(pythons: dict[str, str]) -> None:
     with server() as url:
         for _ in range(ROUNDS):
             for name, python in pythons.items():
-                found = measured(python, name, url, ROWS // (1 if "fluxibly" in name or "bare" in name else 4), 100)
+                found = measured(python, name, url, ROWS // _share(name), 100)
                 if found is not None:
                     walls.setdefault(name, []).append(found["elapsed"] / found["rows"] * 1e6)
                     cpus.setdefault(name, []).append(found["cpu"] / found["rows"] * 1e6)
@@ -356,7 +363,7 @@ def curve(pythons: dict[str, str], picture: Path | None) -> None:
         for at_once in AT_ONCE:
             rows = int(max(at_once / ANSWER_TAKES * SECONDS, 10))
             for name, python in pythons.items():
-                found = measured(python, name, url, min(rows, ROWS), at_once)
+                found = measured(python, name, url, max(min(rows, ROWS) // _share(name), at_once, 10), at_once)
                 if found is not None:
                     rates.setdefault(name, {})[at_once] = found["rows"] / found["elapsed"]
     print(f"\nRows a second, answers of {ANSWER_TAKES:g} s   (goal: no fall from 500 to 1,000)")
