@@ -46,6 +46,7 @@ seen = Counted()
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(globals(), "seen", Counted())
+    monkeypatch.setattr("fluxibly.registry._frameworks", {})
 
 
 def answer_to(text: str) -> str:
