@@ -44,8 +44,8 @@ def fluxibly_batch(url: str, given: Path, out: Path, at_once: int) -> None:
     from fluxibly import AsyncLLM
     from fluxibly.batch import Batch
 
-    with _quiet():
-        Batch(AsyncLLM(**_config(url)), given, out, concurrency=at_once, rpm=1e9).run()
+    _log_nothing()
+    Batch(AsyncLLM(**_config(url)), given, out, concurrency=at_once, rpm=1e9).run()
 
 
 def fluxibly_map(url: str, given: Path, out: Path, at_once: int) -> None:
@@ -58,8 +58,8 @@ def fluxibly_map(url: str, given: Path, out: Path, at_once: int) -> None:
                 async for answer in llm.map(_prompts(given), concurrency=at_once):
                     file.write(json.dumps({"row": answer.row, "text": answer.text}) + "\n")
 
-    with _quiet():
-        asyncio.run(run())
+    _log_nothing()
+    asyncio.run(run())
 
 
 def bare_loop(url: str, given: Path, out: Path, at_once: int) -> None:
@@ -74,8 +74,8 @@ def bare_loop(url: str, given: Path, out: Path, at_once: int) -> None:
 
             await _loop(ask, given, out, at_once)
 
-    with _quiet():
-        asyncio.run(run())
+    _log_nothing()
+    asyncio.run(run())
 
 
 def httpx_loop(url: str, given: Path, out: Path, at_once: int) -> None:
@@ -235,16 +235,11 @@ CONTENDERS: dict[str, tuple[Callable[[str, Path, Path, int], None], str]] = {
 """Each contender, and the package that it needs."""
 
 
-class _quiet:  # noqa: N801  # a context manager, used like a function
+def _log_nothing() -> None:
     """Log nothing: warnings of the run would go to the terminal."""
+    import logging
 
-    def __enter__(self) -> None:
-        import logging
-
-        logging.getLogger("fluxibly").setLevel(logging.CRITICAL)
-
-    def __exit__(self, *_: object) -> None:
-        pass
+    logging.getLogger("fluxibly").setLevel(logging.CRITICAL)
 
 
 def _config(url: str) -> dict[str, Any]:

@@ -33,7 +33,7 @@ So results do not pile up without end behind a consumer that is slow, or behind 
 
 @attrs.frozen
 class Answer:
-    """What came of one prompt of `llm.map`: a response, or an error.
+    """The outcome of one prompt of `llm.map`: a response, or an error.
 
     Args:
         row: the place of the prompt among the prompts, from 0.

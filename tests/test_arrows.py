@@ -91,7 +91,6 @@ ARROWS = {
     "sse": {"stream", "dialects", *BASE},
     "batch": {
         "llm",
-        "mapping",
         "pipeline",
         "registry",
         "middleware",

@@ -10,7 +10,7 @@ A row of the input (`_batch_rows.py`) is packed into an upload (`_packing.py`) a
 has room (`_queue.py`). If the submission is not answered, the batch is looked for (`_finding.py`). Once it has ended, its results are
 collected (`_collecting.py`) and become lines (`_outcomes.py`). `_submissions.py` is the journal of all these steps.
 
-Imports: llm, the loops of `llm.map`, data and its helpers. Imported by: `cli`.
+Imports: llm, pipeline, middleware, dialects, http, data and their helpers. Imported by: `cli`.
 """
 
 from fluxibly.batch._estimate import Estimate

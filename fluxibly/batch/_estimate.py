@@ -56,7 +56,7 @@ class Estimated(Protocol):
 OUTPUT_GUESS: Final = 256
 """The output tokens of a row of which nothing is known."""
 BATCH_PRICE: Final = Decimal("0.5")
-"""What providers take for a call in one of their batches, of the price of the call."""
+"""The share of the price of a call that providers take for it in their batches."""
 SHOWN: Final = 5
 """The rows of a problem that are named."""
 _KINDS: Final = 50
@@ -68,7 +68,7 @@ class Problem:
     """A problem that rows share, because of which they cannot be asked."""
 
     message: str
-    """What is wrong with the first of them."""
+    """The problem of the first of them."""
     rows: int = 0
     first: list[str] = attrs.field(factory=list[str])
     """Where the first of them stand, such as "line 7"."""
@@ -76,7 +76,7 @@ class Problem:
 
 @attrs.define
 class Estimate:
-    """What a batch would take, if it ran now."""
+    """An estimate of a batch that would run now."""
 
     rows: int = 0
     """Rows that would be asked."""
@@ -120,7 +120,7 @@ _NULL: Final = msgspec.Raw(b"null")
 
 
 class _Earlier(msgspec.Struct):
-    """What is read of the line of a row that has been asked."""
+    """The fields that the estimate reads of the line of a row."""
 
     row: int
     custom_id: str | None = None

@@ -11,7 +11,7 @@ from typing import Final, Literal, Protocol, TypeAlias, get_args
 from fluxibly._checks import did_you_mean
 from fluxibly.batch._csv import Delimited
 from fluxibly.batch._jsonl import JSONLines
-from fluxibly.batch._rows import Row as Row, Source as Source
+from fluxibly.batch._rows import InFile, Row as Row, Source as Source
 from fluxibly.batch._template import Prompts, prompts_of
 from fluxibly.batch._text_lines import FileLines, StreamLines
 from fluxibly.errors import ConfigError
@@ -34,28 +34,17 @@ class RowReader(Protocol):
     def row(self, number: int, /) -> Row: ...
 
 
-class LinesFile:
+class LinesFile(InFile):
     """The rows of a file of lines."""
 
-    is_stream = False
-
     def __init__(self, path: Path, reader: Callable[[], RowReader]) -> None:
-        self.path = path
+        super().__init__(path)
         self._reader = reader
         self._lines: FileLines | None = None
 
     @property
     def position(self) -> int:
         return 0 if self._lines is None else self._lines.position
-
-    @property
-    def size(self) -> int:
-        return self.path.stat().st_size
-
-    @property
-    def fingerprint(self) -> tuple[int, int]:
-        found = self.path.stat()
-        return found.st_size, found.st_mtime_ns
 
     def rows(self, skip: Callable[[int], bool], known: Mapping[str, int] | None = None) -> Iterator[Row]:
         """Do as `Source.rows`."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from fluxibly.batch._rows import Row, bad_row
+from fluxibly.batch._rows import InFile, Row, bad_row
 from fluxibly.batch._sinks import pyarrow_for
 from fluxibly.batch._template import Prompts, checked, id_column, name_of
 from fluxibly.errors import ConfigError
@@ -14,7 +14,7 @@ from fluxibly.errors import ConfigError
 _AT_ONCE: Final = 1024
 
 
-class ParquetFile:
+class ParquetFile(InFile):
     """A Parquet file. Its rows are those of one pass, without columns that nobody needs.
 
     Args:
@@ -26,10 +26,8 @@ class ParquetFile:
         OSError: the file cannot be read.
     """
 
-    is_stream = False
-
     def __init__(self, path: Path, prompts: Prompts | None) -> None:
-        self.path = path
+        super().__init__(path)
         self.position = 0
         self._arrow, self._parquet = pyarrow_for(path)
         with self._open() as file:
@@ -44,15 +42,6 @@ class ParquetFile:
             return self._parquet.ParquetFile(self.path, pre_buffer=False)
         except self._arrow.ArrowInvalid:
             raise ConfigError(f"{self.path}: expected a Parquet file, got something else") from None
-
-    @property
-    def size(self) -> int:
-        return self.path.stat().st_size
-
-    @property
-    def fingerprint(self) -> tuple[int, int]:
-        found = self.path.stat()
-        return found.st_size, found.st_mtime_ns
 
     def rows(self, skip: Callable[[int], bool], known: Mapping[str, int] | None = None) -> Iterator[Row]:
         """Do as `Source.rows`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterable, Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 
@@ -72,3 +73,21 @@ class Source(Protocol):
             OSError: it cannot be read.
         """
         ...
+
+
+class InFile:
+    """A source that is a file: the part that does not depend on its format."""
+
+    is_stream = False
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def size(self) -> int:
+        return self.path.stat().st_size
+
+    @property
+    def fingerprint(self) -> tuple[int, int]:
+        found = self.path.stat()
+        return found.st_size, found.st_mtime_ns

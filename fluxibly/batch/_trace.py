@@ -4,18 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol
 
+from fluxibly.batch._counting import Counted
 from fluxibly.flow import Middleware
 from fluxibly.telemetry import semconv
-
-
-class Counted(Protocol):
-    """The counts on the span of a batch: a `Report`."""
-
-    asked: int
-    errors: dict[str, int]
-    stopped: str | None
 
 
 def traced(stack: Sequence[Middleware], report: Counted, *, one_trace: bool) -> AbstractContextManager[None]:
@@ -23,7 +15,7 @@ def traced(stack: Sequence[Middleware], report: Counted, *, one_trace: bool) -> 
 
     Args:
         stack: the layers of the calls. Without a `Tracing`, nothing is recorded.
-        report: what the batch has come to when the span ends.
+        report: its counts stand on the span when it ends.
         one_trace: whether the calls are in the trace of the span. By default each has its own, with a link to the span.
     """
     from fluxibly.middleware import Tracing
